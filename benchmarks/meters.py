@@ -1,0 +1,109 @@
+"""Meters that do not depend on the machine: operations done and bytes held.
+
+Operations come from `torch.utils.flop_counter`, which knows products of matrices; sums and
+products of single numbers are added to its table, so that code without a matrix product in it
+does not count as free. Bytes are those of the tensors that are alive: every operator that
+allocates one is seen. Both work on real tensors and on tensors without numbers (``meta``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+_POINTWISE = (
+    "mul mul_ add add_ sub sub_ rsub div div_ pow sqrt abs clamp where neg exp erf gelu silu "
+    "sigmoid tanh relu special_ndtr gelu_backward"
+).split()
+_REDUCING = ("sum", "mean", "linalg_vector_norm")
+
+
+def _per_output(*args: Any, out_shape: Any, **kwargs: Any) -> int:
+    return prod(out_shape)
+
+
+def _per_input(shape: Any, *args: Any, **kwargs: Any) -> int:
+    return prod(shape)
+
+
+ELEMENTWISE: dict[Any, Callable[..., int]] = {
+    **{getattr(torch.ops.aten, name): _per_output for name in _POINTWISE},
+    **{getattr(torch.ops.aten, name): _per_input for name in _REDUCING},
+}
+"""One operation per number written (elementwise) or read (sums), by PyTorch operator."""
+
+
+def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
+    """Returns the operations of a piece of work; a multiplication with an addition counts two.
+
+    Args:
+        work: Run once.
+        elementwise: Whether to count what is no product of matrices.
+    """
+    mapping = ELEMENTWISE if elementwise else None
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+class Memory(TorchDispatchMode):
+    """Follows the storage of every tensor that is made while it is active.
+
+    Views are no new storage. What an operator allocates inside of itself and frees again is not
+    seen; for the code measured here PyTorch's CPU allocator reported the same peaks to the byte.
+
+    Attributes:
+        live: Bytes alive now, of tensors made since the meter was started.
+        peak: The most there were at once.
+        largest: Bytes of the largest one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._given: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator and notes the storages that are new."""
+        for tensor in _tensors((args, kwargs)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._made:
+                # A weak reference keeps the address from being used again.
+                self._given.setdefault(storage._cdata, StorageWeakRef(storage))
+        out = func(*args, **(kwargs or {}))
+        self._made = {key: kept for key, kept in self._made.items() if not kept[0].expired()}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._given:
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes())
+        self.live = sum(size for _, size in self._made.values())
+        self.peak = max(self.peak, self.live)
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Fills the results of matrix products with ones instead of computing them.
+
+    Tiles, allocations and counts stay what they are, in a fraction of the time. Counters have to
+    be started after it: they then see the operator before it does.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator unless it is a product."""
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            return args[0].new_ones(*args[0].shape[:-1], args[1].shape[-1])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,212 @@
+"""Value Zeroing of one block: the replay against a loop over zeroed forward passes.
+
+``python benchmarks/value_zeroing.py [--quick]`` prints two Markdown tables: operations, which do
+not depend on the machine, and seconds (medians of interleaved runs on one thread). GPT-2's sizes:
+d=768, 12 heads, 3072 neurons. Both ways' distances are compared first.
+
+*Bound*: the product with W_out that every pair needs, n (n + 1) d_mlp d (causal) or 2 n^2 d_mlp d.
+*With H terms*: and what every pair needs per head, and folding W_in into W_O, once per call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.replay import replay
+from tl_contextmix.tensors import Norm
+
+D, HEADS, M = 768, 12, 3072
+MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A pre-LN block of random weights and its input."""
+
+    x: Tensor
+    weights: dict[str, Tensor]
+    norms: tuple[Norm, Norm]
+    causal: bool
+
+    def attention(self) -> tuple[Tensor, Tensor]:
+        """Returns pattern [batch head target source] and values [batch source head d_head]."""
+        x = self.norms[0](self.x)
+        query, key, value = (
+            (x @ self.weights[name]).unflatten(-1, (HEADS, -1)) for name in ("Q", "K", "V")
+        )
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / (D // HEADS) ** 0.5
+        if self.causal:
+            seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1), value
+
+    def __call__(self, zeroed: int | None = None) -> Tensor:
+        """Returns the block's output, with the value of one token set to zero."""
+        pattern, value = self.attention()
+        if zeroed is not None:
+            value[:, zeroed] = 0
+        mixed = (pattern @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
+        stream = self.x + mixed @ self.weights["W_O"].flatten(0, 1) + self.weights["b_O"]
+        pre = self.norms[1](stream) @ self.weights["W_in"] + self.weights["b_in"]
+        return stream + functional.gelu(pre) @ self.weights["W_out"] + self.weights["b_out"]
+
+    def view(self) -> tuple[Block, Trace]:
+        """Returns the block as the package sees it, and what a forward pass leaves behind."""
+        pattern, value = self.attention()
+        attention = AttentionSublayer(
+            stack="decoder",
+            kind="self",
+            pattern="p",
+            value="v",
+            mixed="z",
+            key="k",
+            weights=self.weights.get,
+            norm_in=self.norms[0],
+        )
+        ff = FeedForward(
+            pre="",
+            post="",
+            pre_linear=None,
+            weights=self.weights.get,
+            norm_in=self.norms[1],
+            activation=next(known for known in ACTIVATIONS if known.name == "gelu"),
+        )
+        mixed = (pattern @ value.transpose(1, 2)).transpose(1, 2)
+        ids = torch.zeros(self.x.shape[:2], dtype=torch.long)
+        values = {"x": self.x, "p": pattern, "v": value, "z": mixed}
+        batch = Batch(Side(ids, torch.ones_like(ids, dtype=torch.bool)))
+        return Block(0, "x", "out", (attention,), ff), Trace(batch, values, self.x.dtype)
+
+
+def made(n: int, causal: bool) -> Layer:
+    """Returns a layer of random weights."""
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[0] ** 0.5
+
+    weights = {name: draw(D, D) for name in "QKV"}
+    weights |= {"W_O": draw(D, D).unflatten(0, (HEADS, -1)), "b_O": draw(D)}
+    weights |= {"W_in": draw(D, M), "b_in": draw(M), "W_out": draw(M, D), "b_out": draw(D)}
+    norms = [Norm("ln", 1 + draw(D), draw(D), 1e-5) for _ in range(2)]
+    return Layer(torch.randn(1, n, D, generator=generator), weights, (norms[0], norms[1]), causal)
+
+
+def distance(changed: Tensor, kept: Tensor) -> Tensor:
+    """Returns cosine distances as half the squared distance of unit vectors."""
+    unit = functional.normalize
+    return (unit(changed, dim=-1) - unit(kept, dim=-1)).square().sum(-1) / 2
+
+
+def ours(block: Block, trace: Trace) -> Tensor:
+    """Returns distances [target source] by replaying the block."""
+    n = trace["x"].shape[1]
+    out = torch.zeros(n, n)
+    found = replay(block, trace, "self").folded(None, 1, MAX_BYTES)
+    for rows, columns, changed, kept in found.tiles(None, MAX_BYTES):
+        out[rows, columns] = distance(changed, kept)[0].T
+    return out
+
+
+def loop(layer: Layer) -> Tensor:
+    """Returns distances [target source] by one forward pass of the block per source."""
+    kept = layer()
+    found = [distance(layer(source), kept)[0] for source in range(layer.x.shape[1])]
+    return torch.stack(found, dim=1)
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Returns operations in products of matrices; a multiplication with an addition counts two."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def bounds(n: int, causal: bool) -> tuple[int, int]:
+    """Returns the least that all pairs need behind the activation, and that with the H terms."""
+    pairs = n * (n + 1) if causal else 2 * n * n
+    least = pairs * M * D
+    return least, least + pairs * HEADS * (M + D) + 2 * D * M * min(n * HEADS, D)
+
+
+def operations(sizes: list[int]) -> None:
+    """Prints the table of operations."""
+    _row(
+        "causal",
+        "n",
+        "bound",
+        "with H terms",
+        "ours",
+        "loop",
+        "ours / bound",
+        "ours / with H terms",
+        "loop / ours",
+    )
+    _row(*["---"] * 9)
+    for causal in (True, False):
+        for n in sizes:
+            layer = made(n, causal)
+            block, trace = layer.view()
+            # Each of the loop's n + 1 passes does the same operations.
+            here, there = flops(partial(ours, block, trace)), (n + 1) * flops(layer)
+            bound, heads = bounds(n, causal)
+            _row(
+                causal,
+                n,
+                *(f"{x:.3g}" for x in (bound, heads, here, there)),
+                *(f"{x:.2f}" for x in (here / bound, here / heads, there / here)),
+            )
+
+
+def seconds(sizes: list[int], runs: int) -> None:
+    """Prints the table of seconds."""
+    _row("causal", "n", "ours (s)", "loop (s)", "loop / ours", "largest difference")
+    _row(*["---"] * 6)
+    for causal in (True, False):
+        for n in sizes:
+            layer = made(n, causal)
+            block, trace = layer.view()
+            apart = float((ours(block, trace) - loop(layer)).abs().max())
+            ways = (partial(ours, block, trace), partial(loop, layer))
+            taken: list[list[float]] = [[], []]
+            for _ in range(runs):
+                for way, times in zip(ways, taken, strict=True):
+                    start = time.perf_counter()
+                    way()
+                    times.append(time.perf_counter() - start)
+            here, there = (statistics.median(times) for times in taken)
+            _row(causal, n, f"{here:.3f}", f"{there:.3f}", f"{there / here:.1f}", f"{apart:.1e}")
+
+
+def _row(*cells: object) -> None:
+    sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        operations([32, 64, 128] if quick else [32, 64, 128, 256, 512])
+        sys.stdout.write("\n")
+        seconds([32, 64] if quick else [32, 64, 128], 3 if quick else 7)
+
+
+if __name__ == "__main__":
+    main()

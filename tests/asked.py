@@ -1,0 +1,97 @@
+"""What the tests ask of a zoo model: stacks, inputs as keywords, and the host's own activations."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor
+
+from tl_contextmix.decompose import POINTS
+from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.model_view import Block, ModelView, Trace
+
+# Relative to the largest entry. Where a float64 host computes in float32 inside (see
+# zoo.FLOAT32_INSIDE), what is recomputed in float64 is up to 2e-7 off; elsewhere up to 1e-14.
+EXACT, FLOAT32_INSIDE = 1e-10, 1e-6
+
+
+def bound(case: zoo.Case) -> float:
+    """The bound that the issue sets for a host's own activation."""
+    inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
+    return FLOAT32_INSIDE if inside else EXACT
+
+
+def keywords(given: zoo.Inputs) -> dict[str, Tensor]:
+    """The decoder side as keyword arguments."""
+    return {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens}
+
+
+def stacks(case: zoo.Case) -> list[str | None]:
+    """Every stack there is to ask about."""
+    return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
+
+
+def points(block: Block) -> list[str]:
+    """Every point of a block that has an answer."""
+    ff = block.feed_forward
+    if ff is None:
+        return [point for point in POINTS if not point.startswith("mlp")]
+    return ["attn_out", "resid_mid", "mlp_in"] if ff.refusal else list(POINTS)
+
+
+def view_of(model: Any) -> ModelView:
+    """The view, whatever was done to the weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ContextMixWarning)
+        return as_view(model)
+
+
+def host_trace(view: ModelView, given: zoo.Inputs, stack: str | None) -> tuple[Trace, list[Block]]:
+    """The host's own activations of a stack, every hook there is."""
+    blocks = list(view.blocks(stack))
+    names = []
+    for block in blocks:
+        names += [*block.points(), *block.spared(), block.resid_out]
+        ff = block.feed_forward
+        if ff is not None:
+            names += [ff.pre, ff.post, *([ff.pre_linear] if ff.pre_linear else [])]
+    batch = make_batch(view, Given(given.tokens, decoder_input=given.decoder_tokens))
+    return view.run(batch, names), blocks
+
+
+def host_value(block: Block, trace: Trace, point: str, kind: str) -> Tensor:
+    """A point of a block from the host's z, neurons and residual streams, without the engine."""
+    outs, stream = [], trace.resid_in(block)
+    for attention in block.attentions:
+        z = trace[attention.mixed]
+        out = torch.einsum("bthd,hdm->btm", z, attention.W_O)
+        out = out if attention.b_O is None else out + attention.b_O
+        out = out if attention.norm_out is None else attention.norm_out(out)
+        stream = stream + out
+        outs.append(out)
+        if attention.kind == kind and point == "resid_mid":
+            return stream
+        if attention.kind == kind and point == "attn_out":
+            return out
+        stream = stream if attention.norm_after is None else attention.norm_after(stream)
+    ff = block.feed_forward
+    if ff is None:
+        return trace[block.resid_out]
+    if point == "mlp_in":
+        x = trace.resid_in(block) if block.parallel else stream
+        return x if ff.norm_in is None else ff.norm_in(x)
+    mlp_out = ff.project(trace[ff.post])
+    if point == "mlp_out":
+        return mlp_out
+    return stream + mlp_out if point == "resid_post" else trace[block.resid_out]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest entry of what is expected."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

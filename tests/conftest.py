@@ -1,0 +1,54 @@
+"""What holds for every test: no network, one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports a library that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import random
+import socket
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+
+# Tiny matrices: more threads only wait for each other, and sums would depend on their number.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail every connection that leaves the machine; local ones serve notebooks and workers."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = address[0]
+            if host not in ("127.0.0.1", "::1", "localhost"):
+                _refuse(host)
+        connect(self, address)
+
+    def no_names(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host in (None, "127.0.0.1", "::1", "localhost"):
+            return lookup(host, *args, **kwargs)
+        return _refuse(host)
+
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr(socket, "getaddrinfo", no_names)
+
+
+def _refuse(host: Any) -> NoReturn:
+    raise AssertionError(f"a test tried to reach {host}; tests run without a network")

@@ -1,0 +1,143 @@
+"""Results built by hand: small, random, labelled, and of every class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.results import (
+    ContextMap,
+    Decomposition,
+    LayerFigures,
+    Pair,
+    PairChanges,
+    Provenance,
+    TokenFigures,
+    Tokens,
+)
+
+PROVENANCE = Provenance(
+    method="by_hand",
+    options={"at": "block_out", "heads": False, "layer": None, "spans": [1, [2, 3]], "of": (1,)},
+    model="no model",
+    host="NoTransformer",
+    host_version="0.0",
+    version="0.1",
+    processing=("fold_ln",),
+    fingerprint="0123",
+)
+
+
+def tokens(
+    batch: int = 1,
+    pos: int = 4,
+    *,
+    side: str = "decoder",
+    padding: int = 0,
+    left: bool = False,
+    first: int = 0,
+) -> Tokens:
+    """Words named after row and position; the last (or first) ``padding`` of row 0 are padding."""
+    mask = torch.ones(batch, pos, dtype=torch.bool)
+    if padding:
+        mask[0, slice(0, padding) if left else slice(pos - padding, pos)] = False
+    return Tokens(
+        ids=torch.arange(first, first + batch * pos).view(batch, pos),
+        strings=tuple(
+            tuple(f"{side[0]}{row}.{place}" for place in range(pos)) for row in range(batch)
+        ),
+        mask=mask,
+        sides=((side, pos),),
+    )
+
+
+def masked(scores: Tensor, target: Tokens, source: Tokens) -> Tensor:
+    """Scores with zeros at padding."""
+    real = target.mask[:, :, None] & source.mask[:, None, :]
+    return scores.masked_fill(~real[:, None, None], 0)
+
+
+def map_of(
+    scores: Tensor, target: Tokens | None = None, source: Tokens | None = None, **changes: Any
+) -> ContextMap:
+    """A map of these scores [batch layer head target source] (or [target source])."""
+    scores = scores[None, None, None] if scores.ndim == 2 else scores
+    batch, layer, head, rows, columns = scores.shape
+    target = target or tokens(batch, rows)
+    if source is None:
+        source = target if rows == columns else tokens(batch, columns, side="encoder")
+    given = {
+        "scores": masked(scores, target, source),
+        "layers": tuple(range(layer)),
+        "heads": ("all",) if head == 1 else tuple(str(number) for number in range(head)),
+        "point": "block_out",
+        "stack": "decoder",
+        "target": target,
+        "source": source,
+        "unit": "norm",
+        "includes_residual": True,
+        "provenance": PROVENANCE,
+    }
+    return ContextMap(**(given | changes))
+
+
+def random_map(
+    batch: int = 2,
+    layer: int = 3,
+    head: int = 1,
+    target: int = 5,
+    source: int | None = None,
+    *,
+    causal: bool = False,
+    padding: int = 0,
+    left: bool = False,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **changes: Any,
+) -> ContextMap:
+    """A random map; square unless ``source`` is given."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = target if source is None else source
+    shape = (batch, layer, head, target, columns)
+    scores = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype) + 0.01
+    rows = tokens(batch, target, padding=padding, left=left)
+    if bias:
+        numbers = torch.rand(shape[:4], generator=generator, dtype=torch.float64).to(dtype)
+        changes["bias"] = numbers * rows.mask[:, None, None]
+    return map_of(scores.tril() if causal else scores, rows, **changes)
+
+
+def one_of_each() -> list[Any]:
+    """One result of every class, with padding, None, NaN, other dtypes and shared tensors."""
+    words = tokens(2, 4, padding=1)
+    both = words.cat(tokens(2, 3, side="encoder", first=50))
+    numbers = torch.rand(2, 3, 4)
+    figures = {"layers": (0, 2, 5), "title": "Title", "caption": "<i>é\n", "unit": "u"}
+    pair = Pair(0, 2, 3, 1, "déjà", '"\\\u2028', 0.25, 0.5)
+    holed = numbers.clone()
+    holed[0, 0, 0] = torch.nan
+    return [
+        random_map(head=2, padding=2, bias=True, layers=(1, 3, 4)),
+        random_map(dtype=torch.float32, source=7, normalized="max", includes_residual=False),
+        random_map(dtype=torch.bfloat16),
+        Decomposition(
+            parts=torch.rand(2, 2, 4, 7, 6),
+            bias=torch.rand(2, 2, 4, 6),
+            layers=(0, 1),
+            point="attn_out",
+            stack="cross",
+            target=words,
+            source=both,
+            provenance=PROVENANCE,
+        ),
+        LayerFigures(
+            values=holed, quantities=("a", "b", "c", "d"), provenance=PROVENANCE, **figures
+        ),
+        TokenFigures(
+            values=numbers * words.mask[:, None], tokens=words, provenance=PROVENANCE, **figures
+        ),
+        PairChanges((pair, pair), (), "mlp_in", "mlp_out", "norm", PROVENANCE),
+    ]

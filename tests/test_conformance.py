@@ -1,0 +1,238 @@
+"""The contract that every method meets on every model of the zoo, on every host."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import bound, keywords, relative, stacks, view_of
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix.results import Result
+
+CASES = zoo.cases()
+GOLDENS = Path(__file__).parent / "goldens.json"
+_OPEN = "attn_out"  # the only point that every block of the zoo can answer, SoLU's too
+
+
+@dataclass(frozen=True)
+class Method:
+    """One public function as the contract sees it.
+
+    Attributes:
+        name: Its name.
+        ask: Calls it on a model and tokens with further keywords.
+        values: The tensor of the result that carries the numbers.
+        kind: Class of the result.
+        pointed: Whether it is asked at a point of the block; else it is about the whole block,
+            feed-forward sublayer included.
+    """
+
+    name: str
+    ask: Callable[..., Any]
+    values: Callable[[Any], Tensor]
+    kind: type[Result]
+    pointed: bool = True
+
+
+METHODS = [
+    Method("decompose", cm.decompose, lambda r: r.parts, cm.Decomposition),
+    Method("attention_norms", cm.attention_norms, lambda r: r.scores, cm.ContextMap),
+    Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, cm.TokenFigures),
+    Method("value_zeroing", cm.value_zeroing, lambda r: r.scores, cm.ContextMap, pointed=False),
+]
+ASKED = [
+    pytest.param(method, case, id=f"{method.name}-{case}")
+    for method in METHODS
+    for case in CASES
+    if method.pointed or case.family not in zoo.OPAQUE_FEED_FORWARD
+]
+
+
+def last_point(case: zoo.Case) -> str:
+    """The furthest point that a case can be asked about."""
+    return "mlp_in" if case.family in zoo.OPAQUE_FEED_FORWARD else "block_out"
+
+
+def ask(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs, **options: Any) -> Any:
+    """Calls a method at the furthest point, whatever was done to the weights."""
+    view_of(model)
+    options = {"at": last_point(case), **options} if method.pointed else options
+    return method.ask(model, given.tokens, **keywords(given), **options)
+
+
+@pytest.mark.parametrize(("method", "case"), ASKED)
+def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    for stack in stacks(case):
+        found = ask(method, model, case, given, stack=stack)
+        values = method.values(found)
+        blocks = view_of(model).blocks(stack)
+        encoder = stack == "encoder" or given.decoder_tokens is None
+        targets = given.tokens if encoder else given.decoder_tokens
+        assert type(found) is method.kind
+        assert values.dtype == torch.float64
+        assert found.layers == tuple(range(len(blocks)))
+        assert values.shape[:2] == (2, len(blocks))
+        labels = found.tokens if method.name == "mixing_ratio" else found.target
+        assert torch.equal(labels.ids, targets)
+        assert bool(torch.isfinite(values).all())
+        one = ask(method, model, case, given, stack=stack, layer=-1)
+        assert one.layers == (len(blocks) - 1,)
+        assert torch.equal(method.values(one)[:, 0], values[:, -1])
+
+
+@pytest.mark.parametrize(("method", "case"), ASKED)
+def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo.Case) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    whole = method.values(ask(method, model, case, given))
+    assert torch.equal(whole, method.values(ask(method, model, case, given)))
+    for row in range(2):
+        decoder = None if given.decoder_tokens is None else given.decoder_tokens[row : row + 1]
+        single = zoo.Inputs(given.tokens[row : row + 1], decoder)
+        found = method.values(ask(method, model, case, single))
+        assert relative(found, whole[row : row + 1]) <= bound(case)
+
+
+@pytest.mark.parametrize(("method", "case"), ASKED)
+def test_the_model_is_left_as_it_was(method: Method, case: zoo.Case) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    # TransformerLens leaves hooks of its own behind the first time a bridge runs.
+    ask(method, model, case, given)
+    before = state(model)
+    ask(method, model, case, given)
+    assert state(model) == before
+
+    def interrupt(tensor: Tensor, hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    last = view_of(model).blocks()[-1].attentions[0].value
+    with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[(last, interrupt)]):
+        ask(method, model, case, given)
+    assert state(model) == before
+
+
+def state(model: Any) -> list[Any]:
+    """Everything of a model that a method could leave changed."""
+    modules = [
+        (
+            name,
+            module.training,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+        )
+        for name, module in model.named_modules()
+    ]
+    weights = [
+        (name, weight.requires_grad, weight.grad is None, weight._version, weight.data_ptr())
+        for name, weight in model.named_parameters()
+    ]
+    return [modules, weights, model.training, torch.is_grad_enabled()]
+
+
+@pytest.mark.parametrize(("method", "case"), ASKED)
+def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_path: Path) -> None:
+    found = ask(method, zoo.build(case), case, zoo.inputs(case))
+    again = method.kind.load(found.save(tmp_path / "result.safetensors"))
+    assert torch.equal(method.values(again), method.values(found))
+    assert again.provenance == found.provenance
+    frame = found.to_dataframe()
+    numbers = method.values(found)
+    numbers = numbers.norm(dim=-1) if method.name == "decompose" else numbers
+    column = "value" if method.name == "mixing_ratio" else "score"
+    assert frame[column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9)
+    page = found.show()._repr_html_()
+    assert "<" in page
+    # The CircuitsVis library carries the addresses of XML namespaces and of its licences.
+    own = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(src|href)=[\"']?https?:", own)
+
+
+PROCESSED = [case for case in CASES if zoo.processable(case)]
+
+
+@pytest.mark.parametrize("case", PROCESSED, ids=str)
+def test_processed_weights_are_detected_and_named_once(case: zoo.Case) -> None:
+    model, given = zoo.build(case, processed=True), zoo.inputs(case)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
+        again = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
+    told = [str(w.message) for w in caught if issubclass(w.category, cm.ContextMixWarning)]
+    processing = first.provenance.processing
+    changes_norms = {"center_writing_weights", "fold_value_biases"} & set(processing)
+    assert again.provenance.processing == processing
+    assert len(told) == bool(changes_norms)
+    for step in changes_norms:
+        assert step in told[0]
+        assert "no_processing" in told[0]
+    raw = cm.attention_norms(zoo.build(case), given.tokens, at=_OPEN, **keywords(given))
+    assert raw.provenance.processing == ()
+    # What is called processed changes the map, and what changes the map is called processed.
+    changed = relative(first.scores, raw.scores) > 1e-4
+    assert changed == bool(changes_norms)
+
+
+# Only HookedTransformer folds norms alone, where there are some.
+FOLDABLE = [c for c in PROCESSED if c.host == "HookedTransformer" and c.family != "no_norm"]
+
+
+@pytest.mark.parametrize("case", FOLDABLE, ids=str)
+def test_folding_norms_alone_changes_no_map_but_mlp_in(
+    case: zoo.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    points = ["attn_out", "resid_mid"]
+    if case.family not in zoo.OPAQUE_FEED_FORWARD and case.family != "attn_only":
+        points += ["mlp_out", "resid_post"]
+    before = cm.attention_norms(model, given.tokens, at=points)
+    # process_weights_ has no switch for value biases and folds them too.
+    load = functools.partial(model.load_and_process_state_dict, fold_value_biases=False)
+    monkeypatch.setattr(model, "load_and_process_state_dict", load)
+    model.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
+    after = cm.attention_norms(model, given.tokens, at=points)
+    assert after[points[0]].provenance.processing in ((), ("fold_ln",))
+    for point in points:
+        # TransformerLens 3 folds in float32: 1e-6 off in a float64 model.
+        assert relative(after[point].scores, before[point].scores) <= 5e-6, point
+
+
+def fingerprints() -> dict[str, dict[str, list[float]]]:
+    """A few numbers per family that do not depend on the host: norms at the furthest point."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for case in CASES:
+        if case.family in zoo.OPAQUE_FEED_FORWARD:
+            continue
+        model, given = zoo.build(case), zoo.inputs(case)
+        scores = cm.attention_norms(model, given.tokens, **keywords(given)).scores
+        weights = torch.linspace(1, 2, scores[0, 0].numel(), dtype=scores.dtype)
+        numbers = (scores.flatten(2) @ weights).flatten().tolist()
+        found.setdefault(case.family, {})[case.host] = numbers
+    return found
+
+
+def test_every_host_and_version_gives_the_same_numbers() -> None:
+    """Goldens are written by ``python tests/test_conformance.py`` (any version, adding to them)."""
+    goldens = json.loads(GOLDENS.read_text())
+    for family, hosts in fingerprints().items():
+        for host, numbers in hosts.items():
+            # Hosts with float32 inside are up to 1e-6 off per entry.
+            assert numbers == pytest.approx(goldens[family], rel=5e-6), (family, host)
+
+
+if __name__ == "__main__":
+    known = json.loads(GOLDENS.read_text()) if GOLDENS.exists() else {}
+    for family, hosts in fingerprints().items():
+        known.setdefault(family, next(iter(hosts.values())))
+    GOLDENS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,372 @@
+"""Bad input is named: what failed, the value seen, what was expected, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+import zoo_build
+from asked import keywords, view_of
+from test_hosts import case_of
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix.inputs import Given, make_batch, select_blocks
+
+V, N_CTX = zoo.rows.D_VOCAB, zoo.rows.N_CTX
+TOKENS = torch.tensor([[5, 6, 7]])
+
+
+def mask(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows)
+
+
+# Input, further arguments, and a pattern that holds the value seen and the remedy.
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "empty text": ("", {}, r"input is empty: got ''; .*Leave empty texts out"),
+    "empty list": ([], {}, r"input is empty: got \[\]; .*Leave empty texts out"),
+    "empty text in a list": (["a", ""], {}, r"input is empty: got \['a', ''\]; .*Leave empty"),
+    "text without tokens": (
+        " ",
+        {"prepend_bos": False},
+        r"no tokens: got ' '; .*let prepend_bos give it one",
+    ),
+    "id beyond the vocabulary": (
+        torch.tensor([[5, V]]),
+        {},
+        rf"token id {V}; expected ids from 0 to {V - 1}.*tokenizer",
+    ),
+    "negative id": (torch.tensor([[5, -1]]), {}, r"got token id -1; expected ids from 0"),
+    "float tokens": (
+        TOKENS.float(),
+        {},
+        r"got a torch.float32 tensor .*expected integer.*Residuals are not",
+    ),
+    "truth values": (TOKENS.bool(), {}, r"got a torch.bool tensor .*expected integer"),
+    "three axes": (TOKENS[None], {}, r"shape \(1, 1, 3\); expected shape \[batch, pos\].*Reshape"),
+    "no axis": (torch.tensor(5), {}, r"shape \(\); expected shape \[batch, pos\].*Reshape"),
+    "no tokens": (TOKENS[:, :0], {}, r"shape \(1, 0\); expected shape \[batch, pos\]"),
+    "no rows": (TOKENS[:0], {}, r"shape \(0, 3\); expected shape \[batch, pos\]"),
+    "too long": (
+        torch.full((1, N_CTX + 1), 5),
+        {},
+        rf"got {N_CTX + 1} tokens; expected at most {N_CTX}.*Shorten the text",
+    ),
+    "too long a text": (
+        "cat " * 40,
+        {"prepend_bos": False},
+        rf"got 40 tokens; expected at most {N_CTX}.*Shorten",
+    ),
+    "mask of another shape": (
+        TOKENS,
+        {"attention_mask": mask([1, 1])},
+        r"tensor of shape \(1, 2\); expected .*shape \(1, 3\).*Give 1 for every real token",
+    ),
+    "mask for another batch": (
+        TOKENS,
+        {"attention_mask": mask([1, 1, 1], [1, 1, 1])},
+        r"shape \(2, 3\); expected",
+    ),
+    "mask of attention": (
+        TOKENS,
+        {"attention_mask": torch.ones(1, 1, 3, 3)},
+        r"shape \(1, 1, 3, 3\); expected",
+    ),
+    "mask with a two": (
+        TOKENS,
+        {"attention_mask": mask([1, 2, 1])},
+        r"with the value 2; expected .*zeros and ones",
+    ),
+    "mask of log probabilities": (
+        TOKENS,
+        {"attention_mask": mask([0.0, -1e9, 0.0])},
+        r"with the value -1000000000.0; expected .*zeros and ones",
+    ),
+    "mask with NaN": (
+        TOKENS,
+        {"attention_mask": mask([1.0, float("nan"), 1.0])},
+        r"with the value nan; expected",
+    ),
+    "mask of zeros": (
+        torch.cat([TOKENS, TOKENS]),
+        {"attention_mask": mask([1, 1, 1], [0, 0, 0])},
+        r"got row 1 of zeros; .*Leave the row out",
+    ),
+    "mask that calls padding real": (
+        ["the cat sat", "paris"],
+        {"attention_mask": torch.ones(2, 4), "prepend_bos": True},
+        r"ones at the padding of a shorter text; .*Leave the mask out",
+    ),
+    "decoder of a model without one": (
+        TOKENS,
+        {"decoder_input": "cat"},
+        r"got a str; expected None.*Leave it out",
+    ),
+    "no such layer": (TOKENS, {"layer": 99}, r"got 99; expected an integer from -3 to 2"),
+    "no such layer from the end": (TOKENS, {"layer": -4}, r"got -4; expected an integer"),
+    "no such layer among others": (TOKENS, {"layer": [0, 3]}, r"got 3; .*This stack has 3 layers"),
+    "truth value as a layer": (TOKENS, {"layer": True}, r"got True; expected an integer"),
+    "no layer": (TOKENS, {"layer": []}, r"got an empty list; .*Leave `layer` out"),
+    "another stack": (
+        TOKENS,
+        {"stack": "encoder"},
+        r"no such stack: got 'encoder'; expected one of \['decoder'\]",
+    ),
+    "no cross-attention": (TOKENS, {"stack": "cross"}, r"got 'cross'; .*Leave `stack` out"),
+    "no budget": (TOKENS, {"max_bytes": 0}, r"got 0; expected a positive number of bytes"),
+    "a negative budget": (TOKENS, {"max_bytes": -5}, r"got -5; .*The default is 1 GiB"),
+}
+
+
+def require_four_parts(message: str) -> None:
+    """What failed: got the value; expected this. Do that."""
+    failed, rest = message.split(": got ", 1)
+    seen, rest = rest.split("; expected ", 1)
+    assert failed.strip()
+    assert seen.strip()
+    assert ". " in rest
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize(("given", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_with_value_and_remedy(
+    given: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(cm.InvalidInput, match=message) as raised:
+        cm.attention_norms(zoo.build(case_of("gpt2")), given, **options)
+    require_four_parts(str(raised.value))
+
+
+BAD_PAIRS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "one decoder text for two": (
+        ["cat", "dog"],
+        {"decoder_input": "cat"},
+        r"got 2 and 1 rows; .*Give one decoder input per input",
+    ),
+    "two decoder rows for one": (
+        TOKENS,
+        {"decoder_input": torch.cat([TOKENS, TOKENS])},
+        r"got 1 and 2 rows",
+    ),
+    "decoder id beyond the vocabulary": (
+        TOKENS,
+        {"decoder_input": torch.tensor([[V]])},
+        rf"decoder_input .*got token id {V}",
+    ),
+    "empty decoder text": (TOKENS, {"decoder_input": ""}, r"decoder_input is empty: got ''"),
+    "float decoder tokens": (
+        TOKENS,
+        {"decoder_input": TOKENS.float()},
+        r"decoder_input .*got a torch.float32",
+    ),
+    "beginning of an encoder": (
+        "cat",
+        {"prepend_bos": False},
+        r"got prepend_bos=False; .*Leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "options", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_bad_input_of_two_sides_is_refused(
+    given: Any, options: dict[str, Any], message: str
+) -> None:
+    model = zoo.build(next((c for c in zoo.cases() if c.encoder_decoder), None) or case_of("t5"))
+    with pytest.raises(cm.InvalidInput, match=message) as raised:
+        cm.attention_norms(model, given, **options)
+    require_four_parts(str(raised.value))
+
+
+# What annotations exclude: tests check those, users do not. So these calls are made elsewhere.
+
+UNCHECKED: dict[str, tuple[str, str]] = {
+    "None": ("None, {}", r"input cannot be read: got a NoneType; .*a str, a list of str"),
+    "int": ("5, {}", r"input cannot be read: got a int; .*torch.tensor"),
+    "bytes": ("b'cat', {}", r"got a bytes;"),
+    "dict": ("{'input_ids': [1]}, {}", r"got a dict;"),
+    "list of ids": ("[5, 6], {}", r"got a list of int; .*Convert arrays and lists of ids"),
+    "list with a None": ("['cat', None], {}", r"got a list of NoneType, str;"),
+    "generator": ("(t for t in ['cat']), {}", r"got a generator;"),
+    "array": ("numpy.array([[5, 6]]), {}", r"got a ndarray; .*torch.tensor"),
+    "mask as a list": ("TOKENS, {'attention_mask': [1, 1, 1]}", r"attention_mask .*got a list;"),
+    "unknown side": (
+        "['cat', 'a cat'], {'padding_side': 'middle'}",
+        r"got 'middle'; expected 'right' or 'left'",
+    ),
+    "unknown side with tokens": ("TOKENS, {'padding_side': None}", r"padding side: got None;"),
+    "unknown point": ("TOKENS, {'at': 'hook_out'}", r"no such point: got 'hook_out'; expected one"),
+    "unknown bias": ("TOKENS, {'bias': 'none'}", r"got 'none'; expected 'contributor' or 'fixed'"),
+    "unknown stack": ("TOKENS, {'stack': 'both'}", r"no such stack: got 'both'; expected one of"),
+    "layer as text": ("TOKENS, {'layer': '0'}", r"no such layer: got '0'; expected an integer"),
+    "layer between": ("TOKENS, {'layer': 0.5}", r"no such layer: got 0.5; expected an integer"),
+    "layers of the wrong kind": ("TOKENS, {'layer': [0, None]}", r"no such layer: got None;"),
+    "layers as a set": ("TOKENS, {'layer': {0}}", r"no such layer: got \{0\};"),
+    "budget as text": ("TOKENS, {'max_bytes': '1G'}", r"got '1G'; expected a positive number"),
+    "cache that is none": ("TOKENS, {'cache': 3}", r"cache cannot be read: got a int; .*second"),
+    "logits as cache": ("TOKENS, {'cache': TOKENS.float()}", r"cache cannot be read: got a torch"),
+}
+
+
+def main() -> None:
+    """Makes the calls of UNCHECKED and prints what each one raised."""
+    import numpy
+
+    names = {"numpy": numpy, "TOKENS": TOKENS}
+    model = zoo.build(case_of("gpt2"))
+    found = {}
+    for name, (source, _) in UNCHECKED.items():
+        given, options = eval(f"({source})", names)
+        try:
+            cm.attention_norms(model, given, **options)
+            found[name] = ("nothing", "")
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+    sys.stdout.write(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def raised() -> dict[str, list[str]]:
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_what_annotations_exclude_is_refused_by_the_code_too(
+    name: str, raised: dict[str, list[str]]
+) -> None:
+    import re
+
+    kind, message = raised[name]
+    assert kind == "InvalidInput", message
+    assert re.search(UNCHECKED[name][1], message), message
+    require_four_parts(message)
+
+
+# The model
+
+
+def test_layers_may_be_any_integers() -> None:
+    import numpy
+
+    blocks = view_of(zoo.build(case_of("gpt2"))).blocks()
+    assert [block.layer for block in select_blocks(blocks, range(2))] == [0, 1]
+    assert [block.layer for block in select_blocks(blocks, (2, -3))] == [2, 0]
+    ask = getattr(select_blocks, "__wrapped__", select_blocks)
+    assert [block.layer for block in ask(blocks, numpy.int64(1))] == [1]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in zoo.cases()])
+def test_weights_that_are_not_finite_are_named(case: zoo.Case) -> None:
+    model = zoo.build(case)
+    name, weight = list(model.named_parameters())[-3]
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            weight.view(-1)[0] = value
+        with pytest.raises(cm.InvalidInput, match="is not finite") as raised:
+            cm.attention_norms(model, zoo.inputs(case).tokens)
+        assert f"the weight {name} is not finite" in str(raised.value)
+        assert "Load the weights" in str(raised.value)
+
+
+def test_uninitialised_weights_of_the_classes_that_leave_them() -> None:
+    if zoo.major() == 4:
+        pytest.skip("TransformerLens 4 has no HookedEncoder")
+    from transformer_lens import HookedEncoder
+
+    cfg = zoo.build(case_of("bert", "HookedEncoder")).cfg
+    with zoo_build.quiet():
+        model = HookedEncoder(cfg, zoo_build.load_tokenizer("bert"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(float("nan"))  # whatever was in memory
+    with pytest.raises(cm.InvalidInput, match=r"HookedEncoder\(cfg\)"):
+        cm.check(model)
+
+
+BRIDGES = [
+    pytest.param(case, id=case.id) for case in zoo.cases() if case.host == "TransformerBridge"
+]
+
+
+@pytest.mark.parametrize("case", BRIDGES)
+def test_a_model_that_drops_activations_is_refused(case: zoo.Case) -> None:
+    given = zoo.inputs(case)
+    model = zoo.build(case)
+    rates = [
+        rate
+        for module in model.modules()
+        for rate in (getattr(module, "p", 0.0), module.__dict__.get("dropout", 0.0))
+        if isinstance(rate, float)
+    ]
+    for known in (False, True):
+        model = zoo.build(case)
+        if known:
+            cm.check(model)
+        model.train()
+        if not max(rates, default=0):
+            cm.check(model)  # nothing to drop
+            continue
+        with pytest.raises(cm.InvalidInput, match=r"got dropout 0.1 in .*model\.eval\(\)"):
+            cm.attention_norms(model, given.tokens, **keywords(given))
+        assert model.training
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_autocast_is_refused(known: bool) -> None:
+    model = zoo.build(case_of("gpt2"), dtype=torch.float32)
+    if known:
+        cm.check(model)
+    match = r"under autocast: got torch.autocast\('cpu', torch.bfloat16\).*Leave the autocast"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(cm.InvalidInput, match=match):
+        cm.attention_norms(model, TOKENS)
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = zoo.build(case_of("gpt2"))
+    block = view_of(model).blocks()[1]
+
+    def overflow(stream: Tensor, hook: Any) -> Tensor:
+        stream[:, 1] *= float("inf")
+        return stream
+
+    match = rf"not finite: got NaN or infinity at a real token in {block.resid_in}; .*float32 or"
+    with (
+        model.hooks(fwd_hooks=[(block.resid_in, overflow)]),
+        pytest.raises(cm.InvalidInput, match=match) as raised,
+    ):
+        cm.attention_norms(model, TOKENS)
+    require_four_parts(str(raised.value))
+
+
+def test_text_needs_a_tokenizer() -> None:
+    model = zoo.build(case_of("gpt2"), tokenizer=False)
+    cm.attention_norms(model, TOKENS)
+    with pytest.raises(cm.InvalidInput, match=r"without a tokenizer; .*Pass a tensor") as raised:
+        cm.attention_norms(model, "the cat")
+    require_four_parts(str(raised.value))
+    for case in zoo.cases():
+        if case.encoder_decoder:
+            view = view_of(model := zoo.build(case, tokenizer=False))
+            with pytest.raises(cm.InvalidInput, match="without a tokenizer"):
+                make_batch(view, Given(TOKENS, decoder_input="the cat"))
+            del model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The package as a whole: who imports whom, what an import costs, what lies in the tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "tl_contextmix"
+
+# Import direction
+
+# A unit is a module or a sub-package; each may import the units of the lines above its own.
+LAYERS = [
+    {"errors"},
+    {"panels", "storage", "tensors", "activations", "ranks"},
+    {"results"},
+    {"model_view"},
+    {"identity", "inputs", "expansion"},
+    {"hosts"},
+    {"decompose", "replay", "propagate"},
+    {"methods", "corpus"},
+]
+# Units beside the layers: no layer imports them, and they import only what is listed.
+ASIDE = {
+    "render": {"errors", "panels", "results"},
+    "rollout": {"errors", "panels", "tensors", "results"},
+    "evaluate": {"errors", "ranks", "results", "model_view", "inputs", "hosts"},
+    "demo_models": {"errors"},
+    "loading": {"errors", "demo_models"},
+}
+# No unit above imports these; they import anything.
+TOP = {"__init__", "report", "__main__"}
+# Allowed inside a function only: a result shows itself and rolls itself out.
+DELAYED = {("results", "render"), ("results", "rollout")}
+
+
+def _allowed() -> dict[str, set[str]]:
+    table = {name: set(units) for name, units in ASIDE.items()}
+    below: set[str] = set()
+    for layer in LAYERS:
+        table |= {name: set(below) for name in layer}
+        below |= layer
+    return table
+
+
+ALLOWED = _allowed()
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def _dotted(module: str) -> list[str]:
+    """`hosts/reading.py` as ["hosts", "reading"], `hosts/__init__.py` as ["hosts"]."""
+    parts = module.removesuffix(".py").split("/")
+    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+
+
+def _parse(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_text())
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[list[str], bool]]:
+    """Every module of the package that a tree imports, and whether a function delays it.
+
+    `from tl_contextmix.a import b` counts as a.b: whether b is a module is the caller's affair.
+    """
+
+    def walk(node: ast.AST, delayed: bool) -> Iterator[tuple[list[str], bool]]:
+        for child in ast.iter_child_nodes(node):
+            for name in _imported_names(child):
+                head, *rest = name.split(".")
+                if head == "tl_contextmix":
+                    yield rest, delayed
+            later = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or _for_types(child)
+            yield from walk(child, delayed or later)
+
+    yield from walk(tree, False)
+
+
+def _imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: imports are absolute in this package"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_place(module: str):
+    unit = _dotted(module)[0]
+    assert unit in {*ALLOWED, *TOP}, f"{module}: give {unit} a row in LAYERS, ASIDE or TOP"
+
+
+def _wrong_imports(own: str, tree: ast.AST) -> list[str]:
+    """The imports that unit `own` may not have.
+
+    The face of the package (`import tl_contextmix`, or a name of it that is no unit) is one of
+    them: it imports everything.
+    """
+    wrong = []
+    for target, delayed in _imports(tree):
+        unit = target[0] if target else "__init__"
+        late = delayed and (own, unit) in DELAYED
+        if own not in TOP and unit != own and not late and unit not in ALLOWED.get(own, ()):
+            wrong.append(".".join(target) or "tl_contextmix")
+    return wrong
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str):
+    assert _wrong_imports(_dotted(module)[0], _parse(module)) == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("methods/")])
+def test_methods_never_import_each_other(module: str):
+    own = _dotted(module)
+    for target, _ in _imports(_parse(module)):
+        assert target[:1] != ["methods"] or own == ["methods"], f"{module} imports {target}"
+
+
+def test_the_import_rules_can_fail():
+    tree = ast.parse(
+        "from tl_contextmix import tensors\n"
+        "from tl_contextmix.hosts import as_view\n"
+        "def show():\n    import tl_contextmix.render.page\n"
+    )
+    assert list(_imports(tree)) == [
+        (["tensors"], False),
+        (["hosts", "as_view"], False),
+        (["render", "page"], True),
+    ]
+    assert _wrong_imports("results", tree) == ["hosts.as_view"]
+    assert _wrong_imports("model_view", tree) == ["hosts.as_view", "render.page"]
+    assert _wrong_imports("decompose", tree) == ["render.page"]
+    assert _wrong_imports("__main__", tree) == []
+    face = ast.parse("import tl_contextmix as cm\nfrom tl_contextmix import attention_norms")
+    assert _wrong_imports("methods", face) == ["tl_contextmix", "attention_norms"]
+    upwards = ast.parse("from tl_contextmix import report, methods\nimport tl_contextmix.__main__")
+    assert _wrong_imports("decompose", upwards) == ["report", "methods", "__main__"]
+
+
+# Knowledge of the host
+
+_HOOKS = (
+    r"\bhook_(resid|attn|mlp|embed|pos|full|normalized|scale|pattern|result|rot|unembed|pre|post"
+)
+HOOK_NAMES = re.compile(_HOOKS + r"|in|out|q|k|v|z)(_\w+)?\b|\brun_with_(hooks|cache)\b")
+CLASS_NAMES = re.compile(
+    r"\b(Hooked(Root|Transformer|Encoder)\w*|TransformerBridge\w*|ActivationCache)\b"
+)
+
+
+def _words(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every name and every string of the code, with its line; docstrings and comments are not."""
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield line, node.value
+        elif isinstance(node, ast.Name):
+            yield line, node.id
+        elif isinstance(node, ast.Attribute):
+            yield line, node.attr
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((line, alias.name) for alias in node.names)
+
+
+def _found(pattern: re.Pattern[str], tree: ast.AST) -> list[str]:
+    return [f"line {line}: {m[0]}" for line, word in _words(tree) for m in pattern.finditer(word)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_hosts_knows_hook_names(module: str):
+    if _dotted(module)[0] != "hosts":
+        assert _found(HOOK_NAMES, _parse(module)) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_hosts_and_loading_know_class_names(module: str):
+    if _dotted(module)[0] not in ("hosts", "loading"):
+        assert _found(CLASS_NAMES, _parse(module)) == []
+
+
+def test_the_name_rules_can_fail():
+    tree = ast.parse(
+        '"""About hook_resid_pre of HookedTransformer."""\n'
+        "name = f'blocks.{i}.hook_resid_pre'\n"
+        "model.run_with_hooks(my_hook_in, hook_value)\n"
+        "from transformer_lens import HookedEncoder\n"
+        "kinds = ['TransformerBridge', 'attn.hook_z']\n"
+    )
+    assert sorted(_found(HOOK_NAMES, tree)) == [
+        "line 2: hook_resid_pre",
+        "line 3: run_with_hooks",
+        "line 5: hook_z",
+    ]
+    assert sorted(_found(CLASS_NAMES, tree)) == [
+        "line 4: HookedEncoder",
+        "line 5: TransformerBridge",
+    ]
+
+
+# The cost of an import
+
+HEAVY = ("transformer_lens", "transformers", "pandas", "matplotlib", "circuitsvis")
+# Seconds of processor time: the wall clock of a shared machine measures its neighbours.
+_BUDGET = 0.3
+_MEASURE = """
+import sys, time
+import torch
+before = time.process_time()
+import tl_contextmix
+print(time.process_time() - before, *(name for name in {heavy} if name in sys.modules))
+"""
+
+
+def test_import_is_cheap_and_loads_no_host():
+    runs = [_run_python(_MEASURE.format(heavy=HEAVY)).split() for _ in range(3)]
+    assert {name for run in runs for name in run[1:]} == set()
+    assert statistics.median(float(run[0]) for run in runs) < _BUDGET
+
+
+def _run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Annotations
+
+
+def test_annotations_are_enforced_while_testing():
+    from tl_contextmix.errors import four_parts
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="'failed'"):
+        four_parts(1, 2, "expected", "remedy")
+
+
+def test_annotations_are_published():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# The tree
+
+TOP_LEVEL = {
+    ".ci",
+    ".github",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "benchmarks",
+    "demos",
+    "docs",
+    "pyproject.toml",
+    "tests",
+    "tl_contextmix",
+}
+# Folders of one machine, and addresses of one package index: neither means anything elsewhere.
+_FOREIGN = re.compile(
+    r"(?<![\w.~/-])/(work|farm|root|home|opt|Users|mnt)/\w"
+    r"|--(extra-)?index-url|--find[-]links|\bfile:///|\bpypi\.(org|python)|download\.pytorch\.org"
+)
+
+
+def _files() -> list[Path]:
+    """What is, or is about to be, under version control."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout: nothing says which files belong to the project")
+    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_top_level_holds_only_what_belongs_there():
+    assert {path.relative_to(ROOT).parts[0] for path in _files()} <= TOP_LEVEL
+
+
+def test_no_file_names_a_machine_or_an_index():
+    found = []
+    for path in _files():
+        text = path.read_bytes().decode(errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in _FOREIGN.finditer(text)]
+    assert found == []
+
+
+def test_constraints_pin_everything_and_name_no_place():
+    files = sorted((ROOT / "tests").glob("constraints-tl*.txt"))
+    assert [path.stem[-1] for path in files] == ["2", "3", "4"]
+    for path in files:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), path.name
+        assert f"transformer-lens=={path.stem[-1]}." in path.read_text()

@@ -1,0 +1,49 @@
+"""README's examples print what it says. ``python tests/test_readme.py`` rewrites it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+# A Python block followed by what it prints.
+EXAMPLE = re.compile(r"```python\n(?P<code>.*?)```\n(```text\n(?P<output>.*?)```\n)?", re.DOTALL)
+
+
+def rerun(text: str) -> str:
+    """Returns README with every example's output as it is now; the examples share their names."""
+    names: dict[str, object] = {}
+
+    def run(found: re.Match[str]) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(found["code"], str(README), "exec"), names)
+        shown = f"```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
+        return f"```python\n{found['code']}```\n{shown}"
+
+    return EXAMPLE.sub(run, text)
+
+
+def _outputs(text: str, keep: Callable[[str], bool] = bool) -> list[str]:
+    return [found["output"] for found in EXAMPLE.finditer(text) if keep(found["output"] or "")]
+
+
+def test_examples_print_what_readme_says() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(_outputs(text)) >= 3
+    assert _outputs(rerun(text)) == _outputs(text)
+
+
+def test_there_are_exactly_two_set_up_commands() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert re.findall(r"<!-- (\w+) command -->\n```bash\n.+\n```", text) == ["main", "test"]
+    assert text.count("```bash") == 2
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    README.write_text(rerun(README.read_text(encoding="utf-8")), encoding="utf-8")

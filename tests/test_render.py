@@ -1,0 +1,635 @@
+"""Pages as they are read back: what is on them, that it is safe, and that it is always the same."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tl_contextmix.errors import InvalidInput
+from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Table
+from tl_contextmix.render import Page, Section
+from tl_contextmix.render import library as circuitsvis_library
+from tl_contextmix.render import page as page_module
+from tl_contextmix.render.text import for_circuitsvis, number, visible
+
+WORD_JOINER = "\u2060"
+HOSTILE = (
+    "<s>",
+    "</s>",
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "&lt;",
+    "\"double\" and 'single'",
+    "\n",
+    "\t",
+    "",
+    "\u202eevil",
+    "x" * 120,
+    "שלום",
+    "😀",
+    "\ud800",
+    "</textarea></style></title>",
+)
+
+
+class Parsed(HTMLParser):
+    """A document as a browser would take it apart."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self._script: dict[str, str | None] | None = None
+        self._skip = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Takes an opening tag."""
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+        self._skip = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Takes a closing tag."""
+        self._script, self._skip = None, False
+
+    def handle_data(self, data: str) -> None:
+        """Takes text."""
+        if self._script is not None:
+            self.scripts.append((self._script, data))
+        elif not self._skip:
+            self.text += data
+
+    def programs(self) -> list[str]:
+        """Scripts that run."""
+        return [body for attrs, body in self.scripts if attrs.get("type") is None]
+
+    def charts(self) -> list[dict[str, Any]]:
+        """What CircuitsVis is asked to draw."""
+        data = [body for attrs, body in self.scripts if attrs.get("type") == "application/json"]
+        return json.loads(data[0]) if data else []
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        """Attributes of every element of a kind."""
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def ids(self) -> list[str | None]:
+        """All ids."""
+        return [attrs["id"] for _, attrs in self.tags if "id" in attrs]
+
+    def values(self) -> list[float]:
+        """All numbers that elements carry."""
+        return [float(attrs["data-value"] or "") for _, attrs in self.tags if "data-value" in attrs]
+
+
+def heatmap(values: torch.Tensor, **changes: Any) -> Heatmap:
+    sheet, row, column = values.shape
+    options: dict[str, Any] = {
+        "title": "map",
+        "caption": "caption",
+        "values": values,
+        "sheets": tuple(f"layer {index}" for index in range(sheet)),
+        "rows": tuple(f"t{index}" for index in range(row)),
+        "columns": tuple(f"t{index}" for index in range(column)),
+        "unit": "norm",
+    }
+    return Heatmap(**(options | changes))
+
+
+def parse(*panels: Panel) -> Parsed:
+    return Parsed(Page(panels, title="page").html())
+
+
+def hostile_panels() -> dict[str, Panel]:
+    n = len(HOSTILE)
+    square = torch.linspace(-1, 1, 2 * n * n).reshape(2, n, n)
+    wide = torch.rand(2, n, n + 1)
+    tall = torch.rand(1, 120, n)
+    numbers = tuple(float(index) for index in range(n))
+    title = HOSTILE[3]
+    return {
+        "circuitsvis": heatmap(square, rows=HOSTILE, columns=HOSTILE, sheets=HOSTILE[2:4]),
+        "numbers": heatmap(wide, rows=HOSTILE, columns=(*HOSTILE, "a"), sheets=HOSTILE[2:4]),
+        "picture": heatmap(tall, columns=HOSTILE, sheets=(HOSTILE[3],), unit=HOSTILE[2]),
+        "bars": Bars(title, HOSTILE[2], HOSTILE, ((HOSTILE[2], numbers),), HOSTILE[3]),
+        "table": Table(
+            title, HOSTILE[2], ("t", HOSTILE[2]), tuple(zip(HOSTILE, numbers, strict=True)), ("t",)
+        ),
+        "text": ColoredText(title, HOSTILE[2], HOSTILE, numbers, HOSTILE[3]),
+    }
+
+
+# ---- the document
+
+
+def test_document_is_complete_and_fetches_nothing():
+    page = Page(
+        (heatmap(torch.rand(2, 3, 3)),),
+        title="A title",
+        facts=(("Text", "the keys"),),
+        sections=(
+            Section("First", "How to read it.", (heatmap(torch.rand(1, 2, 3)),), "A. Author 2024"),
+            Section("Second", "How to read this.", ()),
+        ),
+    )
+    text = page.html()
+    parsed = Parsed(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert text.endswith("</html>\n")
+    for part in ("A title", "the keys", "First", "How to read it.", "A. Author 2024", "Second"):
+        assert part in parsed.text
+    assert [attrs["href"] for attrs in parsed.all("a")] == ["#section-0", "#section-1"]
+    assert {"section-0", "section-1"} <= set(parsed.ids())
+    for _, attrs in parsed.tags:
+        for name in ("src", "href", "srcset", "action"):
+            assert not (attrs.get(name) or "").startswith(("http", "//"))
+    assert not re.search(r"\bhttps?:", text.replace(circuitsvis_library.script(), ""))
+    assert "sourceMappingURL" not in text
+
+
+def test_library_is_embedded_once_and_only_where_it_is_used():
+    library = circuitsvis_library.script()
+    many = Page(tuple(heatmap(torch.rand(2, 3, 3)) for _ in range(5))).html()
+    assert many.count("var CircuitsVis=") == 1
+    assert library in Parsed(many).programs()
+    none = Page((Bars("bars", "", ("a",), (("s", (1.0,)),)),)).html()
+    assert "var CircuitsVis=" not in none
+    assert len(none) < 60_000
+
+
+def test_policy_allows_the_scripts_of_the_page_and_nothing_else():
+    parsed = parse(heatmap(torch.rand(2, 3, 3)))
+    policies = [a for a in parsed.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    policy = policies[0]["content"] or ""
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    hashes = [
+        "'sha256-" + base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() + "'"
+        for body in parsed.programs()
+    ]
+    assert len(hashes) == 2
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"].split() == hashes
+    assert directives["style-src"] == "'unsafe-inline'"
+    assert directives["img-src"] == "data:"
+    # A browser hashes what it read, and it reads "\r\n" as "\n".
+    assert all("\r" not in body for body in parsed.programs())
+    # No handler in an attribute: the policy would block it.
+    assert not [name for _, attrs in parsed.tags for name in attrs if name.startswith("on")]
+
+
+def test_same_panels_give_the_same_bytes():
+    values = torch.rand(2, 3, 3)
+    first, second = (Page((heatmap(values.clone()),), title="t") for _ in range(2))
+    assert first.html() == second.html() == first.html()
+    assert first._repr_html_() == second._repr_html_()
+
+
+def test_ids_are_unique_even_for_equal_panels():
+    panel = heatmap(torch.rand(2, 3, 3))
+    parsed = parse(panel, panel, panel)
+    assert len(set(parsed.ids())) == len(parsed.ids())
+    elements = [chart["element"] for chart in parsed.charts()]
+    assert len(set(elements)) == 3
+    assert set(elements) <= set(parsed.ids())
+
+
+def test_every_kind_of_panel_can_be_drawn_and_described():
+    kinds = set(page_module.DRAW)
+    assert kinds == {type(panel) for panel in hostile_panels().values()}
+    for panel in hostile_panels().values():
+        assert Page((panel,)).text().isprintable() or "\n" in Page((panel,)).text()
+
+
+# ---- hostile text
+
+
+@pytest.mark.parametrize("kind", hostile_panels())
+def test_hostile_text_is_neutralised(kind):
+    panel = hostile_panels()[kind]
+    page = Page((panel,), title=HOSTILE[3], facts=((HOSTILE[2], HOSTILE[3]),))
+    text = page.html()
+    text.encode()  # A lone surrogate must not be left.
+    parsed = Parsed(text)
+    assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
+    assert not parsed.all("s")
+    assert not parsed.all("textarea")
+    assert len(parsed.programs()) == (2 if kind == "circuitsvis" else 1)
+    assert not [body for body in parsed.programs() if body.startswith("alert")]
+    for character in ("\u202e", "\u2067", "\ud800"):
+        assert character not in parsed.text
+        assert character not in text
+    outside = re.sub(r"<script.*?</script>|<style.*?</style>", "", text, flags=re.DOTALL)
+    assert "<img src=x" not in outside
+    # The frame of a notebook holds the page as one attribute.
+    notebook = Parsed(page._repr_html_())
+    assert {tag for tag, _ in notebook.tags} == {"iframe", "details", "summary", "pre"}
+    assert notebook.all("iframe")[0]["srcdoc"] == text
+
+
+@pytest.mark.parametrize("kind", ["numbers", "bars", "table", "text"])
+def test_own_drawings_show_every_token_as_text(kind):
+    parsed = parse(hostile_panels()[kind])
+    for token in ("<s>", "</s>", "&lt;", "⏎", "⇥", "∅", "\\u202eevil", "שלום", "😀", "\\ud800"):
+        assert token in parsed.text
+    if kind != "bars":
+        assert "x" * 24 not in parsed.text or kind == "table"
+
+
+def test_long_tokens_are_cut_and_whole_on_hover():
+    parsed = parse(hostile_panels()["text"])
+    assert "x" * 23 + "…" in parsed.text
+    assert "x" * 24 not in parsed.text
+    assert "x" * 120 in [attrs.get("title") for attrs in parsed.all("bdi")]
+
+
+def test_circuitsvis_gets_text_that_is_no_markup():
+    props = parse(hostile_panels()["circuitsvis"]).charts()[0]["props"]
+    expected = [visible(token) for token in HOSTILE]
+    for text, full in zip(props["tokens"], expected, strict=True):
+        assert not re.search(r"[<&](?!\u2060)", text)
+        shown = text.replace(WORD_JOINER, "")
+        assert shown == (full if len(full) <= 24 else full[:23] + "…")
+    assert all(not re.search(r"[<&](?!\u2060)", name) for name in props["attentionHeadNames"])
+
+
+def test_data_cannot_end_its_script_element():
+    text = Page((hostile_panels()["circuitsvis"],)).html()
+    data = text.split('<script type="application/json" id="charts">')[1].split("</script>")[0]
+    assert "<" not in data
+    assert len(json.loads(data)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("the", "the"),
+        (" the", "·the"),
+        ("  ", "··"),
+        ("a b ", "a b·"),
+        ("\r\n", "\\u000d⏎"),
+        ("\x00\x1b\x7f", "\\u0000\\u001b\\u007f"),
+        ("\u200b\ufeff\u00ad\u2066", "\\u200b\\ufeff\\u00ad\\u2066"),
+        ("\u00a0x\u3000", "\\u00a0x\\u3000"),
+        ("\u2028", "\\u2028"),
+        ("\U000e0001", "\\U000e0001"),
+        ("👩‍💻 می‌خواهم", "👩‍💻 می‌خواهم"),
+        ("é", "é"),
+    ],
+)
+def test_visible_writes_out_what_cannot_be_seen(text, shown):
+    assert visible(text) == shown
+
+
+def test_for_circuitsvis_keeps_the_text():
+    assert for_circuitsvis("<s>&") == f"<{WORD_JOINER}s>&{WORD_JOINER}"
+
+
+# ---- heat maps
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_square_maps_reach_circuitsvis_as_they_are(causal):
+    values = torch.rand(3, 4, 4) * 7
+    values = values.tril() if causal else values
+    parsed = parse(heatmap(values, causal=causal))
+    (chart,) = parsed.charts()
+    props = chart["props"]
+    assert chart["component"] == "AttentionHeads"
+    assert set(props) == {
+        "tokens",
+        "attention",
+        "attentionHeadNames",
+        "maxValue",
+        "minValue",
+        "positiveColor",
+        "negativeColor",
+        "maskUpperTri",
+    }
+    torch.testing.assert_close(torch.tensor(props["attention"]), values, rtol=1e-3, atol=0)
+    assert props["attentionHeadNames"] == ["layer 0", "layer 1", "layer 2"]
+    assert props["maskUpperTri"] is causal
+    assert props["maxValue"] == pytest.approx(float(values.max()), rel=1e-3)
+    assert props["minValue"] == -props["maxValue"]
+    assert len(json.dumps(props["attention"])) < 10 * values.numel()
+    expected = values[:, torch.tril(torch.ones(4, 4)) > 0] if causal else values
+    assert parsed.values() == pytest.approx(expected.flatten().tolist(), rel=1e-3)
+
+
+def test_props_are_those_of_circuitsvis_itself():
+    attention = pytest.importorskip("circuitsvis.attention")
+    panel = heatmap(torch.rand(2, 3, 3))
+    own = circuitsvis_library.attention_heads(panel)
+    theirs = attention.attention_heads(
+        attention=own["attention"],
+        tokens=own["tokens"],
+        attention_head_names=own["attentionHeadNames"],
+        max_value=own["maxValue"],
+        min_value=own["minValue"],
+        negative_color=own["negativeColor"],
+        positive_color=own["positiveColor"],
+        mask_upper_tri=own["maskUpperTri"],
+    ).cdn_src
+    name, props = re.search(r'render\(\s*"[^"]*",\s*(\w+),\s*(\{.*\})\s*\)', theirs).groups()
+    assert name == "AttentionHeads"
+    assert json.loads(props) == own
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.zeros(1, 2, 2), -torch.rand(1, 2, 2), torch.tensor([[[1e-30, 0.0], [0.0, 0.0]]])],
+)
+def test_bounds_lie_on_either_side_of_zero(values):
+    props = parse(heatmap(values)).charts()[0]["props"]
+    assert props["maxValue"] > 0 > props["minValue"]
+
+
+def test_maps_of_any_dtype_and_with_gradients():
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        values = torch.rand(1, 2, 2, requires_grad=True).to(dtype)
+        props = parse(heatmap(values)).charts()[0]["props"]
+        expected = values.detach().double().flatten().tolist()
+        assert [x for r in props["attention"][0] for x in r] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [
+        heatmap(torch.rand(2, 3, 5)),
+        heatmap(torch.rand(2, 3, 3), columns=("a", "b", "c")),
+    ],
+    ids=["rectangular", "other tokens"],
+)
+def test_maps_between_two_texts_are_tables(panel):
+    parsed = parse(panel)
+    assert not parsed.charts()
+    assert parsed.values() == pytest.approx(panel.values.flatten().tolist(), rel=1e-3)
+    assert len(parsed.all("option")) == 2
+    for token in (*panel.rows, *panel.columns):
+        assert token in parsed.text
+
+
+def test_what_is_no_number_is_seen():
+    values = torch.tensor([[[1.0, math.nan], [math.inf, -0.5]]])
+    parsed = parse(heatmap(values))
+    assert not parsed.charts()
+    classes = [attrs.get("class") for attrs in parsed.all("td")][1:]
+    assert classes == ["p20", "nothing", "infinite", "n10"]
+    assert "∞" in parsed.text
+    assert "no number" in parsed.text
+    assert "infinite" in parsed.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+def test_panels_of_one_strange_number_are_drawn(value):
+    full = torch.full((1, 50, 50), value)
+    panels = (
+        heatmap(full),
+        heatmap(full[:, :3, :2]),
+        Bars("bars", "", ("a",), (("s", (value,)),)),
+        Table("table", "", ("a",), ((value,),), ("a",)),
+        ColoredText("text", "", ("a",), (value,)),
+    )
+    page = Page(panels)
+    assert "nan" not in Parsed(page.html()).text.lower()
+    assert page.text()
+
+
+def test_empty_panels_say_so():
+    panels = (
+        heatmap(torch.zeros(1, 0, 0)),
+        heatmap(torch.zeros(0, 2, 2)),
+        Bars("bars", "", (), ()),
+        Table("table", "", ("a",), ()),
+        ColoredText("text", "", (), ()),
+    )
+    page = Page(panels)
+    assert Parsed(page.html()).text.count("There is nothing to show") >= 4
+    assert page.text()
+
+
+def test_maps_beyond_the_cell_budget_become_pictures():
+    side = 100
+    within = circuitsvis_library.CHART_CELLS // side**2
+    assert parse(heatmap(torch.rand(within, side, side))).charts()
+    parsed = parse(heatmap(torch.rand(within + 1, side, side), causal=False))
+    assert not parsed.charts()
+    assert len(parsed.all("img")) == within + 1
+    assert "one pixel per cell" in parsed.text
+    assert all((attrs["src"] or "").startswith("data:image/png") for attrs in parsed.all("img"))
+    assert all(attrs["alt"] for attrs in parsed.all("img"))
+
+
+def test_budget_is_that_of_the_page():
+    panel = heatmap(torch.rand(5, 100, 100))
+    parsed = parse(*[panel] * 4)
+    assert len(parsed.charts()) == circuitsvis_library.PAGE_CELLS // 50_000 == 3
+    assert len(parsed.all("img")) == 5
+
+
+def test_small_maps_beyond_the_budget_are_tables():
+    spent = heatmap(torch.rand(5, 100, 100))
+    small = heatmap(torch.rand(1, 3, 3))
+    parsed = parse(spent, spent, spent, small)
+    assert len(parsed.charts()) == 3
+    assert parsed.values() == pytest.approx(small.values.flatten().tolist(), rel=1e-3)
+
+
+def test_pictures_hold_the_numbers():
+    values = torch.linspace(-2, 2, 50 * 60).reshape(1, 50, 60)
+    values[0, 0, 0] = math.nan
+    (image,) = parse(heatmap(values)).all("img")
+    indices = read_png(base64.b64decode((image["src"] or "").split(",")[1]), 50, 60)
+    expected = (values[0] / 2 * 127).round() + 127
+    expected[0, 0] = 255
+    assert torch.equal(indices, expected.to(torch.int64))
+
+
+def test_causal_pictures_mask_later_tokens():
+    values = torch.ones(1, 300, 300).tril()
+    (image,) = parse(heatmap(values, causal=True)).all("img")
+    indices = read_png(base64.b64decode((image["src"] or "").split(",")[1]), 300, 300)
+    assert bool((indices[values[0] == 0] == 255).all())
+    assert bool((indices[values[0] == 1] == 254).all())
+
+
+def read_png(data: bytes, height: int, width: int) -> torch.Tensor:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert data[at + 8 + length : at + 12 + length] == struct.pack(
+            ">I", zlib.crc32(kind + body)
+        )
+        chunks[kind] = body
+        at += 12 + length
+    assert struct.unpack(">II", chunks[b"IHDR"][:8]) == (width, height)
+    assert len(chunks[b"PLTE"]) == 3 * 256
+    pixels = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).reshape(height, width + 1)
+    assert not pixels[:, 0].any()
+    return pixels[:, 1:]
+
+
+def test_large_maps_list_their_largest_numbers():
+    values = torch.zeros(2, 50, 50)
+    values[1, 30, 7] = -3.0
+    parsed = parse(heatmap(values))
+    assert "layer 1t30 (30)t7 (7)−3.00" in parsed.text
+
+
+def test_too_many_sheets_are_left_out_with_a_note(monkeypatch):
+    monkeypatch.setattr("tl_contextmix.render.heatmap.PICTURE_CELLS", 30_000)
+    parsed = parse(heatmap(torch.rand(9, 100, 100)))
+    assert len(parsed.all("img")) == 3
+    assert "Only the first 3 of 9 sheets" in parsed.text
+
+
+# ---- bars, tables, sentences
+
+
+def test_bars_stand_on_zero_and_hold_their_numbers():
+    series = (("up", (1.0, 2.0)), ("down", (-1.0, -0.5)))
+    parsed = parse(Bars("bars", "caption", ("a", "b"), series, "nats"))
+    assert parsed.values() == [1.0, 2.0, -1.0, -0.5]
+    boxes = [(float(a["y"] or ""), float(a["height"] or "")) for a in parsed.all("rect")]
+    zero = boxes[0][0] + boxes[0][1]
+    assert [y + height for y, height in boxes[:2]] == pytest.approx([zero, zero], abs=0.1)
+    assert [y for y, _ in boxes[2:]] == pytest.approx([zero, zero], abs=0.1)
+    assert boxes[1][1] == pytest.approx(2 * boxes[0][1], abs=0.2)
+    assert parsed.all("svg")[0]["role"] == "img"
+    assert parsed.all("svg")[0]["aria-label"]
+    assert "nats" in parsed.text
+    # The numbers are also in a table, for those who cannot see the bars.
+    assert parsed.text.count("−0.50") >= 2
+
+
+def test_many_bars_fit():
+    values = tuple(math.sin(index) for index in range(200))
+    parsed = parse(Bars("bars", "", tuple(f"layer {i}" for i in range(200)), (("s", values),)))
+    right = max(float(a["x"] or "") + float(a["width"] or "") for a in parsed.all("rect"))
+    assert right <= 560
+    assert len(parsed.all("rect")) == 200
+
+
+def test_tables_colour_signed_columns_only():
+    rows = (("a", 1, 2.0, None), ("b", -1, -1.0, 0.5))
+    parsed = parse(Table("t", "", ("name", "n", "change", "score"), rows, ("change",)))
+    classes = [attrs.get("class") for attrs in parsed.all("td")]
+    assert classes == [
+        None,
+        "number",
+        "number p20",
+        "number",
+        None,
+        "number",
+        "number n10",
+        "number",
+    ]
+    assert "+2.00" in parsed.text
+    assert "−1.00" in parsed.text
+    assert parsed.values() == [1, 2.0, -1, -1.0, 0.5]
+
+
+def test_long_tables_are_cut_with_a_note():
+    parsed = parse(Table("t", "", ("n",), tuple((index,) for index in range(1000))))
+    assert len(parsed.all("tr")) == 501
+    assert "The first 500 of 1,000 rows" in parsed.text
+
+
+def test_sentences_show_a_number_under_every_token():
+    parsed = parse(ColoredText("t", "", (" the", " keys"), (0.25, -0.5), "ratio"))
+    assert parsed.values() == [0.25, -0.5]
+    assert "·keys−0.500" in parsed.text
+    assert "ratio" in parsed.text
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "signed", "text"),
+    [
+        (0.5, 2, True, "+0.50"),
+        (-0.5, 2, True, "−0.50"),
+        (0.0, 2, True, "0.00"),
+        (-0.001, 2, False, "0.00"),
+        (1e-9, None, False, "1.00e-09"),
+        (math.nan, 2, True, "–"),
+        (math.inf, 2, True, "+∞"),
+        (-math.inf, 2, False, "−∞"),
+    ],
+)
+def test_numbers_as_text(value, places, signed, text):
+    assert number(value, places, signed=signed) == text
+
+
+# ---- notebooks, files
+
+
+def test_notebook_output_is_one_frame_and_the_numbers_as_text():
+    page = Page((heatmap(torch.eye(3)[None]),), title="A <title>")
+    bundle = page._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"}
+    assert bundle["text/html"] == page._repr_html_()
+    parsed = Parsed(bundle["text/html"] * 2)
+    frames = parsed.all("iframe")
+    assert len(frames) == 2
+    assert not parsed.ids()  # Ids live inside the frames, each a document of its own.
+    assert not parsed.programs()
+    for frame in frames:
+        assert frame["sandbox"] == "allow-scripts"
+        assert frame["title"] == "A <title>"
+        assert "src" not in frame
+    assert "t0 (0) -> t0 (0) 1.00" in bundle["text/plain"]
+    assert "t0 (0) -> t0 (0) 1.00" in parsed.text
+
+
+def test_repr_is_short():
+    assert repr(Page((heatmap(torch.eye(3)[None]),), title="t")) == "Page('t', 1 panel)"
+
+
+def test_save_writes_the_page(tmp_path):
+    page = Page((heatmap(torch.eye(3)[None]),), title="ünïcode")
+    path = page.save(tmp_path / "page.html")
+    assert path == tmp_path / "page.html"
+    assert path.read_bytes() == page.html().encode()
+    assert page.save(str(tmp_path / "again.html")).exists()
+    with pytest.raises(InvalidInput, match="folder that exists"):
+        page.save(tmp_path / "missing" / "page.html")
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        page.save(tmp_path)
+
+
+def test_open_shows_a_saved_page(monkeypatch):
+    opened: list[str] = []
+    monkeypatch.setattr(page_module.webbrowser, "open", opened.append)
+    page = Page((), title="t")
+    path = page.open()
+    assert opened == [path.as_uri()]
+    assert path.read_text(encoding="utf-8") == page.html()
+
+
+def test_importing_render_does_not_import_circuitsvis():
+    root = str(Path(page_module.__file__).parents[2])
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import tl_contextmix.render as r; "
+        "r.Page(()).html(); print('circuitsvis' in sys.modules, 'pandas' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, root], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["False", "False"]

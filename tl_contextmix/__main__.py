@@ -1,0 +1,120 @@
+"""The command line: parse, call, exit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+import webbrowser
+from collections.abc import Sequence
+
+from tl_contextmix.errors import ContextMixError, ContextMixWarning
+from tl_contextmix.hosts import check
+from tl_contextmix.inputs import package_version
+from tl_contextmix.loading import load_model
+from tl_contextmix.report import DEFAULT_MODEL, DEFAULT_PATH, write_report
+
+_MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code.
+
+    0: done. 1: `check` found an identity that does not hold. 2: the command cannot be done.
+
+    Args:
+        arguments: The words of the command; None for those of the process.
+    """
+    parsed = _parser().parse_args(arguments)
+    # What these libraries log on the way is about calls that the user did not write.
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ContextMixWarning)
+        warnings.showwarning = _show_warning
+        try:
+            return parsed.command(parsed)
+        except ContextMixError as error:
+            print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
+            return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tl-contextmix",
+        description="Context mixing for TransformerLens models.",
+    )
+    parser.add_argument("--version", action="version", version=f"tl-contextmix {package_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_report(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a page on what a model's blocks do to a sentence",
+        description="Writes one HTML page that needs no network, and prints its path.",
+    )
+    command.set_defaults(command=_report)
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        default=DEFAULT_MODEL,
+        help=f"{_MODEL}; default: %(default)s",
+    )
+    command.add_argument("--text", help="the sentence; default: one that suits the model")
+    command.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        default=DEFAULT_PATH,
+        help="the page; default: %(default)s in this folder",
+    )
+    command.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "check",
+        help="check that a model is read correctly",
+        description="Recomputes a model's activations from a few hooks and its weights, and "
+        "prints how far they are from its own. Exit code 1: an identity does not hold.",
+    )
+    command.set_defaults(command=_check)
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    path = write_report(parsed.model, parsed.text, parsed.output)
+    if parsed.open:
+        webbrowser.open(path.resolve().as_uri())
+    print(path)
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    found = check(load_model(parsed.model))
+    print(found)
+    return 0 if found.ok else 1
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    print(f"tl-contextmix: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Word tables of the English-to-French demo grammar.
+
+The order of every table is part of the data set (see `lexicon.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Gender = Literal["masculine", "feminine"]
+NounClass = Literal["person", "thing"]
+
+
+@dataclass(frozen=True)
+class Noun:
+    """An English noun and its only translation."""
+
+    english: tuple[str, str]
+    """(singular, plural)."""
+    french: tuple[str, str]
+    gender: Gender
+    noun_class: NounClass
+
+
+@dataclass(frozen=True)
+class AmbiguousNoun:
+    """An English noun with two translations: a living being and a thing."""
+
+    english: tuple[str, str]
+    person: tuple[str, str, Gender]
+    thing: tuple[str, str, Gender]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Forms of a verb, each pair (singular, plural)."""
+
+    present: tuple[str, str]
+    past: tuple[str, str]
+    french_present: tuple[str, str]
+    french_past: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Adjective:
+    """An English adjective and its four French forms."""
+
+    english: str
+    french: tuple[str, str, str, str]
+    """Masculine and feminine singular, masculine and feminine plural."""
+    classes: frozenset[NounClass]
+
+    def form(self, gender: Gender, plural: bool) -> str:
+        """Returns the French form that agrees."""
+        return self.french[(gender == "feminine") + 2 * plural]
+
+
+_NOUNS = {
+    "person": """
+        boy/boys/garçon/garçons/m girl/girls/fille/filles/f man/men/homme/hommes/m
+        woman/women/femme/femmes/f king/kings/roi/rois/m queen/queens/reine/reines/f
+        brother/brothers/frère/frères/m sister/sisters/sœur/sœurs/f
+        baker/bakers/boulanger/boulangers/m nurse/nurses/infirmière/infirmières/f
+        neighbour/neighbours/voisin/voisins/m dancer/dancers/danseuse/danseuses/f
+        dog/dogs/chien/chiens/m cat/cats/chat/chats/m cow/cows/vache/vaches/f
+        mouse/mice/souris/souris/f horse/horses/cheval/chevaux/m
+        frog/frogs/grenouille/grenouilles/f
+    """,
+    "thing": """
+        key/keys/clé/clés/f book/books/livre/livres/m table/tables/table/tables/f
+        car/cars/voiture/voitures/f boat/boats/bateau/bateaux/m house/houses/maison/maisons/f
+        tree/trees/arbre/arbres/m door/doors/porte/portes/f coat/coats/manteau/manteaux/m
+        shirt/shirts/chemise/chemises/f knife/knives/couteau/couteaux/m
+        chair/chairs/chaise/chaises/f box/boxes/boîte/boîtes/f glass/glasses/verre/verres/m
+    """,
+}
+_GENDERS: dict[str, Gender] = {"m": "masculine", "f": "feminine"}
+
+
+def _nouns(noun_class: NounClass) -> tuple[Noun, ...]:
+    nouns = []
+    for item in _NOUNS[noun_class].split():
+        singular, plural, french, french_plural, gender = item.split("/")
+        english = (singular, plural)
+        nouns.append(Noun(english, (french, french_plural), _GENDERS[gender], noun_class))
+    return tuple(nouns)
+
+
+NOUNS: dict[NounClass, tuple[Noun, ...]] = {"person": _nouns("person"), "thing": _nouns("thing")}
+"""Animals count as persons: they sleep, and "it" never means them."""
+
+AMBIGUOUS_NOUNS = (
+    AmbiguousNoun(
+        ("bat", "bats"),
+        ("chauve-souris", "chauves-souris", "feminine"),
+        ("batte", "battes", "feminine"),
+    ),
+    AmbiguousNoun(
+        ("seal", "seals"),
+        ("phoque", "phoques", "masculine"),
+        ("sceau", "sceaux", "masculine"),
+    ),
+    AmbiguousNoun(
+        ("star", "stars"),
+        ("vedette", "vedettes", "feminine"),
+        ("étoile", "étoiles", "feminine"),
+    ),
+    AmbiguousNoun(
+        ("pupil", "pupils"),
+        ("élève", "élèves", "masculine"),
+        ("pupille", "pupilles", "feminine"),
+    ),
+)
+
+
+def _verbs(text: str) -> tuple[Verb, ...]:
+    """Reads "base/third/past/fr sg/fr pl/fr past sg/fr past pl" items."""
+    verbs = []
+    for item in text.split():
+        base, third, past, french, french_plural, past_french, past_french_plural = item.split("/")
+        verbs.append(
+            Verb(
+                (third, base),
+                (past, past),
+                (french, french_plural),
+                (past_french, past_french_plural),
+            )
+        )
+    return tuple(verbs)
+
+
+INTRANSITIVE = _verbs("""
+    sleep/sleeps/slept/dort/dorment/dormait/dormaient
+    sing/sings/sang/chante/chantent/chantait/chantaient
+    run/runs/ran/court/courent/courait/couraient
+    swim/swims/swam/nage/nagent/nageait/nageaient
+    eat/eats/ate/mange/mangent/mangeait/mangeaient
+    wait/waits/waited/attend/attendent/attendait/attendaient
+    smile/smiles/smiled/sourit/sourient/souriait/souriaient
+    cry/cries/cried/pleure/pleurent/pleurait/pleuraient
+""")
+TRANSITIVE = _verbs("""
+    see/sees/saw/voit/voient/voyait/voyaient
+    find/finds/found/trouve/trouvent/trouvait/trouvaient
+    love/loves/loved/aime/aiment/aimait/aimaient
+    follow/follows/followed/suit/suivent/suivait/suivaient
+    watch/watches/watched/regarde/regardent/regardait/regardaient
+    take/takes/took/prend/prennent/prenait/prenaient
+    hide/hides/hid/cache/cachent/cachait/cachaient
+    know/knows/knew/connaît/connaissent/connaissait/connaissaient
+""")
+THING_VERBS = _verbs("""
+    fall/falls/fell/tombe/tombent/tombait/tombaient
+    burn/burns/burned/brûle/brûlent/brûlait/brûlaient
+    shine/shines/shone/brille/brillent/brillait/brillaient
+""")
+BE = Verb(("is", "are"), ("was", "were"), ("est", "sont"), ("était", "étaient"))
+
+
+def _adjectives(text: str, *classes: NounClass) -> tuple[Adjective, ...]:
+    adjectives = []
+    for item in text.split():
+        english, masculine, feminine, masculine_plural, feminine_plural = item.split("/")
+        french = (masculine, feminine, masculine_plural, feminine_plural)
+        adjectives.append(Adjective(english, french, frozenset(classes)))
+    return tuple(adjectives)
+
+
+ADJECTIVES = (
+    *_adjectives(
+        """
+        black/noir/noire/noirs/noires white/blanc/blanche/blancs/blanches
+        green/vert/verte/verts/vertes red/rouge/rouge/rouges/rouges
+        """,
+        "person",
+        "thing",
+    ),
+    *_adjectives(
+        """
+        strong/fort/forte/forts/fortes happy/heureux/heureuse/heureux/heureuses
+        tired/fatigué/fatiguée/fatigués/fatiguées sad/triste/triste/tristes/tristes
+        """,
+        "person",
+    ),
+    *_adjectives(
+        """
+        clean/propre/propre/propres/propres heavy/lourd/lourde/lourds/lourdes
+        empty/vide/vide/vides/vides broken/cassé/cassée/cassés/cassées
+        """,
+        "thing",
+    ),
+)
+PREPOSITIONS = (
+    ("behind", "derrière"),
+    ("under", "sous"),
+    ("with", "avec"),
+    ("on", "sur"),
+    ("before", "devant"),
+)
+DETERMINERS: dict[str, tuple[str | None, str | None, str | None]] = {
+    "the": ("le", "la", "les"),
+    "a": ("un", "une", None),
+    "some": (None, None, "des"),
+    "this": ("ce", "cette", None),
+    "these": (None, None, "ces"),
+    "my": ("mon", "ma", "mes"),
+    "your": ("ton", "ta", "tes"),
+    "his": ("son", "sa", "ses"),
+}
+"""English to French (masculine singular, feminine singular, plural); None where there is none."""
+
+BEFORE_VOWEL = {
+    "le": "l'",
+    "la": "l'",
+    "ce": "cet",
+    "ma": "mon",
+    "ta": "ton",
+    "sa": "son",
+}
+"""Form of a singular determiner before a noun that begins with a vowel sound."""
+VOWELS = "aeiouhéîê"
+
+PRONOUNS: dict[tuple[Gender, bool], str] = {
+    ("masculine", False): "il",
+    ("feminine", False): "elle",
+    ("masculine", True): "ils",
+    ("feminine", True): "elles",
+}
+"""French subject pronoun by gender and whether it is plural."""
+
+FUNCTION_WORDS = ("that", "them", "because", "it", "they", ".")
+
+
+def known_words() -> frozenset[str]:
+    """Returns every English word that the translation grammar can produce.
+
+    Any other word is unknown to the demo translator; what it makes of it means nothing.
+    """
+    words = {*FUNCTION_WORDS, *DETERMINERS}
+    words.update(english for english, _ in PREPOSITIONS)
+    words.update(adjective.english for adjective in ADJECTIVES)
+    for noun in (*NOUNS["person"], *NOUNS["thing"], *AMBIGUOUS_NOUNS):
+        words.update(noun.english)
+    for verb in (*INTRANSITIVE, *TRANSITIVE, *THING_VERBS, BE):
+        words.update(verb.present + verb.past)
+    return frozenset(words)

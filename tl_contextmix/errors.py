@@ -1,0 +1,38 @@
+"""Everything this package raises or warns with.
+
+Every message has four parts: what failed, the value seen, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class ContextMixError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class InvalidInput(ContextMixError, ValueError):
+    """The call is wrong: an argument, a token, a mask or a cache cannot be used as given."""
+
+
+class UnsupportedModel(ContextMixError, NotImplementedError):
+    """The model is not one whose numbers would be right, so none are given."""
+
+
+class FileFormatError(ContextMixError, ValueError):
+    """A file is not a result of this package, or one this version cannot read."""
+
+
+class ContextMixWarning(UserWarning):
+    """The answer is right, but means something else than the reader may think."""
+
+
+def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
+    """Returns the message of an error, its four parts always in the same order.
+
+    Args:
+        failed: What could not be done, as a clause without a full stop.
+        seen: The value that caused it.
+        expected: What would have been accepted.
+        remedy: What the reader can do now.
+    """
+    return f"{failed}: got {seen}; expected {expected}. {remedy}"

@@ -1,0 +1,125 @@
+"""Recognises a model by what it is, never by importing its class.
+
+The Hooked classes are gone in TransformerLens 4, where even asking for them raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+Host = Literal["HookedTransformer", "HookedEncoder", "HookedEncoderDecoder", "TransformerBridge"]
+
+
+@functools.cache
+def major() -> int:
+    """Returns the major version of TransformerLens, by what it contains.
+
+    Its number would not do: a checkout from git calls itself 0.0.0.
+    """
+    if importlib.util.find_spec("transformer_lens.HookedTransformer") is None:
+        return 4
+    return 2 if importlib.util.find_spec("transformer_lens.model_bridge") is None else 3
+
+
+@functools.cache
+def host_version() -> str:
+    """Returns the version TransformerLens gives itself."""
+    return importlib.metadata.version("transformer-lens")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before anything is read.
+
+    Attributes:
+        model: The model.
+        host: The class of TransformerLens it is, or is derived from.
+        major: Major version of TransformerLens.
+        architecture: Name of the architecture as the host has it, or an empty string.
+    """
+
+    model: Any
+    host: Host
+    major: int
+    architecture: str
+
+    @property
+    def bridge(self) -> bool:
+        """Whether it is a TransformerBridge."""
+        return self.host == "TransformerBridge"
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether the one stack is an encoder: BERT and its like."""
+        if self.host == "HookedEncoder":
+            return True
+        if self.architecture.endswith("ForMaskedLM") or self.architecture == "BertModel":
+            return True
+        # A bridge's attention_dir is not to be trusted; HookedTransformer's is.
+        return not self.bridge and self.model.cfg.attention_dir == "bidirectional"
+
+    @property
+    def t5(self) -> bool:
+        """Whether it is T5 or one of its like, with relative positions."""
+        relative = getattr(self.model.cfg, "positional_embedding_type", "")
+        return relative == "relative_positional_bias" or "T5" in self.architecture
+
+    def has_class(self, *words: str) -> str:
+        """Returns the name of the first module class that contains one of the words, or ''."""
+        for module in self.model.modules():
+            name = type(module).__name__
+            if any(word in name for word in words):
+                return name
+        return ""
+
+    def block_modules(self) -> list[tuple[str, nn.Module]]:
+        """Returns the blocks of a bridge with their paths."""
+        lists = ("blocks", "encoder_blocks", "decoder_blocks")
+        return [
+            (f"{path}.{index}", block)
+            for path in lists
+            for index, block in enumerate(self.model._modules.get(path) or ())
+        ]
+
+    def blocks_without_attention(self) -> str:
+        """Returns the path of a block that mixes tokens by something else, or ''."""
+        for path, block in self.block_modules():
+            if not {"attn", "self_attn"} & set(block._modules):
+                return path
+        return ""
+
+    def hf_config(self) -> Any:
+        """Returns the Hugging Face config of a bridge, or None."""
+        return getattr(getattr(self.model, "original_model", None), "config", None)
+
+
+def recognise(model: Any) -> Facts:
+    """Returns what is known of a TransformerLens model.
+
+    Raises:
+        UnsupportedModel: If it is none, or one without weights of its own.
+    """
+    mro = {cls.__name__ for cls in type(model).__mro__}
+    host = next((name for name in get_args(Host) if name in mro), None)
+    known = isinstance(model, nn.Module) and host is not None
+    if not known or next(model.parameters(), None) is None:
+        raise UnsupportedModel(
+            four_parts(
+                "this is not a language model of TransformerLens with weights of its own",
+                f"a {type(model).__module__}.{type(model).__name__}",
+                "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
+                "Load it with tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
+                "TransformerBridge.",
+            )
+        )
+    cfg = model.cfg
+    architecture = getattr(cfg, "architecture", None) or getattr(cfg, "original_architecture", "")
+    return Facts(model=model, host=host, major=major(), architecture=str(architecture or ""))

@@ -1,0 +1,163 @@
+"""Runs a TransformerLens model of any class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.hosts.locks import lock_of
+from tl_contextmix.hosts.reading import Handle
+from tl_contextmix.model_view import Batch, Edit, Runner, Side
+
+
+def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
+    """Returns the function that runs the model once with hooks at the given names."""
+
+    def run(
+        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        model = handle.get()
+        require_no_dropout(model)
+        require_no_autocast(handle.device)
+        kept: dict[str, Tensor] = {}
+        # Closures, never hook.name: compatibility mode renames hook points.
+        fwd_hooks = [(name, _keeper(name, edit, kept, grad)) for name, edit in hooks]
+        ids = _ids(batch.main, pad_id()).to(handle.device)
+        # Hooks sit on the model: two passes at once would fill each other's traces.
+        with lock_of(model), torch.set_grad_enabled(grad):
+            logits = _forward(model, ids, fwd_hooks, _arguments(model, handle, batch))
+        _require_all(model, kept, [name for name, _ in hooks])
+        return logits, {name: value.to(handle.device) for name, value in kept.items()}
+
+    return run
+
+
+def _forward(
+    model: Any, ids: Tensor, fwd_hooks: list[tuple[str, Callable]], arguments: dict[str, Any]
+) -> Tensor:
+    try:
+        return model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **arguments)
+    except KeyError as error:
+        # 4.x raises for a name that is not there, where 3.x does nothing.
+        for name, _ in fwd_hooks:
+            if name in str(error):
+                raise _not_shown(model, [name], len(fwd_hooks)) from error
+        raise
+
+
+def _ids(side: Side, pad_id: int) -> Tensor:
+    """Returns the ids with one padding id wherever there is padding, whatever was there.
+
+    RoBERTa counts positions by the ids, not by the mask.
+    """
+    return side.ids.masked_fill(~side.mask, pad_id)
+
+
+def _require_all(model: nn.Module, kept: dict[str, Tensor], names: list[str]) -> None:
+    missing = [name for name in names if name not in kept]
+    if missing:
+        raise _not_shown(model, missing, len(names))
+
+
+def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    remedy = (
+        "This class of TransformerLens does not show what maps of this model are made of; try "
+        "another class or version."
+    )
+    if attention != "eager":
+        remedy = (
+            'Call set_attn_implementation("eager") on the Hugging Face model before wrapping it: '
+            "fused attention kernels compute no pattern."
+        )
+    return UnsupportedModel(
+        four_parts(
+            f"the model did not show {missing[0]}",
+            f"{len(missing)} of {count} hooks that never fired, with {attention} attention",
+            "attention patterns, values and neurons at hook points",
+            remedy,
+        )
+    )
+
+
+def _keeper(
+    name: str, edit: Edit | None, kept: dict[str, Tensor], grad: bool
+) -> Callable[..., Tensor | None]:
+    def hook(tensor: Tensor, hook: Any = None) -> Tensor | None:
+        if kept.get(name) is tensor:
+            # In compatibility mode a bridge calls a hook once for each name of its point, the
+            # second time with what the first one returned.
+            return None
+        value = tensor if edit is None else edit(tensor)
+        kept[name] = value
+        # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
+        return value if grad or edit is not None else None
+
+    return hook
+
+
+def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]:
+    mask = batch.main.mask.to(handle.device).long()
+    padded = not bool(batch.main.mask.all())
+    arguments: dict[str, Any] = {}
+    if handle.bridge:
+        arguments["attention_mask"] = mask if padded or batch.decoder is not None else None
+    elif batch.decoder is not None:
+        # HookedEncoderDecoder multiplies 1 - mask by the lowest float64, which overflows to
+        # 0 * inf unless the mask has the model's own dtype.
+        dtype = next(model.parameters()).dtype
+        arguments["one_zero_attention_mask"] = mask.to(dtype)
+    elif handle.host == "HookedEncoder":
+        arguments["one_zero_attention_mask"] = mask
+    elif padded:
+        arguments["attention_mask"] = mask
+    if batch.decoder is not None:
+        arguments["decoder_input"] = batch.decoder.ids.to(handle.device)
+    return arguments
+
+
+def require_no_dropout(model: nn.Module) -> None:
+    """Checks that the model gives the same numbers twice.
+
+    Raises:
+        InvalidInput: If a module is in train mode and drops activations.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
+        for attribute in ("dropout", "attention_dropout", "dropout_prob"):
+            value = module.__dict__.get(attribute)
+            rate = max(rate, value) if isinstance(value, float) else rate
+        if rate > 0:
+            raise InvalidInput(
+                four_parts(
+                    "the model is in train mode and drops activations at random",
+                    f"dropout {rate} in {name or type(module).__name__}",
+                    "a model in eval mode",
+                    "Call model.eval() first.",
+                )
+            )
+
+
+def require_no_autocast(device: torch.device) -> None:
+    """Checks that matrix products have the precision of their factors.
+
+    Raises:
+        InvalidInput: If autocast is on.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise InvalidInput(
+            four_parts(
+                "maps cannot be computed under autocast",
+                f"torch.autocast({device.type!r}, {torch.get_autocast_dtype(device.type)})",
+                "matrix products in the precision of their factors",
+                "Leave the autocast block, or load the model in the lower precision: its "
+                "activations are then upcast for the maths.",
+            )
+        )

@@ -1,0 +1,26 @@
+"""From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
+
+from tl_contextmix.inputs.caches import Cache
+from tl_contextmix.inputs.passes import (
+    Pass,
+    label,
+    package_version,
+    provenance,
+    run_pass,
+    select_blocks,
+)
+from tl_contextmix.inputs.tokens import Given, PaddingSide, Text, make_batch
+
+__all__ = [
+    "Cache",
+    "Given",
+    "PaddingSide",
+    "Pass",
+    "Text",
+    "label",
+    "make_batch",
+    "package_version",
+    "provenance",
+    "run_pass",
+    "select_blocks",
+]

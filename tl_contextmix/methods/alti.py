@@ -1,0 +1,106 @@
+"""ALTI: how much closer each token's part brings a position to what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.model_view import StackName
+from tl_contextmix.results import ContextMap
+from tl_contextmix.tensors import Mixture, blocks
+
+
+def alti(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ContextMap:
+    r"""Returns ALTI's contributions of one layer; roll them out for the method itself.
+
+    .. math:: C_{ij} = \max(0, ||y_i||_1 - ||y_i - F_{ij}||_1), \qquad
+              y_i = \sum_j F_{ij} + b_i
+
+    (Ferrando et al. 2022, "Measuring the mixing of contextual information in the transformer").
+    :math:`y_i` is the residual stream after attention: past its norm in post-LN models, the bare
+    sum in pre-LN models; biases are in :math:`y_i` and in no part. A part that points away from
+    :math:`y_i` scores 0, as in the paper. Scores are raw distances: the paper's token-to-token
+    contributions are ``.normalize()``, its attributions ``.normalize().rollout()``.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers; None for all. Negative counts from the end.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder. In its decoder
+            the parts are those after both attentions, of the decoder's tokens followed by the
+            encoder's, whichever of its names is given (this is not ALTI+, which treats the two
+            attentions as two layers).
+        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace of a block of targets and sources.
+
+    Returns:
+        A `ContextMap` [batch layer 1 target source], in units of the residual stream's L1 norm.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost per layer: ``2 n^2 H d`` operations within ``max_bytes``; L1 needs every part.
+    """
+    max_bytes = require_budget(max_bytes)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    scores = []
+    with torch.no_grad():
+        for block in done.progress("alti"):
+            stream = linear_points(block, done.trace, done.stack)["stream"]
+            scores.append(_closer(stream, max_bytes)[:, None])
+    return ContextMap(
+        scores=masked(done, torch.stack(scores, dim=1), "block_out"),
+        layers=done.layers,
+        heads=("all",),
+        point="resid_mid" if done.blocks[0].attentions[-1].norm_after is None else "mlp_in",
+        stack=done.stack,
+        target=done.target,
+        source=done.source("block_out"),
+        unit="L1 distance",
+        includes_residual=True,
+        provenance=done.provenance("alti", {}),
+    )
+
+
+def _closer(stream: Mixture, max_bytes: int) -> Tensor:
+    """Returns the scores [batch target source], some targets and sources at a time."""
+    batch, target, width = stream.total.shape
+    heads = sum(read.pattern.shape[1] for read in stream.reads)
+    pair = width * stream.total.element_size()
+    # Per source its vectors through each head, per pair the part and three of its kind.
+    columns = max(1, max_bytes // (4 * heads * pair))
+    rows = max(1, max_bytes // (5 * pair * min(columns, stream.sources)))
+    out = stream.total.new_zeros(batch, target, stream.sources)
+    for row in range(batch):
+        one = stream.row(slice(row, row + 1))
+        for sources in blocks(stream.sources, columns):
+            for targets in blocks(target, rows):
+                y = one.total[:, None, targets]
+                parts = one.dense(targets, sources)
+                # Term by term: what brings nothing scores exactly 0, in any order of the sum.
+                gain = (y.abs() - (y - parts).abs()).sum(dim=-1).clamp(min=0)
+                out[row, targets, sources] = gain[0].T
+    return out

@@ -1,0 +1,284 @@
+"""DecompX: vectors of the input tokens carried through all layers in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import (
+    DEFAULT_MAX_BYTES,
+    Bias,
+    masked,
+    require_bias,
+    require_budget,
+)
+from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import (
+    Cache,
+    Given,
+    PaddingSide,
+    Pass,
+    Text,
+    run_pass,
+    select_blocks,
+)
+from tl_contextmix.model_view import Block, ModelView, StackName
+from tl_contextmix.propagate import FrozenStack, freeze_stack, own_parts
+from tl_contextmix.results import ContextMap, Decomposition
+from tl_contextmix.tensors import blocks
+
+# Largest relative error of the sums, by the model's own dtype: rounding over all layers.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def decompx(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ContextMap:
+    r"""Returns the norm of what each input token brings to each position, through all layers.
+
+    .. math:: C^l_{ik} = || x^l_{i \leftarrow k} ||_2, \qquad
+              x^l_i = \sum_k x^l_{i \leftarrow k} + b^l_i
+
+    (Modarressi et al. 2023, "DecompX"). Unlike a rollout of one-layer maps, vectors are carried:
+    contributions that cancel do cancel. Values are decomposed with frozen patterns
+    (:math:`\sum_j A_{hij}\, x_{j \leftarrow k} W_V W_O`), norms with frozen scales, the
+    feed-forward block by the slope from zero to its pre-activation (eq. 10; gated: see
+    `tl_contextmix.decompose`). The first layer's input belongs to its tokens, position embeddings
+    included. Biases are carried on their own and belong to no token (the paper's variant without
+    biases; it also describes dividing them among tokens, which is not done here). Those of values
+    and of the norm before them are among them, while in `decompose` they travel with their token:
+    the first layer of this map differs from the one-layer map in that alone.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers to return; None for all. All layers below are passed anyway.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder. Both names of the
+            decoder mean the same: the sources are the decoder's input tokens followed by the
+            encoder's, carried through the encoder and its final norm too.
+        bias: ``"contributor"`` (the paper) or ``"fixed"``, see `decompose`.
+        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace: so many input tokens are carried at a time, at least one.
+
+    Returns:
+        A `ContextMap` [batch layer 1 target source] at ``"block_out"``: norms in units of the
+        residual stream after each layer, the source axis being the *input* tokens; `bias` is the
+        norm of what belongs to none. Each layer's map reaches back to the input, so it is marked
+        as rolled out, and `rollout` refuses to do it twice.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong; among them those whose
+            vectors do not add up to the model's own residual stream.
+
+    Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations.
+    """
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = _carry(as_view(model), given, layer, stack, bias, max_bytes)
+    scores = [torch.cat(norms, dim=2) for norms in done.collect(lambda parts: parts.norm(dim=-1))]
+    real = done.asked.target.mask.to(scores[0].device)
+    options = {"bias": bias, "rollout": True}
+    return ContextMap(
+        scores=masked(done.asked, torch.stack(scores, dim=1)[:, :, None], "block_out"),
+        layers=done.asked.layers,
+        heads=("all",),
+        point="block_out",
+        stack=done.asked.stack,
+        target=done.asked.target,
+        source=done.asked.source("block_out"),
+        unit="norm, from the input",
+        includes_residual=True,
+        bias=(done.bias().norm(dim=-1) * real[:, None])[:, :, None],
+        provenance=done.asked.provenance("decompx", options),
+    )
+
+
+def decompx_vectors(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Decomposition:
+    r"""Returns what each input token brings to each position through all layers, as vectors.
+
+    .. math:: x^l_i = \sum_k x^l_{i \leftarrow k} + b^l_i
+
+    exactly (to rounding: 1e-10 in float64), after every layer. Arguments and errors are those of
+    `decompx`.
+
+    Args:
+        model: Any TransformerLens model.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers to return; None for all.
+        stack: See `decompx`.
+        bias: See `decompx`.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A cache of the same input, instead of a forward pass.
+        max_bytes: Workspace besides the result.
+
+    Returns:
+        A `Decomposition` at ``"block_out"``: ``parts`` [batch layer target source d_model], the
+        source axis being the input tokens. Rows of padding are not the model's.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost: that of `decompx`, and ``n^2 d_model`` numbers per layer for the result.
+    """
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = _carry(as_view(model), given, layer, stack, bias, max_bytes)
+    parts = [torch.cat(some, dim=2) for some in done.collect(lambda parts: parts)]
+    return Decomposition(
+        parts=torch.stack(parts, dim=1),
+        bias=done.bias(),
+        layers=done.asked.layers,
+        point="block_out",
+        stack=done.asked.stack,
+        target=done.asked.target,
+        source=done.asked.source("block_out"),
+        provenance=done.asked.provenance("decompx", {"bias": bias, "rollout": True}),
+    )
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """A pass whose input tokens can be carried through its layers, a few at a time.
+
+    Attributes:
+        asked: The pass, its blocks being the layers to return.
+        own: Frozen blocks of the stack, up to the last layer asked for.
+        encoder: Frozen encoder that the stack reads, or None.
+        size: Number of tokens to carry at a time.
+    """
+
+    asked: Pass
+    own: FrozenStack
+    encoder: FrozenStack | None
+    size: int
+
+    def bias(self) -> Tensor:
+        """Returns what belongs to no token [batch layer target d_model]."""
+        return torch.stack([self.own.biases[layer] for layer in self.asked.layers], dim=1)
+
+    def collect(self, read: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
+        """Returns ``read(parts)`` per layer asked for and chunk of sources, and checks the sums."""
+        found: list[list[Tensor]] = [[] for _ in self.asked.layers]
+        totals = list(self.bias().unbind(dim=1))
+        with torch.no_grad():
+            for parts, memory in self._starts():
+                for layer, block in enumerate(self.own.blocks):
+                    parts = block(parts, memory)
+                    for index, asked in enumerate(self.asked.layers):
+                        if asked == layer:
+                            found[index].append(read(parts))
+                            totals[index] = totals[index] + parts.sum(dim=2)
+        for block, total in zip(self.asked.blocks, totals, strict=True):
+            _require_complete(self.asked, block, total)
+        return found
+
+    def _starts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields the stack's input and the encoder's output as parts of a few input tokens."""
+        trace = self.asked.trace
+        x = trace.resid_in(self.own.blocks[0].block)
+        if self.encoder is None:
+            for chunk in blocks(x.shape[1], self.size):
+                yield own_parts(x, chunk), None
+            return
+        source = trace.resid_in(self.encoder.blocks[0].block)
+        for chunk in blocks(x.shape[1], self.size):
+            parts = own_parts(x, chunk)
+            yield parts, source.new_zeros(*source.shape[:2], *parts.shape[2:])
+        for chunk in blocks(source.shape[1], self.size):
+            memory = self.encoder.memory(own_parts(source, chunk))
+            yield x.new_zeros(*x.shape[:2], *memory.shape[2:]), memory
+
+
+def _carry(
+    view: ModelView,
+    given: Given,
+    layer: int | Sequence[int] | None,
+    stack: StackName | None,
+    bias: Bias,
+    max_bytes: int,
+) -> _Carried:
+    fixed, max_bytes = require_bias(bias) == "fixed", require_budget(max_bytes)
+    base = view.base_stack(stack)
+    selected = select_blocks(view.stacks[base], layer)
+    reads_encoder = base == "decoder" and "encoder" in view.stacks
+    encoder = view.stacks["encoder"] if reads_encoder else ()
+
+    def also(block: Block) -> list[str]:
+        names = [block.resid_out]
+        if block.layer == 0:
+            names += [name for one in encoder for name in (*one.points(), one.resid_out)]
+        return names
+
+    done = run_pass(view, given, stack=stack, also=also)
+    last = max(block.layer for block in selected)
+    with torch.no_grad():
+        frozen = None
+        if encoder:
+            norm = view.final_norms.get("encoder")
+            after = None if norm is None else (norm, done.trace[encoder[-1].resid_out])
+            frozen = freeze_stack(encoder, done.trace, fixed, final_norm=after)
+        own = freeze_stack(done.blocks[: last + 1], done.trace, fixed, encoder=frozen)
+    asked = replace(done, blocks=selected)
+    return _Carried(asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))
+
+
+def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
+    """Returns how many tokens fit: neurons of each branch twice, and eight streams per position."""
+    x = max((done.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
+    ff = every[0].feed_forward
+    neurons = 0 if ff is None else 2 * ff.W_out.shape[0] * (1 + ff.gated)
+    per_token = x.shape[0] * x.shape[1] * (neurons + 8 * x.shape[2]) * x.element_size()
+    return max(1, max_bytes // per_token)
+
+
+def _require_complete(done: Pass, block: Block, total: Tensor) -> None:
+    """Raises UnsupportedModel unless the vectors add up to the model's own residual stream."""
+    real = done.target.mask.to(total.device)
+    expected = done.trace[block.resid_out][real]
+    error = float((total[real] - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    tolerance = _TOLERANCE.get(done.trace.values[block.resid_out].dtype, 1e-4)
+    if not error <= tolerance:
+        raise UnsupportedModel(
+            four_parts(
+                f"the vectors of {done.view.name} do not add up at layer {block.layer}",
+                f"a relative error of {error:.2g} against the model's own residual stream",
+                f"at most {tolerance:.0e}",
+                "Its values or its norms are not the plain ones; one-layer maps "
+                "(attention_norms) do not need W_V and still hold.",
+            )
+        )

@@ -1,0 +1,104 @@
+"""GlobEnc: norms of a whole encoder layer, the feed-forward output apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.model_view import Block, StackName, Trace
+from tl_contextmix.results import ContextMap
+from tl_contextmix.tensors import Mixture
+
+
+def globenc(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ContextMap:
+    r"""Returns GlobEnc's map of one layer; roll it out for the method itself.
+
+    .. math:: C_{ij} = || L^{(2)}_i ( L^{(1)}_i ( T_{ij} + \delta_{ij} x_i ) ) ||_2
+
+    (Modarressi et al. 2022, "GlobEnc", N-Enc), with :math:`T_{ij}` what attention brings from
+    ``j`` and :math:`L^{(1)}, L^{(2)}` the linear parts of the norms that follow the two residual
+    sums. Their scales are frozen at the model's own sums, the second one's with the feed-forward
+    output in it; the output itself is skipped, which the paper justifies by the residual around
+    it. The paper's attributions are ``globenc(model, text).normalize().rollout()``.
+
+    The paper defines it for post-LN encoders (BERT). A pre-LN block has no norm after its sums,
+    so that both :math:`L` are the identity and the map is that of
+    ``attention_norms(at="resid_mid")``; norms of a sublayer's output (sandwich) are part of
+    :math:`T_{ij}`. In a decoder with cross-attention :math:`T` is what both attentions bring.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers; None for all. Negative counts from the end.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder; both names of the
+            decoder mean the same here, the source axis being its tokens, then the encoder's.
+        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace.
+
+    Returns:
+        A `ContextMap` [batch layer 1 target source] of norms, in units of the block's output. It
+        has no bias: without the feed-forward output nothing adds up.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
+    [target, source, d_model] tensor is never built.
+    """
+    max_bytes = require_budget(max_bytes)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack, also=_neurons)
+    scores = []
+    with torch.no_grad():
+        for block in done.progress("globenc"):
+            stream = linear_points(block, done.trace, done.stack)["stream"]
+            scores.append(_without_output(block, stream, done.trace).norms(max_bytes)[:, None])
+    return ContextMap(
+        scores=masked(done, torch.stack(scores, dim=1), "block_out"),
+        layers=done.layers,
+        heads=("all",),
+        point="block_out",
+        stack=done.stack,
+        target=done.target,
+        source=done.source("block_out"),
+        unit="norm",
+        includes_residual=True,
+        provenance=done.provenance("globenc", {}),
+    )
+
+
+def _neurons(block: Block) -> list[str]:
+    ff = block.feed_forward
+    return [] if ff is None or ff.norm_after is None else [ff.post]
+
+
+def _without_output(block: Block, stream: Mixture, trace: Trace) -> Mixture:
+    """Returns the stream past the block's last norm, whose scale alone knows the neurons."""
+    ff = block.feed_forward
+    if ff is None or ff.norm_after is None:
+        return stream
+    whole = stream.total + ff.project(trace[ff.post])
+    return replace(stream, sum_up=lambda: whole).linear(ff.norm_after)

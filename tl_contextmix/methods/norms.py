@@ -1,0 +1,290 @@
+"""Attention norms: attention maps that include values, residual, norms and the feed-forward block.
+
+Kobayashi et al. 2020 ("Attention is not only a weight"), 2021 (residual connection and LayerNorm)
+and 2024 ("Analyzing feed-forward blocks in transformers through the lens of attention maps").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import (
+    DEFAULT_MAX_BYTES,
+    Bias,
+    Point,
+    linear_points,
+    masked,
+    norms_at,
+    parts_at,
+    parts_at_all,
+    require_bias,
+    require_budget,
+    require_point,
+)
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.model_view import StackName
+from tl_contextmix.results import ContextMap, TokenFigures
+from tl_contextmix.tensors import Mixture
+
+
+@overload
+def attention_norms(
+    model: object,
+    input: Text | Tensor,
+    *,
+    at: Point = ...,
+    heads: bool = ...,
+    layer: int | Sequence[int] | None = ...,
+    stack: StackName | None = ...,
+    bias: Bias = ...,
+    attention_mask: Tensor | None = ...,
+    prepend_bos: bool | None = ...,
+    padding_side: PaddingSide = ...,
+    decoder_input: Text | Tensor | None = ...,
+    cache: Cache | None = ...,
+    max_bytes: int = ...,
+) -> ContextMap: ...
+
+
+@overload
+def attention_norms(
+    model: object,
+    input: Text | Tensor,
+    *,
+    at: Sequence[Point],
+    heads: bool = ...,
+    layer: int | Sequence[int] | None = ...,
+    stack: StackName | None = ...,
+    bias: Bias = ...,
+    attention_mask: Tensor | None = ...,
+    prepend_bos: bool | None = ...,
+    padding_side: PaddingSide = ...,
+    decoder_input: Text | Tensor | None = ...,
+    cache: Cache | None = ...,
+    max_bytes: int = ...,
+) -> dict[Point, ContextMap]: ...
+
+
+def attention_norms(
+    model: object,
+    input: Text | Tensor,
+    *,
+    at: Point | Sequence[Point] = "block_out",
+    heads: bool = False,
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ContextMap | dict[Point, ContextMap]:
+    r"""Returns the norm of what each source token brings to each target token.
+
+    .. math:: C_{ij} = || F_{ij} ||_2
+
+    with :math:`F_{ij}` the part of source ``j`` in the activation of target ``i``
+    (`tl_contextmix.decompose`). By point, with the papers' names:
+
+    ============== ============================ ==================================
+    ``at``         post-LN (BERT)               pre-LN (GPT-2)
+    ============== ============================ ==================================
+    ``attn_out``   Attn-N (2020)                Attn-N (2020)
+    ``resid_mid``  AttnRes-N (2021)             AttnRes-N; ATB (2024)
+    ``mlp_in``     AttnResLn-N; ATB (2024)      ATB + LN
+    ``mlp_out``    ATB + FF                     ATB + LN + FF
+    ``resid_post`` ATB + FF + RES               ATB + LN + FF + RES
+    ``block_out``  ATB + FF + RES + LN          as ``resid_post``
+    ============== ============================ ==================================
+
+    Norms are of the sum over heads unless ``heads`` is asked for. Nothing is normalised: use
+    `ContextMap.normalize`. Biases (value biases apart, which travel with their token) belong to no
+    source; their norm is in `ContextMap.bias`.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        at: Point or points; several share one forward pass.
+        heads: One map per head (2020, eq. 4) instead of the norm of their sum; ``attn_out`` only.
+        layer: Layer or layers; None for all.
+        stack: See `decompose`.
+        bias: See `decompose`; it changes the points behind the feed-forward block.
+        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace, see `decompose`.
+
+    Returns:
+        A `ContextMap` [batch layer head target source], or one per point where several are asked.
+        A score is a norm, in units of the residual stream at that point.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost per layer: up to ``mlp_in`` ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers;
+    behind the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
+    ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
+    """
+    points = [require_point(at)] if isinstance(at, str) else [require_point(name) for name in at]
+    bias, max_bytes = require_bias(bias), require_budget(max_bytes)
+    _require_heads(heads, points)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    found = _maps(done, list(dict.fromkeys(points)), heads, bias, max_bytes)
+    return found[points[0]] if isinstance(at, str) else found
+
+
+def _require_heads(heads: bool, points: list[Point]) -> None:
+    if not points or (heads and points != ["attn_out"]):
+        raise InvalidInput(
+            four_parts(
+                "these maps cannot be computed",
+                f"heads={heads} at {points}",
+                "at least one point; heads=True at 'attn_out' only",
+                "Past the residual sum a head has no part of its own.",
+            )
+        )
+
+
+def _maps(
+    done: Pass, points: list[Point], heads: bool, bias: Bias, max_bytes: int
+) -> dict[Point, ContextMap]:
+    scores: dict[Point, list[Tensor]] = {point: [] for point in points}
+    biases: dict[Point, list[Tensor]] = {point: [] for point in points}
+    with torch.no_grad():
+        for block in done.progress("attention_norms"):
+            linear = linear_points(block, done.trace, done.stack, points)
+            parts = parts_at_all(block, linear, points, bias, max_bytes)
+            norms = {} if heads else norms_at(parts, max_bytes)
+            for point, found in parts.items():
+                biases[point].append(found.bias.norm(dim=-1)[:, None])
+                if heads:
+                    assert isinstance(found, Mixture)
+                    scores[point].append(found.reads[0].head_norms())
+                else:
+                    scores[point].append(norms[point][:, None])
+    return {
+        point: _label(
+            done,
+            point,
+            heads,
+            bias,
+            torch.stack(scores[point], dim=1),
+            torch.stack(biases[point], dim=1),
+        )
+        for point in points
+    }
+
+
+def _label(
+    done: Pass, point: Point, heads: bool, bias: Bias, scores: Tensor, biases: Tensor
+) -> ContextMap:
+    scores = masked(done, scores, point)
+    real = done.target.mask.to(scores.device)
+    return ContextMap(
+        scores=scores,
+        layers=done.layers,
+        heads=tuple(str(head) for head in range(scores.shape[2])) if heads else ("all",),
+        point=point,
+        stack=done.stack,
+        target=done.target,
+        source=done.source(point),
+        unit="norm",
+        includes_residual=point != "attn_out",
+        # The output bias belongs to no head.
+        bias=None if heads else biases * real[:, None, None],
+        provenance=done.provenance("attention_norms", {"at": point, "heads": heads, "bias": bias}),
+    )
+
+
+def mixing_ratio(
+    model: object,
+    input: Text | Tensor,
+    *,
+    at: Point = "mlp_in",
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> TokenFigures:
+    r"""Returns how much of each token comes from other tokens.
+
+    .. math:: r_i = \frac{||\sum_{j \ne i} F_{ij}||}{||\sum_{j \ne i} F_{ij}|| + ||F_{ii}||}
+
+    (Kobayashi et al. 2021, eq. 8: mixing against preserving). 0: the token kept itself; 1: all
+    from others.
+
+    Args:
+        model: Any TransformerLens model.
+        input: A text, several, or token ids [batch, pos].
+        at: The point; the paper's Attn-N, AttnRes-N and AttnResLn-N are ``attn_out``,
+            ``resid_mid`` and, in post-LN models, ``mlp_in``.
+        layer: Layer or layers; None for all.
+        stack: See `decompose`. Encoder tokens that a decoder reads count as others.
+        bias: See `decompose`.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A cache of the same input, instead of a forward pass.
+        max_bytes: Workspace.
+
+    Returns:
+        `TokenFigures` [batch layer pos] between 0 and 1; 0 at padding.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, or the point has no diagonal
+            (cross-attention alone).
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost: ``O(n d_model H)`` up to ``mlp_in``, from the diagonal and the total alone; behind the
+    feed-forward block also one row of neurons per token, never all pairs.
+    """
+    at, bias, max_bytes = require_point(at), require_bias(bias), require_budget(max_bytes)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    if at == "attn_out" and done.stack == "cross":
+        raise InvalidInput(
+            four_parts(
+                "there is no mixing ratio of cross-attention alone",
+                "at='attn_out', stack='cross'",
+                "a point at which a token can come from itself",
+                "Ask for 'resid_mid' or later.",
+            )
+        )
+    ratios = []
+    with torch.no_grad():
+        for block in done.progress("mixing_ratio"):
+            linear = linear_points(block, done.trace, done.stack, (at,))
+            parts = parts_at(block, linear, at, bias, max_bytes)
+            own = parts.diagonal()
+            others = parts.total - parts.bias - own
+            mixing, preserving = others.norm(dim=-1), own.norm(dim=-1)
+            both = mixing + preserving
+            ratios.append(torch.where(both > 0, mixing / both, torch.zeros_like(both)))
+    values = torch.stack(ratios, dim=1)
+    return TokenFigures(
+        values=values * done.target.mask.to(values.device)[:, None],
+        layers=done.layers,
+        tokens=done.target,
+        title=f"Mixing ratio at {at}",
+        caption="Share of each token that comes from other tokens: 0 all its own, 1 all others'.",
+        unit="ratio",
+        provenance=done.provenance("mixing_ratio", {"at": at, "bias": bias}),
+    )

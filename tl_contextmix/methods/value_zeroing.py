@@ -1,0 +1,279 @@
+"""Value Zeroing (Mohebbi, Zuidema, Chrupala, Alishahi 2023, EACL)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.model_view import Block, StackName, Trace
+from tl_contextmix.replay import Spans, batch_rows, needed_keys, part_of, replay
+from tl_contextmix.results import ContextMap, Tokens
+from tl_contextmix.results.axes import positions
+from tl_contextmix.tensors import Norm, blocks
+
+Metric = Literal["cosine", "euclidean"]
+SpanRows = Literal["keep", "mean", "max"]
+Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
+
+
+def value_zeroing(
+    model: object,
+    input: Text | Tensor,
+    *,
+    heads: Heads = False,
+    layer: int | Sequence[int] | None = None,
+    targets: int | Sequence[int] | None = None,
+    spans: Spans | None = None,
+    span_rows: SpanRows = "keep",
+    metric: Metric = "cosine",
+    final_norm: bool = True,
+    stack: StackName | None = None,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ContextMap:
+    r"""Returns how far each block's output moves when one token's value is set to zero.
+
+    .. math:: C_{ij} = d(\tilde x_i^{\neg j}, \tilde x_i)
+
+    (2023, eq. 3), where :math:`\tilde x_i^{\neg j}` is the block's output at ``i`` with the value
+    vector of ``j`` zeroed in every head (value bias included), keys, queries and the block's input
+    as they were. Exact: equal to a forward pass of the block with ``hook_v`` zeroed at ``j``,
+    without one. Where query heads share a value, each head's use of it counts as that head's.
+    Layers are independent; multiply them with `ContextMap.rollout` (the residual connection is
+    inside, so no identity is added).
+
+    Distances are raw: the paper divides each row by its sum, ``.normalize()``. Cosine distance
+    grows with the square of a small change, so compare it with norms by rank, not by value. It is
+    computed as half the squared distance of unit vectors: ``1 - cos`` loses every digit in float32.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        heads: False: all heads at once. True: each alone, one map per head. A number or a list of
+            numbers: these together. A list of lists: one map per group.
+        layer: Layer or layers; None for all.
+        targets: Positions of the rows to compute; None for all. Cost falls with their number.
+        spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
+            A span is labelled with its text and its first token's id.
+        span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
+            ``"mean"`` or ``"max"`` over the rows of each span, for a map of words by words
+            (padding left out).
+        metric: ``"cosine"`` distance, or ``"euclidean"``.
+        final_norm: Whether the last layer's output is compared after the model's final norm, as
+            Hugging Face's hidden states are, or raw.
+        stack: ``"cross"`` zeroes encoder values in cross-attention; see `decompose`.
+        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A cache of the same input, instead of a forward pass.
+        max_bytes: Workspace, besides the pass and the result.
+
+    Returns:
+        A `ContextMap` [batch layer head target source] of distances.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost per layer: ``2 n^2 d_mlp d + 2 n^2 H (d_mlp + d)`` operations (half if causal), and
+    ``2 d d_mlp min(n H, d)`` once per call for the sources' view of the neurons; gated: twice all
+    but the first term. A loop over zeroed forward passes takes ``n^2 (8 d^2 + 4 d d_mlp)`` and
+    more. In a parallel block ``2 n^2 H d``.
+    """
+    max_bytes = require_budget(max_bytes)
+    _require_choice("metric", metric, ("cosine", "euclidean"))
+    _require_choice("span_rows", span_rows, ("keep", "mean", "max"))
+    view = as_view(model)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    kind = "cross" if stack == "cross" else "self"
+    done = run_pass(view, given, layer=layer, stack=stack, also=lambda b: needed_keys(b, kind))
+    groups, labels = _groups(heads, done, kind)
+    length = done.target.ids.shape[1]
+    rows = None if targets is None else positions("target", targets, (), length)
+    spans = _require_spans(spans, span_rows, rows, done)
+    scores = []
+    with torch.no_grad():
+        for block in done.progress("value_zeroing"):
+            norm = _final_norm(done, block) if final_norm else None
+            how = _How(kind, rows, groups, spans, metric, norm, max_bytes)
+            scores.append(how.scores(block, done.trace))
+    options = {
+        "heads": list(labels),
+        "targets": rows,
+        "spans": spans,
+        "span_rows": span_rows,
+        "metric": metric,
+        "final_norm": final_norm,
+    }
+    return _label(done, torch.stack(scores, dim=1), labels, options)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is zeroed in every block, and how outputs are compared."""
+
+    kind: str
+    rows: list[int] | None
+    groups: list[list[int] | None]
+    spans: list[tuple[int, int]] | None
+    metric: Metric
+    norm: Norm | None
+    max_bytes: int
+
+    def scores(self, block: Block, trace: Trace) -> Tensor:
+        """Returns distances [batch head target source] of one block."""
+        batch = trace.resid_in(block).shape[0]
+        size = batch_rows(block, trace, self.kind, self.max_bytes)
+        parts = [trace] if size >= batch else [part_of(trace, p) for p in blocks(batch, size)]
+        return torch.cat([self._scores(block, part) for part in parts])
+
+    def _scores(self, block: Block, trace: Trace) -> Tensor:
+        found = replay(block, trace, self.kind, self.rows)
+        found = found.folded(self.spans, len(self.groups), self.max_bytes)
+        batch, targets, _ = found.before.shape
+        sources = found.read.pattern.shape[3] if self.spans is None else len(self.spans)
+        out = found.before.new_zeros(batch, len(self.groups), targets, sources)
+        for index, group in enumerate(self.groups):
+            some = found if group is None else found.heads(group)
+            for rows, columns, changed, kept in some.tiles(self.spans, self.max_bytes):
+                out[:, index, rows, columns] = self._distance(changed, kept).transpose(1, 2)
+        return out
+
+    def _distance(self, changed: Tensor, kept: Tensor) -> Tensor:
+        same = (changed == kept).all(dim=-1)
+        if self.norm is not None:
+            changed, kept = self.norm(changed), self.norm(kept)
+        if self.metric == "cosine":
+            unit = torch.nn.functional.normalize
+            found = (unit(changed, dim=-1) - unit(kept, dim=-1)).square().sum(-1) / 2
+        else:
+            found = (changed - kept).norm(dim=-1)
+        # Sums over tensors of unlike shapes may round differently: equal vectors are at zero.
+        return found.masked_fill(same, 0)
+
+
+def _label(
+    done: Pass, scores: Tensor, labels: tuple[str, ...], options: dict[str, object]
+) -> ContextMap:
+    target, source = done.target, done.source("attn_out")
+    rows, spans, how = (options[name] for name in ("targets", "spans", "span_rows"))
+    if isinstance(rows, list):
+        target = target.select(list(range(scores.shape[0])), rows)
+    if isinstance(spans, list):
+        source = _join(source, spans)
+        if how != "keep":
+            scores = _merge_rows(scores, target, spans, how == "mean")
+            target = source
+    real = (target.mask[:, :, None] & source.mask[:, None, :]).to(scores.device)
+    return ContextMap(
+        scores=scores.masked_fill(~real[:, None, None], 0),
+        layers=done.layers,
+        heads=labels,
+        point="block_out",
+        stack=done.stack,
+        target=target,
+        source=source,
+        unit=f"{options['metric']} distance",
+        includes_residual=True,
+        provenance=done.provenance("value_zeroing", options),
+    )
+
+
+def _merge_rows(
+    scores: Tensor, target: Tokens, spans: Sequence[tuple[int, int]], mean: bool
+) -> Tensor:
+    found = []
+    for start, stop in spans:
+        real = target.mask[:, None, None, start:stop, None].to(scores.device)
+        part = scores[:, :, :, start:stop].masked_fill(~real, 0)
+        found.append(part.sum(3) / real.sum(3).clamp(min=1) if mean else part.amax(3))
+    return torch.stack(found, dim=3)
+
+
+def _join(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> Tokens:
+    """Returns one label per span; a span is real where any of its tokens is."""
+    strings, ids = [], []
+    for words, numbers, mask in zip(
+        tokens.strings, tokens.ids.tolist(), tokens.mask.tolist(), strict=True
+    ):
+        # A span of padding alone keeps the padding's label.
+        kept = [[i for i in range(*span) if mask[i]] or [*range(*span)] for span in spans]
+        strings.append(tuple("".join(words[i] for i in part) for part in kept))
+        ids.append([numbers[part[0]] for part in kept])
+    mask = torch.stack([tokens.mask[:, start:stop].any(1) for start, stop in spans], dim=1)
+    return Tokens(
+        ids=torch.tensor(ids),
+        strings=tuple(strings),
+        mask=mask,
+        sides=((tokens.sides[0][0], len(spans)),),
+    )
+
+
+def _final_norm(done: Pass, block: Block) -> Norm | None:
+    base = done.view.base_stack(done.stack)
+    last = block.layer == len(done.view.stacks[base]) - 1
+    return done.view.final_norms.get(base) if last else None
+
+
+def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None], tuple[str, ...]]:
+    if heads is False:
+        return [None], ("all",)
+    count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
+    if heads is True:
+        return [[head] for head in range(count)], tuple(map(str, range(count)))
+    nested = isinstance(heads, Sequence) and any(isinstance(h, Sequence) for h in heads)
+    asked = list(heads) if nested and not isinstance(heads, str) else [heads]
+    groups = [positions("head", group, (), count) for group in asked]
+    for group in groups:
+        if len(set(group)) < len(group):
+            raise _bad("a head cannot be zeroed twice", repr(heads), "different heads in a group")
+    return list(groups), tuple("+".join(map(str, group)) for group in groups)
+
+
+def _require_spans(
+    spans: Spans | None, span_rows: str, rows: list[int] | None, done: Pass
+) -> list[tuple[int, int]] | None:
+    merged = span_rows != "keep"
+    if merged and (spans is None or rows is not None or done.stack == "cross"):
+        raise _bad(
+            "rows cannot be merged",
+            f"span_rows={span_rows!r}",
+            "spans of the same tokens on both axes, and all targets",
+        )
+    if spans is None:
+        return None
+    length = done.source("attn_out").ids.shape[1]
+    for span in spans:
+        ends = [*span] if isinstance(span, Sequence) and not isinstance(span, str) else []
+        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        if not (whole and len(ends) == 2 and 0 <= ends[0] < ends[1] <= length):
+            raise _bad(
+                "this span covers no token",
+                repr(span),
+                f"two integers with 0 <= start < stop <= {length}",
+            )
+    if not spans:
+        raise _bad("no spans were given", repr(spans), "at least one (start, stop)")
+    return [(start, stop) for start, stop in spans]
+
+
+def _require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise _bad(f"there is no such {name}", repr(value), f"one of {list(known)}")
+
+
+def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
+    return InvalidInput(four_parts(failed, seen, expected, "See the docstring of value_zeroing."))

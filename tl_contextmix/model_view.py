@@ -1,0 +1,542 @@
+"""One shape for every model: blocks made of sublayers, and what a forward pass left behind.
+
+A view holds no activations and copies no weights: weights are read from the model each time they
+are used, in the dtype of the maths. `hosts` builds it; nothing here knows a host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_contextmix.activations import Activation
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.tensors import Norm
+
+StackName = Literal["encoder", "decoder", "cross"]
+Weights = Callable[[str], Tensor | None]
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionSublayer:
+    """One attention sublayer of a block.
+
+    Attributes:
+        stack: The stack whose positions it writes.
+        kind: Whether it reads its own stack or the encoder.
+        pattern: Name of the attention probabilities.
+        value: Name of the value vectors, value bias included.
+        mixed: Name of the pattern-weighted values, before W_O.
+        key: Name of the keys.
+        weights: Reads ``W_Q b_Q W_V b_V W_O b_O``.
+        scale: What scores are multiplied with (cross-attention), or None where it is not known.
+        norm_in: Norm before it (pre-LN), or None.
+        norm_out: Norm of its output before the residual sum (sandwich), or None.
+        norm_after: Norm of the residual sum (post-LN), or None.
+    """
+
+    stack: str
+    kind: Literal["self", "cross"]
+    pattern: str
+    value: str
+    mixed: str
+    key: str
+    weights: Weights = field(repr=False)
+    scale: float | None = None
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    norm_after: Norm | None = None
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights per query head."""
+        return require_weight(self.weights, "W_O")
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
+        """Output bias, or None."""
+        return self.weights("b_O")
+
+    def cross_pattern(
+        self, stream: Float[Tensor, "*batch target d_model"], key: Tensor, seen: Tensor
+    ) -> Float[Tensor, "*batch target head source"]:
+        """Returns the pattern of a cross-attention sublayer for a residual stream.
+
+        Args:
+            stream: The residual stream it reads, before its norm.
+            key: Keys [batch source head d_head], with a 1 for every further axis of ``stream``.
+            seen: Which sources are not masked, to fit the result.
+
+        Raises:
+            UnsupportedModel: If the factor of its scores is not known.
+        """
+        if self.scale is None:
+            raise UnsupportedModel(
+                four_parts(
+                    "what a changed query attends to cannot be computed",
+                    f"{self.pattern}, whose scores are not q k times 1 or 1/sqrt(d_head)",
+                    "plain cross-attention",
+                    "Ask for stack='encoder' or stack='cross'.",
+                )
+            )
+        x = stream if self.norm_in is None else self.norm_in(stream)
+        query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
+        bias = self.weights("b_Q")
+        query = query if bias is None else query + bias
+        scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def raw_output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer computes, before a norm of its output."""
+        out = einsum(
+            trace.mixed(self),
+            self.W_O,
+            "batch target head d_head, head d_head d_model -> batch target d_model",
+        )
+        bias = self.b_O
+        return out if bias is None else out + bias
+
+    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer adds to the residual stream."""
+        out = self.raw_output(trace)
+        return out if self.norm_out is None else self.norm_out(out)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward sublayer: ``g(x W_in + b_in) W_out + b_out``, or gated.
+
+    Gated: ``(g(x W_gate + b_gate) * (x W_in + b_in) + b_post) W_out + b_out``.
+
+    Attributes:
+        pre: Name of the activation's input (the gate branch where gated).
+        post: Name of what W_out multiplies.
+        pre_linear: Name of the linear branch, or None where not gated.
+        weights: Reads ``W_in b_in W_gate b_gate b_post W_out b_out``.
+        activation: The elementwise activation, or None where it is not one.
+        refusal: Why the feed-forward block cannot be decomposed; empty where it can.
+        norm_in: Norm before it (pre-LN), or None.
+        norm_out: Norm of its output before the residual sum (sandwich), or None.
+        norm_after: Norm of the residual sum (post-LN), or None.
+    """
+
+    pre: str
+    post: str
+    pre_linear: str | None
+    weights: Weights = field(repr=False)
+    activation: Activation | None = None
+    refusal: str = ""
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    norm_after: Norm | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two branches."""
+        return self.pre_linear is not None
+
+    def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Returns weight and bias of the activated branch and, where gated, of the linear one."""
+        linear = (require_weight(self.weights, "W_in"), self.weights("b_in"))
+        if not self.gated:
+            return (linear,)
+        return ((require_weight(self.weights, "W_gate"), self.weights("b_gate")), linear)
+
+    @property
+    def W_out(self) -> Float[Tensor, "neuron d_model"]:
+        """Output weights: one value vector per neuron."""
+        return require_weight(self.weights, "W_out")
+
+    def require_activation(self) -> Activation:
+        """Returns the activation.
+
+        Raises:
+            UnsupportedModel: If it does not act on each unit alone.
+        """
+        if self.activation is None:
+            raise UnsupportedModel(self.refusal)
+        return self.activation
+
+    def constant(self) -> Float[Tensor, " d_model"]:
+        """Returns what the sublayer adds whatever its neurons do: b_out and b_post's image."""
+        W_out = self.W_out
+        total = W_out.new_zeros(W_out.shape[1])
+        for name, matrix in (("b_out", None), ("b_post", W_out)):
+            bias = self.weights(name)
+            if bias is not None:
+                total = total + (bias if matrix is None else bias @ matrix)
+        return total
+
+    def post_activation(self, x: Tensor) -> Float[Tensor, "batch target neuron"]:
+        """Returns the neurons at the sublayer's (normed) input, ``b_post`` left out."""
+        activation = self.require_activation()
+        pre = [_affine(x, weight, bias) for weight, bias in self.branches()]
+        return activation(pre[0]) * pre[1] if self.gated else activation(pre[0])
+
+    def project(self, post: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
+        """Returns what the sublayer adds to the residual stream, given its neurons."""
+        out = _affine(post, self.W_out, self.weights("b_out"))
+        return out if self.norm_out is None else self.norm_out(out)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        layer: Its number in the stack.
+        resid_in: Name of the residual stream that enters it.
+        resid_out: Name of the residual stream that leaves it.
+        attentions: Its attention sublayers in order; a decoder with cross-attention has two.
+        feed_forward: Its feed-forward sublayer, or None (attention-only).
+        parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
+    """
+
+    layer: int
+    resid_in: str
+    resid_out: str
+    attentions: tuple[AttentionSublayer, ...]
+    feed_forward: FeedForward | None
+    parallel: bool = False
+
+    def points(self) -> tuple[str, ...]:
+        """Returns the names of the activations that a map of this block needs."""
+        reads = [name for a in self.attentions for name in (a.pattern, a.value)]
+        return (self.resid_in, *reads)
+
+    def spared(self) -> tuple[str, ...]:
+        """Returns the names of activations that spare work where they are at hand."""
+        return tuple(attention.mixed for attention in self.attentions)
+
+    def checkpoints(self) -> tuple[str, ...]:
+        """Returns the names of the activations that tell whether the block is read right."""
+        mixed = tuple(attention.mixed for attention in self.attentions)
+        ff = self.feed_forward
+        if ff is None:
+            return (*mixed, self.resid_out)
+        linear = () if ff.pre_linear is None else (ff.pre_linear,)
+        return (*mixed, ff.pre, *linear, ff.post, self.resid_out)
+
+    def feed_forward_input(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream that the feed-forward sublayer reads, before its norm."""
+        return trace.resid_in(self) if self.parallel else self.middle(trace)
+
+    def middle(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream after the attention sublayers and their norms."""
+        stream = trace.resid_in(self)
+        for attention in self.attentions:
+            stream = stream + attention.output(trace)
+            if attention.norm_after is not None:
+                stream = attention.norm_after(stream)
+        return stream
+
+    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the block's output, recomputed from its input, patterns, values and neurons."""
+        stream = self.middle(trace)
+        ff = self.feed_forward
+        if ff is None:
+            return stream
+        stream = stream + ff.project(trace[ff.post])
+        return stream if ff.norm_after is None else ff.norm_after(stream)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Token ids of one stack and which of them are real.
+
+    Attributes:
+        ids: Token ids, padding included.
+        mask: True at real tokens.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward pass is given.
+
+    Attributes:
+        main: The tokens; an encoder-decoder's encoder side.
+        decoder: The decoder side of an encoder-decoder, else None.
+    """
+
+    main: Side
+    decoder: Side | None = None
+
+    def side(self, stack: str) -> Side:
+        """Returns the tokens of a stack (``"cross"`` writes decoder positions)."""
+        return self.main if self.decoder is None or stack == "encoder" else self.decoder
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a forward pass left behind, in the dtype of the maths.
+
+    Attributes:
+        batch: The tokens that went in.
+        values: Activations by name.
+        dtype: Dtype of the maths: the model's, but at least float32.
+        logits: The model's output, or None when the trace was made from a cache.
+    """
+
+    batch: Batch
+    values: Mapping[str, Tensor]
+    dtype: torch.dtype
+    logits: Tensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns one activation in the dtype of the maths."""
+        return self.values[name].to(self.dtype)
+
+    def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream that enters a block."""
+        return self[block.resid_in]
+
+    def pattern(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target source"]:
+        """Returns attention probabilities; rows of padding are zero, they are not the model's."""
+        pattern = self[attention.pattern]
+        real = self.batch.side(attention.stack).mask.to(pattern.device)
+        if bool(real.all()):
+            return pattern
+        return pattern.masked_fill(~real[:, None, :, None], 0)
+
+    def value(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
+        """Returns value vectors per query head (a shared value is repeated)."""
+        return self._per_query_head(attention, attention.value)
+
+    def key(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
+        """Returns key vectors per query head (a shared key is repeated)."""
+        return self._per_query_head(attention, attention.key)
+
+    def _per_query_head(self, attention: AttentionSublayer, name: str) -> Tensor:
+        shared = self[name]
+        heads = self.values[attention.pattern].shape[1]
+        return shared.repeat_interleave(heads // shared.shape[2], dim=2)
+
+    def mixed(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head d_head"]:
+        """Returns pattern-weighted values: the model's own where they are exact, else recomputed.
+
+        A half-precision model has rounded them.
+        """
+        kept = self.values.get(attention.mixed)
+        if kept is not None and kept.dtype == self.dtype:
+            return kept
+        return einsum(
+            self.pattern(attention),
+            self.value(attention),
+            "batch head target source, batch source head d_head -> batch target head d_head",
+        )
+
+
+@dataclass(frozen=True)
+class CacheReader:
+    """How an ActivationCache of a host holds activations.
+
+    Attributes:
+        other_names: Returns the other names under which an activation may be kept.
+        embedded: By side (``"main"``, ``"decoder"``): names of the token embeddings, best first.
+        embedding: Returns the embeddings of token ids.
+    """
+
+    other_names: Callable[[str], tuple[str, ...]]
+    embedded: Mapping[str, tuple[str, ...]]
+    embedding: Callable[[Tensor], Tensor]
+
+
+Hooks = Sequence[tuple[str, Edit | None]]
+Runner = Callable[[Batch, Hooks, bool], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the last residual stream becomes logits.
+
+    ``cap * tanh(((head(norm(x)) * scale) @ W_U + b_U) / cap)``, each step where there is one.
+
+    Attributes:
+        norm: Final norm, or None (post-LN models without one).
+        head: Dense layer, activation and norm of a masked-LM head, or None.
+        weights: Reads ``W_U`` and ``b_U``.
+        scale: Factor before the unembedding (tied T5: d_model ** -0.5).
+        soft_cap: Soft cap of the logits, or None.
+        refusal: Why there are no logits to read; empty where there are.
+    """
+
+    norm: Norm | None
+    head: Callable[[Tensor], Tensor] | None = field(repr=False)
+    weights: Weights = field(repr=False)
+    scale: float = 1.0
+    soft_cap: float | None = None
+    refusal: str = ""
+
+    def require(self) -> None:
+        """Checks that there are logits to read.
+
+        Raises:
+            UnsupportedModel: If this model has no trained vocabulary readout.
+        """
+        if self.refusal:
+            raise UnsupportedModel(self.refusal)
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Returns the logits of a residual stream.
+
+        Raises:
+            UnsupportedModel: If this model has no trained vocabulary readout.
+        """
+        self.require()
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.head is None else self.head(x)
+        logits = _affine(x * self.scale, require_weight(self.weights, "W_U"), self.weights("b_U"))
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A model in one shape, whatever class holds it.
+
+    Attributes:
+        name: The model's name.
+        host: Class of the model object.
+        host_version: Version of TransformerLens.
+        processing: Weight processing that was found; empty for weights as published.
+        fingerprint: Hash over a sample of every weight.
+        stacks: Blocks by stack: ``"decoder"``, ``"encoder"`` or both.
+        readout: From the last residual stream to logits.
+        final_norms: Norm behind the last block of each stack that has one.
+        dtype: Dtype of the maths.
+        device: Where the first weights are.
+        n_ctx: Longest input, or None where there is no bound.
+        d_vocab: Number of token ids.
+        tolerance: Largest relative error that counts as equal, by the model's own precision.
+        limits: What is not answered for this model, each with its reason.
+        encode: Text to token ids of the main side.
+        encode_decoder: Text to token ids of the decoder side, or None.
+        to_string: A token id as text.
+        pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
+        hooked: Returns where the model carries hooks of the user's own.
+        recheck: Raises where a pass (trace, stack, blocks, cause) was edited in a way that a
+            decomposition does not see.
+        cached: How an ActivationCache of this host holds activations.
+        runner: Runs the model; see `run`.
+    """
+
+    name: str
+    host: str
+    host_version: str
+    processing: tuple[str, ...]
+    fingerprint: str
+    stacks: Mapping[str, tuple[Block, ...]]
+    readout: Readout
+    final_norms: Mapping[str, Norm]
+    dtype: torch.dtype
+    device: torch.device
+    n_ctx: int | None
+    d_vocab: int
+    tolerance: float
+    limits: tuple[str, ...]
+    encode: Callable[[str, bool | None], list[int]] = field(repr=False)
+    encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
+    to_string: Callable[[int], str] = field(repr=False)
+    pad_id: Callable[[], int] = field(repr=False)
+    hooked: Callable[[], tuple[str, ...]] = field(repr=False)
+    recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
+    cached: CacheReader = field(repr=False)
+    runner: Runner = field(repr=False)
+    # Facts measured when first asked for, such as whether padding on the left is safe.
+    facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def run(
+        self,
+        batch: Batch,
+        names: Sequence[str],
+        *,
+        edits: Mapping[str, Edit] | None = None,
+        grad: bool = False,
+    ) -> Trace:
+        """Runs the model once and returns what was asked for.
+
+        Args:
+            batch: The tokens.
+            names: Activations to keep.
+            edits: Functions that replace an activation as it is computed, by name; an edited
+                activation that is also asked for is kept as edited.
+            grad: Whether to record gradients.
+        """
+        edits = edits or {}
+        wanted = dict.fromkeys([*names, *edits])
+        hooks = [(name, edits.get(name)) for name in wanted]
+        logits, values = self.runner(batch, hooks, grad)
+        return Trace(batch=batch, values=values, dtype=self.dtype, logits=logits)
+
+    def blocks(self, stack: StackName | None = None) -> tuple[Block, ...]:
+        """Returns the blocks of a stack; None picks the only one, or the decoder of two.
+
+        Raises:
+            InvalidInput: If the model has no such stack.
+        """
+        return self.stacks[self.base_stack(stack)]
+
+    def base_stack(self, stack: StackName | None) -> str:
+        """Returns the name under which a stack's blocks are kept (``"cross"``: the decoder's)."""
+        has_cross = len(self.stacks) == 2
+        if stack is None:
+            return "decoder" if "decoder" in self.stacks else "encoder"
+        known = [*self.stacks, *(["cross"] if has_cross else [])]
+        if stack not in known:
+            raise InvalidInput(
+                four_parts(
+                    f"{self.name} has no such stack",
+                    repr(stack),
+                    f"one of {known}",
+                    "Leave `stack` out for the stack that writes the answer.",
+                )
+            )
+        return "decoder" if stack == "cross" else stack
+
+    def every_block(self) -> Iterator[tuple[str, Block]]:
+        """Yields all blocks with the name of their stack."""
+        for stack, blocks in self.stacks.items():
+            for block in blocks:
+                yield stack, block
+
+
+def require_weight(weights: Weights, name: str) -> Tensor:
+    """Returns a weight that must be there.
+
+    Raises:
+        UnsupportedModel: If the model does not have it.
+    """
+    weight = weights(name)
+    if weight is None:
+        raise UnsupportedModel(
+            four_parts(
+                f"the model's {name} cannot be read",
+                "no such weight",
+                "one dense matrix per sublayer",
+                "Experts, fused or quantised layers are not supported.",
+            )
+        )
+    return weight
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def describe(value: Any) -> str:
+    """Returns the shape and dtype of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

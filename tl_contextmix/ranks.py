@@ -1,0 +1,94 @@
+"""Statistics of orders: rank correlations, average precision, and intervals beside them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Returns Spearman's rank correlation of two vectors; ties share their mean rank.
+
+    NaN where one of them is constant, as there is no order to compare, or holds a NaN.
+    """
+    if bool(a.isnan().any() | b.isnan().any()):
+        return a.new_full((), torch.nan)
+    x, y = (rank - rank.mean() for rank in map(_ranks, (a, b)))
+    # The root of a square is exact, so that equal orders give exactly 1.
+    return (x @ y / ((x @ x) * (y @ y)).sqrt()).to(a.dtype)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).to(torch.float64)
+    return (last - (counts - 1) / 2)[place]
+
+
+def kendall(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Returns Kendall's tau-b of two vectors, which corrects for ties.
+
+    NaN where one of them is constant or holds a NaN.
+    """
+    if bool(a.isnan().any() | b.isnan().any()):
+        return a.new_full((), torch.nan)
+    x, y = (torch.sign(v[:, None] - v[None, :]).to(torch.float64) for v in (a, b))
+    return ((x * y).sum() / ((x * x).sum() * (y * y).sum()).sqrt()).to(a.dtype)
+
+
+def average_precision(
+    scores: Float[Tensor, " n"], relevant: Bool[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Returns the average precision of ranking by score, tied items in every order at once.
+
+    Items of the same score are ranked as if shuffled: the mean over all their orders, so that a
+    constant score gets the chance level and not what the order of storage happens to give.
+    NaN where nothing is relevant.
+    """
+    order = scores.unique().flip(0)
+    above, hits, total = 0, 0, scores.new_zeros((), dtype=torch.float64)
+    for level in order:
+        tied = scores == level
+        size, found = int(tied.sum()), int((tied & relevant).sum())
+        for place in range(1, size + 1):
+            # The chance that this place is relevant times the precision expected there.
+            share = found / size
+            others = (found - 1) / (size - 1) if size > 1 else 0.0
+            precision = (hits + 1 + (place - 1) * others) / (above + place)
+            total = total + share * precision
+        above, hits = above + size, hits + found
+    count = int(relevant.sum())
+    return (total / count if count else total * torch.nan).to(scores.dtype)
+
+
+def expected_average_precision(items: int, relevant: int) -> float:
+    """Returns the average precision of a random order: ``relevant`` of ``items`` are relevant."""
+    if not 0 < relevant <= items:
+        return float("nan")
+    if items == 1:
+        return 1.0
+    harmonic = sum(1 / rank for rank in range(1, items + 1))
+    rest = (items - relevant) / (items * (items - 1))
+    return (relevant - 1) / (items - 1) + rest * harmonic
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " n"], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Returns the percentile bootstrap interval of the mean; NaN values are left out.
+
+    Args:
+        values: One value per sentence.
+        level: Coverage.
+        resamples: How many resamples of the same size are drawn.
+        seed: Of the draws: the same values always get the same interval.
+    """
+    values = values[~values.isnan()].to(torch.float64).cpu()
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[drawn].mean(1)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,72 @@
+"""Colours of the pages: blue above zero, red below, white at zero.
+
+Blue and red stay apart for every common kind of colour blindness. The scale is linear, like that
+of CircuitsVis, so that a cell has the same colour whichever of the two drew it.
+"""
+
+from __future__ import annotations
+
+import math
+
+POSITIVE = "#2166ac"
+NEGATIVE = "#b2182b"
+NOTHING = "#d0d4d9"
+# Okabe and Ito's colours, told apart by everybody; black is left to the text.
+SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+LEVELS = 20
+
+_INK = (27, 31, 36)
+_WHITE = (255, 255, 255)
+
+Rgb = tuple[int, int, int]
+
+
+def shade(fraction: float) -> Rgb:
+    """Returns the colour of a number from -1 to 1."""
+    end = _parse(POSITIVE if fraction >= 0 else NEGATIVE)
+    share = min(1.0, abs(fraction))
+    red, green, blue = (
+        round(white + (colour - white) * share) for white, colour in zip(_WHITE, end, strict=True)
+    )
+    return red, green, blue
+
+
+def cell_class(value: float, largest: float) -> str:
+    """Returns the CSS class that colours a table cell, one of those in `stylesheet`."""
+    if math.isnan(value):
+        return "nothing"
+    if math.isinf(value):
+        return "infinite"
+    level = round(LEVELS * min(1.0, abs(value) / largest)) if largest else 0
+    return f"{'p' if value >= 0 else 'n'}{level}" if level else "zero"
+
+
+def stylesheet() -> str:
+    """Returns the rules behind `cell_class`."""
+    rules = []
+    for sign, prefix in ((1, "p"), (-1, "n")):
+        for level in range(1, LEVELS + 1):
+            paper = shade(sign * level / LEVELS)
+            ink = _INK if _contrast(paper, _INK) >= _contrast(paper, _WHITE) else _WHITE
+            rules.append(f".{prefix}{level}{{background:{_hex(paper)};color:{_hex(ink)}}}")
+    return "\n".join(rules)
+
+
+def _parse(colour: str) -> Rgb:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def _hex(colour: Rgb) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _contrast(one: Rgb, other: Rgb) -> float:
+    high, low = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: Rgb) -> float:
+    """Returns the relative luminance of WCAG 2."""
+    channels = [value / 255 for value in colour]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

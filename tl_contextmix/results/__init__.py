@@ -1,0 +1,32 @@
+"""What the methods return: frozen, labelled, able to show, tabulate and save themselves.
+
+Axis words, here and everywhere: batch layer head target source pos d_model. `target` is the
+position that is written (a row), `source` the position that is read (a column).
+
+Results are compared with ``equals`` (``==`` is identity, as for tensors it has no yes or no) and
+never changed: every operation returns a new one. Nothing is rounded, thresholded or renormalised
+unless asked for. NaN means "there is no such number"; it is kept by arithmetic and tables and left
+out of rankings.
+"""
+
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.decomposition import Decomposition
+from tl_contextmix.results.figures import LayerFigures, TokenFigures
+from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.pairs import Pair, PairChanges
+from tl_contextmix.results.scores import Score, ScoreRow
+
+__all__ = [
+    "ContextMap",
+    "Decomposition",
+    "LayerFigures",
+    "Pair",
+    "PairChanges",
+    "Provenance",
+    "Result",
+    "Score",
+    "ScoreRow",
+    "TokenFigures",
+    "Tokens",
+]

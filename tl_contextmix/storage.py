@@ -1,0 +1,243 @@
+"""Results on disk: one safetensors file that holds numbers, and labels as JSON.
+
+Nothing is ever unpickled or called by name: a file can hold tensors, numbers, text and the
+dataclasses that were registered, every field is held against its annotation before an object is
+built from it, and reading a hostile file ends in `FileFormatError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import types
+import typing
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
+
+FORMAT = "tl_contextmix"
+FORMAT_VERSION = 1
+# The labels are a tensor of bytes: safetensors bounds its header, and with it a million labels.
+_LABELS = "labels"
+
+_CLASSES: dict[str, type] = {}
+_SAVE_AGAIN = "Save the result again, or load it with the class that it was saved from."
+
+
+def storable(cls: type) -> type:
+    """Registers a dataclass by its name, so that `save` may write it and `load` build it.
+
+    A field that is added to a class later needs a default, or files written before cannot be read.
+
+    Raises:
+        InvalidInput: If another class has this name.
+    """
+    known = _CLASSES.setdefault(cls.__name__, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise InvalidInput(
+            four_parts(
+                f"cannot register {cls.__module__}.{cls.__name__}",
+                f"the name of {known.__module__}.{known.__name__}",
+                "a name that no other storable class has",
+                "Rename one of them: files know classes by name.",
+            )
+        )
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+def save(result: object, path: str | Path) -> Path:
+    """Writes a registered dataclass to one file and returns the path.
+
+    The file appears, or replaces the one before it, only once it is complete.
+
+    Args:
+        result: A dataclass instance of a class registered with `storable`.
+        path: Where to write.
+
+    Raises:
+        InvalidInput: If the path is not one of a file in a folder that exists, or the result holds
+            something that cannot be stored.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    target = Path(os.path.realpath(path))  # a link is written through, not replaced
+    if target.is_dir() or not target.parent.is_dir():
+        raise InvalidInput(
+            four_parts(
+                f"cannot save {type(result).__name__}",
+                str(path),
+                "the path of a file in a folder that exists",
+                "Make the folder first, and give the file a name.",
+            )
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    labels = json.dumps(_pack(result, tensors)).encode()
+    tensors[_LABELS] = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # some versions of safetensors hide the file from everyone else
+        save_file(tensors, str(part), metadata={FORMAT: str(FORMAT_VERSION)})
+        part.chmod(mode)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def load(cls: type, path: str | Path) -> Any:
+    """Reads back what `save` wrote, onto the CPU.
+
+    Args:
+        cls: The class the file must hold, or a base class of it.
+        path: The file.
+
+    Raises:
+        FileFormatError: If it is not such a file, of another class, or of a newer version.
+    """
+    tensors = _read(Path(path))
+    try:
+        labels = json.loads(bytes(tensors.pop(_LABELS).numpy()))
+        result = _unpack(labels, tensors)
+    except Exception as error:  # hostile labels can fail in any of the constructors
+        raise _bad(path, f"labels that say nothing ({_short(error)})") from error
+    if not isinstance(result, cls):
+        raise _bad(path, f"a {type(result).__name__}", f"a {cls.__name__}")
+    return result
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise _bad(path, "no file of this name", remedy="Check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            version = (file.metadata() or {}).get(FORMAT)
+            # Other tools' files may be large: their tensors are not read.
+            names = file.keys() if version == str(FORMAT_VERSION) else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # safetensors raises its own type, OSError or ValueError
+        raise _bad(path, f"no safetensors file ({_short(error)})") from error
+    if version is None:
+        raise _bad(path, "a safetensors file of something else")
+    if version != str(FORMAT_VERSION):
+        raise _bad(
+            path,
+            f"format version {version[:20]}",
+            f"version {FORMAT_VERSION}",
+            "Load it with the version of tl_contextmix that wrote it, or a newer one.",
+        )
+    return tensors
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Returns a value as JSON; tensors go to ``tensors``, everything with structure gets a tag."""
+    if isinstance(value, torch.Tensor):
+        name = f"tensor_{len(tensors)}"
+        # Two fields may share one tensor, which safetensors refuses: each gets its own copy.
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_pack(item, tensors) for item in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _pack(item, tensors) for key, item in value.items()}}
+    if type(value) in _CLASSES.values():
+        names = _annotations(type(value))
+        fields = {name: _pack(getattr(value, name), tensors) for name in names}
+        return {"class": type(value).__name__, "fields": fields}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise InvalidInput(
+        four_parts(
+            "the result cannot be saved",
+            f"a {type(value).__name__} in it",
+            "text, numbers, None, tensors, registered classes; lists, tuples and dictionaries "
+            "by name of these",
+            "Convert it first.",
+        )
+    )
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(value, (dict, list)):
+        return value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind in ("tuple", "list"):
+            items = [_unpack(item, tensors) for item in content]
+            return tuple(items) if kind == "tuple" else items
+        if kind == "dict":
+            return {key: _unpack(item, tensors) for key, item in content.items()}
+    if isinstance(value, dict) and value.keys() == {"class", "fields"}:
+        return _build(value["class"], value["fields"], tensors)
+    raise ValueError(f"unknown structure {_short(value)}")
+
+
+def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    if name not in _CLASSES:
+        raise ValueError(f"unknown class {_short(name)}; known are {sorted(_CLASSES)}")
+    hints = _annotations(_CLASSES[name])
+    fields = {key: _unpack(item, tensors) for key, item in packed.items()}
+    for key, value in fields.items():
+        if key not in hints or not _fits(value, hints[key]):
+            raise ValueError(f"{name}.{_short(key)} cannot be a {type(value).__name__} like this")
+    return _CLASSES[name](**fields)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Returns whether a value is what an annotation says, down to the items of containers."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is typing.Literal:
+        return isinstance(value, str) and value in inner
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is ...:
+            return all(_fits(item, inner[0]) for item in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if kind in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and all(_fits(item, inner[-1]) for item in items)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _short(value: object) -> str:
+    text = f"{type(value).__name__}: {value}" if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _bad(
+    path: str | Path, seen: str, expected: str = "", remedy: str = _SAVE_AGAIN
+) -> FileFormatError:
+    return FileFormatError(
+        four_parts(
+            f"cannot load {path}",
+            seen,
+            expected or f"a file written by .save() of {FORMAT}, format version {FORMAT_VERSION}",
+            remedy,
+        )
+    )
