@@ -138,7 +138,7 @@ def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
     heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
     for call, message in (
         (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
-        (lambda: cue_alignment(fmap, []), r"0 lists of cues for 1 sentences.*at least one cue"),
+        (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
         (lambda: cue_alignment(fmap, [[]]), r"at least one cue for every sentence"),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
         (lambda: cue_alignment(fmap, [[1]], targets=9), r"9; expected one of"),

@@ -24,9 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Side, Trace
+from tl_contextmix.results.words import Spans
 from tl_contextmix.tensors import Norm, Read, blocks
-
-Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ out of rankings.
 """
 
 from tl_contextmix.results.base import Result
+from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
@@ -18,7 +19,9 @@ from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "Comparison",
     "ContextMap",
+    "Cost",
     "Decomposition",
     "LayerFigures",
     "Pair",
