@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -440,7 +441,8 @@ def test_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {name: METHODS[name] for name in ("attention", "globenc")}
-    monkeypatch.setattr("tl_contextmix.compare.METHODS", few)
+    # By its name in sys.modules: as an attribute of the package it is the function.
+    monkeypatch.setattr(sys.modules["tl_contextmix.compare"], "METHODS", few)
     page = tmp_path / "page.html"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
