@@ -158,19 +158,15 @@ class Comparison(Result):
 
     def _summary(self) -> Table:
         best = {metric: self.best(metric).set_index("method") for metric in self.metrics}
-        columns = ["method"]
-        for metric in self.metrics:
-            columns += [metric, f"{metric}: layer, 95 % interval"]
+        costs = {cost.method: cost for cost in self.costs}
         rows = []
-        for cost in self.costs:
-            cells: list[str | float] = [cost.method]
+        for method in self.best()["method"]:
+            cells: list[str | float] = [method]
             for metric in self.metrics:
-                row = best[metric].loc[cost.method]
-                cells += [
-                    float(row["value"]),
-                    f"{row['layer']}, {row['low']:.2f} to {row['high']:.2f}",
-                ]
-            rows.append((*cells, cost.seconds, cost.flops, cost.forward))
+                row = best[metric].loc[method]
+                interval = f"{row['low']:.2f} to {row['high']:.2f}"
+                cells.append(f"{row['value']:.2f} ({interval}; {row['layer']})")
+            rows.append((*cells, costs[method].seconds, costs[method].forward))
         chance = ", ".join(
             f"{metric} {frame['chance'].iloc[0]:.2f}" for metric, frame in best.items()
         )
@@ -183,10 +179,11 @@ class Comparison(Result):
         )
         return Table(
             title="Every method at its best layer",
-            caption=f"{self.sentences} sentences.{known} Chance levels: {chance}. Sufficiency is "
-            "better when low. The layer is chosen on these sentences, which flatters a little. "
-            "Cost is that of one sentence, the forward pass included; forward = 1 is that pass.",
-            columns=(*columns, "seconds", "FLOPs", "FLOPs / forward"),
+            caption=f"Value (95 % interval; layer) over {self.sentences} sentences.{known} Chance "
+            f"levels: {chance}. Sufficiency is better when low. The layer is chosen on these "
+            "sentences, which flatters a little. Cost is that of one sentence: seconds, and "
+            "operations over those of a forward pass.",
+            columns=("method", *self.metrics, "seconds", "FLOPs / forward"),
             rows=tuple(rows),
         )
 
@@ -208,7 +205,8 @@ class Comparison(Result):
             title="How alike the methods are",
             caption="Spearman's correlation of the target's row between two methods, both from "
             "the input to the last layer, averaged over sentences.",
-            values=self.alike[None],
+            # Of a method with itself there is nothing to say.
+            values=self.alike.clone().fill_diagonal_(torch.nan)[None],
             sheets=("agreement",),
             rows=self.alike_methods,
             columns=self.alike_methods,
