@@ -21,6 +21,7 @@ from tl_contextmix.hosts import as_view, check
 from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.render import Page
 from tl_contextmix.report import build_report, report, sections, story, write_report
 from tl_contextmix.report.story import default_text, read
@@ -33,6 +34,7 @@ TITLES = [
     "What each component changes",
     "Pairs the feed-forward block changes most",
     "How much each token mixes",
+    "What each layer loses without a token",
     "From the input through all layers",
 ]
 
@@ -83,11 +85,13 @@ def test_report_shows_the_maps_of_every_scope(causal):
         torch.testing.assert_close(torch.tensor(props["attention"]), expected, rtol=1e-3, atol=1e-6)
         assert props["maskUpperTri"] is True
         assert props["attentionHeadNames"] == [f"layer {layer}" for layer in range(4)]
-    difference, rollout = charts[5:]
+    difference, zeroing, rollout = charts[5:]
     change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
     torch.testing.assert_close(
         torch.tensor(difference["attention"]), change[0, :, 0], rtol=1e-3, atol=1e-6
     )
+    zeroed = value_zeroing(causal, TEXT).normalize().scores[0, :, 0]
+    torch.testing.assert_close(torch.tensor(zeroing["attention"]), zeroed, rtol=1e-3, atol=1e-6)
     rolled = maps["block_out"].normalize().rollout().scores[0, :, 0]
     torch.testing.assert_close(
         torch.tensor(rollout["attention"]), rolled.flip(0), rtol=1e-3, atol=1e-6
@@ -116,12 +120,24 @@ def test_report_shows_what_the_components_change(causal):
     assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in told
 
 
+def test_report_says_what_the_focus_loses_most_without(causal):
+    page = build_report(causal, TEXT)
+    row = value_zeroing(causal, TEXT).normalize().select(target=-1)
+    top = max(
+        (found for found in row.top(30) if found["source"] != len(row.source.strings[0]) - 1),
+        key=lambda found: found["score"],
+    )
+    told = finding(page, TITLES[5])
+    assert f"loses most without “{top['source_token'].strip()}”: {top['score']:.0%}" in told
+    assert told.endswith(f"in layer {top['layer']}.")
+
+
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     page = build_report(masked, MASKED)
     assert titles(page) == TITLES
     assert finding(page, TITLES[0]).startswith("At “[MASK]” the model says “")
     props = [chart["props"] for chart in Parsed(page.html()).charts()]
-    assert len(props) == 6 + 2
+    assert len(props) == 6 + 3
     assert all(chart["maskUpperTri"] is False for chart in props)
 
 
