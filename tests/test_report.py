@@ -205,7 +205,7 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     page = build_report(causal, TEXT)
-    assert titles(page) == [TITLES[0], TITLES[1], TITLES[4], TITLES[5]]
+    assert titles(page) == [TITLES[0], TITLES[1], TITLES[4], TITLES[6]]
     assert "these neurons cannot be read" in page.sections[1].text
     assert page.html()
 
