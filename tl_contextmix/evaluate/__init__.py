@@ -9,11 +9,13 @@ from tl_contextmix.evaluate.pairs import (
     overlapping,
     place_tokens,
 )
+from tl_contextmix.evaluate.sentences import Sentence, sentences_of
 
 __all__ = [
     "Cues",
     "Drop",
     "MinimalPair",
+    "Sentence",
     "agreement",
     "blanked",
     "cue_alignment",
@@ -22,4 +24,5 @@ __all__ = [
     "load_minimal_pairs",
     "overlapping",
     "place_tokens",
+    "sentences_of",
 ]
