@@ -223,12 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args().quick
+    torch.set_num_threads(1)
     with torch.no_grad():
         operations([32, 64, 128] if quick else [32, 64, 128, 256, 512])
         sys.stdout.write("\n")
         memory([256] if quick else [256, 512, 1024])
         sys.stdout.write("\n")
-        torch.set_num_threads(1)
         seconds([32, 64] if quick else [32, 64, 128], 3 if quick else 7)
 
 
