@@ -16,7 +16,7 @@ import zoo
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.compare import METHODS
-from tl_contextmix.evaluate import overlapping, place_tokens
+from tl_contextmix.evaluate import blanked, overlapping, place_tokens
 from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import Tokens
@@ -67,6 +67,9 @@ def test_what_is_no_minimal_pair(pair: tuple[str, str]) -> None:
 
 
 def test_cues_lie_in_the_sentence() -> None:
+    for cue in ((3, 4), (8, 14), (6, 9), (-3, 2)):  # a space, the place itself, a part of it
+        with pytest.raises(cm.InvalidInput, match="no other part of the sentence"):
+            cm.MinimalPair("the cat sleeps", "the cat sleep", cues=(cue,))
     with pytest.raises(cm.InvalidInput, match=r"got \(4, 40\) in 'the cat sleeps'"):
         cm.MinimalPair("the cat sleeps", "the cat sleep", cues=((4, 40),))
 
@@ -104,7 +107,9 @@ def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
         ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": ["x"]}', r"which is 0 of"),
         ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": "a"}', r"a list of words"),
         ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": [[0, 9]]}', r"\(0, 9\) in 'a b'"),
-        ("\udcff", r"not UTF-8"),
+        ("\udcff", r"line 2 of .*not UTF-8"),
+        ('{"sentence_good": "a \\ud800", "sentence_bad": "a c"}', r"line 2 of .*surrogate"),
+        ("[" * 100_000, r"line 2 of .*not JSON"),
     ],
 )  # fmt: skip
 def test_lines_that_are_no_pairs_are_named(line: str, message: str, tmp_path: Path) -> None:
@@ -120,6 +125,11 @@ def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
         cm.load_minimal_pairs(tmp_path / "none.jsonl")
     with pytest.raises(cm.InvalidInput, match=r"a local file"):
         cm.load_minimal_pairs(tmp_path)
+    with pytest.raises(cm.InvalidInput, match=r"a local file"):
+        cm.load_minimal_pairs("a\0b")
+    marked = tmp_path / "marked"
+    marked.write_text('\ufeff{"sentence_good": "a b", "sentence_bad": "a c"}')
+    assert len(cm.load_minimal_pairs(marked)) == 1
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(cm.FileFormatError, match="an empty file"):
         cm.load_minimal_pairs(tmp_path / "empty")
@@ -175,8 +185,17 @@ def test_tokens_are_placed_in_their_text(
 
 
 def test_tokens_that_cannot_be_placed_are_named() -> None:
-    with pytest.raises(cm.InvalidInput, match=r"'\[UNK\]'.*from 'cat' on.*by their positions"):
-        place_tokens("the cat", labels("the", "[UNK]"))
+    with pytest.raises(cm.InvalidInput, match=r"'chat'.*from 'cat' on.*cues= as positions"):
+        place_tokens("the cat", labels("the", "chat"))
+
+
+def test_bytes_and_unknown_words_stand_for_what_is_between() -> None:
+    # A byte-level tokenizer cuts the apostrophe into bytes that are no text on their own.
+    words = ("<s>", "the", " cook", "\ufffd", "\ufffd", "s", " key")
+    found = place_tokens("the cook\u2019s key", labels(*words))
+    assert found == [None, (0, 3), (4, 8), (8, 9), (8, 9), (9, 10), (11, 14)]
+    assert place_tokens("a zebra x", labels("a", "[UNK]", "x")) == [(0, 1), (2, 7), (8, 9)]
+    assert place_tokens("a zebra", labels("a", "[UNK]")) == [(0, 1), (2, 7)]
 
 
 def test_tokens_that_share_a_character() -> None:
@@ -371,13 +390,59 @@ def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
 
 
 def test_words_of_several_tokens(model: Any) -> None:
-    # Here tokens are words: the same figures.
-    pairs = cm.demo_pairs(count=2)
-    plain = cm.compare(model, pairs, methods=["attention", "gradient_x_input"])
-    words = cm.compare(model, pairs, methods=["attention", "gradient_x_input"], words=True)
-    for a, b in zip(plain.rows, words.rows, strict=True):
-        if a.metric in ("dot", "average precision"):
-            assert a.value == pytest.approx(b.value, abs=1e-6)
+    texts = ["the unbelievable keys to the cabinetry", "the keys to the unbelievable cabinetry"]
+    cues = [["keys"], ["keys"]]
+    few = ["value_zeroing", "gradient_x_input"]
+    found = cm.compare(model, texts, cues=cues, methods=few, words=True)
+    tokens = cm.compare(model, texts, cues=cues, methods=few)
+    # A word is a cue where its only piece was; the target's row is now the mean of its pieces'.
+    chance = {row.chance for row in found.rows if row.metric == "dot"}
+    # Six words and the beginning of the sequence.
+    assert chance == {sum([1 / 7, 1 / 7]) / 2}
+    assert {row.chance for row in tokens.rows if row.metric == "dot"} != chance
+    maps = [cm.value_zeroing(model, text).normalize().words() for text in texts]
+    expected = {(row.layer, row.metric): row.value for row in cm.cue_alignment(maps, cues).rows}
+    ours = {(r.layer, r.metric): r.value for r in found.rows if r.method == "value_zeroing"}
+    for key, value in expected.items():
+        assert ours[key] == pytest.approx(value, abs=1e-6)
+
+
+def test_words_are_blanked_as_a_whole(model: Any) -> None:
+    text = "the unbelievable keys to the cabinet"
+    fmap = cm.attention(model, text, heads=False)
+    ids, words = fmap.source.ids[0], fmap.source.words()[0]
+    drop = blanked(model, ids, -1, 7, None, words)
+    long = next(unit for unit, (start, stop) in enumerate(words) if stop - start > 1)
+    changed = ids.clone()
+    changed[slice(*words[long])] = 7
+    with torch.no_grad():
+        before, after = (model(one[None])[0, -1].log_softmax(-1) for one in (ids, changed))
+    expected = float(before[drop.answer] - after[drop.answer])
+    assert drop.falls([[long]])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_word_reaches_from_one_stack_into_another() -> None:
+    words = labels("the", " cat", "s")
+    other = Tokens(torch.arange(2)[None], (("s", " x"),), words.mask[:, :2], (("encoder", 2),))
+    both = words.cat(other)
+    assert both.words() == [[(0, 1), (1, 3), (3, 4), (4, 5)]]
+    joined = both.join(both.words())
+    assert joined.sides == (("decoder", 2), ("encoder", 2))
+    assert joined.strings == (("the", " cats", "s", " x"),)
+    assert joined.positions().tolist() == [[0, 2, 0, 1]]
+    with pytest.raises(cm.InvalidInput, match=r"\(2, 4\).*one stack"):
+        both.join([[(2, 4)]])
+
+
+def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
+    for pair, message in (
+        (
+            cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),)),
+            "behind the place",
+        ),
+    ):
+        with pytest.raises(cm.InvalidInput, match=message):
+            cm.compare(model, [pair], methods=["attention"])
 
 
 def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
@@ -403,7 +468,17 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         (["a cat", cm.MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
         (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list out of"),
         (["the keys"], {"methods": []}, r"a list out of"),
-        (["the keys"], {"cues": [[1], [2]]}, r"2 lists of cues for 1 sentences"),
+        (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
+        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue for every"),
+        (["the keys"], {"cues": ["keys"]}, r"got \['keys'\] for 1 sentences"),
+        (["the keys"], {"methods": {}}, r"got \{\}; expected a list out of"),
+        (
+            ["the keys"],
+            {"methods": {"mine": lambda m, t: 3}},
+            r"'mine' cannot be .*got a int",
+        ),
+        (None, {}, r"a NoneType of \[\]; expected a list of texts"),
+        ([cm.MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list out of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
         ([cm.MinimalPair("the keys", "the key")], {"cues": [[1]]}, r"cues were given twice"),
         (
@@ -411,7 +486,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
             {},
             r"1 of 2 pairs with cues",
         ),
-        (["the keys"], {"blank": 10**6}, r"token id 1000000; expected an id from 0"),
+        (["the keys"], {"blank": 10**6}, r"got 1000000; expected an integer from 0"),
     ],
 )
 def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str) -> None:
@@ -459,6 +534,10 @@ def test_command(
     assert "Which map to believe" in page.read_text()
     assert main([*arguments, "--pairs", str(pairs)]) == 0
     assert "over 2 sentences" in capsys.readouterr().out
+    # Nothing is computed for a page that cannot be written.
+    monkeypatch.setattr(sys.modules["tl_contextmix.compare"], "METHODS", {})
+    assert main([*arguments[:-1], str(tmp_path / "no" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert main(["compare", "--sentences", "0"]) == 2
     assert "at least 1 sentence" in capsys.readouterr().err
 

@@ -78,5 +78,7 @@ def test_bootstrap_interval_covers_and_repeats() -> None:
     assert low == pytest.approx(float(values.mean()) - half, abs=0.02)
     assert high == pytest.approx(float(values.mean()) + half, abs=0.02)
     assert bootstrap_interval(values) == (low, high)
-    assert bootstrap_interval(torch.tensor([2.0, torch.nan])) == (2.0, 2.0)
+    assert bootstrap_interval(torch.tensor([2.0, torch.nan, 2.0])) == (2.0, 2.0)
+    # One value says nothing of how values vary.
+    assert all(math.isnan(end) for end in bootstrap_interval(torch.tensor([2.0, torch.nan])))
     assert all(math.isnan(end) for end in bootstrap_interval(torch.tensor([torch.nan])))

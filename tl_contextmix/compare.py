@@ -27,7 +27,7 @@ from tl_contextmix.evaluate import (
 )
 from tl_contextmix.evaluate.rows import bad, readable
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, provenance, run_pass
+from tl_contextmix.inputs import Given, label, provenance, run_pass
 from tl_contextmix.methods.alti import alti
 from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx
@@ -35,6 +35,7 @@ from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
 from tl_contextmix.methods.norms import attention_norms
 from tl_contextmix.methods.value_zeroing import value_zeroing
+from tl_contextmix.model_view import ModelView, Side
 from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow
@@ -112,7 +113,7 @@ def compare(
     view = as_view(model)
     view.readout.require()
     sentences = sentences_of(model, view, input, cues)
-    drops = [blanked(model, s.tokens[0], s.place, blank, s.answer) for s in sentences]
+    drops = [_blanked(model, view, s, blank, words) for s in sentences]
     known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
@@ -141,6 +142,16 @@ def compare(
     )
 
 
+def _blanked(
+    model: object, view: ModelView, sentence: Sentence, blank: int | None, words: bool
+) -> Drop:
+    spans = None
+    if words:
+        side = Side(sentence.tokens, torch.ones_like(sentence.tokens, dtype=torch.bool))
+        spans = label(view, "", side).words()[0]
+    return blanked(model, sentence.tokens[0], sentence.place, blank, sentence.answer, spans)
+
+
 def _supported(
     model: object,
     sentences: Sequence[Sentence],
@@ -149,13 +160,26 @@ def _supported(
     """Returns the methods, their operations on the middle sentence, and what is left out."""
     chosen, flops, left_out = _methods(methods), {}, []
     for name, make in chosen.items():
+        ask = partial(make, model, _middle(sentences))
         try:
-            flops[name] = count_operations(partial(make, model, _middle(sentences)))
+            # What a first call does for all later ones does not count.
+            _require_map(name, ask())
+            flops[name] = count_operations(ask)
         except UnsupportedModel as error:
             if methods is not None:
                 raise
             left_out.append((name, str(error)))
     return {name: chosen[name] for name in flops}, flops, tuple(left_out)
+
+
+def _require_map(name: str, found: object) -> None:
+    if not isinstance(found, ContextMap):
+        raise bad(
+            f"the method {name!r} cannot be compared",
+            f"a {type(found).__name__}",
+            "a ContextMap of the token ids it was given",
+            "Return what a method of this package returns, or build a ContextMap.",
+        )
 
 
 def _middle(sentences: Sequence[Sentence]) -> Sentence:
@@ -204,7 +228,8 @@ def _taken(map: ContextMap, sentence: Sentence, words: bool) -> Taken:
 
 
 def _holding(spans: Sequence[tuple[int, int]], place: int) -> int:
-    return next(word for word, (start, stop) in enumerate(spans) if start <= place < stop)
+    """Returns the word a token is in; a place that is none stays what it is, to be refused."""
+    return next((w for w, (start, stop) in enumerate(spans) if start <= place < stop), place)
 
 
 def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[ScoreRow]:
@@ -217,7 +242,7 @@ def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[S
     for maps in kinds:
         if all(cues):
             rows += cue_alignment(maps, cues, targets=places, method=name).rows
-        rows += faithfulness_of(maps, drops).rows
+        rows += faithfulness_of(maps, drops, places).rows
     return [replace(row, method=name) for row in rows]
 
 
@@ -246,22 +271,21 @@ def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None
     return sum(drop.real > drop.log_prob(s.wrong) for s, drop in pairs if s.wrong is not None)
 
 
-def _methods(
-    asked: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None,
-) -> dict[str, Make]:
+def _methods(asked: Any) -> dict[str, Make]:
     if asked is None:
         return METHODS
-    if isinstance(asked, Mapping):
+    if isinstance(asked, Mapping) and asked:
         return {name: _own(make) for name, make in asked.items()}
-    unknown = [name for name in asked if name not in METHODS]
-    if unknown or isinstance(asked, str) or not asked:
+    listed = [*asked] if isinstance(asked, (list, tuple)) else []
+    unknown = [name for name in listed if name not in METHODS]
+    if unknown or not listed:
         raise bad(
             "there are no such methods",
-            repr(asked if isinstance(asked, str) else unknown),
+            repr(unknown or asked),
             f"a list out of {list(METHODS)}",
             "Or give functions of a model and token ids, by name.",
         )
-    return {name: METHODS[name] for name in asked}
+    return {name: METHODS[name] for name in listed}
 
 
 def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
@@ -287,7 +311,9 @@ def demo_pairs(
     """
     from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
 
-    if kind not in KINDS or (lures and not KINDS[kind]):
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise bad("no pairs were asked for", repr(count), "a positive integer", "Ask for 50.")
+    if not isinstance(kind, str) or kind not in KINDS or (lures and not KINDS[kind]):
         raise bad(
             "the grammar has no such pairs",
             f"kind={kind!r}, lures={lures}",

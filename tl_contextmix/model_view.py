@@ -199,8 +199,9 @@ class Block:
         attentions: Its attention sublayers in order; a decoder with cross-attention has two.
         feed_forward: Its feed-forward sublayer, or None (attention-only).
         parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
-        folds: Products of its weights that are kept for the next call, by name; None where those
-            of all blocks would take more than `FOLD_BYTES`.
+        folds: Products of its weights that are kept for the next call, by name, and what tells
+            whether a weight has changed; None where those of all blocks would take more than
+            `FOLD_BYTES`.
     """
 
     layer: int
@@ -209,7 +210,7 @@ class Block:
     attentions: tuple[AttentionSublayer, ...]
     feed_forward: FeedForward | None
     parallel: bool = False
-    folds: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""

@@ -77,6 +77,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of the mean; NaN values are left out.
 
+    NaN where fewer than two values are left: one sentence says nothing of how sentences vary.
+
     Args:
         values: One value per sentence.
         level: Coverage.
@@ -84,7 +86,7 @@ def bootstrap_interval(
         seed: Of the draws: the same values always get the same interval.
     """
     values = values[~values.isnan()].to(torch.float64).cpu()
-    if len(values) == 0:
+    if len(values) < 2:
         return float("nan"), float("nan")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)

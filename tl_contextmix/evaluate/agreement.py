@@ -28,7 +28,15 @@ def agreement(a: Maps, b: Maps) -> Score:
     """
     found: Figures = {}
     name = ""
-    for (first, row), (second, other) in zip(sentences(a), sentences(b), strict=True):
+    one, two = list(sentences(a)), list(sentences(b))
+    if len(one) != len(two):
+        raise bad(
+            "the maps are not of the same sentences",
+            f"{len(one)} and {len(two)} sentences",
+            "as many of one method as of the other",
+            "Give both methods the same input.",
+        )
+    for (first, row), (second, other) in zip(one, two, strict=True):
         _require_same(first, second)
         name = f"{first.provenance.method} / {second.provenance.method}"
         for layer, label in enumerate(first.layer_names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def cue_alignment(
     """
     found: Figures = {}
     listed = list(sentences(maps))
-    _require_cues(len(listed), cues)
+    cues = require_cues(len(listed), cues)
     places = per_sentence(targets, len(listed), "targets")
     name = method or (listed[0][0].provenance.method if listed else "")
     for (map, row), asked, target in zip(listed, cues, places, strict=True):
@@ -105,14 +106,28 @@ def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[
     return named
 
 
-def _require_cues(count: int, cues: Cues) -> None:
-    if len(cues) != count or any(isinstance(c, str) or not len(c) for c in cues):
+def require_cues(count: int, cues: Any) -> list[list[int | str]]:
+    """Returns the cues of every sentence.
+
+    Raises:
+        InvalidInput: If they are no list of positions or texts for every sentence, none empty.
+    """
+    listed = [] if isinstance(cues, str) or not isinstance(cues, Sequence) else [*cues]
+    fine = len(listed) == count and all(
+        isinstance(one, Sequence)
+        and not isinstance(one, str)
+        and len(one)
+        and all(isinstance(c, (int, str)) and not isinstance(c, bool) for c in one)
+        for one in listed
+    )
+    if not fine:
         raise bad(
             "cues and sentences do not fit each other",
-            f"{[*cues]!r} for {count} sentences" if count < 4 else f"{len(cues)} lists for {count}",
-            "a list with at least one cue for every sentence",
+            f"{cues!r} for {count} sentences" if count < 4 else f"{len(listed)} lists for {count}",
+            "a list with at least one cue for every sentence, positions or texts",
             "Give [[cue, ...], ...]; leave out sentences without a cue.",
         )
+    return [[*one] for one in listed]
 
 
 def _require_distribution(scores: Tensor, map: ContextMap) -> None:

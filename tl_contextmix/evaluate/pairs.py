@@ -36,20 +36,20 @@ class MinimalPair:
     lures: tuple[Stretch, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.good, str) or not isinstance(self.bad, str):
+            raise _no_pair(f"a {type(self.good).__name__} and a {type(self.bad).__name__}")
         good, wrong = self._difference()
         if good[0] == good[1] or wrong[0] == wrong[1]:
-            raise bad(
-                "this is no minimal pair",
-                f"{self.good!r} and {self.bad!r}",
-                "two sentences in one of which a word stands in the place of another",
-                "Leave the pair out.",
-            )
-        for start, stop in (*self.cues, *self.lures):
-            if not 0 <= start < stop <= len(self.good):
+            raise _no_pair(f"{self.good!r} and {self.bad!r}")
+        for span in (*self.cues, *self.lures):
+            start, stop = _ends(span)
+            inside = 0 <= start < stop <= len(self.good) and self.good[start:stop].strip()
+            if not inside or (start < good[1] and good[0] < stop):
                 raise bad(
-                    "a cue is no part of the sentence",
-                    f"({start}, {stop}) in {self.good!r}",
-                    f"0 <= start < stop <= {len(self.good)}",
+                    "a cue is no other part of the sentence",
+                    f"{span!r} in {self.good!r}",
+                    f"characters (start, stop) with 0 <= start < stop <= {len(self.good)}, apart "
+                    f"from those of {self.answer!r}",
                     "Count characters of the good sentence.",
                 )
 
@@ -93,6 +93,22 @@ class MinimalPair:
         return _stretch(good[first : len(good) - last]), _stretch(wrong[first : len(wrong) - last])
 
 
+def _no_pair(seen: str) -> InvalidInput:
+    return bad(
+        "this is no minimal pair",
+        seen,
+        "two sentences in one of which a word stands in the place of another",
+        "Leave the pair out.",
+    )
+
+
+def _ends(span: Any) -> Stretch:
+    """Returns start and stop of a stretch, or an empty one for anything else."""
+    ends = [*span] if isinstance(span, (tuple, list)) else []
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    return (ends[0], ends[1]) if whole and len(ends) == 2 else (0, 0)
+
+
 def _common(a: Sequence[str], b: Sequence[str], most: int) -> int:
     """Returns how many entries two lists have in common at their beginning."""
     return next((index for index in range(most) if a[index] != b[index]), most)
@@ -121,20 +137,23 @@ def load_minimal_pairs(path: str | Path) -> tuple[MinimalPair, ...]:
         InvalidInput: If there is no such file.
         FileFormatError: If a line holds anything else, naming the line.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        data = Path(path).read_bytes()
+    except (OSError, TypeError, ValueError) as error:
         raise InvalidInput(
             four_parts(
                 "the minimal pairs cannot be read",
-                f"{str(path)!r} ({error.strerror})",
+                f"{path!r} ({getattr(error, 'strerror', None) or error})",
                 "a file with a JSON object per line",
                 "Give the path of a local file, such as one of BLiMP's.",
             )
         ) from error
+    path = Path(path)
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _format(path, 1, "bytes that are not UTF-8 text") from error
+        line = data[: error.start].count(b"\n") + 1
+        raise _format(path, line, "bytes that are not UTF-8 text") from error
     # Not splitlines: a sentence may hold one of Unicode's further line ends.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -145,7 +164,7 @@ def load_minimal_pairs(path: str | Path) -> tuple[MinimalPair, ...]:
 def _pair(path: Path, number: int, line: str) -> MinimalPair:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _format(path, number, f"{line[:40]!r}, which is not JSON") from error
     if not isinstance(found, Mapping):
         raise _format(path, number, f"{line[:40]!r}, which is not an object")
@@ -157,7 +176,11 @@ def _pair(path: Path, number: int, line: str) -> MinimalPair:
             tuple(_place(good, word) for word in _listed(found.get(name, [])))
             for name in ("cues", "lures")
         )
+        # A lone half of a character cannot be tokenised.
+        (good + wrong).encode()
         return MinimalPair(good, wrong, cues, lures)
+    except UnicodeEncodeError as error:
+        raise _format(path, number, "a text with half of a surrogate pair") from error
     except InvalidInput as error:
         raise FileFormatError(f"line {number} of {path}: {error}") from error
 
@@ -170,9 +193,8 @@ def _listed(words: Any) -> list[Any]:
 
 def _place(text: str, word: Any) -> Stretch:
     """Returns where a word stands in a text."""
-    ends = word if isinstance(word, list) and len(word) == 2 else []
-    if ends and all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
-        return ends[0], ends[1]
+    if isinstance(word, list) and _ends(word) != (0, 0):
+        return _ends(word)
     found = [span for span in _words(text) if text[slice(*span)] == word]
     if len(found) != 1:
         raise bad(
@@ -211,24 +233,45 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
     places = [index for index, char in enumerate(text) if not char.isspace()]
     plain = _lower(text[index] for index in places)
     found: list[Stretch | None] = []
+    unread: list[int] = []  # tokens that cannot be told by their text, until the next that can
     at = 0
     for piece, real in zip(tokens.strings[row], tokens.mask[row].tolist(), strict=True):
         word = _lower("".join(piece.split()))
-        if not plain.startswith(word, at) and at:
+        if at and not plain.startswith(word, at):
             word = word.removeprefix("##")
-        if not real or not word or not plain.startswith(word, at):
+        start = plain.find(word, at) if unread else at
+        if real and _unreadable(piece) and not plain.startswith(word, at):
+            unread.append(len(found))
             found.append(None)
-            continue
-        found.append((places[at], places[at + len(word) - 1] + 1))
-        at += len(word)
+        elif not real or not word or start < 0 or not plain.startswith(word, start):
+            found.append(None)
+        else:
+            if start > at:
+                _spread(found, unread, (places[at], places[start - 1] + 1))
+            unread, at = [], start + len(word)
+            found.append((places[start], places[at - 1] + 1))
+    if unread and at < len(plain):
+        _spread(found, unread, (places[at], places[-1] + 1))
+        at = len(plain)
     if at < len(plain):
         raise bad(
             "tokens cannot be placed in their text",
             f"{[*tokens.strings[row]]} for {text!r}, from {text[places[at] :][:20]!r} on",
             "tokens whose texts, one after the other, make up the text",
-            "Name cues by their positions instead.",
+            "Leave the cues of this sentence out, or give texts with cues= as positions.",
         )
     return found
+
+
+def _unreadable(piece: str) -> bool:
+    """Whether a token is a byte of a character, or stands for a word that is not known."""
+    return "\ufffd" in piece or piece.strip().lower().strip("<[]>") == "unk"
+
+
+def _spread(found: list[Stretch | None], unread: Sequence[int], stretch: Stretch) -> None:
+    # Which of them is which part is not known: each stands for all of it.
+    for index in unread:
+        found[index] = stretch
 
 
 def _lower(chars: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -23,6 +25,13 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
         InvalidInput: If a map has several heads.
     """
     for map in [maps] if isinstance(maps, ContextMap) else maps:
+        if not isinstance(map, ContextMap):
+            raise bad(
+                "these are no maps",
+                f"a {type(map).__name__}",
+                "a ContextMap, or a list of them",
+                "Give what a method returned.",
+            )
         if len(map.heads) != 1:
             raise bad(
                 "this map has several heads",
@@ -59,10 +68,15 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
 
 
 def readable(map: ContextMap, row: int, place: int) -> Tensor:
-    """Returns which sources a target can read at all [source]."""
-    found = map.source.mask[row].clone()
-    if map.causal:
-        found[place + 1 :] = False
+    """Returns which sources a target can read at all [source].
+
+    In a decoder those of its own stack up to itself, whatever part of the map is at hand.
+    """
+    found = map.source.mask[row].cpu().clone()
+    if map.stack != "encoder":
+        own = torch.tensor([name == "decoder" for name in map.source.names()])
+        later = map.source.positions()[row] > map.target.positions()[row, place]
+        found &= ~(own & later)
     return found
 
 
@@ -72,7 +86,16 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     Raises:
         InvalidInput: If there are more or fewer of them than sentences.
     """
-    found = [given] * count if isinstance(given, int) else list(given)
+    one = isinstance(given, SupportsIndex) and not isinstance(given, bool)
+    found = [operator.index(given)] * count if one else given
+    if not isinstance(found, Sequence) or any(isinstance(x, (bool, str, float)) for x in found):
+        raise bad(
+            f"{what} cannot be read",
+            repr(given),
+            "an integer, or a list of them",
+            "Positions count all tokens, a beginning-of-sequence token included.",
+        )
+    found = [operator.index(x) for x in found]
     if len(found) != count:
         raise bad(
             f"{what} do not fit the sentences",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
-from tl_contextmix.evaluate.alignment import Cues
+from tl_contextmix.evaluate.alignment import require_cues
 from tl_contextmix.evaluate.pairs import MinimalPair, overlapping, place_tokens
 from tl_contextmix.evaluate.rows import bad
 from tl_contextmix.inputs import Given, label, make_batch
@@ -37,8 +38,8 @@ class Sentence:
 def sentences_of(
     model: object,
     view: ModelView,
-    input: Sequence[str] | Sequence[MinimalPair],
-    cues: Cues | None,
+    input: Any,
+    cues: Any,
 ) -> list[Sentence]:
     """Returns texts or minimal pairs as a model is asked about them.
 
@@ -52,7 +53,7 @@ def sentences_of(
         InvalidInput: If they do not fit the model or each other.
         UnsupportedModel: If the model has two stacks.
     """
-    listed = [] if isinstance(input, str) else list(input)
+    listed = list(input) if isinstance(input, (list, tuple)) else []
     kinds = {type(one) for one in listed}
     if kinds not in ({str}, {MinimalPair}):
         raise bad(
@@ -73,14 +74,7 @@ def sentences_of(
     causal = "decoder" in view.stacks
     mask = None if causal else _mask_id(model)
     if kinds == {str}:
-        asked = [()] * len(listed) if cues is None else [tuple(c) for c in cues]
-        if len(asked) != len(listed):
-            raise bad(
-                "cues and sentences do not fit each other",
-                f"{len(asked)} lists of cues for {len(listed)} sentences",
-                "a list with at least one cue for every sentence",
-                "Give [[cue, ...], ...].",
-            )
+        asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
         return [_text(view, text, mask, c) for text, c in zip(listed, asked, strict=True)]
     if cues is not None:
         raise bad(
@@ -117,16 +111,20 @@ def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str
 
 def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
-    places = place_tokens(pair.good, label(view, "", good))
-    cues = [index for cue in pair.cues for index in overlapping(places, cue)]
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
+    # Where it is not asked for, nothing has to be found in the text.
+    places = place_tokens(pair.good, label(view, "", good)) if pair.cues or mask else []
+    cues = tuple(index for cue in pair.cues for index in overlapping(places, cue))
     if mask is None:
-        first = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
+        pairs = enumerate(zip(ids, others, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), None)
+        if first is None:
+            raise _unasked(pair, "tokens that begin the wrong sentence", "tokens that differ")
         if first == 0:
             raise _unasked(pair, "nothing before the place", "at least one token before it")
-        return Sentence(
-            good.ids[:, :first].cpu(), first - 1, ids[first], others[first], tuple(cues)
-        )
+        if any(cue >= first for cue in cues):
+            raise _unasked(pair, "a cue behind the place", "cues that a causal model has read")
+        return Sentence(good.ids[:, :first].cpu(), first - 1, ids[first], others[first], cues)
     target = overlapping(places, pair.target)
     theirs = overlapping(place_tokens(pair.bad, label(view, "", wrong)), pair.wrong_target)
     if len(target) != 1 or len(theirs) != 1:
@@ -137,7 +135,7 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
         )
     tokens = good.ids.cpu().clone()
     tokens[0, target[0]] = mask
-    return Sentence(tokens, target[0], ids[target[0]], others[theirs[0]], tuple(cues))
+    return Sentence(tokens, target[0], ids[target[0]], others[theirs[0]], cues)
 
 
 def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:

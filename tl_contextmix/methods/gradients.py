@@ -75,11 +75,13 @@ def gradient_x_input(
 
     Cost: two forward passes and a backward pass.
     """
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input)
-    asked = _ask(as_view(model), given, target, pos, of, score)
-    inputs = asked.inputs
-    parts = asked.joined(asked.gradients(inputs), inputs)
-    return asked.map("gradient_x_input", parts, None, {})
+    given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
+    # What inference mode makes can have no gradient.
+    with torch.inference_mode(False):
+        asked = _ask(as_view(model), given, target, pos, of, score)
+        inputs = asked.inputs
+        parts = asked.joined(asked.gradients(inputs), inputs)
+        return asked.map("gradient_x_input", parts, None, {})
 
 
 def integrated_gradients(
@@ -136,10 +138,20 @@ def integrated_gradients(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise _bad("a path cannot have so many points", repr(steps), "a positive integer")
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input)
-    asked = _ask(as_view(model), given, target, pos, of, score)
-    parts, missed = _integrate(asked, steps)
-    return asked.map("integrated_gradients", parts, missed, {"steps": steps, "baseline": "zero"})
+    given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
+    with torch.inference_mode(False):
+        asked = _ask(as_view(model), given, target, pos, of, score)
+        parts, missed = _integrate(asked, steps)
+        options = {"steps": steps, "baseline": "zero"}
+        return asked.map("integrated_gradients", parts, missed, options)
+
+
+def _own(input: Text | Tensor) -> Text | Tensor:
+    """Returns ids that a gradient's graph may keep: those made in inference mode are copied."""
+    if not isinstance(input, Tensor) or not input.is_inference():
+        return input
+    with torch.inference_mode(False):
+        return input.clone()
 
 
 def _integrate(asked: _Asked, steps: int) -> tuple[Tensor, Tensor]:
@@ -315,6 +327,7 @@ def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:
         strings=tuple((words[row],) for words, row in zip(tokens.strings, rows, strict=True)),
         mask=tokens.mask.gather(1, at),
         sides=((tokens.sides[0][0], 1),),
+        places=at,
     )
 
 

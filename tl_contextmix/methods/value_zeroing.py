@@ -89,10 +89,11 @@ def value_zeroing(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
-    Cost per layer: ``2 n^2 d_mlp d + 2 n^2 H (d_mlp + d)`` operations (half if causal), and
-    ``2 d d_mlp min(n H, d)`` once per call for the sources' view of the neurons; gated: twice all
-    but the first term. A loop over zeroed forward passes takes ``n^2 (8 d^2 + 4 d d_mlp)`` and
-    more. In a parallel block ``2 n^2 H d``.
+    Cost per layer: ``2 n^2 d_mlp d + 2 n^2 H (d_mlp + d)`` operations (half if causal) and
+    ``2 n d_mlp d`` for the sources' view of the neurons; gated: twice all but the first term. The
+    first call folds W_O into W_in, ``2 d^2 d_mlp``, which is kept if that of all layers fits into
+    256 MiB, and is done at each call otherwise. A loop over zeroed forward passes takes
+    ``n^2 (8 d^2 + 4 d d_mlp)`` and more. In a parallel block ``2 n^2 H d``.
     """
     max_bytes = require_budget(max_bytes)
     _require_choice("metric", metric, ("cosine", "euclidean"))
@@ -205,6 +206,8 @@ def _final_norm(done: Pass, block: Block) -> Norm | None:
 def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None], tuple[str, ...]]:
     if heads is False:
         return [None], ("all",)
+    if heads is None:
+        raise _bad("no heads were named", "None", "a truth value, a head, or a list of them")
     count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
     if heads is True:
         return [[head] for head in range(count)], tuple(map(str, range(count)))

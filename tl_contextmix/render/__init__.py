@@ -1,5 +1,5 @@
 """Panels in, HTML out: pages that show the results of this package, offline."""
 
-from tl_contextmix.render.page import Page, Section
+from tl_contextmix.render.page import Page, Section, require_writable
 
-__all__ = ["Page", "Section"]
+__all__ = ["Page", "Section", "require_writable"]

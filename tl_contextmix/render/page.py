@@ -6,7 +6,8 @@ import base64
 import hashlib
 import tempfile
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -116,18 +117,9 @@ class Page:
             InvalidInput: If the file cannot be written.
         """
         path = Path(path)
-        try:
+        with _named(path):
             # Bytes: a translated line ending would break the hashes in the head of the page.
             path.write_bytes(self.html().encode())
-        except OSError as error:
-            raise InvalidInput(
-                four_parts(
-                    "the page cannot be written",
-                    f"{str(path)!r} ({error.strerror})",
-                    "the name of a file in a folder that exists",
-                    "Give another path.",
-                )
-            ) from error
         return path
 
     def open(self) -> Path:
@@ -157,6 +149,35 @@ class Page:
     def _frame_height(self) -> int:
         heights = [_FRAME_HEIGHTS[type(panel)] for panel in self._all_panels()]
         return min(_FRAME_LIMIT, 120 + sum(heights))
+
+
+def require_writable(path: str | Path) -> None:
+    """Checks that a page can be written, before the work of making it; leaves files as they are.
+
+    Raises:
+        InvalidInput: If the file cannot be written.
+    """
+    path = Path(path)
+    with _named(path):
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            four_parts(
+                "the page cannot be written",
+                f"{str(path)!r} ({getattr(error, 'strerror', None) or error})",
+                "the name of a file in a folder that exists",
+                "Give another path.",
+            )
+        ) from error
 
 
 def _panels(panels: Sequence[Panel], charts: Charts) -> str:

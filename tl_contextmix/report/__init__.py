@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.loading import load_model
-from tl_contextmix.render import Page, Section
+from tl_contextmix.render import Page, Section, require_writable
 from tl_contextmix.report.sections import SECTIONS, facts
 from tl_contextmix.report.story import default_text, read
 from tl_contextmix.results import Provenance, Result
@@ -60,6 +60,7 @@ def write_report(
     Raises:
         ContextMixError: If the model, the text or the path cannot be used.
     """
+    require_writable(path)
     with _progress(len(SECTIONS) + 2) as bar:
         bar.set_description("loading")
         named = isinstance(model_or_name, (str, Path))

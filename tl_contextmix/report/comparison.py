@@ -11,7 +11,7 @@ from tl_contextmix.evaluate import MinimalPair, load_minimal_pairs
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
-from tl_contextmix.render import Page, Section
+from tl_contextmix.render import Page, Section, require_writable
 from tl_contextmix.results import Comparison
 
 COMPARISON_PATH = "tl_contextmix_comparison.html"
@@ -50,6 +50,7 @@ def write_comparison(
         raise InvalidInput(
             four_parts("nothing can be compared", count, "at least 1 sentence", "Ask for 50.")
         )
+    require_writable(path)
     named = isinstance(model_or_name, (str, Path))
     model = load_model(model_or_name) if named else model_or_name
     view = as_view(model)

@@ -231,11 +231,9 @@ class ContextMap(Result):
             else [require_spans(spans, tokens.ids.shape[1])] * len(tokens.strings)
             for tokens in (self.target, self.source)
         )
-        scores = merge(self.scores, source, columns)
-        scores = merge(scores.transpose(3, 4), target, rows, self.target.mask).transpose(3, 4)
-        bias = self.bias
-        if bias is not None:
-            bias = merge(bias, target, rows, self.target.mask)
+        scores = _merged(self.scores, self.source, source, columns)
+        scores = _merged(scores.transpose(3, 4), self.target, target, rows).transpose(3, 4)
+        bias = None if self.bias is None else _merged(self.bias, self.target, target, rows)
         return replace(
             self,
             scores=scores,
@@ -346,6 +344,14 @@ class ContextMap(Result):
             "max": " Each row is divided by its maximum.",
         }[self.normalized]
         return f"Row: the token being written. Column: the token it comes from.{scale}"
+
+
+def _merged(
+    values: torch.Tensor, tokens: Tokens, spans: Sequence[Spans], how: Literal["sum", "mean", "max"]
+) -> torch.Tensor:
+    """Returns numbers of words from those of tokens, side by side as `Tokens.join` has them."""
+    parts = [merge(values, part, how, tokens.mask) for part in tokens.by_side(spans)]
+    return torch.cat(parts, dim=-1)
 
 
 def _require_scores(scores: torch.Tensor, real: torch.Tensor) -> None:

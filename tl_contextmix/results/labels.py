@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import reduce
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Int
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.results.axes import require_shape
-from tl_contextmix.results.words import find_words
+from tl_contextmix.results.words import Spans, find_words
 
 
 @storage.storable
@@ -28,12 +29,15 @@ class Tokens:
         sides: Which stack each stretch of the axis belongs to, with its length. One entry, except
             where a decoder block reads its own tokens and the encoder's: the source axis is then
             ``(("decoder", n), ("encoder", m))``.
+        places: Position of each token in its stack, where some have been left out or joined; None:
+            those of each side counted from 0.
     """
 
     ids: Int[torch.Tensor, "batch pos"]
     strings: tuple[tuple[str, ...], ...]
     mask: Bool[torch.Tensor, "batch pos"]
     sides: tuple[tuple[str, int], ...]
+    places: Int[torch.Tensor, "batch pos"] | None = None
 
     def __post_init__(self) -> None:
         batch, pos = self.ids.shape
@@ -64,24 +68,28 @@ class Tokens:
         return (
             self.sides == other.sides
             and self.strings == other.strings
+            and torch.equal(self.positions(), other.positions())
             and torch.equal(self.ids.cpu(), other.ids.cpu())
             and torch.equal(self.mask.cpu(), other.mask.cpu())
         )
 
     def select(self, batch: list[int], pos: list[int]) -> Tokens:
         """Returns the tokens at these rows and positions."""
-        names = self._side_names()
+        names = self.names()
         return Tokens(
             ids=self.ids[batch][:, pos],
             strings=tuple(tuple(self.strings[row][index] for index in pos) for row in batch),
             mask=self.mask[batch][:, pos],
+            places=None
+            if self.places is None and pos == [*range(self.ids.shape[1])]
+            else self.positions()[batch][:, pos],
             sides=tuple((name, len([*run])) for name, run in groupby(names[i] for i in pos))
             or ((self.sides[0][0], 0),),
         )
 
     def side(self, name: str) -> list[int]:
         """Returns the positions that belong to one stack."""
-        return [index for index, side in enumerate(self._side_names()) if side == name]
+        return [index for index, side in enumerate(self.names()) if side == name]
 
     def cat(self, other: Tokens) -> Tokens:
         """Returns this axis followed by another one."""
@@ -90,33 +98,78 @@ class Tokens:
             strings=tuple(a + b for a, b in zip(self.strings, other.strings, strict=True)),
             mask=torch.cat([self.mask, other.mask], dim=1),
             sides=self.sides + other.sides,
+            places=None
+            if self.places is None and other.places is None
+            else torch.cat([self.positions(), other.positions()], dim=1),
         )
+
+    def positions(self) -> Int[torch.Tensor, "batch pos"]:
+        """Returns the position of each token in its stack; of joined tokens, that of the last."""
+        if self.places is not None:
+            return self.places.cpu()
+        counted = torch.cat([torch.arange(length) for _, length in self.sides])
+        return counted.expand(self.ids.shape)
 
     def words(self) -> list[list[tuple[int, int]]]:
         """Returns the stretches ``(start, stop)`` of tokens that are words, per row; no padding.
 
-        Told from the text of the tokens: where some of them begin with a space (GPT-2, T5), those
-        that do not continue the word before; elsewhere those that begin with ``##`` (BERT). Marks
-        such as ``<s>`` or ``[MASK]`` and punctuation stand alone, but for apostrophes and hyphens
-        inside of a word.
+        Told from the text of the tokens. Where some of them begin with a space (GPT-2, T5), those
+        that do not continue the word before, apostrophes and hyphens inside of a word included;
+        elsewhere those that begin with ``##`` (BERT). Marks such as ``<s>`` or ``[MASK]`` and
+        other punctuation stand alone. No word reaches from one stack into another.
         """
-        return [
-            find_words(words, mask.tolist())
-            for words, mask in zip(self.strings, self.mask, strict=True)
-        ]
+        spaced = any(
+            piece[:1].isspace() and piece.strip() for words in self.strings for piece in words
+        )
+        found: list[list[tuple[int, int]]] = [[] for _ in self.strings]
+        for start, stop in self._stretches():
+            for row, (words, mask) in enumerate(zip(self.strings, self.mask, strict=True)):
+                part = find_words(words[start:stop], mask[start:stop].tolist(), spaced)
+                found[row] += [(start + first, start + last) for first, last in part]
+        return found
 
-    def join(self, spans: Sequence[Sequence[tuple[int, int]]]) -> Tokens:
+    def join(self, spans: Sequence[Spans]) -> Tokens:
         """Returns one label per stretch of tokens: their text, and the id of the first.
 
-        A stretch is real where any of its tokens is. Rows with fewer stretches are padded.
+        A stretch is real where any of its tokens is. Rows with fewer stretches of a side are
+        padded.
 
         Args:
-            spans: Stretches ``(start, stop)`` per row.
+            spans: Stretches ``(start, stop)`` per row, in order.
+
+        Raises:
+            InvalidInput: If a stretch reaches from one stack into another.
         """
+        joined = [
+            self._joined(name, part)
+            for (name, _), part in zip(self.sides, self.by_side(spans), strict=True)
+        ]
+        return reduce(Tokens.cat, joined)
+
+    def by_side(self, spans: Sequence[Spans]) -> list[list[list[tuple[int, int]]]]:
+        """Returns stretches per row by the side of the axis that they are of.
+
+        Raises:
+            InvalidInput: If a stretch reaches from one stack into another.
+        """
+        found = []
+        for start, stop in self._stretches():
+            found.append([[(a, b) for a, b in row if start <= a < stop] for row in spans])
+            for a, b in (span for row in found[-1] for span in row):
+                if b > stop:
+                    raise _unbuilt(
+                        f"the stretch ({a}, {b}) over {self.sides}",
+                        "stretches of tokens of one stack",
+                        "Cut it where the next stack begins.",
+                    )
+        return found
+
+    def _joined(self, side: str, spans: Sequence[Spans]) -> Tokens:
         longest = max(map(len, spans))
         ids = self.ids.new_zeros(len(spans), longest)
         mask = self.mask.new_zeros(len(spans), longest)
-        strings = []
+        places = torch.zeros(len(spans), longest, dtype=torch.long)
+        strings, positions = [], self.positions()
         for row, found in enumerate(spans):
             texts = []
             for index, (start, stop) in enumerate(found):
@@ -124,16 +177,18 @@ class Tokens:
                 # A stretch of padding alone keeps the padding's label.
                 kept = real or [*range(start, stop)]
                 ids[row, index], mask[row, index] = self.ids[row, kept[0]], bool(real)
+                places[row, index] = positions[row, kept[-1]]
                 pieces = [self.strings[row][place] for place in kept]
-                texts.append(
-                    "".join([pieces[0], *(piece.removeprefix("##") for piece in pieces[1:])])
-                )
+                texts.append(pieces[0] + "".join(p.removeprefix("##") for p in pieces[1:]))
             strings.append((*texts, *[""] * (longest - len(found))))
-        return Tokens(
-            ids=ids, strings=tuple(strings), mask=mask, sides=((self.sides[0][0], longest),)
-        )
+        return Tokens(ids, tuple(strings), mask, ((side, longest),), places)
 
-    def _side_names(self) -> list[str]:
+    def _stretches(self) -> list[tuple[int, int]]:
+        ends = [*accumulate(length for _, length in self.sides)]
+        return list(zip([0, *ends], ends, strict=False))
+
+    def names(self) -> list[str]:
+        """Returns the stack of each token."""
         return [side for side, length in self.sides for _ in range(length)]
 
 

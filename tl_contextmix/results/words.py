@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -17,14 +18,14 @@ _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _JOINS = frozenset("'\u2019-")
 
 
-def find_words(pieces: Sequence[str], real: Sequence[bool]) -> list[tuple[int, int]]:
+def find_words(pieces: Sequence[str], real: Sequence[bool], spaced: bool) -> list[tuple[int, int]]:
     """Returns the stretches ``(start, stop)`` of pieces that make up a word; see `Tokens.words`.
 
     Args:
         pieces: Text of each token, with its leading space or ``##``.
         real: Whether it is no padding.
+        spaced: Whether a word begins with a space; else pieces that continue one with ``##``.
     """
-    spaced = any(piece[:1].isspace() and piece.strip() for piece in pieces)
     found: list[tuple[int, int]] = []
     before = ""
     for place, piece in enumerate(pieces):
@@ -59,18 +60,27 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     Raises:
         InvalidInput: If there are none, or one covers no position of an axis of this length.
     """
-    for span in spans:
-        ends = [*span] if isinstance(span, Sequence) and not isinstance(span, str) else []
-        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-        if not (whole and len(ends) == 2 and 0 <= ends[0] < ends[1] <= length):
-            raise _bad(
-                "this span covers no token",
-                repr(span),
-                f"two integers with 0 <= start < stop <= {length}",
-            )
-    if not spans:
+    listed = [*spans] if isinstance(spans, Iterable) and not isinstance(spans, str) else []
+    if not listed:
         raise _bad("no spans were given", repr(spans), "at least one (start, stop)")
-    return [(start, stop) for start, stop in spans]
+    return [_require_span(span, length) for span in listed]
+
+
+def _require_span(span: object, length: int) -> tuple[int, int]:
+    try:
+        ends = [*span] if not isinstance(span, str) else []  # type: ignore[misc]
+        if any(isinstance(end, bool) for end in ends):
+            raise TypeError
+        start, stop = map(operator.index, ends)  # numpy's integers too
+    except (TypeError, ValueError):
+        start = stop = 0
+    if not 0 <= start < stop <= length:
+        raise _bad(
+            "this span covers no token",
+            repr(span),
+            f"two integers with 0 <= start < stop <= {length}",
+        )
+    return start, stop
 
 
 def merge(
