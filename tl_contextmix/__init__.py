@@ -24,6 +24,7 @@ from tl_contextmix.methods.changes import (
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
+from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
@@ -31,6 +32,7 @@ from tl_contextmix.results import (
     ContextMap,
     Decomposition,
     LayerFigures,
+    LogProbContributions,
     PairChanges,
     Score,
     TokenFigures,
@@ -45,6 +47,7 @@ __all__ = [
     "FileFormatError",
     "InvalidInput",
     "LayerFigures",
+    "LogProbContributions",
     "PairChanges",
     "Score",
     "TokenFigures",
@@ -67,6 +70,7 @@ __all__ = [
     "integrated_gradients",
     "load_demo",
     "load_model",
+    "log_prob_contributions",
     "mixing_ratio",
     "report",
     "rollout",

@@ -10,7 +10,9 @@ out of rankings.
 """
 
 from tl_contextmix.results.base import Result
+from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.contributions import LogProbContributions
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
 from tl_contextmix.results.labels import Provenance, Tokens
@@ -18,9 +20,11 @@ from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "Components",
     "ContextMap",
     "Decomposition",
     "LayerFigures",
+    "LogProbContributions",
     "Pair",
     "PairChanges",
     "Provenance",
