@@ -28,7 +28,8 @@ LAYERS = [
     {"hosts"},
     {"decompose", "replay", "propagate"},
     {"stream", "vocabulary"},
-    {"attribution"},
+    {"attribution", "selection"},
+    {"readers"},
     {"methods", "corpus"},
 ]
 # Units beside the layers: no layer imports them, and they import only what is listed.

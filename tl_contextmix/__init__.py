@@ -24,16 +24,20 @@ from tl_contextmix.methods.changes import (
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
+from tl_contextmix.methods.knockout import knockout
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.queries import query_contributions
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
+    Knockout,
     LayerFigures,
     LogProbContributions,
     PairChanges,
+    QueryContributions,
     Score,
     TokenFigures,
 )
@@ -46,9 +50,11 @@ __all__ = [
     "Decomposition",
     "FileFormatError",
     "InvalidInput",
+    "Knockout",
     "LayerFigures",
     "LogProbContributions",
     "PairChanges",
+    "QueryContributions",
     "Score",
     "TokenFigures",
     "UnsupportedModel",
@@ -68,10 +74,12 @@ __all__ = [
     "globenc",
     "gradient_x_input",
     "integrated_gradients",
+    "knockout",
     "load_demo",
     "load_model",
     "log_prob_contributions",
     "mixing_ratio",
+    "query_contributions",
     "report",
     "rollout",
     "value_zeroing",

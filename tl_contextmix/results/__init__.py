@@ -15,19 +15,23 @@ from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.contributions import LogProbContributions
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
+from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.pairs import Pair, PairChanges
+from tl_contextmix.results.queries import QueryContributions
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
     "Components",
     "ContextMap",
     "Decomposition",
+    "Knockout",
     "LayerFigures",
     "LogProbContributions",
     "Pair",
     "PairChanges",
     "Provenance",
+    "QueryContributions",
     "Result",
     "Score",
     "ScoreRow",

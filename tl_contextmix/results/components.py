@@ -12,9 +12,14 @@ from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.results.axes import require_shape
 
-KINDS = ("embed", "attn", "cross_attn", "mlp", "attn bias", "cross_attn bias", "mlp bias")
+_WRITERS = ("attn", "cross_attn", "mlp")
+_ENCODER = ("encoder attn", "encoder mlp")
+_BIASES = tuple(f"{name} bias" for name in (*_WRITERS, *_ENCODER))
+KINDS = ("embed", "encoder embed", *_WRITERS, *_ENCODER, *_BIASES)
+"""Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")
-_SHORT = {"attn": "", "cross_attn": "X", "mlp": ""}
+# What stands in front of the numbers of a head or neuron.
+_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
 
 
 @storage.storable
@@ -73,8 +78,8 @@ class Components:
     def label(self, row: int, place: int) -> str:
         """Returns a short name, such as ``L3H5``, ``L3H5<-2``, ``L3N120`` or ``L3 mlp``."""
         one = self.at(row, place)
-        if one["kind"] == "embed":
-            return "embed"
+        if one["kind"] in ("embed", "encoder embed"):
+            return one["kind"]
         base = f"L{one['layer']}"
         cut = [one["head"], one["neuron"], one["source"]] != [None, None, None]
         if one["kind"] not in _SHORT or not cut:
@@ -90,7 +95,13 @@ class Components:
 
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
-        return self.kind >= KINDS.index("attn bias")
+        return self.kind >= KINDS.index(_BIASES[0])
+
+
+def padding(batch: int, count: int) -> Components:
+    """Returns places of a table that hold no component."""
+    empty = torch.full((batch, count), -1)
+    return Components(torch.zeros_like(empty), *[empty] * len(COLUMNS))
 
 
 def components(

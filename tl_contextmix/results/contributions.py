@@ -101,7 +101,7 @@ class LogProbContributions(Result):
         Raises:
             InvalidInput: If ``k`` is not a positive integer.
         """
-        index = _largest_rows(self.scores, self.components, require_count(k))
+        index = largest_rows(self.scores, self.components, require_count(k))
         return replace(
             self,
             components=self.components.select(index.cpu()),
@@ -268,10 +268,10 @@ def component_grids(
     return tuple(found)
 
 
-def _largest_rows(
+def largest_rows(
     scores: torch.Tensor, components: Components, k: int
 ) -> Int[torch.Tensor, "batch some"]:
-    """Returns the places of the largest scores of each sentence, as many in each."""
+    """Returns the places of the largest scores of each sentence, biases apart, as many in each."""
     kept = scores.detach().masked_fill(components.is_bias().to(scores.device), torch.nan)
     found = [largest(row, k) for row in kept]
     least = min((len(one) for one in found), default=0)
