@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.components import KINDS, Components, components, join
 
 Named = Sequence[Sequence[int]]
 Chosen = LogProbContributions | QueryContributions | Named
-_SUBLAYERS = ("attn", "cross_attn", "mlp")
 
 
 def chosen_components(
@@ -96,31 +96,54 @@ def _of_tuple(name: str, one: tuple[int, ...], pos: Tensor) -> Components:
 
 def _require_there(view: ModelView, found: Components) -> None:
     """Raises InvalidInput where a component is none of the model's."""
-    blocks = view.blocks()
+    sizes = {(one.kind, one.layer): one for one in every_sublayer(view)}
     for row, place in torch.cartesian_prod(*map(torch.arange, found.kind.shape)).tolist():
         one = found.at(row, place)
-        layer = -1 if one["layer"] is None else one["layer"]
-        sizes = sublayer_sizes(blocks[layer]) if 0 <= layer < len(blocks) else {}
-        heads, neurons = sizes.get(one["kind"], (0, 0))
-        head, neuron = (0 if one[name] is None else one[name] for name in ("head", "neuron"))
-        if not (0 <= head < max(heads, 1) and 0 <= neuron < neurons):
+        known = sizes.get((one["kind"], one["layer"]))
+        head, neuron = (one[name] or 0 for name in ("head", "neuron"))
+        if known is None or head >= max(known.heads, 1) or neuron >= known.neurons:
+            listed = ", ".join(f"{s.kind} {s.heads} x {s.neurons}" for s in sizes.values())
             raise _bad(
                 f"{view.name} has no such component",
                 found.label(row, place),
-                f"layers 0 to {len(blocks) - 1}; in each, {sublayer_sizes(blocks[0])} "
-                "(heads, neurons)",
+                f"one of its {len(view.blocks())} layers, the first being 0: {listed} "
+                "(heads x neurons)",
             )
 
 
-def sublayer_sizes(block: Block) -> dict[str, tuple[int, int]]:
-    """Returns heads and neurons (of a head, or of the feed-forward) of each sublayer."""
-    found = {}
-    for attention in block.attentions:
-        heads, d_head, _ = attention.W_O.shape
-        found["attn" if attention.kind == "self" else "cross_attn"] = (heads, d_head)
-    if block.feed_forward is not None:
-        found["mlp"] = (0, block.feed_forward.W_out.shape[0])
-    return found
+@dataclass(frozen=True)
+class Sublayer:
+    """Where the heads and neurons of a sublayer are.
+
+    Attributes:
+        kind: Its kind among components.
+        layer: Its layer.
+        heads: How many heads; 0 in a feed-forward sublayer.
+        neurons: How many neurons, in each head.
+        name: The activation that holds them.
+        constant: What is added to that activation and is no neuron's own, or None.
+    """
+
+    kind: str
+    layer: int
+    heads: int
+    neurons: int
+    name: str
+    constant: Tensor | None = None
+
+
+def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
+    """Yields the sublayers of a model, an encoder-decoder's encoder included."""
+    for stack, block in view.every_block():
+        prefix = "" if stack == view.base_stack(None) else "encoder "
+        for attention in block.attentions:
+            kind = prefix + ("attn" if attention.kind == "self" else "cross_attn")
+            heads, d_head, _ = attention.W_O.shape
+            yield Sublayer(kind, block.layer, heads, d_head, attention.mixed)
+        ff = block.feed_forward
+        if ff is not None:
+            count, constant = ff.W_out.shape[0], ff.weights("b_post")
+            yield Sublayer(f"{prefix}mlp", block.layer, 0, count, ff.post, constant)
 
 
 def others_at_random(view: ModelView, chosen: Components, generator: torch.Generator) -> Components:
@@ -134,21 +157,17 @@ def others_at_random(view: ModelView, chosen: Components, generator: torch.Gener
     for row in range(chosen.kind.shape[0]):
         parts = []
         for (kind, shape), pool in pools.items():
-            of_shape = (chosen.head[row] >= 0, chosen.neuron[row] >= 0)
-            mine = (chosen.kind[row] == KINDS.index(kind)) & (of_shape[0] == shape[0])
-            mine &= of_shape[1] == shape[1]
-            count = int(mine.sum())
-            if count:
-                parts.append(_draw(pool, _triples(chosen, row)[mine], count, generator, kind))
+            mine = chosen.of_kind(kind)[row]
+            mine &= ((chosen.head[row] >= 0) == shape[0]) & ((chosen.neuron[row] >= 0) == shape[1])
+            if bool(mine.any()):
+                drawn = _draw(pool, _table(chosen, row)[mine], generator, kind)
+                parts.append(torch.cat([drawn, chosen.pos[row][mine, None]], dim=1))
         rows.append(torch.cat(parts))
-    table = torch.stack(rows)
-    pos = chosen.pos[:, :1].expand(table.shape[:2])
-    kind, layer, head, neuron = table.unbind(-1)
-    nothing = torch.full_like(layer, -1)
-    return Components(kind, layer, pos.contiguous(), head, nothing, neuron)
+    kind, layer, head, neuron, pos = torch.stack(rows).unbind(-1)
+    return Components(kind, layer, pos, head, torch.full_like(layer, -1), neuron)
 
 
-def _triples(chosen: Components, row: int) -> Tensor:
+def _table(chosen: Components, row: int) -> Tensor:
     columns = (chosen.kind, chosen.layer, chosen.head, chosen.neuron)
     return torch.stack([column[row] for column in columns], dim=-1)
 
@@ -156,25 +175,25 @@ def _triples(chosen: Components, row: int) -> Tensor:
 def _pools(view: ModelView) -> dict[tuple[str, tuple[bool, bool]], Tensor]:
     """Returns kind, layer, head and neuron of everything that could be drawn, by kind and shape."""
     found: dict[tuple[str, tuple[bool, bool]], list[Tensor]] = {}
-    for block in view.blocks():
-        for kind, (heads, neurons) in sublayer_sizes(block).items():
-            head, neuron = torch.arange(max(heads, 1)), torch.arange(neurons)
-            start = torch.tensor([[KINDS.index(kind), block.layer]])
-            options = {(False, True): torch.cartesian_prod(torch.tensor([-1]), neuron)}
-            if heads:
-                options = {
-                    (True, False): torch.cartesian_prod(head, torch.tensor([-1])),
-                    (True, True): torch.cartesian_prod(head, neuron),
-                }
-            for shape, rest in options.items():
-                whole = torch.cat([start.expand(len(rest), 2), rest], dim=1)
-                found.setdefault((kind, shape), []).append(whole)
+    none = torch.tensor([-1])
+    for one in every_sublayer(view):
+        head, neuron = torch.arange(one.heads), torch.arange(one.neurons)
+        options = {(False, True): torch.cartesian_prod(none, neuron)}
+        if one.heads:
+            options = {
+                (True, False): torch.cartesian_prod(head, none),
+                (True, True): torch.cartesian_prod(head, neuron),
+            }
+        start = torch.tensor([[KINDS.index(one.kind), one.layer]])
+        for shape, rest in options.items():
+            whole = torch.cat([start.expand(len(rest), 2), rest], dim=1)
+            found.setdefault((one.kind, shape), []).append(whole)
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
-def _draw(pool: Tensor, mine: Tensor, count: int, generator: torch.Generator, kind: str) -> Tensor:
+def _draw(pool: Tensor, mine: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     taken = (pool[:, None] == mine[None]).all(dim=-1).any(dim=1)
-    others = pool[~taken]
+    others, count = pool[~taken], len(mine)
     if len(others) < count:
         raise _bad(
             "there are not enough others for a random control",

@@ -14,10 +14,16 @@ from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, make_batch, provenance
 from tl_contextmix.inputs.targets import Ids, Names, predicting_rows, target_tokens
-from tl_contextmix.model_view import Batch, Block, Edit, ModelView
+from tl_contextmix.model_view import Batch, Edit, ModelView
 from tl_contextmix.results import Knockout, Tokens
 from tl_contextmix.results.components import Components
-from tl_contextmix.selection import Chosen, chosen_components, others_at_random
+from tl_contextmix.selection import (
+    Chosen,
+    Sublayer,
+    chosen_components,
+    every_sublayer,
+    others_at_random,
+)
 
 Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
@@ -59,8 +65,10 @@ def knockout(
         target: The token, see `log_prob_contributions`.
         target_ids: Its id, instead.
         pos: Position that predicts; None: the last, or the mask.
-        positions: Where they are taken out: ``"last"``, at the predicting position only, or
-            ``"all"``. The authors set parameters to zero, which is ``"all"``.
+        positions: Where they are taken out: ``"last"``, only at the position whose stream they
+            were found to write to (the predicting one, unless they come from
+            `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
+            ``"all"``.
         replace_with: ``"zero"`` (a neuron's part of the stream vanishes; b_post stays), or the
             ``"mean"`` of its values over the real tokens of the input.
         controls: How many random sets.
@@ -145,57 +153,41 @@ class _Ablation:
         return found.to(self.view.device, self.view.dtype)
 
     def _edits(self, chosen: Components) -> Mapping[str, Edit]:
-        groups = {}
-        for block in self.view.blocks():
-            for kind, name in _names(block).items():
-                mine = chosen.of_kind(kind) & (chosen.layer == block.layer)
-                if bool(mine.any()):
-                    groups[name] = (block, mine)
-        means = self._means(list(groups)) if self.replace_with == "mean" else {}
+        touched = [
+            (one, mine)
+            for one in every_sublayer(self.view)
+            if bool((mine := chosen.of_kind(one.kind) & (chosen.layer == one.layer)).any())
+        ]
+        means = self._means([one for one, _ in touched]) if self.replace_with == "mean" else {}
         return {
-            name: self._edit(chosen, mine, means.get(name, _kept_bias(block, name)))
-            for name, (block, mine) in groups.items()
+            one.name: self._edit(chosen, mine, means.get(one.name, one.constant))
+            for one, mine in touched
         }
 
-    def _means(self, names: list[str]) -> dict[str, Tensor]:
+    def _means(self, sublayers: list[Sublayer]) -> dict[str, Tensor]:
         """Returns the mean of activations over the real tokens of the input."""
-        trace = self.view.run(self.batch, names)
-        real = self.batch.side(self.view.base_stack(None)).mask
-        return {
-            name: trace.values[name][real.to(trace.values[name].device)].mean(0) for name in names
-        }
+        trace = self.view.run(self.batch, [one.name for one in sublayers])
+        found = {}
+        for one in sublayers:
+            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
+            values = trace.values[one.name]
+            real = self.batch.side(stack).mask.to(values.device)
+            found[one.name] = values[real].mean(dim=0)
+        return found
 
     def _edit(self, chosen: Components, mine: Tensor, filling: Tensor | None) -> Edit:
         def edit(activation: Tensor) -> Tensor:
-            gone = torch.zeros(activation.shape[0], *activation.shape[2:], dtype=torch.bool)
+            gone = torch.zeros(activation.shape, dtype=torch.bool)
             for row, place in mine.nonzero().tolist():
-                head, neuron = int(chosen.head[row, place]), int(chosen.neuron[row, place])
-                inside = [head] if head >= 0 else []
-                gone[(row, *inside, *([neuron] if neuron >= 0 else []))] = True
-            where = torch.ones(activation.shape[:2], dtype=torch.bool)
-            if not self.everywhere:
-                where = torch.arange(activation.shape[1]) == self.rows.cpu()[:, None]
-            where = where.view(*where.shape, *[1] * (activation.ndim - 2)) & gone[:, None]
+                one = chosen.at(row, place)
+                pos = slice(None) if self.everywhere else one["pos"]
+                inside = [one[name] for name in ("head", "neuron") if one[name] is not None]
+                gone[(row, pos, *inside)] = True
             new = torch.zeros((), device=activation.device, dtype=activation.dtype)
             new = new if filling is None else filling.to(activation)
-            return torch.where(where.to(activation.device), new, activation)
+            return torch.where(gone.to(activation.device), new, activation)
 
         return edit
-
-
-def _names(block: Block) -> dict[str, str]:
-    """Returns the activation that holds each sublayer's heads and neurons."""
-    found = {
-        "attn" if attention.kind == "self" else "cross_attn": attention.mixed
-        for attention in block.attentions
-    }
-    return found if block.feed_forward is None else found | {"mlp": block.feed_forward.post}
-
-
-def _kept_bias(block: Block, name: str) -> Tensor | None:
-    """Returns what is no neuron's own: the bias that is added to feed-forward activations."""
-    ff = block.feed_forward
-    return ff.weights("b_post") if ff is not None and name == ff.post else None
 
 
 def _figures(logits: Tensor, target: Tokens) -> Tensor:

@@ -243,6 +243,8 @@ def component_grids(
         chosen &= ~scores[row].isnan().cpu()
         if not bool(chosen.any()):
             continue
+        if len(components.pos[row][chosen].unique()) > 1:
+            continue  # several streams, which one map would draw over each other
         layer = components.layer[row][chosen]
         place = getattr(components, column)[row][chosen] if column else components.kind[row][chosen]
         layers, columns = layer.unique().tolist(), place.unique().tolist()
@@ -259,7 +261,7 @@ def component_grids(
                 title=title if len(kinds) > 1 else f"{title}, {kinds[0]}",
                 caption=caption,
                 values=values,
-                sheets=(kinds[0],),
+                sheets=(by,),
                 rows=tuple(f"layer {number}" for number in layers),
                 columns=tuple(map(names, columns)),
                 unit=unit,
