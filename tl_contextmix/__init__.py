@@ -28,9 +28,11 @@ from tl_contextmix.methods.knockout import knockout
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.queries import query_contributions
+from tl_contextmix.methods.readouts import component_readouts
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
+    ComponentReadouts,
     ContextMap,
     Decomposition,
     Knockout,
@@ -44,6 +46,7 @@ from tl_contextmix.results import (
 from tl_contextmix.rollout import rollout
 
 __all__ = [
+    "ComponentReadouts",
     "ContextMap",
     "ContextMixError",
     "ContextMixWarning",
@@ -65,6 +68,7 @@ __all__ = [
     "attention_norms",
     "cancellation",
     "check",
+    "component_readouts",
     "contextualization_change",
     "cue_alignment",
     "decompose",

@@ -78,14 +78,15 @@ def ask(
     *,
     target: Names | None,
     target_ids: Ids | None,
-    pos: int | None,
+    pos: int | Tensor | None,
     norm: NormRule,
     max_bytes: int,
     both_stacks: bool = False,
 ) -> Question:
     """Runs the model once and returns what it was asked.
 
-    ``both_stacks``: whether the encoder's activations are needed, too, where there are two.
+    ``pos`` may be a position for each sentence; ``both_stacks`` says whether the encoder's
+    activations are needed, too, where there are two.
 
     Raises:
         InvalidInput: If an argument does not fit the model.
@@ -102,7 +103,11 @@ def ask(
         for name in (*block.points(), *needed(block))
     ]
     done = run_pass(view, given, also=lambda block: () if block.layer else names)
-    rows = predicting_rows(view, done.trace.batch, stack, pos)
+    rows = pos
+    if not isinstance(rows, Tensor):
+        rows = predicting_rows(view, done.trace.batch, stack, rows)
+    elif rows.shape != done.target.ids.shape[:1]:
+        raise _other_sentences(len(rows), len(done.target.ids))
     stream = write_stream(view, done.trace, stack, rows)
     logits = done.trace.logits
     if logits is None:
@@ -279,6 +284,17 @@ def _scored(
 def progress(listed: list[Cut], what: str) -> Iterator[Cut]:
     """Yields cuts, with a progress bar on a terminal once two seconds have passed."""
     yield from tqdm(listed, desc=what, unit="sublayer", delay=2, leave=False, disable=None)
+
+
+def _other_sentences(seen: int, expected: int) -> InvalidInput:
+    return InvalidInput(
+        four_parts(
+            "the components belong to other sentences",
+            f"components of {seen} sentences",
+            f"{expected}, as many as the input has",
+            "Give the input that they were found on.",
+        )
+    )
 
 
 def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -256,6 +256,24 @@ class Vocabulary:
             found[part] = (logits > logits[:, target, None]).sum(-1).to(found) + 1
         return found
 
+    def extremes(
+        self, vectors: Float[Tensor, "some d_model"], row: int, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns values and ids of the tokens that vectors alone raise and lower most.
+
+        Before the softmax, the norm's scale frozen; a masked-LM head is applied in full.
+        """
+        rows, _ = self._tiles(len(vectors), whole=True)
+        found = []
+        for part in blocks(len(vectors), rows):
+            if self.readout.head is None:
+                logits = self.direction(vectors[part]) / self.divisor[row] @ self.weight
+            else:
+                logits = self.logits(self.hidden(vectors[part], row))
+            found.append((*logits.topk(k), *logits.topk(k, largest=False)))
+        values, ids, low, low_ids = (torch.cat(column) for column in zip(*found, strict=True))
+        return values, ids, low, low_ids
+
     def rows_that_fit(self, count: int) -> int:
         """Returns how many whole distributions may be worked on at once."""
         return self._tiles(count, whole=True)[0]

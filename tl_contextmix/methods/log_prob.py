@@ -172,7 +172,7 @@ def log_prob_contributions(
         gaps=found.gaps,
         log_prob=question.log_prob,
         evaluated=torch.tensor(found.evaluated),
-        possible=sum(cut.labels.kind.shape[1] for cut in listed),
+        possible=_count(listed, biases=score == "log_prob_increase"),
         note=f"All of them, as there is no bound: {note}." if note else "",
         pos=question.stream.rows.cpu(),
         target=question.target,
@@ -251,6 +251,10 @@ def _best(question: Question, listed: list[Cut], k: int) -> _Found:
         [one.evaluated for one in best],
         biases=False,
     )
+
+
+def _count(listed: list[Cut], *, biases: bool) -> int:
+    return sum(cut.labels.kind.shape[1] + (biases and cut.bias is not None) for cut in listed)
 
 
 def _logits(question: Question, cut: Cut) -> Tensor:

@@ -212,7 +212,7 @@ def _row(
     labels = join([group.components for group in groups])
     if not labels.kind.shape[1]:
         raise _nothing_read(chosen, row, by)
-    keys, where = _keys(labels).unique(return_inverse=True)
+    keys, where = labels.numbers()[0].unique(return_inverse=True)
     wheres = where.split([group.components.kind.shape[1] for group in groups])
     scores = weights.new_zeros(len(keys))
     for group, at in zip(groups, wheres, strict=True):
@@ -299,14 +299,6 @@ def _collect(
         for name, column in columns.items():
             column[0, at[seen].cpu()] = getattr(group.components, name)[0, seen.cpu()]
     return _Row(scores[kept], Components(**columns), **tables, **figures)
-
-
-def _keys(labels: Components) -> Tensor:
-    """Returns one number for each component of the first sentence, the same wherever it is met."""
-    found = torch.zeros_like(labels.kind[0])
-    for column in vars(labels).values():
-        found = found * (int(column.max()) + 2) + column[0] + 1
-    return found
 
 
 def _of_encoder(labels: Components) -> Components:

@@ -19,9 +19,11 @@ from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.queries import QueryContributions
+from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "ComponentReadouts",
     "Components",
     "ContextMap",
     "Decomposition",

@@ -93,6 +93,37 @@ class Components:
         """Returns which components are of a kind."""
         return self.kind == KINDS.index(kind)
 
+    def numbers(self) -> Int[torch.Tensor, "batch component"]:
+        """Returns one number for each component, the same wherever in this table it stands."""
+        found = torch.zeros_like(self.kind)
+        for field in fields(self):
+            column = getattr(self, field.name)
+            found = found * (int(column.max()) + 2) + column + 1
+        return found
+
+    def find(self, wanted: Components) -> Int[torch.Tensor, "batch some"]:
+        """Returns the places of components in this table, sentence by sentence.
+
+        Raises:
+            InvalidInput: If one of them is not there.
+        """
+        count = self.kind.shape[1]
+        table, asked = join([self, wanted]).numbers().split([count, wanted.kind.shape[1]], dim=1)
+        ordered, order = table.sort(dim=1)
+        at = torch.searchsorted(ordered.contiguous(), asked.contiguous()).clamp(max=count - 1)
+        missing = ordered.gather(1, at) != asked
+        if bool(missing.any()):
+            row, place = missing.nonzero()[0].tolist()
+            raise InvalidInput(
+                four_parts(
+                    "this component is not written to the stream here",
+                    wanted.label(row, place),
+                    "components found on the same input, at the same position",
+                    "Give the input that the components were found on.",
+                )
+            )
+        return order.gather(1, at)
+
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
         return self.kind >= KINDS.index(_BIASES[0])

@@ -41,7 +41,7 @@ class LogProbContributions(Result):
             where it was not cut, or not all of its components were evaluated.
         log_prob: The target's log-probability as the model itself gives it.
         evaluated: How many components were evaluated exactly, in each sentence.
-        possible: How many there are.
+        possible: How many there are, biases included where they have a score.
         note: Why all had to be evaluated, where a bound would have spared work; else empty.
         pos: Position whose prediction it is, in each sentence.
         target: The predicted token of each sentence.
