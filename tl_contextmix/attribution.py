@@ -28,7 +28,7 @@ from tl_contextmix.stream import (
     needed,
     write_stream,
 )
-from tl_contextmix.vocabulary import NORM_RULES, NormRule, Vocabulary, read_vocabulary
+from tl_contextmix.vocabulary import NormRule, Vocabulary, read_vocabulary
 
 By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
 CUTS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
@@ -92,7 +92,6 @@ def ask(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If it has no vocabulary readout, or its stream is no sum.
     """
-    require_choice("norm", norm, NORM_RULES)
     view.readout.require()
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}

@@ -126,11 +126,11 @@ def target_tokens(
             "one of them",
             "Leave one out.",
         )
-    if target is not None:
-        texts = [target] * len(logits) if isinstance(target, str) else list(target)
+    texts = [target] * len(logits) if isinstance(target, str) else list(target or ())
+    if texts:
         target_ids = [single_token(view, text) for text in texts]
-        _warn_about_spaces(view, texts, target_ids, logits)
     ids = ids_of(target_ids, logits.argmax(dim=-1), logits.shape[1])
+    _warn_about_spaces(view, texts, ids.tolist(), logits)
     return Tokens(
         ids=ids[:, None],
         strings=tuple((view.to_string(token),) for token in ids.tolist()),
@@ -173,7 +173,7 @@ def single_token(view: ModelView, text: object) -> int:
 def _warn_about_spaces(
     view: ModelView, texts: Sequence[str], ids: Sequence[int], logits: Tensor
 ) -> None:
-    for row, (text, token) in enumerate(zip(texts, ids, strict=True)):
+    for row, (text, token) in enumerate(zip(texts, ids, strict=False)):
         spaced = [] if text.startswith(" ") else view.pieces(" " + text)
         if len(spaced) != 1 or spaced[0] == token:
             continue

@@ -28,7 +28,7 @@ from tl_contextmix.inputs.targets import Ids, Names
 from tl_contextmix.results import LogProbContributions
 from tl_contextmix.results.axes import require_count
 from tl_contextmix.results.components import Components, join
-from tl_contextmix.vocabulary import NormRule
+from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Score = Literal[
     "log_prob_increase",
@@ -137,6 +137,7 @@ def log_prob_contributions(
     neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
     """
     require_choice("by", by, CUTS)
+    require_choice("norm", norm, NORM_RULES)
     require_choice("score", score, tuple(SCORES))
     top_k = None if top_k is None else require_count(top_k)
     _require_neurons(by, score, top_k)

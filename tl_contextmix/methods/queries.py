@@ -19,7 +19,7 @@ from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.axes import largest, require_count
 from tl_contextmix.results.components import KINDS, Components, join, padding
 from tl_contextmix.selection import Chosen, chosen_components
-from tl_contextmix.vocabulary import NormRule
+from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Share = Literal["exact", "ratio"]
 
@@ -95,6 +95,7 @@ def query_contributions(
     encoder's stream, whose components are named ``encoder ...``.
     """
     require_choice("by", by, CUTS)
+    require_choice("norm", norm, NORM_RULES)
     require_choice("share", share, ("exact", "ratio"))
     top_k = None if top_k is None else require_count(top_k)
     view = as_view(model)
