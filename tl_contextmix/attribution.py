@@ -218,7 +218,13 @@ class Best:
     evaluated: int
 
 
-def best_neurons(question: Question, listed: list[Cut], k: int, row: int) -> Best:
+def best_neurons(
+    vocabulary: Vocabulary,
+    states: Float[Tensor, "step d_model"],
+    listed: list[Cut],
+    k: int,
+    row: int,
+) -> Best:
     r"""Returns the neurons that gain most, without computing what all of them gain.
 
     Neurons are visited in the order of Jensen's bound ``coefficient * vector @ slope`` and scored
@@ -227,12 +233,12 @@ def best_neurons(question: Question, listed: list[Cut], k: int, row: int) -> Bes
     neuron evaluated.
 
     Args:
-        question: The question.
+        vocabulary: How the stream is read.
+        states: The states of the stream, in one sentence.
         listed: Cuts into neurons.
         k: How many.
         row: The sentence.
     """
-    vocabulary, states = question.vocabulary, question.stream.states[row]
     bounds, places, which = [], [], []
     for index, cut in enumerate(listed):
         assert cut.neurons is not None
@@ -253,7 +259,7 @@ def best_neurons(question: Question, listed: list[Cut], k: int, row: int) -> Bes
         if done >= k and scores.topk(k).values[-1] >= bound[done] + slack:
             break
         part = slice(done, done + size)
-        found = _scored(question, listed, cut_of[part], place[part], row)
+        found = _scored(vocabulary, states, listed, cut_of[part], place[part], row)
         scores = torch.cat([scores, found])
     best = scores.sort(descending=True, stable=True)
     keep = best.indices[:k]
@@ -261,10 +267,14 @@ def best_neurons(question: Question, listed: list[Cut], k: int, row: int) -> Bes
 
 
 def _scored(
-    question: Question, listed: list[Cut], cut_of: Tensor, place: Tensor, row: int
+    vocabulary: Vocabulary,
+    states: Tensor,
+    listed: list[Cut],
+    cut_of: Tensor,
+    place: Tensor,
+    row: int,
 ) -> Tensor:
     """Returns the exact scores of some neurons of one sentence."""
-    vocabulary, states = question.vocabulary, question.stream.states[row]
     vectors, before = [], []
     for index in cut_of.unique().tolist():
         cut = listed[index]

@@ -237,7 +237,8 @@ def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor
 def _best(question: Question, listed: list[Cut], k: int) -> _Found:
     """Returns the neurons with the largest scores alone."""
     rows = range(len(question.log_prob))
-    best = [best_neurons(question, listed, k, row) for row in rows]
+    states, vocabulary = question.stream.states, question.vocabulary
+    best = [best_neurons(vocabulary, states[row], listed, k, row) for row in rows]
     sizes = torch.tensor([0, *(cut.labels.kind.shape[1] for cut in listed)]).cumsum(0)
     index = torch.stack([sizes.to(one.cut.device)[one.cut] + one.place for one in best])
     components = join([cut.labels for cut in listed]).select(index.cpu())
