@@ -16,7 +16,7 @@ from meters import Memory, WithoutProducts, flops
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.attribution import Cut, best_neurons
+from tl_contextmix.attribution import Best, Cut, best_neurons
 from tl_contextmix.demo_models.lexicon import FACTS
 from tl_contextmix.methods.log_prob import SCORES
 from tl_contextmix.model_view import Readout
@@ -78,10 +78,9 @@ class Sizes:
         """Returns the readout with the scale of the norm frozen."""
         return read_vocabulary(self.readout, "frozen", self.states[:, -1], self.target, max_bytes)
 
-    def best(self, k: int, max_bytes: int = MAX_BYTES) -> int:
-        """Returns how many neurons are evaluated to find the best ones."""
-        found = best_neurons(self.vocabulary(max_bytes), self.states[0], self.cuts, k, 0)
-        return found.evaluated
+    def best(self, k: int, max_bytes: int = MAX_BYTES) -> Best:
+        """Returns the best neurons."""
+        return best_neurons(self.vocabulary(max_bytes), self.states[0], self.cuts, k, 0)
 
     def full(self, layers: int | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
         """Returns the scores of all neurons, of some layers or all."""
@@ -112,21 +111,25 @@ def peak(work: Callable[[], object]) -> int:
 
 def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
     """Prints how many operations the bound spares, on numbers that are drawn."""
-    _row("activations", "logits", "k", "evaluated", "of", "ours", "all", "less by", "peak MiB")
-    _row(*["---"] * 9)
-    for heavy in (0.5, 1.0, 1.5):
-        for sharp in (1.0, 2.5):
+    names = ("activations", "logits", "k", "best", "k-th", "evaluated", "of")
+    _row(*names, "ours", "all", "less by", "peak MiB")
+    _row(*["---"] * 11)
+    for heavy in (1.0, 2.0):
+        for sharp in (1.0, 2.5, 5.0):
             sizes = Sizes(*shape, heavy=heavy, sharp=sharp)
             every = full_flops(sizes)
             for k in ks:
-                found: list[int] = []
+                found: list[Best] = []
                 spent = flops(lambda k=k, s=sizes, f=found: f.append(s.best(k)), elementwise=False)
                 used = peak(partial(sizes.best, k))
+                best, last = (float(score) for score in found[0].score[[0, -1]])
                 _row(
                     f"log-normal {heavy}",
                     f"sd {sharp}",
                     k,
-                    found[0],
+                    f"{best:.2f}",
+                    f"{last:.3f}",
+                    found[0].evaluated,
                     shape[0] * shape[1],
                     f"{spent:.3g}",
                     f"{every:.3g}",
