@@ -138,33 +138,40 @@ def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
                 )
 
 
-def facts() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yields a pattern, its texts and their answers: what the embedded model knows."""
+def facts(count: int | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yields a pattern, its texts and their answers: what the embedded model knows.
+
+    Args:
+        count: How many of each; None for all.
+    """
+    known = FACTS[:count]
     patterns = (
         ("the capital of", "the capital of {0} is", " {1}"),
         ("the language of", "people in {0} speak", " {2}"),
     )
     for name, text, answer in patterns:
-        yield name, [text.format(*f) for f in FACTS], [answer.format(*f) for f in FACTS]
+        yield name, [text.format(*f) for f in known], [answer.format(*f) for f in known]
 
 
-def evaluated_table(model: object) -> None:
+def evaluated_table(model: object, facts_each: int | None) -> None:
     """Prints how many neurons of the embedded, trained model are evaluated to find the best."""
     _row("facts", "k", "evaluated (median)", "most", "of")
     _row(*["---"] * 5)
-    for name, texts, answers in facts():
+    for name, texts, answers in facts(facts_each):
         for k in (10, 100):
             found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", top_k=k)
             numbers = found.evaluated
             _row(name, k, int(numbers.median()), int(numbers.max()), found.possible)
 
 
-def knockout_table(model: object, *, count: int = 10, positions: str = "all") -> dict:
+def knockout_table(
+    model: object, facts_each: int | None, *, count: int = 10, positions: str = "all"
+) -> dict[str, Tensor]:
     """Prints MRR and probability once the neurons that each score finds are set to zero."""
     _row("score", "MRR", "95 % interval", "probability", "95 % interval")
     _row(*["---"] * 5)
     found: dict[str, list[Tensor]] = {"none": [], "random": []}
-    for _, texts, answers in facts():
+    for _, texts, answers in facts(facts_each):
         for score in SCORES:
             best = cm.log_prob_contributions(
                 model, texts, target=answers, by="ff_neuron", score=score
@@ -204,17 +211,20 @@ def _say(line: str = "") -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small vocabulary, few layers")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small vocabulary, few layers and facts"
+    )
     quick = parser.parse_args(arguments).quick
     torch.set_num_threads(1)
     with torch.no_grad():
         work_table((3, 256, 64, 2000) if quick else GPT2, [10] if quick else [10, 100])
         model = cm.load_demo("causal-lm")
         _say()
-        evaluated_table(model)
+        facts_each = 4 if quick else None
+        evaluated_table(model, facts_each)
         for positions in ("all", "last"):
             _say(f"\nTen neurons set to zero at {positions} positions\n")
-            knockout_table(model, positions=positions)
+            knockout_table(model, facts_each, positions=positions)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ METHODS = [
     Method("value_zeroing", cm.value_zeroing, lambda r: r.scores, cm.ContextMap, pointed=False),
     Method(
         "log_prob_contributions",
-        functools.partial(cm.log_prob_contributions, by="head_position", pos=-1),
+        functools.partial(cm.log_prob_contributions, by="position", pos=-1),
         lambda r: r.scores,
         cm.LogProbContributions,
         pointed=False,
@@ -84,7 +84,7 @@ METHODS = [
     ),
     Method(
         "knockout",
-        functools.partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
+        functools.partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=0),
         lambda r: r.after,
         cm.Knockout,
         pointed=False,

@@ -21,7 +21,7 @@ from tl_contextmix.stream import Neurons
 from tl_contextmix.stream import Path as Norms
 
 MIB = 2**20
-SHAPE = (6, 512, 64, 20_000)
+SHAPE = (6, 512, 64, 5_000)
 
 
 def best_flops(sizes: Sizes, k: int) -> int:
@@ -55,14 +55,14 @@ def test_the_best_are_the_best_and_all_the_bound_needs() -> None:
     assert found.evaluated < whole.numel()
 
 
-@pytest.mark.parametrize("budget", [4 * MIB, 16 * MIB, 64 * MIB])
+@pytest.mark.parametrize("budget", [4 * MIB, 16 * MIB])
 def test_the_budget_is_kept(budget: int) -> None:
     sizes = Sizes(2, 512, 64, 20_000)
     held = 20_000 * 4 * 4 + 3 * 512 * 64 * 4  # distributions of single states, neurons' vectors
     for work in (partial(sizes.best, 50, budget), partial(sizes.full, 2, budget)):
         assert peak(work) <= budget + held
-    large = peak(partial(sizes.full, 2, 64 * MIB))
-    assert peak(partial(sizes.full, 2, 4 * MIB)) < large
+    large = peak(partial(sizes.full, 2, 16 * MIB))
+    assert peak(partial(sizes.full, 2, 2 * MIB)) < large
 
 
 def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -128,14 +129,15 @@ class Cut:
     Attributes:
         step: Place of the writer in the stream.
         labels: The components.
-        vectors: What each writes; None where they are neurons.
+        vectors: Returns what each writes [batch component d_model], computed when it is asked
+            for; None where they are neurons.
         neurons: The neurons, source by source, or None.
-        bias: Label and vector of what none of them writes, or None (layers).
+        bias: Label and vector of what none of the writer's components writes, or None.
     """
 
     step: int
     labels: Components
-    vectors: Float[Tensor, "batch component d_model"] | None
+    vectors: Callable[[], Tensor] | None
     neurons: Neurons | None
     bias: tuple[Components, Tensor] | None
 
@@ -156,38 +158,42 @@ def cuts(stream: Stream, by: By) -> Iterator[Cut]:
             from a source), ``"head_position"``, ``"ff_neuron"`` or ``"attn_neuron"``.
     """
     for step, writer in enumerate(stream.writers):
-        cut = _cut(writer, by, step, stream.rows)
-        if cut is not None:
-            yield cut
+        yield from _cut(writer, by, step, stream.rows)
 
 
-def _cut(writer: Writer, by: By, step: int, rows: Tensor) -> Cut | None:
+def _cut(writer: Writer, by: By, step: int, rows: Tensor) -> Iterator[Cut]:
+    """Yields a writer's components; its bias comes with the last of them."""
     batch = len(rows)
 
     def label(kind: str, **columns: Tensor) -> Components:
         return components(batch, rows, kind, writer.layer, **columns)
 
     if by == "layer":
-        return Cut(step, label(writer.kind), writer.total[:, None], None, None)
-    bias = None if writer.kind == "embed" else (label(f"{writer.kind} bias"), writer.bias[:, None])
+        yield Cut(step, label(writer.kind), lambda: writer.total[:, None], None, None)
+    if by == "layer" or writer.kind == "embed":
+        return
+    bias = label(f"{writer.kind} bias"), writer.bias[:, None]
     if by == "ff_neuron" and isinstance(writer, FeedForwardWriter):
         index = torch.arange(writer.weight.shape[0])
-        return Cut(step, label(writer.kind, neuron=index), None, writer.neurons(), bias)
+        yield Cut(step, label(writer.kind, neuron=index), None, writer.neurons(), bias)
     if by == "ff_neuron" or not isinstance(writer, AttentionWriter):
-        return None
+        return
     heads, d_head, _ = writer.weight.shape
     head, source = torch.arange(heads), torch.arange(writer.pattern.shape[2])
     if by == "head":
-        return Cut(step, label(writer.kind, head=head), writer.heads(), None, bias)
-    if by == "position":
-        return Cut(step, label(writer.kind, source=source), writer.sources(), None, bias)
-    if by == "head_position":
-        first, second = torch.cartesian_prod(head, source).T
-        vectors = writer.head_sources().flatten(1, 2)
-        return Cut(step, label(writer.kind, head=first, source=second), vectors, None, bias)
-    first, second, third = torch.cartesian_prod(source, head, torch.arange(d_head)).T
-    labels = label(writer.kind, source=first, head=second, neuron=third)
-    return Cut(step, labels, None, writer.neurons(), bias)
+        yield Cut(step, label(writer.kind, head=head), writer.heads, None, bias)
+    elif by == "position":
+        yield Cut(step, label(writer.kind, source=source), writer.sources, None, bias)
+    elif by == "attn_neuron":
+        first, second, third = torch.cartesian_prod(source, head, torch.arange(d_head)).T
+        labels = label(writer.kind, source=first, head=second, neuron=third)
+        yield Cut(step, labels, None, writer.neurons(), bias)
+    else:
+        # One head at a time: all of them take [head, source, d_model].
+        for one in range(heads):
+            labels = label(writer.kind, head=torch.full_like(source, one), source=source)
+            last = bias if one == heads - 1 else None
+            yield Cut(step, labels, partial(writer.head_sources, one), None, last)
 
 
 def gains(question: Question, cut: Cut) -> Float[Tensor, "batch component"]:
@@ -195,7 +201,7 @@ def gains(question: Question, cut: Cut) -> Float[Tensor, "batch component"]:
     base = question.stream.states[:, cut.step]
     if cut.neurons is None:
         assert cut.vectors is not None
-        return question.vocabulary.gains(base, cut.vectors)
+        return question.vocabulary.gains(base, cut.vectors())
     neurons = cut.neurons
     found = question.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     return found.flatten(1)

@@ -104,7 +104,7 @@ class Readers:
 
         if cut.neurons is None:
             assert cut.vectors is not None
-            return product(cut.vectors[0])
+            return product(cut.vectors()[0])
         # Each vector is multiplied with the keys once, whatever the number of sources.
         each = product(cut.neurons.vectors(slice(None)))
         return (cut.neurons.coefficients[0, :, :, None] * each).flatten(0, 1)

@@ -16,7 +16,7 @@ single neurons times their value vectors, and of its biases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -135,10 +135,10 @@ class AttentionWriter(Writer):
         read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
         return self.path(read.flatten(2) @ self.weight.flatten(0, 1))
 
-    def head_sources(self) -> Float[Tensor, "batch head source d_model"]:
-        """Returns what each head reads from each source: the value-output vectors."""
-        read = torch.einsum("bhs,bshd->bhsd", self.pattern, self.value)
-        return self.path(torch.einsum("bhsd,hdm->bhsm", read, self.weight))
+    def head_sources(self, head: int) -> Float[Tensor, "batch source d_model"]:
+        """Returns what one head reads from each source: the value-output vectors."""
+        read = self.pattern[:, head, :, None] * self.value[:, :, head]
+        return self.path(read @ self.weight[head])
 
     def neurons(self) -> Neurons:
         """Returns its neurons, head by head."""
@@ -326,19 +326,3 @@ def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:
                 "Take off hooks of your own that edit the stream between blocks.",
             )
         )
-
-
-def part_of_stream(stream: Stream, row: int) -> Stream:
-    """Returns the stream of one sentence."""
-    some = slice(row, row + 1)
-
-    def part(writer: Writer) -> Writer:
-        changes = {}
-        for name, value in vars(writer).items():
-            if name in ("total", "bias", "pattern", "value", "post"):
-                changes[name] = value[some]
-            elif isinstance(value, Path):
-                changes[name] = Path(value.norms, value.divisor[some])
-        return replace(writer, **changes)
-
-    return Stream(stream.stack, stream.rows[some], tuple(map(part, stream.writers)))

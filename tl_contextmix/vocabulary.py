@@ -80,6 +80,14 @@ class Vocabulary:
         found = torch.einsum("b...d,bd->b...", self.direction(vectors), columns)
         return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
 
+    def project_shared(
+        self, vectors: Float[Tensor, "neuron d_model"]
+    ) -> Float[Tensor, "batch neuron"]:
+        """Returns the same of vectors that all sentences share."""
+        if self.readout.head is not None:
+            return vectors.new_full((len(self.target), len(vectors)), torch.nan)
+        return (self.direction(vectors) @ self.weight[:, self.target]).T / self.divisor
+
     def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:
         """Returns what W_U multiplies, of states of one sentence."""
         readout = self.readout

@@ -203,25 +203,24 @@ class _Found:
 def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor) -> _Found:
     """Returns the scores of every component, biases included."""
     scores, coefficients, logits, labels = [], [], [], []
-    gaps = torch.full_like(trajectory, torch.nan)
+    gaps, parts = torch.full_like(trajectory, torch.nan), torch.zeros_like(trajectory)
     vocabulary = question.vocabulary
     for cut in progress(listed, "log_prob_contributions"):
         found = _scores(question, cut, score)
-        total = found.nansum(dim=1)
+        step = cut.step + 1
+        parts[:, step] += found.nansum(dim=1)
         scores.append(found)
         coefficients.append(cut.coefficients.to(found))
         logits.append(_logits(question, cut))
         labels.append(cut.labels)
         if cut.bias is not None and score == "log_prob_increase":
-            base = question.stream.states[:, cut.step]
-            bias = vocabulary.gains(base, cut.bias[1])
-            total = total + bias[:, 0]
+            bias = vocabulary.gains(question.stream.states[:, cut.step], cut.bias[1])
             scores.append(bias)
             coefficients.append(torch.full_like(bias, torch.nan))
             logits.append(vocabulary.project(cut.bias[1]))
             labels.append(cut.bias[0])
-            step = cut.step + 1
-            gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - total
+            gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
+            gaps[:, step] -= bias[:, 0]
     components = join(labels)
     return _Found(
         _without_padding(torch.cat(scores, dim=1), components, question),
@@ -264,9 +263,8 @@ def _logits(question: Question, cut: Cut) -> Tensor:
     vocabulary = question.vocabulary
     if cut.neurons is None:
         assert cut.vectors is not None
-        return vocabulary.project(cut.vectors)
-    vectors = cut.neurons.vectors(slice(None))
-    each = vocabulary.project(vectors.expand(len(vocabulary.target), -1, -1))
+        return vocabulary.project(cut.vectors())
+    each = vocabulary.project_shared(cut.neurons.vectors(slice(None)))
     return (cut.neurons.coefficients * each[:, None]).flatten(1)
 
 
@@ -283,8 +281,8 @@ def _scores(question: Question, cut: Cut, score: Score) -> Tensor:
         size = neurons.rows.norm(dim=-1).repeat(sources).expand_as(activations)
         return size.clone() if score == "norm" else activations.abs() * size
     if score in ("rank", "coefficient_rank"):
-        vectors = neurons.vectors(slice(None))
-        ranks = [vocabulary.ranks(vectors, row) for row in range(len(activations))]
+        vectors, divisor = neurons.vectors(slice(None)), neurons.path.divisor
+        ranks = [vocabulary.ranks(vectors / divisor[row], row) for row in range(len(divisor))]
         found = 1 / torch.stack(ranks).repeat(1, sources)
         return found if score == "rank" else activations * found
     states = question.stream.states

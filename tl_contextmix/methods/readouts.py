@@ -131,7 +131,7 @@ def _vectors(listed: list[Cut], places: Tensor, row: int) -> Tensor:
 def _vector(cut: Cut, place: int, row: int) -> Tensor:
     if cut.neurons is None:
         assert cut.vectors is not None
-        return cut.vectors[row, place]
+        return cut.vectors()[row, place]
     source, neuron = divmod(place, cut.neurons.rows.shape[0])
     number = cut.neurons.coefficients[row, source, neuron]
     return number * cut.neurons.vectors(slice(neuron, neuron + 1))[0]

@@ -147,11 +147,11 @@ class LogProbContributions(Result):
     def _table(self, row: int) -> Table:
         evaluated = int(self.evaluated[row])
         how = f"{evaluated:,} of {self.possible:,} evaluated exactly."
-        return Table(
+        return component_table(
             title=f"Largest of {self.possible:,} components by {self.by}",
             caption=f"{self.unit}, for {self.target.strings[row][0]!r}. {how} {self.note}".strip(),
             columns=("component", "source", "score", "logit", "coefficient"),
-            rows=tuple(self._row_table(row, SHOWN)),
+            rows=self._row_table(row, SHOWN),
             signed=("score", "logit"),
         )
 
@@ -186,6 +186,29 @@ class LogProbContributions(Result):
             "attn": own,
             "cross_attn": own if self.encoder is None else self.encoder.strings[row],
         }
+
+
+def component_table(
+    title: str,
+    caption: str,
+    columns: tuple[str, ...],
+    rows: list[tuple[Any, ...]],
+    signed: tuple[str, ...],
+) -> Table:
+    """Returns a table without the columns that have no meaning for any of its components."""
+    told = [
+        index
+        for index in range(len(columns))
+        if not rows or any(row[index] == row[index] and row[index] != "" for row in rows)
+    ]
+    names = tuple(columns[index] for index in told)
+    return Table(
+        title=title,
+        caption=caption,
+        columns=names,
+        rows=tuple(tuple(row[index] for index in told) for row in rows),
+        signed=tuple(name for name in signed if name in names),
+    )
 
 
 def source_word(one: dict[str, Any], row: int, tokens: Tokens, encoder: Tokens | None) -> str:

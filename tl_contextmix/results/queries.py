@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Panel, Table
+from tl_contextmix.panels import Panel
 from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.components import Components
@@ -17,6 +17,7 @@ from tl_contextmix.results.contributions import (
     SHOWN,
     component_frame,
     component_grids,
+    component_table,
     largest_rows,
     source_word,
 )
@@ -152,11 +153,11 @@ class QueryContributions(Result):
             at = self._word_at(one, row)
             score = float(self.scores[row, place])
             lines.append((self.components.label(row, place), at, word, score))
-        return Table(
+        return component_table(
             title=f"What activates {asked}",
             caption=f"Shares of the neurons' own scores ({self.share}), added up over them.",
             columns=("component", "at", "source", "score"),
-            rows=tuple(lines),
+            rows=lines,
             signed=("score",),
         )
 

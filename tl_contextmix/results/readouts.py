@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Panel, Table
+from tl_contextmix.panels import Panel
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.components import Components
-from tl_contextmix.results.contributions import component_frame, source_word
+from tl_contextmix.results.contributions import component_frame, component_table, source_word
 from tl_contextmix.results.labels import Provenance, Tokens
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ class ComponentReadouts(Result):
     def panels(self) -> tuple[Panel, ...]:
         """Returns one table per sentence."""
         return tuple(
-            Table(
+            component_table(
                 title="What the components speak for",
                 caption="Tokens whose logits a component's own vector raises and lowers most, "
                 f"before the softmax. Score: {self.unit}.",
                 columns=("component", "source", "score", "raises", "lowers"),
-                rows=tuple(
+                rows=[
                     (
                         self.components.label(row, place),
                         source_word(self.components.at(row, place), row, self.tokens, self.encoder),
@@ -105,7 +105,7 @@ class ComponentReadouts(Result):
                         self._list(row, place, "bottom"),
                     )
                     for place in range(self.scores.shape[1])
-                ),
+                ],
                 signed=("score",),
             )
             for row in range(self.scores.shape[0])
