@@ -15,6 +15,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.model_view import Trace
 from tl_contextmix.results.components import components, join
+from tl_contextmix.selection import others_at_random
 
 CASES = zoo.cases()
 
@@ -139,6 +140,15 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     half = knocked(model, given, heads=heads[:6], controls=1, target_ids=9)
     rest = knocked(model, given, heads=heads[6:], target_ids=9)
     torch.testing.assert_close(half.controls[:, 0], rest.after)
+    # A neuron that is chosen for two sources goes out once, and so does its control.
+    twice = cm.log_prob_contributions(model, given.tokens, by="attn_neuron")
+    index = (twice.components.layer[:1] == 1).nonzero()[:, 1][[0, 32, 1]].expand(2, 3)
+    chosen = twice.components.select(index)
+    assert chosen.source[0].tolist() == [0, 1, 0]
+    assert chosen.neuron[0].tolist() == [0, 0, 1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = others_at_random(view_of(model), chosen, generator)
+    assert drawn.label(0, 0) == drawn.label(0, 1) != drawn.label(0, 2)
     frame = found.summary()
     assert frame.when.tolist() == ["before", "after", "control"] * 3
     middle = frame[(frame.quantity == "log_prob") & (frame.when == "control")]["mean"].item()

@@ -150,3 +150,17 @@ def test_the_authors_numbers(gpt2_large: Any) -> None:
         best = scores(by, top_k=20)
         assert list(best)[: len(expected)] == list(expected)
         assert {name: best[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_the_authors_query_neurons(gpt2_large: Any) -> None:
+    given = {"target": TARGET, "norm": "frozen", "prepend_bos": False}
+    values = cm.log_prob_contributions(gpt2_large, TEXT, by="ff_neuron", top_k=30, **given)
+    found = cm.query_contributions(
+        gpt2_large, TEXT, neurons=values, by="ff_neuron", share="ratio", top_k=10, **given
+    )
+    names = [found.components.label(0, place) for place in range(10)]
+    scores = dict(zip(names, found.scores[0].tolist(), strict=True))
+    expected = {"L27N1254": 0.0682, "L0N1984": 0.0244, "L16N505": 0.0199}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-3)

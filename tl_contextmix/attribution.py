@@ -19,7 +19,6 @@ from tl_contextmix.inputs.targets import Ids, Names, predicting_rows, target_tok
 from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Components, components
-from tl_contextmix.results.labels import Provenance
 from tl_contextmix.stream import (
     AttentionWriter,
     FeedForwardWriter,
@@ -67,10 +66,6 @@ class Question:
         """Names of the states of the stream."""
         names = [w.kind if w.layer < 0 else f"L{w.layer} {w.kind}" for w in self.stream.writers]
         return ("nothing", *names)
-
-    def provenance(self, method: str, options: dict[str, object]) -> Provenance:
-        """Returns where results come from."""
-        return self.done.provenance(method, options)
 
 
 def ask(
@@ -256,7 +251,6 @@ def best_neurons(
         which.append(torch.full_like(places[-1], index))
     bound, order = torch.cat(bounds).sort(descending=True)
     cut_of, place = torch.cat(which)[order], torch.cat(places)[order]
-    # What reads nothing (padding, other windows) gains exactly nothing.
     slack = _SLACK * torch.finfo(bound.dtype).eps * (1 + float(bound.abs().max()))
     scores = bound.new_empty(0)
     size = vocabulary.rows_that_fit(max(16, min(64, k)))

@@ -160,7 +160,9 @@ def others_at_random(view: ModelView, chosen: Components, generator: torch.Gener
             mine = chosen.of_kind(kind)[row]
             mine &= ((chosen.head[row] >= 0) == shape[0]) & ((chosen.neuron[row] >= 0) == shape[1])
             if bool(mine.any()):
-                drawn = _draw(pool, _table(chosen, row)[mine], generator, kind)
+                # An attention neuron may be chosen for several sources: it goes out once.
+                once, again = _table(chosen, row)[mine].unique(dim=0, return_inverse=True)
+                drawn = _draw(pool, once, generator, kind)[again]
                 parts.append(torch.cat([drawn, chosen.pos[row][mine, None]], dim=1))
         rows.append(torch.cat(parts))
     kind, layer, head, neuron, pos = torch.stack(rows).unbind(-1)

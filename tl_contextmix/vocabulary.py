@@ -62,7 +62,8 @@ class Vocabulary:
             return "the masked-LM head is not linear"
         if self.readout.soft_cap is not None:
             return "the model caps its logits"
-        return "the norm is recomputed at every state" if self.rule == "recompute" else ""
+        recomputed = self.rule == "recompute" and self.readout.norm is not None
+        return "the norm is recomputed at every state" if recomputed else ""
 
     def direction(self, x: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
         """Returns what W_U multiplies, of a vector, before the frozen scale divides it."""

@@ -179,7 +179,7 @@ def log_prob_contributions(
         target=question.target,
         tokens=question.done.target,
         encoder=question.encoder,
-        provenance=question.provenance(
+        provenance=question.done.provenance(
             "log_prob_contributions",
             {"by": by, "pos": pos, "norm": norm, "score": score, "top_k": top_k},
         ),
@@ -244,7 +244,7 @@ def _best(question: Question, listed: list[Cut], k: int) -> _Found:
     coefficients = torch.cat([cut.coefficients for cut in listed], dim=1).gather(1, index)
     logits = torch.cat([_logits(question, cut) for cut in listed], dim=1).gather(1, index)
     return _Found(
-        torch.stack([one.score for one in best]),
+        _without_padding(torch.stack([one.score for one in best]), components, question),
         coefficients,
         logits,
         components,

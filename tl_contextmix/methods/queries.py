@@ -142,7 +142,7 @@ def query_contributions(
         constant=stacked("constant"),
         tokens=question.done.target,
         encoder=question.encoder,
-        provenance=question.provenance(
+        provenance=question.done.provenance(
             "query_contributions", {"by": by, "share": share, "top_k": top_k, "pos": pos}
         ),
     )
@@ -202,7 +202,7 @@ def _row(
     share: Share,
     top_k: int | None,
 ) -> _Row:
-    places: dict[Place, list[int]] = {}
+    places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
     for index in range(chosen.kind.shape[1]):
         place = place_of(question.view, chosen, row, index)
         kind = chosen.at(row, index)["kind"], int(chosen.layer[row, index])

@@ -95,7 +95,7 @@ def component_readouts(
         unit=components.unit,
         tokens=question.done.target,
         encoder=question.encoder,
-        provenance=question.provenance("component_readouts", {"k": k, "by": components.by}),
+        provenance=question.done.provenance("component_readouts", {"k": k, "by": components.by}),
     )
 
 
