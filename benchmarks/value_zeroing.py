@@ -1,11 +1,12 @@
 """Value Zeroing of one block: the replay against a loop over zeroed forward passes.
 
-``python benchmarks/value_zeroing.py [--quick]`` prints two Markdown tables: operations, which do
-not depend on the machine, and seconds (medians of interleaved runs on one thread). GPT-2's sizes:
-d=768, 12 heads, 3072 neurons. Both ways' distances are compared first.
+``python benchmarks/value_zeroing.py [--quick]`` prints three Markdown tables: operations and most
+bytes held at once, which do not depend on the machine, and seconds (medians of interleaved runs on
+one thread). GPT-2's sizes: d=768, 12 heads, 3072 neurons. Both ways' distances are compared first.
 
 *Bound*: the product with W_out that every pair needs, n (n + 1) d_mlp d (causal) or 2 n^2 d_mlp d.
-*With H terms*: and what every pair needs per head, and folding W_in into W_O, once per call.
+*With H terms*: and what every pair needs per head, and what every source's values are to the
+neurons, 2 n d d_mlp. *First call*: W_O folded into W_in besides, 2 d^2 d_mlp, which a model keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from meters import Memory, WithoutProducts
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,7 +90,8 @@ class Layer:
         ids = torch.zeros(self.x.shape[:2], dtype=torch.long)
         values = {"x": self.x, "p": pattern, "v": value, "z": mixed}
         batch = Batch(Side(ids, torch.ones_like(ids, dtype=torch.bool)))
-        return Block(0, "x", "out", (attention,), ff), Trace(batch, values, self.x.dtype)
+        block = Block(0, "x", "out", (attention,), ff, folds={})
+        return block, Trace(batch, values, self.x.dtype)
 
 
 def made(n: int, causal: bool) -> Layer:
@@ -111,12 +114,12 @@ def distance(changed: Tensor, kept: Tensor) -> Tensor:
     return (unit(changed, dim=-1) - unit(kept, dim=-1)).square().sum(-1) / 2
 
 
-def ours(block: Block, trace: Trace) -> Tensor:
+def ours(block: Block, trace: Trace, max_bytes: int = MAX_BYTES) -> Tensor:
     """Returns distances [target source] by replaying the block."""
     n = trace["x"].shape[1]
     out = torch.zeros(n, n)
-    found = replay(block, trace, "self").folded(None, 1, MAX_BYTES)
-    for rows, columns, changed, kept in found.tiles(None, MAX_BYTES):
+    found = replay(block, trace, "self").folded(None, 1, max_bytes)
+    for rows, columns, changed, kept in found.tiles(None, max_bytes):
         out[rows, columns] = distance(changed, kept)[0].T
     return out
 
@@ -139,7 +142,7 @@ def bounds(n: int, causal: bool) -> tuple[int, int]:
     """Returns the least that all pairs need behind the activation, and that with the H terms."""
     pairs = n * (n + 1) if causal else 2 * n * n
     least = pairs * M * D
-    return least, least + pairs * HEADS * (M + D) + 2 * D * M * min(n * HEADS, D)
+    return least, least + pairs * HEADS * (M + D) + 2 * n * D * M
 
 
 def operations(sizes: list[int]) -> None:
@@ -154,21 +157,40 @@ def operations(sizes: list[int]) -> None:
         "ours / bound",
         "ours / with H terms",
         "loop / ours",
+        "loop / first call",
     )
-    _row(*["---"] * 9)
+    _row(*["---"] * 10)
     for causal in (True, False):
         for n in sizes:
             layer = made(n, causal)
             block, trace = layer.view()
+            first, here = (flops(partial(ours, block, trace)) for _ in range(2))
             # Each of the loop's n + 1 passes does the same operations.
-            here, there = flops(partial(ours, block, trace)), (n + 1) * flops(layer)
+            there = (n + 1) * flops(layer)
             bound, heads = bounds(n, causal)
             _row(
                 causal,
                 n,
                 *(f"{x:.3g}" for x in (bound, heads, here, there)),
-                *(f"{x:.2f}" for x in (here / bound, here / heads, there / here)),
+                *(f"{x:.2f}" for x in (here / bound, here / heads, there / here, there / first)),
             )
+
+
+def memory(sizes: list[int]) -> None:
+    """Prints the table of most bytes held at once, distances included.
+
+    Products of matrices are replaced by constants, which changes no allocation.
+    """
+    _row("causal", "n", "max_bytes (MiB)", "peak (MiB)", "peak / max_bytes")
+    _row(*["---"] * 5)
+    for causal in (True, False):
+        for n in sizes:
+            block, trace = made(n, causal).view()
+            for max_bytes in (MAX_BYTES // 4, MAX_BYTES):
+                with WithoutProducts(), Memory() as meter:
+                    ours(block, trace, max_bytes)
+                peak = f"{meter.peak / 2**20:.0f}", f"{meter.peak / max_bytes:.2f}"
+                _row(causal, n, max_bytes // 2**20, *peak)
 
 
 def seconds(sizes: list[int], runs: int) -> None:
@@ -197,13 +219,15 @@ def _row(*cells: object) -> None:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     with torch.no_grad():
         operations([32, 64, 128] if quick else [32, 64, 128, 256, 512])
+        sys.stdout.write("\n")
+        memory([256] if quick else [256, 512, 1024])
         sys.stdout.write("\n")
         seconds([32, 64] if quick else [32, 64, 128], 3 if quick else 7)
 

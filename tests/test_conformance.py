@@ -65,7 +65,10 @@ METHODS = [
     Method("decompose", cm.decompose, lambda r: r.parts, cm.Decomposition),
     Method("attention_norms", cm.attention_norms, lambda r: r.scores, cm.ContextMap),
     Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, cm.TokenFigures),
-    Method("value_zeroing", cm.value_zeroing, lambda r: r.scores, cm.ContextMap, pointed=False),
+    *(
+        Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
+        for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
+    ),
     Method(
         "log_prob_contributions",
         functools.partial(cm.log_prob_contributions, by="position", pos=-1),
@@ -94,8 +97,8 @@ METHODS = [
 ]
 ASKED = [
     pytest.param(method, case, id=f"{method.name}-{case}")
-    for method in METHODS
     for case in CASES
+    for method in METHODS
     if method.pointed or not method.stacked or case.family not in zoo.OPAQUE_FEED_FORWARD
 ]
 STACKED = [param for param in ASKED if param.values[0].stacked]
@@ -113,9 +116,15 @@ def ask(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs, **options
     return method.ask(model, given.tokens, **keywords(given), **options)
 
 
+@functools.lru_cache(maxsize=1)
+def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
+    """A model that no test changes: building and examining it takes longer than most questions."""
+    return zoo.build(case), zoo.inputs(case)
+
+
 @pytest.mark.parametrize(("method", "case"), STACKED)
 def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     for stack in stacks(case):
         found = ask(method, model, case, given, stack=stack)
         values = method.values(found)
@@ -136,7 +145,7 @@ def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     whole = method.values(ask(method, model, case, given))
     assert torch.equal(whole, method.values(ask(method, model, case, given)))
     for row in range(2):
@@ -148,7 +157,7 @@ def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_the_model_is_left_as_it_was(method: Method, case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     # TransformerLens leaves hooks of its own behind the first time a bridge runs.
     ask(method, model, case, given)
     before = state(model)
@@ -185,7 +194,8 @@ def state(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_path: Path) -> None:
-    found = ask(method, zoo.build(case), case, zoo.inputs(case))
+    model, given = shared(case)
+    found = ask(method, model, case, given)
     again = method.kind.load(found.save(tmp_path / "result.safetensors"))
     assert torch.equal(method.values(again), method.values(found))
     assert again.provenance == found.provenance

@@ -138,10 +138,10 @@ def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
     heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
     for call, message in (
         (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
-        (lambda: cue_alignment(fmap, []), r"0 lists of cues for 1 sentences.*at least one cue"),
+        (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
         (lambda: cue_alignment(fmap, [[]]), r"at least one cue for every sentence"),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
-        (lambda: cue_alignment(fmap, [[1]], targets=9), r"9; expected one of"),
+        (lambda: cue_alignment(fmap, [[1]], targets=9), r"9 in sentence 0; expected one of"),
         (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
         (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),

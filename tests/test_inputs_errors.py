@@ -122,6 +122,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no cross-attention": (TOKENS, {"stack": "cross"}, r"got 'cross'; .*Leave `stack` out"),
     "no budget": (TOKENS, {"max_bytes": 0}, r"got 0; expected a positive number of bytes"),
     "a negative budget": (TOKENS, {"max_bytes": -5}, r"got -5; .*The default is 1 GiB"),
+    "heads behind their sum": (
+        TOKENS,
+        {"heads": True},
+        r"got heads=True at \['block_out'\]; .*'attn_out' only",
+    ),
+    "no point": (TOKENS, {"at": []}, r"at least one point"),
 }
 
 
@@ -259,6 +265,14 @@ def test_what_annotations_exclude_is_refused_by_the_code_too(
 
 
 # The model
+
+
+def test_a_block_without_neurons_has_no_point_inside_of_them() -> None:
+    found = [case for case in zoo.cases() if case.family == "attn_only"]
+    for case in found:
+        with pytest.raises(cm.InvalidInput, match=r"no mlp_out in layer 0.*'resid_post'"):
+            cm.attention_norms(zoo.build(case), TOKENS, at="mlp_out")
+    assert bool(found) == (zoo.major() < 4)
 
 
 def test_layers_may_be_any_integers() -> None:

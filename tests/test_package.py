@@ -21,7 +21,7 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks"},
+    {"panels", "storage", "tensors", "activations", "ranks", "operations"},
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},
@@ -41,7 +41,7 @@ ASIDE = {
     "loading": {"errors", "demo_models"},
 }
 # No unit above imports these; they import anything.
-TOP = {"__init__", "report", "__main__"}
+TOP = {"__init__", "compare", "report", "__main__"}
 # Allowed inside a function only: a result shows itself and rolls itself out.
 DELAYED = {("results", "render"), ("results", "rollout")}
 

@@ -22,6 +22,7 @@ from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.render import Page
 from tl_contextmix.report import build_report, report, sections, story, write_report
 from tl_contextmix.report.story import default_text, read
@@ -35,6 +36,7 @@ TITLES = [
     "What each component changes",
     "Pairs the feed-forward block changes most",
     "How much each token mixes",
+    "What each layer loses without a token",
     "From the input through all layers",
 ]
 
@@ -85,11 +87,13 @@ def test_report_shows_the_maps_of_every_scope(causal):
         torch.testing.assert_close(torch.tensor(props["attention"]), expected, rtol=1e-3, atol=1e-6)
         assert props["maskUpperTri"] is True
         assert props["attentionHeadNames"] == [f"layer {layer}" for layer in range(4)]
-    difference, rollout = charts[5:]
+    difference, zeroing, rollout = charts[5:]
     change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
     torch.testing.assert_close(
         torch.tensor(difference["attention"]), change[0, :, 0], rtol=1e-3, atol=1e-6
     )
+    zeroed = value_zeroing(causal, TEXT).normalize().scores[0, :, 0]
+    torch.testing.assert_close(torch.tensor(zeroing["attention"]), zeroed, rtol=1e-3, atol=1e-6)
     rolled = maps["block_out"].normalize().rollout().scores[0, :, 0]
     torch.testing.assert_close(
         torch.tensor(rollout["attention"]), rolled.flip(0), rtol=1e-3, atol=1e-6
@@ -134,12 +138,24 @@ def test_report_says_which_components_wrote_the_answer(causal):
     assert by_position.columns == layers.tokens.strings[0]
 
 
+def test_report_says_what_the_focus_loses_most_without(causal):
+    page = build_report(causal, TEXT)
+    row = value_zeroing(causal, TEXT).normalize().select(target=-1)
+    top = max(
+        (found for found in row.top(30) if found["source"] != len(row.source.strings[0]) - 1),
+        key=lambda found: found["score"],
+    )
+    told = finding(page, TITLES[6])
+    assert f"loses most without “{top['source_token'].strip()}”: {top['score']:.0%}" in told
+    assert told.endswith(f"in layer {top['layer']}.")
+
+
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     page = build_report(masked, MASKED)
     assert titles(page) == TITLES
     assert finding(page, TITLES[0]).startswith("At “[MASK]” the model says “")
     props = [chart["props"] for chart in Parsed(page.html()).charts()]
-    assert len(props) == 6 + 2
+    assert len(props) == 6 + 3
     assert all(chart["maskUpperTri"] is False for chart in props)
 
 
@@ -207,7 +223,7 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     page = build_report(causal, TEXT)
-    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[6]]
+    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[7]]
     assert "these neurons cannot be read" in page.sections[2].text
     assert page.html()
 

@@ -3,6 +3,7 @@
 Context-mixing and decomposition methods for TransformerLens models of any class and version.
 """
 
+from tl_contextmix.compare import compare, demo_pairs
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -11,7 +12,13 @@ from tl_contextmix.errors import (
     InvalidInput,
     UnsupportedModel,
 )
-from tl_contextmix.evaluate import agreement, cue_alignment, faithfulness
+from tl_contextmix.evaluate import (
+    MinimalPair,
+    agreement,
+    cue_alignment,
+    faithfulness,
+    load_minimal_pairs,
+)
 from tl_contextmix.hosts import check
 from tl_contextmix.loading import load_demo, load_model
 from tl_contextmix.methods.alti import alti
@@ -32,6 +39,7 @@ from tl_contextmix.methods.readouts import component_readouts
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
+    Comparison,
     ComponentReadouts,
     ContextMap,
     Decomposition,
@@ -46,6 +54,7 @@ from tl_contextmix.results import (
 from tl_contextmix.rollout import rollout
 
 __all__ = [
+    "Comparison",
     "ComponentReadouts",
     "ContextMap",
     "ContextMixError",
@@ -56,6 +65,7 @@ __all__ = [
     "Knockout",
     "LayerFigures",
     "LogProbContributions",
+    "MinimalPair",
     "PairChanges",
     "QueryContributions",
     "Score",
@@ -68,18 +78,21 @@ __all__ = [
     "attention_norms",
     "cancellation",
     "check",
+    "compare",
     "component_readouts",
     "contextualization_change",
     "cue_alignment",
     "decompose",
     "decompx",
     "decompx_vectors",
+    "demo_pairs",
     "faithfulness",
     "globenc",
     "gradient_x_input",
     "integrated_gradients",
     "knockout",
     "load_demo",
+    "load_minimal_pairs",
     "load_model",
     "log_prob_contributions",
     "mixing_ratio",

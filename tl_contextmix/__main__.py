@@ -8,12 +8,14 @@ import sys
 import warnings
 import webbrowser
 from collections.abc import Sequence
+from pathlib import Path
 
 from tl_contextmix.errors import ContextMixError, ContextMixWarning
 from tl_contextmix.hosts import check
 from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
 from tl_contextmix.report import DEFAULT_MODEL, DEFAULT_PATH, write_report
+from tl_contextmix.report.comparison import COMPARED, COMPARISON_PATH, write_comparison
 
 _MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
 
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tl-contextmix {package_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_report(commands)
+    _add_compare(commands)
     _add_check(commands)
     return parser
 
@@ -59,18 +62,48 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         description="Writes one HTML page that needs no network, and prints its path.",
     )
     command.set_defaults(command=_report)
+    _add_page(command, DEFAULT_PATH)
+    command.add_argument("--text", help="the sentence; default: one that suits the model")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="find out which method's maps to believe for a model",
+        description="Runs every method on the same minimal pairs, prints how well each does and "
+        "what it costs, and writes one HTML page that needs no network.",
+    )
+    command.set_defaults(command=_compare)
+    _add_page(command, COMPARISON_PATH)
+    command.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="minimal pairs as BLiMP has them, a JSON object per line with sentence_good, "
+        "sentence_bad and optionally cues; default: a demo model's own grammar",
+    )
+    command.add_argument(
+        "--sentences",
+        type=int,
+        metavar="N",
+        help=f"how many; default: all of a file, {COMPARED} of the grammar",
+    )
+    command.add_argument(
+        "--words", action="store_true", help="sum maps up over the pieces of words"
+    )
+
+
+def _add_page(command: argparse.ArgumentParser, path: str) -> None:
     command.add_argument(
         "--model",
         metavar="MODEL",
         default=DEFAULT_MODEL,
         help=f"{_MODEL}; default: %(default)s",
     )
-    command.add_argument("--text", help="the sentence; default: one that suits the model")
     command.add_argument(
         "-o",
         "--output",
         metavar="PATH",
-        default=DEFAULT_PATH,
+        default=path,
         help="the page; default: %(default)s in this folder",
     )
     command.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -88,8 +121,19 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    path = write_report(parsed.model, parsed.text, parsed.output)
-    if parsed.open:
+    return _written(write_report(parsed.model, parsed.text, parsed.output), parsed.open)
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    path, found = write_comparison(
+        parsed.model, parsed.pairs, parsed.output, count=parsed.sentences, words=parsed.words
+    )
+    print(found)
+    return _written(path, parsed.open)
+
+
+def _written(path: Path, opened: bool) -> int:
+    if opened:
         webbrowser.open(path.resolve().as_uri())
     print(path)
     return 0

@@ -20,6 +20,8 @@ from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.tensors import Norm
 
 StackName = Literal["encoder", "decoder", "cross"]
+FOLD_BYTES = 2**28
+"""Memory for products of weights that are kept with a view, in all."""
 Weights = Callable[[str], Tensor | None]
 Edit = Callable[[Tensor], Tensor]
 
@@ -197,6 +199,8 @@ class Block:
         attentions: Its attention sublayers in order; a decoder with cross-attention has two.
         feed_forward: Its feed-forward sublayer, or None (attention-only).
         parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
+        folds: Products of its weights that are kept for the next call, by name; None where those
+            of all blocks would take more than `FOLD_BYTES`.
     """
 
     layer: int
@@ -205,6 +209,7 @@ class Block:
     attentions: tuple[AttentionSublayer, ...]
     feed_forward: FeedForward | None
     parallel: bool = False
+    folds: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""
@@ -223,6 +228,14 @@ class Block:
             return (*mixed, self.resid_out)
         linear = () if ff.pre_linear is None else (ff.pre_linear,)
         return (*mixed, ff.pre, *linear, ff.post, self.resid_out)
+
+    def fold_size(self) -> int:
+        """Returns how many numbers its W_O takes when folded into its W_in."""
+        ff = self.feed_forward
+        if ff is None:
+            return 0
+        heads, d_head, _ = self.attentions[0].W_O.shape
+        return heads * d_head * sum(weight.shape[1] for weight, _ in ff.branches())
 
     def feed_forward_input(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that the feed-forward sublayer reads, before its norm."""

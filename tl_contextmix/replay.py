@@ -24,9 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Side, Trace
+from tl_contextmix.results.words import Spans
 from tl_contextmix.tensors import Norm, Read, blocks
-
-Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,11 @@ class Replay:
             return self
         batch, source, heads, _ = self.read.value.shape
         width, size = self.before.shape[2], self.before.element_size()
-        # In products of one vector with W_in.
+        # In products of one vector with W_in. A fold that is kept is paid for once; by eighths,
+        # as what is done must not depend on whether this is the first call.
         pairs = repeats * batch * int(self.touched(spans).sum())
         fold = min(batch * source * heads, width + batch * source)
+        fold = fold if self.block.folds is None else width // 8 + batch * source
         branches = len(ff.branches())
         held = branches * (width + batch * heads) * ff.W_out.shape[0] * size
         if pairs <= fold or held > max_bytes // 2:
@@ -172,18 +173,30 @@ class Replay:
                 columns = slice(seen[0] + part.start, seen[0] + part.stop)
                 removed, *images = (_terms(read, rows, columns, spans) for read in reads)
                 same = ~removed.any(dim=-1, keepdim=True)
-                changed = self._output(rows, removed, images)
+                among = touched[rows, columns].T
+                # Products with W_out are what costs: pairs that read nothing are left out of them.
+                if self.block.feed_forward is None or self.fixed is not None or among.all():
+                    changed = self._output(rows, removed, images)
+                else:
+                    changed = kept.expand_as(removed).clone()
+                    changed[:, among] = self._output(rows, removed, images, among)
                 yield rows, columns, torch.where(same, kept, changed), kept
 
     def _output(
-        self, rows: slice, removed: Tensor | None = None, images: Sequence[Tensor] = ()
+        self,
+        rows: slice,
+        removed: Tensor | None = None,
+        images: list[Tensor] | None = None,
+        among: Tensor | None = None,
     ) -> Tensor:
         """Returns the block's output [batch source target d_model] with terms taken out.
 
         Args:
             rows: The targets.
             removed: The terms; None for the output as it is, with one source.
-            images: The terms' images, one per branch. They are written over.
+            images: The terms' images, one per branch. They are used up.
+            among: The pairs to go on with at the feed-forward sublayer [source target]; the output
+                is then [batch pair d_model]. None: all.
         """
         raw = self.raw[:, None, rows]
         raw = raw if removed is None else raw - removed
@@ -207,18 +220,22 @@ class Replay:
         if self.branches:
             second = second if ff.norm_in is None else ff.norm_in.scale(stream)
             pre = self._pre(rows, first, second, images)
+            if among is not None:
+                stream, pre = stream[:, among], [x[:, among] for x in pre]
         else:
+            stream = stream if among is None else stream[:, among]
             pre = _direct(ff, stream)
         stream = stream + ff.project(_post(ff, pre))
         return stream if ff.norm_after is None else ff.norm_after(stream)
 
     def _pre(
-        self, rows: slice, first: Tensor | None, second: Tensor | None, images: Sequence[Tensor]
+        self, rows: slice, first: Tensor | None, second: Tensor | None, images: list[Tensor] | None
     ) -> list[Tensor]:
         found = []
-        for index, branch in enumerate(self.branches):
+        for branch in self.branches:
             changed = branch.changed[:, None, rows]
-            whole = images[index].neg_().add_(changed) if images else changed.clone()
+            # Taken off the caller's list: they are as large as anything there is.
+            whole = images.pop(0).neg_().add_(changed) if images else changed.clone()
             if first is not None and branch.base is not None:
                 whole = whole.div_(first).add_(branch.base[:, None, rows])
             whole = whole if second is None else whole.div_(second)
@@ -309,16 +326,30 @@ def _branches(found: Replay, ff: FeedForward) -> Iterator[Branch]:
         read, raw, base = _linear(read, first), first.linear(raw), _shift(base, first.bias)
     if second is not None:
         read, raw, base = _linear(read, second), second.linear(raw), second.linear(base)
-    for weight, bias in ff.branches():
+    for index, (weight, bias) in enumerate(ff.branches()):
         constant = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if second is not None and second.bias is not None:
             constant = constant + second.bias @ weight
         yield Branch(
-            read=read.map(weight),
+            read=read.map(weight, _fold(found, read.weight, weight, index)),
             base=None if first is None else base @ weight,
             changed=(raw + base if first is None else raw) @ weight,
             constant=constant,
         )
+
+
+def _fold(found: Replay, W_O: Tensor, W_in: Tensor, branch: int) -> Tensor | None:
+    """Returns W_O, the linear parts of norms behind it included, folded into W_in; None: not kept.
+
+    A view that keeps it is made anew once a weight has changed.
+    """
+    kept = found.block.folds
+    if kept is None:
+        return None
+    name = f"{found.attention.kind} {branch}"
+    if name not in kept:
+        kept[name] = W_O @ W_in
+    return kept[name]
 
 
 def _linear(read: Read, norm: Norm) -> Read:
@@ -382,8 +413,9 @@ def _plan(found: Replay, spans: Spans | None, max_bytes: int) -> _Plan:
     neurons = 0 if ff is None or found.fixed is not None else ff.W_out.shape[0]
     folded = len(found.branches)
     column = batch * heads * (folded * neurons + width) * size
-    # Pre-activations, what the activation makes of them and one more; vectors before and after.
-    pair = (3 + (ff is not None and ff.gated)) * neurons + 10 * width
+    # Pre-activations, those of the pairs that read something or what the activation makes of
+    # them, and one more; vectors before and after.
+    pair = (3 + (ff is not None and ff.gated)) * neurons + 11 * width
     # Queries, scores, their softmax and the mixed values of later attention.
     pair += sum(3 * width + 4 * later.seen.shape[2] * later.seen.shape[3] for later in found.later)
     pair *= batch * size

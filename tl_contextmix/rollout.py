@@ -57,6 +57,7 @@ def rollout(map: ContextMap, *, add_identity: bool | None = None) -> ContextMap:
         bias=None,
         unit=f"rollout of {map.unit}",
         includes_residual=map.includes_residual or add_identity,
+        from_input=True,
         provenance=replace(map.provenance, options=options),
     )
 
@@ -79,7 +80,7 @@ def _require_rollable(map: ContextMap) -> None:
             "all layers from 0 in order",
             "Compute the map for every layer (layer=None).",
         )
-    if map.provenance.options.get("rollout"):
+    if map.from_input:
         _refuse(map.unit, "maps of single layers", "Roll the map out once.")
 
 

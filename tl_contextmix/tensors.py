@@ -135,12 +135,22 @@ class Read:
         weight, scale = norm.linear(self.weight), self.scale * scale
         return replace(self, weight=weight, scale=scale, kept=None)
 
-    def map(self, matrix: Float[Tensor, "d_out d_new"]) -> Read:
+    def map(
+        self,
+        matrix: Float[Tensor, "d_out d_new"],
+        fold: Float[Tensor, "head d_head d_new"] | None = None,
+    ) -> Read:
         """Returns the read after a matrix, folded in the cheaper order.
 
         Folding the matrix into every head's weight costs d_out^2 d_new products once; applying it
         to the vectors costs ``batch * source * head * d_out * d_new``.
+
+        Args:
+            matrix: The matrix.
+            fold: It folded into every head's weight, where that is known already.
         """
+        if fold is not None:
+            return replace(self, weight=fold, kept=None)
         batch, source, head, _ = self.value.shape
         if batch * source * head < self.weight.shape[1] * head:
             matrix = matrix.expand(head, *matrix.shape)

@@ -40,7 +40,7 @@ from tl_contextmix.identity import (
     settle_block,
     tolerance_of,
 )
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import FOLD_BYTES, Block, ModelView
 
 
 def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
@@ -66,6 +66,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
             stack: _settle(handle, lists[stack][0], blocks, probe)
             for stack, blocks in readings.items()
         }
+        stacks = _with_folds(stacks, handle.dtype)
         every = [block for blocks in stacks.values() for block in blocks]
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
@@ -128,6 +129,23 @@ def _settle(
         options = [_refuse_feed_forward(option, solu) for option in options]
         settled.append(settle_block(options, probe, after or options[0].resid_out, own))
     return tuple(settled)
+
+
+def _with_folds(
+    stacks: dict[str, tuple[Block, ...]], dtype: torch.dtype
+) -> dict[str, tuple[Block, ...]]:
+    """Lets blocks keep products of their weights, if those of all of them take little memory.
+
+    All or none: which of them are at hand must not depend on what was asked before, as products
+    taken in another order round differently.
+    """
+    every = [block for blocks in stacks.values() for block in blocks]
+    if sum(block.fold_size() for block in every) * dtype.itemsize > FOLD_BYTES:
+        return stacks
+    return {
+        stack: tuple(replace(block, folds={}) for block in blocks)
+        for stack, blocks in stacks.items()
+    }
 
 
 def _refuse_feed_forward(block: Block, refusal: str) -> Block:

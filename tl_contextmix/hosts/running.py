@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
         require_no_dropout(model)
         require_no_autocast(handle.device)
         kept: dict[str, Tensor] = {}
-        # Closures, never hook.name: compatibility mode renames hook points.
-        fwd_hooks = [(name, _keeper(name, edit, kept, grad)) for name, edit in hooks]
+        # The name is bound, never hook.name: compatibility mode renames hook points.
+        fwd_hooks = [(name, partial(_keep, name, edit, kept, grad)) for name, edit in hooks]
         ids = _ids(batch.main, pad_id()).to(handle.device)
         # Hooks sit on the model: two passes at once would fill each other's traces.
         with lock_of(model), torch.set_grad_enabled(grad):
@@ -85,20 +86,22 @@ def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
     )
 
 
-def _keeper(
-    name: str, edit: Edit | None, kept: dict[str, Tensor], grad: bool
-) -> Callable[..., Tensor | None]:
-    def hook(tensor: Tensor, hook: Any = None) -> Tensor | None:
-        if kept.get(name) is tensor:
-            # In compatibility mode a bridge calls a hook once for each name of its point, the
-            # second time with what the first one returned.
-            return None
-        value = tensor if edit is None else edit(tensor)
-        kept[name] = value
-        # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
-        return value if grad or edit is not None else None
-
-    return hook
+def _keep(
+    name: str,
+    edit: Edit | None,
+    kept: dict[str, Tensor],
+    grad: bool,
+    tensor: Tensor,
+    hook: Any = None,
+) -> Tensor | None:
+    if kept.get(name) is tensor:
+        # In compatibility mode a bridge calls a hook once for each name of its point, the
+        # second time with what the first one returned.
+        return None
+    value = tensor if edit is None else edit(tensor)
+    kept[name] = value
+    # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
+    return value if grad or edit is not None else None
 
 
 def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]:

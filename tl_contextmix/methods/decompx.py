@@ -96,7 +96,6 @@ def decompx(
     done = _carry(as_view(model), given, layer, stack, bias, max_bytes)
     scores = [torch.cat(norms, dim=2) for norms in done.collect(lambda parts: parts.norm(dim=-1))]
     real = done.asked.target.mask.to(scores[0].device)
-    options = {"bias": bias, "rollout": True}
     return ContextMap(
         scores=masked(done.asked, torch.stack(scores, dim=1)[:, :, None], "block_out"),
         layers=done.asked.layers,
@@ -108,7 +107,8 @@ def decompx(
         unit="norm, from the input",
         includes_residual=True,
         bias=(done.bias().norm(dim=-1) * real[:, None])[:, :, None],
-        provenance=done.asked.provenance("decompx", options),
+        from_input=True,
+        provenance=done.asked.provenance("decompx", {"bias": bias}),
     )
 
 
@@ -167,7 +167,7 @@ def decompx_vectors(
         stack=done.asked.stack,
         target=done.asked.target,
         source=done.asked.source("block_out"),
-        provenance=done.asked.provenance("decompx", {"bias": bias, "rollout": True}),
+        provenance=done.asked.provenance("decompx", {"bias": bias}),
     )
 
 

@@ -234,6 +234,7 @@ class _Asked:
             unit=self.of.replace("_", " "),
             includes_residual=True,
             bias=None if missed is None else missed.abs()[:, None, None, None],
+            from_input=True,
             provenance=provenance(self.view, method, options),
         )
 

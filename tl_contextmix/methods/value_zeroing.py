@@ -14,9 +14,10 @@ from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.model_view import Block, StackName, Trace
-from tl_contextmix.replay import Spans, batch_rows, needed_keys, part_of, replay
-from tl_contextmix.results import ContextMap, Tokens
+from tl_contextmix.replay import batch_rows, needed_keys, part_of, replay
+from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
+from tl_contextmix.results.words import Spans, merge, require_spans
 from tl_contextmix.tensors import Norm, blocks
 
 Metric = Literal["cosine", "euclidean"]
@@ -173,9 +174,12 @@ def _label(
     if isinstance(rows, list):
         target = target.select(list(range(scores.shape[0])), rows)
     if isinstance(spans, list):
-        source = _join(source, spans)
+        each = [spans] * scores.shape[0]
+        source = source.join(each)
         if how != "keep":
-            scores = _merge_rows(scores, target, spans, how == "mean")
+            # Rows of padding hold whatever the model makes of it.
+            scores = scores.masked_fill(~target.mask[:, None, None, :, None].to(scores.device), 0)
+            scores = merge(scores.transpose(3, 4), each, how, target.mask).transpose(3, 4)
             target = source
     real = (target.mask[:, :, None] & source.mask[:, None, :]).to(scores.device)
     return ContextMap(
@@ -189,36 +193,6 @@ def _label(
         unit=f"{options['metric']} distance",
         includes_residual=True,
         provenance=done.provenance("value_zeroing", options),
-    )
-
-
-def _merge_rows(
-    scores: Tensor, target: Tokens, spans: Sequence[tuple[int, int]], mean: bool
-) -> Tensor:
-    found = []
-    for start, stop in spans:
-        real = target.mask[:, None, None, start:stop, None].to(scores.device)
-        part = scores[:, :, :, start:stop].masked_fill(~real, 0)
-        found.append(part.sum(3) / real.sum(3).clamp(min=1) if mean else part.amax(3))
-    return torch.stack(found, dim=3)
-
-
-def _join(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> Tokens:
-    """Returns one label per span; a span is real where any of its tokens is."""
-    strings, ids = [], []
-    for words, numbers, mask in zip(
-        tokens.strings, tokens.ids.tolist(), tokens.mask.tolist(), strict=True
-    ):
-        # A span of padding alone keeps the padding's label.
-        kept = [[i for i in range(*span) if mask[i]] or [*range(*span)] for span in spans]
-        strings.append(tuple("".join(words[i] for i in part) for part in kept))
-        ids.append([numbers[part[0]] for part in kept])
-    mask = torch.stack([tokens.mask[:, start:stop].any(1) for start, stop in spans], dim=1)
-    return Tokens(
-        ids=torch.tensor(ids),
-        strings=tuple(strings),
-        mask=mask,
-        sides=((tokens.sides[0][0], len(spans)),),
     )
 
 
@@ -255,19 +229,7 @@ def _require_spans(
         )
     if spans is None:
         return None
-    length = done.source("attn_out").ids.shape[1]
-    for span in spans:
-        ends = [*span] if isinstance(span, Sequence) and not isinstance(span, str) else []
-        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-        if not (whole and len(ends) == 2 and 0 <= ends[0] < ends[1] <= length):
-            raise _bad(
-                "this span covers no token",
-                repr(span),
-                f"two integers with 0 <= start < stop <= {length}",
-            )
-    if not spans:
-        raise _bad("no spans were given", repr(spans), "at least one (start, stop)")
-    return [(start, stop) for start, stop in spans]
+    return require_spans(spans, done.source("attn_out").ids.shape[1])
 
 
 def _require_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from tl_contextmix.render.text import NOTHING, decimals, label, number, rounded
 
 ROW_LIMIT = 500
 TEXT_LENGTH = 160
+NARROW_COLUMNS = 5
 
 
 def draw_table(panel: Table, charts: Charts) -> str:
@@ -31,7 +32,8 @@ def draw_table(panel: Table, charts: Charts) -> str:
     elif len(panel.rows) > ROW_LIMIT:
         remark = f"The first {ROW_LIMIT} of {len(panel.rows):,} rows."
     body = [markup.scroll(table, panel.title), markup.note(remark)]
-    return markup.figure("table", panel.title, panel.caption, body)
+    wide = len(panel.columns) > NARROW_COLUMNS
+    return markup.figure("table", panel.title, panel.caption, body, wide=wide)
 
 
 def draw_text(panel: ColoredText, charts: Charts) -> str:

@@ -12,6 +12,7 @@ from tl_contextmix.methods.changes import amplified_pairs, cancellation, context
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.readouts import component_readouts
+from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.panels import Bars, Heatmap, Panel, Table
 from tl_contextmix.render import Section
 from tl_contextmix.report.story import Story
@@ -34,6 +35,9 @@ _CHANGES = (
 _RATIO = (
     "Kobayashi, Kuribayashi, Yokoi, Inui: Incorporating Residual and Normalization Layers into "
     "Analysis of Masked Language Models (EMNLP 2021)."
+)
+_ZEROING = (
+    "Mohebbi, Zuidema, Chrupala, Alishahi: Quantifying Context Mixing in Transformers (EACL 2023)."
 )
 _ROLLOUT = (
     "Abnar, Zuidema: Quantifying Attention Flow in Transformers (ACL 2020); Modarressi, Fayyaz, "
@@ -273,6 +277,38 @@ def _ratios(story: Story) -> Section:
     return Section("How much each token mixes", text, (panel,), _RATIO, finding)
 
 
+def _zeroing(story: Story) -> Section | None:
+    """What each block's output loses without one token's value."""
+    if not story.complete:
+        return None
+    map = value_zeroing(story.model, story.text, stack=story.stack).normalize()
+    panel = map.panels()[0]
+    assert isinstance(panel, Heatmap)
+    panel = replace(
+        panel,
+        title="Value Zeroing",
+        caption="How far the row's output moves when the column's value is zero. Each row is "
+        "divided by its sum.",
+        unit="share of row",
+    )
+    finding = ""
+    if story.focus is not None and story.stack is None:
+        layer, source = _largest(map.scores[0, :, 0, story.focus], leave_out=story.focus)
+        words = map.source.strings[0]
+        finding = (
+            f"{_quoted(words[story.focus])} loses most without {_quoted(words[source])}: "
+            f"{float(map.scores[0, layer, 0, story.focus, source]):.0%} of its row in layer "
+            f"{map.layers[layer]}."
+        )
+    text = (
+        "Another question to the same blocks: not how much of a token is there, but what the "
+        "block's output loses when the value vectors of one token are set to zero. Distances are "
+        "cosines, which grow with the square of a small change: a row looks sharper than one of "
+        "norms. Which of the two to believe is what `tl-contextmix compare` measures."
+    )
+    return Section("What each layer loses without a token", text, (panel,), _ZEROING, finding)
+
+
 def _rollout(story: Story) -> Section:
     """The map multiplied through the layers."""
     rolled = story.last.rollout()
@@ -300,6 +336,7 @@ SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "changes": _changes,
     "pairs": _pairs,
     "mixing ratio": _ratios,
+    "value zeroing": _zeroing,
     "rollout": _rollout,
 }
 

@@ -10,6 +10,7 @@ out of rankings.
 """
 
 from tl_contextmix.results.base import Result
+from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.contributions import LogProbContributions
@@ -23,9 +24,11 @@ from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "Comparison",
     "ComponentReadouts",
     "Components",
     "ContextMap",
+    "Cost",
     "Decomposition",
     "Knockout",
     "LayerFigures",

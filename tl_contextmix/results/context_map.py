@@ -25,6 +25,7 @@ from tl_contextmix.results.axes import (
 )
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.words import Spans, merge, require_spans
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +53,8 @@ class ContextMap(Result):
         includes_residual: Whether the token's own residual is part of its diagonal score.
         normalized: How rows were scaled: ``"none"``, ``"sum"`` or ``"max"``. It says what was
             done: rows that lost sources to `select` no longer add up to 1.
+        from_input: Whether a layer's map reaches back to the tokens of the input (a rollout,
+            DecompX, gradients) and not to those of the layer's own input.
         provenance: Where the numbers come from.
     """
 
@@ -67,6 +70,7 @@ class ContextMap(Result):
     provenance: Provenance
     bias: Float[torch.Tensor, "batch layer head target"] | None = None
     normalized: Literal["none", "sum", "max"] = "none"
+    from_input: bool = False
 
     def __post_init__(self) -> None:
         batch, target = self.target.ids.shape
@@ -98,6 +102,13 @@ class ContextMap(Result):
         return self.target.equals(self.source) and not any(
             bool(scores.triu(diagonal=1).any()) for scores in self.scores.flatten(0, 1)
         )
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """What each layer's map is of, as text: ``"2"``, ``"input to 2"``, or ``"prediction"``."""
+        if self.point == "resid_in":
+            return ("prediction",) * len(self.layers)
+        return tuple(f"input to {n}" if self.from_input else str(n) for n in self.layers)
 
     def normalize(self, how: Literal["sum", "max"] = "sum") -> ContextMap:
         """Returns the map with each row divided by its sum or by its maximum.
@@ -194,6 +205,45 @@ class ContextMap(Result):
             bias=bias,
         )
 
+    def words(
+        self,
+        spans: Spans | None = None,
+        *,
+        rows: Literal["mean", "max"] = "mean",
+        columns: Literal["sum", "max"] = "sum",
+    ) -> ContextMap:
+        """Returns the map of words by words; a row that sums to 1 still does.
+
+        Args:
+            spans: Stretches ``(start, stop)`` of tokens, the same on both axes and in every
+                sentence; None for the words, see `Tokens.words`.
+            rows: What becomes of the rows of a word's tokens.
+            columns: What becomes of their columns. The largest (``"max"``) no longer sums to 1.
+
+        Raises:
+            InvalidInput: If a stretch covers no token.
+        """
+        require_choice("words", "rows", rows, ("mean", "max"))
+        require_choice("words", "columns", columns, ("sum", "max"))
+        target, source = (
+            tokens.words()
+            if spans is None
+            else [require_spans(spans, tokens.ids.shape[1])] * len(tokens.strings)
+            for tokens in (self.target, self.source)
+        )
+        scores = merge(self.scores, source, columns)
+        scores = merge(scores.transpose(3, 4), target, rows, self.target.mask).transpose(3, 4)
+        bias = self.bias
+        if bias is not None:
+            bias = merge(bias, target, rows, self.target.mask)
+        return replace(
+            self,
+            scores=scores,
+            target=self.target.join(target),
+            source=self.source.join(source),
+            bias=bias,
+        )
+
     def rollout(self, *, add_identity: bool | None = None) -> ContextMap:
         """Returns the map multiplied through the layers; see `tl_contextmix.rollout`."""
         from tl_contextmix.rollout import rollout
@@ -286,7 +336,7 @@ class ContextMap(Result):
 
     def _sheet_names(self) -> tuple[str, ...]:
         if len(self.heads) == 1:
-            return tuple(f"layer {layer}" for layer in self.layers)
+            return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
 
     def _caption(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Int
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.results.axes import require_shape
+from tl_contextmix.results.words import find_words
 
 
 @storage.storable
@@ -55,9 +57,13 @@ class Tokens:
         return f"Tokens: batch {len(self.strings)}, pos {sides}: {shown}"
 
     def equals(self, other: Tokens) -> bool:
-        """Returns whether both are the same tokens of the same stacks, with the same padding."""
+        """Returns whether both are the same tokens of the same stacks, with the same padding.
+
+        Text counts: a word is labelled with the id of its first token, see `join`.
+        """
         return (
             self.sides == other.sides
+            and self.strings == other.strings
             and torch.equal(self.ids.cpu(), other.ids.cpu())
             and torch.equal(self.mask.cpu(), other.mask.cpu())
         )
@@ -84,6 +90,47 @@ class Tokens:
             strings=tuple(a + b for a, b in zip(self.strings, other.strings, strict=True)),
             mask=torch.cat([self.mask, other.mask], dim=1),
             sides=self.sides + other.sides,
+        )
+
+    def words(self) -> list[list[tuple[int, int]]]:
+        """Returns the stretches ``(start, stop)`` of tokens that are words, per row; no padding.
+
+        Told from the text of the tokens: where some of them begin with a space (GPT-2, T5), those
+        that do not continue the word before; elsewhere those that begin with ``##`` (BERT). Marks
+        such as ``<s>`` or ``[MASK]`` and punctuation stand alone, but for apostrophes and hyphens
+        inside of a word.
+        """
+        return [
+            find_words(words, mask.tolist())
+            for words, mask in zip(self.strings, self.mask, strict=True)
+        ]
+
+    def join(self, spans: Sequence[Sequence[tuple[int, int]]]) -> Tokens:
+        """Returns one label per stretch of tokens: their text, and the id of the first.
+
+        A stretch is real where any of its tokens is. Rows with fewer stretches are padded.
+
+        Args:
+            spans: Stretches ``(start, stop)`` per row.
+        """
+        longest = max(map(len, spans))
+        ids = self.ids.new_zeros(len(spans), longest)
+        mask = self.mask.new_zeros(len(spans), longest)
+        strings = []
+        for row, found in enumerate(spans):
+            texts = []
+            for index, (start, stop) in enumerate(found):
+                real = [place for place in range(start, stop) if self.mask[row, place]]
+                # A stretch of padding alone keeps the padding's label.
+                kept = real or [*range(start, stop)]
+                ids[row, index], mask[row, index] = self.ids[row, kept[0]], bool(real)
+                pieces = [self.strings[row][place] for place in kept]
+                texts.append(
+                    "".join([pieces[0], *(piece.removeprefix("##") for piece in pieces[1:])])
+                )
+            strings.append((*texts, *[""] * (longest - len(found))))
+        return Tokens(
+            ids=ids, strings=tuple(strings), mask=mask, sides=((self.sides[0][0], longest),)
         )
 
     def _side_names(self) -> list[str]:

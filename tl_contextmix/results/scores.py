@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ class ScoreRow:
 
     Attributes:
         method: The method that made the map, or two of them that were compared.
-        layer: Number of the layer, or ``"rollout"``.
+        layer: The layer, see `ContextMap.layer_names`.
         metric: What was measured.
         value: Mean over sentences.
         low: Lower end of the 95 % bootstrap interval over sentences.
@@ -70,22 +71,25 @@ class Score(Result):
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the table."""
-        return (
-            Table(
-                title=self.title,
-                caption=self.caption,
-                columns=("method", "layer", "metric", "value", "95 % interval", "chance", "n"),
-                rows=tuple(
-                    (
-                        row.method,
-                        row.layer,
-                        row.metric,
-                        row.value,
-                        f"{row.low:.3f} to {row.high:.3f}",
-                        row.chance,
-                        row.sentences,
-                    )
-                    for row in self.rows
-                ),
-            ),
-        )
+        return (figure_table(self.rows, self.title, self.caption),)
+
+
+def figure_table(rows: Sequence[ScoreRow], title: str, caption: str) -> Table:
+    """Returns the table of figures."""
+    return Table(
+        title=title,
+        caption=caption,
+        columns=("method", "layer", "metric", "value", "95 % interval", "chance", "n"),
+        rows=tuple(
+            (
+                row.method,
+                row.layer,
+                row.metric,
+                row.value,
+                f"{row.low:.3f} to {row.high:.3f}",
+                row.chance,
+                row.sentences,
+            )
+            for row in rows
+        ),
+    )

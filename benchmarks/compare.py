@@ -1,0 +1,68 @@
+"""Which map to believe: every method on the embedded language models' own grammar.
+
+``python benchmarks/compare.py [--sentences N] [--write]`` prints one Markdown table per model:
+each method at its best layer and from the input to the last layer. ``--write`` puts them into
+README.md, between its markers. Seconds are left out of them: they depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import tl_contextmix as cm
+
+README = Path(__file__).parent.parent / "README.md"
+MODELS = ("causal-lm", "masked-lm")
+_SHOWN = {
+    "dot": "on the cue",
+    "average precision": "average precision",
+    "comprehensiveness": "comprehensiveness (nats)",
+    "sufficiency": "sufficiency (nats)",
+}
+_MARKED = re.compile(r"(<!-- comparison -->\n).*?(<!-- end of comparison -->)", re.DOTALL)
+
+
+def table(found: cm.Comparison) -> str:
+    """Returns the Markdown table of a comparison, the best by the first metric on top."""
+    best = {metric: found.best(metric).set_index("method") for metric in _SHOWN}
+    lines = [
+        "| method | " + " | ".join(_SHOWN.values()) + " | FLOPs / forward |",
+        "|---" * (len(_SHOWN) + 2) + "|",
+    ]
+    for method in found.best()["method"]:
+        cells = []
+        for metric in _SHOWN:
+            row = best[metric].loc[method]
+            interval = f"{row['low']:.2f} to {row['high']:.2f}"
+            cells.append(f"**{row['value']:.2f}** ({interval}; {row['layer']})")
+        forward = best["dot"].loc[method]["forward"]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {forward:.1f} |")
+    chance = [f"{best[metric]['chance'].iloc[0]:.2f}" for metric in _SHOWN]
+    lines.append("| *chance* | " + " | ".join(f"*{level}*" for level in chance) + " | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the tables, or puts them into README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sentences", type=int, default=50)
+    parser.add_argument("--write", action="store_true", help="update README.md")
+    options = parser.parse_args()
+    parts = []
+    for name in MODELS:
+        found = cm.compare(cm.load_demo(name), cm.demo_pairs(count=options.sentences))
+        right = f"the model prefers the right verb in {found.correct} of {found.sentences}"
+        parts.append(f"`{name}` ({right}):\n\n{table(found)}\n")
+        sys.stdout.write(parts[-1] + "\n")
+        sys.stdout.flush()
+    if options.write:
+        text = README.read_text()
+        block = "\n".join(parts)
+        README.write_text(_MARKED.sub(lambda m: f"{m[1]}\n{block}\n{m[2]}", text))
+
+
+if __name__ == "__main__":
+    main()

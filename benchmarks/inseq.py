@@ -1,0 +1,296 @@
+"""Value Zeroing here and in inseq, on the same saved weights: outputs first, then seconds.
+
+``python benchmarks/inseq.py --python INSEQ_ENV/bin/python [--python ...] [--quick]`` prints
+Markdown tables. inseq needs a transformers that TransformerLens 3 and 4 do not, so it runs in an
+environment of its own (README.md beside this file says how to make one) and answers there what is
+asked of `inseq_worker.py`; several environments can be given, for several versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from hf_literal import as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
+from meters import flops
+from saved_models import FAMILIES, WIDE, Subject, demos, saved, zoo_build
+from torch import Tensor
+
+import tl_contextmix as cm
+
+
+class Failed(Exception):
+    """What does not run, and why."""
+
+
+class Worker:
+    """A process with inseq in it."""
+
+    def __init__(self, python: str) -> None:
+        # -I: from this folder, ``import inseq`` would find this file.
+        self.process = subprocess.Popen(
+            [python, "-I", str(Path(__file__).with_name("inseq_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        self.versions = self.ask("versions")
+
+    def ask(self, do: str, **given: Any) -> dict[str, Any]:
+        """Returns the answer to one request.
+
+        Raises:
+            Failed: If it is an error.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} ended with status {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer
+
+    def load(self, subject: Subject) -> None:
+        """Has the worker load a model."""
+        named = subject.tokenizer.special_tokens_map.items()
+        roles = {role: token for role, token in named if isinstance(token, str)}
+        self.ask("load", folder=str(subject.folder), roles=roles)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def __str__(self) -> str:
+        return f"inseq {self.versions['inseq']}, transformers {self.versions['transformers']}"
+
+
+def load(subject: Subject) -> Any:
+    """Returns the model on its TransformerLens class."""
+    with zoo_build.quiet():
+        return cm.load_model(subject.folder)
+
+
+def ours(model: Any, ids: Sequence[Tensor]) -> list[Tensor]:
+    """Returns our maps [layer target source], in inseq's order."""
+    if len(ids) == 1:
+        return [cm.value_zeroing(model, ids[0]).scores[0, :, 0]]
+    return [
+        cm.value_zeroing(model, ids[0], stack=stack, decoder_input=ids[1]).scores[0, :, 0]
+        for stack in ("encoder", "cross", "decoder")
+    ]
+
+
+def maps_in(answer: dict[str, Any]) -> list[Tensor]:
+    """Returns inseq's maps [layer target source]."""
+    return [torch.tensor(rows) for rows in answer["maps"]]
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference."""
+    return float((found.double() - expected.double()).abs().max())
+
+
+class Truth:
+    """Literal zeroing of one model on one input.
+
+    Attributes:
+        texts: The input.
+        ids: Its token ids.
+        stacks: The maps' names.
+        exact: The maps, in float64.
+        rounded: The maps as inseq's arithmetic gives them: float32, and ``1 - cos``.
+    """
+
+    def __init__(self, subject: Subject, n: int) -> None:
+        self.texts = subject.texts(n)
+        self.ids = subject.ids(self.texts)
+        plain, self._plain = map(subject.hugging_face, (torch.float64, torch.float32))
+        self.stacks = stacks_of(plain)
+        self.exact = [literal(plain, self.ids, stack) for stack in self.stacks]
+        self.rounded = [
+            literal(self._plain, self.ids, stack, one_minus_cosine) for stack in self.stacks
+        ]
+
+    def maps_of(self, worker: Worker) -> list[Tensor]:
+        """Returns inseq's maps of the model a worker has loaded.
+
+        Raises:
+            Failed: If there are none, or of another input, or of another model.
+        """
+        answer = worker.ask("maps", **self.texts)
+        if answer["ids"] != [ids.tolist() for ids in self.ids]:
+            raise Failed("other token ids")
+        stacks = [stack for stack in self.stacks if stack != "cross"]
+        for stack, states in zip(stacks, answer["states"], strict=True):
+            here = hidden_states(self._plain, self.ids, stack)[-1]
+            apart = gap(torch.tensor(states), here) / float(here.abs().max())
+            if apart > 1e-5:  # what two versions of transformers round differently is 1e-6
+                raise Failed(f"hidden states differ by {apart:.0e}")
+        return maps_in(answer)
+
+    def off(self, maps: list[Tensor]) -> float:
+        """Returns how far maps in inseq's convention are off."""
+        return max(gap(a, as_inseq(b)) for a, b in zip(maps, self.exact, strict=True))
+
+    def details(self, theirs: list[Tensor], mine: list[Tensor]) -> Iterator[list[object]]:
+        """Yields one row per map."""
+        for index, stack in enumerate(self.stacks):
+            exact, found = self.exact[index], mine[index]
+            yield [
+                stack,
+                f"{gap(theirs[index], as_inseq(exact)):.0e}",
+                f"{gap(theirs[index], as_inseq(self.rounded[index])):.0e}",
+                f"{gap(as_inseq(found), as_inseq(exact)):.0e}",
+                f"{gap(found, exact) / float(exact.max()):.0e}",
+                f"{int(((exact > 0) & (exact < 1e-5)).sum())} of {int((exact > 0).sum())}",
+            ]
+
+
+def outputs(subjects: list[Subject], workers: list[Worker], n: int) -> None:
+    """Prints where each package runs, and how far it is off the literal zeroing."""
+    where: list[list[object]] = []
+    details: list[list[object]] = []
+    reasons: dict[str, int] = {}
+    for subject in subjects:
+        truth = Truth(subject, n)
+        mine, compared = ours(load(subject), truth.ids), False
+        row: list[object] = [subject.name, f"{truth.off([as_inseq(m) for m in mine]):.0e}"]
+        for worker in workers:
+            try:
+                worker.load(subject)
+                theirs = truth.maps_of(worker)
+            except Failed as failed:
+                # Some messages go on with a module's or a function's signature.
+                reason = str(failed).split("(")[0].split(". ")[0]
+                row.append(f"no ({reasons.setdefault(reason, len(reasons) + 1)})")
+                continue
+            if not compared:
+                details += [[subject.name, *cells] for cells in truth.details(theirs, mine)]
+            compared = True
+            row.append(f"{truth.off(theirs):.0e}")
+        where.append(row)
+    here = f"tl_contextmix, TransformerLens {version('transformer-lens')}"
+    _table(["model", here, *map(str, workers)], where)
+    sys.stdout.writelines(f"{number}. {reason}\n" for reason, number in reasons.items())
+    sys.stdout.write("\n")
+    _table(
+        ["model", "map", "inseq", "inseq repeated", "ours", "ours, raw", "below 1e-5"],
+        details,
+    )
+
+
+def times(
+    subject: Subject, workers: list[Worker], sizes: list[int], runs: int
+) -> Iterator[list[object]]:
+    """Yields rows of the table of seconds and operations."""
+    model, worker = load(subject), first_that_runs(subject, workers)
+    for n in sizes:
+        texts = subject.texts(n)
+        ids = subject.ids(texts)
+        answer = worker.ask("maps", **texts)
+        if answer["ids"] != [side.tolist() for side in ids] or {x.shape[1] for x in ids} != {n}:
+            raise SystemExit(f"{subject.name}: inseq looked at other tokens")
+        here = partial(ours, model, ids)
+        pairs = zip(here(), maps_in(answer), strict=True)
+        apart = max(gap(as_inseq(mine), theirs) for mine, theirs in pairs)
+        taken: dict[str, list[float]] = {"ours": [], "method": [], "call": []}
+        for _ in range(runs):
+            for name, value in worker.ask("seconds", **texts).items():
+                taken[name].append(value)
+            taken["ours"].append(_timed(here))
+        mine, method, call = (statistics.median(values) for values in taken.values())
+        there, counted = worker.ask("flops", **texts)["flops"], flops(here, elementwise=False)
+        yield [
+            subject.name,
+            n,
+            answer["passes"],
+            f"{apart:.0e}",
+            *(f"{seconds:.3f}" for seconds in (mine, method, call)),
+            *(f"{seconds / mine:.1f}" for seconds in (method, call)),
+            *(f"{count / 1e9:.3g}" for count in (counted, there)),
+            f"{there / counted:.1f}",
+        ]
+
+
+def first_that_runs(subject: Subject, workers: list[Worker]) -> Worker:
+    """Returns the first worker that can do it, with the model loaded."""
+    for worker in workers:
+        try:
+            worker.load(subject)
+            worker.ask("maps", **subject.texts(8))
+        except Failed:
+            continue
+        return worker
+    raise SystemExit(f"inseq does not run on {subject.name} in any environment")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _table(head: list[str], rows: Iterable[list[object]]) -> None:
+    for row in [head, ["---"] * len(head)]:
+        _row(row)
+    for row in rows:
+        _row(row)
+    sys.stdout.write("\n")
+
+
+def _row(cells: list[Any]) -> None:
+    sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Prints all tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", action="append", required=True, help="of inseq's environment")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sizes, runs = ([16], 3) if given.quick else ([16, 32, 64], 5)
+    with ExitStack() as stack:
+        workers = [Worker(python) for python in given.python]
+        for worker in workers:
+            stack.callback(worker.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        small = [saved(family, family, {}, folder / family) for family in FAMILIES]
+        outputs([*small, *demos()], workers, 12)
+        wide = [saved(name, *made, folder / name) for name, made in WIDE.items()]
+        subjects = [*wide, *demos()]
+        rows = (row for subject in subjects for row in times(subject, workers, sizes, runs))
+        columns = "model, n, passes, difference, ours (s), method (s), call (s), method / ours, "
+        columns += "call / ours, ours (GFLOP), inseq (GFLOP), inseq / ours"
+        _table(columns.split(", "), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""Comparing methods: minimal pairs, words, one table, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import tl_contextmix as cm
+from tl_contextmix.__main__ import main
+from tl_contextmix.compare import METHODS
+from tl_contextmix.evaluate import overlapping, place_tokens
+from tl_contextmix.operations import count_operations
+from tl_contextmix.ranks import spearman
+from tl_contextmix.results import Tokens
+
+FAST = ["attention", "attention_norms block_out", "decompx", "gradient_x_input", "value_zeroing"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return cm.load_demo("causal-lm")
+
+
+@pytest.fixture(scope="module")
+def found(model: Any) -> cm.Comparison:
+    return cm.compare(model, cm.demo_pairs(count=6), methods=FAST)
+
+
+# Minimal pairs
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "prefix", "answer", "wrong"),
+    [
+        ("The cat sleeps.", "The cat sleep.", "The cat", "sleeps", "sleep"),
+        ("Katherine can't help herself.", "Katherine can't help himself.",
+         "Katherine can't help", "herself", "himself"),
+        # Only the place differs, not what is alike behind it.
+        ("the keys are old .", "the keys is old .", "the keys", "are", "is"),
+        ("a well-known man", "a well-worn man", "a", "well-known", "well-worn"),
+        ("They have seen it", "They has been seen it", "They", "have", "has been"),
+        ("Who sees?", "Who see?", "Who", "sees", "see"),
+        ("is is is", "is is are", "is is", "is", "are"),
+        ("these dogs", "this dogs", "", "these", "this"),
+    ],
+)  # fmt: skip
+def test_the_target_is_what_differs(
+    good: str, bad: str, prefix: str, answer: str, wrong: str
+) -> None:
+    pair = cm.MinimalPair(good, bad)
+    assert (pair.prefix, pair.answer, pair.wrong) == (prefix, answer, wrong)
+    assert pair.masked("[MASK]") == good[: pair.target[0]] + "[MASK]" + good[pair.target[1] :]
+
+
+@pytest.mark.parametrize("pair", [("a b", "a b"), ("a b c", "a c"), ("a", ""), ("", "")])
+def test_what_is_no_minimal_pair(pair: tuple[str, str]) -> None:
+    with pytest.raises(cm.InvalidInput, match="no minimal pair"):
+        cm.MinimalPair(*pair)
+
+
+def test_cues_lie_in_the_sentence() -> None:
+    with pytest.raises(cm.InvalidInput, match=r"got \(4, 40\) in 'the cat sleeps'"):
+        cm.MinimalPair("the cat sleeps", "the cat sleep", cues=((4, 40),))
+
+
+def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
+    lines = [
+        # A line of BLiMP, with the fields that it has.
+        {"sentence_good": "Many girls insulted themselves.", "field": "morphology", "UID": "x",
+         "sentence_bad": "Many girls insulted herself.", "pairID": "0", "one_prefix_method": False},
+        {"sentence_good": "the dog by the dogs barks", "sentence_bad": "the dog by the dogs bark",
+         "cues": ["dog"], "lures": [[15, 19]]},
+        {"sentence_good": "les \u2028 chats dorment", "sentence_bad": "les \u2028 chats dort"},
+    ]  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n")
+    pairs = cm.load_minimal_pairs(path)
+    assert [pair.answer for pair in pairs] == ["themselves", "barks", "dorment"]
+    assert pairs[0].cues == ()
+    assert [pairs[1].good[slice(*span)] for span in pairs[1].cues + pairs[1].lures] == [
+        "dog",
+        "dogs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2 of .*which is not JSON; expected a JSON object"),
+        ("[1]", r"line 2 of .*which is not an object"),
+        ('{"sentence_good": "a"}', r"line 2 of .*got the fields \['sentence_good'\]"),
+        ('{"sentence_good": 1, "sentence_bad": "b"}', r"line 2 of .*got the fields"),
+        ('{"sentence_good": "a b", "sentence_bad": "a b"}', r"line 2 of .*no minimal pair"),
+        ('{"sentence_good": "a a b", "sentence_bad": "a a c", "cues": ["a"]}',
+         r"line 2 of .*'a', which is 2 of the words.*\[start, stop\]"),
+        ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": ["x"]}', r"which is 0 of"),
+        ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": "a"}', r"a list of words"),
+        ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": [[0, 9]]}', r"\(0, 9\) in 'a b'"),
+        ("\udcff", r"not UTF-8"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_pairs_are_named(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    first = '{"sentence_good": "a b", "sentence_bad": "a c"}\n'
+    path.write_text(first + line, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(cm.FileFormatError, match=message):
+        cm.load_minimal_pairs(path)
+
+
+def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(cm.InvalidInput, match=r"none\.jsonl.*a local file"):
+        cm.load_minimal_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(cm.InvalidInput, match=r"a local file"):
+        cm.load_minimal_pairs(tmp_path)
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(cm.FileFormatError, match="an empty file"):
+        cm.load_minimal_pairs(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["agreement", "reflexive", "name", "determiner", "fact"])
+def test_pairs_of_the_grammar(kind: str) -> None:
+    tempted = kind in ("agreement", "reflexive", "name")
+    pairs = cm.demo_pairs(kind, 20, lures=tempted)
+    assert len(pairs) == len(set(pairs)) == 20
+    for pair in pairs:
+        assert pair.cues
+        assert bool(pair.lures) == tempted
+        assert max(stop for _, stop in pair.cues) <= pair.target[0]
+        assert pair.good.replace(pair.answer, "") != pair.good
+    assert cm.demo_pairs(kind, 5, lures=tempted) == pairs[:5]
+    assert cm.demo_pairs(kind, 5, lures=tempted, seed=6) != pairs[:5]
+    if kind == "agreement":
+        singular = [pair for pair in pairs if pair.answer == "is"]
+        assert all(pair.wrong == "are" for pair in singular)
+
+
+def test_pairs_that_the_grammar_has_not() -> None:
+    for options in ({"kind": "tense"}, {"kind": "fact"}):
+        with pytest.raises(cm.InvalidInput, match=r"no such pairs.*one of .*with lures"):
+            cm.demo_pairs(**options)
+
+
+# Tokens in their text, and words
+
+
+def labels(*words: str, mask: list[bool] | None = None) -> Tokens:
+    count = len(words)
+    real = torch.tensor([mask or [True] * count])
+    return Tokens(torch.arange(count)[None], (words,), real, (("decoder", count),))
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("the cats", ("<|endoftext|>", "the", " cat", "s"), [None, (0, 3), (4, 7), (7, 8)]),
+        ("The Cats!", ("[CLS]", "the", "cat", "##s", "!", "[SEP]"),
+         [None, (0, 3), (4, 7), (7, 8), (8, 9), None]),
+        ("a  b", (" ", "a", " ", "b"), [None, (0, 1), None, (3, 4)]),
+        ("##s a", ("##", "s", " a"), [(0, 2), (2, 3), (4, 5)]),
+        ("İs it", ("İs", " it"), [(0, 2), (3, 5)]),
+    ],
+)  # fmt: skip
+def test_tokens_are_placed_in_their_text(
+    text: str, words: tuple[str, ...], expected: list[Any]
+) -> None:
+    assert place_tokens(text, labels(*words)) == expected
+
+
+def test_tokens_that_cannot_be_placed_are_named() -> None:
+    with pytest.raises(cm.InvalidInput, match=r"'\[UNK\]'.*from 'cat' on.*by their positions"):
+        place_tokens("the cat", labels("the", "[UNK]"))
+
+
+def test_tokens_that_share_a_character() -> None:
+    places = [None, (0, 3), (4, 6), (6, 9)]
+    assert overlapping(places, (4, 9)) == [2, 3]
+    assert overlapping(places, (3, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((" the", " un", "believ", "able", " cat"), [(0, 1), (1, 4), (4, 5)]),
+        (("the", "un", "##believ", "##able", "cat"), [(0, 1), (1, 4), (4, 5)]),
+        (("<s>", "Un", "able", " to", ".", "</s>"), [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]),
+        ((" don", "'", "t", " well", "-", "known"), [(0, 3), (3, 6)]),
+        ((" say", ' "', "hello", '"', " ", "x"), [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),
+        (("the", "cat", "[MASK]"), [(0, 1), (1, 2), (2, 3)]),
+    ],
+)  # fmt: skip
+def test_words_are_told_from_their_pieces(
+    words: tuple[str, ...], expected: list[tuple[int, int]]
+) -> None:
+    assert labels(*words).words() == [expected]
+
+
+def test_padding_is_no_word() -> None:
+    tokens = labels("a", " b", "c", "<p>", mask=[True, True, True, False])
+    assert tokens.words() == [[(0, 1), (1, 3)]]
+    left = labels("<p>", "a", " b", mask=[False, True, True])
+    assert left.words() == [[(1, 2), (2, 3)]]
+
+
+def test_a_map_of_words_by_hand(model: Any) -> None:
+    fmap = cm.attention_norms(model, ["the keys to", "dogs"]).normalize()
+    spans = [(0, 1), (1, 3), (3, 4)]
+    merged = fmap.words(spans)
+    assert merged.target.strings[0][1:] == (" the keys", " to")
+    expected = fmap.scores[0, :, 0, 1:3].mean(1)
+    columns = torch.stack([expected[:, a:b].sum(1) for a, b in spans], dim=1)
+    assert torch.allclose(merged.scores[0, :, 0, 1], columns)
+    # The second sentence has two tokens: its rows and columns of padding count for nothing.
+    assert merged.target.mask.tolist() == [[True] * 3, [True, True, False]]
+    assert torch.allclose(merged.scores[1, :, 0, 1, :2], fmap.scores[1, :, 0, 1, :2])
+    assert torch.allclose(merged.bias[1, :, 0, 1], fmap.bias[1, :, 0, 1])
+    sums = merged.scores.sum(-1)[:, :, 0]
+    assert torch.allclose(sums[merged.target.mask[:, None].expand_as(sums)], torch.ones(()))
+    most = fmap.words(spans, rows="max", columns="max")
+    assert torch.equal(most.scores[0, :, 0, 1, 1], fmap.scores[0, :, 0, 1:3, 1:3].amax((1, 2)))
+    # Rows of another number of words are padded.
+    own = fmap.words()
+    assert own.scores.equal(fmap.scores)
+    for wrong in ([(0, 9)], []):
+        with pytest.raises(cm.InvalidInput, match=r"covers no token|no spans"):
+            fmap.words(wrong)
+    ask = getattr(cm.ContextMap.words, "__wrapped__", cm.ContextMap.words)
+    with pytest.raises(cm.InvalidInput, match="words does not know this rows"):
+        ask(fmap, rows="median")
+
+
+def test_cues_as_text_and_on_words(model: Any) -> None:
+    fmap = cm.attention_norms(model, "the keys to the cabinet").normalize()
+    by_place = cm.cue_alignment(fmap, [[2]]).to_dataframe()
+    assert by_place.equals(cm.cue_alignment(fmap, [["keys"]]).to_dataframe())
+    # A text stands for all of its kind: both "the".
+    both = cm.cue_alignment(fmap, [[1, 4]]).to_dataframe()
+    assert both.equals(cm.cue_alignment(fmap, [[" the"]]).to_dataframe())
+    words = cm.cue_alignment(fmap.words([(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]), [["the keys"]])
+    dots = [row.value for row in words.rows if row.metric == "dot"]
+    pieces = [row.value for row in cm.cue_alignment(fmap, [[1, 2]]).rows if row.metric == "dot"]
+    assert dots == pytest.approx(pieces)
+    with pytest.raises(cm.InvalidInput, match=r"'dogs', a position or token, in sentence 0"):
+        cm.cue_alignment(fmap, [["dogs"]])
+    with pytest.raises(cm.InvalidInput, match=r"a list with at least one cue"):
+        cm.cue_alignment(fmap, ["keys"])
+    with pytest.raises(cm.InvalidInput, match=r"2 for 1 sentences"):
+        cm.cue_alignment(fmap, [[1]], targets=[1, 2])
+
+
+# The comparison
+
+
+def test_figures_are_those_of_the_single_functions(model: Any, found: cm.Comparison) -> None:
+    pairs = cm.demo_pairs(count=6)
+    maps = [cm.value_zeroing(model, pair.prefix).normalize() for pair in pairs]
+    cues = []
+    for pair, map in zip(pairs, maps, strict=True):
+        assert map.target.strings[0][-1].strip() == pair.prefix.split()[-1]
+        before = [pair.good[:start].count(" ") for start, _ in pair.cues]
+        cues.append([place + 1 for place in before])  # one token per word, behind the first mark
+    expected = cm.cue_alignment(maps, cues)
+    rolled = cm.cue_alignment([map.rollout() for map in maps], cues)
+    ours = {(r.layer, r.metric): r for r in found.rows if r.method == "value_zeroing"}
+    for row in (*expected.rows, *(r for r in rolled.rows if r.layer == "input to 3")):
+        mine = ours[row.layer, row.metric]
+        assert (mine.value, mine.chance) == pytest.approx((row.value, row.chance))
+        assert (mine.low, mine.high) == pytest.approx((row.low, row.high))
+    answers = [model.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
+    single = [
+        cm.faithfulness(model, pair.prefix, map, answer=[answer])
+        for pair, map, answer in zip(pairs, maps, answers, strict=True)
+    ]
+    for metric in ("comprehensiveness", "sufficiency"):
+        values = [r.value for s in single for r in s.rows if (r.layer, r.metric) == ("1", metric)]
+        assert ours["1", metric].value == pytest.approx(sum(values) / 6, abs=1e-4)
+
+
+def test_every_method_has_its_rows_and_its_cost(found: cm.Comparison, model: Any) -> None:
+    frame = found.to_dataframe()
+    assert set(frame.method) == set(FAST)
+    assert found.metrics == (
+        "dot", "average precision", "blank-out", "comprehensiveness", "sufficiency"
+    )  # fmt: skip
+    layers = {"0", "1", "2", "3", "input to 3"}
+    assert set(frame[frame.method == "attention"].layer) == layers
+    assert set(frame[frame.method == "decompx"].layer) == {f"input to {n}" for n in range(4)}
+    assert set(frame[frame.method == "gradient_x_input"].layer) == {"prediction"}
+    costs = {cost.method: cost for cost in found.costs}
+    assert costs["attention"].forward == pytest.approx(1, abs=0.01)
+    # A backward pass costs about twice a forward pass.
+    assert 2.5 < costs["gradient_x_input"].forward < 3.5
+    assert all(cost.seconds > 0 for cost in found.costs)
+    assert 0 <= found.correct <= 6
+    assert found.sentences == 6
+
+
+def test_tables_and_likeness(found: cm.Comparison) -> None:
+    best = found.best("sufficiency")
+    assert best["value"].is_monotonic_increasing  # low is good
+    assert found.best()["value"].is_monotonic_decreasing
+    table = found.table("dot")
+    assert list(table.columns) == [
+        "0", "1", "2", "3", *(f"input to {n}" for n in range(4)), "prediction"
+    ]  # fmt: skip
+    assert math.isnan(table.loc["decompx", "0"])
+    assert torch.allclose(found.alike, found.alike.T)
+    assert torch.equal(found.alike.diagonal(), torch.ones(5, dtype=torch.float64))
+    assert found.alike_methods == tuple(FAST)
+    with pytest.raises(cm.InvalidInput, match=r"no figures of this metric: got 'accuracy'"):
+        found.best("accuracy")
+
+
+def test_likeness_by_hand(model: Any, found: cm.Comparison) -> None:
+    values = []
+    for pair in cm.demo_pairs(count=6):
+        a = cm.attention(model, pair.prefix, heads=False).normalize().rollout()
+        b = cm.decompx(model, pair.prefix)
+        values.append(float(spearman(a.scores[0, -1, 0, -1], b.scores[0, -1, 0, -1])))
+    here = found.alike[FAST.index("attention"), FAST.index("decompx")]
+    assert float(here) == pytest.approx(sum(values) / 6, abs=1e-6)
+
+
+def test_saved_shown_and_printed(found: cm.Comparison, tmp_path: Path) -> None:
+    assert cm.Comparison.load(found.save(tmp_path / "c")).equals(found)
+    page = found.show().html()
+    assert "value_zeroing" in page
+    assert "comprehensiveness, by method and layer" in page
+    assert "Comparison of 5 methods over 6 sentences of causal-lm" in repr(found)
+
+
+def test_masked_models_are_asked_at_the_mask() -> None:
+    model = cm.load_demo("masked-lm")
+    pairs = cm.demo_pairs(count=3)
+    found = cm.compare(model, pairs, methods=["attention"])
+    texts = [pair.masked("[MASK]") for pair in pairs]
+    cues = [[pair.good[slice(*cue)] for cue in pair.cues] for pair in pairs]
+    again = cm.compare(model, texts, cues=cues, methods=["attention"])
+    places = [text.split().index("[MASK]") + 1 for text in texts]
+    maps = [cm.attention(model, text, heads=False).normalize() for text in texts]
+    expected = cm.cue_alignment(maps, cues, targets=places)
+    for one in (found, again):
+        rows = {(r.layer, r.metric): r.value for r in one.rows}
+        for row in expected.rows:
+            assert rows[row.layer, row.metric] == pytest.approx(row.value, abs=1e-6)
+    assert found.correct is not None
+    assert again.correct is None
+
+
+def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
+    def uniform(model: Any, tokens: torch.Tensor) -> cm.ContextMap:
+        map = cm.attention(model, tokens, heads=False)
+        return replace(map, scores=torch.ones_like(map.scores).tril())
+
+    texts = ["the keys to the cabinet", "the dogs near the cat"]
+    found = cm.compare(model, texts, methods={"uniform": uniform})
+    assert "dot" not in found.metrics
+    assert {row.method for row in found.rows} == {"uniform"}
+    cued = cm.compare(model, texts, cues=[["keys"], ["dogs"]], methods={"uniform": uniform})
+    for row in cued.rows:
+        if row.metric in ("dot", "average precision") and not row.layer.startswith("input"):
+            # A map without information is at chance.
+            assert row.value == pytest.approx(row.chance)
+
+
+def test_words_of_several_tokens(model: Any) -> None:
+    # Here tokens are words: the same figures.
+    pairs = cm.demo_pairs(count=2)
+    plain = cm.compare(model, pairs, methods=["attention", "gradient_x_input"])
+    words = cm.compare(model, pairs, methods=["attention", "gradient_x_input"], words=True)
+    for a, b in zip(plain.rows, words.rows, strict=True):
+        if a.metric in ("dot", "average precision"):
+            assert a.value == pytest.approx(b.value, abs=1e-6)
+
+
+def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
+    cases = [case for case in zoo.cases() if case.family == "solu"]
+    for case in cases:
+        model = zoo.build(case, dtype=torch.float32)
+        found = cm.compare(model, ["the cat sat", "a dog ran to"], blank=3)
+        names = [name for name, _ in found.left_out]
+        assert "value_zeroing" in names
+        assert all("SoLU" in reason for _, reason in found.left_out)
+        assert {*names, *(cost.method for cost in found.costs)} == {*METHODS}
+        assert "Left out" in found.show().html()
+        with pytest.raises(cm.UnsupportedModel, match="SoLU"):
+            cm.compare(model, ["the cat sat"], methods=["value_zeroing"], blank=3)
+    assert bool(cases) == (zoo.major() < 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("the keys", {}, r"a str of .*a list of texts, or one of minimal pairs"),
+        ([], {}, r"a list of texts"),
+        (["a cat", cm.MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
+        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list out of"),
+        (["the keys"], {"methods": []}, r"a list out of"),
+        (["the keys"], {"cues": [[1], [2]]}, r"2 lists of cues for 1 sentences"),
+        (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
+        ([cm.MinimalPair("the keys", "the key")], {"cues": [[1]]}, r"cues were given twice"),
+        (
+            [cm.MinimalPair("the keys", "the key", cues=((0, 3),)), cm.MinimalPair("a b", "a c")],
+            {},
+            r"1 of 2 pairs with cues",
+        ),
+        (["the keys"], {"blank": 10**6}, r"token id 1000000; expected an id from 0"),
+    ],
+)
+def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str) -> None:
+    ask = getattr(cm.compare, "__wrapped__", cm.compare)
+    with pytest.raises(cm.InvalidInput, match=message):
+        ask(model, given, **{"methods": ["attention"], **options})
+
+
+def test_masked_bad_input() -> None:
+    model = cm.load_demo("masked-lm")
+    with pytest.raises(cm.InvalidInput, match=r"0 masks in 'the keys'"):
+        cm.compare(model, ["the keys"], methods=["attention"])
+    pair = cm.MinimalPair("the keys are old .", "the keys is being old .")
+    with pytest.raises(cm.InvalidInput, match=r"1 tokens for 'are' and \d for 'is being'"):
+        cm.compare(model, [pair], methods=["attention"])
+
+
+def test_encoder_decoders_are_refused() -> None:
+    if zoo.major() == 2:
+        pytest.skip("TransformerLens 2 has no encoder-decoder that works")
+    model = cm.load_demo("encoder-decoder")
+    with pytest.raises(cm.UnsupportedModel, match="two stacks"):
+        cm.compare(model, ["the cat sees the dog ."])
+
+
+def test_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: METHODS[name] for name in ("attention", "globenc")}
+    # By its name in sys.modules: as an attribute of the package it is the function.
+    monkeypatch.setattr(sys.modules["tl_contextmix.compare"], "METHODS", few)
+    page = tmp_path / "page.html"
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "\n".join(
+            json.dumps({"sentence_good": pair.good, "sentence_bad": pair.bad})
+            for pair in cm.demo_pairs(count=3)
+        )
+    )
+    arguments = ["compare", "--model", "masked-lm", "--sentences", "2", "-o", str(page)]
+    assert main([*arguments, "--words"]) == 0
+    shown = capsys.readouterr().out
+    assert "over 2 sentences of masked-lm" in shown
+    assert shown.rstrip().endswith(str(page))
+    assert "Which map to believe" in page.read_text()
+    assert main([*arguments, "--pairs", str(pairs)]) == 0
+    assert "over 2 sentences" in capsys.readouterr().out
+    assert main(["compare", "--sentences", "0"]) == 2
+    assert "at least 1 sentence" in capsys.readouterr().err
+
+
+# Operations
+
+
+def test_operations_are_those_of_the_products() -> None:
+    a, b = torch.ones(2, 3), torch.ones(3, 5, requires_grad=True)
+    assert count_operations(lambda: a @ b) == 2 * 2 * 3 * 5
+    assert count_operations(lambda: torch.einsum("ij,jk->ik", a, b)) == 2 * 2 * 3 * 5
+
+    def backward() -> None:
+        torch.autograd.grad((a @ b).sum(), b)
+
+    assert count_operations(backward) == 2 * (2 * 2 * 3 * 5)
+    with torch.inference_mode():
+        assert count_operations(lambda: torch.nn.functional.linear(a, b.T)) == 2 * 2 * 3 * 5

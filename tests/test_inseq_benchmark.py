@@ -1,0 +1,43 @@
+"""What benchmarks/inseq.py compares with: plain Hugging Face models with values set to zero."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from asked import relative
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("hf_literal", reason="the benchmarks are part of the repository only")
+
+from hf_literal import as_inseq, half_squared, literal, one_minus_cosine, stacks_of
+
+import tl_contextmix as cm
+
+CASES = [case for case in zoo.cases() if case.family in zoo.hf_families()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_zeroing_equals_hugging_face_with_zeroed_values(case: zoo.Case) -> None:
+    given = zoo.inputs(case, batch=1)
+    model, plain = zoo.build(case), zoo.hf_model(case.family)
+    ids = [side for side in (given.tokens, given.decoder_tokens) if side is not None]
+    for stack in stacks_of(plain):
+        options = {"stack": stack, "decoder_input": ids[1]} if len(ids) > 1 else {}
+        found = cm.value_zeroing(model, ids[0], **options).scores[0, :, 0]
+        # Rotary angles and what zoo.FLOAT32_INSIDE names are in float32: measured up to 1e-6.
+        assert relative(found, literal(plain, ids, stack)) <= 1e-5, stack
+
+
+def test_distances_are_two_ways_to_say_the_same() -> None:
+    changed, kept = torch.randn(2, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(half_squared(changed, kept), one_minus_cosine(changed, kept))
+
+
+def test_inseqs_convention_by_hand() -> None:
+    distances = torch.tensor([[3e-5, 1e-5, 9e-6], [9e-6, 0, 0]])
+    expected = torch.tensor([[0.75, 0.25, 0], [0, 0, 0]])
+    torch.testing.assert_close(as_inseq(distances), expected)

@@ -1,0 +1,28 @@
+"""Is the map right? Agreement with known cues, with what the model does, and between maps."""
+
+from tl_contextmix.evaluate.agreement import agreement
+from tl_contextmix.evaluate.alignment import Cues, cue_alignment
+from tl_contextmix.evaluate.faithfulness import Drop, blanked, faithfulness, faithfulness_of
+from tl_contextmix.evaluate.pairs import (
+    MinimalPair,
+    load_minimal_pairs,
+    overlapping,
+    place_tokens,
+)
+from tl_contextmix.evaluate.sentences import Sentence, sentences_of
+
+__all__ = [
+    "Cues",
+    "Drop",
+    "MinimalPair",
+    "Sentence",
+    "agreement",
+    "blanked",
+    "cue_alignment",
+    "faithfulness",
+    "faithfulness_of",
+    "load_minimal_pairs",
+    "overlapping",
+    "place_tokens",
+    "sentences_of",
+]

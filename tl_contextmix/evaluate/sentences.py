@@ -1,0 +1,161 @@
+"""Sentences as every method is asked about them: tokens, the position, the answer, the cues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.evaluate.alignment import Cues
+from tl_contextmix.evaluate.pairs import MinimalPair, overlapping, place_tokens
+from tl_contextmix.evaluate.rows import bad
+from tl_contextmix.inputs import Given, label, make_batch
+from tl_contextmix.model_view import ModelView
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence as every method sees it.
+
+    Attributes:
+        tokens: Its ids [1, pos], a mask in the place that a masked model is asked about.
+        place: The position whose prediction is looked at.
+        answer: Id of the right token; what the model predicts where that is not known.
+        wrong: Id of the wrong one, or None.
+        cues: Positions or texts of the tokens that decide the answer; empty where not known.
+    """
+
+    tokens: Tensor
+    place: int
+    answer: int | None
+    wrong: int | None = None
+    cues: tuple[int | str, ...] = ()
+
+
+def sentences_of(
+    model: object,
+    view: ModelView,
+    input: Sequence[str] | Sequence[MinimalPair],
+    cues: Cues | None,
+) -> list[Sentence]:
+    """Returns texts or minimal pairs as a model is asked about them.
+
+    Args:
+        model: The model.
+        view: Its view.
+        input: See `tl_contextmix.compare`.
+        cues: Likewise.
+
+    Raises:
+        InvalidInput: If they do not fit the model or each other.
+        UnsupportedModel: If the model has two stacks.
+    """
+    listed = [] if isinstance(input, str) else list(input)
+    kinds = {type(one) for one in listed}
+    if kinds not in ({str}, {MinimalPair}):
+        raise bad(
+            "these sentences cannot be compared",
+            f"a {type(input).__name__} of {sorted(kind.__name__ for kind in kinds)}",
+            "a list of texts, or one of minimal pairs",
+            "See load_minimal_pairs and demo_pairs.",
+        )
+    if len(view.stacks) == 2:
+        raise UnsupportedModel(
+            four_parts(
+                "maps of an encoder-decoder are not compared",
+                f"{view.name}, a model of two stacks",
+                "a causal or a masked language model",
+                "Use cue_alignment and agreement on maps of one of its stacks.",
+            )
+        )
+    causal = "decoder" in view.stacks
+    mask = None if causal else _mask_id(model)
+    if kinds == {str}:
+        asked = [()] * len(listed) if cues is None else [tuple(c) for c in cues]
+        if len(asked) != len(listed):
+            raise bad(
+                "cues and sentences do not fit each other",
+                f"{len(asked)} lists of cues for {len(listed)} sentences",
+                "a list with at least one cue for every sentence",
+                "Give [[cue, ...], ...].",
+            )
+        return [_text(view, text, mask, c) for text, c in zip(listed, asked, strict=True)]
+    if cues is not None:
+        raise bad(
+            "cues were given twice",
+            "cues= beside minimal pairs",
+            "pairs that have their own",
+            "Put them into the pairs: MinimalPair(good, bad, cues).",
+        )
+    known = sum(bool(pair.cues) for pair in listed)
+    if known not in (0, len(listed)):
+        raise bad(
+            "the cues of some pairs are not known",
+            f"{known} of {len(listed)} pairs with cues",
+            "cues of all pairs, or of none",
+            "Compare the pairs with cues and those without on their own.",
+        )
+    return [_pair(view, pair, mask) for pair in listed]
+
+
+def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str]) -> Sentence:
+    tokens = make_batch(view, Given(text)).main.ids.cpu()
+    if mask is None:
+        return Sentence(tokens, tokens.shape[1] - 1, None, None, tuple(cues))
+    places = (tokens[0] == mask).nonzero()[:, 0].tolist()
+    if len(places) != 1:
+        raise bad(
+            "it is not clear which word is asked for",
+            f"{len(places)} masks in {text!r}",
+            "one mask token in every text",
+            "Put the tokenizer's mask token in the place of the word.",
+        )
+    return Sentence(tokens, places[0], None, None, tuple(cues))
+
+
+def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
+    good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
+    places = place_tokens(pair.good, label(view, "", good))
+    cues = [index for cue in pair.cues for index in overlapping(places, cue)]
+    ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
+    if mask is None:
+        first = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
+        if first == 0:
+            raise _unasked(pair, "nothing before the place", "at least one token before it")
+        return Sentence(
+            good.ids[:, :first].cpu(), first - 1, ids[first], others[first], tuple(cues)
+        )
+    target = overlapping(places, pair.target)
+    theirs = overlapping(place_tokens(pair.bad, label(view, "", wrong)), pair.wrong_target)
+    if len(target) != 1 or len(theirs) != 1:
+        raise _unasked(
+            pair,
+            f"{len(target)} tokens for {pair.answer!r} and {len(theirs)} for {pair.wrong!r}",
+            "words of one token each, for one mask",
+        )
+    tokens = good.ids.cpu().clone()
+    tokens[0, target[0]] = mask
+    return Sentence(tokens, target[0], ids[target[0]], others[theirs[0]], tuple(cues))
+
+
+def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
+    return bad(
+        "the model cannot be asked about this pair",
+        f"{seen} in {pair.good!r}",
+        expected,
+        "Leave the pair out.",
+    )
+
+
+def _mask_id(model: object) -> int:
+    found = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
+    if not isinstance(found, int):
+        raise bad(
+            "a masked model cannot be asked",
+            "a tokenizer without a mask token",
+            "a tokenizer with one",
+            "Give the model its tokenizer.",
+        )
+    return found

@@ -1,0 +1,234 @@
+"""Many maps of the same sentences beside each other: how well each does, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+
+from tl_contextmix import storage
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.panels import Heatmap, Panel, Table
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.labels import Provenance
+from tl_contextmix.results.scores import ScoreRow, figure_table
+
+if TYPE_CHECKING:
+    import pandas
+
+# Whether more of it is better, and what it is.
+METRICS: dict[str, tuple[bool, str]] = {
+    "dot": (True, "Share of the target's row that falls on the cue."),
+    "average precision": (True, "How high the cue stands in the row's ranking."),
+    "blank-out": (True, "Rank correlation with the fall that blanking each token causes."),
+    "comprehensiveness": (True, "Fall (nats) when the highest-ranked tokens are blanked."),
+    "sufficiency": (False, "Fall (nats) when only the highest-ranked tokens are kept."),
+}
+
+
+@storage.storable
+@dataclass(frozen=True)
+class Cost:
+    """What one method takes for one sentence.
+
+    Attributes:
+        method: The method.
+        seconds: Median over sentences, forward pass included.
+        flops: Operations of matrix products, forward pass included, of the sentence of median
+            length; a multiplication with an addition counts two.
+        forward: The same operations over those of a forward pass.
+    """
+
+    method: str
+    seconds: float
+    flops: int
+    forward: float
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class Comparison(Result):
+    """How well several methods' maps of the same sentences do, and what they cost.
+
+    Attributes:
+        rows: Every figure: method, layer, metric, value, interval, chance level.
+        costs: One entry per method.
+        alike: How alike two methods order the sources of the target, see `alike_methods`.
+        alike_methods: Methods with a map from the input to the last layer, labels of both axes of
+            `alike`.
+        left_out: Methods that the model does not support, each with the reason.
+        correct: In how many sentences the model prefers the right word; None where it is not known.
+        sentences: How many sentences.
+        provenance: Where it comes from.
+    """
+
+    rows: tuple[ScoreRow, ...]
+    costs: tuple[Cost, ...]
+    alike: Float[torch.Tensor, "method method"]
+    alike_methods: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    correct: int | None
+    sentences: int
+    provenance: Provenance
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison of {len(self.costs)} methods over {self.sentences} sentences of "
+            f"{self.provenance.model}\n{self.best().round(3).to_string(index=False)}"
+        )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics there are figures of."""
+        return tuple(dict.fromkeys(row.metric for row in self.rows))
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per method, layer and metric, with the method's cost."""
+        import pandas
+
+        costs = {cost.method: cost for cost in self.costs}
+        found = []
+        for row in self.rows:
+            cost = costs[row.method]
+            extra = {"seconds": cost.seconds, "flops": cost.flops, "forward": cost.forward}
+            found.append({**asdict(row), **extra})
+        return pandas.DataFrame(found)
+
+    def best(self, metric: str | None = None) -> pandas.DataFrame:
+        """Returns one row per method, at the layer where it does best, best method first.
+
+        The best of several layers is chosen on the sentences it is measured on, and so looks a
+        little better than it is; its interval does not know of the choice.
+
+        Args:
+            metric: What counts; None for the first there is (``"dot"`` where cues are known).
+
+        Raises:
+            InvalidInput: If there are no figures of this metric.
+        """
+        import pandas
+
+        metric = self._require(metric)
+        up = METRICS[metric][0]
+        found = []
+        for cost in self.costs:
+            rows = [r for r in self.rows if r.method == cost.method and r.metric == metric]
+            known = [row for row in rows if row.value == row.value] or rows
+            row = (max if up else min)(known, key=lambda row: row.value)
+            found.append({**asdict(row), "seconds": cost.seconds, "forward": cost.forward})
+        frame = pandas.DataFrame(found)
+        return frame.sort_values("value", ascending=not up, kind="stable", ignore_index=True)
+
+    def table(self, metric: str | None = None) -> pandas.DataFrame:
+        """Returns methods by layers: the values of one metric; NaN where there is no such layer.
+
+        Args:
+            metric: What is shown; None for the first there is.
+
+        Raises:
+            InvalidInput: If there are no figures of this metric.
+        """
+        import pandas
+
+        metric = self._require(metric)
+        rows = [row for row in self.rows if row.metric == metric]
+        layers = sorted({row.layer for row in self.rows}, key=_layer_order)
+        values = {(row.method, row.layer): row.value for row in rows}
+        methods = [cost.method for cost in self.costs]
+        cells = [[values.get((m, layer), float("nan")) for layer in layers] for m in methods]
+        return pandas.DataFrame(cells, index=methods, columns=layers)
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the summary, methods by layers for each metric, their likeness, all figures."""
+        left_out = Table(
+            title="Left out",
+            caption="Methods that do not support this model.",
+            columns=("method", "reason"),
+            rows=self.left_out,
+        )
+        return (
+            self._summary(),
+            *([left_out] if self.left_out else []),
+            *(self._layers(metric) for metric in self.metrics),
+            self._likeness(),
+            figure_table(self.rows, "Every figure", "95 % bootstrap intervals over sentences."),
+        )
+
+    def _summary(self) -> Table:
+        best = {metric: self.best(metric).set_index("method") for metric in self.metrics}
+        costs = {cost.method: cost for cost in self.costs}
+        rows = []
+        for method in self.best()["method"]:
+            cells: list[str | float] = [method]
+            for metric in self.metrics:
+                row = best[metric].loc[method]
+                interval = f"{row['low']:.2f} to {row['high']:.2f}"
+                cells.append(f"{row['value']:.2f} ({interval}; {row['layer']})")
+            rows.append((*cells, costs[method].seconds, costs[method].forward))
+        chance = ", ".join(
+            f"{metric} {frame['chance'].iloc[0]:.2f}" for metric, frame in best.items()
+        )
+        known = (
+            ""
+            if self.correct is None
+            else (
+                f" The model itself prefers the right word in {self.correct} of {self.sentences}."
+            )
+        )
+        return Table(
+            title="Every method at its best layer",
+            caption=f"Value (95 % interval; layer) over {self.sentences} sentences.{known} Chance "
+            f"levels: {chance}. Sufficiency is better when low. The layer is chosen on these "
+            "sentences, which flatters a little. Cost is that of one sentence: seconds, and "
+            "operations over those of a forward pass.",
+            columns=("method", *self.metrics, "seconds", "FLOPs / forward"),
+            rows=tuple(rows),
+        )
+
+    def _layers(self, metric: str) -> Heatmap:
+        frame = self.table(metric)
+        better, meaning = METRICS[metric]
+        return Heatmap(
+            title=f"{metric}, by method and layer",
+            caption=f"{meaning} {'Higher' if better else 'Lower'} is better.",
+            values=torch.tensor(frame.to_numpy())[None],
+            sheets=(metric,),
+            rows=tuple(frame.index),
+            columns=tuple(frame.columns),
+            unit=metric,
+        )
+
+    def _likeness(self) -> Heatmap:
+        return Heatmap(
+            title="How alike the methods are",
+            caption="Spearman's correlation of the target's row between two methods, both from "
+            "the input to the last layer, averaged over sentences.",
+            # Of a method with itself there is nothing to say.
+            values=self.alike.clone().fill_diagonal_(torch.nan)[None],
+            sheets=("agreement",),
+            rows=self.alike_methods,
+            columns=self.alike_methods,
+            unit="Spearman",
+        )
+
+    def _require(self, metric: str | None) -> str:
+        if metric is None:
+            return self.metrics[0]
+        if metric not in self.metrics:
+            raise InvalidInput(
+                four_parts(
+                    "there are no figures of this metric",
+                    repr(metric),
+                    f"one of {list(self.metrics)}",
+                    "Alignment with cues needs cues; see compare.",
+                )
+            )
+        return metric
+
+
+def _layer_order(name: str) -> tuple[int, int]:
+    """Single layers come first, then what reaches back to the input, then predictions."""
+    number = name.removeprefix("input to ")
+    return (2, 0) if not number.isdigit() else (int(number != name), int(number))

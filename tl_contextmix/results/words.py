@@ -1,0 +1,109 @@
+"""Words: told from the text of a tokenizer's pieces, and numbers of pieces as those of words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from tl_contextmix.errors import InvalidInput, four_parts
+
+Spans = Sequence[tuple[int, int]]
+"""Stretches ``(start, stop)`` of positions."""
+
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_JOINS = frozenset("'\u2019-")
+
+
+def find_words(pieces: Sequence[str], real: Sequence[bool]) -> list[tuple[int, int]]:
+    """Returns the stretches ``(start, stop)`` of pieces that make up a word; see `Tokens.words`.
+
+    Args:
+        pieces: Text of each token, with its leading space or ``##``.
+        real: Whether it is no padding.
+    """
+    spaced = any(piece[:1].isspace() and piece.strip() for piece in pieces)
+    found: list[tuple[int, int]] = []
+    before = ""
+    for place, piece in enumerate(pieces):
+        if not real[place]:
+            before = ""
+            continue
+        continues = _joins(before, piece) if spaced else bool(before) and piece.startswith("##")
+        if continues:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+        before = piece
+    return found
+
+
+def _joins(before: str, piece: str) -> bool:
+    """Whether a piece without a mark of its own continues the word before it."""
+    if not before or piece[:1].isspace() or before[-1:].isspace():
+        return False
+    if _MARK.fullmatch(before) or _MARK.fullmatch(piece):
+        return False
+    return _inside(before.strip()) and _inside(piece)
+
+
+def _inside(piece: str) -> bool:
+    return any(char.isalnum() for char in piece) or (bool(piece) and set(piece) <= _JOINS)
+
+
+def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
+    """Returns stretches of positions, checked.
+
+    Raises:
+        InvalidInput: If there are none, or one covers no position of an axis of this length.
+    """
+    for span in spans:
+        ends = [*span] if isinstance(span, Sequence) and not isinstance(span, str) else []
+        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        if not (whole and len(ends) == 2 and 0 <= ends[0] < ends[1] <= length):
+            raise _bad(
+                "this span covers no token",
+                repr(span),
+                f"two integers with 0 <= start < stop <= {length}",
+            )
+    if not spans:
+        raise _bad("no spans were given", repr(spans), "at least one (start, stop)")
+    return [(start, stop) for start, stop in spans]
+
+
+def merge(
+    values: Tensor,
+    spans: Sequence[Spans],
+    how: Literal["sum", "mean", "max"],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Returns numbers of words [batch ... word] from numbers of tokens [batch ... pos].
+
+    Args:
+        values: Numbers per token, 0 at padding.
+        spans: Per row of the batch, which tokens each word has; rows with fewer words get zeros.
+        how: What becomes of the numbers of a word's tokens.
+        mask: True at real tokens [batch pos]: a mean leaves out the others. None: all are real.
+    """
+    longest = max(map(len, spans))
+    found = values.new_zeros(*values.shape[:-1], longest)
+    for row, stretches in enumerate(spans):
+        for word, (start, stop) in enumerate(stretches):
+            part = values[row, ..., start:stop]
+            if how == "max":
+                found[row, ..., word] = part.amax(-1)
+                continue
+            total = part.sum(-1)
+            if how == "mean":
+                real = stop - start if mask is None else int(mask[row, start:stop].sum())
+                total = total / max(real, 1)
+            found[row, ..., word] = total
+    return found
+
+
+def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
+    return InvalidInput(
+        four_parts(failed, seen, expected, "Count positions from 0, special tokens included.")
+    )
