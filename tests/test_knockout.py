@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from asked import bound, host_trace, keywords, view_of
-from test_log_prob import case_of
+from test_log_prob import case_of, shared
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -39,7 +39,7 @@ def literal(model: Any, given: zoo.Inputs, change: Any) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view = view_of(model)
     last = len(view.blocks()) - 1
     ff = view.blocks()[last].feed_forward
@@ -94,7 +94,7 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
 
 def test_the_mean_is_that_of_real_tokens() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     mask = torch.ones_like(given.tokens)
     mask[0, 4:] = 0
     view = view_of(model)
@@ -124,7 +124,7 @@ def test_the_mean_is_that_of_real_tokens() -> None:
 
 def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     best = cm.log_prob_contributions(model, given.tokens, by="ff_neuron").top(4)
     found = knocked(model, given, neurons=best, controls=3)
     assert found.controls.shape == (2, 3, 3)
@@ -157,7 +157,11 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
 
 def test_what_cannot_be_knocked_out() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
+    for by in ("layer", "position", "head_position"):
+        found = cm.log_prob_contributions(model, given.tokens, by=by).top(2)
+        with pytest.raises(cm.InvalidInput, match=f"cannot be chosen.*a result by {by}"):
+            knocked(model, given, heads=found)
     for options, message in (
         ({}, r"nothing was chosen"),
         ({"heads": [(0, 4)]}, r"no such component: got L0H4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ def case_of(*families: str) -> zoo.Case:
     if not found:
         pytest.skip(f"none of {families} loads on this version")
     return found[0]
+
+
+@functools.cache
+def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
+    """A model that no test changes: building it takes longer than most questions."""
+    return zoo.build(case), zoo.inputs(case)
 
 
 def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:
@@ -79,7 +86,7 @@ def name_of(one: dict[str, Any], by: str) -> tuple:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_score_is_the_equation(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view, row = view_of(model), 1
     parts = literal(model, given, row)
     whole, layers = parts.whole(), layers_of(parts)
@@ -111,7 +118,7 @@ def test_every_score_is_the_equation(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     logits = zoo.logits(model, given)[:, POS]
     for rule in RULES:
         found = asked(model, given, norm=rule)
@@ -130,7 +137,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view = view_of(model)
     for by in ("ff_neuron", "attn_neuron"):
         if by == "ff_neuron" and view.blocks()[0].feed_forward is None:

@@ -11,7 +11,7 @@ import torch
 import zoo
 from asked import keywords, relative, view_of
 from oracles_log_prob import log_probs
-from test_log_prob import KEPT, POS, asked, case_of, layers_of, literal
+from test_log_prob import KEPT, POS, asked, case_of, layers_of, literal, shared
 
 import tl_contextmix as cm
 from tl_contextmix.inputs.targets import single_token, target_tokens
@@ -20,7 +20,7 @@ from tl_contextmix.inputs.targets import single_token, target_tokens
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_the_scores_that_the_paper_compares(family: str) -> None:
     case = case_of(family)
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view, row, rule = view_of(model), 1, "frozen+beta"
     parts = literal(model, given, row)
     whole, layers = parts.whole(), layers_of(parts)
@@ -63,7 +63,7 @@ def test_the_scores_that_the_paper_compares(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bart", "t5", "marian"])
 def test_readouts_are_logits_that_add_up(family: str) -> None:
     case = case_of(family)
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view = view_of(model)
     W_U = view.readout.weights("W_U")
     for by in KEPT:
@@ -96,7 +96,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
 def test_padding_changes_nothing_and_padded_sources_have_no_score() -> None:
     for family in ("gpt2", "bart"):
         case = case_of(family)
-        model, given = zoo.build(case), zoo.inputs(case)
+        model, given = shared(case)
         mask = torch.ones_like(given.tokens)
         mask[0, 4:] = 0
         for by in ("position", "head_position", "attn_neuron"):
@@ -128,7 +128,7 @@ def test_padding_changes_nothing_and_padded_sources_have_no_score() -> None:
 def test_a_cache_instead_of_a_pass() -> None:
     for family in ("gpt2", "bart"):
         case = case_of(family)
-        model, given = zoo.build(case), zoo.inputs(case)
+        model, given = shared(case)
         _, cache = model.run_with_cache(given.tokens, **keywords(given))
         for by in ("layer", "ff_neuron"):
             fresh, found = asked(model, given, by=by), asked(model, given, by=by, cache=cache)
@@ -219,7 +219,7 @@ def test_cross_attention_is_a_component_of_its_own() -> None:
 
 def test_gaps_are_what_the_components_miss() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     layers = asked(model, given)
     for by in KEPT:
         found: Any = asked(model, given, by=by)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from asked import bound, host_trace, keywords, relative, view_of
-from test_log_prob import POS, case_of
+from test_log_prob import POS, case_of, shared
 
 import tl_contextmix as cm
 
@@ -63,7 +63,7 @@ def layer_sums(found: Any, layers: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inner_products_add_up_to_the_model_s_own_pre_activation(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     view = view_of(model)
     trace, blocks = host_trace(view, given, None)
     if blocks[0].feed_forward is not None:
@@ -96,7 +96,7 @@ def test_inner_products_add_up_to_the_model_s_own_pre_activation(case: zoo.Case)
 
 def test_cross_attention_neurons_read_the_encoder() -> None:
     case = case_of("t5", "bart")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     every = found_by(model, given, "attn_neuron")
     places = every.components.of_kind("cross_attn").nonzero(as_tuple=True)
     first = places[1][0]
@@ -117,7 +117,7 @@ def test_cross_attention_neurons_read_the_encoder() -> None:
 
 def test_chains_top_k_ratio_and_lists() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     every = found_by(model, given, "ff_neuron")
     last = every.components.layer == 2
     neurons = replace(every, scores=every.scores.masked_fill(~last, torch.nan)).top(3)
@@ -149,7 +149,7 @@ def test_chains_top_k_ratio_and_lists() -> None:
 
 def test_what_cannot_be_asked() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = shared(case)
     with pytest.raises(cm.InvalidInput, match=r"which stream.*L1H2N3.*by 'attn_neuron'"):
         queried(model, given, [(1, 2, 3)])
     with pytest.raises(cm.InvalidInput, match=r"read no components by ff_neuron.*L0N3"):

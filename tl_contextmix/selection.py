@@ -56,7 +56,8 @@ def _of_result(result: LogProbContributions | QueryContributions, batch: int) ->
             f"components of {found.kind.shape[0]} sentences",
             f"{batch}, as many as the input has",
         )
-    whole = (found.head < 0) & (found.neuron < 0)
+    # Neither a head nor a neuron: a sublayer, or one source of a head or of all of them.
+    whole = (found.neuron < 0) & ((found.head < 0) | (found.source >= 0))
     if bool(found.is_bias().any() | whole.any()) or not found.kind.shape[1]:
         raise _bad(
             "these components cannot be chosen",
