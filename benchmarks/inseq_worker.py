@@ -32,7 +32,8 @@ class Spy:
     """Stands before inseq's method and keeps what goes in and comes out, and how long it takes."""
 
     def __init__(self, method):
-        self.inner = method.attribute
+        # inseq reads the signature to tell the method's options from others.
+        self.inner = self.__wrapped__ = method.attribute
         method.attribute = self
 
     def __call__(self, *args, **kwargs):
