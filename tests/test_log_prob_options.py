@@ -93,67 +93,67 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
         )
 
 
-def test_padding_changes_nothing_and_padded_sources_have_no_score() -> None:
-    for family in ("gpt2", "bart"):
-        case = case_of(family)
-        model, given = shared(case)
-        mask = torch.ones_like(given.tokens)
-        mask[0, 4:] = 0
-        for by in ("position", "head_position", "attn_neuron"):
-            padded = cm.log_prob_contributions(
-                model, given.tokens, by=by, attention_mask=mask, **keywords(given)
-            )
-            decoder = {k: v[:1] for k, v in keywords(given).items()}
-            alone = cm.log_prob_contributions(model, given.tokens[:1, :4], by=by, **decoder)
-            frame = padded.to_dataframe()
-            mine = frame[frame.batch == 0].reset_index(drop=True)
-            expected = alone.to_dataframe()
-            assert len(mine) == len(expected) < len(frame) / 2 + 1 or family == "bart"
-            assert list(mine.kind) == list(expected.kind)
-            assert list(mine.source) == list(expected.source)
-            torch.testing.assert_close(
-                torch.tensor(mine.score.to_numpy()), torch.tensor(expected.score.to_numpy())
-            )
-        best = cm.log_prob_contributions(
-            model,
-            given.tokens,
-            by="attn_neuron",
-            attention_mask=mask,
-            top_k=5,
-            **keywords(given),
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -> None:
+    case = case_of(family)
+    model, given = shared(case)
+    mask = torch.ones_like(given.tokens)
+    mask[0, 4:] = 0
+    for by in ("position", "head_position", "attn_neuron"):
+        padded = cm.log_prob_contributions(
+            model, given.tokens, by=by, attention_mask=mask, **keywords(given)
         )
-        assert best.labels(0) == padded.top(5).labels(0)
-
-
-def test_a_cache_instead_of_a_pass() -> None:
-    for family in ("gpt2", "bart"):
-        case = case_of(family)
-        model, given = shared(case)
-        _, cache = model.run_with_cache(given.tokens, **keywords(given))
-        for by in ("layer", "ff_neuron"):
-            fresh, found = asked(model, given, by=by), asked(model, given, by=by, cache=cache)
-            torch.testing.assert_close(found.scores, fresh.scores)
-            torch.testing.assert_close(found.log_prob, fresh.log_prob)
-        neurons = fresh.top(3)
-        fresh, found = (
-            cm.query_contributions(
-                model, given.tokens, neurons=neurons, pos=POS, cache=c, **keywords(given)
-            )
-            for c in (None, cache)
+        decoder = {k: v[:1] for k, v in keywords(given).items()}
+        alone = cm.log_prob_contributions(model, given.tokens[:1, :4], by=by, **decoder)
+        frame = padded.to_dataframe()
+        mine = frame[frame.batch == 0].reset_index(drop=True)
+        expected = alone.to_dataframe()
+        assert len(mine) == len(expected) < len(frame) / 2 + 1 or family == "bart"
+        assert list(mine.kind) == list(expected.kind)
+        assert list(mine.source) == list(expected.source)
+        torch.testing.assert_close(
+            torch.tensor(mine.score.to_numpy()), torch.tensor(expected.score.to_numpy())
         )
-        torch.testing.assert_close(found.scores, fresh.scores, equal_nan=True)
+    best = cm.log_prob_contributions(
+        model,
+        given.tokens,
+        by="attn_neuron",
+        attention_mask=mask,
+        top_k=5,
+        **keywords(given),
+    )
+    assert best.labels(0) == padded.top(5).labels(0)
 
 
-def test_half_precision_models_come_close() -> None:
-    for family in ("gpt2", "bert", "llama"):
-        case = case_of(family)
-        given = zoo.inputs(case)
-        whole = asked(zoo.build(case, dtype=torch.float32), given, target_ids=9)
-        half = asked(zoo.build(case, dtype=torch.bfloat16), given, target_ids=9)
-        assert half.scores.dtype == torch.float32
-        # Eight bits: 0.05 nats measured on log-probabilities of -10.
-        assert relative(half.trajectory, whole.trajectory) <= 0.05
-        assert float((half.trajectory[:, -1] - half.log_prob).abs().max()) <= 0.2
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_cache_instead_of_a_pass(family: str) -> None:
+    case = case_of(family)
+    model, given = shared(case)
+    _, cache = model.run_with_cache(given.tokens, **keywords(given))
+    for by in ("layer", "ff_neuron"):
+        fresh, found = asked(model, given, by=by), asked(model, given, by=by, cache=cache)
+        torch.testing.assert_close(found.scores, fresh.scores)
+        torch.testing.assert_close(found.log_prob, fresh.log_prob)
+    neurons = fresh.top(3)
+    fresh, found = (
+        cm.query_contributions(
+            model, given.tokens, neurons=neurons, pos=POS, cache=c, **keywords(given)
+        )
+        for c in (None, cache)
+    )
+    torch.testing.assert_close(found.scores, fresh.scores, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_half_precision_models_come_close(family: str) -> None:
+    case = case_of(family)
+    given = zoo.inputs(case)
+    whole = asked(zoo.build(case, dtype=torch.float32), given, target_ids=9)
+    half = asked(zoo.build(case, dtype=torch.bfloat16), given, target_ids=9)
+    assert half.scores.dtype == torch.float32
+    # Eight bits: 0.05 nats measured on log-probabilities of -10.
+    assert relative(half.trajectory, whole.trajectory) <= 0.05
+    assert float((half.trajectory[:, -1] - half.log_prob).abs().max()) <= 0.2
 
 
 def test_targets_as_text() -> None:
