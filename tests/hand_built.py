@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.results import (
+    ComponentReadouts,
+    Components,
     ContextMap,
     Decomposition,
+    Knockout,
     LayerFigures,
+    LogProbContributions,
     Pair,
     PairChanges,
     Provenance,
+    QueryContributions,
     TokenFigures,
     Tokens,
 )
@@ -110,6 +115,97 @@ def random_map(
     return map_of(scores.tril() if causal else scores, rows, **changes)
 
 
+def components(batch: int = 2) -> Components:
+    """Six components of different kinds, the last one a bias."""
+    table = torch.tensor(
+        # kind, layer, pos, head, source, neuron; kinds as in `results.components.KINDS`
+        [
+            [0, -1, 3, -1, -1, -1],
+            [2, 0, 3, 1, -1, -1],
+            [2, 1, 3, 0, 2, -1],
+            [3, 1, 3, 0, 1, 5],
+            [4, 1, 3, -1, -1, 7],
+            [9, 1, 3, -1, -1, -1],
+        ]
+    )
+    columns = table.T[:, None].expand(-1, batch, -1)
+    return Components(*columns.contiguous().unbind(0))
+
+
+def contributions(words: Tokens | None = None) -> list[Any]:
+    """One result of every class about components of the stream."""
+    words = words or tokens(2, 4, padding=1)
+    scores = torch.tensor([[0.5, -0.25, 1.5, 0.125, 2.0, 9.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    scores[1, 2] = torch.nan
+    both = {"tokens": words, "encoder": tokens(2, 3, side="encoder", first=50)}
+    some = Components(*(getattr(components(), n)[:, 3:5] for n in vars(components())))
+    three = torch.rand(2, 2, 6)
+    target = tokens(2, 1)
+    quantities = torch.rand(2, 3)
+    named = tuple((("<b>", "é"),) * 6 for _ in range(2))
+    ids = torch.zeros(2, 6, 2, dtype=torch.long)
+    return [
+        LogProbContributions(
+            scores=scores,
+            coefficients=torch.full_like(scores, torch.nan),
+            logits=scores / 2,
+            components=components(),
+            by="head_position",
+            unit="nats",
+            norm="frozen+beta",
+            steps=("nothing", "embed", "L0 attn"),
+            trajectory=torch.tensor([[-4.0, -3.0, -1.0], [-4.0, -5.0, -0.5]]),
+            gaps=torch.tensor([[torch.nan, torch.nan, 0.25]] * 2),
+            log_prob=torch.tensor([-1.0, -0.5]),
+            evaluated=torch.tensor([6, 6]),
+            possible=6,
+            note="",
+            pos=torch.tensor([2, 3]),
+            target=target,
+            provenance=PROVENANCE,
+            **both,
+        ),
+        QueryContributions(
+            scores=scores,
+            components=components(),
+            by="layer",
+            share="exact",
+            inner=three,
+            linear=three,
+            shares=three,
+            neurons=some,
+            weights=torch.rand(2, 2),
+            pre=torch.rand(2, 2),
+            activation=torch.rand(2, 2),
+            constant=torch.rand(2, 2),
+            provenance=PROVENANCE,
+            **both,
+        ),
+        ComponentReadouts(
+            top_logits=torch.rand(2, 6, 2),
+            top_ids=ids,
+            top_words=named,
+            bottom_logits=-torch.rand(2, 6, 2),
+            bottom_ids=ids,
+            bottom_words=named,
+            components=components(),
+            scores=scores,
+            unit="nats",
+            provenance=PROVENANCE,
+            **both,
+        ),
+        Knockout(
+            before=quantities,
+            after=quantities / 2,
+            controls=torch.rand(2, 4, 3),
+            components=some,
+            target=target,
+            best=target,
+            provenance=PROVENANCE,
+        ),
+    ]
+
+
 def one_of_each() -> list[Any]:
     """One result of every class, with padding, None, NaN, other dtypes and shared tensors."""
     words = tokens(2, 4, padding=1)
@@ -140,4 +236,5 @@ def one_of_each() -> list[Any]:
             values=numbers * words.mask[:, None], tokens=words, provenance=PROVENANCE, **figures
         ),
         PairChanges((pair, pair), (), "mlp_in", "mlp_out", "norm", PROVENANCE),
+        *contributions(words),
     ]

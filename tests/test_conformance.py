@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -36,6 +37,8 @@ class Method:
         kind: Class of the result.
         pointed: Whether it is asked at a point of the block; else it is about the whole block,
             feed-forward sublayer included.
+        stacked: Whether it is asked about a stack and layers; else about a prediction.
+        column: Name of the numbers in its table.
     """
 
     name: str
@@ -43,6 +46,19 @@ class Method:
     values: Callable[[Any], Tensor]
     kind: type[Result]
     pointed: bool = True
+    stacked: bool = True
+    column: str = "score"
+
+
+def queried(model: Any, tokens: Tensor, **options: Any) -> cm.QueryContributions:
+    """What activates two attention neurons, the same for every sentence."""
+    found = cm.log_prob_contributions(model, tokens, by="attn_neuron", pos=-1, **options)
+    first = found.components.of_kind("attn") & (found.components.layer == 1)
+    index = first[:1].nonzero()[:2, 1].expand(len(tokens), 2)
+    names = ("scores", "coefficients", "logits")
+    numbers = {name: getattr(found, name).gather(1, index) for name in names}
+    some = dataclasses.replace(found, components=found.components.select(index), **numbers)
+    return cm.query_contributions(model, tokens, neurons=some, pos=-1, **options)
 
 
 METHODS = [
@@ -53,13 +69,39 @@ METHODS = [
         Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
         for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
     ),
+    Method(
+        "log_prob_contributions",
+        functools.partial(cm.log_prob_contributions, by="position", pos=-1),
+        lambda r: r.scores,
+        cm.LogProbContributions,
+        pointed=False,
+        stacked=False,
+    ),
+    Method(
+        "query_contributions",
+        queried,
+        lambda r: r.scores,
+        cm.QueryContributions,
+        pointed=False,
+        stacked=False,
+    ),
+    Method(
+        "knockout",
+        functools.partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=0),
+        lambda r: r.after,
+        cm.Knockout,
+        pointed=False,
+        stacked=False,
+        column="after",
+    ),
 ]
 ASKED = [
     pytest.param(method, case, id=f"{method.name}-{case}")
     for case in CASES
     for method in METHODS
-    if method.pointed or case.family not in zoo.OPAQUE_FEED_FORWARD
+    if method.pointed or not method.stacked or case.family not in zoo.OPAQUE_FEED_FORWARD
 ]
+STACKED = [param for param in ASKED if param.values[0].stacked]
 
 
 def last_point(case: zoo.Case) -> str:
@@ -80,7 +122,7 @@ def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
     return zoo.build(case), zoo.inputs(case)
 
 
-@pytest.mark.parametrize(("method", "case"), ASKED)
+@pytest.mark.parametrize(("method", "case"), STACKED)
 def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
     for stack in stacks(case):
@@ -160,7 +202,7 @@ def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_pa
     frame = found.to_dataframe()
     numbers = method.values(found)
     numbers = numbers.norm(dim=-1) if method.name == "decompose" else numbers
-    column = "value" if method.name == "mixing_ratio" else "score"
+    column = "value" if method.name == "mixing_ratio" else method.column
     assert frame[column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9)
     page = found.show()._repr_html_()
     assert "<" in page

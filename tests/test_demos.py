@@ -45,3 +45,17 @@ def test_feed_forward_notebook_finds_what_it_says() -> None:
     assert names["ratio"].max() > 1.2
     assert names["raised"].max() >= 75
     assert f"layer {names['strongest']}" in printed
+
+
+def test_fact_notebook_finds_what_it_says() -> None:
+    names, printed = _run(DEMOS / "which_neurons_hold_a_fact.ipynb")
+    # Layers add up to the model's own log-probability.
+    assert abs(names["total"] - float(names["layers"].log_prob[0])) < 1e-5
+    assert names["best_layer"] == "L2 attn"
+    assert int(names["neurons"].evaluated[0]) < names["neurons"].possible / 20
+    # The paper's own score is among the best, and random neurons do nothing.
+    table = names["table"]["probability"]
+    assert table["log_prob_increase"] < table["before"] - 0.05
+    assert table["log_prob_increase"] <= table.drop(["log_prob", "log_prob_increase"]).min()
+    assert table["control"] > table["before"] - 0.01
+    assert f"by {names['strongest']} take" in printed

@@ -27,6 +27,9 @@ LAYERS = [
     {"identity", "inputs", "expansion"},
     {"hosts"},
     {"decompose", "replay", "propagate"},
+    {"stream", "vocabulary"},
+    {"attribution", "selection"},
+    {"readers"},
     {"methods", "corpus"},
 ]
 # Units beside the layers: no layer imports them, and they import only what is listed.

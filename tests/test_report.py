@@ -20,6 +20,7 @@ from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedMod
 from tl_contextmix.hosts import as_view, check
 from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
+from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.render import Page
@@ -30,6 +31,7 @@ TEXT = "the keys to the cabinet"
 MASKED = "the keys to the cabinet [MASK] old ."
 TITLES = [
     "What the model predicts, and from where",
+    "Which components wrote the answer",
     "How tokens mix, point by point",
     "What each component changes",
     "Pairs the feed-forward block changes most",
@@ -115,9 +117,25 @@ def test_report_shows_what_the_components_change(causal):
     figures = mixing_ratio(causal, TEXT, at="block_out")
     torch.testing.assert_close(ratios.values[0], figures.values[0])
     top = max(pairs.amplified, key=lambda pair: pair.change)
-    told = finding(page, TITLES[3])
+    told = finding(page, TITLES[4])
     assert f"“{top.source_token.strip()}” for “{top.target_token.strip()}”" in told
     assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in told
+
+
+def test_report_says_which_components_wrote_the_answer(causal):
+    page = build_report(causal, TEXT)
+    section = next(part for part in page.sections if part.title == TITLES[1])
+    layers = log_prob_contributions(causal, TEXT)
+    best = layers.top(1)
+    told = f"comes most from {best.labels()[0]} ({float(best.scores[0, 0]):+.2f} nats)"
+    assert told in section.finding
+    steps = next(panel for panel in section.panels if "through the layers" in panel.title)
+    assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
+    table = section.panels[-1]
+    neurons = log_prob_contributions(causal, TEXT, by="ff_neuron", top_k=10)
+    assert tuple(row[0] for row in table.rows) == neurons.labels()
+    by_position = next(panel for panel in section.panels if "by position" in panel.title)
+    assert by_position.columns == layers.tokens.strings[0]
 
 
 def test_report_says_what_the_focus_loses_most_without(causal):
@@ -127,7 +145,7 @@ def test_report_says_what_the_focus_loses_most_without(causal):
         (found for found in row.top(30) if found["source"] != len(row.source.strings[0]) - 1),
         key=lambda found: found["score"],
     )
-    told = finding(page, TITLES[5])
+    told = finding(page, TITLES[6])
     assert f"loses most without “{top['source_token'].strip()}”: {top['score']:.0%}" in told
     assert told.endswith(f"in layer {top['layer']}.")
 
@@ -142,7 +160,7 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
 
 
 def test_report_without_a_mask_predicts_nothing(masked):
-    assert titles(build_report(masked, "the keys to the cabinet are old .")) == TITLES[1:]
+    assert titles(build_report(masked, "the keys to the cabinet are old .")) == TITLES[2:]
 
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
@@ -205,8 +223,8 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     page = build_report(causal, TEXT)
-    assert titles(page) == [TITLES[0], TITLES[1], TITLES[4], TITLES[6]]
-    assert "these neurons cannot be read" in page.sections[1].text
+    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[7]]
+    assert "these neurons cannot be read" in page.sections[2].text
     assert page.html()
 
 

@@ -31,15 +31,23 @@ from tl_contextmix.methods.changes import (
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
+from tl_contextmix.methods.knockout import knockout
+from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.queries import query_contributions
+from tl_contextmix.methods.readouts import component_readouts
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
     Comparison,
+    ComponentReadouts,
     ContextMap,
     Decomposition,
+    Knockout,
     LayerFigures,
+    LogProbContributions,
     PairChanges,
+    QueryContributions,
     Score,
     TokenFigures,
 )
@@ -47,15 +55,19 @@ from tl_contextmix.rollout import rollout
 
 __all__ = [
     "Comparison",
+    "ComponentReadouts",
     "ContextMap",
     "ContextMixError",
     "ContextMixWarning",
     "Decomposition",
     "FileFormatError",
     "InvalidInput",
+    "Knockout",
     "LayerFigures",
+    "LogProbContributions",
     "MinimalPair",
     "PairChanges",
+    "QueryContributions",
     "Score",
     "TokenFigures",
     "UnsupportedModel",
@@ -67,6 +79,7 @@ __all__ = [
     "cancellation",
     "check",
     "compare",
+    "component_readouts",
     "contextualization_change",
     "cue_alignment",
     "decompose",
@@ -77,10 +90,13 @@ __all__ = [
     "globenc",
     "gradient_x_input",
     "integrated_gradients",
+    "knockout",
     "load_demo",
     "load_minimal_pairs",
     "load_model",
+    "log_prob_contributions",
     "mixing_ratio",
+    "query_contributions",
     "report",
     "rollout",
     "value_zeroing",

@@ -437,6 +437,8 @@ class ModelView:
         limits: What is not answered for this model, each with its reason.
         encode: Text to token ids of the main side.
         encode_decoder: Text to token ids of the decoder side, or None.
+        pieces: A word to token ids, without special tokens, as the model predicts them.
+        special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
         to_string: A token id as text.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
         hooked: Returns where the model carries hooks of the user's own.
@@ -462,6 +464,8 @@ class ModelView:
     limits: tuple[str, ...]
     encode: Callable[[str, bool | None], list[int]] = field(repr=False)
     encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
+    pieces: Callable[[str], list[int]] = field(repr=False)
+    special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
     pad_id: Callable[[], int] = field(repr=False)
     hooked: Callable[[], tuple[str, ...]] = field(repr=False)

@@ -21,7 +21,14 @@ from tl_contextmix.hosts.readout import read_readout
 from tl_contextmix.hosts.recognition import Facts, host_version
 from tl_contextmix.hosts.refusals import solu_refusal
 from tl_contextmix.hosts.running import make_runner
-from tl_contextmix.hosts.tokens import make_encode, make_encode_decoder, make_pad_id, make_to_string
+from tl_contextmix.hosts.tokens import (
+    make_encode,
+    make_encode_decoder,
+    make_pad_id,
+    make_pieces,
+    make_to_string,
+    special_ids,
+)
 from tl_contextmix.identity import (
     CheckRow,
     IdentityReport,
@@ -215,6 +222,8 @@ def _unsettled(
         limits=(),
         encode=make_encode(handle, facts),
         encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
+        pieces=make_pieces(handle),
+        special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),
         pad_id=pad_id,
         hooked=lambda: hooked_places(handle.get()),

@@ -109,6 +109,38 @@ def make_encode_decoder(handle: Handle) -> Callable[[str | None], list[int]]:
     return encode
 
 
+def make_pieces(handle: Handle) -> Callable[[str], list[int]]:
+    """Returns the function that turns a word into token ids, without special tokens.
+
+    Of an encoder-decoder, the ids its decoder predicts. SentencePiece puts a space in front of
+    every text, so that one given with its space gets two: the tokenizer is then asked without.
+    """
+
+    def pieces(text: str) -> list[int]:
+        tokenizer = require_tokenizer(handle.get())
+        pair = getattr(handle.get(), "_modules", {})
+        name = "text_target" if "decoder" in pair or "decoder_blocks" in pair else "text"
+        found = list(tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
+        if len(found) > 1 and text.startswith(" "):
+            first = tokenizer.convert_ids_to_tokens(found[0])
+            if isinstance(first, str) and first and not first.strip("\u2581"):
+                bare = tokenizer(**{name: text[1:]}, add_special_tokens=False)["input_ids"]
+                found = list(bare) if len(bare) < len(found) else found
+        return found
+
+    return pieces
+
+
+def special_ids(model: Any) -> dict[str, int]:
+    """Returns the ids of the tokens that stand for a word: ``"mask"`` and ``"unknown"``."""
+    tokenizer = getattr(model, "tokenizer", None)
+    found = {
+        "mask": getattr(tokenizer, "mask_token_id", None),
+        "unknown": getattr(tokenizer, "unk_token_id", None),
+    }
+    return {name: int(token) for name, token in found.items() if token is not None}
+
+
 def decoder_start(model: Any) -> int:
     """Returns the id that starts the decoder of an encoder-decoder."""
     config = getattr(getattr(model, "original_model", None), "config", None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
+from tl_contextmix.inputs.targets import ids_of, rows_at
 from tl_contextmix.model_view import Batch, ModelView
 from tl_contextmix.results import ContextMap, Tokens
 
@@ -278,45 +279,11 @@ def _ask(
     trace = view.run(batch, [*entries])
     assert trace.logits is not None
     stack = next(iter(entries.values()))
-    rows = _rows(pos, batch.side(stack).mask)
+    rows = rows_at(pos, batch.side(stack).mask)
     each = torch.arange(len(rows))
     best = trace.logits.cpu()[each, rows].argmax(dim=-1)
     inputs = {name: trace.values[name].detach() for name in entries}
-    return _Asked(view, batch, inputs, rows, _target(target, best, view.d_vocab), of, score)
-
-
-def _rows(pos: int, mask: Tensor) -> Tensor:
-    """Returns the position in each sentence, checked against its padding."""
-    mask = mask.cpu()
-    length = mask.shape[1]
-    if isinstance(pos, bool) or not isinstance(pos, int) or not -length <= pos < length:
-        raise _bad("there is no such position", repr(pos), f"from {-length} to {length - 1}")
-    last = length - 1 - mask.int().flip(dims=[1]).argmax(dim=1)
-    rows = last + 1 + pos if pos < 0 else torch.full_like(last, pos)
-    real = (rows >= 0) & mask.gather(1, rows.clamp(min=0)[:, None])[:, 0]
-    if not bool(real.all()):
-        row = int((~real).nonzero()[0])
-        raise _bad(
-            "nothing is predicted at this position",
-            f"{pos}, padding in sentence {row}",
-            "a position of a real token in every sentence",
-        )
-    return rows
-
-
-def _target(target: int | Sequence[int] | None, best: Tensor, d_vocab: int) -> Tensor:
-    if target is None:
-        return best
-    asked = [target] * len(best) if isinstance(target, int) else list(target)
-    wrong = [t for t in asked if isinstance(t, bool) or not isinstance(t, int)]
-    wrong += [t for t in asked if t not in wrong and not 0 <= t < d_vocab]
-    if wrong or len(asked) != len(best):
-        raise _bad(
-            "these are no target tokens",
-            repr(target),
-            f"an id from 0 to {d_vocab - 1}, or {len(best)} of them",
-        )
-    return torch.tensor(asked)
+    return _Asked(view, batch, inputs, rows, ids_of(target, best, view.d_vocab), of, score)
 
 
 def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:

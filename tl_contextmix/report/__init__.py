@@ -22,10 +22,11 @@ DEFAULT_PATH = "tl_contextmix_report.html"
 def build_report(model: object, text: str, *, title: str | None = None) -> Page:
     """Returns a page on what the blocks of a model do to a sentence.
 
-    What it predicts; what the predicting token is made of, layer by layer; the map of every
-    scope; how much each component changes it; the pairs the feed-forward block changes most; the
-    mixing ratio; what each layer loses without a token; and the rollout. Of an encoder-decoder,
-    the maps are those of the encoder.
+    What it predicts; what the predicting token is made of, layer by layer; which components wrote
+    the answer; the map of every scope; how much each component changes it; the pairs the
+    feed-forward block changes most; the mixing ratio; what each layer loses without a token; and
+    the rollout. Of an encoder-decoder, the maps are those of the encoder, and the components those
+    of the decoder.
 
     Args:
         model: Any model `as_view` reads.

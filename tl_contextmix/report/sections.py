@@ -9,15 +9,18 @@ import torch
 
 from tl_contextmix.inputs import package_version
 from tl_contextmix.methods.changes import amplified_pairs, cancellation, contextualization_change
+from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.readouts import component_readouts
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.panels import Heatmap, Panel, Table
+from tl_contextmix.panels import Bars, Heatmap, Panel, Table
 from tl_contextmix.render import Section
 from tl_contextmix.report.story import Story
 from tl_contextmix.results import LayerFigures
 
 _PREDICTIONS = 5
 _PAIRS = 3
+_PARTS = 10
 
 _NORMS = (
     "Kobayashi, Kuribayashi, Yokoi, Inui: Attention is Not Only a Weight (EMNLP 2020); "
@@ -39,6 +42,11 @@ _ZEROING = (
 _ROLLOUT = (
     "Abnar, Zuidema: Quantifying Attention Flow in Transformers (ACL 2020); Modarressi, Fayyaz, "
     "Yaghoobzadeh, Pilehvar: GlobEnc (NAACL 2022)."
+)
+
+_LOG_PROB = (
+    "Yu, Ananiadou: Exploring the Residual Stream of Transformers (2023); Neuron-Level Knowledge "
+    "Attribution in Large Language Models (EMNLP 2024)."
 )
 
 _SCOPES = {
@@ -109,6 +117,44 @@ def _predictions(story: Story) -> Section | None:
     )
     text = "The model's own answer, and what the vector that it is read from is made of."
     return Section("What the model predicts, and from where", text, (table, panel), "", finding)
+
+
+def _contributions(story: Story) -> Section | None:
+    """Which sublayers, sources and neurons wrote the answer, and what they speak for."""
+    view, focus = story.done.view, story.focus
+    if focus is None or view.readout.refusal:
+        return None
+    layers, sources = (
+        log_prob_contributions(story.model, story.text, by=by, pos=focus)
+        for by in ("layer", "position")
+    )
+    # Where logits are no sums, finding the best neurons takes evaluating all of them.
+    linear = view.readout.head is None and view.readout.soft_cap is None
+    neurons = linear and view.blocks()[0].feed_forward is not None
+    by, top_k = ("ff_neuron", _PARTS) if neurons else ("head", None)
+    parts = log_prob_contributions(story.model, story.text, by=by, pos=focus, top_k=top_k)
+    readouts = component_readouts(story.model, story.text, components=parts.top(_PARTS))
+    table = replace(
+        readouts.panels()[0],
+        title=f"The {_PARTS} {'feed-forward neurons' if neurons else 'heads'} that raise it most",
+    )
+    grids = [p for p in (*layers.panels(), *sources.panels()) if isinstance(p, Heatmap)]
+    trajectory = next(panel for panel in layers.panels() if isinstance(panel, Bars))
+    best, source = layers.top(1), sources.top(1)
+    word = source.to_dataframe().source_token[0]
+    finding = (
+        f"{_quoted(layers.target.strings[0][0])} comes most from {best.labels()[0]} "
+        f"({float(best.scores[0, 0]):+.2f} nats); of all tokens read, most from {_quoted(word)} in "
+        f"layer {int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f})."
+    )
+    text = (
+        "How much each part of the vector that the answer is read from raises the answer's "
+        "log-probability, added to what was there before it. Scores of sublayers add up to the "
+        "log-probability exactly; those of sources and neurons are each taken alone."
+    )
+    return Section(
+        "Which components wrote the answer", text, (trajectory, *grids, table), _LOG_PROB, finding
+    )
 
 
 def _scopes(story: Story) -> Section:
@@ -285,6 +331,7 @@ def _rollout(story: Story) -> Section:
 
 SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "predictions": _predictions,
+    "contributions": _contributions,
     "scopes": _scopes,
     "changes": _changes,
     "pairs": _pairs,

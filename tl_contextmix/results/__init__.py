@@ -11,22 +11,32 @@ out of rankings.
 
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
+from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.contributions import LogProbContributions
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
+from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.pairs import Pair, PairChanges
+from tl_contextmix.results.queries import QueryContributions
+from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
     "Comparison",
+    "ComponentReadouts",
+    "Components",
     "ContextMap",
     "Cost",
     "Decomposition",
+    "Knockout",
     "LayerFigures",
+    "LogProbContributions",
     "Pair",
     "PairChanges",
     "Provenance",
+    "QueryContributions",
     "Result",
     "Score",
     "ScoreRow",

@@ -1,0 +1,231 @@
+"""Log-probability contributions: how much work the bound spares, and which score finds neurons.
+
+``python benchmarks/log_prob.py`` prints three Markdown tables; ``--quick`` takes seconds. What they
+say, and on which numbers, is in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from meters import Memory, WithoutProducts, flops
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix.attribution import Best, Cut, best_neurons
+from tl_contextmix.demo_models.lexicon import FACTS
+from tl_contextmix.methods.log_prob import SCORES
+from tl_contextmix.model_view import Readout
+from tl_contextmix.ranks import bootstrap_interval
+from tl_contextmix.results.components import components
+from tl_contextmix.stream import Neurons, Path
+from tl_contextmix.tensors import Norm
+from tl_contextmix.vocabulary import Vocabulary, read_vocabulary
+
+GPT2 = (12, 3072, 768, 50257)
+MAX_BYTES = 2**28
+
+
+class Sizes:
+    """A stack of feed-forward layers with numbers that are drawn, not trained.
+
+    Args:
+        layers: How many.
+        neurons: In each.
+        width: Of the residual stream.
+        vocabulary: How many tokens.
+        heavy: Standard deviation of the logarithm of activations, most of which are small.
+        sharp: Standard deviation of the final logits.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        neurons: int,
+        width: int,
+        vocabulary: int,
+        *,
+        heavy: float = 1.5,
+        sharp: float = 2.5,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        ids = torch.zeros(1, dtype=torch.long)
+        start = draw(1, width)
+        self.weights = {"W_U": draw(width, vocabulary) * sharp / width**0.5}
+        self.cuts, states = [], [torch.zeros(1, width), start]
+        for layer in range(layers):
+            rows = draw(neurons, width) * 2 / (neurons * width) ** 0.5 * width**0.5
+            post = draw(1, 1, neurons).sign() * (heavy * draw(1, 1, neurons) - heavy).exp()
+            labels = components(1, ids, "mlp", layer, neuron=torch.arange(neurons))
+            path = Path((), torch.ones(1, 1))
+            self.cuts.append(Cut(layer + 1, labels, None, Neurons(rows, post, path), None))
+            states.append(states[-1] + post[:, 0] @ rows)
+        self.states = torch.stack(states, dim=1)
+        norm = Norm("ln", None, None, 1e-5)
+        self.readout = Readout(norm=norm, head=None, weights=self.weights.get)
+        best = self.readout(self.states[:, -1]).argmax(dim=-1)
+        self.target = best
+
+    def vocabulary(self, max_bytes: int = MAX_BYTES) -> Vocabulary:
+        """Returns the readout with the scale of the norm frozen."""
+        return read_vocabulary(self.readout, "frozen", self.states[:, -1], self.target, max_bytes)
+
+    def best(self, k: int, max_bytes: int = MAX_BYTES) -> Best:
+        """Returns the best neurons."""
+        return best_neurons(self.vocabulary(max_bytes), self.states[0], self.cuts, k, 0)
+
+    def full(self, layers: int | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
+        """Returns the scores of all neurons, of some layers or all."""
+        vocabulary = self.vocabulary(max_bytes)
+        return torch.stack(
+            [
+                vocabulary.neuron_gains(
+                    self.states[:, cut.step], cut.neurons.vectors, cut.neurons.coefficients
+                )[0, 0]
+                for cut in self.cuts[:layers]
+            ]
+        )
+
+
+def full_flops(sizes: Sizes) -> int:
+    """Returns the operations of evaluating all neurons; products are counted, not computed."""
+    with WithoutProducts():
+        one = flops(partial(sizes.full, 1), elementwise=False)
+    return one * len(sizes.cuts)
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Returns the most bytes a piece of work has alive at once."""
+    with Memory() as memory:
+        work()
+    return memory.peak
+
+
+def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
+    """Prints how many operations the bound spares, on numbers that are drawn."""
+    names = ("activations", "logits", "k", "best", "k-th", "evaluated", "of")
+    _row(*names, "ours", "all", "less by", "peak MiB")
+    _row(*["---"] * 11)
+    for heavy in (1.0, 2.0):
+        for sharp in (1.0, 2.5, 5.0):
+            sizes = Sizes(*shape, heavy=heavy, sharp=sharp)
+            every = full_flops(sizes)
+            for k in ks:
+                found: list[Best] = []
+                spent = flops(lambda k=k, s=sizes, f=found: f.append(s.best(k)), elementwise=False)
+                used = peak(partial(sizes.best, k))
+                best, last = (float(score) for score in found[0].score[[0, -1]])
+                _row(
+                    f"log-normal {heavy}",
+                    f"sd {sharp}",
+                    k,
+                    f"{best:.2f}",
+                    f"{last:.3f}",
+                    found[0].evaluated,
+                    shape[0] * shape[1],
+                    f"{spent:.3g}",
+                    f"{every:.3g}",
+                    f"{every / spent:.0f}x",
+                    f"{used / 2**20:.0f}",
+                )
+
+
+def facts(count: int | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yields a pattern, its texts and their answers: what the embedded model knows.
+
+    Args:
+        count: How many of each; None for all.
+    """
+    known = FACTS[:count]
+    patterns = (
+        ("the capital of", "the capital of {0} is", " {1}"),
+        ("the language of", "people in {0} speak", " {2}"),
+    )
+    for name, text, answer in patterns:
+        yield name, [text.format(*f) for f in known], [answer.format(*f) for f in known]
+
+
+def evaluated_table(model: object, facts_each: int | None) -> None:
+    """Prints how many neurons of the embedded, trained model are evaluated to find the best."""
+    _row("facts", "k", "evaluated (median)", "most", "of")
+    _row(*["---"] * 5)
+    for name, texts, answers in facts(facts_each):
+        for k in (10, 100):
+            found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", top_k=k)
+            numbers = found.evaluated
+            _row(name, k, int(numbers.median()), int(numbers.max()), found.possible)
+
+
+def knockout_table(
+    model: object, facts_each: int | None, *, count: int = 10, positions: str = "all"
+) -> dict[str, Tensor]:
+    """Prints MRR and probability once the neurons that each score finds are set to zero."""
+    _row("score", "MRR", "95 % interval", "probability", "95 % interval")
+    _row(*["---"] * 5)
+    found: dict[str, list[Tensor]] = {"none": [], "random": []}
+    for _, texts, answers in facts(facts_each):
+        for score in SCORES:
+            best = cm.log_prob_contributions(
+                model, texts, target=answers, by="ff_neuron", score=score
+            ).top(count)
+            first = score == next(iter(SCORES))
+            done = cm.knockout(
+                model,
+                texts,
+                target=answers,
+                neurons=best,
+                positions=positions,
+                controls=10 if first else 0,
+            )
+            found.setdefault(score, []).append(done.after)
+            if first:
+                found["none"].append(done.before)
+                found["random"].append(done.controls.mean(dim=1))
+    for name, parts in found.items():
+        values = torch.cat(parts)
+        cells = []
+        for column in (2, 1):
+            low, high = bootstrap_interval(values[:, column])
+            cells += [f"{float(values[:, column].mean()):.3f}", f"{low:.3f} to {high:.3f}"]
+        _row(name, *cells)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _row(*cells: object) -> None:
+    _say("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _say(line: str = "") -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a small vocabulary, few layers and facts"
+    )
+    quick = parser.parse_args(arguments).quick
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        work_table((3, 256, 64, 2000) if quick else GPT2, [10] if quick else [10, 100])
+        model = cm.load_demo("causal-lm")
+        _say()
+        facts_each = 4 if quick else None
+        evaluated_table(model, facts_each)
+        for positions in ("all", "last"):
+            _say(f"\nTen neurons set to zero at {positions} positions\n")
+            knockout_table(model, facts_each, positions=positions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What contributions cost: operations and bytes, counted; nothing here depends on the machine."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
+
+import log_prob as benchmark
+from log_prob import Sizes, full_flops, peak
+from meters import flops
+
+import tl_contextmix as cm
+from tl_contextmix.stream import Neurons
+from tl_contextmix.stream import Path as Norms
+
+MIB = 2**20
+SHAPE = (6, 512, 64, 5_000)
+
+
+def best_flops(sizes: Sizes, k: int) -> int:
+    """Operations of finding the best neurons."""
+    return flops(partial(sizes.best, k), elementwise=False)
+
+
+@pytest.mark.parametrize("heavy", [0.5, 1.5])
+def test_the_best_hundred_cost_a_tenth_of_all(heavy: float) -> None:
+    sizes = Sizes(*SHAPE, heavy=heavy)
+    layers, neurons, width, vocabulary = SHAPE
+    every = full_flops(sizes)
+    assert every >= 2 * layers * neurons * width * vocabulary
+    assert every <= 1.02 * 2 * layers * neurons * width * vocabulary
+    # 3,072 neurons: 128 are evaluated. With ten times as many it is a hundredth.
+    assert best_flops(sizes, 100) <= every / 10
+    assert best_flops(sizes, 10) <= every / 40
+
+
+def test_operations_do_not_grow_with_the_neurons_that_are_not_evaluated() -> None:
+    layers, neurons, width, vocabulary = SHAPE
+    few, many = (Sizes(layers, n, width, vocabulary) for n in (neurons, 4 * neurons))
+    assert best_flops(many, 10) <= 1.3 * best_flops(few, 10)
+
+
+def test_the_best_are_the_best_and_all_the_bound_needs() -> None:
+    sizes = Sizes(3, 64, 32, 500)
+    found = benchmark.best_neurons(sizes.vocabulary(), sizes.states[0], sizes.cuts, 7, 0)
+    whole = sizes.full().flatten()
+    torch.testing.assert_close(found.score, whole.topk(7).values, atol=2e-6, rtol=1e-5)
+    assert found.evaluated < whole.numel()
+
+
+@pytest.mark.parametrize("budget", [4 * MIB, 16 * MIB])
+def test_the_budget_is_kept(budget: int) -> None:
+    sizes = Sizes(2, 512, 64, 20_000)
+    held = 20_000 * 4 * 4 + 3 * 512 * 64 * 4  # distributions of single states, neurons' vectors
+    for work in (partial(sizes.best, 50, budget), partial(sizes.full, 2, budget)):
+        assert peak(work) <= budget + held
+    large = peak(partial(sizes.full, 2, 16 * MIB))
+    assert peak(partial(sizes.full, 2, 2 * MIB)) < large
+
+
+def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
+    """Rows of W_O are multiplied with W_U once, whatever the number of sources and sentences."""
+    sizes = Sizes(1, 256, 64, 5_000)
+    vocabulary = sizes.vocabulary(8 * MIB)
+    rows = sizes.cuts[0].neurons.rows
+
+    def work(sources: int) -> None:
+        found = Neurons(rows, torch.rand(1, sources, 256), Norms((), torch.ones(1, 1)))
+        vocabulary.neuron_gains(sizes.states[:, 1], found.vectors, found.coefficients)
+
+    few, many = (flops(partial(work, count), elementwise=False) for count in (1, 40))
+    assert many == few
+    # [source, neuron, d_vocab] would be 195 MiB.
+    assert peak(partial(work, 40)) <= 9 * MIB
+
+
+def test_layers_and_heads_are_a_few_products() -> None:
+    model = cm.load_demo("causal-lm")
+    text = "the capital of france is"
+
+    def ask(**options: object) -> int:
+        return flops(partial(cm.log_prob_contributions, model, text, **options), elementwise=False)
+
+    # A forward pass reads W_U five times; 9 states, 8 sublayers and 16 heads are 33 more rows.
+    assert ask(by="head") <= 6 * ask(by="layer")
+    assert ask(by="ff_neuron", top_k=10) <= ask(by="ff_neuron") / 8
+
+
+def test_the_benchmark_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--quick"])
+    out = capsys.readouterr().out
+    assert out.count("| --- |") >= 4
+    for expected in ("log-normal", "the capital of", "log_prob_increase", "random"):
+        assert expected in out

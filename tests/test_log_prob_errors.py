@@ -1,0 +1,93 @@
+"""Questions that cannot be answered are refused in four parts, by name and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+import tl_contextmix as cm
+from tl_contextmix.hosts import as_view
+
+CASES = zoo.cases()
+TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+@pytest.fixture
+def model() -> Any:
+    return zoo.build(next(case for case in CASES if case.family == "gpt2"))
+
+
+BAD_QUESTIONS = [
+    ({"target": "the cat"}, r"not one token: got 'the cat', which is 2: 'the', 'cat'.*target_ids="),
+    ({"target": "zebra"}, r"not in the vocabulary: got 'zebra', which becomes '<\|endoftext\|>'"),
+    ({"target": ""}, r"target cannot be read: got ''"),
+    (
+        {"target": ["cat"]},
+        r"no target tokens: got \[\d\]; expected an id from 0 to 60, or 2 of them",
+    ),
+    ({"target_ids": 61}, r"no target tokens: got 61; expected an id from 0 to 60"),
+    ({"target_ids": [3, -1]}, r"no target tokens: got \[3, -1\]"),
+    ({"target": "cat", "target_ids": 3}, r"target is given twice"),
+    ({"pos": 3}, r"no such position: got 3; expected from -3 to 2"),
+    ({"pos": -4}, r"no such position: got -4"),
+    ({"norm": "beta"}, r"no such norm: got 'beta'; expected one of \['frozen', 'frozen\+beta', "),
+    ({"by": "token"}, r"no such by: got 'token'; expected one of \['layer', 'head'"),
+    ({"score": "size"}, r"no such score: got 'size'"),
+    ({"score": "norm"}, r"no such choice by layer: got score='norm'.*'ff_neuron'.*\.top\(k\)"),
+    ({"top_k": 3}, r"no such choice by layer: got top_k=3"),
+    ({"by": "ff_neuron", "top_k": 0}, r"k=0; expected a positive integer"),
+    ({"max_bytes": 0}, r"max_bytes is not a budget"),
+    (
+        {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "pos": 2},
+        r"2, padding in sentence 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_QUESTIONS, ids=lambda v: str(v)[:40])
+def test_question_that_cannot_be_asked(options: dict[str, Any], message: str, model: Any) -> None:
+    with pytest.raises(cm.InvalidInput, match=message):
+        getattr(cm.log_prob_contributions, "__wrapped__", cm.log_prob_contributions)(
+            model, TOKENS, **options
+        )
+
+
+def test_a_mask_is_needed_once() -> None:
+    case = next(case for case in CASES if case.family == "bert")
+    model = zoo.build(case)
+    for tokens, seen in ((TOKENS * 0 + 9, "0 masks in sentence 0"), (TOKENS * 0 + 4, "3 masks")):
+        with pytest.raises(cm.InvalidInput, match=f"{seen}.*give pos="):
+            cm.log_prob_contributions(model, tokens)
+    masked = torch.tensor([[2, 9, 4, 3], [2, 4, 9, 3]])
+    found = cm.log_prob_contributions(model, masked)
+    assert found.pos.tolist() == [2, 1]
+
+
+def test_no_predictions_without_a_vocabulary_readout(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.family == "bert")
+    model = zoo.build(case)
+    monkeypatch.setattr(model, "_tl_contextmix_headless", True, raising=False)
+    calls = [
+        lambda: cm.log_prob_contributions(model, TOKENS, pos=1),
+        lambda: cm.query_contributions(model, TOKENS, pos=1, neurons=[(1, 3)]),
+        lambda: cm.knockout(model, TOKENS, pos=1, neurons=[(1, 3)]),
+    ]
+    for call in calls:
+        with pytest.raises(cm.UnsupportedModel, match=r"without a masked-LM head"):
+            call()
+
+
+def test_a_stream_that_hooks_of_the_user_edit_is_no_sum(model: Any) -> None:
+    blocks = as_view(model).blocks()
+
+    def shift(tensor: Any, hook: Any) -> Any:
+        return tensor + 1.0 + tensor.flip(-1)
+
+    with (
+        model.hooks(fwd_hooks=[(blocks[1].resid_in, shift)]),
+        pytest.raises(cm.UnsupportedModel, match=r"stream of .* is not the sum.*hooks"),
+    ):
+        cm.log_prob_contributions(model, TOKENS)

@@ -1,0 +1,169 @@
+"""What activates a neuron adds up to the model's own pre-activation, on every model and host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import bound, host_trace, keywords, relative, view_of
+from test_log_prob import POS, case_of, shared
+
+import tl_contextmix as cm
+
+CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
+
+
+def found_by(model: Any, given: zoo.Inputs, by: str, **options: Any) -> Any:
+    """Contributions at the last position but one."""
+    return cm.log_prob_contributions(
+        model, given.tokens, by=by, pos=POS, **keywords(given), **options
+    )
+
+
+def queried(model: Any, given: zoo.Inputs, neurons: Any, **options: Any) -> Any:
+    """What activates them."""
+    return cm.query_contributions(
+        model, given.tokens, neurons=neurons, pos=POS, **keywords(given), **options
+    )
+
+
+def limit(case: zoo.Case) -> float:
+    """Relative to the largest entry; some hosts compute norms in float32."""
+    return max(1e-9, 30 * bound(case)) if bound(case) > 1e-9 else 1e-9
+
+
+def late(found: Any, k: int) -> Any:
+    """The largest that have other neurons before them: those behind the first layer."""
+    scores = found.scores.masked_fill(found.components.layer < 1, torch.nan)
+    return replace(found, scores=scores).top(k)
+
+
+def layer_sums(found: Any, layers: Any) -> None:
+    """Heads, sources or neurons and their bias add up to their sublayer."""
+    for row in range(2):
+        for place in range(layers.scores.shape[1]):
+            one = layers.components.at(row, place)
+            if one["kind"].removeprefix("encoder ") == "embed":
+                continue
+            table = found.components
+            own = table.of_kind(one["kind"]) | table.of_kind(f"{one['kind']} bias")
+            mine = own[row].clone()
+            mine &= (table.layer[row] == one["layer"]) & (table.pos[row] == one["pos"])
+            if not bool(mine.any()):
+                continue
+            for name in ("inner", "shares"):
+                whole = getattr(layers, name)[row, :, place]
+                cut = getattr(found, name)[row][:, mine]
+                seen = ~whole.isnan()
+                torch.testing.assert_close(cut.sum(-1)[seen], whole[seen], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inner_products_add_up_to_the_model_s_own_pre_activation(case: zoo.Case) -> None:
+    model, given = shared(case)
+    view = view_of(model)
+    trace, blocks = host_trace(view, given, None)
+    if blocks[0].feed_forward is not None:
+        neurons = late(found_by(model, given, "ff_neuron"), 4)
+        layers = queried(model, given, neurons)
+        for row in range(2):
+            for i in range(4):
+                one = neurons.components.at(row, i)
+                ff = blocks[one["layer"]].feed_forward
+                at = (row, one["pos"], one["neuron"])
+                total = layers.inner[row, i].nansum() + layers.constant[row, i]
+                assert relative(total, trace[ff.pre][at]) <= limit(case)
+                assert relative(layers.pre[row, i], trace[ff.pre][at]) <= limit(case)
+                b_post = ff.weights("b_post")
+                post = trace[ff.post][at] - (0 if b_post is None else b_post[one["neuron"]])
+                assert relative(layers.activation[row, i], post) <= limit(case)
+                assert bool(layers.linear[row, i].isnan().all()) != ff.gated
+        for by in ("head", "position", "ff_neuron"):
+            layer_sums(queried(model, given, neurons, by=by), layers)
+    neurons = late(found_by(model, given, "attn_neuron"), 6)
+    layers = queried(model, given, neurons)
+    # pattern * value, as it was multiplied with W_O.
+    assert relative(layers.activation, neurons.coefficients) <= limit(case)
+    torch.testing.assert_close(layers.inner.nansum(-1) + layers.constant, layers.pre)
+    layer_sums(queried(model, given, neurons, by="head_position"), layers)
+    # The scores of everything and of the biases' own share are the neurons' scores.
+    part = layers.shares.nansum(-1) / layers.activation
+    torch.testing.assert_close(layers.scores.nansum(-1), (part * neurons.scores).sum(-1))
+
+
+def test_cross_attention_neurons_read_the_encoder() -> None:
+    case = case_of("t5", "bart")
+    model, given = shared(case)
+    every = found_by(model, given, "attn_neuron")
+    places = every.components.of_kind("cross_attn").nonzero(as_tuple=True)
+    first = places[1][0]
+    index = torch.stack([first, first + 1]).expand(2, 2)
+    neurons = replace(
+        every,
+        components=every.components.select(index),
+        **{n: getattr(every, n).gather(1, index) for n in ("scores", "coefficients", "logits")},
+    )
+    found = queried(model, given, neurons)
+    kinds = {found.components.at(0, i)["kind"] for i in range(found.scores.shape[1])}
+    assert {"encoder embed", "encoder attn", "encoder mlp"} <= kinds
+    assert relative(found.activation, neurons.coefficients) <= limit(case)
+    again = queried(model, given, queried(model, given, neurons, by="ff_neuron", top_k=3))
+    assert "E" in again.neurons.label(0, 0)
+    assert relative(again.inner.nansum(-1) + again.constant, again.pre) <= limit(case)
+
+
+def test_chains_top_k_ratio_and_lists() -> None:
+    case = case_of("gpt2")
+    model, given = shared(case)
+    every = found_by(model, given, "ff_neuron")
+    last = every.components.layer == 2
+    neurons = replace(every, scores=every.scores.masked_fill(~last, torch.nan)).top(3)
+    every = queried(model, given, neurons, by="ff_neuron")
+    best = queried(model, given, neurons, by="ff_neuron", top_k=5)
+    assert best.components.label(1, 0) == every.top(5).components.label(1, 0)
+    torch.testing.assert_close(best.scores, every.top(5).scores)
+    torch.testing.assert_close(best.inner, every.top(5).inner)
+    chain = queried(model, given, best)
+    torch.testing.assert_close(chain.weights, best.scores)
+    # The authors' ratio: no mean, no scale, no bias; its shares add up to one for each neuron.
+    ratio = queried(model, given, neurons, share="ratio")
+    torch.testing.assert_close(ratio.scores.sum(-1), neurons.scores.sum(-1))
+    view = view_of(model)
+    trace, blocks = host_trace(view, given, None)
+    one = neurons.components.at(0, 0)
+    ff = blocks[2].feed_forward
+    key = ff.weights("W_in")[:, one["neuron"]] * ff.norm_in.weight
+    stream = blocks[2].feed_forward_input(trace)[0, one["pos"]]
+    start = trace.resid_in(blocks[0])[0, one["pos"]]
+    single = queried(model, given, [(2, one["neuron"])], share="ratio")
+    # Lists are weighted by the neurons' own log-probability increase.
+    assert float(single.weights[0, 0]) == pytest.approx(float(neurons.scores[0, 0]))
+    expected = float(start @ key / (stream @ key) * neurons.scores[0, 0])
+    assert float(single.scores[0, 0]) == pytest.approx(expected)
+    assert single.components.label(0, 0) == "embed"
+    assert relative(single.scores, queried(model, given, [(2, one["neuron"])]).scores) > 1e-3
+
+
+def test_what_cannot_be_asked() -> None:
+    case = case_of("gpt2")
+    model, given = shared(case)
+    with pytest.raises(cm.InvalidInput, match=r"which stream.*L1H2N3.*by 'attn_neuron'"):
+        queried(model, given, [(1, 2, 3)])
+    with pytest.raises(cm.InvalidInput, match=r"read no components by ff_neuron.*L0N3"):
+        queried(model, given, [(0, 3)], by="ff_neuron")
+    with pytest.raises(cm.InvalidInput, match=r"no such component.*L0N999"):
+        queried(model, given, [(0, 999)])
+    with pytest.raises(cm.InvalidInput, match=r"no such component.*L7N1"):
+        queried(model, given, [(7, 1)])
+    with pytest.raises(cm.InvalidInput, match=r"cannot be chosen.*by layer.*embed"):
+        queried(model, given, found_by(model, given, "layer"))
+    with pytest.raises(cm.InvalidInput, match=r"the neurons cannot be read: got \(1, 2, 3, 4\)"):
+        queried(model, given, [(1, 2, 3, 4)])
+    with pytest.raises(cm.InvalidInput, match=r"nothing was chosen"):
+        queried(model, given, [])
+    one = cm.log_prob_contributions(model, given.tokens[:1], by="ff_neuron").top(2)
+    with pytest.raises(cm.InvalidInput, match=r"other sentences.*1 sentences; expected 2"):
+        queried(model, given, one)
