@@ -21,12 +21,12 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks"},
+    {"panels", "storage", "tensors", "activations", "ranks", "sequences"},
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},
     {"hosts"},
-    {"decompose", "replay", "propagate"},
+    {"decompose", "replay", "propagate", "layerwise"},
     {"methods", "corpus"},
 ]
 # Units beside the layers: no layer imports them, and they import only what is listed.

@@ -21,6 +21,7 @@ from tl_contextmix.methods.changes import (
     cancellation,
     contextualization_change,
 )
+from tl_contextmix.methods.decoder_lens import decoder_lens
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
@@ -30,7 +31,11 @@ from tl_contextmix.report import report
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
+    LayerCurves,
     LayerFigures,
+    LayerwiseDecoding,
+    LayerwiseLikelihood,
+    LayerwiseScores,
     PairChanges,
     Score,
     TokenFigures,
@@ -44,7 +49,11 @@ __all__ = [
     "Decomposition",
     "FileFormatError",
     "InvalidInput",
+    "LayerCurves",
     "LayerFigures",
+    "LayerwiseDecoding",
+    "LayerwiseLikelihood",
+    "LayerwiseScores",
     "PairChanges",
     "Score",
     "TokenFigures",
@@ -58,6 +67,7 @@ __all__ = [
     "check",
     "contextualization_change",
     "cue_alignment",
+    "decoder_lens",
     "decompose",
     "decompx",
     "decompx_vectors",

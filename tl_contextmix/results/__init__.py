@@ -11,16 +11,30 @@ out of rankings.
 
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.curves import CurvePoint, LayerCurves
+from tl_contextmix.results.decodings import LayerwiseDecoding, MetricChoice
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.likelihoods import (
+    LIKELIHOOD_METRICS,
+    LayerwiseLikelihood,
+    LayerwiseScores,
+)
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "LIKELIHOOD_METRICS",
     "ContextMap",
+    "CurvePoint",
     "Decomposition",
+    "LayerCurves",
     "LayerFigures",
+    "LayerwiseDecoding",
+    "LayerwiseLikelihood",
+    "LayerwiseScores",
+    "MetricChoice",
     "Pair",
     "PairChanges",
     "Provenance",
