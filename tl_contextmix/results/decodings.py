@@ -138,8 +138,9 @@ class LayerwiseDecoding(Result):
 
         ``exact match``, ``token accuracy`` (words at their place), ``BLEU`` (of the corpus),
         ``chrF`` (mean of sentences), ``WER``, ``CER`` and ``length ratio`` (sums over the corpus)
-        need a reference; ``edit distance`` (in tokens, to the last layer's output), ``repetition`` (share
-        of repeated bigrams), ``empty`` and ``truncated`` (shares of outputs) do not.
+        need a reference; ``edit distance`` (in tokens, to the last layer's output),
+        ``repetition`` (share of repeated bigrams), ``empty`` and ``truncated`` (shares of outputs)
+        do not.
 
         Args:
             reference: The right answer of each sentence; None for those given to `decoder_lens`.
