@@ -1,4 +1,4 @@
-"""DecoderLens the slow way: encoder blocks are taken out of a Hugging Face model, which then runs."""
+"""DecoderLens the slow way: encoder blocks are taken out of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def depth(reference: Any) -> int:
 
 
 def cache() -> Any:
-    """An empty cache; transformers 5.23 makes one of the wrong length for Flan-like layer counts."""
+    """An empty cache; transformers 5.23 makes one too short for more decoder than encoder layers."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache())

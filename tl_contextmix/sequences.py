@@ -116,7 +116,7 @@ def _bleu() -> Metric:
 
     def counts(output: Output) -> Counts:
         found = bleu.sentence_score(output.text, [output.reference])
-        return (*found.counts, *found.totals, found.sys_len, found.ref_len)
+        return tuple(map(float, (*found.counts, *found.totals, found.sys_len, found.ref_len)))
 
     def figure(sums: Sequence[float]) -> float:
         order = (len(sums) - 2) // 2
@@ -138,7 +138,7 @@ def _error_rate(name: str, function: str) -> Metric:
     def counts(output: Output) -> Counts:
         found = process(output.reference, output.text)
         errors = found.substitutions + found.deletions + found.insertions
-        return errors, found.hits + found.substitutions + found.deletions
+        return float(errors), float(found.hits + found.substitutions + found.deletions)
 
     return Metric(name, counts, ratio)
 
@@ -172,11 +172,11 @@ _MAKERS: dict[str, Callable[[], Metric]] = {
     "CER": lambda: _error_rate("CER", "process_characters"),
     "length ratio": lambda: Metric(
         "length ratio",
-        lambda out: (len(words(out.text)), len(words(out.reference))),
+        lambda out: (float(len(words(out.text))), float(len(words(out.reference)))),
         ratio,
     ),
     "edit distance": lambda: mean_metric(
-        "edit distance", lambda out: edit_distance(out.tokens, out.final), referenced=False
+        "edit distance", lambda out: float(edit_distance(out.tokens, out.final)), referenced=False
     ),
     "repetition": lambda: mean_metric(
         "repetition", lambda out: repetition(out.tokens), referenced=False
