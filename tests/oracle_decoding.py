@@ -31,7 +31,7 @@ def depth(reference: Any) -> int:
 
 
 def cache() -> Any:
-    """An empty cache; transformers 5.23 makes one too short for more decoder than encoder layers."""
+    """An empty cache; that of transformers 5.23 counts the layers of the encoder."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -108,6 +108,8 @@ def decoder_lens(
     _require_sizes(
         ("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("max_bytes", max_bytes)
     )
+    _require_used("tokens", tokens, mode == "scores", "mode='scores'")
+    _require_used("categories", categories, metric is not None, "metric=")
     found = as_encoder_decoder(model, tokenizer)
     numbers = tuple(layer_positions(layers, tuple(range(found.n_layers + 1))))
     source, prompt, inputs = _source(
@@ -376,6 +378,13 @@ def _require_sizes(*sizes: tuple[str, int | None]) -> None:
     for name, value in sizes:
         if value is not None and (isinstance(value, bool) or value < 1):
             raise _bad("nothing can be decoded", f"{name}={value}", "at least 1", "Raise it.")
+
+
+def _require_used(name: str, value: object, used: bool, with_what: str) -> None:
+    if value is not None and not used:
+        raise _bad(
+            f"{name} would change nothing", repr(value), f"{with_what} beside it", "Leave it out."
+        )
 
 
 def _require_length(model: EncoderDecoder, length: int, name: str) -> None:
