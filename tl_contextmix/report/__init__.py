@@ -24,7 +24,8 @@ def build_report(model: object, text: str, *, title: str | None = None) -> Page:
 
     What it predicts; what the predicting token is made of, layer by layer; the map of every
     scope; how much each component changes it; the pairs the feed-forward block changes most; the
-    mixing ratio; and the rollout. Of an encoder-decoder, the maps are those of the encoder.
+    mixing ratio; and the rollout. Of an encoder-decoder, the maps are those of the encoder, and the
+    last section is what its decoder says after each encoder layer.
 
     Args:
         model: Any model `as_view` reads.

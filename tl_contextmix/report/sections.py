@@ -12,6 +12,7 @@ from tl_contextmix.methods.changes import amplified_pairs, cancellation, context
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.panels import Heatmap, Panel, Table
 from tl_contextmix.render import Section
+from tl_contextmix.report.layers import decoder_lens_section
 from tl_contextmix.report.story import Story
 from tl_contextmix.results import LayerFigures
 
@@ -254,6 +255,7 @@ SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "pairs": _pairs,
     "mixing ratio": _ratios,
     "rollout": _rollout,
+    "decoder lens": decoder_lens_section,
 }
 
 
