@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.decoding import MemoryDecoder
+from tl_contextmix.hosts.edits import without_hooks
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import fingerprint
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
-from tl_contextmix.hosts.t5_twin import t5_twin
 from tl_contextmix.hosts.tokens import decoder_start
+from tl_contextmix.hosts.twins import bridge_twin, t5_twin
 from tl_contextmix.model_view import Batch, ModelView, Side, describe
 
-_PROBE, _FACT = 4, "the decoder run alone"
+_PROBE = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     tokenizer = getattr(model, "tokenizer", None)
     decoder = _decoder(model, view)
     owner = weakref.ref(model)
-    found = EncoderDecoder(
+    return EncoderDecoder(
         name=view.name,
         host=view.host,
         host_version=view.host_version,
@@ -111,12 +112,6 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         to_text=lambda ids: _text(getattr(owner(), "tokenizer", None), ids),
         special=_special(decoder, tokenizer),
     )
-    if getattr(model, "original_model", None) is None:
-        if _FACT not in view.facts:
-            view.facts[_FACT] = _try_twin(found, view)
-        if view.facts[_FACT]:
-            raise UnsupportedModel(view.facts[_FACT])
-    return found
 
 
 def _require_decoder_text(view: ModelView) -> Callable[[str | None], list[int]]:
@@ -124,22 +119,59 @@ def _require_decoder_text(view: ModelView) -> Callable[[str | None], list[int]]:
     return view.encode_decoder
 
 
+@dataclass(frozen=True)
+class _Twin:
+    """The plain model that decodes for another one.
+
+    Attributes:
+        view: The view of the other one when it was made: a new one means new weights.
+        model: The plain model, or None where there is none that computes the same.
+        reason: Why there is none.
+    """
+
+    view: ModelView
+    model: Any
+    reason: str
+
+
+_TWINS: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary()
+
+
 def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
+    """Returns what decodes: a plain twin, or the bridge's own model where hooks must see it.
+
+    Raises:
+        UnsupportedModel: If neither can.
+    """
     original = getattr(model, "original_model", None)
-    if original is None:
-        _require_no_decoder_hooks(view)
-        original = t5_twin(model)
-    settings = original.generation_config
-    end = settings.eos_token_id
+    if original is not None and view.hooked():
+        return _memory_decoder(model, view, original)
+    _require_no_decoder_hooks(view)
+    with lock_of(model):
+        twin = _TWINS.get(model)
+        if twin is None or twin.view is not view:
+            twin = _TWINS[model] = _make_twin(model, view)
+    if twin.model is None and original is None:
+        raise UnsupportedModel(twin.reason)
+    return _memory_decoder(model, view, original if twin.model is None else twin.model)
+
+
+def _memory_decoder(model: Any, view: ModelView, decoding: Any) -> MemoryDecoder:
+    settings = decoding.generation_config
     return MemoryDecoder(
-        model=original,
+        model=decoding,
         owner=model,
         dtype=view.dtype,
         start=decoder_start(model),
-        ends=tuple(end) if isinstance(end, (list, tuple)) else (() if end is None else (end,)),
+        ends=_ends(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=view.n_ctx,
     )
+
+
+def _ends(settings: Any) -> tuple[int, ...]:
+    end = settings.eos_token_id
+    return tuple(end) if isinstance(end, (list, tuple)) else (() if end is None else (end,))
 
 
 def _require_no_decoder_hooks(view: ModelView) -> None:
@@ -156,28 +188,34 @@ def _require_no_decoder_hooks(view: ModelView) -> None:
 
 
 @torch.no_grad()
-def _try_twin(found: EncoderDecoder, view: ModelView) -> str:
-    """Returns why the decoder taken out of a model does not compute what it computes, or ''."""
+def _make_twin(model: Any, view: ModelView) -> _Twin:
+    """Returns a plain model that computes what a model's decoder computes, tried on a few tokens."""
+    plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
+    if plain is None:
+        return _Twin(view, None, "")
     ids = (11 + 7 * torch.arange(_PROBE)[None]) % view.d_vocab
     side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
-    inputs = torch.tensor([[found.decoder.start, *ids[0, 1:].tolist()]])
+    inputs = torch.tensor([[decoder_start(model), *ids[0, 1:].tolist()]])
     decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
     last = view.stacks["encoder"][-1].resid_out
-    trace = view.run(Batch(side, decoder), [last])
-    memory = trace[last] if found.norm is None else found.norm(trace[last])
-    logits = found.decoder.logits(memory, side.mask, inputs)
+    with without_hooks(model):
+        trace = view.run(Batch(side, decoder), [last])
+    norm = view.final_norms.get("encoder")
+    memory = trace[last] if norm is None else norm(trace[last])
+    logits = _memory_decoder(model, view, plain).logits(memory, side.mask, inputs)
     assert trace.logits is not None
     expected = trace.logits.to(logits.dtype)
     error = float((logits - expected).abs().max() / expected.abs().max())
     # A float64 T5 of Hugging Face computes its norms in float32: 1e-7 measured, 0.1 where wrong.
     if error <= max(view.tolerance, 1e-5):
-        return ""
-    return four_parts(
+        return _Twin(view, plain, "")
+    reason = four_parts(
         f"the decoder of {view.name} cannot be run alone",
         f"a relative error of {error:.2g} against the model's logits",
         "the weights of a T5 as published: no biases",
         "Load it on a TransformerBridge of TransformerLens 4.",
     )
+    return _Twin(view, None, reason)
 
 
 class _Enough(Exception):
@@ -224,13 +262,12 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
     require_no_autocast(first.device)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     encoder, settings, config = model.get_encoder(), model.generation_config, model.config
-    end = settings.eos_token_id
     decoder = MemoryDecoder(
         model=model,
         owner=model,
         dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
         start=int(config.decoder_start_token_id),
-        ends=tuple(end) if isinstance(end, (list, tuple)) else (end,),
+        ends=_ends(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=getattr(config, "max_target_positions", None),
         masked=False,

@@ -33,9 +33,9 @@ def decoder_lens_section(story: Story) -> Section | None:
     )
     stable = said.first_stable_layer()[0]
     text = (
-        "The decoder reads an earlier layer of the encoder instead of the last one: it is the model "
-        "with the later encoder blocks removed. Layer 0 is the embeddings. It was trained on the "
-        "last layer only, so a layer that it cannot read may still hold the answer."
+        "The decoder reads an earlier layer of the encoder instead of the last one: it is the "
+        "model with the later encoder blocks removed. Layer 0 is the embeddings. It was trained on "
+        "the last layer only, so a layer that it cannot read may still hold the answer."
     )
     finding = f"The output of layer {stable} stays to the end: “{said.texts[0][-1]}”."
     if stable == said.depth:

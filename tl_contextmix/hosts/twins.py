@@ -1,6 +1,8 @@
-"""A Hugging Face T5 with the decoder weights of a HookedEncoderDecoder, which cannot decode itself.
+"""Plain Hugging Face models with the weights of a TransformerLens model, to decode with.
 
-Its own ``generate`` runs encoder and decoder anew for every token, without beams.
+A HookedEncoderDecoder cannot decode itself: its ``generate`` runs encoder and decoder anew for every
+token, without beams. A bridge's model can, but two thirds of the time of a decoding step of a small
+model go into its hook points, which nobody watches meanwhile.
 """
 
 from __future__ import annotations
@@ -8,12 +10,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_contextmix.hosts.tokens import decoder_start
 
+# What a bridge puts between a module and the one it wraps.
+_WRAPPED = "_original_component."
+
 # Hugging Face's layers of a decoder block: name, and the norm before it on the other side.
 _ATTENTIONS = (("SelfAttention", "attn"), ("EncDecAttention", "cross_attn"))
+
+
+def bridge_twin(model: Any) -> Any | None:
+    """Returns the Hugging Face model inside a bridge without the bridge, on the same weights.
+
+    None where a weight has no place there. The caller compares the two: weights may have been
+    processed in ways that only the bridge knows.
+    """
+    original = model.original_model
+    with torch.device("meta"):
+        twin = type(original)(original.config)
+    tensors = {
+        name.replace(_WRAPPED, ""): tensor
+        for listed in (original.named_parameters, original.named_buffers)
+        for name, tensor in listed(remove_duplicate=False)
+    }
+    for path, module in twin.named_modules():
+        for table in (module._parameters, module._buffers):
+            for leaf, empty in table.items():
+                found = tensors.get(f"{path}.{leaf}")
+                if empty is None:
+                    continue
+                if found is None or found.shape != empty.shape:
+                    return None
+                kept = isinstance(found, nn.Parameter) or table is module._buffers
+                table[leaf] = found if kept else nn.Parameter(found, requires_grad=False)
+    twin.generation_config = original.generation_config
+    return twin.eval()
 
 
 def t5_twin(model: Any) -> Any:
