@@ -1,9 +1,9 @@
 """DecoderLens: all encoder layers in one batch against a generate call per layer.
 
 ``python benchmarks/decoder_lens.py [--quick]`` prints a Markdown table: seconds (medians of
-interleaved runs on one thread) and operations. The models: the embedded encoder-decoder, and random
-ones of its shape with 6 and 12 encoder layers, whose outputs all run to the length limit. Both ways'
-tokens are compared first. It needs TransformerLens 4 (TransformerBridge of T5).
+interleaved runs on one thread) and operations. The models: the embedded encoder-decoder, and
+random ones of its shape with 6 and 12 encoder layers, whose outputs run to the length limit. Both
+ways' tokens are compared first. It needs TransformerLens 4 (TransformerBridge of T5).
 
 *generate calls*: for every layer ``generate`` of the same Hugging Face model with the later encoder
 blocks removed, on all sentences at once, with its key-value cache: what one would write without

@@ -301,7 +301,8 @@ def test_the_model_is_left_as_it_was_and_hooks_take_part(case: zoo.Case) -> None
     with model.hooks(fwd_hooks=[(first, zero)]):
         edited = cm.decoder_lens(model, tokens, mode="scores", tokens=[7])
     kept = cm.decoder_lens(model, tokens, mode="scores", tokens=[7])
-    assert torch.equal(edited.logits[:, 0], kept.logits[:, 0]), "the embeddings come before it"
+    # The embeddings come before the hook.
+    torch.testing.assert_close(edited.logits[:, 0], kept.logits[:, 0], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(edited.logits[:, 1], kept.logits[:, 1])
     last = view.stacks["decoder"][-1].attentions[0].value
     with model.hooks(fwd_hooks=[(last, zero)]):

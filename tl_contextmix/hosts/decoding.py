@@ -1,8 +1,8 @@
 """Runs the decoder of an encoder-decoder on any encoder states: generation and given answers.
 
-Hugging Face code decodes: a plain model with the weights of the one that was given (see `twins`), or
-the one inside a bridge. So what is decoded from the last encoder layer is what the model's own
-``generate`` returns, its generation settings (forced first token, suppressed tokens, ...) included.
+Hugging Face code decodes: a plain model with the weights of the one that was given (see `twins`),
+or the one inside a bridge. So what is decoded from the last encoder layer is what the model's own
+``generate`` returns, its generation settings (forced first token, suppressed tokens) included.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _require_no_decoder_hooks(view: ModelView) -> None:
 
 @torch.no_grad()
 def _make_twin(model: Any, view: ModelView) -> _Twin:
-    """Returns a plain model that computes what a model's decoder computes, tried on a few tokens."""
+    """Returns a plain model that computes what a model's decoder does, tried on a few tokens."""
     plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
     if plain is None:
         return _Twin(view, None, "")
