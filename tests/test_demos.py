@@ -53,7 +53,6 @@ def test_decoder_lens_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "after_which_layer_a_translation_is_right.ipynb")
     first, table = names["first"], names["table"]
     # The finding: the more context a French word needs, the later its layer.
-    assert first["one word"] == 1
     assert first["one word"] <= first["agreement"] < first["sense"]
     assert first["agreement"] < first["reordering"]
     assert first["clause"] is None
