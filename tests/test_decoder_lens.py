@@ -318,6 +318,36 @@ def test_the_model_is_left_as_it_was_and_hooks_take_part(case: zoo.Case) -> None
     assert state(model) == before
 
 
+TALKATIVE = [c for c in CASES if c.host == "TransformerBridge" and c.family != "m2m100"]
+
+
+@pytest.mark.parametrize("case", TALKATIVE, ids=str)
+def test_the_models_generation_settings_are_followed(case: zoo.Case) -> None:
+    model, tokens = zoo.build(case), zoo.inputs(case).tokens
+    plain = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH)
+    second = int(plain.ids[0, -1, 1])
+    settings = model.original_model.generation_config
+    settings.suppress_tokens = [second]
+    settings.max_length = 3  # max_new_tokens comes before it
+    free = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH)
+    assert not bool((free.ids == second).any())
+    settings.forced_eos_token_id = settings.eos_token_id
+    for beams in (1, 2):
+        found = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH, num_beams=beams)
+        expected = oracle.said(
+            reference(case.family),
+            tokens,
+            max_new_tokens=LENGTH,
+            num_beams=beams,
+            suppress_tokens=[second],
+            forced_eos_token_id=settings.eos_token_id,
+        )
+        assert outputs(found, -1) == until_end(expected, settings.eos_token_id)
+        if beams == 1:
+            # An end that was forced is none.
+            assert torch.equal(found.truncated, free.truncated)
+
+
 @EACH
 def test_saved_loaded_tabulated_and_shown(case: zoo.Case, tmp_path: Path) -> None:
     model, texts = plain(case), ["the cat sat", "a <b>dog</b>"]

@@ -7,7 +7,6 @@ or the one inside a bridge. So what is decoded from the last encoder layer is wh
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +74,7 @@ class MemoryDecoder:
         width = heads * getattr(config, "d_kv", config.d_model // heads)
         cached = 2 * layers * width * (source + target) + config.d_model * source
         logits = config.vocab_size * (2 * target if all_logits else 4)
-        return (cached + logits) * max(4, self._dtype.itemsize)
+        return (cached + logits) * self.dtype.itemsize
 
     @property
     def d_vocab(self) -> int:
@@ -112,19 +111,28 @@ class MemoryDecoder:
         }
         if num_beams == 1:
             options["custom_generate"] = loop
+        memory = self._ready(memory)
         if self.masked:
+            # Not the length of the settings, which would be warned about.
+            options["max_length"] = None
             options["attention_mask"] = mask.to(memory.device).long()
             options["decoder_input_ids"] = prompt
         else:
             # Whisper: without this it strips what it was started with, and may decode in pieces.
             options["force_unique_generate_call"] = True
-        states = BaseModelOutput(last_hidden_state=memory.to(self._dtype))
-        with self._locked():
+        states = BaseModelOutput(last_hidden_state=memory)
+        with lock_of(self.owner):
             found = self.model.generate(encoder_outputs=states, **options)
         prompt = loop.prompt[::num_beams]
         ids = (loop.ids if num_beams == 1 else found)[:, prompt.shape[1] :]
         ids, real, finished = self._ended(ids)
-        log_probs = loop.log_probs if num_beams == 1 else self._log_probs(memory, mask, prompt, ids)
+        log_probs, best = loop.log_probs, loop.best
+        if num_beams > 1:
+            log_probs, best = self._judged(memory, mask, prompt, ids)
+        if ids.shape[1] == max_new_tokens and self.model.generation_config.forced_eos_token_id:
+            # BART's settings put an end token where the length runs out.
+            forced = real[:, -1] & (best[:, -1] != ids[:, -1])
+            finished = finished & ~forced
         return Generated(ids, real, log_probs.masked_fill(~real, 0), finished, prompt)
 
     @torch.no_grad()
@@ -137,9 +145,10 @@ class MemoryDecoder:
         """Returns the logits at every position of given decoder inputs."""
         from transformers.modeling_outputs import BaseModelOutput
 
+        memory = self._ready(memory)
         options = {"attention_mask": mask.to(memory.device).long()} if self.masked else {}
-        states = BaseModelOutput(last_hidden_state=memory.to(self._dtype))
-        with self._locked():
+        states = BaseModelOutput(last_hidden_state=memory)
+        with lock_of(self.owner):
             out = self.model(
                 encoder_outputs=states,
                 decoder_input_ids=ids.to(memory.device),
@@ -154,17 +163,18 @@ class MemoryDecoder:
         real = ended.cumsum(1) - ended.long() == 0
         return ids.masked_fill(~real, self.pad), real, ended.any(1)
 
-    def _log_probs(self, memory: Tensor, mask: Tensor, prompt: Tensor, ids: Tensor) -> Tensor:
+    def _judged(
+        self, memory: Tensor, mask: Tensor, prompt: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each token that was said, and the most probable one."""
         inputs = torch.cat([prompt, ids], dim=1)[:, :-1]
         logits = self.logits(memory, mask, inputs)[:, prompt.shape[1] - 1 :]
-        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], logits.argmax(-1)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.get_decoder().parameters()).dtype
-
-    def _locked(self) -> AbstractContextManager[Any]:
-        return lock_of(self.owner)
+    def _ready(self, memory: Tensor) -> Tensor:
+        """Returns encoder states where and in what the decoder computes."""
+        first = next(self.model.get_decoder().parameters())
+        return memory.to(first.device, first.dtype)
 
 
 class _Greedy:
@@ -176,7 +186,7 @@ class _Greedy:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.prompt = self.ids = torch.zeros(0, 0, dtype=torch.long)
+        self.prompt = self.ids = self.best = torch.zeros(0, 0, dtype=torch.long)
         self.log_probs = torch.zeros(0, 0, dtype=dtype)
 
     def see_prompt(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -207,7 +217,7 @@ class _Greedy:
         cache, pad = inputs["past_key_values"], generation_config.pad_token_id or 0
         ids, step = input_ids, input_ids
         alive = torch.arange(len(ids), device=ids.device)
-        kept = []
+        kept, best = [], []
         while len(alive):
             options = {} if mask is None else {"attention_mask": mask}
             out = model(
@@ -228,11 +238,13 @@ class _Greedy:
             column = logits.new_zeros(len(ids), dtype=self.dtype)
             column[alive] = logits.to(self.dtype).log_softmax(-1)[range(len(alive)), chosen]
             kept.append(column)
+            best.append(torch.full_like(ids[:, 0], pad))
+            best[-1][alive] = logits.argmax(-1)
             left = (~stopping_criteria(ids, None)[alive]).nonzero()[:, 0]
             step = chosen[left][:, None]
             if len(left) < len(alive):
                 alive, memory = alive[left], memory[left]
                 mask = None if mask is None else mask[left]
                 cache.batch_select_indices(left)
-        self.ids, self.log_probs = ids, torch.stack(kept, dim=1)
+        self.ids, self.log_probs, self.best = ids, torch.stack(kept, 1), torch.stack(best, 1)
         return ids

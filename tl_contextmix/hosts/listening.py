@@ -22,7 +22,7 @@ from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import fingerprint
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
 from tl_contextmix.hosts.tokens import decoder_start
-from tl_contextmix.hosts.twins import bridge_twin, t5_twin
+from tl_contextmix.hosts.twins import bridge_twin, generation_settings, t5_twin
 from tl_contextmix.model_view import Batch, ModelView, Side, describe
 
 _PROBE = 4
@@ -157,7 +157,8 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
 
 
 def _memory_decoder(model: Any, view: ModelView, decoding: Any) -> MemoryDecoder:
-    settings = decoding.generation_config
+    # Read at each call: the user may have changed them.
+    settings = decoding.generation_config = generation_settings(model)
     return MemoryDecoder(
         model=decoding,
         owner=model,

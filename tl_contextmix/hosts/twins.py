@@ -49,8 +49,23 @@ def bridge_twin(model: Any) -> Any | None:
                     return None
                 kept = isinstance(found, nn.Parameter) or table is module._buffers
                 table[leaf] = found if kept else nn.Parameter(found, requires_grad=False)
-    twin.generation_config = original.generation_config
     return twin.eval()
+
+
+def generation_settings(model: Any) -> Any:
+    """Returns how a model generates: a bridge's own settings, or T5's as a tokenizer has them."""
+    from transformers import GenerationConfig
+
+    original = getattr(model, "original_model", None)
+    if original is not None:
+        return original.generation_config
+    tokenizer = getattr(model, "tokenizer", None)
+    end = getattr(tokenizer, "eos_token_id", None)
+    return GenerationConfig(
+        decoder_start_token_id=decoder_start(model),
+        eos_token_id=1 if end is None else int(end),
+        pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
+    )
 
 
 def t5_twin(model: Any) -> Any:
@@ -59,16 +74,9 @@ def t5_twin(model: Any) -> Any:
     It holds a copy of the decoder's weights; its encoder has none and cannot run. The caller
     compares the two: a HookedEncoderDecoder has biases that T5 has no place for.
     """
-    from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
 
     cfg = model.cfg
-    tokenizer = getattr(model, "tokenizer", None)
-    end = getattr(tokenizer, "eos_token_id", None)
-    special = {
-        "decoder_start_token_id": decoder_start(model),
-        "eos_token_id": 1 if end is None else int(end),
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None) or 0,
-    }
     config = T5Config(
         vocab_size=cfg.d_vocab,
         d_model=cfg.d_model,
@@ -83,13 +91,12 @@ def t5_twin(model: Any) -> Any:
         dropout_rate=0.0,
         feed_forward_proj=cfg.act_fn,
         tie_word_embeddings=bool(cfg.tie_word_embeddings),
-        **special,
+        decoder_start_token_id=decoder_start(model),
     )
     # Without memory or random numbers for weights that are replaced.
     with torch.device("meta"):
         twin = T5ForConditionalGeneration(config)
     twin.load_state_dict(_weights(model), strict=False, assign=True)
-    twin.generation_config = GenerationConfig(**special)
     return twin.eval()
 
 

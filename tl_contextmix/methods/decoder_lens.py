@@ -110,6 +110,8 @@ def decoder_lens(
     )
     _require_used("tokens", tokens, mode == "scores", "mode='scores'")
     _require_used("categories", categories, metric is not None, "metric=")
+    if metric is not None:
+        _require_used("mode", mode, mode != "scores", "no metric")
     found = as_encoder_decoder(model, tokenizer)
     numbers = tuple(layer_positions(layers, tuple(range(found.n_layers + 1))))
     source, prompt, inputs = _source(
