@@ -218,8 +218,8 @@ def test_together_is_one_at_a_time(case: zoo.Case) -> None:
     whole = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH)
     pieces = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH, max_bytes=1)
     assert [outputs(whole, p) for p in whole.layers] == [outputs(pieces, p) for p in whole.layers]
-    for layer in whole.layers:
-        for row in range(3):
+    for layer in (0, whole.layers[-1]):
+        for row in range(2):
             one = cm.decoder_lens(model, tokens[row : row + 1], layers=layer, max_new_tokens=LENGTH)
             assert outputs(one, 0)[0] == outputs(whole, layer)[row]
             used = one.ids.shape[-1]
@@ -325,12 +325,12 @@ TALKATIVE = [c for c in CASES if c.host == "TransformerBridge" and c.family != "
 def test_the_models_generation_settings_are_followed(case: zoo.Case) -> None:
     model, tokens = zoo.build(case), zoo.inputs(case).tokens
     plain = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH)
-    second = int(plain.ids[0, -1, 1])
+    word = int(plain.ids[plain.content][0])
     settings = model.original_model.generation_config
-    settings.suppress_tokens = [second]
+    settings.suppress_tokens = [word]
     settings.max_length = 3  # max_new_tokens comes before it
     free = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH)
-    assert not bool((free.ids == second).any())
+    assert not bool(((free.ids == word) & free.mask).any())
     settings.forced_eos_token_id = settings.eos_token_id
     for beams in (1, 2):
         found = cm.decoder_lens(model, tokens, max_new_tokens=LENGTH, num_beams=beams)
@@ -339,7 +339,7 @@ def test_the_models_generation_settings_are_followed(case: zoo.Case) -> None:
             tokens,
             max_new_tokens=LENGTH,
             num_beams=beams,
-            suppress_tokens=[second],
+            suppress_tokens=[word],
             forced_eos_token_id=settings.eos_token_id,
         )
         assert outputs(found, -1) == until_end(expected, settings.eos_token_id)
