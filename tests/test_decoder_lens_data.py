@@ -237,6 +237,13 @@ BAD = [
     ({"input": ["a", "the"], "decoder_input": ["a cat", "a"]}, "same number of tokens|every row"),
     ({"mode": "teacher_forced", "categories": ["a"]}, "categories"),
     ({"mode": "generate", "tokens": [7]}, "tokens"),
+    ({"mode": "scores", "tokens": [7], "num_beams": 2}, "num_beams would change nothing"),
+    ({"mode": "scores", "tokens": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
+    ({"mode": "scores", "tokens": [7], "metric": "KL"}, "mode would change nothing"),
+    (
+        {"mode": "teacher_forced", "references": "a dog", "decoder_input": "a"},
+        "decoder_input would change nothing",
+    ),
 ]
 
 

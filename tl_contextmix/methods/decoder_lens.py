@@ -112,6 +112,11 @@ def decoder_lens(
     _require_used("categories", categories, metric is not None, "metric=")
     if metric is not None:
         _require_used("mode", mode, mode != "scores", "no metric")
+    if mode == "scores":
+        _require_used("num_beams", None if num_beams == 1 else num_beams, False, "another mode")
+        _require_used("max_new_tokens", max_new_tokens, False, "another mode")
+    if mode == "teacher_forced" and references is not None:
+        _require_used("decoder_input", decoder_input, False, "no references")
     found = as_encoder_decoder(model, tokenizer)
     numbers = tuple(layer_positions(layers, tuple(range(found.n_layers + 1))))
     source, prompt, inputs = _source(
