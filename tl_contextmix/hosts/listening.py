@@ -144,9 +144,10 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
         UnsupportedModel: If neither can.
     """
     original = getattr(model, "original_model", None)
-    if original is not None and view.hooked():
+    hooked = view.hooked()
+    if original is not None and hooked:
         return _memory_decoder(model, view, original)
-    _require_no_decoder_hooks(view)
+    _require_no_decoder_hooks(view, hooked)
     with lock_of(model):
         twin = _TWINS.get(model)
         if twin is None or twin.view is not view:
@@ -175,8 +176,8 @@ def _ends(settings: Any) -> tuple[int, ...]:
     return tuple(end) if isinstance(end, (list, tuple)) else (() if end is None else (end,))
 
 
-def _require_no_decoder_hooks(view: ModelView) -> None:
-    places = [place for place in view.hooked() if not place.startswith(("encoder", "embed"))]
+def _require_no_decoder_hooks(view: ModelView, hooked: Sequence[str]) -> None:
+    places = [place for place in hooked if not place.startswith(("encoder", "embed"))]
     if places:
         raise UnsupportedModel(
             four_parts(
