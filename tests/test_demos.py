@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import zoo
 
 DEMOS = Path(__file__).resolve().parent.parent / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
@@ -59,3 +60,17 @@ def test_fact_notebook_finds_what_it_says() -> None:
     assert table["log_prob_increase"] <= table.drop(["log_prob", "log_prob_increase"]).min()
     assert table["control"] > table["before"] - 0.01
     assert f"by {names['strongest']} take" in printed
+
+
+@pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
+def test_decoder_lens_notebook_finds_what_it_says() -> None:
+    names, printed = _run(DEMOS / "after_which_layer_a_translation_is_right.ipynb")
+    first, table = names["first"], names["table"]
+    # The finding: the more context a French word needs, the later its layer.
+    assert first["one word"] <= first["agreement"] < first["sense"]
+    assert first["agreement"] < first["reordering"]
+    assert first["clause"] is None
+    assert table.loc["one word", 1] > table.loc["sense", 1] > table.loc["reordering", 1]
+    assert names["one"].texts[0][-1] == "la batte brûlait ."
+    assert f"sense: right from layer {first['sense']}" in printed
+    assert "500 sentences" in printed

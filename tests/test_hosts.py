@@ -201,6 +201,7 @@ def test_refusals_name_what_they_saw(case: zoo.RefusedCase) -> None:
         "granite": "got a factor of 0.5 in blocks.0",
         "deepseek": "got MLA",
         "led": "got LEDForConditionalGeneration",
+        "t5gemma": "got T5GemmaForConditionalGeneration",
         "olmo2": "got a relative error of",
         "t5": "HookedEncoderDecoder",
     }

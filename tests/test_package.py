@@ -21,12 +21,12 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks", "operations"},
+    {"panels", "storage", "tensors", "activations", "ranks", "operations", "sequences"},
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},
     {"hosts"},
-    {"decompose", "replay", "propagate"},
+    {"decompose", "replay", "propagate", "layerwise"},
     {"stream", "vocabulary"},
     {"attribution", "selection"},
     {"readers"},

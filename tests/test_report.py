@@ -167,7 +167,17 @@ def test_report_without_a_mask_predicts_nothing(masked):
 def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = load_demo("encoder-decoder")
     page = build_report(model, "the bat burned .")
-    assert titles(page) == TITLES
+    lens = "What the decoder says after each layer"
+    assert titles(page) == [*TITLES, lens]
+    section = next(section for section in page.sections if section.title == lens)
+    table, judged, *curves = section.panels
+    assert [row[0] for row in table.rows] == [0, 1, 2, 3, 4]
+    assert table.rows[-1][1] == "la batte brûlait ."
+    assert all(0 < row[2] <= 1 for row in table.rows)
+    assert judged.rows[-1] == "layer 4"
+    assert [curve.title for curve in curves] == ["edit distance", "gold NLL"]
+    assert curves[0].series[0][1][-1] == 0, "the last layer's output is the final one"
+    assert len(page.html().encode()) < 3 * 2**20
     assert dict(page.facts)["Maps of"] == "the encoder"
     parsed = Parsed(page.html())
     assert not any(chart["props"]["maskUpperTri"] for chart in parsed.charts())

@@ -221,6 +221,6 @@ _BRIDGE = _ids(
 EXPECTED: dict[int, frozenset[str]] = {
     2: _HOOKED,
     3: _HOOKED | _BRIDGE | _ids("HookedEncoderDecoder", "t5"),
-    4: _BRIDGE | _ids("TransformerBridge", "roberta olmo2 t5 flan"),
+    4: _BRIDGE | _ids("TransformerBridge", "roberta olmo2 t5 flan mbart m2m100 pegasus"),
 }
 """Case ids by major version of TransformerLens; written out, so coverage cannot shrink unseen."""

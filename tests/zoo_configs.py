@@ -257,6 +257,31 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
         "marian": Family(
             "MarianMTModel", "MarianConfig", BART_LIKE, "bart", _BRIDGE, decoder_start=2
         ),
+        # As BART, but with the norms before the sublayers and one behind each stack.
+        "mbart": Family(
+            "MBartForConditionalGeneration",
+            "MBartConfig",
+            BART_LIKE,
+            "bart",
+            _BRIDGE_4,
+            decoder_start=2,
+        ),
+        "m2m100": Family(
+            "M2M100ForConditionalGeneration",
+            "M2M100Config",
+            BART_LIKE,
+            "bart",
+            _BRIDGE_4,
+            decoder_start=2,
+        ),
+        "pegasus": Family(
+            "PegasusForConditionalGeneration",
+            "PegasusConfig",
+            BART_LIKE,
+            "bart",
+            _BRIDGE_4,
+            decoder_start=2,
+        ),
     }
 )
 

@@ -84,6 +84,10 @@ _LED = {
 }
 del _LED["max_position_embeddings"]
 
+_T5GEMMA = {
+    name: value for name, value in rows.LLAMA_LIKE.items() if name != "tie_word_embeddings"
+} | {"head_dim": rows.D_HEAD, "query_pre_attn_scalar": 16, "sliding_window": 4}
+
 _ROWS = [
     RefusedCase(
         "mixtral",
@@ -149,6 +153,15 @@ _ROWS = [
         "LEDConfig",
         _LED,
         "bart",
+    ),
+    RefusedCase(
+        "t5gemma",
+        _BRIDGE,
+        "T5Gemma",
+        (4,),
+        "T5GemmaForConditionalGeneration",
+        "T5GemmaConfig",
+        {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": rows.D_VOCAB},
     ),
     # The decoder attends to the future; no check against the model itself can see it.
     RefusedCase(

@@ -28,6 +28,7 @@ from tl_contextmix.methods.changes import (
     cancellation,
     contextualization_change,
 )
+from tl_contextmix.methods.decoder_lens import decoder_lens
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
@@ -44,7 +45,11 @@ from tl_contextmix.results import (
     ContextMap,
     Decomposition,
     Knockout,
+    LayerCurves,
     LayerFigures,
+    LayerwiseDecoding,
+    LayerwiseLikelihood,
+    LayerwiseScores,
     LogProbContributions,
     PairChanges,
     QueryContributions,
@@ -63,7 +68,11 @@ __all__ = [
     "FileFormatError",
     "InvalidInput",
     "Knockout",
+    "LayerCurves",
     "LayerFigures",
+    "LayerwiseDecoding",
+    "LayerwiseLikelihood",
+    "LayerwiseScores",
     "LogProbContributions",
     "MinimalPair",
     "PairChanges",
@@ -82,6 +91,7 @@ __all__ = [
     "component_readouts",
     "contextualization_change",
     "cue_alignment",
+    "decoder_lens",
     "decompose",
     "decompx",
     "decompx_vectors",

@@ -16,6 +16,8 @@ from torch import nn
 
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.hosts.building import build
+from tl_contextmix.hosts.decoding import Generated
+from tl_contextmix.hosts.listening import EncoderDecoder, from_speech, from_view, is_speech
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import (
     fingerprint,
@@ -89,6 +91,20 @@ def check(model: Any) -> IdentityReport:
     return _examine(model).report
 
 
+def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
+    """Returns an encoder-decoder as one encoder of L layers and a decoder that reads any of them.
+
+    Args:
+        model: As in `as_view`, or a Hugging Face speech model (Whisper).
+        tokenizer: Tokenizer or processor of a speech model.
+
+    Raises:
+        UnsupportedModel: As `as_view`, or if the model has one stack.
+        InvalidInput: As `as_view`.
+    """
+    return from_speech(model, tokenizer) if is_speech(model) else from_view(model, as_view(model))
+
+
 def _examine(model: Any) -> _Known:
     facts = recognise(model)
     require_no_autocast(next(model.parameters()).device)
@@ -120,4 +136,11 @@ def _depth_of_caller() -> int:
     return depth
 
 
-__all__ = ["IdentityReport", "as_view", "check"]
+__all__ = [
+    "EncoderDecoder",
+    "Generated",
+    "IdentityReport",
+    "as_encoder_decoder",
+    "as_view",
+    "check",
+]

@@ -66,7 +66,10 @@ def _unembed_weights(handle: Handle) -> Weights:
 def _tied_scale(handle: Handle, architecture: str) -> float:
     """Returns T5's factor on tied embeddings."""
     model = handle.get()
-    t5 = handle.host == "HookedEncoderDecoder" or "T5" in architecture
+    # mT5 of transformers 5 never scales, whatever is tied.
+    t5 = handle.host == "HookedEncoderDecoder" or (
+        "T5" in architecture and not architecture.startswith("MT5")
+    )
     config = getattr(getattr(model, "original_model", None), "config", model.cfg)
     # transformers 5 scales where `scale_decoder_outputs` says so, and ties the two by default.
     scaled = getattr(config, "scale_decoder_outputs", None)

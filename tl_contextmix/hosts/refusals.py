@@ -34,7 +34,7 @@ def _t5_on_2(facts: Facts) -> str:
 
 
 def _t5_on_bridge_3(facts: Facts) -> str:
-    old = facts.major == 3 and facts.bridge and "T5" in facts.architecture
+    old = facts.major == 3 and facts.bridge and "T5For" in facts.architecture
     return f"{facts.architecture} on TransformerBridge 3" if old else ""
 
 
@@ -86,6 +86,13 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
         "its encoder attends in windows and has no attention pattern to read",
         "Use BART or T5 (the encoder-decoders with full attention).",
+    ),
+    Refusal(
+        "T5Gemma",
+        lambda facts: facts.architecture if facts.architecture.startswith("T5Gemma") else "",
+        "its bridge shows no embedding matrix, and each block has a norm before and behind every "
+        "sublayer under names of its own",
+        "Use T5, BART, Marian, mBART, M2M100 or Pegasus.",
     ),
     Refusal(
         "Granite's residual scale",

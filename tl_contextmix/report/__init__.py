@@ -26,7 +26,7 @@ def build_report(model: object, text: str, *, title: str | None = None) -> Page:
     the answer; the map of every scope; how much each component changes it; the pairs the
     feed-forward block changes most; the mixing ratio; what each layer loses without a token; and
     the rollout. Of an encoder-decoder, the maps are those of the encoder, and the components those
-    of the decoder.
+    of the decoder; the last section is then what the decoder says after each encoder layer.
 
     Args:
         model: Any model `as_view` reads.

@@ -15,6 +15,7 @@ from tl_contextmix.methods.readouts import component_readouts
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.panels import Bars, Heatmap, Panel, Table
 from tl_contextmix.render import Section
+from tl_contextmix.report.layers import decoder_lens_section
 from tl_contextmix.report.story import Story
 from tl_contextmix.results import LayerFigures
 
@@ -338,6 +339,7 @@ SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "mixing ratio": _ratios,
     "value zeroing": _zeroing,
     "rollout": _rollout,
+    "decoder lens": decoder_lens_section,
 }
 
 

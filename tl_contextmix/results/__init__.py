@@ -14,25 +14,39 @@ from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.contributions import LogProbContributions
+from tl_contextmix.results.curves import CurvePoint, LayerCurves
+from tl_contextmix.results.decodings import LayerwiseDecoding, MetricChoice
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
 from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.likelihoods import (
+    LIKELIHOOD_METRICS,
+    LayerwiseLikelihood,
+    LayerwiseScores,
+)
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.queries import QueryContributions
 from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
 
 __all__ = [
+    "LIKELIHOOD_METRICS",
     "Comparison",
     "ComponentReadouts",
     "Components",
     "ContextMap",
     "Cost",
+    "CurvePoint",
     "Decomposition",
     "Knockout",
+    "LayerCurves",
     "LayerFigures",
+    "LayerwiseDecoding",
+    "LayerwiseLikelihood",
+    "LayerwiseScores",
     "LogProbContributions",
+    "MetricChoice",
     "Pair",
     "PairChanges",
     "Provenance",

@@ -242,11 +242,13 @@ class ContextMap(Result):
             bias=bias,
         )
 
-    def rollout(self, *, add_identity: bool | None = None) -> ContextMap:
+    def rollout(
+        self, *, add_identity: bool | None = None, encoder: ContextMap | None = None
+    ) -> ContextMap:
         """Returns the map multiplied through the layers; see `tl_contextmix.rollout`."""
         from tl_contextmix.rollout import rollout
 
-        return rollout(self, add_identity=add_identity)
+        return rollout(self, add_identity=add_identity, encoder=encoder)
 
     def top(self, k: int = 10) -> list[dict[str, Any]]:
         """Returns the ``k`` largest scores with their labels, largest first; no padding, no NaN.

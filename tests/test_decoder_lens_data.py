@@ -1,0 +1,286 @@
+"""DecoderLens over data: metrics against their packages and by hand, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import sys
+from typing import Any
+
+import jiwer
+import pytest
+import sacrebleu
+import torch
+import zoo
+from zoo_refused import REFUSED
+
+import tl_contextmix as cm
+from tl_contextmix.results import Provenance
+from tl_contextmix.sequences import METRICS, edit_distance, repetition
+
+CASES = [case for case in zoo.cases() if case.encoder_decoder]
+RIGHT = ["le roi voit une étoile .", "les chats dorment ici .", "la batte brûlait ."]
+SAID = [
+    ["le", "le roi voit le chat .", "le roi voit une étoile ."],
+    ["les les les les", "les chats dorment ici .", "les chats dorment là ."],
+    ["", "la batte brûlait .", "la batte brûlait ."],
+]
+VOCABULARY = sorted(
+    {word for text in [*RIGHT, *functools.reduce(operator.iadd, SAID, [])] for word in text.split()}
+)
+END = len(VOCABULARY)
+
+
+def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseDecoding:
+    """Outputs that are known, of three layers."""
+    ids = torch.full((3, 3, 8), END)
+    mask = torch.zeros(3, 3, 8, dtype=torch.bool)
+    for row, texts in enumerate(SAID):
+        for place, text in enumerate(texts):
+            words = [VOCABULARY.index(word) for word in text.split()]
+            ids[row, place, : len(words)] = torch.tensor(words, dtype=torch.long)
+            mask[row, place, : len(words) + 1] = True
+    finished = torch.ones(3, 3, dtype=torch.bool)
+    finished[1, 0] = False
+    return cm.LayerwiseDecoding(
+        ids=ids,
+        mask=mask,
+        log_probs=-mask.double(),
+        finished=finished,
+        content=mask & (ids != END),
+        strings=tuple(
+            tuple(tuple([*VOCABULARY, "</s>"][i] for i in row) for row in rows)
+            for rows in ids.tolist()
+        ),
+        texts=tuple(map(tuple, SAID)),
+        layers=(0, 1, 2),
+        depth=2,
+        inputs=("a", "b", "c"),
+        references=references,
+        provenance=Provenance("decoder_lens", {}, "m", "h", "1", "1", (), "f"),
+    )
+
+
+def values(curves: cm.LayerCurves, metric: str, category: str = "all") -> list[float]:
+    points = curves.select(metric, category)
+    assert [point.layer for point in points] == [0, 1, 2]
+    return [point.value for point in points]
+
+
+def column(place: int) -> list[str]:
+    return [texts[place] for texts in SAID]
+
+
+# Metrics
+
+
+def test_metrics_of_other_packages_are_theirs_over_the_corpus() -> None:
+    found = decoding().metrics(metric=["BLEU", "chrF", "WER", "CER"])
+    for place in range(3):
+        texts = column(place)
+        bleu = sacrebleu.corpus_bleu(texts, [RIGHT]).score
+        chrf = [
+            sacrebleu.sentence_chrf(text, [right]).score
+            for text, right in zip(texts, RIGHT, strict=True)
+        ]
+        assert values(found, "BLEU")[place] == pytest.approx(bleu)
+        assert values(found, "chrF")[place] == pytest.approx(sum(chrf) / 3)
+        assert values(found, "WER")[place] == pytest.approx(jiwer.wer(RIGHT, texts))
+        assert values(found, "CER")[place] == pytest.approx(jiwer.cer(RIGHT, texts))
+
+
+def test_own_metrics_by_hand() -> None:
+    found = decoding().metrics()
+    assert {point.metric for point in found.points} == set(METRICS) - {"BLEU", "chrF", "WER", "CER"}
+    assert values(found, "exact match") == pytest.approx([0, 2 / 3, 2 / 3])
+    assert values(found, "token accuracy")[:2] == pytest.approx(
+        [(1 / 6 + 1 / 5 + 0) / 3, (4 / 6 + 1 + 1) / 3]
+    )
+    assert values(found, "length ratio") == pytest.approx([5 / 15, 1, 1])
+    # In tokens, to the last layer's output: 5 words are missing, 3 replaced and 1 missing, all 4.
+    assert values(found, "edit distance") == pytest.approx([(5 + 4 + 4) / 3, (2 + 1 + 0) / 3, 0])
+    # "les les les les" has one pair of neighbours, three times; "le" and "" have none.
+    assert values(found, "repetition") == pytest.approx([2 / 3, 0, 0])
+    assert [point.sentences for point in found.select("repetition")] == [1, 3, 3]
+    assert values(found, "empty") == pytest.approx([1 / 3, 0, 0])
+    assert values(found, "truncated") == pytest.approx([1 / 3, 0, 0])
+    assert {point.metric for point in decoding(None).metrics().points} == {
+        "edit distance",
+        "repetition",
+        "empty",
+        "truncated",
+    }
+
+
+def test_a_function_of_the_users_and_categories() -> None:
+    seen: list[tuple[str, str | None, str]] = []
+
+    def starts_with_le(output: str, reference: str | None, source: str) -> float:
+        seen.append((output, reference, source))
+        return float("nan") if not output else float(output.startswith("le"))
+
+    found = decoding().metrics(metric=starts_with_le, categories=["x", "y", "x"])
+    assert ("le", RIGHT[0], "a") in seen
+    assert values(found, "starts_with_le") == pytest.approx([1, 2 / 3, 2 / 3])
+    assert values(found, "starts_with_le", "x") == pytest.approx([1, 1 / 2, 1 / 2])
+    assert [p.sentences for p in found.select("starts_with_le", "x")] == [1, 2, 2]
+    named = decoding().metrics(metric={"one": starts_with_le, "two": lambda o, r, s: 2.0})
+    assert values(named, "two") == [2, 2, 2]
+
+
+def test_intervals_hold_the_figure_and_come_again() -> None:
+    first, again = (decoding().metrics(metric=["WER", "exact match", "BLEU"]) for _ in range(2))
+    assert first.equals(again)
+    for point in first.points:
+        assert point.low <= point.value + 1e-9
+        assert point.value <= point.high + 1e-9
+    spread = first.select("exact match")[1]
+    assert (spread.low, spread.high) == (0, 1), "one of three sentences is wrong"
+
+
+def test_first_layers() -> None:
+    found = decoding()
+    assert found.first_correct_layer() == (2, 1, 1)
+    assert found.first_correct_layer(["le", "nothing", "la  batte brûlait ."]) == (0, None, 1)
+    assert found.first_stable_layer() == (2, 2, 1)
+    assert found.truncated.tolist()[1] == [True, False, False]
+    torch.testing.assert_close(
+        found.probabilities[0], torch.tensor([-2.0, -7.0, -7.0]).exp().double()
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("", ""), ("kitten", "sitting"), ("abc", ""), ("ab", "ba"), ("flaw", "lawn")]
+)
+def test_edit_distance_is_the_recursive_one(a: str, b: str) -> None:
+    def slow(a: str, b: str) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    assert edit_distance(a, b) == slow(a, b)
+
+
+def test_repetition() -> None:
+    assert math.isnan(repetition([1]))
+    assert repetition([1, 2, 1, 2]) == pytest.approx(1 / 3)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, metric in (("sacrebleu", "BLEU"), ("jiwer", "WER")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(cm.ContextMixError, match=rf"needs the package {package}.*\[metrics\]"):
+            decoding().metrics(metric=metric)
+
+
+def test_metrics_that_have_no_answer() -> None:
+    for options, match in (
+        ({"metric": "BLUE"}, "no such metric"),
+        ({"reference": ["a"]}, "1 references"),
+        ({"reference": ["a", " ", "c"]}, "a word in it"),
+        ({"categories": ["x"]}, "categories do not fit"),
+    ):
+        with pytest.raises(cm.InvalidInput, match=match):
+            decoding().metrics(**options)
+    with pytest.raises(cm.InvalidInput, match="BLEU without references"):
+        decoding(None).metrics(metric="BLEU")
+    with pytest.raises(cm.InvalidInput, match="cannot be compared with a reference"):
+        decoding(None).first_correct_layer()
+
+
+# The data-set call
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_data_set_call_gives_the_curves_of_the_results(case: zoo.Case) -> None:
+    model, texts, right = zoo.build(case), ["the cat sat", "a dog ran"], ["a cat", "the dog ran"]
+    options = {"max_new_tokens": 6, "num_beams": 2}
+    curves = cm.decoder_lens(
+        model, texts, right, metric=["token accuracy", "KL"], categories=["x", "y"], **options
+    )
+    free = cm.decoder_lens(model, texts, right, **options)
+    forced = cm.decoder_lens(model, texts, right, mode="teacher_forced")
+    expected = free.metrics(metric="token accuracy", categories=["x", "y"]) + forced.metrics(
+        metric="KL", categories=["x", "y"]
+    )
+    assert curves.to_dataframe().equals(expected.to_dataframe())
+    by_token = forced.metrics(metric="gold NLL", categories=[["n", "m"], ["n"]])
+    row = forced.log_probs[:, 0]
+    assert by_token.select("gold NLL", "n")[0].value == pytest.approx(-float(row[:, 0].mean()))
+    assert by_token.select("gold NLL", "m")[0].value == pytest.approx(-float(row[0, 1]))
+    mask = forced.target.mask
+    whole = by_token.select("gold NLL")[0].value
+    assert whole == pytest.approx(-float(row.sum() / mask.sum()))
+    first = forced.first_correct_layer()
+    for place in range(int(mask[0].sum())):
+        hits = [layer for layer in forced.layers if int(forced.ranks[0, layer, place]) == 0]
+        assert int(first[0, place]) == (hits[0] if hits else -1)
+
+
+# What is refused
+
+BAD = [
+    ({"input": ""}, "input is empty"),
+    ({"input": ["the cat", ""]}, "input is empty"),
+    ({"references": ""}, "reference has no tokens"),
+    ({"references": "  "}, "reference has no tokens"),
+    ({"references": ["the", "a"]}, "2 references for 1 inputs"),
+    ({"layers": 9}, "layer axis"),
+    ({"mode": "think"}, "mode"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"num_beams": 0}, "num_beams=0"),
+    ({"max_bytes": 0}, "max_bytes=0"),
+    ({"mode": "scores"}, "nothing to score"),
+    ({"mode": "scores", "tokens": ["the cat"]}, "not one token"),
+    ({"mode": "scores", "tokens": [61]}, "not one token"),
+    ({"input": ["a", "the"], "decoder_input": ["a cat", "a"]}, "same number of tokens|every row"),
+    ({"mode": "teacher_forced", "categories": ["a"]}, "categories"),
+    ({"mode": "generate", "tokens": [7]}, "tokens"),
+    ({"mode": "scores", "tokens": [7], "num_beams": 2}, "num_beams would change nothing"),
+    ({"mode": "scores", "tokens": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
+    ({"mode": "scores", "tokens": [7], "metric": "KL"}, "mode would change nothing"),
+    (
+        {"mode": "teacher_forced", "references": "a dog", "decoder_input": "a"},
+        "decoder_input would change nothing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), BAD)
+def test_what_cannot_be_decoded(options: dict[str, Any], match: str) -> None:
+    if not CASES:
+        pytest.skip("this version has no encoder-decoder that runs")
+    asked = {"input": "the cat", **options}
+    ask = getattr(cm.decoder_lens, "__wrapped__", cm.decoder_lens)
+    with pytest.raises(cm.InvalidInput, match=match):
+        ask(zoo.build(CASES[0]), **asked)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.family in ("bart", "pegasus")], ids=str)
+def test_what_does_not_fit_the_context(case: zoo.Case) -> None:
+    model, long = zoo.build(case), torch.full((1, 33), 7)
+    with pytest.raises(cm.InvalidInput, match="at most 32"):
+        cm.decoder_lens(model, long)
+    with pytest.raises(cm.InvalidInput, match="at most 32"):
+        cm.decoder_lens(model, "the cat", max_new_tokens=32)
+    with pytest.raises(cm.InvalidInput, match="at most 32"):
+        cm.decoder_lens(model, "the cat", " ".join(["cat"] * 40), mode="teacher_forced")
+    assert cm.decoder_lens(model, "the cat").ids.shape[-1] <= 31
+    with pytest.raises(cm.InvalidInput, match="Pad on the right"):
+        cm.decoder_lens(model, ["the cat sat", "a"], padding_side="left")
+
+
+ONE_STACK = [case for case in zoo.cases() if case.family in ("gpt2", "bert")]
+
+
+@pytest.mark.parametrize("case", ONE_STACK, ids=str)
+def test_models_with_one_stack_are_refused(case: zoo.Case) -> None:
+    with pytest.raises(cm.UnsupportedModel, match="no encoder layers for a decoder to read"):
+        cm.decoder_lens(zoo.build(case), "the cat")
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSED if c.family in ("t5", "led")], ids=str)
+def test_encoder_decoders_that_are_wrong_are_refused_with_the_reason(case: Any) -> None:
+    with pytest.raises(cm.UnsupportedModel, match=case.match):
+        cm.decoder_lens(case.build(), torch.tensor([[7, 8, 9]]))

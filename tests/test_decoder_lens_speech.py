@@ -1,0 +1,133 @@
+"""DecoderLens of a Hugging Face speech model: audio features in, a transcript per layer out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import oracle_decoding as oracle
+import pytest
+import torch
+import zoo_build
+from torch import Tensor
+
+import tl_contextmix as cm
+
+LENGTH, PAD = 8, 60
+_CONFIG = {
+    "vocab_size": 61,
+    "num_mel_bins": 8,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "d_model": 32,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_source_positions": 12,
+    "max_target_positions": 32,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+
+@functools.cache
+def whisper() -> Any:
+    """A tiny random Whisper that ends some of its answers."""
+    model = zoo_build.hugging_face(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        _CONFIG,
+        dtype=torch.float64,
+        seed=0,
+    )
+    said = generate(model, features(), min_new_tokens=LENGTH)
+    model.generation_config.eos_token_id = int(said[0, 3])
+    return model
+
+
+def features() -> Tensor:
+    return torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0)).double()
+
+
+@torch.no_grad()
+def generate(model: Any, given: Tensor, **options: Any) -> Tensor:
+    with zoo_build.quiet():
+        return model.generate(given, max_new_tokens=LENGTH, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_every_layer_says_what_whisper_without_later_blocks_says(beams: int) -> None:
+    model = whisper()
+    found = cm.decoder_lens(model, features(), max_new_tokens=LENGTH, num_beams=beams)
+    assert found.layers == (0, 1, 2, 3)
+    end = model.generation_config.eos_token_id
+    for layer in found.layers:
+        short = oracle.truncated(model, layer)
+        expected = generate(short, features(), num_beams=beams).tolist()
+        for row in range(3):
+            said = found.ids[row, layer][found.mask[row, layer]].tolist()
+            # Whisper takes the end token off, and fills up with padding.
+            right = [token for token in expected[row] if token not in (end, PAD)]
+            assert [token for token in said if token != end] == right
+            assert bool(found.finished[row, layer]) == (said[-1] == end)
+            inputs = torch.tensor([[1, *said[:-1]]])
+            with torch.no_grad():
+                logits = short(features()[row : row + 1], decoder_input_ids=inputs).logits
+            log_probs = logits[0].log_softmax(-1)[torch.arange(len(said)), said]
+            torch.testing.assert_close(found.log_probs[row, layer, : len(said)], log_probs)
+    assert found.texts[0][3] == " ".join(
+        str(t) for t in found.ids[0, 3][found.content[0, 3]].tolist()
+    )
+    assert bool(found.finished.any())
+
+
+def test_its_own_output_is_judged_and_tokens_are_scored() -> None:
+    model = whisper()
+    found = cm.decoder_lens(model, features(), mode="teacher_forced", max_new_tokens=LENGTH)
+    assert not bool(found.ranks[:, -1].any())
+    assert float(found.kl[:, 0].max()) > 0.01
+    scores = cm.decoder_lens(model, features(), mode="scores", tokens=[7, 9])
+    short = oracle.truncated(model, 1)
+    with torch.no_grad():
+        expected = short(features(), decoder_input_ids=torch.full((3, 1), 1)).logits[:, 0, [7, 9]]
+    torch.testing.assert_close(scores.logits[:, 1], expected)
+    bare = cm.decoder_lens(model, features(), mode="scores", tokens=[7, 9], final_norm=False)
+    assert bool((bare.logits != scores.logits).all()), "Whisper's encoder has a final norm"
+
+
+def test_metrics_and_a_tokenizer_of_the_users() -> None:
+    tokenizer = zoo_build.load_tokenizer("bart")
+    found = cm.decoder_lens(
+        whisper(), features(), ["the cat"] * 3, max_new_tokens=LENGTH, tokenizer=tokenizer
+    )
+    words = tokenizer.decode(found.ids[0, 3][found.content[0, 3]], skip_special_tokens=True)
+    assert found.texts[0][3] == words
+    rates = found.metrics(metric="WER")
+    assert len(rates.points) == 4
+    judged = cm.decoder_lens(
+        whisper(), features(), ["the cat"] * 3, mode="teacher_forced", tokenizer=tokenizer
+    )
+    assert judged.target.ids.tolist()[0][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"input": "a text"}, "cannot read"),
+        ({"input": torch.zeros(1, 8, 5)}, "cannot be encoded"),
+        ({"input": torch.zeros(1, 8, 24), "decoder_input": torch.tensor([[1]])}, "no meaning"),
+        (
+            {"input": torch.zeros(1, 8, 24), "references": "a", "mode": "teacher_forced"},
+            "tokenizer",
+        ),
+    ],
+    ids=["text", "length", "decoder_input", "tokenizer"],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(cm.InvalidInput, match=match):
+        cm.decoder_lens(whisper(), **options)

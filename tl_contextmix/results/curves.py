@@ -1,0 +1,163 @@
+"""How a figure goes from layer to layer, over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tl_contextmix import storage
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.panels import Bars, Panel, Table
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.labels import Provenance
+from tl_contextmix.sequences import Figure, resampled_interval
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@storage.storable
+@dataclass(frozen=True)
+class CurvePoint:
+    """One figure of one layer.
+
+    Attributes:
+        metric: What was measured.
+        category: Of which sentences, or ``"all"``.
+        layer: Number of the layer.
+        value: The figure over the sentences.
+        low: Lower end of the 95 % bootstrap interval over sentences.
+        high: Upper end.
+        sentences: Over how many sentences; those without a value (NaN) are not counted.
+    """
+
+    metric: str
+    category: str
+    layer: int
+    value: float
+    low: float
+    high: float
+    sentences: int
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class LayerCurves(Result):
+    """Figures by layer, each with an interval.
+
+    Attributes:
+        points: The figures, by metric, category and layer.
+        title: Heading.
+        caption: How to read them.
+        provenance: Where they come from.
+    """
+
+    points: tuple[CurvePoint, ...]
+    title: str
+    caption: str
+    provenance: Provenance
+
+    def __repr__(self) -> str:
+        frame = self.to_dataframe().round(3).to_string(index=False)
+        return f"LayerCurves: {self.title}\n{frame}"
+
+    def __add__(self, other: LayerCurves) -> LayerCurves:
+        """Returns the figures of both, under this one's heading."""
+        return LayerCurves(self.points + other.points, self.title, self.caption, self.provenance)
+
+    def select(self, metric: str, category: str = "all") -> tuple[CurvePoint, ...]:
+        """Returns one curve, layer by layer."""
+        return tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per figure."""
+        import pandas
+
+        columns = list(CurvePoint.__dataclass_fields__)
+        return pandas.DataFrame([asdict(point) for point in self.points], columns=columns)
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns a chart per metric, a series per category, and the table with intervals."""
+        charts = tuple(self._chart(metric) for metric in dict.fromkeys(self._names()))
+        table = Table(
+            title=f"{self.title}: figures",
+            caption="With 95 % bootstrap intervals over sentences.",
+            columns=("metric", "category", "layer", "value", "95 % interval", "n"),
+            rows=tuple(
+                (
+                    p.metric,
+                    p.category,
+                    p.layer,
+                    p.value,
+                    f"{p.low:.3f} to {p.high:.3f}",
+                    p.sentences,
+                )
+                for p in self.points
+            ),
+        )
+        return (*charts, table)
+
+    def _names(self) -> list[str]:
+        return [point.metric for point in self.points]
+
+    def _chart(self, metric: str) -> Bars:
+        points = [point for point in self.points if point.metric == metric]
+        layers = list(dict.fromkeys(point.layer for point in points))
+        found = {(point.category, point.layer): point.value for point in points}
+        categories = dict.fromkeys(point.category for point in points)
+        return Bars(
+            title=f"{self.title}: {metric}",
+            caption=self.caption,
+            labels=tuple(f"layer {layer}" for layer in layers),
+            series=tuple(
+                (category, tuple(found[category, layer] for layer in layers))
+                for category in categories
+            ),
+            unit=metric,
+        )
+
+
+def curve_point(
+    metric: str, figure: Figure, category: str, layer: int, counts: Sequence[Sequence[float]]
+) -> CurvePoint:
+    """Returns a figure and its interval.
+
+    Args:
+        metric: Its name.
+        figure: From sums of counts to the figure.
+        category: Of which sentences.
+        layer: Of which layer.
+        counts: What each sentence adds to the sums.
+    """
+    # A sentence that adds nothing to any count has no value.
+    kept = [row for row in counts if any(row)]
+    table = torch.tensor(kept, dtype=torch.float64).reshape(len(kept), -1)
+    value = figure(table.sum(0).tolist()) if kept else float("nan")
+    low, high = resampled_interval(table, figure)
+    return CurvePoint(metric, category, layer, float(value), low, high, len(kept))
+
+
+def category_groups(categories: Sequence[str] | None, count: int) -> dict[str, list[int]]:
+    """Returns the sentences of each category, and all of them.
+
+    Raises:
+        InvalidInput: If there is not one category per sentence.
+    """
+    if categories is None:
+        return {"all": list(range(count))}
+    if len(categories) != count:
+        raise InvalidInput(
+            four_parts(
+                "categories do not fit the inputs",
+                f"{len(categories)} categories",
+                f"{count}, one per input",
+                "Give one category per input.",
+            )
+        )
+    groups: dict[str, list[int]] = {"all": list(range(count))}
+    for row, name in enumerate(categories):
+        groups.setdefault(str(name), []).append(row)
+    return groups

@@ -1,0 +1,286 @@
+"""What a decoder says after each encoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+
+from tl_contextmix import storage
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.panels import Panel, Table
+from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.curves import LayerCurves, category_groups, curve_point
+from tl_contextmix.results.labels import Provenance
+from tl_contextmix.sequences import (
+    DEFAULT_METRICS,
+    Metric,
+    Output,
+    UserMetric,
+    metric_named,
+    user_metric,
+    words,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+MetricChoice = str | UserMetric | Sequence[str] | Mapping[str, UserMetric]
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class LayerwiseDecoding(Result):
+    """What the decoder said from each encoder layer, sentence by sentence.
+
+    Attributes:
+        ids: The tokens said, the end token among them; padding after it.
+        mask: True up to the end token.
+        log_probs: Log-probability of each token, in nats; 0 at padding.
+        finished: Whether the end token was reached; False where the length ran out.
+        content: True at tokens that are text: no end, no padding, no other special token.
+        strings: The tokens as text.
+        texts: The outputs as text, by sentence and layer.
+        layers: Number of each layer; 0 is the embeddings.
+        depth: Number of the last encoder layer, L.
+        inputs: The inputs as text; empty for audio.
+        references: The right answers, or None.
+        provenance: Where it comes from.
+    """
+
+    ids: Int[torch.Tensor, "batch layer pos"]
+    mask: Bool[torch.Tensor, "batch layer pos"]
+    log_probs: Float[torch.Tensor, "batch layer pos"]
+    finished: Bool[torch.Tensor, "batch layer"]
+    content: Bool[torch.Tensor, "batch layer pos"]
+    strings: tuple[tuple[tuple[str, ...], ...], ...]
+    texts: tuple[tuple[str, ...], ...]
+    layers: tuple[int, ...]
+    depth: int
+    inputs: tuple[str, ...]
+    references: tuple[str, ...] | None
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        shape = (len(self.inputs), len(self.layers), self.ids.shape[2])
+        for name in ("ids", "mask", "log_probs", "content"):
+            require_shape(f"LayerwiseDecoding.{name}", getattr(self, name), shape)
+        require_shape("LayerwiseDecoding.finished", self.finished, shape[:2])
+
+    def __repr__(self) -> str:
+        lines = [f"LayerwiseDecoding: batch {len(self.inputs)}, layer {len(self.layers)}"]
+        for layer, text in zip(self.layers, self.texts[0], strict=True):
+            lines.append(f"  batch 0, layer {layer}: {text!r}")
+        return "\n".join(lines)
+
+    @property
+    def truncated(self) -> Bool[torch.Tensor, "batch layer"]:
+        """Whether the length ran out before the end token came."""
+        return ~self.finished
+
+    @property
+    def probabilities(self) -> Float[torch.Tensor, "batch layer"]:
+        """Probability of each whole output, end token included."""
+        return self.log_probs.sum(-1).exp()
+
+    def first_correct_layer(
+        self, references: str | Sequence[str] | None = None
+    ) -> tuple[int | None, ...]:
+        """Returns per sentence the first layer whose output is the reference; None: no layer.
+
+        Words are compared, not the blanks between them. A later layer may lose it again.
+
+        Raises:
+            InvalidInput: If there are no references, or not one per sentence.
+        """
+        right = self._references(references, needed=True)
+        assert right is not None
+        return tuple(
+            next(
+                (
+                    layer
+                    for layer, text in zip(self.layers, texts, strict=True)
+                    if words(text) == words(reference)
+                ),
+                None,
+            )
+            for texts, reference in zip(self.texts, right, strict=True)
+        )
+
+    def first_stable_layer(self) -> tuple[int, ...]:
+        """Returns per sentence the first layer from which on the output is the last layer's.
+
+        Raises:
+            InvalidInput: If the last layer is not among the layers.
+        """
+        self._require_depth()
+        found = []
+        for row in range(len(self.inputs)):
+            final = self._tokens(row, len(self.layers) - 1, self.mask)
+            place = len(self.layers) - 1
+            while place > 0 and self._tokens(row, place - 1, self.mask) == final:
+                place -= 1
+            found.append(self.layers[place])
+        return tuple(found)
+
+    def metrics(
+        self,
+        reference: str | Sequence[str] | None = None,
+        *,
+        metric: MetricChoice | None = None,
+        categories: Sequence[str] | None = None,
+    ) -> LayerCurves:
+        """Returns figures by layer over the sentences, with 95 % bootstrap intervals.
+
+        ``exact match``, ``token accuracy`` (words at their place), ``BLEU`` (of the corpus),
+        ``chrF`` (mean of sentences), ``WER``, ``CER`` and ``length ratio`` (sums over the corpus)
+        need a reference; ``edit distance`` (in tokens, to the last layer's output),
+        ``repetition`` (share of repeated bigrams), ``empty`` and ``truncated`` (shares of outputs)
+        do not.
+
+        Args:
+            reference: The right answer of each sentence; None for those given to `decoder_lens`.
+            metric: A name, several, a function of output, reference and source, or several by
+                name; None for all that need no further package. A function's NaN leaves the
+                sentence out of its figure.
+            categories: A category per sentence: figures for each, beside those for all.
+
+        Raises:
+            InvalidInput: If a metric is unknown or lacks its reference, or lengths do not fit.
+            ContextMixError: If a metric's package is not installed.
+        """
+        right = self._references(reference, needed=False)
+        chosen = _metrics(metric, referenced=right is not None)
+        if "edit distance" in {one.name for one in chosen}:
+            self._require_depth()
+        groups = category_groups(categories, len(self.inputs))
+        outputs = [
+            [self._output(row, place, right) for row in range(len(self.inputs))]
+            for place in range(len(self.layers))
+        ]
+        points = [
+            curve_point(
+                one.name, one.figure, name, layer, [one.counts(column[row]) for row in rows]
+            )
+            for one in chosen
+            for name, rows in groups.items()
+            for layer, column in zip(self.layers, outputs, strict=True)
+        ]
+        return LayerCurves(
+            points=tuple(points),
+            title="What the decoder says after each encoder layer",
+            caption="Layer 0: the embeddings. Means or sums over sentences.",
+            provenance=self.provenance,
+        )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per sentence and layer."""
+        import pandas
+
+        chances = as_array(self.log_probs.sum(-1))
+        return pandas.DataFrame(
+            [
+                {
+                    "batch": row,
+                    "layer": layer,
+                    "input": self.inputs[row],
+                    "output": self.texts[row][place],
+                    "log_prob": float(chances[row, place]),
+                    "tokens": int(self.mask[row, place].sum()),
+                    "truncated": bool(self.truncated[row, place]),
+                }
+                for row in range(len(self.inputs))
+                for place, layer in enumerate(self.layers)
+            ]
+        )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns one table per sentence: layer, output, probability."""
+        return tuple(self._table(row) for row in range(len(self.inputs)))
+
+    def _table(self, row: int) -> Table:
+        given = self.inputs[row] or f"input {row}"
+        reference = "" if self.references is None else f" Right: {self.references[row]}"
+        return Table(
+            title=f"What the decoder says of: {given}",
+            caption="From each encoder layer; 0 is the embeddings. Probability: of the whole "
+            f"output, its end included.{reference}",
+            columns=("layer", "output", "probability", "ended"),
+            rows=tuple(
+                (
+                    layer,
+                    self.texts[row][place] or "(nothing)",
+                    float(self.probabilities[row, place]),
+                    "yes" if self.finished[row, place] else "cut off",
+                )
+                for place, layer in enumerate(self.layers)
+            ),
+        )
+
+    def _tokens(self, row: int, place: int, chosen: torch.Tensor) -> tuple[int, ...]:
+        return tuple(self.ids[row, place][chosen[row, place]].tolist())
+
+    def _output(self, row: int, place: int, right: Sequence[str] | None) -> Output:
+        return Output(
+            text=self.texts[row][place],
+            tokens=self._tokens(row, place, self.content),
+            finished=bool(self.finished[row, place]),
+            final=self._tokens(row, len(self.layers) - 1, self.content),
+            reference=None if right is None else right[row],
+            source=self.inputs[row],
+        )
+
+    def _references(
+        self, given: str | Sequence[str] | None, *, needed: bool
+    ) -> Sequence[str] | None:
+        given = [given] if isinstance(given, str) else given
+        found = self.references if given is None else given
+        if found is None and not needed:
+            return None
+        if found is None or len(found) != len(self.inputs) or not all(map(words, found)):
+            raise InvalidInput(
+                four_parts(
+                    "the outputs cannot be compared with a reference",
+                    "none" if found is None else f"{len(found)} references: {list(found)[:3]}",
+                    f"{len(self.inputs)} references, one per input, each with a word in it",
+                    "Pass the right answers.",
+                )
+            )
+        return found
+
+    def _require_depth(self) -> None:
+        if self.layers[-1] != self.depth:
+            raise InvalidInput(
+                four_parts(
+                    "the outputs cannot be compared with the final one",
+                    f"layers {list(self.layers)}",
+                    f"the last of them to be {self.depth}",
+                    "Decode the last layer too (layers=None decodes all).",
+                )
+            )
+
+
+def _metrics(metric: MetricChoice | None, *, referenced: bool) -> list[Metric]:
+    if metric is None:
+        found = [metric_named(name) for name in DEFAULT_METRICS]
+        return [one for one in found if referenced or not one.referenced]
+    if isinstance(metric, Mapping):
+        return [user_metric(name, function) for name, function in metric.items()]
+    if callable(metric):
+        return [user_metric(getattr(metric, "__name__", "metric"), metric)]
+    found = [metric_named(name) for name in ([metric] if isinstance(metric, str) else metric)]
+    lacking = [one.name for one in found if one.referenced and not referenced]
+    if lacking:
+        raise InvalidInput(
+            four_parts(
+                "this metric compares with a right answer",
+                f"{', '.join(lacking)} without references",
+                "one reference per input",
+                "Pass references=.",
+            )
+        )
+    return found

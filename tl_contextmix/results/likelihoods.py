@@ -1,0 +1,263 @@
+"""How a decoder judges a given answer, or a few next tokens, from each encoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from tl_contextmix import storage
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.panels import Bars, Heatmap, Panel
+from tl_contextmix.results.axes import as_array, require_choice, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.curves import LayerCurves, category_groups, curve_point
+from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.sequences import ratio
+
+if TYPE_CHECKING:
+    import pandas
+
+LIKELIHOOD_METRICS = ("gold NLL", "KL", "accuracy")
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class LayerwiseLikelihood(Result):
+    """How the decoder judges each token of a given answer, from each encoder layer.
+
+    Attributes:
+        log_probs: Log-probability of each token given those before it, in nats; 0 at padding.
+        kl: Kullback-Leibler divergence of the last layer's next-token distribution from this
+            layer's, KL(last || layer), in nats; 0 at padding.
+        ranks: How many tokens are more probable than the right one; 0 at padding.
+        predictions: The most probable token.
+        strings: The most probable token as text.
+        layers: Number of each layer; 0 is the embeddings.
+        target: The tokens of the answer, from the first one that is predicted to the end token.
+        inputs: The inputs as text; empty for audio.
+        provenance: Where it comes from.
+    """
+
+    log_probs: Float[torch.Tensor, "batch layer pos"]
+    kl: Float[torch.Tensor, "batch layer pos"]
+    ranks: Int[torch.Tensor, "batch layer pos"]
+    predictions: Int[torch.Tensor, "batch layer pos"]
+    strings: tuple[tuple[tuple[str, ...], ...], ...]
+    layers: tuple[int, ...]
+    target: Tokens
+    inputs: tuple[str, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        batch, pos = self.target.ids.shape
+        for name in ("log_probs", "kl", "ranks", "predictions"):
+            shape = (batch, len(self.layers), pos)
+            require_shape(f"LayerwiseLikelihood.{name}", getattr(self, name), shape)
+
+    def __repr__(self) -> str:
+        batch, layer, pos = self.log_probs.shape
+        return f"LayerwiseLikelihood: batch {batch}, layer {layer}, pos {pos}"
+
+    def metrics(
+        self,
+        *,
+        metric: str | Sequence[str] | None = None,
+        categories: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    ) -> LayerCurves:
+        """Returns ``gold NLL``, ``KL`` and ``accuracy`` per token, with 95 % intervals.
+
+        Sums over tokens divided by their number; sentences are resampled. Accuracy: the share of
+        tokens that are the most probable ones.
+
+        Args:
+            metric: One or several of these names; None for all.
+            categories: A category per sentence, or per token of every sentence (its first tokens;
+                those that are not named, such as the end token, count for all only).
+
+        Raises:
+            InvalidInput: If a metric is unknown or categories do not fit the sentences.
+        """
+        names = [metric] if isinstance(metric, str) else metric or LIKELIHOOD_METRICS
+        for name in names:
+            require_choice("metrics", "metric", name, LIKELIHOOD_METRICS)
+        by_token = _token_categories(categories, self.target)
+        figures = {
+            "gold NLL": -self.log_probs,
+            "KL": self.kl,
+            "accuracy": (self.ranks == 0).to(self.log_probs),
+        }
+        points = []
+        for name in names:
+            values = figures[name]
+            for category, chosen in by_token.items():
+                sums = (values * chosen[:, None]).sum(-1)
+                totals = chosen.sum(-1)
+                kept = totals > 0
+                for place, layer in enumerate(self.layers):
+                    counts = torch.stack([sums[:, place], totals.to(sums)], 1)[kept]
+                    points.append(curve_point(name, ratio, category, layer, counts.tolist()))
+        return LayerCurves(
+            points=tuple(points),
+            title="What the decoder makes of the answer after each encoder layer",
+            caption="Layer 0: the embeddings. Per token.",
+            provenance=self.provenance,
+        )
+
+    def first_correct_layer(self) -> Int[torch.Tensor, "batch pos"]:
+        """Returns per token the first layer from which it is the most probable; -1: no layer.
+
+        A later layer may lose it again. -1 at padding.
+        """
+        right = (self.ranks == 0) & self.target.mask[:, None]
+        first = right.int().argmax(1)
+        numbers = torch.tensor(self.layers)[first]
+        return numbers.masked_fill(~right.any(1), -1)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per token and layer; padding is left out."""
+        import numpy as np
+        import pandas
+
+        real = self.target.mask[:, None].expand(self.log_probs.shape).numpy()
+        batch, layer, pos = np.nonzero(real)
+        return pandas.DataFrame(
+            {
+                "batch": batch,
+                "layer": np.array(self.layers, dtype=np.int64)[layer],
+                "pos": pos,
+                "token": np.array(self.target.strings, dtype=object)[batch, pos],
+                "log_prob": as_array(self.log_probs)[real],
+                "kl": as_array(self.kl)[real],
+                "rank": as_array(self.ranks)[real],
+                "prediction": np.array(self.strings, dtype=object)[batch, layer, pos],
+            }
+        )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns one map per sentence: probability of each token, layer by layer."""
+        found = []
+        for row, given in enumerate(self.inputs):
+            real = self.target.mask[row].tolist()
+            columns = tuple(
+                word for word, keep in zip(self.target.strings[row], real, strict=True) if keep
+            )
+            values = self.log_probs[row][:, self.target.mask[row]].exp().detach().cpu()
+            found.append(
+                Heatmap(
+                    title=f"Answer to: {given or f'input {row}'}",
+                    caption="Probability of each token of the answer, given those before it, when "
+                    "the decoder reads this encoder layer.",
+                    values=values[None],
+                    sheets=("probability",),
+                    rows=tuple(f"layer {layer}" for layer in self.layers),
+                    columns=columns,
+                    unit="probability",
+                )
+            )
+        return tuple(found)
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class LayerwiseScores(Result):
+    """Scores of a few next tokens, from each encoder layer.
+
+    Attributes:
+        logits: Their logits.
+        log_probs: Their log-probabilities among all tokens, in nats.
+        tokens: Their ids.
+        strings: The same as text.
+        layers: Number of each layer; 0 is the embeddings.
+        inputs: The inputs as text; empty for audio.
+        provenance: Where it comes from.
+    """
+
+    logits: Float[torch.Tensor, "batch layer token"]
+    log_probs: Float[torch.Tensor, "batch layer token"]
+    tokens: tuple[int, ...]
+    strings: tuple[str, ...]
+    layers: tuple[int, ...]
+    inputs: tuple[str, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        shape = (len(self.inputs), len(self.layers), len(self.tokens))
+        require_shape("LayerwiseScores.logits", self.logits, shape)
+        require_shape("LayerwiseScores.log_probs", self.log_probs, shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerwiseScores: batch {len(self.inputs)}, layer {len(self.layers)}, "
+            f"token {', '.join(map(repr, self.strings))}"
+        )
+
+    def difference(self, right: int = 0, wrong: int = 1) -> Float[torch.Tensor, "batch layer"]:
+        """Returns the logit of one of the tokens minus that of another, by their places."""
+        return self.logits[..., right] - self.logits[..., wrong]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per sentence, layer and token."""
+        import numpy as np
+        import pandas
+
+        batch, layer, token = np.indices(self.logits.shape).reshape(3, -1)
+        return pandas.DataFrame(
+            {
+                "batch": batch,
+                "layer": np.array(self.layers, dtype=np.int64)[layer],
+                "token": np.array(self.strings, dtype=object)[token],
+                "logit": as_array(self.logits).reshape(-1),
+                "log_prob": as_array(self.log_probs).reshape(-1),
+            }
+        )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns one chart per sentence: probabilities by layer."""
+        chances = self.log_probs.exp().detach().cpu()
+        return tuple(
+            Bars(
+                title=f"Next token after: {given or f'input {row}'}",
+                caption="Probability when the decoder reads this encoder layer.",
+                labels=tuple(f"layer {layer}" for layer in self.layers),
+                series=tuple(
+                    (string, tuple(chances[row, :, place].tolist()))
+                    for place, string in enumerate(self.strings)
+                ),
+                unit="probability",
+            )
+            for row, given in enumerate(self.inputs)
+        )
+
+
+def _token_categories(
+    categories: Sequence[str] | Sequence[Sequence[str]] | None, target: Tokens
+) -> dict[str, torch.Tensor]:
+    """Returns which tokens belong to each category, and which are real."""
+    real = target.mask.cpu()
+    if categories is None or all(isinstance(one, str) for one in categories):
+        groups = category_groups(categories, len(real))  # type: ignore[arg-type]
+        chosen = {name: torch.zeros_like(real) for name in groups}
+        for name, rows in groups.items():
+            chosen[name][rows] = real[rows]
+        return chosen
+    lengths = real.sum(1).tolist()
+    if len(categories) != len(real) or any(
+        len(row) > length for row, length in zip(categories, lengths, strict=False)
+    ):
+        raise InvalidInput(
+            four_parts(
+                "categories do not fit the answers",
+                f"{len(categories)} lists, of {[len(row) for row in categories][:5]} categories",
+                f"{len(real)} lists, of at most {lengths[:5]}",
+                "Give a category per token from the first one; the end token may be left out.",
+            )
+        )
+    chosen = {"all": real}
+    for row, names in enumerate(categories):
+        for place, name in enumerate(names):
+            chosen.setdefault(str(name), torch.zeros_like(real))[row, place] = True
+    return chosen

@@ -1,0 +1,243 @@
+"""How good a text is beside another one: the figures of translation and speech, per sentence.
+
+A metric gives each sentence a few counts and turns sums of counts into one figure: a mean is the
+sum of values over the number of sentences, a word error rate the sum of errors over that of words.
+So a figure over a data set is the published one (corpus BLEU is no mean of sentences' BLEU), and
+resampling sentences gives its interval.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
+
+Counts = tuple[float, ...]
+Figure = Callable[[Sequence[float]], float]
+UserMetric = Callable[[str, str | None, str], float]
+_NONE = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one layer gave for one sentence, and what it is held against.
+
+    Attributes:
+        text: The output.
+        tokens: Its tokens, special ones left out.
+        finished: Whether it came to its end.
+        final: Tokens of the last layer's output.
+        reference: The right answer, or None.
+        source: The input as text; empty for audio.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    final: tuple[int, ...]
+    reference: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        name: Its name.
+        counts: What a sentence adds; as many numbers for every sentence.
+        figure: From sums of counts to the figure; NaN where there is none.
+        referenced: Whether it needs a reference.
+    """
+
+    name: str
+    counts: Callable[[Output], Counts]
+    figure: Figure
+    referenced: bool = True
+
+
+def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
+    """Returns the least number of insertions, deletions and substitutions from ``a`` to ``b``."""
+    row = list(range(len(b) + 1))
+    for i, one in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+
+
+def repetition(tokens: Sequence[object]) -> float:
+    """Returns the share of pairs of neighbours that were there before; NaN below two tokens."""
+    pairs = list(itertools.pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else float("nan")
+
+
+def words(text: str | None) -> list[str]:
+    """Returns the words of a text."""
+    return [] if text is None else text.split()
+
+
+def token_accuracy(output: str, reference: str) -> float:
+    """Returns the share of the reference's words that stand at their place in the output."""
+    right = words(reference)
+    return sum(a == b for a, b in zip(words(output), right, strict=False)) / len(right)
+
+
+def mean_metric(name: str, value: Callable[[Output], float], *, referenced: bool = True) -> Metric:
+    """Returns a metric that averages a value per sentence; NaN leaves the sentence out."""
+
+    def counts(output: Output) -> Counts:
+        found = float(value(output))
+        return _NONE if found != found else (found, 1.0)
+
+    return Metric(name, counts, ratio, referenced)
+
+
+def user_metric(name: str, function: UserMetric) -> Metric:
+    """Returns the mean of a user's function of output, reference and source."""
+    return mean_metric(
+        name, lambda out: function(out.text, out.reference, out.source), referenced=False
+    )
+
+
+def ratio(sums: Sequence[float]) -> float:
+    """Returns the first sum divided by the second; NaN where there is nothing to divide by."""
+    return sums[0] / sums[1] if sums[1] else float("nan")
+
+
+def _bleu() -> Metric:
+    # Counts are the same; without it sacrebleu advises against scores that are not asked for.
+    bleu = _optional("sacrebleu").metrics.BLEU(effective_order=True)
+
+    def counts(output: Output) -> Counts:
+        found = bleu.sentence_score(output.text, [output.reference])
+        return tuple(map(float, (*found.counts, *found.totals, found.sys_len, found.ref_len)))
+
+    def figure(sums: Sequence[float]) -> float:
+        order = (len(sums) - 2) // 2
+        whole = [int(number) for number in sums]
+        correct, total = whole[:order], whole[order : 2 * order]
+        return float(bleu.compute_bleu(correct, total, whole[-2], whole[-1], "exp").score)
+
+    return Metric("BLEU", counts, figure)
+
+
+def _chrf() -> Metric:
+    chrf = _optional("sacrebleu").metrics.CHRF()
+    return mean_metric("chrF", lambda out: chrf.sentence_score(out.text, [out.reference]).score)
+
+
+def _error_rate(name: str, function: str) -> Metric:
+    process = getattr(_optional("jiwer"), function)
+
+    def counts(output: Output) -> Counts:
+        found = process(output.reference, output.text)
+        errors = found.substitutions + found.deletions + found.insertions
+        return float(errors), float(found.hits + found.substitutions + found.deletions)
+
+    return Metric(name, counts, ratio)
+
+
+def _optional(package: str) -> object:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ContextMixError(
+            four_parts(
+                f"this metric needs the package {package}",
+                str(error),
+                "BLEU and chrF from sacrebleu, WER and CER from jiwer",
+                'Install it: pip install "tl-contextmix[metrics]".',
+            )
+        ) from error
+
+
+_MAKERS: dict[str, Callable[[], Metric]] = {
+    "exact match": lambda: mean_metric(
+        "exact match", lambda out: float(words(out.text) == words(out.reference))
+    ),
+    "token accuracy": lambda: mean_metric(
+        "token accuracy", lambda out: token_accuracy(out.text, out.reference or "")
+    ),
+    "BLEU": _bleu,
+    "chrF": _chrf,
+    "WER": lambda: _error_rate("WER", "process_words"),
+    "CER": lambda: _error_rate("CER", "process_characters"),
+    "length ratio": lambda: Metric(
+        "length ratio",
+        lambda out: (float(len(words(out.text))), float(len(words(out.reference)))),
+        ratio,
+    ),
+    "edit distance": lambda: mean_metric(
+        "edit distance", lambda out: float(edit_distance(out.tokens, out.final)), referenced=False
+    ),
+    "repetition": lambda: mean_metric(
+        "repetition", lambda out: repetition(out.tokens), referenced=False
+    ),
+    "empty": lambda: mean_metric("empty", lambda out: float(not out.tokens), referenced=False),
+    "truncated": lambda: mean_metric(
+        "truncated", lambda out: float(not out.finished), referenced=False
+    ),
+}
+METRICS = tuple(_MAKERS)
+"""Names of the metrics of an output."""
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("BLEU", "chrF", "WER", "CER"))
+"""Those that need no further package."""
+
+
+def metric_named(name: str) -> Metric:
+    """Returns a metric by its name.
+
+    Raises:
+        InvalidInput: If there is none of this name.
+        ContextMixError: If the package it needs is not installed.
+    """
+    if name not in _MAKERS:
+        raise InvalidInput(
+            four_parts(
+                "there is no such metric",
+                repr(name),
+                f"one of {list(METRICS)}, 'gold NLL' or 'KL' of decoder_lens, or a function",
+                "Pass a function of output, reference and source for a metric of your own.",
+            )
+        )
+    return _MAKERS[name]()
+
+
+def resampled_interval(
+    counts: Float[Tensor, "sentence count"],
+    figure: Figure,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Returns the percentile bootstrap interval of a figure of summed counts.
+
+    Args:
+        counts: What each sentence adds.
+        figure: From sums to the figure.
+        level: Coverage.
+        resamples: How many resamples of the same size are drawn.
+        seed: Of the draws: the same counts always get the same interval.
+    """
+    if not len(counts):
+        return float("nan"), float("nan")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(counts), (resamples, len(counts)), generator=generator)
+    sums = counts.to(torch.float64)[drawn].sum(1).tolist()
+    figures = torch.tensor([figure(row) for row in sums], dtype=torch.float64)
+    figures = figures[~figures.isnan()]
+    if not len(figures):
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2
+    low, high = torch.quantile(figures, torch.tensor([tail, 1 - tail]).double()).tolist()
+    return low, high
