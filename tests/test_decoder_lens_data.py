@@ -284,3 +284,30 @@ def test_models_with_one_stack_are_refused(case: zoo.Case) -> None:
 def test_encoder_decoders_that_are_wrong_are_refused_with_the_reason(case: Any) -> None:
     with pytest.raises(cm.UnsupportedModel, match=case.match):
         cm.decoder_lens(case.build(), torch.tensor([[7, 8, 9]]))
+
+
+def test_a_metric_that_no_sentence_has_is_nan() -> None:
+    found = decoding().metrics(metric={"mine": lambda out, right, source: float("nan")})
+    assert all(math.isnan(value) for value in values(found, "mine"))
+    assert {point.sentences for point in found.points} == {0}
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        (["x", "all", "x"], r"got 'all'; expected names other than 'all'"),
+        ("xyz", r"got 'xyz'; expected a list with one text per input"),
+    ],
+)
+def test_categories_that_are_none(categories: Any, message: str) -> None:
+    ask = getattr(cm.LayerwiseDecoding.metrics, "__wrapped__", cm.LayerwiseDecoding.metrics)
+    with pytest.raises(cm.InvalidInput, match=message):
+        ask(decoding(), metric="empty", categories=categories)
+
+
+def test_layers_are_asked_once_and_in_order() -> None:
+    for case in CASES[:1]:
+        model, given = zoo.build(case), zoo.inputs(case)
+        found = cm.decoder_lens(model, given.tokens, layers=[2, 0, 2], max_new_tokens=2)
+        assert found.layers == (0, 2)
+        assert found.equals(cm.decoder_lens(model, given.tokens, layers=[0, 2], max_new_tokens=2))

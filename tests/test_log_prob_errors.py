@@ -91,3 +91,45 @@ def test_a_stream_that_hooks_of_the_user_edit_is_no_sum(model: Any) -> None:
         pytest.raises(cm.UnsupportedModel, match=r"stream of .* is not the sum.*hooks"),
     ):
         cm.log_prob_contributions(model, TOKENS)
+
+
+@pytest.mark.parametrize("named", [[(0, -1)], [(1, -1, 0)], [(-1, 0)]])
+def test_nothing_counts_from_the_end(model: Any, named: list[tuple[int, ...]]) -> None:
+    with pytest.raises(cm.InvalidInput, match="counted from 0"):
+        cm.knockout(model, TOKENS, neurons=named, controls=0)
+    with pytest.raises(cm.InvalidInput, match="counted from 0"):
+        cm.knockout(model, TOKENS, heads=[(0, -1)], controls=0)
+
+
+def test_components_belong_to_the_input_they_were_found_in(model: Any) -> None:
+    found = cm.log_prob_contributions(model, TOKENS, by="ff_neuron", top_k=2)
+    for other in (TOKENS.flip(1), TOKENS[:, :-1]):
+        for call in (
+            lambda other=other: cm.knockout(model, other, neurons=found),
+            lambda other=other: cm.query_contributions(model, other, neurons=found),
+            lambda other=other: cm.component_readouts(model, other, components=found),
+        ):
+            with pytest.raises(cm.InvalidInput, match="belong to another input"):
+                call()
+
+
+def test_position_and_target_are_those_of_the_contributions(model: Any) -> None:
+    found = cm.log_prob_contributions(model, TOKENS, by="ff_neuron", top_k=2, pos=1)
+    same = cm.log_prob_contributions(
+        model, TOKENS, by="ff_neuron", top_k=2, pos=1, target_ids=found.target.ids[:, 0].tolist()
+    )
+    assert torch.equal(found.scores, same.scores)
+    asked = cm.knockout(
+        model,
+        TOKENS,
+        neurons=found,
+        pos=1,
+        target_ids=found.target.ids[:, 0].tolist(),
+        controls=0,
+    )
+    left = cm.knockout(model, TOKENS, neurons=found, controls=0)
+    assert torch.equal(left.after, asked.after)
+    assert left.target.equals(asked.target)
+    queries = cm.query_contributions(model, TOKENS, neurons=found)
+    again = cm.query_contributions(model, TOKENS, neurons=found, pos=1)
+    torch.testing.assert_close(queries.scores, again.scores, equal_nan=True, rtol=0, atol=0)

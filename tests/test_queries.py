@@ -165,5 +165,5 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(cm.InvalidInput, match=r"nothing was chosen"):
         queried(model, given, [])
     one = cm.log_prob_contributions(model, given.tokens[:1], by="ff_neuron").top(2)
-    with pytest.raises(cm.InvalidInput, match=r"other sentences.*1 sentences; expected 2"):
+    with pytest.raises(cm.InvalidInput, match=r"belong to another input"):
         queried(model, given, one)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import ModelView
+from tl_contextmix.model_view import Batch, ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.components import KINDS, Components, components, join
 
@@ -48,6 +48,33 @@ def chosen_components(
     return found
 
 
+def answer_of(batch: Batch, view: ModelView, *given: object) -> LogProbContributions | None:
+    """Returns the contributions that components were taken from, and checks all results' tokens.
+
+    Args:
+        batch: The tokens the components are asked about.
+        view: The model.
+        *given: What names components; what is no result is passed over.
+
+    Raises:
+        InvalidInput: If a result is of other tokens.
+    """
+    results = [g for g in given if isinstance(g, (LogProbContributions, QueryContributions))]
+    for result in results:
+        sides = [(result.tokens, batch.side(view.base_stack(None)))]
+        if result.encoder is not None:
+            sides.append((result.encoder, batch.main))
+        for tokens, side in sides:
+            same = torch.equal(tokens.ids.cpu(), side.ids.cpu())
+            if not same or not torch.equal(tokens.mask.cpu(), side.mask.cpu()):
+                raise _bad(
+                    "the chosen components belong to another input",
+                    f"components found in {tokens.strings[0]}",
+                    f"components found in the tokens {side.ids.tolist()}, padding included",
+                )
+    return next((r for r in results if isinstance(r, LogProbContributions)), None)
+
+
 def _of_result(result: LogProbContributions | QueryContributions, batch: int) -> Components:
     found = result.components
     if found.kind.shape[0] != batch:
@@ -76,14 +103,15 @@ def _listed(name: str, given: object) -> list[tuple[int, ...]]:
     lengths = (2, 3) if name == "neurons" else (2,)
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for one in listed:
-        whole = isinstance(one, Sequence) and all(type(n) is int for n in one)
+        # -1 stands for "no head" among components, so nothing counts from the end.
+        whole = isinstance(one, Sequence) and all(type(n) is int and n >= 0 for n in one)
         if not whole or len(one) not in lengths:
             raise _bad(
                 f"the {name} cannot be read",
                 repr(one),
-                "(layer, neuron) or (layer, head, neuron)"
+                "(layer, neuron) or (layer, head, neuron), counted from 0"
                 if name == "neurons"
-                else "(layer, head)",
+                else "(layer, head), counted from 0",
             )
     return [tuple(one) for one in listed]
 

@@ -68,7 +68,8 @@ def decoder_lens(
             for.
         input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
         references: The right answers, one per input.
-        layers: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all.
+        layers: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
+            is asked once, in their order.
         mode: ``"generate"``: free decoding. ``"teacher_forced"``: how the decoder judges the
             references, or the model's own final output where there are none. ``"scores"``:
             logits of the next ``tokens``.
@@ -118,7 +119,8 @@ def decoder_lens(
     if mode == "teacher_forced" and references is not None:
         _require_used("decoder_input", decoder_input, False, "no references")
     found = as_encoder_decoder(model, tokenizer)
-    numbers = tuple(layer_positions(layers, tuple(range(found.n_layers + 1))))
+    # Each once and in order, which is what "the first layer that" counts on.
+    numbers = tuple(sorted({*layer_positions(layers, tuple(range(found.n_layers + 1)))}))
     source, prompt, inputs = _source(
         found, Given(input, attention_mask, None, padding_side, decoder_input)
     )

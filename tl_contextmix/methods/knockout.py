@@ -20,6 +20,7 @@ from tl_contextmix.results.components import Components
 from tl_contextmix.selection import (
     Chosen,
     Sublayer,
+    answer_of,
     chosen_components,
     every_sublayer,
     others_at_random,
@@ -62,9 +63,11 @@ def knockout(
             whose components are neurons or heads (each sentence has its own), or a list of
             ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
         heads: The same, or a list of ``(layer, head)``.
-        target: The token, see `log_prob_contributions`.
+        target: The token, see `log_prob_contributions`. None: that of the contributions given, or
+            the model's best.
         target_ids: Its id, instead.
-        pos: Position that predicts; None: the last, or the mask.
+        pos: Position that predicts; None: that of the contributions given, or else the last token,
+            or the mask.
         positions: Where they are taken out: ``"last"``, only at the position whose stream they
             were found to write to (the predicting one, unless they come from
             `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
@@ -86,7 +89,7 @@ def knockout(
         InvalidInput: If an argument does not fit the model, or nothing was chosen.
         UnsupportedModel: If the model has no vocabulary readout.
 
-    Cost: ``2 + controls`` forward passes.
+    Cost: ``2 + controls`` forward passes; twice as many with ``"mean"``.
     """
     require_choice("positions", positions, ("last", "all"))
     require_choice("replacement", replace_with, ("zero", "mean"))
@@ -103,7 +106,13 @@ def knockout(
     view.readout.require()
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input)
     batch = make_batch(view, given)
-    rows = predicting_rows(view, batch, view.base_stack(None), pos)
+    found = answer_of(batch, view, neurons, heads)
+    if found is not None and target is None and target_ids is None:
+        target_ids = found.target.ids[:, 0].tolist()
+    if found is not None and pos is None:
+        rows = found.pos
+    else:
+        rows = predicting_rows(view, batch, view.base_stack(None), pos)
     chosen = chosen_components(view, neurons, heads, rows)
     generator = torch.Generator().manual_seed(seed)
     others = [others_at_random(view, chosen, generator) for _ in range(controls)]

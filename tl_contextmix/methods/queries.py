@@ -12,13 +12,13 @@ from tl_contextmix.attribution import CUTS, By, Cut, Question, ask, cuts, requir
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, make_batch
 from tl_contextmix.inputs.targets import Ids, Names
 from tl_contextmix.readers import Place, Readers, place_of, readers_at
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.axes import largest, require_count
 from tl_contextmix.results.components import KINDS, Components, join, padding
-from tl_contextmix.selection import Chosen, chosen_components
+from tl_contextmix.selection import Chosen, answer_of, chosen_components
 from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Share = Literal["exact", "ratio"]
@@ -74,7 +74,8 @@ def query_contributions(
             components of many neurons are a large table.
         target: The token, for neurons given as a list; see `log_prob_contributions`.
         target_ids: Its id, instead.
-        pos: Position that predicts; None: the last, or the mask.
+        pos: Position that predicts; None: that of the contributions given, or else the last, or
+            the mask.
         norm: Rule for the final norm, for neurons given as a list.
         attention_mask: 1 at real tokens, 0 at padding.
         prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
@@ -100,13 +101,16 @@ def query_contributions(
     top_k = None if top_k is None else require_count(top_k)
     view = as_view(model)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    found = answer_of(make_batch(view, given), view, neurons)
+    if found is not None and target is None and target_ids is None:
+        target_ids = found.target.ids[:, 0].tolist()
     with torch.no_grad():
         question = ask(
             view,
             given,
             target=target,
             target_ids=target_ids,
-            pos=pos,
+            pos=found.pos if found is not None and pos is None else pos,
             norm=norm,
             max_bytes=max_bytes,
             both_stacks=True,

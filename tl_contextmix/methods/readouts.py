@@ -9,11 +9,12 @@ from tl_contextmix.attribution import Cut, ask, cuts
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, make_batch
 from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 from tl_contextmix.results.axes import require_count
 from tl_contextmix.results.components import join
+from tl_contextmix.selection import answer_of
 
 
 def component_readouts(
@@ -63,6 +64,7 @@ def component_readouts(
     k = require_count(k)
     view = as_view(model)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    answer_of(make_batch(view, given), view, components)
     wanted, pos = components.components, components.pos
     with torch.no_grad():
         question = ask(

@@ -134,8 +134,11 @@ def curve_point(
     """
     # A sentence that adds nothing to any count has no value.
     kept = [row for row in counts if any(row)]
+    if not kept:
+        nothing = float("nan")
+        return CurvePoint(metric, category, layer, nothing, nothing, nothing, 0)
     table = torch.tensor(kept, dtype=torch.float64).reshape(len(kept), -1)
-    value = figure(table.sum(0).tolist()) if kept else float("nan")
+    value = figure(table.sum(0).tolist())
     low, high = resampled_interval(table, figure)
     return CurvePoint(metric, category, layer, float(value), low, high, len(kept))
 
@@ -157,7 +160,25 @@ def category_groups(categories: Sequence[str] | None, count: int) -> dict[str, l
                 "Give one category per input.",
             )
         )
+    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories):
+        raise InvalidInput(
+            four_parts(
+                "categories cannot be read",
+                repr(categories),
+                "a list with one text per input",
+                "Categories per token go with metrics of a judged answer.",
+            )
+        )
+    if "all" in categories:
+        raise InvalidInput(
+            four_parts(
+                "a category cannot be told from all inputs together",
+                "'all'",
+                "names other than 'all'",
+                "Give this category another name.",
+            )
+        )
     groups: dict[str, list[int]] = {"all": list(range(count))}
     for row, name in enumerate(categories):
-        groups.setdefault(str(name), []).append(row)
+        groups.setdefault(name, []).append(row)
     return groups
