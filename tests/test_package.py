@@ -27,6 +27,8 @@ LAYERS = [
     {"identity", "inputs", "expansion"},
     {"hosts"},
     {"decompose", "replay", "propagate"},
+    {"unembed"},
+    {"memories"},
     {"methods", "corpus"},
 ]
 # Units beside the layers: no layer imports them, and they import only what is listed.

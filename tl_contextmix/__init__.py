@@ -29,24 +29,32 @@ from tl_contextmix.methods.changes import (
     contextualization_change,
 )
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
+from tl_contextmix.methods.ff_memories import ff_memories
+from tl_contextmix.methods.ff_values import ff_values
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
     Comparison,
+    CompositionFigures,
     ContextMap,
     Decomposition,
     LayerFigures,
+    Memories,
     PairChanges,
     Score,
     TokenFigures,
+    TokenMemory,
+    ValueReadouts,
 )
 from tl_contextmix.rollout import rollout
 
 __all__ = [
     "Comparison",
+    "CompositionFigures",
     "ContextMap",
     "ContextMixError",
     "ContextMixWarning",
@@ -54,11 +62,14 @@ __all__ = [
     "FileFormatError",
     "InvalidInput",
     "LayerFigures",
+    "Memories",
     "MinimalPair",
     "PairChanges",
     "Score",
     "TokenFigures",
+    "TokenMemory",
     "UnsupportedModel",
+    "ValueReadouts",
     "agreement",
     "alti",
     "amplified_pairs",
@@ -74,6 +85,8 @@ __all__ = [
     "decompx_vectors",
     "demo_pairs",
     "faithfulness",
+    "ff_memories",
+    "ff_values",
     "globenc",
     "gradient_x_input",
     "integrated_gradients",
@@ -83,5 +96,6 @@ __all__ = [
     "mixing_ratio",
     "report",
     "rollout",
+    "token_memory",
     "value_zeroing",
 ]

@@ -15,15 +15,19 @@ from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.decomposition import Decomposition
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.memories import CompositionFigures, Memories, TokenMemory
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.scores import Score, ScoreRow
+from tl_contextmix.results.values import ValueReadouts
 
 __all__ = [
     "Comparison",
+    "CompositionFigures",
     "ContextMap",
     "Cost",
     "Decomposition",
     "LayerFigures",
+    "Memories",
     "Pair",
     "PairChanges",
     "Provenance",
@@ -31,5 +35,7 @@ __all__ = [
     "Score",
     "ScoreRow",
     "TokenFigures",
+    "TokenMemory",
     "Tokens",
+    "ValueReadouts",
 ]

@@ -1,0 +1,247 @@
+r"""The feed-forward sublayer as a memory: coefficients, values, and how they make up its output.
+
+A neuron's coefficient :math:`m_i` is its activation and its value :math:`v_i` a row of W_out:
+:math:`y = \sum_i m_i v_i + b` (Geva, Schuster, Berant, Levy 2021, EMNLP). What a value promotes is
+a property of the model; with it, whether a memory agrees with an output is a look-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
+from tl_contextmix.unembed import Unembedding
+
+Active = Literal["positive", "nonzero"]
+CASES = ("residual", "ffn", "agreement", "composition", "conflict")
+"""Which of residual stream and feed-forward output has the top token of their sum: one of them,
+both, none; or both the same one, which the sum has not. The last cannot be where logits are
+linear."""
+QUADRANTS = ("++", "+-", "-+", "--")
+"""Signs of the gate and of the linear branch of a gated neuron."""
+
+
+def require_feed_forward(block: Block) -> FeedForward:
+    """Returns the feed-forward sublayer of a block.
+
+    Raises:
+        InvalidInput: If it has none.
+    """
+    if block.feed_forward is None:
+        raise InvalidInput(
+            four_parts(
+                f"there are no memories in layer {block.layer}",
+                "a block without a feed-forward sublayer",
+                "a model with feed-forward sublayers",
+                "Attention-only models have none.",
+            )
+        )
+    return block.feed_forward
+
+
+def require_predicting(view: ModelView, stack: str) -> None:
+    """Checks that the vocabulary is read from a stack.
+
+    Raises:
+        UnsupportedModel: If the model has no vocabulary readout.
+        InvalidInput: If the stack is the encoder of two.
+    """
+    view.readout.require()
+    if stack != view.base_stack(None):
+        raise InvalidInput(
+            four_parts(
+                "no token is read from this stack",
+                f"stack={stack!r}",
+                f"{view.base_stack(None)!r}, whose last stream is read as tokens",
+                "Leave `stack` out.",
+            )
+        )
+
+
+def active_rule(active: object, gated: bool) -> Active:
+    """Returns which memories count as active; None is what suits the activation.
+
+    Raises:
+        InvalidInput: If there is no such rule.
+    """
+    if active is None:
+        return "nonzero" if gated else "positive"
+    if active not in ("positive", "nonzero"):
+        raise InvalidInput(
+            four_parts(
+                "there is no such rule for active memories",
+                f"active={active!r}",
+                "'positive', 'nonzero' or None",
+                "See the docstring of ff_memories.",
+            )
+        )
+    return active  # type: ignore[return-value]
+
+
+def branch_names(ff: FeedForward) -> tuple[str, ...]:
+    """Returns the names of the activations that coefficients and their signs are read from."""
+    return (ff.post,) if ff.pre_linear is None else (ff.post, ff.pre, ff.pre_linear)
+
+
+def coefficients(ff: FeedForward, trace: Trace) -> Float[Tensor, "batch pos neuron"]:
+    """Returns what each value is multiplied with; a constant added behind a gate left out."""
+    post, constant = trace[ff.post], ff.weights("b_post")
+    return post if constant is None else post - constant
+
+
+def quadrants(ff: FeedForward, trace: Trace) -> Int[Tensor, "batch pos neuron"]:
+    """Returns the quadrant of each gated neuron, an index into `QUADRANTS`; zero counts as +.
+
+    The coefficient is the activation of the gate times the linear branch, so that it is negative
+    in ``+-`` and ``-+``: the value then promotes what it is furthest from.
+    """
+    assert ff.pre_linear is not None
+    gate = ff.require_activation()(trace[ff.pre])
+    return 2 * (gate < 0).long() + (trace[ff.pre_linear] < 0).long()
+
+
+def values(ff: FeedForward) -> Float[Tensor, "neuron d_model"]:
+    """Returns the value vectors as the residual stream gets them, up to a positive factor.
+
+    A norm of the sublayer's output (Gemma 2, OLMo 2) is applied with its scale left out.
+    """
+    return ff.W_out if ff.norm_out is None else ff.norm_out.linear(ff.W_out)
+
+
+def promoted(view: ModelView, block: Block, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
+    """Returns the token each value promotes most, and the one it promotes times -1.
+
+    Computed once for each model: it depends on weights alone.
+    """
+    key = f"promoted, {unembedding.projection}, layer {block.layer}"
+    if key not in view.tables:
+        vectors = values(require_feed_forward(block))
+        if unembedding.linear:
+            found = unembedding.scan(unembedding.hidden(vectors)).ids[:, :, 0]
+        else:
+            found = torch.cat(
+                [
+                    unembedding.scan(unembedding.hidden(vectors * sign), sides=1).ids[:, :, 0]
+                    for sign in (1, -1)
+                ],
+                dim=1,
+            )
+        view.tables[key] = found
+    return view.tables[key]
+
+
+@dataclass(frozen=True)
+class LayerComposition:
+    """How the memories of one layer make up its output.
+
+    Attributes:
+        coefficients: What each value is multiplied with.
+        active: Share of memories that are active.
+        agreeing: How many active memories promote the top token of the feed-forward output.
+        residual_top: Top token of the stream that the output is added to.
+        ffn_top: Top token of the feed-forward output.
+        output_top: Top token of the layer's output.
+        probability: Probability of the model's final top token, read from the residual stream.
+        case: Index into `CASES`.
+    """
+
+    coefficients: Float[Tensor, "batch pos neuron"]
+    active: Float[Tensor, "batch pos"]
+    agreeing: Int[Tensor, "batch pos"]
+    residual_top: Int[Tensor, "batch pos"]
+    ffn_top: Int[Tensor, "batch pos"]
+    output_top: Int[Tensor, "batch pos"]
+    probability: Float[Tensor, "batch pos"]
+    case: Int[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How layers are read.
+
+    Attributes:
+        view: The model.
+        states: How streams and outputs are read.
+        table: How values are read.
+        active: Which memories count as active.
+        scale: Scale of the final norm at each position, where it is frozen.
+        final: The model's top token at each position.
+    """
+
+    view: ModelView
+    states: Unembedding
+    table: Unembedding
+    active: Active
+    scale: Float[Tensor, "batch pos 1"]
+    final: Int[Tensor, "batch pos"]
+
+    @classmethod
+    def of(
+        cls, view: ModelView, trace: Trace, states: Unembedding, table: Unembedding, active: Active
+    ) -> Reader:
+        """Returns the reader of a pass that kept the last block's output."""
+        last = trace[view.blocks()[-1].resid_out]
+        norm = view.readout.norm
+        scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
+        whole = Unembedding(view.readout, "model")
+        final = whole.scan(whole.hidden(last.flatten(0, 1)), sides=1).ids[:, 0, 0]
+        return cls(view, states, table, active, scale, final.view(last.shape[:2]))
+
+    def read(self, block: Block, trace: Trace) -> LayerComposition:
+        """Returns how the memories of a layer make up its output."""
+        ff = require_feed_forward(block)
+        found = coefficients(ff, trace)
+        shape = found.shape[:2]
+        residual, added = block.middle(trace), ff.project(trace[ff.post])
+        output = residual + added
+        output = output if ff.norm_after is None else ff.norm_after(output)
+        targets = self.final.flatten()
+        first = self._scan(residual, targets)
+        tops = [first.ids[:, 0, 0], *(self._scan(x).ids[:, 0, 0] for x in (added, output))]
+        residual_top, ffn_top, output_top = (top.view(shape) for top in tops)
+        return LayerComposition(
+            coefficients=found,
+            active=self._is_active(found).to(found).mean(-1),
+            agreeing=self._agreeing(block, found, ffn_top),
+            residual_top=residual_top,
+            ffn_top=ffn_top,
+            output_top=output_top,
+            probability=first.target_prob.view(shape),
+            case=cases(residual_top, ffn_top, output_top),
+        )
+
+    def _scan(self, x: Tensor, targets: Tensor | None = None):
+        hidden = self.states.hidden(x, self.scale).flatten(0, 1)
+        return self.states.scan(hidden, sides=1, targets=targets)
+
+    def _is_active(self, found: Tensor) -> Tensor:
+        return found > 0 if self.active == "positive" else found != 0
+
+    def _agreeing(self, block: Block, found: Tensor, top: Tensor) -> Tensor:
+        table = promoted(self.view, block, self.table)
+        agree = torch.zeros_like(top)
+        for row in range(len(found)):  # [pos neuron] at a time
+            seen = (found[row] > 0) & (table[:, 0] == top[row, :, None])
+            if self.active == "nonzero":
+                seen |= (found[row] < 0) & (table[:, 1] == top[row, :, None])
+            agree[row] = seen.sum(-1)
+        return agree
+
+
+def cases(
+    residual: Int[Tensor, "*some"], ffn: Int[Tensor, "*some"], output: Int[Tensor, "*some"]
+) -> Int[Tensor, "*some"]:
+    """Returns which of the five cases top tokens are, as indices into `CASES`."""
+    by_residual, by_ffn, alike = residual == output, ffn == output, residual == ffn
+    found = torch.full_like(output, CASES.index("composition"))
+    found[by_residual & ~by_ffn] = CASES.index("residual")
+    found[by_ffn & ~by_residual] = CASES.index("ffn")
+    found[by_residual & by_ffn] = CASES.index("agreement")
+    found[alike & ~by_residual] = CASES.index("conflict")
+    return found
