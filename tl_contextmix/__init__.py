@@ -4,6 +4,7 @@ Context-mixing and decomposition methods for TransformerLens models of any class
 """
 
 from tl_contextmix.compare import compare, demo_pairs
+from tl_contextmix.corpus import Triggers, load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -48,6 +49,9 @@ from tl_contextmix.results import (
     Score,
     TokenFigures,
     TokenMemory,
+    TriggerAgreement,
+    TriggerExamples,
+    TriggerPatterns,
     ValueReadouts,
 )
 from tl_contextmix.rollout import rollout
@@ -68,6 +72,10 @@ __all__ = [
     "Score",
     "TokenFigures",
     "TokenMemory",
+    "TriggerAgreement",
+    "TriggerExamples",
+    "TriggerPatterns",
+    "Triggers",
     "UnsupportedModel",
     "ValueReadouts",
     "agreement",
@@ -93,6 +101,9 @@ __all__ = [
     "load_demo",
     "load_minimal_pairs",
     "load_model",
+    "load_triggers",
+    "merge_triggers",
+    "mine_triggers",
     "mixing_ratio",
     "report",
     "rollout",

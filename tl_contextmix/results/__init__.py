@@ -18,6 +18,13 @@ from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.memories import CompositionFigures, Memories, TokenMemory
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.scores import Score, ScoreRow
+from tl_contextmix.results.triggers import (
+    Pattern,
+    Trigger,
+    TriggerAgreement,
+    TriggerExamples,
+    TriggerPatterns,
+)
 from tl_contextmix.results.values import ValueReadouts
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "Memories",
     "Pair",
     "PairChanges",
+    "Pattern",
     "Provenance",
     "Result",
     "Score",
@@ -37,5 +45,9 @@ __all__ = [
     "TokenFigures",
     "TokenMemory",
     "Tokens",
+    "Trigger",
+    "TriggerAgreement",
+    "TriggerExamples",
+    "TriggerPatterns",
     "ValueReadouts",
 ]

@@ -1,0 +1,495 @@
+"""A finished mine: pointers and values on disk, contexts fetched from the corpus when asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.corpus.reading import Corpus, open_corpus
+from tl_contextmix.corpus.shards import frame_of
+from tl_contextmix.corpus.store import TABLE, read_manifest
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Given, make_batch, provenance, word_table
+from tl_contextmix.memories import coefficients, require_feed_forward, require_predicting, values
+from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.results import (
+    Pattern,
+    Provenance,
+    Trigger,
+    TriggerAgreement,
+    TriggerExamples,
+    TriggerPatterns,
+)
+from tl_contextmix.results.axes import layer_positions, positions, require_count
+from tl_contextmix.unembed import unembedding
+
+if TYPE_CHECKING:
+    import pandas
+
+    from tl_contextmix.render import Page
+
+_NEGATIVE = ("negative", "+-", "-+")
+_BATCH = 16
+_ENDINGS = (3, 2, 1)
+_KEPT = 0.5
+
+
+def load_triggers(
+    folder: str | Path,
+    *,
+    model: object = None,
+    corpus: object = None,
+    column: str | None = None,
+) -> Triggers:
+    """Reads what `mine_triggers` wrote.
+
+    Args:
+        folder: The folder.
+        model: The model that was mined, for contexts, agreement and everything else that needs
+            its tokenizer or its weights; None: tables only.
+        corpus: The corpus, as `mine_triggers` takes it; None: the file it was, if it was a file
+            and is still there.
+        column: Column of the corpus.
+
+    Raises:
+        FileFormatError: If the folder holds no finished run.
+        InvalidInput: If the model is another one.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    opened = None
+    if corpus is not None:
+        opened = open_corpus(corpus, column)
+    else:
+        kept = manifest["run"]["source"]["corpus"]
+        if manifest["run"]["corpus"]["kind"] in ("text", "jsonl", "parquet"):
+            named = Path(kept)
+            opened = (
+                open_corpus(named, manifest["run"]["corpus"]["column"])
+                if (named.is_file())
+                else None
+            )
+    view = None if model is None else _require_mined(as_view(model), manifest)
+    return Triggers(folder, manifest, view, opened)
+
+
+@dataclass(frozen=True, eq=False)
+class Triggers:
+    """The triggers of every memory that was mined.
+
+    Attributes:
+        folder: Where they are; ``triggers.parquet`` in it is for any reader of Parquet.
+        manifest: What was mined, how, and what was left out.
+        view: The model, or None.
+        corpus: The corpus, or None.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] = field(repr=False)
+    view: ModelView | None = field(default=None, repr=False)
+    corpus: Corpus | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n:,} {name}" for name, n in self.manifest["counts"].items() if n)
+        run = self.manifest["run"]
+        return (
+            f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
+            f"({', '.join(self.tails)}) in {self.folder}: {counts}"
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that were mined."""
+        return tuple(self.manifest["run"]["options"]["layers"])
+
+    @property
+    def k(self) -> int:
+        """How many triggers were looked for."""
+        return self.manifest["run"]["options"]["k"]
+
+    @property
+    def tails(self) -> tuple[str, ...]:
+        """What was looked for."""
+        asked = self.manifest["run"]["options"]["tails"]
+        both = {"positive": ("positive",), "both": ("positive", "negative")}
+        return both.get(asked, ("++", "+-", "-+", "--"))
+
+    def to_dataframe(
+        self, layer: int | None = None, neuron: int | None = None, tail: str | None = None
+    ) -> pandas.DataFrame:
+        """Returns one row per trigger: pointers, values and token ids.
+
+        Only the layer that is asked for is read from the disk.
+
+        Args:
+            layer: Layer; None for all.
+            neuron: Neuron; None for all.
+            tail: Tail; None for all.
+
+        Raises:
+            InvalidInput: If they were not mined.
+        """
+        import pyarrow.parquet
+
+        conditions = []
+        if layer is not None:
+            (place,) = layer_positions(layer, self.layers)
+            conditions.append(("layer", "=", self.layers[place]))
+        if neuron is not None:
+            known = set().union(*self.manifest["neurons"].values())
+            if neuron not in known:
+                raise _not_mined("neuron", neuron, f"one of {len(known)} neurons")
+            conditions.append(("neuron", "=", neuron))
+        if tail is not None:
+            if tail not in self.tails:
+                raise _not_mined("tail", tail, f"one of {self.tails}")
+            conditions.append(("tail", "=", tail))
+        table = pyarrow.parquet.read_table(self.folder / TABLE, filters=conditions or None)
+        return table.to_pandas()
+
+    def examples(
+        self, layer: int, neuron: int, *, tail: str | None = None, k: int | None = None
+    ) -> TriggerExamples:
+        """Returns the triggers of one memory with their contexts, and what it promotes.
+
+        The documents are run again for the coefficient at each of their tokens.
+
+        Args:
+            layer: Its layer.
+            neuron: Its neuron.
+            tail: Tail; None for the first that was mined.
+            k: How many; None for all.
+
+        Raises:
+            InvalidInput: If it was not mined, or model or corpus are not at hand.
+        """
+        view = self._require_view()
+        tail = self.tails[0] if tail is None else tail
+        frame = self.to_dataframe(layer, neuron, tail)
+        frame = frame if k is None else frame.head(require_count(k))
+        (place,) = layer_positions(layer, self.layers)
+        block = view.stacks[self._stack][self.layers[place]]
+        contexts = self.contexts(frame)
+        rows = [contexts[pair] for pair in zip(frame["document"], frame["position"], strict=True)]
+        seen = self._coefficients(rows, [block])
+        found = []
+        for index, (row, ids) in enumerate(zip(frame.itertuples(), rows, strict=True)):
+            following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
+            activations = seen[index][block.layer][:, neuron].tolist()
+            found.append(
+                Trigger(
+                    rank=int(row.rank),
+                    value=float(row.value),
+                    document=int(row.document),
+                    position=int(row.position),
+                    tokens=tuple(view.to_string(one) for one in ids),
+                    activations=tuple(activations),
+                    next_token=following,
+                )
+            )
+        words, logits = self._promotes(block, neuron, tail in _NEGATIVE)
+        where = self._provenance("examples", {"tail": tail})
+        return TriggerExamples(block.layer, neuron, tail, tuple(found), words, logits, where)
+
+    def show(
+        self, layer: int, neuron: int, *, tail: str | None = None, k: int | None = None
+    ) -> Page:
+        """Returns a page with the triggers of one memory; see `examples`."""
+        return self.examples(layer, neuron, tail=tail, k=k).show()
+
+    def agreement(self, tail: str | None = None) -> TriggerAgreement:
+        r"""Returns whether values promote what follows their triggers (2021, section 4).
+
+        .. math:: \mathrm{top}(v_i) = w_i
+
+        for the token :math:`w_i` behind the first trigger of memory ``i``, the rank of
+        :math:`w_i` among the tokens the value promotes, and the share of all triggers that are
+        followed by :math:`\mathrm{top}(v_i)` (precision). No forward pass: ``2 N d_model d_vocab``
+        operations for N memories.
+
+        Args:
+            tail: Tail; None for the first that was mined.
+
+        Raises:
+            InvalidInput: If the model is not at hand, or reads no next token.
+            UnsupportedModel: If it has no vocabulary readout.
+        """
+        view = self._require_view()
+        if self._stack != "decoder":
+            raise _not_mined("next token", self._stack, "a model that predicts the next token")
+        require_predicting(view, self._stack)
+        tail = self.tails[0] if tail is None else tail
+        side = int(tail in _NEGATIVE)
+        frame = self.to_dataframe(tail=tail)
+        frame = frame[frame["next_token"] >= 0].sort_values(
+            ["layer", "neuron", "rank"], kind="stable"
+        )
+        reader = unembedding(view.readout, None, ("folded", "head"))
+        columns: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for layer, group in frame.groupby("layer"):
+                firsts = group.drop_duplicates("neuron")
+                neurons = torch.tensor(firsts["neuron"].to_numpy()).long()
+                following = torch.tensor(firsts["next_token"].to_numpy()).long()
+                block = view.blocks()[int(layer)]
+                vectors = values(require_feed_forward(block))[neurons.to(view.device)]
+                hidden = reader.hidden(vectors)
+                scan = reader.scan(hidden, targets=following.to(view.device))
+                top = scan.ids[:, side, 0].cpu()
+                index = torch.searchsorted(neurons, torch.tensor(group["neuron"].to_numpy()).long())
+                hits = top[index] == torch.tensor(group["next_token"].to_numpy()).long()
+                count = torch.zeros(len(neurons), dtype=torch.long)
+                count.index_add_(0, index, torch.ones_like(index))
+                good = torch.zeros(len(neurons), dtype=torch.float64)
+                good.index_add_(0, index, hits.to(torch.float64))
+                found = {
+                    "layer": torch.full_like(neurons, int(layer)),
+                    "neuron": neurons,
+                    "top": top,
+                    "next_token": following,
+                    "rank": scan.rank[:, side].cpu(),
+                    "max_prob": scan.max_prob[:, side].cpu().double(),
+                    "precision": good / count,
+                    "triggers": count,
+                }
+                for name, column in found.items():
+                    columns.setdefault(name, []).append(column)
+        if not columns:
+            raise _not_mined("trigger with a next token", "none", "a longer corpus")
+        whole = {name: torch.cat(parts) for name, parts in columns.items()}
+        memories = sum(len(some) for some in self.manifest["neurons"].values())
+        return TriggerAgreement(
+            **whole,
+            left_out=memories - len(whole["layer"]),
+            k=self.k,
+            words=word_table(view, whole["top"], whole["next_token"]),
+            provenance=self._provenance("agreement", {"tail": tail}),
+        )
+
+    def patterns(
+        self,
+        layer: int | None = None,
+        neurons: int | Sequence[int] | None = None,
+        *,
+        tail: str | None = None,
+    ) -> TriggerPatterns:
+        """Returns what the triggers of memories have in common, with chance levels.
+
+        For each memory the longest ending of up to three tokens that at least half of its triggers
+        share (or the most frequent last token), and the most frequent token before the last one.
+        Chance is the share of all prefixes of the documents at hand that have it.
+
+        Args:
+            layer: Layer; None for all.
+            neurons: Neuron or neurons; None for all that were mined.
+            tail: Tail; None for the first that was mined.
+
+        Raises:
+            InvalidInput: If they were not mined, or model or corpus are not at hand.
+        """
+        view = self._require_view()
+        tail = self.tails[0] if tail is None else tail
+        frame = self.to_dataframe(layer, None, tail)
+        if neurons is not None:
+            size = require_feed_forward(view.stacks[self._stack][self.layers[0]]).W_out.shape[0]
+            frame = frame[frame["neuron"].isin(positions("neuron", neurons, (), size))]
+        contexts = self.contexts(frame)
+        lead = frame_of(view, self.manifest["run"]["options"]["prepend_bos"])[0]
+        base = _Base(self._documents(frame["document"]), lead)
+        rows = []
+        for (at, neuron), group in frame.groupby(["layer", "neuron"]):
+            pairs = zip(group["document"], group["position"], strict=True)
+            some = [tuple(contexts[pair][lead:]) for pair in pairs]
+            for kind, tokens, share in _common(some):
+                rows.append(
+                    Pattern(
+                        layer=int(at),
+                        neuron=int(neuron),
+                        kind=kind,
+                        text="".join(view.to_string(token) for token in tokens),
+                        length=len(tokens),
+                        share=share,
+                        chance=base.share(kind, tokens),
+                        triggers=len(some),
+                        contexts=len(set(some)),
+                    )
+                )
+        return TriggerPatterns(tuple(rows), self._provenance("patterns", {"tail": tail}))
+
+    def contexts(self, frame: pandas.DataFrame) -> dict[tuple[int, int], list[int]]:
+        """Returns the token ids of contexts, up to the trigger, by document and position.
+
+        Raises:
+            InvalidInput: If model or corpus are not at hand, or the corpus has changed.
+        """
+        ids = self._documents(frame["document"])
+        found = {}
+        for document, position, token in zip(
+            frame["document"], frame["position"], frame["token"], strict=True
+        ):
+            context = ids[document][: position + 1]
+            if not context or context[-1] != token or len(context) != position + 1:
+                raise InvalidInput(
+                    four_parts(
+                        "the corpus is not the one that was mined",
+                        f"another token at position {position} of document {document}",
+                        f"token {token}",
+                        "Give the corpus of then with load_triggers(..., corpus=...).",
+                    )
+                )
+            found[document, position] = context
+        return found
+
+    def _documents(self, numbers: Iterable[int]) -> dict[int, list[int]]:
+        """Returns the token ids of documents, as they were mined."""
+        view, options = self._require_view(), self.manifest["run"]["options"]
+        if self.corpus is None:
+            raise InvalidInput(
+                four_parts(
+                    "contexts cannot be shown",
+                    "no corpus",
+                    "the corpus that was mined",
+                    "Call load_triggers(folder, model=..., corpus=...).",
+                )
+            )
+        texts = self.corpus.pick(map(int, numbers))
+        behind = frame_of(view, options["prepend_bos"])[1]
+        found = {}
+        for number, text in texts.items():
+            ids = view.encode(text, options["prepend_bos"])
+            longest = view.n_ctx or len(ids)
+            cut = len(ids) > longest
+            found[number] = ids[: longest - behind] + ids[len(ids) - behind :] if cut else ids
+        return found
+
+    def _coefficients(
+        self, rows: list[list[int]], blocks: Sequence[Block]
+    ) -> list[dict[int, Tensor]]:
+        """Returns the coefficients [pos neuron] of layers along sequences of token ids."""
+        view = self._require_view()
+        found: list[dict[int, Tensor]] = []
+        names = [require_feed_forward(block).post for block in blocks]
+        for start in range(0, len(rows), _BATCH):
+            some = rows[start : start + _BATCH]
+            longest = max(map(len, some))
+            ids = torch.full((len(some), longest), view.pad_id(), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for index, row in enumerate(some):
+                ids[index, : len(row)] = torch.tensor(row)
+                mask[index, : len(row)] = 1
+            with torch.no_grad():
+                trace = view.run(make_batch(view, Given(ids, attention_mask=mask)), names)
+                layers = {b.layer: coefficients(require_feed_forward(b), trace) for b in blocks}
+            found += [
+                {layer: one[index, : len(row)].cpu() for layer, one in layers.items()}
+                for index, row in enumerate(some)
+            ]
+        return found
+
+    def _promotes(
+        self, block: Block, neuron: int, negative: bool
+    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        view = self._require_view()
+        if view.readout.refusal or self._stack != view.base_stack(None):
+            return (), ()
+        reader = unembedding(view.readout, None, ("folded", "head"))
+        with torch.no_grad():
+            vector = values(require_feed_forward(block))[neuron : neuron + 1]
+            vector = -vector if negative else vector
+            scan = reader.scan(reader.hidden(vector), 10, sides=1)
+        words = tuple(view.to_string(token) for token in scan.ids[0, 0].tolist())
+        return words, tuple(scan.ends[0, 0].tolist())
+
+    @property
+    def _stack(self) -> str:
+        return self.manifest["run"]["options"]["stack"]
+
+    def _require_view(self) -> ModelView:
+        if self.view is None:
+            raise InvalidInput(
+                four_parts(
+                    "this needs the model that was mined",
+                    "triggers without one",
+                    f"the model {self.manifest['run']['model']}",
+                    "Call load_triggers(folder, model=...).",
+                )
+            )
+        return self.view
+
+    def _provenance(self, name: str, options: dict[str, Any]) -> Provenance:
+        digest = self.manifest["corpus"]["digest"]
+        return provenance(self._require_view(), f"triggers.{name}", {**options, "corpus": digest})
+
+
+class _Base:
+    """How often patterns occur among all prefixes of some documents."""
+
+    def __init__(self, documents: dict[int, list[int]], lead: int) -> None:
+        self.endings: Counter[tuple[int, ...]] = Counter()
+        self.containing: Counter[int] = Counter()
+        self.total = 0
+        for ids in documents.values():
+            text = ids[lead:]
+            self.total += len(text)
+            for length in _ENDINGS:
+                self.endings.update(
+                    tuple(text[end - length : end]) for end in range(length, len(text) + 1)
+                )
+            firsts: dict[int, int] = {}
+            for place, token in enumerate(text):
+                firsts.setdefault(token, place)
+            # A token is before the last one of every prefix that ends behind it.
+            for token, place in firsts.items():
+                self.containing[token] += len(text) - place - 1
+
+    def share(self, kind: str, tokens: tuple[int, ...]) -> float:
+        """Returns the share of prefixes with a pattern."""
+        found = self.endings[tokens] if kind == "ends with" else self.containing[tokens[0]]
+        return found / max(1, self.total)
+
+
+def _common(contexts: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...], float]]:
+    """Returns the patterns of contexts: kind, tokens, share."""
+    found = []
+    for length in _ENDINGS:
+        endings = Counter(c[-length:] for c in contexts if len(c) >= length)
+        tokens, count = endings.most_common(1)[0] if endings else ((), 0)
+        if length == 1 or count >= _KEPT * len(contexts):
+            found.append(("ends with", tokens, count / len(contexts)))
+            break
+    before = Counter(token for c in contexts for token in set(c[:-1]))
+    if before:
+        token, count = before.most_common(1)[0]
+        found.append(("contains", (token,), count / len(contexts)))
+    return found
+
+
+def _require_mined(view: ModelView, manifest: dict[str, Any]) -> ModelView:
+    if view.fingerprint != manifest["run"]["weights"]:
+        raise InvalidInput(
+            four_parts(
+                "the triggers are those of another model",
+                f"{view.name} with weights {view.fingerprint}",
+                f"{manifest['run']['model']} with weights {manifest['run']['weights']}",
+                "Give the model that was mined.",
+            )
+        )
+    return view
+
+
+def _not_mined(what: str, seen: object, expected: str) -> InvalidInput:
+    return InvalidInput(
+        four_parts(
+            f"there is no such {what} among these triggers",
+            repr(seen),
+            expected,
+            "Ask for something that was mined, or mine again.",
+        )
+    )
