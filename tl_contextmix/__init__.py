@@ -4,7 +4,7 @@ Context-mixing and decomposition methods for TransformerLens models of any class
 """
 
 from tl_contextmix.compare import compare, demo_pairs
-from tl_contextmix.corpus import Triggers, load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.corpus import Triggers, composition, load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -86,6 +86,7 @@ __all__ = [
     "cancellation",
     "check",
     "compare",
+    "composition",
     "contextualization_change",
     "cue_alignment",
     "decompose",

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
-from tl_contextmix.unembed import Unembedding
+from tl_contextmix.unembed import Scan, Unembedding, unembedding
 
 Active = Literal["positive", "nonzero"]
 CASES = ("residual", "ffn", "agreement", "composition", "conflict")
@@ -138,7 +138,7 @@ def promoted(view: ModelView, block: Block, unembedding: Unembedding) -> Int[Ten
 
 @dataclass(frozen=True)
 class LayerComposition:
-    """How the memories of one layer make up its output.
+    """How the memories of one layer make up its output, at some positions.
 
     Attributes:
         coefficients: What each value is multiplied with.
@@ -151,87 +151,127 @@ class LayerComposition:
         case: Index into `CASES`.
     """
 
-    coefficients: Float[Tensor, "batch pos neuron"]
-    active: Float[Tensor, "batch pos"]
-    agreeing: Int[Tensor, "batch pos"]
-    residual_top: Int[Tensor, "batch pos"]
-    ffn_top: Int[Tensor, "batch pos"]
-    output_top: Int[Tensor, "batch pos"]
-    probability: Float[Tensor, "batch pos"]
-    case: Int[Tensor, "batch pos"]
+    coefficients: Float[Tensor, "place neuron"]
+    active: Float[Tensor, " place"]
+    agreeing: Int[Tensor, " place"]
+    residual_top: Int[Tensor, " place"]
+    ffn_top: Int[Tensor, " place"]
+    output_top: Int[Tensor, " place"]
+    probability: Float[Tensor, " place"]
+    case: Int[Tensor, " place"]
+
+    def sums(self, final: Int[Tensor, " place"]) -> Float[Tensor, " quantity"]:
+        """Returns the sums over positions of the 2021 paper's figures, then how often each case is.
+
+        Active memories, zero agreement, residual = final, probability of the final token.
+        """
+        rows = [
+            self.active,
+            self.agreeing == 0,
+            self.residual_top == final,
+            self.probability,
+            *(self.case == index for index in range(len(CASES))),
+        ]
+        return torch.stack([row.to(self.active).sum() for row in rows])
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How layers are read.
+    """How layers are read, and where.
 
     Attributes:
         view: The model.
         states: How streams and outputs are read.
         table: How values are read.
         active: Which memories count as active.
-        scale: Scale of the final norm at each position, where it is frozen.
-        final: The model's top token at each position.
+        where: Positions that are read.
+        scale: Scale of the final norm at them, for where it is frozen.
+        final: The model's top token at them.
     """
 
     view: ModelView
     states: Unembedding
     table: Unembedding
     active: Active
-    scale: Float[Tensor, "batch pos 1"]
-    final: Int[Tensor, "batch pos"]
+    where: Bool[Tensor, "batch pos"]
+    scale: Float[Tensor, "place 1"]
+    final: Int[Tensor, " place"]
+
+    @staticmethod
+    def names(view: ModelView, block: Block) -> tuple[str, ...]:
+        """Returns the activations that reading a layer needs, besides the block's points."""
+        ff = require_feed_forward(block)
+        return (*branch_names(ff), *block.spared(), view.blocks()[-1].resid_out)
 
     @classmethod
     def of(
-        cls, view: ModelView, trace: Trace, states: Unembedding, table: Unembedding, active: Active
+        cls,
+        view: ModelView,
+        trace: Trace,
+        how: tuple[Unembedding, Unembedding],
+        active: Active,
+        where: Bool[Tensor, "batch pos"],
     ) -> Reader:
-        """Returns the reader of a pass that kept the last block's output."""
-        last = trace[view.blocks()[-1].resid_out]
+        """Returns the reader of a pass.
+
+        Args:
+            view: The model.
+            trace: The pass, with what `names` asks for.
+            how: How states and how values are read.
+            active: Which memories count as active.
+            where: Positions to read.
+        """
+        where = where.to(view.device)
+        last = trace[view.blocks()[-1].resid_out][where]
         norm = view.readout.norm
         scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
         whole = Unembedding(view.readout, "model")
-        final = whole.scan(whole.hidden(last.flatten(0, 1)), sides=1).ids[:, 0, 0]
-        return cls(view, states, table, active, scale, final.view(last.shape[:2]))
+        final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
+        return cls(view, *how, active, where, scale, final)
 
     def read(self, block: Block, trace: Trace) -> LayerComposition:
         """Returns how the memories of a layer make up its output."""
         ff = require_feed_forward(block)
-        found = coefficients(ff, trace)
-        shape = found.shape[:2]
-        residual, added = block.middle(trace), ff.project(trace[ff.post])
+        found = coefficients(ff, trace)[self.where]
+        residual = block.middle(trace)[self.where]
+        added = ff.project(trace[ff.post][self.where])
         output = residual + added
         output = output if ff.norm_after is None else ff.norm_after(output)
-        targets = self.final.flatten()
-        first = self._scan(residual, targets)
+        first = self._scan(residual, self.final)
         tops = [first.ids[:, 0, 0], *(self._scan(x).ids[:, 0, 0] for x in (added, output))]
-        residual_top, ffn_top, output_top = (top.view(shape) for top in tops)
         return LayerComposition(
-            coefficients=found,
-            active=self._is_active(found).to(found).mean(-1),
-            agreeing=self._agreeing(block, found, ffn_top),
-            residual_top=residual_top,
-            ffn_top=ffn_top,
-            output_top=output_top,
-            probability=first.target_prob.view(shape),
-            case=cases(residual_top, ffn_top, output_top),
+            found,
+            self._active(found).to(found).mean(-1),
+            self._agreeing(block, found, tops[1]),
+            *tops,
+            first.target_prob,
+            cases(*tops),
         )
 
-    def _scan(self, x: Tensor, targets: Tensor | None = None):
-        hidden = self.states.hidden(x, self.scale).flatten(0, 1)
-        return self.states.scan(hidden, sides=1, targets=targets)
+    def _scan(self, x: Tensor, targets: Tensor | None = None) -> Scan:
+        return self.states.scan(self.states.hidden(x, self.scale), sides=1, targets=targets)
 
-    def _is_active(self, found: Tensor) -> Tensor:
+    def _active(self, found: Tensor) -> Tensor:
         return found > 0 if self.active == "positive" else found != 0
 
     def _agreeing(self, block: Block, found: Tensor, top: Tensor) -> Tensor:
         table = promoted(self.view, block, self.table)
-        agree = torch.zeros_like(top)
-        for row in range(len(found)):  # [pos neuron] at a time
-            seen = (found[row] > 0) & (table[:, 0] == top[row, :, None])
-            if self.active == "nonzero":
-                seen |= (found[row] < 0) & (table[:, 1] == top[row, :, None])
-            agree[row] = seen.sum(-1)
-        return agree
+        seen = (found > 0) & (table[:, 0] == top[:, None])
+        if self.active == "nonzero":
+            seen |= (found < 0) & (table[:, 1] == top[:, None])
+        return seen.sum(-1)
+
+
+def readings(view: ModelView, projection: object) -> tuple[Unembedding, Unembedding]:
+    """Returns how states and how values are read, for a projection of the states.
+
+    Raises:
+        UnsupportedModel: If the model has no vocabulary readout.
+        InvalidInput: If there is no such projection, or none of this model.
+    """
+    states = unembedding(view.readout, projection, ("model", "frozen", "none"))
+    values_how = "none" if states.projection == "none" else None
+    return states, unembedding(view.readout, values_how, ("none", "folded", "head"))
 
 
 def cases(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.corpus.exports import sampled, write_jsonl, write_sheet
+from tl_contextmix.corpus.patterns import Base, common
 from tl_contextmix.corpus.reading import Corpus, open_corpus
+from tl_contextmix.corpus.removal import removal
 from tl_contextmix.corpus.shards import frame_of
 from tl_contextmix.corpus.store import TABLE, read_manifest
 from tl_contextmix.errors import InvalidInput, four_parts
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 
 _NEGATIVE = ("negative", "+-", "-+")
 _BATCH = 16
-_ENDINGS = (3, 2, 1)
-_KEPT = 0.5
 
 
 def load_triggers(
@@ -175,10 +175,10 @@ class Triggers:
         frame = self.to_dataframe(layer, neuron, tail)
         frame = frame if k is None else frame.head(require_count(k))
         (place,) = layer_positions(layer, self.layers)
-        block = view.stacks[self._stack][self.layers[place]]
+        block = view.stacks[self.stack][self.layers[place]]
         contexts = self.contexts(frame)
         rows = [contexts[pair] for pair in zip(frame["document"], frame["position"], strict=True)]
-        seen = self._coefficients(rows, [block])
+        seen = self.coefficients_of(rows, [block])
         found = []
         for index, (row, ids) in enumerate(zip(frame.itertuples(), rows, strict=True)):
             following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
@@ -195,7 +195,7 @@ class Triggers:
                 )
             )
         words, logits = self._promotes(block, neuron, tail in _NEGATIVE)
-        where = self._provenance("examples", {"tail": tail})
+        where = self.describe("examples", {"tail": tail})
         return TriggerExamples(block.layer, neuron, tail, tuple(found), words, logits, where)
 
     def show(
@@ -222,9 +222,9 @@ class Triggers:
             UnsupportedModel: If it has no vocabulary readout.
         """
         view = self._require_view()
-        if self._stack != "decoder":
-            raise _not_mined("next token", self._stack, "a model that predicts the next token")
-        require_predicting(view, self._stack)
+        if self.stack != "decoder":
+            raise _not_mined("next token", self.stack, "a model that predicts the next token")
+        require_predicting(view, self.stack)
         tail = self.tails[0] if tail is None else tail
         side = int(tail in _NEGATIVE)
         frame = self.to_dataframe(tail=tail)
@@ -270,7 +270,7 @@ class Triggers:
             left_out=memories - len(whole["layer"]),
             k=self.k,
             words=word_table(view, whole["top"], whole["next_token"]),
-            provenance=self._provenance("agreement", {"tail": tail}),
+            provenance=self.describe("agreement", {"tail": tail}),
         )
 
     def patterns(
@@ -298,16 +298,16 @@ class Triggers:
         tail = self.tails[0] if tail is None else tail
         frame = self.to_dataframe(layer, None, tail)
         if neurons is not None:
-            size = require_feed_forward(view.stacks[self._stack][self.layers[0]]).W_out.shape[0]
+            size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).W_out.shape[0]
             frame = frame[frame["neuron"].isin(positions("neuron", neurons, (), size))]
         contexts = self.contexts(frame)
         lead = frame_of(view, self.manifest["run"]["options"]["prepend_bos"])[0]
-        base = _Base(self._documents(frame["document"]), lead)
+        base = Base(self._documents(frame["document"]), lead)
         rows = []
         for (at, neuron), group in frame.groupby(["layer", "neuron"]):
             pairs = zip(group["document"], group["position"], strict=True)
             some = [tuple(contexts[pair][lead:]) for pair in pairs]
-            for kind, tokens, share in _common(some):
+            for kind, tokens, share in common(some):
                 rows.append(
                     Pattern(
                         layer=int(at),
@@ -321,7 +321,69 @@ class Triggers:
                         contexts=len(set(some)),
                     )
                 )
-        return TriggerPatterns(tuple(rows), self._provenance("patterns", {"tail": tail}))
+        return TriggerPatterns(tuple(rows), self.describe("patterns", {"tail": tail}))
+
+    def removal(
+        self, *, per_layer: int = 100, k: int = 50, tail: str | None = None, seed: int = 0
+    ) -> LayerFigures:
+        """Returns how coefficients change when a token of a trigger is removed (2021, section 3.2).
+
+        The relative change ``(m' - m) / m`` at the end of a prefix without its first, last or a
+        random token, per layer. Causal models; without its last token a prefix has been computed
+        already, so that takes no pass of its own. Prefixes of one token are left out.
+
+        Args:
+            per_layer: Memories of each layer, drawn by their numbers and the seed.
+            k: Triggers of each.
+            tail: Tail; None for the first that was mined.
+            seed: Of the draws.
+
+        Raises:
+            InvalidInput: If the model reads both ways, or model or corpus are not at hand.
+        """
+        self._require_view()
+        frame = self.to_dataframe(tail=self.tails[0] if tail is None else tail)
+        return removal(self, sampled(frame, per_layer, k, seed), seed)
+
+    def to_jsonl(
+        self, path: str | Path, *, layer: int | None = None, neuron: int | None = None
+    ) -> Path:
+        """Writes triggers as JSON lines in the form of Neuronpedia's activations.
+
+        One object per trigger: modelId, layer, index, tokens, values along them and their extremes,
+        dataIndex. A path that ends in ``.gz`` is compressed.
+
+        Args:
+            path: The file.
+            layer: Layer; None for all.
+            neuron: Neuron; None for all.
+
+        Raises:
+            InvalidInput: If model or corpus are not at hand, or the file cannot be written.
+        """
+        self._require_view()
+        return write_jsonl(self, Path(path), self.to_dataframe(layer, neuron))
+
+    def to_sheet(
+        self, path: str | Path, *, per_layer: int = 10, k: int = 25, seed: int = 0
+    ) -> Path:
+        """Writes a sheet (CSV) on which humans note what triggers have in common, as in the paper.
+
+        One row per trigger of ten memories of each layer, with empty columns for four patterns.
+        Text that a spreadsheet would run as a formula is quoted.
+
+        Args:
+            path: The file.
+            per_layer: Memories of each layer, drawn by their numbers and the seed.
+            k: Triggers of each.
+            seed: Of the draw.
+
+        Raises:
+            InvalidInput: If model or corpus are not at hand, or the file cannot be written.
+        """
+        self._require_view()
+        frame = self.to_dataframe(tail=self.tails[0])
+        return write_sheet(self, Path(path), sampled(frame, per_layer, k, seed))
 
     def contexts(self, frame: pandas.DataFrame) -> dict[tuple[int, int], list[int]]:
         """Returns the token ids of contexts, up to the trigger, by document and position.
@@ -369,7 +431,7 @@ class Triggers:
             found[number] = ids[: longest - behind] + ids[len(ids) - behind :] if cut else ids
         return found
 
-    def _coefficients(
+    def coefficients_of(
         self, rows: list[list[int]], blocks: Sequence[Block]
     ) -> list[dict[int, Tensor]]:
         """Returns the coefficients [pos neuron] of layers along sequences of token ids."""
@@ -397,7 +459,7 @@ class Triggers:
         self, block: Block, neuron: int, negative: bool
     ) -> tuple[tuple[str, ...], tuple[float, ...]]:
         view = self._require_view()
-        if view.readout.refusal or self._stack != view.base_stack(None):
+        if view.readout.refusal or self.stack != view.base_stack(None):
             return (), ()
         reader = unembedding(view.readout, None, ("folded", "head"))
         with torch.no_grad():
@@ -408,7 +470,8 @@ class Triggers:
         return words, tuple(scan.ends[0, 0].tolist())
 
     @property
-    def _stack(self) -> str:
+    def stack(self) -> str:
+        """The stack that was mined."""
         return self.manifest["run"]["options"]["stack"]
 
     def _require_view(self) -> ModelView:
@@ -423,52 +486,10 @@ class Triggers:
             )
         return self.view
 
-    def _provenance(self, name: str, options: dict[str, Any]) -> Provenance:
+    def describe(self, name: str, options: dict[str, Any]) -> Provenance:
+        """Returns where a result made from these triggers comes from."""
         digest = self.manifest["corpus"]["digest"]
         return provenance(self._require_view(), f"triggers.{name}", {**options, "corpus": digest})
-
-
-class _Base:
-    """How often patterns occur among all prefixes of some documents."""
-
-    def __init__(self, documents: dict[int, list[int]], lead: int) -> None:
-        self.endings: Counter[tuple[int, ...]] = Counter()
-        self.containing: Counter[int] = Counter()
-        self.total = 0
-        for ids in documents.values():
-            text = ids[lead:]
-            self.total += len(text)
-            for length in _ENDINGS:
-                self.endings.update(
-                    tuple(text[end - length : end]) for end in range(length, len(text) + 1)
-                )
-            firsts: dict[int, int] = {}
-            for place, token in enumerate(text):
-                firsts.setdefault(token, place)
-            # A token is before the last one of every prefix that ends behind it.
-            for token, place in firsts.items():
-                self.containing[token] += len(text) - place - 1
-
-    def share(self, kind: str, tokens: tuple[int, ...]) -> float:
-        """Returns the share of prefixes with a pattern."""
-        found = self.endings[tokens] if kind == "ends with" else self.containing[tokens[0]]
-        return found / max(1, self.total)
-
-
-def _common(contexts: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...], float]]:
-    """Returns the patterns of contexts: kind, tokens, share."""
-    found = []
-    for length in _ENDINGS:
-        endings = Counter(c[-length:] for c in contexts if len(c) >= length)
-        tokens, count = endings.most_common(1)[0] if endings else ((), 0)
-        if length == 1 or count >= _KEPT * len(contexts):
-            found.append(("ends with", tokens, count / len(contexts)))
-            break
-    before = Counter(token for c in contexts for token in set(c[:-1]))
-    if before:
-        token, count = before.most_common(1)[0]
-        found.append(("contains", (token,), count / len(contexts)))
-    return found
 
 
 def _require_mined(view: ModelView, manifest: dict[str, Any]) -> ModelView:

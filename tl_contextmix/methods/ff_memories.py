@@ -14,21 +14,20 @@ from tl_contextmix.memories import (
     CASES,
     QUADRANTS,
     Active,
+    LayerComposition,
     Reader,
     active_rule,
-    branch_names,
     promoted,
     quadrants,
+    readings,
     require_feed_forward,
     require_predicting,
     values,
 )
 from tl_contextmix.model_view import FeedForward
 from tl_contextmix.results import Memories
-from tl_contextmix.unembed import unembedding
 
 StateProjection = Literal["model", "frozen", "none"]
-_KNOWN = ("model", "frozen", "none")
 
 
 def ff_memories(
@@ -93,44 +92,39 @@ def ff_memories(
     view = as_view(model)
     stack = view.base_stack(None)
     require_predicting(view, stack)
-    states = unembedding(view.readout, projection, _KNOWN)
-    how = None if view.readout.head is not None or projection != "none" else "none"
-    table = unembedding(view.readout, how, ("none", "folded", "head"))
+    how = readings(view, projection)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    last = view.blocks()[-1].resid_out
-    done = run_pass(
-        view,
-        given,
-        layer=layer,
-        also=lambda b: (*branch_names(require_feed_forward(b)), *b.spared(), last),
-    )
+    done = run_pass(view, given, layer=layer, also=lambda block: Reader.names(view, block))
     ffs = [require_feed_forward(block) for block in done.blocks]
     rule = active_rule(active, ffs[0].gated)
     with torch.no_grad():
-        reader = Reader.of(view, done.trace, states, table, rule)
+        reader = Reader.of(view, done.trace, how, rule, done.target.mask)
         found = [reader.read(block, done.trace) for block in done.progress("ff_memories")]
-        tables = torch.stack([promoted(view, block, table) for block in done.blocks])
+        tables = torch.stack([promoted(view, block, how[1]) for block in done.blocks])
         signs = [_quadrants(ff, done) for ff in ffs]
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
-    mask = done.target.mask.to(reader.final.device)
 
-    def stacked(name: str) -> Tensor:
-        whole = torch.stack([getattr(one, name) for one in found], dim=1)
-        shape = (mask.shape[0], 1, mask.shape[1], *[1] * (whole.ndim - 3))
-        return whole.masked_fill(~mask.view(shape), 0)
+    def placed(numbers: Tensor) -> Tensor:
+        whole = numbers.new_zeros(*reader.where.shape, *numbers.shape[1:])
+        whole[reader.where] = numbers
+        return whole
 
-    columns = {name: stacked(name) for name in type(found[0]).__dataclass_fields__}
+    columns = {
+        name: torch.stack([placed(getattr(one, name)) for one in found], dim=1)
+        for name in LayerComposition.__dataclass_fields__
+    }
+    final = placed(reader.final)
     tops = [columns[name] for name in ("residual_top", "ffn_top", "output_top")]
     return Memories(
         **columns,
-        final_top=reader.final,
+        final_top=final,
         quadrants=torch.stack(signs, dim=1),
         promoted=tables,
         norm=norms,
         layers=done.layers,
         cases=CASES,
         tokens=done.target,
-        words=word_table(view, *tops, reader.final, tables),
+        words=word_table(view, *tops, final, tables),
         provenance=done.provenance("ff_memories", {"active": rule, "projection": projection}),
     )
 

@@ -175,6 +175,7 @@ class Memories(Result):
 
     def figures(self) -> CompositionFigures:
         """Returns the paper's figures, over all positions that are no padding."""
+        # The same figures as `memories.LayerComposition.sums`, of what is kept here.
         real = self.tokens.mask.to(self.active.device)[:, None]
         rows = [
             self.active,
