@@ -1,7 +1,8 @@
 """What a corpus says about memories: mined in one pass, resumable, the same for any division."""
 
 from tl_contextmix.corpus.composition import composition
-from tl_contextmix.corpus.mining import merge_triggers, mine_triggers
+from tl_contextmix.corpus.merging import merge_triggers
+from tl_contextmix.corpus.mining import mine_triggers
 from tl_contextmix.corpus.triggers import Triggers, load_triggers
 
 __all__ = ["Triggers", "composition", "load_triggers", "merge_triggers", "mine_triggers"]

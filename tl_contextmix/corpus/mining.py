@@ -4,156 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from tl_contextmix.corpus.merging import finish
+from tl_contextmix.corpus.miner import Miner, Tails, Unit, make_cutting, make_miner
 from tl_contextmix.corpus.reading import Corpus, open_corpus
-from tl_contextmix.corpus.shards import (
-    COUNTS,
-    Cutting,
-    Documents,
-    Malformed,
-    Shard,
-    TooLong,
-    batches,
-    read_shards,
-)
+from tl_contextmix.corpus.runs import changed, describe_run, require_run
+from tl_contextmix.corpus.shards import Malformed, Shard, TooLong, batches, read_shards
 from tl_contextmix.corpus.store import (
-    FORMAT_VERSION,
     MANIFEST,
     Part,
     load_part,
+    make_folder,
     part_path,
     read_manifest,
     save_part,
-    write_result,
 )
-from tl_contextmix.corpus.topk import TopK, pack_places, pack_tokens
 from tl_contextmix.corpus.triggers import Triggers, load_triggers
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import package_version, select_blocks
-from tl_contextmix.memories import (
-    QUADRANTS,
-    branch_names,
-    coefficients,
-    quadrants,
-    require_feed_forward,
-)
-from tl_contextmix.model_view import Block, ModelView, StackName, Trace
-from tl_contextmix.results.axes import positions, require_choice, require_count
-
-Unit = Literal["prefix", "document"]
-Tails = Literal["positive", "both", "quadrants"]
-_TAILS: dict[str, tuple[str, ...]] = {
-    "positive": ("positive",),
-    "both": ("positive", "negative"),
-    "quadrants": QUADRANTS,
-}
-
-
-@dataclass(frozen=True)
-class Miner:
-    """Which memories of which model are mined, and how.
-
-    Attributes:
-        view: The model.
-        blocks: The layers.
-        neurons: Neurons of each layer; None for all.
-        stack: The stack.
-        k: How many triggers of each memory.
-        unit: Whether every prefix can be a trigger, or the best one of each document.
-        tails: What is looked for.
-        how: How the corpus is cut up.
-    """
-
-    view: ModelView
-    blocks: tuple[Block, ...]
-    neurons: tuple[int, ...] | None
-    stack: str
-    k: int
-    unit: Unit
-    tails: Tails
-    how: Cutting
-
-    def chosen(self, block: Block) -> list[int]:
-        """Returns the neurons of a layer that are mined."""
-        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
-
-    def zero(self) -> dict[tuple[int, str], TopK]:
-        """Returns the state before the first document."""
-        return {
-            (block.layer, tail): TopK.zero(
-                len(self.chosen(block)), self.k, self.view.dtype, self.view.device
-            )
-            for block in self.blocks
-            for tail in _TAILS[self.tails]
-        }
-
-    def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
-        """Runs the model on a batch and takes in what it shows."""
-        names = [name for block in self.blocks for name in self._names(block)]
-        trace = self.view.run(documents.batch, list(dict.fromkeys(names)))
-        device = self.view.device
-        counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
-        places = pack_places(documents.numbers.to(device), ids.shape[1])
-        tokens = pack_tokens(ids, documents.next_ids.to(device))
-        for block in self.blocks:
-            scores = self._scores(block, trace, counted)
-            for tail, values in scores:
-                update = self._best if self.unit == "document" else self._every
-                update(tops[block.layer, tail], values, counted, places, tokens)
-
-    def _names(self, block: Block) -> tuple[str, ...]:
-        ff = require_feed_forward(block)
-        return branch_names(ff) if self.tails == "quadrants" else (ff.post,)
-
-    def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yields each tail with its values: positive where there is something to be found."""
-        ff = require_feed_forward(block)
-        found = coefficients(ff, trace)
-        # A sum is finite where every number is; not worth a mask unless it is not.
-        if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
-            raise _not_finite(block.layer)
-        some = None
-        if self.neurons is not None:
-            some = torch.tensor(self.chosen(block), device=found.device)
-            found = found[..., some]
-        if self.tails == "quadrants":
-            places = quadrants(ff, trace)
-            places = places if some is None else places[..., some]
-            for index, tail in enumerate(QUADRANTS):
-                yield tail, found.abs().masked_fill(places != index, 0)
-            return
-        yield "positive", found
-        if self.tails == "both":
-            yield "negative", -found
-
-    @staticmethod
-    def _every(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
-        flat, named = places.flatten(), tokens.flatten()
-        top.update(
-            values.flatten(0, 1), counted.flatten(), lambda rows, *_: (flat[rows], named[rows])
-        )
-
-    @staticmethod
-    def _best(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
-        masked = values.masked_fill(~counted[..., None], -torch.inf)
-        steps = torch.arange(values.shape[1], device=values.device)
-
-        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-            # The first of the document's positions that have its highest value.
-            there = masked[rows, :, columns] == best[:, None]
-            pos = torch.where(there, steps, len(steps)).amin(dim=1)
-            return places[rows, pos], tokens[rows, pos]
-
-        top.update(masked.amax(dim=1), counted.any(dim=1), locate)
+from tl_contextmix.model_view import StackName
 
 
 def mine_triggers(
@@ -238,10 +113,10 @@ def mine_triggers(
     ``20 k`` bytes per memory.
     """
     view = as_view(model)
-    how = _cutting(batch_size, shard_size, too_long, malformed, prepend_bos, special)
-    miner = _miner(view, how, k, layer, neurons, stack, unit, tails)
+    how = make_cutting(batch_size, shard_size, too_long, malformed, prepend_bos, special)
+    miner = make_miner(view, how, k, layer, neurons, stack, unit, tails)
     rank, world_size = _require_rank(rank, world_size)
-    opened, folder = open_corpus(corpus, column), _folder(out)
+    opened, folder = open_corpus(corpus, column), make_folder(out)
     run = describe_run(miner, opened, source)
     if (folder / MANIFEST).exists():
         return _already(folder, run, opened, model, world_size)
@@ -278,7 +153,7 @@ def run_part(
                 _require_same(part, own, digest, shard, corpus)
                 continue
             if part.done:
-                raise _changed(corpus, f"{seen} shards where there were {part.shards}")
+                raise changed(corpus, f"{seen} shards where there were {part.shards}")
             _mine_shard(miner, part, shard, corpus, bar.update)
             part.take(digest)
             if time.monotonic() - last >= checkpoint_seconds:
@@ -286,7 +161,7 @@ def run_part(
                 last = time.monotonic()
     expected = len(range(rank, seen, world_size))
     if len(part.digests) != expected or (part.done and part.shards != seen):
-        raise _changed(corpus, f"{seen} shards where there were {len(part.digests)}")
+        raise changed(corpus, f"{seen} shards where there were {len(part.digests)}")
     if not part.done:
         part.done, part.shards = True, seen
         save_part(part, folder)
@@ -302,91 +177,11 @@ def _mine_shard(
         progress(int(documents.batch.main.mask.sum()))
 
 
-def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path:
-    """Puts together what several processes have mined; returns the folder.
-
-    The files are those that one process alone would have written, byte by byte.
-
-    Args:
-        out: Folder of the result, and of the parts unless other folders are named.
-        parts: Folders of the parts.
-
-    Raises:
-        InvalidInput: If parts are missing, unfinished, or of different runs.
-        FileFormatError: If a file is no part.
-    """
-    folder = _folder(out)
-    places = [Path(part) for part in parts] or [folder]
-    files = sorted(path for place in places for path in place.glob("part-*.safetensors"))
-    found = [load_part(path, torch.device("cpu")) for path in files]
-    _require_whole(found, places)
-    finish(found, folder)
-    return folder
-
-
-def finish(parts: list[Part], folder: Path) -> None:
-    """Writes the result of the parts of all processes."""
-    parts = sorted(parts, key=lambda part: part.rank)
-    tops = dict(parts[0].tops)
-    for part in parts[1:]:
-        tops = {key: top.merge(part.tops[key]) for key, top in tops.items()}
-    counts = sum((part.counts for part in parts), start=type(parts[0].counts)())
-    whole = hashlib.sha256()
-    for index in range(parts[0].shards):
-        whole.update(bytes(parts[index % len(parts)].digests[index // len(parts)].tolist()))
-    run = parts[0].run
-    manifest = {
-        "format": FORMAT_VERSION,
-        "run": run,
-        "neurons": run["options"]["neurons"],
-        "corpus": {"digest": whole.hexdigest(), "shards": parts[0].shards},
-        "counts": {name: counts[name] for name in COUNTS},
-    }
-    write_result(folder, tops, manifest)
-
-
-def describe_run(miner: Miner, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
-    """Returns what the result depends on, besides the documents: plain JSON."""
-    view = miner.view
-    return {
-        "model": view.name,
-        "weights": view.fingerprint,
-        "processing": list(view.processing),
-        "host": view.host,
-        "TransformerLens": view.host_version,
-        "tl_contextmix": package_version(),
-        "torch": torch.__version__,
-        "dtype": str(view.dtype),
-        "hooks": list(view.hooked()),
-        "tokenizer": _tokenizer_hash(view, miner.how.prepend_bos),
-        "corpus": {"kind": corpus.kind, "column": corpus.column},
-        "source": {"model": source, "corpus": corpus.name},
-        "options": {
-            "k": miner.k,
-            "layers": [block.layer for block in miner.blocks],
-            "neurons": {str(block.layer): miner.chosen(block) for block in miner.blocks},
-            "stack": miner.stack,
-            "unit": miner.unit,
-            "tails": miner.tails,
-            **asdict(miner.how),
-        },
-    }
-
-
-def _tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
-    """Returns a hash of the vocabulary, and of what becomes of a text."""
-    found = hashlib.sha256()
-    for token in range(view.d_vocab):
-        found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
-    found.update(repr(view.encode("The cat sat, didn't it? 3.14", prepend_bos)).encode())
-    return found.hexdigest()
-
-
 def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_size: int) -> Part:
     path = part_path(folder, rank, world_size)
     if path.is_file():
         part = load_part(path, miner.view.device)
-        _require_run(part.run, run, folder)
+        require_run(part.run, run, folder)
         return part
     strange = [
         other
@@ -406,41 +201,10 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
     return Part(run, rank, world_size, miner.zero(), digests)
 
 
-def _require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raises InvalidInput, naming the first difference, unless two runs are the same."""
-    # Where things came from may have another name by now; what they are is told by hashes.
-    for name in [name for name in now if name != "source"]:
-        old, new = before.get(name), now[name]
-        if isinstance(new, dict) and isinstance(old, dict):
-            changed = [key for key in new if old.get(key) != new[key]]
-            if changed:
-                name, old, new = f"{name}: {changed[0]}", old.get(changed[0]), new[changed[0]]
-        if old != new:
-            raise InvalidInput(
-                four_parts(
-                    f"{folder} holds a run that differs in {name}",
-                    repr(new)[:200],
-                    repr(old)[:200],
-                    "Give what was given then, or choose another folder.",
-                )
-            )
-
-
 def _require_same(part: Part, own: int, digest: bytes, shard: Shard, corpus: Corpus) -> None:
     if bytes(part.digests[own].tolist()) != digest:
         first, last = shard.first, shard.first + len(shard.documents) - 1
-        raise _changed(corpus, f"other documents among those from {first} to {last}")
-
-
-def _changed(corpus: Corpus, seen: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"the corpus {corpus.name} is not the one that was mined before",
-            seen,
-            "the same documents",
-            "Give the corpus of then, or choose another folder.",
-        )
-    )
+        raise changed(corpus, f"other documents among those from {first} to {last}")
 
 
 def _already(
@@ -448,92 +212,16 @@ def _already(
 ) -> Triggers:
     """Returns the result of a finished run, once its corpus is known to be this one."""
     manifest = read_manifest(folder)
-    _require_run(manifest["run"], run, folder)
+    require_run(manifest["run"], run, folder)
     whole, count = hashlib.sha256(), 0
     for shard in read_shards(corpus, run["options"]["shard_size"]):
         whole.update(shard.digest())
         count += 1
     if {"digest": whole.hexdigest(), "shards": count} != manifest["corpus"]:
-        raise _changed(corpus, f"{count} shards with another hash")
+        raise changed(corpus, f"{count} shards with another hash")
     if world_size == 1:
         part_path(folder, 0, 1).unlink(missing_ok=True)
     return load_triggers(folder, model=model, corpus=corpus)
-
-
-def _require_whole(parts: list[Part], places: list[Path]) -> None:
-    """Raises InvalidInput unless the parts of all processes are there and finished."""
-    named = ", ".join(map(str, places))
-    if not parts:
-        raise _cannot_merge("no part", f"parts of a run in {named}")
-    size = parts[0].world_size
-    ranks = sorted(part.rank for part in parts)
-    if ranks != list(range(size)):
-        raise _cannot_merge(f"the parts of processes {ranks}", f"one of each of {size}")
-    for part in parts:
-        _require_run(parts[0].run, part.run, places[0])
-        if not part.done or part.shards != parts[0].shards:
-            raise _cannot_merge(f"an unfinished part of process {part.rank}", "finished parts")
-
-
-def _cannot_merge(seen: str, expected: str) -> InvalidInput:
-    remedy = "Run the processes that are missing or were stopped again: they go on."
-    return InvalidInput(four_parts("the parts cannot be merged", seen, expected, remedy))
-
-
-def _miner(
-    view: ModelView,
-    how: Cutting,
-    k: int,
-    layer: int | Sequence[int] | None,
-    neurons: int | Sequence[int] | None,
-    stack: StackName | None,
-    unit: Unit,
-    tails: Tails,
-) -> Miner:
-    require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
-    require_choice("mine_triggers", "choice of tails", tails, tuple(_TAILS))
-    pair = len(view.stacks) == 2
-    base = "encoder" if pair and stack is None else view.base_stack(stack)
-    if pair and base != "encoder":
-        raise InvalidInput(
-            four_parts(
-                "a corpus cannot be read by this stack",
-                f"stack={stack!r}",
-                "'encoder': a decoder would see its start token alone",
-                "Leave `stack` out.",
-            )
-        )
-    blocks = select_blocks(view.stacks[base], layer)
-    first = require_feed_forward(blocks[0])
-    if tails == "quadrants" and not first.gated:
-        raise InvalidInput(
-            four_parts(
-                "there are no quadrants",
-                "a feed-forward sublayer without gates",
-                "tails='positive' or 'both'",
-                "Quadrants are the signs of a gate and of the branch it multiplies.",
-            )
-        )
-    size = first.W_out.shape[0]
-    chosen = None if neurons is None else tuple(positions("neuron", neurons, (), size))
-    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, how)
-
-
-def _cutting(
-    batch_size: int,
-    shard_size: int,
-    too_long: TooLong,
-    malformed: Malformed,
-    prepend_bos: bool | None,
-    special: bool,
-) -> Cutting:
-    require_choice("mine_triggers", "treatment of long documents", too_long, _LONG)
-    require_choice("mine_triggers", "treatment of malformed documents", malformed, _MALFORMED)
-    sizes = (require_count(shard_size), require_count(batch_size))
-    return Cutting(*sizes, too_long, malformed, prepend_bos, special)
-
-
-_LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")
 
 
 def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
@@ -547,30 +235,3 @@ def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
             )
         )
     return rank, world_size
-
-
-def _folder(out: str | Path) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput(
-            four_parts(
-                "the folder for the result cannot be made",
-                str(error),
-                "a path where a folder is or can be",
-                "Choose another one.",
-            )
-        ) from error
-    return folder
-
-
-def _not_finite(layer: int) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            "the model's own activations are not finite",
-            f"NaN or infinity among the coefficients of layer {layer}",
-            "finite activations",
-            "Load the model in float32 or bfloat16.",
-        )
-    )

@@ -73,7 +73,8 @@ class Corpus:
         """
         wanted = sorted(set(numbers))
         found: dict[int, str] = {}
-        if self.kind == "dataset" and hasattr(self.held, "__getitem__"):
+        # A streaming dataset has items too, but no length.
+        if self.kind == "dataset" and hasattr(self.held, "__len__"):
             reader = ((n, _document(self.held[n], self.column)) for n in wanted)
         else:
             last = wanted[-1] if wanted else -1
@@ -208,7 +209,7 @@ def _dataset(corpus: Corpus, start: int) -> Iterator[Document]:
     names = corpus.held.column_names
     if names is not None and corpus.column not in names:
         raise _no_column(corpus, list(names))
-    if hasattr(corpus.held, "__getitem__"):
+    if hasattr(corpus.held, "__len__"):
         for number in range(start, len(corpus.held)):
             yield _document(corpus.held[number], corpus.column)
         return

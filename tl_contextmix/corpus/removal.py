@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tl_contextmix.corpus.triggers import Triggers
 
 REMOVED = ("first", "last", "random")
+_PREFIXES = 256
 
 
 def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigures:
@@ -41,29 +42,33 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
     lead = frame_of(view, triggers.manifest["run"]["options"]["prepend_bos"])[0]
     frame = frame[frame["position"] > lead]  # a prefix of one token has nothing left
     contexts = triggers.contexts(frame)
-    pairs = list(dict.fromkeys(zip(frame["document"], frame["position"], strict=True)))
-    blocks = [view.blocks()[layer] for layer in sorted(set(frame["layer"]))]
-    whole = triggers.coefficients_of([contexts[pair] for pair in pairs], blocks)
-    cuts = {
-        "first": [contexts[pair][:lead] + contexts[pair][lead + 1 :] for pair in pairs],
-        "random": [_without_random(contexts[pair], lead, seed, pair) for pair in pairs],
-    }
-    cut = {name: triggers.coefficients_of(rows, blocks) for name, rows in cuts.items()}
-    index = {pair: place for place, pair in enumerate(pairs)}
-    changes: dict[int, list[list[float]]] = {block.layer: [] for block in blocks}
-    for row in frame.itertuples():
-        place, layer = index[row.document, row.position], row.layer
-        before = float(whole[place][layer][-1, row.neuron])
-        after = {
-            # A causal model has computed the prefix without its last token already.
-            "last": float(whole[place][layer][-2, row.neuron]),
-            **{name: float(found[place][layer][-1, row.neuron]) for name, found in cut.items()},
+    changes: dict[int, list[list[float]]] = {layer: [] for layer in sorted(set(frame["layer"]))}
+    grouped = [*frame.groupby(["document", "position"], sort=True)]
+    for start in range(0, len(grouped), _PREFIXES):
+        some = grouped[start : start + _PREFIXES]
+        pairs = [pair for pair, _ in some]
+        rows = [contexts[pair] for pair in pairs]
+        cuts = {
+            "whole": rows,
+            "first": [row[:lead] + row[lead + 1 :] for row in rows],
+            "random": [
+                _without_random(row, lead, seed, pair)
+                for row, pair in zip(rows, pairs, strict=True)
+            ],
         }
-        changes[layer].append([(after[name] - before) / before for name in REMOVED])
-    means = [torch.tensor(changes[block.layer], dtype=torch.float64).mean(0) for block in blocks]
+        blocks = [view.blocks()[layer] for layer in changes]
+        found = {n: triggers.coefficients_of(cut, blocks, last=2) for n, cut in cuts.items()}
+        for place, (_, memories) in enumerate(some):
+            for layer, neuron in zip(memories["layer"], memories["neuron"], strict=True):
+                ends = {name: float(one[place][layer][-1, neuron]) for name, one in found.items()}
+                # A causal model has computed the prefix without its last token already.
+                ends["last"] = float(found["whole"][place][layer][-2, neuron])
+                before = ends["whole"]
+                changes[layer].append([(ends[name] - before) / before for name in REMOVED])
+    means = [torch.tensor(rows, dtype=torch.float64).mean(0) for rows in changes.values()]
     return LayerFigures(
         values=torch.stack(means)[None],
-        layers=tuple(block.layer for block in blocks),
+        layers=tuple(changes),
         quantities=REMOVED,
         title="Coefficients without a token of the trigger",
         caption="Relative change of the coefficient at the end of a trigger when its first, last "

@@ -167,7 +167,7 @@ def _write_table(
         for layer in layers:
             parts = [
                 _rows(layer, tail, top, neurons[str(layer)])
-                for (at, tail), top in tops.items()
+                for (at, tail), top in sorted(tops.items(), key=lambda item: item[0])
                 if at == layer
             ]
             table = pyarrow.concat_tables(parts)
@@ -241,5 +241,38 @@ def _bad(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
             seen,
             f"a file of mine_triggers, format version {FORMAT_VERSION}",
             remedy,
+        )
+    )
+
+
+def make_folder(out: str | Path) -> Path:
+    """Returns the folder for a result, made if it is not there.
+
+    Raises:
+        InvalidInput: If it cannot be.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            four_parts(
+                "the folder for the result cannot be made",
+                str(error),
+                "a path where a folder is or can be",
+                "Choose another one.",
+            )
+        ) from error
+    return folder
+
+
+def not_mined(what: str, seen: object, expected: str) -> InvalidInput:
+    """Returns the error for something that is not among the triggers."""
+    return InvalidInput(
+        four_parts(
+            f"there is no such {what} among these triggers",
+            repr(seen),
+            expected,
+            "Ask for something that was mined, or mine again.",
         )
     )

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.corpus.agreement import agreement
 from tl_contextmix.corpus.exports import sampled, write_jsonl, write_sheet
+from tl_contextmix.corpus.miner import NEGATIVE, TAILS
 from tl_contextmix.corpus.patterns import Base, common
 from tl_contextmix.corpus.reading import Corpus, open_corpus
 from tl_contextmix.corpus.removal import removal
 from tl_contextmix.corpus.shards import frame_of
-from tl_contextmix.corpus.store import TABLE, read_manifest
+from tl_contextmix.corpus.store import TABLE, not_mined, read_manifest
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch, provenance, word_table
-from tl_contextmix.memories import coefficients, require_feed_forward, require_predicting, values
+from tl_contextmix.inputs import Given, make_batch, provenance
+from tl_contextmix.memories import coefficients, require_feed_forward, values
 from tl_contextmix.model_view import Block, ModelView
 from tl_contextmix.results import (
     Pattern,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
     from tl_contextmix.render import Page
 
-_NEGATIVE = ("negative", "+-", "-+")
 _BATCH = 16
 
 
@@ -117,9 +118,7 @@ class Triggers:
     @property
     def tails(self) -> tuple[str, ...]:
         """What was looked for."""
-        asked = self.manifest["run"]["options"]["tails"]
-        both = {"positive": ("positive",), "both": ("positive", "negative")}
-        return both.get(asked, ("++", "+-", "-+", "--"))
+        return TAILS[self.manifest["run"]["options"]["tails"]]
 
     def to_dataframe(
         self, layer: int | None = None, neuron: int | None = None, tail: str | None = None
@@ -145,11 +144,11 @@ class Triggers:
         if neuron is not None:
             known = set().union(*self.manifest["neurons"].values())
             if neuron not in known:
-                raise _not_mined("neuron", neuron, f"one of {len(known)} neurons")
+                raise not_mined("neuron", neuron, f"one of {len(known)} neurons")
             conditions.append(("neuron", "=", neuron))
         if tail is not None:
             if tail not in self.tails:
-                raise _not_mined("tail", tail, f"one of {self.tails}")
+                raise not_mined("tail", tail, f"one of {self.tails}")
             conditions.append(("tail", "=", tail))
         table = pyarrow.parquet.read_table(self.folder / TABLE, filters=conditions or None)
         return table.to_pandas()
@@ -194,7 +193,7 @@ class Triggers:
                     next_token=following,
                 )
             )
-        words, logits = self._promotes(block, neuron, tail in _NEGATIVE)
+        words, logits = self._promotes(block, neuron, tail in NEGATIVE)
         where = self.describe("examples", {"tail": tail})
         return TriggerExamples(block.layer, neuron, tail, tuple(found), words, logits, where)
 
@@ -221,57 +220,8 @@ class Triggers:
             InvalidInput: If the model is not at hand, or reads no next token.
             UnsupportedModel: If it has no vocabulary readout.
         """
-        view = self._require_view()
-        if self.stack != "decoder":
-            raise _not_mined("next token", self.stack, "a model that predicts the next token")
-        require_predicting(view, self.stack)
-        tail = self.tails[0] if tail is None else tail
-        side = int(tail in _NEGATIVE)
-        frame = self.to_dataframe(tail=tail)
-        frame = frame[frame["next_token"] >= 0].sort_values(
-            ["layer", "neuron", "rank"], kind="stable"
-        )
-        reader = unembedding(view.readout, None, ("folded", "head"))
-        columns: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for layer, group in frame.groupby("layer"):
-                firsts = group.drop_duplicates("neuron")
-                neurons = torch.tensor(firsts["neuron"].to_numpy()).long()
-                following = torch.tensor(firsts["next_token"].to_numpy()).long()
-                block = view.blocks()[int(layer)]
-                vectors = values(require_feed_forward(block))[neurons.to(view.device)]
-                hidden = reader.hidden(vectors)
-                scan = reader.scan(hidden, targets=following.to(view.device))
-                top = scan.ids[:, side, 0].cpu()
-                index = torch.searchsorted(neurons, torch.tensor(group["neuron"].to_numpy()).long())
-                hits = top[index] == torch.tensor(group["next_token"].to_numpy()).long()
-                count = torch.zeros(len(neurons), dtype=torch.long)
-                count.index_add_(0, index, torch.ones_like(index))
-                good = torch.zeros(len(neurons), dtype=torch.float64)
-                good.index_add_(0, index, hits.to(torch.float64))
-                found = {
-                    "layer": torch.full_like(neurons, int(layer)),
-                    "neuron": neurons,
-                    "top": top,
-                    "next_token": following,
-                    "rank": scan.rank[:, side].cpu(),
-                    "max_prob": scan.max_prob[:, side].cpu().double(),
-                    "precision": good / count,
-                    "triggers": count,
-                }
-                for name, column in found.items():
-                    columns.setdefault(name, []).append(column)
-        if not columns:
-            raise _not_mined("trigger with a next token", "none", "a longer corpus")
-        whole = {name: torch.cat(parts) for name, parts in columns.items()}
-        memories = sum(len(some) for some in self.manifest["neurons"].values())
-        return TriggerAgreement(
-            **whole,
-            left_out=memories - len(whole["layer"]),
-            k=self.k,
-            words=word_table(view, whole["top"], whole["next_token"]),
-            provenance=self.describe("agreement", {"tail": tail}),
-        )
+        self._require_view()
+        return agreement(self, self.tails[0] if tail is None else tail)
 
     def patterns(
         self,
@@ -432,9 +382,15 @@ class Triggers:
         return found
 
     def coefficients_of(
-        self, rows: list[list[int]], blocks: Sequence[Block]
+        self, rows: list[list[int]], blocks: Sequence[Block], *, last: int = 0
     ) -> list[dict[int, Tensor]]:
-        """Returns the coefficients [pos neuron] of layers along sequences of token ids."""
+        """Returns the coefficients [pos neuron] of layers along sequences of token ids.
+
+        Args:
+            rows: The sequences.
+            blocks: The layers.
+            last: How many positions at the end are kept; 0 for all.
+        """
         view = self._require_view()
         found: list[dict[int, Tensor]] = []
         names = [require_feed_forward(block).post for block in blocks]
@@ -450,7 +406,7 @@ class Triggers:
                 trace = view.run(make_batch(view, Given(ids, attention_mask=mask)), names)
                 layers = {b.layer: coefficients(require_feed_forward(b), trace) for b in blocks}
             found += [
-                {layer: one[index, : len(row)].cpu() for layer, one in layers.items()}
+                {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
                 for index, row in enumerate(some)
             ]
         return found
@@ -503,14 +459,3 @@ def _require_mined(view: ModelView, manifest: dict[str, Any]) -> ModelView:
             )
         )
     return view
-
-
-def _not_mined(what: str, seen: object, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"there is no such {what} among these triggers",
-            repr(seen),
-            expected,
-            "Ask for something that was mined, or mine again.",
-        )
-    )
