@@ -4,7 +4,14 @@ Context-mixing and decomposition methods for TransformerLens models of any class
 """
 
 from tl_contextmix.compare import compare, demo_pairs
-from tl_contextmix.corpus import Triggers, composition, load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.corpus import (
+    Triggers,
+    composition,
+    load_triggers,
+    merge_triggers,
+    mine_on_ray,
+    mine_triggers,
+)
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -104,6 +111,7 @@ __all__ = [
     "load_model",
     "load_triggers",
     "merge_triggers",
+    "mine_on_ray",
     "mine_triggers",
     "mixing_ratio",
     "report",

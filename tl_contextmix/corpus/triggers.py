@@ -78,7 +78,7 @@ def load_triggers(
                 else None
             )
     view = None if model is None else _require_mined(as_view(model), manifest)
-    return Triggers(folder, manifest, view, opened)
+    return Triggers(folder, manifest, view, opened, model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +90,14 @@ class Triggers:
         manifest: What was mined, how, and what was left out.
         view: The model, or None.
         corpus: The corpus, or None.
+        model: The model of the view, which does not keep it alive.
     """
 
     folder: Path
     manifest: dict[str, Any] = field(repr=False)
     view: ModelView | None = field(default=None, repr=False)
     corpus: Corpus | None = field(default=None, repr=False)
+    model: object = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{n:,} {name}" for name, n in self.manifest["counts"].items() if n)
