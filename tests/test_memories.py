@@ -35,10 +35,11 @@ def values_read(view: Any, vectors: Tensor) -> Tensor:
         return view.readout.head(vectors) * view.readout.scale @ W_U + view.readout.weights("b_U")
     norm = view.readout.norm
     if norm is None:
-        return vectors @ W_U
+        return vectors * view.readout.scale @ W_U
     if norm.kind == "ln":
         vectors = vectors - vectors.mean(-1, keepdim=True)
-    return (vectors if norm.weight is None else vectors * norm.weight) @ W_U
+    vectors = vectors if norm.weight is None else vectors * norm.weight
+    return vectors * view.readout.scale @ W_U
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -375,7 +375,7 @@ def test_another_model_tokenizer_or_corpus_is_refused_by_name(stopped: Any, tmp_
         cm.mine_triggers(other, corpus, out=folder, **options)
     kept = model.tokenizer
     try:
-        model.tokenizer = zoo.build(case_of("bert")).tokenizer
+        model.tokenizer = zoo.build(case_of("llama")).tokenizer
         with pytest.raises(cm.InvalidInput, match="differs in tokenizer"):
             cm.mine_triggers(model, corpus, out=folder, **options)
     finally:

@@ -46,7 +46,7 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
     grouped = [*frame.groupby(["document", "position"], sort=True)]
     for start in range(0, len(grouped), _PREFIXES):
         some = grouped[start : start + _PREFIXES]
-        pairs = [pair for pair, _ in some]
+        pairs = [(int(document), int(pos)) for (document, pos), _ in some]
         rows = [contexts[pair] for pair in pairs]
         cuts = {
             "whole": rows,
