@@ -115,7 +115,8 @@ def merging(columns: int) -> None:
     for column, entries in enumerate(loop()):
         assert [-value for value, _ in entries] == found.values[column].tolist()
         assert [place for _, place in entries] == found.places[column].tolist()
-    fast, slow = _seconds(lambda: one.merge(other)), _seconds(loop) * columns / some
+    fast = statistics.median(_seconds(lambda: one.merge(other)) for _ in range(5))
+    slow = statistics.median(_seconds(loop) for _ in range(5)) * columns / some
     say(f"\nMerging the {K} triggers of {columns:,} memories\n")
     say("| ours, s | a loop over memories, s | times |\n|---|---|---|")
     say(f"| {fast:.3f} | {slow:.2f} | {slow / fast:.0f} |")

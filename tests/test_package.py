@@ -42,7 +42,7 @@ ASIDE = {
 # No unit above imports these; they import anything.
 TOP = {"__init__", "compare", "report", "__main__"}
 # Allowed inside a function only: a result shows itself and rolls itself out.
-DELAYED = {("results", "render"), ("results", "rollout")}
+DELAYED = {("results", "render"), ("results", "rollout"), ("corpus", "render")}
 
 
 def _allowed() -> dict[str, set[str]]:

@@ -65,13 +65,18 @@ class Corpus:
         except OSError as error:
             raise _unreadable(self.name, str(error)) from error
 
-    def pick(self, numbers: Iterable[int]) -> dict[int, str]:
+    def pick(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, str]:
         """Returns the texts of some documents.
+
+        Args:
+            numbers: Those that must be there.
+            spare: Those that are welcome, if they can be read.
 
         Raises:
             InvalidInput: If there is no such document, or the corpus can be read only once.
         """
-        wanted = sorted(set(numbers))
+        needed = set(numbers)
+        wanted = sorted(needed.union(spare))
         found: dict[int, str] = {}
         # A streaming dataset has items too, but no length.
         if self.kind == "dataset" and hasattr(self.held, "__len__"):
@@ -83,7 +88,7 @@ class Corpus:
         for number, document in reader:
             if number in keep and document.text is not None:
                 found[number] = document.text
-        missing = [number for number in wanted if number not in found]
+        missing = [number for number in sorted(needed) if number not in found]
         if missing:
             raise InvalidInput(
                 four_parts(

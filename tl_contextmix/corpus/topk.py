@@ -100,13 +100,27 @@ class TopK:
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
         k = self.values.shape[1]
-        values = torch.cat([self.values, other.values], dim=1)
-        places = torch.cat([self.places, other.places], dim=1)
-        tokens = torch.cat([self.tokens, other.tokens], dim=1)
-        order = places.argsort(dim=1, stable=True)
-        by_value = values.gather(1, order).argsort(dim=1, descending=True, stable=True)
-        order = order.gather(1, by_value)[:, :k]
-        return TopK(*(entry.gather(1, order) for entry in (values, places, tokens)))
+        entries = [
+            torch.cat([mine, theirs], dim=1)
+            for mine, theirs in (
+                (self.values, other.values),
+                (self.places, other.places),
+                (self.tokens, other.tokens),
+            )
+        ]
+        order = entries[0].argsort(dim=1, descending=True, stable=True)
+        values, places, _ = found = [entry.gather(1, order) for entry in entries]
+        # Equal values are rare and keep the order of the two states: those columns are sorted by
+        # place before they are sorted by value, which takes twice the time.
+        tied = (values[:, 1:] == values[:, :-1]) & (places[:, 1:] < places[:, :-1])
+        some = tied.any(dim=1).nonzero()[:, 0]
+        if len(some):
+            order = entries[1][some].argsort(dim=1, stable=True)
+            again = entries[0][some].gather(1, order)
+            order = order.gather(1, again.argsort(dim=1, descending=True, stable=True))
+            for entry, whole in zip(found, entries, strict=True):
+                entry[some] = whole[some].gather(1, order)
+        return TopK(*(entry[:, :k].contiguous() for entry in found))
 
 
 def pack_places(documents: Int[Tensor, " batch"], positions: int) -> Int[Tensor, "batch pos"]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.corpus.agreement import agreement
+from tl_contextmix.corpus.composition import draw
 from tl_contextmix.corpus.exports import sampled, write_jsonl, write_sheet
 from tl_contextmix.corpus.miner import NEGATIVE, TAILS
 from tl_contextmix.corpus.patterns import Base, common
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from tl_contextmix.render import Page
 
 _BATCH = 16
+_SAMPLE = 1000
 
 
 def load_triggers(
@@ -236,7 +238,7 @@ class Triggers:
 
         For each memory the longest ending of up to three tokens that at least half of its triggers
         share (or the most frequent last token), and the most frequent token before the last one.
-        Chance is the share of all prefixes of the documents at hand that have it.
+        Chance is the share of all prefixes that have it, in a thousand documents of the corpus.
 
         Args:
             layer: Layer; None for all.
@@ -254,7 +256,7 @@ class Triggers:
             frame = frame[frame["neuron"].isin(positions("neuron", neurons, (), size))]
         contexts = self.contexts(frame)
         lead = frame_of(view, self.manifest["run"]["options"]["prepend_bos"])[0]
-        base = Base(self._documents(frame["document"]), lead)
+        base = Base(self._sample(), lead)
         rows = []
         for (at, neuron), group in frame.groupby(["layer", "neuron"]):
             pairs = zip(group["document"], group["position"], strict=True)
@@ -361,7 +363,12 @@ class Triggers:
             found[document, position] = context
         return found
 
-    def _documents(self, numbers: Iterable[int]) -> dict[int, list[int]]:
+    def _sample(self) -> dict[int, list[int]]:
+        """Returns the token ids of documents drawn from the whole corpus, always the same."""
+        total = self.manifest["counts"]["documents"]
+        return self._documents((), {draw(total, 0, index) for index in range(_SAMPLE)})
+
+    def _documents(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, list[int]]:
         """Returns the token ids of documents, as they were mined."""
         view, options = self._require_view(), self.manifest["run"]["options"]
         if self.corpus is None:
@@ -373,7 +380,7 @@ class Triggers:
                     "Call load_triggers(folder, model=..., corpus=...).",
                 )
             )
-        texts = self.corpus.pick(map(int, numbers))
+        texts = self.corpus.pick(map(int, numbers), spare)
         behind = frame_of(view, options["prepend_bos"])[1]
         found = {}
         for number, text in texts.items():

@@ -309,7 +309,7 @@ class Pattern:
         text: The tokens.
         length: How many tokens.
         share: Share of triggers that have it.
-        chance: Share of all prefixes of the same documents that have it.
+        chance: Share of all prefixes that have it, in a thousand documents of the corpus.
         triggers: How many triggers.
         contexts: How many of their contexts differ.
     """
@@ -356,7 +356,7 @@ class TriggerPatterns(Result):
             Table(
                 "What triggers have in common",
                 "The most frequent ending and the most frequent token of each memory's triggers: "
-                "the share of triggers that have it, and of all prefixes of these documents.",
+                "the share of triggers that have it, and of all prefixes in documents of the corpus.",
                 ("memory", "pattern", "tokens", "share", "chance", "triggers", "contexts"),
                 tuple(
                     (
