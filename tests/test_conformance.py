@@ -53,12 +53,14 @@ METHODS = [
         Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
         for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
     ),
+    Method("token_memory", cm.token_memory, lambda r: r.shares, cm.TokenMemory, pointed=False),
 ]
 ASKED = [
     pytest.param(method, case, id=f"{method.name}-{case}")
     for case in CASES
     for method in METHODS
     if method.pointed or case.family not in zoo.OPAQUE_FEED_FORWARD
+    if method.name != "token_memory" or case.family != "attn_only"
 ]
 
 

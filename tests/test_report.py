@@ -20,7 +20,9 @@ from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedMod
 from tl_contextmix.hosts import as_view, check
 from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
+from tl_contextmix.methods.ff_memories import ff_memories
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.render import Page
 from tl_contextmix.report import build_report, report, sections, story, write_report
@@ -35,6 +37,7 @@ TITLES = [
     "Pairs the feed-forward block changes most",
     "How much each token mixes",
     "What each layer loses without a token",
+    "Which memories write here",
     "From the input through all layers",
 ]
 
@@ -130,6 +133,22 @@ def test_report_says_what_the_focus_loses_most_without(causal):
     told = finding(page, TITLES[5])
     assert f"loses most without “{top['source_token'].strip()}”: {top['score']:.0%}" in told
     assert told.endswith(f"in layer {top['layer']}.")
+
+
+def test_report_names_the_memories_that_write(causal):
+    page = build_report(causal, "the keys to the cabinet")
+    section = next(s for s in page.sections if s.title == "Which memories write here")
+    table = section.panels[0]
+    found = ff_memories(causal, "the keys to the cabinet")
+    top = found.top(3, pos=-1)
+    assert [row[:2] for row in table.rows] == [
+        (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
+    ]
+    longest = top.loc[top["length"].idxmax()]
+    assert f"L{longest.layer}.{longest.neuron}" in section.finding
+    shares = token_memory(causal, "the keys to the cabinet", layer=0, pos=-1)
+    first = shares.shares[0, 0, 0, :, int(top["neuron"][0])]
+    assert table.rows[0][5] == pytest.approx(float(first[first.abs().argmax()]), rel=1e-4)
 
 
 def test_report_of_a_masked_model_is_about_the_mask(masked):

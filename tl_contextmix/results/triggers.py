@@ -356,7 +356,7 @@ class TriggerPatterns(Result):
             Table(
                 "What triggers have in common",
                 "The most frequent ending and the most frequent token of each memory's triggers: "
-                "the share of triggers that have it, and of all prefixes in documents of the corpus.",
+                "the share of triggers that have it, and of all prefixes of the corpus.",
                 ("memory", "pattern", "tokens", "share", "chance", "triggers", "contexts"),
                 tuple(
                     (
