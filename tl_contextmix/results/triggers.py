@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Bars, ColoredText, Panel, Table
+from tl_contextmix.panels import Bars, Panel, Samples, Table
 from tl_contextmix.ranks import bootstrap_interval
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
@@ -102,13 +102,20 @@ class TriggerExamples(Result):
             rows = tuple(zip(self.promotes, self.logits, strict=True))
             caption = "The tokens with the highest logits of its value, as it is read here."
             found.append(Table(f"{name} promotes", caption, ("token", "logit"), rows))
-        for trigger in self.triggers[:_SHOWN]:
-            behind = f"; next: {trigger.next_token!r}" if trigger.next_token else ""
-            title = f"{name}, trigger {trigger.rank}: {trigger.value:.3f}{behind}"
-            caption = f"Document {trigger.document}, up to position {trigger.position}."
-            found.append(
-                ColoredText(title, caption, trigger.tokens, trigger.activations, "coefficient")
+        shown = self.triggers[:_SHOWN]
+        labels = [f"{t.value:.3f}, document {t.document}, next: {t.next_token!r}" for t in shown]
+        found.append(
+            Samples(
+                title=f"Triggers of {name}",
+                caption=f"The {len(shown)} contexts with the highest coefficients, highest first; "
+                "each ends at its trigger. Colour: the coefficient at each token.",
+                name=name,
+                labels=tuple(labels),
+                tokens=tuple(t.tokens for t in shown),
+                values=tuple(t.activations for t in shown),
+                unit="coefficient",
             )
+        )
         return tuple(found)
 
 
