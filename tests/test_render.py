@@ -132,6 +132,9 @@ def hostile_panels() -> dict[str, Panel]:
             title, HOSTILE[2], ("t", HOSTILE[2]), tuple(zip(HOSTILE, numbers, strict=True)), ("t",)
         ),
         "text": ColoredText(title, HOSTILE[2], HOSTILE, numbers, HOSTILE[3]),
+        "samples": Samples(
+            title, HOSTILE[2], HOSTILE[3], HOSTILE[2:4], (HOSTILE,) * 2, (numbers,) * 2, HOSTILE[2]
+        ),
     }
 
 
@@ -230,7 +233,7 @@ def test_hostile_text_is_neutralised(kind):
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
     assert not parsed.all("s")
     assert not parsed.all("textarea")
-    assert len(parsed.programs()) == (2 if kind == "circuitsvis" else 1)
+    assert len(parsed.programs()) == (2 if kind in ("circuitsvis", "samples") else 1)
     assert not [body for body in parsed.programs() if body.startswith("alert")]
     for character in ("\u202e", "\u2067", "\ud800"):
         assert character not in parsed.text
