@@ -94,12 +94,14 @@ METHODS = [
         stacked=False,
         column="after",
     ),
+    Method("token_memory", cm.token_memory, lambda r: r.shares, cm.TokenMemory, pointed=False),
 ]
 ASKED = [
     pytest.param(method, case, id=f"{method.name}-{case}")
     for case in CASES
     for method in METHODS
     if method.pointed or not method.stacked or case.family not in zoo.OPAQUE_FEED_FORWARD
+    if method.name != "token_memory" or case.family != "attn_only"
 ]
 STACKED = [param for param in ASKED if param.values[0].stacked]
 

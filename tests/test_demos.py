@@ -74,3 +74,21 @@ def test_decoder_lens_notebook_finds_what_it_says() -> None:
     assert names["one"].texts[0][-1] == "la batte brûlait ."
     assert f"sense: right from layer {first['sense']}" in printed
     assert "500 sentences" in printed
+
+
+def test_memories_notebook_finds_what_it_says() -> None:
+    names, printed = _run(DEMOS / "what_memories_remember.ipynb")
+    layers = names["layers"]
+    # Values agree with their triggers several times as often as chance has it, in every layer.
+    assert (layers["low"] > 3 * layers["chance"]).all()
+    bins = names["by_probability"]["agreement"]
+    assert bins.iloc[-1] > 2 * bins.iloc[0]
+    # A memory whose different triggers end alike, and whose value says what comes next.
+    best = names["best"]
+    assert best.share >= 0.9 > 5 * best.chance
+    assert best.contexts >= 15
+    following = [trigger.next_token for trigger in names["examples"].triggers]
+    assert following.count(names["examples"].promotes[0]) >= 0.9 * len(following)
+    assert f"L{best.layer}.{best.neuron}, positive: 25 triggers" in printed
+    shares = names["fed"].to_dataframe().set_index("source_token")["score"]
+    assert shares["keys" if "keys" in shares else " keys"] > 10 * abs(shares[" cabinet"])

@@ -27,8 +27,8 @@ LAYERS = [
     {"identity", "inputs", "expansion"},
     {"hosts"},
     {"decompose", "replay", "propagate", "layerwise"},
-    {"stream", "vocabulary"},
-    {"attribution", "selection"},
+    {"stream", "vocabulary", "unembed"},
+    {"attribution", "selection", "memories"},
     {"readers"},
     {"methods", "corpus"},
 ]
@@ -43,7 +43,7 @@ ASIDE = {
 # No unit above imports these; they import anything.
 TOP = {"__init__", "compare", "report", "__main__"}
 # Allowed inside a function only: a result shows itself and rolls itself out.
-DELAYED = {("results", "render"), ("results", "rollout")}
+DELAYED = {("results", "render"), ("results", "rollout"), ("corpus", "render")}
 
 
 def _allowed() -> dict[str, set[str]]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Table
+from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import Page, Section
 from tl_contextmix.render import library as circuitsvis_library
 from tl_contextmix.render import page as page_module
@@ -132,6 +132,9 @@ def hostile_panels() -> dict[str, Panel]:
             title, HOSTILE[2], ("t", HOSTILE[2]), tuple(zip(HOSTILE, numbers, strict=True)), ("t",)
         ),
         "text": ColoredText(title, HOSTILE[2], HOSTILE, numbers, HOSTILE[3]),
+        "samples": Samples(
+            title, HOSTILE[2], HOSTILE[3], HOSTILE[2:4], (HOSTILE,) * 2, (numbers,) * 2, HOSTILE[2]
+        ),
     }
 
 
@@ -230,7 +233,7 @@ def test_hostile_text_is_neutralised(kind):
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
     assert not parsed.all("s")
     assert not parsed.all("textarea")
-    assert len(parsed.programs()) == (2 if kind == "circuitsvis" else 1)
+    assert len(parsed.programs()) == (2 if kind in ("circuitsvis", "samples") else 1)
     assert not [body for body in parsed.programs() if body.startswith("alert")]
     for character in ("\u202e", "\u2067", "\ud800"):
         assert character not in parsed.text
@@ -633,3 +636,30 @@ def test_importing_render_does_not_import_circuitsvis():
         [sys.executable, "-c", code, root], capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == ["False", "False"]
+
+
+# Samples
+
+
+def samples(*values: tuple[float, ...]) -> Samples:
+    tokens = tuple(tuple(HOSTILE[: len(row)]) for row in values)
+    labels = tuple(f"text {index}" for index in range(len(values)))
+    return Samples("Triggers", "How to read.", "L1.2", labels, tokens, values, "coefficient")
+
+
+def test_samples_go_to_circuitsvis_with_their_numbers_beside_them():
+    page = Parsed(Page((samples((0.5, 2.0), (-1.0, 3.0)),)).html())
+    (chart,) = page.charts()
+    assert chart["component"] == "TopkSamples"
+    assert chart["props"]["activations"] == [[[[0.5, 2.0], [-1.0, 3.0]]]]
+    shown = chart["props"]["tokens"][0][0]
+    assert all("<" not in token.replace("<\u2060", "") for row in shown for token in row)
+
+
+@pytest.mark.parametrize("values", [(0.0, -1.0), (float("nan"), 1.0)])
+def test_samples_that_circuitsvis_would_hide_are_drawn_here(values):
+    page = Page((samples((0.5, 2.0), values),))
+    assert Parsed(page.html()).charts() == []
+    assert page.html().count('class="word"') == 4
+    assert "nothing to show" in Page((samples(),)).html()
+    assert "text 0" in str(page._repr_mimebundle_()["text/plain"])

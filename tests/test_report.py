@@ -20,8 +20,10 @@ from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedMod
 from tl_contextmix.hosts import as_view, check
 from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
+from tl_contextmix.methods.ff_memories import ff_memories
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
+from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.render import Page
 from tl_contextmix.report import build_report, report, sections, story, write_report
@@ -37,6 +39,7 @@ TITLES = [
     "Pairs the feed-forward block changes most",
     "How much each token mixes",
     "What each layer loses without a token",
+    "Which memories write here",
     "From the input through all layers",
 ]
 
@@ -150,6 +153,22 @@ def test_report_says_what_the_focus_loses_most_without(causal):
     assert told.endswith(f"in layer {top['layer']}.")
 
 
+def test_report_names_the_memories_that_write(causal):
+    page = build_report(causal, "the keys to the cabinet")
+    section = next(s for s in page.sections if s.title == "Which memories write here")
+    table = section.panels[0]
+    found = ff_memories(causal, "the keys to the cabinet")
+    top = found.top(3, pos=-1)
+    assert [row[:2] for row in table.rows] == [
+        (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
+    ]
+    longest = top.loc[top["length"].idxmax()]
+    assert f"L{longest.layer}.{longest.neuron}" in section.finding
+    shares = token_memory(causal, "the keys to the cabinet", layer=0, pos=-1)
+    first = shares.shares[0, 0, 0, :, int(top["neuron"][0])]
+    assert table.rows[0][5] == pytest.approx(float(first[first.abs().argmax()]), rel=1e-4)
+
+
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     page = build_report(masked, MASKED)
     assert titles(page) == TITLES
@@ -160,7 +179,10 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
 
 
 def test_report_without_a_mask_predicts_nothing(masked):
-    assert titles(build_report(masked, "the keys to the cabinet are old .")) == TITLES[2:]
+    assert titles(build_report(masked, "the keys to the cabinet are old .")) == [
+        *TITLES[2:7],
+        TITLES[8],
+    ]
 
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
@@ -168,7 +190,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = load_demo("encoder-decoder")
     page = build_report(model, "the bat burned .")
     lens = "What the decoder says after each layer"
-    assert titles(page) == [*TITLES, lens]
+    assert titles(page) == [*TITLES[:7], TITLES[8], lens]
     section = next(section for section in page.sections if section.title == lens)
     table, judged, *curves = section.panels
     assert [row[0] for row in table.rows] == [0, 1, 2, 3, 4]
@@ -233,7 +255,7 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     page = build_report(causal, TEXT)
-    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[7]]
+    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[8]]
     assert "these neurons cannot be read" in page.sections[2].text
     assert page.html()
 

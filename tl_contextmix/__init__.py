@@ -4,6 +4,14 @@ Context-mixing and decomposition methods for TransformerLens models of any class
 """
 
 from tl_contextmix.compare import compare, demo_pairs
+from tl_contextmix.corpus import (
+    Triggers,
+    composition,
+    load_triggers,
+    merge_triggers,
+    mine_on_ray,
+    mine_triggers,
+)
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -30,6 +38,8 @@ from tl_contextmix.methods.changes import (
 )
 from tl_contextmix.methods.decoder_lens import decoder_lens
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
+from tl_contextmix.methods.ff_memories import ff_memories
+from tl_contextmix.methods.ff_values import ff_values
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
 from tl_contextmix.methods.knockout import knockout
@@ -37,11 +47,13 @@ from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.queries import query_contributions
 from tl_contextmix.methods.readouts import component_readouts
+from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.report import report
 from tl_contextmix.results import (
     Comparison,
     ComponentReadouts,
+    CompositionFigures,
     ContextMap,
     Decomposition,
     Knockout,
@@ -51,16 +63,23 @@ from tl_contextmix.results import (
     LayerwiseLikelihood,
     LayerwiseScores,
     LogProbContributions,
+    Memories,
     PairChanges,
     QueryContributions,
     Score,
     TokenFigures,
+    TokenMemory,
+    TriggerAgreement,
+    TriggerExamples,
+    TriggerPatterns,
+    ValueReadouts,
 )
 from tl_contextmix.rollout import rollout
 
 __all__ = [
     "Comparison",
     "ComponentReadouts",
+    "CompositionFigures",
     "ContextMap",
     "ContextMixError",
     "ContextMixWarning",
@@ -74,12 +93,19 @@ __all__ = [
     "LayerwiseLikelihood",
     "LayerwiseScores",
     "LogProbContributions",
+    "Memories",
     "MinimalPair",
     "PairChanges",
     "QueryContributions",
     "Score",
     "TokenFigures",
+    "TokenMemory",
+    "TriggerAgreement",
+    "TriggerExamples",
+    "TriggerPatterns",
+    "Triggers",
     "UnsupportedModel",
+    "ValueReadouts",
     "agreement",
     "alti",
     "amplified_pairs",
@@ -89,6 +115,7 @@ __all__ = [
     "check",
     "compare",
     "component_readouts",
+    "composition",
     "contextualization_change",
     "cue_alignment",
     "decoder_lens",
@@ -97,6 +124,8 @@ __all__ = [
     "decompx_vectors",
     "demo_pairs",
     "faithfulness",
+    "ff_memories",
+    "ff_values",
     "globenc",
     "gradient_x_input",
     "integrated_gradients",
@@ -104,10 +133,15 @@ __all__ = [
     "load_demo",
     "load_minimal_pairs",
     "load_model",
+    "load_triggers",
     "log_prob_contributions",
+    "merge_triggers",
+    "mine_on_ray",
+    "mine_triggers",
     "mixing_ratio",
     "query_contributions",
     "report",
     "rollout",
+    "token_memory",
     "value_zeroing",
 ]

@@ -10,7 +10,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from tl_contextmix.errors import ContextMixError, ContextMixWarning
+from tl_contextmix.corpus import load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, InvalidInput, four_parts
 from tl_contextmix.hosts import check
 from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_compare(commands)
     _add_check(commands)
+    _add_mine(commands)
+    _add_merge(commands)
+    _add_show(commands)
     return parser
 
 
@@ -118,6 +122,128 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(command=_check)
     command.add_argument("model", metavar="MODEL", help=_MODEL)
+
+
+def _add_mine(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "mine",
+        help="find the contexts of a corpus that excite each memory most",
+        description="Reads a corpus once and writes the triggers of every feed-forward memory to a "
+        "folder. Stopped at any moment, the same command goes on where it was.",
+    )
+    command.set_defaults(command=_mine)
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument(
+        "corpus", metavar="CORPUS", help="a text file (a document per line), jsonl or parquet file"
+    )
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder")
+    command.add_argument("-k", type=int, default=25, help="triggers per memory; default: 25")
+    command.add_argument("--column", help="column of the texts; default: text")
+    command.add_argument("--layer", type=int, nargs="+", help="layers; default: all")
+    command.add_argument("--unit", choices=("prefix", "document"), default="prefix")
+    command.add_argument("--tails", choices=("positive", "both", "quadrants"), default="positive")
+    command.add_argument("--too-long", choices=("cut", "skip", "error"), default="cut")
+    command.add_argument("--malformed", choices=("error", "skip"), default="error")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N")
+    command.add_argument("--shard-size", type=int, default=256, metavar="N")
+    command.add_argument(
+        "--rank",
+        type=int,
+        default=_environment(0, "RANK", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID"),
+        help="number of this process; default: what torchrun or SLURM say, or 0",
+    )
+    command.add_argument(
+        "--world-size",
+        type=int,
+        default=_environment(1, "WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT", "SLURM_NTASKS"),
+        help="how many processes share the corpus; afterwards: tl-contextmix merge",
+    )
+
+
+def _environment(default: int, *names: str) -> int:
+    found = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return int(found[0]) if found else default
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="put together what several processes have mined",
+        description="Writes the files that one process alone would have written, byte by byte.",
+    )
+    command.set_defaults(command=_merge)
+    command.add_argument("folder", metavar="DIR", help="folder of the result")
+    command.add_argument(
+        "parts", metavar="PARTS", nargs="*", help="folders of the parts; default: DIR"
+    )
+
+
+def _add_show(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "show",
+        help="show what mining found",
+        description="Without a neuron: what was mined. With one: its triggers, what it promotes.",
+    )
+    command.set_defaults(command=_show)
+    command.add_argument("folder", metavar="DIR", help="folder of the result")
+    command.add_argument("--layer", type=int)
+    command.add_argument("--neuron", type=int)
+    command.add_argument("--tail", help="what was looked for; default: the first there is")
+    command.add_argument("--model", metavar="MODEL", help="default: the one that was mined")
+    command.add_argument("--corpus", metavar="CORPUS", help="default: the file that was mined")
+    command.add_argument("--column", help="column of the corpus")
+    command.add_argument("-o", "--output", metavar="PATH", help="write a page")
+
+
+def _mine(parsed: argparse.Namespace) -> int:
+    found = mine_triggers(
+        load_model(parsed.model),
+        parsed.corpus,
+        out=parsed.output,
+        k=parsed.k,
+        column=parsed.column,
+        layer=parsed.layer,
+        unit=parsed.unit,
+        tails=parsed.tails,
+        too_long=parsed.too_long,
+        malformed=parsed.malformed,
+        batch_size=parsed.batch_size,
+        shard_size=parsed.shard_size,
+        rank=parsed.rank,
+        world_size=parsed.world_size,
+        source=parsed.model,
+    )
+    print(found if found is not None else f"part {parsed.rank} of {parsed.world_size} is done")
+    return 0
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    print(load_triggers(merge_triggers(parsed.folder, parts=parsed.parts)))
+    return 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    bare = load_triggers(parsed.folder)
+    if parsed.layer is None or parsed.neuron is None:
+        print(bare)
+        return 0
+    source = parsed.model or bare.manifest["run"]["source"]["model"]
+    if source is None:
+        raise InvalidInput(
+            four_parts(
+                "the contexts cannot be shown",
+                "triggers that were mined without the command line",
+                "the name or folder of their model",
+                "Give it with --model.",
+            )
+        )
+    found = load_triggers(
+        parsed.folder, model=load_model(source), corpus=parsed.corpus, column=parsed.column
+    ).examples(parsed.layer, parsed.neuron, tail=parsed.tail)
+    print(found)
+    if parsed.output is not None:
+        print(found.show().save(parsed.output))
+    return 0
 
 
 def _report(parsed: argparse.Namespace) -> int:

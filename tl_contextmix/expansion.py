@@ -8,11 +8,12 @@ shared by all sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
@@ -275,6 +276,43 @@ def expand(
             total=norm(total),
         )
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
+
+
+def neuron_shares(
+    ff: FeedForward,
+    read: Mixture,
+    convention: Bias,
+    rows: Sequence[int],
+    neurons: Int[Tensor, " neuron"],
+) -> tuple[Float[Tensor, "batch target source neuron"], Float[Tensor, "batch target neuron"]]:
+    """Returns each source's share of some neurons' activations, and the share of no source.
+
+    Args:
+        ff: The feed-forward sublayer.
+        read: What it reads, from `decompose.linear_points`.
+        convention: The bias convention, see `decompose`.
+        rows: The targets.
+        neurons: The neurons.
+    """
+    branches = [
+        (weight[:, neurons], None if bias is None else bias[neurons])
+        for weight, bias in ff.branches()
+    ]
+    start = tuple(_affine(read.bias, *branch) for branch in branches)
+    end = tuple(_affine(read.total, *branch) for branch in branches)
+    slopes, rest, _ = _neurons(ff, start, end, convention)
+    hidden = [read.map(weight) for weight, _ in branches]
+    # Tiles are contiguous: all targets are one, others one each.
+    whole = list(rows) == list(range(read.bias.shape[1]))
+    tiles = [slice(0, len(rows))] if whole else [slice(row, row + 1) for row in rows]
+    parts = [
+        sum(
+            mixture.dense(tile) * slope[:, None, tile]
+            for mixture, slope in zip(hidden, slopes, strict=True)
+        )
+        for tile in tiles
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), rest[:, list(rows)]
 
 
 def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: int) -> Expansion:

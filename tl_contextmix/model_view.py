@@ -474,6 +474,8 @@ class ModelView:
     runner: Runner = field(repr=False)
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    # What depends on weights alone and is small: the view is made anew when a weight changes.
+    tables: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def run(
         self,

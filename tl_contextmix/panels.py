@@ -119,7 +119,37 @@ class ColoredText:
         )
 
 
-Panel = Heatmap | Bars | Table | ColoredText
+@dataclass(frozen=True)
+class Samples:
+    """Several texts with one number per token, on one scale.
+
+    Attributes:
+        title: Heading.
+        caption: How to read them.
+        name: What they are samples of, for example ``"L3.17"``.
+        labels: One line about each text.
+        tokens: Tokens of each text.
+        values: One number per token; zero is uncoloured, the sign chooses the colour.
+        unit: What a number measures.
+    """
+
+    title: str
+    caption: str
+    name: str
+    labels: tuple[str, ...]
+    tokens: tuple[tuple[str, ...], ...]
+    values: tuple[tuple[float, ...], ...]
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        count = len(self.labels)
+        _require(len(self.tokens) == count, self.title, len(self.tokens), count)
+        seen = [len(row) for row in self.values]
+        expected = [len(row) for row in self.tokens]
+        _require(seen == expected, self.title, seen, expected)
+
+
+Panel = Heatmap | Bars | Table | ColoredText | Samples
 
 
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:

@@ -8,6 +8,7 @@ from tl_contextmix.inputs.passes import (
     provenance,
     run_pass,
     select_blocks,
+    word_table,
 )
 from tl_contextmix.inputs.tokens import Given, PaddingSide, Text, make_batch
 
@@ -23,4 +24,5 @@ __all__ = [
     "provenance",
     "run_pass",
     "select_blocks",
+    "word_table",
 ]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.errors import InvalidInput, four_parts
@@ -206,6 +208,12 @@ def _layer_number(asked: Any, count: int) -> int:
             )
         )
     return number
+
+
+def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
+    """Returns the text of every token that occurs, by its id as text (as files hold them)."""
+    known = torch.cat([some.flatten().cpu() for some in ids]).unique().tolist()
+    return {str(token): view.to_string(token) for token in known}
 
 
 def label(view: ModelView, name: str, side: Side) -> Tokens:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tl_contextmix.panels import Heatmap
+from tl_contextmix.panels import Heatmap, Samples
 from tl_contextmix.render import colors
 from tl_contextmix.render.text import for_circuitsvis, rounded
 
@@ -88,6 +88,18 @@ def attention_heads(panel: Heatmap) -> dict[str, object]:
         "negativeColor": colors.NEGATIVE,
         # Never left out: the default hides what an encoder reads from later tokens.
         "maskUpperTri": panel.causal,
+    }
+
+
+def topk_samples(panel: Samples) -> dict[str, object]:
+    """Returns the properties of ``TopkSamples`` for texts whose largest numbers are positive."""
+    return {
+        "tokens": [[[[for_circuitsvis(token) for token in row] for row in panel.tokens]]],
+        "activations": [[[[rounded(value) for value in row] for row in panel.values]]],
+        "zerothDimensionName": "Memory",
+        "firstDimensionName": "Texts",
+        "zerothDimensionLabels": [for_circuitsvis(panel.name)],
+        "firstDimensionLabels": [for_circuitsvis(panel.unit)],
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Table
+from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import bars, colors, heatmap, library, plain, tables
 from tl_contextmix.render.library import Charts
 from tl_contextmix.render.text import label, prose
@@ -26,10 +26,11 @@ DRAW: dict[type, Callable[[Any, Charts], str]] = {
     Bars: bars.draw,
     Table: tables.draw_table,
     ColoredText: tables.draw_text,
+    Samples: tables.draw_samples,
 }
 
 _FRAME_LIMIT = 900
-_FRAME_HEIGHTS = {Heatmap: 760, Bars: 420, Table: 400, ColoredText: 190}
+_FRAME_HEIGHTS = {Heatmap: 760, Bars: 420, Table: 400, ColoredText: 190, Samples: 760}
 
 
 @dataclass(frozen=True)

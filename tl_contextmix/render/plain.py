@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tl_contextmix.panels import Bars, Cell, ColoredText, Heatmap, Panel, Table
+from tl_contextmix.panels import Bars, Cell, ColoredText, Heatmap, Panel, Samples, Table
 from tl_contextmix.render.heatmap import largest_of, top_cells
 from tl_contextmix.render.text import NOTHING, decimals, number, shorten, visible
 
@@ -76,6 +76,13 @@ def _colored_text(panel: ColoredText) -> list[str]:
     ]
 
 
+def _samples(panel: Samples) -> list[str]:
+    return [
+        f"  {visible(text)}: {visible(''.join(tokens))}"
+        for text, tokens in zip(panel.labels, panel.tokens, strict=True)
+    ]
+
+
 def _token(token: str) -> str:
     return shorten(visible(token))
 
@@ -85,4 +92,5 @@ _LINES: dict[type, Callable[[Any], list[str]]] = {
     Bars: _bars,
     Table: _table,
     ColoredText: _colored_text,
+    Samples: _samples,
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from tl_contextmix.panels import Cell, ColoredText, Table
+from tl_contextmix.panels import Cell, ColoredText, Samples, Table
 from tl_contextmix.render import colors, markup
-from tl_contextmix.render.library import Charts
+from tl_contextmix.render.library import Charts, topk_samples
 from tl_contextmix.render.text import NOTHING, decimals, label, number, rounded
 
 ROW_LIMIT = 500
@@ -53,6 +53,30 @@ def draw_text(panel: ColoredText, charts: Charts) -> str:
     legend = f"Deepest colour: {number(largest, places)}{unit}"
     body = [f'<p class="sentence" dir="auto">{" ".join(words)}</p>', markup.note(legend)]
     return markup.figure("text", panel.title, panel.caption, body, wide=True)
+
+
+def draw_samples(panel: Samples, charts: Charts) -> str:
+    """Returns the HTML of several texts: CircuitsVis, and the numbers within reach of a keyboard.
+
+    CircuitsVis colours by value / largest and shows nothing of a text without a positive number:
+    such texts are drawn here.
+    """
+    cells = sum(map(len, panel.tokens))
+    finite = all(math.isfinite(value) for row in panel.values for value in row)
+    positive = all(row and max(row) > 0 for row in panel.values)
+    texts = [
+        draw_text(ColoredText(text, "", tokens, values, panel.unit), charts)
+        for text, tokens, values in zip(panel.labels, panel.tokens, panel.values, strict=True)
+    ]
+    if not texts:
+        body = [markup.note("There is nothing to show: no texts.")]
+    elif finite and positive and charts.fits(cells):
+        element = charts.add("TopkSamples", topk_samples(panel), cells)
+        chart = f'<div class="scroll"><div class="cv single" id="{element}"></div></div>'
+        body = [chart, markup.details("Numbers", "".join(texts))]
+    else:
+        body = texts
+    return markup.figure("samples", panel.title, panel.caption, body, wide=True)
 
 
 def _cell(cell: Cell, largest: float, *, signed: bool) -> str:

@@ -9,9 +9,11 @@ import torch
 
 from tl_contextmix.inputs import package_version
 from tl_contextmix.methods.changes import amplified_pairs, cancellation, contextualization_change
+from tl_contextmix.methods.ff_memories import ff_memories
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.readouts import component_readouts
+from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.panels import Bars, Heatmap, Panel, Table
 from tl_contextmix.render import Section
@@ -22,6 +24,7 @@ from tl_contextmix.results import LayerFigures
 _PREDICTIONS = 5
 _PAIRS = 3
 _PARTS = 10
+_MEMORIES = 3
 
 _NORMS = (
     "Kobayashi, Kuribayashi, Yokoi, Inui: Attention is Not Only a Weight (EMNLP 2020); "
@@ -39,6 +42,10 @@ _RATIO = (
 )
 _ZEROING = (
     "Mohebbi, Zuidema, Chrupala, Alishahi: Quantifying Context Mixing in Transformers (EACL 2023)."
+)
+_FF_MEMORIES = (
+    "Geva, Schuster, Berant, Levy: Transformer Feed-Forward Layers Are Key-Value Memories "
+    "(EMNLP 2021)."
 )
 _ROLLOUT = (
     "Abnar, Zuidema: Quantifying Attention Flow in Transformers (ACL 2020); Modarressi, Fayyaz, "
@@ -330,6 +337,47 @@ def _rollout(story: Story) -> Section:
     return Section("From the input through all layers", text, (panel,), _ROLLOUT)
 
 
+def _memories(story: Story) -> Section | None:
+    """The memories that write most at the position that predicts, and which token feeds them."""
+    view, focus = story.done.view, story.focus
+    if not story.complete or focus is None or story.stack is not None or view.readout.refusal:
+        return None
+    found = ff_memories(story.model, story.text)
+    top = found.top(_MEMORIES, pos=focus)
+    chosen = sorted(set(top["neuron"]))
+    fed = token_memory(story.model, story.text, pos=focus, neurons=chosen)
+    words = fed.source.strings[0]
+    rows = []
+    for row in top.itertuples():
+        shares = fed.shares[0, fed.layers.index(row.layer), 0, :, chosen.index(row.neuron)]
+        source = int(shares.abs().argmax())
+        name = f"L{row.layer}.{row.neuron}"
+        share = float(shares[source])
+        rows.append((name, row.promotes, row.coefficient, row.length, words[source], share))
+    table = Table(
+        title=f"Memories at {_quoted(words[focus])}",
+        caption=f"The {_MEMORIES} memories of each layer that add the longest vectors: the token "
+        "the value promotes, its coefficient, the length it adds, and the token with the largest "
+        "share in the coefficient, beside that share.",
+        columns=("memory", "promotes", "coefficient", "length", "fed most by", "share"),
+        rows=tuple(rows),
+        signed=("coefficient", "share"),
+    )
+    longest = max(rows, key=lambda row: row[3])
+    finding = (
+        f"The longest vector is that of {longest[0]}: it promotes {_quoted(longest[1])} and is fed "
+        f"most by {_quoted(longest[4])}."
+    )
+    text = (
+        "A feed-forward block is the sum of its neurons' value vectors, each times a coefficient. "
+        "A memory is read here by what its value would say alone; the charts count, over the "
+        "positions of this sentence, whose top token each layer ends up with. What excites a "
+        "memory over a whole corpus is what `tl-contextmix mine` finds."
+    )
+    cases = found.figures().panels()[-1]
+    return Section("Which memories write here", text, (table, cases), _FF_MEMORIES, finding)
+
+
 SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "predictions": _predictions,
     "contributions": _contributions,
@@ -338,6 +386,7 @@ SECTIONS: dict[str, Callable[[Story], Section | None]] = {
     "pairs": _pairs,
     "mixing ratio": _ratios,
     "value zeroing": _zeroing,
+    "memories": _memories,
     "rollout": _rollout,
     "decoder lens": decoder_lens_section,
 }

@@ -25,16 +25,26 @@ from tl_contextmix.results.likelihoods import (
     LayerwiseLikelihood,
     LayerwiseScores,
 )
+from tl_contextmix.results.memories import CompositionFigures, Memories, TokenMemory
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.queries import QueryContributions
 from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
+from tl_contextmix.results.triggers import (
+    Pattern,
+    Trigger,
+    TriggerAgreement,
+    TriggerExamples,
+    TriggerPatterns,
+)
+from tl_contextmix.results.values import ValueReadouts
 
 __all__ = [
     "LIKELIHOOD_METRICS",
     "Comparison",
     "ComponentReadouts",
     "Components",
+    "CompositionFigures",
     "ContextMap",
     "Cost",
     "CurvePoint",
@@ -46,14 +56,22 @@ __all__ = [
     "LayerwiseLikelihood",
     "LayerwiseScores",
     "LogProbContributions",
+    "Memories",
     "MetricChoice",
     "Pair",
     "PairChanges",
+    "Pattern",
     "Provenance",
     "QueryContributions",
     "Result",
     "Score",
     "ScoreRow",
     "TokenFigures",
+    "TokenMemory",
     "Tokens",
+    "Trigger",
+    "TriggerAgreement",
+    "TriggerExamples",
+    "TriggerPatterns",
+    "ValueReadouts",
 ]

@@ -1,0 +1,198 @@
+"""What mining costs over a bare forward pass, and what reading values as tokens costs.
+
+``python benchmarks/memories.py [--quick]`` prints four Markdown tables. Operations do not depend on
+the machine; seconds are medians, on as many threads as PyTorch takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from meters import Memory, flops
+
+import tl_contextmix as cm
+from tl_contextmix.corpus.miner import Miner, make_cutting, make_miner
+from tl_contextmix.corpus.shards import Documents
+from tl_contextmix.corpus.topk import TopK
+from tl_contextmix.demo_models.grammar import Grammar
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.model_view import Readout
+from tl_contextmix.unembed import Unembedding
+
+BATCH, LENGTH, K = 16, 128, 25
+
+
+def say(text: str) -> None:
+    """Writes a line."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def gpt2(layers: int, d_model: int) -> Any:
+    """Returns a model of GPT-2's shape with random weights, on whichever class there is."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=d_model, n_head=d_model // 64, attn_implementation="eager"
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return TransformerBridge.boot_transformers(
+            folder, hf_model=model, tokenizer=cm.load_demo("causal-lm").tokenizer, device="cpu"
+        )
+
+
+def batches(view: Any, count: int) -> Iterator[Documents]:
+    """Yields batches of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    for index in range(count):
+        ids = torch.randint(view.d_vocab, (BATCH, LENGTH), generator=generator)
+        yield Documents(
+            make_batch(view, Given(ids)),
+            torch.arange(BATCH) + index * BATCH,
+            torch.ones(BATCH, LENGTH, dtype=torch.bool),
+            ids.roll(-1, 1),
+        )
+
+
+def mining(layers: int, d_model: int, count: int) -> None:
+    """Prints seconds of a forward pass and of the same with mining, batch by batch."""
+    model = gpt2(layers, d_model)
+    view = as_view(model)
+    how = make_cutting(BATCH, 256, "cut", "error", None, False)
+    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive")
+    tops = miner.zero()
+    bare, mined = [], []
+    for documents in batches(view, count):
+        bare.append(_seconds(lambda d=documents: view.run(d.batch, [])))
+        mined.append(_seconds(lambda d=documents: miner.take(tops, d)))
+    say(f"\nMining {layers} layers, d={d_model}, batches of {BATCH} x {LENGTH}, k={K}\n")
+    say("| batches | forward, s | with mining, s | over the forward pass |\n|---|---|---|---|")
+    half = count // 2
+    for name, part in (("first half", slice(0, half)), ("second half", slice(half, None))):
+        a, b = statistics.median(bare[part]), statistics.median(mined[part])
+        say(f"| {name} of {count} | {a:.2f} | {b:.2f} | {b / a - 1:+.1%} |")
+
+
+def merging(columns: int) -> None:
+    """Prints seconds of merging two states, and of a Python loop over the memories."""
+    generator = torch.Generator().manual_seed(0)
+
+    def state() -> TopK:
+        values = torch.rand(columns, K, generator=generator).sort(dim=1, descending=True).values
+        places = torch.randperm(columns * K, generator=generator).view(columns, K)
+        return TopK(values, places, places)
+
+    one, other = state(), state()
+    found = one.merge(other)
+    some = min(columns, 2000)
+
+    def loop() -> list[list[tuple[float, int]]]:
+        kept = []
+        for column in range(some):
+            entries = [
+                (-float(v), int(p))
+                for top in (one, other)
+                for v, p in zip(top.values[column], top.places[column], strict=True)
+            ]
+            kept.append(sorted(entries)[:K])
+        return kept
+
+    for column, entries in enumerate(loop()):
+        assert [-value for value, _ in entries] == found.values[column].tolist()
+        assert [place for _, place in entries] == found.places[column].tolist()
+    fast = statistics.median(_seconds(lambda: one.merge(other)) for _ in range(5))
+    slow = statistics.median(_seconds(loop) for _ in range(5)) * columns / some
+    say(f"\nMerging the {K} triggers of {columns:,} memories\n")
+    say("| ours, s | a loop over memories, s | times |\n|---|---|---|")
+    say(f"| {fast:.3f} | {slow:.2f} | {slow / fast:.0f} |")
+
+
+def table(values: int, d_model: int, d_vocab: int) -> None:
+    """Prints operations and memory of the static table, against its matrix products."""
+    weight = torch.randn(d_model, d_vocab) / d_model**0.5
+    vectors = torch.randn(values, d_model)
+    reader = Unembedding(Readout(None, None, {"W_U": weight}.get), "folded")
+    products = 2 * values * d_model * d_vocab
+    counted = flops(lambda: reader.scan(vectors))
+    matrices = flops(lambda: reader.scan(vectors), elementwise=False)
+    with Memory() as meter:
+        reader.scan(vectors)
+    seconds = _seconds(lambda: reader.scan(vectors))
+    say(f"\nValues read as tokens: {values:,} values, d={d_model}, V={d_vocab:,}\n")
+    say("| 2 N d V | products | all operations | most bytes at once | s |\n|---|---|---|---|---|")
+    say(
+        f"| {products:.3g} | {matrices / products:.3f} | {counted / products:.3f} | "
+        f"{meter.peak / 2**20:.0f} MiB | {seconds:.1f} |"
+    )
+
+
+def corpus(tokens: int) -> None:
+    """Prints speed and memory of mining sentences of the embedded model's grammar."""
+    grammar = Grammar(5, "train")
+    model = cm.load_demo("causal-lm")
+    read = [0]
+    marks: list[tuple[int, float, float]] = []
+
+    def sentences() -> Iterator[str]:
+        every = max(1, tokens // 4)
+        while read[0] < tokens:
+            text = grammar.sentence().text
+            read[0] += len(text.split()) + 1
+            if read[0] // every > len(marks):
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                marks.append((read[0], time.perf_counter() - start, peak))
+            yield text
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        found = cm.mine_triggers(model, sentences(), out=folder, k=K, batch_size=64)
+        took = time.perf_counter() - start
+        size = (Path(folder) / "triggers.parquet").stat().st_size
+    assert found is not None
+    total = found.manifest["counts"]["tokens"]
+    say("\nMining the embedded model\n")
+    say("| tokens read | s | tokens/s | peak memory of the process |\n|---|---|---|---|")
+    for seen, seconds, peak in marks:
+        say(f"| {seen:,} | {seconds:.0f} | {seen / seconds:,.0f} | {peak:,.0f} MiB |")
+    say(f"\n{total:,} tokens in {took:.0f} s, {total / took:,.0f} tokens/s; {size:,} bytes")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        work()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Prints all tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all")
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    quick = parser.parse_args().quick
+    tokens = 20_000 if quick else parser.parse_args().tokens
+    # First: the peak memory of a process never falls again.
+    corpus(tokens)
+    merging(2_000 if quick else 36_864)
+    table(256 if quick else 3_072, 128 if quick else 768, 5_000 if quick else 50_257)
+    mining(2 if quick else 12, 128 if quick else 768, 2 if quick else 8)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""Values, memories and their tokens against what is written out in full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import bound, host_trace, keywords, relative, stacks, view_of
+from test_value_zeroing import case_of
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix import memories, unembed
+from tl_contextmix.memories import CASES, cases
+from tl_contextmix.memories import values as value_vectors
+from tl_contextmix.model_view import Readout
+from tl_contextmix.tensors import Norm
+from tl_contextmix.unembed import Unembedding
+
+ALL = [case for case in zoo.cases() if case.family != "attn_only"]
+READ = [case for case in ALL if case.family not in zoo.OPAQUE_FEED_FORWARD]
+
+
+def states_read(view: Any, x: Tensor) -> Tensor:
+    """Logits of states as the model reads its last stream."""
+    return view.readout(x)
+
+
+def values_read(view: Any, vectors: Tensor) -> Tensor:
+    """Logits of values, by the projection that suits the model, written out."""
+    W_U = view.readout.weights("W_U")
+    if view.readout.head is not None:
+        return view.readout.head(vectors) * view.readout.scale @ W_U + view.readout.weights("b_U")
+    norm = view.readout.norm
+    if norm is None:
+        return vectors * view.readout.scale @ W_U
+    if norm.kind == "ln":
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    vectors = vectors if norm.weight is None else vectors * norm.weight
+    return vectors * view.readout.scale @ W_U
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
+    """Coefficients times values are the host's output; look-ups are what argmax says."""
+    model, given = zoo.build(case), zoo.inputs(case)
+    view = view_of(model)
+    if view.readout.refusal:
+        with pytest.raises(cm.UnsupportedModel):
+            cm.ff_values(model)
+        with pytest.raises(cm.UnsupportedModel):
+            cm.ff_memories(model, given.tokens, **keywords(given))
+        return
+    found = cm.ff_memories(model, given.tokens, **keywords(given))
+    static = cm.ff_values(model, k=3)
+    trace, blocks = host_trace(view, given, None)
+    gated = blocks[0].feed_forward.gated
+    for index, block in enumerate(blocks):
+        ff = block.feed_forward
+        m, v = found.coefficients[:, index], ff.W_out
+        added = m @ v + ff.constant()
+        added = added if ff.norm_out is None else ff.norm_out(added)
+        assert relative(added, ff.project(trace[ff.post])) <= bound(case)
+        # What values promote, and the readouts of the whole model beside it.
+        for side, sign in enumerate((1, -1)):
+            logits = values_read(view, sign * value_vectors(ff))
+            assert torch.equal(found.promoted[index, :, side], logits.argmax(-1))
+            rows = static.layer == index
+            cap = view.readout.soft_cap
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            best = logits.topk(3, dim=-1)
+            assert torch.equal(static.ids[rows, side], best.indices)
+            p = logits.softmax(-1)
+            assert relative(static.max_prob[rows, side], p.amax(-1)) < 1e-9
+            entropy = -(p * p.log()).sum(-1)
+            assert relative(static.entropy[rows, side], entropy) < 1e-9
+        # Composition, by argmax over the whole vocabulary.
+        residual, output = block.middle(trace), block.output(trace)
+        tops = [states_read(view, x).argmax(-1) for x in (residual, added, output)]
+        for name, top in zip(("residual_top", "ffn_top", "output_top"), tops, strict=True):
+            assert torch.equal(getattr(found, name)[:, index], top)
+        p = states_read(view, residual).softmax(-1)
+        there = p.gather(-1, found.final_top[..., None])[..., 0]
+        assert relative(found.probability[:, index], there) < 1e-6
+        signed = torch.where(m > 0, found.promoted[index, :, 0], found.promoted[index, :, 1])
+        active = m != 0 if gated else m > 0
+        agree = (active & (signed == tops[1][..., None])).sum(-1)
+        assert torch.equal(found.agreeing[:, index], agree)
+        assert relative(found.active[:, index], active.double().mean(-1)) < 1e-12
+        assert found.quadrants.shape[3] == (4 if gated else 0)
+    assert torch.equal(found.final_top, zoo.logits(model, given).argmax(-1))
+    assert torch.equal(found.output_top[:, -1], found.final_top)
+    figures = found.figures().to_dataframe()
+    assert figures[list(CASES)].sum(axis=1).tolist() == pytest.approx([1.0] * len(blocks))
+    if gated:
+        assert relative(found.quadrants.sum(-1), torch.ones_like(found.active)) < 1e-12
+
+
+@pytest.mark.parametrize("case", READ, ids=str)
+@pytest.mark.parametrize("bias", ["contributor", "fixed"])
+def test_shares_of_tokens_add_up_to_coefficients(case: zoo.Case, bias: Any) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    view = view_of(model)
+    for stack in stacks(case):
+        found = cm.token_memory(model, given.tokens, stack=stack, bias=bias, **keywords(given))
+        parts = cm.decompose(
+            model, given.tokens, at="mlp_out", stack=stack, bias=bias, **keywords(given)
+        )
+        trace, blocks = host_trace(view, given, stack)
+        for index, block in enumerate(blocks):
+            ff = block.feed_forward
+            constant = ff.weights("b_post")
+            m = trace[ff.post] if constant is None else trace[ff.post] - constant
+            assert relative(found.coefficients[:, index], m) <= bound(case)
+            if ff.norm_out is None:
+                # The same vectors, cut along the other axis.
+                vectors = found.shares[:, index] @ ff.W_out
+                assert relative(vectors, parts.parts[:, index]) <= 1e-9
+        some = cm.token_memory(
+            model,
+            given.tokens,
+            stack=stack,
+            bias=bias,
+            layer=-1,
+            pos=[-1, 1],
+            neurons=[5, 2],
+            **keywords(given),
+        )
+        last = found.shares.shape[2] - 1
+        expected = found.shares[:, -1:, [last, 1]][..., [5, 2]]
+        assert relative(some.shares, expected) <= 1e-9
+        assert relative(some.bias, found.bias[:, -1:, [last, 1]][..., [5, 2]]) <= 1e-9
+
+
+def test_the_shares_of_a_hand_made_neuron() -> None:
+    """A causal model's first token is the only one that feeds its own memories."""
+    model, given = zoo.build(case_of("gpt2")), zoo.inputs(case_of("gpt2"))
+    found = cm.token_memory(model, given.tokens)
+    upper = torch.ones(6, 6).triu(1).bool()
+    assert bool((found.shares.movedim(-1, 2)[..., upper] == 0).all())
+
+
+# Tiles
+
+
+def unembedding(d_model: int = 7, d_vocab: int = 53, cap: float | None = None) -> Any:
+    """A readout of random weights, with two tokens that are alike, and vectors."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(d_model, d_vocab, generator=generator, dtype=torch.float64)
+    weight[:, 40] = weight[:, 3]
+    readout = Readout(None, None, {"W_U": weight}.get, soft_cap=cap)
+    vectors = torch.randn(31, d_model, generator=generator, dtype=torch.float64) * 3
+    return Unembedding(readout, "folded"), vectors, weight
+
+
+@pytest.mark.parametrize("max_bytes", [1, 4000, 10**6])
+@pytest.mark.parametrize("k", [1, 4, 99])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_tiles_give_what_the_whole_vocabulary_gives(
+    max_bytes: int, k: int, cap: float | None
+) -> None:
+    reader, vectors, weight = unembedding(cap=cap)
+    targets = torch.arange(31) % 53
+    scan = reader.scan(vectors, k, targets=targets, max_bytes=max_bytes)
+    logits = vectors @ weight
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    size = min(k, 53)
+    for side, sign in enumerate((1, -1)):
+        order = (sign * logits).sort(dim=1, descending=True, stable=True)
+        assert relative(scan.ends[:, side] * sign, order.values[:, :size]) < 1e-12
+        picked = logits.gather(1, scan.ids[:, side])
+        assert relative(picked, scan.ends[:, side]) < 1e-12
+        log_p = (sign * logits).log_softmax(-1)
+        assert relative(scan.entropy[:, side], -(log_p.exp() * log_p).sum(-1)) < 1e-10
+        assert relative(scan.max_prob[:, side], log_p.amax(-1).exp()) < 1e-10
+        own = logits.gather(1, targets[:, None])
+        clearly = (sign * (logits - own) > 1e-9).sum(-1) + 1
+        assert torch.equal(scan.rank[:, side], clearly)
+    assert relative(scan.target, logits.gather(1, targets[:, None])[:, 0]) < 1e-12
+
+
+def test_no_tensor_is_as_long_as_the_vocabulary() -> None:
+    reader, vectors, _ = unembedding(d_vocab=5000)
+    seen: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in known:
+                seen.append(out.numel())
+            return out
+
+    known = {reader.readout.weights("W_U").untyped_storage().data_ptr()}
+    with Watch():
+        reader.scan(vectors, 2, max_bytes=31 * 8 * 4 * 100)
+    assert max(seen) <= 31 * 100
+
+
+# Cases
+
+
+def test_the_five_cases() -> None:
+    residual, ffn = torch.tensor([1, 2, 3, 1, 5]), torch.tensor([2, 1, 3, 2, 5])
+    output = torch.tensor([1, 1, 3, 3, 6])
+    assert [CASES[one] for one in cases(residual, ffn, output)] == [
+        "residual",
+        "ffn",
+        "agreement",
+        "composition",
+        "conflict",
+    ]
+
+
+def test_linear_readouts_have_no_conflict_and_a_norm_with_bias_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, residual, ffn = draw(8, 11), draw(4000, 8), draw(4000, 8)
+    norm = Norm("ln", 1 + draw(8) / 4, draw(8), 1e-5)
+    readout = Readout(norm, None, {"W_U": weight}.get)
+    count = {}
+    for projection in ("model", "frozen", "none"):
+        reader = Unembedding(readout, projection)
+        scale = norm.scale(residual + ffn)
+        tops = [
+            reader.scan(reader.hidden(x, scale), sides=1).ids[:, 0, 0]
+            for x in (residual, ffn, residual + ffn)
+        ]
+        count[projection] = int((cases(*tops) == CASES.index("conflict")).sum())
+    assert count["model"] > 0
+    assert count["frozen"] == count["none"] == 0
+    model = zoo.build(case_of("gpt2"))
+    tokens = torch.randint(5, 60, (16, 24), generator=generator)
+    for projection in ("frozen", "none"):
+        found = cm.ff_memories(model, tokens, projection=projection)
+        assert int((found.case == CASES.index("conflict")).sum()) == 0
+
+
+def test_options_change_what_they_name() -> None:
+    model = zoo.build(case_of("gpt2"))
+    tokens = zoo.inputs(case_of("gpt2")).tokens
+    positive = cm.ff_memories(model, tokens)
+    every = cm.ff_memories(model, tokens, active="nonzero")
+    assert bool((every.active > positive.active).any())
+    assert bool((every.active == 1).all())
+    bare, folded = (cm.ff_values(model, projection=how) for how in ("none", "folded"))
+    frozen = cm.ff_values(model, projection="frozen", text=tokens)
+    assert not torch.equal(bare.logits, folded.logits)
+    assert torch.equal(folded.ids, frozen.ids)
+    view = view_of(model)
+    last = view.blocks()[-1].resid_out
+    from tl_contextmix.inputs import Given, make_batch
+
+    stream = view.run(make_batch(view, Given(tokens)), [last])[last]
+    scale = view.readout.norm.scale(stream).mean()
+    assert relative(frozen.logits * scale, folded.logits) < 1e-12
+    one = cm.ff_values(model, layer=1, neurons=[4, 2], k=2)
+    assert one.neuron.tolist() == [4, 2]
+    rows = [int(((folded.layer == 1) & (folded.neuron == n)).nonzero()) for n in (4, 2)]
+    assert torch.equal(one.ids, folded.ids[rows][..., :2])
+    assert one.tokens(1, 2, negative=True) == [one.words[str(i)] for i in one.ids[1, 1].tolist()]
+
+
+def test_padding_is_left_out() -> None:
+    model = zoo.build(case_of("gpt2"))
+    tokens = zoo.inputs(case_of("gpt2")).tokens
+    mask = torch.ones_like(tokens)
+    mask[1, 4:] = 0
+    found = cm.ff_memories(model, tokens, attention_mask=mask)
+    alone = cm.ff_memories(model, tokens[1:, :4])
+    assert relative(found.coefficients[1:, :, :4], alone.coefficients) < 1e-10
+    assert bool((found.coefficients[1, :, 4:] == 0).all())
+    assert found.figures().examples == 10
+    assert len(found.to_dataframe()) == 10 * len(found.layers)
+    shares = cm.token_memory(model, tokens, attention_mask=mask)
+    assert bool((shares.shares[1, :, 4:] == 0).all())
+
+
+BAD = {
+    "projection": (
+        lambda m, t: unembed.unembedding(view_of(m).readout, "lens", ("none",)),
+        "got projection='lens'",
+    ),
+    "head of none": (lambda m, t: cm.ff_values(m, projection="head"), "one of .*'folded'"),
+    "no scale": (lambda m, t: cm.ff_values(m, projection="frozen"), "scale of the final norm"),
+    "a scale for nothing": (lambda m, t: cm.ff_values(m, text="the cat"), "no source"),
+    "k": (lambda m, t: cm.ff_values(m, k=0), "got k=0"),
+    "neuron": (lambda m, t: cm.ff_values(m, neurons=10**6), "neuron"),
+    "layer": (lambda m, t: cm.ff_values(m, layer=9), "no such layer"),
+    "active": (lambda m, t: memories.active_rule("some", False), "got active='some'"),
+    "states": (lambda m, t: memories.readings(view_of(m), "folded"), "got projection='folded'"),
+    "position": (lambda m, t: cm.token_memory(m, t, pos=99), "pos"),
+    "encoder": (lambda m, t: memories.require_predicting(view_of(m), "encoder"), "no token is"),
+}
+
+
+@pytest.mark.parametrize(("ask", "message"), BAD.values(), ids=BAD)
+def test_bad_questions_are_refused(ask: Any, message: str) -> None:
+    model = zoo.build(case_of("gpt2"))
+    tokens = zoo.inputs(case_of("gpt2")).tokens
+    with pytest.raises(cm.InvalidInput, match=message):
+        ask(model, tokens)
+
+
+@pytest.mark.skipif(not any(c.family == "attn_only" for c in zoo.cases()), reason="only on 2, 3")
+def test_a_model_without_memories_is_refused() -> None:
+    model = zoo.build(case_of("attn_only"))
+    with pytest.raises(cm.InvalidInput, match="no memories in layer 0"):
+        cm.ff_values(model)
+    with pytest.raises(cm.InvalidInput, match="no memories in layer 0"):
+        cm.token_memory(model, torch.tensor([[5, 6]]))

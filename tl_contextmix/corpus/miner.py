@@ -1,0 +1,209 @@
+"""What is read from a batch of documents: coefficients, and the highest of them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.corpus.shards import Cutting, Documents, Malformed, TooLong
+from tl_contextmix.corpus.topk import TopK, pack_places, pack_tokens
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.inputs import select_blocks
+from tl_contextmix.memories import (
+    QUADRANTS,
+    branch_names,
+    coefficients,
+    quadrants,
+    require_feed_forward,
+)
+from tl_contextmix.model_view import Block, ModelView, StackName, Trace
+from tl_contextmix.results.axes import positions, require_choice, require_count
+
+Unit = Literal["prefix", "document"]
+Tails = Literal["positive", "both", "quadrants"]
+TAILS: dict[str, tuple[str, ...]] = {
+    "positive": ("positive",),
+    "both": ("positive", "negative"),
+    "quadrants": QUADRANTS,
+}
+NEGATIVE = ("negative", "+-", "-+")
+"""Tails of negative coefficients: the memory promotes what its value demotes."""
+
+
+@dataclass(frozen=True)
+class Miner:
+    """Which memories of which model are mined, and how.
+
+    Attributes:
+        view: The model.
+        blocks: The layers.
+        neurons: Neurons of each layer; None for all.
+        stack: The stack.
+        k: How many triggers of each memory.
+        unit: Whether every prefix can be a trigger, or the best one of each document.
+        tails: What is looked for.
+        how: How the corpus is cut up.
+    """
+
+    view: ModelView
+    blocks: tuple[Block, ...]
+    neurons: tuple[int, ...] | None
+    stack: str
+    k: int
+    unit: Unit
+    tails: Tails
+    how: Cutting
+
+    def chosen(self, block: Block) -> list[int]:
+        """Returns the neurons of a layer that are mined."""
+        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+
+    def zero(self) -> dict[tuple[int, str], TopK]:
+        """Returns the state before the first document."""
+        return {
+            (block.layer, tail): TopK.zero(
+                len(self.chosen(block)), self.k, self.view.dtype, self.view.device
+            )
+            for block in self.blocks
+            for tail in TAILS[self.tails]
+        }
+
+    def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
+        """Runs the model on a batch and takes in what it shows."""
+        names = [name for block in self.blocks for name in self._names(block)]
+        trace = self.view.run(documents.batch, list(dict.fromkeys(names)))
+        device = self.view.device
+        counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
+        places = pack_places(documents.numbers.to(device), ids.shape[1])
+        tokens = pack_tokens(ids, documents.next_ids.to(device))
+        for block in self.blocks:
+            scores = self._scores(block, trace, counted)
+            for tail, values in scores:
+                update = self._best if self.unit == "document" else self._every
+                update(tops[block.layer, tail], values, counted, places, tokens)
+
+    def _names(self, block: Block) -> tuple[str, ...]:
+        ff = require_feed_forward(block)
+        return branch_names(ff) if self.tails == "quadrants" else (ff.post,)
+
+    def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields each tail with its values: positive where there is something to be found."""
+        ff = require_feed_forward(block)
+        found = coefficients(ff, trace)
+        # A sum is finite where every number is; not worth a mask unless it is not.
+        if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
+            raise _not_finite(block.layer)
+        some = None
+        if self.neurons is not None:
+            some = torch.tensor(self.chosen(block), device=found.device)
+            found = found[..., some]
+        if self.tails == "quadrants":
+            places = quadrants(ff, trace)
+            places = places if some is None else places[..., some]
+            for index, tail in enumerate(QUADRANTS):
+                yield tail, found.abs().masked_fill(places != index, 0)
+            return
+        yield "positive", found
+        if self.tails == "both":
+            yield "negative", -found
+
+    @staticmethod
+    def _every(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
+        flat, named = places.flatten(), tokens.flatten()
+        top.update(
+            values.flatten(0, 1), counted.flatten(), lambda rows, *_: (flat[rows], named[rows])
+        )
+
+    @staticmethod
+    def _best(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
+        masked = values.masked_fill(~counted[..., None], -torch.inf)
+        steps = torch.arange(values.shape[1], device=values.device)
+
+        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+            # The first of the document's positions that have its highest value.
+            there = masked[rows, :, columns] == best[:, None]
+            pos = torch.where(there, steps, len(steps)).amin(dim=1)
+            return places[rows, pos], tokens[rows, pos]
+
+        top.update(masked.amax(dim=1), counted.any(dim=1), locate)
+
+
+def make_miner(
+    view: ModelView,
+    how: Cutting,
+    k: int,
+    layer: int | Sequence[int] | None,
+    neurons: int | Sequence[int] | None,
+    stack: StackName | None,
+    unit: Unit,
+    tails: Tails,
+) -> Miner:
+    """Returns what is mined, checked.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+    """
+    require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
+    require_choice("mine_triggers", "choice of tails", tails, tuple(TAILS))
+    pair = len(view.stacks) == 2
+    base = "encoder" if pair and stack is None else view.base_stack(stack)
+    if pair and base != "encoder":
+        raise InvalidInput(
+            four_parts(
+                "a corpus cannot be read by this stack",
+                f"stack={stack!r}",
+                "'encoder': a decoder would see its start token alone",
+                "Leave `stack` out.",
+            )
+        )
+    blocks = select_blocks(view.stacks[base], layer)
+    first = require_feed_forward(blocks[0])
+    if tails == "quadrants" and not first.gated:
+        raise InvalidInput(
+            four_parts(
+                "there are no quadrants",
+                "a feed-forward sublayer without gates",
+                "tails='positive' or 'both'",
+                "Quadrants are the signs of a gate and of the branch it multiplies.",
+            )
+        )
+    size = first.W_out.shape[0]
+    chosen = None if neurons is None else tuple(positions("neuron", neurons, (), size))
+    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, how)
+
+
+def make_cutting(
+    batch_size: int,
+    shard_size: int,
+    too_long: TooLong,
+    malformed: Malformed,
+    prepend_bos: bool | None,
+    special: bool,
+) -> Cutting:
+    """Returns how the corpus is cut up, checked.
+
+    Raises:
+        InvalidInput: If an option is none of those there are.
+    """
+    require_choice("mine_triggers", "treatment of long documents", too_long, _LONG)
+    require_choice("mine_triggers", "treatment of malformed documents", malformed, _MALFORMED)
+    sizes = (require_count(shard_size), require_count(batch_size))
+    return Cutting(*sizes, too_long, malformed, prepend_bos, special)
+
+
+_LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")
+
+
+def _not_finite(layer: int) -> InvalidInput:
+    return InvalidInput(
+        four_parts(
+            "the model's own activations are not finite",
+            f"NaN or infinity among the coefficients of layer {layer}",
+            "finite activations",
+            "Load the model in float32 or bfloat16.",
+        )
+    )

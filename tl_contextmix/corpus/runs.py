@@ -1,0 +1,85 @@
+"""What makes two runs the same: model, tokenizer, options; and the documents, by their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_contextmix.corpus.miner import Miner
+from tl_contextmix.corpus.reading import Corpus
+from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.inputs import package_version
+from tl_contextmix.model_view import ModelView
+
+
+def describe_run(miner: Miner, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
+    """Returns what the result depends on, besides the documents: plain JSON."""
+    view = miner.view
+    return {
+        "model": view.name,
+        "weights": view.fingerprint,
+        "processing": list(view.processing),
+        "host": view.host,
+        "TransformerLens": view.host_version,
+        "tl_contextmix": package_version(),
+        "torch": torch.__version__,
+        "dtype": str(view.dtype),
+        "hooks": list(view.hooked()),
+        "tokenizer": _tokenizer_hash(view, miner.how.prepend_bos),
+        "corpus": {"kind": corpus.kind, "column": corpus.column},
+        "source": {"model": source, "corpus": corpus.name},
+        "options": {
+            "k": miner.k,
+            "layers": [block.layer for block in miner.blocks],
+            "neurons": {str(block.layer): miner.chosen(block) for block in miner.blocks},
+            "stack": miner.stack,
+            "unit": miner.unit,
+            "tails": miner.tails,
+            **asdict(miner.how),
+        },
+    }
+
+
+def _tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
+    """Returns a hash of the vocabulary, and of what becomes of a text."""
+    found = hashlib.sha256()
+    for token in range(view.d_vocab):
+        found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
+    found.update(repr(view.encode("The cat sat, didn't it? 3.14", prepend_bos)).encode())
+    return found.hexdigest()
+
+
+def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises InvalidInput, naming the first difference, unless two runs are the same."""
+    # Where things came from may have another name by now; what they are is told by hashes.
+    for name in [name for name in now if name != "source"]:
+        old, new = before.get(name), now[name]
+        if isinstance(new, dict) and isinstance(old, dict):
+            changed = [key for key in new if old.get(key) != new[key]]
+            if changed:
+                name, old, new = f"{name}: {changed[0]}", old.get(changed[0]), new[changed[0]]
+        if old != new:
+            raise InvalidInput(
+                four_parts(
+                    f"{folder} holds a run that differs in {name}",
+                    repr(new)[:200],
+                    repr(old)[:200],
+                    "Give what was given then, or choose another folder.",
+                )
+            )
+
+
+def changed(corpus: Corpus, seen: str) -> InvalidInput:
+    """Returns the error for a corpus that is another one than before."""
+    return InvalidInput(
+        four_parts(
+            f"the corpus {corpus.name} is not the one that was mined before",
+            seen,
+            "the same documents",
+            "Give the corpus of then, or choose another folder.",
+        )
+    )

@@ -1,0 +1,103 @@
+"""Which source token feeds which memory: the neuron axis and the token axis of one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.decompose import linear_points, require_bias
+from tl_contextmix.expansion import Bias, neuron_shares
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.memories import require_feed_forward
+from tl_contextmix.model_view import Block, StackName
+from tl_contextmix.results import TokenMemory
+from tl_contextmix.results.axes import positions
+
+
+def token_memory(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    pos: int | Sequence[int] | None = None,
+    neurons: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+) -> TokenMemory:
+    r"""Returns the share of every source token in the coefficient of every memory.
+
+    .. math:: \phi_{ijk} = q_{ijk}\, r_{ik}, \qquad m_k(i) = \sum_j \phi_{ijk} + \phi_{ik}
+
+    where :math:`q_{ijk}` is what source ``j`` brings to the pre-activation of neuron ``k`` at
+    ``i`` through attention and the residual connection (patterns and norm scales frozen) and
+    :math:`r_{ik}` the neuron's secant slope: integrated gradients in closed form (Kobayashi et al.
+    2024, eq. 12), before W_out is applied. The same feed-forward output is
+    :math:`\sum_k m_k v_k + b` over neurons and the sum of `decompose`'s parts over tokens.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers; None for all.
+        pos: Positions of the memories; None for all, negative from the end.
+        neurons: Neuron or neurons; None for all.
+        stack: See `decompose`; with ``"cross"`` the sources are the decoder's and the encoder's
+            tokens.
+        bias: What the path starts from, see `decompose`.
+        attention_mask: 1 at real tokens, 0 at padding. Shares of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+
+    Returns:
+        `TokenMemory`: ``shares`` [batch layer target source neuron] and ``bias``, in units of the
+        activation. A constant added behind a gate (b_in of gated HookedTransformers) is no part
+        of the coefficient.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the activation does not act on each unit alone.
+
+    Cost: a forward pass, ``2 n d_model^2`` operations per layer and ``2 p n H K`` for p positions
+    and K neurons, whose shares take ``p n K`` numbers.
+    """
+    bias = require_bias(bias)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
+    chosen = positions("neuron", neurons, (), min(sizes))
+    rows = positions("pos", pos, (), done.target.ids.shape[1])
+    found = []
+    with torch.no_grad():
+        for block in done.progress("token_memory"):
+            found.append(_shares(block, done, rows, chosen, bias))
+    source = done.source("mlp_out")
+    target = done.target.select(list(range(len(done.target.ids))), rows)
+    real = target.mask[:, :, None] & source.mask[:, None, :]
+    shares, rest = (torch.stack(column, dim=1) for column in zip(*found, strict=True))
+    return TokenMemory(
+        shares=shares.masked_fill(~real[:, None, :, :, None].to(shares.device), 0),
+        bias=rest,
+        neurons=tuple(chosen),
+        layers=done.layers,
+        stack=done.stack,
+        target=target,
+        source=source,
+        provenance=done.provenance("token_memory", {"pos": rows, "bias": bias}),
+    )
+
+
+def _shares(
+    block: Block, done: Pass, rows: list[int], neurons: list[int], bias: Bias
+) -> tuple[Tensor, Tensor]:
+    read = linear_points(block, done.trace, done.stack, ("mlp_in",))["mlp_in"]
+    index = torch.tensor(neurons, device=read.bias.device)
+    return neuron_shares(require_feed_forward(block), read, bias, rows, index)
