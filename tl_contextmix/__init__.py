@@ -3,15 +3,10 @@
 Context-mixing and decomposition methods for TransformerLens models of any class and version.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tl_contextmix.compare import compare, demo_pairs
-from tl_contextmix.corpus import (
-    Triggers,
-    composition,
-    load_triggers,
-    merge_triggers,
-    mine_on_ray,
-    mine_triggers,
-)
 from tl_contextmix.decompose import decompose
 from tl_contextmix.errors import (
     ContextMixError,
@@ -75,6 +70,16 @@ from tl_contextmix.results import (
     ValueReadouts,
 )
 from tl_contextmix.rollout import rollout
+
+if TYPE_CHECKING:
+    from tl_contextmix.corpus import (
+        Triggers,
+        composition,
+        load_triggers,
+        merge_triggers,
+        mine_on_ray,
+        mine_triggers,
+    )
 
 __all__ = [
     "Comparison",
@@ -145,3 +150,21 @@ __all__ = [
     "token_memory",
     "value_zeroing",
 ]
+
+# Read when first asked for: mining needs more than everything else, and fewer need it.
+_CORPUS = frozenset(
+    (
+        "Triggers",
+        "composition",
+        "load_triggers",
+        "merge_triggers",
+        "mine_on_ray",
+        "mine_triggers",
+    )
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CORPUS:
+        return getattr(import_module("tl_contextmix.corpus"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
