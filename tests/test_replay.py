@@ -168,17 +168,20 @@ def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: st
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: bool) -> None:
-    block, trace = made(6, gated=gated, norms=norms, batch=2, kept=True)
+    sizes: dict[str, Any] = {"gated": gated, "norms": norms, "batch": 2, "kept": True}
+    block, trace = made(6, dtype=torch.float32, **sizes)
     without = replace(
         trace, values={k: v for k, v in trace.values.items() if k not in ("pre", "l")}
     )
     folded = [replay(block, t, "self").folded(None, 1000, 2**30) for t in (trace, without)]
-    torch.testing.assert_close(*map(outputs, folded), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*map(outputs, folded), rtol=1e-5, atol=1e-6)
     saved = flops(block, without, repeats=1000) - flops(block, trace, repeats=1000)
     assert saved == (1 + gated) * 2 * (2 * 6) * 32 * 64
     rounded = {"pre": trace["pre"].bfloat16(), "l": trace["l"].bfloat16()}
     rounded = replace(trace, values={**trace.values, **rounded})
     assert replay(block, rounded, "self").pre is None
+    # Not in float64 either, which some hosts leave inside.
+    assert replay(*made(6, **sizes), "self").pre is None
 
 
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
@@ -248,9 +251,6 @@ def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     assert not torch.equal(after, first.scores)
     block = replace(as_view(model).blocks()[0], folds=None)
     trace, _ = host_trace(as_view(model), zoo.Inputs(tokens), None)
-    # Some hosts norm in float32: their own pre-activations are not what float64 makes of the input.
-    spared = block.feed_forward.pre_names
-    trace = replace(trace, values={k: v for k, v in trace.values.items() if k not in spared})
     fresh = outputs(replay(block, trace, "self"))
     kept = outputs(replay(as_view(model).blocks()[0], trace, "self").folded(None, 1, 2**30))
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-9)

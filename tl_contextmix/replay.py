@@ -413,8 +413,9 @@ def _join(attention: AttentionSublayer, stream: Tensor, raw: Tensor) -> Tensor:
 
 def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Tensor, ...] | None:
     kept = [trace.values.get(name) for name in ff.pre_names]
-    # A half-precision model has rounded them.
-    if any(value is None or value.dtype != trace.dtype for value in kept):
+    # Nothing finer than float32: some hosts norm in float32 whatever the dtype. Nothing coarser: a
+    # half-precision model has rounded them.
+    if not all(value is not None and value.dtype == trace.dtype == torch.float32 for value in kept):
         return None
     return tuple(trace[name][:, rows] for name in ff.pre_names)
 
