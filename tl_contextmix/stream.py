@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -87,7 +87,7 @@ class Neurons:
         """Numbers that `vectors` are multiplied with where the stream is read."""
         return self.activations / self.path.divisor[:, None]
 
-    def vectors(self, index: Tensor | slice) -> Float[Tensor, "some d_model"]:
+    def vectors(self, index: Tensor | slice) -> Float[Tensor, "*some d_model"]:
         """Returns vectors of some neurons where the stream is read, still to be multiplied."""
         return self.path.linear(self.rows[index])
 
@@ -124,6 +124,11 @@ class AttentionWriter(Writer):
     pattern: Float[Tensor, "batch head source"]
     value: Float[Tensor, "batch source head d_head"]
     path: Path
+
+    @property
+    def read(self) -> Bool[Tensor, "batch source"]:
+        """Which sources any head attends to: not padding, nor what a mask hides."""
+        return (self.pattern != 0).any(dim=1)
 
     def heads(self) -> Float[Tensor, "batch head d_model"]:
         """Returns what each head writes."""
