@@ -15,7 +15,6 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.model_view import Trace
 from tl_contextmix.results.components import Grid, join
-from tl_contextmix.selection import Controls, without_sources
 
 CASES = zoo.cases()
 

@@ -159,8 +159,8 @@ class Cut:
             for; None where they are neurons.
         neurons: The neurons, source by source, or None.
         bias: What none of the writer's components writes and its vector, or None.
-        read: Which sources are read, where the components differ in them, or None. A source that
-            no head attends to is not there in a sentence: neither padding, nor what comes later.
+        read: Which sources can be read, where the components differ in them, or None. Padding and
+            what comes later in a causal model are not there.
     """
 
     step: int

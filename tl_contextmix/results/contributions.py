@@ -45,8 +45,8 @@ class LogProbContributions(Result):
     """How much each component of the residual stream raised the log-probability of a token.
 
     Attributes:
-        scores: The scores; NaN at sources that no head of the layer attends to (padding, later
-            positions, what lies outside a window), which are no components of that sentence.
+        scores: The scores; NaN at sources that cannot be read (padding, and later positions in a
+            causal model), which are no components of that sentence.
         coefficients: What a neuron's vector is multiplied with; NaN for other components.
         logits: The component's own logit of the target, norm scale frozen at the real value (the
             before-softmax value); NaN behind a masked-LM head.
@@ -142,7 +142,7 @@ class LogProbContributions(Result):
         return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per component; sources that are not read are left out.
+        """Returns one row per component; sources that cannot be read are left out.
 
         Columns: batch, component, kind, layer, pos, head, source, neuron (-1 where there is
         none), source_token, coefficient, logit, score.
