@@ -14,8 +14,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.model_view import Trace
-from tl_contextmix.results.components import components, join
-from tl_contextmix.selection import others_at_random
+from tl_contextmix.results.components import Grid, join
 
 CASES = zoo.cases()
 
@@ -48,8 +47,8 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
     kind = "cross_attn" if case.encoder_decoder else "attn"
     own_tokens = given.decoder_tokens if case.encoder_decoder else given.tokens
     pos = torch.full((2,), -1 + len(own_tokens[0]))
-    heads = components(2, pos, kind, last, head=torch.tensor([1]))
-    inside = components(2, pos, kind, last, head=torch.tensor([2]), neuron=torch.tensor([5]))
+    heads = Grid(kind, last, pos, (("head", range(1, 2)),)).table()
+    inside = Grid(kind, last, pos, (("head", range(2, 3)), ("neuron", range(5, 6)))).table()
     every = cm.log_prob_contributions(model, given.tokens, by="head", pos=-1, **keywords(given))
     some = every.top(2)
     found_heads = replace(some, components=join([heads, inside]))
@@ -140,15 +139,6 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     half = knocked(model, given, heads=heads[:6], controls=1, target_ids=9)
     rest = knocked(model, given, heads=heads[6:], target_ids=9)
     torch.testing.assert_close(half.controls[:, 0], rest.after)
-    # A neuron that is chosen for two sources goes out once, and so does its control.
-    twice = cm.log_prob_contributions(model, given.tokens, by="attn_neuron")
-    index = (twice.components.layer[:1] == 1).nonzero()[:, 1][[0, 32, 1]].expand(2, 3)
-    chosen = twice.components.select(index)
-    assert chosen.source[0].tolist() == [0, 1, 0]
-    assert chosen.neuron[0].tolist() == [0, 0, 1]
-    generator = torch.Generator().manual_seed(0)
-    drawn = others_at_random(view_of(model), chosen, generator)
-    assert drawn.label(0, 0) == drawn.label(0, 1) != drawn.label(0, 2)
     frame = found.summary()
     assert frame.when.tolist() == ["before", "after", "control"] * 3
     middle = frame[(frame.quantity == "log_prob") & (frame.when == "control")]["mean"].item()

@@ -36,3 +36,19 @@ def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
         remedy: What the reader can do now.
     """
     return f"{failed}: got {seen}; expected {expected}. {remedy}"
+
+
+def bad(failed: str, seen: str, expected: str, remedy: str) -> InvalidInput:
+    """Returns the error of a call that is wrong, from its four parts."""
+    return InvalidInput(four_parts(failed, seen, expected, remedy))
+
+
+def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raises InvalidInput unless an option is one of those there are."""
+    if not isinstance(value, str) or value not in known:
+        raise bad(
+            f"there is no such {name}",
+            repr(value),
+            f"one of {list(known)}",
+            "Choose one of these.",
+        )

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
-from tl_contextmix.evaluate.rows import bad
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.results import Tokens
 
 Stretch = tuple[int, int]
