@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.hosts.decoding import MemoryDecoder
-from tl_contextmix.hosts.edits import hooked_places, without_hooks
+from tl_contextmix.hosts.edits import hooked_places, is_hooked, without_hooks
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.reading import final_norm_modules
 from tl_contextmix.hosts.settings import end_tokens, generation_settings, require_followed
@@ -83,9 +83,7 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         )
     tokenizer = getattr(model, "tokenizer", None)
     original = getattr(model, "original_model", None)
-    # Of a bridge's own forward pass only what lies inside is run.
-    outer = [model] if original is None else [model, original.get_encoder()]
-    require_no_hooks_on(model, outer)
+    require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
     decoder = _decoder(model, view)
     owner = weakref.ref(model)
     return EncoderDecoder(
@@ -137,7 +135,8 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
     """
     original = getattr(model, "original_model", None)
     hooked = view.hooked()
-    if original is not None and hooked:
+    # Not all modules of the model inside a bridge are the bridge's own.
+    if original is not None and (hooked or hooked_places(original)):
         return _memory_decoder(model, view, original)
     _require_no_decoder_hooks(view, hooked)
     with lock_of(model):
@@ -227,15 +226,18 @@ def module_norm(model: nn.Module, module: nn.Module) -> Callable[[Tensor], Tenso
     return norm
 
 
-def require_no_hooks_on(model: nn.Module, outer: Sequence[nn.Module]) -> None:
-    """Checks that nothing is hooked that is not run as a whole, so that hooks would be ignored."""
-    names = {name or type(model).__name__ for name, one in model.named_modules() if one in outer}
-    places = names & set(hooked_places(model))
-    if places:
+def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
+    """Checks that nothing is hooked of which only the inner modules are run.
+
+    Raises:
+        UnsupportedModel: If something is.
+    """
+    hooked = [type(module).__name__ for module in outer if is_hooked(module)]
+    if hooked:
         raise UnsupportedModel(
             four_parts(
                 "hooks on the whole model or its whole encoder are not followed",
-                ", ".join(sorted(places)),
+                ", ".join(hooked),
                 "hooks inside the encoder: on its blocks or its final norm",
                 "Put them on the last block or on the final norm.",
             )

@@ -51,7 +51,7 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
     tokenizer = _checked(getattr(tokenizer, "tokenizer", tokenizer))
     encoder, settings, config = model.get_encoder(), model.generation_config, model.config
     require_followed(settings, speech=True)
-    require_no_hooks_on(model, [encoder])
+    require_no_hooks_on([encoder])
     decoder = MemoryDecoder(
         model=model,
         owner=model,
