@@ -17,7 +17,7 @@ from torch import nn
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.hosts.building import build
 from tl_contextmix.hosts.decoding import Generated
-from tl_contextmix.hosts.listening import EncoderDecoder, from_speech, from_view, is_speech
+from tl_contextmix.hosts.listening import EncoderDecoder, from_view
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import (
     fingerprint,
@@ -28,6 +28,7 @@ from tl_contextmix.hosts.processing import (
 from tl_contextmix.hosts.recognition import recognise
 from tl_contextmix.hosts.refusals import require_supported
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
+from tl_contextmix.hosts.speech import from_speech, is_speech
 from tl_contextmix.identity import IdentityReport, require_identities
 from tl_contextmix.model_view import ModelView
 
