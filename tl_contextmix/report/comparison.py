@@ -202,7 +202,8 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
 def _finding(found: Comparison) -> str:
     first = found.metrics[0]
     best = found.best(first).iloc[0]
-    return (
-        f"By {first}: {best['method']} at layer {best['layer']}, {best['value']:.2f} "
-        f"({best['low']:.2f} to {best['high']:.2f}; chance {best['chance']:.2f})."
-    )
+    figures = f"{best['value']:.2f} ({best['low']:.2f} to {best['high']:.2f}; chance"
+    where = f"{best['method']} at layer {best['layer']}"
+    if first == "dot":
+        return f"Best at the words that decide: {where}, {figures} {best['chance']:.2f})."
+    return f"By {first}: {where}, {figures} {best['chance']:.2f})."

@@ -36,18 +36,21 @@ def components(story: Story) -> Section | str:
     parts = log_prob_contributions(story.model, story.text, by=by, pos=focus, top_k=top_k)
     heads = log_prob_contributions(story.model, story.text, by="head", pos=focus).top(_HEADS)
     readouts = component_readouts(story.model, story.text, components=parts.top(_PARTS))
+    fall = _without(story, parts.top(_PARTS) if neurons else None, heads)
     panels = (
         next(panel for panel in layers.panels() if isinstance(panel, Bars)),
         *(p for p in (*layers.panels(), *read.panels()) if isinstance(p, Heatmap)),
         _speaking(readouts, "feed-forward neurons" if neurons else "heads"),
-        _without(story, parts.top(_PARTS) if neurons else None, heads),
+        fall,
     )
     best, source = layers.top(1), read.top(1)
     word = source.to_dataframe().source_token[0]
     finding = (
         f"{quoted(layers.target.strings[0][0])} comes most from {best.labels()[0]} "
         f"({float(best.scores[0, 0]):+.2f} nats); of all tokens read, most from {quoted(word)} in "
-        f"layer {int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f})."
+        f"layer {int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Without "
+        f"{fall.rows[-1][0]} its probability goes from {fall.rows[-1][1]:.0%} to "
+        f"{fall.rows[-1][2]:.0%} (random ones: {fall.rows[-1][3]:.0%})."
     )
     text = (
         "How much each part of the vector that the answer is read from raises the answer's "
@@ -76,7 +79,7 @@ def _speaking(readouts: ComponentReadouts, name: str) -> Panel:
 
 def _without(
     story: Story, neurons: LogProbContributions | None, heads: LogProbContributions
-) -> Panel:
+) -> Table:
     """Returns what is left of the answer when the best components are taken out."""
     found = {"heads": knockout(story.model, story.text, heads=heads)}
     if neurons is not None:

@@ -70,7 +70,7 @@ def _difference(story: Story) -> Heatmap:
 def _table(pairs: PairChanges) -> Table:
     """Returns the pairs of each layer, those that grew most and those that shrank most."""
     rows = [
-        (pair.layer, f"{pair.source_token} → {pair.target_token}", *_shares(pair))
+        (pair.layer, _name(pair), pair.before, pair.after, pair.change)
         for pair in sorted((*pairs.amplified, *pairs.suppressed), key=_by_layer)
     ]
     return Table(
@@ -83,8 +83,8 @@ def _table(pairs: PairChanges) -> Table:
     )
 
 
-def _shares(pair: Pair) -> tuple[float, float, float]:
-    return pair.before, pair.after, pair.change
+def _name(pair: Pair) -> str:
+    return f"{pair.source_token} ({pair.source}) → {pair.target_token} ({pair.target})"
 
 
 def _by_layer(pair: Pair) -> tuple[int, float]:

@@ -41,9 +41,9 @@ def memories(story: Story) -> Section | str:
         caption=f"The {_MEMORIES} memories of each layer that add the longest vectors: the token "
         "the value promotes, its coefficient, the length it adds, and the token with the largest "
         "share in the coefficient, beside that share.",
-        columns=("memory", "promotes", "coefficient", "length", "fed most by", "share"),
-        rows=tuple(rows),
-        signed=("coefficient", "share"),
+        columns=("memory", "promotes", "coefficient", "length", "fed most by"),
+        rows=tuple((*row[:4], f"{row[4]} {row[5]:+.2f}") for row in rows),
+        signed=("coefficient",),
     )
     rows.sort(key=lambda row: -row[3])
     longest = rows[0]
@@ -62,7 +62,7 @@ def memories(story: Story) -> Section | str:
     )
     citation = sources("geva2021transformer", "geva2022transformer")
     cases = replace(found.figures().panels()[-1], title="How each layer's top token comes about")
-    panels = (table, *triggers, cases)
+    panels = (table, cases, *triggers)
     title = "Which memories fired, and what triggers them?"
     return Section(title, text, panels, citation, finding)
 
