@@ -52,7 +52,7 @@ def build_report(
         sections: Which of them; None for all but ``points``. They keep their order.
         triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None: a
             demo model's own grammar is mined.
-        pairs: Minimal pairs to compare methods on; the first 10 are used. None: those of a demo
+        pairs: Minimal pairs to compare methods on; the first 8 are used. None: those of a demo
             model's own grammar.
         companion: An encoder-decoder to tell ``encoder-layers`` with where the model has none.
 

@@ -39,7 +39,7 @@ _SHOWN = {
     "decompx": "DecompX",
 }
 _NOT_SHOWN = ("modarressi2022globenc", "sundararajan2017axiomatic")
-_FEW = 10
+_FEW = 8
 _READING = (
     "Every method looks at the same row: that of the position the answer is predicted from. "
     "Alignment asks whether it points at the words that are known to decide the answer; "
