@@ -12,6 +12,8 @@ from tl_contextmix.results import (
     Components,
     ContextMap,
     Decomposition,
+    Estimate,
+    EstimatePart,
     Knockout,
     LayerFigures,
     LogProbContributions,
@@ -234,6 +236,17 @@ def one_of_each() -> list[Any]:
         ),
         TokenFigures(
             values=numbers * words.mask[:, None], tokens=words, provenance=PROVENANCE, **figures
+        ),
+        Estimate(
+            method="<b>",
+            batch=2,
+            n_tokens=4,
+            n_decoder_tokens=0,
+            flops=30,
+            peak_bytes=5000,
+            passes=1,
+            parts=(EstimatePart("forward passes", 10, 2000), EstimatePart("work", 20, 3000)),
+            provenance=PROVENANCE,
         ),
         PairChanges((pair, pair), (), "mlp_in", "mlp_out", "norm", PROVENANCE),
         *contributions(words),

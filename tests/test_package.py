@@ -40,6 +40,12 @@ ASIDE = {
     "evaluate": {"errors", "ranks", "results", "model_view", "inputs", "hosts"},
     "demo_models": {"errors"},
     "loading": {"errors", "demo_models"},
+    "dry_run": set(),
+    "stand_in": {"dry_run", "operations", "model_view"},
+    "estimate": {
+        *("dry_run", "errors", "hosts", "inputs", "model_view", "operations", "results"),
+        "stand_in",
+    },
 }
 # No unit above imports these; they import anything.
 TOP = {"__init__", "compare", "report", "__main__"}

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         InvalidInput,
         UnsupportedModel,
     )
+    from tl_contextmix.estimate import (
+        estimate,
+    )
     from tl_contextmix.evaluate import (
         MinimalPair,
         agreement,
@@ -112,6 +115,7 @@ if TYPE_CHECKING:
         CompositionFigures,
         ContextMap,
         Decomposition,
+        Estimate,
         Knockout,
         LayerCurves,
         LayerFigures,
@@ -142,6 +146,7 @@ __all__ = [
     "ContextMixError",
     "ContextMixWarning",
     "Decomposition",
+    "Estimate",
     "FileFormatError",
     "InvalidInput",
     "Knockout",
@@ -182,6 +187,7 @@ __all__ = [
     "decompx",
     "decompx_vectors",
     "demo_pairs",
+    "estimate",
     "faithfulness",
     "ff_memories",
     "ff_values",
@@ -222,6 +228,7 @@ _WHERE = {
     "FileFormatError": "tl_contextmix.errors",
     "InvalidInput": "tl_contextmix.errors",
     "UnsupportedModel": "tl_contextmix.errors",
+    "estimate": "tl_contextmix.estimate",
     "MinimalPair": "tl_contextmix.evaluate",
     "agreement": "tl_contextmix.evaluate",
     "cue_alignment": "tl_contextmix.evaluate",
@@ -257,6 +264,7 @@ _WHERE = {
     "CompositionFigures": "tl_contextmix.results",
     "ContextMap": "tl_contextmix.results",
     "Decomposition": "tl_contextmix.results",
+    "Estimate": "tl_contextmix.results",
     "Knockout": "tl_contextmix.results",
     "LayerCurves": "tl_contextmix.results",
     "LayerFigures": "tl_contextmix.results",

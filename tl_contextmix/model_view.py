@@ -26,6 +26,10 @@ Weights = Callable[[str], Tensor | None]
 Edit = Callable[[Tensor], Tensor]
 
 
+class NeedsModel(Exception):
+    """A view was given where the model itself is needed."""
+
+
 @dataclass(frozen=True)
 class AttentionSublayer:
     """One attention sublayer of a block.

@@ -30,7 +30,7 @@ from tl_contextmix.hosts.refusals import require_supported
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
 from tl_contextmix.hosts.speech import from_speech, is_speech
 from tl_contextmix.identity import IdentityReport, require_identities
-from tl_contextmix.model_view import ModelView
+from tl_contextmix.model_view import ModelView, NeedsModel
 
 _PACKAGE = str(Path(__file__).parent.parent)
 
@@ -67,6 +67,8 @@ def as_view(model: Any) -> ModelView:
         ContextMixWarning: Once per model, if its weights were processed in a way that changes
             what norms mean.
     """
+    if isinstance(model, ModelView):
+        return model  # how a model is stood in for, see `tl_contextmix.estimate`
     known = _examine(model)
     require_identities(known.report)
     return known.view
@@ -103,6 +105,8 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
         UnsupportedModel: As `as_view`, or if the model has one stack.
         InvalidInput: As `as_view`.
     """
+    if isinstance(model, ModelView):
+        raise NeedsModel
     return from_speech(model, tokenizer) if is_speech(model) else from_view(model, as_view(model))
 
 
