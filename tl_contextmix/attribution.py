@@ -78,7 +78,7 @@ def ask(
     target_ids: object = None,
     pos: object = None,
     norm: NormRule,
-    max_bytes: int,
+    max_bytes: object,
     both_stacks: bool = False,
 ) -> Question:
     """Runs the model once and returns what it was asked.
@@ -101,7 +101,7 @@ def ask(
             user's own change what is read from it.
     """
     view.readout.require()
-    max_bytes = require_budget(max_bytes)
+    budget = require_budget(max_bytes)
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}
     names = [
@@ -121,7 +121,7 @@ def ask(
     logits = _logits(view, done, stream)
     tokens = target_tokens(view, target, target_ids, logits)
     ids = tokens.ids[:, 0].to(view.device)
-    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
+    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, budget)
     log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
     return Question(view, done, stream, vocabulary, tokens, log_prob)
 

@@ -25,8 +25,8 @@ Named = Sequence[Sequence[int]]
 Chosen = LogProbContributions | QueryContributions | Named
 _REMEDY = "Take them from a result's .top(k)."
 _NAMED = {
-    "neurons": "(layer, neuron) or (layer, head, neuron), counted from 0",
-    "heads": "(layer, head), counted from 0",
+    "neurons": "a list of (layer, neuron) or (layer, head, neuron), counted from 0",
+    "heads": "a list of (layer, head), counted from 0",
 }
 
 
@@ -94,7 +94,7 @@ def _listed(name: str, given: object) -> list[tuple[int, ...]]:
         if len(whole) not in lengths or any(n is None or n < 0 for n in whole):
             raise bad(f"the {name} cannot be read", repr(one), _NAMED[name], _REMEDY)
         found.append(tuple(n for n in whole if n is not None))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _of_tuple(name: str, one: tuple[int, ...], pos: Tensor) -> Components:

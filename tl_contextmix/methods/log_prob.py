@@ -92,8 +92,8 @@ def log_prob_contributions(
             all heads of a layer read from one source), ``"head_position"`` (the paper's
             value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
-            of W_O: one neuron is a component for each source). Padding and, in a causal model, later
-            positions are no sources.
+            of W_O: one neuron is a component for each source). Padding and, in a causal model,
+            later positions are no sources.
         pos: Position that predicts; negative ones count from the last real token. None: that
             token, or the mask of a masked language model.
         norm: Rule for the final norm. ``"frozen"``: scale of the whole stream, no norm bias and

@@ -28,8 +28,8 @@ _IN_TABLE = 6
 class ComponentReadouts(Result):
     """The tokens that components raise and lower most, before the softmax.
 
-    Where a component has no score (an empty place, a source that cannot be read), logits are NaN, ids
-    -1 and words empty.
+    Where a component has no score (an empty place, a source that cannot be read), logits are NaN,
+    ids -1 and words empty.
 
     Attributes:
         top_logits: The largest logits of each component's vector, largest first.
