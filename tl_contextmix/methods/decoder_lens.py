@@ -205,7 +205,7 @@ class _Plan:
         return free or (self.judges and not self.referenced)
 
 
-def _curves(lens: Lens, plan: _Plan, categories: Categories | None) -> LayerCurves:
+def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
     """Returns curves of free outputs, of judged answers, or of both."""
     free, forced = plan.free, plan.forced
     # Before anything is decoded: a data set may take hours.
