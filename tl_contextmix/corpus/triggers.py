@@ -22,6 +22,7 @@ from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import provenance
 from tl_contextmix.memories import require_feed_forward
 from tl_contextmix.model_view import ModelView
+from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results import (
     LayerFigures,
     Provenance,
@@ -30,6 +31,7 @@ from tl_contextmix.results import (
     TriggerPatterns,
 )
 from tl_contextmix.results.axes import positions, require_count
+from tl_contextmix.results.base import Shown
 
 if TYPE_CHECKING:
     import pandas
@@ -73,7 +75,7 @@ def load_triggers(
 
 
 @dataclass(frozen=True, eq=False)
-class Triggers:
+class Triggers(Shown):
     """The triggers of every memory that was mined.
 
     Attributes:
@@ -97,6 +99,19 @@ class Triggers:
             f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
             f"({', '.join(self.tails)}) in {self.folder}: {counts}"
         )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns what was mined, how, and from how much; `show` has the triggers of a memory."""
+        run = self.manifest["run"]
+        told = {
+            "model": run["model"],
+            "layers": ", ".join(map(str, self.layers)),
+            "triggers of each memory": self.k,
+            "tails": ", ".join(self.tails),
+            **self.manifest["counts"],
+        }
+        caption = f"In {self.folder}. show(layer, neuron) has the triggers of one memory."
+        return (Table("Mined triggers", caption, ("what", "value"), tuple(told.items())),)
 
     @property
     def layers(self) -> tuple[int, ...]:
