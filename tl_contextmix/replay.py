@@ -245,7 +245,7 @@ class Replay:
 
 def needed_keys(block: Block, kind: str) -> list[str]:
     """Returns the names of keys that `replay` needs: of attention after the one that changes."""
-    kinds = [attention.kind for attention in block.attentions]
+    kinds: list[str] = [attention.kind for attention in block.attentions]
     return [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
 
 
@@ -263,7 +263,8 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         UnsupportedModel: If the feed-forward activation is not elementwise.
     """
     picked = slice(None) if rows is None else list(rows)
-    position = [attention.kind for attention in block.attentions].index(kind)
+    kinds: list[str] = [attention.kind for attention in block.attentions]
+    position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for attention in block.attentions[:position]:
         stream = _join(attention, stream, _raw(attention, trace, picked))

@@ -204,12 +204,15 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
 
 
 def _feed_forward(handle: Handle, path: str, block: nn.Module) -> FeedForward | None:
-    if "mlp" not in block._modules:
+    mlp = block._modules.get("mlp")
+    if mlp is None:
         return None
     here = f"{path}.mlp"
-    gated = _attribute(block._modules["mlp"], "W_gate") is not None
-    # HookedTransformer's gated block adds b_in after the product of its branches.
-    after = {"b_post": "b_in", "b_in": None} if gated and not handle.bridge else {"b_post": None}
+    gated = _attribute(mlp, "W_gate") is not None
+    after: dict[str, str | None] = {"b_post": None}
+    if gated and not handle.bridge:
+        # HookedTransformer's gated block adds b_in after the product of its branches.
+        after = {"b_post": "b_in", "b_in": None}
     return FeedForward(
         pre=f"{here}.hook_pre",
         post=f"{here}.hook_post",
