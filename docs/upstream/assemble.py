@@ -26,6 +26,7 @@ MODULES: dict[str, frozenset[str]] = {
     "value_zeroing": frozenset(),
     "decoder_lens": frozenset({"EncoderDecoder"}),
 }
+ISORT = {"profile": "black", "line_length": 100, "known_first_party": ["transformer_lens"]}
 # This package's errors are what TransformerLens raises itself.
 ERRORS = {"InvalidInput": "ValueError", "UnsupportedModel": "NotImplementedError"}
 _PACKAGE = "tl_contextmix"
@@ -263,7 +264,7 @@ def assemble(name: str) -> str:
     import black
     import isort
 
-    text = isort.code(Assembly(name).text(), profile="black", line_length=100)
+    text = isort.code(Assembly(name).text(), **ISORT)
     return black.format_str(text, mode=black.Mode(line_length=100))
 
 

@@ -28,8 +28,9 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,7 +40,7 @@ from transformer_lens.tools.analysis._model_state import (
     require_int,
 )
 
-from tl_contextmix.hosts.decoding import Generated, MemoryDecoder
+from tl_contextmix.hosts.decoding import MemoryDecoder
 from tl_contextmix.layerwise import Listening
 from tl_contextmix.model_view import Side
 
@@ -62,8 +63,8 @@ class EncoderDecoder:
     """
 
     n_layers: int
-    states: Callable[[Any], List[torch.Tensor]]
-    norm: Optional[Callable[[torch.Tensor], torch.Tensor]]
+    states: Callable[[Any], list[torch.Tensor]]
+    norm: Callable[[torch.Tensor], torch.Tensor] | None
     decoder: MemoryDecoder
 
 
@@ -94,13 +95,13 @@ class DecoderLensResult:
     log_probs: Float[torch.Tensor, "layer batch target_pos"]
     ranks: Int[torch.Tensor, "layer batch target_pos"]
     kl: Float[torch.Tensor, "layer batch target_pos"]
-    labels: List[str]
+    labels: list[str]
 
     def answer_log_probs(self) -> Float[torch.Tensor, "layer batch"]:
         """Log-probability of the whole answer under every layer, in nats."""
         return self.log_probs.sum(dim=-1)
 
-    def top(self, k: int = 5, *, batch: int = 0) -> List[Tuple[str, float]]:
+    def top(self, k: int = 5, *, batch: int = 0) -> list[tuple[str, float]]:
         """Return the ``k`` layers that find the answer most probable, as ``(label, log_prob)``.
 
         Args:
@@ -109,9 +110,9 @@ class DecoderLensResult:
         """
         k = require_int(k, "k")
         values, places = self.answer_log_probs()[:, batch].topk(min(k, len(self.labels)))
-        return [(self.labels[i], v) for i, v in zip(places.tolist(), values.tolist())]
+        return [(self.labels[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]
 
-    def to_dataframe(self, tokenizer: Optional[Any] = None) -> Any:
+    def to_dataframe(self, tokenizer: Any | None = None) -> Any:
         """One row per (layer, input) as a pandas DataFrame.
 
         Args:
@@ -145,10 +146,10 @@ def decoder_lens(
     model: Any,
     input: Int[torch.Tensor, "batch pos"],
     *,
-    targets: Optional[Int[torch.Tensor, "batch target_pos"]] = None,
-    target_mask: Optional[torch.Tensor] = None,
-    attention_mask: Optional[torch.Tensor] = None,
-    layers: Optional[Sequence[int]] = None,
+    targets: Int[torch.Tensor, "batch target_pos"] | None = None,
+    target_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    layers: Sequence[int] | None = None,
     max_new_tokens: int = 20,
     num_beams: int = 1,
     final_norm: bool = True,
@@ -187,10 +188,12 @@ def decoder_lens(
     num_beams = require_int(num_beams, "num_beams")
     max_bytes = require_int(max_bytes, "max_bytes")
     require_eval_mode(model, operation="decoder_lens")
+    if targets is None and target_mask is not None:
+        raise ValueError("target_mask needs targets")
     whole = _encoder_decoder(model)
     source = Side(input, _mask("attention_mask", attention_mask, input))
-    _require_identity(model, whole, source)
     numbers = _layer_numbers(layers, whole.n_layers)
+    _require_identity(model, whole, source)
     listening = Listening(whole, source, numbers, final_norm, max_bytes)
     said = listening.generate(None, max_new_tokens, num_beams)
     shape = (len(input), len(numbers))
@@ -204,12 +207,16 @@ def decoder_lens(
         rows = slice(len(last.ids) // len(input) - 1, None, len(last.ids) // len(input))
         answers, real = last.ids[rows], last.mask[rows]
     real = _mask("target_mask", real, answers)
+    used = int(real.any(0).nonzero().max()) + 1 if bool(real.any()) else 0
+    if used == 0:
+        raise ValueError("targets hold no token")
+    answers, real = answers[:, :used], real[:, :used]
     start = torch.full_like(answers[:, :1], whole.decoder.start)
     inputs = torch.cat([start, answers[:, :-1]], dim=1)
     log_probs, kl, ranks, _ = listening.judge(inputs, answers)
 
     def by_layer(numbers: torch.Tensor) -> torch.Tensor:
-        """``[batch, layer, pos]`` to ``[layer, batch, pos]``, zero at padding."""
+        # From [batch, layer, pos], and zero at padding.
         return numbers.masked_fill(~real[:, None].cpu(), 0).transpose(0, 1)
 
     names = [f"{layer}_pre" for layer in range(whole.n_layers)] + ["final_post"]
@@ -266,7 +273,7 @@ def _encoder_decoder(model: Any) -> EncoderDecoder:
     )
 
 
-def _states(model: Any, n_layers: int, start: int, side: Side) -> List[torch.Tensor]:
+def _states(model: Any, n_layers: int, start: int, side: Side) -> list[torch.Tensor]:
     """The encoder's residual stream before its first block and behind every block."""
     names = ["encoder_blocks.0.hook_in"]
     names += [f"encoder_blocks.{layer}.hook_out" for layer in range(n_layers)]
@@ -295,7 +302,7 @@ def _require_identity(model: Any, whole: EncoderDecoder, source: Side) -> None:
         )
 
 
-def _mask(name: str, mask: Optional[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+def _mask(name: str, mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise ValueError("input and targets must be token ids of shape [batch, pos]")
     if mask is None:
@@ -305,7 +312,7 @@ def _mask(name: str, mask: Optional[torch.Tensor], ids: torch.Tensor) -> torch.T
     return mask.bool()
 
 
-def _layer_numbers(layers: Optional[Sequence[int]], depth: int) -> Tuple[int, ...]:
+def _layer_numbers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(depth + 1))
     wrong = [layer for layer in layers if not -depth - 1 <= layer <= depth]

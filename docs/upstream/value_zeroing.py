@@ -28,8 +28,9 @@ Example::
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, List, Optional, Sequence, Tuple, Union, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ class ValueZeroingResult:
     """
 
     scores: Float[torch.Tensor, "component batch target source"]
-    labels: List[str]
+    labels: list[str]
     metric: str
     stack: str
     identity_error: float
@@ -76,7 +77,7 @@ class ValueZeroingResult:
 
     def top(
         self, k: int = 5, *, include_self: bool = False
-    ) -> List[Tuple[str, int, int, int, float]]:
+    ) -> list[tuple[str, int, int, int, float]]:
         """Return the ``k`` highest ``(label, batch, target, source, score)``.
 
         Args:
@@ -90,7 +91,7 @@ class ValueZeroingResult:
             scores = scores.masked_fill(own, -1)
         values, places = scores.flatten().topk(min(k, scores.numel()))
         found = []
-        for value, place in zip(values.tolist(), places):
+        for value, place in zip(values.tolist(), places, strict=True):
             component, batch, target, source = (
                 int(index) for index in torch.unravel_index(place, scores.shape)
             )
@@ -113,13 +114,13 @@ class ValueZeroingResult:
 @torch.no_grad()
 def value_zeroing(
     model: Any,
-    input: Union[str, List[str], torch.Tensor, None] = None,
+    input: str | list[str] | torch.Tensor | None = None,
     *,
-    cache: Optional[ActivationCache] = None,
-    attention_mask: Optional[torch.Tensor] = None,
-    decoder_input: Optional[torch.Tensor] = None,
-    stack: Optional[StackName] = None,
-    layers: Optional[Sequence[int]] = None,
+    cache: ActivationCache | None = None,
+    attention_mask: torch.Tensor | None = None,
+    decoder_input: torch.Tensor | None = None,
+    stack: StackName | None = None,
+    layers: Sequence[int] | None = None,
     per_head: bool = False,
     metric: Metric = "cosine",
     final_norm: bool = True,
@@ -186,14 +187,14 @@ def value_zeroing(
     trace = _trace(model, handle, input, cache, attention_mask, decoder_input, names)
     tolerance = tolerance_of({weight.dtype for weight in model.parameters()}, first.device)
     norm = final_norms(handle).get(base) if final_norm else None
-    scores: List[torch.Tensor] = []
-    labels: List[str] = []
+    scores: list[torch.Tensor] = []
+    labels: list[str] = []
     worst = 0.0
     for options in readings:
         block, error = _settled(options, trace, tolerance)
         worst = max(worst, error)
         heads = block.attentions[0].W_O.shape[0]
-        groups: List[Optional[List[int]]] = [[h] for h in range(heads)] if per_head else [None]
+        groups: list[list[int] | None] = [[h] for h in range(heads)] if per_head else [None]
         last = norm if block.layer == len(modules) - 1 else None
         how = _How(kind, None, groups, None, metric, last, max_bytes)
         scores += how.scores(block, trace).unbind(1)
@@ -206,7 +207,7 @@ def value_zeroing(
     return ValueZeroingResult(found, labels, metric, stack if len(lists) == 2 else "self", worst)
 
 
-def _layer_numbers(layers: Optional[Sequence[int]], count: int) -> List[int]:
+def _layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if len(layers) == 0:
@@ -217,9 +218,9 @@ def _layer_numbers(layers: Optional[Sequence[int]], count: int) -> List[int]:
     return [layer % count for layer in layers]
 
 
-def _needed(readings: Sequence[Sequence[Block]], kind: str) -> List[str]:
+def _needed(readings: Sequence[Sequence[Block]], kind: str) -> list[str]:
     """Hook names to cache: what blocks are recomputed from, and what they are compared with."""
-    names: List[str] = []
+    names: list[str] = []
     for options in readings:
         block = options[0]
         keys = [attention.key for attention in block.attentions if attention.kind == "cross"]
@@ -230,11 +231,11 @@ def _needed(readings: Sequence[Sequence[Block]], kind: str) -> List[str]:
 def _trace(
     model: Any,
     handle: Handle,
-    input: Union[str, List[str], torch.Tensor, None],
-    cache: Optional[ActivationCache],
-    attention_mask: Optional[torch.Tensor],
-    decoder_input: Optional[torch.Tensor],
-    names: List[str],
+    input: str | list[str] | torch.Tensor | None,
+    cache: ActivationCache | None,
+    attention_mask: torch.Tensor | None,
+    decoder_input: torch.Tensor | None,
+    names: list[str],
 ) -> Trace:
     """Run the model, or take the cache, and hold what it left behind by hook name."""
     pair = "decoder_blocks" in model._modules
@@ -257,7 +258,7 @@ def _trace(
     if values[names[0]].ndim != 3:
         raise ValueError("value_zeroing needs a cache with a batch dimension")
 
-    def side(name: str, mask: Optional[torch.Tensor]) -> Side:
+    def side(name: str, mask: torch.Tensor | None) -> Side:
         pattern = values[next(n for n in names if name in n and n.endswith("hook_pattern"))]
         # Only the shape counts here: the pass is over.
         shape = (pattern.shape[0], pattern.shape[3])
@@ -275,9 +276,7 @@ def _trace(
     return Trace(batch=batch, values=values, dtype=handle.dtype)
 
 
-def _token_ids(
-    model: Any, input: Union[str, List[str], torch.Tensor], pair: bool
-) -> torch.Tensor:
+def _token_ids(model: Any, input: str | list[str] | torch.Tensor, pair: bool) -> torch.Tensor:
     if isinstance(input, torch.Tensor):
         return input
     if pair:
@@ -289,10 +288,10 @@ def _token_ids(
     return torch.stack(rows)
 
 
-def _settled(options: List[Block], trace: Trace, tolerance: float) -> Tuple[Block, float]:
+def _settled(options: list[Block], trace: Trace, tolerance: float) -> tuple[Block, float]:
     """The reading of a block that reproduces its output in this pass, and its error."""
 
-    def unmasked(side: Optional[Side]) -> Optional[Side]:
+    def unmasked(side: Side | None) -> Side | None:
         return None if side is None else replace(side, mask=torch.ones_like(side.mask))
 
     main = unmasked(trace.batch.main)
@@ -300,6 +299,13 @@ def _settled(options: List[Block], trace: Trace, tolerance: float) -> Tuple[Bloc
     # The model computes rows of padding too, and they must be reproduced like all others.
     whole = replace(trace, batch=Batch(main, unmasked(trace.batch.decoder)))
     resid_out, path = options[0].resid_out, options[0].resid_out.rpartition(".")[0]
+    for attention in options[0].attentions:
+        shape = (trace[options[0].resid_in].shape[1], trace[attention.value].shape[1])
+        if trace[attention.pattern].shape[2:] != shape:
+            raise NotImplementedError(
+                f"{attention.pattern} is no pattern over {shape[0]} targets and {shape[1]} "
+                "sources: windowed attention is not supported"
+            )
     try:
         block = settle_block(options, Probe(whole, whole, tolerance), resid_out, None)
         error = relative_error(block.output(whole), whole[resid_out])

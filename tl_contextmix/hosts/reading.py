@@ -250,14 +250,14 @@ def _norms(handle: Handle, block: nn.Module) -> dict[str, Norm | None]:
     }
 
 
-def read_norm(module: nn.Module, handle: Handle) -> Norm | None:
+def read_norm(module: Any, handle: Handle) -> Norm | None:
     """Returns the norm a module computes; None for the identity.
 
     Raises:
         UnsupportedModel: If a bridge's norm is neither a LayerNorm nor an RMSNorm.
     """
     if handle.bridge:
-        return _fit_norm(module.original_component, handle)  # type: ignore[arg-type]
+        return _fit_norm(module.original_component, handle)
     kind = type(module).__name__
     if kind == "Identity":
         return None
@@ -266,7 +266,7 @@ def read_norm(module: nn.Module, handle: Handle) -> Norm | None:
         kind="rms" if kind.startswith("RMS") else "ln",
         weight=None if weight is None else handle.ready(weight),
         bias=None if bias is None else handle.ready(bias),
-        eps=float(module.eps),  # type: ignore[arg-type]
+        eps=float(module.eps),
     )
 
 
