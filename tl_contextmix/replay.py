@@ -253,7 +253,7 @@ def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
         kind: The attention that changes; the keys of attention after it are needed.
         spare: Whether to name what only spares work, too.
     """
-    kinds = [attention.kind for attention in block.attentions]
+    kinds: list[str] = [attention.kind for attention in block.attentions]
     keys = [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
     ff = block.feed_forward
     return keys if ff is None or not spare else [*keys, *ff.pre_names]
@@ -273,7 +273,8 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         UnsupportedModel: If the feed-forward activation is not elementwise.
     """
     picked = slice(None) if rows is None else list(rows)
-    position = [attention.kind for attention in block.attentions].index(kind)
+    kinds: list[str] = [attention.kind for attention in block.attentions]
+    position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for attention in block.attentions[:position]:
         stream = _join(attention, stream, _raw(attention, trace, picked))

@@ -69,8 +69,8 @@ class MemoryDecoder:
         states themselves, and logits in the model's and in single precision.
         """
         config = self.model.config
-        layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", 1)
-        heads = getattr(config, "num_heads", None) or getattr(config, "decoder_attention_heads", 1)
+        layers = getattr(config, "num_decoder_layers", getattr(config, "decoder_layers", 1))
+        heads = getattr(config, "num_heads", getattr(config, "decoder_attention_heads", 1))
         width = heads * getattr(config, "d_kv", config.d_model // heads)
         cached = 2 * layers * width * (source + target) + config.d_model * source
         logits = config.vocab_size * (2 * target if all_logits else 4)

@@ -204,12 +204,15 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
 
 
 def _feed_forward(handle: Handle, path: str, block: nn.Module) -> FeedForward | None:
-    if "mlp" not in block._modules:
+    mlp = block._modules.get("mlp")
+    if mlp is None:
         return None
     here = f"{path}.mlp"
-    gated = _attribute(block._modules["mlp"], "W_gate") is not None
-    # HookedTransformer's gated block adds b_in after the product of its branches.
-    after = {"b_post": "b_in", "b_in": None} if gated and not handle.bridge else {"b_post": None}
+    gated = _attribute(mlp, "W_gate") is not None
+    after: dict[str, str | None] = {"b_post": None}
+    if gated and not handle.bridge:
+        # HookedTransformer's gated block adds b_in after the product of its branches.
+        after = {"b_post": "b_in", "b_in": None}
     return FeedForward(
         pre=f"{here}.hook_pre",
         post=f"{here}.hook_post",
@@ -253,14 +256,14 @@ def _norms(handle: Handle, block: nn.Module) -> dict[str, Norm | None]:
     }
 
 
-def read_norm(module: nn.Module, handle: Handle) -> Norm | None:
+def read_norm(module: Any, handle: Handle) -> Norm | None:
     """Returns the norm a module computes; None for the identity.
 
     Raises:
         UnsupportedModel: If a bridge's norm is neither a LayerNorm nor an RMSNorm.
     """
     if handle.bridge:
-        return _fit_norm(module.original_component, handle)  # type: ignore[arg-type]
+        return _fit_norm(module.original_component, handle)
     kind = type(module).__name__
     if kind == "Identity":
         return None
@@ -269,7 +272,7 @@ def read_norm(module: nn.Module, handle: Handle) -> Norm | None:
         kind="rms" if kind.startswith("RMS") else "ln",
         weight=None if weight is None else handle.ready(weight),
         bias=None if bias is None else handle.ready(bias),
-        eps=float(module.eps),  # type: ignore[arg-type]
+        eps=float(module.eps),
     )
 
 

@@ -129,8 +129,8 @@ class Listening:
 
     def _pieces(self, target: int, num_beams: int, *, all_logits: bool) -> Iterator[_Piece]:
         """Yields rows that fit together, those of one sentence one after the other."""
-        length = self.source.ids.shape[1] if isinstance(self.source, Side) else 0
-        length = length or self.source.shape[-1]
+        source = self.source
+        length = source.ids.shape[1] if isinstance(source, Side) else source.shape[-1]
         row = num_beams * self.model.decoder.bytes_per_row(length, target, all_logits=all_logits)
         fit = max(1, self.max_bytes // row)
         sentences = max(1, fit // len(self.layers))

@@ -1,0 +1,309 @@
+"""The modules made for TransformerLens: its own checks pass, and the numbers are this package's."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import bound, keywords, relative
+from jaxtyping import install_import_hook
+from zoo_refused import REFUSED
+
+import tl_contextmix as cm
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "docs" / "upstream" / "assemble.py"
+NAMES = ("value_zeroing", "decoder_lens")
+
+pytestmark = [
+    pytest.mark.skipif(zoo.major() < 4, reason="made for the TransformerLens that has these tools"),
+    pytest.mark.skipif(not SCRIPT.exists(), reason="a source distribution has no docs"),
+]
+# LayerNorm, sandwich norms in a gated block, a parallel block, an encoder.
+ONE_STACK = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "bert")]
+TWO_STACKS = [c for c in zoo.cases() if c.family in ("t5", "bart")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The modules, made by the command that CONTRIBUTING.md shows."""
+    found = tmp_path_factory.mktemp("upstream")
+    run(sys.executable, SCRIPT, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Iterator[SimpleNamespace]:
+    """The modules imported, every annotation of theirs checked at each call."""
+    sys.path.insert(0, str(folder))
+    try:
+        with install_import_hook(list(NAMES), "beartype.beartype"):
+            yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    finally:
+        sys.path.remove(str(folder))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+def run(*command: Any, **options: Any) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_formatted_as_transformer_lens_is(folder: Path) -> None:
+    run(sys.executable, "-m", "black", "--check", "--line-length", "100", folder)
+    options = ["--profile", "black", "--line-length", "100", "-p", "transformer_lens"]
+    run(sys.executable, "-m", "isort", "--check-only", *options, folder)
+
+
+@pytest.mark.slow
+def test_typed_as_transformer_lens_is(folder: Path, tmp_path: Path) -> None:
+    """Its own settings of mypy, against the installed package, and nothing ignored.
+
+    What TransformerLens itself imports from elsewhere is not read: that takes three times as long.
+    """
+    config = tmp_path / "mypy.ini"
+    settings = ["[mypy]", "check_untyped_defs = True", "ignore_missing_imports = True"]
+    beside = "transformers datasets wandb huggingface_hub pandas numpy rich sympy networkx".split()
+    settings += [f"[mypy-{','.join(f'{name}.*' for name in beside)}]", "follow_imports = skip"]
+    config.write_text("\n".join(settings))
+    files = [folder / f"{name}.py" for name in NAMES]
+    options = ["--config-file", config, "--cache-dir", tmp_path / "cache"]
+    assert "Success" in run(sys.executable, "-m", "mypy", *options, *files)
+    for path in files:
+        assert not re.search(r"#\s*(type: ?ignore|pyright|noqa)", path.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_self_contained(name: str, folder: Path) -> None:
+    text = (folder / f"{name}.py").read_text()
+    assert "tl_contextmix" not in text
+    known = {"torch", "einops", "jaxtyping", "tqdm", "pandas", "transformers", "transformer_lens"}
+    for node in ast.walk(ast.parse(text)):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for module in modules:
+            top = module.partition(".")[0]
+            assert top in known | set(sys.stdlib_module_names), module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_say_arguments_errors_and_shapes(name: str, folder: Path, made: Any) -> None:
+    isolated = ["--isolated", "--select", "D", "--config", 'lint.pydocstyle.convention="google"']
+    run(sys.executable, "-m", "ruff", "check", *isolated, folder / f"{name}.py")
+    function = getattr(getattr(made, name), name)
+    text = inspect.getdoc(function) or ""
+    arguments, _, rest = text.partition("\nReturns:")
+    assert "Raises:" in rest
+    for parameter in inspect.signature(function).parameters:
+        described = re.search(rf"^    {parameter}: (.*?)(?=^    \w+: |\Z)", arguments, re.M | re.S)
+        assert described, parameter
+        if parameter in ("input", "targets", "target_mask", "attention_mask", "decoder_input"):
+            assert re.search(r"``\[batch, \w+\]``", described[1]), parameter
+    result = next(v for k, v in vars(getattr(made, name)).items() if k.endswith("Result"))
+    for field in ("scores", "ids", "log_probs"):
+        if field in result.__annotations__:
+            assert re.search(rf"{field}: .*?``\[", inspect.getdoc(result) or "", re.S), field
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shape_of_a_tool(name: str, made: Any) -> None:
+    function = getattr(getattr(made, name), name)
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    assert kinds[:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+    assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def stacks_of(case: zoo.Case) -> list[str | None]:
+    return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
+
+
+@pytest.mark.parametrize("case", ONE_STACK + TWO_STACKS, ids=str)
+def test_value_zeroing_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    for stack in stacks_of(case):
+        ask = {"stack": stack, **keywords(given)}
+        ours = cm.value_zeroing(model, given.tokens, **ask).scores
+        found = made.value_zeroing.value_zeroing(model, given.tokens, **ask)
+        assert relative(found.scores, ours[:, :, 0].transpose(0, 1)) <= bound(case)
+        assert found.labels == [f"L{layer}" for layer in range(ours.shape[1])]
+        assert found.identity_error <= 1e-6
+        ours = cm.value_zeroing(
+            model, given.tokens, heads=True, metric="euclidean", layer=-1, final_norm=False, **ask
+        ).scores
+        found = made.value_zeroing.value_zeroing(
+            model,
+            given.tokens,
+            per_head=True,
+            metric="euclidean",
+            layers=[-1],
+            final_norm=False,
+            max_bytes=1,
+            **ask,
+        )
+        assert relative(found.scores, ours[:, 0].transpose(0, 1)) <= bound(case)
+
+
+def test_value_zeroing_of_a_cache_and_of_padding(made: Any) -> None:
+    case = ONE_STACK[0]
+    model, given = zoo.build(case), zoo.inputs(case)
+    ask = made.value_zeroing.value_zeroing
+    _, cache = model.run_with_cache(given.tokens)
+    assert torch.equal(ask(model, cache=cache).scores, ask(model, given.tokens).scores)
+    mask = torch.ones_like(given.tokens)
+    mask[1, 4:] = 0
+    ours = cm.value_zeroing(model, given.tokens, attention_mask=mask).scores[:, :, 0]
+    found = ask(model, given.tokens, attention_mask=mask).scores
+    assert relative(found, ours.transpose(0, 1)) <= bound(case)
+    assert not found[:, 1, 4:].any()
+    assert not found[:, 1, :, 4:].any()
+
+
+def test_value_zeroing_ranks_and_tabulates(made: Any) -> None:
+    model = zoo.build(ONE_STACK[0])
+    found = made.value_zeroing.value_zeroing(model, "a b c d")
+    frame = found.to_dataframe()
+    assert len(frame) == found.scores.numel()
+    others = frame[frame.source != frame.target].sort_values("score", ascending=False)
+    names = ["component", "batch", "target", "source", "score"]
+    top = [tuple(row) for row in others.head(4)[names].itertuples(index=False)]
+    assert found.top(4) == top
+    rows = found.normalized().sum(-1)
+    assert torch.allclose(rows[:, :, 1:], torch.ones_like(rows[:, :, 1:]))
+
+
+@pytest.mark.parametrize("case", TWO_STACKS, ids=str)
+def test_decoder_lens_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    mask = torch.ones_like(given.tokens)
+    mask[1, 5:] = 0
+    for beams in (1, 2):
+        ask = {"num_beams": beams, "max_new_tokens": 5, "attention_mask": mask}
+        found = made.decoder_lens.decoder_lens(model, given.tokens, **ask)
+        said = cm.decoder_lens(model, given.tokens, **ask)
+        assert torch.equal(found.ids.transpose(0, 1), said.ids)
+        assert torch.equal(found.mask.transpose(0, 1), said.mask)
+        assert torch.equal(found.finished.transpose(0, 1), said.finished)
+        judged = cm.decoder_lens(model, given.tokens, mode="teacher_forced", **ask)
+        # Hugging Face's T5 norms compute in float32 inside a float64 model.
+        for name in ("log_probs", "kl"):
+            ours = getattr(judged, name)
+            assert relative(getattr(found, name).transpose(0, 1), ours) <= 1e-6, name
+        assert torch.equal(found.ranks.transpose(0, 1), judged.ranks)
+        assert torch.equal(found.target_ids, judged.target.ids)
+
+
+def test_decoder_lens_of_some_layers_and_given_answers(made: Any) -> None:
+    case = TWO_STACKS[0]
+    model, given = zoo.build(case), zoo.inputs(case)
+    ask = made.decoder_lens.decoder_lens
+    whole = ask(model, given.tokens, max_new_tokens=4)
+    some = ask(model, given.tokens, max_new_tokens=4, layers=[1, 0], max_bytes=1)
+    assert some.labels == whole.labels[:2]
+    assert torch.equal(some.target_ids, whole.target_ids)
+    assert relative(some.log_probs, whole.log_probs[:2]) <= 1e-10
+    answer = given.decoder_tokens[:, 1:]
+    real = torch.ones_like(answer)
+    real[1, -1] = 0
+    judged = ask(model, given.tokens, targets=answer, target_mask=real, max_new_tokens=1)
+    with torch.no_grad():
+        logits = model(given.tokens, decoder_input=given.decoder_tokens[:, :-1])
+    own = logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0] * real
+    assert relative(judged.log_probs[-1], own) <= 1e-6
+    assert not judged.kl[-1].any()
+    frame = judged.to_dataframe()
+    assert frame[frame.batch == 1].log_prob.max() == pytest.approx(judged.top(1, batch=1)[0][1])
+    raw = ask(model, given.tokens, max_new_tokens=4, final_norm=False)
+    assert not torch.equal(raw.log_probs, whole.log_probs)
+
+
+def test_decoder_lens_reads_texts_back(made: Any) -> None:
+    case = TWO_STACKS[0]
+    model, given = zoo.build(case), zoo.inputs(case)
+    found = made.decoder_lens.decoder_lens(model, given.tokens, max_new_tokens=3)
+    texts = found.to_dataframe(model.tokenizer).text
+    said = found.ids[0, 0][found.mask[0, 0]]
+    assert texts[0] == model.tokenizer.decode(said.tolist(), skip_special_tokens=True)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("value_zeroing", {"metric": "manhattan"}, "metric"),
+    ("value_zeroing", {"stack": "both"}, "stack"),
+    ("value_zeroing", {"stack": "encoder"}, "one stack"),
+    ("value_zeroing", {"layers": [7]}, r"\[7\]"),
+    ("value_zeroing", {"layers": []}, "at least one"),
+    ("value_zeroing", {"input": None}, "input"),
+    ("value_zeroing", {"input": ["a b", "a"]}, "differ in length"),
+    ("value_zeroing", {"max_bytes": 0}, "max_bytes"),
+    ("decoder_lens", {"layers": [9]}, "layers"),
+    ("decoder_lens", {"num_beams": 0}, "num_beams"),
+    ("decoder_lens", {"input": torch.zeros(2, 3)}, "token ids"),
+    ("decoder_lens", {"target_mask": torch.ones(2, 2)}, "needs targets"),
+    ("decoder_lens", {"attention_mask": torch.ones(2, 2)}, "attention_mask"),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> SimpleNamespace:
+    """The modules as users have them: no annotation is checked before their own words."""
+    found = {}
+    for name in NAMES:
+        spec = importlib.util.spec_from_file_location(f"plain_{name}", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        found[name] = sys.modules[f"plain_{name}"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found[name])
+    return SimpleNamespace(**found)
+
+
+@pytest.mark.parametrize(("name", "options", "match"), WRONG)
+def test_wrong_arguments_are_refused(
+    name: str, options: dict[str, Any], match: str, plain: Any
+) -> None:
+    case = ONE_STACK[0] if name == "value_zeroing" else TWO_STACKS[0]
+    model, given = zoo.build(case), zoo.inputs(case)
+    ask = {"input": given.tokens, **options}
+    with pytest.raises(ValueError, match=match):
+        getattr(getattr(plain, name), name)(model, **ask)
+
+
+def test_training_mode_is_refused(made: Any) -> None:
+    for name, case in (("value_zeroing", ONE_STACK[0]), ("decoder_lens", TWO_STACKS[0])):
+        model, given = zoo.build(case).train(), zoo.inputs(case)
+        with pytest.raises(ValueError, match="evaluation mode"):
+            getattr(getattr(made, name), name)(model, given.tokens)
+
+
+# T5Gemma's encoder is reproduced, so it is answered: what the package misses is its embedding.
+@pytest.mark.parametrize("case", [c for c in REFUSED if c.family != "t5gemma"], ids=str)
+def test_models_are_refused_by_name(case: Any, made: Any) -> None:
+    model, tokens = case.build(), torch.arange(3, 9)[None]
+    pair = "decoder_blocks" in model._modules
+    ask = {"decoder_input": tokens, "stack": "encoder"} if pair else {}
+    with pytest.raises((NotImplementedError, ValueError), match="support|found|reproduced|read"):
+        made.value_zeroing.value_zeroing(model, tokens, **ask)
+
+
+def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:
+    case = ONE_STACK[0]
+    with pytest.raises(NotImplementedError, match="logit_lens"):
+        made.decoder_lens.decoder_lens(zoo.build(case), zoo.inputs(case).tokens)
