@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.memories import QUADRANTS
-from tl_contextmix.results.axes import layer_positions
+from tl_contextmix.results.axes import MOST, layer_positions
 
 TAILS: dict[str, tuple[str, ...]] = {
     "positive": ("positive",),
@@ -22,25 +21,6 @@ TAILS: dict[str, tuple[str, ...]] = {
 COUNTS = ("documents", "empty", "malformed", "too_long", "cut_tokens", "tokens", "positions")
 """What a manifest counts: documents of any kind, those that are empty, unreadable or too long, the
 tokens that were cut off, the tokens the model read, and the positions whose memories counted."""
-_MOST = 2**62
-
-
-def require_number(name: str, value: Any, least: int = 1) -> int:
-    """Returns an integer that is given; raises InvalidInput unless it is at least so large."""
-    try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = least - 1
-    if not least <= found < _MOST:
-        raise InvalidInput(
-            four_parts(
-                f"there is no such {name}",
-                f"{name}={value!r}"[:200],
-                f"an integer from {least} on",
-                "Leave it out for the default.",
-            )
-        )
-    return found
 
 
 def require_flag(name: str, value: Any, known: tuple[bool | None, ...] = (True, False)) -> Any:
@@ -106,8 +86,8 @@ def check_run(run: Any) -> dict[str, Any]:
         _is(source["model"], str, "run: source: model")
     corpus = _is(run.get("corpus"), dict, "run: corpus")
     _is(corpus.get("kind"), str, "run: corpus: kind")
-    if corpus.get("column") is not None:
-        _is(corpus["column"], str, "run: corpus: column")
+    if corpus.get("column", 0) is not None:
+        _is(corpus.get("column"), str, "run: corpus: column")
     _check_options(_is(run.get("options"), dict, "run: options"))
     return run
 
@@ -172,9 +152,9 @@ def check_table(frame: Any, manifest: dict[str, Any]) -> None:
     for name, least, limit in (
         ("rank", 0, options["k"]),
         ("document", 0, counts["documents"]),
-        ("position", 0, _MOST),
-        ("token", 0, _MOST),
-        ("next_token", -1, _MOST),
+        ("position", 0, MOST),
+        ("token", 0, MOST),
+        ("next_token", -1, MOST),
     ):
         column = frame[name]
         if column.dtype.kind != "i" or not bool(column.between(least, limit - 1).all()):
@@ -195,7 +175,7 @@ def _is(value: Any, kind: type, name: str) -> Any:
 
 
 def _number(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
         raise ValueError(f"{name} is {str(value)[:50]}")
     return value
 

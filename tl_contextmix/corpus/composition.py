@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.corpus.checks import require_number
 from tl_contextmix.corpus.miner import make_cutting
 from tl_contextmix.corpus.progress import expect, progress
 from tl_contextmix.corpus.reading import open_corpus
@@ -27,7 +26,7 @@ from tl_contextmix.memories import (
     require_predicting,
 )
 from tl_contextmix.results import CompositionFigures
-from tl_contextmix.results.axes import require_choice
+from tl_contextmix.results.axes import require_choice, require_number
 
 Positions = Literal["random", "all"]
 

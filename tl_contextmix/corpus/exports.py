@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_contextmix.corpus.checks import require_number
 from tl_contextmix.corpus.composition import draw
 from tl_contextmix.corpus.contexts import coefficients_of, contexts, places_of
 from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.results.axes import require_number
 
 if TYPE_CHECKING:
     import pandas

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tl_contextmix.corpus.alone import alone
-from tl_contextmix.corpus.checks import require_number
 from tl_contextmix.corpus.merging import finish
 from tl_contextmix.corpus.miner import Duplicates, Miner, Tails, Unit, make_cutting, make_miner
 from tl_contextmix.corpus.progress import expect, progress
@@ -32,6 +31,7 @@ from tl_contextmix.corpus.triggers import Triggers, load_triggers
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.model_view import StackName
+from tl_contextmix.results.axes import require_number
 
 
 def mine_triggers(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.corpus.agreement import agreement
-from tl_contextmix.corpus.checks import TAILS, one_layer, require_number, require_path
+from tl_contextmix.corpus.checks import TAILS, one_layer, require_path
 from tl_contextmix.corpus.contexts import require_token
 from tl_contextmix.corpus.examples import examples
 from tl_contextmix.corpus.exports import sampled, write_jsonl, write_sheet
@@ -30,8 +30,12 @@ from tl_contextmix.results import (
     TriggerExamples,
     TriggerPatterns,
 )
+<<<<<<< HEAD
 from tl_contextmix.results.axes import positions, require_count
 from tl_contextmix.results.base import Shown
+=======
+from tl_contextmix.results.axes import positions, require_count, require_number
+>>>>>>> memories
 
 if TYPE_CHECKING:
     import pandas

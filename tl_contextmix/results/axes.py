@@ -11,6 +11,9 @@ from jaxtyping import Bool, Int
 
 from tl_contextmix.errors import InvalidInput, bad, four_parts
 
+MOST = 2**62
+"""No count and no number of a document is so large."""
+
 
 def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
@@ -166,3 +169,21 @@ def as_array(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def require_number(name: str, value: Any, least: int = 1) -> int:
+    """Returns an integer that is given; raises InvalidInput unless it is at least so large."""
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = least - 1
+    if not least <= found < MOST:
+        raise InvalidInput(
+            four_parts(
+                f"there is no such {name}",
+                f"{name}={value!r}"[:200],
+                f"an integer from {least} on",
+                "Leave it out for the default.",
+            )
+        )
+    return found
