@@ -47,7 +47,7 @@ def _column(
     signed: bool,
 ) -> None:
     left, width = place
-    largest = _largest([cell for cell in cells if isinstance(cell, (int, float))])
+    largest = _largest([float(cell) for cell in cells if isinstance(cell, (int, float))])
     right = all(isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in cells)
     for line, text in enumerate(texts):
         cell = cells[line - 1] if line else None
@@ -144,4 +144,4 @@ def _cell(cell: Cell, places: int | None, lettering: Lettering) -> str:
         return "yes" if cell else "no"
     if isinstance(cell, str):
         return lettering.shown(cell, 60)
-    return number(cell, 0 if isinstance(cell, int) else places)
+    return number(float(cell), 0 if isinstance(cell, int) else places)
