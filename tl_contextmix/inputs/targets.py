@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.errors import ContextMixWarning, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixWarning, InvalidInput, depth_of_caller, four_parts
 from tl_contextmix.model_view import Batch, ModelView
 from tl_contextmix.results import Tokens
 
@@ -188,7 +188,7 @@ def _warn_about_spaces(
                     f"Ask for {' ' + text!r} if that is what was meant.",
                 ),
                 ContextMixWarning,
-                stacklevel=5,
+                stacklevel=depth_of_caller(),
             )
 
 
