@@ -21,7 +21,16 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks", "operations", "sequences"},
+    {
+        "arguments",
+        "panels",
+        "storage",
+        "tensors",
+        "activations",
+        "ranks",
+        "operations",
+        "sequences",
+    },
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},

@@ -5,6 +5,11 @@ Every message has four parts: what failed, the value seen, what was expected, wh
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
 
 class ContextMixError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -24,6 +29,14 @@ class FileFormatError(ContextMixError, ValueError):
 
 class ContextMixWarning(UserWarning):
     """The answer is right, but means something else than the reader may think."""
+
+
+def depth_of_caller() -> int:
+    """Returns how many frames up the line is that called into this package (for warnings)."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:

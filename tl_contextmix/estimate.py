@@ -70,7 +70,7 @@ def estimate(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise _bad(f"{name} is no number of tokens or inputs", repr(value), "an integer from 1")
-    if not callable(method):
+    if not callable(method) or isinstance(method, type):
         raise _bad("there is no such method", repr(method), "a function of a model and token ids")
     view = as_view(model)
     lengths = (n_tokens,) if len(view.stacks) == 1 else (n_tokens, n_decoder_tokens)

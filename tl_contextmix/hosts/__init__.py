@@ -5,16 +5,14 @@ This package is the only place that knows hook names and class names of a host.
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.errors import ContextMixWarning, depth_of_caller
 from tl_contextmix.hosts.building import build
 from tl_contextmix.hosts.decoding import Generated
 from tl_contextmix.hosts.listening import EncoderDecoder, from_view
@@ -31,8 +29,6 @@ from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
 from tl_contextmix.hosts.speech import from_speech, is_speech
 from tl_contextmix.identity import IdentityReport, require_identities
 from tl_contextmix.model_view import ModelView, NeedsModel
-
-_PACKAGE = str(Path(__file__).parent.parent)
 
 
 @dataclass(frozen=True)
@@ -130,15 +126,7 @@ def _examine(model: Any) -> _Known:
 def _warn_once(model: nn.Module, text: str) -> None:
     if text and _WARNED.get(model) != text:
         _WARNED[model] = text
-        warnings.warn(text, ContextMixWarning, stacklevel=_depth_of_caller())
-
-
-def _depth_of_caller() -> int:
-    """Returns how many frames up the line is that called into this package."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+        warnings.warn(text, ContextMixWarning, stacklevel=depth_of_caller())
 
 
 __all__ = [

@@ -9,7 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+<<<<<<< HEAD
 from tl_contextmix.errors import ContextMixWarning, bad, four_parts
+=======
+from tl_contextmix.errors import ContextMixWarning, InvalidInput, depth_of_caller, four_parts
+>>>>>>> trust
 from tl_contextmix.model_view import Batch, ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 from tl_contextmix.results.axes import whole_number
@@ -242,5 +246,5 @@ def _warn_about_spaces(
                     f"Ask for {' ' + text!r} if that is what was meant.",
                 ),
                 ContextMixWarning,
-                stacklevel=5,
+                stacklevel=depth_of_caller(),
             )
