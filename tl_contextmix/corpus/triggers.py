@@ -30,12 +30,8 @@ from tl_contextmix.results import (
     TriggerExamples,
     TriggerPatterns,
 )
-<<<<<<< HEAD
-from tl_contextmix.results.axes import positions, require_count
-from tl_contextmix.results.base import Shown
-=======
 from tl_contextmix.results.axes import positions, require_count, require_number
->>>>>>> memories
+from tl_contextmix.results.base import Shown
 
 if TYPE_CHECKING:
     import pandas

@@ -9,11 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-<<<<<<< HEAD
-from tl_contextmix.errors import ContextMixWarning, bad, four_parts
-=======
-from tl_contextmix.errors import ContextMixWarning, InvalidInput, depth_of_caller, four_parts
->>>>>>> trust
+from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
 from tl_contextmix.model_view import Batch, ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 from tl_contextmix.results.axes import whole_number

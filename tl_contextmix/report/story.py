@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from tl_contextmix.corpus import Triggers
 from tl_contextmix.decompose import POINTS, Point
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
-<<<<<<< HEAD
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, InvalidInput, four_parts
-from tl_contextmix.evaluate import MinimalPair
-=======
 from tl_contextmix.errors import (
     ContextMixError,
     ContextMixWarning,
@@ -21,7 +17,7 @@ from tl_contextmix.errors import (
     depth_of_caller,
     four_parts,
 )
->>>>>>> trust
+from tl_contextmix.evaluate import MinimalPair
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Pass, run_pass
 from tl_contextmix.methods.norms import attention_norms
