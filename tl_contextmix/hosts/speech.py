@@ -26,11 +26,15 @@ from tl_contextmix.model_view import describe
 
 
 def is_speech(model: object) -> bool:
-    """Whether a model is a Hugging Face encoder-decoder that reads audio features (Whisper)."""
+    """Whether a model is a Hugging Face encoder-decoder of Whisper's shape.
+
+    Others read other features: Speech2Text shortens them by strides that its masks must follow.
+    """
     config = getattr(model, "config", None)
     return (
         isinstance(model, nn.Module)
         and bool(getattr(config, "is_encoder_decoder", False))
+        and hasattr(config, "num_mel_bins")
         and getattr(model, "main_input_name", "") == "input_features"
         and hasattr(getattr(model, "get_encoder", lambda: None)(), "layers")
     )
@@ -86,9 +90,9 @@ def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> li
     """Returns the encoder's states: convolutions and positions, then every block."""
     encoder, kept = model.get_encoder(), []
     first = next(model.parameters())
-    bins = getattr(model.config, "num_mel_bins", features.shape[1])
-    if not len(features) or features.shape[1] != bins:
-        raise _unfit(features, f"at least one input of {bins} mel bins")
+    bins = model.config.num_mel_bins
+    if features.shape[1] != bins:
+        raise _unfit(features, f"{bins} mel bins")
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         kept.append(args[0])

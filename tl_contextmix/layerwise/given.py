@@ -30,11 +30,12 @@ def read_source(
         inputs = (texts,) if isinstance(texts, str) else tuple(texts)
         return batch.main, None if given.decoder_input is None else batch.decoder, inputs
     features = given.input
-    if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
+    numbers = isinstance(features, Tensor) and features.is_floating_point()
+    if not numbers or features.ndim != 3 or not len(features):
         raise bad_input(
             "a speech model cannot read this",
             describe(features),
-            "features of shape [batch, mel, frame]",
+            "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
     if (given.decoder_input, given.attention_mask, given.padding_side) != (None, None, "right"):
