@@ -53,7 +53,7 @@ def test_fact_notebook_finds_what_it_says() -> None:
     # Layers add up to the model's own log-probability.
     assert abs(names["total"] - float(names["layers"].log_prob[0])) < 1e-5
     assert names["best_layer"] == "L2 attn"
-    assert int(names["neurons"].evaluated[0]) < names["neurons"].possible / 20
+    assert int(names["neurons"].evaluated[0]) < int(names["neurons"].possible[0]) / 20
     # The paper's own score is among the best, and random neurons do nothing.
     table = names["table"]["probability"]
     assert table["log_prob_increase"] < table["before"] - 0.05
