@@ -24,6 +24,7 @@ from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch, provenance
 from tl_contextmix.memories import coefficients, require_feed_forward, values
 from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results import (
     Pattern,
     Provenance,
@@ -33,6 +34,7 @@ from tl_contextmix.results import (
     TriggerPatterns,
 )
 from tl_contextmix.results.axes import layer_positions, positions, require_count
+from tl_contextmix.results.base import Shown
 from tl_contextmix.unembed import unembedding
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def load_triggers(
 
 
 @dataclass(frozen=True, eq=False)
-class Triggers:
+class Triggers(Shown):
     """The triggers of every memory that was mined.
 
     Attributes:
@@ -108,6 +110,19 @@ class Triggers:
             f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
             f"({', '.join(self.tails)}) in {self.folder}: {counts}"
         )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns what was mined, how, and from how much; `show` has the triggers of a memory."""
+        run = self.manifest["run"]
+        told = {
+            "model": run["model"],
+            "layers": ", ".join(map(str, self.layers)),
+            "triggers of each memory": self.k,
+            "tails": ", ".join(self.tails),
+            **self.manifest["counts"],
+        }
+        caption = f"In {self.folder}. show(layer, neuron) has the triggers of one memory."
+        return (Table("Mined triggers", caption, ("what", "value"), tuple(told.items())),)
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Bars, Heatmap, Panel, Table
+from tl_contextmix.panels import Curves, Heatmap, Panel, Table
 from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.components import COLUMNS, KINDS, Components
@@ -155,9 +155,9 @@ class LogProbContributions(Result):
             signed=("score", "logit"),
         )
 
-    def _trajectory(self, row: int) -> Bars:
+    def _trajectory(self, row: int) -> Curves:
         steps = self.trajectory[row].detach().cpu()
-        return Bars(
+        return Curves(
             title=f"Log-probability of {self.target.strings[row][0]!r} through the layers",
             caption="From no stream at all to the whole of it, after each sublayer. Neighbours "
             f"differ by the sublayer's own increase. Norm: {self.norm}; the model itself says "
@@ -206,7 +206,10 @@ def component_table(
         title=title,
         caption=caption,
         columns=names,
-        rows=tuple(tuple(row[index] for index in told) for row in rows),
+        # Nothing is not the empty token.
+        rows=tuple(
+            tuple(None if row[index] == "" else row[index] for index in told) for row in rows
+        ),
         signed=tuple(name for name in signed if name in names),
     )
 

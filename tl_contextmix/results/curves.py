@@ -10,7 +10,7 @@ import torch
 
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.panels import Bars, Panel, Table
+from tl_contextmix.panels import Curves, Panel, Table
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.sequences import Figure, resampled_interval
@@ -103,17 +103,21 @@ class LayerCurves(Result):
     def _names(self) -> list[str]:
         return [point.metric for point in self.points]
 
-    def _chart(self, metric: str) -> Bars:
+    def _chart(self, metric: str) -> Curves:
         points = [point for point in self.points if point.metric == metric]
         layers = list(dict.fromkeys(point.layer for point in points))
-        found = {(point.category, point.layer): point.value for point in points}
+        found = {(point.category, point.layer): point for point in points}
         categories = dict.fromkeys(point.category for point in points)
-        return Bars(
+        return Curves(
             title=f"{self.title}: {metric}",
             caption=self.caption,
             labels=tuple(f"layer {layer}" for layer in layers),
             series=tuple(
-                (category, tuple(found[category, layer] for layer in layers))
+                (category, tuple(found[category, layer].value for layer in layers))
+                for category in categories
+            ),
+            intervals=tuple(
+                tuple((found[category, layer].low, found[category, layer].high) for layer in layers)
                 for category in categories
             ),
             unit=metric,

@@ -341,7 +341,9 @@ class TokenMemory(Result):
         last = int(self.target.mask[0].nonzero()[-1])
         columns = [*self.source.strings[0], "no token", "coefficient"]
         # Two sources may be the same word, and columns are told apart by their names.
-        heads = [f"{word} ({place})" for place, word in enumerate(columns[:-2])] + columns[-2:]
+        heads = [f"{word or '∅'} ({place})" for place, word in enumerate(columns[:-2])] + columns[
+            -2:
+        ]
         found = []
         for index, layer in enumerate(self.layers):
             total = self.coefficients[0, index, last]
