@@ -267,7 +267,7 @@ def _head(title: str, scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    style = _resource("page.css") + colors.stylesheet() + _resource("print.css")
+    style = _resource("page.css") + colors.stylesheet()
     return (
         '<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
