@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,6 @@ import tl_contextmix as cm
 from tl_contextmix.results import Result
 
 CASES = zoo.cases()
-GOLDENS = Path(__file__).parent / "goldens.json"
 _OPEN = "attn_out"  # the only point that every block of the zoo can answer, SoLU's too
 
 
@@ -260,33 +258,3 @@ def test_folding_norms_alone_changes_no_map_but_mlp_in(
     for point in points:
         # TransformerLens 3 folds in float32: 1e-6 off in a float64 model.
         assert relative(after[point].scores, before[point].scores) <= 5e-6, point
-
-
-def fingerprints() -> dict[str, dict[str, list[float]]]:
-    """A few numbers per family that do not depend on the host: norms at the furthest point."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for case in CASES:
-        if case.family in zoo.OPAQUE_FEED_FORWARD:
-            continue
-        model, given = zoo.build(case), zoo.inputs(case)
-        scores = cm.attention_norms(model, given.tokens, **keywords(given)).scores
-        weights = torch.linspace(1, 2, scores[0, 0].numel(), dtype=scores.dtype)
-        numbers = (scores.flatten(2) @ weights).flatten().tolist()
-        found.setdefault(case.family, {})[case.host] = numbers
-    return found
-
-
-def test_every_host_and_version_gives_the_same_numbers() -> None:
-    """Goldens are written by ``python tests/test_conformance.py`` (any version, adding to them)."""
-    goldens = json.loads(GOLDENS.read_text())
-    for family, hosts in fingerprints().items():
-        for host, numbers in hosts.items():
-            # Hosts with float32 inside are up to 1e-6 off per entry.
-            assert numbers == pytest.approx(goldens[family], rel=5e-6), (family, host)
-
-
-if __name__ == "__main__":
-    known = json.loads(GOLDENS.read_text()) if GOLDENS.exists() else {}
-    for family, hosts in fingerprints().items():
-        known.setdefault(family, next(iter(hosts.values())))
-    GOLDENS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
