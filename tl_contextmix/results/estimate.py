@@ -90,7 +90,7 @@ class Estimate(Result):
         )
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: float | int) -> str:
     for unit in _UNITS[:-1]:
         if count < 1024:
             return f"{count:.3g} {unit}"
