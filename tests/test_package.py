@@ -260,6 +260,15 @@ def _run_python(code: str) -> str:
     return done.stdout
 
 
+def test_functions_that_name_the_package_can_be_sent_to_other_processes():
+    import copy
+
+    import tl_contextmix
+
+    # Copying takes what pickling would send.
+    assert copy.deepcopy(tl_contextmix) is tl_contextmix
+
+
 # Annotations
 
 

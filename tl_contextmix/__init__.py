@@ -293,6 +293,11 @@ class _Package(ModuleType):
         if not (isinstance(value, ModuleType) and name in _WHERE):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        # What sends functions to other processes (cloudpickle: Ray, Dask, joblib) knows how to
+        # send the modules they name, but no classes of modules.
+        return import_module, (self.__name__,)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
