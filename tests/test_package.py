@@ -35,6 +35,7 @@ LAYERS = [
 # Units beside the layers: no layer imports them, and they import only what is listed.
 ASIDE = {
     "render": {"errors", "panels", "results"},
+    "cite": {"errors", "results"},
     "rollout": {"errors", "panels", "tensors", "results"},
     "evaluate": {"errors", "ranks", "results", "model_view", "inputs", "hosts"},
     "demo_models": {"errors"},

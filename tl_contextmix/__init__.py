@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_contextmix.cite import (
+        cite,
+    )
     from tl_contextmix.compare import (
         compare,
         demo_pairs,
@@ -168,6 +171,7 @@ __all__ = [
     "attention_norms",
     "cancellation",
     "check",
+    "cite",
     "compare",
     "component_readouts",
     "composition",
@@ -203,6 +207,7 @@ __all__ = [
 
 # Read when first asked for, so that the import costs next to nothing; nobody needs all of it.
 _WHERE = {
+    "cite": "tl_contextmix.cite",
     "compare": "tl_contextmix.compare",
     "demo_pairs": "tl_contextmix.compare",
     "Triggers": "tl_contextmix.corpus",

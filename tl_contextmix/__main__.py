@@ -17,6 +17,7 @@ from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
 from tl_contextmix.report import DEFAULT_MODEL, DEFAULT_PATH, write_report
 from tl_contextmix.report.comparison import COMPARED, COMPARISON_PATH, write_comparison
+from tl_contextmix.report.sections import SECTIONS
 
 _MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
 
@@ -63,11 +64,26 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "report",
         help="write a page on what a model's blocks do to a sentence",
-        description="Writes one HTML page that needs no network, and prints its path.",
+        description="Writes one HTML page that needs no network, and prints its path. Without "
+        "--model it is about the embedded causal language model, with a section on the embedded "
+        "encoder-decoder.",
     )
     command.set_defaults(command=_report)
-    _add_page(command, DEFAULT_PATH)
+    _add_page(command, DEFAULT_PATH, None)
     command.add_argument("--text", help="the sentence; default: one that suits the model")
+    command.add_argument(
+        "--sections",
+        nargs="+",
+        choices=tuple(SECTIONS),
+        metavar="NAME",
+        help=f"some of: {', '.join(SECTIONS)}; default: all but points",
+    )
+    command.add_argument(
+        "--triggers", metavar="DIR", help="triggers of the model's memories: what `mine` wrote"
+    )
+    command.add_argument(
+        "--pairs", metavar="FILE", help="minimal pairs to compare methods on, see `compare`"
+    )
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -78,7 +94,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "what it costs, and writes one HTML page that needs no network.",
     )
     command.set_defaults(command=_compare)
-    _add_page(command, COMPARISON_PATH)
+    _add_page(command, COMPARISON_PATH, DEFAULT_MODEL)
     command.add_argument(
         "--pairs",
         metavar="FILE",
@@ -96,12 +112,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_page(command: argparse.ArgumentParser, path: str) -> None:
+def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
     command.add_argument(
-        "--model",
-        metavar="MODEL",
-        default=DEFAULT_MODEL,
-        help=f"{_MODEL}; default: %(default)s",
+        "--model", metavar="MODEL", default=model, help=f"{_MODEL}; default: {DEFAULT_MODEL}"
     )
     command.add_argument(
         "-o",
@@ -247,7 +260,15 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    return _written(write_report(parsed.model, parsed.text, parsed.output), parsed.open)
+    path = write_report(
+        parsed.model,
+        parsed.text,
+        parsed.output,
+        sections=parsed.sections,
+        triggers=parsed.triggers,
+        pairs=parsed.pairs,
+    )
+    return _written(path, parsed.open)
 
 
 def _compare(parsed: argparse.Namespace) -> int:

@@ -238,8 +238,9 @@ def _paragraph(kind: str, text: str) -> str:
 def _contents(sections: Sequence[Section]) -> str:
     if len(sections) < 2:
         return ""
+    # With their findings, the headings are the whole story in a few lines.
     items = "".join(
-        f'<li><a href="#section-{index}">{prose(section.title)}</a></li>'
+        f'<li><a href="#section-{index}">{prose(section.title)}</a> {prose(section.finding)}</li>'
         for index, section in enumerate(sections)
     )
     return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
@@ -266,12 +267,13 @@ def _head(title: str, scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+    style = _resource("page.css") + colors.stylesheet()
     return (
         '<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{prose(title) or 'tl_contextmix'}</title>\n"
-        f"<style>\n{_resource('page.css')}{colors.stylesheet()}\n</style>\n</head>"
+        f"<style>\n{style}\n</style>\n</head>"
     )
 
 
