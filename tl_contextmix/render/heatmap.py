@@ -241,4 +241,5 @@ def _top_table(panel: Heatmap) -> str:
         )
     heads = ("sheet", "row", "column", "value")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return markup.scroll(table, f"{panel.title}, the largest numbers")
