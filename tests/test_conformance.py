@@ -92,6 +92,24 @@ METHODS = [
         stacked=False,
         column="after",
     ),
+    *(
+        Method(
+            ask.func.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False, stacked=False
+        )
+        for ask in (
+            functools.partial(cm.gradient_x_input),
+            functools.partial(cm.integrated_gradients, steps=4),
+        )
+    ),
+    Method(
+        "ff_memories",
+        cm.ff_memories,
+        lambda r: r.probability,
+        cm.Memories,
+        pointed=False,
+        stacked=False,
+        column="probability",
+    ),
     Method("token_memory", cm.token_memory, lambda r: r.shares, cm.TokenMemory, pointed=False),
 ]
 ASKED = [
@@ -99,7 +117,7 @@ ASKED = [
     for case in CASES
     for method in METHODS
     if method.pointed or not method.stacked or case.family not in zoo.OPAQUE_FEED_FORWARD
-    if method.name != "token_memory" or case.family != "attn_only"
+    if not method.name.endswith(("_memory", "_memories")) or case.family != "attn_only"
 ]
 STACKED = [param for param in ASKED if param.values[0].stacked]
 

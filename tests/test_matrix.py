@@ -1,0 +1,49 @@
+"""A matrix that lost something fails; see `matrix`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matrix
+import pytest
+from matrix import CONTRACT, GOLDENS, Matrix
+from zoo import major
+
+PLACES = [(CONTRACT, "a", "x-H"), (CONTRACT, "a", "y-H"), (GOLDENS, "b", "x-H")]
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Matrix:
+    """A run in which everything passed."""
+    monkeypatch.setattr(matrix, "COVERAGE", tmp_path / "coverage.json")
+    found = Matrix()
+    found.collected = {f"test {number}": [place] for number, place in enumerate(PLACES)}
+    found.passed = Counter(PLACES)
+    matrix.COVERAGE.write_text(json.dumps({str(major()): found.table()}))
+    return found
+
+
+def test_what_passed_is_printed_and_enough(full: Matrix) -> None:
+    assert full.lost() == []
+    assert any("1 / 1 (+0)" in line or "2 / 2 (+0)" in line for line in full.lines())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_did_not_pass_fails(full: Matrix, place: matrix.Place) -> None:
+    del full.passed[place]
+    assert full.lost()
+    session: Any = SimpleNamespace(exitstatus=pytest.ExitCode.OK)
+    full.pytest_sessionfinish(session)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    full.left_out = True
+    assert full.lost() == []
+
+
+def test_a_case_that_is_no_longer_collected_fails(full: Matrix) -> None:
+    full.collected = {"test 0": [PLACES[0]], "test 2": [PLACES[2]]}
+    full.passed = Counter([PLACES[0], PLACES[2]])
+    assert any("y-H" in line for line in full.lost())
