@@ -235,14 +235,14 @@ def test_gaps_are_what_the_components_miss() -> None:
             torch.testing.assert_close(total, layers.scores[0, step - 1])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bart"])
-@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("family", "left"), [("gpt2", False), ("gpt2", True), ("opt", False), ("bart", False)]
+)
 def test_the_best_of_sentences_of_different_length(family: str, left: bool) -> None:
     case = case_of(family)
     model, given = shared(case)
     mask = torch.ones_like(given.tokens)
-    mask[0, : 3 if left else None] = 0 if left else 1
-    mask[0, None if left else 3 :] = 1 if left else 0
+    mask[0, slice(3) if left else slice(3, None)] = 0
     options = {"attention_mask": mask, "by": "attn_neuron", "pos": -1, **keywords(given)}
     whole = cm.log_prob_contributions(model, given.tokens, **options)
     positive = int((whole.scores[0] > 0).sum())

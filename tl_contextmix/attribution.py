@@ -297,7 +297,7 @@ def best_neurons(
     slack = _SLACK * torch.finfo(bound.dtype).eps * (1 + largest)
     scores, places = bound.new_empty(0), first.new_empty(0)
     size = vocabulary.rows_that_fit(max(16, min(64, k)))
-    step = max(size, k)
+    step = size * -(-k // size)
     while len(scores) < count:
         # Not all of them in order at once: a few suffice, and places take twice a bound's bytes.
         values, order = bound.topk(min(step, count - len(scores)))
