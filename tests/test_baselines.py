@@ -341,7 +341,10 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
         assert relative((found[name] * step).sum(dim=(1, 2)), slope) <= limit
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "bart", "marian", "parallel"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "opt", "bert", "roberta", "bart", "marian", "mbart", "m2m100", "pegasus", "parallel"],
+)
 def test_integrated_gradients_are_complete(name: str) -> None:
     """To as many digits as the bias says they lack; post-LN models need few steps."""
     case = family(name)
