@@ -254,9 +254,87 @@ def test_what_reads_both_ways_has_no_next_token(tmp_path: Path) -> None:
         cm.composition(zoo.build(case_of("t5", "flan", "bart")), texts(3))
 
 
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_where_both_ways_are_read_the_whole_document_is_run(family: str, tmp_path: Path) -> None:
+    """A coefficient of such a model is no function of what is in front of the trigger."""
+    if not any(case.family == family for case in zoo.cases()):
+        pytest.skip(f"no {family} on this TransformerLens")
+    model, corpus = zoo.build(case_of(family)), texts(12)
+    triggers = cm.mine_triggers(model, corpus, out=tmp_path / "out", k=3, tails="both")
+    for tail in ("positive", "negative"):
+        examples = triggers.examples(1, 3, tail=tail)
+        for trigger in examples.triggers:
+            assert trigger.activations[trigger.position] == pytest.approx(trigger.value, rel=1e-9)
+            ids = view_of(model).encode(corpus[trigger.document], None)
+            assert trigger.tokens == tuple(map(view_of(model).to_string, ids))
+        frame = examples.to_dataframe()
+        assert frame["token"].tolist() == [t.tokens[t.position] for t in examples.triggers]
+        behind = ["".join(t.tokens[t.position + 1 :]) for t in examples.triggers]
+        assert frame["behind"].tolist() == behind
+    with open(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3)) as file:
+        records = [json.loads(line) for line in file]
+    values = triggers.to_dataframe(1, 3)["value"].tolist()
+    places = [record["values"][record["qualifyingTokenIndex"]] for record in records]
+    assert places == pytest.approx(values, rel=1e-9)
+    assert all(row.contexts <= row.triggers for row in triggers.patterns(1, 3).rows)
+
+
+def test_figures_over_a_corpus_do_not_follow_hooks_they_cannot_follow() -> None:
+    corpus = texts(4)
+    for end, kind in (("attn.hook_out", "attn"), ("ln_final.hook_normalized", "ln")):
+        model = zoo.build(case_of("gpt2"))
+        names = [name for name in model.hook_dict if name.endswith(end)]
+        if not names:  # TransformerLens 2 has hook_attn_out
+            names = [name for name in model.hook_dict if name.endswith(f"hook_{kind}_out")]
+        plain = cm.composition(model, corpus, positions="all")
+        assert plain.sums.dtype == torch.float64
+        model.add_hook(names[0], lambda x, hook: x + torch.linspace(-9, 9, x.shape[-1]).to(x))
+        with pytest.raises(cm.UnsupportedModel, match="hooks of your own"):
+            cm.composition(model, corpus, positions="all")
+        with pytest.raises(cm.UnsupportedModel, match="hooks of your own"):
+            cm.ff_memories(model, corpus)
+        model.reset_hooks()
+        assert cm.composition(model, corpus, positions="all").equals(plain)
+
+
+def test_jsonl_holds_the_tail_that_is_asked_for(mined: Any, tmp_path: Path) -> None:
+    _, _, triggers = mined
+    for tail, sign in (("positive", 1), ("negative", -1)):
+        with open(triggers.to_jsonl(tmp_path / "a", layer=0, neuron=3, tail=tail)) as file:
+            records = [json.loads(line) for line in file]
+        assert len(records) == len(triggers.to_dataframe(0, 3, tail))
+        assert all(sign * r["values"][r["qualifyingTokenIndex"]] > 0 for r in records)
+    sheet = triggers.to_sheet(tmp_path / "b.csv", per_layer=1, k=1, tail="negative")
+    with open(sheet, encoding="utf-8-sig", newline="") as file:
+        assert all(float(line["value"]) < 0 for line in csv.DictReader(file))
+
+
+def test_shares_of_processes_are_read_from_one_launcher() -> None:
+    from tl_contextmix.__main__ import _share
+
+    array = {
+        "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_STEP": "2",
+    }
+    inner = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    assert _share({}) == (0, 1)
+    assert _share({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)
+    assert _share({**array, **inner}) == (2, 4)
+    assert _share({"WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == (1, 2)
+    assert _share({"RANK": "a", "WORLD_SIZE": "8"}) == (0, 1)
+
+
 def test_the_command_line_mines_merges_and_shows(
-    mined: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mined: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(mined[1][:40]) + "\n")
     common = ["causal-lm", str(corpus), "-k", "3", "--shard-size", "8"]
@@ -276,6 +354,19 @@ def test_the_command_line_mines_merges_and_shows(
     assert "promotes:" in capsys.readouterr().out
     assert "L1.3" in page.read_text()
     assert main(["show", str(tmp_path / "no")]) == 2
+    assert main([*show, "--layer", "1"]) == 2
+    assert main(["merge", str(tmp_path / "typo")]) == 2
+    assert not (tmp_path / "typo").exists()
+    assert "Give both --layer and --neuron" in capsys.readouterr().err
+    dropped = ["--duplicates", "drop", "--neurons", "3", "5", "--layer", "1"]
+    assert main(["mine", *common, *dropped, "-o", str(tmp_path / "few")]) == 0
+    few = cm.load_triggers(tmp_path / "few")
+    assert few.manifest["run"]["options"]["neurons"] == {"1": [3, 5]}
+    assert few.manifest["run"]["options"]["duplicates"] == "drop"
+    with monkeypatch.context() as patch:
+        patch.setattr("tl_contextmix.__main__.mine_triggers", interrupt)
+        assert main(["mine", *common, "-o", str(tmp_path / "x")]) == 130
+    assert "stopped" in capsys.readouterr().err
     assert main(["mine", "causal-lm", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x")]) == 2
     assert "tl-contextmix: error:" in capsys.readouterr().err
 

@@ -1,0 +1,284 @@
+"""A folder may be in use, read-only, of another run or made to do harm: each is told by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+import zoo
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_mining import result, texts
+from test_value_zeroing import case_of
+
+import tl_contextmix as cm
+from tl_contextmix.corpus.alone import alone
+
+OPTIONS = {"k": 3, "shard_size": 8, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Path]:
+    """A model, a corpus and the result of mining it."""
+    model, corpus = zoo.build(case_of("gpt2"), dtype=torch.float32), texts(30)
+    folder = tmp_path_factory.mktemp("mined")
+    cm.mine_triggers(model, corpus, out=folder, **OPTIONS)
+    return model, corpus, folder
+
+
+def ask_everything(model: Any, corpus: list[str], folder: Path) -> None:
+    """Asks whatever reads manifest, table and corpus."""
+    found = cm.load_triggers(folder, model=model, corpus=corpus)
+    repr(found)
+    found.to_dataframe()
+    found.examples(0, 1)
+    found.agreement()
+    found.patterns(0, [1])
+    found.removal(per_layer=1, k=1)
+
+
+# Manifests, tables and parts
+
+
+def places(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every place in nested dictionaries."""
+    for key in value if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_no_manifest_breaks_the_reader(mined: Any, tmp_path: Path) -> None:
+    """Every entry is left out, or turned into something else, one at a time."""
+    model, corpus, folder = mined
+    good = json.loads((folder / "manifest.json").read_text())
+    shutil.copy(folder / "triggers.parquet", tmp_path)
+    path, refused, asked = tmp_path / "manifest.json", 0, 0
+    # What nobody reads when triggers are asked for may be anything.
+    free = {"host", "dtype", "torch", "hooks", "processing", "TransformerLens", "tl_contextmix"}
+    for place in places(good):
+        if free & set(place) or (place[-1] not in ("0", "run", "k") and "neurons" in place[:-1]):
+            continue
+        for bad in ("left out", None, -1, [], {}, "x", 10**30, 1.5):
+            changed = copy.deepcopy(good)
+            inside = changed
+            for key in place[:-1]:
+                inside = inside[key]
+            if bad == "left out":
+                del inside[place[-1]]
+            else:
+                inside[place[-1]] = bad
+            path.write_text(json.dumps(changed))
+            try:
+                found = cm.load_triggers(tmp_path, model=model, corpus=corpus)
+                repr(found)
+                found.to_dataframe(0, 1)
+                asked += 1
+            except (cm.FileFormatError, cm.InvalidInput):
+                refused += 1
+    assert refused > 200
+    assert asked < refused / 4
+    for text in ("", "[]", "null", "[" * 10**5, '{"format": 1}', "NaN", "\0"):
+        path.write_text(text)
+        with pytest.raises(cm.FileFormatError, match="cannot read"):
+            cm.load_triggers(tmp_path)
+
+
+TABLES = {
+    "a column less": lambda t: t.drop(columns="rank"),
+    "another type": lambda t: t.assign(document=t["document"].astype(float)),
+    "a negative document": lambda t: t.assign(document=-5),
+    "a document too many": lambda t: t.assign(document=30),
+    "a negative position": lambda t: t.assign(position=-1),
+    "a position too far": lambda t: t.assign(position=10**6),
+    "another token": lambda t: t.assign(token=(t["token"] + 1) % 50),
+    "no such token": lambda t: t.assign(token=10**6),
+    "no such next token": lambda t: t.assign(next_token=10**6),
+    "no value": lambda t: t.assign(value=float("nan")),
+    "another tail": lambda t: t.assign(tail="negative"),
+    "another rank": lambda t: t.assign(rank=3),
+}
+
+
+@pytest.mark.parametrize("change", TABLES.values(), ids=TABLES)
+def test_no_table_breaks_the_reader(change: Any, mined: Any, tmp_path: Path) -> None:
+    model, corpus, folder = mined
+    shutil.copy(folder / "manifest.json", tmp_path)
+    good = pandas.read_parquet(folder / "triggers.parquet")
+    change(good).to_parquet(tmp_path / "triggers.parquet", index=False)
+    with pytest.raises((cm.FileFormatError, cm.InvalidInput)):
+        ask_everything(model, corpus, tmp_path)
+
+
+def test_a_file_that_is_no_table_is_refused(mined: Any, tmp_path: Path) -> None:
+    shutil.copy(mined[2] / "manifest.json", tmp_path)
+    data = (mined[2] / "triggers.parquet").read_bytes()
+    for bad in (b"", b"PAR1" * 5, data[: len(data) // 2], data[:40] + b"\xff" * 40 + data[80:]):
+        (tmp_path / "triggers.parquet").write_bytes(bad)
+        with pytest.raises(cm.FileFormatError, match="cannot read"):
+            cm.load_triggers(tmp_path).to_dataframe()
+
+
+def test_the_good_folder_answers(mined: Any) -> None:
+    ask_everything(*mined)
+
+
+@pytest.fixture(scope="module")
+def part(mined: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Path]:
+    """The part of one of two processes."""
+    folder = tmp_path_factory.mktemp("part")
+    cm.mine_triggers(mined[0], mined[1], out=folder, rank=0, world_size=2, **OPTIONS)
+    return *mined[:2], folder / "part-00000-of-00002.safetensors"
+
+
+def rewritten(path: Path, folder: Path, facts: Any, tensors: Any) -> None:
+    """Writes a part again, with some of it changed."""
+    with safe_open(str(path), framework="pt") as file:
+        known = json.loads(file.metadata()["part"])
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = {"part": json.dumps({**known, **facts})}
+    held = {name: one for name, one in {**held, **tensors}.items() if one is not None}
+    save_file(held, str(folder / path.name), metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("facts", "tensors"),
+    [
+        ({"run": 5}, {}),
+        ({"run": {}}, {}),
+        ({"rank": 2}, {}),
+        ({"world_size": "a"}, {}),
+        ({"shards": 10**30}, {}),
+        ({"done": "yes"}, {}),
+        ({"counts": {"tokens": "many"}}, {}),
+        ({}, {"digests": None}),
+        ({}, {"digests": torch.zeros(1, 32, dtype=torch.uint8)}),
+        ({}, {"1 positive values": None}),
+        ({}, {"1 positive values": torch.zeros(3, 3)}),
+        ({}, {"1 positive places": torch.zeros(128, 3)}),
+        ({}, {"1 positive values": torch.full((128, 3), torch.nan)}),
+        ({}, {"something else": torch.zeros(1)}),
+    ],
+    ids=lambda value: ", ".join(value) or "-",
+)
+def test_no_part_breaks_the_reader(facts: Any, tensors: Any, part: Any, tmp_path: Path) -> None:
+    model, corpus, path = part
+    rewritten(path, tmp_path, facts, tensors)
+    with pytest.raises(cm.FileFormatError, match="cannot read"):
+        cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS)
+    with pytest.raises(cm.FileFormatError, match="cannot read"):
+        cm.merge_triggers(tmp_path)
+
+
+# Folders in use
+
+
+def test_two_processes_do_not_mine_the_same_part(mined: Any, tmp_path: Path) -> None:
+    model, corpus, whole = mined
+    lock = tmp_path / ".part-00000-of-00001.lock"
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold() -> None:
+        with alone(lock):
+            held.set()
+            time.sleep(60)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = context.Process(target=hold)
+        child.start()
+    assert held.wait(30)
+    with pytest.raises(cm.InvalidInput, match="another process at it"):
+        cm.mine_triggers(model, corpus, out=tmp_path, **OPTIONS)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(30)
+    # The lock file of a process that was killed holds nobody up.
+    assert lock.exists()
+    cm.mine_triggers(model, corpus, out=tmp_path, **OPTIONS)
+    assert result(tmp_path) == result(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "triggers.parquet"]
+
+
+def test_a_folder_without_the_right_to_write_is_found_out_first(
+    mined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening is refused as on a read-only disk: the tests may run as root, who may write all."""
+    model, corpus, whole = mined
+    passes: list[int] = []
+    monkeypatch.setattr("tl_contextmix.corpus.mining.run_part", lambda *_: passes.append(1))
+    opened = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(cm.InvalidInput, match="cannot be mined into: got .*Permission denied"):
+        cm.mine_triggers(model, corpus, out=tmp_path / "new", **OPTIONS)
+    assert passes == []
+    # What is finished may be read.
+    assert len(cm.mine_triggers(model, corpus, out=whole, **OPTIONS).to_dataframe()) > 0
+
+
+def test_who_was_stopped_by_an_error_may_leave_such_documents_out(
+    mined: Any, tmp_path: Path
+) -> None:
+    model, corpus, _ = mined
+    longest = "cat " * 200
+    for name, bad, now in (("malformed", 5, "skip"), ("too_long", longest, "cut")):
+        listed = [*corpus[:20], bad, *corpus[20:]]
+        out = tmp_path / name
+        options = {**OPTIONS, "checkpoint_seconds": 0.0}
+        with pytest.raises(cm.InvalidInput, match="document 20 of a list cannot be used"):
+            cm.mine_triggers(model, listed, out=out, **{**options, name: "error"})
+        assert list(out.glob("part-*"))
+        found = cm.mine_triggers(model, listed, out=out, **{**options, name: now})
+        fresh = cm.mine_triggers(
+            model, listed, out=tmp_path / f"{name} 2", **OPTIONS, **{name: now}
+        )
+        assert result(found.folder) == result(fresh.folder)
+
+
+def test_a_merge_does_not_replace_another_run(mined: Any, part: Any, tmp_path: Path) -> None:
+    model, corpus, whole = mined
+    for rank in range(2):
+        cm.mine_triggers(model, corpus, out=tmp_path, rank=rank, world_size=2, **OPTIONS)
+    cm.merge_triggers(tmp_path)
+    cm.merge_triggers(tmp_path)
+    assert result(tmp_path) == result(whole)
+    other = tmp_path / "other"
+    cm.mine_triggers(model, corpus, out=other, **{**OPTIONS, "k": 2})
+    before = result(other)
+    with pytest.raises(cm.InvalidInput, match="differs in options: k"):
+        cm.merge_triggers(other, parts=[tmp_path])
+    assert result(other) == before
+
+
+def test_triggers_know_their_column_and_their_tokenizer(mined: Any, tmp_path: Path) -> None:
+    model, corpus, _ = mined
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in corpus))
+    cm.mine_triggers(model, path, out=tmp_path / "out", column="body", **OPTIONS)
+    moved = shutil.move(path, tmp_path / "d.jsonl")
+    found = cm.load_triggers(tmp_path / "out", model=model, corpus=moved)
+    assert found.examples(0, 1).triggers
+    kept = model.tokenizer
+    try:
+        model.tokenizer = zoo.build(case_of("llama")).tokenizer
+        with pytest.raises(cm.InvalidInput, match="mined with another tokenizer"):
+            cm.load_triggers(tmp_path / "out", model=model)
+    finally:
+        model.tokenizer = kept
