@@ -18,10 +18,10 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.attribution import Best, Cut, best_neurons
 from tl_contextmix.demo_models.lexicon import FACTS
-from tl_contextmix.methods.log_prob import SCORES
 from tl_contextmix.model_view import Readout
 from tl_contextmix.ranks import bootstrap_interval
-from tl_contextmix.results.components import components
+from tl_contextmix.results.components import Grid
+from tl_contextmix.results.contributions import SCORES
 from tl_contextmix.stream import Neurons, Path
 from tl_contextmix.tensors import Norm
 from tl_contextmix.vocabulary import Vocabulary, read_vocabulary
@@ -64,9 +64,9 @@ class Sizes:
         for layer in range(layers):
             rows = draw(neurons, width) * 2 / (neurons * width) ** 0.5 * width**0.5
             post = draw(1, 1, neurons).sign() * (heavy * draw(1, 1, neurons) - heavy).exp()
-            labels = components(1, ids, "mlp", layer, neuron=torch.arange(neurons))
+            grid = Grid("mlp", layer, ids, (("neuron", range(neurons)),))
             path = Path((), torch.ones(1, 1))
-            self.cuts.append(Cut(layer + 1, labels, None, Neurons(rows, post, path), None))
+            self.cuts.append(Cut(layer + 1, grid, neurons=Neurons(rows, post, path)))
             states.append(states[-1] + post[:, 0] @ rows)
         self.states = torch.stack(states, dim=1)
         norm = Norm("ln", None, None, 1e-5)
@@ -161,7 +161,7 @@ def evaluated_table(model: object, facts_each: int | None) -> None:
         for k in (10, 100):
             found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", top_k=k)
             numbers = found.evaluated
-            _row(name, k, int(numbers.median()), int(numbers.max()), found.possible)
+            _row(name, k, int(numbers.median()), int(numbers.max()), int(found.possible[0]))
 
 
 def knockout_table(

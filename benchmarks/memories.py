@@ -73,8 +73,8 @@ def mining(layers: int, d_model: int, count: int) -> None:
     """Prints seconds of a forward pass and of the same with mining, batch by batch."""
     model = gpt2(layers, d_model)
     view = as_view(model)
-    how = make_cutting(BATCH, 256, "cut", "error", None, False)
-    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive")
+    how = make_cutting("mining", BATCH, 256, "cut", "error", None, False)
+    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
     tops = miner.zero()
     bare, mined = [], []
     for documents in batches(view, count):

@@ -13,11 +13,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from tl_contextmix.operations import Memory
+
+__all__ = ["ELEMENTWISE", "Memory", "WithoutProducts", "flops"]
 
 _POINTWISE = (
     "mul mul_ add add_ sub sub_ rsub div div_ pow sqrt abs clamp where neg exp erf gelu silu "
@@ -52,47 +53,6 @@ def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
     return counter.get_total_flops()
-
-
-class Memory(TorchDispatchMode):
-    """Follows the storage of every tensor that is made while it is active.
-
-    Views are no new storage. What an operator allocates inside of itself and frees again is not
-    seen; for the code measured here PyTorch's CPU allocator reported the same peaks to the byte.
-
-    Attributes:
-        live: Bytes alive now, of tensors made since the meter was started.
-        peak: The most there were at once.
-        largest: Bytes of the largest one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator and notes the storages that are new."""
-        for tensor in _tensors((args, kwargs)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._made:
-                # A weak reference keeps the address from being used again.
-                self._given.setdefault(storage._cdata, StorageWeakRef(storage))
-        out = func(*args, **(kwargs or {}))
-        self._made = {key: kept for key, kept in self._made.items() if not kept[0].expired()}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._given:
-                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.largest = max(self.largest, storage.nbytes())
-        self.live = sum(size for _, size in self._made.values())
-        self.peak = max(self.peak, self.live)
-        return out
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class WithoutProducts(TorchDispatchMode):

@@ -215,28 +215,19 @@ def test_decompx_refuses_vectors_that_do_not_add_up(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
-def test_labels_causal_zeros_rows_and_repetition(method: Any, case: zoo.Case) -> None:
+def test_no_score_comes_from_what_cannot_be_read(method: Any, case: zoo.Case) -> None:
+    """What every method promises (rows alone, repetition, layers) is in test_conformance.py."""
     model, given = zoo.build(case), zoo.inputs(case)
     for stack in stacks(case):
         kwargs = {"stack": stack, **keywords(given)}
         found = method(model, given.tokens, **kwargs)
-        assert torch.equal(found.scores, method(model, given.tokens, **kwargs).scores)
         assert bool(torch.isfinite(found.scores).all())
-        one = method(model, given.tokens, layer=-1, **kwargs)
-        assert torch.equal(one.scores[:, 0], found.scores[:, -1])
         bidirectional = stack in ("encoder", "cross") or case.family in _ENCODERS
         own = found.scores[..., : found.scores.shape[3]]
         if not bidirectional:
             assert not bool(torch.triu(own, diagonal=1).any())
         elif stack != "cross" and method is not alti:
             assert bool((found.scores > 0).all())
-        for row in range(2):
-            decoder = given.decoder_tokens
-            single = {"stack": stack}
-            if decoder is not None:
-                single["decoder_input"] = decoder[row : row + 1]
-            alone = method(model, given.tokens[row : row + 1], **single)
-            assert relative(alone.scores, found.scores[row : row + 1]) <= bound(case)
 
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
@@ -350,7 +341,10 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
         assert relative((found[name] * step).sum(dim=(1, 2)), slope) <= limit
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "bart", "marian", "parallel"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "opt", "bert", "roberta", "bart", "marian", "mbart", "m2m100", "pegasus", "parallel"],
+)
 def test_integrated_gradients_are_complete(name: str) -> None:
     """To as many digits as the bias says they lack; post-LN models need few steps."""
     case = family(name)

@@ -17,6 +17,9 @@ from log_prob import Sizes, full_flops, peak
 from meters import flops
 
 import tl_contextmix as cm
+from tl_contextmix import selection
+from tl_contextmix.hosts import as_view
+from tl_contextmix.results.components import Grid, join
 from tl_contextmix.stream import Neurons
 from tl_contextmix.stream import Path as Norms
 
@@ -79,6 +82,38 @@ def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
     assert many == few
     # [source, neuron, d_vocab] would be 195 MiB.
     assert peak(partial(work, 40)) <= 9 * MIB
+
+
+def test_candidates_are_not_listed() -> None:
+    """Finding the best attention neurons takes a few numbers each, no table of their labels."""
+    model = cm.load_demo("causal-lm")
+    tokens = torch.arange(3, 63).expand(4, 60)
+    candidates = 4 * 4 * 60 * 128  # sentences, layers, sources, dimensions of all heads
+
+    def work(**options: object) -> int:
+        return peak(partial(cm.log_prob_contributions, model, tokens, target_ids=5, **options))
+
+    work(by="layer")
+    more = work(by="attn_neuron", top_k=5) - work(by="layer")
+    # Labels are 6 columns of 8 bytes; activations stay, and a bound and its mask for one sentence.
+    assert more <= 16 * candidates
+
+
+def test_a_control_of_a_large_model_is_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 layers of 5,120 neurons, 1,000 chosen: a table of pairs would take 5 GiB."""
+    layers = [selection.Sublayer("mlp", layer, 0, 5120, "") for layer in range(36)]
+    monkeypatch.setattr(selection, "every_sublayer", lambda view: iter(layers))
+    pos, generator = torch.tensor([5]), torch.Generator().manual_seed(0)
+    some = torch.randperm(36 * 5120, generator=generator)[None, :1000]
+    grids = [Grid("mlp", layer, pos, (("neuron", range(5120)),)) for layer in range(36)]
+    chosen = join([grid.table() for grid in grids]).select(some)
+    view = as_view(cm.load_demo("causal-lm"))
+    controls = selection.Controls(view, chosen, seed=0)
+    drawn = []
+    assert peak(lambda: drawn.append(controls.draw())) <= 8 * MIB
+    numbers = (drawn[0].layer * 5120 + drawn[0].neuron)[0]
+    assert len(numbers.unique()) == 1000
+    assert not torch.isin(numbers, some).any()
 
 
 def test_layers_and_heads_are_a_few_products() -> None:

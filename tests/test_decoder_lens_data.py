@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
+import random
 import sys
 from typing import Any
 
 import jiwer
+import pandas
 import pytest
 import sacrebleu
 import torch
@@ -17,7 +20,8 @@ from zoo_refused import REFUSED
 
 import tl_contextmix as cm
 from tl_contextmix.results import Provenance
-from tl_contextmix.sequences import METRICS, edit_distance, repetition
+from tl_contextmix.results.curves import curve_point
+from tl_contextmix.sequences import METRICS, Output, edit_distance, make_metrics, repetition
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 RIGHT = ["le roi voit une étoile .", "les chats dorment ici .", "la batte brûlait ."]
@@ -80,19 +84,47 @@ def test_metrics_of_other_packages_are_theirs_over_the_corpus() -> None:
     for place in range(3):
         texts = column(place)
         bleu = sacrebleu.corpus_bleu(texts, [RIGHT]).score
-        chrf = [
-            sacrebleu.sentence_chrf(text, [right]).score
-            for text, right in zip(texts, RIGHT, strict=True)
-        ]
+        chrf = sacrebleu.corpus_chrf(texts, [RIGHT]).score
         assert values(found, "BLEU")[place] == pytest.approx(bleu)
-        assert values(found, "chrF")[place] == pytest.approx(sum(chrf) / 3)
+        assert values(found, "chrF")[place] == pytest.approx(chrf)
         assert values(found, "WER")[place] == pytest.approx(jiwer.wer(RIGHT, texts))
         assert values(found, "CER")[place] == pytest.approx(jiwer.cer(RIGHT, texts))
 
 
+@pytest.mark.parametrize("name", ["BLEU", "chrF"])
+def test_corpus_scores_and_their_intervals_are_those_of_resampled_corpora(name: str) -> None:
+    """Texts of random words, empty ones and ones shorter than the n-grams among them."""
+    draw = random.Random(0)
+    pool = ["a", "the cat", "le roi", "ß é", "an apple", "zebra", "", "x"]
+    said, right = (
+        [" ".join(draw.choices(pool, k=draw.randint(1, 5))) for _ in range(40)] for _ in range(2)
+    )
+    right = [text if text.strip() else "a" for text in right]
+    score = {"BLEU": sacrebleu.corpus_bleu, "chrF": sacrebleu.corpus_chrf}[name]
+    (metric,) = make_metrics({name: name})
+    counts = [
+        metric.counts(Output(text, (), True, (), reference, ""))
+        for text, reference in zip(said, right, strict=True)
+    ]
+    for chosen in ([0], [1], [2, 5], range(40), draw.choices(range(40), k=40)):
+        sums = [sum(column) for column in zip(*(counts[row] for row in chosen), strict=True)]
+        expected = score([said[row] for row in chosen], [[right[row] for row in chosen]]).score
+        assert metric.figure(sums) == pytest.approx(expected), chosen
+    point = curve_point(name, metric.figure, "all", 0, counts)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(40, (1000, 40), generator=generator)[:, :].tolist()
+    every = [
+        metric.figure([sum(column) for column in zip(*(counts[i] for i in row), strict=True)])
+        for row in drawn
+    ]
+    low, high = torch.quantile(torch.tensor(every).double(), torch.tensor([0.025, 0.975]).double())
+    assert (point.low, point.high) == pytest.approx((float(low), float(high)))
+    assert point.low < point.value < point.high
+
+
 def test_own_metrics_by_hand() -> None:
     found = decoding().metrics()
-    assert {point.metric for point in found.points} == set(METRICS) - {"BLEU", "chrF", "WER", "CER"}
+    assert {point.metric for point in found.points} == set(METRICS) - {"BLEU", "WER", "CER"}
     assert values(found, "exact match") == pytest.approx([0, 2 / 3, 2 / 3])
     assert values(found, "token accuracy")[:2] == pytest.approx(
         [(1 / 6 + 1 / 5 + 0) / 3, (4 / 6 + 1 + 1) / 3]
@@ -129,6 +161,32 @@ def test_a_function_of_the_users_and_categories() -> None:
     assert values(named, "two") == [2, 2, 2]
 
 
+def test_a_column_of_a_table_and_names_of_the_users_own() -> None:
+    frame = pandas.DataFrame({"kind": ["x", "y", "x"], "right": RIGHT}, index=[7, 8, 9])
+    ask = getattr(cm.LayerwiseDecoding.metrics, "__wrapped__", cm.LayerwiseDecoding.metrics)
+    found = ask(decoding(None), frame["right"], metric="WER", categories=frame["kind"])
+    listed = decoding().metrics(metric="WER", categories=["x", "y", "x"])
+    assert found.to_dataframe().equals(listed.to_dataframe())
+
+    def ends(output: str, reference: str | None, source: str) -> float:
+        return float(output.endswith("."))
+
+    several = decoding().metrics(metric=["exact match", ends])
+    assert values(several, "ends") == [0, 1, 1]
+    renamed = decoding().metrics(metric={"right": "exact match", "done": ends})
+    assert values(renamed, "right") == values(several, "exact match")
+    assert [p.metric for p in renamed.points[::3]] == ["right", "done"]
+
+
+def test_curves_that_are_not_there() -> None:
+    found = decoding().metrics(metric="WER", categories=["x", "y", "x"])
+    for asked in (("BLEU", "all"), ("WER", "z")):
+        with pytest.raises(cm.InvalidInput, match=r"no such curve.*\('WER', 'x'\)"):
+            found.select(*asked)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        found + 5
+
+
 def test_intervals_hold_the_figure_and_come_again() -> None:
     first, again = (decoding().metrics(metric=["WER", "exact match", "BLEU"]) for _ in range(2))
     assert first.equals(again)
@@ -144,6 +202,15 @@ def test_first_layers() -> None:
     assert found.first_correct_layer() == (2, 1, 1)
     assert found.first_correct_layer(["le", "nothing", "la  batte brûlait ."]) == (0, None, 1)
     assert found.first_stable_layer() == (2, 2, 1)
+    # What lies between the layers that were decoded is not known.
+    gap = dataclasses.replace(found, layers=(0, 2, 4), depth=4)
+    with pytest.raises(cm.InvalidInput, match=r"layers \[0, 2, 4\]; expected every layer"):
+        gap.first_stable_layer()
+    assert dataclasses.replace(found, layers=(2, 3, 4), depth=4).first_stable_layer() == (4, 4, 3)
+    with pytest.raises(cm.InvalidInput, match="the last encoder layer among them"):
+        dataclasses.replace(found, depth=4).first_stable_layer()
+    with pytest.raises(cm.InvalidInput, match="the last encoder layer among them"):
+        dataclasses.replace(found, depth=4).metrics(metric="edit distance")
     assert found.truncated.tolist()[1] == [True, False, False]
     torch.testing.assert_close(
         found.probabilities[0], torch.tensor([-2.0, -7.0, -7.0]).exp().double()
@@ -296,7 +363,11 @@ def test_a_metric_that_no_sentence_has_is_nan() -> None:
     ("categories", "message"),
     [
         (["x", "all", "x"], r"got 'all'; expected names other than 'all'"),
-        ("xyz", r"got 'xyz'; expected a list with one text per input"),
+        ("xyz", r"got 'xyz'; expected a list of 3, one per input"),
+        (5, r"categories cannot be read: got 5"),
+        ({}, r"categories cannot be read: got {}"),
+        (["x", None, "y"], r"None has no place among them"),
+        ([1, 2, 3], r"Turn numbers into text"),
     ],
 )
 def test_categories_that_are_none(categories: Any, message: str) -> None:

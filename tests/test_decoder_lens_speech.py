@@ -12,6 +12,7 @@ import zoo_build
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.hosts.settings import _OF_SOURCE_TOKENS
 
 LENGTH, PAD = 8, 60
 _CONFIG = {
@@ -115,19 +116,88 @@ def test_metrics_and_a_tokenizer_of_the_users() -> None:
     assert judged.target.ids.tolist()[0][-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"input": "a text"}, "cannot read"),
-        ({"input": torch.zeros(1, 8, 5)}, "cannot be encoded"),
-        ({"input": torch.zeros(1, 8, 24), "decoder_input": torch.tensor([[1]])}, "no meaning"),
-        (
-            {"input": torch.zeros(1, 8, 24), "references": "a", "mode": "teacher_forced"},
-            "tokenizer",
-        ),
-    ],
-    ids=["text", "length", "decoder_input", "tokenizer"],
-)
+AUDIO = torch.zeros(1, 8, 24)
+UNFIT: list[tuple[dict[str, Any], str]] = [
+    ({"input": "a text"}, "cannot read"),
+    ({"input": torch.zeros(8, 24)}, "cannot read"),
+    ({"input": AUDIO.long()}, "cannot read"),
+    ({"input": AUDIO[:0]}, "at least one input"),
+    ({"input": torch.zeros(1, 8, 5)}, "cannot be encoded"),
+    ({"input": torch.zeros(1, 8, 0)}, "cannot be encoded"),
+    ({"input": torch.zeros(1, 5, 24)}, "8 mel bins"),
+    ({"decoder_input": torch.tensor([[1]])}, "no meaning"),
+    ({"attention_mask": torch.ones(1, 24)}, "no meaning"),
+    ({"padding_side": "left"}, "no meaning"),
+    ({"references": "a", "mode": "teacher_forced"}, "tokenizer"),
+    # Token ids as numbers are no words to compare a transcript with.
+    ({"references": "a", "metric": "WER"}, "tokenizer"),
+    ({"mode": "scores", "tokens": ["a"]}, "tokenizer"),
+    ({"tokenizer": 5}, "this is no tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), UNFIT)
 def test_what_does_not_fit_is_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(cm.InvalidInput, match=match):
-        cm.decoder_lens(whisper(), **options)
+        cm.decoder_lens(whisper(), **{"input": AUDIO, **options})
+
+
+def test_other_speech_models_are_refused() -> None:
+    sizes = {"input_feat_per_channel": 8, "conv_channels": 16, "d_model": 32, "vocab_size": 61}
+    model = zoo_build.hugging_face(
+        "Speech2TextForConditionalGeneration",
+        "Speech2TextConfig",
+        sizes,
+        dtype=torch.float64,
+        seed=0,
+    )
+    with pytest.raises(cm.UnsupportedModel):
+        cm.decoder_lens(model, AUDIO)
+
+
+@pytest.mark.parametrize(
+    "rate", ["dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"]
+)
+def test_a_model_that_drops_activations_is_refused(rate: str) -> None:
+    model = zoo_build.hugging_face(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {**_CONFIG, rate: 0.1},
+        dtype=torch.float64,
+        seed=0,
+    ).train()
+    with pytest.raises(cm.InvalidInput, match=r"in train mode.*model.eval\(\)"):
+        cm.decoder_lens(model, features())
+    cm.decoder_lens(model.eval(), features(), mode="scores", tokens=[7])
+
+
+def test_hooks_and_settings_are_followed_or_refused() -> None:
+    model = whisper()
+    ask = functools.partial(cm.decoder_lens, model, features(), mode="scores", tokens=[7, 9])
+    plain = ask()
+    encoder, settings = model.get_encoder(), model.generation_config
+    handle = encoder.layer_norm.register_forward_hook(lambda module, args, output: 2 * output)
+    edited = ask()
+    with torch.no_grad():
+        right = model(features(), decoder_input_ids=torch.full((3, 1), 1)).logits[:, 0, [7, 9]]
+    handle.remove()
+    torch.testing.assert_close(edited.logits[:, -1], right)
+    assert bool((edited.logits != plain.logits).all())
+    handle = encoder.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(cm.UnsupportedModel, match="its whole encoder are not followed"):
+        ask()
+    handle.remove()
+    before = dict(vars(settings))
+    for name in ("num_return_sequences", "guidance_scale", *_OF_SOURCE_TOKENS):
+        setattr(settings, name, 2)
+        with pytest.raises(cm.UnsupportedModel, match=f"{name}=2"):
+            ask()
+        setattr(settings, name, before.get(name))
+    settings.repetition_penalty = 5.0
+    found = cm.decoder_lens(model, features(), layers=1, max_new_tokens=LENGTH)
+    expected = generate(oracle.truncated(model, 1), features()).tolist()
+    settings.repetition_penalty = before["repetition_penalty"]
+    for row in range(3):
+        said = found.ids[row, 0][found.content[row, 0]].tolist()
+        assert said == [token for token in expected[row] if token != PAD][: len(said)]
+    assert not found.equals(cm.decoder_lens(model, features(), layers=1, max_new_tokens=LENGTH))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.model_view import Trace
-from tl_contextmix.results.components import components, join
-from tl_contextmix.selection import others_at_random
+from tl_contextmix.results.components import Components, Grid, join
+from tl_contextmix.selection import Controls, chosen_components, without_sources
 
 CASES = zoo.cases()
 
@@ -48,8 +48,8 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
     kind = "cross_attn" if case.encoder_decoder else "attn"
     own_tokens = given.decoder_tokens if case.encoder_decoder else given.tokens
     pos = torch.full((2,), -1 + len(own_tokens[0]))
-    heads = components(2, pos, kind, last, head=torch.tensor([1]))
-    inside = components(2, pos, kind, last, head=torch.tensor([2]), neuron=torch.tensor([5]))
+    heads = Grid(kind, last, pos, (("head", range(1, 2)),)).table()
+    inside = Grid(kind, last, pos, (("head", range(2, 3)), ("neuron", range(5, 6)))).table()
     every = cm.log_prob_contributions(model, given.tokens, by="head", pos=-1, **keywords(given))
     some = every.top(2)
     found_heads = replace(some, components=join([heads, inside]))
@@ -140,15 +140,6 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     half = knocked(model, given, heads=heads[:6], controls=1, target_ids=9)
     rest = knocked(model, given, heads=heads[6:], target_ids=9)
     torch.testing.assert_close(half.controls[:, 0], rest.after)
-    # A neuron that is chosen for two sources goes out once, and so does its control.
-    twice = cm.log_prob_contributions(model, given.tokens, by="attn_neuron")
-    index = (twice.components.layer[:1] == 1).nonzero()[:, 1][[0, 32, 1]].expand(2, 3)
-    chosen = twice.components.select(index)
-    assert chosen.source[0].tolist() == [0, 1, 0]
-    assert chosen.neuron[0].tolist() == [0, 0, 1]
-    generator = torch.Generator().manual_seed(0)
-    drawn = others_at_random(view_of(model), chosen, generator)
-    assert drawn.label(0, 0) == drawn.label(0, 1) != drawn.label(0, 2)
     frame = found.summary()
     assert frame.when.tolist() == ["before", "after", "control"] * 3
     middle = frame[(frame.quantity == "log_prob") & (frame.when == "control")]["mean"].item()
@@ -173,3 +164,101 @@ def test_what_cannot_be_knocked_out() -> None:
         method = getattr(cm.knockout, "__wrapped__", cm.knockout)
         with pytest.raises(cm.InvalidInput, match=message):
             method(model, given.tokens, **options)
+
+
+def chosen(view: Any, neurons: Any = None, heads: Any = None) -> Components:
+    """Heads and neurons by number, in two sentences."""
+    pos = torch.tensor([5, 5])
+    return without_sources(chosen_components(view, neurons, heads, pos), per_position=True)
+
+
+def test_controls_have_nothing_in_common_with_the_chosen() -> None:
+    """Neither a neuron of a chosen head, nor a head with a chosen neuron in it."""
+    view = view_of(shared(case_of("gpt2"))[0])
+    some = chosen(view, [(1, 2, 3), (1, 2, 4), (0, 0, 1), (2, 3)], [(1, 1), (2, 0)])
+    controls = Controls(view, some, seed=0)
+    seen = set()
+    for _ in range(40):
+        drawn = controls.draw()
+        for row in range(2):
+            ones = [drawn.at(row, place) for place in range(6)]
+            names = [(one["kind"], one["layer"], one["head"], one["neuron"]) for one in ones]
+            assert len(set(names)) == 6
+            assert [one["kind"] for one in ones] == ["attn"] * 3 + ["mlp"] + ["attn"] * 2
+            inside = {name[1:3] for name in names[:3]}
+            heads = {name[1:3] for name in names[4:]}
+            assert not heads & {(1, 1), (2, 0), (1, 2), (0, 0)}
+            assert not inside & ({(1, 1), (2, 0)} | heads)
+            assert not {name[1:] for name in names[:4]} & {
+                (1, 2, 3),
+                (1, 2, 4),
+                (0, 0, 1),
+                (2, None, 3),
+            }
+            seen.update(names)
+    # Others of the same head may stand for a neuron.
+    assert any(name[:3] == ("attn", 1, 2) for name in seen)
+    assert len({name[1:3] for name in seen if name[0] == "attn" and name[3] is None}) == 8
+
+
+def test_a_neuron_that_reads_several_sources_is_one() -> None:
+    model, given = shared(case_of("gpt2"))
+    every = cm.log_prob_contributions(model, given.tokens, by="attn_neuron", score="norm")
+    best = every.top(40)
+    names = {
+        (one["layer"], one["head"], one["neuron"])
+        for one in (best.components.at(0, place) for place in range(40))
+    }
+    assert len(names) == 7  # six sources each
+    found = cm.knockout(model, given.tokens, neurons=best, controls=2)
+    assert found.components.kind.shape == (2, 7)
+    assert repr(found).startswith("Knockout of 7 components")
+    listed = cm.knockout(model, given.tokens, neurons=[*names], target_ids=9, controls=0)
+    same = cm.knockout(model, given.tokens, neurons=best, target_ids=9, controls=0)
+    torch.testing.assert_close(listed.after, same.after)
+    drawn = Controls(view_of(model), found.components, seed=0).draw()
+    assert len({drawn.label(0, place) for place in range(7)}) == 7
+
+
+def test_as_many_positions_as_are_chosen() -> None:
+    """A neuron found at two positions goes out at both; so does what stands for it."""
+    model, given = shared(case_of("gpt2"))
+    view = view_of(model)
+    one = chosen(view, [(1, 3)])
+    twice = join([one, replace(one, pos=one.pos - 2), chosen(view, [(1, 4)])])
+    drawn = Controls(view, twice, seed=3).draw()
+    assert drawn.label(0, 0) == drawn.label(0, 1) != drawn.label(0, 2)
+    assert torch.equal(drawn.pos, twice.pos)
+    best = cm.log_prob_contributions(model, given.tokens, by="attn_neuron").top(6)
+    queries = cm.query_contributions(model, given.tokens, neurons=best, by="ff_neuron", top_k=60)
+    last, everywhere = (
+        knocked(model, given, neurons=queries, positions=positions) for positions in ("last", "all")
+    )
+    assert bool((~last.components.is_empty()).sum() >= (~everywhere.components.is_empty()).sum())
+    for row in range(2):
+        counts = [int((~found.components.is_empty())[row].sum()) for found in (last, everywhere)]
+        labels = {everywhere.components.label(row, place) for place in range(counts[1])}
+        assert len(labels) == counts[1] < counts[0] == 60
+
+
+@pytest.mark.parametrize("replace_with", ["zero", "mean"])
+def test_one_pass_for_each_set(replace_with: str) -> None:
+    model, given = shared(case_of("gpt2"))
+    passes = []
+    name = view_of(model).blocks()[0].resid_in
+    with model.hooks(fwd_hooks=[(name, lambda stream, hook: passes.append(1))]):
+        found = knocked(
+            model, given, neurons=[(1, 3)], heads=[(2, 1)], controls=5, replace_with=replace_with
+        )
+    assert len(passes) == 2 + 5
+    assert found.controls.shape[1] == 5
+
+
+def test_the_mean_of_a_control_is_its_own() -> None:
+    """With all other heads as the control, removing them by their means is that control."""
+    model, given = shared(case_of("gpt2"))
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    options = {"replace_with": "mean", "target_ids": 9}
+    half = knocked(model, given, heads=heads[:6], controls=1, **options)
+    rest = knocked(model, given, heads=heads[6:], **options)
+    torch.testing.assert_close(half.controls[:, 0], rest.after)

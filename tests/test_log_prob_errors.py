@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -26,12 +27,12 @@ BAD_QUESTIONS = [
     ({"target": ""}, r"target cannot be read: got ''"),
     (
         {"target": ["cat"]},
-        r"no target tokens: got \[\d\]; expected an id from 0 to 60, or 2 of them",
+        r"cannot be read: got \['cat'\]; expected the text of one token for all 2 sentences, or",
     ),
     ({"target_ids": 61}, r"no target tokens: got 61; expected an id from 0 to 60"),
     ({"target_ids": [3, -1]}, r"no target tokens: got \[3, -1\]"),
     ({"target": "cat", "target_ids": 3}, r"target is given twice"),
-    ({"pos": 3}, r"no such position: got 3; expected from -3 to 2"),
+    ({"pos": 3}, r"no such position: got 3; expected an integer from -3 to 2"),
     ({"pos": -4}, r"no such position: got -4"),
     ({"norm": "beta"}, r"no such norm: got 'beta'; expected one of \['frozen', 'frozen\+beta', "),
     ({"by": "token"}, r"no such by: got 'token'; expected one of \['layer', 'head'"),
@@ -40,6 +41,19 @@ BAD_QUESTIONS = [
     ({"top_k": 3}, r"no such choice by layer: got top_k=3"),
     ({"by": "ff_neuron", "top_k": 0}, r"k=0; expected a positive integer"),
     ({"max_bytes": 0}, r"max_bytes is not a budget"),
+    ({"target": 5}, r"target cannot be read: got 5; expected the text of one token for all 2"),
+    ({"target": []}, r"target cannot be read: got \[\]"),
+    ({"target": ["cat", 5]}, r"target cannot be read: got \['cat', 5\]"),
+    ({"target_ids": 3.0}, r"no target tokens: got 3.0"),
+    ({"target_ids": True}, r"no target tokens: got True"),
+    ({"target_ids": "3"}, r"no target tokens: got '3'"),
+    ({"target_ids": []}, r"no target tokens: got \[\]"),
+    ({"pos": torch.tensor([1, 2])}, r"no such position: got tensor.*Give one position for all"),
+    ({"pos": 1.0}, r"no such position: got 1.0"),
+    ({"pos": True}, r"no such position: got True"),
+    ({"by": ["head"]}, r"no such by: got \['head'\]"),
+    ({"by": "ff_neuron", "top_k": 3.0}, r"k=3.0; expected a positive integer"),
+    ({"max_bytes": True}, r"max_bytes is not a budget: got True"),
     (
         {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "pos": 2},
         r"2, padding in sentence 0",
@@ -133,3 +147,65 @@ def test_position_and_target_are_those_of_the_contributions(model: Any) -> None:
     queries = cm.query_contributions(model, TOKENS, neurons=found)
     again = cm.query_contributions(model, TOKENS, neurons=found, pos=1)
     torch.testing.assert_close(queries.scores, again.scores, equal_nan=True, rtol=0, atol=0)
+
+
+def unchecked(method: Any) -> Any:
+    """A method without the type checks of the tests."""
+    return getattr(method, "__wrapped__", method)
+
+
+def test_numbers_of_other_libraries_are_numbers(model: Any, tmp_path: Any) -> None:
+    plain = {"pos": 1, "target_ids": [3, 4], "by": "ff_neuron", "top_k": 2}
+    expected = cm.log_prob_contributions(model, TOKENS, **plain)
+    for kind in (np.array, torch.tensor):
+        options = {name: kind(value) for name, value in plain.items() if name != "by"}
+        options |= {"by": "ff_neuron", "max_bytes": kind(2**28)}
+        found = unchecked(cm.log_prob_contributions)(model, TOKENS, **options)
+        assert torch.equal(found.scores, expected.scores)
+        assert cm.LogProbContributions.load(found.save(tmp_path / "found")).equals(found)
+        one = unchecked(cm.knockout)(
+            model, TOKENS, neurons=kind([[1, 3]]), controls=kind(2), seed=kind(1), pos=kind(1)
+        )
+        same = cm.knockout(model, TOKENS, neurons=[(1, 3)], controls=2, seed=1, pos=1)
+        assert torch.equal(one.controls, same.controls)
+        one.save(tmp_path / "one")
+
+
+@pytest.mark.parametrize("seed", ["a", None, 1.5, True])
+def test_seed_that_is_none(model: Any, seed: Any) -> None:
+    with pytest.raises(cm.InvalidInput, match=f"with this seed: got {seed!r}; expected an integer"):
+        unchecked(cm.knockout)(model, TOKENS, neurons=[(1, 3)], seed=seed)
+
+
+def test_any_integer_is_a_seed(model: Any) -> None:
+    found = [
+        cm.knockout(model, TOKENS, neurons=[(1, 3)], controls=3, seed=seed).controls
+        for seed in (2**70, 2**70 + 1, -1)
+    ]
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("chosen", [None, 5, [], [(1, 3)]])
+def test_what_cannot_be_read_or_asked_about(model: Any, chosen: Any) -> None:
+    with pytest.raises(cm.InvalidInput, match=r"nothing to read: got .*a result of log_prob_c"):
+        unchecked(cm.component_readouts)(model, TOKENS, components=chosen)
+    if chosen != [(1, 3)]:
+        with pytest.raises(cm.InvalidInput, match=r"nothing was chosen|cannot be read: got 5"):
+            unchecked(cm.query_contributions)(model, TOKENS, neurons=chosen)
+
+
+def test_hooks_on_what_is_read_from_the_stream(model: Any) -> None:
+    """The last state would not have the model's own log-probability."""
+    names = [name for name in model.hook_dict if name.startswith(("ln_final", "unembed"))]
+    assert len(names) >= 2
+    refused = 0
+    for name in names:
+        with model.hooks(fwd_hooks=[(name, lambda tensor, hook: None)]):
+            found = cm.log_prob_contributions(model, TOKENS)
+        torch.testing.assert_close(found.trajectory[:, -1], found.log_prob)
+        with model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor + tensor.flip(-1))]):
+            with pytest.raises(cm.UnsupportedModel, match=r"hooks.*what .* reads.*final norm"):
+                cm.log_prob_contributions(model, TOKENS)
+            refused += 1
+    assert refused == len(names)

@@ -203,7 +203,7 @@ def test_a_mask_is_asked_for_in_masked_models() -> None:
     )
     assert "head is not linear" in neurons.note
     # The bound of a linear readout would be no bound here: all were evaluated.
-    assert int(neurons.evaluated[0]) == neurons.possible
+    assert torch.equal(neurons.evaluated, neurons.possible)
 
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
@@ -231,5 +231,84 @@ def test_gaps_are_what_the_components_miss() -> None:
                 assert gap.isnan()
                 continue
             mine &= found.components.layer == int(layer)
-            total = found.scores[0][mine[0]].sum() + gap
+            total = found.scores[0][mine[0]].nansum() + gap
             torch.testing.assert_close(total, layers.scores[0, step - 1])
+
+
+@pytest.mark.parametrize(
+    ("family", "left"), [("gpt2", False), ("gpt2", True), ("opt", False), ("bart", False)]
+)
+def test_the_best_of_sentences_of_different_length(family: str, left: bool) -> None:
+    case = case_of(family)
+    model, given = shared(case)
+    mask = torch.ones_like(given.tokens)
+    mask[0, slice(3) if left else slice(3, None)] = 0
+    options = {"attention_mask": mask, "by": "attn_neuron", "pos": -1, **keywords(given)}
+    whole = cm.log_prob_contributions(model, given.tokens, **options)
+    positive = int((whole.scores[0] > 0).sum())
+    for k in (positive + 20, 10**6):
+        found = cm.log_prob_contributions(model, given.tokens, top_k=k, **options)
+        best = whole.top(k)
+        # As many as there are: the shorter sentence's last places are empty, not cut off others.
+        counts = (~found.scores.isnan()).sum(dim=1)
+        assert torch.equal(counts, found.possible.clamp(max=k))
+        assert torch.equal(counts, best.scores.isfinite().sum(dim=1))
+        for row in range(2):
+            assert found.labels(row) == best.labels(row)
+            assert all(found.labels(row)[: counts[row]])
+            assert not any(found.labels(row)[counts[row] :])
+        close(found.scores, best.scores)
+        close(found.coefficients, best.coefficients)
+        close(found.logits, best.logits)
+    assert int(found.possible[0]) < int(found.possible[1])
+    assert int(found.scores.isnan().sum()) == int(found.possible.diff())
+    assert len(found.to_dataframe()) == int(found.possible.sum())
+    readouts = cm.component_readouts(
+        model, given.tokens, components=found, k=2, attention_mask=mask, **keywords(given)
+    )
+    assert len(readouts.to_dataframe()) == 4 * int(found.possible.sum())
+    assert readouts.top_words[0][-1] == ("", "")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to rounding, NaN where NaN is expected."""
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_what_comes_later_is_no_component(family: str) -> None:
+    """As if the sentence ended there, whatever the score."""
+    case = case_of(family)
+    model, given = shared(case)
+    for by, options in (
+        ("position", {}),
+        ("head_position", {}),
+        ("attn_neuron", {}),
+        ("attn_neuron", {"score": "norm"}),
+        ("attn_neuron", {"score": "rank"}),
+        ("attn_neuron", {"top_k": 10**6}),
+    ):
+        options = {"by": by, "target_ids": 9, **options}
+        found = cm.log_prob_contributions(model, given.tokens, pos=1, **options)
+        alone = cm.log_prob_contributions(model, given.tokens[:, :2], **options)
+        mine, expected = found.to_dataframe(), alone.to_dataframe()
+        assert int(mine.source.max()) == 1
+        names = ["kind", "layer", "head", "source", "neuron"]
+        mine, expected = (frame.sort_values(["batch", *names]) for frame in (mine, expected))
+        assert mine[names].to_numpy().tolist() == expected[names].to_numpy().tolist()
+        close(torch.tensor(mine.score.to_numpy()), torch.tensor(expected.score.to_numpy()))
+        assert torch.equal(found.possible, alone.possible)
+        assert int(found.top(10**6).components.source.max()) == 1
+
+
+def test_a_silent_neuron_gains_nothing() -> None:
+    """Exactly, so that those of a ReLU stand in the same order whoever finds the best."""
+    model, given = shared(case_of("opt"))
+    whole = asked(model, given, by="ff_neuron")
+    silent = whole.coefficients == 0
+    assert int(silent.sum()) > 20
+    assert bool((whole.scores[silent] == 0).all())
+    k = int((whole.scores > 0).sum(dim=1).max()) + 10
+    found = asked(model, given, by="ff_neuron", top_k=k)
+    for row in range(2):
+        assert found.labels(row) == whole.top(k).labels(row)

@@ -504,9 +504,23 @@ def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
         cm.merge_triggers(tmp_path)
 
 
-def test_a_corpus_is_read_from_any_document_on(shared: Any):
-    corpus = open_corpus(shared[1])
-    whole = [document.text for document in corpus.documents()]
+def test_documents_are_picked_from_every_kind_of_corpus(shared: Any, tmp_path: Path):
+    import datasets
+
+    whole = [document.text for document in open_corpus(shared[1]).documents()]
     assert len(whole) == 161
-    assert [d.text for d in corpus.documents(150)] == whole[150:]
-    assert corpus.pick([3, 157]) == {3: whole[3], 157: whole[157]}
+    lines = [json.dumps({"text": text}) for text in whole]
+    lines[5] = "{broken"  # what is not asked for is not read
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    pandas.DataFrame({"text": whole}).to_parquet(tmp_path / "c.parquet", row_group_size=9)
+    dataset = datasets.Dataset.from_dict({"text": whole})
+    kinds = [shared[1], tmp_path / "c.jsonl", tmp_path / "c.parquet", dataset, whole]
+    sizes = [shared[1].stat().st_size, (tmp_path / "c.jsonl").stat().st_size, 161, 161, 161]
+    for kind, size in zip([*kinds, dataset.to_iterable_dataset()], [*sizes, None], strict=True):
+        corpus = open_corpus(kind)
+        assert corpus.pick([157, 3], [8, 999]) == {n: whole[n] for n in (3, 8, 157)}
+        assert corpus.size() == size
+        if size is not None:
+            assert sum(document.size for document in corpus.documents()) == size
+        with pytest.raises(cm.InvalidInput, match="no document 161"):
+            corpus.pick([161])

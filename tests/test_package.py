@@ -21,13 +21,23 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks", "operations", "sequences"},
+    {
+        "arguments",
+        "panels",
+        "storage",
+        "tensors",
+        "activations",
+        "ranks",
+        "operations",
+        "sequences",
+    },
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},
     {"hosts"},
     {"decompose", "replay", "propagate", "layerwise"},
-    {"stream", "vocabulary", "unembed"},
+    {"unembed"},
+    {"stream", "vocabulary"},
     {"attribution", "selection", "memories"},
     {"readers"},
     {"methods", "corpus"},
@@ -35,10 +45,17 @@ LAYERS = [
 # Units beside the layers: no layer imports them, and they import only what is listed.
 ASIDE = {
     "render": {"errors", "panels", "results"},
+    "cite": {"errors", "results"},
     "rollout": {"errors", "panels", "tensors", "results"},
     "evaluate": {"errors", "ranks", "results", "model_view", "inputs", "hosts"},
     "demo_models": {"errors"},
     "loading": {"errors", "demo_models"},
+    "dry_run": set(),
+    "stand_in": {"dry_run", "operations", "model_view"},
+    "estimate": {
+        *("dry_run", "errors", "hosts", "inputs", "model_view", "operations", "results"),
+        "stand_in",
+    },
 }
 # No unit above imports these; they import anything.
 TOP = {"__init__", "compare", "report", "__main__"}
@@ -241,6 +258,15 @@ def _run_python(code: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_functions_that_name_the_package_can_be_sent_to_other_processes():
+    import copy
+
+    import tl_contextmix
+
+    # Copying takes what pickling would send.
+    assert copy.deepcopy(tl_contextmix) is tl_contextmix
 
 
 # Annotations

@@ -12,6 +12,7 @@ from asked import bound, host_trace, keywords, relative, view_of
 from test_log_prob import POS, case_of, shared
 
 import tl_contextmix as cm
+from tl_contextmix.results.contributions import SCORES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
@@ -167,3 +168,100 @@ def test_what_cannot_be_asked() -> None:
     one = cm.log_prob_contributions(model, given.tokens[:1], by="ff_neuron").top(2)
     with pytest.raises(cm.InvalidInput, match=r"belong to another input"):
         queried(model, given, one)
+
+
+def only(found: Any, layers: list[int]) -> Any:
+    """Neurons of one layer in each sentence."""
+    own = found.components.layer == torch.tensor(layers)[:, None]
+    return replace(found, scores=found.scores.masked_fill(~own, torch.nan))
+
+
+def test_a_sentence_whose_neurons_read_none_is_empty() -> None:
+    model, given = shared(case_of("gpt2"))
+    neurons = only(found_by(model, given, "ff_neuron"), [0, 1]).top(3)
+    found = queried(model, given, neurons, by="ff_neuron", top_k=5)
+    assert bool(found.scores[0].isnan().all())
+    assert bool(found.scores[1].isfinite().all())
+    assert found.to_dataframe().batch.unique().tolist() == [1]
+    alone = cm.query_contributions(
+        model,
+        given.tokens[1:],
+        neurons=named(neurons),
+        pos=POS,
+        target_ids=neurons.target.ids[1].tolist(),
+        by="ff_neuron",
+        top_k=5,
+    )
+    torch.testing.assert_close(found.scores[1], alone.scores[0])
+    # What is empty can be asked about again, and knocked out: nothing there.
+    again = queried(model, given, found)
+    assert bool(again.scores[0].isnan().all())
+    assert bool(again.pre[0].isnan().all())
+    assert bool(again.scores[1].isfinite().all())
+    out = cm.knockout(model, given.tokens, neurons=found, pos=POS, controls=1)
+    torch.testing.assert_close(out.after[0], out.before[0])
+    assert float((out.after[1] - out.before[1]).abs().max()) > 1e-6
+    first = only(found_by(model, given, "ff_neuron"), [0, 0]).top(3)
+    with pytest.raises(cm.InvalidInput, match=r"read no components by ff_neuron"):
+        queried(model, given, first, by="ff_neuron")
+
+
+def named(neurons: Any) -> list[tuple[int, int]]:
+    """The neurons of the second sentence as a list."""
+    table = neurons.components
+    return list(zip(table.layer[1].tolist(), table.neuron[1].tolist(), strict=True))
+
+
+def test_scores_of_silent_neurons_cannot_be_shared_out() -> None:
+    model, given = shared(case_of("gpt2"))
+    for score in SCORES:
+        neurons = found_by(model, given, "ff_neuron", score=score).top(3)
+        if score not in ("log_prob", "norm", "rank"):
+            found = queried(model, given, neurons)
+            # Shares of a score that vanishes with the activation stay of its size.
+            part = (found.shares / found.activation[:, :, None]).nan_to_num()
+            expected = torch.einsum("bnc,bn->bc", part, neurons.scores)
+            torch.testing.assert_close(found.scores.nan_to_num(), expected)
+            continue
+        with pytest.raises(cm.InvalidInput, match=rf"silent neurons.*scored by '{score}'.*ratio"):
+            queried(model, given, neurons)
+        queried(model, given, neurons, share="ratio")
+
+
+def test_the_constants_share_is_what_is_missing() -> None:
+    model, given = shared(case_of("gpt2"))
+    neurons = found_by(model, given, "ff_neuron").top(1)
+    found = queried(model, given, neurons)
+    rest = found.constant / found.pre * neurons.scores
+    assert float(rest.abs().min()) > 1e-6
+    torch.testing.assert_close(found.scores.nansum(-1) + rest[:, 0], neurons.scores[:, 0])
+
+
+def test_streams_that_hooks_edit_where_they_are_read() -> None:
+    """The stream of the predicting position is still a sum; that of a source is none any more."""
+    model, given = shared(case_of("gpt2"))
+    block = view_of(model).blocks()[1]
+
+    def edit(stream: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.cat([stream[:, :1], stream[:, 1:2].flip(-1), stream[:, 2:]], dim=1)
+
+    with model.hooks(fwd_hooks=[(block.resid_in, edit)]):
+        every = found_by(model, given, "attn_neuron")
+        table = every.components
+        for source, refused in ((1, True), (2, False)):
+            own = (table.layer == 1) & (table.source == source)
+            neurons = replace(every, scores=every.scores.masked_fill(~own, torch.nan)).top(3)
+            if not refused:
+                queried(model, given, neurons)
+                continue
+            with pytest.raises(cm.UnsupportedModel, match=r"neurons read is not the sum.*hooks"):
+                queried(model, given, neurons)
+
+
+def test_the_representation_says_where_components_write() -> None:
+    model, given = shared(case_of("gpt2"))
+    neurons = late(found_by(model, given, "attn_neuron"), 8)
+    found = queried(model, given, neurons, by="head")
+    listed = [part.rsplit(" ", 1)[0] for part in repr(found).splitlines()[1].strip().split(", ")]
+    assert len(set(listed)) == 5
+    assert all(" at " in one for one in listed)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zoo
 from test_mining import texts
 
 import tl_contextmix as cm
 
-RAY = importlib.util.find_spec("ray") is not None
 ROOT = Path(__file__).parent.parent
 
 _RUN = """
@@ -22,29 +21,28 @@ from pathlib import Path
 import torch
 import tl_contextmix as cm
 
-out, corpus, kill = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "kill"
+out, corpus = Path(sys.argv[1]), sys.argv[2]
 options = {"k": 4, "shard_size": 8, "batch_size": 4, "checkpoint_seconds": 0.0}
 
 def load():
     torch.set_num_threads(1)
-    if kill:
-        from tl_contextmix.corpus import mining
-        save = mining.save_part
+    from tl_contextmix.corpus import mining
+    save = mining.save_part
 
-        def once(part, folder):
-            save(part, folder)
-            mark = Path(folder) / ".killed"
-            if not part.done and not mark.exists():
-                mark.touch()
-                os._exit(137)
+    def once(part, folder):
+        save(part, folder)
+        mark = Path(folder) / ".killed"
+        if not part.done and not mark.exists():
+            mark.touch()
+            os._exit(137)
 
-        mining.save_part = once
+    mining.save_part = once
     return cm.load_demo("causal-lm")
 
 import ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
 found = cm.mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
-assert (out / ".killed").exists() == kill
+assert (out / ".killed").exists()
 torch.set_num_threads(1)
 cm.mine_triggers(cm.load_demo("causal-lm"), corpus, out=out / "one", **options)
 for name in ("triggers.parquet", "manifest.json"):
@@ -53,10 +51,9 @@ print("the same bytes")
 """
 
 
-@pytest.mark.skipif(not RAY, reason="needs the extra [ray]")
+@pytest.mark.skipif(zoo.major() != 4, reason="Ray does not see the host: one major is enough")
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", ["kill", "leave"])
-def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(kill: str, tmp_path: Path) -> None:
+def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(["the keys to the cabinet are red ."] * 5 + texts(60)) + "\n")
     environment = {
@@ -66,8 +63,8 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(kill: str, tmp_pa
         "RAY_AUTH_MODE": "disabled",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-W", "ignore", "-c", _RUN, str(tmp_path / "out"), str(corpus), kill]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-W", "ignore", "-c", _RUN, str(tmp_path / "out"), str(corpus)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert "the same bytes" in done.stdout, done.stderr[-3000:]
 
 
@@ -76,7 +73,7 @@ def test_options_of_mining_are_known(tmp_path: Path) -> None:
         cm.mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
 
 
-@pytest.mark.skipif(RAY, reason="Ray is installed")
-def test_without_ray_the_way_out_is_named(tmp_path: Path) -> None:
+def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cm.InvalidInput, match=r"Install tl-contextmix\[ray\]"):
         cm.mine_on_ray(object, "corpus.txt", out=tmp_path)

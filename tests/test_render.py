@@ -10,39 +10,26 @@ import re
 import struct
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import torch
 
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
-from tl_contextmix.render import Page, Section
+from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.render import Page, Section, still
 from tl_contextmix.render import library as circuitsvis_library
 from tl_contextmix.render import page as page_module
 from tl_contextmix.render.text import for_circuitsvis, number, visible
 
 WORD_JOINER = "\u2060"
-HOSTILE = (
-    "<s>",
-    "</s>",
-    "<img src=x onerror=alert(1)>",
-    "</script><script>alert(1)</script>",
-    "&lt;",
-    "\"double\" and 'single'",
-    "\n",
-    "\t",
-    "",
-    "\u202eevil",
-    "x" * 120,
-    "שלום",
-    "😀",
-    "\ud800",
-    "</textarea></style></title>",
-)
+# What no tokenizer says but a caller might: half a character.
+HOSTILE = (*hostile.HOSTILE, "\ud800")
 
 
 class Parsed(HTMLParser):
@@ -128,6 +115,14 @@ def hostile_panels() -> dict[str, Panel]:
         "numbers": heatmap(wide, rows=HOSTILE, columns=(*HOSTILE, "a"), sheets=HOSTILE[2:4]),
         "picture": heatmap(tall, columns=HOSTILE, sheets=(HOSTILE[3],), unit=HOSTILE[2]),
         "bars": Bars(title, HOSTILE[2], HOSTILE, ((HOSTILE[2], numbers),), HOSTILE[3]),
+        "curves": Curves(
+            title,
+            HOSTILE[2],
+            HOSTILE,
+            ((HOSTILE[2], numbers),),
+            HOSTILE[3],
+            (tuple((value - 1, value + 1) for value in numbers),),
+        ),
         "table": Table(
             title, HOSTILE[2], ("t", HOSTILE[2]), tuple(zip(HOSTILE, numbers, strict=True)), ("t",)
         ),
@@ -242,16 +237,24 @@ def test_hostile_text_is_neutralised(kind):
     assert "<img src=x" not in outside
     # The frame of a notebook holds the page as one attribute.
     notebook = Parsed(page._repr_html_())
-    assert {tag for tag, _ in notebook.tags} == {"iframe", "details", "summary", "pre"}
+    left = {"style", "iframe", "div", "p", "b", "img", "details", "summary", "pre"}
+    left |= {"table", "thead", "tbody", "tr", "th", "td"}
+    assert {tag for tag, _ in notebook.tags} <= left
     assert notebook.all("iframe")[0]["srcdoc"] == text
+    assert all((attrs["src"] or "").startswith("data:image/svg") for attrs in notebook.all("img"))
+    assert not [name for _, attrs in notebook.tags for name in attrs if name.startswith("on")]
+    for picture in map(still.picture, [panel]):
+        ElementTree.fromstring(picture or "<none/>")
 
 
-@pytest.mark.parametrize("kind", ["numbers", "bars", "table", "text"])
+@pytest.mark.parametrize("kind", ["numbers", "bars", "curves", "table", "text"])
 def test_own_drawings_show_every_token_as_text(kind):
     parsed = parse(hostile_panels()[kind])
     for token in ("<s>", "</s>", "&lt;", "⏎", "⇥", "∅", "\\u202eevil", "שלום", "😀", "\\ud800"):
         assert token in parsed.text
-    if kind != "bars":
+    for token in ("◌\u0301", "\\u200d", "\\u3164", "\\ufffe", "e\u0301\u0302"):
+        assert token in parsed.text
+    if kind not in ("bars", "curves"):
         assert "x" * 24 not in parsed.text or kind == "table"
 
 
@@ -294,6 +297,13 @@ def test_data_cannot_end_its_script_element():
         ("\U000e0001", "\\U000e0001"),
         ("👩‍💻 می‌خواهم", "👩‍💻 می‌خواهم"),
         ("é", "é"),
+        ("\u0301", "◌\u0301"),
+        (" \u0301", "·◌\u0301"),
+        ("e\u0301", "e\u0301"),
+        ("\u200d", "\\u200d"),
+        ("\u200cx\u200d", "\\u200cx\\u200d"),
+        ("\u3164\uffa0\u2800", "\\u3164\\uffa0\\u2800"),
+        ("\ufdd0\U0001ffff", "\\ufdd0\\U0001ffff"),
     ],
 )
 def test_visible_writes_out_what_cannot_be_seen(text, shown):
@@ -427,16 +437,50 @@ def test_empty_panels_say_so():
     assert page.text()
 
 
-def test_maps_beyond_the_cell_budget_become_pictures():
+def test_of_maps_beyond_the_cell_budget_the_last_tokens_are_drawn():
     side = 100
     within = circuitsvis_library.CHART_CELLS // side**2
     assert parse(heatmap(torch.rand(within, side, side))).charts()
-    parsed = parse(heatmap(torch.rand(within + 1, side, side), causal=False))
-    assert not parsed.charts()
+    values = torch.rand(within + 1, side, side)
+    parsed = parse(heatmap(values))
+    (chart,) = parsed.charts()
+    kept = len(chart["props"]["tokens"])
+    assert kept == math.isqrt(20_000 // (within + 1))
+    assert chart["props"]["tokens"][-1] == "t99"
+    expected = values[:, -kept:, -kept:]
+    torch.testing.assert_close(
+        torch.tensor(chart["props"]["attention"]), expected, rtol=1e-3, atol=0
+    )
+    assert f"60,000 cells are too many to draw one by one. Drawn here: the last {kept} of 100" in (
+        parsed.text
+    )
+    # All of it follows as pictures.
     assert len(parsed.all("img")) == within + 1
     assert "one pixel per cell" in parsed.text
     assert all((attrs["src"] or "").startswith("data:image/png") for attrs in parsed.all("img"))
     assert all(attrs["alt"] for attrs in parsed.all("img"))
+
+
+def test_of_many_heads_the_mean_of_each_layer_is_drawn():
+    values = torch.rand(24, 50, 50).tril()
+    groups = tuple(f"layer {index // 6}" for index in range(24))
+    parsed = parse(heatmap(values, groups=groups, causal=True))
+    (chart,) = parsed.charts()
+    assert chart["props"]["attentionHeadNames"] == ["layer 0", "layer 1", "layer 2", "layer 3"]
+    expected = values.unflatten(0, (4, 6)).mean(1)
+    torch.testing.assert_close(
+        torch.tensor(chart["props"]["attention"]), expected, rtol=1e-3, atol=0
+    )
+    assert chart["props"]["maxValue"] == pytest.approx(float(expected.max()), rel=1e-3)
+    assert "the mean of the sheets of each group, layer 0 to layer 3" in parsed.text
+    # Two scales: that of the means, and that of the heads.
+    for largest in (expected.max(), values.max()):
+        assert f"{float(largest):.{2 if largest >= 1 else 3}f}norm" in parsed.text
+    assert len(parsed.all("img")) == 24
+
+
+def test_of_too_many_sheets_no_part_is_drawn():
+    assert not parse(heatmap(torch.rand(400, 20, 20))).charts()
 
 
 def test_budget_is_that_of_the_page():
@@ -523,6 +567,31 @@ def test_bars_stand_on_zero_and_hold_their_numbers():
     assert parsed.text.count("−0.50") >= 2
 
 
+def test_curves_hold_their_numbers_and_intervals():
+    series = (("up", (1.0, 2.0, math.nan, 4.0)), ("down", (-1.0, math.inf, 0.5, 0.25)))
+    ends = (((0.5, 1.5), (1.5, 2.5), (math.nan, math.nan), (3.0, 5.0)), ((-1.0, 1.0),) * 4)
+    panel = Curves("curves", "caption", ("a", "b", "c", "d"), series, "nats", ends)
+    parsed = parse(panel)
+    assert parsed.values() == [1.0, 2.0, 4.0, -1.0, 0.5, 0.25]
+    band, other, line, _ = (attrs["d"] or "" for attrs in parsed.all("path"))
+    assert (line.count("M"), line.count("L")) == (2, 1)  # a gap where there is no number
+    assert (band.count("Z"), other.count("Z")) == (2, 1)
+    heights = [float(attrs["cy"] or "") for attrs in parsed.all("circle")]
+    assert heights[2] < heights[1] < heights[0] < heights[3]
+    for part in ("up", "down", "nats", "0.50 to 1.50", "Shaded: intervals.", "∞"):
+        assert part in parsed.text
+    with pytest.raises(InvalidInput, match="panel 'curves' cannot be built"):
+        Curves("curves", "", ("a",), (("s", (1.0,)),), "", (((0.0, 1.0), (0.0, 1.0)),))
+
+
+def test_curves_need_not_reach_zero():
+    near = parse(Curves("c", "", ("a", "b"), (("s", (100.0, 101.0)),)))
+    heights = [float(attrs["cy"] or "") for attrs in near.all("circle")]
+    assert heights[0] - heights[1] > 100
+    same = parse(Curves("c", "", ("a", "b"), (("s", (5.0, 5.0)),)))
+    assert len({attrs["cy"] for attrs in same.all("circle")}) == 1
+
+
 def test_many_bars_fit():
     values = tuple(math.sin(index) for index in range(200))
     parsed = parse(Bars("bars", "", tuple(f"layer {i}" for i in range(200)), (("s", values),)))
@@ -586,7 +655,7 @@ def test_numbers_as_text(value, places, signed, text):
 def test_notebook_output_is_one_frame_and_the_numbers_as_text():
     page = Page((heatmap(torch.eye(3)[None]),), title="A <title>")
     bundle = page._repr_mimebundle_()
-    assert set(bundle) == {"text/html", "text/plain"}
+    assert set(bundle) == {"text/html", "text/plain", "image/svg+xml"}
     assert bundle["text/html"] == page._repr_html_()
     parsed = Parsed(bundle["text/html"] * 2)
     frames = parsed.all("iframe")
@@ -599,6 +668,53 @@ def test_notebook_output_is_one_frame_and_the_numbers_as_text():
         assert "src" not in frame
     assert "t0 (0) -> t0 (0) 1.00" in bundle["text/plain"]
     assert "t0 (0) -> t0 (0) 1.00" in parsed.text
+
+
+def stripped(markup: str) -> str:
+    """What a viewer leaves of an output that nobody has trusted."""
+    for tag in ("script", "style", "iframe"):
+        markup = re.sub(rf"<{tag}\b.*?</{tag}>", "", markup, flags=re.DOTALL)
+    return markup
+
+
+@pytest.mark.parametrize("kind", hostile_panels())
+def test_a_picture_or_a_table_is_left_where_scripts_are_stripped(kind):
+    panel = hostile_panels()[kind]
+    parsed = Parsed(stripped(Page((panel,), title="A <title>")._repr_html_()))
+    pictured = isinstance(panel, (Heatmap, Bars))
+    assert len(parsed.all("img")) == pictured
+    assert len(parsed.all("table")) == (not pictured)
+    assert HOSTILE[3] in parsed.text  # in the numbers as text, whatever else is dropped
+
+
+def test_the_picture_that_is_left_holds_the_map():
+    values = torch.linspace(-2, 2, 18).reshape(2, 3, 3)
+    markup = still.picture(heatmap(values, rows=("<s>", " the", "&"), columns=("<s>", " the", "&")))
+    assert markup is not None
+    drawn = ElementTree.fromstring(markup)
+    texts = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("<s>") == texts.count("·the") == texts.count("&") == 4
+    assert {"layer 0", "layer 1", "−2.00", "2.00 norm"} <= set(texts)
+    images = list(drawn.iter("{http://www.w3.org/2000/svg}image"))
+    for sheet, image in zip(values, images, strict=True):
+        side = int(image.attrib["width"]) // 3
+        data = base64.b64decode(image.attrib["href"].split(",")[1])
+        indices = read_png(data, 3 * side, 3 * side)[side // 2 :: side, side // 2 :: side]
+        assert torch.equal(indices, ((sheet / 2 * 127).round() + 127).to(torch.int64))
+
+
+def test_a_frame_hides_the_picture_and_nothing_else_does():
+    markup = Page((heatmap(torch.eye(3)[None]),))._repr_html_()
+    rule = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"
+    assert markup.startswith(rule + "<iframe")
+    assert '</iframe><div class="tl-contextmix-still">' in markup
+
+
+def test_of_very_many_panels_the_first_are_drawn_and_the_page_says_so():
+    panel = ColoredText("t", "", ("a",), (1.0,))
+    parsed = parse(*[panel] * 1000)
+    assert len(parsed.all("article")) == 60
+    assert "The first 60 of 1,000 panels" in parsed.text
 
 
 def test_repr_is_short():

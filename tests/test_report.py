@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import subprocess
 import sys
 import warnings
@@ -15,33 +18,37 @@ import zoo
 from test_render import Parsed
 
 from tl_contextmix import __main__ as command_line
+from tl_contextmix.cite import WORKS
+from tl_contextmix.compare import compare, demo_pairs
+from tl_contextmix.corpus import mine_triggers
 from tl_contextmix.decompose import POINTS
 from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
 from tl_contextmix.hosts import as_view, check
 from tl_contextmix.loading import load_demo
 from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
 from tl_contextmix.methods.ff_memories import ff_memories
+from tl_contextmix.methods.knockout import knockout
 from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.render import Page
+from tl_contextmix.panels import Samples
+from tl_contextmix.render import Page, Section, colors
 from tl_contextmix.report import build_report, report, sections, story, write_report
 from tl_contextmix.report.story import default_text, read
 
 TEXT = "the keys to the cabinet"
 MASKED = "the keys to the cabinet [MASK] old ."
-TITLES = [
-    "What the model predicts, and from where",
-    "Which components wrote the answer",
-    "How tokens mix, point by point",
-    "What each component changes",
-    "Pairs the feed-forward block changes most",
-    "How much each token mixes",
-    "What each layer loses without a token",
-    "Which memories write here",
-    "From the input through all layers",
-]
+QUESTIONS = {
+    "prediction": "What does the model predict?",
+    "mixing": "Which tokens were mixed, and where?",
+    "points": "How do tokens mix, point by point?",
+    "feed-forward": "What did the feed-forward block change?",
+    "memories": "Which memories fired, and what triggers them?",
+    "components": "Which components wrote the answer?",
+    "encoder-layers": "What does each encoder layer already know?",
+    "comparison": "Which map to believe?",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +61,45 @@ def masked() -> Any:
     return load_demo("masked-lm")
 
 
-def titles(page: Page) -> list[str]:
-    return [section.title for section in page.sections]
+@pytest.fixture(scope="module")
+def page(causal: Any) -> Page:
+    """The whole story of the causal model, told once."""
+    return build_report(causal, TEXT)
 
 
-def finding(page: Page, title: str) -> str:
-    return next(section.finding for section in page.sections if section.title == title)
+def part(page: Page, name: str) -> Section:
+    return next(section for section in page.sections if section.title == QUESTIONS[name])
 
 
-# ---- the report
+def titled(section: Section, title: str) -> Any:
+    return next(panel for panel in section.panels if title in panel.title)
 
 
-def test_report_tells_the_story_of_a_causal_model(causal):
-    page = build_report(causal, TEXT)
-    assert titles(page) == TITLES
-    told = finding(page, TITLES[0])
-    # The plural verb, and that the vector it is read from took most from the plural noun.
-    assert told.startswith("After “cabinet” the model says “are”")
-    assert told.endswith("of “cabinet” comes from “keys”.")
-    assert all(section.text for section in page.sections)
+def left_out(page: Page) -> dict[str, str]:
+    last = page.sections[-1]
+    return dict(last.panels[0].rows) if last.title == "What is not on this page" else {}
+
+
+# ---- the story
+
+
+def test_the_story_is_told_in_order(page):
+    told = ["prediction", "mixing", "feed-forward", "memories", "components", "comparison"]
+    assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
+    for name in told:
+        section = part(page, name)
+        assert section.text, "how to read it"
+        assert section.finding, "what is to be seen"
+        assert section.citation or name == "prediction"
+    assert left_out(page) == {
+        "encoder-layers": "the model has no encoder whose layers its decoder could read"
+    }
+    # The headings with their findings stand at the top: the story in a few lines.
+    text = " ".join(Parsed(page.html()).text.split())
+    assert text.index(part(page, "comparison").finding) < text.index(part(page, "mixing").text)
+
+
+def test_facts_say_what_it_is_about(page, causal):
     facts = dict(page.facts)
     assert facts["Text"] == TEXT
     assert facts["Model"] == "causal-lm"
@@ -80,119 +107,173 @@ def test_report_tells_the_story_of_a_causal_model(causal):
     assert type(causal).__name__ in facts["Class"]
 
 
-def test_report_shows_the_maps_of_every_scope(causal):
-    parsed = Parsed(build_report(causal, TEXT).html())
+def test_citations_are_those_of_cite(page):
+    told = " ".join(section.citation for section in page.sections)
+    for key in ("kobayashi2024analyzing", "mohebbi2023quantifying", "geva2021transformer"):
+        assert WORKS[key].sentence in told
+    assert WORKS["yu2024neuron"].sentence in part(page, "components").citation
+
+
+def test_prediction_is_the_models_own(page, causal):
+    section = part(page, "prediction")
+    logits = causal(causal.to_tokens(TEXT))[0]
+    probabilities = logits.detach().float().softmax(-1)
+    top = probabilities[-1].topk(8)
+    bars = section.panels[0]
+    assert bars.labels == tuple(causal.tokenizer.decode(one) for one in top.indices)
+    torch.testing.assert_close(torch.tensor(bars.series[0][1]), top.values, rtol=1e-4, atol=1e-6)
+    assert section.finding.startswith("After “cabinet” the model says “are” (41%; then “were”")
+    way = titled(section, "On the way")
+    assert [row[3] for row in way.rows] == [" the", " keys", " to", " the", " cabinet"]
+    came = causal.to_tokens(TEXT)[0, 1:]
+    for place, row in enumerate(way.rows):
+        assert row[4] == pytest.approx(float(probabilities[place, came[place]]), rel=1e-3)
+
+
+def test_mixing_shows_the_maps(page, causal):
+    parsed = Parsed(build_report(causal, TEXT, sections=["mixing"]).html())
     maps = attention_norms(causal, TEXT, at=POINTS)
+    expected = [
+        maps["attn_out"].normalize().scores,
+        maps["block_out"].normalize().scores,
+        value_zeroing(causal, TEXT).normalize().scores,
+        maps["block_out"].normalize().rollout().scores.flip(1),
+    ]
     charts = [chart["props"] for chart in parsed.charts()]
-    # resid_post and block_out are the same map in a pre-LN model.
-    for point, props in zip(POINTS[:5], charts, strict=False):
-        expected = maps[point].normalize().scores[0, :, 0]
-        torch.testing.assert_close(torch.tensor(props["attention"]), expected, rtol=1e-3, atol=1e-6)
+    for props, scores in zip(charts, expected, strict=True):
+        shown = torch.tensor(props["attention"])
+        torch.testing.assert_close(shown, scores[0, :, 0], rtol=1e-3, atol=1e-6)
         assert props["maskUpperTri"] is True
-        assert props["attentionHeadNames"] == [f"layer {layer}" for layer in range(4)]
-    difference, zeroing, rollout = charts[5:]
-    change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
-    torch.testing.assert_close(
-        torch.tensor(difference["attention"]), change[0, :, 0], rtol=1e-3, atol=1e-6
+    assert charts[-1]["attentionHeadNames"] == ["0 to 3", "0 to 2", "0 to 1", "0 to 0"]
+    row = titled(part(page, "mixing"), "“cabinet” is made of, layer by layer")
+    torch.testing.assert_close(row.values[0], expected[1][0, :, 0, -1])
+    # The finding: in which layer the predicting token takes most from another one.
+    share, layer, source = max(
+        (float(row.values[0, layer, source]), layer, source)
+        for layer in range(4)
+        for source in range(len(row.columns) - 1)
     )
-    zeroed = value_zeroing(causal, TEXT).normalize().scores[0, :, 0]
-    torch.testing.assert_close(torch.tensor(zeroing["attention"]), zeroed, rtol=1e-3, atol=1e-6)
-    rolled = maps["block_out"].normalize().rollout().scores[0, :, 0]
-    torch.testing.assert_close(
-        torch.tensor(rollout["attention"]), rolled.flip(0), rtol=1e-3, atol=1e-6
+    assert part(page, "mixing").finding == (
+        f"In layer {layer}, {share:.0%} of “cabinet” comes from “{row.columns[source].strip()}”."
     )
-    assert rollout["attentionHeadNames"] == ["0 to 3", "0 to 2", "0 to 1", "0 to 0"]
-
-
-def test_report_shows_what_the_components_change(causal):
-    page = build_report(causal, TEXT)
-    maps = attention_norms(causal, TEXT, at=POINTS)
-    by_title = {panel.title: panel for section in page.sections for panel in section.panels}
-    (expected,) = contextualization_change(maps).panels()
-    assert by_title[expected.title] == expected
-    undone = by_title["Does the block undo what FF changed?"]
-    assert [name for name, _ in undone.series] == ["cancel", "recover"]
-    pairs = amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=3)
-    table = by_title["Pairs that changed most: amplified"]
-    assert "sentence" not in table.columns
-    assert [row[-1] for row in table.rows] == [pair.change for pair in pairs.amplified]
-    ratios = by_title["Mixing ratio at block_out"]
     figures = mixing_ratio(causal, TEXT, at="block_out")
-    torch.testing.assert_close(ratios.values[0], figures.values[0])
+    torch.testing.assert_close(
+        titled(part(page, "mixing"), "each token mixes").values[0], figures.values[0]
+    )
+
+
+def test_points_are_told_when_asked_for(causal):
+    section = part(build_report(causal, TEXT, sections=["points"]), "points")
+    maps = attention_norms(causal, TEXT, at=POINTS)
+    # resid_post and block_out are the same map in a pre-LN model.
+    assert [panel.title.split(":")[0] for panel in section.panels] == [
+        *POINTS[:4],
+        "resid_post = block_out",
+    ]
+    for point, panel in zip(POINTS[:5], section.panels, strict=True):
+        torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
+
+
+def test_feed_forward_shows_what_changes(page, causal):
+    section = part(page, "feed-forward")
+    maps = attention_norms(causal, TEXT, at=POINTS)
+    (expected,) = contextualization_change(maps).panels()
+    assert titled(section, expected.title) == expected
+    undone = titled(section, "Does the block undo")
+    assert [name for name, _ in undone.series] == ["cancel", "recover"]
+    change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
+    torch.testing.assert_close(titled(section, "after FF").values, change[0, :, 0])
+    pairs = amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2)
+    table = titled(section, "Pairs")
+    assert sorted(row[-1] for row in table.rows) == sorted(
+        pair.change for pair in (*pairs.amplified, *pairs.suppressed)
+    )
     top = max(pairs.amplified, key=lambda pair: pair.change)
-    told = finding(page, TITLES[4])
-    assert f"“{top.source_token.strip()}” for “{top.target_token.strip()}”" in told
-    assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in told
+    assert f"“{top.source_token.strip()}” for “{top.target_token.strip()}”" in section.finding
+    assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in section.finding
 
 
-def test_report_says_which_components_wrote_the_answer(causal):
-    page = build_report(causal, TEXT)
-    section = next(part for part in page.sections if part.title == TITLES[1])
+def test_memories_are_named_and_triggered(page, causal):
+    section = part(page, "memories")
+    table = section.panels[0]
+    top = ff_memories(causal, TEXT).top(3, pos=-1).reset_index(drop=True)
+    assert [row[:2] for row in table.rows] == [
+        (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
+    ]
+    shares = token_memory(causal, TEXT, layer=0, pos=-1).shares[0, 0, 0, :, int(top["neuron"][0])]
+    assert table.rows[0][4].endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
+    longest = top.loc[top["length"].idxmax()]
+    name = f"L{longest.layer}.{longest.neuron}"
+    assert name in section.finding
+    samples = [panel for panel in section.panels if isinstance(panel, Samples)]
+    assert [samples[0].name, len(samples)] == [name, 2]
+    # Coefficients fall from text to text, and each text ends where its own is highest.
+    lasts = [values[-1] for values in samples[0].values]
+    assert lasts == sorted(lasts, reverse=True)
+    assert all(values[-1] == max(values) for values in samples[0].values)
+    assert "sentences of its grammar" in section.text
+
+
+def test_components_are_tested_by_taking_them_out(page, causal):
+    section = part(page, "components")
     layers = log_prob_contributions(causal, TEXT)
     best = layers.top(1)
     told = f"comes most from {best.labels()[0]} ({float(best.scores[0, 0]):+.2f} nats)"
     assert told in section.finding
-    steps = next(panel for panel in section.panels if "through the layers" in panel.title)
+    steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
-    table = section.panels[-1]
     neurons = log_prob_contributions(causal, TEXT, by="ff_neuron", top_k=10)
-    assert tuple(row[0] for row in table.rows) == neurons.labels()
-    by_position = next(panel for panel in section.panels if "by position" in panel.title)
-    assert by_position.columns == layers.tokens.strings[0]
+    assert tuple(row[0] for row in titled(section, "that raise it").rows) == neurons.labels()
+    assert titled(section, "by position").columns == layers.tokens.strings[0]
+    heads = log_prob_contributions(causal, TEXT, by="head").top(3)
+    out = knockout(causal, TEXT, heads=heads).to_dataframe().set_index("quantity")
+    row = titled(section, "without them").rows[-1]
+    assert row[0] == "the 3 best heads"
+    assert row[1:4] == tuple(out.loc["probability", ["before", "after", "control"]])
+    assert f"from {row[1]:.0%} to {row[2]:.0%} (random ones: {row[3]:.0%})" in section.finding
 
 
-def test_report_says_what_the_focus_loses_most_without(causal):
-    page = build_report(causal, TEXT)
-    row = value_zeroing(causal, TEXT).normalize().select(target=-1)
-    top = max(
-        (found for found in row.top(30) if found["source"] != len(row.source.strings[0]) - 1),
-        key=lambda found: found["score"],
-    )
-    told = finding(page, TITLES[6])
-    assert f"loses most without “{top['source_token'].strip()}”: {top['score']:.0%}" in told
-    assert told.endswith(f"in layer {top['layer']}.")
-
-
-def test_report_names_the_memories_that_write(causal):
-    page = build_report(causal, "the keys to the cabinet")
-    section = next(s for s in page.sections if s.title == "Which memories write here")
-    table = section.panels[0]
-    found = ff_memories(causal, "the keys to the cabinet")
-    top = found.top(3, pos=-1)
-    assert [row[:2] for row in table.rows] == [
-        (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
-    ]
-    longest = top.loc[top["length"].idxmax()]
-    assert f"L{longest.layer}.{longest.neuron}" in section.finding
-    shares = token_memory(causal, "the keys to the cabinet", layer=0, pos=-1)
-    first = shares.shares[0, 0, 0, :, int(top["neuron"][0])]
-    assert table.rows[0][5] == pytest.approx(float(first[first.abs().argmax()]), rel=1e-4)
+def test_comparison_measures_the_methods(page, causal):
+    section = part(page, "comparison")
+    found = compare(causal, demo_pairs(count=8), methods=["value_zeroing"])
+    expected = found.best("dot").iloc[0]
+    row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
+    assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
+    assert row[2] == expected["layer"]
+    assert section.finding.startswith("Best at the words that decide: value_zeroing at layer 2")
+    rows = section.panels[0]
+    torch.testing.assert_close(rows.values.sum(-1), torch.ones(1, 6), rtol=1e-4, atol=1e-4)
+    rolled = value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
+    torch.testing.assert_close(rows.values[0, rows.rows.index("Value Zeroing")], rolled)
 
 
 def test_report_of_a_masked_model_is_about_the_mask(masked):
-    page = build_report(masked, MASKED)
-    assert titles(page) == TITLES
-    assert finding(page, TITLES[0]).startswith("At “[MASK]” the model says “")
-    props = [chart["props"] for chart in Parsed(page.html()).charts()]
-    assert len(props) == 6 + 3
-    assert all(chart["maskUpperTri"] is False for chart in props)
+    names = ["prediction", "mixing", "memories", "components"]
+    page = build_report(masked, MASKED, sections=names)
+    assert [section.title for section in page.sections] == [QUESTIONS[name] for name in names]
+    assert page.sections[0].finding.startswith("At “[MASK]” the model says “")
+    assert [panel for panel in part(page, "memories").panels if isinstance(panel, Samples)]
+    charts = [c["props"] for c in Parsed(page.html()).charts() if "maskUpperTri" in c["props"]]
+    assert len(charts) == 4
+    assert all(chart["maskUpperTri"] is False for chart in charts)
 
 
 def test_report_without_a_mask_predicts_nothing(masked):
-    assert titles(build_report(masked, "the keys to the cabinet are old .")) == [
-        *TITLES[2:7],
-        TITLES[8],
-    ]
+    names = ["prediction", "mixing", "memories", "components", "comparison"]
+    page = build_report(masked, "the keys to the cabinet are old .", sections=names)
+    assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
+    assert set(left_out(page)) == {"prediction", "memories", "components", "comparison"}
+    assert set(left_out(page).values()) == {"there is no mask in the text to predict"}
 
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = load_demo("encoder-decoder")
     page = build_report(model, "the bat burned .")
-    lens = "What the decoder says after each layer"
-    assert titles(page) == [*TITLES[:7], TITLES[8], lens]
-    section = next(section for section in page.sections if section.title == lens)
-    table, judged, *curves = section.panels
+    told = ["prediction", "mixing", "feed-forward", "components", "encoder-layers"]
+    assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
+    assert set(left_out(page)) == {"memories", "comparison"}
+    table, judged, *curves = part(page, "encoder-layers").panels
     assert [row[0] for row in table.rows] == [0, 1, 2, 3, 4]
     assert table.rows[-1][1] == "la batte brûlait ."
     assert all(0 < row[2] <= 1 for row in table.rows)
@@ -204,14 +285,90 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     parsed = Parsed(page.html())
     assert not any(chart["props"]["maskUpperTri"] for chart in parsed.charts())
     decoder = attention_norms(model, "the bat burned .").normalize()
-    panel = page.sections[0].panels[1]
-    torch.testing.assert_close(panel.values[0], decoder.scores[0, :, 0, -1])
-    assert panel.columns == decoder.source.strings[0]
+    row = titled(part(page, "mixing"), "layer by layer")
+    torch.testing.assert_close(row.values[0], decoder.scores[0, :, 0, -1])
+    assert row.columns == decoder.source.strings[0]
 
 
-def test_report_is_small_offline_and_always_the_same(causal):
-    first, second = (build_report(causal, TEXT).html() for _ in range(2))
-    assert first == second
+@pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
+def test_a_companion_tells_what_the_model_cannot(causal):
+    companion = load_demo("encoder-decoder")
+    page = build_report(causal, TEXT, sections=["encoder-layers"], companion=companion)
+    section = part(page, "encoder-layers")
+    assert section.text.startswith("causal-lm has no encoder; this is the embedded encoder-decoder")
+    assert "la batte brûlait ." in section.finding
+
+
+def test_sections_keep_their_order_and_must_exist(causal):
+    page = build_report(causal, TEXT, sections=["mixing", "prediction"])
+    assert [section.title for section in page.sections] == [
+        QUESTIONS["prediction"],
+        QUESTIONS["mixing"],
+    ]
+    with pytest.raises(InvalidInput, match="no such section"):
+        build_report(causal, TEXT, sections=[])
+    # Names are checked by the type checker of the tests first, so past it.
+    with pytest.raises(InvalidInput, match="no such section: got 'rollout'; expected some of"):
+        getattr(sections.chosen, "__wrapped__", sections.chosen)(["rollout"])
+
+
+def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the keys to the cabinet are old .\nthe cabinet is old .\n")
+    mine_triggers(causal, str(corpus), out=tmp_path / "mined", k=2)
+    pairs = tmp_path / "pairs.jsonl"
+    good, bad = "the keys to the cabinet are old .", "the keys to the cabinet is old ."
+    line = json.dumps({"sentence_good": good, "sentence_bad": bad})
+    pairs.write_text(f"{line}\n{line}\n")
+    path = write_report(
+        causal,
+        TEXT,
+        tmp_path / "page.html",
+        sections=["memories", "comparison"],
+        triggers=tmp_path / "mined",
+        pairs=pairs,
+    )
+    text = Parsed(path.read_text(encoding="utf-8")).text
+    assert "These were mined before." in text
+    assert "95 % interval over 2 sentences" in text
+    # Without cues nothing can point at them; faithfulness can still be measured.
+    assert "By blank-out: " in text
+
+
+def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypatch):
+    for module in ("memories", "comparison"):
+        module = importlib.import_module(f"tl_contextmix.report.{module}")
+        monkeypatch.setattr(module, "DEMO_NAMES", ())
+    page = build_report(causal, TEXT, sections=["memories", "comparison"])
+    assert left_out(page) == {}
+    assert not [p for p in part(page, "memories").panels if isinstance(p, Samples)]
+    assert "tl-contextmix mine" in part(page, "memories").text
+    assert "tl-contextmix compare --pairs" in part(page, "comparison").text
+    assert len(part(page, "comparison").panels) == 1
+
+
+def test_both_schemes_and_paper_are_provided_for(page):
+    html = page.html()
+    for query in ("prefers-color-scheme: dark", "@media print"):
+        assert html.count(query) == 1
+    dark = html[html.index("prefers-color-scheme: dark") :]
+    ink, ground = (_colour(dark, name) for name in ("--ink", "--ground"))
+    assert colors._contrast(ink, ground) > 7
+    assert colors._contrast(_colour(dark, "--soft"), _colour(dark, "--paper")) > 4.5
+    assert colors._contrast(_colour(dark, "--accent"), _colour(dark, "--ground")) > 4.5
+
+
+def _colour(css: str, name: str) -> tuple[int, int, int]:
+    found = re.search(rf"{name}: #([0-9a-f]{{6}})", css)
+    assert found, name
+    return tuple(bytes.fromhex(found[1]))  # type: ignore[return-value]
+
+
+def test_report_is_small_offline_and_always_the_same(page, causal):
+    first = page.html()
+    names = ["mixing", "memories"]
+    some, again = (build_report(causal, TEXT, sections=names).html() for _ in range(2))
+    assert some == again
     assert len(first.encode()) < 3_000_000
     parsed = Parsed(first)
     places = [a.get("src") or a.get("href") or "#" for _, a in parsed.tags]
@@ -220,8 +377,9 @@ def test_report_is_small_offline_and_always_the_same(causal):
 
 
 def test_findings_survive_text_that_is_markup(masked):
+    text = "<img src=x onerror=alert(1)> [MASK] </script>"
     with pytest.warns(ContextMixWarning, match="never saw"):
-        page = build_report(masked, "<img src=x onerror=alert(1)> [MASK] </script>")
+        page = build_report(masked, text, sections=["prediction", "mixing", "components"])
     parsed = Parsed(page.html())
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
     assert len(parsed.programs()) == 2
@@ -254,9 +412,13 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
         return attention_norms(model, text, at=at, stack=stack)
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
-    page = build_report(causal, TEXT)
-    assert titles(page) == [TITLES[0], TITLES[1], TITLES[2], TITLES[5], TITLES[8]]
-    assert "these neurons cannot be read" in page.sections[2].text
+    names = ["mixing", "points", "feed-forward", "memories"]
+    page = build_report(causal, TEXT, sections=names)
+    assert "these neurons cannot be read" in part(page, "points").text
+    told = [panel.title for panel in part(page, "mixing").panels]
+    assert "What each layer's output is made of (resid_mid)" in told
+    assert not any("Value Zeroing" in title for title in told)
+    assert left_out(page) == dict.fromkeys(names[2:], "these neurons cannot be read")
     assert page.html()
 
 
@@ -273,18 +435,19 @@ def test_a_model_without_readout_predicts_nothing(causal):
     told = read(causal, TEXT)
     view = told.done.view
     silent = replace(view, readout=replace(view.readout, refusal="no trained head"))
-    assert (
-        sections.SECTIONS["predictions"](replace(told, done=replace(told.done, view=silent)))
-        is None
-    )
+    told = replace(told, done=replace(told.done, view=silent))
+    for name in ("prediction", "memories", "components", "comparison"):
+        assert sections.SECTIONS[name](told) == "no trained head"
 
 
 # ---- files
 
 
 def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
-    first = write_report("causal-lm", path=tmp_path / "first.html")
-    second = write_report(causal, TEXT, tmp_path / "second.html", title="Context-mixing report")
+    some = ["prediction"]
+    first = write_report("causal-lm", path=tmp_path / "first.html", sections=some)
+    title = "Context-mixing report"
+    second = write_report(causal, TEXT, tmp_path / "second.html", title=title, sections=some)
     assert first == tmp_path / "first.html"
     assert first.read_bytes() == second.read_bytes()
 
@@ -336,9 +499,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("report")
+    code, out, err = run("report", "--sections", "mixing", "encoder-layers")
     assert (code, out, err) == (0, ["tl_contextmix_report.html"], [])
-    assert "“keys”" in (tmp_path / "tl_contextmix_report.html").read_text(encoding="utf-8")
+    text = (tmp_path / "tl_contextmix_report.html").read_text(encoding="utf-8")
+    assert "“keys”" in text
+    # On TransformerLens 2 nothing reads the embedded encoder-decoder right.
+    assert ("la batte brûlait ." in text) == (zoo.major() != 2)
 
 
 def test_command_report_options(run, tmp_path, monkeypatch):
@@ -346,7 +512,8 @@ def test_command_report_options(run, tmp_path, monkeypatch):
     monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
     path = tmp_path / "page.html"
     text = "the author that the senators admire"
-    code, out, err = run("report", "--model", "masked-lm", "--text", text, "-o", path, "--open")
+    options = ("--sections", "mixing", "-o", path, "--open")
+    code, out, err = run("report", "--model", "masked-lm", "--text", text, *options)
     assert (code, out, err) == (0, [str(path)], [])
     assert opened == [path.as_uri()]
     parsed = Parsed(path.read_text(encoding="utf-8"))
@@ -355,7 +522,8 @@ def test_command_report_options(run, tmp_path, monkeypatch):
 
 
 def test_command_shows_warnings_on_one_line(run, tmp_path):
-    code, out, err = run("report", "--text", "the politician", "-o", tmp_path / "page.html")
+    options = ("--sections", "prediction", "-o", tmp_path / "page.html")
+    code, out, err = run("report", "--model", "causal-lm", "--text", "the politician", *options)
     assert code == 0
     assert len(out) == len(err) == 1
     assert err[0].startswith("tl-contextmix: warning: causal-lm never saw")
@@ -366,7 +534,8 @@ def test_command_shows_warnings_on_one_line(run, tmp_path):
     ("arguments", "message"),
     [
         (("report", "--model", "no such model"), "Cannot load the model"),
-        (("report", "--text", ""), "empty"),
+        (("report", "--model", "causal-lm", "--text", ""), "empty"),
+        (("report", "--triggers", "no folder", "--model", "causal-lm"), "no folder"),
         (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
         (("check", "no such model"), "Cannot load the model"),
     ],
@@ -395,7 +564,10 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     assert "FAIL" in "".join(out)
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["check"], ["report", "--unknown"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]],
+)
 def test_command_mistakes_exit_with_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         command_line.main(arguments)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tl_contextmix.cite import (
+        cite,
+    )
     from tl_contextmix.compare import (
         compare,
         demo_pairs,
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
         FileFormatError,
         InvalidInput,
         UnsupportedModel,
+    )
+    from tl_contextmix.estimate import (
+        estimate,
     )
     from tl_contextmix.evaluate import (
         MinimalPair,
@@ -109,6 +115,7 @@ if TYPE_CHECKING:
         CompositionFigures,
         ContextMap,
         Decomposition,
+        Estimate,
         Knockout,
         LayerCurves,
         LayerFigures,
@@ -139,6 +146,7 @@ __all__ = [
     "ContextMixError",
     "ContextMixWarning",
     "Decomposition",
+    "Estimate",
     "FileFormatError",
     "InvalidInput",
     "Knockout",
@@ -168,6 +176,7 @@ __all__ = [
     "attention_norms",
     "cancellation",
     "check",
+    "cite",
     "compare",
     "component_readouts",
     "composition",
@@ -178,6 +187,7 @@ __all__ = [
     "decompx",
     "decompx_vectors",
     "demo_pairs",
+    "estimate",
     "faithfulness",
     "ff_memories",
     "ff_values",
@@ -203,6 +213,7 @@ __all__ = [
 
 # Read when first asked for, so that the import costs next to nothing; nobody needs all of it.
 _WHERE = {
+    "cite": "tl_contextmix.cite",
     "compare": "tl_contextmix.compare",
     "demo_pairs": "tl_contextmix.compare",
     "Triggers": "tl_contextmix.corpus",
@@ -217,6 +228,7 @@ _WHERE = {
     "FileFormatError": "tl_contextmix.errors",
     "InvalidInput": "tl_contextmix.errors",
     "UnsupportedModel": "tl_contextmix.errors",
+    "estimate": "tl_contextmix.estimate",
     "MinimalPair": "tl_contextmix.evaluate",
     "agreement": "tl_contextmix.evaluate",
     "cue_alignment": "tl_contextmix.evaluate",
@@ -252,6 +264,7 @@ _WHERE = {
     "CompositionFigures": "tl_contextmix.results",
     "ContextMap": "tl_contextmix.results",
     "Decomposition": "tl_contextmix.results",
+    "Estimate": "tl_contextmix.results",
     "Knockout": "tl_contextmix.results",
     "LayerCurves": "tl_contextmix.results",
     "LayerFigures": "tl_contextmix.results",
@@ -280,11 +293,20 @@ class _Package(ModuleType):
         if not (isinstance(value, ModuleType) and name in _WHERE):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        # What sends functions to other processes (cloudpickle: Ray, Dask, joblib) knows how to
+        # send the modules they name, but no classes of modules.
+        return import_module, (self.__name__,)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_WHERE[name]), name)
+    if isinstance(value, FunctionType):
+        from tl_contextmix.arguments import guarded
+
+        value = guarded(value)
     globals()[name] = value
     return value
 

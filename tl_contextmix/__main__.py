@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tl_contextmix.corpus import load_triggers, merge_triggers, mine_triggers
@@ -17,6 +17,7 @@ from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
 from tl_contextmix.report import DEFAULT_MODEL, DEFAULT_PATH, write_report
 from tl_contextmix.report.comparison import COMPARED, COMPARISON_PATH, write_comparison
+from tl_contextmix.report.sections import SECTIONS
 
 _MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
     0: done. 1: `check` found an identity that does not hold. 2: the command cannot be done.
+    130: it was interrupted.
 
     Args:
         arguments: The words of the command; None for those of the process.
@@ -41,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ContextMixError as error:
             print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("tl-contextmix: stopped; `mine` goes on when called again", file=sys.stderr)
+            return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +68,26 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "report",
         help="write a page on what a model's blocks do to a sentence",
-        description="Writes one HTML page that needs no network, and prints its path.",
+        description="Writes one HTML page that needs no network, and prints its path. Without "
+        "--model it is about the embedded causal language model, with a section on the embedded "
+        "encoder-decoder.",
     )
     command.set_defaults(command=_report)
-    _add_page(command, DEFAULT_PATH)
+    _add_page(command, DEFAULT_PATH, None)
     command.add_argument("--text", help="the sentence; default: one that suits the model")
+    command.add_argument(
+        "--sections",
+        nargs="+",
+        choices=tuple(SECTIONS),
+        metavar="NAME",
+        help=f"some of: {', '.join(SECTIONS)}; default: all but points",
+    )
+    command.add_argument(
+        "--triggers", metavar="DIR", help="triggers of the model's memories: what `mine` wrote"
+    )
+    command.add_argument(
+        "--pairs", metavar="FILE", help="minimal pairs to compare methods on, see `compare`"
+    )
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -78,7 +98,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "what it costs, and writes one HTML page that needs no network.",
     )
     command.set_defaults(command=_compare)
-    _add_page(command, COMPARISON_PATH)
+    _add_page(command, COMPARISON_PATH, DEFAULT_MODEL)
     command.add_argument(
         "--pairs",
         metavar="FILE",
@@ -96,12 +116,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_page(command: argparse.ArgumentParser, path: str) -> None:
+def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
     command.add_argument(
-        "--model",
-        metavar="MODEL",
-        default=DEFAULT_MODEL,
-        help=f"{_MODEL}; default: %(default)s",
+        "--model", metavar="MODEL", default=model, help=f"{_MODEL}; default: {DEFAULT_MODEL}"
     )
     command.add_argument(
         "-o",
@@ -140,8 +157,15 @@ def _add_mine(commands: argparse._SubParsersAction) -> None:
     command.add_argument("-k", type=int, default=25, help="triggers per memory; default: 25")
     command.add_argument("--column", help="column of the texts; default: text")
     command.add_argument("--layer", type=int, nargs="+", help="layers; default: all")
+    command.add_argument("--neurons", type=int, nargs="+", help="neurons of each; default: all")
     command.add_argument("--unit", choices=("prefix", "document"), default="prefix")
     command.add_argument("--tails", choices=("positive", "both", "quadrants"), default="positive")
+    command.add_argument(
+        "--duplicates",
+        choices=("keep", "drop"),
+        default="keep",
+        help="drop: a context that occurs again counts once; default: %(default)s",
+    )
     command.add_argument("--too-long", choices=("cut", "skip", "error"), default="cut")
     command.add_argument("--malformed", choices=("error", "skip"), default="error")
     command.add_argument("--batch-size", type=int, default=16, metavar="N")
@@ -149,20 +173,32 @@ def _add_mine(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--rank",
         type=int,
-        default=_environment(0, "RANK", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID"),
+        default=_share(os.environ)[0],
         help="number of this process; default: what torchrun or SLURM say, or 0",
     )
     command.add_argument(
         "--world-size",
         type=int,
-        default=_environment(1, "WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT", "SLURM_NTASKS"),
+        default=_share(os.environ)[1],
         help="how many processes share the corpus; afterwards: tl-contextmix merge",
     )
 
 
-def _environment(default: int, *names: str) -> int:
-    found = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return int(found[0]) if found else default
+def _share(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Returns the number of this process and how many there are, as torchrun or SLURM say."""
+    for rank, size in (
+        ("RANK", "WORLD_SIZE"),
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ):
+        pair = environment.get(rank, ""), environment.get(size, "")
+        if all(one.isdecimal() for one in pair):
+            number, count = map(int, pair)
+            if rank == "SLURM_ARRAY_TASK_ID":  # --array=1-7:2 has the tasks 1, 3, 5 and 7
+                number -= int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+                number //= int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+            return number, count
+    return 0, 1
 
 
 def _add_merge(commands: argparse._SubParsersAction) -> None:
@@ -203,8 +239,10 @@ def _mine(parsed: argparse.Namespace) -> int:
         k=parsed.k,
         column=parsed.column,
         layer=parsed.layer,
+        neurons=parsed.neurons,
         unit=parsed.unit,
         tails=parsed.tails,
+        duplicates=parsed.duplicates,
         too_long=parsed.too_long,
         malformed=parsed.malformed,
         batch_size=parsed.batch_size,
@@ -224,9 +262,18 @@ def _merge(parsed: argparse.Namespace) -> int:
 
 def _show(parsed: argparse.Namespace) -> int:
     bare = load_triggers(parsed.folder)
-    if parsed.layer is None or parsed.neuron is None:
+    if parsed.layer is None and parsed.neuron is None:
         print(bare)
         return 0
+    if parsed.layer is None or parsed.neuron is None:
+        raise InvalidInput(
+            four_parts(
+                "this is no memory",
+                f"layer {parsed.layer} and neuron {parsed.neuron}",
+                "a layer and a neuron of it",
+                "Give both --layer and --neuron, or neither for what was mined.",
+            )
+        )
     source = parsed.model or bare.manifest["run"]["source"]["model"]
     if source is None:
         raise InvalidInput(
@@ -247,7 +294,15 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    return _written(write_report(parsed.model, parsed.text, parsed.output), parsed.open)
+    path = write_report(
+        parsed.model,
+        parsed.text,
+        parsed.output,
+        sections=parsed.sections,
+        triggers=parsed.triggers,
+        pairs=parsed.pairs,
+    )
+    return _written(path, parsed.open)
 
 
 def _compare(parsed: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.decompose import POINTS
-from tl_contextmix.errors import UnsupportedModel
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluate import (
     Cues,
     Drop,
@@ -25,7 +25,7 @@ from tl_contextmix.evaluate import (
     faithfulness_of,
     sentences_of,
 )
-from tl_contextmix.evaluate.rows import bad, readable
+from tl_contextmix.evaluate.rows import readable
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, label, provenance, run_pass
 from tl_contextmix.methods.alti import alti

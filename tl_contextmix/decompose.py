@@ -20,6 +20,7 @@ from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.model_view import AttentionSublayer, Block, StackName, Trace
 from tl_contextmix.results import Decomposition
+from tl_contextmix.results.axes import whole_number
 from tl_contextmix.tensors import Mixture, Read
 
 Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
@@ -202,7 +203,8 @@ def require_budget(max_bytes: object) -> int:
     Raises:
         InvalidInput: If it is not a positive number of bytes.
     """
-    if not isinstance(max_bytes, int) or max_bytes <= 0:
+    number = whole_number(max_bytes)
+    if number is None or number <= 0:
         raise InvalidInput(
             four_parts(
                 "max_bytes is not a budget",
@@ -211,7 +213,7 @@ def require_budget(max_bytes: object) -> int:
                 "The default is 1 GiB.",
             )
         )
-    return max_bytes
+    return number
 
 
 def decompose(

@@ -5,6 +5,11 @@ Every message has four parts: what failed, the value seen, what was expected, wh
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
 
 class ContextMixError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -26,6 +31,14 @@ class ContextMixWarning(UserWarning):
     """The answer is right, but means something else than the reader may think."""
 
 
+def depth_of_caller() -> int:
+    """Returns how many frames up the line is that called into this package (for warnings)."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
 def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
     """Returns the message of an error, its four parts always in the same order.
 
@@ -36,3 +49,19 @@ def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
         remedy: What the reader can do now.
     """
     return f"{failed}: got {seen}; expected {expected}. {remedy}"
+
+
+def bad(failed: str, seen: str, expected: str, remedy: str) -> InvalidInput:
+    """Returns the error of a call that is wrong, from its four parts."""
+    return InvalidInput(four_parts(failed, seen, expected, remedy))
+
+
+def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raises InvalidInput unless an option is one of those there are."""
+    if not isinstance(value, str) or value not in known:
+        raise bad(
+            f"there is no such {name}",
+            repr(value),
+            f"one of {list(known)}",
+            "Choose one of these.",
+        )

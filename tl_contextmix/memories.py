@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
 from tl_contextmix.unembed import Scan, Unembedding, unembedding
 
@@ -220,6 +220,9 @@ class Reader:
             how: How states and how values are read.
             active: Which memories count as active.
             where: Positions to read.
+
+        Raises:
+            UnsupportedModel: If hooks of the user's own edit what is behind the last block.
         """
         where = where.to(view.device)
         last = trace[view.blocks()[-1].resid_out][where]
@@ -227,6 +230,7 @@ class Reader:
         scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
         whole = Unembedding(view.readout, "model")
         final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
+        _require_followed(view, trace, where, final)
         return cls(view, *how, active, where, scale, final)
 
     def read(self, block: Block, trace: Trace) -> LayerComposition:
@@ -260,6 +264,25 @@ class Reader:
         if self.active == "nonzero":
             seen |= (found < 0) & (table[:, 1] == top[:, None])
         return seen.sum(-1)
+
+
+def _require_followed(view: ModelView, trace: Trace, where: Tensor, final: Tensor) -> None:
+    """Raises UnsupportedModel where hooks edit the way from the last stream to the logits."""
+    if trace.logits is None or not view.hooked():
+        return
+    own = trace.logits[where].to(view.dtype)
+    found = own.gather(-1, final[:, None])[:, 0]
+    best = own.amax(dim=-1)
+    # A tie may be broken otherwise; another token may not be the highest.
+    if bool((best - found > view.tolerance * best.abs().clamp(min=1)).any()):
+        raise UnsupportedModel(
+            four_parts(
+                "memories would be read in another way than the model reads them",
+                f"top tokens that are not the model's, with hooks of your own at {view.hooked()}",
+                "hooks inside the blocks",
+                "Remove the hooks on the final norm or the unembedding.",
+            )
+        )
 
 
 def readings(view: ModelView, projection: object) -> tuple[Unembedding, Unembedding]:

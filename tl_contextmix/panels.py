@@ -7,7 +7,7 @@ tested and drawn without a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,8 @@ class Heatmap:
         columns: Token of each column (the source, what is read).
         causal: Whether cells with column > row cannot be other than zero.
         unit: What a cell measures, for the legend.
+        groups: Which sheets belong together, for example the layer of each head: where there are
+            too many cells to draw one by one, the mean of each group is drawn. Empty: none do.
     """
 
     title: str
@@ -41,10 +43,19 @@ class Heatmap:
     columns: tuple[str, ...]
     causal: bool = False
     unit: str = ""
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         expected = (len(self.sheets), len(self.rows), len(self.columns))
         _require(tuple(self.values.shape) == expected, self.title, self.values.shape, expected)
+        count = len(self.groups)
+        _require(count in (0, len(self.sheets)), self.title, count, len(self.sheets))
+
+    def sheet(self, place: int) -> Heatmap:
+        """Returns one of the matrices, its name in the title."""
+        name = self.sheets[place]
+        title = self.title if len(self.sheets) == 1 else f"{self.title}, {name}"
+        return replace(self, title=title, values=self.values[[place]], sheets=(name,), groups=())
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,26 @@ class Bars:
     def __post_init__(self) -> None:
         for name, values in self.series:
             _require(len(values) == len(self.labels), name, len(values), len(self.labels))
+
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curves(Bars):
+    """Bars whose labels stand in an order, for example layers: drawn as lines; NaN is a gap.
+
+    Attributes:
+        intervals: Lower and upper end at each label, one list per series; empty: there are none.
+    """
+
+    intervals: tuple[tuple[Interval, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seen = [len(ends) for ends in self.intervals]
+        expected = [len(self.labels)] * len(self.series)
+        _require(seen in ([], expected), self.title, seen, expected)
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,7 @@ class Samples:
         _require(seen == expected, self.title, seen, expected)
 
 
-Panel = Heatmap | Bars | Table | ColoredText | Samples
+Panel = Heatmap | Bars | Curves | Table | ColoredText | Samples
 
 
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
 from tl_contextmix.attribution import Cut
+from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace, require_weight
 from tl_contextmix.replay import part_of
 from tl_contextmix.results.components import Components
@@ -91,6 +92,12 @@ class Readers:
         gain = None if self.norm is None else self.norm.weight
         return (vectors if gain is None else vectors * gain) @ self.keys[0]
 
+    def product(
+        self, vectors: Float[Tensor, "some d_model"], branch: int | None
+    ) -> Float[Tensor, "some neuron"]:
+        """Returns `inner`, or `uncentred` where no branch is given."""
+        return self.uncentred(vectors) if branch is None else self.inner(vectors, branch)
+
     def inner_of(self, cut: Cut, branch: int | None = 0) -> Float[Tensor, "component neuron"]:
         """Returns the inner products of every component of a cut.
 
@@ -98,15 +105,11 @@ class Readers:
             cut: The cut, of this stream.
             branch: Which branch; None for the authors' products.
         """
-
-        def product(vectors: Tensor) -> Tensor:
-            return self.uncentred(vectors) if branch is None else self.inner(vectors, branch)
-
         if cut.neurons is None:
             assert cut.vectors is not None
-            return product(cut.vectors()[0])
+            return self.product(cut.vectors()[0], branch)
         # Each vector is multiplied with the keys once, whatever the number of sources.
-        each = product(cut.neurons.vectors(slice(None)))
+        each = self.product(cut.neurons.vectors(slice(None)), branch)
         return (cut.neurons.coefficients[0, :, :, None] * each).flatten(0, 1)
 
     def shares(self, inner: tuple[Tensor, ...]) -> Float[Tensor, "component neuron"]:
@@ -148,8 +151,36 @@ def readers_at(
     if kind.endswith("mlp"):
         assert block.feed_forward is not None
         index = chosen.neuron[row][some].to(view.device)
-        return _feed_forward(block.feed_forward, stream, index)
-    return _attention(view, trace, block, place, stream, chosen, row, some)
+        found = _feed_forward(block.feed_forward, stream, index)
+        own = _post(block.feed_forward, trace, place.pos, index)
+    else:
+        found, value = _attention(view, trace, block, place, stream, chosen, row, some)
+        own = found.slopes[0] * value
+    if view.hooked():
+        _require_own(view, found, own)
+    return found
+
+
+def _post(ff: FeedForward, trace: Trace, pos: int, index: Tensor) -> Float[Tensor, " neuron"]:
+    """Returns the model's own activations of feed-forward neurons."""
+    post, b_post = trace[ff.post][0, pos, index], ff.weights("b_post")
+    return post if b_post is None else post - b_post[index]
+
+
+def _require_own(view: ModelView, found: Readers, own: Float[Tensor, " neuron"]) -> None:
+    """Checks that activations are what was written to the stream that the neurons read."""
+    size = sum((slope * pre).abs() for slope, pre in zip(found.slopes, found.pre, strict=True))
+    error = float((found.activation - own).abs().max() / size.max().clamp(min=1e-30))
+    if not error <= view.tolerance:
+        raise UnsupportedModel(
+            four_parts(
+                "what these neurons read is not the sum of what was written to their stream",
+                f"activations with a relative error of {error:.2g}, with hooks of your own at "
+                f"{', '.join(view.hooked()[:3])}",
+                f"at most {view.tolerance:.0e}",
+                "Take off hooks that edit the stream, a norm or the neurons where they are read.",
+            )
+        )
 
 
 def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> Readers:
@@ -178,7 +209,8 @@ def _attention(
     chosen: Components,
     row: int,
     some: list[int],
-) -> Readers:
+) -> tuple[Readers, Tensor]:
+    """Returns attention neurons and their values as the model computed them."""
     kind = chosen.at(row, some[0])["kind"].removeprefix("encoder ")
     sublayer = next(a for a in block.attentions if (a.kind == "self") == (kind == "attn"))
     heads, index = (getattr(chosen, name)[row][some].to(view.device) for name in ("head", "neuron"))
@@ -188,7 +220,9 @@ def _attention(
     constant = _constant(norm, key, None if bias is None else bias[heads, index])
     target = chosen.pos[row][some].to(view.device)
     slope = trace.pattern(sublayer)[0, heads, target, place.pos]
-    return Readers(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
+    value = trace.value(sublayer)[0, place.pos, heads, index]
+    found = Readers(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
+    return found, value
 
 
 def _constant(norm: Norm | None, key: Tensor, bias: Tensor | None) -> Tensor:

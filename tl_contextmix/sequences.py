@@ -9,8 +9,9 @@ resampling sentences gives its interval.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,9 @@ from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
 Counts = tuple[float, ...]
 Figure = Callable[[Sequence[float]], float]
 UserMetric = Callable[[str, str | None, str], float]
+MetricChoice = str | UserMetric | Sequence[str | UserMetric] | Mapping[str, str | UserMetric]
 _NONE = (0.0, 0.0)
+_CHRF_ORDER, _CHRF_BETA = 6, 2
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,23 @@ def mean_metric(name: str, value: Callable[[Output], float], *, referenced: bool
 
 def user_metric(name: str, function: UserMetric) -> Metric:
     """Returns the mean of a user's function of output, reference and source."""
-    return mean_metric(
-        name, lambda out: function(out.text, out.reference, out.source), referenced=False
-    )
+
+    def value(output: Output) -> float:
+        found = function(output.text, output.reference, output.source)
+        try:
+            # A text may look like a number, and is none.
+            return float("" if isinstance(found, str) else found)
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(
+                four_parts(
+                    f"the metric {name!r} gave no number",
+                    f"{found!r} for the output {output.text!r}",
+                    "a number, or NaN for a sentence without one",
+                    "Return a float from the function.",
+                )
+            ) from error
+
+    return mean_metric(name, value, referenced=False)
 
 
 def ratio(sums: Sequence[float]) -> float:
@@ -128,9 +145,33 @@ def _bleu() -> Metric:
     return Metric("BLEU", counts, figure)
 
 
-def _chrf() -> Metric:
-    chrf = _optional("sacrebleu").metrics.CHRF()
-    return mean_metric("chrF", lambda out: chrf.sentence_score(out.text, [out.reference]).score)
+def character_ngrams(output: Output) -> Counts:
+    """Returns, for 1 to 6 characters, the n-grams of output and reference and those in both.
+
+    Blanks do not count. As sacrebleu does: n-grams that are longer than the reference are none.
+    """
+    said, right = ("".join(words(text)) for text in (output.text, output.reference))
+    found: list[float] = []
+    for n in range(1, _CHRF_ORDER + 1):
+        a, b = (
+            Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (said, right)
+        )
+        found += (sum(a.values()) if b else 0, sum(b.values()), sum((a & b).values()))
+    return tuple(map(float, found))
+
+
+def chrf(sums: Sequence[float]) -> float:
+    """Returns chrF2 of summed counts (Popovic 2015), 0 to 100: F of mean precision and recall.
+
+    Means over the orders that output and reference both have, as in sacrebleu.
+    """
+    orders = [sums[i : i + 3] for i in range(0, len(sums), 3)]
+    shares = [(both / said, both / right) for said, right, both in orders if said and right]
+    if not any(precision for precision, _ in shares):
+        return 0.0
+    precision, recall = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    weight = _CHRF_BETA**2
+    return 100 * (1 + weight) * precision * recall / (weight * precision + recall)
 
 
 def _error_rate(name: str, function: str) -> Metric:
@@ -154,7 +195,7 @@ def _optional(package: str) -> object:
             four_parts(
                 f"this metric needs the package {package}",
                 str(error),
-                "BLEU and chrF from sacrebleu, WER and CER from jiwer",
+                "BLEU from sacrebleu, WER and CER from jiwer",
                 'Install it: pip install "tl-contextmix[metrics]".',
             )
         ) from error
@@ -168,7 +209,7 @@ _MAKERS: dict[str, Callable[[], Metric]] = {
         "token accuracy", lambda out: token_accuracy(out.text, out.reference or "")
     ),
     "BLEU": _bleu,
-    "chrF": _chrf,
+    "chrF": lambda: Metric("chrF", character_ngrams, chrf),
     "WER": lambda: _error_rate("WER", "process_words"),
     "CER": lambda: _error_rate("CER", "process_characters"),
     "length ratio": lambda: Metric(
@@ -189,23 +230,67 @@ _MAKERS: dict[str, Callable[[], Metric]] = {
 }
 METRICS = tuple(_MAKERS)
 """Names of the metrics of an output."""
-DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("BLEU", "chrF", "WER", "CER"))
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("BLEU", "WER", "CER"))
 """Those that need no further package."""
+UNREFERENCED_METRICS = ("edit distance", "repetition", "empty", "truncated")
+"""Those that need no reference either."""
 
 
-def metric_named(name: str) -> Metric:
-    """Returns a metric by its name.
+def metric_items(given: object) -> dict[str, str | UserMetric]:
+    """Returns what was asked for: names of metrics or functions, by the name of their figure.
 
     Raises:
-        InvalidInput: If there is none of this name.
+        InvalidInput: If there is nothing, or something else.
+    """
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    else:
+        one = isinstance(given, str) or callable(given) or not isinstance(given, Sequence)
+        pairs = [(_label(what), what) for what in ([given] if one else given)]
+    named = all(isinstance(name, str) and _is_metric(what) for name, what in pairs)
+    if not named or not pairs or len({name for name, _ in pairs}) < len(pairs):
+        raise InvalidInput(
+            four_parts(
+                "there is no such metric",
+                repr(given),
+                "names or functions, each once, or a mapping from names to them",
+                f"Choose from {list(METRICS)}, or give a function of output, reference and source.",
+            )
+        )
+    return dict(pairs)
+
+
+def _label(what: object) -> object:
+    return what if isinstance(what, str) else getattr(what, "__name__", "metric")
+
+
+def _is_metric(what: object) -> bool:
+    return isinstance(what, str) or callable(what)
+
+
+def make_metrics(items: Mapping[str, str | UserMetric]) -> list[Metric]:
+    """Returns metrics by their names, or made of functions.
+
+    Raises:
+        InvalidInput: If there is none of a name.
         ContextMixError: If the package it needs is not installed.
     """
+    return [
+        replace(_metric_named(what), name=name)
+        if isinstance(what, str)
+        else user_metric(name, what)
+        for name, what in items.items()
+    ]
+
+
+def _metric_named(name: str) -> Metric:
     if name not in _MAKERS:
         raise InvalidInput(
             four_parts(
                 "there is no such metric",
                 repr(name),
-                f"one of {list(METRICS)}, 'gold NLL' or 'KL' of decoder_lens, or a function",
+                f"one of {list(METRICS)}, 'gold NLL', 'KL' or 'accuracy' of decoder_lens, or a "
+                "function",
                 "Pass a function of output, reference and source for a metric of your own.",
             )
         )

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -87,7 +87,7 @@ class Neurons:
         """Numbers that `vectors` are multiplied with where the stream is read."""
         return self.activations / self.path.divisor[:, None]
 
-    def vectors(self, index: Tensor | slice) -> Float[Tensor, "some d_model"]:
+    def vectors(self, index: Tensor | slice) -> Float[Tensor, "*some d_model"]:
         """Returns vectors of some neurons where the stream is read, still to be multiplied."""
         return self.path.linear(self.rows[index])
 
@@ -117,12 +117,14 @@ class AttentionWriter(Writer):
         weight: W_O.
         pattern: What the position attends to.
         value: Value vectors of the sources.
+        read: Which sources can be read: no padding, and nothing that comes later in a causal model.
         path: From the sublayer's output to where the stream is read.
     """
 
     weight: Float[Tensor, "head d_head d_model"]
     pattern: Float[Tensor, "batch head source"]
     value: Float[Tensor, "batch source head d_head"]
+    read: Bool[Tensor, "batch source"]
     path: Path
 
     def heads(self) -> Float[Tensor, "batch head d_model"]:
@@ -274,6 +276,7 @@ def _step(
             "value": trace.value(sublayer),
             "weight": sublayer.W_O,
         }
+        parts["read"] = _readable(sublayer, trace, at[1], parts["pattern"])
         mixed = torch.einsum("bhs,bshd->bhd", parts["pattern"], parts["value"])
         raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
         b_O = sublayer.b_O
@@ -291,6 +294,20 @@ def _step(
     x = x if norm_after is None else norm_after(x)
     step = _Step(kind, layer, sublayer, constant, parts, raw, scale_out, scale_after)
     return step, x
+
+
+def _readable(
+    sublayer: AttentionSublayer, trace: Trace, rows: Tensor, pattern: Tensor
+) -> Bool[Tensor, "batch source"]:
+    """Returns which sources can be read.
+
+    Not simply those with a weight: weights of real tokens underflow.
+    """
+    cross = sublayer.kind == "cross"
+    real = trace.batch.side("encoder" if cross else sublayer.stack).mask.to(pattern.device)
+    if not cross and sublayer.stack == "decoder":
+        real = real & (torch.arange(real.shape[1], device=pattern.device) <= rows[:, None])
+    return real | (pattern != 0).any(dim=1)
 
 
 def _writers(start: Tensor, steps: list[_Step]) -> list[Writer]:

@@ -10,6 +10,7 @@ and the rank of a token. One pass, :math:`2 N d V` operations for :math:`N` vect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,7 +26,7 @@ Projection = Literal["none", "folded", "frozen", "head", "model"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 TILE_BYTES = 2**26
 """Memory for one tile of logits and what is made of it."""
-_ROWS = 1024
+_ROWS, _WIDTH = 1024, 512
 # Copies of a tile of logits that are alive at once.
 _COPIES = 4
 
@@ -87,27 +88,73 @@ class Unembedding:
         """
         weight = require_weight(self.readout.weights, "W_U")
         b_U = None if self.linear else self.readout.weights("b_U")
-        k = min(k, weight.shape[1])
-        room = max(1, max_bytes // (_COPIES * hidden.element_size()))
-        rows = max(1, min(_ROWS, room // min(weight.shape[1], 512)))
-        tile = max(k, room // max(1, min(rows, len(hidden))))
-        found = []
-        # At least once, so that no vectors have a scan, too.
-        for part in blocks(max(1, len(hidden)), rows):
-            some = _Running(hidden[part], k, sides)
-            if targets is not None:
-                columns = weight[:, targets[part]].T
-                at = torch.einsum("vm,vm->v", hidden[part], columns)
-                some.aim(targets[part], self._finish(at, b_U, targets[part]))
-            for columns in blocks(weight.shape[1], tile):
-                some.take(self._finish(hidden[part] @ weight[:, columns], b_U, columns), columns)
-            found.append(some.scan())
-        return Scan.join(found)
-
-    def _finish(self, products: Tensor, b_U: Tensor | None, tokens: Tensor | slice) -> Tensor:
         cap = self.readout.soft_cap
-        logits = products if b_U is None else products.add_(b_U[tokens])
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+        def finish(products: Tensor, tokens: Tensor | slice) -> Tensor:
+            logits = products if b_U is None else products.add_(b_U[tokens])
+            return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+        return scan(hidden, weight, finish, k, sides=sides, targets=targets, max_bytes=max_bytes)
+
+
+Finish = Callable[[Tensor, "Tensor | slice"], Tensor]
+"""Makes logits of products with W_U, which it may overwrite, of some tokens."""
+
+
+def scan(
+    hidden: Float[Tensor, "vector d_model"],
+    weight: Float[Tensor, "d_model d_vocab"],
+    finish: Finish,
+    k: int = 1,
+    *,
+    sides: int = 2,
+    targets: Int[Tensor, " vector"] | None = None,
+    max_bytes: int = TILE_BYTES,
+) -> Scan:
+    """Returns what vectors say about the vocabulary, tile by tile.
+
+    Args:
+        hidden: What W_U multiplies.
+        weight: W_U.
+        finish: Makes logits of products.
+        k: How many tokens at either end.
+        sides: 1 for the highest tokens only, 2 for the lowest, too.
+        targets: One token per vector whose logit and rank are asked for.
+        max_bytes: Workspace, besides vectors, W_U and result.
+    """
+    k = min(k, weight.shape[1])
+    rows, tile = tile_sizes(len(hidden), weight.shape[1], hidden.element_size(), max_bytes)
+    found = []
+    # At least once, so that no vectors have a scan, too.
+    for part in blocks(max(1, len(hidden)), rows):
+        some = _Running(hidden[part], k, sides)
+        if targets is not None:
+            columns = weight[:, targets[part]].T
+            at = torch.einsum("vm,vm->v", hidden[part], columns)
+            some.aim(targets[part], finish(at, targets[part]))
+        for columns in blocks(weight.shape[1], max(k, tile)):
+            some.take(finish(hidden[part] @ weight[:, columns], columns), columns)
+        found.append(some.scan())
+    return Scan.join(found)
+
+
+def tile_sizes(
+    count: int, d_vocab: int, element_size: int, max_bytes: int, *, whole: bool = False
+) -> tuple[int, int]:
+    """Returns how many vectors, and how many tokens, to multiply at once.
+
+    Args:
+        count: How many vectors there are.
+        d_vocab: How many tokens.
+        element_size: Bytes of a number.
+        max_bytes: Workspace for a tile of logits and what is made of it.
+        whole: Whether a tile has to have all tokens.
+    """
+    room = max(1, max_bytes // (_COPIES * element_size))
+    if whole:
+        return max(1, min(count, room // d_vocab)), d_vocab
+    rows = max(1, min(count, _ROWS, room // min(d_vocab, _WIDTH)))
+    return rows, max(1, min(d_vocab, room // rows))
 
 
 @dataclass(frozen=True)

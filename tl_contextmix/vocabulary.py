@@ -24,12 +24,10 @@ from torch import Tensor
 
 from tl_contextmix.model_view import Readout, require_weight
 from tl_contextmix.tensors import blocks
+from tl_contextmix.unembed import Scan, scan, tile_sizes
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
 NORM_RULES: tuple[NormRule, ...] = ("frozen", "frozen+beta", "recompute")
-_ROWS = 256
-# Copies of one tile of logits that are alive at once.
-_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,10 @@ class Vocabulary:
         self, hidden: Float[Tensor, "some d_model"], part: slice = slice(None)
     ) -> Float[Tensor, "some part"]:
         """Returns logits of a part of the vocabulary."""
-        found = hidden @ self.weight[:, part] + self.constants[part]
+        return self._finish(hidden @ self.weight[:, part], part)
+
+    def _finish(self, products: Tensor, tokens: Tensor | slice) -> Tensor:
+        found = products + self.constants[tokens]
         cap = self.readout.soft_cap
         return found if cap is None else cap * torch.tanh(found / cap)
 
@@ -254,16 +255,8 @@ class Vocabulary:
 
         Constants are left out where logits are linear: they are no part of the vector.
         """
-        target = int(self.target[row])
-        found = vectors.new_empty(len(vectors))
-        rows, _ = self._tiles(len(vectors), whole=True)
-        for part in blocks(len(vectors), rows):
-            if self.readout.head is None:
-                logits = self.direction(vectors[part]) @ self.weight
-            else:
-                logits = self.logits(self.hidden(vectors[part], row))
-            found[part] = (logits > logits[:, target, None]).sum(-1).to(found) + 1
-        return found
+        # The scale of the norm makes no rank.
+        return self._scan(vectors, row, 1).rank[:, 0].to(vectors)
 
     def extremes(
         self, vectors: Float[Tensor, "some d_model"], row: int, k: int
@@ -272,16 +265,17 @@ class Vocabulary:
 
         Before the softmax, the norm's scale frozen; a masked-LM head is applied in full.
         """
-        rows, _ = self._tiles(len(vectors), whole=True)
-        found = []
-        for part in blocks(len(vectors), rows):
-            if self.readout.head is None:
-                logits = self.direction(vectors[part]) / self.divisor[row] @ self.weight
-            else:
-                logits = self.logits(self.hidden(vectors[part], row))
-            found.append((*logits.topk(k), *logits.topk(k, largest=False)))
-        values, ids, low, low_ids = (torch.cat(column) for column in zip(*found, strict=True))
-        return values, ids, low, low_ids
+        found = self._scan(vectors, row, k)
+        return found.ends[:, 0], found.ids[:, 0], found.ends[:, 1], found.ids[:, 1]
+
+    def _scan(self, vectors: Tensor, row: int, k: int) -> Scan:
+        """Returns what vectors alone say, and the rank of the target."""
+        targets = self.target[row].expand(len(vectors))
+        if self.readout.head is None:
+            hidden, finish = self.direction(vectors) / self.divisor[row], _as_it_is
+        else:
+            hidden, finish = self.hidden(vectors, row), self._finish
+        return scan(hidden, self.weight, finish, k, targets=targets, max_bytes=self.max_bytes)
 
     def rows_that_fit(self, count: int) -> int:
         """Returns how many whole distributions may be worked on at once."""
@@ -289,12 +283,12 @@ class Vocabulary:
 
     def _tiles(self, count: int, *, whole: bool = False) -> tuple[int, int]:
         """Returns how many vectors, and how many tokens, to multiply at once."""
-        d_vocab = self.weight.shape[1]
-        room = max(1, self.max_bytes // (_COPIES * self.weight.element_size()))
-        if whole:
-            return max(1, min(count, room // d_vocab)), d_vocab
-        rows = max(1, min(count, _ROWS, room // min(d_vocab, 1024)))
-        return rows, max(1, min(d_vocab, room // rows))
+        size = self.weight.element_size()
+        return tile_sizes(count, self.weight.shape[1], size, self.max_bytes, whole=whole)
+
+
+def _as_it_is(products: Tensor, tokens: Tensor | slice) -> Tensor:
+    return products
 
 
 def read_vocabulary(

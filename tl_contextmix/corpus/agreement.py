@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def agreement(triggers: Triggers, tail: str) -> TriggerAgreement:
     """Returns the agreement of values and triggers, see `Triggers.agreement`."""
-    view = triggers.view
-    assert view is not None
+    view = triggers.require_view()
     if triggers.stack != "decoder":
         raise not_mined("next token", triggers.stack, "a model that predicts the next token")
     require_predicting(view, triggers.stack)

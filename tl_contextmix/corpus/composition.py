@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from tl_contextmix.corpus.miner import make_cutting
+from tl_contextmix.corpus.progress import expect, progress
 from tl_contextmix.corpus.reading import open_corpus
-from tl_contextmix.corpus.shards import Cutting, Documents, Malformed, TooLong, batches, read_shards
+from tl_contextmix.corpus.shards import Documents, Malformed, TooLong, batches, read_shards
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import provenance, select_blocks
+from tl_contextmix.inputs import fresh_trace, provenance, select_blocks
 from tl_contextmix.memories import (
     CASES,
     Active,
@@ -25,7 +26,7 @@ from tl_contextmix.memories import (
     require_predicting,
 )
 from tl_contextmix.results import CompositionFigures
-from tl_contextmix.results.axes import require_choice, require_count
+from tl_contextmix.results.axes import require_choice, require_number
 
 Positions = Literal["random", "all"]
 
@@ -71,38 +72,46 @@ def composition(
 
     Raises:
         InvalidInput: If an argument does not fit the model, or a document cannot be used.
-        UnsupportedModel: If the model has no trained vocabulary readout.
+        UnsupportedModel: If the model has no trained vocabulary readout, or hooks of the user's
+            own edit it where the readout does not follow.
 
     Cost: a forward pass over the corpus and ``6 d_model d_vocab`` operations per position and
     layer.
     """
     view = as_view(model)
-    require_predicting(view, view.base_stack(None))
+    stack = view.base_stack(None)
+    require_predicting(view, stack)
     if len(view.stacks) == 2:
         require_predicting(view, "encoder")
     require_choice("composition", "choice of positions", positions, ("random", "all"))
+    seed = require_number("seed", seed, 0)
     how = readings(view, projection)
     blocks = select_blocks(view.blocks(), layer)
     rule = active_rule(active, require_feed_forward(blocks[0]).gated)
-    size = require_count(batch_size)
-    cutting = Cutting(16 * size, size, too_long, malformed, prepend_bos, False)
+    size = require_number("batch_size", batch_size)
+    cutting = make_cutting(
+        "composition", size, 16 * size, too_long, malformed, prepend_bos, special=False
+    )
     opened = open_corpus(corpus, column)
     names = [n for block in blocks for n in (*block.points(), *Reader.names(view, block))]
-    sums, counts, examples = 0, Counter(), 0
-    bar = tqdm(unit="token", unit_scale=True, delay=2, leave=False, disable=None)
-    with torch.no_grad(), bar:
+    # Over a corpus counts pass 2 ** 24, where float32 stops counting.
+    sums = torch.zeros(len(blocks), 4 + len(CASES), dtype=torch.float64)
+    counts, examples, read, whole = Counter(), 0, 0, opened.size()
+    with torch.no_grad(), progress("composition") as bar:
         for shard in read_shards(opened, cutting.shard_size):
+            read += shard.size
             for documents in batches(view, shard, cutting, opened.name, counts):
                 where = documents.counted if positions == "all" else _draw(documents, seed)
-                trace = view.run(documents.batch, list(dict.fromkeys(names)))
+                trace = fresh_trace(view, documents.batch, stack, blocks, names)
                 reader = Reader.of(view, trace, how, rule, where)
                 rows = [reader.read(block, trace).sums(reader.final).cpu() for block in blocks]
-                sums, examples = sums + torch.stack(rows), examples + int(where.sum())
+                sums += torch.stack(rows)
+                examples += int(where.sum())
                 bar.update(int(documents.batch.main.mask.sum()))
-    nothing = torch.zeros(len(blocks), 4 + len(CASES), dtype=view.dtype)
+            expect(bar, read, whole)
     options = {"positions": positions, "active": rule, "projection": projection, **counts}
     return CompositionFigures(
-        sums=sums if isinstance(sums, Tensor) else nothing,
+        sums=sums,
         examples=examples,
         layers=tuple(block.layer for block in blocks),
         cases=CASES,

@@ -6,12 +6,14 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.corpus.composition import draw
+from tl_contextmix.corpus.contexts import coefficients_of, contexts, places_of
 from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.results.axes import require_number
 
 if TYPE_CHECKING:
     import pandas
@@ -19,39 +21,38 @@ if TYPE_CHECKING:
     from tl_contextmix.corpus.triggers import Triggers
 
 _SHEET = (
-    *("layer", "neuron", "rank", "value", "document", "position", "context", "next_token"),
+    *("layer", "neuron", "rank", "value", "document", "position"),
+    *("context", "token", "next_token"),
     *("pattern_1", "pattern_2", "pattern_3", "pattern_4", "note"),
 )
 # What a spreadsheet would take for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def write_jsonl(triggers: Triggers, path: Path, frame: pandas.DataFrame) -> Path:
     """Writes activations as Neuronpedia's exporter has them; see `Triggers.to_jsonl`."""
-    view = triggers.view
-    assert view is not None
+    view = triggers.require_view()
     name = triggers.manifest["run"]["model"]
-    opener = gzip.open if path.suffix == ".gz" else open
-    with _written(path), opener(path, "wt", encoding="utf-8") as file:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with _written(path) as part, opener(part, "wt", encoding="utf-8") as file:
         for layer, group in frame.groupby("layer"):
             block = view.stacks[triggers.stack][int(layer)]
-            contexts = triggers.contexts(group)
-            pairs = list(dict.fromkeys(zip(group["document"], group["position"], strict=True)))
-            found = triggers.coefficients_of([contexts[pair] for pair in pairs], [block])
-            known = dict(zip(pairs, found, strict=True))
-            for row in group.itertuples():
-                pair = (row.document, row.position)
-                values = known[pair][int(layer)][:, row.neuron].tolist()
+            known = contexts(triggers, group)
+            found = coefficients_of(view, list(known.values()), [block])
+            along = dict(zip(known, found, strict=True))
+            for place, row in zip(places_of(group), group.itertuples(), strict=True):
+                values = along[place][int(layer)][:, row.neuron].tolist()
                 record = {
                     "modelId": name,
                     "layer": f"{layer}-mlp",
                     "index": str(row.neuron),
-                    "tokens": [view.to_string(token) for token in contexts[pair]],
+                    "tokens": [view.to_string(token) for token in known[place]],
                     "values": values,
                     "maxValue": max(values),
                     "maxValueTokenIndex": max(range(len(values)), key=values.__getitem__),
                     "minValue": min(values),
                     "dataIndex": str(row.document),
+                    "qualifyingTokenIndex": int(row.position),
                     "binContains": None,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -60,24 +61,24 @@ def write_jsonl(triggers: Triggers, path: Path, frame: pandas.DataFrame) -> Path
 
 def write_sheet(triggers: Triggers, path: Path, frame: pandas.DataFrame) -> Path:
     """Writes an annotation sheet; see `Triggers.to_sheet`."""
-    view = triggers.view
-    assert view is not None
-    contexts = triggers.contexts(frame)
-    with _written(path), open(path, "w", encoding="utf-8-sig", newline="") as file:
+    view = triggers.require_view()
+    known = contexts(triggers, frame)
+    with _written(path) as part, open(part, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_SHEET)
-        for row in frame.itertuples():
-            ids = contexts[row.document, row.position]
-            text = "".join(view.to_string(token) for token in ids)
+        for place, row in zip(places_of(frame), frame.itertuples(), strict=True):
+            text = "".join(view.to_string(token) for token in known[place])
             following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
             numbers = (row.layer, row.neuron, row.rank, row.value, row.document, row.position)
-            writer.writerow([*numbers, _plain(text), _plain(following), *[""] * 5])
+            words = (text, view.to_string(int(row.token)), following)
+            writer.writerow([*numbers, *map(_plain, words), *[""] * 5])
     return path
 
 
 def sampled(frame: pandas.DataFrame, per_layer: int, k: int, seed: int) -> pandas.DataFrame:
     """Returns the first ``k`` triggers of some memories of each layer, drawn by their numbers."""
-    kept = []
+    per_layer, k = require_number("per_layer", per_layer), require_number("k", k)
+    seed, kept = require_number("seed", seed, 0), []
     for layer, group in frame.groupby("layer"):
         numbers = sorted(set(group["neuron"]))
         order = sorted(numbers, key=lambda n: draw(2**62, seed, int(layer), int(n)))
@@ -91,10 +92,12 @@ def _plain(text: str) -> str:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into an error that says so."""
+def _written(path: Path) -> Iterator[Path]:
+    """Yields where to write: the file takes its name once it is complete."""
+    part = path.parent / f".{path.name}.part"
     try:
-        yield
+        yield part
+        part.replace(path)
     except OSError as error:
         raise InvalidInput(
             four_parts(
@@ -104,3 +107,6 @@ def _written(path: Path) -> Iterator[None]:
                 "Choose another path.",
             )
         ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

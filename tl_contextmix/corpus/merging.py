@@ -9,9 +9,18 @@ from pathlib import Path
 
 import torch
 
+from tl_contextmix.corpus.alone import alone
+from tl_contextmix.corpus.checks import COUNTS, require_path
 from tl_contextmix.corpus.runs import require_run
-from tl_contextmix.corpus.shards import COUNTS
-from tl_contextmix.corpus.store import FORMAT_VERSION, Part, load_part, make_folder, write_result
+from tl_contextmix.corpus.store import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Part,
+    load_part,
+    make_folder,
+    read_manifest,
+    write_result,
+)
 from tl_contextmix.errors import InvalidInput, four_parts
 
 
@@ -25,15 +34,20 @@ def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path
         parts: Folders of the parts.
 
     Raises:
-        InvalidInput: If parts are missing, unfinished, or of different runs.
+        InvalidInput: If parts are missing, unfinished, or of different runs, or the folder holds
+            the result of another run.
         FileFormatError: If a file is no part.
     """
-    folder = make_folder(out)
-    places = [Path(part) for part in parts] or [folder]
+    listed = [parts] if isinstance(parts, (str, Path)) else parts
+    places = [require_path(part) for part in listed] or [require_path(out)]
     files = sorted(path for place in places for path in place.glob("part-*.safetensors"))
     found = [load_part(path, torch.device("cpu")) for path in files]
     _require_whole(found, places)
-    finish(found, folder)
+    folder = make_folder(out)
+    with alone(folder / ".merge.lock"):
+        if (folder / MANIFEST).exists():
+            require_run(read_manifest(folder)["run"], found[0].run, folder)
+        finish(found, folder)
     return folder
 
 

@@ -9,8 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.corpus.checks import TAILS, require_flag
 from tl_contextmix.corpus.shards import Cutting, Documents, Malformed, TooLong
-from tl_contextmix.corpus.topk import TopK, pack_places, pack_tokens
+from tl_contextmix.corpus.topk import (
+    TopK,
+    first_of_each,
+    hash_prefixes,
+    pack_places,
+    pack_tokens,
+)
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.inputs import select_blocks
 from tl_contextmix.memories import (
@@ -21,15 +28,11 @@ from tl_contextmix.memories import (
     require_feed_forward,
 )
 from tl_contextmix.model_view import Block, ModelView, StackName, Trace
-from tl_contextmix.results.axes import positions, require_choice, require_count
+from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
 
 Unit = Literal["prefix", "document"]
 Tails = Literal["positive", "both", "quadrants"]
-TAILS: dict[str, tuple[str, ...]] = {
-    "positive": ("positive",),
-    "both": ("positive", "negative"),
-    "quadrants": QUADRANTS,
-}
+Duplicates = Literal["keep", "drop"]
 NEGATIVE = ("negative", "+-", "-+")
 """Tails of negative coefficients: the memory promotes what its value demotes."""
 
@@ -46,6 +49,7 @@ class Miner:
         k: How many triggers of each memory.
         unit: Whether every prefix can be a trigger, or the best one of each document.
         tails: What is looked for.
+        duplicates: Whether the same context counts every time or once.
         how: How the corpus is cut up.
     """
 
@@ -56,6 +60,7 @@ class Miner:
     k: int
     unit: Unit
     tails: Tails
+    duplicates: Duplicates
     how: Cutting
 
     def chosen(self, block: Block) -> list[int]:
@@ -64,13 +69,24 @@ class Miner:
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
-        return {
-            (block.layer, tail): TopK.zero(
-                len(self.chosen(block)), self.k, self.view.dtype, self.view.device
-            )
-            for block in self.blocks
-            for tail in TAILS[self.tails]
-        }
+        view, distinct = self.view, self.duplicates == "drop"
+        try:
+            return {
+                (block.layer, tail): TopK.zero(
+                    len(self.chosen(block)), self.k, view.dtype, view.device, distinct=distinct
+                )
+                for block in self.blocks
+                for tail in TAILS[self.tails]
+            }
+        except (RuntimeError, TypeError) as error:  # torch names no size that it cannot allocate
+            raise InvalidInput(
+                four_parts(
+                    "so many triggers do not fit in memory",
+                    f"k={self.k}",
+                    "20 k bytes for each memory",
+                    "Ask for fewer, or for fewer layers or neurons.",
+                )
+            ) from error
 
     def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
         """Runs the model on a batch and takes in what it shows."""
@@ -79,12 +95,35 @@ class Miner:
         device = self.view.device
         counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
         places = pack_places(documents.numbers.to(device), ids.shape[1])
-        tokens = pack_tokens(ids, documents.next_ids.to(device))
+        entries = [places, pack_tokens(ids, documents.next_ids.to(device))]
+        once = counted
+        if self.duplicates == "drop":
+            entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
+            once = self._once(counted, places, entries[2])
         for block in self.blocks:
-            scores = self._scores(block, trace, counted)
-            for tail, values in scores:
-                update = self._best if self.unit == "document" else self._every
-                update(tops[block.layer, tail], values, counted, places, tokens)
+            for tail, values in self._scores(block, trace, counted):
+                if self.unit == "document":
+                    self._best(tops[block.layer, tail], values, counted, entries)
+                else:
+                    self._every(tops[block.layer, tail], values, once, entries)
+
+    def _keys(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns a hash of what each position has read."""
+        prefixes = hash_prefixes(ids)
+        if self.stack == "decoder":
+            return prefixes
+        whole = prefixes.gather(1, mask.sum(1, keepdim=True) - 1)
+        pos = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return hash_prefixes(torch.stack([whole.expand_as(ids), pos], dim=-1).flatten(0, 1))[
+            :, 1
+        ].view_as(ids)
+
+    @staticmethod
+    def _once(counted: Tensor, places: Tensor, keys: Tensor) -> Tensor:
+        """Returns the positions that count, each context in the first of its places only."""
+        once = counted.clone()
+        once[counted] = first_of_each(keys[counted], places[counted])
+        return once
 
     def _names(self, block: Block) -> tuple[str, ...]:
         ff = require_feed_forward(block)
@@ -112,24 +151,26 @@ class Miner:
             yield "negative", -found
 
     @staticmethod
-    def _every(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
-        flat, named = places.flatten(), tokens.flatten()
+    def _every(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
+        flat = [entry.flatten() for entry in entries]
         top.update(
-            values.flatten(0, 1), counted.flatten(), lambda rows, *_: (flat[rows], named[rows])
+            values.flatten(0, 1),
+            counted.flatten(),
+            lambda rows, *_: tuple(entry[rows] for entry in flat),
         )
 
     @staticmethod
-    def _best(top: TopK, values: Tensor, counted: Tensor, places: Tensor, tokens: Tensor) -> None:
+    def _best(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
         masked = values.masked_fill(~counted[..., None], -torch.inf)
         steps = torch.arange(values.shape[1], device=values.device)
 
-        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, ...]:
             # The first of the document's positions that have its highest value.
             there = masked[rows, :, columns] == best[:, None]
             pos = torch.where(there, steps, len(steps)).amin(dim=1)
-            return places[rows, pos], tokens[rows, pos]
+            return tuple(entry[rows, pos] for entry in entries)
 
-        top.update(masked.amax(dim=1), counted.any(dim=1), locate)
+        top.update(masked.amax(dim=1), counted.any(dim=1), locate, repeats=top.keys is not None)
 
 
 def make_miner(
@@ -141,6 +182,7 @@ def make_miner(
     stack: StackName | None,
     unit: Unit,
     tails: Tails,
+    duplicates: Duplicates,
 ) -> Miner:
     """Returns what is mined, checked.
 
@@ -149,6 +191,7 @@ def make_miner(
     """
     require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
     require_choice("mine_triggers", "choice of tails", tails, tuple(TAILS))
+    require_choice("mine_triggers", "treatment of duplicates", duplicates, ("keep", "drop"))
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":
@@ -160,7 +203,9 @@ def make_miner(
                 "Leave `stack` out.",
             )
         )
-    blocks = select_blocks(view.stacks[base], layer)
+    # In the model's order and each once, whatever the order they were asked for in.
+    asked = {block.layer: block for block in select_blocks(view.stacks[base], layer)}
+    blocks = tuple(asked[number] for number in sorted(asked))
     first = require_feed_forward(blocks[0])
     if tails == "quadrants" and not first.gated:
         raise InvalidInput(
@@ -172,11 +217,14 @@ def make_miner(
             )
         )
     size = first.W_out.shape[0]
-    chosen = None if neurons is None else tuple(positions("neuron", neurons, (), size))
-    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, how)
+    chosen = None
+    if neurons is not None:
+        chosen = tuple(sorted(set(positions("neuron", neurons, (), size))))
+    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, duplicates, how)
 
 
 def make_cutting(
+    operation: str,
     batch_size: int,
     shard_size: int,
     too_long: TooLong,
@@ -189,10 +237,16 @@ def make_cutting(
     Raises:
         InvalidInput: If an option is none of those there are.
     """
-    require_choice("mine_triggers", "treatment of long documents", too_long, _LONG)
-    require_choice("mine_triggers", "treatment of malformed documents", malformed, _MALFORMED)
-    sizes = (require_count(shard_size), require_count(batch_size))
-    return Cutting(*sizes, too_long, malformed, prepend_bos, special)
+    require_choice(operation, "treatment of long documents", too_long, _LONG)
+    require_choice(operation, "treatment of malformed documents", malformed, _MALFORMED)
+    return Cutting(
+        require_number("shard_size", shard_size),
+        require_number("batch_size", batch_size),
+        too_long,
+        malformed,
+        require_flag("prepend_bos", prepend_bos, (None, True, False)),
+        require_flag("special", special),
+    )
 
 
 _LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from tl_contextmix.corpus.alone import alone
 from tl_contextmix.corpus.merging import finish
-from tl_contextmix.corpus.miner import Miner, Tails, Unit, make_cutting, make_miner
+from tl_contextmix.corpus.miner import Duplicates, Miner, Tails, Unit, make_cutting, make_miner
+from tl_contextmix.corpus.progress import expect, progress
 from tl_contextmix.corpus.reading import Corpus, open_corpus
-from tl_contextmix.corpus.runs import changed, describe_run, require_run
+from tl_contextmix.corpus.runs import as_far_as, changed, describe_run, require_run
 from tl_contextmix.corpus.shards import Malformed, Shard, TooLong, batches, read_shards
 from tl_contextmix.corpus.store import (
     MANIFEST,
@@ -29,6 +31,7 @@ from tl_contextmix.corpus.triggers import Triggers, load_triggers
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.model_view import StackName
+from tl_contextmix.results.axes import require_number
 
 
 def mine_triggers(
@@ -43,6 +46,7 @@ def mine_triggers(
     stack: StackName | None = None,
     unit: Unit = "prefix",
     tails: Tails = "positive",
+    duplicates: Duplicates = "keep",
     special: bool = False,
     prepend_bos: bool | None = None,
     too_long: TooLong = "cut",
@@ -86,12 +90,18 @@ def mine_triggers(
             document.
         tails: ``"positive"`` coefficients; ``"both"``: the most negative ones, too;
             ``"quadrants"``: the largest for each sign of a gated neuron's gate and linear branch.
+        duplicates: ``"keep"``: as in the paper every prefix counts, so that one that is frequent
+            can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
+            document where the model reads both ways) counts once, where its coefficient is
+            highest. Contexts are told apart by 64-bit hashes of their tokens.
         special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
             [SEP]) count.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
         too_long: Documents longer than the model's context are ``"cut"``, left out (``"skip"``) or
             an ``"error"``; the manifest counts them and the tokens cut off.
-        malformed: Documents that cannot be read are an ``"error"`` or left out and counted.
+        malformed: Documents that cannot be read are an ``"error"`` or left out (``"skip"``) and
+            counted. A run that such an error stopped, or one of ``too_long``, goes on with another
+            choice.
         batch_size: Documents in a batch.
         shard_size: Documents in a shard; documents of like length within a shard share batches.
         checkpoint_seconds: How often progress is written down; at most that much work is lost.
@@ -104,28 +114,35 @@ def mine_triggers(
 
     Raises:
         InvalidInput: If an argument does not fit the model, a document cannot be used, the folder
-            holds a run with another model, tokenizer, corpus or other options, or a file cannot be
-            written.
+            holds a run with another model, tokenizer, corpus or other options, another process is
+            at it, or a file cannot be written.
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Cost: one forward pass over the corpus and a comparison per coefficient; an entry of a memory is
     replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
-    ``20 k`` bytes per memory.
+    ``20 k`` bytes per memory (28 without duplicates).
     """
     view = as_view(model)
-    how = make_cutting(batch_size, shard_size, too_long, malformed, prepend_bos, special)
-    miner = make_miner(view, how, k, layer, neurons, stack, unit, tails)
+    how = make_cutting(
+        "mine_triggers", batch_size, shard_size, too_long, malformed, prepend_bos, special
+    )
+    miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
     rank, world_size = _require_rank(rank, world_size)
+    seconds = _require_seconds(checkpoint_seconds)
     opened, folder = open_corpus(corpus, column), make_folder(out)
-    run = describe_run(miner, opened, source)
-    if (folder / MANIFEST).exists():
-        return _already(folder, run, opened, model, world_size)
-    part = run_part(miner, opened, folder, run, rank, world_size, checkpoint_seconds)
-    if world_size > 1:
-        return None
-    finish([part], folder)
-    part_path(folder, rank, world_size).unlink(missing_ok=True)
-    return load_triggers(folder, model=model, corpus=opened)
+    run = describe_run(miner, opened, _require_source(source))
+    if not (folder / MANIFEST).exists():
+        path = part_path(folder, rank, world_size)
+        with alone(path.with_name(f".{path.stem}.lock")):
+            # Another process may have been at it until now.
+            if not (folder / MANIFEST).exists():
+                part = run_part(miner, opened, folder, run, rank, world_size, seconds)
+                if world_size > 1:
+                    return None
+                finish([part], folder)
+                path.unlink(missing_ok=True)
+                return load_triggers(folder, model=model, corpus=opened)
+    return _already(folder, run, opened, model, world_size)
 
 
 def run_part(
@@ -140,11 +157,10 @@ def run_part(
     """Mines the shards of one process, from its last checkpoint on; returns its part."""
     part = _resumed(folder, miner, run, rank, world_size)
     before, last = len(part.digests), time.monotonic()
-    seen = 0
-    bar = tqdm(unit="token", unit_scale=True, delay=2, leave=False, disable=None, desc="mining")
-    with torch.no_grad(), bar:
+    seen, read, size = 0, 0, corpus.size()
+    with torch.no_grad(), progress("mining", part.counts["tokens"]) as bar:
         for shard in read_shards(corpus, miner.how.shard_size):
-            seen = shard.index + 1
+            seen, read = shard.index + 1, read + shard.size
             if shard.index % world_size != rank:
                 continue
             own = shard.index // world_size
@@ -155,6 +171,7 @@ def run_part(
             if part.done:
                 raise changed(corpus, f"{seen} shards where there were {part.shards}")
             _mine_shard(miner, part, shard, corpus, bar.update)
+            expect(bar, read, size)
             part.take(digest)
             if time.monotonic() - last >= checkpoint_seconds:
                 save_part(part, folder)
@@ -181,7 +198,10 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
     path = part_path(folder, rank, world_size)
     if path.is_file():
         part = load_part(path, miner.view.device)
-        require_run(part.run, run, folder)
+        require_run(as_far_as(part.run, run), run, folder)
+        if part.run["options"] != run["options"]:
+            part.run = run
+            save_part(part, folder)
         return part
     strange = [
         other
@@ -220,11 +240,39 @@ def _already(
     if {"digest": whole.hexdigest(), "shards": count} != manifest["corpus"]:
         raise changed(corpus, f"{count} shards with another hash")
     if world_size == 1:
-        part_path(folder, 0, 1).unlink(missing_ok=True)
+        with suppress(OSError):  # a result that may only be read
+            part_path(folder, 0, 1).unlink(missing_ok=True)
     return load_triggers(folder, model=model, corpus=corpus)
 
 
+def _require_seconds(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise InvalidInput(
+            four_parts(
+                "progress cannot be written down",
+                f"checkpoint_seconds={value!r}"[:200],
+                "a number of seconds, 0 or more",
+                "Leave it out for one minute.",
+            )
+        )
+    return value
+
+
+def _require_source(value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InvalidInput(
+            four_parts(
+                "the source of the model cannot be written down",
+                f"source={value!r}"[:200],
+                "what load_model is given: a str",
+                "Leave it out.",
+            )
+        )
+    return value
+
+
 def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
+    rank, world_size = require_number("rank", rank, 0), require_number("world_size", world_size, 0)
     if not 0 <= rank < world_size:
         raise InvalidInput(
             four_parts(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_contextmix.corpus.checks import require_path
 from tl_contextmix.corpus.merging import merge_triggers
 from tl_contextmix.corpus.mining import mine_triggers
 from tl_contextmix.corpus.store import make_folder, part_path
 from tl_contextmix.corpus.triggers import Triggers, load_triggers
 from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.results.axes import require_number
 
 _OURS = ("model", "corpus", "out", "rank", "world_size")
 
@@ -76,10 +78,12 @@ def mine_on_ray(
         InvalidInput: If Ray is not installed, would wait for ever, or an option is none of
             `mine_triggers`.
     """
-    options = dict(options or {})
-    _require_options(options)
-    count = max(2, 4 * workers if parts is None else parts)
-    folder = make_folder(out)
+    options = _require_options(options)
+    workers = require_number("workers", workers)
+    count = max(2, 4 * workers if parts is None else require_number("parts", parts))
+    _require_share(num_cpus)
+    # Workers may be started in another folder than this process.
+    corpus, folder = require_path(corpus).absolute(), make_folder(out).absolute()
     with _ray(workers * num_cpus) as ray:
         table = ray.data.from_items([{"rank": r, "world_size": count} for r in range(count)])
         done = table.repartition(count).map_batches(
@@ -96,7 +100,20 @@ def mine_on_ray(
     return load_triggers(merge_triggers(folder), corpus=corpus, column=options.get("column"))
 
 
-def _require_options(options: dict[str, Any]) -> None:
+def _require_share(num_cpus: object) -> None:
+    if isinstance(num_cpus, bool) or not isinstance(num_cpus, (int, float)) or not num_cpus > 0:
+        raise InvalidInput(
+            four_parts(
+                "actors cannot be placed",
+                f"num_cpus={num_cpus!r}"[:200],
+                "a number of CPUs above 0",
+                "Leave it out for one each.",
+            )
+        )
+
+
+def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = dict(given) if isinstance(given, Mapping) else {"": given} if given else {}
     known = [n for n in inspect.signature(mine_triggers).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -108,6 +125,7 @@ def _require_options(options: dict[str, Any]) -> None:
                 "See the docstring of mine_triggers.",
             )
         )
+    return options
 
 
 @contextlib.contextmanager

@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
+
+from tl_contextmix.corpus.contexts import contexts, places_of, sample
+from tl_contextmix.corpus.shards import frame_of
+from tl_contextmix.results import Pattern, TriggerPatterns
+
+if TYPE_CHECKING:
+    import pandas
+
+    from tl_contextmix.corpus.triggers import Triggers
 
 _ENDINGS = (3, 2, 1)
 _KEPT = 0.5
 
 
+def patterns(triggers: Triggers, tail: str, frame: pandas.DataFrame) -> TriggerPatterns:
+    """Returns what triggers of memories have in common, see `Triggers.patterns`."""
+    view = triggers.require_view()
+    known = contexts(triggers, frame)
+    lead = frame_of(view, triggers.manifest["run"]["options"]["prepend_bos"])[0]
+    base = Base(sample(triggers))
+    rows = []
+    for (layer, neuron), group in frame.groupby(["layer", "neuron"]):
+        # Up to the trigger, also where what is behind it has been read.
+        some = [tuple(known[place][lead : place[1] + 1]) for place in places_of(group)]
+        some = [context for context in some if context]  # at a beginning-of-sequence token
+        for kind, tokens, share in common(some):
+            rows.append(
+                Pattern(
+                    layer=int(layer),
+                    neuron=int(neuron),
+                    kind=kind,
+                    text="".join(view.to_string(token) for token in tokens),
+                    length=len(tokens),
+                    share=share,
+                    chance=base.share(kind, tokens),
+                    triggers=len(some),
+                    contexts=len(set(some)),
+                )
+            )
+    return TriggerPatterns(tuple(rows), triggers.describe("patterns", {"tail": tail}))
+
+
 class Base:
     """How often patterns occur among all prefixes of some documents."""
 
-    def __init__(self, documents: dict[int, list[int]], lead: int) -> None:
+    def __init__(self, documents: dict[int, list[int]]) -> None:
         self.endings: Counter[tuple[int, ...]] = Counter()
         self.containing: Counter[int] = Counter()
         self.total = 0
-        for ids in documents.values():
-            text = ids[lead:]
+        for text in documents.values():
             self.total += len(text)
             for length in _ENDINGS:
                 self.endings.update(

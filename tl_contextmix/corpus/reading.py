@@ -7,9 +7,9 @@ it is up to who reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,11 @@ _SUFFIXES: dict[str, Kind] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+# Read line by line these would be documents, none of them anybody's text.
+_NO_TEXT = frozenset(
+    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".csv", ".tsv", ".xlsx", ".arrow", ".feather")
+)
+_BOM = b"\xef\xbb\xbf"
 _ROWS = 1024
 
 
@@ -32,10 +37,12 @@ class Document:
     Attributes:
         text: Its text, or None where it cannot be read.
         problem: Why; empty where it can.
+        size: How much of the corpus it is, in the unit of `Corpus.size`.
     """
 
     text: str | None
     problem: str = ""
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,31 @@ class Corpus:
     column: str | None
     held: Any
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
-        """Yields the documents from a number on.
+    def documents(self) -> Iterator[Document]:
+        """Yields the documents.
 
         Raises:
             InvalidInput: If the corpus cannot be read.
         """
         try:
-            yield from _READERS[self.kind](self, start)
+            yield from _READERS[self.kind](self)
         except OSError as error:
             raise _unreadable(self.name, str(error)) from error
 
+    def size(self) -> int | None:
+        """Returns how much there is: bytes of lines, else documents; None where nobody knows."""
+        try:
+            if self.kind in ("text", "jsonl"):
+                return self.held.stat().st_size
+            if self.kind == "parquet":
+                with _opened_parquet(self) as file:
+                    return file.metadata.num_rows
+        except OSError as error:
+            raise _unreadable(self.name, str(error)) from error
+        return len(self.held) if hasattr(self.held, "__len__") else None
+
     def pick(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, str]:
-        """Returns the texts of some documents.
+        """Returns the texts of some documents; none but these are decoded.
 
         Args:
             numbers: Those that must be there.
@@ -77,17 +96,11 @@ class Corpus:
         """
         needed = set(numbers)
         wanted = sorted(needed.union(spare))
-        found: dict[int, str] = {}
-        # A streaming dataset has items too, but no length.
-        if self.kind == "dataset" and hasattr(self.held, "__len__"):
-            reader = ((n, _document(self.held[n], self.column)) for n in wanted)
-        else:
-            last = wanted[-1] if wanted else -1
-            reader = enumerate(islice(self.documents(), last + 1))
-        keep = set(wanted)
-        for number, document in reader:
-            if number in keep and document.text is not None:
-                found[number] = document.text
+        try:
+            picked = _picked(self, wanted) if wanted else ()
+            found = {n: d.text for n, d in picked if d.text is not None}
+        except OSError as error:
+            raise _unreadable(self.name, str(error)) from error
         missing = [number for number in sorted(needed) if number not in found]
         if missing:
             raise InvalidInput(
@@ -101,51 +114,68 @@ class Corpus:
         return found
 
 
-def open_corpus(corpus: object, column: str | None = None) -> Corpus:
+def open_corpus(corpus: object, column: str | None = None, *, default: str | None = None) -> Corpus:
     """Returns a corpus, told from what it is.
 
     Args:
         corpus: The path of a text file (a document per line), of a jsonl or a parquet file; a
             Hugging Face dataset, map-style or streaming; or an iterable of texts.
-        column: Column of a jsonl file, parquet file or dataset; None for ``"text"``.
+        column: Column of a jsonl file, parquet file or dataset; None for the default.
+        default: Its column where none is named; None for ``"text"``.
 
     Raises:
         InvalidInput: If it is none of these.
     """
+    default = default or "text"
+    if column is not None and not isinstance(column, str):
+        raise _no_corpus(f"column={column!r}", "the name of a column", "Give it as a str.")
     if isinstance(corpus, Corpus):
         return corpus
     if isinstance(corpus, (str, Path)):
-        return _open_file(Path(corpus), column)
-    if hasattr(corpus, "column_names") and hasattr(corpus, "__iter__"):
-        return Corpus("dataset", f"a {type(corpus).__name__}", column or "text", corpus)
-    if isinstance(corpus, Iterable) and not isinstance(corpus, (bytes, dict)):
-        _require_no_column(column, f"a {type(corpus).__name__}")
-        return Corpus("iterable", f"a {type(corpus).__name__}", None, corpus)
-    raise InvalidInput(
-        four_parts(
-            "the corpus cannot be read",
-            f"a {type(corpus).__name__}",
-            "the path of a text, jsonl or parquet file, a dataset, or an iterable of texts",
-            "Give a list of texts or a path.",
-        )
-    )
+        return _open_file(corpus, column, default)
+    kind = type(corpus).__name__
+    if isinstance(corpus, Mapping):
+        remedy = f"Give one of its parts: {list(corpus)[:5]}."
+        raise _no_corpus(f"a {kind}", "one sequence of documents", remedy)
+    if hasattr(corpus, "column_names") and hasattr(corpus, "features"):
+        return Corpus("dataset", f"a {kind}", column or default, corpus)
+    if hasattr(corpus, "columns"):
+        # Iterated over, a table yields the names of its columns.
+        remedy = f"Give the column: table[{column or default!r}]."
+        raise _no_corpus(f"a {kind}, a table", "an iterable of texts", remedy)
+    if isinstance(corpus, Set) and not hasattr(corpus, "mapping"):
+        remedy = "Give sorted(corpus): documents are numbered, and sets have no order."
+        raise _no_corpus(f"a {kind}", "documents in an order", remedy)
+    if isinstance(corpus, Iterable) and not isinstance(corpus, bytes):
+        _require_no_column(column, f"a {kind}")
+        return Corpus("iterable", f"a {kind}", None, corpus)
+    expected = "the path of a text, jsonl or parquet file, a dataset, or an iterable of texts"
+    raise _no_corpus(f"a {kind}", expected, "Give a list of texts or a path.")
 
 
-def _open_file(path: Path, column: str | None) -> Corpus:
-    if not path.is_file():
-        raise InvalidInput(
-            four_parts(
-                "the corpus cannot be read",
-                f"{path}, which is no file",
-                "the path of a text, jsonl or parquet file",
-                "Check the path; give texts themselves as a list.",
-            )
-        )
-    kind = _SUFFIXES.get(path.suffix.lower(), "text")
+def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
+    path, seen = Path(given), str(given)[:200]
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a text instead of a path
+        there = False
+    expected = "the path of a text, jsonl or parquet file"
+    if not there:
+        remedy = "Check the path; give texts themselves as a list."
+        raise _no_corpus(f"{seen}, which is no file", expected, remedy)
+    suffix = path.suffix.lower()
+    if suffix in _NO_TEXT:
+        remedy = "Unpack it, or load it with datasets.load_dataset and give that."
+        raise _no_corpus(f"{seen}, a {suffix} file", expected, remedy)
+    kind = _SUFFIXES.get(suffix, "text")
     if kind == "text":
         _require_no_column(column, str(path))
         return Corpus("text", str(path), None, path)
-    return Corpus(kind, str(path), column or "text", path)
+    return Corpus(kind, str(path), column or default, path)
+
+
+def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
+    return InvalidInput(four_parts("the corpus cannot be read", seen, expected, remedy))
 
 
 def _require_no_column(column: str | None, name: str) -> None:
@@ -160,30 +190,34 @@ def _require_no_column(column: str | None, name: str) -> None:
         )
 
 
-def _lines(corpus: Corpus, start: int) -> Iterator[Document]:
+def _raw_lines(corpus: Corpus) -> Iterator[bytes]:
     # Bytes: a line that is not UTF-8 is a document with a problem, not the end of the file.
     with open(corpus.held, "rb") as file:
-        for line in islice(file, start, None):
-            try:
-                yield Document(line.rstrip(b"\r\n").decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield Document(None, f"no UTF-8 ({error.reason} at byte {error.start})")
+        for number, line in enumerate(file):
+            yield line.removeprefix(_BOM) if number == 0 else line
 
 
-def _objects(corpus: Corpus, start: int) -> Iterator[Document]:
-    for line in _lines(corpus, start):
-        if line.text is None or not line.text.strip():
-            yield line
-            continue
-        try:
-            found = json.loads(line.text)
-        except (ValueError, RecursionError) as error:
-            yield Document(None, f"no JSON ({error})"[:200])
-            continue
-        yield _document(found, corpus.column)
+def _decoded(corpus: Corpus, line: bytes) -> Document:
+    try:
+        text = line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Document(None, f"no UTF-8 ({error.reason} at byte {error.start})", len(line))
+    if corpus.kind == "text" or not text.strip():
+        return Document(text, size=len(line))
+    try:
+        found = _document(json.loads(text), corpus.column)
+    except (ValueError, RecursionError) as error:
+        found = Document(None, f"no JSON ({error})"[:200])
+    return replace(found, size=len(line))
 
 
-def _parquet(corpus: Corpus, start: int) -> Iterator[Document]:
+def _lines(corpus: Corpus) -> Iterator[Document]:
+    return (_decoded(corpus, line) for line in _raw_lines(corpus))
+
+
+@contextmanager
+def _opened_parquet(corpus: Corpus) -> Iterator[Any]:
+    """Yields a parquet file that has the column."""
     import pyarrow
     import pyarrow.parquet
 
@@ -191,40 +225,60 @@ def _parquet(corpus: Corpus, start: int) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(corpus.held) as file:
             if corpus.column not in file.schema_arrow.names:
                 raise _no_column(corpus, file.schema_arrow.names)
-            groups, skipped = _from_row(file.metadata, start)
-            rows = file.iter_batches(_ROWS, row_groups=groups, columns=[corpus.column])
-            listed = (value for batch in rows for value in batch.column(0).to_pylist())
-            for value in islice(listed, skipped, None):
-                yield _checked(value)
-    except pyarrow.ArrowInvalid as error:
+            yield file
+    except pyarrow.ArrowException as error:
         raise _unreadable(corpus.name, str(error)) from error
 
 
-def _from_row(metadata: Any, start: int) -> tuple[list[int], int]:
-    """Returns the row groups from a row on, and how many rows of the first to skip."""
-    for group in range(metadata.num_row_groups):
-        count = metadata.row_group(group).num_rows
-        if start < count:
-            return list(range(group, metadata.num_row_groups)), start
-        start -= count
-    return [], 0
+def _parquet(corpus: Corpus) -> Iterator[Document]:
+    with _opened_parquet(corpus) as file:
+        for batch in file.iter_batches(_ROWS, columns=[corpus.column]):
+            yield from map(_checked, batch.column(0).to_pylist())
 
 
-def _dataset(corpus: Corpus, start: int) -> Iterator[Document]:
-    names = corpus.held.column_names
-    if names is not None and corpus.column not in names:
-        raise _no_column(corpus, list(names))
-    if hasattr(corpus.held, "__len__"):
-        for number in range(start, len(corpus.held)):
-            yield _document(corpus.held[number], corpus.column)
-        return
-    for row in corpus.held.skip(start) if start else corpus.held:
+def _dataset(corpus: Corpus) -> Iterator[Document]:
+    _require_column(corpus)
+    for row in corpus.held:
         yield _document(row, corpus.column)
 
 
-def _iterable(corpus: Corpus, start: int) -> Iterator[Document]:
-    for text in islice(corpus.held, start, None):
-        yield _checked(text)
+def _require_column(corpus: Corpus) -> None:
+    names = corpus.held.column_names
+    if names is not None and corpus.column not in names:
+        raise _no_column(corpus, list(names))
+
+
+def _iterable(corpus: Corpus) -> Iterator[Document]:
+    return map(_checked, corpus.held)
+
+
+def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]:
+    """Yields the documents with some numbers, in order, reading no more than it has to."""
+    if corpus.kind == "parquet":
+        yield from _picked_rows(corpus, wanted)
+    elif corpus.kind == "dataset" and hasattr(corpus.held, "__len__"):
+        _require_column(corpus)
+        there = range(len(corpus.held))
+        yield from ((n, _document(corpus.held[n], corpus.column)) for n in wanted if n in there)
+    else:
+        keep, by_line = set(wanted), corpus.kind in ("text", "jsonl")
+        each: Iterator[Any] = _raw_lines(corpus) if by_line else _READERS[corpus.kind](corpus)
+        for number, one in enumerate(each):
+            if number in keep:
+                yield number, _decoded(corpus, one) if by_line else one
+            if number >= wanted[-1]:
+                return
+
+
+def _picked_rows(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]:
+    with _opened_parquet(corpus) as file:
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = range(first, first + file.metadata.row_group(group).num_rows)
+            first = rows.stop
+            if some := [number for number in wanted if number in rows]:
+                column = file.read_row_group(group, columns=[corpus.column]).column(0)
+                yield from ((n, _checked(column[n - rows.start].as_py())) for n in some)
 
 
 def _document(row: Any, column: str | None) -> Document:
@@ -236,9 +290,13 @@ def _document(row: Any, column: str | None) -> Document:
 
 
 def _checked(text: Any) -> Document:
-    if isinstance(text, str):
-        return Document(text)
-    return Document(None, f"a {type(text).__name__}, no text")
+    if not isinstance(text, str):
+        return Document(None, f"a {type(text).__name__}, no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can hold it
+        return Document(None, f"no Unicode text ({error.reason} at character {error.start})")
+    return Document(text)
 
 
 def _unreadable(name: str, seen: str) -> InvalidInput:
@@ -265,7 +323,7 @@ def _no_column(corpus: Corpus, names: list[str]) -> InvalidInput:
 
 _READERS = {
     "text": _lines,
-    "jsonl": _objects,
+    "jsonl": _lines,
     "parquet": _parquet,
     "dataset": _dataset,
     "iterable": _iterable,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tl_contextmix.corpus.composition import draw
+from tl_contextmix.corpus.contexts import coefficients_of, contexts
 from tl_contextmix.corpus.shards import frame_of
+from tl_contextmix.corpus.store import not_mined
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.results import LayerFigures
 
@@ -28,9 +30,8 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
         frame: Those of them that are taken.
         seed: Of the random token.
     """
-    view = triggers.view
-    assert view is not None
-    if "decoder" not in view.stacks or len(view.stacks) == 2:
+    view = triggers.require_view()
+    if triggers.both_ways:
         raise InvalidInput(
             four_parts(
                 "no prefix is defined for this model",
@@ -40,14 +41,16 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
             )
         )
     lead = frame_of(view, triggers.manifest["run"]["options"]["prepend_bos"])[0]
-    frame = frame[frame["position"] > lead]  # a prefix of one token has nothing left
-    contexts = triggers.contexts(frame)
+    every, frame = len(frame), frame[frame["position"] > lead]  # one token has nothing left
+    if not len(frame):
+        raise not_mined("trigger of two tokens or more", "none", "a longer corpus")
+    known = contexts(triggers, frame)
     changes: dict[int, list[list[float]]] = {layer: [] for layer in sorted(set(frame["layer"]))}
     grouped = [*frame.groupby(["document", "position"], sort=True)]
     for start in range(0, len(grouped), _PREFIXES):
         some = grouped[start : start + _PREFIXES]
         pairs = [(int(document), int(pos)) for (document, pos), _ in some]
-        rows = [contexts[pair] for pair in pairs]
+        rows = [known[pair] for pair in pairs]
         cuts = {
             "whole": rows,
             "first": [row[:lead] + row[lead + 1 :] for row in rows],
@@ -57,7 +60,7 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
             ],
         }
         blocks = [view.blocks()[layer] for layer in changes]
-        found = {n: triggers.coefficients_of(cut, blocks, last=2) for n, cut in cuts.items()}
+        found = {n: coefficients_of(view, cut, blocks, last=2) for n, cut in cuts.items()}
         for place, (_, memories) in enumerate(some):
             for layer, neuron in zip(memories["layer"], memories["neuron"], strict=True):
                 ends = {name: float(one[place][layer][-1, neuron]) for name, one in found.items()}
@@ -65,6 +68,7 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
                 ends["last"] = float(found["whole"][place][layer][-2, neuron])
                 before = ends["whole"]
                 changes[layer].append([(ends[name] - before) / before for name in REMOVED])
+    options = {"seed": seed, "triggers": len(frame), "left_out": every - len(frame)}
     means = [torch.tensor(rows, dtype=torch.float64).mean(0) for rows in changes.values()]
     return LayerFigures(
         values=torch.stack(means)[None],
@@ -74,7 +78,7 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
         caption="Relative change of the coefficient at the end of a trigger when its first, last "
         f"or a random token is removed; mean over {len(frame):,} triggers.",
         unit="relative change",
-        provenance=triggers.describe("removal", {"seed": seed, "triggers": len(frame)}),
+        provenance=triggers.describe("removal", options),
     )
 
 

@@ -15,6 +15,9 @@ from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.inputs import package_version
 from tl_contextmix.model_view import ModelView
 
+# Cases, accents, widths, white space: what tokenizers with one vocabulary treat differently.
+_PROBE = "The cat sat, didn't it?\n  3.14 na\u00efve nai\u0308ve \uff21 \u65e5\u672c \U0001f642"
+
 
 def describe_run(miner: Miner, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
     """Returns what the result depends on, besides the documents: plain JSON."""
@@ -29,7 +32,7 @@ def describe_run(miner: Miner, corpus: Corpus, source: str | None = None) -> dic
         "torch": torch.__version__,
         "dtype": str(view.dtype),
         "hooks": list(view.hooked()),
-        "tokenizer": _tokenizer_hash(view, miner.how.prepend_bos),
+        "tokenizer": tokenizer_hash(view, miner.how.prepend_bos),
         "corpus": {"kind": corpus.kind, "column": corpus.column},
         "source": {"model": source, "corpus": corpus.name},
         "options": {
@@ -39,17 +42,18 @@ def describe_run(miner: Miner, corpus: Corpus, source: str | None = None) -> dic
             "stack": miner.stack,
             "unit": miner.unit,
             "tails": miner.tails,
+            "duplicates": miner.duplicates,
             **asdict(miner.how),
         },
     }
 
 
-def _tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
+def tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
     """Returns a hash of the vocabulary, and of what becomes of a text."""
     found = hashlib.sha256()
     for token in range(view.d_vocab):
         found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
-    found.update(repr(view.encode("The cat sat, didn't it? 3.14", prepend_bos)).encode())
+    found.update(repr(view.encode(_PROBE, prepend_bos)).encode())
     return found.hexdigest()
 
 
@@ -71,6 +75,19 @@ def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> No
                     "Give what was given then, or choose another folder.",
                 )
             )
+
+
+def as_far_as(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run that was stopped, with what has made no difference to it yet as it is now.
+
+    Where documents of some kind are an error, none has been met so far: whoever was stopped by the
+    first one may leave such documents out and go on.
+    """
+    options = dict(before["options"])
+    for name in ("malformed", "too_long"):
+        if options.get(name) == "error":
+            options[name] = now["options"][name]
+    return {**before, "options": options}
 
 
 def changed(corpus: Corpus, seen: str) -> InvalidInput:

@@ -25,9 +25,6 @@ from tl_contextmix.model_view import Batch, ModelView
 
 TooLong = Literal["cut", "skip", "error"]
 Malformed = Literal["error", "skip"]
-COUNTS = ("documents", "empty", "malformed", "too_long", "cut_tokens", "tokens", "positions")
-"""What a manifest counts: documents of any kind, those that are empty, unreadable or too long, the
-tokens that were cut off, the tokens the model read, and the positions whose memories counted."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,16 @@ class Shard:
     first: int
     documents: list[Document]
 
+    @property
+    def size(self) -> int:
+        """How much of the corpus it is, in the unit of `Corpus.size`."""
+        return sum(document.size for document in self.documents)
+
     def digest(self) -> bytes:
         """Returns a hash of every document."""
         found = hashlib.sha256()
         for document in self.documents:
-            data = b"" if document.text is None else document.text.encode("utf-8", "surrogatepass")
+            data = b"" if document.text is None else document.text.encode("utf-8")
             found.update(f"{len(data)} {document.problem}\n".encode())
             found.update(data)
         return found.digest()
@@ -119,7 +121,7 @@ def batches(
         shard: The shard.
         how: How it is cut up.
         name: Name of the corpus, for messages.
-        counts: What there was, by `COUNTS`; added to.
+        counts: What there was, by `checks.COUNTS`; added to.
 
     Raises:
         InvalidInput: If a document cannot be used and is not to be skipped.
@@ -157,17 +159,29 @@ def _tokens(
         counts["empty"] += 1
         return []
     ids = view.encode(document.text, how.prepend_bos)
-    longest = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS)
-    if len(ids) <= longest:
+    kept = cut(view, ids, behind)
+    if len(kept) == len(ids):
         return ids
     if how.too_long == "error":
-        raise _bad(name, f"{len(ids)} tokens", f"at most {longest}", "too_long='cut' or 'skip'")
+        seen, most = f"{len(ids)} tokens", f"at most {len(kept)}"
+        raise _bad(name, seen, most, "too_long='cut' or 'skip'")
     counts["too_long"] += 1
     if how.too_long == "skip":
         return []
-    counts["cut_tokens"] += len(ids) - longest
-    # The tokens that end every text stay.
-    return ids[: longest - behind] + ids[len(ids) - behind :]
+    counts["cut_tokens"] += len(ids) - len(kept)
+    return kept
+
+
+def cut(view: ModelView, ids: list[int], behind: int) -> list[int]:
+    """Returns as many tokens of a document as the model's context takes.
+
+    Args:
+        view: The model.
+        ids: Tokens of the document.
+        behind: How many at its end frame every text: these stay.
+    """
+    longest = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS)
+    return ids if len(ids) <= longest else ids[: longest - behind] + ids[len(ids) - behind :]
 
 
 def _batch(

@@ -12,18 +12,27 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from tl_contextmix.corpus.checks import check_manifest, check_part, check_table, require_path
 from tl_contextmix.corpus.topk import TopK, unpack_places, unpack_tokens
 from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
 
+if TYPE_CHECKING:
+    import pandas
+
+_COLUMNS = (
+    *("tail", "layer", "neuron", "rank", "value"),
+    *("document", "position", "token", "next_token"),
+)
 TABLE, MANIFEST = "triggers.parquet", "manifest.json"
 FORMAT_VERSION = 1
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
+_ENTRY = ("values", "places", "tokens", "keys")
 
 
 @dataclass
@@ -71,8 +80,8 @@ def save_part(part: Part, folder: Path) -> None:
 
     tensors = {"digests": part.digests}
     for (layer, tail), top in part.tops.items():
-        for name in ("values", "places", "tokens"):
-            tensors[f"{layer} {tail} {name}"] = getattr(top, name).cpu().contiguous()
+        for name, entry in zip(_ENTRY, top.columns(), strict=False):
+            tensors[f"{layer} {tail} {name}"] = entry.cpu().contiguous()
     facts = {
         "format": FORMAT_VERSION,
         "run": part.run,
@@ -102,6 +111,7 @@ def load_part(path: Path, device: torch.device) -> Part:
             tensors = {name: file.get_tensor(name) for name in names}
         if facts["format"] != FORMAT_VERSION:
             raise ValueError(f"format version {facts['format']}")
+        check_part(facts, tensors)
         digests = tensors.pop("digests")
         columns: dict[tuple[int, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -118,8 +128,6 @@ def load_part(path: Path, device: torch.device) -> Part:
             done=facts["done"],
             shards=facts["shards"],
         )
-    except OSError as error:
-        raise _bad(path, str(error)) from error
     except Exception as error:  # a hostile file can fail anywhere
         raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
 
@@ -147,12 +155,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _bad(path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        version = found["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if found["format"] != FORMAT_VERSION:
+            raise ValueError(f"format version {found['format']}")
+        return check_manifest(found)
+    except Exception as error:  # a hostile file can fail anywhere
         raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
-    if version != FORMAT_VERSION:
-        raise _bad(path, f"format version {version}")
-    return found
+
+
+def read_table(
+    folder: Path, manifest: dict[str, Any], conditions: list[tuple[str, str, Any]]
+) -> pandas.DataFrame:
+    """Returns the rows of the table that fulfil some conditions.
+
+    Raises:
+        FileFormatError: If it is no table, or none of this manifest's run.
+    """
+    import pyarrow.parquet
+
+    path = folder / TABLE
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        if schema.names != list(_COLUMNS):
+            raise ValueError(f"columns {schema.names}")
+        found = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
+        check_table(found, manifest)
+        return found
+    except Exception as error:  # a hostile file can fail anywhere
+        raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def _write_table(
@@ -251,7 +280,7 @@ def make_folder(out: str | Path) -> Path:
     Raises:
         InvalidInput: If it cannot be.
     """
-    folder = Path(out)
+    folder = require_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

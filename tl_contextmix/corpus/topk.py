@@ -3,6 +3,9 @@
 Entries are ordered by value, then by place (document, then position). Their k highest are a
 commutative monoid: shards, processes and restarts do not matter. Only positive values count: a
 memory that was never active k times has fewer entries, not invented ones.
+
+Where a context counts once, entries have a key and a column keeps the first of each key in that
+order: the k highest of distinct keys are a commutative monoid, too.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ POSITION_BITS = 20
 """A place is a document's number times 2 ** 20, plus a position."""
 _NOWHERE = torch.iinfo(torch.int64).max
 _TOKEN_BITS = 31
+# splitmix64's constants as signed numbers.
+_ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 @dataclass
@@ -28,86 +33,107 @@ class TopK:
         values: Highest first; -inf where there are fewer.
         places: Where they were.
         tokens: The token there and the one behind it, packed.
+        keys: Hashes of the contexts, of which each counts once; None where every entry counts.
     """
 
     values: Float[Tensor, "column k"]
     places: Int[Tensor, "column k"]
     tokens: Int[Tensor, "column k"]
+    keys: Int[Tensor, "column k"] | None = None
 
     @classmethod
-    def zero(cls, columns: int, k: int, dtype: torch.dtype, device: torch.device) -> TopK:
-        """Returns no entries at all."""
+    def zero(
+        cls,
+        columns: int,
+        k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        distinct: bool = False,
+    ) -> TopK:
+        """Returns no entries at all.
+
+        Args:
+            columns: How many columns.
+            k: How many values of each.
+            dtype: Of the values.
+            device: Where they are.
+            distinct: Whether entries have keys, of which each counts once.
+        """
         return cls(
             torch.full((columns, k), -torch.inf, dtype=dtype, device=device),
             torch.full((columns, k), _NOWHERE, device=device),
             torch.full((columns, k), -1, device=device),
+            torch.full((columns, k), -1, device=device) if distinct else None,
         )
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Returns what an entry consists of: value, place, tokens and, where it has one, key."""
+        found = (self.values, self.places, self.tokens)
+        return found if self.keys is None else (*found, self.keys)
 
     def update(
         self,
         scores: Float[Tensor, "row column"],
         counted: Bool[Tensor, " row"],
-        locate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+        locate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        *,
+        repeats: bool = False,
     ) -> None:
         """Takes in new values; columns none of whose values is high enough cost a comparison.
 
         Args:
             scores: The values.
             counted: Which rows count.
-            locate: Returns places and tokens of entries, given their rows, columns and values.
+            locate: Returns places, tokens and, where there are any, keys of entries, given their
+                rows, columns and values.
+            repeats: Whether several of these rows may have the same key.
         """
         k = self.values.shape[1]
         worst, last = self.values[:, -1], self.places[:, -1]
         limit = worst.clamp(min=_smallest(scores.dtype))
         hit = (scores >= limit) & counted[:, None]
         # At the start everything is high enough: the k highest of this batch are all that can stay.
-        if k < len(scores) and int(hit.sum()) > 2 * k * len(worst):
+        if not repeats and k < len(scores) and int(hit.sum()) > 2 * k * len(worst):
             kth = scores.masked_fill(~counted[:, None], -torch.inf).topk(k, dim=0).values[-1]
             hit = (scores >= torch.maximum(limit, kth)) & counted[:, None]
         rows, columns = hit.nonzero(as_tuple=True)
         if not len(rows):
             return
         values = scores[rows, columns]
-        places, tokens = locate(rows, columns, values)
-        better = (values > worst[columns]) | (places < last[columns])
-        self._insert(columns[better], values[better], places[better], tokens[better])
+        found = (values, *locate(rows, columns, values))
+        better = (values > worst[columns]) | (found[1] < last[columns])
+        self._insert(columns[better], [entry[better] for entry in found])
 
-    def _insert(self, columns: Tensor, values: Tensor, places: Tensor, tokens: Tensor) -> None:
+    def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
         if not len(columns):
             return
         k = self.values.shape[1]
         touched, index = columns.unique(return_inverse=True)
         old = torch.arange(len(touched), device=columns.device).repeat_interleave(k)
         index = torch.cat([old, index])
-        entries = [
-            torch.cat([kept[touched].flatten(), new])
-            for kept, new in (
-                (self.values, values),
-                (self.places, places),
-                (self.tokens, tokens),
-            )
-        ]
-        order = entries[1].argsort(stable=True)
-        order = order[entries[0][order].argsort(descending=True, stable=True)]
-        order = order[index[order].argsort(stable=True)]
+        pairs = zip(self.columns(), new, strict=True)
+        entries = [torch.cat([kept[touched].flatten(), one]) for kept, one in pairs]
+        order = _ordered(index, entries)
+        if self.keys is not None:
+            _blank(entries, _repeated(index, entries[3], order))
+            order = _ordered(index, entries)
         # Each column has its k old entries (some -inf), so that its first k are there.
         starts = torch.searchsorted(index[order], torch.arange(len(touched), device=index.device))
         first = order[starts[:, None] + torch.arange(k, device=index.device)]
-        self.values[touched], self.places[touched], self.tokens[touched] = (
-            entry[first] for entry in entries
-        )
+        for kept, entry in zip(self.columns(), entries, strict=True):
+            kept[touched] = entry[first]
 
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
         k = self.values.shape[1]
-        entries = [
-            torch.cat([mine, theirs], dim=1)
-            for mine, theirs in (
-                (self.values, other.values),
-                (self.places, other.places),
-                (self.tokens, other.tokens),
-            )
-        ]
+        if self.keys is not None:
+            both = TopK(*(entry.clone() for entry in self.columns()))
+            columns = torch.arange(len(self.values), device=self.values.device)
+            both._insert(columns.repeat_interleave(k), [e.flatten() for e in other.columns()])
+            return both
+        pairs = zip(self.columns(), other.columns(), strict=True)
+        entries = [torch.cat(pair, dim=1) for pair in pairs]
         order = entries[0].argsort(dim=1, descending=True, stable=True)
         values, places, _ = found = [entry.gather(1, order) for entry in entries]
         # Equal values are rare and keep the order of the two states: those columns are sorted by
@@ -121,6 +147,47 @@ class TopK:
             for entry, whole in zip(found, entries, strict=True):
                 entry[some] = whole[some].gather(1, order)
         return TopK(*(entry[:, :k].contiguous() for entry in found))
+
+
+def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:
+    """Returns the order of entries by column, then value, then place."""
+    order = entries[1].argsort(stable=True)
+    order = order[entries[0][order].argsort(descending=True, stable=True)]
+    return order[column[order].argsort(stable=True)]
+
+
+def _repeated(column: Tensor, keys: Tensor, order: Tensor) -> Int[Tensor, " some"]:
+    """Returns the entries whose column has their key earlier in an order."""
+    order = order[keys[order].argsort(stable=True)]
+    order = order[column[order].argsort(stable=True)]
+    later, earlier = order[1:], order[:-1]
+    return later[(column[later] == column[earlier]) & (keys[later] == keys[earlier])]
+
+
+def _blank(entries: list[Tensor], where: Tensor) -> None:
+    for entry, nothing in zip(entries, (-torch.inf, _NOWHERE, -1, -1), strict=True):
+        entry[where] = nothing
+
+
+def hash_prefixes(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Returns 64 bits for each prefix, equal for equal prefixes."""
+    found, state = torch.empty_like(ids), torch.zeros_like(ids[:, 0])
+    for pos in range(ids.shape[1]):
+        # A step of splitmix64 for each token; integers wrap.
+        state = state * _ODD[0] + ids[:, pos] + 1
+        for shift, factor in ((30, _ODD[1]), (27, _ODD[2])):
+            state = (state ^ (state >> shift)) * factor
+        found[:, pos] = state ^ (state >> 31)
+    return found
+
+
+def first_of_each(keys: Int[Tensor, " row"], places: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
+    """Returns which rows have the lowest place of all rows with their key."""
+    order = places.argsort(stable=True)
+    order = order[keys[order].argsort(stable=True)]
+    first = torch.ones_like(keys, dtype=torch.bool)
+    first[order[1:]] = keys[order[1:]] != keys[order[:-1]]
+    return first
 
 
 def pack_places(documents: Int[Tensor, " batch"], positions: int) -> Int[Tensor, "batch pos"]:

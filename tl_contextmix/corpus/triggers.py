@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from tl_contextmix.corpus.agreement import agreement
-from tl_contextmix.corpus.composition import draw
+from tl_contextmix.corpus.checks import TAILS, one_layer, require_path
+from tl_contextmix.corpus.contexts import require_token
+from tl_contextmix.corpus.examples import examples
 from tl_contextmix.corpus.exports import sampled, write_jsonl, write_sheet
-from tl_contextmix.corpus.miner import NEGATIVE, TAILS
-from tl_contextmix.corpus.patterns import Base, common
+from tl_contextmix.corpus.patterns import patterns
 from tl_contextmix.corpus.reading import Corpus, open_corpus
 from tl_contextmix.corpus.removal import removal
-from tl_contextmix.corpus.shards import frame_of
-from tl_contextmix.corpus.store import TABLE, not_mined, read_manifest
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.corpus.runs import tokenizer_hash
+from tl_contextmix.corpus.store import TABLE, not_mined, read_manifest, read_table
+from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch, provenance
-from tl_contextmix.memories import coefficients, require_feed_forward, values
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.inputs import provenance
+from tl_contextmix.memories import require_feed_forward
+from tl_contextmix.model_view import ModelView
+from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results import (
-    Pattern,
+    LayerFigures,
     Provenance,
-    Trigger,
     TriggerAgreement,
     TriggerExamples,
     TriggerPatterns,
 )
-from tl_contextmix.results.axes import layer_positions, positions, require_count
-from tl_contextmix.unembed import unembedding
+from tl_contextmix.results.axes import positions, require_count, require_number
+from tl_contextmix.results.base import Shown
 
 if TYPE_CHECKING:
     import pandas
 
     from tl_contextmix.render import Page
 
-_BATCH = 16
-_SAMPLE = 1000
+_FILES = ("text", "jsonl", "parquet")
 
 
 def load_triggers(
@@ -59,32 +56,26 @@ def load_triggers(
             its tokenizer or its weights; None: tables only.
         corpus: The corpus, as `mine_triggers` takes it; None: the file it was, if it was a file
             and is still there.
-        column: Column of the corpus.
+        column: Column of the corpus; None: the one that was mined.
 
     Raises:
         FileFormatError: If the folder holds no finished run.
-        InvalidInput: If the model is another one.
+        InvalidInput: If the model or its tokenizer is another one.
     """
-    folder = Path(folder)
+    folder = require_path(folder)
     manifest = read_manifest(folder)
+    run = manifest["run"]
     opened = None
     if corpus is not None:
-        opened = open_corpus(corpus, column)
-    else:
-        kept = manifest["run"]["source"]["corpus"]
-        if manifest["run"]["corpus"]["kind"] in ("text", "jsonl", "parquet"):
-            named = Path(kept)
-            opened = (
-                open_corpus(named, manifest["run"]["corpus"]["column"])
-                if (named.is_file())
-                else None
-            )
-    view = None if model is None else _require_mined(as_view(model), manifest)
+        opened = open_corpus(corpus, column, default=run["corpus"]["column"])
+    elif run["corpus"]["kind"] in _FILES and Path(run["source"]["corpus"]).is_file():
+        opened = open_corpus(run["source"]["corpus"], column, default=run["corpus"]["column"])
+    view = None if model is None else _require_mined(as_view(model), manifest, folder)
     return Triggers(folder, manifest, view, opened, model)
 
 
 @dataclass(frozen=True, eq=False)
-class Triggers:
+class Triggers(Shown):
     """The triggers of every memory that was mined.
 
     Attributes:
@@ -108,6 +99,19 @@ class Triggers:
             f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
             f"({', '.join(self.tails)}) in {self.folder}: {counts}"
         )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns what was mined, how, and from how much; `show` has the triggers of a memory."""
+        run = self.manifest["run"]
+        told = {
+            "model": run["model"],
+            "layers": ", ".join(map(str, self.layers)),
+            "triggers of each memory": self.k,
+            "tails": ", ".join(self.tails),
+            **self.manifest["counts"],
+        }
+        caption = f"In {self.folder}. show(layer, neuron) has the triggers of one memory."
+        return (Table("Mined triggers", caption, ("what", "value"), tuple(told.items())),)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -139,23 +143,27 @@ class Triggers:
         Raises:
             InvalidInput: If they were not mined.
         """
-        import pyarrow.parquet
-
-        conditions = []
+        conditions: list[tuple[str, str, Any]] = []
         if layer is not None:
-            (place,) = layer_positions(layer, self.layers)
-            conditions.append(("layer", "=", self.layers[place]))
+            conditions.append(("layer", "=", one_layer(layer, self.layers)))
         if neuron is not None:
             known = set().union(*self.manifest["neurons"].values())
+            neuron = require_number("neuron", neuron, 0)
             if neuron not in known:
                 raise not_mined("neuron", neuron, f"one of {len(known)} neurons")
             conditions.append(("neuron", "=", neuron))
         if tail is not None:
-            if tail not in self.tails:
-                raise not_mined("tail", tail, f"one of {self.tails}")
-            conditions.append(("tail", "=", tail))
-        table = pyarrow.parquet.read_table(self.folder / TABLE, filters=conditions or None)
-        return table.to_pandas()
+            conditions.append(("tail", "=", self._tail(tail)))
+        found = read_table(self.folder, self.manifest, conditions)
+        if self.view is not None:
+            require_token(self.view, found, self.folder / TABLE)
+        return found
+
+    def _tail(self, tail: str | None) -> str:
+        """Returns a tail that was mined; None is the first."""
+        if tail is not None and tail not in self.tails:
+            raise not_mined("tail", tail, f"one of {self.tails}")
+        return self.tails[0] if tail is None else tail
 
     def examples(
         self, layer: int, neuron: int, *, tail: str | None = None, k: int | None = None
@@ -173,33 +181,13 @@ class Triggers:
         Raises:
             InvalidInput: If it was not mined, or model or corpus are not at hand.
         """
-        view = self._require_view()
-        tail = self.tails[0] if tail is None else tail
-        frame = self.to_dataframe(layer, neuron, tail)
-        frame = frame if k is None else frame.head(require_count(k))
-        (place,) = layer_positions(layer, self.layers)
-        block = view.stacks[self.stack][self.layers[place]]
-        contexts = self.contexts(frame)
-        rows = [contexts[pair] for pair in zip(frame["document"], frame["position"], strict=True)]
-        seen = self.coefficients_of(rows, [block])
-        found = []
-        for index, (row, ids) in enumerate(zip(frame.itertuples(), rows, strict=True)):
-            following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
-            activations = seen[index][block.layer][:, neuron].tolist()
-            found.append(
-                Trigger(
-                    rank=int(row.rank),
-                    value=float(row.value),
-                    document=int(row.document),
-                    position=int(row.position),
-                    tokens=tuple(view.to_string(one) for one in ids),
-                    activations=tuple(activations),
-                    next_token=following,
-                )
-            )
-        words, logits = self._promotes(block, neuron, tail in NEGATIVE)
-        where = self.describe("examples", {"tail": tail})
-        return TriggerExamples(block.layer, neuron, tail, tuple(found), words, logits, where)
+        view, tail = self.require_view(), self._tail(tail)
+        block = view.stacks[self.stack][one_layer(layer, self.layers)]
+        neuron = require_number("neuron", neuron, 0)
+        frame = self.to_dataframe(block.layer, neuron, tail)
+        return examples(
+            self, block, neuron, tail, frame if k is None else frame.head(require_count(k))
+        )
 
     def show(
         self, layer: int, neuron: int, *, tail: str | None = None, k: int | None = None
@@ -224,8 +212,8 @@ class Triggers:
             InvalidInput: If the model is not at hand, or reads no next token.
             UnsupportedModel: If it has no vocabulary readout.
         """
-        self._require_view()
-        return agreement(self, self.tails[0] if tail is None else tail)
+        self.require_view()
+        return agreement(self, self._tail(tail))
 
     def patterns(
         self,
@@ -248,34 +236,16 @@ class Triggers:
         Raises:
             InvalidInput: If they were not mined, or model or corpus are not at hand.
         """
-        view = self._require_view()
-        tail = self.tails[0] if tail is None else tail
+        view, tail = self.require_view(), self._tail(tail)
         frame = self.to_dataframe(layer, None, tail)
         if neurons is not None:
             size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).W_out.shape[0]
-            frame = frame[frame["neuron"].isin(positions("neuron", neurons, (), size))]
-        contexts = self.contexts(frame)
-        lead = frame_of(view, self.manifest["run"]["options"]["prepend_bos"])[0]
-        base = Base(self._sample(), lead)
-        rows = []
-        for (at, neuron), group in frame.groupby(["layer", "neuron"]):
-            pairs = zip(group["document"], group["position"], strict=True)
-            some = [tuple(contexts[pair][lead:]) for pair in pairs]
-            for kind, tokens, share in common(some):
-                rows.append(
-                    Pattern(
-                        layer=int(at),
-                        neuron=int(neuron),
-                        kind=kind,
-                        text="".join(view.to_string(token) for token in tokens),
-                        length=len(tokens),
-                        share=share,
-                        chance=base.share(kind, tokens),
-                        triggers=len(some),
-                        contexts=len(set(some)),
-                    )
-                )
-        return TriggerPatterns(tuple(rows), self.describe("patterns", {"tail": tail}))
+            chosen = set(positions("neuron", neurons, (), size))
+            absent = sorted(chosen.difference(*self.manifest["neurons"].values()))
+            if absent:
+                raise not_mined("neuron", absent[0], "neurons that were mined")
+            frame = frame[frame["neuron"].isin(chosen)]
+        return patterns(self, tail, frame)
 
     def removal(
         self, *, per_layer: int = 100, k: int = 50, tail: str | None = None, seed: int = 0
@@ -295,31 +265,44 @@ class Triggers:
         Raises:
             InvalidInput: If the model reads both ways, or model or corpus are not at hand.
         """
-        self._require_view()
-        frame = self.to_dataframe(tail=self.tails[0] if tail is None else tail)
+        self.require_view()
+        frame = self.to_dataframe(tail=self._tail(tail))
         return removal(self, sampled(frame, per_layer, k, seed), seed)
 
     def to_jsonl(
-        self, path: str | Path, *, layer: int | None = None, neuron: int | None = None
+        self,
+        path: str | Path,
+        *,
+        layer: int | None = None,
+        neuron: int | None = None,
+        tail: str | None = None,
     ) -> Path:
         """Writes triggers as JSON lines in the form of Neuronpedia's activations.
 
         One object per trigger: modelId, layer, index, tokens, values along them and their extremes,
-        dataIndex. A path that ends in ``.gz`` is compressed.
+        dataIndex, and the trigger's place among the tokens (qualifyingTokenIndex). A path that
+        ends in ``.gz`` is compressed.
 
         Args:
-            path: The file.
+            path: The file. It appears once it is complete.
             layer: Layer; None for all.
             neuron: Neuron; None for all.
+            tail: Tail; None for all.
 
         Raises:
             InvalidInput: If model or corpus are not at hand, or the file cannot be written.
         """
-        self._require_view()
-        return write_jsonl(self, Path(path), self.to_dataframe(layer, neuron))
+        self.require_view()
+        return write_jsonl(self, require_path(path), self.to_dataframe(layer, neuron, tail))
 
     def to_sheet(
-        self, path: str | Path, *, per_layer: int = 10, k: int = 25, seed: int = 0
+        self,
+        path: str | Path,
+        *,
+        per_layer: int = 10,
+        k: int = 25,
+        tail: str | None = None,
+        seed: int = 0,
     ) -> Path:
         """Writes a sheet (CSV) on which humans note what triggers have in common, as in the paper.
 
@@ -327,119 +310,31 @@ class Triggers:
         Text that a spreadsheet would run as a formula is quoted.
 
         Args:
-            path: The file.
+            path: The file. It appears once it is complete.
             per_layer: Memories of each layer, drawn by their numbers and the seed.
             k: Triggers of each.
+            tail: Tail; None for the first that was mined.
             seed: Of the draw.
 
         Raises:
             InvalidInput: If model or corpus are not at hand, or the file cannot be written.
         """
-        self._require_view()
-        frame = self.to_dataframe(tail=self.tails[0])
-        return write_sheet(self, Path(path), sampled(frame, per_layer, k, seed))
-
-    def contexts(self, frame: pandas.DataFrame) -> dict[tuple[int, int], list[int]]:
-        """Returns the token ids of contexts, up to the trigger, by document and position.
-
-        Raises:
-            InvalidInput: If model or corpus are not at hand, or the corpus has changed.
-        """
-        ids = self._documents(frame["document"])
-        found = {}
-        for document, position, token in zip(
-            frame["document"], frame["position"], frame["token"], strict=True
-        ):
-            context = ids[document][: position + 1]
-            if not context or context[-1] != token or len(context) != position + 1:
-                raise InvalidInput(
-                    four_parts(
-                        "the corpus is not the one that was mined",
-                        f"another token at position {position} of document {document}",
-                        f"token {token}",
-                        "Give the corpus of then with load_triggers(..., corpus=...).",
-                    )
-                )
-            found[document, position] = context
-        return found
-
-    def _sample(self) -> dict[int, list[int]]:
-        """Returns the token ids of documents drawn from the whole corpus, always the same."""
-        total = self.manifest["counts"]["documents"]
-        return self._documents((), {draw(total, 0, index) for index in range(_SAMPLE)})
-
-    def _documents(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, list[int]]:
-        """Returns the token ids of documents, as they were mined."""
-        view, options = self._require_view(), self.manifest["run"]["options"]
-        if self.corpus is None:
-            raise InvalidInput(
-                four_parts(
-                    "contexts cannot be shown",
-                    "no corpus",
-                    "the corpus that was mined",
-                    "Call load_triggers(folder, model=..., corpus=...).",
-                )
-            )
-        texts = self.corpus.pick(map(int, numbers), spare)
-        behind = frame_of(view, options["prepend_bos"])[1]
-        found = {}
-        for number, text in texts.items():
-            ids = view.encode(text, options["prepend_bos"])
-            longest = view.n_ctx or len(ids)
-            cut = len(ids) > longest
-            found[number] = ids[: longest - behind] + ids[len(ids) - behind :] if cut else ids
-        return found
-
-    def coefficients_of(
-        self, rows: list[list[int]], blocks: Sequence[Block], *, last: int = 0
-    ) -> list[dict[int, Tensor]]:
-        """Returns the coefficients [pos neuron] of layers along sequences of token ids.
-
-        Args:
-            rows: The sequences.
-            blocks: The layers.
-            last: How many positions at the end are kept; 0 for all.
-        """
-        view = self._require_view()
-        found: list[dict[int, Tensor]] = []
-        names = [require_feed_forward(block).post for block in blocks]
-        for start in range(0, len(rows), _BATCH):
-            some = rows[start : start + _BATCH]
-            longest = max(map(len, some))
-            ids = torch.full((len(some), longest), view.pad_id(), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for index, row in enumerate(some):
-                ids[index, : len(row)] = torch.tensor(row)
-                mask[index, : len(row)] = 1
-            with torch.no_grad():
-                trace = view.run(make_batch(view, Given(ids, attention_mask=mask)), names)
-                layers = {b.layer: coefficients(require_feed_forward(b), trace) for b in blocks}
-            found += [
-                {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
-                for index, row in enumerate(some)
-            ]
-        return found
-
-    def _promotes(
-        self, block: Block, neuron: int, negative: bool
-    ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        view = self._require_view()
-        if view.readout.refusal or self.stack != view.base_stack(None):
-            return (), ()
-        reader = unembedding(view.readout, None, ("folded", "head"))
-        with torch.no_grad():
-            vector = values(require_feed_forward(block))[neuron : neuron + 1]
-            vector = -vector if negative else vector
-            scan = reader.scan(reader.hidden(vector), 10, sides=1)
-        words = tuple(view.to_string(token) for token in scan.ids[0, 0].tolist())
-        return words, tuple(scan.ends[0, 0].tolist())
+        self.require_view()
+        frame = self.to_dataframe(tail=self._tail(tail))
+        return write_sheet(self, require_path(path), sampled(frame, per_layer, k, seed))
 
     @property
     def stack(self) -> str:
         """The stack that was mined."""
         return self.manifest["run"]["options"]["stack"]
 
-    def _require_view(self) -> ModelView:
+    @property
+    def both_ways(self) -> bool:
+        """Whether the model had read what is behind a trigger, too."""
+        return self.stack == "encoder"
+
+    def require_view(self) -> ModelView:
+        """Returns the model; raises InvalidInput where it is not at hand."""
         if self.view is None:
             raise InvalidInput(
                 four_parts(
@@ -454,17 +349,39 @@ class Triggers:
     def describe(self, name: str, options: dict[str, Any]) -> Provenance:
         """Returns where a result made from these triggers comes from."""
         digest = self.manifest["corpus"]["digest"]
-        return provenance(self._require_view(), f"triggers.{name}", {**options, "corpus": digest})
+        return provenance(self.require_view(), f"triggers.{name}", {**options, "corpus": digest})
 
 
-def _require_mined(view: ModelView, manifest: dict[str, Any]) -> ModelView:
-    if view.fingerprint != manifest["run"]["weights"]:
+def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> ModelView:
+    run = manifest["run"]
+    if view.fingerprint != run["weights"]:
         raise InvalidInput(
             four_parts(
                 "the triggers are those of another model",
                 f"{view.name} with weights {view.fingerprint}",
-                f"{manifest['run']['model']} with weights {manifest['run']['weights']}",
+                f"{run['model']} with weights {run['weights']}",
                 "Give the model that was mined.",
             )
         )
+    if tokenizer_hash(view, run["options"]["prepend_bos"]) != run["tokenizer"]:
+        raise InvalidInput(
+            four_parts(
+                "the triggers were mined with another tokenizer",
+                f"the one of {view.name} as it is now",
+                "the tokenizer of then",
+                "Give the model the tokenizer it was mined with.",
+            )
+        )
+    blocks = view.stacks.get(run["options"]["stack"], ())
+    for layer, neurons in manifest["neurons"].items():
+        known = blocks[int(layer)].feed_forward if int(layer) < len(blocks) else None
+        if known is None or max(neurons) >= known.W_out.shape[0]:
+            raise FileFormatError(
+                four_parts(
+                    f"cannot read {folder}",
+                    f"layers or neurons that {view.name} does not have",
+                    "what mine_triggers wrote about this model",
+                    "Mine it again.",
+                )
+            )
     return view

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tl_contextmix.evaluate.rows import Figures, Maps, bad, readable, sentences, summarise
+from tl_contextmix.errors import bad
+from tl_contextmix.evaluate.rows import Figures, Maps, readable, sentences, summarise
 from tl_contextmix.ranks import kendall, spearman
 from tl_contextmix.results import ContextMap, Score
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.errors import bad
 from tl_contextmix.evaluate.rows import (
     Figures,
     Maps,
-    bad,
     per_sentence,
     readable,
     sentences,

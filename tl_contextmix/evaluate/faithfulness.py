@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.evaluate.rows import Figures, Maps, bad, per_sentence, sentences, summarise
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.evaluate.rows import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Text, make_batch
 from tl_contextmix.model_view import Batch, ModelView, Side

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
-from tl_contextmix.evaluate.rows import bad
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.results import Tokens
 
 Stretch = tuple[int, int]
@@ -41,6 +40,9 @@ class MinimalPair:
         good, wrong = self._difference()
         if good[0] == good[1] or wrong[0] == wrong[1]:
             raise _no_pair(f"{self.good!r} and {self.bad!r}")
+        for spans in (self.cues, self.lures):
+            if not isinstance(spans, (tuple, list)):
+                raise _no_pair(f"a {type(spans).__name__} for its cues or lures")
         for span in (*self.cues, *self.lures):
             start, stop = _ends(span)
             inside = 0 <= start < stop <= len(self.good) and self.good[start:stop].strip()

@@ -9,7 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.ranks import bootstrap_interval
 from tl_contextmix.results import ContextMap, ScoreRow
 
@@ -119,8 +119,3 @@ def _summary(
     low, high = bootstrap_interval(values)
     mean, chance = float(values[known].mean()), float(levels[known].mean())
     return ScoreRow(method, layer, metric, mean, low, high, chance, int(known.sum()))
-
-
-def bad(failed: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    """Returns the error of an evaluation that cannot be done."""
-    return InvalidInput(four_parts(failed, seen, expected, remedy))

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 from tl_contextmix.evaluate.alignment import require_cues
 from tl_contextmix.evaluate.pairs import MinimalPair, overlapping, place_tokens
-from tl_contextmix.evaluate.rows import bad
 from tl_contextmix.inputs import Given, label, make_batch
 from tl_contextmix.model_view import ModelView
 

@@ -5,19 +5,17 @@ This package is the only place that knows hook names and class names of a host.
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.errors import ContextMixWarning, depth_of_caller
 from tl_contextmix.hosts.building import build
 from tl_contextmix.hosts.decoding import Generated
-from tl_contextmix.hosts.listening import EncoderDecoder, from_speech, from_view, is_speech
+from tl_contextmix.hosts.listening import EncoderDecoder, from_view
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import (
     fingerprint,
@@ -28,10 +26,9 @@ from tl_contextmix.hosts.processing import (
 from tl_contextmix.hosts.recognition import recognise
 from tl_contextmix.hosts.refusals import require_supported
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
+from tl_contextmix.hosts.speech import from_speech, is_speech
 from tl_contextmix.identity import IdentityReport, require_identities
-from tl_contextmix.model_view import ModelView
-
-_PACKAGE = str(Path(__file__).parent.parent)
+from tl_contextmix.model_view import ModelView, NeedsModel
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ def as_view(model: Any) -> ModelView:
         ContextMixWarning: Once per model, if its weights were processed in a way that changes
             what norms mean.
     """
+    if isinstance(model, ModelView):
+        return model  # how a model is stood in for, see `tl_contextmix.estimate`
     known = _examine(model)
     require_identities(known.report)
     return known.view
@@ -102,6 +101,8 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
         UnsupportedModel: As `as_view`, or if the model has one stack.
         InvalidInput: As `as_view`.
     """
+    if isinstance(model, ModelView):
+        raise NeedsModel
     return from_speech(model, tokenizer) if is_speech(model) else from_view(model, as_view(model))
 
 
@@ -125,15 +126,7 @@ def _examine(model: Any) -> _Known:
 def _warn_once(model: nn.Module, text: str) -> None:
     if text and _WARNED.get(model) != text:
         _WARNED[model] = text
-        warnings.warn(text, ContextMixWarning, stacklevel=_depth_of_caller())
-
-
-def _depth_of_caller() -> int:
-    """Returns how many frames up the line is that called into this package."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+        warnings.warn(text, ContextMixWarning, stacklevel=depth_of_caller())
 
 
 __all__ = [

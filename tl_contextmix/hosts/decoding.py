@@ -90,11 +90,20 @@ class MemoryDecoder:
         prompt: Int[Tensor, "row prompt"] | None,
         max_new_tokens: int,
         num_beams: int,
+        source: Int[Tensor, "row source"] | None = None,
     ) -> Generated:
         """Decodes every row until its end token, greedily or by beam search.
 
         Greedy decoding keeps keys and values and drops finished rows; beam search is that of
         transformers, which keeps all rows until the last one has ended.
+
+        Args:
+            memory: What the decoder reads.
+            mask: Which positions of it are real.
+            prompt: What the decoder has said so far; None for its start token.
+            max_new_tokens: Longest answer.
+            num_beams: 1 for greedy decoding.
+            source: The tokens the states belong to, which some settings look at; None for audio.
         """
         from transformers import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
@@ -106,7 +115,10 @@ class MemoryDecoder:
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
+            "use_cache": True,
             "return_dict_in_generate": False,
+            "output_attentions": False,
+            "output_hidden_states": False,
             "logits_processor": [loop.see_prompt],
         }
         if num_beams == 1:
@@ -121,8 +133,9 @@ class MemoryDecoder:
             # Whisper: without this it strips what it was started with, and may decode in pieces.
             options["force_unique_generate_call"] = True
         states = BaseModelOutput(last_hidden_state=memory)
+        inputs = None if source is None else source.to(memory.device)
         with lock_of(self.owner):
-            found = self.model.generate(encoder_outputs=states, **options)
+            found = self.model.generate(inputs, encoder_outputs=states, **options)
         prompt = loop.prompt[::num_beams]
         ids = (loop.ids if num_beams == 1 else found)[:, prompt.shape[1] :]
         ids, real, finished = self._ended(ids)
@@ -131,7 +144,7 @@ class MemoryDecoder:
             log_probs, best = self._judged(memory, mask, prompt, ids)
         if ids.shape[1] == max_new_tokens and self.model.generation_config.forced_eos_token_id:
             # BART's settings put an end token where the length runs out.
-            forced = real[:, -1] & (best[:, -1] != ids[:, -1])
+            forced = real[:, -1] & (best != ids[:, -1])
             finished = finished & ~forced
         return Generated(ids, real, log_probs.masked_fill(~real, 0), finished, prompt)
 
@@ -166,10 +179,10 @@ class MemoryDecoder:
     def _judged(
         self, memory: Tensor, mask: Tensor, prompt: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each token that was said, and the most probable one."""
+        """Returns the log-probability of each token that was said, and the best last one."""
         inputs = torch.cat([prompt, ids], dim=1)[:, :-1]
         logits = self.logits(memory, mask, inputs)[:, prompt.shape[1] - 1 :]
-        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], logits.argmax(-1)
+        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], logits[:, -1].argmax(-1)
 
     def _ready(self, memory: Tensor) -> Tensor:
         """Returns encoder states where and in what the decoder computes."""
@@ -186,7 +199,8 @@ class _Greedy:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.prompt = self.ids = self.best = torch.zeros(0, 0, dtype=torch.long)
+        self.prompt = self.ids = torch.zeros(0, 0, dtype=torch.long)
+        self.best = torch.zeros(0, dtype=torch.long)  # at the last step
         self.log_probs = torch.zeros(0, 0, dtype=dtype)
 
     def see_prompt(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -217,7 +231,7 @@ class _Greedy:
         cache, pad = inputs["past_key_values"], generation_config.pad_token_id or 0
         ids, step = input_ids, input_ids
         alive = torch.arange(len(ids), device=ids.device)
-        kept, best = [], []
+        kept, best = [], torch.full_like(ids[:, 0], pad)
         while len(alive):
             options = {} if mask is None else {"attention_mask": mask}
             out = model(
@@ -238,13 +252,13 @@ class _Greedy:
             column = logits.new_zeros(len(ids), dtype=self.dtype)
             column[alive] = logits.to(self.dtype).log_softmax(-1)[range(len(alive)), chosen]
             kept.append(column)
-            best.append(torch.full_like(ids[:, 0], pad))
-            best[-1][alive] = logits.argmax(-1)
+            said, last = alive, logits
             left = (~stopping_criteria(ids, None)[alive]).nonzero()[:, 0]
             step = chosen[left][:, None]
             if len(left) < len(alive):
                 alive, memory = alive[left], memory[left]
                 mask = None if mask is None else mask[left]
                 cache.batch_select_indices(left)
-        self.ids, self.log_probs, self.best = ids, torch.stack(kept, 1), torch.stack(best, 1)
+        best[said] = last.argmax(-1)
+        self.ids, self.log_probs, self.best = ids, torch.stack(kept, 1), best
         return ids

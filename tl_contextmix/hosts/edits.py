@@ -16,10 +16,13 @@ _HOSTS = {"transformer_lens", "transformers", "torch", "accelerate"}
 def hooked_places(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the modules that carry hooks of the user's own."""
     return tuple(
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if any(not _of_host(hook) for table in _tables(module) for hook in table.values())
+        name or type(model).__name__ for name, module in model.named_modules() if is_hooked(module)
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module itself carries a hook of the user's own."""
+    return any(not _of_host(hook) for table in _tables(module) for hook in table.values())
 
 
 @contextmanager

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.hosts.decoding import MemoryDecoder
-from tl_contextmix.hosts.edits import without_hooks
+from tl_contextmix.hosts.edits import hooked_places, is_hooked, without_hooks
 from tl_contextmix.hosts.locks import lock_of
-from tl_contextmix.hosts.processing import fingerprint
-from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
+from tl_contextmix.hosts.reading import final_norm_modules
+from tl_contextmix.hosts.settings import end_tokens, generation_settings, require_followed
 from tl_contextmix.hosts.tokens import decoder_start
-from tl_contextmix.hosts.twins import bridge_twin, generation_settings, t5_twin
-from tl_contextmix.model_view import Batch, ModelView, Side, describe
+from tl_contextmix.hosts.twins import bridge_twin, t5_twin
+from tl_contextmix.model_view import Batch, ModelView, Side
 
 _PROBE = 4
 
@@ -67,17 +66,6 @@ class EncoderDecoder:
     special: frozenset[int] = field(repr=False)
 
 
-def is_speech(model: object) -> bool:
-    """Whether a model is a Hugging Face encoder-decoder that reads audio features (Whisper)."""
-    config = getattr(model, "config", None)
-    return (
-        isinstance(model, nn.Module)
-        and bool(getattr(config, "is_encoder_decoder", False))
-        and getattr(model, "main_input_name", "") == "input_features"
-        and hasattr(getattr(model, "get_encoder", lambda: None)(), "layers")
-    )
-
-
 def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     """Returns a TransformerLens encoder-decoder.
 
@@ -94,6 +82,8 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
             )
         )
     tokenizer = getattr(model, "tokenizer", None)
+    original = getattr(model, "original_model", None)
+    require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
     decoder = _decoder(model, view)
     owner = weakref.ref(model)
     return EncoderDecoder(
@@ -105,12 +95,12 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         n_layers=len(view.stacks["encoder"]),
         view=view,
         states=lambda side: _view_states(view, side),
-        norm=view.final_norms.get("encoder"),
+        norm=_view_norm(model, view),
         decoder=decoder,
-        encode_target=lambda text: _whole(_require_decoder_text(view)(text), decoder.ends),
+        encode_target=lambda text: whole(_require_decoder_text(view)(text), decoder.ends),
         to_string=view.to_string,
-        to_text=lambda ids: _text(getattr(owner(), "tokenizer", None), ids),
-        special=_special(decoder, tokenizer),
+        to_text=lambda ids: to_text(getattr(owner(), "tokenizer", None), ids),
+        special=special_ids(decoder, tokenizer),
     )
 
 
@@ -145,7 +135,8 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
     """
     original = getattr(model, "original_model", None)
     hooked = view.hooked()
-    if original is not None and hooked:
+    # Not all modules of the model inside a bridge are the bridge's own.
+    if original is not None and (hooked or hooked_places(original)):
         return _memory_decoder(model, view, original)
     _require_no_decoder_hooks(view, hooked)
     with lock_of(model):
@@ -160,24 +151,21 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
 def _memory_decoder(model: Any, view: ModelView, decoding: Any) -> MemoryDecoder:
     # Read at each call: the user may have changed them.
     settings = decoding.generation_config = generation_settings(model)
+    require_followed(settings, speech=False)
     return MemoryDecoder(
         model=decoding,
         owner=model,
         dtype=view.dtype,
         start=decoder_start(model),
-        ends=_ends(settings),
+        ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=view.n_ctx,
     )
 
 
-def _ends(settings: Any) -> tuple[int, ...]:
-    end = settings.eos_token_id
-    return tuple(end) if isinstance(end, (list, tuple)) else (() if end is None else (end,))
-
-
 def _require_no_decoder_hooks(view: ModelView, hooked: Sequence[str]) -> None:
-    places = [place for place in hooked if not place.startswith(("encoder", "embed"))]
+    # The embedding itself is the decoder's too.
+    places = [one for one in hooked if not one.startswith("encoder") and one != "hook_embed"]
     if places:
         raise UnsupportedModel(
             four_parts(
@@ -200,10 +188,10 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     inputs = torch.tensor([[decoder_start(model), *ids[0, 1:].tolist()]])
     decoder = Side(inputs, torch.ones_like(inputs, dtype=torch.bool))
     last = view.stacks["encoder"][-1].resid_out
+    norm = _view_norm(model, view)
     with without_hooks(model):
         trace = view.run(Batch(side, decoder), [last])
-    norm = view.final_norms.get("encoder")
-    memory = trace[last] if norm is None else norm(trace[last])
+        memory = trace[last] if norm is None else norm(trace[last])
     logits = _memory_decoder(model, view, plain).logits(memory, side.mask, inputs)
     assert trace.logits is not None
     expected = trace.logits.to(logits.dtype)
@@ -218,6 +206,42 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
         "Load it on a TransformerBridge of TransformerLens 4.",
     )
     return _Twin(view, None, reason)
+
+
+def _view_norm(model: Any, view: ModelView) -> Callable[[Tensor], Tensor] | None:
+    if "encoder" not in view.final_norms:
+        return None
+    return module_norm(model, final_norm_modules(model)["encoder"])
+
+
+def module_norm(model: nn.Module, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns the encoder's final norm as the model computes it, hooks of the user's included."""
+    dtype = next(model.parameters()).dtype
+
+    @torch.no_grad()
+    def norm(x: Tensor) -> Tensor:
+        with lock_of(model):
+            return module(x.to(dtype))
+
+    return norm
+
+
+def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
+    """Checks that nothing is hooked of which only the inner modules are run.
+
+    Raises:
+        UnsupportedModel: If something is.
+    """
+    hooked = [type(module).__name__ for module in outer if is_hooked(module)]
+    if hooked:
+        raise UnsupportedModel(
+            four_parts(
+                "hooks on the whole model or its whole encoder are not followed",
+                ", ".join(hooked),
+                "hooks inside the encoder: on its blocks or its final norm",
+                "Put them on the last block or on the final norm.",
+            )
+        )
 
 
 class _Enough(Exception):
@@ -250,119 +274,21 @@ def _view_states(view: ModelView, side: Side) -> list[Tensor]:
     raise AssertionError(names[-1])
 
 
-def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
-    """Returns a Hugging Face speech model as an encoder-decoder.
-
-    Args:
-        model: A WhisperForConditionalGeneration, or another model of its shape.
-        tokenizer: Its tokenizer or processor; None shows token ids as numbers.
-    """
-    from transformers import __version__
-
-    require_no_dropout(model)
-    first = next(model.parameters())
-    require_no_autocast(first.device)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    encoder, settings, config = model.get_encoder(), model.generation_config, model.config
-    decoder = MemoryDecoder(
-        model=model,
-        owner=model,
-        dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
-        start=int(config.decoder_start_token_id),
-        ends=_ends(settings),
-        pad=settings.pad_token_id or 0,
-        n_ctx=getattr(config, "max_target_positions", None),
-        masked=False,
-    )
-    norm = getattr(encoder, "layer_norm", None)
-    return EncoderDecoder(
-        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        host=type(model).__name__,
-        host_version=__version__,
-        processing=(),
-        fingerprint=fingerprint(model),
-        n_layers=len(encoder.layers),
-        view=None,
-        states=lambda features: _speech_states(model, features),
-        norm=None if norm is None else _module_norm(norm, first.dtype),
-        decoder=decoder,
-        encode_target=lambda text: _whole(list(_require(tokenizer)(text)["input_ids"]), ()),
-        to_string=lambda token: _piece(tokenizer, token),
-        to_text=lambda ids: _text(tokenizer, ids),
-        special=_special(decoder, tokenizer),
-    )
-
-
-def _module_norm(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    @torch.no_grad()
-    def norm(x: Tensor) -> Tensor:
-        return module(x.to(dtype))
-
-    return norm
-
-
-@torch.no_grad()
-def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> list[Tensor]:
-    """Returns the encoder's states: convolutions and positions, then every block."""
-    encoder, kept = model.get_encoder(), []
-    first = next(model.parameters())
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0])
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    with lock_of(model):
-        handles = [encoder.layers[0].register_forward_pre_hook(before)]
-        handles += [layer.register_forward_hook(after) for layer in encoder.layers]
-        try:
-            encoder(features.to(first.device, first.dtype))
-        except ValueError as error:
-            raise InvalidInput(
-                four_parts(
-                    "the audio features cannot be encoded",
-                    f"{describe(features)}: {error}",
-                    "features of the length the model was made for",
-                    "Make them with the model's own feature extractor.",
-                )
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-    return kept
-
-
-def _require(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise InvalidInput(
-            four_parts(
-                "a text cannot be turned into tokens",
-                "a speech model without a tokenizer",
-                "tokenizer=",
-                "Pass the model's tokenizer or processor.",
-            )
-        )
-    return tokenizer
-
-
-def _whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
+def whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
     """Returns decoder input ids with the end that they lack."""
     return ids if not ends or ids[-1] in ends else [*ids, ends[0]]
 
 
-def _special(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
+def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
+    """Returns the ids that are no text."""
     named = set(getattr(tokenizer, "all_special_ids", ()))
     # An unknown word is a word.
     named.discard(getattr(tokenizer, "unk_token_id", None))
     return frozenset({*named, *decoder.ends, decoder.start, decoder.pad})
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+def to_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Returns ids as one text, as numbers where there is no tokenizer."""
     if tokenizer is None:
         return " ".join(map(str, ids))
     return tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def _piece(tokenizer: Any, token: int) -> str:
-    return str(token) if tokenizer is None else tokenizer.decode([token])

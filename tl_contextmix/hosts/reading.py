@@ -227,18 +227,24 @@ _FINAL_NORMS = {
 }
 
 
-def final_norms(handle: Handle) -> dict[str, Norm]:
-    """Returns the norm behind the last block of each stack that has one.
+def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the module of the norm behind the last block of each stack that has one.
 
     A masked-LM bridge calls the norm inside its head `ln_final`; that is not one of them.
     """
-    modules = handle.get()._modules
-    found = {
-        stack: read_norm(modules[name], handle)
+    modules = model._modules
+    return {
+        stack: module
         for stack, names in _FINAL_NORMS.items()
         for name in names
-        if modules.get(name) is not None and "mlm_head" not in modules
+        if (module := modules.get(name)) is not None and "mlm_head" not in modules
     }
+
+
+def final_norms(handle: Handle) -> dict[str, Norm]:
+    """Returns the norm behind the last block of each stack that has one."""
+    modules = final_norm_modules(handle.get())
+    found = {stack: read_norm(module, handle) for stack, module in modules.items()}
     return {stack: norm for stack, norm in found.items() if norm is not None}
 
 

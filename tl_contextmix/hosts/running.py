@@ -14,6 +14,9 @@ from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.model_view import Batch, Edit, Runner, Side
 
+# Where Hugging Face's modules keep the rates at which they drop activations, or whole layers.
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")
+
 
 def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
     """Returns the function that runs the model once with hooks at the given names."""
@@ -134,7 +137,7 @@ def require_no_dropout(model: nn.Module) -> None:
         if not module.training:
             continue
         rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
-        for attribute in ("dropout", "attention_dropout", "dropout_prob"):
+        for attribute in _RATES:
             value = module.__dict__.get(attribute)
             rate = max(rate, value) if isinstance(value, float) else rate
         if rate > 0:

@@ -52,22 +52,6 @@ def bridge_twin(model: Any) -> Any | None:
     return twin.eval()
 
 
-def generation_settings(model: Any) -> Any:
-    """Returns how a model generates: a bridge's own settings, or T5's as a tokenizer has them."""
-    from transformers import GenerationConfig
-
-    original = getattr(model, "original_model", None)
-    if original is not None:
-        return original.generation_config
-    tokenizer = getattr(model, "tokenizer", None)
-    end = getattr(tokenizer, "eos_token_id", None)
-    return GenerationConfig(
-        decoder_start_token_id=decoder_start(model),
-        eos_token_id=1 if end is None else int(end),
-        pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
-    )
-
-
 def t5_twin(model: Any) -> Any:
     """Returns a T5ForConditionalGeneration that decodes as a HookedEncoderDecoder does.
 

@@ -83,7 +83,7 @@ class IdentityReport(Result):
             ]
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.model}: {'every identity holds' if self.ok else 'FAILED'}"]
         lines += [
             f"  {'ok  ' if row.ok else 'FAIL'} {row.error:8.1e} <= {row.tolerance:.0e}  "

@@ -3,6 +3,7 @@
 from tl_contextmix.inputs.caches import Cache
 from tl_contextmix.inputs.passes import (
     Pass,
+    fresh_trace,
     label,
     package_version,
     provenance,
@@ -18,6 +19,7 @@ __all__ = [
     "PaddingSide",
     "Pass",
     "Text",
+    "fresh_trace",
     "label",
     "make_batch",
     "package_version",

@@ -122,13 +122,11 @@ def run_pass(
     batch = make_batch(view, given)
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
     if given.cache is None:
-        trace, cause = _fresh(view, batch, blocks, names)
+        trace = fresh_trace(view, batch, base, blocks, names)
     else:
         trace = trace_of(view, given.cache, batch, blocks, names)
-        cause = "as the cache holds it"
-    _require_finite(trace, base, blocks)
-    if cause:
-        view.recheck(trace, base, blocks, cause)
+        _require_finite(trace, base, blocks)
+        view.recheck(trace, base, blocks, "as the cache holds it")
     sides = {"decoder": batch.decoder, "encoder": batch.main}
     if batch.decoder is None:
         sides = {base: batch.main}
@@ -137,17 +135,32 @@ def run_pass(
     return Pass(view=view, trace=trace, stack=asked, blocks=blocks, tokens=tokens)
 
 
-def _fresh(
-    view: ModelView, batch: Batch, blocks: tuple[Block, ...], names: list[str]
-) -> tuple[Trace, str]:
-    """Returns a new pass, and what may have edited it, as a clause; '' where nothing may."""
+def fresh_trace(
+    view: ModelView, batch: Batch, stack: str, blocks: tuple[Block, ...], names: Sequence[str]
+) -> Trace:
+    """Runs the model on a batch, the user's own hooks included.
+
+    Args:
+        view: The model.
+        batch: The tokens.
+        stack: The stack that is asked about.
+        blocks: Its blocks that are asked about.
+        names: Activations to keep.
+
+    Raises:
+        InvalidInput: If the model's own activations are not finite.
+        UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
+    """
     hooked = view.hooked()
     more = [
         name for block in blocks for name in (block.checkpoints() if hooked else block.spared())
     ]
     trace = view.run(batch, [*names, *more])
     places = ", ".join(hooked[:3]) + (", ..." if len(hooked) > 3 else "")
-    return trace, f"with hooks of your own at {places}" if hooked else ""
+    _require_finite(trace, stack, blocks)
+    if hooked:
+        view.recheck(trace, stack, blocks, f"with hooks of your own at {places}")
+    return trace
 
 
 def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None:

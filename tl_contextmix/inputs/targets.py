@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.errors import ContextMixWarning, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
 from tl_contextmix.model_view import Batch, ModelView
-from tl_contextmix.results import Tokens
+from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
+from tl_contextmix.results.axes import whole_number
 
 Names = str | Sequence[str]
-Ids = int | Sequence[int]
+Ids = int | Sequence[int] | Tensor
 # Below this ratio of probabilities, whether a word was meant with its space is a matter of taste.
 _MUCH = 10.0
 
 
 def predicting_rows(
-    view: ModelView, batch: Batch, stack: str, pos: int | None
+    view: ModelView, batch: Batch, stack: str, pos: object
 ) -> Int[Tensor, " batch"]:
     """Returns the position of each sentence that a prediction is read from.
 
@@ -41,7 +42,7 @@ def predicting_rows(
     counts = found.sum(dim=1).tolist()
     if any(count != 1 for count in counts):
         row = next(row for row, count in enumerate(counts) if count != 1)
-        raise _bad(
+        raise bad(
             "it is not clear which word the model is asked for",
             f"{counts[row]} masks in sentence {row}",
             "one mask in every sentence",
@@ -50,7 +51,7 @@ def predicting_rows(
     return found.int().argmax(dim=1).cpu()
 
 
-def rows_at(pos: int, mask: Tensor) -> Int[Tensor, " batch"]:
+def rows_at(pos: object, mask: Tensor) -> Int[Tensor, " batch"]:
     """Returns a position in each sentence; a negative one counts from its last real token.
 
     Raises:
@@ -58,22 +59,57 @@ def rows_at(pos: int, mask: Tensor) -> Int[Tensor, " batch"]:
     """
     mask = mask.cpu()
     length = mask.shape[1]
-    if isinstance(pos, bool) or not isinstance(pos, int) or not -length <= pos < length:
-        raise _bad("there is no such position", repr(pos), f"from {-length} to {length - 1}")
+    number = whole_number(pos)
+    if number is None or not -length <= number < length:
+        raise bad(
+            "there is no such position",
+            repr(pos),
+            f"an integer from {-length} to {length - 1}",
+            "Give one position for all sentences; negative ones count from each one's last token.",
+        )
     last = length - 1 - mask.int().flip(dims=[1]).argmax(dim=1)
-    rows = last + 1 + pos if pos < 0 else torch.full_like(last, pos)
+    rows = last + 1 + number if number < 0 else torch.full_like(last, number)
     real = (rows >= 0) & mask.gather(1, rows.clamp(min=0)[:, None])[:, 0]
     if not bool(real.all()):
         row = int((~real).nonzero()[0])
-        raise _bad(
+        raise bad(
             "nothing is predicted at this position",
-            f"{pos}, padding in sentence {row}",
+            f"{number}, padding in sentence {row}",
             "a position of a real token in every sentence",
+            "Count from the end with a negative one, or ask about this sentence alone.",
         )
     return rows
 
 
-def ids_of(asked: Ids | None, best: Tensor, d_vocab: int) -> Int[Tensor, " batch"]:
+def answer_of(batch: Batch, view: ModelView, *given: object) -> LogProbContributions | None:
+    """Returns the contributions that components were taken from, and checks all results' tokens.
+
+    Args:
+        batch: The tokens the components are asked about.
+        view: The model.
+        *given: What names components; what is no result is passed over.
+
+    Raises:
+        InvalidInput: If a result is of other tokens.
+    """
+    results = [g for g in given if isinstance(g, (LogProbContributions, QueryContributions))]
+    for result in results:
+        sides = [(result.tokens, batch.side(view.base_stack(None)))]
+        if result.encoder is not None:
+            sides.append((result.encoder, batch.main))
+        for tokens, side in sides:
+            same = torch.equal(tokens.ids.cpu(), side.ids.cpu())
+            if not same or not torch.equal(tokens.mask.cpu(), side.mask.cpu()):
+                raise bad(
+                    "the chosen components belong to another input",
+                    f"components found in {tokens.strings[0]}",
+                    f"components found in the tokens {side.ids.tolist()}, padding included",
+                    "Give the input, and its padding, that they were found on.",
+                )
+    return next((r for r in results if isinstance(r, LogProbContributions)), None)
+
+
+def ids_of(asked: object, best: Tensor, d_vocab: int) -> Int[Tensor, " batch"]:
     """Returns the id of one token for each sentence.
 
     Args:
@@ -86,22 +122,29 @@ def ids_of(asked: Ids | None, best: Tensor, d_vocab: int) -> Int[Tensor, " batch
     """
     if asked is None:
         return best.cpu()
-    listed = [asked] * len(best) if isinstance(asked, int) else list(asked)
-    wrong = [t for t in listed if isinstance(t, bool) or not isinstance(t, int)]
-    wrong += [t for t in listed if t not in wrong and not 0 <= t < d_vocab]
-    if wrong or len(listed) != len(best):
-        raise _bad(
+    one = whole_number(asked)
+    found = [whole_number(token) for token in _each(asked)] if one is None else [one] * len(best)
+    ids = [token for token in found if token is not None and 0 <= token < d_vocab]
+    if len(ids) < len(found) or len(ids) != len(best):
+        raise bad(
             "these are no target tokens",
             repr(asked),
             f"an id from 0 to {d_vocab - 1}, or {len(best)} of them",
+            "Give one id for all sentences, or one for each.",
         )
-    return torch.tensor(listed)
+    return torch.tensor(ids)
+
+
+def _each(asked: object) -> list[object]:
+    """Returns what a list, an array or a tensor holds; nothing for anything else."""
+    asked = asked.tolist() if isinstance(asked, Tensor) else asked
+    return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else []
 
 
 def target_tokens(
     view: ModelView,
-    target: Names | None,
-    target_ids: Ids | None,
+    target: object,
+    target_ids: object,
     logits: Float[Tensor, "batch d_vocab"],
 ) -> Tokens:
     """Returns the token that each sentence is asked about.
@@ -120,13 +163,13 @@ def target_tokens(
             far more probable.
     """
     if target is not None and target_ids is not None:
-        raise _bad(
+        raise bad(
             "the target is given twice",
             f"target={target!r} and target_ids={target_ids!r}",
             "one of them",
             "Leave one out.",
         )
-    texts = [target] * len(logits) if isinstance(target, str) else list(target or ())
+    texts = [] if target is None else _texts(target, len(logits))
     if texts:
         target_ids = [single_token(view, text) for text in texts]
     ids = ids_of(target_ids, logits.argmax(dim=-1), logits.shape[1])
@@ -139,21 +182,32 @@ def target_tokens(
     )
 
 
-def single_token(view: ModelView, text: object) -> int:
+def _texts(target: object, count: int) -> list[str]:
+    """Returns the text of each sentence's target."""
+    texts = [target] * count if isinstance(target, str) else _each(target)
+    if len(texts) != count or not all(isinstance(text, str) and text for text in texts):
+        raise bad(
+            "the target cannot be read",
+            repr(target),
+            f"the text of one token for all {count} sentences, or one for each",
+            "Give target=' Paris', leading space included, or target_ids=.",
+        )
+    return texts
+
+
+def single_token(view: ModelView, text: str) -> int:
     """Returns the id of a text that is one token.
 
     Raises:
         InvalidInput: If it is several, naming them, or a word the model does not know.
     """
-    if not isinstance(text, str) or not text:
-        raise _bad("the target cannot be read", repr(text), "a text that is one token")
     found = view.pieces(text)
     if len(found) != 1:
         pieces = ", ".join(repr(view.to_string(token)) for token in found)
         spaced = " " + text
         fits = not text.startswith(" ") and len(view.pieces(spaced)) == 1
         hint = f"{spaced!r}, with its space, is one token. " if fits else ""
-        raise _bad(
+        raise bad(
             "the target is not one token",
             f"{text!r}, which is {len(found)}: {pieces}",
             "a text that is one token of this model's vocabulary",
@@ -161,7 +215,7 @@ def single_token(view: ModelView, text: object) -> int:
         )
     unknown = found[0] == view.special_ids().get("unknown")
     if unknown and view.to_string(found[0]).strip() != text.strip():
-        raise _bad(
+        raise bad(
             "the target is not in the vocabulary",
             f"{text!r}, which becomes {view.to_string(found[0])!r}",
             "a word of this model's vocabulary",
@@ -188,11 +242,5 @@ def _warn_about_spaces(
                     f"Ask for {' ' + text!r} if that is what was meant.",
                 ),
                 ContextMixWarning,
-                stacklevel=5,
+                stacklevel=depth_of_caller(),
             )
-
-
-def _bad(
-    failed: str, seen: str, expected: str, remedy: str = "See the docstring of the method."
-) -> InvalidInput:
-    return InvalidInput(four_parts(failed, seen, expected, remedy))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import ContextMixWarning, four_parts
+from tl_contextmix.errors import ContextMixWarning, InvalidInput, depth_of_caller, four_parts
 from tl_contextmix.loading.bridge import load_bridge
 from tl_contextmix.loading.hooked import load_hooked
 from tl_contextmix.loading.source import (
@@ -123,7 +123,7 @@ def _load(
     host: HostClass | None,
 ) -> Any:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    placement = Placement(torch.device(device or default), dtype or torch.float32)
+    placement = Placement(_device(device or default), dtype or torch.float32)
     chosen = choose_host(source, host)
     if source.headless:
         _warn_about_missing_head(source)
@@ -138,6 +138,20 @@ def _load(
     return model
 
 
+def _device(named: str | torch.device) -> torch.device:
+    try:
+        return torch.device(named)
+    except RuntimeError as error:
+        raise InvalidInput(
+            four_parts(
+                "there is no such device",
+                repr(named),
+                "the name of a device that PyTorch knows, as 'cpu' or 'cuda:0'",
+                "Leave `device` out for the default.",
+            )
+        ) from error
+
+
 def _warn_about_missing_head(source: Source) -> None:
     warnings.warn(
         four_parts(
@@ -147,7 +161,7 @@ def _warn_about_missing_head(source: Source) -> None:
             "Use its hidden states only; the head of this model is random.",
         ),
         ContextMixWarning,
-        stacklevel=4,
+        stacklevel=depth_of_caller(),
     )
 
 

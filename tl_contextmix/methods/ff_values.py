@@ -14,7 +14,7 @@ from tl_contextmix.inputs import Given, Text, make_batch, provenance, select_blo
 from tl_contextmix.memories import require_feed_forward, require_predicting, values
 from tl_contextmix.model_view import Block, ModelView
 from tl_contextmix.results import ValueReadouts
-from tl_contextmix.results.axes import positions, require_count
+from tl_contextmix.results.axes import positions, require_count, require_number
 from tl_contextmix.tensors import blocks
 from tl_contextmix.unembed import TILE_BYTES, Scan, Unembedding, unembedding
 
@@ -68,7 +68,7 @@ def ff_values(
     as long as the vocabulary is made.
     """
     view = as_view(model)
-    k = require_count(k)
+    k, max_bytes = require_count(k), require_number("max_bytes", max_bytes)
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
     chosen = [

@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
 from tl_contextmix.inputs.targets import ids_of, rows_at
@@ -138,7 +138,9 @@ def integrated_gradients(
     Cost: ``steps`` forward and backward passes, and three forward passes more.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise _bad("a path cannot have so many points", repr(steps), "a positive integer")
+        raise bad(
+            "a path cannot have so many points", repr(steps), "a positive integer", "Ask for 50."
+        )
     given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
     with torch.inference_mode(False):
         asked = _ask(as_view(model), given, target, pos, of, score)
@@ -269,9 +271,8 @@ def _ask(
     of: Of,
     score: Score,
 ) -> _Asked:
-    for name, value, known in (("of", of, ("logit", "log_prob")), ("score", score, (*_SCORES,))):
-        if value not in known:
-            raise _bad(f"there is no such {name}", repr(value), f"one of {list(known)}")
+    require_choice("of", of, ("logit", "log_prob"))
+    require_choice("score", score, (*_SCORES,))
     if view.readout.refusal:
         raise UnsupportedModel(view.readout.refusal)
     batch = make_batch(view, given)
@@ -296,7 +297,3 @@ def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:
         sides=((tokens.sides[0][0], 1),),
         places=at,
     )
-
-
-def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
-    return InvalidInput(four_parts(failed, seen, expected, "See the docstring of the method."))

@@ -9,21 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.attribution import require_choice
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, make_batch, provenance
-from tl_contextmix.inputs.targets import Ids, Names, predicting_rows, target_tokens
-from tl_contextmix.model_view import Batch, Edit, ModelView
+from tl_contextmix.inputs.targets import Ids, Names, answer_of, predicting_rows, target_tokens
+from tl_contextmix.model_view import Batch, Edit, ModelView, Trace
 from tl_contextmix.results import Knockout, Tokens
+from tl_contextmix.results.axes import whole_number
 from tl_contextmix.results.components import Components
 from tl_contextmix.selection import (
     Chosen,
+    Controls,
     Sublayer,
-    answer_of,
     chosen_components,
     every_sublayer,
-    others_at_random,
+    without_sources,
 )
 
 Positions = Literal["last", "all"]
@@ -52,9 +52,10 @@ def knockout(
 
     A feed-forward neuron's activation (``hook_post``), an attention neuron's (one dimension of a
     head's ``hook_z``, whatever source it was read from) or a head's whole ``hook_z`` is replaced
-    while the model runs; everything behind it follows. As many components of the same kinds,
-    drawn at random from the whole model, are taken out for comparison. What an attribution calls
-    important should do more than they.
+    while the model runs; everything behind it follows. One that a result names for several
+    sources is one neuron and goes out once. As many components of the same kinds, drawn at random
+    from the whole model, are taken out for comparison; none of them is, or is part of, a chosen
+    one. What an attribution calls important should do more than they.
 
     Args:
         model: Any TransformerLens model with a vocabulary readout.
@@ -89,57 +90,58 @@ def knockout(
         InvalidInput: If an argument does not fit the model, or nothing was chosen.
         UnsupportedModel: If the model has no vocabulary readout.
 
-    Cost: ``2 + controls`` forward passes; twice as many with ``"mean"``.
+    Cost: ``2 + controls`` forward passes.
     """
     require_choice("positions", positions, ("last", "all"))
     require_choice("replacement", replace_with, ("zero", "mean"))
-    if isinstance(controls, bool) or not isinstance(controls, int) or controls < 0:
-        raise InvalidInput(
-            four_parts(
-                "there cannot be so many random sets",
-                repr(controls),
-                "0 or a positive integer",
-                "Ten are the default.",
-            )
-        )
+    controls = _whole("there cannot be so many random sets", controls, least=0)
+    seed = _whole("random sets cannot be drawn with this seed", seed)
     view = as_view(model)
     view.readout.require()
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input)
-    batch = make_batch(view, given)
+    batch = make_batch(view, Given(input, attention_mask, prepend_bos, padding_side, decoder_input))
     found = answer_of(batch, view, neurons, heads)
     if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0].tolist()
-    if found is not None and pos is None:
-        rows = found.pos
-    else:
-        rows = predicting_rows(view, batch, view.base_stack(None), pos)
+        target_ids = found.target.ids[:, 0]
+    taken = found is not None and pos is None
+    rows = found.pos if taken else predicting_rows(view, batch, view.base_stack(None), pos)
     chosen = chosen_components(view, neurons, heads, rows)
-    generator = torch.Generator().manual_seed(seed)
-    others = [others_at_random(view, chosen, generator) for _ in range(controls)]
+    chosen = without_sources(chosen, per_position=positions == "last")
+    drawn = Controls(view, chosen, seed)
+    sets = [chosen, *(drawn.draw() for _ in range(controls))]
     with torch.no_grad():
-        ablation = _Ablation(view, batch, rows, positions == "all", replace_with)
-        logits = ablation.run(None)
+        ablation = _Ablation(view, batch, rows, positions == "all")
+        logits, filling = ablation.before(sets if replace_with == "mean" else [])
         tokens = target_tokens(view, target, target_ids, logits)
-        after = ablation.run(chosen)
-        random = [_figures(ablation.run(one), tokens) for one in others]
+        after, *others = (ablation.run(some, filling) for some in sets)
     before = _figures(logits, tokens)
-    nothing = before.new_empty(len(before), 0, before.shape[1])
-    options = {
-        "pos": pos,
-        "positions": positions,
-        "replace_with": replace_with,
-        "controls": controls,
-        "seed": seed,
-    }
+    random = [_figures(one, tokens) for one in others]
     return Knockout(
         before=before,
         after=_figures(after, tokens),
-        controls=torch.stack(random, dim=1) if random else nothing,
+        controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
         components=chosen,
         target=tokens,
         best=target_tokens(view, None, None, after),
-        provenance=provenance(view, "knockout", options),
+        provenance=provenance(
+            view,
+            "knockout",
+            {
+                "pos": whole_number(pos),
+                "positions": positions,
+                "replace_with": replace_with,
+                "controls": controls,
+                "seed": seed,
+            },
+        ),
     )
+
+
+def _whole(failed: str, value: object, least: int | None = None) -> int:
+    number = whole_number(value)
+    if number is None or (least is not None and number < least):
+        expected = "an integer" if least is None else f"{least} or a positive integer"
+        raise bad(failed, repr(value), expected, "Leave it out for the default.")
+    return number
 
 
 @dataclass(frozen=True)
@@ -150,48 +152,56 @@ class _Ablation:
     batch: Batch
     rows: Tensor
     everywhere: bool
-    replace_with: Replacement
 
-    def run(self, chosen: Components | None) -> Tensor:
+    def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the logits of the model as it is, and the means of what is to be replaced.
+
+        Means are over the real tokens of the input.
+        """
+        touched = [
+            one
+            for one in every_sublayer(self.view)
+            if any(bool(one.holds(some).any()) for some in sets)
+        ]
+        trace = self.view.run(self.batch, [one.name for one in touched])
+        means = {}
+        for one in touched:
+            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
+            values = trace.values[one.name]
+            means[one.name] = values[self.batch.side(stack).mask.to(values.device)].mean(dim=0)
+        return self._read(trace), means
+
+    def run(self, some: Components, filling: Mapping[str, Tensor]) -> Tensor:
+        """Returns the logits with components replaced by means, or by zero where there are none."""
+        edits = {
+            one.name: self._edit(one, some, filling.get(one.name, one.constant))
+            for one in every_sublayer(self.view)
+            if bool(one.holds(some).any())
+        }
+        return self._read(self.view.run(self.batch, [], edits=edits))
+
+    def _read(self, trace: Trace) -> Tensor:
         """Returns the logits of the predicting position, in the dtype of the maths."""
-        edits = {} if chosen is None else self._edits(chosen)
-        logits = self.view.run(self.batch, [], edits=edits).logits
+        logits = trace.logits
         assert logits is not None
         each = torch.arange(len(self.rows), device=logits.device)
         found = logits[each, self.rows.to(logits.device)]
         return found.to(self.view.device, self.view.dtype)
 
-    def _edits(self, chosen: Components) -> Mapping[str, Edit]:
-        touched = [
-            (one, mine)
-            for one in every_sublayer(self.view)
-            if bool((mine := chosen.of_kind(one.kind) & (chosen.layer == one.layer)).any())
-        ]
-        means = self._means([one for one, _ in touched]) if self.replace_with == "mean" else {}
-        return {
-            one.name: self._edit(chosen, mine, means.get(one.name, one.constant))
-            for one, mine in touched
-        }
+    def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
+        mine = one.holds(some)
 
-    def _means(self, sublayers: list[Sublayer]) -> dict[str, Tensor]:
-        """Returns the mean of activations over the real tokens of the input."""
-        trace = self.view.run(self.batch, [one.name for one in sublayers])
-        found = {}
-        for one in sublayers:
-            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
-            values = trace.values[one.name]
-            real = self.batch.side(stack).mask.to(values.device)
-            found[one.name] = values[real].mean(dim=0)
-        return found
-
-    def _edit(self, chosen: Components, mine: Tensor, filling: Tensor | None) -> Edit:
         def edit(activation: Tensor) -> Tensor:
-            gone = torch.zeros(activation.shape, dtype=torch.bool)
-            for row, place in mine.nonzero().tolist():
-                one = chosen.at(row, place)
-                pos = slice(None) if self.everywhere else one["pos"]
-                inside = [one[name] for name in ("head", "neuron") if one[name] is not None]
-                gone[(row, pos, *inside)] = True
+            # Positions that are all alike are one.
+            length = 1 if self.everywhere else activation.shape[1]
+            gone = torch.zeros(activation.shape[0], length, *activation.shape[2:]).bool()
+            for inside in (mine & (some.neuron >= 0), mine & (some.neuron < 0)):
+                row = inside.nonzero()[:, 0]
+                place = [row, torch.zeros_like(row) if self.everywhere else some.pos[inside]]
+                names = (
+                    n for n in ("head", "neuron") if bool((getattr(some, n)[inside] >= 0).any())
+                )
+                gone[(*place, *(getattr(some, name)[inside] for name in names))] = True
             new = torch.zeros((), device=activation.device, dtype=activation.dtype)
             new = new if filling is None else filling.to(activation)
             return torch.where(gone.to(activation.device), new, activation)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.attribution import (
     CUTS,
@@ -18,16 +19,16 @@ from tl_contextmix.attribution import (
     cuts,
     gains,
     progress,
-    require_choice,
 )
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Text
 from tl_contextmix.inputs.targets import Ids, Names
 from tl_contextmix.results import LogProbContributions
-from tl_contextmix.results.axes import require_count
-from tl_contextmix.results.components import Components, join
+from tl_contextmix.results.axes import require_count, whole_number
+from tl_contextmix.results.components import Components, join, padding
+from tl_contextmix.results.contributions import SCORES
 from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Score = Literal[
@@ -40,16 +41,6 @@ Score = Literal[
     "coefficient_norm",
     "coefficient_rank",
 ]
-SCORES: dict[str, str] = {
-    "log_prob_increase": "nats",
-    "log_prob": "nats",
-    "prob_increase": "probability",
-    "norm": "norm of the vector",
-    "coefficient": "coefficient",
-    "rank": "1 / rank",
-    "coefficient_norm": "|coefficient| times norm",
-    "coefficient_rank": "coefficient / rank",
-}
 _NEURONS = ("ff_neuron", "attn_neuron")
 
 
@@ -101,7 +92,8 @@ def log_prob_contributions(
             all heads of a layer read from one source), ``"head_position"`` (the paper's
             value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
-            of W_O).
+            of W_O: one neuron is a component for each source). Padding and, in a causal model,
+            later positions are no sources.
         pos: Position that predicts; negative ones count from the last real token. None: that
             token, or the mask of a masked language model.
         norm: Rule for the final norm. ``"frozen"``: scale of the whole stream, no norm bias and
@@ -120,7 +112,8 @@ def log_prob_contributions(
         padding_side: Where texts of unequal length are padded.
         decoder_input: Decoder side of an encoder-decoder; None: its start token.
         cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
-        max_bytes: Workspace, besides the pass, the result and W_U.
+        max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
+            W_U.
 
     Returns:
         `LogProbContributions`, scores [batch component] in nats.
@@ -166,14 +159,14 @@ def log_prob_contributions(
         logits=found.logits,
         components=found.components,
         by=by,
-        unit=SCORES[score],
+        score=score,
         norm=norm,
         steps=question.steps,
         trajectory=trajectory,
         gaps=found.gaps,
         log_prob=question.log_prob,
-        evaluated=torch.tensor(found.evaluated),
-        possible=_count(listed, biases=score == "log_prob_increase"),
+        evaluated=found.evaluated,
+        possible=_possible(listed),
         note=f"All of them, as there is no bound: {note}." if note else "",
         pos=question.stream.rows.cpu(),
         target=question.target,
@@ -181,10 +174,10 @@ def log_prob_contributions(
         encoder=question.encoder,
         provenance=question.done.provenance(
             "log_prob_contributions",
-            {"by": by, "pos": pos, "norm": norm, "score": score, "top_k": top_k},
+            {"by": by, "pos": whole_number(pos), "norm": norm, "score": score, "top_k": top_k},
         ),
     )
-    return result.top(top_k) if top_k is not None and found.biases else result
+    return result if top_k is None else result.top(top_k)
 
 
 @dataclass(frozen=True)
@@ -196,66 +189,71 @@ class _Found:
     logits: Tensor
     components: Components
     gaps: Tensor
-    evaluated: list[int]
-    biases: bool
+    evaluated: Tensor
 
 
 def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor) -> _Found:
     """Returns the scores of every component, biases included."""
-    scores, coefficients, logits, labels = [], [], [], []
-    gaps, parts = torch.full_like(trajectory, torch.nan), torch.zeros_like(trajectory)
-    vocabulary = question.vocabulary
+    columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
+    labels, gaps = [], torch.full_like(trajectory, torch.nan)
+    parts, vocabulary = torch.zeros_like(trajectory), question.vocabulary
     for cut in progress(listed, "log_prob_contributions"):
-        found = _scores(question, cut, score)
+        absent = ~cut.there.to(trajectory.device)
+        found = _scores(question, cut, score).masked_fill(absent, torch.nan)
         step = cut.step + 1
         parts[:, step] += found.nansum(dim=1)
-        scores.append(found)
-        coefficients.append(cut.coefficients.to(found))
-        logits.append(_logits(question, cut))
-        labels.append(cut.labels)
+        columns["scores"].append(found)
+        columns["coefficients"].append(cut.coefficients.to(found))
+        columns["logits"].append(_logits(question, cut))
+        labels.append(cut.grid.table())
         if cut.bias is not None and score == "log_prob_increase":
-            bias = vocabulary.gains(question.stream.states[:, cut.step], cut.bias[1])
-            scores.append(bias)
-            coefficients.append(torch.full_like(bias, torch.nan))
-            logits.append(vocabulary.project(cut.bias[1]))
-            labels.append(cut.bias[0])
+            grid, vector = cut.bias
+            bias = vocabulary.gains(question.stream.states[:, cut.step], vector)
+            columns["scores"].append(bias)
+            columns["coefficients"].append(torch.full_like(bias, torch.nan))
+            columns["logits"].append(vocabulary.project(vector))
+            labels.append(grid.table())
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
-    components = join(labels)
-    return _Found(
-        _without_padding(torch.cat(scores, dim=1), components, question),
-        torch.cat(coefficients, dim=1),
-        torch.cat(logits, dim=1),
-        components,
-        gaps,
-        [components.kind.shape[1]] * len(trajectory),
-        biases=True,
-    )
+    together = {name: torch.cat(column, dim=1) for name, column in columns.items()}
+    return _Found(**together, components=join(labels), gaps=gaps, evaluated=_possible(listed))
 
 
 def _best(question: Question, listed: list[Cut], k: int) -> _Found:
-    """Returns the neurons with the largest scores alone."""
+    """Returns the neurons with the largest scores alone; tables of all are never made."""
     rows = range(len(question.log_prob))
     states, vocabulary = question.stream.states, question.vocabulary
     best = [best_neurons(vocabulary, states[row], listed, k, row) for row in rows]
-    sizes = torch.tensor([0, *(cut.labels.kind.shape[1] for cut in listed)]).cumsum(0)
-    index = torch.stack([sizes.to(one.cut.device)[one.cut] + one.place for one in best])
-    components = join([cut.labels for cut in listed]).select(index.cpu())
-    coefficients = torch.cat([cut.coefficients for cut in listed], dim=1).gather(1, index)
-    logits = torch.cat([_logits(question, cut) for cut in listed], dim=1).gather(1, index)
+
+    def side_by_side(name: str, nothing: int | float) -> Tensor:
+        columns = [getattr(one, name) for one in best]
+        return pad_sequence(columns, batch_first=True, padding_value=nothing)
+
+    scores = side_by_side("score", torch.nan)
+    which, place = side_by_side("cut", -1), side_by_side("place", 0)
+    components = padding(*which.shape)
+    coefficients, logits = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
+    for index, cut in enumerate(listed):
+        mine = which == index
+        assert cut.neurons is not None
+        inside = place.clamp(max=cut.grid.count - 1)
+        components = components.fill(mine.cpu(), cut.grid.at(inside))
+        numbers = cut.neurons.coefficients.flatten(1).gather(1, inside)
+        vectors = cut.neurons.vectors(inside % cut.neurons.rows.shape[0])
+        logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
+        coefficients = torch.where(mine, cut.coefficients.gather(1, inside), coefficients)
     return _Found(
-        _without_padding(torch.stack([one.score for one in best]), components, question),
+        scores,
         coefficients,
         logits,
         components,
         torch.full((len(best), len(question.steps)), torch.nan).to(logits),
-        [one.evaluated for one in best],
-        biases=False,
+        torch.tensor([one.evaluated for one in best]),
     )
 
 
-def _count(listed: list[Cut], *, biases: bool) -> int:
-    return sum(cut.labels.kind.shape[1] + (biases and cut.bias is not None) for cut in listed)
+def _possible(listed: list[Cut]) -> Tensor:
+    return torch.stack([cut.possible for cut in listed]).sum(dim=0)
 
 
 def _logits(question: Question, cut: Cut) -> Tensor:
@@ -292,40 +290,24 @@ def _scores(question: Question, cut: Cut, score: Score) -> Tensor:
     return before + gained if score == "log_prob" else before.exp() * torch.expm1(gained)
 
 
-def _without_padding(scores: Tensor, components: Components, question: Question) -> Tensor:
-    """Returns scores with NaN where the source that is read is padding."""
-    found = scores
-    for kind, tokens in (("attn", question.done.target), ("cross_attn", question.encoder)):
-        if tokens is None or bool(tokens.mask.all()):
-            continue
-        read = components.of_kind(kind) & (components.source >= 0)
-        real = tokens.mask.gather(1, components.source.clamp(0, tokens.mask.shape[1] - 1))
-        found = found.masked_fill((read & ~real).to(found.device), torch.nan)
-    return found
-
-
 def _require_neurons(by: str, score: str, top_k: int | None) -> None:
     asked = f"score={score!r}" if score != "log_prob_increase" else f"top_k={top_k}"
     if by in _NEURONS or (score == "log_prob_increase" and top_k is None):
         return
-    raise InvalidInput(
-        four_parts(
-            f"there is no such choice by {by}",
-            asked,
-            "scores other than log_prob_increase, and top_k, by 'ff_neuron' or 'attn_neuron'",
-            "Take .top(k) of the result, which holds all components.",
-        )
+    raise bad(
+        f"there is no such choice by {by}",
+        asked,
+        "scores other than log_prob_increase, and top_k, by 'ff_neuron' or 'attn_neuron'",
+        "Take .top(k) of the result, which holds all components.",
     )
 
 
 def _require_some(listed: list[Cut], by: str, question: Question) -> list[Cut]:
     if not listed:
-        raise InvalidInput(
-            four_parts(
-                f"{question.view.name} has no components by {by}",
-                "blocks without a feed-forward sublayer",
-                "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
-                "Ask for one of these.",
-            )
+        raise bad(
+            f"{question.view.name} has no components by {by}",
+            "blocks without a feed-forward sublayer",
+            "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
+            "Ask for one of these.",
         )
     return listed

@@ -6,22 +6,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.attribution import CUTS, By, Cut, Question, ask, cuts, require_choice
+from tl_contextmix.attribution import CUTS, By, Cut, Question, ask, cuts
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, make_batch
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text
 from tl_contextmix.inputs.targets import Ids, Names
 from tl_contextmix.readers import Place, Readers, place_of, readers_at
 from tl_contextmix.results import LogProbContributions, QueryContributions
-from tl_contextmix.results.axes import largest, require_count
+from tl_contextmix.results.axes import largest, require_count, whole_number
 from tl_contextmix.results.components import KINDS, Components, join, padding
-from tl_contextmix.selection import Chosen, answer_of, chosen_components
+from tl_contextmix.selection import Chosen, chosen_components
 from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Share = Literal["exact", "ratio"]
+VANISHING = (
+    "log_prob_increase",
+    "prob_increase",
+    "coefficient",
+    "coefficient_norm",
+    "coefficient_rank",
+)
+"""Scores that a neuron without an activation does not have."""
 
 
 def query_contributions(
@@ -54,8 +63,11 @@ def query_contributions(
     activation's share of each is ``slope * inner``, the slope being the secant of the activation
     from zero (integrated gradients in closed form; in gated blocks both branches have one), the
     attention weight for attention neurons. A component's score is its share of each neuron's
-    activation times the neuron's own score, added up over the neurons: as the score vanishes
-    with the activation, no denominator is near zero on its own.
+    activation times the neuron's own score, added up over the neurons. That score has to vanish
+    with the activation, as the log-probability increase does: of a norm or a rank, which a silent
+    neuron has, too, shares have any size, and are refused. The neuron's own bias and that of its
+    norm (`constant`) are no component of the stream: the scores of all components add up to those
+    of the neurons less the constants' share.
 
     ``share="ratio"`` is the authors' code instead (2024, section 3.4): products without mean, scale
     and biases, divided by their own sum. That sum can be close to zero or negative while the
@@ -99,18 +111,16 @@ def query_contributions(
     require_choice("norm", norm, NORM_RULES)
     require_choice("share", share, ("exact", "ratio"))
     top_k = None if top_k is None else require_count(top_k)
+    _require_vanishing(neurons, share)
     view = as_view(model)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    found = answer_of(make_batch(view, given), view, neurons)
-    if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0].tolist()
     with torch.no_grad():
         question = ask(
             view,
-            given,
+            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            about=neurons,
             target=target,
             target_ids=target_ids,
-            pos=found.pos if found is not None and pos is None else pos,
+            pos=pos,
             norm=norm,
             max_bytes=max_bytes,
             both_stacks=True,
@@ -122,6 +132,8 @@ def query_contributions(
             _row(question, chosen, weights[row], row, by, share, top_k)
             for row in range(len(weights))
         ]
+    if not any(row.components.kind.shape[1] for row in rows):
+        raise _nothing_read(chosen, by)
     width = max(found.components.kind.shape[1] for found in rows)
     padded = [found.padded(width) for found in rows]
 
@@ -147,7 +159,8 @@ def query_contributions(
         tokens=question.done.target,
         encoder=question.encoder,
         provenance=question.done.provenance(
-            "query_contributions", {"by": by, "share": share, "top_k": top_k, "pos": pos}
+            "query_contributions",
+            {"by": by, "share": share, "top_k": top_k, "pos": whole_number(pos)},
         ),
     )
 
@@ -207,16 +220,15 @@ def _row(
     top_k: int | None,
 ) -> _Row:
     places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
-    for index in range(chosen.kind.shape[1]):
+    # A neuron without a score is empty, or reads a source that is not read.
+    for index in (~weights.isnan()).nonzero()[:, 0].tolist():
         place = place_of(question.view, chosen, row, index)
         kind = chosen.at(row, index)["kind"], int(chosen.layer[row, index])
         places.setdefault((place, kind), []).append(index)
     groups = [
         _group(question, chosen, row, place, some, by, share) for (place, _), some in places.items()
     ]
-    labels = join([group.components for group in groups])
-    if not labels.kind.shape[1]:
-        raise _nothing_read(chosen, row, by)
+    labels = join([padding(1, 0), *(group.components for group in groups)])
     keys, where = labels.numbers()[0].unique(return_inverse=True)
     wheres = where.split([group.components.kind.shape[1] for group in groups])
     scores = weights.new_zeros(len(keys))
@@ -240,40 +252,38 @@ def _group(
 ) -> _Group:
     view = question.view
     readers = readers_at(view, question.done.trace, place, chosen, row, some)
-    nothing = readers.keys[0].new_zeros(0, len(some))
-    # The first layer's neurons read no neurons.
-    parts = [(padding(1, 0), nothing, nothing, nothing)]
-    parts += [_with_bias(readers, cut) for cut in cuts(readers.stream, by)]
-    labels = join([part[0] for part in parts])
+    listed = list(cuts(readers.stream, by))
+    labels = join([padding(1, 0), *(label for cut in listed for label in _labels(cut))])
     if place.stack != view.base_stack(None):
         labels = _of_encoder(labels)
-    inner = torch.cat([part[1] for part in parts])
-    branches = (inner,)
-    linear = torch.full_like(inner, torch.nan)
-    if len(readers.keys) > 1:
-        linear = torch.cat([part[2] for part in parts])
-        branches = (inner, linear)
+    branches = tuple(_inner(readers, listed, branch) for branch in range(len(readers.keys)))
     shares = readers.shares(branches)
     divisor = readers.activation
     if share == "ratio":
-        uncentred = torch.cat([part[3] for part in parts])
-        ratios = uncentred / readers.uncentred(readers.stream.total)
+        ratios = _inner(readers, listed, None) / readers.uncentred(readers.stream.total)
     else:
         # A neuron that is not active has no score to share.
         ratios = torch.where(divisor == 0, 0, shares / torch.where(divisor == 0, 1, divisor))
-    return _Group(some, readers, labels, inner, linear, shares, ratios)
+    linear = branches[1] if len(branches) > 1 else torch.full_like(branches[0], torch.nan)
+    return _Group(some, readers, labels, branches[0], linear, shares, ratios)
 
 
-def _with_bias(readers: Readers, cut: Cut) -> tuple[Components, Tensor, Tensor, Tensor]:
-    """Returns labels and inner products of a cut and of its bias: branches, then the authors'."""
-    last = len(readers.keys) - 1
-    found = [readers.inner_of(cut, branch) for branch in (0, last, None)]
-    if cut.bias is None:
-        return (cut.labels, *found)
-    bias = cut.bias[1][0]
-    more = [readers.inner(bias), readers.inner(bias, last), readers.uncentred(bias)]
-    both = [torch.cat(pair) for pair in zip(found, more, strict=True)]
-    return (join([cut.labels, cut.bias[0]]), *both)
+def _labels(cut: Cut) -> list[Components]:
+    """Returns the components of a cut that are there in its only sentence, and its bias."""
+    labels = cut.grid.at(cut.there[0].nonzero().T.cpu())
+    return [labels] if cut.bias is None else [labels, cut.bias[0].table()]
+
+
+def _inner(
+    readers: Readers, listed: list[Cut], branch: int | None
+) -> Float[Tensor, "component neuron"]:
+    """Returns the inner products of what `_labels` names; the authors' where there is no branch."""
+    found = [readers.keys[0].new_zeros(0, readers.keys[0].shape[1])]  # layer 0 reads no neurons
+    for cut in listed:
+        found.append(readers.inner_of(cut, branch)[cut.there[0]])
+        if cut.bias is not None:
+            found.append(readers.product(cut.bias[1][0], branch))
+    return torch.cat(found)
 
 
 def _collect(
@@ -288,10 +298,9 @@ def _collect(
     place[kept] = torch.arange(len(kept), device=kept.device)
     nothing = scores.new_full((neurons, len(kept)), torch.nan)
     tables = {name: nothing.clone() for name in ("inner", "linear", "shares")}
-    figures = {name: scores.new_empty(neurons) for name in ("pre", "activation", "constant")}
-    columns = {
-        name: torch.empty(1, len(kept), dtype=torch.long) for name in vars(groups[0].components)
-    }
+    names = ("pre", "activation", "constant")
+    figures = {name: scores.new_full((neurons,), torch.nan) for name in names}
+    columns = {name: empty.clone() for name, empty in vars(padding(1, len(kept))).items()}
     for group, where in zip(groups, wheres, strict=True):
         at = place[where.to(place.device)]
         seen = at >= 0
@@ -331,27 +340,36 @@ def _weights(question: Question, neurons: Chosen, chosen: Components) -> Tensor:
     return found
 
 
-def _nothing_read(chosen: Components, row: int, by: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"these neurons read no components by {by}",
-            f"neurons such as {chosen.label(row, 0)}, with nothing of that kind before them",
-            "neurons of later layers, or another `by`",
-            "By 'layer' there is always the embedding.",
-        )
+def _nothing_read(chosen: Components, by: str) -> InvalidInput:
+    row, place = (~chosen.is_empty()).nonzero()[0].tolist()
+    return bad(
+        f"these neurons read no components by {by}",
+        f"neurons such as {chosen.label(row, place)}, with nothing of that kind before them",
+        "neurons of later layers, or another `by`",
+        "By 'layer' there is always the embedding.",
     )
 
 
+def _require_vanishing(neurons: object, share: str) -> None:
+    """Raises InvalidInput where shares of an activation cannot be shares of a score."""
+    score = neurons.score if isinstance(neurons, LogProbContributions) else VANISHING[0]
+    if share == "exact" and score not in VANISHING:
+        raise bad(
+            "scores that silent neurons have cannot be shared out by activation",
+            f"neurons scored by {score!r}",
+            f"scores that vanish with the activation: {', '.join(VANISHING)}",
+            "Score the same neurons so: give a list of (layer, neuron), or share='ratio'.",
+        )
+
+
 def _require_sources(chosen: Components) -> None:
-    lacking = ~chosen.of_kind("mlp") & ~chosen.of_kind("encoder mlp")
+    lacking = ~chosen.of_kind("mlp") & ~chosen.of_kind("encoder mlp") & ~chosen.is_empty()
     lacking &= (chosen.source < 0) | (chosen.neuron < 0)
     if bool(lacking.any()):
         row, place = lacking.nonzero()[0].tolist()
-        raise InvalidInput(
-            four_parts(
-                "it is not known which stream this component reads",
-                chosen.label(row, place),
-                "feed-forward neurons, or attention neurons with their source",
-                "Take attention neurons from a result by 'attn_neuron'.",
-            )
+        raise bad(
+            "it is not known which stream this component reads",
+            chosen.label(row, place),
+            "feed-forward neurons, or attention neurons with their source",
+            "Take attention neurons from a result by 'attn_neuron'.",
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.attribution import Cut, ask, cuts
+from tl_contextmix.attribution import By, Cut, Question, ask, cuts
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, make_batch
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text
 from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 from tl_contextmix.results.axes import require_count
-from tl_contextmix.results.components import join
-from tl_contextmix.selection import answer_of
+from tl_contextmix.results.components import Components
 
 
 def component_readouts(
@@ -62,29 +62,30 @@ def component_readouts(
     Cost: a forward pass and ``2 d d_vocab`` operations per component.
     """
     k = require_count(k)
+    if not isinstance(components, LogProbContributions):
+        raise bad(
+            "there is nothing to read",
+            repr(components)[:100],
+            "a result of log_prob_contributions",
+            "Take components from a result's .top(k).",
+        )
     view = as_view(model)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    answer_of(make_batch(view, given), view, components)
-    wanted, pos = components.components, components.pos
     with torch.no_grad():
         question = ask(
             view,
-            given,
-            target=None,
-            target_ids=components.target.ids[:, 0].tolist(),
-            pos=pos,
+            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            about=components,
             norm="frozen",
             max_bytes=max_bytes,
         )
         k = min(k, question.vocabulary.weight.shape[1])
-        listed = list(cuts(question.stream, components.by))
-        labels = join([p for cut in listed for p in _labels(cut)])
-        places = labels.find(wanted)
-        found = [
-            question.vocabulary.extremes(_vectors(listed, places[row], row), row, k)
-            for row in range(len(places))
-        ]
+        there = ~components.scores.isnan().cpu()
+        vectors = _vectors(question, components.by, components.components, there)
+        found = [question.vocabulary.extremes(some, row, k) for row, some in enumerate(vectors)]
+    blank = ~there[:, :, None].to(vectors.device)
     top, top_ids, low, low_ids = (torch.stack(column) for column in zip(*found, strict=True))
+    top, low = (logits.masked_fill(blank, torch.nan) for logits in (top, low))
+    top_ids, low_ids = (ids.masked_fill(blank, -1) for ids in (top_ids, low_ids))
     return ComponentReadouts(
         top_logits=top,
         top_ids=top_ids,
@@ -92,7 +93,7 @@ def component_readouts(
         bottom_logits=low,
         bottom_ids=low_ids,
         bottom_words=_words(view, low_ids),
-        components=wanted,
+        components=components.components,
         scores=components.scores,
         unit=components.unit,
         tokens=question.done.target,
@@ -101,44 +102,49 @@ def component_readouts(
     )
 
 
-def _labels(cut: Cut) -> list:
-    return [cut.labels] if cut.bias is None else [cut.labels, cut.bias[0]]
+def _vectors(
+    question: Question, by: By, wanted: Components, there: Tensor
+) -> Float[Tensor, "batch component d_model"]:
+    """Returns the vectors of components; zero where none is there.
 
-
-def _vectors(listed: list[Cut], places: Tensor, row: int) -> Tensor:
-    """Returns the vectors of components of one sentence, by their place in the joined table."""
-    first, found = 0, {}
-    for cut in listed:
-        count = cut.labels.kind.shape[1]
-        inside = (places >= first) & (places < first + count)
-        for index in inside.nonzero()[:, 0].tolist():
-            found[index] = _vector(cut, int(places[index]) - first, row)
-        first += count
+    Raises:
+        InvalidInput: If one is not written to the stream.
+    """
+    shape = (*there.shape, question.stream.total.shape[1])
+    found = question.stream.total.new_zeros(shape)
+    missing = there.clone()
+    for cut in cuts(question.stream, by):
+        place = cut.grid.find(wanted)
+        mine = (place >= 0) & there
+        if bool(mine.any()):
+            row = mine.nonzero()[:, 0].to(found.device)
+            found[mine] = _vectors_of(cut, row, place[mine].to(found.device))
+            missing &= ~mine
         if cut.bias is not None:
-            for index in (places == first).nonzero()[:, 0].tolist():
-                found[index] = cut.bias[1][row, 0]
-            first += 1
-    if not found:
-        raise InvalidInput(
-            four_parts(
-                "there is nothing to read",
-                "a result without components",
-                "at least one component",
-                "Take them from a result's .top(k).",
-            )
+            grid, vector = cut.bias
+            mine = (grid.find(wanted) >= 0) & there
+            found[mine] = vector[mine.nonzero()[:, 0], 0]
+            missing &= ~mine
+    if bool(missing.any()) or not bool(there.any()):
+        odd = missing.nonzero()[:1].tolist()
+        raise bad(
+            "there is no such component to read here",
+            wanted.label(*odd[0]) if odd else "a result without components",
+            "components written to the stream of the position they were found at",
+            "Take them from a result's .top(k), and give the input they were found on.",
         )
-    return torch.stack([found[index] for index in range(len(found))])
+    return found
 
 
-def _vector(cut: Cut, place: int, row: int) -> Tensor:
+def _vectors_of(cut: Cut, row: Tensor, place: Tensor) -> Float[Tensor, "some d_model"]:
     if cut.neurons is None:
         assert cut.vectors is not None
         return cut.vectors()[row, place]
-    source, neuron = divmod(place, cut.neurons.rows.shape[0])
-    number = cut.neurons.coefficients[row, source, neuron]
-    return number * cut.neurons.vectors(slice(neuron, neuron + 1))[0]
+    number = cut.neurons.coefficients.flatten(1)[row, place]
+    return number[:, None] * cut.neurons.vectors(place % cut.neurons.rows.shape[0])
 
 
 def _words(view: ModelView, ids: Tensor) -> tuple:
-    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
+    texts = {token: view.to_string(token) for token in ids.unique().tolist() if token >= 0}
+    texts[-1] = ""
     return tuple(tuple(tuple(texts[t] for t in one) for one in row) for row in ids.tolist())

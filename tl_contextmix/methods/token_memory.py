@@ -83,9 +83,10 @@ def token_memory(
     target = done.target.select(list(range(len(done.target.ids))), rows)
     real = target.mask[:, :, None] & source.mask[:, None, :]
     shares, rest = (torch.stack(column, dim=1) for column in zip(*found, strict=True))
+    padded = ~target.mask[:, None, :, None].to(rest.device)
     return TokenMemory(
         shares=shares.masked_fill(~real[:, None, :, :, None].to(shares.device), 0),
-        bias=rest,
+        bias=rest.masked_fill(padded, 0),
         neurons=tuple(chosen),
         layers=done.layers,
         stack=done.stack,

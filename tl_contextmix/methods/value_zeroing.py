@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.model_view import Block, StackName, Trace
-from tl_contextmix.replay import batch_rows, needed_keys, part_of, replay
+from tl_contextmix.replay import batch_rows, needed_names, part_of, replay
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.words import Spans, merge, require_spans
@@ -96,12 +97,13 @@ def value_zeroing(
     ``n^2 (8 d^2 + 4 d d_mlp)`` and more. In a parallel block ``2 n^2 H d``.
     """
     max_bytes = require_budget(max_bytes)
-    _require_choice("metric", metric, ("cosine", "euclidean"))
-    _require_choice("span_rows", span_rows, ("keep", "mean", "max"))
+    require_choice("metric", metric, ("cosine", "euclidean"))
+    require_choice("span_rows", span_rows, ("keep", "mean", "max"))
     view = as_view(model)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     kind = "cross" if stack == "cross" else "self"
-    done = run_pass(view, given, layer=layer, stack=stack, also=lambda b: needed_keys(b, kind))
+    also = partial(needed_names, kind=kind, spare=cache is None)
+    done = run_pass(view, given, layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
     length = done.target.ids.shape[1]
     rows = None if targets is None else positions("target", targets, (), length)
@@ -207,7 +209,12 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     if heads is False:
         return [None], ("all",)
     if heads is None:
-        raise _bad("no heads were named", "None", "a truth value, a head, or a list of them")
+        raise bad(
+            "no heads were named",
+            "None",
+            "a truth value, a head, or a list of them",
+            "Give heads=False for all of them together, heads=True for each alone.",
+        )
     count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
     if heads is True:
         return [[head] for head in range(count)], tuple(map(str, range(count)))
@@ -216,7 +223,12 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     groups = [positions("head", group, (), count) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):
-            raise _bad("a head cannot be zeroed twice", repr(heads), "different heads in a group")
+            raise bad(
+                "a head cannot be zeroed twice",
+                repr(heads),
+                "different heads in a group",
+                "Name each once.",
+            )
     return list(groups), tuple("+".join(map(str, group)) for group in groups)
 
 
@@ -225,20 +237,12 @@ def _require_spans(
 ) -> list[tuple[int, int]] | None:
     merged = span_rows != "keep"
     if merged and (spans is None or rows is not None or done.stack == "cross"):
-        raise _bad(
+        raise bad(
             "rows cannot be merged",
             f"span_rows={span_rows!r}",
             "spans of the same tokens on both axes, and all targets",
+            "Give spans= without targets=, or leave span_rows out.",
         )
     if spans is None:
         return None
     return require_spans(spans, done.source("attn_out").ids.shape[1])
-
-
-def _require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise _bad(f"there is no such {name}", repr(value), f"one of {list(known)}")
-
-
-def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
-    return InvalidInput(four_parts(failed, seen, expected, "See the docstring of value_zeroing."))

@@ -11,11 +11,18 @@ import math
 POSITIVE = "#2166ac"
 NEGATIVE = "#b2182b"
 NOTHING = "#d0d4d9"
+INFINITE = "#e69f00"
+MASKED = "#e9ebee"
 # Okabe and Ito's colours, told apart by everybody; black is left to the text.
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 LEVELS = 20
+# Of drawings that also stand alone, without the stylesheet of the page.
+INK = "#1b1f24"
+SOFT = "#57606a"
+GRID = "#e6e9ed"
+ZERO_LINE = "#8b949e"
+FONT = "system-ui, sans-serif"
 
-_INK = (27, 31, 36)
 _WHITE = (255, 255, 255)
 
 Rgb = tuple[int, int, int]
@@ -29,6 +36,11 @@ def shade(fraction: float) -> Rgb:
         round(white + (colour - white) * share) for white, colour in zip(_WHITE, end, strict=True)
     )
     return red, green, blue
+
+
+def series(index: int) -> str:
+    """Returns the colour of a series; there are six, and the seventh has the first again."""
+    return SERIES[index % len(SERIES)]
 
 
 def cell_class(value: float, largest: float) -> str:
@@ -47,17 +59,24 @@ def stylesheet() -> str:
     for sign, prefix in ((1, "p"), (-1, "n")):
         for level in range(1, LEVELS + 1):
             paper = shade(sign * level / LEVELS)
-            ink = _INK if _contrast(paper, _INK) >= _contrast(paper, _WHITE) else _WHITE
-            rules.append(f".{prefix}{level}{{background:{_hex(paper)};color:{_hex(ink)}}}")
+            rules.append(f".{prefix}{level}{{background:{as_hex(paper)};color:{ink_on(paper)}}}")
     return "\n".join(rules)
+
+
+def ink_on(paper: Rgb) -> str:
+    """Returns the colour of text that is read best on a ground, black or white."""
+    # One of the two always has a contrast of 4.58 or more; a softer black has not.
+    black, white = _contrast(paper, (0, 0, 0)), _contrast(paper, _WHITE)
+    return "#000000" if black >= white else as_hex(_WHITE)
+
+
+def as_hex(colour: Rgb) -> str:
+    """Returns a colour as CSS writes it."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _parse(colour: str) -> Rgb:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
-
-
-def _hex(colour: Rgb) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _contrast(one: Rgb, other: Rgb) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,11 @@ PICTURE_CELLS = 20_000_000
 TOP_CELLS = 10
 NARROW_SIDE = 24
 NARROW_TABLE = 7
+WIDEST = 860
+CELL_WIDTH = 58
+# Of a map with too many cells, the part that is drawn cell by cell.
+PART_CELLS = 20_000
+PART_SIDE = 8
 
 
 def draw(panel: Heatmap, charts: Charts) -> str:
@@ -46,8 +52,13 @@ def draw(panel: Heatmap, charts: Charts) -> str:
     else:
         wide = True
         remark = markup.note(_picture_remark(panel))
-        body = [_legend(panel), _pictures(panel), remark, _numbers(panel)]
+        body = [_part(panel, charts), remark, _legend(panel), _pictures(panel), _numbers(panel)]
     return markup.figure("heatmap", panel.title, panel.caption, body, wide=wide)
+
+
+def width_of(panel: Heatmap) -> int:
+    """Returns how wide a CircuitsVis map of some tokens is drawn, at most; it is as high."""
+    return min(WIDEST, 150 + CELL_WIDTH * len(panel.rows))
 
 
 def largest_of(panel: Heatmap) -> float:
@@ -81,10 +92,37 @@ def _is_small(panel: Heatmap) -> bool:
 
 def _interactive(panel: Heatmap, charts: Charts) -> str:
     element = charts.add("AttentionHeads", attention_heads(panel), panel.values.numel())
+    size = f'style="max-width:{width_of(panel)}px"'
     if len(panel.sheets) == 1:
-        return f'<div class="scroll"><div class="cv single" id="{element}"></div></div>'
+        return f'<div class="scroll"><div class="cv single" {size} id="{element}"></div></div>'
     hint = '<p class="hint">Point at a small map to see it large; click to keep it.</p>'
-    return f'{hint}<div class="scroll"><div class="cv" id="{element}"></div></div>'
+    return f'{hint}<div class="scroll"><div class="cv" {size} id="{element}"></div></div>'
+
+
+def _part(panel: Heatmap, charts: Charts) -> str:
+    """Returns the means of groups of sheets, or the last tokens, of a map with too many cells."""
+    if not _is_for_circuitsvis(panel):
+        return ""
+    cells = panel.values.numel()
+    why = f"{cells:,} cells are too many to draw one by one."
+    names = tuple(dict.fromkeys(panel.groups))
+    if names and charts.fits(len(names) * len(panel.rows) ** 2):
+        part = replace(panel, values=_means(panel, names), sheets=names, groups=())
+        what = f"Drawn here: the mean of the sheets of each group, {names[0]} to {names[-1]}."
+    else:
+        side = math.isqrt(PART_CELLS // len(panel.sheets))
+        if side < PART_SIDE or not charts.fits(len(panel.sheets) * side**2):
+            return ""
+        tokens = panel.rows[-side:]
+        values = panel.values[:, -side:, -side:]
+        part = replace(panel, values=values, rows=tokens, columns=tokens)
+        what = f"Drawn here: the last {side} of {len(panel.rows)} tokens."
+    return markup.note(f"{why} {what}") + _legend(part) + _interactive(part, charts)
+
+
+def _means(panel: Heatmap, names: tuple[str, ...]) -> torch.Tensor:
+    groups = [[i for i, one in enumerate(panel.groups) if one == name] for name in names]
+    return torch.stack([panel.values[group].mean(0) for group in groups])
 
 
 def _legend(panel: Heatmap) -> str:
@@ -181,8 +219,8 @@ def _sheets_with_picture(panel: Heatmap) -> int:
 
 def _picture_remark(panel: Heatmap) -> str:
     remark = (
-        f"A picture with one pixel per cell: {panel.values.numel():,} cells are too many to "
-        "draw one by one. Rows run from top to bottom, columns from left to right."
+        f"All {panel.values.numel():,} cells, one pixel per cell. Rows run from top to bottom, "
+        "columns from left to right."
     )
     kept = _sheets_with_picture(panel)
     if kept < len(panel.sheets):
@@ -203,4 +241,5 @@ def _top_table(panel: Heatmap) -> str:
         )
     heads = ("sheet", "row", "column", "value")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return markup.scroll(table, f"{panel.title}, the largest numbers")

@@ -15,8 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
-from tl_contextmix.render import bars, colors, heatmap, library, plain, tables
+from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.render import (
+    bars,
+    colors,
+    curves,
+    heatmap,
+    library,
+    markup,
+    plain,
+    still,
+    tables,
+)
 from tl_contextmix.render.library import Charts
 from tl_contextmix.render.text import label, prose
 
@@ -24,13 +34,19 @@ from tl_contextmix.render.text import label, prose
 DRAW: dict[type, Callable[[Any, Charts], str]] = {
     Heatmap: heatmap.draw,
     Bars: bars.draw,
+    Curves: curves.draw,
     Table: tables.draw_table,
     ColoredText: tables.draw_text,
     Samples: tables.draw_samples,
 }
 
+# A browser should not have to draw a thousand sentences because somebody asked for one look.
+PANELS = 60
+STILLS = 6
 _FRAME_LIMIT = 900
-_FRAME_HEIGHTS = {Heatmap: 760, Bars: 420, Table: 400, ColoredText: 190, Samples: 760}
+_FRAME_HEIGHTS = {Bars: 420, Curves: 440, ColoredText: 190, Samples: 760}
+# Shown only where the frame is not: it goes with the frame, or with the rule, or with both.
+_HIDE_STILL = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"
 
 
 @dataclass(frozen=True)
@@ -100,16 +116,21 @@ class Page:
         # outputs, so that the same page can be shown twice; its sandbox has scripts and no more.
         # What stands beside it survives where a viewer strips frames.
         name = prose(self.title) or "tl_contextmix"
+        stills = "".join(map(still.fallback, self._all_panels()[:STILLS]))
         return (
-            f'<iframe title="{name}" sandbox="allow-scripts" '
+            f'{_HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
             f'style="width:100%;height:{self._frame_height()}px;border:0;resize:vertical;'
             f'overflow:auto" srcdoc="{escape(self.html())}"></iframe>'
+            f'<div class="tl-contextmix-still">{stills}</div>'
             f"<details><summary>{name} as text</summary>"
             f"<pre>{escape(self.text())}</pre></details>"
         )
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/html": self._repr_html_(), "text/plain": self.text()}
+        """Returns what hosts choose from: HTML, text, and for those without HTML a picture."""
+        bundle = {"text/html": self._repr_html_(), "text/plain": self.text()}
+        picture = next(filter(None, map(still.picture, self._all_panels()[:STILLS])), None)
+        return bundle if picture is None else {**bundle, "image/svg+xml": picture}
 
     def save(self, path: str | Path) -> Path:
         """Writes the page to a file; returns its path.
@@ -148,8 +169,7 @@ class Page:
         return "\n".join(piece for piece in pieces if piece)
 
     def _frame_height(self) -> int:
-        heights = [_FRAME_HEIGHTS[type(panel)] for panel in self._all_panels()]
-        return min(_FRAME_LIMIT, 120 + sum(heights))
+        return min(_FRAME_LIMIT, 120 + sum(map(_height, self._all_panels())))
 
 
 def require_writable(path: str | Path) -> None:
@@ -181,9 +201,21 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _height(panel: Panel) -> int:
+    """Returns about how high a panel is; the frame cannot ask the page inside it."""
+    if isinstance(panel, Heatmap):
+        square = panel.rows == panel.columns
+        return 230 + (heatmap.width_of(panel) if square else 28 * min(40, len(panel.rows)))
+    if isinstance(panel, Table):
+        return 110 + 27 * len(panel.rows)
+    return _FRAME_HEIGHTS[type(panel)]
+
+
 def _panels(panels: Sequence[Panel], charts: Charts) -> str:
-    drawn = "\n".join(DRAW[type(panel)](panel, charts) for panel in panels)
-    return f'<div class="panels">\n{drawn}\n</div>'
+    drawn = "\n".join(DRAW[type(panel)](panel, charts) for panel in panels[:PANELS])
+    left = f"The first {PANELS} of {len(panels):,} panels; ask for a part of the result."
+    rest = markup.note(left) if len(panels) > PANELS else ""
+    return f'<div class="panels">\n{drawn}\n</div>{rest}'
 
 
 def _section(section: Section, index: int, charts: Charts) -> str:
@@ -206,8 +238,9 @@ def _paragraph(kind: str, text: str) -> str:
 def _contents(sections: Sequence[Section]) -> str:
     if len(sections) < 2:
         return ""
+    # With their findings, the headings are the whole story in a few lines.
     items = "".join(
-        f'<li><a href="#section-{index}">{prose(section.title)}</a></li>'
+        f'<li><a href="#section-{index}">{prose(section.title)}</a> {prose(section.finding)}</li>'
         for index, section in enumerate(sections)
     )
     return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
@@ -234,12 +267,13 @@ def _head(title: str, scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+    style = _resource("page.css") + colors.stylesheet()
     return (
         '<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{prose(title) or 'tl_contextmix'}</title>\n"
-        f"<style>\n{_resource('page.css')}{colors.stylesheet()}\n</style>\n</head>"
+        f"<style>\n{style}\n</style>\n</head>"
     )
 
 

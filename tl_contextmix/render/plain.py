@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from tl_contextmix.panels import Bars, Cell, ColoredText, Heatmap, Panel, Samples, Table
+from tl_contextmix.panels import Bars, Cell, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render.heatmap import largest_of, top_cells
 from tl_contextmix.render.text import NOTHING, decimals, number, shorten, visible
 
 LINES = 10
+CELL = 60
 
 
 def describe(panel: Panel) -> str:
@@ -21,29 +23,41 @@ def describe(panel: Panel) -> str:
 
 def aligned(columns: tuple[str, ...], rows: tuple[tuple[Cell, ...], ...]) -> list[str]:
     """Returns a table as lines of text, numbers to the right, the heading first."""
-    texts = [tuple(map(visible, columns)), *(tuple(map(_text, row)) for row in rows)]
-    widths = [max(len(text) for text in column) for column in zip(*texts, strict=True)]
-    numeric = [
-        bool(column) and all(isinstance(cell, (int, float)) for cell in column)
-        for column in (tuple(row[index] for row in rows) for index in range(len(columns)))
+    each = [[row[index] for row in rows] for index in range(len(columns))]
+    texts = [
+        [shorten(visible(name), CELL) if name else "", *_texts(cells)]
+        for name, cells in zip(columns, each, strict=True)
     ]
+    widths = [max(map(len, column)) for column in texts]
+    numeric = [bool(cells) and all(map(_is_number, cells)) for cells in each]
     return [
         "  ".join(
             text.rjust(width) if right else text.ljust(width)
             for text, width, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
-        for line in texts
+        for line in zip(*texts, strict=True)
     ]
 
 
-def _text(cell: Cell) -> str:
+def _is_number(cell: Cell) -> bool:
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+
+
+def _texts(cells: list[Cell]) -> list[str]:
+    """Returns the cells of one column, its numbers with as many decimals as the largest needs."""
+    sizes = [abs(cell) for cell in cells if isinstance(cell, float) and math.isfinite(cell)]
+    places = decimals(max(sizes, default=0.0))
+    return [_text(cell, places) for cell in cells]
+
+
+def _text(cell: Cell, places: int | None) -> str:
     if cell is None:
         return NOTHING
-    if isinstance(cell, float):
-        return number(cell, decimals(abs(cell)) if abs(cell) < float("inf") else 0)
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return visible(cell) if isinstance(cell, str) else str(cell)
+    if isinstance(cell, float):
+        return number(cell, places)
+    return shorten(visible(cell), CELL) if isinstance(cell, str) else str(cell)
 
 
 def _heatmap(panel: Heatmap) -> list[str]:
@@ -56,13 +70,13 @@ def _heatmap(panel: Heatmap) -> list[str]:
     return lines
 
 
-def _bars(panel: Bars) -> list[str]:
+def _series(panel: Bars) -> list[str]:
     columns = ("", *(name for name, _ in panel.series))
     rows = tuple(
         (word, *(float(values[place]) for _, values in panel.series))
         for place, word in enumerate(panel.labels)
     )
-    return ["  " + line.replace("∅", " ", 1) for line in aligned(columns, rows)]
+    return ["  " + line for line in aligned(columns, rows)]
 
 
 def _table(panel: Table) -> list[str]:
@@ -70,9 +84,9 @@ def _table(panel: Table) -> list[str]:
 
 
 def _colored_text(panel: ColoredText) -> list[str]:
+    numbers = _texts([float(value) for value in panel.values])
     return [
-        f"  {_token(token)} {_text(float(value))}"
-        for token, value in zip(panel.tokens, panel.values, strict=True)
+        f"  {_token(token)} {shown}" for token, shown in zip(panel.tokens, numbers, strict=True)
     ]
 
 
@@ -89,7 +103,8 @@ def _token(token: str) -> str:
 
 _LINES: dict[type, Callable[[Any], list[str]]] = {
     Heatmap: _heatmap,
-    Bars: _bars,
+    Bars: _series,
+    Curves: _series,
     Table: _table,
     ColoredText: _colored_text,
     Samples: _samples,

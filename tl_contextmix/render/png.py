@@ -16,16 +16,18 @@ _ZERO = 127
 _NOTHING = 255
 
 
-def data_uri(values: Float[torch.Tensor, "row column"], largest: float) -> str:
+def data_uri(values: Float[torch.Tensor, "row column"], largest: float, side: int = 1) -> str:
     """Returns the picture of a matrix as a ``data:`` address.
 
     Args:
         values: The matrix. NaN is drawn as nothing; infinities take the colour of ``largest``.
         largest: The absolute value with the deepest colour.
+        side: How many pixels each cell is wide and high.
     """
     scaled = (values.double() / (largest or 1.0)).clamp(-1, 1) * _STEPS
     indices = scaled.round().nan_to_num(0.0).to(torch.int64) + _ZERO
     indices[values.isnan()] = _NOTHING
+    indices = indices.repeat_interleave(side, 0).repeat_interleave(side, 1)
     return "data:image/png;base64," + base64.b64encode(_encode(indices)).decode()
 
 

@@ -18,13 +18,17 @@ _WORD_JOINER = "\u2060"
 # is invisible or changes the direction of the text around it.
 _HARMLESS_FORMAT = {"\u200c", "\u200d"}
 _SYMBOLS = {"\n": "⏎", "\t": "⇥"}
+# Letters, marks and symbols that every font draws as nothing.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+_DOTTED_CIRCLE = "◌"
 
 
 def visible(text: str) -> str:
     r"""Returns the text with every character that would not be seen written out.
 
     Line breaks become ``⏎``, tabs ``⇥``, an empty text ``∅``, spaces at either end ``·``; other
-    controls, unusual spaces, direction controls and lone surrogates become ``\uXXXX``.
+    controls, unusual spaces, direction controls and lone surrogates become ``\uXXXX``. A mark that
+    would sit on the character before the text sits on a dotted circle.
     """
     if not text:
         return "∅"
@@ -33,7 +37,15 @@ def visible(text: str) -> str:
         return "·" * len(text)
     start = len(text) - len(text.lstrip(" "))
     end = len(text) - start - len(body)
-    return "·" * start + "".join(map(_visible_character, body)) + "·" * end
+    inside = "".join(
+        # A joiner is seen by what it does to its neighbours; at an end it does nothing.
+        code_of(character)
+        if character in _HARMLESS_FORMAT and place in (0, len(body) - 1)
+        else _visible_character(character)
+        for place, character in enumerate(body)
+    )
+    seat = _DOTTED_CIRCLE if unicodedata.category(inside[0]).startswith("M") else ""
+    return "·" * start + seat + inside + "·" * end
 
 
 def shorten(text: str, length: int = LABEL_LENGTH) -> str:
@@ -41,9 +53,15 @@ def shorten(text: str, length: int = LABEL_LENGTH) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def escape(text: str) -> str:
-    """Returns foreign text for our own HTML, in an element or in a quoted attribute."""
-    return html.escape(visible(text), quote=True)
+def escape(text: str, length: int | None = None) -> str:
+    """Returns foreign text for our own HTML, in an element or in a quoted attribute.
+
+    Args:
+        text: The text.
+        length: Where it is cut; None: it is not.
+    """
+    shown = visible(text)
+    return html.escape(shown if length is None else shorten(shown, length), quote=True)
 
 
 def prose(text: str) -> str:
@@ -110,7 +128,16 @@ def _visible_character(character: str) -> str:
     hidden = category in ("Cc", "Cs", "Zl", "Zp") or (category == "Zs" and character != " ")
     if category == "Cf":
         hidden = character not in _HARMLESS_FORMAT
-    if not hidden:
-        return character
+    return code_of(character) if hidden or character in _BLANK or _is_none(character) else character
+
+
+def _is_none(character: str) -> bool:
+    """Whether Unicode says that this will never be a character; XML has no place for it."""
+    code = ord(character)
+    return code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+
+
+def code_of(character: str) -> str:
+    r"""Returns a character as its number, for example ``\u200d``."""
     code = ord(character)
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -1,27 +1,32 @@
-"""The section of an encoder-decoder's report: what its decoder says after each encoder layer."""
+"""The report's section on encoder layers: what the decoder says after each of them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from tl_contextmix.cite import sources
+from tl_contextmix.hosts import as_view
 from tl_contextmix.methods.decoder_lens import decoder_lens
 from tl_contextmix.panels import Bars, Panel, Table
 from tl_contextmix.render import Section
-from tl_contextmix.report.story import Story
+from tl_contextmix.report.story import Story, default_text
 from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood
 
-_LENS = (
-    "Langedijk, Mohebbi, Sarti, Zuidema, Jumelet: DecoderLens: Layerwise Interpretation of "
-    "Encoder-Decoder Transformers (Findings of NAACL 2024)."
-)
 
+def encoder_layers(story: Story) -> Section | str:
+    """Returns outputs, judgements and figures by layer.
 
-def decoder_lens_section(story: Story) -> Section | None:
-    """Returns outputs, judgements and figures by layer, or None for a model with one stack."""
+    Of a model without an encoder: those of the story's companion, if it has one.
+    """
+    model, text, about = story.model, story.text, ""
     if len(story.done.view.stacks) != 2:
-        return None
-    said = decoder_lens(story.model, story.text)
-    judged = decoder_lens(story.model, story.text, mode="teacher_forced")
+        if story.companion is None:
+            return "the model has no encoder whose layers its decoder could read"
+        model, text = story.companion, default_text(story.companion)
+        name = as_view(model).name
+        about = f"{story.done.view.name} has no encoder; this is the embedded {name}, on “{text}”. "
+    said = decoder_lens(model, text)
+    judged = decoder_lens(model, text, mode="teacher_forced")
     assert isinstance(said, LayerwiseDecoding)
     assert isinstance(judged, LayerwiseLikelihood)
     table, map = said.panels()[0], judged.panels()[0]
@@ -32,7 +37,7 @@ def decoder_lens_section(story: Story) -> Section | None:
         *_charts(said, judged),
     )
     stable = said.first_stable_layer()[0]
-    text = (
+    reading = about + (
         "The decoder reads an earlier layer of the encoder instead of the last one: it is the "
         "model with the later encoder blocks removed. Layer 0 is the embeddings. It was trained on "
         "the last layer only, so a layer that it cannot read may still hold the answer."
@@ -40,7 +45,9 @@ def decoder_lens_section(story: Story) -> Section | None:
     finding = f"The output of layer {stable} stays to the end: “{said.texts[0][-1]}”."
     if stable == said.depth:
         finding = f"The output changes up to the last layer: “{said.texts[0][-1]}”."
-    return Section("What the decoder says after each layer", text, panels, _LENS, finding)
+    citation = sources("langedijk2024decoderlens")
+    title = "What does each encoder layer already know?"
+    return Section(title, reading, panels, citation, finding)
 
 
 def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel, ...]:

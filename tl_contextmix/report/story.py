@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tl_contextmix.corpus import Triggers
 from tl_contextmix.decompose import POINTS, Point
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, InvalidInput, four_parts
+from tl_contextmix.errors import (
+    ContextMixError,
+    ContextMixWarning,
+    InvalidInput,
+    depth_of_caller,
+    four_parts,
+)
+from tl_contextmix.evaluate import MinimalPair
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Pass, run_pass
 from tl_contextmix.methods.norms import attention_norms
@@ -33,6 +41,9 @@ class Story:
         maps: Maps by point; some points are missing where the model has no such thing.
         missing: Why; empty where all are there.
         focus: The position that is predicted from, or None where there is none.
+        triggers: Mined triggers of the model's memories, or None.
+        pairs: Minimal pairs to compare methods on, or None.
+        companion: An encoder-decoder that stands in where the model has no encoder, or None.
     """
 
     model: object
@@ -42,6 +53,9 @@ class Story:
     maps: Mapping[str, ContextMap]
     missing: str
     focus: int | None
+    triggers: Triggers | None = None
+    pairs: Sequence[MinimalPair] | None = None
+    companion: object = None
 
     @property
     def complete(self) -> bool:
@@ -71,12 +85,22 @@ def default_text(model: object) -> str:
     return _TEXTS.get(view.name, _TEXT)
 
 
-def read(model: object, text: object) -> Story:
+def read(
+    model: object,
+    text: object,
+    *,
+    triggers: Triggers | None = None,
+    pairs: Sequence[MinimalPair] | None = None,
+    companion: object = None,
+) -> Story:
     """Returns what there is to tell about a model and a sentence.
 
     Args:
         model: Any model `as_view` reads.
         text: The sentence.
+        triggers: See `Story`.
+        pairs: Likewise.
+        companion: Likewise.
 
     Raises:
         ContextMixError: If the model or the text cannot be used.
@@ -98,7 +122,8 @@ def read(model: object, text: object) -> Story:
     done = run_pass(view, Given(text))
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, text, stack)
-    return Story(model, text, done, stack, maps, missing, _focus(model, done))
+    focus = _focus(model, done)
+    return Story(model, text, done, stack, maps, missing, focus, triggers, pairs, companion)
 
 
 def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, ContextMap], str]:
@@ -146,5 +171,5 @@ def _warn_about_words(name: str, text: str) -> None:
                 "Use other words, or a model trained on real text.",
             ),
             ContextMixWarning,
-            stacklevel=5,
+            stacklevel=depth_of_caller(),
         )

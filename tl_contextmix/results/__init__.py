@@ -15,8 +15,9 @@ from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.contributions import LogProbContributions
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
-from tl_contextmix.results.decodings import LayerwiseDecoding, MetricChoice
+from tl_contextmix.results.decodings import LayerwiseDecoding
 from tl_contextmix.results.decomposition import Decomposition
+from tl_contextmix.results.estimate import Estimate, EstimatePart
 from tl_contextmix.results.figures import LayerFigures, TokenFigures
 from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
@@ -49,6 +50,8 @@ __all__ = [
     "Cost",
     "CurvePoint",
     "Decomposition",
+    "Estimate",
+    "EstimatePart",
     "Knockout",
     "LayerCurves",
     "LayerFigures",
@@ -57,7 +60,6 @@ __all__ = [
     "LayerwiseScores",
     "LogProbContributions",
     "Memories",
-    "MetricChoice",
     "Pair",
     "PairChanges",
     "Pattern",

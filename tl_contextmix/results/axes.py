@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad, four_parts
+
+MOST = 2**62
+"""No count and no number of a document is so large."""
 
 
 def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
@@ -38,13 +41,25 @@ def require_choice(operation: str, name: str, value: object, choices: tuple[str,
         )
 
 
+def whole_number(value: Any) -> int | None:
+    """Returns an integer, NumPy's and tensors without axes included; None for anything else."""
+    # True would be position 1, and a mask of booleans a list of ones and zeros.
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def require_count(k: object) -> int:
     """Returns how many are asked for; raises InvalidInput unless it is a positive integer."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InvalidInput(
-            four_parts("nothing can be ranked", f"k={k!r}", "a positive integer", "Ask for k=10.")
-        )
-    return k
+    count = whole_number(k)
+    if count is None or count < 1:
+        raise bad("nothing can be ranked", f"k={k!r}", "a positive integer", "Ask for k=10.")
+    return count
 
 
 def positions(axis: str, wanted: Any, labels: Sequence[str], length: int) -> list[int]:
@@ -104,13 +119,10 @@ def _asked(axis: str, wanted: Any) -> list[int | str]:
 
 
 def _integer(axis: str, value: Any) -> int:
-    # True would be position 1, and a mask of booleans a list of ones and zeros.
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise _absent(axis, value, "integers")
+    number = whole_number(value)
+    if number is None:
+        raise _absent(axis, value, "integers")
+    return number
 
 
 def _absent(axis: str, seen: object, expected: str) -> InvalidInput:
@@ -157,3 +169,21 @@ def as_array(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def require_number(name: str, value: Any, least: int = 1) -> int:
+    """Returns an integer that is given; raises InvalidInput unless it is at least so large."""
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = least - 1
+    if not least <= found < MOST:
+        raise InvalidInput(
+            four_parts(
+                f"there is no such {name}",
+                f"{name}={value!r}"[:200],
+                f"an integer from {least} on",
+                "Leave it out for the default.",
+            )
+        )
+    return found

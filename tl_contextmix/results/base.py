@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,23 +13,43 @@ from tl_contextmix import storage
 from tl_contextmix.panels import Panel
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tl_contextmix.render import Page
 
 R = TypeVar("R", bound="Result")
 
 
-class Result:
-    """What every result can do; its subclasses, all frozen dataclasses, add what they hold."""
+class Shown:
+    """What can be looked at: its subclasses say in `panels` what there is to see."""
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns what there is to see, as data for `render`."""
         raise NotImplementedError
 
-    def show(self) -> Page:
-        """Returns a page that a notebook displays; offline, it makes no request.
+    def figure(
+        self, panel: int = 0, *, sheet: int | str | None = None, fonts: Sequence[str] = ()
+    ) -> Figure:
+        r"""Returns one picture as a matplotlib figure, for a paper.
 
-        In a script, write it with ``.save(path)`` or open it with ``.open()``.
+        It has the size of its content in inches, lives outside pyplot, and ``savefig`` writes the
+        same bytes each time: vector graphics for ``.pdf`` (fonts embedded) and ``.svg``.
+
+        Args:
+            panel: Which of `panels`; negative counts from the end.
+            sheet: Of a stack of maps, which one, by position or name; None: all, side by side.
+            fonts: Names of installed fonts to look in for characters that DejaVu Sans lacks.
+                Characters that none of them has are written as ``\uXXXX``.
+
+        Raises:
+            InvalidInput: If there is no such panel, sheet or font.
+            ContextMixError: If matplotlib is not installed (``tl-contextmix[figures]``).
         """
+        from tl_contextmix.render import draw_figure
+
+        return draw_figure(self.panels(), panel, sheet=sheet, fonts=fonts)
+
+    def _page(self) -> Page:
         # The one import against the direction of the layers: a result must be able to show
         # itself, and nobody should have to know the module that draws.
         from tl_contextmix.render import Page
@@ -36,7 +57,24 @@ class Result:
         return Page(self.panels(), title=type(self).__name__)
 
     def _repr_html_(self) -> str:
-        return self.show()._repr_html_()
+        return self._page()._repr_html_()
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        bundle = self._page()._repr_mimebundle_()
+        heading, *_ = repr(self).splitlines()
+        numbers = bundle["text/plain"].split("\n", 1)[-1]
+        return {**bundle, "text/plain": f"{heading}\n{numbers}".rstrip()}
+
+
+class Result(Shown):
+    """What every result can do; its subclasses, all frozen dataclasses, add what they hold."""
+
+    def show(self) -> Page:
+        """Returns a page that a notebook displays; offline, it makes no request.
+
+        In a script, write it with ``.save(path)`` or open it with ``.open()``.
+        """
+        return self._page()
 
     def equals(self, other: object) -> bool:
         """Returns whether another result has the same class, labels and numbers, bit by bit.

@@ -152,7 +152,7 @@ class Comparison(Result):
             self._summary(),
             *([left_out] if self.left_out else []),
             *(self._layers(metric) for metric in self.metrics),
-            self._likeness(),
+            self.likeness(),
             figure_table(self.rows, "Every figure", "95 % bootstrap intervals over sentences."),
         )
 
@@ -200,7 +200,8 @@ class Comparison(Result):
             unit=metric,
         )
 
-    def _likeness(self) -> Heatmap:
+    def likeness(self) -> Heatmap:
+        """Returns how alike the methods order the sources of the target, as a picture."""
         return Heatmap(
             title="How alike the methods are",
             caption="Spearman's correlation of the target's row between two methods, both from "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
@@ -27,7 +28,11 @@ _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encode
 class Components:
     """What writes to the residual stream: sublayers, heads, sources, neurons, biases.
 
-    Every field has one number for each component; -1 where it has no meaning.
+    Every field has one number for each component; -1 where it has no meaning. Sentences may have
+    different numbers of components: the last places of those with fewer are empty (`is_empty`).
+
+    An attention neuron is one dimension of a head's values. It reads several sources, and what it
+    reads from each is a component of its own: one neuron, several occurrences.
 
     Attributes:
         kind: Place in `KINDS`: the sublayer it belongs to, or the sublayer's biases.
@@ -66,8 +71,18 @@ class Components:
         return f"Components: batch {batch}, component {count}: {shown}"
 
     def select(self, index: Int[torch.Tensor, "batch some"]) -> Components:
-        """Returns some of the components of each sentence."""
-        return Components(**{f.name: getattr(self, f.name).gather(1, index) for f in fields(self)})
+        """Returns some of the components of each sentence; empty places where the index is -1."""
+        if not self.kind.shape[1]:
+            return padding(*index.shape)
+        found = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
+        return Components(**found).fill(index < 0, padding(*index.shape))
+
+    def fill(self, which: Bool[torch.Tensor, "batch component"], others: Components) -> Components:
+        """Returns the same with other components at some places."""
+        names = [field.name for field in fields(self)]
+        return Components(
+            **{n: torch.where(which, getattr(others, n), getattr(self, n)) for n in names}
+        )
 
     def at(self, row: int, place: int) -> dict[str, Any]:
         """Returns one component as names and values; None where a column has no meaning."""
@@ -76,8 +91,13 @@ class Components:
         return {"kind": KINDS[int(self.kind[row, place])], **named}
 
     def label(self, row: int, place: int) -> str:
-        """Returns a short name, such as ``L3H5``, ``L3H5<-2``, ``L3N120`` or ``L3 mlp``."""
+        """Returns a short name, such as ``L3H5``, ``L3H5<-2``, ``L3N120`` or ``L3 mlp``.
+
+        ``<-2`` is the position that is read; an empty place has no name.
+        """
         one = self.at(row, place)
+        if one["pos"] is None:
+            return ""
         if one["kind"] in ("embed", "encoder embed"):
             return one["kind"]
         base = f"L{one['layer']}"
@@ -96,63 +116,84 @@ class Components:
     def numbers(self) -> Int[torch.Tensor, "batch component"]:
         """Returns one number for each component, the same wherever in this table it stands."""
         found = torch.zeros_like(self.kind)
-        for field in fields(self):
+        for field in fields(self) if self.kind.numel() else ():
             column = getattr(self, field.name)
             found = found * (int(column.max()) + 2) + column + 1
         return found
 
-    def find(self, wanted: Components) -> Int[torch.Tensor, "batch some"]:
-        """Returns the places of components in this table, sentence by sentence.
-
-        Raises:
-            InvalidInput: If one of them is not there.
-        """
-        count = self.kind.shape[1]
-        table, asked = join([self, wanted]).numbers().split([count, wanted.kind.shape[1]], dim=1)
-        ordered, order = table.sort(dim=1)
-        at = torch.searchsorted(ordered.contiguous(), asked.contiguous()).clamp(max=count - 1)
-        missing = ordered.gather(1, at) != asked
-        if bool(missing.any()):
-            row, place = missing.nonzero()[0].tolist()
-            raise InvalidInput(
-                four_parts(
-                    "this component is not written to the stream here",
-                    wanted.label(row, place),
-                    "components found on the same input, at the same position",
-                    "Give the input that the components were found on.",
-                )
-            )
-        return order.gather(1, at)
+    def is_empty(self) -> torch.Tensor:
+        """Returns which places hold no component."""
+        return self.pos < 0
 
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
         return self.kind >= KINDS.index(_BIASES[0])
 
 
+@dataclass(frozen=True)
+class Grid:
+    """All components of a sublayer, without a table of them.
+
+    Attributes:
+        kind: Their kind.
+        layer: Their layer.
+        pos: Position whose stream they write to, in each sentence.
+        axes: Columns that tell them apart and the numbers in each, the last one changing first.
+    """
+
+    kind: str
+    layer: int
+    pos: Int[torch.Tensor, " batch"]
+    axes: tuple[tuple[str, range], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return prod(len(numbers) for _, numbers in self.axes)
+
+    def at(self, place: Int[torch.Tensor, "batch some"]) -> Components:
+        """Returns the components at some places."""
+        place = place.cpu()
+        columns = dict.fromkeys(COLUMNS, torch.full_like(place, -1))
+        columns["layer"] = torch.full_like(place, self.layer)
+        columns["pos"] = self.pos.cpu()[:, None].expand_as(place)
+        for name, numbers in reversed(self.axes):
+            columns[name] = numbers.start + place % len(numbers)
+            place = place // len(numbers)
+        return Components(torch.full_like(place, KINDS.index(self.kind)), **columns)
+
+    def find(self, some: Components) -> Int[torch.Tensor, "batch some"]:
+        """Returns the places of components; -1 of those that are none of these."""
+        place = torch.zeros_like(some.kind)
+        mine = some.of_kind(self.kind) & (some.layer == self.layer)
+        mine &= some.pos == self.pos.cpu()[:, None]
+        for name, numbers in self.axes:
+            column = getattr(some, name) - numbers.start
+            mine &= (column >= 0) & (column < len(numbers))
+            place = place * len(numbers) + column
+        named = dict(self.axes)
+        for name in ("head", "source", "neuron"):
+            mine &= (getattr(some, name) >= 0) == (name in named)
+        return place.masked_fill(~mine, -1)
+
+    def table(self) -> Components:
+        """Returns all of them."""
+        return self.at(torch.arange(self.count).expand(len(self.pos), -1))
+
+
+def taken(
+    values: Float[torch.Tensor, "batch component"], index: Int[torch.Tensor, "batch some"]
+) -> Float[torch.Tensor, "batch some"]:
+    """Returns some of the numbers of each sentence; NaN where the index is -1."""
+    if not values.shape[1]:
+        return values.new_full(index.shape, torch.nan)
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, torch.nan)
+
+
 def padding(batch: int, count: int) -> Components:
     """Returns places of a table that hold no component."""
     empty = torch.full((batch, count), -1)
     return Components(torch.zeros_like(empty), *[empty] * len(COLUMNS))
-
-
-def components(
-    batch: int, pos: torch.Tensor, kind: str, layer: int, **columns: torch.Tensor
-) -> Components:
-    """Returns components of one sublayer, the same for every sentence but for their position.
-
-    Args:
-        batch: Number of sentences.
-        pos: Position whose stream they write to, in each sentence.
-        kind: Their kind.
-        layer: Their layer.
-        columns: Further columns, of one length.
-    """
-    count = max((len(column) for column in columns.values()), default=1)
-    given = {name: columns.get(name, torch.full((count,), -1)) for name in COLUMNS}
-    given["layer"] = torch.full((count,), layer)
-    found = {name: column.cpu().expand(batch, count) for name, column in given.items()}
-    found["pos"] = pos.cpu()[:, None].expand(batch, count)
-    return Components(kind=torch.full((batch, count), KINDS.index(kind)), **found)
 
 
 def join(parts: list[Components]) -> Components:

@@ -327,6 +327,7 @@ class ContextMap(Result):
                     columns=part.source.strings[0],
                     causal=part.causal,
                     unit=self.unit,
+                    groups=self._groups(),
                 )
             )
         return tuple(found)
@@ -338,6 +339,11 @@ class ContextMap(Result):
         if len(self.heads) == 1:
             return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
+
+    def _groups(self) -> tuple[str, ...]:
+        if len(self.heads) == 1:
+            return ()
+        return tuple(f"layer {name}" for name in self.layer_names for _ in self.heads)
 
     def _caption(self) -> str:
         scale = {

@@ -7,18 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Bars, Heatmap, Panel, Table
-from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
+from tl_contextmix.panels import Curves, Heatmap, Panel, Table
+from tl_contextmix.results.axes import (
+    as_array,
+    largest,
+    require_choice,
+    require_count,
+    require_shape,
+)
 from tl_contextmix.results.base import Result
-from tl_contextmix.results.components import COLUMNS, KINDS, Components
+from tl_contextmix.results.components import COLUMNS, KINDS, Components, taken
 from tl_contextmix.results.labels import Provenance, Tokens
 
 if TYPE_CHECKING:
     import pandas
 
 SHOWN = 20
+SCORES: dict[str, str] = {
+    "log_prob_increase": "nats",
+    "log_prob": "nats",
+    "prob_increase": "probability",
+    "norm": "norm of the vector",
+    "coefficient": "coefficient",
+    "rank": "1 / rank",
+    "coefficient_norm": "|coefficient| times norm",
+    "coefficient_rank": "coefficient / rank",
+}
+"""What a component may be scored by, and the unit."""
 
 
 @storage.storable
@@ -27,21 +45,22 @@ class LogProbContributions(Result):
     """How much each component of the residual stream raised the log-probability of a token.
 
     Attributes:
-        scores: The scores; NaN at padded sources.
+        scores: The scores; NaN at sources that cannot be read (padding, and later positions in a
+            causal model), which are no components of that sentence.
         coefficients: What a neuron's vector is multiplied with; NaN for other components.
         logits: The component's own logit of the target, norm scale frozen at the real value (the
             before-softmax value); NaN behind a masked-LM head.
         components: What they belong to.
         by: Into what the stream was cut.
-        unit: What a score is.
+        score: What a score is, one of `SCORES`.
         norm: Rule for the final norm.
         steps: Name of each state of the stream, from nothing to all of it.
         trajectory: The target's log-probability at each state.
         gaps: For each step that was cut: its own increase less the sum of its components'. NaN
             where it was not cut, or not all of its components were evaluated.
         log_prob: The target's log-probability as the model itself gives it.
-        evaluated: How many components were evaluated exactly, in each sentence.
-        possible: How many there are, biases included where they have a score.
+        evaluated: How many components were evaluated exactly, in each sentence, biases apart.
+        possible: How many there are in each sentence, biases apart.
         note: Why all had to be evaluated, where a bound would have spared work; else empty.
         pos: Position whose prediction it is, in each sentence.
         target: The predicted token of each sentence.
@@ -55,14 +74,14 @@ class LogProbContributions(Result):
     logits: Float[torch.Tensor, "batch component"]
     components: Components
     by: str
-    unit: str
+    score: str
     norm: str
     steps: tuple[str, ...]
     trajectory: Float[torch.Tensor, "batch step"]
     gaps: Float[torch.Tensor, "batch step"]
     log_prob: Float[torch.Tensor, " batch"]
     evaluated: Int[torch.Tensor, " batch"]
-    possible: int
+    possible: Int[torch.Tensor, " batch"]
     note: str
     pos: Int[torch.Tensor, " batch"]
     target: Tokens
@@ -77,15 +96,21 @@ class LogProbContributions(Result):
         for name in ("trajectory", "gaps"):
             expected = (shape[0], len(self.steps))
             require_shape(f"LogProbContributions.{name}", getattr(self, name), expected)
-        for name in ("log_prob", "evaluated", "pos"):
+        require_choice("LogProbContributions", "score", self.score, tuple(SCORES))
+        for name in ("log_prob", "evaluated", "possible", "pos"):
             require_shape(f"LogProbContributions.{name}", getattr(self, name), shape[:1])
         require_shape("Tokens of the target", self.target.ids, (shape[0], 1))
+
+    @property
+    def unit(self) -> str:
+        """Unit of the scores."""
+        return SCORES[self.score]
 
     def __repr__(self) -> str:
         batch, count = self.scores.shape
         lines = [
-            f"LogProbContributions by {self.by}, {self.unit}, norm {self.norm}: "
-            f"batch {batch}, component {count} of {self.possible}"
+            f"LogProbContributions by {self.by}, {self.score}, norm {self.norm}: "
+            f"batch {batch}, component {count}"
         ]
         for row in range(min(batch, 3)):
             best = self._row_table(row, 5)
@@ -96,7 +121,8 @@ class LogProbContributions(Result):
     def top(self, k: int = 10) -> LogProbContributions:
         """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
 
-        What is returned can be given to `query_contributions` and `knockout` as ``neurons=``.
+        Where a sentence has fewer, its last places are empty: score NaN, see `Components`. What is
+        returned can be given to `query_contributions` and `knockout` as ``neurons=``.
 
         Raises:
             InvalidInput: If ``k`` is not a positive integer.
@@ -106,7 +132,7 @@ class LogProbContributions(Result):
             self,
             components=self.components.select(index.cpu()),
             **{
-                name: getattr(self, name).gather(1, index)
+                name: taken(getattr(self, name), index)
                 for name in ("scores", "coefficients", "logits")
             },
         )
@@ -116,7 +142,7 @@ class LogProbContributions(Result):
         return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per component, padded sources left out.
+        """Returns one row per component; sources that cannot be read are left out.
 
         Columns: batch, component, kind, layer, pos, head, source, neuron (-1 where there is
         none), source_token, coefficient, logit, score.
@@ -145,19 +171,19 @@ class LogProbContributions(Result):
         return frame
 
     def _table(self, row: int) -> Table:
-        evaluated = int(self.evaluated[row])
-        how = f"{evaluated:,} of {self.possible:,} evaluated exactly."
+        evaluated, possible = int(self.evaluated[row]), int(self.possible[row])
+        how = f"{evaluated:,} of {possible:,} evaluated exactly."
         return component_table(
-            title=f"Largest of {self.possible:,} components by {self.by}",
+            title=f"Largest of {possible:,} components by {self.by}",
             caption=f"{self.unit}, for {self.target.strings[row][0]!r}. {how} {self.note}".strip(),
             columns=("component", "source", "score", "logit", "coefficient"),
             rows=self._row_table(row, SHOWN),
             signed=("score", "logit"),
         )
 
-    def _trajectory(self, row: int) -> Bars:
+    def _trajectory(self, row: int) -> Curves:
         steps = self.trajectory[row].detach().cpu()
-        return Bars(
+        return Curves(
             title=f"Log-probability of {self.target.strings[row][0]!r} through the layers",
             caption="From no stream at all to the whole of it, after each sublayer. Neighbours "
             f"differ by the sublayer's own increase. Norm: {self.norm}; the model itself says "
@@ -206,7 +232,10 @@ def component_table(
         title=title,
         caption=caption,
         columns=names,
-        rows=tuple(tuple(row[index] for index in told) for row in rows),
+        # Nothing is not the empty token.
+        rows=tuple(
+            tuple(None if row[index] == "" else row[index] for index in told) for row in rows
+        ),
         signed=tuple(name for name in signed if name in names),
     )
 
@@ -296,8 +325,7 @@ def component_grids(
 def largest_rows(
     scores: torch.Tensor, components: Components, k: int
 ) -> Int[torch.Tensor, "batch some"]:
-    """Returns the places of the largest scores of each sentence, biases apart, as many in each."""
+    """Returns the places of the largest scores of each sentence, biases apart; -1 for no more."""
     kept = scores.detach().masked_fill(components.is_bias().to(scores.device), torch.nan)
     found = [largest(row, k) for row in kept]
-    least = min((len(one) for one in found), default=0)
-    return torch.stack([one[:least] for one in found]).to(scores.device)
+    return pad_sequence(found, batch_first=True, padding_value=-1).to(scores.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.panels import Bars, Panel, Table
+from tl_contextmix.panels import Curves, Panel, Table
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.sequences import Figure, resampled_interval
@@ -66,11 +66,28 @@ class LayerCurves(Result):
 
     def __add__(self, other: LayerCurves) -> LayerCurves:
         """Returns the figures of both, under this one's heading."""
+        if not isinstance(other, LayerCurves):
+            return NotImplemented
         return LayerCurves(self.points + other.points, self.title, self.caption, self.provenance)
 
     def select(self, metric: str, category: str = "all") -> tuple[CurvePoint, ...]:
-        """Returns one curve, layer by layer."""
-        return tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
+        """Returns one curve, layer by layer.
+
+        Raises:
+            InvalidInput: If there is none of this metric and category.
+        """
+        found = tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
+        if not found:
+            known = list(dict.fromkeys((p.metric, p.category) for p in self.points))
+            raise InvalidInput(
+                four_parts(
+                    "there is no such curve",
+                    repr((metric, category)),
+                    f"one of {known}",
+                    "Ask decoder_lens for this metric, or for this category.",
+                )
+            )
+        return found
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per figure."""
@@ -103,17 +120,21 @@ class LayerCurves(Result):
     def _names(self) -> list[str]:
         return [point.metric for point in self.points]
 
-    def _chart(self, metric: str) -> Bars:
+    def _chart(self, metric: str) -> Curves:
         points = [point for point in self.points if point.metric == metric]
         layers = list(dict.fromkeys(point.layer for point in points))
-        found = {(point.category, point.layer): point.value for point in points}
+        found = {(point.category, point.layer): point for point in points}
         categories = dict.fromkeys(point.category for point in points)
-        return Bars(
+        return Curves(
             title=f"{self.title}: {metric}",
             caption=self.caption,
             labels=tuple(f"layer {layer}" for layer in layers),
             series=tuple(
-                (category, tuple(found[category, layer] for layer in layers))
+                (category, tuple(found[category, layer].value for layer in layers))
+                for category in categories
+            ),
+            intervals=tuple(
+                tuple((found[category, layer].low, found[category, layer].high) for layer in layers)
                 for category in categories
             ),
             unit=metric,
@@ -143,7 +164,27 @@ def curve_point(
     return CurvePoint(metric, category, layer, float(value), low, high, len(kept))
 
 
-def category_groups(categories: Sequence[str] | None, count: int) -> dict[str, list[int]]:
+def as_texts(given: object, name: str) -> tuple[str, ...]:
+    """Returns one text, or a list or a column of them, as a tuple.
+
+    Raises:
+        InvalidInput: If there is anything but text.
+    """
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    listed = [listed] if isinstance(listed, str) else listed
+    if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
+        return tuple(listed)
+    raise InvalidInput(
+        four_parts(
+            f"{name} cannot be read",
+            repr(given),
+            "a list with one text per input",
+            "Turn numbers into text; None has no place among them.",
+        )
+    )
+
+
+def category_groups(categories: object, count: int) -> dict[str, list[int]]:
     """Returns the sentences of each category, and all of them.
 
     Raises:
@@ -151,25 +192,26 @@ def category_groups(categories: Sequence[str] | None, count: int) -> dict[str, l
     """
     if categories is None:
         return {"all": list(range(count))}
-    if len(categories) != count:
+    names = as_texts(categories, "categories")
+    if isinstance(categories, str) or len(names) != count:
         raise InvalidInput(
             four_parts(
                 "categories do not fit the inputs",
-                f"{len(categories)} categories",
-                f"{count}, one per input",
+                repr(categories) if isinstance(categories, str) else f"{len(names)} categories",
+                f"a list of {count}, one per input",
                 "Give one category per input.",
             )
         )
-    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories):
-        raise InvalidInput(
-            four_parts(
-                "categories cannot be read",
-                repr(categories),
-                "a list with one text per input",
-                "Categories per token go with metrics of a judged answer.",
-            )
-        )
-    if "all" in categories:
+    require_no_whole(names)
+    groups: dict[str, list[int]] = {"all": list(range(count))}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    return groups
+
+
+def require_no_whole(names: Iterable[str]) -> None:
+    """Raises InvalidInput if a category has the name that stands for all of them together."""
+    if "all" in names:
         raise InvalidInput(
             four_parts(
                 "a category cannot be told from all inputs together",
@@ -178,7 +220,3 @@ def category_groups(categories: Sequence[str] | None, count: int) -> dict[str, l
                 "Give this category another name.",
             )
         )
-    groups: dict[str, list[int]] = {"all": list(range(count))}
-    for row, name in enumerate(categories):
-        groups.setdefault(name, []).append(row)
-    return groups

@@ -14,22 +14,22 @@ from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
-from tl_contextmix.results.curves import LayerCurves, category_groups, curve_point
+from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.sequences import (
     DEFAULT_METRICS,
+    UNREFERENCED_METRICS,
     Metric,
+    MetricChoice,
     Output,
     UserMetric,
-    metric_named,
-    user_metric,
+    make_metrics,
+    metric_items,
     words,
 )
 
 if TYPE_CHECKING:
     import pandas
-
-MetricChoice = str | UserMetric | Sequence[str] | Mapping[str, UserMetric]
 
 
 @storage.storable
@@ -92,7 +92,8 @@ class LayerwiseDecoding(Result):
     ) -> tuple[int | None, ...]:
         """Returns per sentence the first layer whose output is the reference; None: no layer.
 
-        Words are compared, not the blanks between them. A later layer may lose it again.
+        The first of the layers that were decoded. Words are compared, not the blanks between them.
+        A later layer may lose it again.
 
         Raises:
             InvalidInput: If there are no references, or not one per sentence.
@@ -114,10 +115,23 @@ class LayerwiseDecoding(Result):
     def first_stable_layer(self) -> tuple[int, ...]:
         """Returns per sentence the first layer from which on the output is the last layer's.
 
+        The first of the layers that were decoded.
+
         Raises:
-            InvalidInput: If the last layer is not among the layers.
+            InvalidInput: If the last layer is not among the layers, or one before it is left out:
+                its output may be another one.
         """
-        self._require_depth()
+        if not self._complete:
+            raise _no_final_output()
+        if self.layers != tuple(range(self.layers[0], self.depth + 1)):
+            raise InvalidInput(
+                four_parts(
+                    "where the output stays the same cannot be told",
+                    f"layers {list(self.layers)}",
+                    f"every layer from the first of them to {self.depth}",
+                    "Decode those between them too (layers=None decodes all).",
+                )
+            )
         found = []
         for row in range(len(self.inputs)):
             final = self._tokens(row, len(self.layers) - 1, self.mask)
@@ -136,27 +150,29 @@ class LayerwiseDecoding(Result):
     ) -> LayerCurves:
         """Returns figures by layer over the sentences, with 95 % bootstrap intervals.
 
-        ``exact match``, ``token accuracy`` (words at their place), ``BLEU`` (of the corpus),
-        ``chrF`` (mean of sentences), ``WER``, ``CER`` and ``length ratio`` (sums over the corpus)
-        need a reference; ``edit distance`` (in tokens, to the last layer's output),
-        ``repetition`` (share of repeated bigrams), ``empty`` and ``truncated`` (shares of outputs)
-        do not.
+        ``exact match``, ``token accuracy`` (words at their place), ``BLEU``, ``chrF``, ``WER``,
+        ``CER`` and ``length ratio`` (each of the corpus: of sums over its sentences, which the
+        bootstrap draws) need a reference; ``edit distance`` (in tokens, to the last layer's
+        output), ``repetition`` (share of repeated bigrams), ``empty`` and ``truncated`` (shares of
+        outputs) do not.
 
         Args:
             reference: The right answer of each sentence; None for those given to `decoder_lens`.
-            metric: A name, several, a function of output, reference and source, or several by
-                name; None for all that need no further package. A function's NaN leaves the
-                sentence out of its figure.
-            categories: A category per sentence: figures for each, beside those for all.
+            metric: A name or a function of output, reference and source, several of them, or a
+                mapping from names of your own to them; None for all that need no further package.
+                A function's NaN leaves the sentence out of its figure.
+            categories: A category per sentence, as a list or a column of a table: figures for
+                each, beside those for all.
 
         Raises:
-            InvalidInput: If a metric is unknown or lacks its reference, or lengths do not fit.
+            InvalidInput: If a metric is unknown, lacks its reference or gives no number, or
+                lengths do not fit.
             ContextMixError: If a metric's package is not installed.
         """
         right = self._references(reference, needed=False)
-        chosen = _metrics(metric, referenced=right is not None)
-        if "edit distance" in {one.name for one in chosen}:
-            self._require_depth()
+        default = UNREFERENCED_METRICS if right is None else DEFAULT_METRICS
+        items = metric_items(default if metric is None else metric)
+        chosen = require_measurable(items, referenced=right is not None, last=self._complete)
         groups = category_groups(categories, len(self.inputs))
         outputs = [
             [self._output(row, place, right) for row in range(len(self.inputs))]
@@ -234,11 +250,8 @@ class LayerwiseDecoding(Result):
             source=self.inputs[row],
         )
 
-    def _references(
-        self, given: str | Sequence[str] | None, *, needed: bool
-    ) -> Sequence[str] | None:
-        given = [given] if isinstance(given, str) else given
-        found = self.references if given is None else given
+    def _references(self, given: object, *, needed: bool) -> Sequence[str] | None:
+        found = self.references if given is None else as_texts(given, "references")
         if found is None and not needed:
             return None
         if found is None or len(found) != len(self.inputs) or not all(map(words, found)):
@@ -252,27 +265,26 @@ class LayerwiseDecoding(Result):
             )
         return found
 
-    def _require_depth(self) -> None:
-        if self.layers[-1] != self.depth:
-            raise InvalidInput(
-                four_parts(
-                    "the outputs cannot be compared with the final one",
-                    f"layers {list(self.layers)}",
-                    f"the last of them to be {self.depth}",
-                    "Decode the last layer too (layers=None decodes all).",
-                )
-            )
+    @property
+    def _complete(self) -> bool:
+        return self.layers[-1] == self.depth
 
 
-def _metrics(metric: MetricChoice | None, *, referenced: bool) -> list[Metric]:
-    if metric is None:
-        found = [metric_named(name) for name in DEFAULT_METRICS]
-        return [one for one in found if referenced or not one.referenced]
-    if isinstance(metric, Mapping):
-        return [user_metric(name, function) for name, function in metric.items()]
-    if callable(metric):
-        return [user_metric(getattr(metric, "__name__", "metric"), metric)]
-    found = [metric_named(name) for name in ([metric] if isinstance(metric, str) else metric)]
+def require_measurable(
+    metrics: Mapping[str, str | UserMetric], *, referenced: bool, last: bool
+) -> list[Metric]:
+    """Returns metrics of an output, checked for what they need.
+
+    Args:
+        metrics: Names or functions, by the name of their figure.
+        referenced: Whether there are right answers.
+        last: Whether there are outputs of the last layer.
+
+    Raises:
+        InvalidInput: If one is unknown, or what it compares with is not there.
+        ContextMixError: If the package it needs is not installed.
+    """
+    found = make_metrics(metrics)
     lacking = [one.name for one in found if one.referenced and not referenced]
     if lacking:
         raise InvalidInput(
@@ -283,4 +295,17 @@ def _metrics(metric: MetricChoice | None, *, referenced: bool) -> list[Metric]:
                 "Pass references=.",
             )
         )
+    if "edit distance" in metrics.values() and not last:
+        raise _no_final_output()
     return found
+
+
+def _no_final_output() -> InvalidInput:
+    return InvalidInput(
+        four_parts(
+            "the outputs cannot be compared with the final one",
+            "layers without the last one",
+            "the last encoder layer among them",
+            "Decode it too (layers=None decodes all).",
+        )
+    )

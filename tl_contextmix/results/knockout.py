@@ -31,7 +31,8 @@ class Knockout(Result):
         before: Log-probability, probability and reciprocal rank of the target, model as it is.
         after: The same with the chosen components taken out.
         controls: The same with as many random ones of the same kinds taken out.
-        components: What was taken out.
+        components: What was taken out: heads and neurons, each once. Sentences may have different
+            numbers of them, see `Components`.
         target: The token of each sentence.
         best: The most probable token of each sentence once they are out.
         provenance: Where the numbers come from.
@@ -56,7 +57,13 @@ class Knockout(Result):
 
     def __repr__(self) -> str:
         frame = self.summary().round(3).to_string(index=False)
-        return f"Knockout of {self.components.kind.shape[1]} components\n{frame}"
+        return f"Knockout of {self._count()} components\n{frame}"
+
+    def _count(self) -> str:
+        """Returns how many were taken out of a sentence."""
+        counts = (~self.components.is_empty()).sum(dim=1)
+        least, most = int(counts.min()), int(counts.max())
+        return str(most) if least == most else f"{least} to {most}"
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per sentence and quantity: before, after, mean over random controls."""
@@ -111,7 +118,7 @@ class Knockout(Result):
         frame = self.to_dataframe()
         return (
             Table(
-                title=f"{self.components.kind.shape[1]} components taken out",
+                title=f"{self._count()} components taken out",
                 caption="The target before, after, and with as many random components of the same "
                 f"kinds taken out (mean of {self.controls.shape[1]} draws).",
                 columns=("sentence", *frame.columns[1:]),

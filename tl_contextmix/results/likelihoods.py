@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,17 @@ from jaxtyping import Float, Int
 from tl_contextmix import storage
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.panels import Bars, Heatmap, Panel
-from tl_contextmix.results.axes import as_array, require_choice, require_shape
+from tl_contextmix.results.axes import as_array, positions, require_choice, require_shape
 from tl_contextmix.results.base import Result
-from tl_contextmix.results.curves import LayerCurves, category_groups, curve_point
+from tl_contextmix.results.curves import (
+    LayerCurves,
+    as_texts,
+    category_groups,
+    curve_point,
+    require_no_whole,
+)
 from tl_contextmix.results.labels import Provenance, Tokens
-from tl_contextmix.sequences import ratio
+from tl_contextmix.sequences import metric_items, ratio
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +71,7 @@ class LayerwiseLikelihood(Result):
     def metrics(
         self,
         *,
-        metric: str | Sequence[str] | None = None,
+        metric: str | Sequence[str] | Mapping[str, str] | None = None,
         categories: Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> LayerCurves:
         """Returns ``gold NLL``, ``KL`` and ``accuracy`` per token, with 95 % intervals.
@@ -74,26 +80,27 @@ class LayerwiseLikelihood(Result):
         tokens that are the most probable ones.
 
         Args:
-            metric: One or several of these names; None for all.
+            metric: One or several of these names, or a mapping from your own to them; None for
+                all.
             categories: A category per sentence, or per token of every sentence (its first tokens;
                 those that are not named, such as the end token, count for all only).
 
         Raises:
             InvalidInput: If a metric is unknown or categories do not fit the sentences.
         """
-        names = [metric] if isinstance(metric, str) else metric or LIKELIHOOD_METRICS
-        for name in names:
-            require_choice("metrics", "metric", name, LIKELIHOOD_METRICS)
-        by_token = _token_categories(categories, self.target)
+        names = metric_items(LIKELIHOOD_METRICS if metric is None else metric)
+        for what in names.values():
+            require_choice("metrics", "metric", what, LIKELIHOOD_METRICS)
+        chosen_tokens = _token_categories(categories, self.target)
         figures = {
             "gold NLL": -self.log_probs,
             "KL": self.kl,
             "accuracy": (self.ranks == 0).to(self.log_probs),
         }
         points = []
-        for name in names:
-            values = figures[name]
-            for category, chosen in by_token.items():
+        for name, what in names.items():
+            values = figures[str(what)]
+            for category, chosen in chosen_tokens.items():
                 sums = (values * chosen[:, None]).sum(-1)
                 totals = chosen.sum(-1)
                 kept = totals > 0
@@ -108,9 +115,9 @@ class LayerwiseLikelihood(Result):
         )
 
     def first_correct_layer(self) -> Int[torch.Tensor, "batch pos"]:
-        """Returns per token the first layer from which it is the most probable; -1: no layer.
+        """Returns per token the first layer at which it is the most probable; -1: no layer.
 
-        A later layer may lose it again. -1 at padding.
+        The first of the layers that were asked; a later one may lose it again. -1 at padding.
         """
         right = (self.ranks == 0) & self.target.mask[:, None]
         first = right.int().argmax(1)
@@ -195,9 +202,17 @@ class LayerwiseScores(Result):
             f"token {', '.join(map(repr, self.strings))}"
         )
 
-    def difference(self, right: int = 0, wrong: int = 1) -> Float[torch.Tensor, "batch layer"]:
-        """Returns the logit of one of the tokens minus that of another, by their places."""
-        return self.logits[..., right] - self.logits[..., wrong]
+    def difference(
+        self, right: int | str = 0, wrong: int | str = 1
+    ) -> Float[torch.Tensor, "batch layer"]:
+        """Returns the logit of one of the tokens minus that of another, by place or as text.
+
+        Raises:
+            InvalidInput: If one of them was not scored.
+        """
+        places = positions("token", [right, wrong], self.strings, len(self.tokens))
+        one, other = (self.logits[..., place] for place in places)
+        return one - other
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per sentence, layer and token."""
@@ -233,31 +248,38 @@ class LayerwiseScores(Result):
         )
 
 
-def _token_categories(
-    categories: Sequence[str] | Sequence[Sequence[str]] | None, target: Tokens
-) -> dict[str, torch.Tensor]:
+def _token_categories(categories: object, target: Tokens) -> dict[str, torch.Tensor]:
     """Returns which tokens belong to each category, and which are real."""
     real = target.mask.cpu()
-    if categories is None or all(isinstance(one, str) for one in categories):
-        groups = category_groups(categories, len(real))  # type: ignore[arg-type]
+    if not by_token(categories):
+        groups = category_groups(categories, len(real))
         chosen = {name: torch.zeros_like(real) for name in groups}
         for name, rows in groups.items():
             chosen[name][rows] = real[rows]
         return chosen
+    assert isinstance(categories, Sequence)
+    rows = [as_texts(row, "categories") for row in categories]
     lengths = real.sum(1).tolist()
-    if len(categories) != len(real) or any(
-        len(row) > length for row, length in zip(categories, lengths, strict=False)
+    if len(rows) != len(real) or any(
+        len(row) > length for row, length in zip(rows, lengths, strict=False)
     ):
         raise InvalidInput(
             four_parts(
                 "categories do not fit the answers",
-                f"{len(categories)} lists, of {[len(row) for row in categories][:5]} categories",
+                f"{len(rows)} lists, of {[len(row) for row in rows][:5]} categories",
                 f"{len(real)} lists, of at most {lengths[:5]}",
                 "Give a category per token from the first one; the end token may be left out.",
             )
         )
     chosen = {"all": real}
-    for row, names in enumerate(categories):
+    for row, names in enumerate(rows):
+        require_no_whole(names)
         for place, name in enumerate(names):
-            chosen.setdefault(str(name), torch.zeros_like(real))[row, place] = True
+            chosen.setdefault(name, torch.zeros_like(real))[row, place] = True
     return chosen
+
+
+def by_token(categories: object) -> bool:
+    """Whether categories are those of tokens: a list of lists."""
+    listed = isinstance(categories, Sequence) and not isinstance(categories, str)
+    return listed and any(not isinstance(one, str) for one in categories)

@@ -9,8 +9,15 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
+from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.panels import Bars, Panel, Table
-from tl_contextmix.results.axes import as_array, layer_positions, positions, require_shape
+from tl_contextmix.results.axes import (
+    as_array,
+    layer_positions,
+    positions,
+    require_count,
+    require_shape,
+)
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance, Tokens
 
@@ -57,8 +64,23 @@ class CompositionFigures(Result):
         )
 
     def __add__(self, other: CompositionFigures) -> CompositionFigures:
-        """Returns the figures over the positions of both."""
-        require_shape("the other figures", other.sums, tuple(self.sums.shape))
+        """Returns the figures over the positions of both.
+
+        Raises:
+            InvalidInput: If the other ones are of another model, or were read in another way.
+        """
+        if not isinstance(other, CompositionFigures):
+            return NotImplemented
+        for mine, theirs in zip(self._told_apart_by(), other._told_apart_by(), strict=True):
+            if mine != theirs:
+                raise InvalidInput(
+                    four_parts(
+                        "figures cannot be added up",
+                        f"{theirs} beside {mine}",
+                        "figures of the same model and layers, read in the same way",
+                        "Ask for both with the same options.",
+                    )
+                )
         return CompositionFigures(
             self.sums + other.sums,
             self.examples + other.examples,
@@ -66,6 +88,11 @@ class CompositionFigures(Result):
             self.cases,
             self.provenance,
         )
+
+    def _told_apart_by(self) -> tuple[object, ...]:
+        where = self.provenance
+        how = {name: where.options.get(name) for name in ("active", "projection")}
+        return (where.model, where.fingerprint, self.layers, self.cases, how)
 
     @property
     def values(self) -> Float[torch.Tensor, "layer quantity"]:
@@ -184,7 +211,7 @@ class Memories(Result):
             self.probability,
             *((self.case == index).to(self.active) for index in range(len(self.cases))),
         ]
-        sums = torch.stack([(row * real).sum((0, 2)) for row in rows], dim=1)
+        sums = torch.stack([(row * real).sum((0, 2)) for row in rows], dim=1).cpu().double()
         count = int(self.tokens.mask.sum())
         return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)
 
@@ -196,7 +223,8 @@ class Memories(Result):
         Args:
             k: How many of each layer.
             layer: Layer; None for all.
-            pos: Position.
+            pos: Position; a negative one counts from the end of the row's tokens, padding left
+                out.
             batch: Row of the batch.
 
         Raises:
@@ -204,8 +232,20 @@ class Memories(Result):
         """
         import pandas
 
-        (row,) = positions("batch", batch, (), len(self.active))
-        (place,) = positions("pos", pos, (), self.active.shape[2])
+        k, row = require_count(k), _one("batch", batch, len(self.active))
+        real = self.tokens.mask[row].nonzero()[:, 0].tolist()
+        place = _one("pos", pos, self.active.shape[2])
+        if isinstance(pos, int) and pos < 0:
+            place = real[_one("pos", pos, len(real))]
+        if place not in real:
+            raise InvalidInput(
+                four_parts(
+                    "there are no memories at padding",
+                    f"pos={pos} of row {row}",
+                    f"one of {real}",
+                    "Count from the end: padding is left out.",
+                )
+            )
         found = []
         for index in layer_positions(layer, self.layers):
             numbers = self.coefficients[row, index, place]
@@ -270,6 +310,21 @@ class Memories(Result):
         return (*self.figures().panels(), table)
 
 
+def _one(axis: str, wanted: object, length: int) -> int:
+    """Returns the one position that is asked for."""
+    found = [] if wanted is None else positions(axis, wanted, (), length)
+    if len(found) != 1:
+        raise InvalidInput(
+            four_parts(
+                f"one place on the {axis} axis is asked for",
+                repr(wanted)[:200],
+                f"an integer from {-length} to {length - 1}",
+                "Name one.",
+            )
+        )
+    return found[0]
+
+
 @storage.storable
 @dataclass(frozen=True, eq=False)
 class TokenMemory(Result):
@@ -277,7 +332,7 @@ class TokenMemory(Result):
 
     Attributes:
         shares: Share of each source token in each coefficient; 0 at padding.
-        bias: The share of no token.
+        bias: The share of no token; 0 at padding.
         neurons: The memories.
         layers: Number of each layer.
         stack: The stack.
@@ -341,7 +396,9 @@ class TokenMemory(Result):
         last = int(self.target.mask[0].nonzero()[-1])
         columns = [*self.source.strings[0], "no token", "coefficient"]
         # Two sources may be the same word, and columns are told apart by their names.
-        heads = [f"{word} ({place})" for place, word in enumerate(columns[:-2])] + columns[-2:]
+        heads = [f"{word or '∅'} ({place})" for place, word in enumerate(columns[:-2])] + columns[
+            -2:
+        ]
         found = []
         for index, layer in enumerate(self.layers):
             total = self.coefficients[0, index, last]

@@ -99,8 +99,8 @@ class PairChanges(Result):
                     (
                         pair.batch,
                         pair.layer,
-                        f"{pair.source_token} ({pair.source})",
-                        f"{pair.target_token} ({pair.target})",
+                        f"{pair.source_token or '∅'} ({pair.source})",
+                        f"{pair.target_token or '∅'} ({pair.target})",
                         pair.before,
                         pair.after,
                         pair.change,

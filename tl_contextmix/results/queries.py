@@ -12,7 +12,7 @@ from tl_contextmix import storage
 from tl_contextmix.panels import Panel
 from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
 from tl_contextmix.results.base import Result
-from tl_contextmix.results.components import Components
+from tl_contextmix.results.components import Components, taken
 from tl_contextmix.results.contributions import (
     SHOWN,
     component_frame,
@@ -33,8 +33,9 @@ class QueryContributions(Result):
     """How much each component of the residual stream activated some neurons.
 
     Attributes:
-        scores: Each component's share of the neurons' own scores, added up over the neurons. NaN
-            where a row of the table is empty.
+        scores: Each component's share of the neurons' own scores, added up over the neurons. What
+            is missing to the sum of those is the share of the neurons' constants. NaN in empty
+            places: sentences may have different components.
         components: What they belong to.
         by: Into what the streams were cut.
         share: ``"exact"`` or ``"ratio"``.
@@ -86,14 +87,11 @@ class QueryContributions(Result):
             f"component {count}"
         ]
         for row in range(min(batch, 3)):
-            best = largest(self.scores[row], 5).tolist()
-            lines.append(
-                "  "
-                + ", ".join(
-                    f"{self.components.label(row, place)} {float(self.scores[row, place]):+.3f}"
-                    for place in best
-                )
-            )
+            best = []
+            for place in largest(self.scores[row], 5).tolist():
+                at, score = int(self.components.pos[row, place]), float(self.scores[row, place])
+                best.append(f"{self.components.label(row, place)} at {at} {score:+.3f}")
+            lines.append("  " + ", ".join(best))
         return "\n".join(lines)
 
     def top(self, k: int = 10) -> QueryContributions:
@@ -109,11 +107,15 @@ class QueryContributions(Result):
 
     def _at(self, index: Int[torch.Tensor, "batch some"]) -> QueryContributions:
         wide = index[:, None].expand(-1, self.inner.shape[1], -1)
+
+        def some(table: torch.Tensor) -> torch.Tensor:
+            return taken(table.flatten(0, 1), wide.flatten(0, 1)).unflatten(0, wide.shape[:2])
+
         return replace(
             self,
-            scores=self.scores.gather(1, index),
+            scores=taken(self.scores, index),
             components=self.components.select(index.cpu()),
-            **{n: getattr(self, n).gather(2, wide) for n in ("inner", "linear", "shares")},
+            **{name: some(getattr(self, name)) for name in ("inner", "linear", "shares")},
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -127,7 +129,8 @@ class QueryContributions(Result):
         found: list[Panel] = []
         for row in range(self.scores.shape[0]):
             own = self.tokens.strings[row]
-            names = [self.neurons.label(row, i) for i in range(self.neurons.kind.shape[1])]
+            places = (~self.neurons.is_empty()[row]).nonzero()[:, 0].tolist()
+            names = [self.neurons.label(row, place) for place in places]
             asked = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             found += component_grids(
                 self.components,

@@ -28,6 +28,9 @@ _IN_TABLE = 6
 class ComponentReadouts(Result):
     """The tokens that components raise and lower most, before the softmax.
 
+    Where a component has no score (an empty place, a source that cannot be read), logits are NaN,
+    ids -1 and words empty.
+
     Attributes:
         top_logits: The largest logits of each component's vector, largest first.
         top_ids: Their tokens.
@@ -65,9 +68,13 @@ class ComponentReadouts(Result):
 
     def __repr__(self) -> str:
         lines = [f"ComponentReadouts: component {self.scores.shape[1]}"]
-        for place in range(min(5, self.scores.shape[1])):
+        for place in self._places(0)[:5]:
             lines.append(f"  {self.components.label(0, place)}: {self._list(0, place, 'top')}")
         return "\n".join(lines)
+
+    def _places(self, row: int) -> list[int]:
+        """Returns the places of a sentence that hold a component."""
+        return (~self.scores[row].isnan()).nonzero()[:, 0].tolist()
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per component and token: its place, direction, rank, logit."""
@@ -85,7 +92,7 @@ class ComponentReadouts(Result):
             wide["token"] = [word for row in words for one in row for word in one]
             wide["token_id"] = as_array(getattr(self, f"{direction}_ids")).reshape(-1)
             wide["logit"] = as_array(getattr(self, f"{direction}_logits")).reshape(-1)
-            parts.append(wide)
+            parts.append(wide[wide.score.notna()])
         return pandas.concat(parts, ignore_index=True)
 
     def panels(self) -> tuple[Panel, ...]:
@@ -104,7 +111,7 @@ class ComponentReadouts(Result):
                         self._list(row, place, "top"),
                         self._list(row, place, "bottom"),
                     )
-                    for place in range(self.scores.shape[1])
+                    for place in self._places(row)
                 ],
                 signed=("score",),
             )

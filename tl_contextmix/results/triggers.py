@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from tl_contextmix import storage
 from tl_contextmix.panels import Bars, Panel, Samples, Table
 from tl_contextmix.ranks import bootstrap_interval
-from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.axes import as_array, require_count, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 
@@ -31,8 +31,9 @@ class Trigger:
         rank: Its place among the triggers, from 0.
         value: The coefficient.
         document: Number of the document.
-        position: Position in it; the context ends there.
-        tokens: The document's tokens up to there.
+        position: Position of the trigger in it.
+        tokens: The document's tokens that the model had read there: those up to the trigger; all
+            of them where it reads both ways.
         activations: The memory's coefficient at each of them; NaN where it is not known.
         next_token: The token behind it; empty at the end of a document.
     """
@@ -55,7 +56,7 @@ class TriggerExamples(Result):
         layer: Its layer.
         neuron: Its neuron.
         tail: What was looked for: ``"positive"`` or ``"negative"`` coefficients, or a quadrant.
-        triggers: The contexts, highest coefficient first.
+        triggers: The contexts, furthest coefficient first.
         promotes: Tokens the memory promotes there, most first; empty where no vocabulary is read.
         logits: Their logits.
         provenance: Where it comes from.
@@ -74,7 +75,7 @@ class TriggerExamples(Result):
         if self.promotes:
             lines.append("promotes: " + ", ".join(repr(token) for token in self.promotes))
         for trigger in self.triggers[:10]:
-            context = "".join(trigger.tokens)
+            context = "".join(trigger.tokens[: trigger.position + 1])
             lines.append(f"  {trigger.value:8.3f}  {context!r} -> {trigger.next_token!r}")
         return "\n".join(lines)
 
@@ -88,8 +89,9 @@ class TriggerExamples(Result):
                 "value": [t.value for t in self.triggers],
                 "document": [t.document for t in self.triggers],
                 "position": [t.position for t in self.triggers],
-                "context": ["".join(t.tokens) for t in self.triggers],
-                "token": [t.tokens[-1] for t in self.triggers],
+                "context": ["".join(t.tokens[: t.position + 1]) for t in self.triggers],
+                "behind": ["".join(t.tokens[t.position + 1 :]) for t in self.triggers],
+                "token": [t.tokens[t.position] for t in self.triggers],
                 "next_token": [t.next_token for t in self.triggers],
             }
         )
@@ -103,12 +105,19 @@ class TriggerExamples(Result):
             caption = "The tokens with the highest logits of its value, as it is read here."
             found.append(Table(f"{name} promotes", caption, ("token", "logit"), rows))
         shown = self.triggers[:_SHOWN]
-        labels = [f"{t.value:.3f}, document {t.document}, next: {t.next_token!r}" for t in shown]
+        labels = [
+            f"{t.value:.3f} at {t.tokens[t.position]!r} ({t.position}), document {t.document}, "
+            f"next: {t.next_token!r}"
+            for t in shown
+        ]
+        whole = any(len(t.tokens) > t.position + 1 for t in shown)
+        ends = "documents are shown to their end, as the model reads both ways"
+        ends = ends if whole else "each ends at its trigger"
         found.append(
             Samples(
                 title=f"Triggers of {name}",
-                caption=f"The {len(shown)} contexts with the highest coefficients, highest first; "
-                "each ends at its trigger. Colour: the coefficient at each token.",
+                caption=f"The {len(shown)} contexts that excite it most, most first; {ends}. "
+                "Colour: the coefficient at each token.",
                 name=name,
                 labels=tuple(labels),
                 tokens=tuple(t.tokens for t in shown),
@@ -220,9 +229,17 @@ class TriggerAgreement(Result):
         return pandas.DataFrame(rows)
 
     def by_max_prob(self, bins: int = 10) -> pandas.DataFrame:
-        """Returns the agreement rate of memories with like max probabilities, in equal groups."""
+        """Returns the agreement rate of memories with like max probabilities, in equal groups.
+
+        Args:
+            bins: How many groups.
+
+        Raises:
+            InvalidInput: If that is no positive integer.
+        """
         import pandas
 
+        bins = require_count(bins)
         order = self.max_prob.argsort(stable=True)
         rows = []
         for part in order.tensor_split(min(bins, max(1, len(order)))):

@@ -125,7 +125,7 @@ class ValueReadouts(Result):
         rows = []
         for index in range(len(self.layer)):
             both = [
-                " ".join(self.words[str(one)].strip() or "␣" for one in side)
+                " ".join(_word(self.words[str(one)]) for one in side)
                 for side in self.ids[index].tolist()
             ]
             rows.append(
@@ -147,3 +147,8 @@ class ValueReadouts(Result):
                 rows=tuple(rows),
             ),
         )
+
+
+def _word(token: str) -> str:
+    """Returns a token for a list of them; a line break stays one, and nothing becomes a sign."""
+    return token.strip(" ") or ("␣" if token else "∅")

@@ -9,13 +9,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 
 Spans = Sequence[tuple[int, int]]
 """Stretches ``(start, stop)`` of positions."""
 
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _JOINS = frozenset("'\u2019-")
+_REMEDY = "Count positions from 0, special tokens included."
 
 
 def find_words(pieces: Sequence[str], real: Sequence[bool], spaced: bool) -> list[tuple[int, int]]:
@@ -62,7 +63,7 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     """
     listed = [*spans] if isinstance(spans, Iterable) and not isinstance(spans, str) else []
     if not listed:
-        raise _bad("no spans were given", repr(spans), "at least one (start, stop)")
+        raise bad("no spans were given", repr(spans), "at least one (start, stop)", _REMEDY)
     return [_require_span(span, length) for span in listed]
 
 
@@ -75,10 +76,11 @@ def _require_span(span: object, length: int) -> tuple[int, int]:
     except (TypeError, ValueError):
         start = stop = 0
     if not 0 <= start < stop <= length:
-        raise _bad(
+        raise bad(
             "this span covers no token",
             repr(span),
             f"two integers with 0 <= start < stop <= {length}",
+            _REMEDY,
         )
     return start, stop
 
@@ -111,9 +113,3 @@ def merge(
                 total = total / max(real, 1)
             found[row, ..., word] = total
     return found
-
-
-def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(failed, seen, expected, "Count positions from 0, special tokens included.")
-    )

@@ -1,4 +1,4 @@
-"""Every encoder layer through the decoder at once: the engine of the decoder lens.
+"""Every encoder layer through the decoder at once.
 
 One pass gives the encoder's states e^0 .. e^L; they are rows of one batch for the decoder, in
 pieces that fit ``max_bytes``.
@@ -17,6 +17,28 @@ from tqdm import tqdm
 
 from tl_contextmix.hosts import EncoderDecoder, Generated
 from tl_contextmix.model_view import Side
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of the decoder's batch that fit together.
+
+    Attributes:
+        rows: Which sentence each row is of.
+        memory: What the decoder reads.
+        mask: Which positions of it are real.
+        source: The tokens at these positions, one padding id where there are none; None for audio.
+    """
+
+    rows: Int[Tensor, " row"]
+    memory: Float[Tensor, "row pos d_model"]
+    mask: Bool[Tensor, "row pos"]
+    source: Int[Tensor, "row pos"] | None
+
+    def part(self, chosen: slice) -> _Piece:
+        """Returns some of the rows."""
+        source = None if self.source is None else self.source[chosen]
+        return _Piece(self.rows[chosen], self.memory[chosen], self.mask[chosen], source)
 
 
 @dataclass(frozen=True)
@@ -48,11 +70,15 @@ class Listening:
         """Decodes every sentence from every layer; rows are sentences by layers."""
         target = max_new_tokens + (1 if prompt is None else prompt.shape[1])
         found = []
-        for rows, memory, mask in self._pieces(target, num_beams, all_logits=num_beams > 1):
-            start = None if prompt is None else prompt[rows].to(memory.device)
+        for piece in self._pieces(target, num_beams, all_logits=num_beams > 1):
             found.append(
                 self.model.decoder.generate(
-                    memory, mask, prompt=start, max_new_tokens=max_new_tokens, num_beams=num_beams
+                    piece.memory,
+                    piece.mask,
+                    prompt=None if prompt is None else prompt[piece.rows].to(piece.memory.device),
+                    max_new_tokens=max_new_tokens,
+                    num_beams=num_beams,
+                    source=piece.source,
                 )
             )
         return _joined(found, self.model.decoder.pad)
@@ -61,8 +87,9 @@ class Listening:
         self, ids: Int[Tensor, "batch pos"]
     ) -> Iterator[tuple[Tensor, Float[Tensor, "row pos d_vocab"]]]:
         """Yields sentence numbers and the logits of decoder inputs, in the order of the rows."""
-        for rows, memory, mask in self._pieces(ids.shape[1], 1, all_logits=True):
-            yield rows, self.model.decoder.logits(memory, mask, ids[rows])
+        for piece in self._pieces(ids.shape[1], 1, all_logits=True):
+            logits = self.model.decoder.logits(piece.memory, piece.mask, ids[piece.rows])
+            yield piece.rows, logits
 
     def judge(
         self, ids: Int[Tensor, "batch pos"], labels: Int[Tensor, "batch pos"]
@@ -100,10 +127,8 @@ class Listening:
         )
         return log_probs, kl, ranks, best
 
-    def _pieces(
-        self, target: int, num_beams: int, *, all_logits: bool
-    ) -> Iterator[tuple[Tensor, Float[Tensor, "row pos d_model"], Bool[Tensor, "row pos"]]]:
-        """Yields sentence numbers, encoder states and masks of rows that fit together."""
+    def _pieces(self, target: int, num_beams: int, *, all_logits: bool) -> Iterator[_Piece]:
+        """Yields rows that fit together, those of one sentence one after the other."""
         source = self.source
         length = source.ids.shape[1] if isinstance(source, Side) else source.shape[-1]
         row = num_beams * self.model.decoder.bytes_per_row(length, target, all_logits=all_logits)
@@ -111,28 +136,33 @@ class Listening:
         sentences = max(1, fit // len(self.layers))
         starts = range(0, self.count, sentences)
         for start in tqdm(starts, desc="decoding", delay=2, leave=False, disable=None):
-            here = torch.arange(start, min(start + sentences, self.count))
-            memory, mask = self._memory(here)
-            rows = here.repeat_interleave(len(self.layers))
-            for first in range(0, len(rows), fit):
-                part = slice(first, first + fit)
-                yield rows[part], memory[part], mask[part]
+            here = self._piece(torch.arange(start, min(start + sentences, self.count)))
+            for first in range(0, len(here.rows), fit):
+                yield here.part(slice(first, first + fit))
 
-    def _memory(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what the decoder reads: a row per sentence and layer, layers of one together."""
+    def _piece(self, rows: Tensor) -> _Piece:
+        """Returns what the decoder reads for sentences: a row per sentence and layer."""
+        count = len(self.layers)
         if isinstance(self.source, Side):
             mask = self.source.mask[rows]
             # Padding that only other sentences need costs time.
             used = mask.any(0)
-            mask = mask[:, used]
-            states = self.model.states(Side(self.source.ids[rows][:, used], mask))
+            mask, ids = mask[:, used], self.source.ids[rows][:, used]
+            states = self.model.states(Side(ids, mask))
+            source = ids.masked_fill(~mask, self.model.decoder.pad).repeat_interleave(count, 0)
         else:
             states = self.model.states(self.source[rows])
             mask = torch.ones(states[0].shape[:2], dtype=torch.bool)
+            source = None
         chosen = [states[layer] for layer in self.layers]
         norm = self.model.norm if self.final_norm else None
         chosen = chosen if norm is None else [norm(state) for state in chosen]
-        return torch.stack(chosen, 1).flatten(0, 1), mask.repeat_interleave(len(chosen), 0)
+        return _Piece(
+            rows=rows.repeat_interleave(count),
+            memory=torch.stack(chosen, 1).flatten(0, 1),
+            mask=mask.repeat_interleave(count, 0),
+            source=source,
+        )
 
 
 def _joined(pieces: Sequence[Generated], pad: int) -> Generated:

@@ -1,0 +1,130 @@
+"""A corpus is what it says it is: nothing is read as text that is none, nothing is left out."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import zoo
+from test_mining import texts
+from test_value_zeroing import case_of
+
+import tl_contextmix as cm
+from tl_contextmix.corpus import progress
+from tl_contextmix.corpus.reading import open_corpus
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A model that takes no time."""
+    return zoo.build(case_of("gpt2"), dtype=torch.float32)
+
+
+def read(corpus: Any, column: str | None = None) -> list[Any]:
+    """Texts, or what is the matter."""
+    return [d.text if d.text is not None else d for d in open_corpus(corpus, column).documents()]
+
+
+def write(path: Path, data: bytes) -> Path:
+    """A file of these bytes."""
+    path.write_bytes(data)
+    return path
+
+
+def test_lines_end_at_line_feeds_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.txt", "\ufeffthe cat\r\ndog\u2028sat\x0b\x85 a\n\nmat".encode())
+    assert read(text) == ["the cat", "dog\u2028sat\x0b\x85 a", "", "mat"]
+    lines = write(
+        tmp_path / "a.jsonl", '\ufeff{"text": "the cat"}\r\n{"text": "a\\u2028"}'.encode()
+    )
+    assert read(lines) == ["the cat", "a\u2028"]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"\xff", "no UTF-8 (invalid start byte at byte 0)"),
+        (b'{"text": "\\ud800"}', "no Unicode text (surrogates not allowed at character 0)"),
+        (b"[" * 10**5, "no JSON (maximum recursion"),
+        (b'{"text": NaN}', "a float, no text"),
+        (b'{"text": null}', "a NoneType, no text"),
+        (b'["a"]', "a list, no object with columns"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "no JSON (Exceeds the limit"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_document_says_why(data: bytes, problem: str, tmp_path: Path) -> None:
+    (found,) = read(write(tmp_path / "a.jsonl", data))
+    assert found.problem.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ({"a": "the cat"}, r"Give one of its parts: \['a'\]"),
+        ({"the cat", "a dog"}, "sets have no order"),
+        (pandas.DataFrame({"text": ["the cat"]}), r"Give the column: table\['text'\]"),
+        (b"the cat", "got a bytes"),
+        ("a " * 4000, "which is no file"),
+        ("a\0b", "which is no file"),
+        ("", "which is no file"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_corpus_is_refused(corpus: Any, message: str) -> None:
+    with pytest.raises(cm.InvalidInput, match=message) as caught:
+        open_corpus(corpus)
+    assert len(str(caught.value)) < 1000
+
+
+def test_files_of_other_formats_are_not_read_line_by_line(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "a.csv", "a.ZST"):
+        with pytest.raises(cm.InvalidInput, match="Unpack it, or load it with datasets"):
+            open_corpus(write(tmp_path / name, b"the cat\n"))
+
+
+def test_arrays_and_series_are_texts() -> None:
+    for kind in (np.array(["the cat", "a dog"]), pandas.Series(["the cat", "a dog"])):
+        assert read(kind) == ["the cat", "a dog"]
+
+
+def test_layers_and_neurons_count_once_and_in_order(model: Any, tmp_path: Path) -> None:
+    corpus = texts(20)
+    one = cm.mine_triggers(
+        model, corpus, out=tmp_path / "a", k=3, layer=[2, 1, -1], neurons=[5, 2, -123, 5]
+    )
+    two = cm.mine_triggers(model, corpus, out=tmp_path / "b", k=3, layer=[1, 2], neurons=[2, 5])
+    assert one.layers == (1, 2)
+    assert one.manifest == {**two.manifest}
+    for name in ("triggers.parquet", "manifest.json"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    assert not one.to_dataframe().duplicated().any()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_bar_gives_tokens_per_second_and_the_time_left(
+    known: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, bar = io.StringIO(), progress.tqdm
+    options = {"delay": 0, "mininterval": 0, "file": screen, "ncols": 120, "disable": False}
+    monkeypatch.setattr(progress, "tqdm", lambda **given: bar(**{**given, **options}))
+    corpus = texts(64)
+    lines = [json.dumps({"text": text}) for text in corpus]
+    path = write(tmp_path / "c.jsonl", "\n".join(lines).encode())
+    given = path if known else iter(corpus)
+    cm.mine_triggers(model, given, out=tmp_path / "out", k=2, shard_size=8)
+    shown = [part for part in screen.getvalue().split("\r") if "mining" in part]
+    assert "token/s" in shown[-1]
+    # A percentage, tokens of all that are expected, and the time left.
+    whole = [re.search(r"(\d+)%.*?([\d.]+)/([\d.]+) \[.*<00:", part) for part in shown]
+    assert any(whole) == known
+    if known:
+        expected = [float(found[3]) for found in whole if found]
+        assert 0.7 < expected[0] / expected[-1] < 1.4

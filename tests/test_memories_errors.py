@@ -1,0 +1,147 @@
+"""Questions about memories that have no answer end in an error that says what to ask instead.
+
+Without the type checker of the test run, as users have it: one process asks them all.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = """
+import json, sys, tempfile, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import numpy as np, torch, zoo
+from test_mining import texts
+from test_value_zeroing import case_of
+import tl_contextmix as cm
+here = Path(tempfile.mkdtemp())
+model, corpus = zoo.build(case_of("gpt2")), texts(20)
+tokens = zoo.inputs(case_of("gpt2")).tokens
+found = cm.mine_triggers(model, corpus, out=here / "done", k=3, tails="both")
+one = cm.mine_triggers(model, ["cat"], out=here / "one", k=3)
+some = cm.mine_triggers(model, corpus, out=here / "some", k=3, neurons=[3, 5])
+inside, row = cm.ff_memories(model, tokens), cm.ff_values(model, layer=0, neurons=1)
+padded = cm.ff_memories(model, ["the cat sat on a mat", "the cat"])
+two = [cm.composition(model, corpus, active=active) for active in ("positive", "nonzero")]
+def mine(**options):
+    return cm.mine_triggers(model, ["the cat"], **{"out": here / "new", "k": 2, **options})
+def ray(**options):
+    return cm.mine_on_ray(object, "corpus.txt", **{"out": here / "ray", **options})
+answers = {}
+for code in json.loads(sys.argv[1]):
+    try:
+        answers[code] = ["", repr(eval(code))]
+    except Exception as error:
+        answers[code] = [type(error).__name__, str(error)]
+assert not (here / "new").exists() or not list((here / "new").iterdir())
+json.dump(answers, sys.stdout)
+"""
+_REFUSED = {
+    "mine(special='no')": "special is a switch: got special='no'",
+    "mine(prepend_bos='no')": "prepend_bos is a switch",
+    "mine(rank='0')": "got rank='0'",
+    "mine(rank=True, world_size=2)": "got rank=True",
+    "mine(world_size=1.5)": "got world_size=1.5",
+    "mine(checkpoint_seconds='a')": "got checkpoint_seconds='a'",
+    "mine(checkpoint_seconds=float('nan'))": "got checkpoint_seconds=nan",
+    "mine(batch_size=0)": "got batch_size=0",
+    "mine(shard_size=2.5)": "got shard_size=2.5",
+    "mine(duplicates='merge')": "treatment of duplicates: got 'merge'",
+    "mine(unit=['prefix'])": "this unit: got ['prefix']",
+    "mine(source=object())": "got source=<object",
+    "mine(out=5)": "this is no path: got 5",
+    "mine(out=None)": "this is no path: got None",
+    "mine(out='a' + chr(0))": "this is no path",
+    "mine(column=['a'])": "got column=['a']",
+    "mine(k=10**12)": "so many triggers do not fit",
+    "mine(k=10**30)": "so many triggers do not fit",
+    "mine(neurons=2.0)": "got 2.0",
+    "mine(layer='1')": "no such layer: got '1'",
+    "found.to_dataframe(layer=[0, 1])": "this is about one layer: got [0, 1]",
+    "found.to_dataframe(neuron=[1])": "got neuron=[1]",
+    "found.to_dataframe(neuron=5.0)": "got neuron=5.0",
+    "found.to_dataframe(neuron=True)": "got neuron=True",
+    "found.to_dataframe(tail=['positive'])": "no such tail",
+    "found.examples([0, 1], 1)": "this is about one layer",
+    "found.examples(None, 1)": "this is about one layer: got None",
+    "found.examples(0, None)": "got neuron=None",
+    "found.examples(0, 5, k=0)": "got k=0",
+    "found.patterns([0, 1])": "this is about one layer",
+    "some.patterns(0, [3, 7])": "no such neuron among these triggers: got 7",
+    "found.agreement().by_max_prob(0)": "got k=0",
+    "found.removal(per_layer=-1)": "got per_layer=-1",
+    "found.removal(k='a')": "got k='a'",
+    "found.removal(seed='a')": "got seed='a'",
+    "one.removal()": "no such trigger of two tokens or more",
+    "one.agreement()": "no such trigger with a next token",
+    "found.to_sheet(here / 'a.csv', per_layer=0)": "got per_layer=0",
+    "found.to_jsonl(5)": "this is no path: got 5",
+    "found.to_jsonl(here)": "cannot be written",
+    "found.to_jsonl(here / 'no' / 'a.jsonl')": "cannot be written",
+    "cm.load_triggers(5)": "this is no path: got 5",
+    "cm.load_triggers(here / 'done', corpus=5)": "got a int",
+    "cm.merge_triggers(5)": "this is no path: got 5",
+    "cm.merge_triggers(here / 'typo')": "got no part",
+    "cm.merge_triggers(here / 'typo', parts=str(here))": "got no part",
+    "cm.ff_values(model, max_bytes='a')": "got max_bytes='a'",
+    "cm.ff_values(model, max_bytes=0)": "got max_bytes=0",
+    "cm.ff_values(model, projection=['none'])": "projection=['none']",
+    "row.tokens([0], 1)": "no readout of this value",
+    "cm.ff_memories(model, tokens, active=['positive'])": "active=['positive']",
+    "inside.top('a')": "got k='a'",
+    "inside.top(-1)": "got k=-1",
+    "inside.top(pos=[0, 1])": "one place on the pos axis is asked for: got [0, 1]",
+    "inside.top(pos=99)": "got 99",
+    "padded.top(pos=6, batch=1)": "there are no memories at padding: got pos=6 of row 1",
+    "cm.composition(model, corpus, too_long='x')": "composition does not know this treatment",
+    "cm.composition(model, corpus, malformed=5)": "treatment of malformed documents: got 5",
+    "cm.composition(model, corpus, seed='a')": "got seed='a'",
+    "cm.composition(model, corpus, batch_size=0)": "got batch_size=0",
+    "two[0] + two[1]": "figures cannot be added up: got {'active': 'nonzero'",
+    "ray(options=5)": "an option that mine_triggers has not",
+    "ray(workers='a')": "got workers='a'",
+    "ray(parts=0)": "got parts=0",
+    "ray(num_cpus=0)": "got num_cpus=0",
+    "ray(out=5)": "this is no path: got 5",
+}
+_ACCEPTED = {
+    "found.to_dataframe(np.int64(1), np.int32(3)).neuron.unique().tolist()": "[3]",
+    "found.to_dataframe(-1).layer.unique().tolist()": "[2]",
+    "sorted({p.neuron for p in found.patterns(0, np.array([1, 2])).rows})": "[1, 2]",
+    "(here / 'typo').exists()": "False",
+    "[path.name for path in (here / 'no').parent.glob('.*.part')]": "[]",
+    "padded.top(1, batch=1, layer=0).equals(padded.top(1, batch=1, layer=0, pos=2))": "True",
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[str]]:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, json.dumps([*_REFUSED, *_ACCEPTED])],
+        cwd=here.parent,
+        env={"PYTHONPATH": f"{here}:{here.parent}", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("code", _REFUSED)
+def test_bad_questions_end_in_invalid_input(answers: dict[str, list[str]], code: str) -> None:
+    error, message = answers[code]
+    assert error == "InvalidInput", message
+    assert _REFUSED[code] in message
+
+
+@pytest.mark.parametrize("code", _ACCEPTED)
+def test_what_may_be_asked_has_an_answer(answers: dict[str, list[str]], code: str) -> None:
+    assert answers[code] == ["", _ACCEPTED[code]]

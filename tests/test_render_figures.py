@@ -1,0 +1,236 @@
+"""Figures for papers: vector files that are always the same, with every token as itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+import zoo
+from hand_built import map_of, random_map, tokens
+from hostile import HOSTILE
+from matplotlib.collections import QuadMesh
+from matplotlib.text import Text
+from test_render import heatmap, hostile_panels
+
+from tl_contextmix.errors import ContextMixError, InvalidInput
+from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.render import draw_figure
+
+pytestmark = pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host")
+WORDS = ("<s>", " the", " keys", "</s>")
+
+
+def draw(panel: Panel, **options: Any) -> Any:
+    return draw_figure([panel], 0, **({"sheet": None, "fonts": ()} | options))
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def meshes(figure: Any) -> list[Any]:
+    return [
+        axes.collections[0]
+        for axes in figure.axes
+        if axes.collections
+        and isinstance(axes.collections[0], QuadMesh)
+        and axes.get_label() != "<colorbar>"
+    ]
+
+
+def hostile_map() -> Heatmap:
+    n = len(HOSTILE)
+    return heatmap(torch.rand(2, n, n), rows=HOSTILE, columns=HOSTILE)
+
+
+# What is in it
+
+
+def test_a_map_has_its_numbers_tokens_and_a_colour_bar_with_the_unit():
+    values = torch.linspace(0, 3, 32).reshape(2, 4, 4)
+    figure = draw(heatmap(values, rows=WORDS, columns=WORDS, title="A map"))
+    drawn = meshes(figure)
+    assert len(drawn) == 2
+    for sheet, mesh in zip(values, drawn, strict=True):
+        assert torch.equal(torch.tensor(mesh.get_array().data).float().reshape(4, 4), sheet)
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0, 3.0)
+        assert mesh.get_cmap()(0.0)[:3] == (1.0, 1.0, 1.0), "zero is white"
+    rows, columns = (
+        [label.get_text() for label in labels]
+        for labels in (figure.axes[0].get_yticklabels(), figure.axes[1].get_xticklabels())
+    )
+    assert rows == columns == ["<s>", "·the", "·keys", "</s>"]
+    assert figure.axes[0].yaxis_inverted()
+    assert {"A map", "layer 0", "layer 1", "norm"} <= set(texts(figure))
+    assert figure.axes[-1].get_label() == "<colorbar>"
+
+
+def test_signed_maps_have_their_white_in_the_middle():
+    (mesh,) = meshes(draw(heatmap(torch.tensor([[[-2.0, 1.0], [0.0, 0.5]]]))))
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (-2.0, 2.0)
+    assert mesh.get_cmap()(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.01)
+
+
+def test_what_is_no_number_infinite_or_masked_has_a_colour_of_its_own():
+    values = torch.tensor([[[1.0, math.nan], [math.inf, -math.inf]]])
+    (mesh,) = meshes(draw(heatmap(values)))
+    colours = mesh.to_rgba(mesh.get_array()).reshape(4, 4)
+    gray, orange = (208 / 255, 212 / 255, 217 / 255), (230 / 255, 159 / 255, 0)
+    assert tuple(colours[1][:3]) == pytest.approx(gray)
+    assert tuple(colours[2][:3]) == tuple(colours[3][:3]) == pytest.approx(orange)
+    (mesh,) = meshes(draw(heatmap(torch.ones(1, 3, 3).tril(), causal=True)))
+    assert mesh.get_array().mask.tolist() == [
+        [False, True, True],
+        [False, False, True],
+        [False] * 3,
+    ]
+
+
+def test_charts_have_their_numbers():
+    series = (("up", (1.0, 2.0)), ("down", (-1.0, -0.5)))
+    figure = draw(Bars("bars", "", ("a", "b"), series, "nats"))
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [1.0, 2.0, -1.0, -0.5]
+    assert {"bars", "nats", "a", "b", "up", "down"} <= set(texts(figure))
+    ends = (((0.5, 1.5), (1.5, 2.5)), ((-2.0, 0.0), (-1.0, 0.0)))
+    figure = draw(Curves("curves", "", ("a", "b"), series, "nats", ends))
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[1, 2], [-1, -0.5]]
+    assert len(figure.axes[0].collections) == 2
+
+
+def test_tables_and_texts_have_their_words_and_numbers():
+    rows = (("<s>", 1, 2.0, None, True), ("b", -1, -1.0, 0.5, False))
+    table = Table("t", "", ("name", "n", "change", "score", "yes"), rows, ("change",))
+    figure = draw(table)
+    assert {"<s>", "1", "2.00", "−1.00", "–", "0.500", "yes", "no"} <= set(texts(figure))
+    boxes = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert len(boxes) == 2
+    text = ColoredText("t", "", ("<s>", " keys"), (0.25, -0.5), "ratio")
+    assert {"<s>", "·keys", "0.250", "−0.500", "t [ratio]"} <= set(texts(draw(text)))
+    several = Samples("t", "", "L1.2", ("x", "y"), (("a",), ("b",)), ((1.0,), (math.inf,)), "u")
+    assert {"a", "b", "1.00", "∞", "t: L1.2 [u]"} <= set(texts(draw(several)))
+
+
+# Hostile text
+
+
+@pytest.mark.parametrize("kind", hostile_panels())
+def test_hostile_text_is_drawn_without_a_warning_and_always_the_same(kind, tmp_path):
+    # Warnings are errors here: a missing glyph or a broken formula would fail.
+    panel = hostile_panels()[kind]
+    first = draw(panel)
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "text.usetex": True}):
+        other = draw(panel)
+    for suffix in ("svg", "pdf"):
+        files = []
+        for name, figure in (("first", first), ("other", other)):
+            figure.savefig(tmp_path / f"{name}.{suffix}")
+            files.append((tmp_path / f"{name}.{suffix}").read_bytes())
+        assert files[0] == files[1]
+
+
+def test_a_figure_is_written_twice_alike(tmp_path):
+    figure = draw(heatmap(torch.rand(2, 3, 3)))
+    for name in ("first.svg", "again.svg"):
+        figure.savefig(tmp_path / name)
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+
+
+def test_every_token_is_on_the_axes_as_itself():
+    labels = [label.get_text() for label in draw(hostile_map()).axes[0].get_yticklabels()]
+    assert len(labels) == len(HOSTILE)
+    for token in ("<s>", "&lt;", "⏎", "⇥", "∅", "·", "$x$", "שלום", "\\u202eevil", "\\u200d", "😀"):
+        assert token in labels
+    assert "x" * 23 + "…" in labels
+    assert not any(text.get_parse_math() for text in draw(hostile_map()).findobj(Text))
+
+
+def test_characters_that_no_font_has_are_written_out():
+    panel = ColoredText("t", "", ("\u4f60", "a"), (1.0, 2.0))
+    assert "\\u4f60" in texts(draw(panel))
+    with pytest.raises(InvalidInput, match="cannot be drawn in this font: got 'No Such Font'"):
+        draw(panel, fonts=["No Such Font"])
+    # A font that comes with matplotlib and has what DejaVu Sans has not.
+    assert "\\ue000" in texts(draw(ColoredText("t", "", ("\ue000",), (1.0,))))
+    assert "\ue000" in texts(
+        draw(ColoredText("t", "", ("\ue000",), (1.0,)), fonts=["STIXNonUnicode"])
+    )
+
+
+def test_vector_files_hold_vectors(tmp_path):
+    panel = heatmap(torch.rand(1, 4, 4), rows=WORDS, columns=WORDS)
+    draw(panel).savefig(tmp_path / "map.svg")
+    svg = (tmp_path / "map.svg").read_text()
+    assert svg.count("<image") == 1, "the colour bar is a picture, the map is not"
+    assert not re.search(r"<dc:date>", svg)
+    draw(panel).savefig(tmp_path / "map.pdf")
+    pdf = (tmp_path / "map.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/CreationDate" not in pdf
+    assert draw(panel)._repr_svg_() == svg
+
+
+# Choosing
+
+
+def test_a_panel_and_a_sheet_can_be_chosen():
+    result = random_map(2, 3, 1, 4)
+    assert len(meshes(result.figure())) == 3
+    (mesh,) = meshes(result.figure(1, sheet="layer 2"))
+    expected = result.scores[1, 2, 0].numpy()
+    assert (mesh.get_array().data.reshape(4, 4) == expected).all()
+    assert "by_hand at block_out, layer 2" in texts(result.figure(-1, sheet=-1))
+
+
+@pytest.mark.parametrize(
+    ("panel", "sheet", "message"),
+    [
+        (2, None, r"no such panel: got 2; expected an integer from -2 to 1. They are: 0 by_hand"),
+        (True, None, "no such panel: got True"),
+        (0, 3, r"no such sheet: got 3; expected a position or name of \['layer 0'"),
+        (0, "layer 7", "no such sheet: got 'layer 7'"),
+    ],
+)
+def test_what_is_not_there_cannot_be_drawn(panel, sheet, message):
+    with pytest.raises(InvalidInput, match=message):
+        draw_figure(random_map(2, 3, 1, 4).panels(), panel, sheet=sheet, fonts=())
+
+
+def test_a_chart_has_no_sheets():
+    with pytest.raises(InvalidInput, match="expected None: this is no map"):
+        draw(Bars("b", "", ("a",), (("s", (1.0,)),)), sheet=0)
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("tl_contextmix.render.paper.find_spec", lambda name: None)
+    with pytest.raises(ContextMixError, match=r'pip install "tl-contextmix\[figures\]"'):
+        random_map().figure()
+
+
+def test_pyplot_is_left_alone():
+    # dict's own access: reading the backend by name would choose one, and import pyplot.
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']; import matplotlib as m; "
+        "from hand_built import random_map; before = m.rcParams.copy(); random_map().figure(); "
+        "get = dict.__getitem__; print('matplotlib.pyplot' in sys.modules, "
+        "[k for k in before if get(before, k) != get(m.rcParams, k)])"
+    )
+    root = str(Path(__file__).parent.parent)
+    found = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True)
+    assert found.stdout.strip() == "False []", found.stderr
+
+
+def test_many_tokens_and_sheets_fit():
+    long = draw(heatmap(torch.rand(1, 300, 300)))
+    assert len(long.axes[0].get_yticks()) <= 48
+    many = draw(heatmap(torch.rand(30, 4, 4)))
+    assert len(meshes(many)) == 30
+    alone = dataclasses.replace(map_of(torch.rand(1, 1)), target=tokens(1, 1))
+    assert len(meshes(alone.figure())) == 1

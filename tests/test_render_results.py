@@ -1,0 +1,96 @@
+"""Every public result shows itself: in a notebook, as text, and as a figure."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+import zoo
+from shown import every_class
+
+import tl_contextmix as cm
+from tl_contextmix import results
+from tl_contextmix.results.base import Result, Shown
+
+EXAMPLES = every_class()
+EACH = [pytest.param(result, id=kind.__name__) for kind, result in EXAMPLES.items()]
+# Public classes that are no results: what one asks with, errors, and pieces of results.
+NO_RESULTS = {
+    *("ContextMixError", "ContextMixWarning", "FileFormatError", "InvalidInput"),
+    *("UnsupportedModel", "MinimalPair"),
+    *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
+    *("Tokens", "Trigger"),
+}
+
+
+def _public() -> dict[str, type]:
+    """Every class that users can name, and every result wherever it is defined."""
+    named = [(name, getattr(part, name)) for part in (cm, results) for name in part.__all__]
+    for found in pkgutil.walk_packages(cm.__path__, "tl_contextmix."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    named += [(kind.__name__, kind) for kind in _below(Shown)]
+    return {name: kind for name, kind in named if inspect.isclass(kind)}
+
+
+def _below(kind: type) -> list[type]:
+    return [one for part in kind.__subclasses__() for one in (part, *_below(part))]
+
+
+def test_every_public_class_shows_itself_or_is_no_result():
+    public = {name: kind for name, kind in _public().items() if kind.__module__ != __name__}
+    silent = {name for name, kind in public.items() if not issubclass(kind, Shown)}
+    assert silent <= NO_RESULTS, f"{silent - NO_RESULTS} have no display: make them Shown"
+    missing = set(public) - NO_RESULTS - {kind.__name__ for kind in EXAMPLES}
+    assert not missing, f"tests/shown.py has no example of {missing}"
+    assert set(EXAMPLES) == set(public.values()) - {public[n] for n in NO_RESULTS if n in public}
+
+
+def test_a_result_without_a_display_would_be_seen():
+    class Silent(Result):
+        pass
+
+    assert Silent in _below(Shown)
+    with pytest.raises(NotImplementedError):
+        Silent()._repr_mimebundle_()
+
+
+@pytest.mark.parametrize("result", EACH)
+def test_a_notebook_gets_a_page_a_picture_and_text(result: Any):
+    bundle = result._repr_mimebundle_()
+    assert (
+        {"text/html", "text/plain"}
+        <= set(bundle)
+        <= {*("text/html", "text/plain", "image/svg+xml")}
+    )
+    assert bundle == result._repr_mimebundle_(), "the same result gives the same bytes"
+    assert bundle["text/html"] == result._repr_html_()
+    heading, *lines = bundle["text/plain"].splitlines()
+    assert heading == repr(result).splitlines()[0]
+    assert len([line for line in lines if line.strip()]) >= 2
+    assert "tensor(" not in bundle["text/plain"]
+    bundle["text/plain"].encode()  # half a character would be left otherwise
+    for mark in ("http://", "https://", "url(", "@import"):
+        assert (
+            mark
+            not in bundle["text/html"]
+            .replace("http://www.w3.org/2000/svg", "")
+            .split("var CircuitsVis=")[0]
+        )
+
+
+@pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host")
+@pytest.mark.parametrize("result", EACH)
+def test_every_panel_is_a_figure(result: Any):
+    for place in range(len(result.panels())):
+        width, height = result.figure(place).get_size_inches()
+        assert 0.5 < width < 40
+        assert 0.3 < height < 40
+
+
+def test_a_terminal_prints_no_representation_of_a_class():
+    text = EXAMPLES[cm.Score]._repr_mimebundle_()["text/plain"]
+    assert "ScoreRow(" not in text
