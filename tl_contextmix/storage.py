@@ -15,7 +15,7 @@ import types
 import typing
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,10 +27,12 @@ FORMAT_VERSION = 1
 _LABELS = "labels"
 
 _CLASSES: dict[str, type] = {}
+AnyClass = TypeVar("AnyClass", bound=type)
+
 _SAVE_AGAIN = "Save the result again, or load it with the class that it was saved from."
 
 
-def storable(cls: type) -> type:
+def storable(cls: AnyClass) -> AnyClass:
     """Registers a dataclass by its name, so that `save` may write it and `load` build it.
 
     A field that is added to a class later needs a default, or files written before cannot be read.
