@@ -2,7 +2,8 @@
 
 ``python benchmarks/compare.py [--sentences N] [--write]`` prints one Markdown table per model:
 each method at its best layer and from the input to the last layer. ``--write`` puts them into
-README.md, between its markers. Seconds are left out of them: they depend on the machine.
+docs/pages/methods/comparison.md, between its markers. Seconds are left out of them: they depend on
+the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import tl_contextmix as cm
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "pages" / "methods" / "comparison.md"
 MODELS = ("causal-lm", "masked-lm")
 _SHOWN = {
     "dot": "on the cue",
@@ -46,10 +47,10 @@ def table(found: cm.Comparison) -> str:
 
 
 def main() -> None:
-    """Prints the tables, or puts them into README.md."""
+    """Prints the tables, or puts them into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentences", type=int, default=50)
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update the page")
     options = parser.parse_args()
     parts = []
     for name in MODELS:
@@ -59,9 +60,9 @@ def main() -> None:
         sys.stdout.write(parts[-1] + "\n")
         sys.stdout.flush()
     if options.write:
-        text = README.read_text()
+        text = PAGE.read_text()
         block = "\n".join(parts)
-        README.write_text(_MARKED.sub(lambda m: f"{m[1]}\n{block}\n{m[2]}", text))
+        PAGE.write_text(_MARKED.sub(lambda m: f"{m[1]}\n{block}\n{m[2]}", text))
 
 
 if __name__ == "__main__":

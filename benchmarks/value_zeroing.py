@@ -79,8 +79,8 @@ class Layer:
             norm_in=self.norms[0],
         )
         ff = FeedForward(
-            pre="",
-            post="",
+            pre="pre",
+            post="post",
             pre_linear=None,
             weights=self.weights.get,
             norm_in=self.norms[1],
@@ -88,7 +88,9 @@ class Layer:
         )
         mixed = (pattern @ value.transpose(1, 2)).transpose(1, 2)
         ids = torch.zeros(self.x.shape[:2], dtype=torch.long)
-        values = {"x": self.x, "p": pattern, "v": value, "z": mixed}
+        stream = self.x + mixed.flatten(2) @ self.weights["W_O"].flatten(0, 1) + self.weights["b_O"]
+        pre = self.norms[1](stream) @ self.weights["W_in"] + self.weights["b_in"]
+        values = {"x": self.x, "p": pattern, "v": value, "z": mixed, "pre": pre}
         batch = Batch(Side(ids, torch.ones_like(ids, dtype=torch.bool)))
         block = Block(0, "x", "out", (attention,), ff, folds={})
         return block, Trace(batch, values, self.x.dtype)

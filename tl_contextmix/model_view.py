@@ -144,6 +144,11 @@ class FeedForward:
         """Whether there are two branches."""
         return self.pre_linear is not None
 
+    @property
+    def pre_names(self) -> tuple[str, ...]:
+        """Names of the branches' pre-activations, in the order of `branches`."""
+        return (self.pre,) if self.pre_linear is None else (self.pre, self.pre_linear)
+
     def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """Returns weight and bias of the activated branch and, where gated, of the linear one."""
         linear = (require_weight(self.weights, "W_in"), self.weights("b_in"))
@@ -227,8 +232,7 @@ class Block:
         ff = self.feed_forward
         if ff is None:
             return (*mixed, self.resid_out)
-        linear = () if ff.pre_linear is None else (ff.pre_linear,)
-        return (*mixed, ff.pre, *linear, ff.post, self.resid_out)
+        return (*mixed, *ff.pre_names, ff.post, self.resid_out)
 
     def fold_size(self) -> int:
         """Returns how many numbers its W_O takes when folded into its W_in."""

@@ -86,6 +86,7 @@ class Replay:
             recomputed from its input.
         later: Attention sublayers after it.
         fixed: The feed-forward output where it does not see the change (parallel), else None.
+        pre: The model's own pre-activations by branch where the pass kept them, else None.
     """
 
     block: Block
@@ -96,6 +97,7 @@ class Replay:
     branches: tuple[Branch, ...]
     later: tuple[Later, ...]
     fixed: Float[Tensor, "batch target d_model"] | None
+    pre: tuple[Float[Tensor, "batch target neuron"], ...] | None = None
 
     def touched(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
         """Returns which targets read which sources (or spans) in any row of the batch."""
@@ -243,10 +245,18 @@ class Replay:
         return found
 
 
-def needed_keys(block: Block, kind: str) -> list[str]:
-    """Returns the names of keys that `replay` needs: of attention after the one that changes."""
+def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
+    """Returns the names of what `replay` needs besides the block's points.
+
+    Args:
+        block: The block.
+        kind: The attention that changes; the keys of attention after it are needed.
+        spare: Whether to name what only spares work, too.
+    """
     kinds = [attention.kind for attention in block.attentions]
-    return [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
+    keys = [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
+    ff = block.feed_forward
+    return keys if ff is None or not spare else [*keys, *ff.pre_names]
 
 
 def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = None) -> Replay:
@@ -275,9 +285,10 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         weight=attention.W_O,
         scale=pattern.new_ones(pattern.shape[0], pattern.shape[2], 1),
     )
-    ff, fixed = block.feed_forward, None
+    ff, fixed, pre = block.feed_forward, None, None
     if ff is not None:
         ff.require_activation()
+        pre = _own_pre(ff, trace, picked)
         fixed = ff.project(_post(ff, _direct(ff, x))) if block.parallel else None
     return Replay(
         block=block,
@@ -288,6 +299,7 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         branches=(),
         later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,
+        pre=pre,
     )
 
 
@@ -327,16 +339,25 @@ def _branches(found: Replay, ff: FeedForward) -> Iterator[Branch]:
     read, raw, base = found.read, found.raw, found.before
     if first is not None:
         read, raw, base = _linear(read, first), first.linear(raw), _shift(base, first.bias)
+    scale = raw.new_ones(())
     if second is not None:
+        scale = second.scale(raw + base)
         read, raw, base = _linear(read, second), second.linear(raw), second.linear(base)
     for index, (weight, bias) in enumerate(ff.branches()):
         constant = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if second is not None and second.bias is not None:
             constant = constant + second.bias @ weight
+        if first is not None:
+            changed = raw @ weight
+        elif found.pre is None:
+            changed = (raw + base) @ weight
+        else:
+            # One scale at most lies between the neurons and what entered.
+            changed = (found.pre[index] - constant) * scale
         yield Branch(
             read=read.map(weight, _fold(found, read.weight, weight, index)),
             base=None if first is None else base @ weight,
-            changed=(raw + base if first is None else raw) @ weight,
+            changed=changed,
             constant=constant,
         )
 
@@ -388,6 +409,15 @@ def _raw(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) ->
 def _join(attention: AttentionSublayer, stream: Tensor, raw: Tensor) -> Tensor:
     stream = stream + (raw if attention.norm_out is None else attention.norm_out(raw))
     return stream if attention.norm_after is None else attention.norm_after(stream)
+
+
+def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Tensor, ...] | None:
+    kept = [trace.values.get(name) for name in ff.pre_names]
+    # Nothing finer than float32: some hosts norm in float32 whatever the dtype. Nothing coarser: a
+    # half-precision model has rounded them.
+    if not all(value is not None and value.dtype == trace.dtype == torch.float32 for value in kept):
+        return None
+    return tuple(trace[name][:, rows] for name in ff.pre_names)
 
 
 def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:

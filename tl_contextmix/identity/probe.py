@@ -165,8 +165,7 @@ def pre_errors(
     """Yields how far each branch's recomputed pre-activation is off, with the branch's name."""
     x = block.feed_forward_input(trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
-    names = (ff.pre, *([ff.pre_linear] if ff.pre_linear else []))
-    for name, (weight, bias) in zip(names, ff.branches(), strict=True):
+    for name, (weight, bias) in zip(ff.pre_names, ff.branches(), strict=True):
         pre = x @ weight if bias is None else x @ weight + bias
         label = "linear branch" if name == ff.pre_linear else "pre-activation"
         yield label, relative_error(pre, trace[name], real=real)

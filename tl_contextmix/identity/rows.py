@@ -150,7 +150,7 @@ def _pass_rows(trace: Trace, stack: str, block: Block, tolerance: float) -> Iter
     ff = block.feed_forward
     if block.resid_out in there and (ff is None or ff.post in there):
         yield _block_row(where, block, trace, block.resid_out, tolerance, real)
-    if ff is not None and {ff.pre, ff.post, ff.pre_linear or ff.pre} <= there:
+    if ff is not None and {*ff.pre_names, ff.post} <= there:
         name = f"{where} feed-forward"
         yield from _pre_rows(name, block, ff, trace, tolerance, real)
         yield from _activation_rows(name, ff, trace, tolerance, real)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.model_view import Block, StackName, Trace
-from tl_contextmix.replay import batch_rows, needed_keys, part_of, replay
+from tl_contextmix.replay import batch_rows, needed_names, part_of, replay
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.words import Spans, merge, require_spans
@@ -101,7 +102,8 @@ def value_zeroing(
     view = as_view(model)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     kind = "cross" if stack == "cross" else "self"
-    done = run_pass(view, given, layer=layer, stack=stack, also=lambda b: needed_keys(b, kind))
+    also = partial(needed_names, kind=kind, spare=cache is None)
+    done = run_pass(view, given, layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
     length = done.target.ids.shape[1]
     rows = None if targets is None else positions("target", targets, (), length)

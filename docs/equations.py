@@ -1,0 +1,38 @@
+"""Equations and tables of docstrings, as Markdown that needs no script to be read."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+import griffe
+
+_INLINE = re.compile(r":math:`([^`]+)`")
+_CROSS = re.compile(r":\w+:`([^`]+)`")
+_DISPLAY = re.compile(r"^( *)\.\. math::[ ]*(.*(?:\n(?:\1 +\S.*| *(?=\n\1 +\S)))*)", re.MULTILINE)
+_TABLE = re.compile(
+    r"^( *)(=+ =[= ]*\n(?:.*\n)*?\1=+ =[= ]*\n(?:(?:.*\n)*?\1=+ =[= ]*\n)?)", re.MULTILINE
+)
+
+
+def plain(text: str) -> str:
+    """Returns a docstring with its equations as code and its tables as they stand."""
+    text = _TABLE.sub(lambda found: _fenced(found[1], found[2]), text)
+    text = _DISPLAY.sub(lambda found: "\n" + _fenced(found[1], found[2]), text)
+    text = _INLINE.sub(lambda found: f"`{' '.join(found[1].split())}`", text)
+    return _CROSS.sub(r"`\1`", text)
+
+
+def _fenced(indent: str, body: str) -> str:
+    lines = textwrap.dedent(body).strip("\n").splitlines()
+    return "\n".join(f"{indent}{line}".rstrip() for line in ("```text", *lines, "```")) + "\n"
+
+
+class Equations(griffe.Extension):
+    """Rewrites every docstring that is read for the reference."""
+
+    def on_object(self, *, obj: griffe.Object, **others: Any) -> None:
+        """Called with every object that was found."""
+        if obj.docstring is not None:
+            obj.docstring.value = plain(obj.docstring.value)

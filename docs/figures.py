@@ -1,0 +1,45 @@
+"""Makes the figures of the methods' pages: ``python docs/figures.py``, TransformerLens 3 or 4.
+
+Each is what ``result.figure()`` gives of the page's own example.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import tl_contextmix as cm
+
+IMAGES = Path(__file__).parent / "pages" / "images"
+TEXT = "the keys to the cabinet are"
+
+
+def results() -> dict[str, cm.ContextMap]:
+    """Returns what each page shows, by the name of its figure."""
+    model, translator = cm.load_demo("causal-lm"), cm.load_demo("encoder-decoder")
+    points = ["resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
+    maps = cm.attention_norms(model, TEXT, at=points)
+    fact = "the capital of france is"
+    return {
+        "norms": maps["block_out"].normalize(),
+        "feed_forward": cm.contextualization_change(maps),
+        "value_zeroing": cm.value_zeroing(model, TEXT).normalize(),
+        "memories": cm.ff_memories(model, TEXT).figures(),
+        "log_prob": cm.log_prob_contributions(model, fact, target=" paris"),
+        "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
+        "baselines": cm.alti(model, TEXT).normalize(),
+    }
+
+
+def main() -> None:
+    """Writes a figure for each result."""
+    IMAGES.mkdir(exist_ok=True)
+    for name, result in results().items():
+        result.figure().savefig(IMAGES / f"{name}.svg", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
