@@ -19,7 +19,8 @@ def draw(panel: Curves, charts: Charts) -> str:
     if not panel.labels or not panel.series:
         empty = markup.note("There is nothing to show: there are no curves.")
         return markup.figure("curves", panel.title, panel.caption, [empty])
-    bands = markup.note("Shaded: intervals.") if panel.intervals else ""
+    wide = any(low < high for ends in panel.intervals for low, high in ends)
+    bands = markup.note("Shaded: intervals.") if wide else ""
     body = [axes.key(panel), picture(panel), bands, axes.numbers(panel)]
     return markup.figure("curves", panel.title, panel.caption, body)
 

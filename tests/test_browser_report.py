@@ -1,0 +1,149 @@
+"""The whole report in a real browser; its pictures are those of README and docs.
+
+``TL_CONTEXTMIX_SCREENSHOTS=docs/images python -m pytest tests/test_browser_report.py`` takes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import ONE_MAJOR, launched, opened, require_browser, screenshot
+
+import tl_contextmix as cm
+from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
+from tl_contextmix.render import Page
+from tl_contextmix.report import build_report
+
+pytestmark = ONE_MAJOR
+TEXT = "the keys to the cabinet"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    require_browser()
+    return cm.load_demo("causal-lm")
+
+
+@pytest.fixture(scope="module")
+def report(model: Any) -> Page:
+    return build_report(model, TEXT)
+
+
+@pytest.fixture(scope="module")
+def saved(report: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.save(tmp_path_factory.mktemp("report") / "report.html")
+
+
+def numbers_of(panel: Panel) -> list[float]:
+    """Every finite number that a panel has to show, in the order of the page."""
+    if isinstance(panel, Heatmap):
+        values = panel.values.double()
+        if panel.causal:
+            values = values.masked_fill(torch.ones(values.shape[1:]).triu(1).bool(), math.nan)
+        found = values.flatten().tolist()
+    elif isinstance(panel, Bars):
+        found = [value for _, series in panel.series for value in series]
+    elif isinstance(panel, Table):
+        cells = [cell for row in panel.rows for cell in row]
+        found = [cell for cell in cells if isinstance(cell, (int, float)) and cell is not True]
+    elif isinstance(panel, ColoredText):
+        found = [*panel.values]
+    else:
+        assert isinstance(panel, Samples)
+        found = [value for values in panel.values for value in values]
+    return [float(value) for value in found if math.isfinite(value)]
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (1280, True), (400, False), (400, True)]
+)
+def test_the_report_is_painted_quiet_and_fits(browser, report, saved, width, dark, tmp_path):
+    with opened(browser, saved, width=width, dark=dark) as seen:
+        seen.wait()
+        assert seen.problems() == []
+        assert seen.page.locator("section > h2").count() == len(report.sections)
+        if width == 1280:
+            name = f"report{'-dark' if dark else ''}"
+            path = screenshot(seen, name, tmp_path, height=1500)
+            assert 20_000 < path.stat().st_size < 300_000
+
+
+def test_numbers_of_the_report_are_those_of_the_results(browser, report, saved):
+    panels = [panel for section in report.sections for panel in section.panels]
+    with opened(browser, saved) as seen:
+        seen.wait()
+        articles = seen.page.locator(".panels > article")
+        assert articles.count() == len(panels)
+        compared = 0
+        for place, panel in enumerate(panels):
+            found = articles.nth(place).evaluate(
+                "node => [...node.querySelectorAll('[data-value]')].map((n) => +n.dataset.value)"
+            )
+            expected = numbers_of(panel)
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), panel.title
+            compared += len(found)
+        assert compared > 500
+
+
+def test_every_map_and_list_of_the_report_answers(browser, report, saved):
+    with opened(browser, saved) as seen:
+        seen.wait()
+        maps = seen.page.locator(".cv:not(.single)").filter(has=seen.page.locator("canvas"))
+        assert maps.count() >= 4
+        for place in range(maps.count()):
+            chart = maps.nth(place)
+            button = chart.locator("[role=button]").last
+            label = button.get_attribute("aria-label").removeprefix("Show ")
+            button.hover()
+            chart.locator("h3", has_text=f"{label} Zoomed").wait_for(timeout=5000)
+        for summary in seen.page.locator("summary:visible").all():
+            summary.click()
+        for select in seen.page.locator("select[data-sheets]:visible").all():
+            select.select_option(index=select.locator("option").count() - 1)
+            assert (
+                select.locator("xpath=ancestor::div[@class='sheets']")
+                .locator(".sheet:visible")
+                .count()
+                == 1
+            )
+        for link in seen.page.locator("nav a").all():
+            link.click()
+            target = link.get_attribute("href")
+            assert seen.page.locator(target).is_visible()
+        seen.page.mouse.move(0, 0)
+        assert seen.problems() == []
+
+
+def test_the_report_prints_on_white(browser, saved):
+    with opened(browser, saved, dark=True) as seen:
+        seen.wait()
+        seen.page.emulate_media(media="print")
+        ground = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        ink = seen.page.evaluate("getComputedStyle(document.body).color")
+        assert (ground, ink) == ("rgb(255, 255, 255)", "rgb(27, 31, 36)")
+        assert not seen.page.locator("nav").is_visible()
+
+
+def test_a_map_for_the_readme(browser, model, tmp_path):
+    maps = cm.attention_norms(model, f"{TEXT} are", at="block_out").normalize()
+    with opened(browser, maps.show().save(tmp_path / "map.html"), width=760) as seen:
+        seen.wait()
+        button = seen.page.locator(".cv [role=button]").nth(2)
+        button.click()
+        seen.page.locator("h3", has_text="layer 2 Zoomed").wait_for(timeout=5000)
+        seen.page.mouse.move(0, 0)
+        seen.wait()
+        path = screenshot(seen, "map", tmp_path)
+        assert 10_000 < path.stat().st_size < 300_000
+        assert seen.problems() == []
