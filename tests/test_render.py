@@ -479,8 +479,11 @@ def test_of_many_heads_the_mean_of_each_layer_is_drawn():
     assert len(parsed.all("img")) == 24
 
 
-def test_of_too_many_sheets_no_part_is_drawn():
-    assert not parse(heatmap(torch.rand(400, 20, 20))).charts()
+def test_of_too_many_sheets_no_part_is_drawn(monkeypatch):
+    panel = heatmap(torch.rand(6, 100, 100))
+    for cells, drawn in ((6 * 8 * 8, True), (6 * 8 * 8 - 1, False)):
+        monkeypatch.setattr("tl_contextmix.render.heatmap.PART_CELLS", cells)
+        assert bool(parse(panel).charts()) is drawn
 
 
 def test_budget_is_that_of_the_page():
