@@ -70,7 +70,10 @@ def batches(view: Any, count: int) -> Iterator[Documents]:
 
 
 def mining(layers: int, d_model: int, count: int) -> None:
-    """Prints seconds of a forward pass and of the same with mining, batch by batch."""
+    """Prints what a forward pass takes and the same with mining, in turns, batch by batch.
+
+    Seconds are the processor's, which other processes on the machine change less.
+    """
     model = gpt2(layers, d_model)
     view = as_view(model)
     how = make_cutting("mining", BATCH, 256, "cut", "error", None, False)
@@ -78,14 +81,23 @@ def mining(layers: int, d_model: int, count: int) -> None:
     tops = miner.zero()
     bare, mined = [], []
     for documents in batches(view, count):
-        bare.append(_seconds(lambda d=documents: view.run(d.batch, [])))
-        mined.append(_seconds(lambda d=documents: miner.take(tops, d)))
+        bare.append(_seconds(lambda d=documents: view.run(d.batch, []), time.process_time))
+        mined.append(_seconds(lambda d=documents: miner.take(tops, d), time.process_time))
+    operations = [
+        flops(lambda: view.run(documents.batch, [])),
+        flops(lambda: miner.take(tops, documents)),
+    ]
     say(f"\nMining {layers} layers, d={d_model}, batches of {BATCH} x {LENGTH}, k={K}\n")
-    say("| batches | forward, s | with mining, s | over the forward pass |\n|---|---|---|---|")
+    say("| batches | forward | with mining | over the forward pass |\n|---|---|---|---|")
     half = count // 2
     for name, part in (("first half", slice(0, half)), ("second half", slice(half, None))):
         a, b = statistics.median(bare[part]), statistics.median(mined[part])
-        say(f"| {name} of {count} | {a:.2f} | {b:.2f} | {b / a - 1:+.1%} |")
+        over = statistics.median(
+            two / one - 1 for one, two in zip(bare[part], mined[part], strict=True)
+        )
+        say(f"| {name} of {count} | {a:.2f} s | {b:.2f} s | {over:+.1%} |")
+    one, two = operations
+    say(f"| operations in the last | {one:.3g} | {two:.3g} | {two / one - 1:+.1%} |")
 
 
 def merging(columns: int) -> None:
@@ -172,11 +184,11 @@ def corpus(tokens: int) -> None:
     say(f"\n{total:,} tokens in {took:.0f} s, {total / took:,.0f} tokens/s; {size:,} bytes")
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     with torch.no_grad():
         work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> int:

@@ -114,9 +114,8 @@ class Miner:
             return prefixes
         whole = prefixes.gather(1, mask.sum(1, keepdim=True) - 1)
         pos = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return hash_prefixes(torch.stack([whole.expand_as(ids), pos], dim=-1).flatten(0, 1))[
-            :, 1
-        ].view_as(ids)
+        pairs = torch.stack([whole.expand_as(ids), pos], dim=-1).flatten(0, 1)
+        return hash_prefixes(pairs)[:, 1].view_as(ids)
 
     @staticmethod
     def _once(counted: Tensor, places: Tensor, keys: Tensor) -> Tensor:

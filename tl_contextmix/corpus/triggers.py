@@ -226,7 +226,8 @@ class Triggers(Shown):
 
         For each memory the longest ending of up to three tokens that at least half of its triggers
         share (or the most frequent last token), and the most frequent token before the last one.
-        Chance is the share of all prefixes that have it, in a thousand documents of the corpus.
+        Chance is the share of all prefixes that have it, in a thousand documents of the corpus
+        (all of a smaller one).
 
         Args:
             layer: Layer; None for all.

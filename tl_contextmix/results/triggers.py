@@ -333,7 +333,7 @@ class Pattern:
         text: The tokens.
         length: How many tokens.
         share: Share of triggers that have it.
-        chance: Share of all prefixes that have it, in a thousand documents of the corpus.
+        chance: Share of all prefixes that have it, in up to a thousand documents of the corpus.
         triggers: How many triggers.
         contexts: How many of their contexts differ.
     """
