@@ -22,6 +22,8 @@ def hooked_places(model: nn.Module) -> tuple[str, ...]:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module itself carries a hook of the user's own."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False  # nearly all of them
     return any(not _of_host(hook) for table in _tables(module) for hook in table.values())
 
 
