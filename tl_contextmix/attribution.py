@@ -115,8 +115,10 @@ def ask(
     found = answer_of(batch, view, about)
     if found is not None and target is None and target_ids is None:
         target_ids = found.target.ids[:, 0]
-    taken = found is not None and pos is None
-    rows = found.pos if taken else predicting_rows(view, batch, stack, pos)
+    if pos is not None or found is None:
+        rows = predicting_rows(view, batch, stack, pos)
+    else:
+        rows = found.pos
     stream = write_stream(view, done.trace, stack, rows)
     logits = _logits(view, done, stream)
     tokens = target_tokens(view, target, target_ids, logits)

@@ -146,12 +146,12 @@ def norms_at(
     The points behind the feed-forward sublayer are three looks at the same tiles: all of them
     cost what the last one costs.
     """
-    found = {
+    found: dict[Point, Tensor] = {
         at: mixture.norms(max_bytes)
         for at, mixture in parts.items()
         if isinstance(mixture, Mixture)
     }
-    behind = [at for at in POINTS if isinstance(parts.get(at), Expansion)]
+    behind: list[Point] = [at for at in POINTS if isinstance(parts.get(at), Expansion)]
     if behind:
         last = parts[behind[-1]]
         assert isinstance(last, Expansion)

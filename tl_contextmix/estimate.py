@@ -94,7 +94,7 @@ def estimate(
     )
 
 
-def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Tensor]]:
+def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Any]]:
     """Returns token ids of some lengths, and the decoder's as a keyword."""
     generator = torch.Generator().manual_seed(0)
     sides = [

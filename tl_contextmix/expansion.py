@@ -8,8 +8,11 @@ shared by all sources.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -100,11 +103,8 @@ class Expansion:
     def diagonal(self) -> Float[Tensor, "batch target d_model"]:
         """Returns what each target gets from itself, without any other pair."""
         own = self.read.diagonal()
-        shares = sum(
-            (own @ weight).mul_(slope)
-            for weight, slope in zip(self.weights, self.slopes, strict=True)
-        )
-        out = shares @ self.W_out
+        pairs = zip(self.weights, self.slopes, strict=True)
+        out = reduce(add, ((own @ weight).mul_(slope) for weight, slope in pairs)) @ self.W_out
         if self.norm_out is not None:
             out = self.norm_out[0].linear(out) / self.norm_out[1]
         if self.residual is not None:
@@ -170,6 +170,7 @@ class Expansion:
         count = 1 + (self.residual is not None) + (self.norm_after is not None)
         found = [self.bias.new_zeros(batch, target, self.sources) for _ in range(count)]
         for rows, targets, columns, stages in self.tiles(max_bytes):
+            parts = None
             for out, parts in zip(found, stages, strict=True):
                 out[rows, targets, columns] = parts.norm(dim=-1).transpose(1, 2)
             del parts
@@ -184,10 +185,9 @@ class Expansion:
         batch, target, width = self.bias.shape
         out = self.bias.new_zeros(batch, target, self.sources, width)
         for rows, targets, columns, stages in self.tiles(max_bytes):
-            for parts in stages:
-                last = parts
+            last = deque(stages, maxlen=1).pop()
             out[rows, targets, columns] = last.transpose(1, 2)
-            del parts, last
+            del last
         return out
 
 
@@ -305,11 +305,9 @@ def neuron_shares(
     # Tiles are contiguous: all targets are one, others one each.
     whole = list(rows) == list(range(read.bias.shape[1]))
     tiles = [slice(0, len(rows))] if whole else [slice(row, row + 1) for row in rows]
+    branched = list(zip(hidden, slopes, strict=True))
     parts = [
-        sum(
-            mixture.dense(tile) * slope[:, None, tile]
-            for mixture, slope in zip(hidden, slopes, strict=True)
-        )
+        reduce(add, (mixture.dense(tile) * slope[:, None, tile] for mixture, slope in branched))
         for tile in tiles
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), rest[:, list(rows)]

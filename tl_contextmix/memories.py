@@ -242,14 +242,18 @@ class Reader:
         output = residual + added
         output = output if ff.norm_after is None else ff.norm_after(output)
         first = self._scan(residual, self.final)
-        tops = [first.ids[:, 0, 0], *(self._scan(x).ids[:, 0, 0] for x in (added, output))]
+        residual_top, ff_top, top = (
+            scan.ids[:, 0, 0] for scan in (first, self._scan(added), self._scan(output))
+        )
         return LayerComposition(
             found,
             self._active(found).to(found).mean(-1),
-            self._agreeing(block, found, tops[1]),
-            *tops,
+            self._agreeing(block, found, ff_top),
+            residual_top,
+            ff_top,
+            top,
             first.target_prob,
-            cases(*tops),
+            cases(residual_top, ff_top, top),
         )
 
     def _scan(self, x: Tensor, targets: Tensor | None = None) -> Scan:

@@ -13,6 +13,8 @@ times the product (`activations`); in gated blocks both branches share by integr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
@@ -169,7 +171,8 @@ def _post(ff: FeedForward, trace: Trace, pos: int, index: Tensor) -> Float[Tenso
 
 def _require_own(view: ModelView, found: Readers, own: Float[Tensor, " neuron"]) -> None:
     """Checks that activations are what was written to the stream that the neurons read."""
-    size = sum((slope * pre).abs() for slope, pre in zip(found.slopes, found.pre, strict=True))
+    pairs = zip(found.slopes, found.pre, strict=True)
+    size = reduce(add, ((slope * pre).abs() for slope, pre in pairs))
     error = float((found.activation - own).abs().max() / size.max().clamp(min=1e-30))
     if not error <= view.tolerance:
         raise UnsupportedModel(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -83,7 +84,7 @@ def _of_result(result: LogProbContributions | QueryContributions, batch: int) ->
     return found
 
 
-def _listed(name: str, given: object) -> list[tuple[int, ...]]:
+def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
     lengths = (2, 3) if name == "neurons" else (2,)
     several = isinstance(given, Iterable) and not isinstance(given, str)
     found = []

@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -185,7 +186,7 @@ def _error_rate(name: str, function: str) -> Metric:
     return Metric(name, counts, ratio)
 
 
-def _optional(package: str) -> object:
+def _optional(package: str) -> Any:
     import importlib
 
     try:
@@ -236,17 +237,19 @@ UNREFERENCED_METRICS = ("edit distance", "repetition", "empty", "truncated")
 """Those that need no reference either."""
 
 
-def metric_items(given: object) -> dict[str, str | UserMetric]:
+def metric_items(given: Any) -> dict[str, str | UserMetric]:
     """Returns what was asked for: names of metrics or functions, by the name of their figure.
 
     Raises:
         InvalidInput: If there is nothing, or something else.
     """
+    pairs: list[Any]
     if isinstance(given, Mapping):
         pairs = list(given.items())
     else:
         one = isinstance(given, str) or callable(given) or not isinstance(given, Sequence)
-        pairs = [(_label(what), what) for what in ([given] if one else given)]
+        listed: Any = [given] if one else given
+        pairs = [(_label(what), what) for what in listed]
     named = all(isinstance(name, str) and _is_metric(what) for name, what in pairs)
     if not named or not pairs or len({name for name, _ in pairs}) < len(pairs):
         raise InvalidInput(

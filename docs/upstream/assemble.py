@@ -150,8 +150,11 @@ class Assembly:
         """Keeps what a name stands for, wherever it is defined."""
         if source is self.main and name in self.main.defined:
             return
+        asked_for = (source.name, name)
         while name not in source.defined:
             if name not in source.imported:
+                if asked_for != (source.name, name):
+                    raise ValueError(f"{source.name} has no {name} to import any more")
                 return  # a builtin, or a variable of the function
             module, origin = source.imported[name]
             if not module.startswith(_PACKAGE) or origin is None:

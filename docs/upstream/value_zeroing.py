@@ -46,7 +46,6 @@ from tl_contextmix.hosts.reading import Handle, block_lists, candidates, final_n
 from tl_contextmix.identity.probe import Probe, relative_error, settle_block, tolerance_of
 from tl_contextmix.methods.value_zeroing import Metric, _How
 from tl_contextmix.model_view import Batch, Block, Side, StackName, Trace
-from tl_contextmix.replay import needed_keys
 
 _METRICS, _STACK_NAMES = get_args(Metric), get_args(StackName)
 
@@ -183,7 +182,7 @@ def value_zeroing(
         list(candidates(handle, base, prefix, layer))
         for layer in _layer_numbers(layers, len(modules))
     ]
-    names = _needed(readings, kind)
+    names = _needed(readings)
     trace = _trace(model, handle, input, cache, attention_mask, decoder_input, names)
     tolerance = tolerance_of({weight.dtype for weight in model.parameters()}, first.device)
     norm = final_norms(handle).get(base) if final_norm else None
@@ -218,13 +217,13 @@ def _layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
     return [layer % count for layer in layers]
 
 
-def _needed(readings: Sequence[Sequence[Block]], kind: str) -> list[str]:
+def _needed(readings: Sequence[Sequence[Block]]) -> list[str]:
     """Hook names to cache: what blocks are recomputed from, and what they are compared with."""
     names: list[str] = []
     for options in readings:
         block = options[0]
         keys = [attention.key for attention in block.attentions if attention.kind == "cross"]
-        names += [*block.points(), *block.checkpoints(), *keys, *needed_keys(block, kind)]
+        names += [*block.points(), *block.checkpoints(), *keys]
     return list(dict.fromkeys(names))
 
 

@@ -13,9 +13,11 @@ from tl_contextmix.inputs import word_table
 from tl_contextmix.memories import require_feed_forward, require_predicting, values
 from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import TriggerAgreement
-from tl_contextmix.unembed import unembedding
+from tl_contextmix.unembed import Unembedding, unembedding
 
 if TYPE_CHECKING:
+    import pandas
+
     from tl_contextmix.corpus.triggers import Triggers
 
 

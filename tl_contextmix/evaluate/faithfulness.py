@@ -175,7 +175,7 @@ def blanked(
     return Drop(view, ids, place % len(ids), token, answer, units)
 
 
-def _require_between(failed: str, value: object, low: int, high: int) -> None:
+def _require_between(failed: str, value: Any, low: int, high: int) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not low <= value < high:
         raise bad(failed, repr(value), f"an integer from {low} to {high - 1}", "Give another.")

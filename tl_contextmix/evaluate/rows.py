@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -86,8 +86,9 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     Raises:
         InvalidInput: If there are more or fewer of them than sentences.
     """
-    one = isinstance(given, SupportsIndex) and not isinstance(given, bool)
-    found = [operator.index(given)] * count if one else given
+    found: Any = given
+    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
+        found = [operator.index(given)] * count
     if not isinstance(found, Sequence) or any(isinstance(x, (bool, str, float)) for x in found):
         raise bad(
             f"{what} cannot be read",

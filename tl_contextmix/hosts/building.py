@@ -158,7 +158,7 @@ def _host_activation(handle: Handle, prefix: str, layer: int) -> Activation | No
     """Returns the host's own activation function, for those with trained parameters (xIELU)."""
     mlp = handle.get()._modules[prefix][layer]._modules.get("mlp")
     for holder in (mlp, getattr(mlp, "original_component", None)):
-        function = getattr(holder, "act_fn", None)
+        function: Callable[[Tensor], Tensor] | None = getattr(holder, "act_fn", None)
         if callable(function) and _elementwise(function, handle):
             return Activation("host", function, kink=True)
     return None

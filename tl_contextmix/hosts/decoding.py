@@ -232,6 +232,7 @@ class _Greedy:
         ids, step = input_ids, input_ids
         alive = torch.arange(len(ids), device=ids.device)
         kept, best = [], torch.full_like(ids[:, 0], pad)
+        said, last = alive, memory.new_zeros(0, 1)
         while len(alive):
             options = {} if mask is None else {"attention_mask": mask}
             out = model(

@@ -109,8 +109,8 @@ def recognise(model: Any) -> Facts:
     """
     mro = {cls.__name__ for cls in type(model).__mro__}
     host = next((name for name in get_args(Host) if name in mro), None)
-    known = isinstance(model, nn.Module) and host is not None
-    if not known or next(model.parameters(), None) is None:
+    known = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
+    if not known or host is None:
         raise UnsupportedModel(
             four_parts(
                 "this is not a language model of TransformerLens with weights of its own",

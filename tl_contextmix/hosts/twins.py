@@ -61,6 +61,11 @@ def t5_twin(model: Any) -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     cfg = model.cfg
+    # A dataclass of transformers 5 takes these two, but does not declare them.
+    further: dict[str, Any] = {
+        "tie_word_embeddings": bool(cfg.tie_word_embeddings),
+        "decoder_start_token_id": decoder_start(model),
+    }
     config = T5Config(
         vocab_size=cfg.d_vocab,
         d_model=cfg.d_model,
@@ -74,8 +79,7 @@ def t5_twin(model: Any) -> Any:
         layer_norm_epsilon=cfg.eps,
         dropout_rate=0.0,
         feed_forward_proj=cfg.act_fn,
-        tie_word_embeddings=bool(cfg.tie_word_embeddings),
-        decoder_start_token_id=decoder_start(model),
+        **further,
     )
     # Without memory or random numbers for weights that are replaced.
     with torch.device("meta"):

@@ -48,7 +48,7 @@ def _tensor_float() -> bool:
     matmul = torch.backends.cuda.matmul
     # Newer versions raise where the old name is read after the new one was set.
     chosen = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if chosen is None else chosen == "tf32"
+    return bool(matmul.allow_tf32) if chosen is None else chosen == "tf32"
 
 
 @dataclass(frozen=True)

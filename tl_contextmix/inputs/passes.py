@@ -192,8 +192,9 @@ def select_blocks(
     """
     if layer is None:
         return blocks
-    several = isinstance(layer, Sequence) and not isinstance(layer, str)
-    asked = list(layer) if several else [layer]
+    asked: list[Any] = [layer]
+    if isinstance(layer, Sequence) and not isinstance(layer, str):
+        asked = list(layer)
     if not asked:
         raise InvalidInput(
             four_parts(

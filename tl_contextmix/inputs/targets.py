@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -135,7 +136,7 @@ def ids_of(asked: object, best: Tensor, d_vocab: int) -> Int[Tensor, " batch"]:
     return torch.tensor(ids)
 
 
-def _each(asked: object) -> list[object]:
+def _each(asked: Any) -> list[Any]:
     """Returns what a list, an array or a tensor holds; nothing for anything else."""
     asked = asked.tolist() if isinstance(asked, Tensor) else asked
     return list(asked) if isinstance(asked, Iterable) and not isinstance(asked, str) else []
@@ -182,7 +183,7 @@ def target_tokens(
     )
 
 
-def _texts(target: object, count: int) -> list[str]:
+def _texts(target: Any, count: int) -> list[str]:
     """Returns the text of each sentence's target."""
     texts = [target] * count if isinstance(target, str) else _each(target)
     if len(texts) != count or not all(isinstance(text, str) and text for text in texts):

@@ -30,8 +30,8 @@ def read_source(
         inputs = (texts,) if isinstance(texts, str) else tuple(texts)
         return batch.main, None if given.decoder_input is None else batch.decoder, inputs
     features = given.input
-    numbers = isinstance(features, Tensor) and features.is_floating_point()
-    if not numbers or features.ndim != 3 or not len(features):
+    whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
+    if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
         raise bad_input(
             "a speech model cannot read this",
             describe(features),

@@ -102,8 +102,10 @@ def knockout(
     found = answer_of(batch, view, neurons, heads)
     if found is not None and target is None and target_ids is None:
         target_ids = found.target.ids[:, 0]
-    taken = found is not None and pos is None
-    rows = found.pos if taken else predicting_rows(view, batch, view.base_stack(None), pos)
+    if pos is not None or found is None:
+        rows = predicting_rows(view, batch, view.base_stack(None), pos)
+    else:
+        rows = found.pos
     chosen = chosen_components(view, neurons, heads, rows)
     chosen = without_sources(chosen, per_position=positions == "last")
     drawn = Controls(view, chosen, seed)

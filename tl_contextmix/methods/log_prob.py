@@ -147,8 +147,8 @@ def log_prob_contributions(
         )
         trajectory = question.vocabulary.target_log_probs(question.stream.states)
         listed = _require_some(list(cuts(question.stream, by)), by, question)
-        bounded = top_k is not None and score == "log_prob_increase"
-        if bounded and not question.vocabulary.nonlinear:
+        bounded = score == "log_prob_increase" and top_k is not None
+        if top_k is not None and bounded and not question.vocabulary.nonlinear:
             found = _best(question, listed, top_k)
         else:
             found = _all(question, listed, score, trajectory)

@@ -136,7 +136,7 @@ def attention_norms(
     behind the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
     ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
     """
-    points = [require_point(at)] if isinstance(at, str) else [require_point(name) for name in at]
+    points: list[Point] = [require_point(name) for name in ([at] if isinstance(at, str) else at)]
     bias, max_bytes = require_bias(bias), require_budget(max_bytes)
     _require_heads(heads, points)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)

@@ -20,6 +20,7 @@ from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.axes import largest, require_count, whole_number
 from tl_contextmix.results.components import KINDS, Components, join, padding
 from tl_contextmix.selection import Chosen, chosen_components
+from tl_contextmix.stream import AttentionWriter, FeedForwardWriter
 from tl_contextmix.vocabulary import NORM_RULES, NormRule
 
 Share = Literal["exact", "ratio"]
@@ -256,16 +257,16 @@ def _group(
     labels = join([padding(1, 0), *(label for cut in listed for label in _labels(cut))])
     if place.stack != view.base_stack(None):
         labels = _of_encoder(labels)
-    branches = tuple(_inner(readers, listed, branch) for branch in range(len(readers.keys)))
-    shares = readers.shares(branches)
+    first, *more = (_inner(readers, listed, branch) for branch in range(len(readers.keys)))
+    shares = readers.shares((first, *more))
     divisor = readers.activation
     if share == "ratio":
         ratios = _inner(readers, listed, None) / readers.uncentred(readers.stream.total)
     else:
         # A neuron that is not active has no score to share.
         ratios = torch.where(divisor == 0, 0, shares / torch.where(divisor == 0, 1, divisor))
-    linear = branches[1] if len(branches) > 1 else torch.full_like(branches[0], torch.nan)
-    return _Group(some, readers, labels, branches[0], linear, shares, ratios)
+    linear = more[0] if more else torch.full_like(first, torch.nan)
+    return _Group(some, readers, labels, first, linear, shares, ratios)
 
 
 def _labels(cut: Cut) -> list[Components]:
@@ -333,7 +334,9 @@ def _weights(question: Question, neurons: Chosen, chosen: Components) -> Tensor:
         step = next(
             i for i, w in enumerate(writers) if (w.kind, w.layer) == (one["kind"], one["layer"])
         )
-        vectors = writers[step].neurons()
+        writer = writers[step]
+        assert isinstance(writer, (AttentionWriter, FeedForwardWriter))
+        vectors = writer.neurons()
         number = torch.tensor([one["neuron"]])
         vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
         found[:, index] = question.vocabulary.gains(states[:, step], vector)[:, 0]

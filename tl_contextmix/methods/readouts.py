@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -80,7 +82,7 @@ def component_readouts(
         )
         k = min(k, question.vocabulary.weight.shape[1])
         there = ~components.scores.isnan().cpu()
-        vectors = _vectors(question, components.by, components.components, there)
+        vectors = _vectors(question, cast(By, components.by), components.components, there)
         found = [question.vocabulary.extremes(some, row, k) for row, some in enumerate(vectors)]
     blank = ~there[:, :, None].to(vectors.device)
     top, top_ids, low, low_ids = (torch.stack(column) for column in zip(*found, strict=True))

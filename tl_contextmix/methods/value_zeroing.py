@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ def _label(
         if how != "keep":
             # Rows of padding hold whatever the model makes of it.
             scores = scores.masked_fill(~target.mask[:, None, None, :, None].to(scores.device), 0)
-            scores = merge(scores.transpose(3, 4), each, how, target.mask).transpose(3, 4)
+            merged = "mean" if how == "mean" else "max"
+            scores = merge(scores.transpose(3, 4), each, merged, target.mask).transpose(3, 4)
             target = source
     real = (target.mask[:, :, None] & source.mask[:, None, :]).to(scores.device)
     return ContextMap(
@@ -218,8 +219,9 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
     if heads is True:
         return [[head] for head in range(count)], tuple(map(str, range(count)))
-    nested = isinstance(heads, Sequence) and any(isinstance(h, Sequence) for h in heads)
-    asked = list(heads) if nested and not isinstance(heads, str) else [heads]
+    asked: list[Any] = [heads]
+    if isinstance(heads, Sequence) and not isinstance(heads, str):
+        asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
     groups = [positions("head", group, (), count) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):

@@ -6,13 +6,14 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+from matplotlib.text import Text
 
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import colors, typeset
@@ -56,8 +57,8 @@ def draw(panel: Panel, fonts: Sequence[str]) -> PaperFigure:
         figure.families = lettering.families
         _DRAW[type(panel)](figure, panel, lettering)
         # matplotlib reads `$` as the beginning of a formula.
-        for text in figure.findobj(matplotlib.text.Text):
-            text.set_parse_math(False)
+        for text in figure.findobj(Text):
+            cast(Text, text).set_parse_math(False)
         # Laid out once: each further time would move things by a hair, and files would differ.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -70,7 +71,7 @@ def _style(families: Sequence[str]) -> Any:
         "font.size": SIZE,
         "axes.titlesize": SIZE,
         "axes.linewidth": 0.6,
-        "axes.prop_cycle": matplotlib.cycler(color=colors.SERIES),
+        "axes.prop_cycle": cycler(color=colors.SERIES),
         "savefig.dpi": 300,
         "pdf.fonttype": 42,  # journals ask for fonts that can be edited
         "svg.hashsalt": "tl_contextmix",
@@ -145,7 +146,9 @@ def _token_axis(axes: Axes, name: str, tokens: tuple[str, ...], lettering: Lette
     else:
         upright = all(len(label) <= 2 for label in labels)
         turn = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        for one in axes.get_figure().axes:
+        figure = axes.get_figure()
+        assert figure is not None
+        for one in figure.axes:
             one.set_xticks(ticks, labels, **turn)
 
 

@@ -29,7 +29,7 @@ _HEAD = 34
 def picture(panel: Panel) -> str | None:
     """Returns a panel as one SVG element; None for tables and texts, and where nothing is drawn."""
     if isinstance(panel, Bars) and panel.labels and panel.series:
-        return (curves if isinstance(panel, Curves) else bars).picture(panel)
+        return curves.picture(panel) if isinstance(panel, Curves) else bars.picture(panel)
     if isinstance(panel, Heatmap) and panel.values.numel():
         return _maps(panel)
     return None

@@ -160,6 +160,7 @@ def _likeness(found: Comparison) -> Heatmap:
 def _rows(story: Story) -> Heatmap:
     """Returns the predicting row of every method, from the input to the last layer."""
     tokens = story.done.target
+    assert story.focus is not None
     here = tokens.strings[0][story.focus]
     asked = Sentence(tokens.ids[:1], story.focus, None)
     names, rows, left_out = [], [], []

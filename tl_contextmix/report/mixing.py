@@ -105,6 +105,7 @@ def _focus(story: Story) -> tuple[Heatmap, str]:
     """Returns the predicting token's row in every layer, and what stands out in it."""
     map = _predicting(story)
     focus = story.focus
+    assert focus is not None
     row, sources_ = map.scores[0, :, 0, focus], map.source.strings[0]
     here = story.done.target.strings[0][focus]
     panel = table_of(

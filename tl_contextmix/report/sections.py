@@ -39,7 +39,7 @@ SECTIONS: dict[SectionName, Callable[[Story], Section | str]] = {
     "encoder-layers": encoder_layers,
     "comparison": comparison,
 }
-DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name != "points")
+DEFAULT_SECTIONS: tuple[SectionName, ...] = tuple(name for name in SECTIONS if name != "points")
 
 
 def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:

@@ -154,7 +154,7 @@ class Grid:
     def at(self, place: Int[torch.Tensor, "batch some"]) -> Components:
         """Returns the components at some places."""
         place = place.cpu()
-        columns = dict.fromkeys(COLUMNS, torch.full_like(place, -1))
+        columns: dict[str, Any] = dict.fromkeys(COLUMNS, torch.full_like(place, -1))
         columns["layer"] = torch.full_like(place, self.layer)
         columns["pos"] = self.pos.cpu()[:, None].expand_as(place)
         for name, numbers in reversed(self.axes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -164,7 +164,7 @@ def curve_point(
     return CurvePoint(metric, category, layer, float(value), low, high, len(kept))
 
 
-def as_texts(given: object, name: str) -> tuple[str, ...]:
+def as_texts(given: Any, name: str) -> tuple[str, ...]:
     """Returns one text, or a list or a column of them, as a tuple.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -248,7 +248,7 @@ class LayerwiseScores(Result):
         )
 
 
-def _token_categories(categories: object, target: Tokens) -> dict[str, torch.Tensor]:
+def _token_categories(categories: Any, target: Tokens) -> dict[str, torch.Tensor]:
     """Returns which tokens belong to each category, and which are real."""
     real = target.mask.cpu()
     if not by_token(categories):
@@ -279,7 +279,7 @@ def _token_categories(categories: object, target: Tokens) -> dict[str, torch.Ten
     return chosen
 
 
-def by_token(categories: object) -> bool:
+def by_token(categories: Any) -> bool:
     """Whether categories are those of tokens: a list of lists."""
     listed = isinstance(categories, Sequence) and not isinstance(categories, str)
     return listed and any(not isinstance(one, str) for one in categories)

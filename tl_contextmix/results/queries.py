@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.panels import Panel
+from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.components import Components, taken
