@@ -18,9 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 import numpy as np
 import torch
 import zoo
@@ -191,8 +188,9 @@ def main(seconds: float) -> int:
         for name, arguments in table.items():
             fuzz.run(name, arguments, int(seconds * 10), seconds / len(table))
     for key, seen in fuzz.escaped.items():
-        print(f"ESCAPED {key}\n    {seen}")
-    print(f"{fuzz.made} calls of {len(table)} functions, {len(fuzz.escaped)} escapes")
+        sys.stdout.write(f"ESCAPED {key}\n    {seen}\n")
+    escapes = len(fuzz.escaped)
+    sys.stdout.write(f"{fuzz.made} calls of {len(table)} functions, {escapes} escapes\n")
     return len(fuzz.escaped)
 
 
