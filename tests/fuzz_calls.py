@@ -18,16 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import numpy as np
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import zoo  # noqa: E402
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-import tl_contextmix as cm  # noqa: E402
+import tl_contextmix as cm
 
 ALLOWED = (cm.InvalidInput, cm.UnsupportedModel, cm.FileFormatError)
 IDS = torch.tensor([[5, 9, 17, 30], [8, 7, 44, 12]])
@@ -191,10 +188,9 @@ def main(seconds: float) -> int:
         for name, arguments in table.items():
             fuzz.run(name, arguments, int(seconds * 10), seconds / len(table))
     for key, seen in fuzz.escaped.items():
-        sys.stdout.write(f"ESCAPED {key}\n    {seen}" + "\n")
-    sys.stdout.write(
-        f"{fuzz.made} calls of {len(table)} functions, {len(fuzz.escaped)} escapes" + "\n"
-    )
+        sys.stdout.write(f"ESCAPED {key}\n    {seen}\n")
+    escapes = len(fuzz.escaped)
+    sys.stdout.write(f"{fuzz.made} calls of {len(table)} functions, {escapes} escapes\n")
     return len(fuzz.escaped)
 
 

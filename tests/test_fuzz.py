@@ -35,7 +35,11 @@ SCRIPT = Path(__file__).with_name("fuzz_calls.py")
 def test_public_functions_raise_nothing_but_our_own_errors() -> None:
     """In a process of its own, without the type checks that tests put on the package."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "10"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT), "10"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     calls, functions = (int(done.stdout.split()[place]) for place in (-7, -4))

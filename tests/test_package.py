@@ -21,16 +21,7 @@ PACKAGE = ROOT / "tl_contextmix"
 # A unit is a module or a sub-package; each may import the units of the lines above its own.
 LAYERS = [
     {"errors"},
-    {
-        "arguments",
-        "panels",
-        "storage",
-        "tensors",
-        "activations",
-        "ranks",
-        "operations",
-        "sequences",
-    },
+    {"panels", "storage", "tensors", "activations", "ranks", "operations", "sequences"},
     {"results"},
     {"model_view"},
     {"identity", "inputs", "expansion"},
@@ -50,6 +41,7 @@ ASIDE = {
     "evaluate": {"errors", "ranks", "results", "model_view", "inputs", "hosts"},
     "demo_models": {"errors"},
     "loading": {"errors", "demo_models"},
+    "arguments": {"errors"},
     "dry_run": set(),
     "stand_in": {"dry_run", "operations", "model_view"},
     "estimate": {

@@ -281,15 +281,20 @@ def decompose(
     max_bytes = require_budget(max_bytes)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     done = run_pass(as_view(model), given, layer=layer, stack=stack)
-    parts, biases = [], []
+    parts, biases = torch.empty(0), []
     with torch.no_grad():
-        for block in done.progress("decompose"):
+        for index, block in enumerate(done.progress("decompose")):
             linear = linear_points(block, done.trace, done.stack, (at,))
             found = parts_at(block, linear, at, bias, max_bytes)
-            parts.append(_dense(found, max_bytes))
+            dense = _dense(found, max_bytes)
+            if not index:
+                # The largest result there is: never twice in memory.
+                parts = dense.new_empty(len(dense), len(done.blocks), *dense.shape[1:])
+            parts[:, index] = dense
+            del dense
             biases.append(found.bias)
     return Decomposition(
-        parts=torch.stack(parts, dim=1),
+        parts=parts,
         bias=torch.stack(biases, dim=1),
         layers=done.layers,
         point=at,

@@ -8,7 +8,7 @@ healthy activations give: no difference, nothing to correct, everything finite.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class DryRun(TorchDispatchMode):
         with self._fake:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
 
+    @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator on shapes, or for real where everything is small or no fraction."""
         kwargs = kwargs or {}
@@ -59,6 +60,7 @@ class DryRun(TorchDispatchMode):
         # Shapes that are written to it later leave it as it is: it must not be just anything.
         return out.zero_() if func.overloadpacket in _EMPTY else out
 
+    @no_type_check
     def _on_shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _ANSWERS:
             return _ANSWERS[func](*args, **kwargs)
@@ -73,6 +75,7 @@ class DryRun(TorchDispatchMode):
         return out
 
 
+@no_type_check
 def _is_large(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > _SMALL
 
@@ -100,6 +103,7 @@ def _with_places(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0], places, *args[2:])
 
 
+@no_type_check
 def _number(tensor: Tensor) -> bool | int | float:
     if tensor.dtype == torch.bool:
         return getattr(tensor, _TRUE, False)

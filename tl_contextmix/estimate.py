@@ -26,7 +26,7 @@ def estimate(
     method: Callable[..., Any],
     *,
     batch: int = 1,
-    n_decoder_tokens: int = 1,
+    n_decoder_tokens: int | None = None,
 ) -> Estimate:
     """Returns the operations and the memory that a question would take, without asking it.
 
@@ -47,7 +47,8 @@ def estimate(
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
             and token ids that goes through this package, your own as well.
         batch: How many inputs there would be.
-        n_decoder_tokens: How many tokens the decoder input of an encoder-decoder would have.
+        n_decoder_tokens: How many tokens the decoder input of an encoder-decoder would have; None
+            where none would be given.
 
     Returns:
         An `Estimate`. The numbers are bytes of tensors beside the weights, and operations in
@@ -63,17 +64,15 @@ def estimate(
     runs the model's own modules, one token after the other: it is asked for real on as many short
     inputs.
     """
-    for name, value in (
-        ("n_tokens", n_tokens),
-        ("batch", batch),
-        ("n_decoder_tokens", n_decoder_tokens),
-    ):
+    decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
+    counts = [("n_tokens", n_tokens), ("batch", batch)]
+    for name, value in (*counts, *(("n_decoder_tokens", count) for count in decoder)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise _bad(f"{name} is no number of tokens or inputs", repr(value), "an integer from 1")
     if not callable(method) or isinstance(method, type):
         raise _bad("there is no such method", repr(method), "a function of a model and token ids")
     view = as_view(model)
-    lengths = (n_tokens,) if len(view.stacks) == 1 else (n_tokens, n_decoder_tokens)
+    lengths = (n_tokens, *decoder)
     tokens, others = _words(view, batch, lengths)
     make_batch(view, Given(tokens, **others))
     try:
@@ -85,7 +84,7 @@ def estimate(
         method=name,
         batch=batch,
         n_tokens=n_tokens,
-        n_decoder_tokens=n_decoder_tokens if others else 0,
+        n_decoder_tokens=n_decoder_tokens or 0,
         flops=flops,
         peak_bytes=peak,
         passes=passes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
+    @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and adds what it costs."""
         kwargs = kwargs or {}
@@ -69,6 +70,7 @@ class Memory(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._given: dict[int, StorageWeakRef] = {}
 
+    @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and notes the storages that are new."""
         for tensor in _tensors((args, kwargs)):
@@ -88,5 +90,6 @@ class Memory(TorchDispatchMode):
         return out
 
 
+@no_type_check
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

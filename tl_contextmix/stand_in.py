@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ class _Timeline(Memory):
         super().__init__()
         self.timeline: list[int] = [0]
 
+    @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.timeline.append(self.live)

@@ -42,7 +42,7 @@ class Estimate(Result):
         method: What would be asked.
         batch: Number of sentences.
         n_tokens: Tokens of each.
-        n_decoder_tokens: Tokens of each decoder input; 0 where there is no decoder beside.
+        n_decoder_tokens: Tokens of each decoder input; 0 where none is given.
         flops: Operations in products of matrices, the model's own passes included.
         peak_bytes: The most bytes of tensors alive at once, the model's weights not counted.
         passes: How often the model would be run; 0 where that was not seen apart.
@@ -90,9 +90,8 @@ class Estimate(Result):
         )
 
 
-def _bytes(count: float | int) -> str:
-    for unit in _UNITS[:-1]:
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} {_UNITS[-1]}"
+def _bytes(count: int) -> str:
+    size, unit = float(count), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.3g} {_UNITS[unit]}"

@@ -1,0 +1,204 @@
+"""What is told of operations and memory beforehand is what is measured afterwards."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import resource
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import zoo
+import zoo_build
+from asked import keywords
+
+import tl_contextmix as cm
+from tl_contextmix.operations import Memory, Operations
+
+WITHIN = 0.2
+PER_METHOD: dict[str, Callable[..., Any]] = {
+    "decompose": partial(cm.decompose, layer=[0, 1]),
+    "attention_norms": cm.attention_norms,
+    "attention_norms small": partial(cm.attention_norms, layer=-1, max_bytes=150_000),
+    "attention_norms heads": partial(cm.attention_norms, at="attn_out", heads=True),
+    "attention_norms points": partial(cm.attention_norms, at=["resid_mid", "mlp_in"]),
+    "mixing_ratio": cm.mixing_ratio,
+    "value_zeroing": cm.value_zeroing,
+    "value_zeroing small": partial(cm.value_zeroing, layer=-1, max_bytes=150_000),
+    "attention": cm.attention,
+    "globenc": cm.globenc,
+    "alti": cm.alti,
+    "decompx": cm.decompx,
+    "decompx_vectors": cm.decompx_vectors,
+    "gradient_x_input": cm.gradient_x_input,
+    "integrated_gradients": partial(cm.integrated_gradients, steps=3),
+    "log_prob_contributions": partial(cm.log_prob_contributions, pos=-1),
+    **{
+        f"log_prob_contributions {by}": partial(cm.log_prob_contributions, by=by, pos=-1)
+        for by in ("head", "position", "head_position", "ff_neuron", "attn_neuron")
+    },
+    "query_contributions": partial(cm.query_contributions, neurons=[(1, 3)], pos=-1),
+    "knockout": partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
+    "token_memory": cm.token_memory,
+    "ff_memories": cm.ff_memories,
+}
+# Every family differs in what its host and its blocks do; the method's code is the same.
+SOME = ("attention_norms", "value_zeroing", "log_prob_contributions position", "gradient_x_input")
+LENS = {
+    "decoder_lens": partial(cm.decoder_lens, max_new_tokens=4),
+    "decoder_lens teacher_forced": partial(
+        cm.decoder_lens, mode="teacher_forced", references=["the cat sat", "a dog ran"]
+    ),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def model_of(case: zoo.Case) -> Any:
+    """A model that no test changes."""
+    return zoo.build(case, dtype=torch.float32)
+
+
+def asked() -> list[Any]:
+    """Every method on one family, a few of them on one of every kind."""
+    rows = []
+    for family in ("gpt2", "mistral", "bert", "bart", "t5"):
+        case = next((case for case in zoo.cases() if case.family == family), None)
+        if case is None:
+            continue
+        # What is beyond the host's passes is the same on every version.
+        every = family == "gpt2" and zoo.major() == 4
+        table = PER_METHOD if every else {name: PER_METHOD[name] for name in SOME}
+        lens = LENS if family == "bart" else {}
+        rows += [
+            pytest.param(case, method, id=f"{name}-{case}")
+            for name, method in (table | lens).items()
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(("case", "method"), asked())
+def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., Any]) -> None:
+    model, batch, pos = model_of(case), 2, 14
+    two = case.encoder_decoder and "decoder_lens" not in repr(method)
+    told = cm.estimate(model, pos, method, batch=batch, n_decoder_tokens=9 if two else None)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, zoo.rows.D_VOCAB, (batch, pos), generator=generator)
+    decoder = torch.randint(5, zoo.rows.D_VOCAB, (batch, 9), generator=generator)
+    given = zoo.Inputs(tokens, decoder if two else None)
+    with Memory() as memory, Operations() as counter:
+        method(model, given.tokens, **keywords(given))
+    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    assert sum(part.flops for part in told.parts) == told.flops
+    assert sum(part.bytes for part in told.parts) == told.peak_bytes
+
+
+def test_every_method_of_a_model_and_tokens_is_measured() -> None:
+    """A new one cannot be forgotten."""
+    known = {name.split()[0] for name in (*PER_METHOD, *LENS)}
+    known |= {"component_readouts", "faithfulness", "compare"}  # asked about a result, or several
+    for name in cm.__all__:
+        function = getattr(cm, name)
+        if inspect.isfunction(function):
+            parameters = [*inspect.signature(function).parameters][:2]
+            assert name in known or parameters != ["model", "input"], name
+
+
+def test_nothing_of_the_length_is_computed_and_nothing_is_kept(middle: Any) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = cm.estimate(middle, 8192, partial(cm.decompose, at="resid_mid"))
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert told.peak_bytes > 2**35
+    assert grown < 2**30
+    tokens = torch.arange(5, 25)[None]
+    again = cm.value_zeroing(middle, tokens)
+    cm.estimate(middle, 64, cm.value_zeroing)
+    assert torch.equal(cm.value_zeroing(middle, tokens).scores, again.scores)
+
+
+def test_told_to_a_reader() -> None:
+    case = next(case for case in zoo.cases() if case.family == "gpt2")
+    model = model_of(case)
+    told = cm.estimate(model, 6, partial(cm.attention_norms, at="mlp_out"), batch=3)
+    assert told.method == "attention_norms(at='mlp_out')"
+    assert "3 x 6 tokens" in repr(told)
+    assert told.passes == 1
+    assert [*told.to_dataframe().columns] == ["name", "flops", "bytes"]
+    more = cm.estimate(model, 12, partial(cm.attention_norms, at="mlp_out"), batch=3)
+    assert more.flops > 2 * told.flops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, cm.attention), "n_tokens is no number"),
+        ((5.0, cm.attention), "n_tokens"),
+        ((5, "attention"), "method"),
+        ((5, int), "no such method"),
+        ((zoo.rows.N_CTX + 1, cm.attention), "longest input of this model"),
+        ((5, partial(cm.attention, layer=9)), "no such layer"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    model = model_of(next(case for case in zoo.cases() if case.family == "gpt2"))
+    with pytest.raises(cm.InvalidInput, match=message):
+        cm.estimate(model, *arguments)
+
+
+# Budgets
+
+BUDGET = 3 * 2**19
+BUDGETED = [
+    name
+    for name, method in PER_METHOD.items()
+    if zoo.major() == 4
+    and "max_bytes" in inspect.signature(method).parameters
+    and name not in ("attention_norms small", "value_zeroing small")
+]
+# While a result of vectors is put together, one layer of it (chunk by chunk: two) is there twice.
+TWICE = {"decompose": 1, "decompx_vectors": 4}
+
+
+@pytest.fixture(scope="module")
+def middle() -> Any:
+    """A random GPT-2 of two layers whose workspace does not fit into the budget."""
+    options = {
+        "vocab_size": 500,
+        "n_positions": 8192,
+        "n_ctx": 8192,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    hf = zoo_build.hugging_face(
+        "GPT2LMHeadModel", "GPT2Config", options, dtype=torch.float32, seed=0
+    )
+    if zoo.major() == 2:
+        return zoo_build.hooked(
+            hf, "gpt", "HookedTransformer", dtype=torch.float32, processed=False
+        )
+    return zoo_build.bridge(hf, "gpt", dtype=torch.float32, processed=False)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_budget_is_kept(name: str, middle: Any) -> None:
+    """Measured: beside what the pass leaves and the result, max_bytes and a tenth at most."""
+    tokens = torch.randint(5, 500, (1, 96))
+    told = cm.estimate(middle, 96, PER_METHOD[name])
+    kept, result = (part.bytes for part in told.parts[:2])
+    with Memory() as memory:
+        partial(PER_METHOD[name], max_bytes=BUDGET)(middle, tokens)
+    bound = 1.1 * BUDGET + TWICE.get(name, 0) * result / 2
+    assert memory.peak - kept - result <= bound
+
+
+def test_without_a_budget_there_would_be_more(middle: Any) -> None:
+    """Or the test above would say nothing."""
+    for method in (cm.attention_norms, cm.value_zeroing, cm.decompx):
+        told = cm.estimate(middle, 96, method)
+        assert told.parts[2].bytes > 1.5 * BUDGET
