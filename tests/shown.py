@@ -159,7 +159,7 @@ def _memories(tokens: Tokens) -> list[Any]:
 
 def _mined() -> list[Any]:
     values = tuple(torch.randn(N).tolist())
-    trigger = Trigger(0, 3.0, 7, N, HOSTILE, (*values[:-1], 3.0), HOSTILE[3])
+    trigger = Trigger(0, 3.0, 7, N - 1, HOSTILE, (*values[:-1], 3.0), HOSTILE[3])
     eight = torch.arange(8)
     manifest = {
         "run": {"model": HOSTILE[3], "options": {"layers": [0, 1], "k": 5, "tails": "positive"}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -250,7 +251,7 @@ def test_a_map_of_words_by_hand(model: Any) -> None:
     for wrong in ([(0, 9)], []):
         with pytest.raises(cm.InvalidInput, match=r"covers no token|no spans"):
             fmap.words(wrong)
-    ask = getattr(cm.ContextMap.words, "__wrapped__", cm.ContextMap.words)
+    ask = inspect.unwrap(cm.ContextMap.words)
     with pytest.raises(cm.InvalidInput, match="words does not know this rows"):
         ask(fmap, rows="median")
 
@@ -490,7 +491,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
     ],
 )
 def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str) -> None:
-    ask = getattr(cm.compare, "__wrapped__", cm.compare)
+    ask = inspect.unwrap(cm.compare)
     with pytest.raises(cm.InvalidInput, match=message):
         ask(model, given, **{"methods": ["attention"], **options})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 import random
@@ -163,7 +164,7 @@ def test_a_function_of_the_users_and_categories() -> None:
 
 def test_a_column_of_a_table_and_names_of_the_users_own() -> None:
     frame = pandas.DataFrame({"kind": ["x", "y", "x"], "right": RIGHT}, index=[7, 8, 9])
-    ask = getattr(cm.LayerwiseDecoding.metrics, "__wrapped__", cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
     found = ask(decoding(None), frame["right"], metric="WER", categories=frame["kind"])
     listed = decoding().metrics(metric="WER", categories=["x", "y", "x"])
     assert found.to_dataframe().equals(listed.to_dataframe())
@@ -319,7 +320,7 @@ def test_what_cannot_be_decoded(options: dict[str, Any], match: str) -> None:
     if not CASES:
         pytest.skip("this version has no encoder-decoder that runs")
     asked = {"input": "the cat", **options}
-    ask = getattr(cm.decoder_lens, "__wrapped__", cm.decoder_lens)
+    ask = inspect.unwrap(cm.decoder_lens)
     with pytest.raises(cm.InvalidInput, match=match):
         ask(zoo.build(CASES[0]), **asked)
 
@@ -371,7 +372,7 @@ def test_a_metric_that_no_sentence_has_is_nan() -> None:
     ],
 )
 def test_categories_that_are_none(categories: Any, message: str) -> None:
-    ask = getattr(cm.LayerwiseDecoding.metrics, "__wrapped__", cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
     with pytest.raises(cm.InvalidInput, match=message):
         ask(decoding(), metric="empty", categories=categories)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ Result = cm.LayerwiseDecoding | cm.LayerwiseLikelihood | cm.LayerwiseScores
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function without the type checks that only tests switch on."""
-    return getattr(function, "__wrapped__", function)
+    return inspect.unwrap(function)
 
 
 @functools.cache

@@ -201,4 +201,4 @@ def test_without_a_budget_there_would_be_more(middle: Any) -> None:
     """Or the test above would say nothing."""
     for method in (cm.attention_norms, cm.value_zeroing, cm.decompx):
         told = cm.estimate(middle, 96, method)
-        assert told.parts[2].bytes > 1.5 * BUDGET
+        assert told.parts[2].bytes > 1.2 * BUDGET

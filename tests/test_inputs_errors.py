@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -281,7 +282,7 @@ def test_layers_may_be_any_integers() -> None:
     blocks = view_of(zoo.build(case_of("gpt2"))).blocks()
     assert [block.layer for block in select_blocks(blocks, range(2))] == [0, 1]
     assert [block.layer for block in select_blocks(blocks, (2, -3))] == [2, 0]
-    ask = getattr(select_blocks, "__wrapped__", select_blocks)
+    ask = inspect.unwrap(select_blocks)
     assert [block.layer for block in ask(blocks, numpy.int64(1))] == [1]
 
 

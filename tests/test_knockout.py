@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_what_cannot_be_knocked_out() -> None:
         ({"heads": [(0, 1)], "replace_with": "noise"}, r"no such replacement: got 'noise'"),
         ({"heads": [(0, 1)], "controls": -1}, r"so many random sets: got -1"),
     ):
-        method = getattr(cm.knockout, "__wrapped__", cm.knockout)
+        method = inspect.unwrap(cm.knockout)
         with pytest.raises(cm.InvalidInput, match=message):
             method(model, given.tokens, **options)
 

@@ -22,7 +22,7 @@ NO_RESULTS = {
     *("ContextMixError", "ContextMixWarning", "FileFormatError", "InvalidInput"),
     *("UnsupportedModel", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
-    *("Tokens", "Trigger"),
+    *("EstimatePart", "Tokens", "Trigger"),
 }
 
 

@@ -211,12 +211,13 @@ def _reading(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     seen = (like != 0).flatten(0, 1).any(dim=0)
     targets, sources = shape[2:]
-    far = torch.arange(sources)[None] - torch.arange(targets)[:, None]
     near = torch.arange(seen.shape[1])[None] - torch.arange(seen.shape[0])[:, None]
     offsets = near[seen.cpu()]
-    whole = torch.ones(targets, sources, dtype=torch.bool)
+    whole = torch.ones(targets, sources, dtype=like.dtype)
     if targets == sources and seen.shape[0] == seen.shape[1] and len(offsets):
         low, high = int(offsets.min()), int(offsets.max())
-        whole = (far >= low) if low > 1 - len(seen) else whole
-        whole = whole & (far <= high) if high < len(seen) - 1 else whole
-    return whole.to(like.dtype).to(like.device).expand(shape)
+        if low > 1 - len(seen):
+            whole.triu_(low)
+        if high < len(seen) - 1:
+            whole.tril_(high)
+    return whole.to(like.device).expand(shape)

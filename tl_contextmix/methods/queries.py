@@ -222,7 +222,7 @@ def _row(
 ) -> _Row:
     places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
     # A neuron without a score is empty, or reads a source that is not read.
-    for index in (~weights.isnan()).nonzero()[:, 0].tolist():
+    for index in [index for index, empty in enumerate(weights.isnan()) if not empty]:
         place = place_of(question.view, chosen, row, index)
         kind = chosen.at(row, index)["kind"], int(chosen.layer[row, index])
         places.setdefault((place, kind), []).append(index)
