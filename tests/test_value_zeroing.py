@@ -17,14 +17,6 @@ import tl_contextmix as cm
 from tl_contextmix.inputs import Given, make_batch
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
-# Every kind of block and attention once: what is asked of it is the same on all of a kind.
-KINDS = list(
-    {
-        case.family: case
-        for case in reversed(CASES)
-        if case.family in ("gpt2", "gptj", "mistral", "gemma2", "bert", "t5", "bart")
-    }.values()
-)
 
 
 def case_of(*families: str) -> zoo.Case:
@@ -122,7 +114,7 @@ def test_equals_zeroing_hook_v(case: zoo.Case) -> None:
             assert relative(often.scores[:, :, 39], expected) <= limit(case), stack
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_final_norm_changes_the_last_layer_alone_and_only_where_there_is_one(
     case: zoo.Case,
 ) -> None:
@@ -140,7 +132,7 @@ def test_final_norm_changes_the_last_layer_alone_and_only_where_there_is_one(
         assert torch.equal(raw[:, -1], normed[:, -1]) == (norm is None or norm.kind == "none")
 
 
-@pytest.mark.parametrize("case", KINDS, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_heads_equal_zeroing_these_heads(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     stack = stacks(case)[-1]
@@ -173,7 +165,7 @@ def test_ways_to_ask_for_heads() -> None:
     assert relative(together.scores, every.scores) <= 1e-11
 
 
-@pytest.mark.parametrize("case", KINDS, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_spans_equal_zeroing_their_positions_together(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     for stack in stacks(case):
@@ -242,7 +234,7 @@ def test_a_span_of_padding_is_padding() -> None:
         assert bool(torch.isfinite(found.scores).all())
 
 
-@pytest.mark.parametrize("case", KINDS, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_targets_are_rows_of_the_whole_map(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     for stack in stacks(case):
@@ -295,7 +287,7 @@ def test_padding_on_either_side_and_batches_change_nothing() -> None:
             assert not bool(both.scores[1][:, :, padding].any())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_future_is_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     stack = "decoder" if case.encoder_decoder else None
