@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -29,10 +28,9 @@ def case_of(*families: str) -> zoo.Case:
     return found[0]
 
 
-@functools.cache
 def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
-    """A model that no test changes: building it takes longer than most questions."""
-    return zoo.build(case), zoo.inputs(case)
+    """A model that no test changes, and words for it."""
+    return zoo.shared(case), zoo.inputs(case)
 
 
 def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:

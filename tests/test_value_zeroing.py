@@ -103,7 +103,7 @@ def query_heads(model: Any, given: zoo.Inputs, stack: str | None) -> tuple[int, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_zeroing_hook_v(case: zoo.Case) -> None:
     """Also where W_in is folded into the terms, which pays when pairs are gone through often."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         everything = list(range(query_heads(model, given, stack)[0]))
         for final_norm, expected in enumerate(literal(model, given, stack)):
@@ -118,7 +118,7 @@ def test_equals_zeroing_hook_v(case: zoo.Case) -> None:
 def test_final_norm_changes_the_last_layer_alone_and_only_where_there_is_one(
     case: zoo.Case,
 ) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     for stack in stacks(case):
         raw, normed = (
@@ -134,7 +134,7 @@ def test_final_norm_changes_the_last_layer_alone_and_only_where_there_is_one(
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_heads_equal_zeroing_these_heads(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     stack = stacks(case)[-1]
     heads, share = query_heads(model, given, stack)
     kwargs = {"stack": stack, "final_norm": False, **keywords(given)}
@@ -150,7 +150,7 @@ def test_heads_equal_zeroing_these_heads(case: zoo.Case) -> None:
 
 def test_ways_to_ask_for_heads() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     each = cm.value_zeroing(model, given.tokens, heads=True)
     count = each.scores.shape[2]
     assert each.heads == tuple(map(str, range(count)))
@@ -167,7 +167,7 @@ def test_ways_to_ask_for_heads() -> None:
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_spans_equal_zeroing_their_positions_together(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         length = given.tokens if stack in (None, "encoder", "cross") else given.decoder_tokens
         spans = [(0, 1), (1, 3), (2, length.shape[1])]
@@ -188,7 +188,7 @@ def test_spans_equal_zeroing_their_positions_together(case: zoo.Case) -> None:
 
 def test_spans_of_single_tokens_are_the_map_and_labels_are_joined() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     plain = cm.value_zeroing(model, given.tokens)
     single = cm.value_zeroing(model, given.tokens, spans=[(i, i + 1) for i in range(6)])
     assert relative(single.scores, plain.scores) <= 1e-11
@@ -202,7 +202,7 @@ def test_spans_of_single_tokens_are_the_map_and_labels_are_joined() -> None:
 
 def test_rows_of_spans_by_hand_without_padding() -> None:
     case = case_of("gpt2", "bert")
-    model, tokens = zoo.build(case), zoo.inputs(case).tokens
+    model, tokens = zoo.shared(case), zoo.inputs(case).tokens
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
     spans = [(0, 1), (1, 3), (3, 6)]
@@ -222,7 +222,7 @@ def test_rows_of_spans_by_hand_without_padding() -> None:
 
 def test_a_span_of_padding_is_padding() -> None:
     case = case_of("gpt2", "bert")
-    model, tokens = zoo.build(case), zoo.inputs(case).tokens
+    model, tokens = zoo.shared(case), zoo.inputs(case).tokens
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
     for how in ("keep", "mean", "max"):
@@ -236,7 +236,7 @@ def test_a_span_of_padding_is_padding() -> None:
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_targets_are_rows_of_the_whole_map(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         whole = cm.value_zeroing(model, given.tokens, stack=stack, **keywords(given))
         for targets, rows in (([-1], [-1]), ([3, 1, 3], [3, 1, 3]), (2, [2])):
@@ -251,7 +251,7 @@ def test_targets_are_rows_of_the_whole_map(case: zoo.Case) -> None:
 
 def test_metrics_equal_their_formulas() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     found = cm.value_zeroing(model, given.tokens, metric="euclidean", final_norm=False)
     assert relative(found.scores[:, :, 0], literal(model, given, distance=euclidean)[0]) <= 1e-11
     assert found.unit == "euclidean distance"
@@ -267,7 +267,7 @@ def test_metrics_equal_their_formulas() -> None:
 
 def test_padding_on_either_side_and_batches_change_nothing() -> None:
     for family in ("gpt2", "bert"):
-        model = zoo.build(case_of(family))
+        model = zoo.shared(case_of(family))
         texts = ["the cat sees the dog", "the dog"]
         alone = [cm.value_zeroing(model, text) for text in texts]
         for side in ("right", "left"):
@@ -289,7 +289,7 @@ def test_padding_on_either_side_and_batches_change_nothing() -> None:
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_future_is_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     stack = "decoder" if case.encoder_decoder else None
     found = cm.value_zeroing(model, given.tokens, stack=stack, **keywords(given))
     assert found.causal == (case.family not in ("bert", "roberta"))
@@ -303,7 +303,7 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(
     families: tuple[str, ...], max_bytes: int
 ) -> None:
     case = case_of(*families)
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         kwargs = {"stack": stack, **keywords(given)}
         for heads, spans in ((False, None), (True, None), (False, [(0, 2), (1, 4)])):
@@ -316,7 +316,7 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(
 
 def test_ready_cache_gives_the_same_map_and_missing_keys_are_named() -> None:
     case = case_of("bart", "t5", "gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     for stack in stacks(case):
         trace, blocks = host_trace(view, given, stack)
@@ -364,7 +364,7 @@ BAD = {
 def test_bad_input_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     case = case_of("gpt2")
     with pytest.raises(cm.InvalidInput, match=message) as raised:
-        cm.value_zeroing(zoo.build(case), zoo.inputs(case).tokens, **options)
+        cm.value_zeroing(zoo.shared(case), zoo.inputs(case).tokens, **options)
     assert str(raised.value).endswith(".")
 
 
@@ -378,19 +378,19 @@ def test_what_the_annotations_exclude_is_refused(options: dict[str, Any]) -> Non
     case = case_of("gpt2")
     ask = inspect.unwrap(cm.value_zeroing)
     with pytest.raises(Exception, match=r"got|violates type hint|Type-check error"):
-        ask(zoo.build(case), zoo.inputs(case).tokens, **options)
+        ask(zoo.shared(case), zoo.inputs(case).tokens, **options)
 
 
 def test_an_activation_that_is_not_elementwise_is_refused() -> None:
     cases = [case for case in zoo.cases() if case.family in zoo.OPAQUE_FEED_FORWARD]
     for case in cases:
         with pytest.raises(cm.UnsupportedModel, match=r"SoLU|solu"):
-            cm.value_zeroing(zoo.build(case), zoo.inputs(case).tokens)
+            cm.value_zeroing(zoo.shared(case), zoo.inputs(case).tokens)
 
 
 def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     found = cm.value_zeroing(model, given.tokens, spans=[(0, 3)], targets=[-1], heads=[0, 1])
     assert found.provenance.method == "value_zeroing"
     assert found.provenance.options == {
