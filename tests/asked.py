@@ -51,7 +51,12 @@ def view_of(model: Any) -> ModelView:
         return as_view(model)
 
 
-def host_trace(view: ModelView, given: zoo.Inputs, stack: str | None) -> tuple[Trace, list[Block]]:
+def host_trace(
+    view: ModelView,
+    given: zoo.Inputs,
+    stack: str | None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Trace, list[Block]]:
     """The host's own activations of a stack, every hook there is."""
     blocks = list(view.blocks(stack))
     names = []
@@ -60,7 +65,7 @@ def host_trace(view: ModelView, given: zoo.Inputs, stack: str | None) -> tuple[T
         ff = block.feed_forward
         if ff is not None:
             names += [ff.pre, ff.post, *([ff.pre_linear] if ff.pre_linear else [])]
-    batch = make_batch(view, Given(given.tokens, decoder_input=given.decoder_tokens))
+    batch = make_batch(view, Given(given.tokens, attention_mask, **keywords(given)))
     return view.run(batch, names), blocks
 
 

@@ -169,13 +169,13 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     norm, readout = view.readout.norm, view.readout
     state = recorded(model, given, [block.resid_out], {})[block.resid_out][:, -1]
     held = None if norm is None else norm.scale(state)
-    # What a gated sublayer adds behind its product is no neuron's.
     b_post = ff.weights("b_post")
-    beside = torch.zeros(count, dtype=state.dtype) if b_post is None else b_post
+    b_post = 0 if b_post is None else b_post
 
     def log_prob(kept: Tensor) -> Tensor:
         """The host's stream with some neurons left, read with the held scale."""
-        edits = {ff.post: lambda post: (post - beside) * kept + beside}
+        # A constant that is added behind a gate is no neuron's.
+        edits = {ff.post: lambda post: (post - b_post) * kept + b_post}
         stream = recorded(model, given, [block.resid_out], edits)[block.resid_out][:, -1]
         stream = stream - ff.constant()
         hidden = stream if norm is None else norm.linear(stream) / held
