@@ -147,7 +147,10 @@ def require_browser() -> str:
     return found
 
 
-ONE_MAJOR = pytest.mark.skipif(zoo.major() != 4, reason="pages do not depend on the host")
+ONE_MAJOR = [
+    pytest.mark.once,
+    pytest.mark.skipif(zoo.major() != 4, reason="pages do not depend on the host"),
+]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,12 @@ def _run(path: Path) -> tuple[dict[str, object], str]:
 
 
 # What does not depend on the class that holds the model runs on one version.
-once = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+
+
+def once(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test on the newest version alone."""
+    newest = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+    return pytest.mark.once(newest(test))
 
 
 def test_there_is_a_notebook_for_each_question() -> None:
