@@ -1,0 +1,144 @@
+"""Numbers in every precision and on every device: what the page states holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import precision
+import pytest
+import torch
+import zoo
+from asked import keywords, relative
+from test_conformance import shared
+
+import tl_contextmix as cm
+
+CASES = {case.family: case for case in zoo.cases()}
+FAMILIES = ["gpt2", "gemma2", "bert", "bart"]
+METHODS = sorted({method.name for case in CASES.values() for method in precision.methods(case)})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", precision.DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_are_within_what_the_page_states(family: str, dtype: torch.dtype) -> None:
+    table = precision.stated(precision.PAGE.read_text())
+    found = precision.errors(CASES[family], dtype)
+    assert set(found) <= set(table)
+    assert len(found) > 12
+    for method, error in found.items():
+        # Three times: other processors sum in another order.
+        assert error <= 3 * table[method][str(dtype).removeprefix("torch.")], method
+
+
+@pytest.mark.once
+def test_the_page_states_every_method_in_every_precision() -> None:
+    table = precision.stated(precision.PAGE.read_text())
+    assert set(table) == {precision.READING, *METHODS}
+    for name, row in table.items():
+        expected = {"float32", "float16", "bfloat16"}
+        assert set(row) == expected | ({"float64"} if name == precision.READING else set())
+        assert row["float32"] < 1e-4 < row["float16"] < 0.5
+    assert table[precision.READING]["float64"] <= 1e-5
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Operators whose sums have no fixed order fail, and new memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_nothing_depends_on_the_order_of_sums_or_on_old_memory(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    case = CASES[family]
+    model, given = shared(case)
+    plain = {m.name: precision.numbers(m, model, case, given) for m in precision.methods(case)}
+    request.getfixturevalue("deterministic")
+    for method in precision.methods(case):
+        found = precision.numbers(method, model, case, given)
+        assert torch.equal(found, plain[method.name]), method.name
+
+
+# Devices
+
+
+def spread(family: str, places: dict[str, Any]) -> Any:
+    """A bridge on a Hugging Face model that accelerate has put onto several devices."""
+    import accelerate
+    import zoo_build
+
+    hf = zoo.hf_model(family)
+    accelerate.dispatch_model(
+        hf, device_map=places, main_device=next(iter(places.values())), force_hooks=True
+    )
+    with zoo_build.quiet():
+        tokenizer = zoo_build.rows.FAMILIES[family].tokenizer
+        return zoo_build.bridge(hf, tokenizer, dtype=torch.float64, processed=False)
+
+
+def layers_on(first: Any, second: Any) -> dict[str, Any]:
+    """GPT-2 with its second block and all that follows on another device."""
+    early = dict.fromkeys(("wte", "wpe", "drop", "h.0"), first)
+    late = dict.fromkeys(("h.1", "h.2", "ln_f"), second)
+    places = {f"transformer.{name}": place for name, place in (early | late).items()}
+    # The unembedding is the embedding.
+    return {**places, "lm_head": first}
+
+
+def same_everywhere(model: Any, case: zoo.Case, limit: float, dtype: torch.dtype) -> None:
+    """Every method gives what the same weights give on the CPU."""
+    given, here = zoo.inputs(case), zoo.build(case, dtype=dtype)
+    for method in precision.methods(case):
+        expected = precision.numbers(method, here, case, given)
+        found = precision.numbers(method, model, case, given)
+        assert relative(found.cpu(), expected) <= limit, method.name
+
+
+@pytest.mark.once
+def test_modules_that_move_their_inputs_change_nothing() -> None:
+    """What a device map does to a model, all places being the CPU."""
+    model = spread("gpt2", layers_on("cpu", "cpu"))
+    same_everywhere(model, CASES["gpt2"], 1e-12, torch.float64)
+
+
+def gpus(count: int) -> pytest.MarkDecorator:
+    """Skips a test where there are fewer."""
+    fewer = torch.cuda.device_count() < count
+    return pytest.mark.skipif(fewer, reason=f"needs CUDA devices: {count}")
+
+
+@pytest.mark.gpu
+@gpus(1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_gpu_gives_the_numbers_of_the_cpu(family: str, dtype: torch.dtype) -> None:
+    case = CASES[family]
+    model = zoo.build(case, dtype=dtype).to("cuda")
+    same_everywhere(model, case, 1e-6 if dtype == torch.float64 else 1e-3, dtype)
+
+
+@pytest.mark.gpu
+@gpus(1)
+def test_padding_and_the_decoder_side_may_be_anywhere() -> None:
+    case = CASES["bart"]
+    given, mask = zoo.inputs(case), torch.ones(2, 7, dtype=torch.long)
+    mask[0, 5:] = 0
+    asked = {"attention_mask": mask, **keywords(given)}
+    model = zoo.build(case)
+    expected = cm.value_zeroing(model, given.tokens, **asked).scores
+    found = cm.value_zeroing(model.to("cuda"), given.tokens.cuda(), **asked).scores
+    assert relative(found.cpu(), expected) <= 1e-9
+
+
+@pytest.mark.gpu
+@gpus(2)
+@pytest.mark.once
+def test_a_model_spread_over_two_gpus_gives_the_numbers_of_the_cpu() -> None:
+    model = spread("gpt2", layers_on(0, 1))
+    same_everywhere(model, CASES["gpt2"], 1e-9, torch.float64)
