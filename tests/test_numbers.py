@@ -9,6 +9,7 @@ import precision
 import pytest
 import torch
 import zoo
+import zoo_build
 from asked import keywords, relative
 from test_conformance import shared
 
@@ -71,7 +72,6 @@ def test_nothing_depends_on_the_order_of_sums_or_on_old_memory(
 def spread(family: str, places: dict[str, Any]) -> Any:
     """A bridge on a Hugging Face model that accelerate has put onto several devices."""
     import accelerate
-    import zoo_build
 
     hf = zoo.hf_model(family)
     accelerate.dispatch_model(
@@ -105,6 +105,19 @@ def test_modules_that_move_their_inputs_change_nothing() -> None:
     """What a device map does to a model, all places being the CPU."""
     model = spread("gpt2", layers_on("cpu", "cpu"))
     same_everywhere(model, CASES["gpt2"], 1e-12, torch.float64)
+
+
+@pytest.mark.once
+def test_offloaded_weights_are_refused_by_name() -> None:
+    """A device map with a part on the CPU leaves that part without numbers between passes."""
+    import accelerate
+
+    hf = zoo.hf_model("gpt2")
+    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
+    with zoo_build.quiet():
+        model = zoo_build.bridge(hf, "gpt", dtype=torch.float64, processed=False)
+    with pytest.raises(cm.UnsupportedModel, match=r"come and go.*wte\.weight|come and go.*embed"):
+        cm.check(model)
 
 
 def gpus(count: int) -> pytest.MarkDecorator:
