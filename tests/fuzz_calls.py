@@ -89,7 +89,7 @@ def calls(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "cancellation": {"maps": maps},
         "check": {"model": model},
         "compare": {"model": model, "input": few, "methods": ["attention"]},
-        "component_readouts": {**on_ids, "components": found},
+        "component_readouts": {**on_ids, "components": found.top(3)},
         "cite": {},
         "composition": {"model": model, "corpus": corpus},
         "contextualization_change": {"maps": maps},

@@ -91,7 +91,7 @@ def test_a_model_is_left_as_it_was_wherever_a_call_is_interrupted(
     call()
     before = state(model)
     with Interrupt() as counted:
-        found = call()
+        call()
     assert state(model) == before
     assert counted.count > PLACES
     for place in range(PLACES):
@@ -99,8 +99,9 @@ def test_a_model_is_left_as_it_was_wherever_a_call_is_interrupted(
         with pytest.raises(KeyboardInterrupt), Interrupt(at):
             call()
         assert state(model) == before, (place, counted.count)
-    if "out" in table[name]:
-        return
+    if "out" in table[name] or name == "compare":
+        return  # what they return names a folder, or how long it took
+    found = call()
     kept = copy.deepcopy(found)
     # What a caller writes on a result is seen neither by the model nor by the next call.
     for tensor in tensors(found):
