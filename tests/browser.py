@@ -43,6 +43,7 @@ WAITING = """() => {
     return !holder.querySelector('.colored-tokens');
   }).length;
 }"""
+PAINTED = f"() => ({WAITING})() === 0 && ({UNPAINTED})() === 0"
 # What sticks out of the window and cannot be scrolled to inside an element of its own.
 OVERFLOWING = """() => {
   const wide = document.documentElement.clientWidth;
@@ -106,9 +107,7 @@ class Seen:
 
     def wait(self, timeout: float = 20_000) -> None:
         """Waits until CircuitsVis has drawn everything it was asked to."""
-        self.page.wait_for_function(
-            f"() => ({WAITING})() === 0 && ({UNPAINTED})() === 0", timeout=timeout
-        )
+        self.page.wait_for_function(PAINTED, timeout=timeout)
 
     def problems(self) -> list[str]:
         """Everything that must not be on any page of ours."""
@@ -147,7 +146,10 @@ def require_browser() -> str:
     return found
 
 
-ONE_MAJOR = pytest.mark.skipif(zoo.major() != 4, reason="pages do not depend on the host")
+ONE_MAJOR = [
+    pytest.mark.once,
+    pytest.mark.skipif(zoo.major() != 4, reason="pages do not depend on the host"),
+]
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_attention_is_what_hugging_face_says_and_rolls_out_as_its_paper(name: st
         weights = torch.stack(
             zoo.hf_model(name)(given.tokens, output_attentions=True).attentions, dim=1
         )
-    model = zoo.build(case)
+    model = zoo.shared(case)
     found = attention(model, given.tokens)
     assert relative(found.scores, weights) <= 1e-10
     assert found.heads == tuple(str(head) for head in range(weights.shape[2]))
@@ -74,7 +74,7 @@ def test_attention_is_what_hugging_face_says_and_rolls_out_as_its_paper(name: st
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_the_hosts_pattern(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         trace, blocks = host_trace(view_of(model), given, stack)
         index = -1 if stack == "cross" else 0
@@ -86,9 +86,9 @@ def test_attention_is_the_hosts_pattern(case: zoo.Case) -> None:
 # One layer: GlobEnc and ALTI
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_globenc_and_alti_equal_literal_loops(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case, batch=1)
+    model, given = zoo.shared(case), zoo.inputs(case, batch=1)
     for stack in stacks(case):
         trace, blocks = host_trace(view_of(model), given, stack)
         kwargs = {"stack": stack, **keywords(given)}
@@ -110,7 +110,7 @@ def test_globenc_and_alti_equal_literal_loops(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_globenc_without_norms_behind_the_sums_is_the_norm_at_resid_mid(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     stack = "encoder" if case.encoder_decoder else None
     block = view_of(model).blocks(stack)[0]
     post = block.attentions[0].norm_after is not None
@@ -124,9 +124,9 @@ def test_globenc_without_norms_behind_the_sums_is_the_norm_at_resid_mid(case: zo
 
 
 @pytest.mark.parametrize("bias", ["contributor", "fixed"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_decompx_vectors_add_up_after_every_layer(case: zoo.Case, bias: Any) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         kwargs = {"stack": stack, "bias": bias, **keywords(given)}
         if case.family in zoo.OPAQUE_FEED_FORWARD:
@@ -143,11 +143,11 @@ def test_decompx_vectors_add_up_after_every_layer(case: zoo.Case, bias: Any) -> 
             assert relative(norms.bias, found.norms().bias) <= 1e-12
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_decompx_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> None:
     if case.family in zoo.OPAQUE_FEED_FORWARD:
         pytest.skip("no slope per neuron")
-    model, given = zoo.build(case), short(case)
+    model, given = zoo.shared(case), short(case)
     view, stack = view_of(model), stacks(case)[-1]
     trace, blocks = host_trace(view, given, stack)
     encoder = list(view.stacks["encoder"]) if case.encoder_decoder else []
@@ -170,11 +170,11 @@ def test_decompx_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> 
         assert relative(found.bias[0, layer], shift) <= limit, layer
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_first_layer_of_decompx_is_the_one_layer_decomposition(case: zoo.Case) -> None:
     if case.family in zoo.OPAQUE_FEED_FORWARD:
         pytest.skip("no slope per neuron")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     stack = "encoder" if case.encoder_decoder else None
     kwargs = {"stack": stack, "layer": 0, **keywords(given)}
     found = decompx_vectors(model, given.tokens, **kwargs)
@@ -189,7 +189,7 @@ def test_the_first_layer_of_decompx_is_the_one_layer_decomposition(case: zoo.Cas
 
 def test_decompx_is_not_rolled_out_twice_and_gives_the_layers_asked_for() -> None:
     case = family("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     whole = decompx(model, given.tokens)
     with pytest.raises(cm.InvalidInput, match="cannot be rolled out"):
         whole.rollout()
@@ -200,7 +200,7 @@ def test_decompx_is_not_rolled_out_twice_and_gives_the_layers_asked_for() -> Non
 
 def test_decompx_refuses_vectors_that_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     case = family("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     weights = view.blocks()[0].attentions[0].weights
     wrong = {"W_V": 2 * weights("W_V")}
@@ -217,7 +217,7 @@ def test_decompx_refuses_vectors_that_do_not_add_up(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_no_score_comes_from_what_cannot_be_read(method: Any, case: zoo.Case) -> None:
     """What every method promises (rows alone, repetition, layers) is in test_conformance.py."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         kwargs = {"stack": stack, **keywords(given)}
         found = method(model, given.tokens, **kwargs)
@@ -232,7 +232,7 @@ def test_no_score_comes_from_what_cannot_be_read(method: Any, case: zoo.Case) ->
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_padding_scores_nothing_and_changes_nothing(method: Any, case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[0, -2:] = 0
     for stack in stacks(case):
@@ -257,7 +257,7 @@ def test_a_cache_gives_the_same_map_and_it_can_be_saved(
     method: Any, name: str, tmp_path: Any
 ) -> None:
     case = family(name)
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     names = []
     for _, block in view.every_block():
@@ -310,7 +310,7 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
         "sum": expected.sum(-1).abs(),
     }
     for score, value in scores.items():
-        found = gradient_x_input(zoo.build(case), tokens, target=targets, score=score)
+        found = gradient_x_input(zoo.shared(case), tokens, target=targets, score=score)
         # Hugging Face's Llama computes norms and rotary angles in float32.
         limit = 1e-5 if name in ("llama", "neox") else 1e-10
         assert relative(found.scores[:, 0, 0, 0], value) <= limit
@@ -323,11 +323,11 @@ def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("of", ["logit", "log_prob"])
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any) -> None:
     """Also where a host computes in float32 inside, to what differences of those can show."""
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
-    model = zoo.build(case)
+    model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case), of=of)
     found = asked.gradients(asked.inputs)
     for name, x in asked.inputs.items():
@@ -348,7 +348,7 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
 def test_integrated_gradients_are_complete(name: str) -> None:
     """To as many digits as the bias says they lack; post-LN models need few steps."""
     case = family(name)
-    model = zoo.build(case)
+    model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case))
     zero = {key: torch.zeros_like(x) for key, x in asked.inputs.items()}
     change = asked.prediction(asked.inputs) - asked.prediction(zero)
@@ -360,7 +360,7 @@ def test_integrated_gradients_are_complete(name: str) -> None:
 
 def test_integrated_gradients_equal_a_riemann_sum() -> None:
     case = family("bert")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     asked = asked_of(model, given, target=3)
     ((name, x),) = asked.inputs.items()
     total = torch.zeros_like(x)
@@ -372,10 +372,10 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     assert float(found.bias.max()) <= 1e-7
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 @pytest.mark.parametrize("name", SALIENCY)
 def test_saliency_labels_rows_padding_and_the_model(case: zoo.Case, name: str) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     options = {"steps": 3} if name == "integrated_gradients" else {}
     method = SALIENCY[name]
     found = method(model, given.tokens, **options, **keywords(given))
@@ -401,7 +401,7 @@ def test_saliency_refuses_what_it_cannot_answer(monkeypatch: pytest.MonkeyPatch)
     # The tests' own type checker would be faster than the message.
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     case = family("gpt2")
-    model, tokens = zoo.build(case), zoo.inputs(case).tokens
+    model, tokens = zoo.shared(case), zoo.inputs(case).tokens
     wrong: list[dict[str, Any]] = [
         {"target": 10**6},
         {"target": [1]},

@@ -134,10 +134,9 @@ def ask(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs, **options
     return method.ask(model, given.tokens, **keywords(given), **options)
 
 
-@functools.lru_cache(maxsize=1)
 def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
-    """A model that no test changes: building and examining it takes longer than most questions."""
-    return zoo.build(case), zoo.inputs(case)
+    """A model that no test changes, and words for it."""
+    return zoo.shared(case), zoo.inputs(case)
 
 
 @pytest.mark.parametrize(("method", "case"), STACKED)

@@ -27,6 +27,8 @@ from run import Cost, measure, ours
 
 from tl_contextmix.decompose import POINTS, linear_points, parts_at
 
+pytestmark = pytest.mark.once
+
 LINEAR, NEURON = POINTS[:3], POINTS[3:]
 CAUSAL, BOTH_WAYS = Sizes(512), Sizes(512, causal=False, post_norm=True)
 SMALL = Sizes(24, d=48, heads=4, m=96)

@@ -53,7 +53,7 @@ MAPS: list[Callable[..., cm.ContextMap]] = [cm.attention_norms, cm.alti, cm.glob
 
 @EACH
 def test_rollout_through_both_stacks_is_the_sum_over_paths(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case, batch=1)
+    model, given = zoo.shared(case), zoo.inputs(case, batch=1)
     given = zoo.Inputs(given.tokens[:, :3], given.decoder_tokens[:, :3])
     for method in MAPS:
         encoder, decoder = (
@@ -77,7 +77,7 @@ def test_rollout_through_both_stacks_is_the_sum_over_paths(case: zoo.Case) -> No
 
 @EACH
 def test_the_identity_is_added_to_the_decoders_own_tokens(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     encoder, decoder = (
         cm.attention_norms(model, given.tokens, stack=stack, **keywords(given)).normalize()
         for stack in ("encoder", "decoder")
@@ -100,7 +100,7 @@ def test_the_identity_is_added_to_the_decoders_own_tokens(case: zoo.Case) -> Non
 def test_what_does_not_fit_together_is_refused() -> None:
     if not CASES:
         pytest.skip("this version has no encoder-decoder that runs")
-    model, given = zoo.build(CASES[0]), zoo.inputs(CASES[0])
+    model, given = zoo.shared(CASES[0]), zoo.inputs(CASES[0])
     encoder, decoder, cross = (
         cm.attention_norms(model, given.tokens, stack=stack, at=at, **keywords(given))
         for stack, at in (("encoder", "block_out"), ("decoder", "block_out"), ("cross", "attn_out"))

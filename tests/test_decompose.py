@@ -22,7 +22,7 @@ BIASES = ("contributor", "fixed")
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_and_bias_add_up_to_the_models_own_activation(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     for stack in stacks(case):
         trace, blocks = host_trace(view, given, stack)
@@ -36,11 +36,11 @@ def test_parts_and_bias_add_up_to_the_models_own_activation(case: zoo.Case) -> N
                 assert relative(parts.total(), expected) <= bound(case), (stack, point, bias)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_bias_convention_matters_behind_the_activation_where_there_are_biases(
     case: zoo.Case,
 ) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     block = view_of(model).blocks()[0]
     ff = block.feed_forward
     for point in points(block):
@@ -58,7 +58,7 @@ def test_bias_convention_matters_behind_the_activation_where_there_are_biases(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case, batch=1)
+    model, given = zoo.shared(case), zoo.inputs(case, batch=1)
     view = view_of(model)
     stack = stacks(case)[-1]
     trace, blocks = host_trace(view, given, stack)
@@ -85,10 +85,10 @@ def _activation(block: Block) -> str:
     return "" if ff is None or ff.activation is None else ff.activation.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_norms_without_the_parts_equal_norms_of_the_parts(case: zoo.Case) -> None:
     """Also when the byte budget leaves room for a few pairs and neurons at a time."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         for point in points(view_of(model).blocks(stack)[0]):
             kwargs = {"at": point, "stack": stack, **keywords(given)}
@@ -107,7 +107,7 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(family: str, max_b
     found = [case for case in CASES if case.family == family]
     if not found:
         pytest.skip(f"{family} does not load on this version")
-    model, given = zoo.build(found[0]), zoo.inputs(found[0], batch=1)
+    model, given = zoo.shared(found[0]), zoo.inputs(found[0], batch=1)
     given = zoo.Inputs(
         given.tokens[:, :3], None if given.decoder_tokens is None else given.decoder_tokens[:, :2]
     )
@@ -116,9 +116,9 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(family: str, max_b
     assert relative(small.parts, whole.parts) <= 1e-12
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     encoder = case.host == "HookedEncoder" or case.family in ("bert", "roberta")
     blocks = view_of(model).blocks("decoder" if case.encoder_decoder else None)
     for point in points(blocks[0]):
@@ -131,12 +131,12 @@ def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> Non
             assert not bool(future.any()), point
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_heads_of_attn_out_are_pattern_times_value_norm_and_sum_to_the_whole(
     case: zoo.Case,
 ) -> None:
     """2020, eq. 4; and the norm of the sum is at most the sum of the norms."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         kwargs = {"at": "attn_out", "stack": stack, **keywords(given)}
         heads = cm.attention_norms(model, given.tokens, heads=True, **kwargs)

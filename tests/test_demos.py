@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo
+from browser import PAINTED, launched, opened
 
 DEMOS = Path(__file__).resolve().parent.parent / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
@@ -19,17 +24,34 @@ def _cells(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def _run(path: Path) -> tuple[dict[str, object], str]:
-    names: dict[str, object] = {}
-    printed = io.StringIO()
+@functools.cache
+def _outputs(path: Path) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    """Runs a notebook: its variables, what it prints, and the pages its cells end in."""
+    names: dict[str, Any] = {}
+    printed, pages = io.StringIO(), []
     with contextlib.redirect_stdout(printed):
         for cell in _cells(path):
-            exec(compile(cell, str(path), "exec"), names)
-    return names, printed.getvalue()
+            body = ast.parse(cell)
+            last = body.body.pop() if isinstance(body.body[-1], ast.Expr) else None
+            exec(compile(body, str(path), "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown = eval(compile(ast.Expression(last.value), str(path), "eval"), names)
+                page = getattr(shown, "_repr_html_", None)
+                pages += [] if page is None else [page()]
+    return names, printed.getvalue(), tuple(pages)
+
+
+def _run(path: Path) -> tuple[dict[str, Any], str]:
+    return _outputs(path)[:2]
 
 
 # What does not depend on the class that holds the model runs on one version.
-once = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+
+
+def once(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test on the newest version alone."""
+    newest = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+    return pytest.mark.once(newest(test))
 
 
 def test_there_is_a_notebook_for_each_question() -> None:
@@ -131,3 +153,19 @@ def test_memories_notebook_finds_what_it_says() -> None:
     assert f"L{best.layer}.{best.neuron}, positive: 25 triggers" in printed
     shares = names["fed"].to_dataframe().set_index("source_token")["score"]
     assert shares["keys" if "keys" in shares else " keys"] > 10 * abs(shares[" cabinet"])
+
+
+@once
+def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
+    with launched() as browser:
+        for path in NOTEBOOKS:
+            pages = _outputs(path)[2]
+            output = tmp_path / f"{path.stem}.html"
+            output.write_text("<!DOCTYPE html><meta charset=utf-8>" + "<hr>".join(pages), "utf-8")
+            with opened(browser, output) as seen:
+                frames = [frame for frame in seen.page.frames if frame != seen.page.main_frame]
+                for frame in frames:
+                    frame.wait_for_function(PAINTED)
+                assert len(frames) == sum("<iframe" in page for page in pages)
+                assert (seen.errors, seen.requests, seen.dialogs) == ([], [], []), path.name
+            assert frames or path.stem.startswith("in_"), path.name

@@ -12,6 +12,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 METHODS = sorted((PAGES / "methods").glob("*.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-once = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+
+
+def once(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test on the newest version alone."""
+    newest = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
+    return pytest.mark.once(newest(test))
 
 
 @pytest.fixture(scope="module")

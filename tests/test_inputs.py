@@ -90,9 +90,9 @@ def padded_maps(model: Any, case: zoo.Case, side: str, pad: int, limit: float) -
 
 # Any id may stand where the mask says padding, also one that the model does not pad with.
 @pytest.mark.parametrize("pad", [0, 17])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_padding_on_the_right_changes_no_real_position(case: zoo.Case, pad: int) -> None:
-    padded_maps(zoo.build(case), case, "right", pad, bound(case))
+    padded_maps(zoo.shared(case), case, "right", pad, bound(case))
 
 
 @pytest.mark.parametrize("pad", [0, 17])
@@ -119,12 +119,12 @@ def test_left_padding_in_double_precision_is_right_or_refused(case: zoo.Case) ->
     inside = "attention" in zoo.FLOAT32_INSIDE.get((case.family, case.host), ())
     if case.id in UNMOVED or (inside and case.family != "gptj"):
         with pytest.raises(cm.InvalidInput, match="padding before the text"):
-            padded_maps(zoo.build(case), case, "left", 0, bound(case))
+            padded_maps(zoo.shared(case), case, "left", 0, bound(case))
     else:
-        padded_maps(zoo.build(case), case, "left", 0, bound(case))
+        padded_maps(zoo.shared(case), case, "left", 0, bound(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_texts_of_unequal_length_equal_each_text_alone(case: zoo.Case) -> None:
     model = zoo.build(case, dtype=torch.float32)
     at = points(case)[-1]
@@ -160,12 +160,12 @@ def test_padding_that_the_model_turns_into_nan_is_refused() -> None:
     case = case_of("mistral", "TransformerBridge")
     # Longer than its window of four, so that a row of padding sees nothing else.
     with pytest.raises(cm.InvalidInput, match=r"not finite: got NaN .*float64 some Hugging Face"):
-        cm.decompose(zoo.build(case), TEXTS[:2])
+        cm.decompose(zoo.shared(case), TEXTS[:2])
 
 
 def test_masks_of_any_dtype_and_with_texts() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     tokens, mask = padded(given, "right", 0)
     found = [
         cm.attention_norms(model, tokens, attention_mask=mask.to(dtype)).scores
@@ -193,9 +193,9 @@ def test_padding_id_outside_of_the_vocabulary_is_not_used() -> None:
 # Text and tokens
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_text_and_its_tokens_give_the_same_map(case: zoo.Case) -> None:
-    model, at = zoo.build(case), points(case)[-1]
+    model, at = zoo.shared(case), points(case)[-1]
     ids = torch.tensor(encode(model, case, TEXTS[1]))
     text = cm.attention_norms(model, TEXTS[1], at=at)
     for tokens in (ids, ids[None], ids[None].int(), ids[None].to(torch.uint8)):
@@ -223,7 +223,7 @@ def test_beginning_of_sequence_is_as_the_model_has_it(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_decoder_side_as_text_tokens_or_start_alone(case: zoo.Case) -> None:
-    model = zoo.build(case)
+    model = zoo.shared(case)
     source, target = TEXTS[0], "the small house"
     start = zoo.rows.FAMILIES[case.family].decoder_start
     labels = fresh_tokenizer(case)(target)["input_ids"]
@@ -250,7 +250,7 @@ def test_decoder_side_as_text_tokens_or_start_alone(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_decoder_texts_of_unequal_length_equal_each_alone(case: zoo.Case) -> None:
-    model, targets = zoo.build(case), ["the small house", "a dog"]
+    model, targets = zoo.shared(case), ["the small house", "a dog"]
     found = cm.attention_norms(model, TEXTS[:2], decoder_input=targets)
     for row in range(2):
         alone = cm.attention_norms(model, TEXTS[row], decoder_input=targets[row])

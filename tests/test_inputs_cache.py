@@ -35,19 +35,19 @@ def require_same(model: Any, case: zoo.Case, given: zoo.Inputs, cache: Any) -> N
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_ready_cache_gives_the_same_maps(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     require_same(model, case, given, cached(model, given))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_without_batch_axis_too(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case, batch=1)
+    model, given = zoo.shared(case), zoo.inputs(case, batch=1)
     require_same(model, case, given, cached(model, given, remove_batch_dim=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_the_needed_activations_alone_under_either_name(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     cache = cached(model, given)
     needed = {name for _, block in view.every_block() for name in block.points()}
@@ -60,9 +60,9 @@ def test_a_cache_of_the_needed_activations_alone_under_either_name(case: zoo.Cas
         require_same(model, case, given, part)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     tokens, mask = padded(given, "right", 0)
     hooked = case.host in ("HookedEncoder", "HookedEncoderDecoder")
     name = "one_zero_attention_mask" if hooked else "attention_mask"
@@ -76,9 +76,9 @@ def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
         torch.testing.assert_close(found.scores, fresh.scores, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_missing_activation_is_named(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     whole = cached(model, given)
     view = view_of(model)
     for name in view.blocks()[1].points():
@@ -93,9 +93,9 @@ def test_a_missing_activation_is_named(case: zoo.Case) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_another_input_is_refused(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     cache = cached(model, given)
     shorter = zoo.Inputs(given.tokens[:, :-1], given.decoder_tokens)
     other = given.tokens.clone()
@@ -110,9 +110,9 @@ def test_a_cache_of_another_input_is_refused(case: zoo.Case) -> None:
             cm.attention_norms(model, given.tokens, cache=cache, decoder_input=decoder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_other_weights_or_of_an_edited_pass_is_refused(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     block = view_of(model).blocks()[0]
     # Weights of W_O and the feed-forward are not in what maps are made of, and yet they matter.
     with model.hooks(fwd_hooks=[(block.attentions[0].mixed, lambda mixed, hook: mixed * 0.5)]):
@@ -127,7 +127,7 @@ def test_a_cache_of_other_weights_or_of_an_edited_pass_is_refused(case: zoo.Case
 
 def test_an_edited_pass_that_can_be_followed_is_taken() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     hooks = [("blocks.0.attn.hook_v", lambda value, hook: value * 0.5)]
     with model.hooks(fwd_hooks=hooks):
         cache = cached(model, given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -29,10 +28,9 @@ def case_of(*families: str) -> zoo.Case:
     return found[0]
 
 
-@functools.cache
 def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
-    """A model that no test changes: building it takes longer than most questions."""
-    return zoo.build(case), zoo.inputs(case)
+    """A model that no test changes, and words for it."""
+    return zoo.shared(case), zoo.inputs(case)
 
 
 def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:
@@ -95,7 +93,7 @@ def is_read(view: Any, parts: Parts, one: dict[str, Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_every_score_is_the_equation(case: zoo.Case) -> None:
     model, given = shared(case)
     view, row = view_of(model), 1
@@ -149,7 +147,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
     assert float((found.trajectory[:, -1] - found.log_prob).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
     model, given = shared(case)
     view = view_of(model)

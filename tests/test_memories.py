@@ -45,7 +45,7 @@ def values_read(view: Any, vectors: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     """Coefficients times values are the host's output; look-ups are what argmax says."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     if view.readout.refusal:
         with pytest.raises(cm.UnsupportedModel):
@@ -98,10 +98,10 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         assert relative(found.quadrants.sum(-1), torch.ones_like(found.active)) < 1e-12
 
 
-@pytest.mark.parametrize("case", READ, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 @pytest.mark.parametrize("bias", ["contributor", "fixed"])
 def test_shares_of_tokens_add_up_to_coefficients(case: zoo.Case, bias: Any) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     for stack in stacks(case):
         found = cm.token_memory(model, given.tokens, stack=stack, bias=bias, **keywords(given))
@@ -136,7 +136,7 @@ def test_shares_of_tokens_add_up_to_coefficients(case: zoo.Case, bias: Any) -> N
 
 def test_the_shares_of_a_hand_made_neuron() -> None:
     """A causal model's first token is the only one that feeds its own memories."""
-    model, given = zoo.build(case_of("gpt2")), zoo.inputs(case_of("gpt2"))
+    model, given = zoo.shared(case_of("gpt2")), zoo.inputs(case_of("gpt2"))
     found = cm.token_memory(model, given.tokens)
     upper = torch.ones(6, 6).triu(1).bool()
     assert bool((found.shares.movedim(-1, 2)[..., upper] == 0).all())
@@ -233,7 +233,7 @@ def test_linear_readouts_have_no_conflict_and_a_norm_with_bias_does() -> None:
         count[projection] = int((cases(*tops) == CASES.index("conflict")).sum())
     assert count["model"] > 0
     assert count["frozen"] == count["none"] == 0
-    model = zoo.build(case_of("gpt2"))
+    model = zoo.shared(case_of("gpt2"))
     tokens = torch.randint(5, 60, (16, 24), generator=generator)
     for projection in ("frozen", "none"):
         found = cm.ff_memories(model, tokens, projection=projection)
@@ -241,7 +241,7 @@ def test_linear_readouts_have_no_conflict_and_a_norm_with_bias_does() -> None:
 
 
 def test_options_change_what_they_name() -> None:
-    model = zoo.build(case_of("gpt2"))
+    model = zoo.shared(case_of("gpt2"))
     tokens = zoo.inputs(case_of("gpt2")).tokens
     positive = cm.ff_memories(model, tokens)
     every = cm.ff_memories(model, tokens, active="nonzero")
@@ -266,7 +266,7 @@ def test_options_change_what_they_name() -> None:
 
 
 def test_padding_is_left_out() -> None:
-    model = zoo.build(case_of("gpt2"))
+    model = zoo.shared(case_of("gpt2"))
     tokens = zoo.inputs(case_of("gpt2")).tokens
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
@@ -300,7 +300,7 @@ BAD = {
 
 @pytest.mark.parametrize(("ask", "message"), BAD.values(), ids=BAD)
 def test_bad_questions_are_refused(ask: Any, message: str) -> None:
-    model = zoo.build(case_of("gpt2"))
+    model = zoo.shared(case_of("gpt2"))
     tokens = zoo.inputs(case_of("gpt2")).tokens
     with pytest.raises(cm.InvalidInput, match=message):
         ask(model, tokens)
@@ -308,7 +308,7 @@ def test_bad_questions_are_refused(ask: Any, message: str) -> None:
 
 @pytest.mark.skipif(not any(c.family == "attn_only" for c in zoo.cases()), reason="only on 2, 3")
 def test_a_model_without_memories_is_refused() -> None:
-    model = zoo.build(case_of("attn_only"))
+    model = zoo.shared(case_of("attn_only"))
     with pytest.raises(cm.InvalidInput, match="no memories in layer 0"):
         cm.ff_values(model)
     with pytest.raises(cm.InvalidInput, match="no memories in layer 0"):

@@ -51,6 +51,7 @@ print("the same bytes")
 """
 
 
+@pytest.mark.once
 @pytest.mark.skipif(zoo.major() != 4, reason="Ray does not see the host: one major is enough")
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import draw_figure
 
-pytestmark = pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host"),
+]
 WORDS = ("<s>", " the", " keys", "</s>")
 
 

@@ -184,10 +184,10 @@ def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: 
     assert replay(*made(6, **sizes), "self").pre is None
 
 
-@pytest.mark.parametrize("case", zoo.cases(), ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
     """So that `test_equals_zeroing_hook_v` sees both ways."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         kind = "cross" if stack == "cross" else "self"
         trace, blocks = host_trace(view_of(model), given, stack)
@@ -372,7 +372,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
 
 def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
     case = next(case for case in zoo.cases() if case.family == "gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     trace, blocks = host_trace(view_of(model), given, None)
     # Without what the model made of its real values.
     cache = {name: trace[name] for block in blocks for name in block.points()}

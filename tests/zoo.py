@@ -11,6 +11,7 @@ A new family is one row in `zoo_configs.py`; what must be refused is one in `zoo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,11 @@ __all__ = [
     "hf_families",
     "hf_model",
     "inputs",
+    "kinds",
     "logits",
     "major",
     "processable",
+    "shared",
 ]
 
 
@@ -70,11 +73,22 @@ class Inputs:
     decoder_tokens: Tensor | None = None
 
 
+_KINDS = ("gpt2", "gptj", "mistral", "gemma2", "bert", "t5", "bart")
+
+
 def cases() -> list[Case]:
     """Every case the installed TransformerLens can hold."""
     table = {name: row.hosts for name, row in rows.FAMILIES.items()}
     table |= dict.fromkeys(rows.CONFIG_BUILT, rows.CONFIG_BUILT_HOSTS)
     return [Case(name, host) for name, hosts in table.items() for host in hosts.get(major(), ())]
+
+
+def kinds() -> list[Case]:
+    """Cases with every kind of block, attention and stack; the other families repeat them.
+
+    For what does not depend on how a family's host is read.
+    """
+    return [case for case in cases() if case.family in _KINDS]
 
 
 def processable(case: Case) -> bool:
@@ -115,6 +129,26 @@ def build(
     if not tokenizer:
         model.tokenizer = None
     return model.eval()
+
+
+@functools.cache
+def _kept(case: Case) -> tuple[Any, list[int]]:
+    model = build(case)
+    return model, _versions(model)
+
+
+def _versions(model: Any) -> list[int]:
+    return [model.training, *(weight._version for weight in model.parameters())]
+
+
+def shared(case: Case) -> Any:
+    """A model of the case that no test changes.
+
+    Building one and examining it takes longer than most questions.
+    """
+    model, versions = _kept(case)
+    assert _versions(model) == versions, f"a test has changed the shared model {case}"
+    return model
 
 
 def _load(case: Case, dtype: torch.dtype, processed: bool, seed: int) -> Any:
