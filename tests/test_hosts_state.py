@@ -328,3 +328,81 @@ def test_threads_do_not_fill_each_others_traces(case: zoo.Case) -> None:
     assert not failed
     for several, one in zip(found, expected, strict=True):
         assert all(torch.equal(scores, one) for scores in several)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "maps": lambda model, **given: cm.attention_norms(model, **given).scores,
+    "zeroed": lambda model, **given: cm.value_zeroing(model, **given).scores,
+    "gradients": lambda model, **given: cm.gradient_x_input(model, pos=-1, **given).scores,
+    "knockout": lambda model, **given: (
+        cm.knockout(model, heads=[(0, 1)], pos=-1, controls=0, **given).after
+    ),
+}
+TWO = [pytest.param(case, id=case.id) for case in zoo.cases() if case.family in ("gpt2", "bart")]
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_threads_with_different_methods_do_not_disturb_each_other(case: zoo.Case) -> None:
+    """Nor does one that runs the model itself, whose hooks and numbers are its own."""
+    model, given = zoo.build(case), zoo.inputs(case)
+    asked = {"input": given.tokens, **keywords(given)}
+    expected = {name: ask(model, **asked) for name, ask in METHODS.items()}
+    others = zoo.inputs(case, batch=1)
+    logits, before, wrong = zoo.logits(model, others), state(model), []
+
+    def work(name: str) -> None:
+        try:
+            for _ in range(3):
+                if name == "the model":
+                    same = torch.equal(zoo.logits(model, others), logits)
+                else:
+                    same = torch.equal(METHODS[name](model, **asked), expected[name])
+                wrong.extend([] if same else [name])
+        except BaseException as error:
+            wrong.append(f"{name}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in (*METHODS, "the model")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first look", "known model"])
+@pytest.mark.parametrize("case", TWO)
+def test_calls_from_a_hook_of_the_users_own_are_calls_like_others(
+    case: zoo.Case, first: bool
+) -> None:
+    """From inside every method's pass, at one sentence and so at other shapes."""
+    model, given, inner = zoo.build(case), zoo.inputs(case), zoo.inputs(case, batch=1)
+    asked = {"input": given.tokens, **keywords(given)}
+    one = {"input": inner.tokens, **keywords(inner)}
+    other = zoo.build(case)
+    plain = {name: ask(other, **asked) for name, ask in METHODS.items()}
+    nested = {name: ask(other, **one) for name, ask in METHODS.items()}
+    value = view_of(other).blocks()[-1].attentions[0].value
+    inside: list[str] = []
+
+    def call(tensor: Tensor, hook: Any) -> None:
+        if inside:
+            return
+        inside.append("once")
+        for name, ask in METHODS.items():
+            assert relative(ask(model, **one), nested[name]) <= 1e-12, name
+            inside.append(name)
+
+    with model.hooks(fwd_hooks=[(value, call)]):
+        if first:
+            # The first look at the model is taken from inside a pass of the user's own.
+            assert torch.equal(zoo.logits(model, given), zoo.logits(other, given))
+            assert len(inside) == 1 + len(METHODS)
+        else:
+            view_of(model)
+        before = state(model)
+        for name, ask in METHODS.items():
+            inside.clear()
+            assert relative(ask(model, **asked), plain[name]) <= 1e-12, name
+            assert len(inside) == 1 + len(METHODS)
+        assert state(model)["hooks"] == before["hooks"]

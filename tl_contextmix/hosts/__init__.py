@@ -20,6 +20,7 @@ from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import (
     fingerprint,
     require_finite,
+    require_present,
     warning_text,
     weights_stamp,
 )
@@ -108,6 +109,7 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
 
 def _examine(model: Any) -> _Known:
     facts = recognise(model)
+    require_present(model)
     require_no_autocast(next(model.parameters()).device)
     with lock_of(model):
         key = (fingerprint(model), weights_stamp(model))

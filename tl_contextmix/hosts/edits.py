@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-# Bridges and transformers keep recording hooks of their own on a model, and PyTorch computes
-# pruned or normalised weights in one.
-_HOSTS = {"transformer_lens", "transformers", "torch", "accelerate"}
+# Bridges and transformers keep recording hooks of their own on a model, PyTorch computes pruned or
+# normalised weights in one, and a pass of ours may be under way whose hooks let others go by.
+_HOSTS = {"transformer_lens", "transformers", "torch", "accelerate", "tl_contextmix"}
 
 
 def hooked_places(model: nn.Module) -> tuple[str, ...]:

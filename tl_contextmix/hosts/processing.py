@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.recognition import Facts
 from tl_contextmix.model_view import AttentionSublayer, Block
 
@@ -117,6 +117,24 @@ def weights_stamp(model: nn.Module) -> tuple[tuple[int, int, torch.device], ...]
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device)
         for weight in model.parameters()
     )
+
+
+def require_present(model: nn.Module) -> None:
+    """Checks that the weights are in memory whenever they are looked at.
+
+    Raises:
+        UnsupportedModel: If one is not, naming it.
+    """
+    absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        raise UnsupportedModel(
+            four_parts(
+                "a model whose weights come and go cannot be read",
+                f"no numbers in {absent}: offloaded, or never loaded",
+                "weights in memory, on one device or several",
+                "Load it without a part of the device map on the CPU or the disk.",
+            )
+        )
 
 
 def require_finite(model: nn.Module) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
-from tl_contextmix.activations import ACTIVATIONS
 from tl_contextmix.errors import four_parts
 from tl_contextmix.hosts.reading import Handle, read_norm
 from tl_contextmix.model_view import Readout, Weights
@@ -82,7 +82,7 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
     head = handle.get()._modules.get("mlm_head")
     if head is None:
         return None
-    gelu = next(activation for activation in ACTIVATIONS if activation.name == "gelu")
+    activation = _head_activation(handle)
     norm = read_norm(handle.get()._modules["ln_final"] if handle.bridge else head.ln, handle)
     assert norm is not None
 
@@ -93,6 +93,16 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
             weight, bias = head.original_component.weight.T, head.original_component.bias
         else:
             weight, bias = head.W, head.b
-        return norm(gelu(x @ handle.ready(weight) + handle.ready(bias)))
+        return norm(activation(x @ handle.ready(weight) + handle.ready(bias)))
 
     return apply
+
+
+def _head_activation(handle: Handle) -> Callable[[Tensor], Tensor]:
+    """Returns the activation of a masked-LM head: BERT's is that of its configuration."""
+    original = getattr(handle.get(), "original_model", None)
+    modules = [] if original is None else original.modules()
+    return next(
+        (module.transform_act_fn for module in modules if hasattr(module, "transform_act_fn")),
+        functional.gelu,  # HookedEncoder's and RoBERTa's, whatever the configuration says
+    )

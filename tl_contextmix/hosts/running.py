@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ _RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", 
 
 def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
     """Returns the function that runs the model once with hooks at the given names."""
+    under_way: list[_Pass] = []
 
     def run(
         batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool
@@ -27,17 +28,54 @@ def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
         model = handle.get()
         require_no_dropout(model)
         require_no_autocast(handle.device)
-        kept: dict[str, Tensor] = {}
-        # The name is bound, never hook.name: compatibility mode renames hook points.
-        fwd_hooks = [(name, partial(_keep, name, edit, kept, grad)) for name, edit in hooks]
+        own = _Pass(under_way, grad)
+        fwd_hooks = [(name, own.hook(name, edit)) for name, edit in hooks]
         ids = _ids(batch.main, pad_id()).to(handle.device)
         # Hooks sit on the model: two passes at once would fill each other's traces.
-        with lock_of(model), torch.set_grad_enabled(grad):
+        with lock_of(model), own, torch.set_grad_enabled(grad):
             logits = _forward(model, ids, fwd_hooks, _arguments(model, handle, batch))
-        _require_all(model, kept, [name for name, _ in hooks])
-        return logits, {name: value.to(handle.device) for name, value in kept.items()}
+        _require_all(model, own.kept, [name for name, _ in hooks])
+        return logits, {name: value.to(handle.device) for name, value in own.kept.items()}
 
     return run
+
+
+class _Pass:
+    """A pass under way, and what its hooks keep.
+
+    Its hooks are for it alone. They let other passes go by that happen while they sit on the
+    model: those of a call that a hook of the user's own makes, and of a thread that runs the model
+    without this package.
+    """
+
+    def __init__(self, under_way: list[_Pass], grad: bool) -> None:
+        self.under_way, self.grad = under_way, grad
+        self.thread = threading.get_ident()
+        self.kept: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        self.under_way.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.under_way.remove(self)
+
+    def hook(self, name: str, edit: Edit | None) -> Callable[..., Tensor | None]:
+        """Returns the hook that edits and keeps an activation."""
+
+        # The name is bound, never hook.name: compatibility mode renames hook points.
+        def keep(tensor: Tensor, hook: Any = None) -> Tensor | None:
+            if threading.get_ident() != self.thread or self.under_way[-1] is not self:
+                return None
+            if self.kept.get(name) is tensor:
+                # In compatibility mode a bridge calls a hook once for each name of its point, the
+                # second time with what the first one returned.
+                return None
+            value = tensor if edit is None else edit(tensor)
+            self.kept[name] = value
+            # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
+            return value if self.grad or edit is not None else None
+
+        return keep
 
 
 def _forward(
@@ -87,24 +125,6 @@ def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
             remedy,
         )
     )
-
-
-def _keep(
-    name: str,
-    edit: Edit | None,
-    kept: dict[str, Tensor],
-    grad: bool,
-    tensor: Tensor,
-    hook: Any = None,
-) -> Tensor | None:
-    if kept.get(name) is tensor:
-        # In compatibility mode a bridge calls a hook once for each name of its point, the
-        # second time with what the first one returned.
-        return None
-    value = tensor if edit is None else edit(tensor)
-    kept[name] = value
-    # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
-    return value if grad or edit is not None else None
 
 
 def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]:

@@ -232,8 +232,9 @@ def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
 
 def label(view: ModelView, name: str, side: Side) -> Tokens:
     """Returns the labels of one side of a batch."""
-    ids = side.ids.cpu()
+    # Copies: the caller may write on what was given, or on a result.
+    ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
     # Each token is decoded once: long inputs repeat theirs.
     texts = {token: view.to_string(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    return Tokens(ids=ids, strings=strings, mask=side.mask.cpu(), sides=((name, ids.shape[1]),))
+    return Tokens(ids=ids, strings=strings, mask=mask, sides=((name, ids.shape[1]),))
