@@ -39,17 +39,22 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def gpt2(layers: int, d_model: int) -> Any:
-    """Returns a model of GPT-2's shape with random weights, on whichever class there is."""
+def plain_gpt2(layers: int, d_model: int) -> Any:
+    """Returns a Hugging Face model of GPT-2's shape with random weights."""
     import transformers
 
     config = transformers.GPT2Config(
         n_layer=layers, n_embd=d_model, n_head=d_model // 64, attn_implementation="eager"
     )
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def gpt2(layers: int, d_model: int) -> Any:
+    """Returns the same model on the TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    model = plain_gpt2(layers, d_model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return TransformerBridge.boot_transformers(

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import shape_wrapper
 
 from tl_contextmix.inputs import package_version
 from tl_contextmix.operations import Memory, Operations
@@ -68,6 +68,15 @@ ELEMENTWISE: dict[Any, Callable[..., int]] = {
 """One operation per number written (elementwise) or read (sums), by PyTorch operator."""
 
 
+class Everything(Operations):
+    """Counts elementwise operations, too."""
+
+    table: ClassVar = {
+        **Operations.table,
+        **{op: shape_wrapper(of) for op, of in ELEMENTWISE.items()},
+    }
+
+
 def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
     """Returns the operations of a piece of work; a multiplication with an addition counts two.
 
@@ -75,10 +84,9 @@ def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
         work: Run once.
         elementwise: Whether to count what is no product of matrices.
     """
-    mapping = ELEMENTWISE if elementwise else None
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with (Everything if elementwise else Operations)() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 class WithoutProducts(TorchDispatchMode):
@@ -102,9 +110,20 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
     return clock() - start
 
 
-def interleaved(ways: Sequence[Callable[[], object]], runs: int) -> list[float]:
-    """Returns medians of the seconds that each way takes; run in turn, as machines change speed."""
-    taken = [[seconds(way) for way in ways] for _ in range(runs)]
+def interleaved(
+    ways: Sequence[Callable[[], object]],
+    runs: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Returns medians of the seconds that each way takes; run in turn, as machines change speed.
+
+    Args:
+        ways: What is run.
+        runs: How often.
+        clock: ``time.process_time`` for the processor's seconds, which other processes on the
+            machine change less.
+    """
+    taken = [[seconds(way, clock) for way in ways] for _ in range(runs)]
     return [statistics.median(column) for column in zip(*taken, strict=True)]
 
 
