@@ -24,8 +24,9 @@ import value_zeroing
 from blocks import Sizes, build
 from memories import gpt2, plain_gpt2
 from meters import flops, interleaved
-from methods import LAYERS, STEPS, words
+from methods import LAYERS, STEPS, VOCABULARY, words
 from torch import Tensor
+from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -95,7 +96,7 @@ def compared(pair: Pair, runs: int) -> dict[str, Any]:
     """
     here, there = pair.ours(), pair.theirs()
     assert here.shape == there.shape, (pair.method, here.shape, there.shape)
-    apart = float((here - there).abs().max() / there.abs().max())
+    apart = float((here - there).abs().max() / there.abs().max().clamp(min=1e-30))
     # Sums of steps are no integral; everything else differs by rounding alone.
     assert apart < (1e-2 if "steps" in pair.other else 1e-3), (pair.method, pair.other, apart)
     ways = (pair.ours, pair.theirs)
@@ -161,18 +162,25 @@ def neurons(shape: tuple[int, int, int, int]) -> Pair:
 
 def lens(sentences: int) -> Pair:
     """Returns all encoder layers at once against a call for each."""
-    ours, theirs = decoder_lens.ways(6, sentences, 20)
+    length = 20
+    ours, theirs = decoder_lens.ways(6, sentences, length)
 
-    def answers(ids: Tensor) -> Tensor:
-        # `ways` has compared all tokens; here those of the whole encoder, as far as both go.
-        return ids.double()[:, :1]
+    def here() -> Tensor:
+        found = ours()
+        ids = found.ids.masked_fill(~found.mask, 0)
+        return functional.pad(ids, (0, length - ids.shape[-1])).double()
+
+    def there() -> Tensor:
+        # What follows an answer's end is padding, whose id is 0.
+        padded = [functional.pad(ids, (0, length - ids.shape[1])) for ids in theirs()]
+        return torch.stack(padded, dim=1).double()
 
     return Pair(
         "decoder_lens",
         "a generate call per encoder layer",
-        f"6 layers, {sentences} sentences, up to 20 tokens",
-        lambda: answers(ours().ids[:, -1]),
-        lambda: answers(theirs()[-1]),
+        f"6 layers, {sentences} sentences, up to {length} tokens",
+        here,
+        there,
         products=True,
     )
 
@@ -181,7 +189,7 @@ def captum(width: int, n: int) -> Iterator[Pair]:
     """Yields the gradient methods against captum's, on plain Hugging Face weights."""
     from captum.attr import InputXGradient, IntegratedGradients
 
-    model, plain = gpt2(LAYERS, width), plain_gpt2(LAYERS, width)
+    model, plain = gpt2(LAYERS, width, VOCABULARY), plain_gpt2(LAYERS, width, VOCABULARY)
     ids = words(n, plain.config.vocab_size)
     places = plain.transformer.wpe(torch.arange(n))
     x = plain.transformer.wte(ids) + places
@@ -242,10 +250,11 @@ def word_by_word(n: int) -> Iterator[Pair]:
 
     def carried() -> Tensor:
         blocks, trace = traced()
-        found = oracles_baselines.decompx(blocks, [], None, trace, 0, run.STEPS, "contributor")
+        with torch.enable_grad():
+            found = oracles_baselines.decompx(blocks, [], None, trace, 0, run.STEPS, "contributor")
         return torch.stack(
             [torch.stack([torch.stack(row).norm(dim=-1) for row, _ in layer]) for layer in found]
-        )
+        ).detach()
 
     def heads() -> Tensor:
         _, trace = traced()
@@ -259,9 +268,8 @@ def word_by_word(n: int) -> Iterator[Pair]:
         ours = partial(lambda method: method(model, ids).scores[0, :, 0], method)
         yield Pair(oracle, literal, place, ours, theirs)
     ours = partial(cm.decompx, model, ids, bias="contributor")
-    yield Pair(
-        "decompx", f"{literal}, {run.STEPS} steps", place, lambda: ours().scores[0, :, 0], carried
-    )
+    steps = f"{literal}, {run.STEPS} steps"
+    yield Pair("decompx", steps, place, lambda: ours().scores[0, :, 0], carried)
     name = "log_prob_contributions, head_position"
     yield Pair(name, literal, place, lambda: _attention(by_head()), heads)
 
@@ -288,7 +296,8 @@ def _head_scores(view: ModelView, parts: oracles_log_prob.Parts, asked: Work) ->
         base = before[key[:2]]
         states = (base + vectors[key], base)
         after, start = (
-            oracles_log_prob.log_probs(view, state, whole, "frozen")[target] for state in states
+            oracles_log_prob.log_probs(view, state, whole, "frozen+beta")[target]
+            for state in states
         )
         scores.append(after - start)
     return torch.stack(scores)
@@ -298,8 +307,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
     """Yields everything that is compared."""
     width = 192 if quick else 768
     sizes = Sizes(16, d=192, heads=3, m=768) if quick else Sizes(64)
-    yield from blocks_of(sizes, 8 if quick else 16)
-    yield neurons((2, 256, 64, 5000) if quick else (1, 3072, 768, 50257))
+    yield from blocks_of(sizes, 8)
+    yield neurons((2, 256, 64, 5000) if quick else (LAYERS, 3072, 768, VOCABULARY))
     yield lens(2 if quick else 8)
     yield from captum(width, 8 if quick else 32)
-    yield from word_by_word(12)
+    yield from word_by_word(6)

@@ -57,13 +57,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one run; for a look")
     parser.add_argument("--write", action="store_true", help="store, and update both pages")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")
+    help_of_lengths = "numbers of tokens (default: %(default)s)"
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[32, 64, 128], help=help_of_lengths
+    )
     parser.add_argument("--python", action="append", default=[], help="of inseq's environment")
     given = parser.parse_args(arguments)
     if given.quick and given.write:
         parser.error("what --quick measures is not for the pages")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    lengths, width = ([8, 16], 128) if given.quick else ([32, 64, 128], 768)
+    lengths, width = ([8, 16], 128) if given.quick else (given.lengths, 768)
     parts: dict[str, Callable[[], Any]] = {
         "counts": methods.counts,
         "growth": lambda: methods.growth(lengths, 1 if given.quick else 3, width=width),

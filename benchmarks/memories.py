@@ -39,22 +39,28 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def plain_gpt2(layers: int, d_model: int) -> Any:
+def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
     """Returns a Hugging Face model of GPT-2's shape with random weights."""
     import transformers
 
     config = transformers.GPT2Config(
-        n_layer=layers, n_embd=d_model, n_head=d_model // 64, attn_implementation="eager"
+        n_layer=layers,
+        n_embd=d_model,
+        n_head=d_model // 64,
+        vocab_size=d_vocab,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
     )
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def gpt2(layers: int, d_model: int) -> Any:
+def gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
     """Returns the same model on the TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = plain_gpt2(layers, d_model)
+    model = plain_gpt2(layers, d_model, d_vocab)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return TransformerBridge.boot_transformers(

@@ -41,10 +41,16 @@ def keep(found: Mapping[str, Any]) -> None:
 
 
 def rewritten(text: str, found: Mapping[str, Any]) -> str:
-    """Returns a page with every block between markers as the measurements say."""
+    """Returns a page with every block between markers as the measurements say.
+
+    Blocks of what was never measured stay as they are.
+    """
     makers = {"speed": speed, "growth": growth, "against": against, "inseq": inseq}
 
     def block(match: re.Match[str]) -> str:
+        needed = {"growth", "against"} if match[2] == "speed" else {match[2]}
+        if not needed <= found.keys():
+            return match[0]
         return f"{match[1]}{makers[match[2]](found)}{match[3]}"
 
     return _BLOCK.sub(block, text)
