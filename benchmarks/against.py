@@ -289,16 +289,13 @@ def _head_scores(view: ModelView, parts: oracles_log_prob.Parts, asked: Work) ->
     for key, part in parts.parts.items():
         before.setdefault(key[:2], so_far.clone())
         so_far = so_far + part
+    read = partial(oracles_log_prob.log_probs, view, whole=whole, rule="frozen+beta")
     scores = []
     for place in found.components.of_kind("attn")[0].nonzero()[:, 0].tolist():
         one = found.components.at(0, place)
         key = ("attn", one["layer"], one["head"], one["source"])
         base = before[key[:2]]
-        states = (base + vectors[key], base)
-        after, start = (
-            oracles_log_prob.log_probs(view, state, whole, "frozen+beta")[target]
-            for state in states
-        )
+        after, start = (read(state)[target] for state in (base + vectors[key], base))
         scores.append(after - start)
     return torch.stack(scores)
 

@@ -1,8 +1,8 @@
 """What every method takes against the length of its input: operations, bytes, seconds, exponents.
 
 The models: GPT-2's widths with a sixth of its layers and words, and the embedded encoder-decoder's
-shape in six layers, both with random weights. `all.py` prints and stores what is found here; `counts` is what
-`tests/test_cost_counts.py` repeats on the embedded models.
+shape in six layers, both with random weights. `all.py` prints and stores what is found here;
+`counts` is what `tests/test_cost_counts.py` repeats on the embedded models.
 """
 
 from __future__ import annotations

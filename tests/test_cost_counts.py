@@ -40,9 +40,8 @@ def test_every_method_of_a_model_is_counted() -> None:
 
 
 def test_exponents_are_those_of_a_power_law() -> None:
-    assert methods.exponent([32, 64, 128], [5 * n**1.5 for n in (32, 64, 128)]) == pytest.approx(
-        1.5
-    )
+    lengths = [32, 64, 128]
+    assert methods.exponent(lengths, [5 * n**1.5 for n in lengths]) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
