@@ -48,8 +48,7 @@ def rewritten(text: str, found: Mapping[str, Any]) -> str:
     makers = {"speed": speed, "growth": growth, "against": against, "inseq": inseq}
 
     def block(match: re.Match[str]) -> str:
-        needed = {"growth", "against"} if match[2] == "speed" else {match[2]}
-        if not needed <= found.keys():
+        if ("growth" if match[2] == "speed" else match[2]) not in found:
             return match[0]
         return f"{match[1]}{makers[match[2]](found)}{match[3]}"
 
@@ -147,7 +146,7 @@ def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
     cells = []
-    for row in found["against"]:
+    for row in found.get("against", []):
         if row["method"].split(", ")[0] == name.split(", ")[0] == "decoder_lens" or (
             row["method"] == name and "word by word" not in row["other"]
         ):
