@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from meters import flops, interleaved, markdown, show
 
 import tl_contextmix as cm
 from tl_contextmix.demo_models import demo_folder
@@ -86,58 +84,42 @@ def _cache() -> Any:
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
-def interleaved(ways: list[Callable[[], object]], runs: int) -> list[float]:
-    """Medians of the seconds each way takes, run in turn."""
-    taken: list[list[float]] = [[] for _ in ways]
-    for _ in range(runs):
-        for way, times in zip(ways, taken, strict=True):
-            start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
-
-
-def operations(way: Callable[[], object]) -> int:
-    """Products of matrices, counted."""
-    with FlopCounterMode(display=False) as counter:
-        way()
-    return counter.get_total_flops()
-
-
-def row(name: str, layers: int | None, count: int, length: int, runs: int) -> str:
-    """Measures one model on so many sentences."""
+def ways(
+    layers: int | None, count: int, length: int
+) -> tuple[Callable[[], cm.LayerwiseDecoding], Callable[[], list[Any]]]:
+    """Returns both ways for one model and so many sentences, which say the same."""
     model = plain(layers)
     bridge, models = bridged(model), shortened(model)
     pairs = TranslationGrammar(7, "test").translations(count)
     tokens = bridge.tokenizer([p.source_text for p in pairs], padding=True, return_tensors="pt")
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-
-    def ours() -> cm.LayerwiseDecoding:
-        return cm.decoder_lens(bridge, ids, attention_mask=mask, max_new_tokens=length)
-
-    def theirs() -> list[Any]:
-        return calls(models, ids, mask, length)
-
-    found, expected = ours(), theirs()
-    for place, answers in enumerate(expected):
+    here = partial(cm.decoder_lens, bridge, ids, attention_mask=mask, max_new_tokens=length)
+    there = partial(calls, models, ids, mask, length)
+    found = here()
+    for place, answers in enumerate(there()):
         for said, real, answer in zip(
             found.ids[:, place], found.mask[:, place], answers, strict=True
         ):
-            assert said[real].tolist() == answer[: int(real.sum())].tolist(), (name, place)
-    here, there = interleaved([ours, theirs], runs)
-    flops = operations(ours), operations(theirs)
-    cells = (
+            assert said[real].tolist() == answer[: int(real.sum())].tolist(), (layers, place)
+    return here, there
+
+
+def row(name: str, layers: int | None, count: int, length: int, runs: int) -> list[object]:
+    """Measures one model on so many sentences."""
+    both = ways(layers, count, length)
+    here, there = interleaved(both, runs)
+    ours, theirs = (flops(way, elementwise=False) for way in both)
+    return [
         name,
-        len(models) - 1,
+        len(both[0]().layers) - 1,
         count,
         f"{here:.3f}",
         f"{there:.3f}",
         f"{there / here:.1f}x",
-        f"{flops[0]:.3g}",
-        f"{flops[1]:.3g}",
-        f"{flops[1] / flops[0]:.2f}x",
-    )
-    return "| " + " | ".join(map(str, cells)) + " |"
+        f"{ours:.3g}",
+        f"{theirs:.3g}",
+        f"{theirs / ours:.2f}x",
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,12 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     runs, length = (3 if quick else 15), 20
     columns = "model, L, sentences, ours s, generate calls s, faster, ours FLOPs, calls FLOPs, less"
-    sys.stdout.write("| " + " | ".join(columns.split(", ")) + " |\n")
-    sys.stdout.write("|" + "---|" * len(columns.split(", ")) + "\n")
-    for name, layers in (("embedded", None), ("random", 6), ("random", 12)):
-        for count in (1, 8, 32):
-            sys.stdout.write(row(name, layers, count, length, runs) + "\n")
-            sys.stdout.flush()
+    models = (("embedded", None), ("random", 6), ("random", 12))
+    asked = ((name, layers, count) for name, layers in models for count in (1, 8, 32))
+    show(markdown(columns.split(", "), (row(*one, length, runs) for one in asked)))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from hf_literal import as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
-from meters import flops
+from meters import flops, markdown, seconds, show
 from saved_models import FAMILIES, WIDE, Subject, demos, saved, zoo_build
 from torch import Tensor
 
@@ -170,15 +170,32 @@ class Truth:
             ]
 
 
-def outputs(subjects: list[Subject], workers: list[Worker], n: int) -> None:
-    """Prints where each package runs, and how far it is off the literal zeroing."""
-    where: list[list[object]] = []
+@dataclass(frozen=True)
+class Outputs:
+    """Where each package runs, and how far it is off the literal zeroing.
+
+    Attributes:
+        head: Columns of `where`.
+        where: A row per model.
+        details: A row per model and map.
+        reasons: Why something does not run, and its number in `where`.
+    """
+
+    head: list[str]
+    where: list[list[str]]
+    details: list[list[object]]
+    reasons: dict[str, int]
+
+
+def outputs(subjects: list[Subject], workers: list[Worker], n: int) -> Outputs:
+    """Runs every package on every model."""
+    where: list[list[str]] = []
     details: list[list[object]] = []
     reasons: dict[str, int] = {}
     for subject in subjects:
         truth = Truth(subject, n)
         mine, compared = ours(load(subject), truth.ids), False
-        row: list[object] = [subject.name, f"{truth.off([as_inseq(m) for m in mine]):.0e}"]
+        row = [subject.name, f"{truth.off([as_inseq(m) for m in mine]):.0e}"]
         for worker in workers:
             try:
                 worker.load(subject)
@@ -193,14 +210,8 @@ def outputs(subjects: list[Subject], workers: list[Worker], n: int) -> None:
             compared = True
             row.append(f"{truth.off(theirs):.0e}")
         where.append(row)
-    here = f"tl_contextmix, TransformerLens {version('transformer-lens')}"
-    _table(["model", here, *map(str, workers)], where)
-    sys.stdout.writelines(f"{number}. {reason}\n" for reason, number in reasons.items())
-    sys.stdout.write("\n")
-    _table(
-        ["model", "map", "inseq", "inseq repeated", "ours", "ours, raw", "below 1e-5"],
-        details,
-    )
+    here = f"ours, TransformerLens {version('transformer-lens')}"
+    return Outputs(["model", here, *map(str, workers)], where, details, reasons)
 
 
 def times(
@@ -221,7 +232,7 @@ def times(
         for _ in range(runs):
             for name, value in worker.ask("seconds", **texts).items():
                 taken[name].append(value)
-            taken["ours"].append(_timed(here))
+            taken["ours"].append(seconds(here, time.process_time))
         mine, method, call = (statistics.median(values) for values in taken.values())
         there, counted = worker.ask("flops", **texts)["flops"], flops(here, elementwise=False)
         yield [
@@ -229,8 +240,8 @@ def times(
             n,
             answer["passes"],
             f"{apart:.0e}",
-            *(f"{seconds:.3f}" for seconds in (mine, method, call)),
-            *(f"{seconds / mine:.1f}" for seconds in (method, call)),
+            *(f"{took:.3f}" for took in (mine, method, call)),
+            *(f"{took / mine:.1f}" for took in (method, call)),
             *(f"{count / 1e9:.3g}" for count in (counted, there)),
             f"{there / counted:.1f}",
         ]
@@ -248,23 +259,28 @@ def first_that_runs(subject: Subject, workers: list[Worker]) -> Worker:
     raise SystemExit(f"inseq does not run on {subject.name} in any environment")
 
 
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+@contextmanager
+def working(pythons: Sequence[str]) -> Iterator[tuple[list[Worker], Path]]:
+    """Starts a worker in each environment, and gives a folder for models."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with ExitStack() as stack:
+        workers = [Worker(python) for python in pythons]
+        for worker in workers:
+            stack.callback(worker.close)
+        yield workers, Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
 
-def _table(head: list[str], rows: Iterable[list[object]]) -> None:
-    for row in [head, ["---"] * len(head)]:
-        _row(row)
-    for row in rows:
-        _row(row)
-    sys.stdout.write("\n")
+def small_models(folder: Path) -> list[Subject]:
+    """Returns a random model of every family, and the embedded ones."""
+    return [*(saved(family, family, {}, folder / family) for family in FAMILIES), *demos()]
 
 
-def _row(cells: list[Any]) -> None:
-    sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
-    sys.stdout.flush()
+COLUMNS = (
+    "model, n, passes, difference, ours (s), method (s), call (s), method / ours, "
+    "call / ours, ours (GFLOP), inseq (GFLOP), inseq / ours"
+).split(", ")
+"""Of the table of `times`."""
 
 
 def main() -> None:
@@ -274,22 +290,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     sizes, runs = ([16], 3) if given.quick else ([16, 32, 64], 5)
-    with ExitStack() as stack:
-        workers = [Worker(python) for python in given.python]
-        for worker in workers:
-            stack.callback(worker.close)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        small = [saved(family, family, {}, folder / family) for family in FAMILIES]
-        outputs([*small, *demos()], workers, 12)
+    with working(given.python) as (workers, folder):
+        found = outputs(small_models(folder), workers, 12)
+        show(markdown(found.head, found.where))
+        show("".join(f"{number}. {reason}\n" for reason, number in found.reasons.items()) + "\n")
+        head = ["model", "map", "inseq", "inseq repeated", "ours", "ours, raw", "below 1e-5"]
+        show(markdown(head, found.details) + "\n")
         wide = [saved(name, *made, folder / name) for name, made in WIDE.items()]
-        subjects = [*wide, *demos()]
-        rows = (row for subject in subjects for row in times(subject, workers, sizes, runs))
-        columns = "model, n, passes, difference, ours (s), method (s), call (s), method / ours, "
-        columns += "call / ours, ours (GFLOP), inseq (GFLOP), inseq / ours"
-        _table(columns.split(", "), rows)
+        for subject in [*wide, *demos()]:
+            show(markdown(COLUMNS, times(subject, workers, sizes, runs)))
 
 
 if __name__ == "__main__":

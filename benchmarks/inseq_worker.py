@@ -38,9 +38,9 @@ class Spy:
 
     def __call__(self, *args, **kwargs):
         """Runs the method."""
-        start = time.perf_counter()
+        start = time.process_time()
         self.maps = self.inner(*args, **kwargs)
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.process_time() - start
         self.states = [value for name, value in kwargs.items() if name.endswith("hidden_states")]
         return self.maps
 
@@ -108,10 +108,10 @@ def maps(text, target=None):
 
 
 def seconds(text, target=None):
-    """Returns the seconds of one call, and of the method alone."""
-    start = time.perf_counter()
+    """Returns the processor's seconds of one call, and of the method alone."""
+    start = time.process_time()
     attribute(text, target)
-    return {"call": time.perf_counter() - start, "method": MODEL.spy.seconds}
+    return {"call": time.process_time() - start, "method": MODEL.spy.seconds}
 
 
 def flops(text, target=None):

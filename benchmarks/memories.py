@@ -12,12 +12,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from meters import Memory, flops
+from meters import Memory, flops, seconds
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.miner import Miner, make_cutting, make_miner
@@ -38,17 +39,28 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def gpt2(layers: int, d_model: int) -> Any:
-    """Returns a model of GPT-2's shape with random weights, on whichever class there is."""
+def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
+    """Returns a Hugging Face model of GPT-2's shape with random weights."""
     import transformers
 
     config = transformers.GPT2Config(
-        n_layer=layers, n_embd=d_model, n_head=d_model // 64, attn_implementation="eager"
+        n_layer=layers,
+        n_embd=d_model,
+        n_head=d_model // 64,
+        vocab_size=d_vocab,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
     )
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
+    """Returns the same model on the TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    model = plain_gpt2(layers, d_model, d_vocab)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return TransformerBridge.boot_transformers(
@@ -61,12 +73,24 @@ def batches(view: Any, count: int) -> Iterator[Documents]:
     generator = torch.Generator().manual_seed(1)
     for index in range(count):
         ids = torch.randint(view.d_vocab, (BATCH, LENGTH), generator=generator)
-        yield Documents(
-            make_batch(view, Given(ids)),
-            torch.arange(BATCH) + index * BATCH,
-            torch.ones(BATCH, LENGTH, dtype=torch.bool),
-            ids.roll(-1, 1),
-        )
+        yield documents_of(view, ids, index * BATCH)
+
+
+def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
+    """Returns token ids [batch pos] as a piece of a corpus, its documents numbered from a start."""
+    return Documents(
+        make_batch(view, Given(ids)),
+        torch.arange(len(ids)) + start,
+        torch.ones_like(ids, dtype=torch.bool),
+        ids.roll(-1, 1),
+    )
+
+
+def miner_of(view: Any, rows: int) -> tuple[Miner, TopK]:
+    """Returns what mines batches of so many rows, and where nothing was found yet."""
+    how = make_cutting("mining", rows, 256, "cut", "error", None, False)
+    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
+    return miner, miner.zero()
 
 
 def mining(layers: int, d_model: int, count: int) -> None:
@@ -76,13 +100,11 @@ def mining(layers: int, d_model: int, count: int) -> None:
     """
     model = gpt2(layers, d_model)
     view = as_view(model)
-    how = make_cutting("mining", BATCH, 256, "cut", "error", None, False)
-    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
-    tops = miner.zero()
+    miner, tops = miner_of(view, BATCH)
     bare, mined = [], []
     for documents in batches(view, count):
-        bare.append(_seconds(lambda d=documents: view.run(d.batch, []), time.process_time))
-        mined.append(_seconds(lambda d=documents: miner.take(tops, d), time.process_time))
+        bare.append(seconds(lambda d=documents: view.run(d.batch, []), time.process_time))
+        mined.append(seconds(lambda d=documents: miner.take(tops, d), time.process_time))
     operations = [
         flops(lambda: view.run(documents.batch, [])),
         flops(lambda: miner.take(tops, documents)),
@@ -127,8 +149,8 @@ def merging(columns: int) -> None:
     for column, entries in enumerate(loop()):
         assert [-value for value, _ in entries] == found.values[column].tolist()
         assert [place for _, place in entries] == found.places[column].tolist()
-    fast = statistics.median(_seconds(lambda: one.merge(other)) for _ in range(5))
-    slow = statistics.median(_seconds(loop) for _ in range(5)) * columns / some
+    fast = statistics.median(seconds(lambda: one.merge(other)) for _ in range(5))
+    slow = statistics.median(seconds(loop) for _ in range(5)) * columns / some
     say(f"\nMerging the {K} triggers of {columns:,} memories\n")
     say("| ours, s | a loop over memories, s | times |\n|---|---|---|")
     say(f"| {fast:.3f} | {slow:.2f} | {slow / fast:.0f} |")
@@ -139,17 +161,17 @@ def table(values: int, d_model: int, d_vocab: int) -> None:
     weight = torch.randn(d_model, d_vocab) / d_model**0.5
     vectors = torch.randn(values, d_model)
     reader = Unembedding(Readout(None, None, {"W_U": weight}.get), "folded")
+    scan = partial(reader.scan, vectors)
     products = 2 * values * d_model * d_vocab
-    counted = flops(lambda: reader.scan(vectors))
-    matrices = flops(lambda: reader.scan(vectors), elementwise=False)
+    counted, matrices = flops(scan), flops(scan, elementwise=False)
     with Memory() as meter:
-        reader.scan(vectors)
-    seconds = _seconds(lambda: reader.scan(vectors))
+        scan()
+    took = seconds(scan)
     say(f"\nValues read as tokens: {values:,} values, d={d_model}, V={d_vocab:,}\n")
     say("| 2 N d V | products | all operations | most bytes at once | s |\n|---|---|---|---|---|")
     say(
         f"| {products:.3g} | {matrices / products:.3f} | {counted / products:.3f} | "
-        f"{meter.peak / 2**20:.0f} MiB | {seconds:.1f} |"
+        f"{meter.peak / 2**20:.0f} MiB | {took:.1f} |"
     )
 
 
@@ -179,16 +201,9 @@ def corpus(tokens: int) -> None:
     total = found.manifest["counts"]["tokens"]
     say("\nMining the embedded model\n")
     say("| tokens read | s | tokens/s | peak memory of the process |\n|---|---|---|---|")
-    for seen, seconds, peak in marks:
-        say(f"| {seen:,} | {seconds:.0f} | {seen / seconds:,.0f} | {peak:,.0f} MiB |")
+    for seen, took_so_far, peak in marks:
+        say(f"| {seen:,} | {took_so_far:.0f} | {seen / took_so_far:,.0f} | {peak:,.0f} MiB |")
     say(f"\n{total:,} tokens in {took:.0f} s, {total / took:,.0f} tokens/s; {size:,} bytes")
-
-
-def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    start = clock()
-    with torch.no_grad():
-        work()
-    return clock() - start
 
 
 def main() -> int:
@@ -199,10 +214,11 @@ def main() -> int:
     quick = parser.parse_args().quick
     tokens = 20_000 if quick else parser.parse_args().tokens
     # First: the peak memory of a process never falls again.
-    corpus(tokens)
-    merging(2_000 if quick else 36_864)
-    table(256 if quick else 3_072, 128 if quick else 768, 5_000 if quick else 50_257)
-    mining(2 if quick else 12, 128 if quick else 768, 2 if quick else 8)
+    with torch.no_grad():
+        corpus(tokens)
+        merging(2_000 if quick else 36_864)
+        table(256 if quick else 3_072, 128 if quick else 768, 5_000 if quick else 50_257)
+        mining(2 if quick else 12, 128 if quick else 768, 2 if quick else 8)
     return 0
 
 

@@ -8,17 +8,36 @@ allocates one is seen. Both work on real tensors and on tensors without numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import shape_wrapper
 
-from tl_contextmix.operations import Memory
+from tl_contextmix.inputs import package_version
+from tl_contextmix.operations import Memory, Operations
 
-__all__ = ["ELEMENTWISE", "Memory", "WithoutProducts", "flops"]
+__all__ = [
+    "ELEMENTWISE",
+    "Memory",
+    "Operations",
+    "WithoutProducts",
+    "flops",
+    "interleaved",
+    "machine",
+    "markdown",
+    "seconds",
+    "show",
+]
 
 _POINTWISE = (
     "mul mul_ add add_ sub sub_ rsub div div_ pow sqrt abs clamp where neg exp erf gelu silu "
@@ -31,6 +50,10 @@ def _per_output(*args: Any, out_shape: Any, **kwargs: Any) -> int:
     return prod(out_shape)
 
 
+def _per_product(one: Any, other: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(one)
+
+
 def _per_input(shape: Any, *args: Any, **kwargs: Any) -> int:
     return prod(shape)
 
@@ -38,8 +61,20 @@ def _per_input(shape: Any, *args: Any, **kwargs: Any) -> int:
 ELEMENTWISE: dict[Any, Callable[..., int]] = {
     **{getattr(torch.ops.aten, name): _per_output for name in _POINTWISE},
     **{getattr(torch.ops.aten, name): _per_input for name in _REDUCING},
+    # Products with one vector, which PyTorch's own table does not hold.
+    torch.ops.aten.mv: _per_product,
+    torch.ops.aten.dot: _per_product,
 }
 """One operation per number written (elementwise) or read (sums), by PyTorch operator."""
+
+
+class Everything(Operations):
+    """Counts elementwise operations, too."""
+
+    table: ClassVar = {
+        **Operations.table,
+        **{op: shape_wrapper(of) for op, of in ELEMENTWISE.items()},
+    }
 
 
 def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
@@ -49,10 +84,9 @@ def flops(work: Callable[[], object], *, elementwise: bool = True) -> int:
         work: Run once.
         elementwise: Whether to count what is no product of matrices.
     """
-    mapping = ELEMENTWISE if elementwise else None
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with (Everything if elementwise else Operations)() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 class WithoutProducts(TorchDispatchMode):
@@ -67,3 +101,55 @@ class WithoutProducts(TorchDispatchMode):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             return args[0].new_ones(*args[0].shape[:-1], args[1].shape[-1])
         return func(*args, **(kwargs or {}))
+
+
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Returns the seconds that a piece of work takes."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+def interleaved(
+    ways: Sequence[Callable[[], object]],
+    runs: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Returns medians of the seconds that each way takes; run in turn, as machines change speed.
+
+    Args:
+        ways: What is run.
+        runs: How often.
+        clock: ``time.process_time`` for the processor's seconds, which other processes on the
+            machine change less.
+    """
+    taken = [[seconds(way, clock) for way in ways] for _ in range(runs)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def machine() -> str:
+    """Returns versions and the processor in words."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    packages = ("torch", "transformer-lens", "transformers")
+    named = ", ".join(f"{name} {version(name)}" for name in packages)
+    return (
+        f"tl_contextmix {package_version()}, {named}, Python {platform.python_version()}; "
+        f"{cpu}, {os.cpu_count()} cores of which one is used; float32"
+    )
+
+
+def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Returns a Markdown table."""
+    head = [*head]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def show(text: str) -> None:
+    """Writes text to standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ from functools import partial
 import reference
 import torch
 from blocks import Sizes, build
-from meters import Memory, WithoutProducts, flops
+from meters import Memory, WithoutProducts, flops, interleaved
 
 from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
 from tl_contextmix.inputs import package_version
@@ -194,21 +192,11 @@ def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
         if sizes.n <= GRADIENTS_UP_TO:
             parts = reference.attention_parts(block, trace, "mlp_in")
             ways.append(partial(reference.gradient_step, block, *parts, 0.5, sizes.causal))
-        taken = _interleaved(ways, runs)
+        taken = interleaved(ways, runs)
         # One step is timed; all take the same.
         taken[5:] = [STEPS * time for time in taken[5:]]
         found = [f"{seconds:.3f}" for seconds in taken]
         _row(mask, sizes.n, *found, *["not run"] * (len(names) - len(found)))
-
-
-def _interleaved(ways: list[Callable[[], object]], runs: int) -> list[float]:
-    taken: list[list[float]] = [[] for _ in ways]
-    for _ in range(runs):
-        for way, times in zip(ways, taken, strict=True):
-            start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
 
 
 def _short(count: int) -> str:

@@ -12,18 +12,14 @@ neurons, 2 n d d_mlp. *First call*: W_O folded into W_in besides, 2 d^2 d_mlp, w
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from meters import Memory, WithoutProducts
+from meters import Memory, WithoutProducts, flops, interleaved
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from tl_contextmix.activations import ACTIVATIONS
 from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
@@ -133,13 +129,6 @@ def loop(layer: Layer) -> Tensor:
     return torch.stack(found, dim=1)
 
 
-def flops(work: Callable[[], object]) -> int:
-    """Returns operations in products of matrices; a multiplication with an addition counts two."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def bounds(n: int, causal: bool) -> tuple[int, int]:
     """Returns the least that all pairs need behind the activation, and that with the H terms."""
     pairs = n * (n + 1) if causal else 2 * n * n
@@ -166,9 +155,10 @@ def operations(sizes: list[int]) -> None:
         for n in sizes:
             layer = made(n, causal)
             block, trace = layer.view()
-            first, here = (flops(partial(ours, block, trace)) for _ in range(2))
+            work = partial(ours, block, trace)
+            first, here = (flops(work, elementwise=False) for _ in range(2))
             # Each of the loop's n + 1 passes does the same operations.
-            there = (n + 1) * flops(layer)
+            there = (n + 1) * flops(layer, elementwise=False)
             bound, heads = bounds(n, causal)
             _row(
                 causal,
@@ -205,13 +195,7 @@ def seconds(sizes: list[int], runs: int) -> None:
             block, trace = layer.view()
             apart = float((ours(block, trace) - loop(layer)).abs().max())
             ways = (partial(ours, block, trace), partial(loop, layer))
-            taken: list[list[float]] = [[], []]
-            for _ in range(runs):
-                for way, times in zip(ways, taken, strict=True):
-                    start = time.perf_counter()
-                    way()
-                    times.append(time.perf_counter() - start)
-            here, there = (statistics.median(times) for times in taken)
+            here, there = interleaved(ways, runs)
             _row(causal, n, f"{here:.3f}", f"{there:.3f}", f"{there / here:.1f}", f"{apart:.1e}")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, no_type_check
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from torch import Tensor
@@ -28,7 +28,14 @@ def count_operations(work: Callable[[], object]) -> int:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations done while it is active; see `count_operations`."""
+    """Counts the operations done while it is active; see `count_operations`.
+
+    Attributes:
+        table: What a call of each operator takes.
+        total: The operations so far.
+    """
+
+    table: ClassVar[Mapping[Any, Callable[..., int]]] = flop_registry
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +45,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and adds what it costs."""
         kwargs = kwargs or {}
-        known = flop_registry.get(func._overloadpacket)
+        known = self.table.get(func._overloadpacket)
         if known is None and func is not torch.ops.prim.device.default:
             # Under inference mode operators that are made of others arrive here whole.
             with self:

@@ -1,0 +1,89 @@
+"""Every benchmark's summary in one command: counts, growth, comparisons, inseq.
+
+``python benchmarks/all.py [--quick] [--write] [--python INSEQ_ENV/bin/python ...]`` prints the
+tables; ``--write`` stores what was measured in results.json beside this file and puts the tables
+into benchmarks/README.md and README.md. ``--only`` repeats one part. Without ``--python`` nothing
+is asked of inseq, and what was stored about it stays. It needs TransformerLens 4 and captum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import against
+import methods
+import tables
+import torch
+from meters import machine, show
+
+PARTS = ("counts", "growth", "against", "inseq")
+
+
+def comparisons(quick: bool) -> list[dict[str, Any]]:
+    """Returns every comparison, printed as it is made."""
+    found = []
+    for pair in against.pairs(quick):
+        found.append(against.compared(pair, 1 if quick else 3))
+        show(f"{pair.method} against {pair.other}: {found[-1]['difference']:.0e} apart\n")
+    return found
+
+
+def beside_inseq(pythons: list[str], quick: bool) -> dict[str, Any]:
+    """Returns what runs in inseq, how far outputs are apart, and what both took."""
+    import inseq
+
+    with inseq.working(pythons) as (workers, folder):
+        small = inseq.small_models(folder)
+        found = inseq.outputs(small[:1] if quick else small, workers, 12)
+        wide = [name for name in inseq.WIDE if "12 layers" not in name]
+        wide = [] if quick else [inseq.saved(n, *inseq.WIDE[n], folder / n) for n in wide]
+        subjects = [*wide, *inseq.demos()]
+        rows = [row for one in subjects for row in inseq.times(one, workers, [32], 3)]
+    return {
+        "head": found.head,
+        "where": found.where,
+        "reasons": found.reasons,
+        "columns": inseq.COLUMNS,
+        "times": rows,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints, and stores if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, one run; for a look")
+    parser.add_argument("--write", action="store_true", help="store, and update both pages")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64], help="tokens")
+    parser.add_argument("--python", action="append", default=[], help="of inseq's environment")
+    given = parser.parse_args(arguments)
+    if given.quick and given.write:
+        parser.error("what --quick measures is not for the pages")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lengths, width = ([8, 16], 128) if given.quick else (given.lengths, 768)
+    parts: dict[str, Callable[[], Any]] = {
+        "counts": methods.counts,
+        "growth": lambda: methods.growth(lengths, 1 if given.quick else 3, width=width),
+        "against": lambda: comparisons(given.quick),
+        "inseq": lambda: beside_inseq(given.python, given.quick),
+    }
+    found: dict[str, Any] = {"machine": machine()}
+    with torch.no_grad():
+        for name in given.only or PARTS:
+            if name == "inseq" and not given.python:
+                continue
+            found[name] = parts[name]()
+            if given.write:
+                tables.keep(found)
+            shown = getattr(tables, name, None)
+            show(f"\n{shown(found) if shown else found[name]}\n")
+    if given.write:
+        tables.write()
+
+
+if __name__ == "__main__":
+    main()

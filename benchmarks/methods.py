@@ -1,0 +1,254 @@
+"""What every method takes against the length of its input: operations, bytes, seconds, exponents.
+
+The models: GPT-2's widths with a sixth of its layers and words, and the embedded encoder-decoder's
+shape in six layers, both with random weights. `all.py` prints and stores what is found here;
+`counts` is what `tests/test_cost_counts.py` repeats on the embedded models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy
+import torch
+import value_zeroing
+from blocks import Sizes
+from decoder_lens import bridged, plain
+from memories import documents_of, gpt2, miner_of
+from meters import Memory, Operations, interleaved
+from run import bound as bound_behind_the_activation
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix.hosts import as_view
+from tl_contextmix.inputs import Given, make_batch
+
+Work = Callable[[], object]
+Kind = Literal["causal-lm", "encoder-decoder"]
+STEPS, ANSWER = 10, 20
+# A sixth of GPT-2's layers and words: passes are made of blocks and of the readout as in GPT-2.
+LAYERS, VOCABULARY = 2, 8376
+
+
+@dataclass(frozen=True)
+class Method:
+    """A question about a model and token ids.
+
+    Attributes:
+        make: Returns what asks it.
+        passes: How many forward passes nothing can do without; None where nobody has said.
+        own: The least operations beyond them for a number of tokens, in a model of `LAYERS` layers
+            of GPT-2's widths.
+        kind: Of the model.
+    """
+
+    make: Callable[[Any, Tensor], Work]
+    passes: int | None = None
+    own: Callable[[int], int] = field(default=lambda n: 0)
+    kind: Kind = "causal-lm"
+
+
+def _call(function: Callable[..., object], **options: Any) -> Callable[[Any, Tensor], Work]:
+    return lambda model, ids: partial(function, model, ids, **options)
+
+
+def _mining(model: Any, ids: Tensor) -> Work:
+    view = as_view(model)
+    miner, tops = miner_of(view, len(ids))
+    return partial(miner.take, tops, documents_of(view, ids))
+
+
+def _readouts(components: Callable[[int], int]) -> Callable[[int], int]:
+    """Returns the operations of reading some components as distributions, 2 d V each."""
+    return lambda n: 2 * components(n) * 768 * VOCABULARY
+
+
+METHODS: dict[str, Method] = {
+    "attention": Method(_call(cm.attention), 1),
+    "attention_norms, attn_out": Method(_call(cm.attention_norms, at="attn_out")),
+    "attention_norms, mlp_in": Method(_call(cm.attention_norms, at="mlp_in")),
+    "attention_norms, mlp_out": Method(
+        _call(cm.attention_norms, at="mlp_out"),
+        1,
+        lambda n: LAYERS * bound_behind_the_activation(Sizes(n)),
+    ),
+    "attention_norms, block_out": Method(
+        _call(cm.attention_norms, at="block_out"),
+        1,
+        lambda n: LAYERS * bound_behind_the_activation(Sizes(n)),
+    ),
+    "mixing_ratio": Method(_call(cm.mixing_ratio)),
+    "decompose, resid_post of the last layer": Method(
+        _call(cm.decompose, at="resid_post", layer=-1)
+    ),
+    "value_zeroing": Method(
+        _call(cm.value_zeroing), 1, lambda n: LAYERS * value_zeroing.bounds(n, True)[0]
+    ),
+    "globenc": Method(_call(cm.globenc)),
+    "alti": Method(_call(cm.alti)),
+    "decompx": Method(_call(cm.decompx)),
+    "gradient_x_input": Method(_call(cm.gradient_x_input), 2),
+    f"integrated_gradients, {STEPS} steps": Method(
+        _call(cm.integrated_gradients, steps=STEPS), 2 * STEPS
+    ),
+    "log_prob_contributions, layer": Method(
+        _call(cm.log_prob_contributions), 1, _readouts(lambda n: 2 * LAYERS + 1)
+    ),
+    "log_prob_contributions, head": Method(
+        _call(cm.log_prob_contributions, by="head"), 1, _readouts(lambda n: 12 * LAYERS)
+    ),
+    "log_prob_contributions, position": Method(
+        _call(cm.log_prob_contributions, by="position"), 1, _readouts(lambda n: n * LAYERS)
+    ),
+    "log_prob_contributions, head_position": Method(
+        _call(cm.log_prob_contributions, by="head_position"),
+        1,
+        _readouts(lambda n: 12 * n * LAYERS),
+    ),
+    "log_prob_contributions, best 10 ff_neurons": Method(
+        _call(cm.log_prob_contributions, by="ff_neuron", top_k=10), 1
+    ),
+    "log_prob_contributions, best 10 attn_neurons": Method(
+        _call(cm.log_prob_contributions, by="attn_neuron", top_k=10), 1
+    ),
+    "query_contributions, head": Method(
+        _call(cm.query_contributions, neurons=[(1, 3)], by="head"), 1
+    ),
+    "query_contributions, ff_neuron": Method(
+        _call(cm.query_contributions, neurons=[(1, 3)], by="ff_neuron"), 1
+    ),
+    "knockout, one head and one control": Method(
+        _call(cm.knockout, heads=[(0, 1)], pos=-1, controls=1), 3
+    ),
+    "ff_memories": Method(_call(cm.ff_memories)),
+    "token_memory": Method(_call(cm.token_memory)),
+    "mine_triggers, one sentence": Method(_mining, 1),
+    f"decoder_lens, {ANSWER} tokens": Method(
+        _call(cm.decoder_lens, max_new_tokens=ANSWER), kind="encoder-decoder"
+    ),
+}
+
+
+@dataclass
+class Growth:
+    """What one method took.
+
+    Attributes:
+        lengths: Tokens.
+        operations: Products of matrices, for each length.
+        bytes: The most that were alive at once, beside weights.
+        bound: The least operations; empty where nobody has said.
+        seconds: The processor's, median, at the last length.
+        own_exponent: Of the operations beyond a forward pass, over the length; None where those
+            are less than a hundredth of the pass.
+        bytes_exponent: Of the bytes.
+    """
+
+    lengths: list[int]
+    operations: list[int]
+    bytes: list[int]
+    bound: list[int]
+    seconds: float
+    own_exponent: float | None
+    bytes_exponent: float
+
+
+def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
+    """Returns the slope of the straight line through the logarithms (least squares)."""
+    return float(numpy.polyfit(numpy.log(lengths), numpy.log(values), 1)[0])
+
+
+def count(work: Work) -> tuple[int, int]:
+    """Returns operations and most bytes of what was done before, so that nothing is made anew."""
+    with Memory() as memory, Operations() as operations:
+        work()
+    return operations.total, memory.peak
+
+
+def forward(model: Any, ids: Tensor) -> Work:
+    """Returns what runs the model once: all logits, or an encoder's and decoder's pass."""
+    view = as_view(model)
+    return partial(view.run, make_batch(view, Given(ids)), [])
+
+
+def words(length: int, d_vocab: int) -> Tensor:
+    """Returns random token ids [1 pos]."""
+    return torch.randint(3, d_vocab, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def growth(lengths: Sequence[int], runs: int, *, width: int = 768) -> dict[str, dict[str, Any]]:
+    """Returns what every method takes, the forward pass of each model first.
+
+    Args:
+        lengths: Numbers of tokens.
+        runs: How many times each is timed, at the largest length.
+        width: Of the first model; bounds are known for 768.
+    """
+    models = {"causal-lm": gpt2(LAYERS, width, VOCABULARY), "encoder-decoder": bridged(plain(6))}
+    asked = {f"forward pass, {kind}": Method(forward, 1, kind=kind) for kind in models} | METHODS  # type: ignore[arg-type]
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    works: list[Work] = []
+    for name, method in asked.items():
+        model = models[method.kind]
+        d_vocab = as_view(model).d_vocab
+        made = [method.make(model, words(n, d_vocab)) for n in lengths]
+        made[0]()
+        operations, held = zip(*map(count, made), strict=True)
+        found[name] = ([*operations], [*held])
+        works.append(made[-1])
+    seconds = dict(zip(found, interleaved(works, runs, time.process_time), strict=True))
+    return {
+        name: asdict(_grown(method, [*lengths], found, name, seconds[name], width == 768))
+        for name, method in asked.items()
+    }
+
+
+def _grown(
+    method: Method,
+    lengths: list[int],
+    found: dict[str, tuple[list[int], list[int]]],
+    name: str,
+    seconds: float,
+    bounded: bool,
+) -> Growth:
+    operations, held = found[name]
+    passes = found[f"forward pass, {method.kind}"][0]
+    own = [a - b for a, b in zip(operations, passes, strict=True)]
+    least = [(method.passes or 0) * p + method.own(n) for p, n in zip(passes, lengths, strict=True)]
+    matters = all(a > 0.01 * b for a, b in zip(own, passes, strict=True))
+    return Growth(
+        lengths,
+        operations,
+        held,
+        least if method.passes and bounded else [],
+        seconds,
+        exponent(lengths, own) if matters else None,
+        exponent(lengths, held),
+    )
+
+
+def counts(length: int = 12) -> dict[str, int]:
+    """Returns the operations of every method on so many tokens, of the embedded models."""
+    models = {kind: cm.load_demo(kind) for kind in ("causal-lm", "encoder-decoder")}
+    found: dict[str, int] = {}
+    for name, method in METHODS.items():
+        model = models[method.kind]
+        work = method.make(model, words(length, as_view(model).d_vocab))
+        work()  # what a model keeps is made by the first question
+        with Operations() as counter:
+            work()
+        found[name] = counter.total
+    return found
+
+
+def more(counted: Mapping[str, int], stored: Mapping[str, int]) -> list[str]:
+    """Returns what takes more operations than it did, in words."""
+    return [
+        f"{name}: {now:,} operations, {stored[name]:,} before"
+        for name, now in counted.items()
+        if now > stored[name]
+    ]

@@ -1,0 +1,169 @@
+"""The stored measurements as Markdown, in benchmarks/README.md and in the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from meters import markdown
+
+HERE = Path(__file__).parent
+STORED = HERE / "results.json"
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+_BLOCK = re.compile(r"(<!-- (speed|growth|against|inseq) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+# README's rows: ours, as the tables name it, and what it answers.
+_SHOWN = {
+    "attention_norms, mlp_in": "norms up to the feed-forward block",
+    "attention_norms, block_out": "norms through the feed-forward block",
+    "value_zeroing": "Value Zeroing",
+    "decompx": "DecompX",
+    "gradient_x_input": "gradient x input",
+    "integrated_gradients, 10 steps": "integrated gradients, 10 steps",
+    "log_prob_contributions, head_position": "log-prob contributions by head and position",
+    "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
+    "query_contributions, ff_neuron": "what activates a neuron",
+    "mine_triggers, one sentence": "mining memories",
+    "decoder_lens, 20 tokens": "DecoderLens, 20 tokens",
+}
+
+
+def stored() -> dict[str, Any]:
+    """Returns what was measured last; nothing where nothing was."""
+    return json.loads(STORED.read_text()) if STORED.exists() else {}
+
+
+def keep(found: Mapping[str, Any]) -> None:
+    """Stores measurements; parts that were not measured stay as they are."""
+    STORED.write_text(json.dumps(stored() | dict(found), indent=1) + "\n")
+
+
+def rewritten(text: str, found: Mapping[str, Any]) -> str:
+    """Returns a page with every block between markers as the measurements say.
+
+    Blocks of what was never measured stay as they are.
+    """
+    makers = {"speed": speed, "growth": growth, "against": against, "inseq": inseq}
+
+    def block(match: re.Match[str]) -> str:
+        if ("growth" if match[2] == "speed" else match[2]) not in found:
+            return match[0]
+        return f"{match[1]}{makers[match[2]](found)}{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def growth(found: Mapping[str, Any]) -> str:
+    """Returns the table of every method against the length of its input."""
+    rows = found["growth"]
+    lengths = next(iter(rows.values()))["lengths"]
+    head = ["method", *(f"GFLOP, n={n}" for n in lengths), "/ bound", "/ pass", "own work ~"]
+    head += [f"MiB, n={lengths[-1]}", "MiB ~", f"seconds, n={lengths[-1]}"]
+    return f"{found['machine']}.\n\n{markdown(head, _growth_rows(rows))}"
+
+
+def _growth_rows(rows: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, row in rows.items():
+        operations = row["operations"]
+        bound = f"{operations[-1] / row['bound'][-1]:.2f}" if row["bound"] else "-"
+        yield [
+            name,
+            *(f"{count / 1e9:.3g}" for count in operations),
+            bound,
+            f"{operations[-1] / _pass(rows, name):.2f}",
+            _power(row["own_exponent"]),
+            f"{row['bytes'][-1] / 2**20:.3g}",
+            _power(row["bytes_exponent"]),
+            f"{row['seconds']:.3g}",
+        ]
+
+
+def _pass(rows: Mapping[str, Any], name: str) -> int:
+    decodes = name.startswith("decoder_lens") or name.endswith("encoder-decoder")
+    kind = "encoder-decoder" if decodes else "causal-lm"
+    return rows[f"forward pass, {kind}"]["operations"][-1]
+
+
+def _power(exponent: float | None) -> str:
+    return "-" if exponent is None else f"n^{exponent:.2f}"
+
+
+def against(found: Mapping[str, Any]) -> str:
+    """Returns the table of literal formulations and of captum."""
+    head = ["method", "against", "on", "difference", "GFLOP", "/ bound", "theirs / ours"]
+    head += ["seconds", "theirs / ours, seconds"]
+    return markdown(head, map(_against_row, found["against"]))
+
+
+def _against_row(row: Mapping[str, Any]) -> list[str]:
+    (ours, theirs), (here, there) = row["operations"], row["seconds"]
+    return [
+        row["method"],
+        row["other"],
+        row["on"],
+        f"{row['difference']:.0e}",
+        f"{ours / 1e9:.3g}",
+        f"{ours / row['bound']:.2f}" if row["bound"] else "-",
+        f"{theirs / ours:.3g}",
+        f"{here:.3g}",
+        f"{there / here:.3g}",
+    ]
+
+
+def inseq(found: Mapping[str, Any]) -> str:
+    """Returns the tables of Value Zeroing in inseq: outputs, then operations and seconds."""
+    part = found["inseq"]
+    reasons = "".join(f"({number}) {why}\n" for why, number in part["reasons"].items())
+    outputs = markdown(part["head"], iter(part["where"]))
+    return f"{outputs}\n{reasons}\n{markdown(part['columns'], iter(part['times']))}"
+
+
+def speed(found: Mapping[str, Any]) -> str:
+    """Returns README's table: what a method takes, and how much less than what it replaces."""
+    rows = found["growth"]
+    n = next(iter(rows.values()))["lengths"][-1]
+    head = ["question", f"operations, in forward passes (n={n})", "own work grows as", "seconds"]
+    head += ["compared with", "fewer operations", "faster"]
+    return f"{markdown(head, _speed_rows(found))}\n{found['machine']}.\n"
+
+
+def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    rows = found["growth"]
+    for name, says in _SHOWN.items():
+        row = rows[name]
+        first = [
+            says,
+            f"{row['operations'][-1] / _pass(rows, name):.1f}",
+            _power(row["own_exponent"]),
+            f"{row['seconds']:.2g}",
+        ]
+        for others in _others(found, name) or [["-", "-", "-"]]:
+            yield [*first, *others]
+            first = ["", "", "", ""]
+
+
+def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
+    cells = []
+    for row in found.get("against", []):
+        if row["method"].split(", ")[0] == name.split(", ")[0] == "decoder_lens" or (
+            row["method"] == name and "word by word" not in row["other"]
+        ):
+            (ours, theirs), (here, there) = row["operations"], row["seconds"]
+            cells.append([row["other"], f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
+    if name == "value_zeroing" and "inseq" in found:
+        columns = found["inseq"]["columns"]
+        places = [columns.index(column) for column in ("inseq / ours", "method / ours")]
+        for row in found["inseq"]["times"]:
+            if row[0] in ("GPT-2", "GPT-NeoX"):
+                cells.append([f"inseq, {row[0]}, n={row[1]}", *(f"{row[p]}x" for p in places)])
+    return cells
+
+
+def write() -> None:
+    """Puts the stored measurements into the pages."""
+    found = stored()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(rewritten(text, found), encoding="utf-8")
