@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from asked import relative
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.once
 
 BATCH, HEADS, TARGETS, SOURCES, WIDTH, OUT = 2, 3, 4, 5, 2, 7
 ALL = slice(0, TARGETS)
+same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 SLICES = [slice(0, SOURCES), slice(1, 4), slice(2, 3), slice(3, 3)]
 
 
@@ -62,10 +63,6 @@ def parts_of(mixture: Mixture) -> Tensor:
     return parts
 
 
-def close(found: Tensor, expected: Tensor, limit: float = 1e-12) -> bool:
-    return expected.numel() == found.numel() == 0 or relative(found, expected) <= limit
-
-
 # --- Norm ---------------------------------------------------------------------------------------
 
 
@@ -74,12 +71,12 @@ def test_layer_norm_is_torchs(affine: bool) -> None:
     x, gain, shift = random(3, OUT), random(OUT), random(OUT)
     weights = (gain, shift) if affine else (None, None)
     norm = Norm("ln", *weights, eps=0.3)
-    assert close(norm(x), functional.layer_norm(x, (OUT,), *weights, eps=0.3))
+    same(norm(x), functional.layer_norm(x, (OUT,), *weights, eps=0.3))
 
 
 def test_rms_norm_is_torchs() -> None:
     x, gain = random(3, OUT), random(OUT)
-    assert close(Norm("rms", gain, None, 0.3)(x), functional.rms_norm(x, (OUT,), gain, eps=0.3))
+    same(Norm("rms", gain, None, 0.3)(x), functional.rms_norm(x, (OUT,), gain, eps=0.3))
 
 
 def test_no_norm_is_the_identity() -> None:
@@ -94,7 +91,7 @@ def test_the_linear_part_of_a_norm_distributes_over_sums(kind: str) -> None:
     norm, parts = Norm(kind, random(OUT), random(OUT), 1e-5), random(4, 3, OUT)  # type: ignore[arg-type]
     whole = parts.sum(0)
     assert norm.scale(whole).shape == (3, 1)
-    assert close(norm.linear(parts).sum(0) / norm.scale(whole) + norm.bias, norm(whole))
+    same(norm.linear(parts).sum(0) / norm.scale(whole) + norm.bias, norm(whole))
 
 
 def test_norms_change_dtype_with_what_they_have() -> None:
@@ -115,12 +112,12 @@ def test_blocks_of_a_read_equal_those_of_its_parts(sources: slice) -> None:
     # Kept vectors: of all sources, of the asked ones, and of a stretch around them.
     for kept in (read, read.ready(), read.ready(sources), read.ready(slice(1, SOURCES))):
         if sources.start >= kept.first:
-            assert close(kept.dense(rows, sources), expected)
+            same(kept.dense(rows, sources), expected)
             vectors = torch.einsum("bshd,hdo->bsho", read.value, read.weight)
-            assert close(kept.vectors(sources), vectors[:, sources])
-    assert close(read.columns(slice(2, 5)).dense(rows, sources), expected[..., 2:5])
-    assert close(read.ready().columns(slice(2, 5)).dense(rows, sources), expected[..., 2:5])
-    assert close(read.row(slice(1, 2)).dense(rows, sources), expected[1:])
+            same(kept.vectors(sources), vectors[:, sources])
+    same(read.columns(slice(2, 5)).dense(rows, sources), expected[..., 2:5])
+    same(read.ready().columns(slice(2, 5)).dense(rows, sources), expected[..., 2:5])
+    same(read.row(slice(1, 2)).dense(rows, sources), expected[1:])
 
 
 def test_vectors_are_kept_once_computed_and_only_for_their_stretch() -> None:
@@ -140,14 +137,14 @@ def test_vectors_are_kept_once_computed_and_only_for_their_stretch() -> None:
         whole.row(slice(0, 1)),
     ):
         assert changed.kept is None
-        assert close(changed.dense(ALL, SLICES[0]).transpose(1, 2), written_out(changed))
+        same(changed.dense(ALL, SLICES[0]).transpose(1, 2), written_out(changed))
 
 
 def test_the_diagonal_of_a_read_is_what_each_target_gives_itself() -> None:
     read = read_of(TARGETS)
     expected = written_out(read).diagonal(dim1=1, dim2=2).transpose(1, 2)
-    assert close(read.diagonal(), expected)
-    assert close(read.ready().diagonal(), expected)
+    same(read.diagonal(), expected)
+    same(read.ready().diagonal(), expected)
 
 
 @pytest.mark.parametrize("kind", ["ln", "rms"])
@@ -155,7 +152,7 @@ def test_a_read_after_a_norm(kind: str) -> None:
     read, scale = read_of(), random(BATCH, TARGETS, 1).exp()
     norm = Norm(kind, random(OUT), random(OUT), 1e-5)  # type: ignore[arg-type]
     expected = norm.linear(written_out(read)) / scale[:, :, None]
-    assert close(written_out(read.linear(norm, scale)), expected)
+    same(written_out(read.linear(norm, scale)), expected)
 
 
 # Folding costs a product with every dimension of every head, applying one with every vector:
@@ -164,7 +161,7 @@ def test_a_read_after_a_norm(kind: str) -> None:
 def test_a_matrix_is_folded_in_the_cheaper_order(width: int, folds: bool) -> None:
     read, matrix = read_of(width=width), random(OUT, 6)
     mapped = read.map(matrix)
-    assert close(written_out(mapped), written_out(read) @ matrix)
+    same(written_out(mapped), written_out(read) @ matrix)
     assert (mapped.value is read.value) == folds
     # Numbers of its own: the folded weight, or the vectors before one shared matrix.
     assert mapped.held == (HEADS * width * 6 if folds else BATCH * SOURCES * HEADS * OUT)
@@ -188,14 +185,14 @@ def test_heads_norms_are_those_of_each_heads_parts() -> None:
     read = read_of()
     read.pattern[0, 0] *= -1  # after interventions patterns need not be probabilities
     each = torch.einsum("bhts,bshd,hdo->bhtso", read.pattern, read.value, read.weight)
-    assert close(read.head_norms(), each.norm(dim=-1) / read.scale[:, None])
+    same(read.head_norms(), each.norm(dim=-1) / read.scale[:, None])
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2000, 2**30])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_norms_of_a_read_equal_those_of_its_parts(max_bytes: int, heads: int) -> None:
     read = read_of(heads=heads)
-    assert close(read.norms(max_bytes), written_out(read).norm(dim=-1))
+    same(read.norms(max_bytes), written_out(read).norm(dim=-1))
     assert not bool(read.norms(max_bytes)[:, 0, 1:].any())
 
 
@@ -231,8 +228,8 @@ def test_blocks_of_a_mixture_equal_those_of_its_parts(columns: slice | None, own
     asked = slice(None) if columns is None else columns
     for found in (mixture, mixture.ready(), mixture.ready(columns)):
         for rows in (ALL, slice(1, 3), slice(3, 4)):
-            assert close(found.dense(rows, columns), parts[:, asked, rows])
-            assert close(found.dense(rows, columns, slice(2, 5)), parts[:, asked, rows, 2:5])
+            same(found.dense(rows, columns), parts[:, asked, rows])
+            same(found.dense(rows, columns, slice(2, 5)), parts[:, asked, rows, 2:5])
 
 
 def test_a_block_of_no_sources_is_empty() -> None:
@@ -248,17 +245,17 @@ def test_a_mixture_after_a_norm_at_its_own_scale(own: bool, kind: str, shift: bo
     mixture = two_reads(own=own)
     norm = Norm(kind, random(OUT), random(OUT) if shift else None, 0.1)  # type: ignore[arg-type]
     after, scale = mixture.linear(norm), norm.scale(mixture.total)
-    assert close(parts_of(after), norm.linear(parts_of(mixture)) / scale[:, :, None])
-    assert close(after.total, norm(mixture.total))
-    assert close(parts_of(after).sum(2) + after.bias, after.total)
+    same(parts_of(after), norm.linear(parts_of(mixture)) / scale[:, :, None])
+    same(after.total, norm(mixture.total))
+    same(parts_of(after).sum(2) + after.bias, after.total)
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_mixture_after_a_matrix_leaves_its_bias_behind(own: bool) -> None:
     mixture, matrix = two_reads(own=own), random(OUT, 3)
     after = mixture.map(matrix)
-    assert close(parts_of(after), parts_of(mixture) @ matrix)
-    assert close(after.total, parts_of(after).sum(2))
+    same(parts_of(after), parts_of(mixture) @ matrix)
+    same(after.total, parts_of(after).sum(2))
     assert torch.equal(after.bias, torch.zeros(BATCH, TARGETS, 3).double())
     assert after.bias.untyped_storage().nbytes() == 8
 
@@ -268,9 +265,9 @@ def test_joined_mixtures_add_up(first: bool, second: bool) -> None:
     one = mixture_of(read_of(TARGETS), own=first)
     other = mixture_of(read_of(SOURCES), own=second)
     both = one.join(other)
-    assert close(parts_of(both).sum(2), (parts_of(one).sum(2) + parts_of(other).sum(2)))
-    assert close(both.bias, one.bias + other.bias)
-    assert close(both.total, one.total + other.total)
+    same(parts_of(both).sum(2), (parts_of(one).sum(2) + parts_of(other).sum(2)))
+    same(both.bias, one.bias + other.bias)
+    same(both.total, one.total + other.total)
     assert (both.own is None) == (not first)
     assert both.sources == TARGETS + SOURCES
 
@@ -324,9 +321,9 @@ def test_a_ready_mixture_keeps_each_reads_share_of_the_sources() -> None:
 @pytest.mark.parametrize("max_bytes", [1, 2**30])
 def test_norms_of_a_mixture_equal_those_of_its_parts(own: bool, max_bytes: int) -> None:
     mixture = two_reads(own=own)
-    assert close(mixture.norms(max_bytes), parts_of(mixture).norm(dim=-1))
+    same(mixture.norms(max_bytes), parts_of(mixture).norm(dim=-1))
     parts = parts_of(mixture)[:, :, :TARGETS].diagonal(dim1=1, dim2=2).transpose(1, 2)
-    assert close(mixture.diagonal(), parts)
+    same(mixture.diagonal(), parts)
 
 
 # --- Support ------------------------------------------------------------------------------------
