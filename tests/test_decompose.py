@@ -12,7 +12,7 @@ from oracles import Position
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.decompose import POINTS, Expansion, linear_points, parts_at
+from tl_contextmix.decompose import POINTS, Expansion, Point, linear_points, parts_at
 from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.tensors import Norm
 
@@ -67,7 +67,10 @@ def test_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> None:
     oracle = Position(block, trace, 0, target, stack or "decoder")
     if block.feed_forward is not None and not block.feed_forward.refusal:
         oracle.feed_forward(steps=2000, convention=bias)
-    for point, (expected, expected_bias) in oracle.points.items():
+    for point in POINTS:
+        if point not in oracle.points:
+            continue
+        expected, expected_bias = oracle.points[point]
         found = cm.decompose(
             model, given.tokens, at=point, stack=stack, bias=bias, layer=-1, **keywords(given)
         )
@@ -93,10 +96,12 @@ def test_norms_without_the_parts_equal_norms_of_the_parts(case: zoo.Case) -> Non
         for point in points(view_of(model).blocks(stack)[0]):
             kwargs = {"at": point, "stack": stack, **keywords(given)}
             parts = cm.decompose(model, given.tokens, **kwargs)
+            norms = parts.norms()
+            assert norms.bias is not None
             for max_bytes in (2**30, 60_000):
                 found = cm.attention_norms(model, given.tokens, max_bytes=max_bytes, **kwargs)
-                assert relative(found.scores, parts.norms().scores) <= 1e-12, (point, max_bytes)
-                assert relative(found.bias, parts.norms().bias) <= 1e-12
+                assert relative(found.scores, norms.scores) <= 1e-12, (point, max_bytes)
+                assert relative(found.bias, norms.bias) <= 1e-12
                 assert found.source.strings == parts.source.strings
 
 
@@ -201,7 +206,7 @@ def hand_made(
     return block, Trace(batch, values, torch.float64)
 
 
-def row(block: Block, trace: Trace, point: str) -> tuple[list, list]:
+def row(block: Block, trace: Trace, point: Point) -> tuple[list, list]:
     parts = parts_at(block, linear_points(block, trace, "decoder"), point, "contributor")
     dense = (
         parts.parts(2**30)

@@ -19,8 +19,8 @@ def _cells(path: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def _run(path: Path) -> tuple[dict[str, object], str]:
-    names: dict[str, object] = {}
+def _run(path: Path) -> tuple[dict[str, Any], str]:
+    names: dict[str, Any] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for cell in _cells(path):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
+from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, run_pass
 
@@ -80,7 +81,7 @@ _BRIDGE_POST = {
 _PARALLEL = ("neox", "gptj", "parallel")
 
 
-def named_points(case: zoo.Case) -> dict[str, str]:
+def named_points(case: zoo.Case) -> dict[Point, str]:
     """The host's own names of our points."""
     if case.host == "HookedEncoder":
         return _ENCODER

@@ -168,7 +168,9 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     assert len(places) == count
     norm, readout = view.readout.norm, view.readout
     state = recorded(model, given, [block.resid_out], {})[block.resid_out][:, -1]
-    held = None if norm is None else norm.scale(state)
+    held = torch.ones_like(state) if norm is None else norm.scale(state)
+    W_U = readout.weights("W_U")
+    assert W_U is not None
 
     def log_prob(kept: Tensor) -> Tensor:
         """The host's stream with some neurons left, read with the held scale."""
@@ -177,7 +179,7 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
         stream = stream - ff.constant()
         hidden = stream if norm is None else norm.linear(stream) / held
         hidden = hidden if norm is None or norm.bias is None else hidden + norm.bias
-        logits = hidden * readout.scale @ readout.weights("W_U")
+        logits = hidden * readout.scale @ W_U
         b_U = readout.weights("b_U")
         logits = logits if b_U is None else logits + b_U
         return logits.log_softmax(-1).gather(1, torch.tensor([[7], [9]]))[:, 0]

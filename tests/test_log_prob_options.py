@@ -66,6 +66,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
     model, given = shared(case)
     view = view_of(model)
     W_U = view.readout.weights("W_U")
+    chosen = None
     for by in KEPT:
         every = asked(model, given, by=by)
         chosen = every.top(12)

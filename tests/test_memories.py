@@ -59,6 +59,7 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     gated = blocks[0].feed_forward.gated
     for index, block in enumerate(blocks):
         ff = block.feed_forward
+        assert ff is not None
         m, v = found.coefficients[:, index], ff.W_out
         added = m @ v + ff.constant()
         added = added if ff.norm_out is None else ff.norm_out(added)

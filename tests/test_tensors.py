@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.once
 
 BATCH, HEADS, TARGETS, SOURCES, WIDTH, OUT = 2, 3, 4, 5, 2, 7
 ALL = slice(0, TARGETS)
+Kind = Literal["ln", "rms", "none"]
 same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 SLICES = [slice(0, SOURCES), slice(1, 4), slice(2, 3), slice(3, 3)]
 
@@ -86,12 +88,13 @@ def test_no_norm_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ln", "rms", "none"])
-def test_the_linear_part_of_a_norm_distributes_over_sums(kind: str) -> None:
+def test_the_linear_part_of_a_norm_distributes_over_sums(kind: Kind) -> None:
     """``sum(linear(part)) / scale(sum(parts)) + bias == norm(sum(parts))``."""
-    norm, parts = Norm(kind, random(OUT), random(OUT), 1e-5), random(4, 3, OUT)  # type: ignore[arg-type]
+    shift = random(OUT)
+    norm, parts = Norm(kind, random(OUT), shift, 1e-5), random(4, 3, OUT)
     whole = parts.sum(0)
     assert norm.scale(whole).shape == (3, 1)
-    same(norm.linear(parts).sum(0) / norm.scale(whole) + norm.bias, norm(whole))
+    same(norm.linear(parts).sum(0) / norm.scale(whole) + shift, norm(whole))
 
 
 def test_norms_change_dtype_with_what_they_have() -> None:
@@ -148,9 +151,9 @@ def test_the_diagonal_of_a_read_is_what_each_target_gives_itself() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ln", "rms"])
-def test_a_read_after_a_norm(kind: str) -> None:
+def test_a_read_after_a_norm(kind: Kind) -> None:
     read, scale = read_of(), random(BATCH, TARGETS, 1).exp()
-    norm = Norm(kind, random(OUT), random(OUT), 1e-5)  # type: ignore[arg-type]
+    norm = Norm(kind, random(OUT), random(OUT), 1e-5)
     expected = norm.linear(written_out(read)) / scale[:, :, None]
     same(written_out(read.linear(norm, scale)), expected)
 
@@ -241,9 +244,9 @@ def test_a_block_of_no_sources_is_empty() -> None:
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("kind", ["ln", "rms"])
 @pytest.mark.parametrize("shift", [True, False])
-def test_a_mixture_after_a_norm_at_its_own_scale(own: bool, kind: str, shift: bool) -> None:
+def test_a_mixture_after_a_norm_at_its_own_scale(own: bool, kind: Kind, shift: bool) -> None:
     mixture = two_reads(own=own)
-    norm = Norm(kind, random(OUT), random(OUT) if shift else None, 0.1)  # type: ignore[arg-type]
+    norm = Norm(kind, random(OUT), random(OUT) if shift else None, 0.1)
     after, scale = mixture.linear(norm), norm.scale(mixture.total)
     same(parts_of(after), norm.linear(parts_of(mixture)) / scale[:, :, None])
     same(after.total, norm(mixture.total))

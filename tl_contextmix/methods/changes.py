@@ -39,7 +39,7 @@ _EQUAL = 1e-4
 _ROUNDINGS = 16
 
 
-def contextualization_change(maps: Mapping[str, ContextMap]) -> LayerFigures:
+def contextualization_change(maps: Mapping[Point, ContextMap]) -> LayerFigures:
     r"""Returns how much FF, RES and LN change the map, layer by layer.
 
     .. math:: 1 - \rho(\mathrm{flatten}(C^{before}), \mathrm{flatten}(C^{after}))
