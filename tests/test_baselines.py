@@ -86,7 +86,7 @@ def test_attention_is_the_hosts_pattern(case: zoo.Case) -> None:
 # One layer: GlobEnc and ALTI
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_globenc_and_alti_equal_literal_loops(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case, batch=1)
     for stack in stacks(case):
@@ -124,7 +124,7 @@ def test_globenc_without_norms_behind_the_sums_is_the_norm_at_resid_mid(case: zo
 
 
 @pytest.mark.parametrize("bias", ["contributor", "fixed"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_decompx_vectors_add_up_after_every_layer(case: zoo.Case, bias: Any) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     for stack in stacks(case):
@@ -146,7 +146,7 @@ def test_decompx_vectors_add_up_after_every_layer(case: zoo.Case, bias: Any) -> 
             assert relative(norms.bias, expected) <= 1e-12
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_decompx_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> None:
     if case.family in zoo.OPAQUE_FEED_FORWARD:
         pytest.skip("no slope per neuron")
@@ -173,7 +173,7 @@ def test_decompx_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> 
         assert relative(found.bias[0, layer], shift) <= limit, layer
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_first_layer_of_decompx_is_the_one_layer_decomposition(case: zoo.Case) -> None:
     if case.family in zoo.OPAQUE_FEED_FORWARD:
         pytest.skip("no slope per neuron")
@@ -328,7 +328,7 @@ def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("of", ["logit", "log_prob"])
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any) -> None:
     """Also where a host computes in float32 inside, to what differences of those can show."""
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
@@ -377,7 +377,7 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     assert float(found.bias.max()) <= 1e-7
 
 
-@pytest.mark.parametrize("case", FAMILIES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 @pytest.mark.parametrize("name", SALIENCY)
 def test_saliency_labels_rows_padding_and_the_model(case: zoo.Case, name: str) -> None:
     model, given = zoo.build(case), zoo.inputs(case)

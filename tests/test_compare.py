@@ -22,6 +22,8 @@ from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import Tokens
 
+pytestmark = pytest.mark.once
+
 FAST = ["attention", "attention_norms block_out", "decompx", "gradient_x_input", "value_zeroing"]
 
 

@@ -28,6 +28,8 @@ from run import Cost, measure, ours
 from tl_contextmix.decompose import POINTS, Point, linear_points, parts_at
 from tl_contextmix.expansion import Expansion
 
+pytestmark = pytest.mark.once
+
 LINEAR, NEURON = POINTS[:3], POINTS[3:]
 CAUSAL, BOTH_WAYS = Sizes(512), Sizes(512, causal=False, post_norm=True)
 SMALL = Sizes(24, d=48, heads=4, m=96)

@@ -23,6 +23,8 @@ from tl_contextmix.results.components import Grid, join
 from tl_contextmix.stream import Neurons
 from tl_contextmix.stream import Path as Norms
 
+pytestmark = pytest.mark.once
+
 MIB = 2**20
 SHAPE = (6, 512, 64, 5_000)
 

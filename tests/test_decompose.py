@@ -36,7 +36,7 @@ def test_parts_and_bias_add_up_to_the_models_own_activation(case: zoo.Case) -> N
                 assert relative(parts.total(), expected) <= bound(case), (stack, point, bias)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_bias_convention_matters_behind_the_activation_where_there_are_biases(
     case: zoo.Case,
 ) -> None:
@@ -88,7 +88,7 @@ def _activation(block: Block) -> str:
     return "" if ff is None or ff.activation is None else ff.activation.name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_norms_without_the_parts_equal_norms_of_the_parts(case: zoo.Case) -> None:
     """Also when the byte budget leaves room for a few pairs and neurons at a time."""
     model, given = zoo.build(case), zoo.inputs(case)
@@ -121,7 +121,7 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(family: str, max_b
     assert relative(small.parts, whole.parts) <= 1e-12
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     encoder = case.host == "HookedEncoder" or case.family in ("bert", "roberta")
@@ -136,7 +136,7 @@ def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> Non
             assert not bool(future.any()), point
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_heads_of_attn_out_are_pattern_times_value_norm_and_sum_to_the_whole(
     case: zoo.Case,
 ) -> None:

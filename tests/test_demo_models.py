@@ -124,6 +124,7 @@ def _name_pairs(split):
     return found
 
 
+@pytest.mark.once
 def test_vocabulary_is_complete():
     mixture = grammar.Shares(agreement=0.6, reflexive=0.1, fact=0.2)
     sentences = grammar.Grammar(7, shares=mixture).sentences(6000)
@@ -246,6 +247,7 @@ def test_learning_rate_schedule():
     assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path):
     from safetensors.torch import load_file

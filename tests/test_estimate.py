@@ -18,6 +18,8 @@ from asked import keywords
 import tl_contextmix as cm
 from tl_contextmix.operations import Memory, Operations
 
+pytestmark = pytest.mark.once
+
 WITHIN = 0.2
 PER_METHOD: dict[str, Callable[..., Any]] = {
     "decompose": partial(cm.decompose, layer=[0, 1]),

@@ -27,6 +27,8 @@ from hand_built import one_of_each
 import tl_contextmix as cm
 from tl_contextmix.results import Result
 
+pytestmark = pytest.mark.once
+
 OURS = (cm.InvalidInput, cm.UnsupportedModel, cm.FileFormatError)
 ROUNDS = 60  # changed files per reader
 SCRIPT = Path(__file__).with_name("fuzz_calls.py")

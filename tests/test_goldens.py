@@ -191,6 +191,7 @@ def test_every_method_has_goldens() -> None:
         "mine_triggers": "a search through coefficients of ff_memories",
         "mine_on_ray": "the same search",
         "report": "a page",
+        "estimate": "operations and bytes",
     }
     for name in cm.__all__:
         function = getattr(cm, name)

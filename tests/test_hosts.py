@@ -134,7 +134,7 @@ def test_a_map_is_made_of_the_stream_patterns_and_values(case: zoo.Case) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_half_precision_models_give_single_precision_maps(
     case: zoo.Case, dtype: torch.dtype
 ) -> None:

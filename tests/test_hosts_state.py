@@ -129,7 +129,7 @@ def test_an_interrupted_first_look_leaves_nothing_and_counts_for_nothing(
     assert cm.check(model).ok
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_neither_model_nor_views_outlive_the_users_reference(case: zoo.Case) -> None:
     model = zoo.build(case)
     view = view_of(model)

@@ -90,7 +90,7 @@ def padded_maps(model: Any, case: zoo.Case, side: str, pad: int, limit: float) -
 
 # Any id may stand where the mask says padding, also one that the model does not pad with.
 @pytest.mark.parametrize("pad", [0, 17])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_padding_on_the_right_changes_no_real_position(case: zoo.Case, pad: int) -> None:
     padded_maps(zoo.build(case), case, "right", pad, bound(case))
 
@@ -124,7 +124,7 @@ def test_left_padding_in_double_precision_is_right_or_refused(case: zoo.Case) ->
         padded_maps(zoo.build(case), case, "left", 0, bound(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_texts_of_unequal_length_equal_each_text_alone(case: zoo.Case) -> None:
     model = zoo.build(case, dtype=torch.float32)
     at = points(case)[-1]
@@ -193,7 +193,7 @@ def test_padding_id_outside_of_the_vocabulary_is_not_used() -> None:
 # Text and tokens
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_text_and_its_tokens_give_the_same_map(case: zoo.Case) -> None:
     model, at = zoo.build(case), points(case)[-1]
     ids = torch.tensor(encode(model, case, TEXTS[1]))

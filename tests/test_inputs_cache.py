@@ -39,13 +39,13 @@ def test_a_ready_cache_gives_the_same_maps(case: zoo.Case) -> None:
     require_same(model, case, given, cached(model, given))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_without_batch_axis_too(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case, batch=1)
     require_same(model, case, given, cached(model, given, remove_batch_dim=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_the_needed_activations_alone_under_either_name(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     view = view_of(model)
@@ -60,7 +60,7 @@ def test_a_cache_of_the_needed_activations_alone_under_either_name(case: zoo.Cas
         require_same(model, case, given, part)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     tokens, mask = padded(given, "right", 0)
@@ -76,7 +76,7 @@ def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
         torch.testing.assert_close(found.scores, fresh.scores, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_missing_activation_is_named(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     whole = cached(model, given)
@@ -93,7 +93,7 @@ def test_a_missing_activation_is_named(case: zoo.Case) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_another_input_is_refused(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     cache = cached(model, given)
@@ -110,7 +110,7 @@ def test_a_cache_of_another_input_is_refused(case: zoo.Case) -> None:
             cm.attention_norms(model, given.tokens, cache=cache, decoder_input=decoder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_a_cache_of_other_weights_or_of_an_edited_pass_is_refused(case: zoo.Case) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     block = view_of(model).blocks()[0]

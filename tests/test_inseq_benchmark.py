@@ -19,6 +19,8 @@ from hf_literal import as_inseq, half_squared, literal, one_minus_cosine, stacks
 import tl_contextmix as cm
 from tl_contextmix.demo_models import demo_folder
 
+pytestmark = pytest.mark.once
+
 # One host per family: hosts are compared with one another elsewhere.
 CASES = {case.family: case for case in zoo.cases() if case.family in zoo.hf_families()}
 

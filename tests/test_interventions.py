@@ -171,10 +171,13 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     held = torch.ones_like(state) if norm is None else norm.scale(state)
     W_U = readout.weights("W_U")
     assert W_U is not None
+    # What a gated sublayer adds behind its product is no neuron's.
+    b_post = ff.weights("b_post")
+    beside = torch.zeros(count, dtype=state.dtype) if b_post is None else b_post
 
     def log_prob(kept: Tensor) -> Tensor:
         """The host's stream with some neurons left, read with the held scale."""
-        edits = {ff.post: lambda post: post * kept}
+        edits = {ff.post: lambda post: (post - beside) * kept + beside}
         stream = recorded(model, given, [block.resid_out], edits)[block.resid_out][:, -1]
         stream = stream - ff.constant()
         hidden = stream if norm is None else norm.linear(stream) / held

@@ -38,7 +38,7 @@ def literal(model: Any, given: zoo.Inputs, change: Any) -> Tensor:
     return view.readout(stream[:, -1]).log_softmax(dim=-1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
     model, given = shared(case)
     view = view_of(model)

@@ -95,7 +95,7 @@ def is_read(view: Any, parts: Parts, one: dict[str, Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_every_score_is_the_equation(case: zoo.Case) -> None:
     model, given = shared(case)
     view, row = view_of(model), 1
@@ -149,7 +149,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
     assert float((found.trajectory[:, -1] - found.log_prob).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
     model, given = shared(case)
     view = view_of(model)

@@ -99,7 +99,7 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         assert relative(found.quadrants.sum(-1), torch.ones_like(found.active)) < 1e-12
 
 
-@pytest.mark.parametrize("case", READ, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 @pytest.mark.parametrize("bias", ["contributor", "fixed"])
 def test_shares_of_tokens_add_up_to_coefficients(case: zoo.Case, bias: Any) -> None:
     model, given = zoo.build(case), zoo.inputs(case)

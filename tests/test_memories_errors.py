@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 _SCRIPT = """
 import json, sys, tempfile, warnings
 warnings.simplefilter("ignore")

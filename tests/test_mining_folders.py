@@ -26,6 +26,8 @@ from test_value_zeroing import case_of
 import tl_contextmix as cm
 from tl_contextmix.corpus.alone import alone
 
+pytestmark = pytest.mark.once
+
 OPTIONS: dict[str, Any] = {"k": 3, "shard_size": 8, "batch_size": 4}
 
 

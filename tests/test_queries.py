@@ -63,7 +63,7 @@ def layer_sums(found: Any, layers: Any) -> None:
                 torch.testing.assert_close(cut.sum(-1)[seen], whole[seen], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_inner_products_add_up_to_the_model_s_own_pre_activation(case: zoo.Case) -> None:
     model, given = shared(case)
     view = view_of(model)

@@ -27,6 +27,8 @@ from tl_contextmix.render import library as circuitsvis_library
 from tl_contextmix.render import page as page_module
 from tl_contextmix.render.text import for_circuitsvis, number, visible
 
+pytestmark = pytest.mark.once
+
 WORD_JOINER = "\u2060"
 # What no tokenizer says but a caller might: half a character.
 HOSTILE = (*hostile.HOSTILE, "\ud800")

@@ -15,6 +15,8 @@ import tl_contextmix as cm
 from tl_contextmix import results
 from tl_contextmix.results.base import Result, Shown
 
+pytestmark = pytest.mark.once
+
 EXAMPLES = every_class()
 EACH = [pytest.param(result, id=kind.__name__) for kind, result in EXAMPLES.items()]
 # Public classes that are no results: what one asks with, errors, and pieces of results.

@@ -185,7 +185,7 @@ def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: 
     assert replay(*made(6, **sizes), "self").pre is None
 
 
-@pytest.mark.parametrize("case", zoo.cases(), ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
     """So that `test_equals_zeroing_hook_v` sees both ways."""
     model, given = zoo.build(case), zoo.inputs(case)

@@ -175,6 +175,7 @@ def test_mixing_shows_the_maps(page, causal):
     )
 
 
+@pytest.mark.once
 def test_points_are_told_when_asked_for(causal):
     section = part(build_report(causal, TEXT, sections=["points"]), "points")
     maps = attention_norms(causal, TEXT, at=POINTS)
@@ -272,6 +273,7 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
     assert all(chart["maskUpperTri"] is False for chart in charts)
 
 
+@pytest.mark.once
 def test_report_without_a_mask_predicts_nothing(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "comparison"]
     page = build_report(masked, "the keys to the cabinet are old .", sections=names)
@@ -306,6 +308,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     assert row.columns == decoder.source.strings[0]
 
 
+@pytest.mark.once
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_a_companion_tells_what_the_model_cannot(causal):
     companion = load_demo("encoder-decoder")
@@ -328,6 +331,7 @@ def test_sections_keep_their_order_and_must_exist(causal):
         inspect.unwrap(sections.chosen)(["rollout"])
 
 
+@pytest.mark.once
 def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the keys to the cabinet are old .\nthe cabinet is old .\n")
@@ -380,6 +384,7 @@ def _colour(css: str, name: str) -> tuple[int, int, int]:
     return tuple(bytes.fromhex(found[1]))  # type: ignore[return-value]
 
 
+@pytest.mark.once
 def test_report_is_small_offline_and_always_the_same(page, causal):
     first = page.html()
     names: list[SectionName] = ["mixing", "memories"]
@@ -392,6 +397,7 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
     assert len(parsed.programs()) == 2
 
 
+@pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
     with pytest.warns(ContextMixWarning, match="never saw"):
@@ -420,6 +426,7 @@ def test_report_takes_one_text(causal):
         read(causal, [TEXT, TEXT])
 
 
+@pytest.mark.once
 def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     def without_feed_forward(model: Any, text: str, *, at: Any, stack: Any) -> Any:
         asked = [at] if isinstance(at, str) else at
@@ -459,6 +466,7 @@ def test_a_model_without_readout_predicts_nothing(causal):
 # ---- files
 
 
+@pytest.mark.once
 def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
     some: list[SectionName] = ["prediction"]
     first = write_report("causal-lm", path=tmp_path / "first.html", sections=some)
@@ -468,6 +476,7 @@ def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.once
 def test_report_shows_any_results(causal, tmp_path):
     maps = attention_norms(causal, TEXT, at=POINTS)
     results = [
@@ -493,6 +502,7 @@ def test_report_of_no_result_is_refused(tmp_path):
         report(["text"], tmp_path / "page.html")
 
 
+@pytest.mark.once
 def test_results_show_themselves(causal):
     shown = attention_norms(causal, TEXT).show()
     assert isinstance(shown, Page)

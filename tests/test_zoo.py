@@ -90,7 +90,7 @@ def test_processing_changes_weights_and_keeps_log_probs(case: zoo.Case):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_build_is_deterministic_and_depends_on_the_seed(case: zoo.Case):
     torch.manual_seed(7)
     first = zoo.logits(zoo.build(case), zoo.inputs(case))

@@ -70,11 +70,22 @@ class Inputs:
     decoder_tokens: Tensor | None = None
 
 
+_KINDS = ("gpt2", "gptj", "mistral", "gemma2", "bert", "t5", "bart")
+
+
 def cases() -> list[Case]:
     """Every case the installed TransformerLens can hold."""
     table = {name: row.hosts for name, row in rows.FAMILIES.items()}
     table |= dict.fromkeys(rows.CONFIG_BUILT, rows.CONFIG_BUILT_HOSTS)
     return [Case(name, host) for name, hosts in table.items() for host in hosts.get(major(), ())]
+
+
+def kinds() -> list[Case]:
+    """Cases with every kind of block, attention and stack; the other families repeat them.
+
+    For what does not depend on how a family's host is read.
+    """
+    return [case for case in cases() if case.family in _KINDS]
 
 
 def processable(case: Case) -> bool:
