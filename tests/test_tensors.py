@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from tl_contextmix.tensors import Mixture, Norm, Read, Support, blocks
 
@@ -63,6 +65,13 @@ def parts_of(mixture: Mixture) -> Tensor:
         for token in range(TARGETS):
             parts[:, token, token] += mixture.own[:, token]
     return parts
+
+
+def products(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of some work."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 # --- Norm ---------------------------------------------------------------------------------------
@@ -218,6 +227,21 @@ def test_norms_keep_their_digits_where_heads_cancel(share: float, sign: int) -> 
     assert bool((error <= 1e-10 * exact[:, None] + 1e-15 * lengths[:, None]).all())
 
 
+def test_only_pairs_in_which_heads_cancel_cost_a_second_look() -> None:
+    """Multiplications and additions of products: vectors, inner products, squares and bounds."""
+    tiny = replace(read_of(), value=random(BATCH, SOURCES, HEADS, WIDTH).abs() * 1e-6)
+    read = replace(tiny, weight=tiny.weight.abs())
+    once = HEADS * WIDTH * OUT + HEADS**2 * OUT + TARGETS * HEADS**2 + TARGETS * HEADS
+    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
+    read.pattern[:] = torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    read.value[:] = read.value[:, :, :1]
+    read.weight[:] = read.weight[:1]
+    again = TARGETS * HEADS * OUT
+    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * (once + again)
+    read.pattern.zero_()
+    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
+
+
 # --- Mixture ------------------------------------------------------------------------------------
 
 SPANS = [None, slice(0, 9), slice(2, 3), slice(3, 4), slice(3, 6), slice(5, 8), slice(4, 9)]
@@ -329,6 +353,16 @@ def test_norms_of_a_mixture_equal_those_of_its_parts(own: bool, max_bytes: int) 
     same(mixture.diagonal(), parts)
 
 
+def test_vectors_are_kept_where_they_take_a_quarter_of_the_budget() -> None:
+    mixture = two_reads()
+    quarter = BATCH * (TARGETS + SOURCES) * HEADS * OUT * 8
+    apart = sum(products(lambda r=r: r.norms(4 * quarter)) for r in mixture.reads)
+    # The diagonal from kept vectors is a sum over heads, from values it is over d_head as well.
+    diagonal = 2 * BATCH * TARGETS * HEADS * OUT
+    assert products(lambda: mixture.norms(4 * quarter)) == apart + diagonal
+    assert products(lambda: mixture.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
+
+
 # --- Support ------------------------------------------------------------------------------------
 
 
@@ -337,11 +371,11 @@ def test_support_is_the_stretch_of_sources_with_parts() -> None:
     for read in mixture.reads:
         read.pattern.zero_()
     mixture.reads[0].pattern[1, 2, 1, 2] = 0.5
-    mixture.reads[0].pattern[0, 0, 1, 3] = -0.5
+    mixture.reads[0].pattern[0, 0, 1, 1] = -0.5
     mixture.reads[1].pattern[0, 1, 1, 1] = 0.5
     mixture.reads[1].pattern[0, 1, 3, 4] = 0.5
     # A target that reads nothing has an empty stretch which moves no other's bounds.
-    assert mixture.support() == Support([9, 2, 9, 8], [0, 6, 0, 9])
+    assert mixture.support() == Support([9, 1, 9, 8], [0, 6, 0, 9])
     own = replace(mixture, own=random(BATCH, TARGETS, OUT))
     assert own.support() == Support([0, 1, 2, 3], [1, 6, 3, 9])
 
