@@ -266,7 +266,7 @@ def test_folding_norms_alone_changes_no_map_but_mlp_in(
     model, given = zoo.build(case), zoo.inputs(case)
     points: list[Point] = ["attn_out", "resid_mid"]
     if case.family not in zoo.OPAQUE_FEED_FORWARD and case.family != "attn_only":
-        points += ["mlp_out", "resid_post"]
+        points.extend(["mlp_out", "resid_post"])
     before = cm.attention_norms(model, given.tokens, at=points)
     # process_weights_ has no switch for value biases and folds them too.
     load = functools.partial(model.load_and_process_state_dict, fold_value_biases=False)

@@ -27,7 +27,15 @@ from tl_contextmix.decompose import (
     require_point,
 )
 from tl_contextmix.inputs import Given, run_pass
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.model_view import (
+    AttentionSublayer,
+    Batch,
+    Block,
+    FeedForward,
+    Side,
+    StackName,
+    Trace,
+)
 from tl_contextmix.tensors import Norm
 
 CASES = zoo.cases()
@@ -295,9 +303,11 @@ def test_no_norm_is_applied_that_nobody_asks_for() -> None:
     block, trace = hand_made(norm_after=Norm("ln", None, None, 0.0))
     early = linear_points(block, trace, "decoder", ("resid_mid", "attn_out"))
     assert set(early) == {"attn_out", "resid_mid"}
-    for asked in ((), ("attn_out",)):
+    enough: list[tuple[Point, ...]] = [(), ("attn_out",)]
+    for asked in enough:
         assert set(linear_points(block, trace, "decoder", asked)) == set(early)
-    for asked in (("mlp_in",), ("attn_out", "block_out"), POINTS):
+    further: list[tuple[Point, ...]] = [("mlp_in",), ("attn_out", "block_out"), POINTS]
+    for asked in further:
         every = linear_points(block, trace, "decoder", asked)
         assert set(every) == {"attn_out", "resid_mid", "mlp_in", "stream"}
 
@@ -337,7 +347,8 @@ def test_padding_on_either_side_is_masked() -> None:
     mask[1, -2:] = 0
     for real in (mask, torch.ones_like(mask)):
         asked = Given(given.tokens, attention_mask=real, decoder_input=given.decoder_tokens)
-        for stack, point in (("encoder", "block_out"), ("cross", "attn_out")):
+        places: list[tuple[StackName, Point]] = [("encoder", "block_out"), ("cross", "attn_out")]
+        for stack, point in places:
             done = run_pass(view_of(model), asked, layer=0, stack=stack)
             target, source = done.target.mask, done.source(point).mask
             kept = target[:, :, None] & source[:, None]

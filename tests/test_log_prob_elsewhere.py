@@ -148,7 +148,8 @@ def test_the_authors_numbers(gpt2_large: Any) -> None:
         assert layers[f"L{layer} {kind}"] == pytest.approx(value, abs=2e-3)
     heads = scores("head")
     assert {name: heads[name] for name in HEADS} == pytest.approx(HEADS, abs=1e-3)
-    for by, expected in (("ff_neuron", NEURONS), ("attn_neuron", ATTENTION)):
+    known: list[tuple[By, Any]] = [("ff_neuron", NEURONS), ("attn_neuron", ATTENTION)]
+    for by, expected in known:
         best = scores(by, top_k=20)
         assert list(best)[: len(expected)] == list(expected)
         assert {name: best[name] for name in expected} == pytest.approx(expected, abs=1e-3)

@@ -88,6 +88,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
                 log_ratio = frozen.trajectory[:, -1] - other.trajectory[:, -1]
                 torch.testing.assert_close(difference, log_ratio)
             assert total.isfinite().all()
+    assert chosen is not None
     with pytest.raises(cm.InvalidInput, match="belong to another input"):
         cm.component_readouts(
             model, given.tokens[:1], components=chosen, **keywords(zoo.inputs(case, batch=1))

@@ -427,6 +427,7 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
     model = zoo.build(case_of("gpt2"))
     corpus = tmp_path / "c.jsonl"
     n_ctx = view_of(model).n_ctx
+    assert n_ctx is not None
     lines = [
         b'{"text": "the cat sat"}',
         b"{broken",

