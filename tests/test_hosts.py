@@ -94,7 +94,7 @@ def named_points(case: zoo.Case) -> dict[Point, str]:
     if case.family == "attn_only":
         del names["resid_mid"], names["mlp_out"]
     if case.family in zoo.OPAQUE_FEED_FORWARD:
-        names = {point: name for point, name in names.items() if point in LINEAR}
+        return {point: name for point, name in names.items() if point in LINEAR}
     return names
 
 
