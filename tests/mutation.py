@@ -35,17 +35,18 @@ _LEFT_OUT = re.compile(
     r"core/ReplaceBinaryOperator_(BitOr_.*|.*_(BitAnd|BitOr|BitXor|LShift|RShift|Mod|Pow|FloorDiv))"
     r"|core/ReplaceComparisonOperator_.*_(Is|IsNot)"
 )
+# Of processor time.
 _SECONDS = 60
 
 
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Every mutant of a source: the operator's name and the changed source, none twice."""
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator, operator_names
-
+    # Not installed with the tests.
+    mutate_code = importlib.import_module("cosmic_ray.mutating").mutate_code
+    plugins = importlib.import_module("cosmic_ray.plugins")
     seen = {source}
-    for name in operator_names():
-        kind = get_operator(name)
+    for name in plugins.operator_names():
+        kind = plugins.get_operator(name)
         if _LEFT_OUT.fullmatch(name) or kind.arguments():
             continue
         occurrence, code = 0, mutate_code(source, kind(), 0)
@@ -55,6 +56,10 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
             seen.add(code)
             occurrence += 1
             code = mutate_code(source, kind(), occurrence)
+
+
+class TooLong(BaseException):
+    """A mutant that does not end; no test takes it for an error."""
 
 
 class Mutation:
@@ -68,6 +73,8 @@ class Mutation:
         self.path = path
         self.module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         self.outcomes: Counter[str] = Counter()
+        self.last = ""
+        self.tried = 0
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Tests the original, then every mutant."""
@@ -75,9 +82,8 @@ class Mutation:
         source = Path(self.path).read_text()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            failed = self._outcome(source, tests)
-            if failed is not None:
-                raise pytest.UsageError(f"the original fails already: {failed}")
+            if self._outcome(source, tests) is not None:
+                raise pytest.UsageError(f"the original fails already: {self.last}")
             for name, code in mutants(source):
                 killed = self._outcome(code, tests)
                 self.outcomes["survived" if killed is None else killed] += 1
@@ -89,14 +95,15 @@ class Mutation:
 
     def _outcome(self, code: str, tests: list[pytest.Function]) -> str | None:
         """How a mutant was killed, or None."""
-        mutant = types.ModuleType(self.module.__name__)
+        # Names that annotations look up are remembered by module: each mutant has its own.
+        self.tried += 1
+        mutant = types.ModuleType(f"{self.module.__name__}_{self.tried}")
         mutant.__file__ = self.module.__file__
         loader: Any = self.module.__loader__
-        original = sys.modules[self.module.__name__]
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
             # Dataclasses look their module up.
-            sys.modules[self.module.__name__] = mutant
+            sys.modules[mutant.__name__] = mutant
             exec(loader.source_to_code(code.encode(), self.module.__file__), vars(mutant))
             with self._instead(mutant):
                 for place, test in enumerate(tests):
@@ -110,13 +117,14 @@ class Mutation:
                         # What killed one mutant often kills the next.
                         tests.insert(0, tests.pop(place))
                         raise
-        except TimeoutError:
+        except TooLong:
             return "killed by time"
-        except (Exception, pytest.fail.Exception):
+        except (Exception, pytest.fail.Exception) as error:
+            self.last = f"{tests[0].name}: {error!r}"
             return "killed"
         finally:
-            signal.alarm(0)
-            sys.modules[self.module.__name__] = original
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.modules.pop(mutant.__name__, None)
         return None
 
     @contextmanager
@@ -154,12 +162,12 @@ def _show(name: str, source: str, code: str) -> None:
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError
+    raise TooLong
 
 
 def main(path: str, *options: str) -> int:
     """Returns pytest's exit status."""
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     started = time.monotonic()
     status = pytest.main(["-q", "-p", "no:cacheprovider", *options], plugins=[_Late(path)])
     sys.stdout.write(f"{time.monotonic() - started:.0f} s\n")
