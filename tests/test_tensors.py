@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -238,13 +239,42 @@ def test_only_pairs_in_which_heads_cancel_cost_a_second_look() -> None:
     read.weight[:] = read.weight[:1]
     again = TARGETS * HEADS * OUT
     assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * (once + again)
+    # At a twentieth of the heads' lengths ten digits are left, and none is looked at again.
+    read.pattern[:] = torch.tensor([1.0, -0.9, 0.0])[:, None, None]
+    assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
     read.pattern.zero_()
     assert products(lambda: read.norms(2**30)) == 2 * BATCH * SOURCES * once
 
 
+def test_as_many_sources_at_a_time_as_the_budget_has_room_for() -> None:
+    """Per source three arrays as large as its pattern, its vectors and their inner products."""
+    read, seen = read_of(), []
+    per_source = 8 * BATCH * (3 * TARGETS * HEADS + HEADS * OUT + HEADS * HEADS)
+
+    def widths(max_bytes: int) -> list[int]:
+        seen.clear()
+        whole = read._gram_norms
+        with mock.patch.object(Read, "_gram_norms", lambda _, s: seen.append(s) or whole(s)):
+            read.norms(max_bytes)
+        return [sources.stop - sources.start for sources in seen]
+
+    assert widths(2 * per_source) == [2, 2, 1]
+    assert widths(2 * per_source - 1) == [1] * SOURCES
+    assert widths(5 * per_source) == [SOURCES]
+
+
 # --- Mixture ------------------------------------------------------------------------------------
 
-SPANS = [None, slice(0, 9), slice(2, 3), slice(3, 4), slice(3, 6), slice(5, 8), slice(4, 9)]
+SPANS = [
+    None,
+    slice(0, 9),
+    slice(0, 1),
+    slice(2, 3),
+    slice(3, 4),
+    slice(3, 6),
+    slice(5, 8),
+    slice(4, 9),
+]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -359,7 +389,8 @@ def test_vectors_are_kept_where_they_take_a_quarter_of_the_budget() -> None:
     apart = sum(products(lambda r=r: r.norms(4 * quarter)) for r in mixture.reads)
     # The diagonal from kept vectors is a sum over heads, from values it is over d_head as well.
     diagonal = 2 * BATCH * TARGETS * HEADS * OUT
-    assert products(lambda: mixture.norms(4 * quarter)) == apart + diagonal
+    for enough in (4 * quarter, 2**30):
+        assert products(lambda enough=enough: mixture.norms(enough)) == apart + diagonal
     assert products(lambda: mixture.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
 
 
@@ -388,6 +419,16 @@ def test_support_of_some_targets_within_some_sources() -> None:
     assert support.columns(slice(0, 3), slice(7, 9)) == slice(7, 7)
     assert support.columns(slice(0, 1), slice(1, 4)) == slice(9, 9)
     assert support.join(Support([3, 3, 3], [5, 7, 1])) == Support([3, 2, 3], [5, 7, 5])
+    for first, last in (([3], [5, 7, 1]), ([3, 3, 3], [5])):
+        with pytest.raises(ValueError, match="shorter"):
+            support.join(Support(first, last))
+
+
+def test_nothing_can_be_assigned_to() -> None:
+    norm = Norm("ln", None, None, 0.0)
+    for thing in (norm, read_of(), two_reads(), Support([0], [1])):
+        with pytest.raises(FrozenInstanceError):
+            setattr(thing, fields(thing)[0].name, None)
 
 
 @pytest.mark.parametrize(
