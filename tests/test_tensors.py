@@ -189,6 +189,7 @@ def test_a_matrix_that_is_folded_already_is_used() -> None:
 
 def test_a_silent_read_brings_nothing_from_the_same_sources() -> None:
     read = read_of().silent()
+    assert torch.equal(read.norms(1), torch.zeros(BATCH, TARGETS, SOURCES).double())
     assert torch.equal(written_out(read), torch.zeros(BATCH, TARGETS, SOURCES, OUT).double())
     assert torch.equal(read.dense(ALL, slice(1, 3)), torch.zeros(BATCH, 2, TARGETS, OUT).double())
     assert read.held == 0
