@@ -9,11 +9,11 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_contextmix.decompose import POINTS
+from tl_contextmix.decompose import POINTS, Point
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Block, ModelView, Trace
+from tl_contextmix.model_view import Block, ModelView, StackName, Trace
 
 # Relative to the largest entry. Where a float64 host computes in float32 inside (see
 # zoo.FLOAT32_INSIDE), what is recomputed in float64 is up to 2e-7 off; elsewhere up to 1e-14.
@@ -26,17 +26,17 @@ def bound(case: zoo.Case) -> float:
     return FLOAT32_INSIDE if inside else EXACT
 
 
-def keywords(given: zoo.Inputs) -> dict[str, Tensor]:
+def keywords(given: zoo.Inputs) -> dict[str, Any]:
     """The decoder side as keyword arguments."""
     return {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens}
 
 
-def stacks(case: zoo.Case) -> list[str | None]:
+def stacks(case: zoo.Case) -> list[StackName | None]:
     """Every stack there is to ask about."""
     return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
 
 
-def points(block: Block) -> list[str]:
+def points(block: Block) -> list[Point]:
     """Every point of a block that has an answer."""
     ff = block.feed_forward
     if ff is None:
@@ -54,7 +54,7 @@ def view_of(model: Any) -> ModelView:
 def host_trace(
     view: ModelView,
     given: zoo.Inputs,
-    stack: str | None,
+    stack: StackName | None,
     attention_mask: Tensor | None = None,
 ) -> tuple[Trace, list[Block]]:
     """The host's own activations of a stack, every hook there is."""

@@ -67,7 +67,7 @@ def junk() -> list[Any]:
     ]
 
 
-def calls(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+def calls(folder: Path) -> dict[str, dict[str, Any]]:
     """Arguments that each public function works with, by its name."""
     case = next(case for case in zoo.cases() if case.family == "gpt2")
     model = zoo.build(case, dtype=torch.float32)
@@ -140,7 +140,7 @@ class Fuzz:
             derandomize=True,
             deadline=None,
             database=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[*HealthCheck.__members__.values()],
         )
         @given(st.data())
         def many(data: st.DataObject) -> None:

@@ -136,7 +136,10 @@ def integrated_gradients(
         pre = [(alpha * moving[k] + grow * biases[k]).requires_grad_() for k in range(len(biases))]
         found = torch.autograd.grad(ff_from_pre(ff, pre).sum(), pre)
         gradients = [total + grad / steps for total, grad in zip(gradients, found, strict=True)]
-    out = [sum(s * g for s, g in zip(share, gradients, strict=True)) @ ff.W_out for share in shares]
+    out = [
+        torch.stack([s * g for s, g in zip(share, gradients, strict=True)]).sum(0) @ ff.W_out
+        for share in shares
+    ]
     start = [torch.zeros_like(b) if convention == "contributor" else b for b in biases]
     constant = ff_from_pre(ff, start)
     if convention == "contributor":

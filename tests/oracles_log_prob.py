@@ -84,6 +84,7 @@ def log_probs(view: ModelView, state: Tensor, whole: Tensor, rule: str) -> Tenso
     """The distribution that a state of the stream gives, under a rule for the final norm."""
     readout = view.readout
     norm, W_U, b_U = readout.norm, readout.weights("W_U"), readout.weights("b_U")
+    assert W_U is not None
     if readout.head is not None:
         hidden = readout.head(state)
     elif norm is None:

@@ -145,8 +145,9 @@ def test_whole_feed_forward_against_captum(name: str, gated: bool) -> None:
         slopes = [gate_slope, linear_slope]
     else:
         slopes = [activation.secant(None, totals[0])]
-    ours = sum(s * r for s, r in zip(shares, slopes, strict=True)) @ W_out
-    bias = sum(b * r for (_, b), r in zip(branches, slopes, strict=True)) @ W_out
+    ours = torch.stack([s * r for s, r in zip(shares, slopes, strict=True)]).sum(0) @ W_out
+    constants = [b * r for (_, b), r in zip(branches, slopes, strict=True)]
+    bias = torch.stack(constants).sum(0) @ W_out
     scale = expected.abs().max()
     bound = 1e-6
     assert float((ours - expected).abs().max() / scale) <= bound

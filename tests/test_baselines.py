@@ -18,7 +18,7 @@ from tl_contextmix.methods.alti import alti
 from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
-from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
+from tl_contextmix.methods.gradients import Score, gradient_x_input, integrated_gradients
 
 CASES = zoo.cases()
 # One host per family for the slow loops: that hosts agree is tested for the engine they share.
@@ -140,7 +140,10 @@ def test_decompx_vectors_add_up_after_every_layer(case: zoo.Case, bias: Any) -> 
         for max_bytes in (2**30, 1):
             norms = decompx(model, given.tokens, max_bytes=max_bytes, **kwargs)
             assert relative(norms.scores, found.norms().scores) <= 1e-12
-            assert relative(norms.bias, found.norms().bias) <= 1e-12
+            expected = found.norms().bias
+            assert norms.bias is not None
+            assert expected is not None
+            assert relative(norms.bias, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
@@ -203,7 +206,9 @@ def test_decompx_refuses_vectors_that_do_not_add_up(monkeypatch: pytest.MonkeyPa
     model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     weights = view.blocks()[0].attentions[0].weights
-    wrong = {"W_V": 2 * weights("W_V")}
+    values = weights("W_V")
+    assert values is not None
+    wrong = {"W_V": 2 * values}
     broken = view.blocks()[0].attentions[0]
     object.__setattr__(broken, "weights", lambda name: wrong.get(name, weights(name)))
     with pytest.raises(cm.UnsupportedModel, match="do not add up at layer 0"):
@@ -239,7 +244,7 @@ def test_padding_scores_nothing_and_changes_nothing(method: Any, case: zoo.Case)
         kwargs = {"stack": stack, **keywords(given)}
         found = method(model, given.tokens, attention_mask=mask, **kwargs)
         decoder = given.decoder_tokens
-        single = {"stack": stack}
+        single: dict[str, Any] = {"stack": stack}
         if decoder is not None:
             single["decoder_input"] = decoder[:1]
         alone = method(model, given.tokens[:1, :-2], **single)
@@ -304,7 +309,7 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
         "neox": lambda: hf.gpt_neox.embed_in,
     }[name]()
     expected = by_hand(hf, module, tokens, targets)
-    scores = {
+    scores: dict[Score, Tensor] = {
         "l2": expected.norm(dim=-1),
         "l1": expected.abs().sum(-1),
         "sum": expected.sum(-1).abs(),

@@ -16,6 +16,7 @@ from hand_built import PROVENANCE, map_of, random_map
 import tl_contextmix as cm
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.methods.changes import spearman
+from tl_contextmix.model_view import StackName
 from tl_contextmix.results import ContextMap, PairChanges
 
 NAN = float("nan")
@@ -466,7 +467,7 @@ def _cases(*families: str) -> list[Any]:
 
 
 @functools.cache
-def _model_maps(case: zoo.Case, stack: str | None = None) -> Maps:
+def _model_maps(case: zoo.Case, stack: StackName | None = None) -> Maps:
     model, given = zoo.build(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[0, -1] = 0
@@ -475,7 +476,7 @@ def _model_maps(case: zoo.Case, stack: str | None = None) -> Maps:
             model,
             given.tokens,
             at=POINTS,
-            stack=stack,  # pyright: ignore[reportArgumentType]
+            stack=stack,
             attention_mask=mask,
             decoder_input=given.decoder_tokens,
         )

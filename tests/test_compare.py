@@ -156,7 +156,8 @@ def test_pairs_of_the_grammar(kind: str) -> None:
 
 
 def test_pairs_that_the_grammar_has_not() -> None:
-    for options in ({"kind": "tense"}, {"kind": "fact"}):
+    wrong: list[dict[str, Any]] = [{"kind": "tense"}, {"kind": "fact"}]
+    for options in wrong:
         with pytest.raises(cm.InvalidInput, match=r"no such pairs.*one of .*with lures"):
             cm.demo_pairs(**options)
 
@@ -320,6 +321,7 @@ def test_every_method_has_its_rows_and_its_cost(found: cm.Comparison, model: Any
     # A backward pass costs about twice a forward pass.
     assert 2.5 < costs["gradient_x_input"].forward < 3.5
     assert all(cost.seconds > 0 for cost in found.costs)
+    assert found.correct is not None
     assert 0 <= found.correct <= 6
     assert found.sentences == 6
 

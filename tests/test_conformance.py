@@ -18,7 +18,7 @@ from asked import bound, keywords, relative, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.results import Result
+from tl_contextmix.decompose import Point
 
 CASES = zoo.cases()
 _OPEN = "attn_out"  # the only point that every block of the zoo can answer, SoLU's too
@@ -42,7 +42,7 @@ class Method:
     name: str
     ask: Callable[..., Any]
     values: Callable[[Any], Tensor]
-    kind: type[Result]
+    kind: type[Any]
     pointed: bool = True
     stacked: bool = True
     column: str = "score"
@@ -112,14 +112,15 @@ METHODS = [
     ),
     Method("token_memory", cm.token_memory, lambda r: r.shares, cm.TokenMemory, pointed=False),
 ]
-ASKED = [
-    pytest.param(method, case, id=f"{method.name}-{case}")
+PAIRS = [
+    (method, case)
     for case in CASES
     for method in METHODS
     if method.pointed or not method.stacked or case.family not in zoo.OPAQUE_FEED_FORWARD
     if not method.name.endswith(("_memory", "_memories")) or case.family != "attn_only"
 ]
-STACKED = [param for param in ASKED if param.values[0].stacked]
+ASKED = [pytest.param(method, case, id=f"{method.name}-{case}") for method, case in PAIRS]
+STACKED = [param for param, (method, _) in zip(ASKED, PAIRS, strict=True) if method.stacked]
 
 
 def last_point(case: zoo.Case) -> str:
@@ -143,11 +144,11 @@ def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
 def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
     for stack in stacks(case):
-        found = ask(method, model, case, given, stack=stack)
+        found: Any = ask(method, model, case, given, stack=stack)
         values = method.values(found)
         blocks = view_of(model).blocks(stack)
-        encoder = stack == "encoder" or given.decoder_tokens is None
-        targets = given.tokens if encoder else given.decoder_tokens
+        decoder = None if stack == "encoder" else given.decoder_tokens
+        targets = given.tokens if decoder is None else decoder
         assert type(found) is method.kind
         assert values.dtype == torch.float64
         assert found.layers == tuple(range(len(blocks)))
@@ -262,9 +263,9 @@ def test_folding_norms_alone_changes_no_map_but_mlp_in(
     case: zoo.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
-    points = ["attn_out", "resid_mid"]
+    points: list[Point] = ["attn_out", "resid_mid"]
     if case.family not in zoo.OPAQUE_FEED_FORWARD and case.family != "attn_only":
-        points += ["mlp_out", "resid_post"]
+        points.extend(["mlp_out", "resid_post"])
     before = cm.attention_norms(model, given.tokens, at=points)
     # process_weights_ has no switch for value biases and folds them too.
     load = functools.partial(model.load_and_process_state_dict, fold_value_biases=False)

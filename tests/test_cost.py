@@ -25,7 +25,8 @@ from blocks import Sizes, build
 from meters import flops
 from run import Cost, measure, ours
 
-from tl_contextmix.decompose import POINTS, linear_points, parts_at
+from tl_contextmix.decompose import POINTS, Point, linear_points, parts_at
+from tl_contextmix.expansion import Expansion
 
 pytestmark = pytest.mark.once
 
@@ -39,7 +40,7 @@ FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationW
 
 
 @functools.cache
-def counted(sizes: Sizes, *points: str, max_bytes: int = run.MAX_BYTES) -> Cost:
+def counted(sizes: Sizes, *points: Point, max_bytes: int = run.MAX_BYTES) -> Cost:
     """The cost of the norms at some points, products of matrices left out of the run."""
     block, trace = build(sizes)
     return measure(partial(ours, block, trace, *points, max_bytes=max_bytes), products=False)
@@ -64,6 +65,7 @@ def test_fifty_steps_of_integrated_gradients_come_close() -> None:
     block, trace = build(SMALL, torch.float64)
     with torch.no_grad():
         parts = parts_at(block, linear_points(block, trace, "decoder"), "mlp_out", "contributor")
+        assert isinstance(parts, Expansion)
         parts = parts.parts(run.MAX_BYTES)[0]
         start = reference.attention_parts(block, trace, "mlp_in")
         found = reference.integrated_gradients(block, *start, run.STEPS, SMALL.causal)
@@ -102,7 +104,7 @@ def test_the_meters_see_what_is_made_and_given_back() -> None:
 @MASKS
 @pytest.mark.parametrize("point", LINEAR)
 def test_up_to_the_feed_forward_input_a_tenth_of_operations_and_memory(
-    sizes: Sizes, point: str
+    sizes: Sizes, point: Point
 ) -> None:
     block, trace = build(sizes)
     cost = measure(partial(ours, block, trace, point))
@@ -120,7 +122,7 @@ def test_up_to_the_feed_forward_input_a_tenth_of_operations_and_memory(
 
 @pytest.mark.parametrize("extra", [{"encoder": 128}, {"batch": 4}, {"sandwich": True}], ids=str)
 @pytest.mark.parametrize("point", POINTS)
-def test_no_path_to_norms_builds_target_source_d_model(point: str, extra: dict) -> None:
+def test_no_path_to_norms_builds_target_source_d_model(point: Point, extra: dict) -> None:
     sizes = Sizes(128, d=192, heads=6, m=768, **extra)
     block, trace = build(sizes)
     cost = measure(partial(ours, block, trace, point, max_bytes=32 * MIB))
@@ -128,7 +130,8 @@ def test_no_path_to_norms_builds_target_source_d_model(point: str, extra: dict) 
 
 
 def test_the_points_before_the_first_norm_need_no_second_product() -> None:
-    for point, products in (("attn_out", 1), ("resid_mid", 1), ("mlp_in", 2)):
+    expected: list[tuple[Point, int]] = [("attn_out", 1), ("resid_mid", 1), ("mlp_in", 2)]
+    for point, products in expected:
         sizes = Sizes(64, heads=1)
         block, trace = build(sizes)
         count = flops(partial(ours, block, trace, point), elementwise=False)
@@ -189,7 +192,7 @@ def test_a_parallel_block_costs_its_diagonal() -> None:
 
 
 @pytest.mark.parametrize("point", ["mlp_in", "block_out"])
-def test_the_mixing_ratio_never_looks_at_all_pairs(point: str) -> None:
+def test_the_mixing_ratio_never_looks_at_all_pairs(point: Point) -> None:
     def count(n: int) -> int:
         block, trace = build(replace(CAUSAL, n=n))
 
@@ -269,7 +272,9 @@ def test_parts_themselves_need_the_budget_besides_the_result() -> None:
 
     def work() -> None:
         linear = linear_points(block, trace, "decoder")
-        parts_at(block, linear, "block_out", "contributor", 8 * MIB).parts(8 * MIB)
+        parts = parts_at(block, linear, "block_out", "contributor", 8 * MIB)
+        assert isinstance(parts, Expansion)
+        parts.parts(8 * MIB)
 
     result = 4 * sizes.n**2 * sizes.d
     assert result < measure(work).peak <= result + 8 * MIB

@@ -13,6 +13,8 @@ from asked import keywords
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.decompose import Point
+from tl_contextmix.model_view import StackName
 from tl_contextmix.panels import Heatmap
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
@@ -101,9 +103,14 @@ def test_what_does_not_fit_together_is_refused() -> None:
     if not CASES:
         pytest.skip("this version has no encoder-decoder that runs")
     model, given = zoo.shared(CASES[0]), zoo.inputs(CASES[0])
+    places: list[tuple[StackName, Point]] = [
+        ("encoder", "block_out"),
+        ("decoder", "block_out"),
+        ("cross", "attn_out"),
+    ]
     encoder, decoder, cross = (
         cm.attention_norms(model, given.tokens, stack=stack, at=at, **keywords(given))
-        for stack, at in (("encoder", "block_out"), ("decoder", "block_out"), ("cross", "attn_out"))
+        for stack, at in places
     )
     other = cm.attention_norms(
         model, given.tokens.flip(1), stack="encoder", at="block_out", **keywords(given)

@@ -179,6 +179,7 @@ def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case)
         tokens=["cat", "dog"],
         decoder_input=given.decoder_tokens,
     )
+    assert given.decoder_tokens is not None
     for layer in found.layers:
         expected = oracle.logits(
             oracle.truncated(whole, layer), given.tokens, given.decoder_tokens

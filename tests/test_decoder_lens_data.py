@@ -185,7 +185,7 @@ def test_curves_that_are_not_there() -> None:
         with pytest.raises(cm.InvalidInput, match=r"no such curve.*\('WER', 'x'\)"):
             found.select(*asked)
     with pytest.raises(TypeError, match="unsupported operand"):
-        found + 5
+        _ = found + 5  # type: ignore[operator]
 
 
 def test_intervals_hold_the_figure_and_come_again() -> None:
@@ -263,7 +263,7 @@ def test_metrics_that_have_no_answer() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_data_set_call_gives_the_curves_of_the_results(case: zoo.Case) -> None:
     model, texts, right = zoo.build(case), ["the cat sat", "a dog ran"], ["a cat", "the dog ran"]
-    options = {"max_new_tokens": 6, "num_beams": 2}
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 2}
     curves = cm.decoder_lens(
         model, texts, right, metric=["token accuracy", "KL"], categories=["x", "y"], **options
     )

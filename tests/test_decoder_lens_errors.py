@@ -118,13 +118,14 @@ def test_metrics_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Lens, "generate", decoded)
     monkeypatch.setattr(Lens, "forced", decoded)
-    for options in (
+    wrong: list[dict[str, Any]] = [
         {"metric": ["KL", "BLUE"]},
         {"metric": "BLEU"},
         {"metric": ["edit distance", "KL"], "layers": [0, 1]},
         {"metric": "empty", "categories": ["x", "y"]},
         {"metric": ["KL", "empty"], "categories": [["x"]]},
-    ):
+    ]
+    for options in wrong:
         with pytest.raises(cm.InvalidInput):
             cm.decoder_lens(model(), "the cat", **options)
 

@@ -129,7 +129,8 @@ SET_TO_SOMETHING = {
 def test_a_setting_that_cannot_be_followed_is_refused_by_name(bridge: Any, name: str) -> None:
     settings = bridge.original_model.generation_config
     setattr(settings, name, SET_TO_SOMETHING.get(name, 3))
-    for options in ({}, {"mode": "teacher_forced"}):
+    asked: list[dict[str, Any]] = [{}, {"mode": "teacher_forced"}]
+    for options in asked:
         with pytest.raises(cm.UnsupportedModel, match=f"generation settings.*{name}="):
             cm.decoder_lens(bridge, tokens(), **options)
     for neutral in _REFUSED[name]:
@@ -247,6 +248,7 @@ def test_an_mt5_has_no_scale_before_its_unembedding() -> None:
         decoder_input=given.decoder_tokens,
     )
     spoken = cm.decoder_lens(model, given.tokens, max_new_tokens=LENGTH)
+    assert given.decoder_tokens is not None
     for layer in found.layers:
         short = oracle.truncated(make(), layer)
         right = oracle.logits(short, given.tokens, given.decoder_tokens)[:, -1, [7, 9]]

@@ -16,6 +16,7 @@ import zoo_build
 from asked import keywords
 
 import tl_contextmix as cm
+from tl_contextmix.decompose import POINTS
 from tl_contextmix.operations import Memory, Operations
 
 pytestmark = pytest.mark.once
@@ -25,8 +26,8 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "decompose": partial(cm.decompose, layer=[0, 1]),
     "attention_norms": cm.attention_norms,
     "attention_norms small": partial(cm.attention_norms, layer=-1, max_bytes=150_000),
-    "attention_norms heads": partial(cm.attention_norms, at="attn_out", heads=True),
-    "attention_norms points": partial(cm.attention_norms, at=["resid_mid", "mlp_in"]),
+    "attention_norms heads": partial(cm.attention_norms, at=POINTS[0], heads=True),
+    "attention_norms points": partial(cm.attention_norms, at=POINTS[1:3]),
     "mixing_ratio": cm.mixing_ratio,
     "value_zeroing": cm.value_zeroing,
     "value_zeroing small": partial(cm.value_zeroing, layer=-1, max_bytes=150_000),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
+from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, run_pass
 
@@ -55,21 +56,21 @@ def test_every_identity_holds_with_room(case: zoo.Case) -> None:
 # The names by which the classes know the same tensor: post-LN blocks (BERT) differ from one class
 # to the next, and aliases of the bridge name other tensors than they say (hook_attn_out of BERT is
 # behind LN1, hook_resid_mid before LN2).
-_PRE = {
+_PRE: dict[Point, str] = {
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
     "block_out": "hook_resid_post",
 }
-_ENCODER = {
+_ENCODER: dict[Point, str] = {
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
     "block_out": "hook_normalized_resid_post",
 }
-_BRIDGE_POST = {
+_BRIDGE_POST: dict[Point, str] = {
     "attn_out": "attn.o.hook_out",
     "resid_mid": "ln1.hook_in",
     "mlp_in": "ln1.hook_out",
@@ -77,10 +78,11 @@ _BRIDGE_POST = {
     "resid_post": "ln2.hook_in",
     "block_out": "hook_out",
 }
+LINEAR = ("attn_out", "resid_mid")
 _PARALLEL = ("neox", "gptj", "parallel")
 
 
-def named_points(case: zoo.Case) -> dict[str, str]:
+def named_points(case: zoo.Case) -> dict[Point, str]:
     """The host's own names of our points."""
     if case.host == "HookedEncoder":
         return _ENCODER
@@ -92,7 +94,7 @@ def named_points(case: zoo.Case) -> dict[str, str]:
     if case.family == "attn_only":
         del names["resid_mid"], names["mlp_out"]
     if case.family in zoo.OPAQUE_FEED_FORWARD:
-        names = {point: names[point] for point in ("attn_out", "resid_mid")}
+        return {point: name for point, name in names.items() if point in LINEAR}
     return names
 
 
@@ -170,7 +172,9 @@ def test_models_that_transformer_lens_builds_itself() -> None:
     sizes = {"d_model": 32, "d_head": 8, "n_heads": 4, "n_layers": 2, "n_ctx": 16, "d_vocab": 61}
     options = {"d_mlp": 64, "act_fn": "gelu", "normalization_type": "LN", "seed": 0}
     with zoo_build.quiet():
-        model = TransformerBridge.boot_native(TransformerBridgeConfig(**sizes, **options)).eval()
+        # Its module adds the ways to boot when it is imported.
+        boot: Any = TransformerBridge
+        model = boot.boot_native(TransformerBridgeConfig(**sizes, **options)).eval()
     report = cm.check(model)
     assert report.ok, str(report)
     # Norms before any training are plain; that alone does not make them folded.

@@ -40,7 +40,7 @@ def maps(model: Any, case: zoo.Case, given: zoo.Inputs) -> Tensor:
 # Left as it was
 
 
-def state(model: nn.Module) -> dict[str, Any]:
+def state(model: Any) -> dict[str, Any]:
     """Everything of a model that a call could leave changed, hooks in their order."""
     return {
         "hooks": [

@@ -182,7 +182,12 @@ def _misread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def weights(self: Handle, *args: Any, **kwargs: Any) -> Any:
         read = right(self, *args, **kwargs)
-        return lambda name: _tilt(read(name)) if name == "W_O" else read(name)
+
+        def tilted(name: str) -> Tensor | None:
+            weight = read(name)
+            return _tilt(weight) if name == "W_O" and weight is not None else weight
+
+        return tilted
 
     monkeypatch.setattr(Handle, "weights", weights)
 

@@ -13,8 +13,8 @@ from test_hosts import case_of, relative
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import POINTS
-from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.decompose import POINTS, Point
+from tl_contextmix.inputs import Given, PaddingSide, make_batch
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 PAIRS = [pytest.param(case, id=case.id) for case in zoo.cases() if case.encoder_decoder]
@@ -27,7 +27,7 @@ UNMOVED = {
 }
 
 
-def points(case: zoo.Case) -> list[str]:
+def points(case: zoo.Case) -> list[Point]:
     if case.family in zoo.OPAQUE_FEED_FORWARD:
         return ["attn_out", "resid_mid", "mlp_in"]
     mlp = case.family != "attn_only"
@@ -128,7 +128,7 @@ def test_left_padding_in_double_precision_is_right_or_refused(case: zoo.Case) ->
 def test_texts_of_unequal_length_equal_each_text_alone(case: zoo.Case) -> None:
     model = zoo.build(case, dtype=torch.float32)
     at = points(case)[-1]
-    sides = ["right"] if case.id in UNMOVED else ["right", "left"]
+    sides: list[PaddingSide] = ["right"] if case.id in UNMOVED else ["right", "left"]
     for side in sides:
         found = cm.attention_norms(model, TEXTS, at=at, padding_side=side)
         assert found.target.mask.all() == case.encoder_decoder
@@ -290,7 +290,7 @@ def test_the_longest_input_is_the_models_own(case: zoo.Case) -> None:
     expected = zoo.rows.N_CTX - 2 * (case.family == "roberta")
     assert view.n_ctx == (None if case.family in ("t5", "flan") else expected)
     tokens = torch.full((1, length), 7)
-    decoder = {"decoder_input": tokens} if case.encoder_decoder else {}
+    decoder = keywords(zoo.Inputs(tokens, tokens if case.encoder_decoder else None))
     cm.attention_norms(model, tokens, at="attn_out", layer=0, **decoder)
     if view.n_ctx is not None:
         longer = torch.full((1, length + 1), 7)

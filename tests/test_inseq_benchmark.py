@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_a_trained_encoder_decoder_in_single_precision() -> None:
         demo_folder("encoder-decoder"), dtype=torch.float64
     ).eval()
     model = cm.load_demo("encoder-decoder")
-    options = {"decoder_input": "le vieux roi voit l ' etoile ."}
+    options: dict[str, Any] = {"decoder_input": "le vieux roi voit l ' etoile ."}
     text = "the old king sees the star ."
     cross = cm.attention(model, text, stack="cross", **options)
     assert bool((cross.scores == 0).any())

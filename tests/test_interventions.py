@@ -168,19 +168,21 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     assert len(places) == count
     norm, readout = view.readout.norm, view.readout
     state = recorded(model, given, [block.resid_out], {})[block.resid_out][:, -1]
-    held = None if norm is None else norm.scale(state)
+    held = torch.ones_like(state) if norm is None else norm.scale(state)
+    W_U = readout.weights("W_U")
+    assert W_U is not None
+    # What a gated sublayer adds behind its product is no neuron's.
     b_post = ff.weights("b_post")
     b_post = 0 if b_post is None else b_post
 
     def log_prob(kept: Tensor) -> Tensor:
         """The host's stream with some neurons left, read with the held scale."""
-        # A constant that is added behind a gate is no neuron's.
         edits = {ff.post: lambda post: (post - b_post) * kept + b_post}
         stream = recorded(model, given, [block.resid_out], edits)[block.resid_out][:, -1]
         stream = stream - ff.constant()
         hidden = stream if norm is None else norm.linear(stream) / held
         hidden = hidden if norm is None or norm.bias is None else hidden + norm.bias
-        logits = hidden * readout.scale @ readout.weights("W_U")
+        logits = hidden * readout.scale @ W_U
         b_U = readout.weights("b_U")
         logits = logits if b_U is None else logits + b_U
         return logits.log_softmax(-1).gather(1, torch.tensor([[7], [9]]))[:, 0]

@@ -11,13 +11,14 @@ from asked import view_of
 from test_log_prob import case_of
 
 import tl_contextmix as cm
-from tl_contextmix.attribution import ask
+from tl_contextmix.attribution import By, ask
 from tl_contextmix.inputs import Given
+from tl_contextmix.vocabulary import NormRule
 
 FOUR = pytest.mark.skipif(zoo.major() < 4, reason="TransformerLens 4 has these tools")
 
 
-def question(model: Any, tokens: torch.Tensor, norm: str) -> Any:
+def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
     """The engine's view of a prediction."""
     return ask(
         view_of(model),
@@ -40,7 +41,8 @@ def test_direct_logit_attribution_agrees(family: str) -> None:
     model = zoo.build(case, dtype=torch.float32, processed=True)
     tokens = zoo.inputs(case).tokens[:1]
     view_of(model)
-    for unit, by in (("component", "layer"), ("head", "head")):
+    units: list[tuple[str, By]] = [("component", "layer"), ("head", "head")]
+    for unit, by in units:
         if unit == "head" and family == "opt":
             continue  # its bridge shows no results per head
         theirs = direct_logit_attribution(model, tokens, answer_tokens=9, unit=unit)
@@ -132,7 +134,7 @@ def gpt2_large() -> Any:
 @pytest.mark.weights
 @pytest.mark.slow
 def test_the_authors_numbers(gpt2_large: Any) -> None:
-    def scores(by: str, **options: Any) -> dict[Any, float]:
+    def scores(by: By, **options: Any) -> dict[Any, float]:
         found = cm.log_prob_contributions(
             gpt2_large, TEXT, target=TARGET, by=by, norm="frozen", prepend_bos=False, **options
         )
@@ -146,7 +148,8 @@ def test_the_authors_numbers(gpt2_large: Any) -> None:
         assert layers[f"L{layer} {kind}"] == pytest.approx(value, abs=2e-3)
     heads = scores("head")
     assert {name: heads[name] for name in HEADS} == pytest.approx(HEADS, abs=1e-3)
-    for by, expected in (("ff_neuron", NEURONS), ("attn_neuron", ATTENTION)):
+    known: list[tuple[By, Any]] = [("ff_neuron", NEURONS), ("attn_neuron", ATTENTION)]
+    for by, expected in known:
         best = scores(by, top_k=20)
         assert list(best)[: len(expected)] == list(expected)
         assert {name: best[name] for name in expected} == pytest.approx(expected, abs=1e-3)

@@ -66,6 +66,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
     model, given = shared(case)
     view = view_of(model)
     W_U = view.readout.weights("W_U")
+    chosen = None
     for by in KEPT:
         every = asked(model, given, by=by)
         chosen = every.top(12)
@@ -87,6 +88,7 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
                 log_ratio = frozen.trajectory[:, -1] - other.trajectory[:, -1]
                 torch.testing.assert_close(difference, log_ratio)
             assert total.isfinite().all()
+    assert chosen is not None
     with pytest.raises(cm.InvalidInput, match="belong to another input"):
         cm.component_readouts(
             model, given.tokens[:1], components=chosen, **keywords(zoo.inputs(case, batch=1))

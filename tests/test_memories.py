@@ -10,6 +10,7 @@ import zoo
 from asked import bound, host_trace, keywords, relative, stacks, view_of
 from test_value_zeroing import case_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
 from tl_contextmix import memories, unembed
@@ -59,6 +60,7 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     gated = blocks[0].feed_forward.gated
     for index, block in enumerate(blocks):
         ff = block.feed_forward
+        assert ff is not None
         m, v = found.coefficients[:, index], ff.W_out
         added = m @ v + ff.constant()
         added = added if ff.norm_out is None else ff.norm_out(added)
@@ -185,7 +187,7 @@ def test_no_tensor_is_as_long_as_the_vocabulary() -> None:
     reader, vectors, _ = unembedding(d_vocab=5000)
     seen: list[int] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in known:

@@ -9,7 +9,6 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.reading import open_corpus
-from tl_contextmix.corpus.shards import frame_of
+from tl_contextmix.corpus.shards import TooLong, frame_of
 from tl_contextmix.corpus.topk import TopK
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.memories import coefficients
@@ -36,7 +35,9 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(2, 7))) for _ in range(count)]
 
 
-def every_coefficient(model: Any, corpus: list[str], stack: str) -> list[dict[str, Any]]:
+def every_coefficient(
+    model: Any, corpus: list[str], stack: str
+) -> list[tuple[int, int, int, int, float]]:
     """One row per layer, neuron, document and position that counts: one document at a time."""
     view = view_of(model)
     before, behind = frame_of(view, None)
@@ -46,6 +47,7 @@ def every_coefficient(model: Any, corpus: list[str], stack: str) -> list[dict[st
         ids = torch.tensor([view.encode(text, None)])
         trace = view.run(make_batch(view, Given(ids)), trace_of)
         for block in view.stacks[stack]:
+            assert block.feed_forward is not None
             found = coefficients(block.feed_forward, trace)[0]
             for pos in range(before, ids.shape[1] - behind):
                 for neuron in range(found.shape[1]):
@@ -330,7 +332,7 @@ def test_one_shard_at_a_time_gives_the_same_bytes(
 
 
 @pytest.fixture
-def stopped(shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def stopped(shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that was stopped after its third shard."""
     model, corpus, options, _ = shared
     from tl_contextmix.corpus import mining
@@ -425,6 +427,7 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
     model = zoo.build(case_of("gpt2"))
     corpus = tmp_path / "c.jsonl"
     n_ctx = view_of(model).n_ctx
+    assert n_ctx is not None
     lines = [
         b'{"text": "the cat sat"}',
         b"{broken",
@@ -446,7 +449,8 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
         cm.mine_triggers(
             model, corpus, out=tmp_path / "long", malformed="skip", too_long="error", k=2
         )
-    for too_long, cut in (("cut", 6), ("skip", 0)):
+    ways: list[tuple[TooLong, int]] = [("cut", 6), ("skip", 0)]
+    for too_long, cut in ways:
         found = cm.mine_triggers(
             model, corpus, out=tmp_path / too_long, malformed="skip", too_long=too_long, k=2
         )

@@ -28,7 +28,7 @@ from tl_contextmix.corpus.alone import alone
 
 pytestmark = pytest.mark.once
 
-OPTIONS = {"k": 3, "shard_size": 8, "batch_size": 4}
+OPTIONS: dict[str, Any] = {"k": 3, "shard_size": 8, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,7 @@ def test_two_processes_do_not_mine_the_same_part(mined: Any, tmp_path: Path) -> 
     assert held.wait(30)
     with pytest.raises(cm.InvalidInput, match="another process at it"):
         cm.mine_triggers(model, corpus, out=tmp_path, **OPTIONS)
+    assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join(30)
     # The lock file of a process that was killed holds nobody up.
@@ -240,7 +241,8 @@ def test_who_was_stopped_by_an_error_may_leave_such_documents_out(
 ) -> None:
     model, corpus, _ = mined
     longest = "cat " * 200
-    for name, bad, now in (("malformed", 5, "skip"), ("too_long", longest, "cut")):
+    cases: list[tuple[str, Any, Any]] = [("malformed", 5, "skip"), ("too_long", longest, "cut")]
+    for name, bad, now in cases:
         listed = [*corpus[:20], bad, *corpus[20:]]
         out = tmp_path / name
         options = {**OPTIONS, "checkpoint_seconds": 0.0}

@@ -269,7 +269,7 @@ def test_annotations_are_enforced_while_testing():
     from tl_contextmix.errors import four_parts
 
     with pytest.raises(jaxtyping.TypeCheckError, match="'failed'"):
-        four_parts(1, 2, "expected", "remedy")
+        four_parts(1, 2, "expected", "remedy")  # type: ignore[arg-type]
 
 
 def test_annotations_are_published():

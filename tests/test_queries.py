@@ -12,12 +12,13 @@ from asked import bound, host_trace, keywords, relative, view_of
 from test_log_prob import POS, case_of, shared
 
 import tl_contextmix as cm
+from tl_contextmix.attribution import By
 from tl_contextmix.results.contributions import SCORES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
 
-def found_by(model: Any, given: zoo.Inputs, by: str, **options: Any) -> Any:
+def found_by(model: Any, given: zoo.Inputs, by: By, **options: Any) -> Any:
     """Contributions at the last position but one."""
     return cm.log_prob_contributions(
         model, given.tokens, by=by, pos=POS, **keywords(given), **options
@@ -136,7 +137,12 @@ def test_chains_top_k_ratio_and_lists() -> None:
     trace, blocks = host_trace(view, given, None)
     one = neurons.components.at(0, 0)
     ff = blocks[2].feed_forward
-    key = ff.weights("W_in")[:, one["neuron"]] * ff.norm_in.weight
+    assert ff is not None
+    assert ff.norm_in is not None
+    weight, gain = ff.weights("W_in"), ff.norm_in.weight
+    assert weight is not None
+    assert gain is not None
+    key = weight[:, one["neuron"]] * gain
     stream = blocks[2].feed_forward_input(trace)[0, one["pos"]]
     start = trace.resid_in(blocks[0])[0, one["pos"]]
     single = queried(model, given, [(2, one["neuron"])], share="ratio")

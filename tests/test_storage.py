@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -347,9 +347,8 @@ def test_hostile_numbers_are_refused_by_the_map_itself(saved: Path):
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_CLASSES", dict(storage._CLASSES))
-    return
 
 
 @pytest.mark.usefixtures("registry")

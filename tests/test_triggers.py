@@ -30,7 +30,9 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], cm.
     corpus = [grammar.sentence().text for _ in range(250)]
     model = cm.load_demo("causal-lm")
     out = tmp_path_factory.mktemp("mined")
-    return model, corpus, cm.mine_triggers(model, corpus, out=out, k=6, tails="both")
+    found = cm.mine_triggers(model, corpus, out=out, k=6, tails="both")
+    assert found is not None
+    return model, corpus, found
 
 
 def test_examples_have_their_contexts_and_coefficients(mined: Any) -> None:
@@ -78,7 +80,10 @@ def test_agreement_is_what_a_count_says(mined: Any) -> None:
             v = values(view.blocks()[row.layer].feed_forward)[row.neuron]
             v = v * (1, -1)[side]
             norm = view.readout.norm
-            logits = norm.linear(v[None])[0] @ view.readout.weights("W_U")
+            W_U = view.readout.weights("W_U")
+            assert norm is not None
+            assert W_U is not None
+            logits = norm.linear(v[None])[0] @ W_U
             assert row.rank == int((logits > logits[first]).sum()) + 1
     layers = found.by_layer()
     assert layers["memories"].sum() == len(found.layer)
@@ -163,6 +168,7 @@ def test_figures_over_a_corpus_are_those_of_its_texts(tmp_path: Path) -> None:
         }
         sums = torch.stack([row[0, :, 1:].sum(-1) for row in rows.values()], dim=-1)
         total = sums if total is None else total + sums
+    assert total is not None
     assert torch.allclose(found.sums, total, rtol=1e-9)
     assert found.examples == sum(len(text.split()) for text in corpus)
     drawn = cm.composition(model, corpus, seed=1)
@@ -234,7 +240,8 @@ def test_tables_need_neither_model_nor_corpus(mined: Any) -> None:
     wrong = cm.load_triggers(triggers.folder, model=model, corpus=corpus[::-1])
     with pytest.raises(cm.InvalidInput, match="not the one that was mined"):
         wrong.patterns(0)
-    for bad in ({"layer": 9}, {"neuron": 10**6}, {"tail": "++"}):
+    unknown: list[dict[str, Any]] = [{"layer": 9}, {"neuron": 10**6}, {"tail": "++"}]
+    for bad in unknown:
         with pytest.raises(cm.InvalidInput):
             bare.to_dataframe(**bad)
     with pytest.raises(cm.FileFormatError, match="cannot read"):

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.methods.value_zeroing import SpanRows
+from tl_contextmix.model_view import StackName
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
@@ -58,7 +60,7 @@ def zeroing(places: Sequence[int], heads: Sequence[int] | None) -> Callable[[Ten
 def literal(
     model: Any,
     given: zoo.Inputs,
-    stack: str | None = None,
+    stack: StackName | None = None,
     *,
     zeroed: Sequence[Sequence[int]] | None = None,
     kv_heads: Sequence[int] | None = None,
@@ -92,7 +94,7 @@ def literal(
     return torch.stack(raw, dim=1), torch.stack(normed, dim=1)
 
 
-def query_heads(model: Any, given: zoo.Inputs, stack: str | None) -> tuple[int, int]:
+def query_heads(model: Any, given: zoo.Inputs, stack: StackName | None) -> tuple[int, int]:
     """How many query heads there are, and how many share a value."""
     trace, blocks = host_trace(view_of(model), given, stack)
     attention = blocks[0].attentions[-1 if stack == "cross" else 0]
@@ -208,7 +210,11 @@ def test_rows_of_spans_by_hand_without_padding() -> None:
     spans = [(0, 1), (1, 3), (3, 6)]
     kwargs = {"spans": spans, "attention_mask": mask}
     kept = cm.value_zeroing(model, tokens, **kwargs).scores
-    for how, reduce in (("mean", lambda x: x.mean(2)), ("max", lambda x: x.amax(2))):
+    ways: dict[SpanRows, Callable[[Tensor], Tensor]] = {
+        "mean": lambda x: x.mean(2),
+        "max": lambda x: x.amax(2),
+    }
+    for how, reduce in ways.items():
         found = cm.value_zeroing(model, tokens, span_rows=how, **kwargs)
         for row, length in ((0, 6), (1, 4)):
             expected = [reduce(kept[row, :, :, start : min(stop, length)]) for start, stop in spans]

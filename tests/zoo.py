@@ -199,7 +199,9 @@ def inputs(case: Case, *, batch: int = 2) -> Inputs:
     if not case.encoder_decoder:
         return Inputs(words(6))
     tokens, decoder_tokens = words(7), words(5)
-    decoder_tokens[:, 0] = rows.FAMILIES[case.family].decoder_start
+    start = rows.FAMILIES[case.family].decoder_start
+    assert start is not None
+    decoder_tokens[:, 0] = start
     return Inputs(tokens, decoder_tokens)
 
 

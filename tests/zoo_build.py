@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import io
 import logging
@@ -98,10 +99,14 @@ def hugging_face(
     return built.eval()
 
 
+def _transformer_lens(module: str = "") -> Any:
+    """A module of the installed TransformerLens; what it holds depends on the version."""
+    return importlib.import_module(f"transformer_lens.{module}".rstrip("."))
+
+
 def config_built(options: dict[str, Any], *, dtype: torch.dtype, seed: int) -> Any:
     """A random HookedTransformer from a HookedTransformerConfig."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
+    lens = _transformer_lens()
     sizes = {
         "d_model": rows.D_MODEL,
         "n_heads": rows.N_HEADS,
@@ -111,8 +116,8 @@ def config_built(options: dict[str, Any], *, dtype: torch.dtype, seed: int) -> A
         "d_vocab": rows.D_VOCAB,
         "n_ctx": rows.N_CTX,
     }
-    config = HookedTransformerConfig(device="cpu", dtype=dtype, **(sizes | options))
-    model = HookedTransformer(config, tokenizer=load_tokenizer("gpt"))
+    config = lens.HookedTransformerConfig(device="cpu", dtype=dtype, **(sizes | options))
+    model = lens.HookedTransformer(config, tokenizer=load_tokenizer("gpt"))
     randomize(model, seed=seed)
     return model
 
@@ -155,9 +160,7 @@ def hooked(
     The classes accept official names only and read the config from where the name points, so the
     name is a folder and the check of names is switched off.
     """
-    import transformer_lens
-    import transformer_lens.loading_from_pretrained as loading
-
+    loading = _transformer_lens("loading_from_pretrained")
     tokenizer = load_tokenizer(kind)
     hf.config.architectures = [_READ_AS.get(type(hf).__name__, type(hf).__name__)]
     # A family's name must not be in the path: TransformerLens would take the sizes from it.
@@ -166,7 +169,7 @@ def hooked(
     tokenizer.save_pretrained(folder)
     options = _UNPROCESSED if host == "HookedTransformer" and not processed else {}
     with unittest.mock.patch.object(loading, "get_official_model_name", lambda name: name):
-        model = getattr(transformer_lens, host).from_pretrained(
+        model = getattr(_transformer_lens(), host).from_pretrained(
             folder, hf_model=hf, tokenizer=tokenizer, device="cpu", dtype=dtype, **options
         )
     return model.to(dtype)  # HookedEncoderDecoder keeps its relative position biases in float32
@@ -174,11 +177,9 @@ def hooked(
 
 def hooked_gemma2(hf: Any, *, dtype: torch.dtype, processed: bool) -> Any:
     """Gemma 2 by hand: HookedTransformer has its sizes only under the official names."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
-
+    lens = _transformer_lens()
     options = rows.FAMILIES["gemma2"].options
-    config = HookedTransformerConfig(
+    config = lens.HookedTransformerConfig(
         d_model=rows.D_MODEL,
         d_head=rows.D_HEAD,
         n_heads=rows.N_HEADS,
@@ -206,8 +207,8 @@ def hooked_gemma2(hf: Any, *, dtype: torch.dtype, processed: bool) -> Any:
         device="cpu",
         dtype=dtype,
     )
-    model = HookedTransformer(config, tokenizer=load_tokenizer("llama"))
-    weights = convert_gemma_weights(hf, config)
+    model = lens.HookedTransformer(config, tokenizer=load_tokenizer("llama"))
+    weights = _transformer_lens("pretrained.weight_conversions").convert_gemma_weights(hf, config)
     if not processed:  # not through the processing, which is in float32 from 3.x on
         model.load_state_dict(model.fill_missing_keys(weights), strict=False)
         return model

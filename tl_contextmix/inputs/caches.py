@@ -20,7 +20,7 @@ _SAME_TOKEN = 0.1
 class Cache(Protocol):
     """What is needed of an ActivationCache: activations by name."""
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str, /) -> Tensor:
         """Returns one activation."""
         ...
 

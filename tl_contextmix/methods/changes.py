@@ -16,6 +16,9 @@ from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, P
 from tl_contextmix.results.axes import largest, require_choice, require_count
 
 Layout = Literal["post-LN", "pre-LN", "parallel"]
+# Maps by point. To a type checker no mapping with keys of type str holds what has keys of type
+# Point, which is what `attention_norms` returns.
+Maps = Mapping[Any, ContextMap]
 
 # Which two points a component lies between.
 _COMPONENTS: dict[Layout, dict[str, tuple[str, str]]] = {
@@ -39,7 +42,7 @@ _EQUAL = 1e-4
 _ROUNDINGS = 16
 
 
-def contextualization_change(maps: Mapping[str, ContextMap]) -> LayerFigures:
+def contextualization_change(maps: Maps) -> LayerFigures:
     r"""Returns how much FF, RES and LN change the map, layer by layer.
 
     .. math:: 1 - \rho(\mathrm{flatten}(C^{before}), \mathrm{flatten}(C^{after}))
@@ -87,7 +90,7 @@ def contextualization_change(maps: Mapping[str, ContextMap]) -> LayerFigures:
     )
 
 
-def cancellation(maps: Mapping[str, ContextMap]) -> LayerFigures:
+def cancellation(maps: Maps) -> LayerFigures:
     r"""Returns whether what FF changes is undone by the rest of the block.
 
     Three maps are compared: :math:`C^{in}` of the residual stream that FF's output is added to
@@ -218,7 +221,7 @@ def _changed(before: ContextMap, after: ContextMap, k: int, *, sign: int) -> Ite
                 )
 
 
-def _layout(maps: Mapping[str, ContextMap]) -> Layout:
+def _layout(maps: Maps) -> Layout:
     """Returns what kind of block the maps are of.
 
     Behind a feed-forward block that reads the residual stream, every pair that attention mixes is
@@ -238,7 +241,7 @@ def _only_own(map: ContextMap) -> bool:
     return not bool(map.scores.masked_fill(own, 0).any())
 
 
-def _require_maps(maps: Mapping[str, ContextMap]) -> None:
+def _require_maps(maps: Maps) -> None:
     """Raises InvalidInput unless there is a map of every point, all of the same thing."""
     if any(point not in maps or maps[point].point != point for point in _POINTS):
         raise _incomparable(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -36,6 +36,94 @@ from tl_contextmix.sequences import MetricChoice, UserMetric, metric_items
 Mode = Literal["generate", "teacher_forced", "scores"]
 Layerwise = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores | LayerCurves
 Categories = Sequence[str] | Sequence[Sequence[str]]
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["generate"] = ...,
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseDecoding: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["teacher_forced"],
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseLikelihood: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["scores"],
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseScores: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Mode = ...,
+    metric: MetricChoice,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerCurves: ...
 
 
 def decoder_lens(
