@@ -103,8 +103,8 @@ class _Builder:
         if plan is None:
             return None
         kind, weight, bias = plan
-        drawn = [self.random(self.plan.d_model) if has else None for has in (weight, bias)]
-        return Norm(kind, *drawn, 1e-5)
+        gain, shift = (self.random(self.plan.d_model) if has else None for has in (weight, bias))
+        return Norm(kind, gain, shift, 1e-5)
 
     def attention(self, kind: Literal["self", "cross"]) -> AttentionSublayer:
         """An attention sublayer; its pattern and values go to the activations."""
@@ -227,7 +227,7 @@ class World:
         return zoo.Inputs(tokens, decoder)
 
     @property
-    def asked(self) -> dict[str, Tensor]:
+    def asked(self) -> dict[str, Any]:
         """The mask and the decoder side as keyword arguments."""
         return {"attention_mask": self.mask, **keywords(self.given)}
 

@@ -20,7 +20,8 @@ CASES = {case.family: case for case in zoo.cases()}
 
 def methods(case: zoo.Case) -> list[Method]:
     """What a case can be asked."""
-    return [method for method, other in (param.values for param in ASKED) if other == case]
+    asked = [param.values for param in ASKED]
+    return [method for method, other in asked if other == case and isinstance(method, Method)]
 
 
 def numbers(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs) -> torch.Tensor:

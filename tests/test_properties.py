@@ -19,7 +19,10 @@ from tl_contextmix.expansion import Expansion
 
 pytestmark = pytest.mark.once
 DRAW = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=tuple(HealthCheck.__members__.values()),
 )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,7 +108,8 @@ def test_a_model_is_left_as_it_was_wherever_a_call_is_interrupted(
     kept = copy.deepcopy(found)
     # What a caller writes on a result is seen neither by the model nor by the next call.
     for tensor in tensors(found):
-        tensor.untyped_storage().fill_(0)
+        storage: Any = tensor.untyped_storage()
+        storage.fill_(0)
     assert state(model) == before
     assert same(call(), kept)
 
