@@ -18,12 +18,8 @@ from tl_contextmix.decompose import linear_points, norms_at, parts_at_all
 from tl_contextmix.expansion import Expansion
 
 pytestmark = pytest.mark.once
-DRAW = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=tuple(HealthCheck.__members__.values()),
-)
+EVERY_CHECK: Any = list(HealthCheck)
+DRAW = settings(deadline=None, derandomize=True, database=None, suppress_health_check=EVERY_CHECK)
 
 
 @settings(DRAW, max_examples=40)
