@@ -167,11 +167,16 @@ TWICE = {"decompose": 1, "decompx_vectors": 4}
 
 @pytest.fixture(scope="module")
 def middle() -> Any:
-    """A random GPT-2 of two layers whose workspace does not fit into the budget."""
+    """A model whose workspace does not fit into the budget."""
+    return random_gpt2(words=500, positions=8192)
+
+
+def random_gpt2(words: int, positions: int) -> Any:
+    """A random GPT-2 of two layers."""
     options = {
-        "vocab_size": 500,
-        "n_positions": 8192,
-        "n_ctx": 8192,
+        "vocab_size": words,
+        "n_positions": positions,
+        "n_ctx": positions,
         "n_embd": 64,
         "n_layer": 2,
         "n_head": 4,
@@ -205,3 +210,12 @@ def test_without_a_budget_there_would_be_more(middle: Any) -> None:
     for method in (cm.attention_norms, cm.value_zeroing, cm.decompx):
         told = cm.estimate(middle, 96, method)
         assert told.parts[2].bytes > 1.2 * BUDGET
+
+
+def test_the_gradient_of_many_logits_counts() -> None:
+    """It is as large as the logits, which are most of what a large vocabulary takes."""
+    model, tokens = random_gpt2(words=20_000, positions=64), torch.randint(5, 500, (1, 64))
+    told = cm.estimate(model, 64, cm.gradient_x_input)
+    with Memory() as memory:
+        cm.gradient_x_input(model, tokens)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)

@@ -181,7 +181,8 @@ class StandIn:
             hooks = [(name, keep if name in edited else None) for name in names]
             logits, values = self._view.runner(given, hooks, grad)
             if grad:
-                torch.autograd.grad(logits.sum(), [values[name] for name in edited])
+                # Of one row, as methods ask: the gradient of all logits is a tensor of their size.
+                torch.autograd.grad(logits[:, -1].sum(), [values[name] for name in edited])
             return {"": logits.detach(), **{name: x.detach() for name, x in values.items()}}
 
         return measure(work, short_lengths(sides, self._view.n_ctx))
