@@ -214,8 +214,8 @@ def test_without_a_budget_there_would_be_more(middle: Any) -> None:
 
 def test_the_gradient_of_many_logits_counts() -> None:
     """It is as large as the logits, which are most of what a large vocabulary takes."""
-    model, tokens = random_gpt2(words=20_000, positions=64), torch.randint(5, 500, (1, 64))
+    model, tokens = random_gpt2(words=50_000, positions=64), torch.randint(5, 500, (1, 64))
     told = cm.estimate(model, 64, cm.gradient_x_input)
     with Memory() as memory:
         cm.gradient_x_input(model, tokens)
-    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=0.03)
