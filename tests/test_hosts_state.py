@@ -354,9 +354,11 @@ def test_threads_with_different_methods_do_not_disturb_each_other(case: zoo.Case
         try:
             for _ in range(3):
                 if name == "the model":
-                    same = torch.equal(zoo.logits(model, others), logits)
+                    found, known = zoo.logits(model, others), logits
                 else:
-                    same = torch.equal(METHODS[name](model, **asked), expected[name])
+                    found, known = METHODS[name](model, **asked), expected[name]
+                # A new thread may share its sums among several of OpenMP's: 5e-15 was seen.
+                same = torch.allclose(found, known, rtol=1e-12, atol=1e-12, equal_nan=True)
                 wrong.extend([] if same else [name])
         except BaseException as error:
             wrong.append(f"{name}: {error!r}")
