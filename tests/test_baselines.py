@@ -346,6 +346,7 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
         assert relative((found[name] * step).sum(dim=(1, 2)), slope) <= limit
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "opt", "bert", "roberta", "bart", "marian", "mbart", "m2m100", "pegasus", "parallel"],
@@ -363,6 +364,7 @@ def test_integrated_gradients_are_complete(name: str) -> None:
     assert float((missed / change).abs().max()) <= limit
 
 
+@pytest.mark.once
 def test_integrated_gradients_equal_a_riemann_sum() -> None:
     case = family("bert")
     model, given = zoo.shared(case), zoo.inputs(case)

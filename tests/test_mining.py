@@ -275,6 +275,7 @@ def mine_in_child(model: Any, corpus: Path, out: Path, options: dict[str, Any]) 
     return child
 
 
+@pytest.mark.once
 def test_killed_at_twenty_random_moments_it_loses_nothing(shared: Any, tmp_path: Path):
     model, corpus, options, whole = shared
     started = time.monotonic()

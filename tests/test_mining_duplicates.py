@@ -16,6 +16,8 @@ from test_value_zeroing import case_of
 import tl_contextmix as cm
 from tl_contextmix.corpus.topk import TopK, first_of_each, hash_prefixes
 
+pytestmark = pytest.mark.once
+
 
 def repetitive() -> list[str]:
     """Sentences of which many begin alike, and some are the same."""

@@ -210,6 +210,7 @@ def flops(block: Block, trace: Trace, rows: list[int] | None = None, *, repeats:
     return counter.get_total_flops()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("n", "causal"), [(32, True), (64, True), (128, True), (64, False)])
 def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal: bool) -> None:
     """Within 1.2 of W_out's product for each pair, its H terms and the sources' neurons.

@@ -22,6 +22,8 @@ from tl_contextmix.corpus.composition import draw
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.memories import CASES, values
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], cm.Triggers]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
-PROCESSABLE = [pytest.param(case, id=case.id) for case in zoo.cases() if zoo.processable(case)]
+PROCESSABLE = [pytest.param(case, id=case.id) for case in zoo.kinds() if zoo.processable(case)]
 WITH_HF = [
     pytest.param(case, id=case.id) for case in zoo.cases() if case.family in zoo.hf_families()
 ]
