@@ -48,6 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(folder: Path) -> Iterator[SimpleNamespace]:
     """The modules imported, every annotation of theirs checked at each call."""
     sys.path.insert(0, str(folder))
+    # Benchmarks have these names, too.
+    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
     try:
         with install_import_hook(list(NAMES), "beartype.beartype"):
             yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
@@ -55,6 +57,7 @@ def made(folder: Path) -> Iterator[SimpleNamespace]:
         sys.path.remove(str(folder))
         for name in NAMES:
             sys.modules.pop(name, None)
+        sys.modules.update(others)
 
 
 def run(*command: Any, **options: Any) -> str:
