@@ -265,6 +265,7 @@ def test_functions_that_name_the_package_can_be_sent_to_other_processes():
 
 
 @pytest.mark.once
+@pytest.mark.typed
 def test_annotations_are_enforced_while_testing():
     from tl_contextmix.errors import four_parts
 
