@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import decoder_lens
+import literal
 import log_prob
 import reference
 import run
@@ -226,6 +227,64 @@ def captum(width: int, n: int) -> Iterator[Pair]:
     )
 
 
+def hand_written(width: int, n: int) -> Iterator[Pair]:
+    """Yields methods against what a user would write with hooks."""
+    model = gpt2(LAYERS, width, VOCABULARY)
+    ids = words(n, VOCABULARY)
+    where = f"GPT-2's widths, {LAYERS} layers, n={n}"
+    vectors = "every pair's vector"
+    target, neuron = 5, 3
+
+    def tops() -> Tensor:
+        found = cm.ff_memories(model, ids)
+        columns = (found.residual_top, found.ffn_top, found.output_top, found.case)
+        return torch.stack(columns, dim=-1)[0].float()
+
+    def before_and_after() -> Tensor:
+        found = cm.knockout(
+            model, ids, heads=[(0, 1)], pos=-1, positions="last", controls=0, target_ids=target
+        )
+        return torch.stack([found.before[0, 0], found.after[0, 0]])
+
+    def brought() -> Tensor:
+        found = cm.query_contributions(model, ids, neurons=[(1, neuron)], by="ff_neuron")
+        return found.inner[0, 0, found.components.of_kind("mlp")[0]]
+
+    for method, other, ours, theirs in (
+        (
+            "mixing_ratio",
+            vectors,
+            lambda: cm.mixing_ratio(model, ids).values[0],
+            partial(literal.mixing_ratio, model, ids),
+        ),
+        (
+            "token_memory",
+            f"{vectors}, times W_in",
+            lambda: cm.token_memory(model, ids).shares[0],
+            partial(literal.token_memory, model, ids),
+        ),
+        (
+            "ff_memories",
+            "the model's readout of each state",
+            tops,
+            partial(literal.top_tokens, model, ids),
+        ),
+        (
+            "knockout, one head",
+            "a hook that zeroes it",
+            before_and_after,
+            partial(literal.knockout, model, ids, 0, 1, target),
+        ),
+        (
+            "query_contributions, ff_neuron",
+            "each neuron's vector through the norm",
+            brought,
+            partial(literal.queries, model, ids, 1, neuron),
+        ),
+    ):
+        yield Pair(method, other, where, ours, theirs)
+
+
 def _traced(view: ModelView, ids: Tensor) -> tuple[list[Block], Trace]:
     blocks = [*view.stacks["decoder"]]
     names = [name for block in blocks for name in (*block.points(), *needed(block))]
@@ -240,11 +299,11 @@ def word_by_word(n: int) -> Iterator[Pair]:
     traced = partial(_traced, view, ids)
     place = f"the embedded model, n={n}"
 
-    def maps(literal: Callable[..., Tensor]) -> Tensor:
+    def maps(oracle: Callable[..., Tensor]) -> Tensor:
         blocks, trace = traced()
         return torch.stack(
             [
-                torch.stack([literal(block, trace, 0, i, "decoder") for i in range(n)])
+                torch.stack([oracle(block, trace, 0, i, "decoder") for i in range(n)])
                 for block in blocks
             ]
         )
@@ -263,16 +322,16 @@ def word_by_word(n: int) -> Iterator[Pair]:
         return _head_scores(view, parts, by_head)
 
     by_head = partial(cm.log_prob_contributions, model, ids, by="head_position")
-    literal = "its equations word by word"
+    by_words = "its equations word by word"
     for method, oracle in ((cm.globenc, "globenc"), (cm.alti, "alti")):
         theirs = partial(maps, getattr(oracles_baselines, oracle))
         ours = partial(lambda method: method(model, ids).scores[0, :, 0], method)
-        yield Pair(oracle, literal, place, ours, theirs)
+        yield Pair(oracle, by_words, place, ours, theirs)
     ours = partial(cm.decompx, model, ids, bias="contributor")
-    steps = f"{literal}, {run.STEPS} steps"
+    steps = f"{by_words}, {run.STEPS} steps"
     yield Pair("decompx", steps, place, lambda: ours().scores[0, :, 0], carried)
     name = "log_prob_contributions, head_position"
-    yield Pair(name, literal, place, lambda: _attention(by_head()), heads)
+    yield Pair(name, by_words, place, lambda: _attention(by_head()), heads)
 
 
 def _attention(found: cm.LogProbContributions) -> Tensor:
@@ -308,5 +367,6 @@ def pairs(quick: bool) -> Iterator[Pair]:
     yield from blocks_of(sizes, 8)
     yield neurons((2, 256, 64, 5000) if quick else (LAYERS, 3072, 768, VOCABULARY))
     yield lens(2 if quick else 8)
+    yield from hand_written(width, 8 if quick else 32)
     yield from captum(width, 8 if quick else 32)
     yield from word_by_word(6)

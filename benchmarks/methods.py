@@ -67,10 +67,23 @@ def _readouts(components: Callable[[int], int]) -> Callable[[int], int]:
     return lambda n: 2 * components(n) * 768 * VOCABULARY
 
 
+def _pairs(n: int) -> int:
+    """Returns how many pairs of target and source there are in a causal model."""
+    return n * (n + 1) // 2
+
+
+def _carried(d: int = 768) -> int:
+    """Returns the operations of carrying one vector through all layers.
+
+    W_out in each; W_in, W_V and W_O in all but the first, whose input is one vector per token.
+    """
+    return LAYERS * 2 * 4 * d * d + (LAYERS - 1) * (2 * 4 * d * d + 4 * d * d)
+
+
 METHODS: dict[str, Method] = {
     "attention": Method(_call(cm.attention), 1),
-    "attention_norms, attn_out": Method(_call(cm.attention_norms, at="attn_out")),
-    "attention_norms, mlp_in": Method(_call(cm.attention_norms, at="mlp_in")),
+    "attention_norms, attn_out": Method(_call(cm.attention_norms, at="attn_out"), 1),
+    "attention_norms, mlp_in": Method(_call(cm.attention_norms, at="mlp_in"), 1),
     "attention_norms, mlp_out": Method(
         _call(cm.attention_norms, at="mlp_out"),
         1,
@@ -81,16 +94,18 @@ METHODS: dict[str, Method] = {
         1,
         lambda n: LAYERS * bound_behind_the_activation(Sizes(n)),
     ),
-    "mixing_ratio": Method(_call(cm.mixing_ratio)),
+    "mixing_ratio": Method(_call(cm.mixing_ratio), 1),
     "decompose, resid_post of the last layer": Method(
-        _call(cm.decompose, at="resid_post", layer=-1)
+        _call(cm.decompose, at="resid_post", layer=-1),
+        1,
+        lambda n: bound_behind_the_activation(Sizes(n)),
     ),
     "value_zeroing": Method(
         _call(cm.value_zeroing), 1, lambda n: LAYERS * value_zeroing.bounds(n, True)[0]
     ),
-    "globenc": Method(_call(cm.globenc)),
-    "alti": Method(_call(cm.alti)),
-    "decompx": Method(_call(cm.decompx)),
+    "globenc": Method(_call(cm.globenc), 1),
+    "alti": Method(_call(cm.alti), 1),
+    "decompx": Method(_call(cm.decompx), 1, lambda n: _pairs(n) * _carried()),
     "gradient_x_input": Method(_call(cm.gradient_x_input), 2),
     f"integrated_gradients, {STEPS} steps": Method(
         _call(cm.integrated_gradients, steps=STEPS), 2 * STEPS
@@ -124,8 +139,10 @@ METHODS: dict[str, Method] = {
     "knockout, one head and one control": Method(
         _call(cm.knockout, heads=[(0, 1)], pos=-1, controls=1), 3
     ),
-    "ff_memories": Method(_call(cm.ff_memories)),
-    "token_memory": Method(_call(cm.token_memory)),
+    "ff_memories": Method(_call(cm.ff_memories), 1, _readouts(lambda n: (3 * LAYERS - 1) * n)),
+    "token_memory": Method(
+        _call(cm.token_memory), 1, lambda n: LAYERS * _pairs(n) * 2 * 12 * 4 * 768
+    ),
     "mine_triggers, one sentence": Method(_mining, 1),
     f"decoder_lens, {ANSWER} tokens": Method(
         _call(cm.decoder_lens, max_new_tokens=ANSWER), kind="encoder-decoder"

@@ -228,9 +228,7 @@ class Reader:
         last = trace[view.blocks()[-1].resid_out][where]
         norm = view.readout.norm
         scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
-        whole = Unembedding(view.readout, "model")
-        final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
-        _require_followed(view, trace, where, final)
+        final = _final_top(view, trace, where, last)
         return cls(view, *how, active, where, scale, final)
 
     def read(self, block: Block, trace: Trace) -> LayerComposition:
@@ -270,11 +268,20 @@ class Reader:
         return seen.sum(-1)
 
 
-def _require_followed(view: ModelView, trace: Trace, where: Tensor, final: Tensor) -> None:
-    """Raises UnsupportedModel where hooks edit the way from the last stream to the logits."""
-    if trace.logits is None or not view.hooked():
-        return
-    own = trace.logits[where].to(view.dtype)
+def _final_top(view: ModelView, trace: Trace, where: Tensor, last: Tensor) -> Tensor:
+    """Returns the model's top tokens, from its logits where the pass has left them.
+
+    Raises:
+        UnsupportedModel: If hooks edit the way from the last stream to the logits.
+    """
+    hooked = view.hooked()
+    if trace.logits is not None and not hooked:
+        return trace.logits[where.to(trace.logits.device)].argmax(dim=-1).to(where.device)
+    whole = Unembedding(view.readout, "model")
+    final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
+    if trace.logits is None:
+        return final
+    own = trace.logits[where.to(trace.logits.device)].to(final.device, view.dtype)
     found = own.gather(-1, final[:, None])[:, 0]
     best = own.amax(dim=-1)
     # A tie may be broken otherwise; another token may not be the highest.
@@ -282,11 +289,12 @@ def _require_followed(view: ModelView, trace: Trace, where: Tensor, final: Tenso
         raise UnsupportedModel(
             four_parts(
                 "memories would be read in another way than the model reads them",
-                f"top tokens that are not the model's, with hooks of your own at {view.hooked()}",
+                f"top tokens that are not the model's, with hooks of your own at {hooked}",
                 "hooks inside the blocks",
                 "Remove the hooks on the final norm or the unembedding.",
             )
         )
+    return final
 
 
 def readings(view: ModelView, projection: object) -> tuple[Unembedding, Unembedding]:

@@ -39,6 +39,10 @@ class FrozenNorm:
         out = self.norm.linear(parts) / self.scale[:, :, None]
         return out + self.norm.bias if constant and self.norm.bias is not None else out
 
+    def since(self, first: int) -> FrozenNorm:
+        """Returns the norm at the targets from one on."""
+        return FrozenNorm(self.norm, self.scale[:, first:])
+
 
 def freeze_norm(norm: Norm | None, whole: Tensor) -> FrozenNorm | None:
     """Returns the norm frozen at ``whole``; None where there is none."""
@@ -47,6 +51,10 @@ def freeze_norm(norm: Norm | None, whole: Tensor) -> FrozenNorm | None:
 
 def _through(norm: FrozenNorm | None, parts: Parts, constant: bool) -> Parts:
     return parts if norm is None else norm(parts, constant)
+
+
+def _since(norm: FrozenNorm | None, first: int) -> FrozenNorm | None:
+    return None if norm is None else norm.since(first)
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,14 @@ class FrozenAttention:
 
         Args:
             stream: Parts before it.
-            memory: Parts of the encoder's output [batch source part d_model], for cross-attention.
+            memory: Parts of the encoder's output [batch source part d_model], for cross-attention;
+                None for none.
             constant: Whether biases are added: the parts are then the bias, one of them.
         """
         cross = self.sublayer.kind == "cross"
         read = memory if cross else _through(self.norm_in, stream, constant)
-        assert read is not None
+        if read is None:
+            return _through(self.norm_after, stream, constant)
         weights = self.sublayer.weights
         value = torch.einsum("bskm,hmd->bskhd", read, require_weight(weights, "W_V"))
         b_V, b_O = weights("b_V"), weights("b_O")
@@ -86,6 +96,12 @@ class FrozenAttention:
         out = torch.einsum("btkhd,hdm->btkm", mixed, self.sublayer.W_O)
         out = out + b_O if constant and b_O is not None else out
         return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
+
+    def since(self, first: int) -> FrozenAttention:
+        """Returns the sublayer at the targets from one on, which read no earlier ones."""
+        seen = 0 if self.sublayer.kind == "cross" else first
+        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
+        return FrozenAttention(self.sublayer, self.pattern[:, :, first:, seen:], *norms)
 
 
 @dataclass(frozen=True)
@@ -128,6 +144,12 @@ class FrozenFeedForward:
             out = sum(shares[1:], shares[0]) @ ff.W_out
         return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
 
+    def since(self, first: int) -> FrozenFeedForward:
+        """Returns the sublayer at the targets from one on."""
+        slopes = tuple(slope[:, first:] for slope in self.slopes)
+        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
+        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *norms)
+
 
 @dataclass(frozen=True)
 class FrozenBlock:
@@ -152,6 +174,18 @@ class FrozenBlock:
             return stream
         read = before if self.block.parallel else stream
         return self.feed_forward(stream, read, constant)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no target reads a later one."""
+        own = (a.pattern for a in self.attentions if a.sublayer.kind == "self")
+        return not any(bool(pattern.triu(1).any()) for pattern in own)
+
+    def since(self, first: int) -> FrozenBlock:
+        """Returns the block at the targets from one on, which read no earlier ones."""
+        attentions = tuple(one.since(first) for one in self.attentions)
+        ff = self.feed_forward
+        return FrozenBlock(self.block, attentions, None if ff is None else ff.since(first))
 
 
 def freeze(
