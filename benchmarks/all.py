@@ -38,10 +38,11 @@ def beside_inseq(pythons: list[str], quick: bool) -> dict[str, Any]:
     with inseq.working(pythons) as (workers, folder):
         small = inseq.small_models(folder)
         found = inseq.outputs(small[:1] if quick else small, workers, 12)
-        wide = [name for name in inseq.WIDE if "12 layers" not in name]
-        wide = [] if quick else [inseq.saved(n, *inseq.WIDE[n], folder / n) for n in wide]
+        names = [] if quick else [*inseq.WIDE]
+        wide = [inseq.saved(name, *inseq.WIDE[name], folder / name) for name in names]
+        length, runs = (16, 1) if quick else (64, 3)
         subjects = [*wide, *inseq.demos()]
-        rows = [row for one in subjects for row in inseq.times(one, workers, [32], 3)]
+        rows = [row for one in subjects for row in inseq.times(one, workers, [length], runs)]
     return {
         "head": found.head,
         "where": found.where,

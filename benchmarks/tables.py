@@ -13,7 +13,7 @@ from meters import markdown
 HERE = Path(__file__).parent
 STORED = HERE / "results.json"
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
-_BLOCK = re.compile(r"(<!-- (speed|growth|against|inseq) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 # README's rows: ours, as the tables name it, and what it answers.
 _SHOWN = {
     "attention_norms, mlp_in": "norms up to the feed-forward block",
@@ -45,12 +45,12 @@ def rewritten(text: str, found: Mapping[str, Any]) -> str:
 
     Blocks of what was never measured stay as they are.
     """
-    makers = {"speed": speed, "growth": growth, "against": against, "inseq": inseq}
 
     def block(match: re.Match[str]) -> str:
-        if ("growth" if match[2] == "speed" else match[2]) not in found:
+        part, make = _MAKERS.get(match[2], ("", None))
+        if make is None or part not in found:
             return match[0]
-        return f"{match[1]}{makers[match[2]](found)}{match[3]}"
+        return f"{match[1]}{make(found)}{match[3]}"
 
     return _BLOCK.sub(block, text)
 
@@ -112,12 +112,21 @@ def _against_row(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def inseq(found: Mapping[str, Any]) -> str:
-    """Returns the tables of Value Zeroing in inseq: outputs, then operations and seconds."""
+def inseq_outputs(found: Mapping[str, Any]) -> str:
+    """Returns the table of how far Value Zeroing here and in inseq is off the literal one."""
     part = found["inseq"]
-    reasons = "".join(f"({number}) {why}\n" for why, number in part["reasons"].items())
-    outputs = markdown(part["head"], iter(part["where"]))
-    return f"{outputs}\n{reasons}\n{markdown(part['columns'], iter(part['times']))}"
+    reasons = "; ".join(f"({number}) {why}" for why, number in part["reasons"].items())
+    return f"{markdown(part['head'], iter(part['where']))}\n{reasons}\n"
+
+
+def inseq_times(found: Mapping[str, Any]) -> str:
+    """Returns the table of what both take."""
+    return markdown(found["inseq"]["columns"], iter(found["inseq"]["times"]))
+
+
+def inseq(found: Mapping[str, Any]) -> str:
+    """Returns both tables."""
+    return f"{inseq_outputs(found)}\n{inseq_times(found)}"
 
 
 def speed(found: Mapping[str, Any]) -> str:
@@ -159,6 +168,16 @@ def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
             if row[0] in ("GPT-2", "GPT-NeoX"):
                 cells.append([f"inseq, {row[0]}, n={row[1]}", *(f"{row[p]}x" for p in places)])
     return cells
+
+
+# What a block of a page is made of, and the part of the measurements that it needs.
+_MAKERS = {
+    "speed": ("growth", speed),
+    "growth": ("growth", growth),
+    "against": ("against", against),
+    "inseq outputs": ("inseq", inseq_outputs),
+    "inseq times": ("inseq", inseq_times),
+}
 
 
 def write() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import oracles_baselines as oracle
@@ -361,7 +362,8 @@ def test_integrated_gradients_are_complete(name: str) -> None:
     zero = {key: torch.zeros_like(x) for key, x in asked.inputs.items()}
     change = asked.at(asked.inputs) - asked.at(zero)
     assert torch.equal(asked.value, asked.at(asked.inputs))
-    parts, missed = gradients._integrate(asked, 200, 2**30)
+    parts, missed, whole = gradients._integrate(asked, 200, 2**30)
+    torch.testing.assert_close(whole, change)
     torch.testing.assert_close(parts.sum(dim=(1, 2)) + missed, change)
     limit = 1e-9 if name in ("bert", "roberta", "marian") else 1e-2
     assert float((missed / change).abs().max()) <= limit
@@ -407,6 +409,21 @@ def test_points_of_a_path_are_one_batch_as_far_as_they_fit(
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
     for name in ("scores", "bias"):
         assert relative(getattr(some, name), getattr(one, name)) <= (1e-4 if inside else 1e-9)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("steps", "warned"), [(1, True), (50, False)])
+def test_what_the_steps_miss_is_said(
+    steps: int, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    warnings.simplefilter("always")
+    case = family("bert")
+    found = integrated_gradients(zoo.shared(case), zoo.inputs(case).tokens, steps=steps)
+    assert found.bias is not None
+    said = [str(one.message) for one in recwarn if one.category is cm.ContextMixWarning]
+    assert bool(said) == warned
+    if said:
+        assert "in 1 steps miss" in said[0]
 
 
 @pytest.mark.once

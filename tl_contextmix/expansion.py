@@ -15,7 +15,6 @@ from functools import reduce
 from operator import add
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,6 +24,8 @@ from tl_contextmix.tensors import Mixture, Norm, blocks
 
 Bias = Literal["contributor", "fixed"]
 DEFAULT_MAX_BYTES = 2**30
+# Of which shares of neurons are made at once: fewer take longer, more take memory for nothing.
+_TARGETS = 16
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,9 @@ def neuron_shares(
     convention: Bias,
     rows: Sequence[int],
     neurons: Int[Tensor, " neuron"],
-) -> tuple[Float[Tensor, "batch target source neuron"], Float[Tensor, "batch target neuron"]]:
-    """Returns each source's share of some neurons' activations, and the share of no source.
+    shares: Float[Tensor, "batch target source neuron"],
+) -> Float[Tensor, "batch target neuron"]:
+    """Writes each source's share of some neurons' activations; returns the share of no source.
 
     Args:
         ff: The feed-forward sublayer.
@@ -293,6 +295,7 @@ def neuron_shares(
         convention: The bias convention, see `decompose`.
         rows: The targets.
         neurons: The neurons.
+        shares: Where the shares are written: they are many, and made a few targets at a time.
     """
     branches = [
         (weight[:, neurons], None if bias is None else bias[neurons])
@@ -302,15 +305,14 @@ def neuron_shares(
     end = tuple(_affine(read.total, *branch) for branch in branches)
     slopes, rest, _ = _neurons(ff, start, end, convention)
     hidden = [read.map(weight) for weight, _ in branches]
-    # Tiles are contiguous: all targets are one, others one each.
+    # Tiles are contiguous: of all targets a few at a time, of others one each.
     whole = list(rows) == list(range(read.bias.shape[1]))
-    tiles = [slice(0, len(rows))] if whole else [slice(row, row + 1) for row in rows]
     branched = list(zip(hidden, slopes, strict=True))
-    parts = [
-        reduce(add, (mixture.dense(tile) * slope[:, None, tile] for mixture, slope in branched))
-        for tile in tiles
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), rest[:, list(rows)]
+    for places in blocks(len(rows), _TARGETS if whole else 1):
+        tile = places if whole else slice(rows[places.start], rows[places.start] + 1)
+        parts = (mixture.dense(tile) * slope[:, None, tile] for mixture, slope in branched)
+        shares[:, places] = reduce(add, parts).transpose(1, 2)
+    return rest[:, list(rows)]
 
 
 def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: int) -> Expansion:

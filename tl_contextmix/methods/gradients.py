@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
-from tl_contextmix.errors import UnsupportedModel, bad, require_choice
+from tl_contextmix.errors import (
+    ContextMixWarning,
+    UnsupportedModel,
+    bad,
+    depth_of_caller,
+    require_choice,
+)
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
 from tl_contextmix.inputs.targets import ids_of, rows_at
@@ -23,6 +30,8 @@ Score = Literal["l2", "l1", "sum"]
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
 # the embeddings changes only where alpha is of the order of 1e-3: 50 points in alpha miss that.
 _CLOSE = 4
+# Of the change: what the steps may miss without a word.
+_MISSED = 0.1
 # Numbers that a graph keeps of one token: times the logits, each block's d_model, head's d_head and
 # sources, and neurons. The largest need, over all families: see tests/test_baselines.py.
 _LOGITS, _STREAMS, _HEADS, _PATTERNS, _NEURONS = 2, 8, 6, 5, 8
@@ -116,7 +125,7 @@ def integrated_gradients(
     the embeddings directly (pre-LN models) changes nothing along most of the path and everything
     close to zero, at a distance that its epsilon sets: where that is small (RMSNorms of 1e-6)
     hundreds of steps are needed. How much of the change the steps missed is in
-    `ContextMap.bias`: look at it.
+    `ContextMap.bias`, and a warning says when it is more than a tenth.
 
     Args:
         model: Any TransformerLens model with a vocabulary readout.
@@ -141,6 +150,9 @@ def integrated_gradients(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
+    Warns:
+        ContextMixWarning: If the steps miss more than a tenth of a sentence's change.
+
     Cost: ``steps`` forward and backward passes, and two forward passes more.
     """
     max_bytes = require_budget(max_bytes)
@@ -151,7 +163,8 @@ def integrated_gradients(
     given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
     with torch.inference_mode(False), torch.no_grad():
         asked = _ask(as_view(model), given, target, pos, of, score)
-        parts, missed = _integrate(asked, steps, max_bytes)
+        parts, missed, change = _integrate(asked, steps, max_bytes)
+        _warn_if_missed(missed / change, steps)
         options = {"steps": steps, "baseline": "zero"}
         return asked.map("integrated_gradients", parts, missed, options)
 
@@ -164,8 +177,19 @@ def _own(input: Text | Tensor) -> Text | Tensor:
         return input.clone()
 
 
-def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:
-    """Returns attributions [batch source d_model] and what they miss of the change [batch]."""
+def _warn_if_missed(share: Tensor, steps: int) -> None:
+    worst = int(share.abs().argmax())
+    if not float(share[worst].abs()) <= _MISSED:
+        warnings.warn(
+            f"integrated gradients in {steps} steps miss {float(share[worst].abs()):.0%} of the "
+            f"change in sentence {worst} (ContextMap.bias holds how much of each): pass more steps",
+            ContextMixWarning,
+            stacklevel=depth_of_caller(),
+        )
+
+
+def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns attributions [batch source d_model], what they miss, and of what change [batch]."""
     u, weights = (torch.tensor(x) for x in numpy.polynomial.legendre.leggauss(steps))
     u, weights = (u + 1) / 2, weights / 2
     shares = weights * _CLOSE * u ** (_CLOSE - 1)
@@ -177,7 +201,8 @@ def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tenso
             total[name] += torch.einsum("k,kbpd->bpd", share, slopes)
     parts = asked.joined(total)
     start = asked.at({name: torch.zeros_like(x) for name, x in asked.inputs.items()})
-    return parts, asked.value - start - parts.sum(dim=(1, 2))
+    change = asked.value - start
+    return parts, change - parts.sum(dim=(1, 2)), change
 
 
 def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

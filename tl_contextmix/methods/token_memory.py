@@ -10,9 +10,9 @@ from torch import Tensor
 from tl_contextmix.decompose import linear_points, require_bias
 from tl_contextmix.expansion import Bias, neuron_shares
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, run_pass
 from tl_contextmix.memories import require_feed_forward
-from tl_contextmix.model_view import Block, StackName
+from tl_contextmix.model_view import StackName
 from tl_contextmix.results import TokenMemory
 from tl_contextmix.results.axes import positions
 
@@ -75,18 +75,24 @@ def token_memory(
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
     chosen = positions("neuron", neurons, (), min(sizes))
     rows = positions("pos", pos, (), done.target.ids.shape[1])
-    found = []
-    with torch.no_grad():
-        for block in done.progress("token_memory"):
-            found.append(_shares(block, done, rows, chosen, bias))
     source = done.source("mlp_out")
     target = done.target.select(list(range(len(done.target.ids))), rows)
-    real = target.mask[:, :, None] & source.mask[:, None, :]
-    shares, rest = (torch.stack(column, dim=1) for column in zip(*found, strict=True))
-    padded = ~target.mask[:, None, :, None].to(rest.device)
+    device = done.view.device
+    columns = torch.tensor(chosen, device=device)
+    # The result is what takes memory here: there is one of it.
+    shape = (len(target.ids), len(done.blocks), len(rows), len(chosen))
+    rest = torch.empty(shape, dtype=done.trace.dtype, device=device)
+    shares = rest.new_empty(*shape[:3], source.ids.shape[1], len(chosen))
+    with torch.no_grad():
+        for index, block in enumerate(done.progress("token_memory")):
+            read = linear_points(block, done.trace, done.stack, ("mlp_in",))["mlp_in"]
+            ff, own = require_feed_forward(block), shares[:, index]
+            rest[:, index] = neuron_shares(ff, read, bias, rows, columns, own)
+    padding = ~target.mask.to(device), ~source.mask.to(device)
+    unread = padding[0][:, :, None] | padding[1][:, None, :]
     return TokenMemory(
-        shares=shares.masked_fill(~real[:, None, :, :, None].to(shares.device), 0),
-        bias=rest.masked_fill(padded, 0),
+        shares=shares.masked_fill_(unread[:, None, :, :, None], 0),
+        bias=rest.masked_fill_(padding[0][:, None, :, None], 0),
         neurons=tuple(chosen),
         layers=done.layers,
         stack=done.stack,
@@ -94,11 +100,3 @@ def token_memory(
         source=source,
         provenance=done.provenance("token_memory", {"pos": rows, "bias": bias}),
     )
-
-
-def _shares(
-    block: Block, done: Pass, rows: list[int], neurons: list[int], bias: Bias
-) -> tuple[Tensor, Tensor]:
-    read = linear_points(block, done.trace, done.stack, ("mlp_in",))["mlp_in"]
-    index = torch.tensor(neurons, device=read.bias.device)
-    return neuron_shares(require_feed_forward(block), read, bias, rows, index)
