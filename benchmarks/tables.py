@@ -115,8 +115,8 @@ def _against_row(row: Mapping[str, Any]) -> list[str]:
 def inseq_outputs(found: Mapping[str, Any]) -> str:
     """Returns the table of how far Value Zeroing here and in inseq is off the literal one."""
     part = found["inseq"]
-    reasons = "; ".join(f"({number}) {why}" for why, number in part["reasons"].items())
-    return f"{markdown(part['head'], iter(part['where']))}\n{reasons}\n"
+    reasons = "".join(f"- ({number}) {why}\n" for why, number in part["reasons"].items())
+    return f"{markdown(part['head'], iter(part['where']))}\n{reasons}"
 
 
 def inseq_times(found: Mapping[str, Any]) -> str:
