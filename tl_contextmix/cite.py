@@ -115,7 +115,7 @@ WORKS: dict[str, Work] = {
         "30--45",
     ),
     "yu2023exploring": Work(
-        ("Zeping Yu", "Sophia Ananiadou"),
+        ("Zeping Yu", "Kailai Yang", "Zhiwei Liu", "Sophia Ananiadou"),
         "Exploring the Residual Stream of Transformers",
         2023,
         "",
@@ -129,6 +129,7 @@ WORKS: dict[str, Work] = {
         _EMNLP.format(2024),
         "EMNLP 2024",
         ("eprint", "2312.12141"),
+        "3267--3280",
     ),
     "langedijk2024decoderlens": Work(
         ("Anna Langedijk", "Hosein Mohebbi", "Gabriele Sarti", "Willem Zuidema", "Jaap Jumelet"),

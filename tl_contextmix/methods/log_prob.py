@@ -1,4 +1,4 @@
-"""Log-probability increase of the residual stream's components (Yu & Ananiadou 2023, 2024)."""
+"""Log-probability increase of components of the residual stream (Yu et al. 2023, 2024)."""
 
 from __future__ import annotations
 
