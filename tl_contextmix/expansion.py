@@ -304,7 +304,7 @@ def neuron_shares(
     start = tuple(_affine(read.bias, *branch) for branch in branches)
     end = tuple(_affine(read.total, *branch) for branch in branches)
     slopes, rest, _ = _neurons(ff, start, end, convention)
-    hidden = [read.map(weight) for weight, _ in branches]
+    hidden = [read.map(weight).ready() for weight, _ in branches]
     # Tiles are contiguous: of all targets a few at a time, of others one each.
     whole = list(rows) == list(range(read.bias.shape[1]))
     branched = list(zip(hidden, slopes, strict=True))
