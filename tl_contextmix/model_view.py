@@ -388,7 +388,7 @@ class Readout:
         norm: Final norm, or None (post-LN models without one).
         head: Dense layer, activation and norm of a masked-LM head, or None.
         weights: Reads ``W_U`` and ``b_U``.
-        scale: Factor before the unembedding (tied T5: d_model ** -0.5).
+        scale: Factor before the unembedding (tied T5: d_model ** -0.5; Cohere's on logits).
         soft_cap: Soft cap of the logits, or None.
         refusal: Why there are no logits to read; empty where there are.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.activations import Activation
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts
 from tl_contextmix.hosts.caches import cache_reader
 from tl_contextmix.hosts.edits import hooked_places, without_hooks
 from tl_contextmix.hosts.processing import find_processing
@@ -51,7 +51,8 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
     """
     model = facts.model
     handle = _handle(facts)
-    with without_hooks(model), _unreadable(facts):
+    # A host's own activation may have trained parameters (xIELU).
+    with without_hooks(model), _unreadable(facts), torch.no_grad():
         lists = block_lists(model, facts.encoder_only)
         readings = {
             stack: [list(candidates(handle, stack, prefix, layer)) for layer in range(len(blocks))]
@@ -78,12 +79,15 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
 
 @contextmanager
 def _unreadable(facts: Facts) -> Iterator[None]:
-    """Turns shapes that do not fit what a block was taken for into a refusal."""
+    """Turns shapes that do not fit what a block was taken for into a refusal.
+
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4).
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         if not _in_reading(error):
             raise
         raise UnsupportedModel(

@@ -30,7 +30,7 @@ def read_readout(handle: Handle, architecture: str) -> Readout:
         norm=norm,
         head=dense,
         weights=_unembed_weights(handle),
-        scale=_tied_scale(handle, architecture),
+        scale=_tied_scale(handle, architecture) * _logit_scale(handle, architecture),
         soft_cap=cap if cap is not None and cap > 0 else None,
     )
 
@@ -75,6 +75,13 @@ def _tied_scale(handle: Handle, architecture: str) -> float:
     scaled = getattr(config, "scale_decoder_outputs", None)
     tied = getattr(config, "tie_word_embeddings", False) if scaled is None else scaled
     return float(model.cfg.d_model) ** -0.5 if t5 and tied else 1.0
+
+
+def _logit_scale(handle: Handle, architecture: str) -> float:
+    """Returns Cohere's factor on logits. Other configurations have one that is not applied."""
+    config = getattr(getattr(handle.get(), "original_model", None), "config", None)
+    scale = getattr(config, "logit_scale", None) if architecture.startswith("Cohere") else None
+    return 1.0 if scale is None else float(scale)
 
 
 def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:

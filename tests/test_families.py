@@ -1,0 +1,59 @@
+"""Families beside the zoo's: each is read, adds up, and is zeroed as the host itself does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+import zoo_others
+from asked import FLOAT32_INSIDE, host_trace, relative, view_of
+from test_value_zeroing import literal
+
+import tl_contextmix as cm
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(zoo.major() < 4, reason="bridges of TransformerLens 4"),
+]
+
+
+def given() -> zoo.Inputs:
+    """Two sentences of seven tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shape, first = (2, 7), zoo.rows.FIRST_WORD_ID
+    return zoo.Inputs(torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator))
+
+
+@pytest.mark.parametrize("kind", zoo_others.OTHERS)
+def test_a_family_is_read_adds_up_and_is_zeroed_exactly(kind: str) -> None:
+    model, inputs = zoo_others.build(kind), given()
+    assert cm.check(model).ok
+    view = view_of(model)
+    trace, blocks = host_trace(view, inputs, None)
+    parts = cm.decompose(model, inputs.tokens, at="block_out")
+    own = torch.stack([trace[block.resid_out] for block in blocks], dim=1)
+    assert relative(parts.total(), own) <= FLOAT32_INSIDE
+    zeroed = cm.value_zeroing(model, inputs.tokens).scores[:, :, 0]
+    assert relative(zeroed, literal(model, inputs)[1]) <= FLOAT32_INSIDE
+    scores = cm.log_prob_contributions(model, inputs.tokens, target_ids=9)
+    said = zoo.logits(model, inputs)[:, -1].log_softmax(dim=-1)[:, 9]
+    assert relative(scores.trajectory[:, -1], said) <= FLOAT32_INSIDE
+    tops = cm.ff_memories(model, inputs.tokens)
+    assert torch.equal(tops.final_top, zoo.logits(model, inputs).argmax(dim=-1))
+    assert torch.equal(tops.output_top[:, -1], tops.final_top)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma4_text": ({"num_key_value_heads": 2, "head_dim": 8}, "cannot be read.*geometry"),
+    "mixtral": ({"num_local_experts": 2}, "mixture of experts"),
+    "bitnet": ({"num_key_value_heads": 2}, "not read correctly"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_is_refused_by_name(kind: str) -> None:
+    options, message = REFUSED[kind]
+    with pytest.raises(cm.UnsupportedModel, match=message):
+        cm.value_zeroing(zoo_others.build(kind, **options), given().tokens)

@@ -1,0 +1,98 @@
+"""Further families of the TransformerBridge: not in the zoo, but read and checked once each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import zoo_build
+from zoo_configs import D_VOCAB
+
+_HEADS = {"num_key_value_heads": 2}
+_WIDE = {**_HEADS, "head_dim": 8}
+_WINDOW = {"sliding_window": 4}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A family as transformers builds it.
+
+    Attributes:
+        name: What its users call it.
+        options: Of its configuration, beside `sizes`.
+        sizes: Names and values that make it small.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        }
+    )
+
+
+OTHERS: dict[str, Other] = {
+    "apertus": Other("Apertus", _HEADS),
+    "arcee": Other("Arcee", _HEADS),
+    "bloom": Other("BLOOM", sizes={"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "codegen": Other("CodeGen", {"rotary_dim": 4}, _GPT),
+    "cohere": Other("Cohere", _HEADS),
+    "cohere2": Other("Cohere 2", {**_HEADS, **_WINDOW}),
+    "ernie4_5": Other("ERNIE 4.5", _WIDE),
+    "exaone4": Other("EXAONE 4", {**_HEADS, **_WINDOW, "sliding_window_pattern": 2}),
+    "falcon": Other(
+        "Falcon",
+        {"bias": True, "multi_query": False, "alibi": False, "parallel_attn": True},
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "gemma": Other("Gemma", _WIDE),
+    "gemma3_text": Other("Gemma 3", {**_WIDE, **_WINDOW}),
+    "glm": Other("GLM", _WIDE),
+    "glm4": Other("GLM 4", _WIDE),
+    "gpt_bigcode": Other("GPT-BigCode", sizes=_GPT),
+    "gpt_neo": Other(
+        "GPT-Neo",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
+    ),
+    "hunyuan_v1_dense": Other("Hunyuan", _WIDE),
+    "jais2": Other("Jais 2"),
+    "ministral3": Other("Ministral 3", _WIDE),
+    "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "nanochat": Other("nanochat", _HEADS),
+    "nemotron": Other("Nemotron", _HEADS),
+    "olmo": Other("OLMo"),
+    "olmo3": Other("OLMo 3", _WINDOW),
+    "phi": Other("Phi"),
+    "phi3": Other("Phi-3", _HEADS),
+    "qwen3": Other("Qwen3", _WIDE),
+    "seed_oss": Other("Seed-OSS", _WIDE),
+    "smollm3": Other("SmolLM3", _HEADS),
+    "stablelm": Other("StableLM", {"num_key_value_heads": 4}),
+    "starcoder2": Other("StarCoder2", _HEADS),
+    "vaultgemma": Other("VaultGemma", {**_WIDE, **_WINDOW}),
+}
+
+
+def build(kind: str, **options: Any) -> Any:
+    """Returns a random model of a family on a TransformerBridge, in float64."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    other = OTHERS.get(kind, Other(kind))
+    config = AutoConfig.for_model(
+        kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
+    )
+    config.pad_token_id = 0
+    with zoo_build.quiet():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = model.eval().to(torch.float64)
+        zoo_build.randomize(model, seed=0)
+        model.config.architectures = [type(model).__name__]
+        return zoo_build.bridge(model, "gpt", dtype=torch.float64, processed=False)
