@@ -34,9 +34,10 @@ import oracles_baselines
 import oracles_log_prob
 
 import tl_contextmix as cm
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Block, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.stream import needed
 
 Work = Callable[[], Any]

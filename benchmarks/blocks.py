@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.tensors import Norm
 
 

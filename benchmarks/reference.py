@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from tl_contextmix.model_view import Block, Trace
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.tensors import Norm
 
 LINEAR_POINTS = ("attn_out", "resid_mid", "mlp_in")

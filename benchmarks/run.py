@@ -20,9 +20,9 @@ import torch
 from blocks import Sizes, build
 from meters import Memory, WithoutProducts, flops, interleaved
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
 from tl_contextmix.inputs import package_version
-from tl_contextmix.model_view import Block, Trace
 
 MAX_BYTES = 2**30
 STEPS = 50

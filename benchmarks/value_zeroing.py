@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.replay import replay
 from tl_contextmix.tensors import Norm
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.blocks import Block
 from tl_contextmix.hosts import as_view
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.identity import (
@@ -28,7 +29,7 @@ from tl_contextmix.identity import (
     tolerance_of,
 )
 from tl_contextmix.identity.probe import relative_error
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.tensors import Norm
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]

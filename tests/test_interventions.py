@@ -19,7 +19,7 @@ from test_conformance import shared
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.model_view import Block
+from tl_contextmix.blocks import Block
 from tl_contextmix.tensors import Norm
 
 CASES = zoo.cases()

@@ -14,7 +14,7 @@ from test_log_prob import case_of, shared
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.model_view import Trace
+from tl_contextmix.blocks import Trace
 from tl_contextmix.results.components import Components, Grid, join
 from tl_contextmix.selection import Controls, chosen_components, without_sources
 

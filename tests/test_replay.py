@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.hosts import as_view
 from tl_contextmix.loading import HostClass
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.replay import Replay, batch_rows, part_of, replay
 from tl_contextmix.tensors import Norm
 

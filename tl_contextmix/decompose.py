@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_contextmix.blocks import AttentionSublayer, Block, Trace
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.expansion import DEFAULT_MAX_BYTES, Bias, Expansion, expand
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import AttentionSublayer, Block, StackName, Trace
+from tl_contextmix.model_view import StackName
 from tl_contextmix.results import Decomposition
 from tl_contextmix.results.axes import whole_number
 from tl_contextmix.tensors import Mixture, Read

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
-from tl_contextmix.model_view import Block, FeedForward
+from tl_contextmix.blocks import Block, FeedForward
 from tl_contextmix.tensors import Mixture, Norm, blocks
 
 Bias = Literal["contributor", "fixed"]

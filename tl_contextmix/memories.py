@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, FeedForward, Trace
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
-from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.unembed import Scan, Unembedding, unembedding
 
 Active = Literal["positive", "nonzero"]

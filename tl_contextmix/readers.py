@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
 from tl_contextmix.attribution import Cut
+from tl_contextmix.blocks import Block, FeedForward, Trace, require_weight
 from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace, require_weight
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.replay import part_of
 from tl_contextmix.results.components import Components
 from tl_contextmix.stream import Stop, Stream, write_stream

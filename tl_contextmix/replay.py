@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Side, Trace
 from tl_contextmix.results.words import Spans
 from tl_contextmix.tensors import Norm, Read, blocks
 

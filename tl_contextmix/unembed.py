@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import require_weight
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Readout, require_weight
+from tl_contextmix.model_view import Readout
 from tl_contextmix.tensors import blocks
 
 Projection = Literal["none", "folded", "frozen", "head", "model"]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.corpus.shards import cut, frame_of
 from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.memories import coefficients, require_feed_forward
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 
 if TYPE_CHECKING:
     import pandas

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.corpus.checks import TAILS, require_flag
 from tl_contextmix.corpus.shards import Cutting, Documents, Malformed, TooLong
 from tl_contextmix.corpus.topk import (
@@ -27,7 +28,7 @@ from tl_contextmix.memories import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.model_view import Block, ModelView, StackName, Trace
+from tl_contextmix.model_view import ModelView, StackName
 from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
 
 Unit = Literal["prefix", "document"]

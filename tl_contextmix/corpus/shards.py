@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch
 from tl_contextmix.corpus.reading import Corpus, Document
 from tl_contextmix.corpus.topk import POSITION_BITS
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Batch, ModelView
+from tl_contextmix.model_view import ModelView
 
 TooLong = Literal["cut", "skip", "error"]
 Malformed = Literal["error", "skip"]

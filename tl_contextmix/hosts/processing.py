@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.blocks import AttentionSublayer, Block
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.recognition import Facts
-from tl_contextmix.model_view import AttentionSublayer, Block
 
 # Mean over d_model of a row of W_O, relative to the row's size: below 1e-4 after centring (in
 # bfloat16 too), about 1 / sqrt(d_model) = 0.02 or more before.

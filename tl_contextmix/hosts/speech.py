@@ -22,7 +22,7 @@ from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import fingerprint
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
 from tl_contextmix.hosts.settings import end_tokens, require_followed
-from tl_contextmix.model_view import describe
+from tl_contextmix.inputs.caches import describe
 
 
 def is_speech(model: object) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Block, Trace
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Batch, Block, ModelView, Trace, describe
+from tl_contextmix.model_view import ModelView
 
 # Embeddings of the same token differ by a factor (Gemma) and by rounding, 4e-3 in bfloat16; those
 # of two tokens point elsewhere.
@@ -154,3 +155,10 @@ def _other_input(seen: str, expected: str) -> InvalidInput:
             "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
         )
     )
+
+
+def describe(value: Any) -> str:
+    """Returns the shape and dtype of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

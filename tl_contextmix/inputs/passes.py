@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_contextmix.blocks import Batch, Block, Side, Trace
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.inputs.caches import trace_of
 from tl_contextmix.inputs.tokens import Given, make_batch
-from tl_contextmix.model_view import Batch, Block, ModelView, Side, StackName, Trace
+from tl_contextmix.model_view import ModelView, StackName
 from tl_contextmix.results import Provenance, Tokens
 
 

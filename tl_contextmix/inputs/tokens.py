@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.inputs.caches import Cache
+from tl_contextmix.inputs.caches import Cache, describe
 from tl_contextmix.inputs.padding import require_safe_padding
-from tl_contextmix.model_view import Batch, ModelView, Side, describe
+from tl_contextmix.model_view import ModelView
 
 Text = str | Sequence[str]
 PaddingSide = Literal["right", "left"]

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Text, make_batch, provenance, select_blocks, word_table
 from tl_contextmix.memories import require_feed_forward, require_predicting, values
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ValueReadouts
 from tl_contextmix.results.axes import positions, require_count, require_number
 from tl_contextmix.tensors import blocks

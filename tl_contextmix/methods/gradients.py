@@ -10,11 +10,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch
 from tl_contextmix.errors import UnsupportedModel, bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
 from tl_contextmix.inputs.targets import ids_of, rows_at
-from tl_contextmix.model_view import Batch, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ContextMap, Tokens
 
 Of = Literal["logit", "log_prob"]

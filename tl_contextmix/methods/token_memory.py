@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.decompose import linear_points, require_bias
 from tl_contextmix.expansion import Bias, neuron_shares
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.memories import require_feed_forward
-from tl_contextmix.model_view import Block, StackName
+from tl_contextmix.model_view import StackName
 from tl_contextmix.results import TokenMemory
 from tl_contextmix.results.axes import positions
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import Block, StackName, Trace
+from tl_contextmix.model_view import StackName
 from tl_contextmix.replay import batch_rows, needed_names, part_of, replay
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
