@@ -6,8 +6,8 @@ used, in the dtype of the maths. Nothing here knows a host, or how a model is ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -181,8 +181,15 @@ class FeedForward:
 
     def post_activation(self, x: Tensor) -> Float[Tensor, "batch target neuron"]:
         """Returns the neurons at the sublayer's (normed) input, ``b_post`` left out."""
+        return self.activate(self.pre_activations(x))
+
+    def pre_activations(self, x: Tensor) -> list[Tensor]:
+        """Returns what the branches compute of the sublayer's (normed) input."""
+        return [affine(x, weight, bias) for weight, bias in self.branches()]
+
+    def activate(self, pre: Sequence[Tensor]) -> Tensor:
+        """Returns the neurons, given the branches; ``b_post`` left out."""
         activation = self.require_activation()
-        pre = [affine(x, weight, bias) for weight, bias in self.branches()]
         return activation(pre[0]) * pre[1] if self.gated else activation(pre[0])
 
     def project(self, post: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
@@ -312,6 +319,14 @@ class Trace:
     def __getitem__(self, name: str) -> Tensor:
         """Returns one activation in the dtype of the maths."""
         return self.values[name].to(self.dtype)
+
+    def part(self, rows: slice) -> Trace:
+        """Returns some rows of the pass, without a copy."""
+        sides = [self.batch.main, self.batch.decoder]
+        main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
+        assert main is not None
+        values = {name: value[rows] for name, value in self.values.items()}
+        return replace(self, batch=Batch(main, decoder), values=values, logits=None)
 
     def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that enters a block."""
