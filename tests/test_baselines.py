@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import oracles_baselines as oracle
@@ -19,6 +20,7 @@ from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import Score, gradient_x_input, integrated_gradients
+from tl_contextmix.operations import Memory
 
 CASES = zoo.cases()
 # One host per family for the slow loops: that hosts agree is tested for the engine they share.
@@ -334,12 +336,12 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
     model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case), of=of)
-    found = asked.gradients(asked.inputs)
+    found = {name: slopes[0] for name, slopes in asked.slopes_along(torch.ones(1)).items()}
     for name, x in asked.inputs.items():
         # Downhill, so that the slope is far from zero.
         step = found[name] / found[name].norm(dim=(1, 2), keepdim=True)
         size = (1e-4 if inside else 1e-7) * float(x.norm())
-        ends = [asked.prediction({**asked.inputs, name: x + s * size * step}) for s in (1, -1)]
+        ends = [asked.at({**asked.inputs, name: x + s * size * step}) for s in (1, -1)]
         slope = (ends[0] - ends[1]) / (2 * size)
         # T5's ReLU has kinks within the longer step.
         limit = (3e-2 if case.family == "t5" else 1e-3) if inside else 1e-5
@@ -357,8 +359,9 @@ def test_integrated_gradients_are_complete(name: str) -> None:
     model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case))
     zero = {key: torch.zeros_like(x) for key, x in asked.inputs.items()}
-    change = asked.prediction(asked.inputs) - asked.prediction(zero)
-    parts, missed = gradients._integrate(asked, 200)
+    change = asked.at(asked.inputs) - asked.at(zero)
+    assert torch.equal(asked.value, asked.at(asked.inputs))
+    parts, missed = gradients._integrate(asked, 200, 2**30)
     torch.testing.assert_close(parts.sum(dim=(1, 2)) + missed, change)
     limit = 1e-9 if name in ("bert", "roberta", "marian") else 1e-2
     assert float((missed / change).abs().max()) <= limit
@@ -370,13 +373,52 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
     asked = asked_of(model, given, target=3)
     ((name, x),) = asked.inputs.items()
-    total = torch.zeros_like(x)
-    for step in range(400):
-        total += asked.gradients({name: x * (step + 0.5) / 400})[name] / 400
+    total = asked.slopes_along((torch.arange(400) + 0.5) / 400)[name].mean(dim=0)
     found = integrated_gradients(model, given.tokens, target=3)
     assert relative(found.scores[:, 0, 0, 0], (total * x).norm(dim=-1)) <= 1e-4
     assert found.bias is not None
     assert float(found.bias.max()) <= 1e-7
+
+
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
+def test_points_of_a_path_are_one_batch_as_far_as_they_fit(
+    case: zoo.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    batches: list[int] = []
+    at_once = gradients._Asked.slopes_along
+
+    def counted(self: Any, points: Tensor) -> Any:
+        batches.append(len(points))
+        return at_once(self, points)
+
+    monkeypatch.setattr(gradients._Asked, "slopes_along", counted)
+    ask = functools.partial(
+        integrated_gradients, model, given.tokens, steps=9, target=3, **keywords(given)
+    )
+    one, room = ask(max_bytes=1), 2**20
+    assert batches == [1] * 9
+    with Memory() as memory:
+        some = ask(max_bytes=room)
+    assert sum(batches[9:]) == 9
+    assert 1 < batches[9] < 9
+    # The bound is at most four times too careful.
+    assert room / 4 * batches[9] / (batches[9] + 1) < memory.peak <= room
+    inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
+    for name in ("scores", "bias"):
+        assert relative(getattr(some, name), getattr(one, name)) <= (1e-4 if inside else 1e-9)
+
+
+@pytest.mark.once
+def test_hooks_see_the_sentences_that_were_given() -> None:
+    case = family("gpt2")
+    model, given = zoo.build(case), zoo.inputs(case)
+    block = "blocks.0.hook_resid_post"
+    kept = model.run_with_cache(given.tokens)[1][block] * 2
+    model.add_hook(block, lambda activation, hook: activation + kept)
+    found = integrated_gradients(model, given.tokens, steps=5)
+    assert found.bias is not None
+    assert bool(found.scores.any())
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
@@ -423,12 +465,12 @@ def test_saliency_refuses_what_it_cannot_answer(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(cm.InvalidInput):
             gradient_x_input(model, tokens, **options)
     for steps in (0, True):
-        with pytest.raises(cm.InvalidInput):
+        with pytest.raises(cm.InvalidInput, match="positive"):
             integrated_gradients(model, tokens, steps=steps)
     mask = torch.ones_like(tokens)
     mask[0, -2:] = 0
     with pytest.raises(cm.InvalidInput, match="padding in sentence 0"):
         gradient_x_input(model, tokens, pos=5, attention_mask=mask)
-    for method in (globenc, alti, decompx):
+    for method in (globenc, alti, decompx, integrated_gradients):
         with pytest.raises(cm.InvalidInput, match="max_bytes"):
             method(model, tokens, max_bytes=0)

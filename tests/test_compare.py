@@ -318,8 +318,8 @@ def test_every_method_has_its_rows_and_its_cost(found: cm.Comparison, model: Any
     assert set(frame[frame.method == "gradient_x_input"].layer) == {"prediction"}
     costs = {cost.method: cost for cost in found.costs}
     assert costs["attention"].forward == pytest.approx(1, abs=0.01)
-    # A backward pass costs about twice a forward pass.
-    assert 2.5 < costs["gradient_x_input"].forward < 3.5
+    # Backward to the embeddings alone costs as much as forward.
+    assert 1.7 < costs["gradient_x_input"].forward < 2.3
     assert all(cost.seconds > 0 for cost in found.costs)
     assert found.correct is not None
     assert 0 <= found.correct <= 6

@@ -109,15 +109,16 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
 
 def _examine(model: Any) -> _Known:
     facts = recognise(model)
-    require_present(model)
-    require_no_autocast(next(model.parameters()).device)
+    weights = dict(model.named_parameters())
+    require_present(weights)
+    require_no_autocast(next(iter(weights.values())).device)
     with lock_of(model):
-        key = (fingerprint(model), weights_stamp(model))
+        key = (fingerprint(weights), weights_stamp(weights))
         known = _KNOWN.get(model)
         if known is not None and known.key == key:
             return known
         require_supported(facts)
-        require_finite(model)
+        require_finite(weights)
         require_no_dropout(model)
         view, report = build(facts, key[0])
         known = _KNOWN[model] = _Known(key, view, report)

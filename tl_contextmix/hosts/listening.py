@@ -138,7 +138,7 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
     hooked = view.hooked()
     # Not all modules of the model inside a bridge are the bridge's own.
     if original is not None and (hooked or hooked_places(original)):
-        return _memory_decoder(model, view, original)
+        return _memory_decoder(model, view, original, alone=False)
     _require_no_decoder_hooks(view, hooked)
     with lock_of(model):
         twin = _TWINS.get(model)
@@ -146,10 +146,12 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
             twin = _TWINS[model] = _make_twin(model, view)
     if twin.model is None and original is None:
         raise UnsupportedModel(twin.reason)
-    return _memory_decoder(model, view, original if twin.model is None else twin.model)
+    if twin.model is None:
+        return _memory_decoder(model, view, original, alone=False)
+    return _memory_decoder(model, view, twin.model, alone=True)
 
 
-def _memory_decoder(model: Any, view: ModelView, decoding: Any) -> MemoryDecoder:
+def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) -> MemoryDecoder:
     # Read at each call: the user may have changed them.
     settings = decoding.generation_config = generation_settings(model)
     require_followed(settings, speech=False)
@@ -161,6 +163,7 @@ def _memory_decoder(model: Any, view: ModelView, decoding: Any) -> MemoryDecoder
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=view.n_ctx,
+        alone=alone,
     )
 
 
@@ -193,7 +196,7 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     with without_hooks(model):
         trace = view.run(Batch(side, decoder), [last])
         memory = trace[last] if norm is None else norm(trace[last])
-    logits = _memory_decoder(model, view, plain).logits(memory, side.mask, inputs)
+    logits = _memory_decoder(model, view, plain, alone=True).logits(memory, side.mask, inputs)
     assert trace.logits is not None
     expected = trace.logits.to(logits.dtype)
     error = float((logits - expected).abs().max() / expected.abs().max())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_contextmix.blocks import AttentionSublayer, Block
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.recognition import Facts
+
+# A model's parameters by name. Walking through its modules takes longer than looking at them.
+Weights = Mapping[str, Tensor]
 
 # Mean over d_model of a row of W_O, relative to the row's size: below 1e-4 after centring (in
 # bfloat16 too), about 1 / sqrt(d_model) = 0.02 or more before.
@@ -89,11 +93,11 @@ def warning_text(name: str, processing: tuple[str, ...]) -> str:
     )
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(weights: Weights) -> str:
     """Returns a hash over every norm and bias and over a sample of every matrix."""
     digest = hashlib.blake2b(digest_size=8)
     samples: dict[torch.device, list[Tensor]] = {}
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         sample = weight.detach()
         if sample.ndim > 1:
@@ -107,7 +111,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_stamp(model: nn.Module) -> tuple[tuple[int, int, torch.device], ...]:
+def weights_stamp(weights: Weights) -> tuple[tuple[int, int, torch.device], ...]:
     """Returns where every weight is and PyTorch's counter of its in-place changes.
 
     The counter misses changes through ``.data``, which the fingerprint sees if they are large; the
@@ -115,17 +119,17 @@ def weights_stamp(model: nn.Module) -> tuple[tuple[int, int, torch.device], ...]
     """
     return tuple(
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device)
-        for weight in model.parameters()
+        for weight in weights.values()
     )
 
 
-def require_present(model: nn.Module) -> None:
+def require_present(weights: Weights) -> None:
     """Checks that the weights are in memory whenever they are looked at.
 
     Raises:
         UnsupportedModel: If one is not, naming it.
     """
-    absent = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    absent = next((name for name, weight in weights.items() if weight.is_meta), None)
     if absent is not None:
         raise UnsupportedModel(
             four_parts(
@@ -137,13 +141,13 @@ def require_present(model: nn.Module) -> None:
         )
 
 
-def require_finite(model: nn.Module) -> None:
+def require_finite(weights: Weights) -> None:
     """Checks every weight.
 
     Raises:
         InvalidInput: If one holds NaN or infinity, naming it.
     """
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         # Least and greatest are NaN where any entry is.
         ends = weight.detach().aminmax() if weight.numel() else ()
         if not all(bool(torch.isfinite(end)) for end in ends):

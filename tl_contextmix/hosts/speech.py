@@ -72,7 +72,7 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
         host=type(model).__name__,
         host_version=__version__,
         processing=(),
-        fingerprint=fingerprint(model),
+        fingerprint=fingerprint(dict(model.named_parameters())),
         n_layers=len(encoder.layers),
         view=None,
         states=lambda features: _speech_states(model, features),

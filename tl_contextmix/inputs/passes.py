@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def provenance(view: ModelView, method: str, options: Mapping[str, Any]) -> Prov
     )
 
 
+@functools.cache
 def package_version() -> str:
     """Returns the installed version of this package."""
     try:

@@ -10,7 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import Batch
+from tl_contextmix.blocks import Batch, Side
+from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import UnsupportedModel, bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
@@ -23,6 +24,9 @@ Score = Literal["l2", "l1", "sum"]
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
 # the embeddings changes only where alpha is of the order of 1e-3: 50 points in alpha miss that.
 _CLOSE = 4
+# Numbers that a graph keeps of one token: times the logits, each block's d_model, head's d_head and
+# sources, and neurons. The largest need, over all families: see tests/test_baselines.py.
+_LOGITS, _STREAMS, _HEADS, _PATTERNS, _NEURONS = 2, 8, 6, 5, 8
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda x: x.norm(dim=-1),
     "l1": lambda x: x.abs().sum(dim=-1),
@@ -75,14 +79,13 @@ def gradient_x_input(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
-    Cost: two forward passes and a backward pass.
+    Cost: a forward and a backward pass.
     """
     given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
     # What inference mode makes can have no gradient.
-    with torch.inference_mode(False):
-        asked = _ask(as_view(model), given, target, pos, of, score)
-        inputs = asked.inputs
-        parts = asked.joined(asked.gradients(inputs), inputs)
+    with torch.inference_mode(False), torch.enable_grad():
+        asked = _ask(as_view(model), given, target, pos, of, score, grad=True)
+        parts = asked.joined(_slopes(asked.value, asked.inputs))
         return asked.map("gradient_x_input", parts, None, {})
 
 
@@ -99,6 +102,7 @@ def integrated_gradients(
     prepend_bos: bool | None = None,
     padding_side: PaddingSide = "right",
     decoder_input: Text | Tensor | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> ContextMap:
     r"""Returns integrated gradients of a prediction for each input token.
 
@@ -127,6 +131,8 @@ def integrated_gradients(
         prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
         padding_side: Where texts of unequal length are padded.
         decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        max_bytes: Bound on what points of the path take that are computed as one batch. One at
+            least is; and one after the other where hooks of your own look on.
 
     Returns:
         A `ContextMap` with one layer and one target, in units of ``of``. Its bias is
@@ -136,16 +142,17 @@ def integrated_gradients(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
-    Cost: ``steps`` forward and backward passes, and three forward passes more.
+    Cost: ``steps`` forward and backward passes, and two forward passes more.
     """
+    max_bytes = require_budget(max_bytes)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise bad(
             "a path cannot have so many points", repr(steps), "a positive integer", "Ask for 50."
         )
     given = Given(_own(input), attention_mask, prepend_bos, padding_side, decoder_input)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         asked = _ask(as_view(model), given, target, pos, of, score)
-        parts, missed = _integrate(asked, steps)
+        parts, missed = _integrate(asked, steps, max_bytes)
         options = {"steps": steps, "baseline": "zero"}
         return asked.map("integrated_gradients", parts, missed, options)
 
@@ -158,19 +165,25 @@ def _own(input: Text | Tensor) -> Text | Tensor:
         return input.clone()
 
 
-def _integrate(asked: _Asked, steps: int) -> tuple[Tensor, Tensor]:
+def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tensor]:
     """Returns attributions [batch source d_model] and what they miss of the change [batch]."""
-    nodes, weights = numpy.polynomial.legendre.leggauss(steps)
-    inputs = asked.inputs
-    total = {name: torch.zeros_like(x, dtype=asked.view.dtype) for name, x in inputs.items()}
-    for node, weight in zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True):
-        found = asked.gradients({name: x * node**_CLOSE for name, x in inputs.items()})
-        share = weight * _CLOSE * node ** (_CLOSE - 1)
-        total = {name: total[name] + found[name] * share for name in total}
-    parts = asked.joined(total, inputs)
-    start = asked.prediction({name: torch.zeros_like(x) for name, x in inputs.items()})
-    end = asked.prediction(inputs)
-    return parts, end - start - parts.sum(dim=(1, 2))
+    u, weights = (torch.tensor(x) for x in numpy.polynomial.legendre.leggauss(steps))
+    u, weights = (u + 1) / 2, weights / 2
+    shares = weights * _CLOSE * u ** (_CLOSE - 1)
+    total = {name: torch.zeros_like(x, dtype=asked.dtype) for name, x in asked.inputs.items()}
+    for chosen in torch.arange(steps).split(asked.points_at_once(max_bytes)):
+        found = asked.slopes_along(u[chosen] ** _CLOSE)
+        for name, slopes in found.items():
+            share = shares[chosen].to(slopes.device, slopes.dtype)
+            total[name] += torch.einsum("k,kbpd->bpd", share, slopes)
+    parts = asked.joined(total)
+    start = asked.at({name: torch.zeros_like(x) for name, x in asked.inputs.items()})
+    return parts, asked.value - start - parts.sum(dim=(1, 2))
+
+
+def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the gradients of predictions, each of its own sentence's."""
+    return dict(zip(inputs, torch.autograd.grad(value.sum(), [*inputs.values()]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,7 @@ class _Asked:
         target: Id of the predicted token in each sentence.
         of: What of it is taken.
         score: What a token's vector becomes.
+        value: The prediction [batch], in the graph of ``inputs`` if gradients were recorded.
     """
 
     view: ModelView
@@ -195,32 +209,58 @@ class _Asked:
     target: Tensor
     of: Of
     score: Score
+    value: Tensor
 
-    def prediction(self, inputs: Mapping[str, Tensor], grad: bool = False) -> Tensor:
-        """Returns the prediction at other inputs [batch]."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the maths."""
+        return self.view.dtype
+
+    def at(self, inputs: Mapping[str, Tensor], *, grad: bool = False) -> Tensor:
+        """Returns the predictions [row] at other inputs, as many times the sentences."""
         edits = {name: _instead(x) for name, x in inputs.items()}
-        logits = self.view.run(self.batch, [], edits=edits, grad=grad).logits
-        assert logits is not None
-        each = torch.arange(logits.shape[0], device=logits.device)
-        row = logits[each, self.rows.to(logits.device)].to(self.view.dtype)
-        row = row.log_softmax(dim=-1) if self.of == "log_prob" else row
-        return row[each, self.target.to(logits.device)]
+        times = len(next(iter(inputs.values()))) // len(self.rows)
+        logits = self.view.run(_repeated(self.batch, times), [], edits=edits, grad=grad).logits
+        rows, target = self.rows.repeat(times), self.target.repeat(times)
+        return _predicted(logits, rows, target, self.of, self.dtype)
 
-    def gradients(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the gradients of the prediction at other inputs."""
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-            value = self.prediction(leaves, grad=True)
-            found = torch.autograd.grad(value.sum(), [*leaves.values()])
-        return {n: g.to(self.view.dtype) for n, g in zip(leaves, found, strict=True)}
+    def slopes_along(self, points: Tensor) -> dict[str, Tensor]:
+        """Returns the gradients at points of the way from zero [point batch pos d_model]."""
+        with torch.enable_grad():
+            leaves = {}
+            for name, x in self.inputs.items():
+                # Points close to zero are below what half precision can hold; inputs there less so.
+                scale = points.to(x.device, self.dtype)[:, None, None, None]
+                leaves[name] = (scale * x).to(x.dtype).flatten(0, 1).requires_grad_()
+            found = _slopes(self.at(leaves, grad=True), leaves)
+        count = (len(points), len(self.rows))
+        return {name: x.to(self.dtype).unflatten(0, count) for name, x in found.items()}
 
-    def joined(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    def points_at_once(self, max_bytes: int) -> int:
+        """Returns how many points of a path fit, from what a graph keeps of one."""
+        if self.view.hooked():
+            return 1  # hooks may count on the sentences that were given
+        d_model = next(iter(self.inputs.values())).shape[-1]
+        longest = max(x.shape[1] for x in self.inputs.values())
+        n = self.batch.side(self.view.base_stack(None)).ids.shape[1]
+        count = _LOGITS * n * self.view.d_vocab
+        for stack, block in self.view.every_block():
+            n = self.batch.side(stack).ids.shape[1]
+            count += n * _STREAMS * d_model
+            for attention in block.attentions:
+                heads, width = attention.W_O.shape[:2]
+                count += n * heads * (_PATTERNS * longest + _HEADS * width)
+            if block.feed_forward is not None:
+                count += n * _NEURONS * len(block.feed_forward.W_out)
+        return max(1, max_bytes // (count * len(self.rows) * self.dtype.itemsize))
+
+    def joined(self, slopes: Mapping[str, Tensor]) -> Tensor:
         """Returns gradient times input [batch source d_model], 0 at padding."""
         sides = _entries(self.view)
         found = []
-        for name, x in inputs.items():
+        for name, x in self.inputs.items():
             real = self.batch.side(sides[name]).mask.to(x.device)
-            part = gradients[name] * x.to(self.view.dtype)
+            part = slopes[name].to(self.dtype) * x.detach().to(self.dtype)
             found.append(part.masked_fill(~real[:, :, None], 0))
         return torch.cat(found, dim=1)
 
@@ -271,6 +311,8 @@ def _ask(
     pos: int,
     of: Of,
     score: Score,
+    *,
+    grad: bool = False,
 ) -> _Asked:
     require_choice("of", of, ("logit", "log_prob"))
     require_choice("score", score, (*_SCORES,))
@@ -278,14 +320,44 @@ def _ask(
         raise UnsupportedModel(view.readout.refusal)
     batch = make_batch(view, given)
     entries = _entries(view)
-    trace = view.run(batch, [*entries])
-    assert trace.logits is not None
-    stack = next(iter(entries.values()))
-    rows = rows_at(pos, batch.side(stack).mask)
-    each = torch.arange(len(rows))
-    best = trace.logits.cpu()[each, rows].argmax(dim=-1)
-    inputs = {name: trace.values[name].detach() for name in entries}
-    return _Asked(view, batch, inputs, rows, ids_of(target, best, view.d_vocab), of, score)
+    leaves: dict[str, Tensor] = {}
+
+    def enter(name: str) -> Callable[[Tensor], Tensor]:
+        def edit(tensor: Tensor) -> Tensor:
+            leaves[name] = tensor.detach().clone().requires_grad_(grad)
+            return leaves[name]
+
+        return edit
+
+    logits = view.run(batch, [], edits={name: enter(name) for name in entries}, grad=grad).logits
+    assert logits is not None
+    rows = rows_at(pos, batch.side(next(iter(entries.values()))).mask)
+    best = logits.detach().cpu()[torch.arange(len(rows)), rows].argmax(dim=-1)
+    ids = ids_of(target, best, view.d_vocab)
+    value = _predicted(logits, rows, ids, of, view.dtype)
+    inputs = {name: leaves[name] for name in entries}
+    return _Asked(view, batch, inputs, rows, ids, of, score, value)
+
+
+def _predicted(
+    logits: Tensor | None, rows: Tensor, target: Tensor, of: Of, dtype: torch.dtype
+) -> Tensor:
+    """Returns what is asked of each sentence's logits [batch]."""
+    assert logits is not None
+    each = torch.arange(len(rows), device=logits.device)
+    row = logits[each, rows.to(logits.device)].to(dtype)
+    row = row.log_softmax(dim=-1) if of == "log_prob" else row
+    return row[each, target.to(logits.device)]
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    """Returns sentences one after the other, as often as asked."""
+    sides = (batch.main, batch.decoder)
+    main, decoder = (
+        side and Side(side.ids.repeat(times, 1), side.mask.repeat(times, 1)) for side in sides
+    )
+    assert main is not None
+    return Batch(main, decoder)
 
 
 def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:
