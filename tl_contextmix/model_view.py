@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.blocks import Batch, Block, Trace, Weights, affine, require_weight
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.tensors import Norm
 
 StackName = Literal["encoder", "decoder", "cross"]
@@ -187,13 +187,11 @@ class ModelView:
             return "decoder" if "decoder" in self.stacks else "encoder"
         known = [*self.stacks, *(["cross"] if has_cross else [])]
         if stack not in known:
-            raise InvalidInput(
-                four_parts(
-                    f"{self.name} has no such stack",
-                    repr(stack),
-                    f"one of {known}",
-                    "Leave `stack` out for the stack that writes the answer.",
-                )
+            raise bad(
+                f"{self.name} has no such stack",
+                repr(stack),
+                f"one of {known}",
+                "Leave `stack` out for the stack that writes the answer.",
             )
         return "decoder" if stack == "cross" else stack
 

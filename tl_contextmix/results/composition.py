@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Bars, Panel
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
@@ -67,13 +67,11 @@ class CompositionFigures(Result):
             return NotImplemented
         for mine, theirs in zip(self._told_apart_by(), other._told_apart_by(), strict=True):
             if mine != theirs:
-                raise InvalidInput(
-                    four_parts(
-                        "figures cannot be added up",
-                        f"{theirs} beside {mine}",
-                        "figures of the same model and layers, read in the same way",
-                        "Ask for both with the same options.",
-                    )
+                raise bad(
+                    "figures cannot be added up",
+                    f"{theirs} beside {mine}",
+                    "figures of the same model and layers, read in the same way",
+                    "Ask for both with the same options.",
                 )
         return CompositionFigures(
             self.sums + other.sums,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results.axes import (
     as_array,
@@ -134,13 +134,11 @@ class Memories(Result):
         if isinstance(pos, int) and pos < 0:
             place = real[_one("pos", pos, len(real))]
         if place not in real:
-            raise InvalidInput(
-                four_parts(
-                    "there are no memories at padding",
-                    f"pos={pos} of row {row}",
-                    f"one of {real}",
-                    "Count from the end: padding is left out.",
-                )
+            raise bad(
+                "there are no memories at padding",
+                f"pos={pos} of row {row}",
+                f"one of {real}",
+                "Count from the end: padding is left out.",
             )
         found = []
         for index in layer_positions(layer, self.layers):
@@ -210,12 +208,10 @@ def _one(axis: str, wanted: object, length: int) -> int:
     """Returns the one position that is asked for."""
     found = [] if wanted is None else positions(axis, wanted, (), length)
     if len(found) != 1:
-        raise InvalidInput(
-            four_parts(
-                f"one place on the {axis} axis is asked for",
-                repr(wanted)[:200],
-                f"an integer from {-length} to {length - 1}",
-                "Name one.",
-            )
+        raise bad(
+            f"one place on the {axis} axis is asked for",
+            repr(wanted)[:200],
+            f"an integer from {-length} to {length - 1}",
+            "Name one.",
         )
     return found[0]
