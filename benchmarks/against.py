@@ -35,6 +35,7 @@ import oracles_log_prob
 
 import tl_contextmix as cm
 from tl_contextmix.blocks import Block, Trace
+from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.model_view import ModelView
@@ -111,7 +112,7 @@ def blocks_of(sizes: Sizes, steps_at: int) -> Iterator[Pair]:
     """Yields the norms of one block, and Value Zeroing of one."""
     block, trace = build(sizes)
     where = f"a block of d={sizes.d}, n={sizes.n}"
-    fields = {
+    fields: dict[Point, str] = {
         "mlp_in": "a tensor [head, target, source, d_model]",
         "block_out": "every pair's vector through the block",
     }

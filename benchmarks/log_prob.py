@@ -6,22 +6,23 @@ say, and on which numbers, is in README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import get_args
 
 import torch
-from meters import Memory, WithoutProducts, flops
+from meters import Memory, WithoutProducts, command_line, flops
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.attribution import Best, Cut, best_neurons
 from tl_contextmix.demo_models.lexicon import FACTS
+from tl_contextmix.methods.knockout import Positions
+from tl_contextmix.methods.log_prob import Score
 from tl_contextmix.model_view import Readout
 from tl_contextmix.ranks import bootstrap_interval
 from tl_contextmix.results.components import Grid
-from tl_contextmix.results.contributions import SCORES
 from tl_contextmix.stream import Neurons, Path
 from tl_contextmix.tensors import Norm
 from tl_contextmix.vocabulary import Vocabulary, read_vocabulary
@@ -165,18 +166,18 @@ def evaluated_table(model: object, facts_each: int | None) -> None:
 
 
 def knockout_table(
-    model: object, facts_each: int | None, *, count: int = 10, positions: str = "all"
+    model: object, facts_each: int | None, *, count: int = 10, positions: Positions = "all"
 ) -> dict[str, Tensor]:
     """Prints MRR and probability once the neurons that each score finds are set to zero."""
     _row("score", "MRR", "95 % interval", "probability", "95 % interval")
     _row(*["---"] * 5)
     found: dict[str, list[Tensor]] = {"none": [], "random": []}
     for _, texts, answers in facts(facts_each):
-        for score in SCORES:
+        for score in get_args(Score):
             best = cm.log_prob_contributions(
                 model, texts, target=answers, by="ff_neuron", score=score
             ).top(count)
-            first = score == next(iter(SCORES))
+            first = score == get_args(Score)[0]
             done = cm.knockout(
                 model,
                 texts,
@@ -210,7 +211,7 @@ def _say(line: str = "") -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="a small vocabulary, few layers and facts"
     )

@@ -8,6 +8,7 @@ allocates one is seen. Both work on real tensors and on tensors without numbers 
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -31,6 +32,7 @@ __all__ = [
     "Memory",
     "Operations",
     "WithoutProducts",
+    "command_line",
     "flops",
     "interleaved",
     "machine",
@@ -153,3 +155,8 @@ def show(text: str) -> None:
     """Writes text to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that introduces itself with the first line of a module's docstring."""
+    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])

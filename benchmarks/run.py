@@ -6,7 +6,6 @@ seconds. What the columns mean is in README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -18,7 +17,7 @@ from functools import partial
 import reference
 import torch
 from blocks import Sizes, build
-from meters import Memory, WithoutProducts, flops, interleaved
+from meters import Memory, WithoutProducts, command_line, flops, interleaved
 
 from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
@@ -222,7 +221,7 @@ def _say(line: str = "") -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args(arguments).quick
     torch.set_num_threads(1)

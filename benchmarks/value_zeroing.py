@@ -11,13 +11,12 @@ neurons, 2 n d d_mlp. *First call*: W_O folded into W_in besides, 2 d^2 d_mlp, w
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from meters import Memory, WithoutProducts, flops, interleaved
+from meters import Memory, WithoutProducts, command_line, flops, interleaved
 from torch import Tensor
 from torch.nn import functional
 
@@ -206,7 +205,7 @@ def _row(*cells: object) -> None:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
