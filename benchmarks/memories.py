@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meters import Memory, command_line, flops, seconds
+from meters import Memory, command_line, flops, say, seconds
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.miner import Miner, make_cutting, make_miner
@@ -30,12 +30,6 @@ from tl_contextmix.model_view import Readout
 from tl_contextmix.unembed import Unembedding
 
 BATCH, LENGTH, K = 16, 128, 25
-
-
-def say(text: str) -> None:
-    """Writes a line."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:

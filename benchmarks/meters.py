@@ -37,6 +37,8 @@ __all__ = [
     "interleaved",
     "machine",
     "markdown",
+    "row",
+    "say",
     "seconds",
     "show",
 ]
@@ -148,13 +150,27 @@ def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Returns a Markdown table."""
     head = [*head]
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(map(_line, lines))
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
 
 
 def show(text: str) -> None:
     """Writes text to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def say(line: str = "") -> None:
+    """Writes a line."""
+    show(f"{line}\n")
+
+
+def row(*cells: object) -> None:
+    """Writes a row of a Markdown table."""
+    show(_line(cells))
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:

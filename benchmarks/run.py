@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from functools import partial
 import reference
 import torch
 from blocks import Sizes, build
-from meters import Memory, WithoutProducts, command_line, flops, interleaved
+from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 
 from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
@@ -87,7 +86,7 @@ def masks(lengths: list[int], base: Sizes) -> Iterator[tuple[str, Sizes]]:
 
 def linear_table(lengths: list[int], base: Sizes) -> None:
     """Prints the points up to the feed-forward input."""
-    _row(
+    row(
         "mask",
         "n",
         "point",
@@ -99,7 +98,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
         "[H,n,n,d] MiB",
         "less by",
     )
-    _row(*["---"] * 10)
+    row(*["---"] * 10)
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         shapes = build(sizes, device="meta")
@@ -108,7 +107,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
             there = measure(partial(reference.norms, *shapes, at, sizes.causal))
             shared = output_products(sizes, at)
             beyond = here.flops - shared, there.flops - 2 * sizes.n * sizes.d**2
-            _row(
+            row(
                 mask,
                 sizes.n,
                 at,
@@ -123,7 +122,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
 
 def neuron_table(lengths: list[int], base: Sizes) -> None:
     """Prints the points behind the activation."""
-    _row(
+    row(
         "mask",
         "n",
         "point",
@@ -137,7 +136,7 @@ def neuron_table(lengths: list[int], base: Sizes) -> None:
         "ours MiB",
         "n^2 vectors MiB",
     )
-    _row(*["---"] * 12)
+    row(*["---"] * 12)
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         shapes = build(sizes, device="meta")
@@ -148,7 +147,7 @@ def neuron_table(lengths: list[int], base: Sizes) -> None:
             here = measure(partial(ours, block, trace, at), products=False)
             there = measure(partial(reference.norms, *shapes, at, sizes.causal))
             least = bound(sizes)
-            _row(
+            row(
                 mask,
                 sizes.n,
                 at,
@@ -174,8 +173,8 @@ def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
         "n^2 vectors: block_out",
         f"{STEPS} steps",
     )
-    _row("mask", "n", *names)
-    _row(*["---"] * (2 + len(names)))
+    row("mask", "n", *names)
+    row(*["---"] * (2 + len(names)))
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         ways: list[Callable[[], object]] = [
@@ -195,7 +194,7 @@ def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
         # One step is timed; all take the same.
         taken[5:] = [STEPS * time for time in taken[5:]]
         found = [f"{seconds:.3f}" for seconds in taken]
-        _row(mask, sizes.n, *found, *["not run"] * (len(names) - len(found)))
+        row(mask, sizes.n, *found, *["not run"] * (len(names) - len(found)))
 
 
 def _short(count: int) -> str:
@@ -210,15 +209,6 @@ def _times(here: float, there: float) -> str:
     return f"{there / here:.1f}x"
 
 
-def _row(*cells: object) -> None:
-    _say("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _say(line: str = "") -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
     parser = command_line(__doc__)
@@ -227,18 +217,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     base = Sizes(0, d=48, heads=4, m=192) if quick else Sizes(0)
     lengths = [8, 16] if quick else [64, 128, 256, 512]
-    _say(
+    say(
         f"tl_contextmix {package_version()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()} with {os.cpu_count()} cores "
         "of which one is used, float32; "
         f"d={base.d}, H={base.heads}, m={base.m}, one row, max_bytes {MAX_BYTES}."
     )
     with torch.no_grad():
-        _say("\nUp to the feed-forward input: operations beyond the products with W_O\n")
+        say("\nUp to the feed-forward input: operations beyond the products with W_O\n")
         linear_table(lengths, base)
-        _say("\nBehind the activation: operations\n")
+        say("\nBehind the activation: operations\n")
         neuron_table(lengths, base)
-        _say("\nSeconds\n")
+        say("\nSeconds\n")
         seconds_table([n for n in lengths if n <= 256], base, 1 if quick else 5)
 
 

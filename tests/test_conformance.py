@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, stacks, view_of
+from asked import bound, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -136,11 +136,6 @@ def ask(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs, **options
     view_of(model)
     options = {"at": last_point(case), **options} if method.pointed else options
     return method.ask(model, given.tokens, **keywords(given), **options)
-
-
-def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
-    """A model that no test changes, and words for it."""
-    return zoo.shared(case), zoo.inputs(case)
 
 
 @pytest.mark.parametrize(("method", "case"), STACKED)

@@ -11,8 +11,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import view_of
-from test_hosts import case_of, relative
+from asked import case_of, relative, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
@@ -254,7 +253,7 @@ def test_an_unknown_activation_limits_the_model_and_no_more() -> None:
 
 
 def test_an_elementwise_activation_of_the_hosts_own_is_taken() -> None:
-    case = case_of("gpt2", "HookedTransformer")
+    case = case_of("gpt2", host="HookedTransformer")
     model, given = zoo.build(case), zoo.inputs(case)
     for block in model.blocks:
         block.mlp.act_fn = torch.sin

@@ -11,8 +11,7 @@ import torch
 import unchecked
 import zoo
 import zoo_build
-from asked import keywords, view_of
-from test_hosts import case_of
+from asked import case_of, keywords, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -220,7 +219,8 @@ UNCHECKED: dict[str, tuple[str, str]] = {
 
 SETTING = """
 import numpy, zoo
-from test_inputs_errors import TOKENS, case_of
+from asked import case_of
+from test_inputs_errors import TOKENS
 import tl_contextmix as cm
 model = zoo.build(case_of("gpt2"))
 def ask(given, options):
@@ -283,7 +283,7 @@ def test_uninitialised_weights_of_the_classes_that_leave_them() -> None:
         pytest.skip("TransformerLens 4 has no HookedEncoder")
     from transformer_lens import HookedEncoder
 
-    cfg = zoo.build(case_of("bert", "HookedEncoder")).cfg
+    cfg = zoo.build(case_of("bert", host="HookedEncoder")).cfg
     with zoo_build.quiet():
         kind: Any = HookedEncoder  # its parameters depend on the version
         model = kind(cfg, zoo_build.load_tokenizer("bert"))

@@ -14,8 +14,8 @@ _SETTING = """
 import tempfile
 from pathlib import Path
 import numpy as np, torch, zoo
+from asked import case_of
 from test_mining import texts
-from test_value_zeroing import case_of
 import tl_contextmix as cm
 here = Path(tempfile.mkdtemp())
 model, corpus = zoo.build(case_of("gpt2")), texts(20)

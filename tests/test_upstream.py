@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative
+from asked import bound, keywords, relative, stacks
 from jaxtyping import install_import_hook
 from zoo_refused import REFUSED
 
@@ -136,14 +136,10 @@ def test_the_shape_of_a_tool(name: str, made: Any) -> None:
     assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def stacks_of(case: zoo.Case) -> list[str | None]:
-    return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
-
-
 @pytest.mark.parametrize("case", ONE_STACK + TWO_STACKS, ids=str)
 def test_value_zeroing_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
-    for stack in stacks_of(case):
+    for stack in stacks(case):
         ask = {"stack": stack, **keywords(given)}
         ours = cm.value_zeroing(model, given.tokens, **ask).scores
         found = made.value_zeroing.value_zeroing(model, given.tokens, **ask)
