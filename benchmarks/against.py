@@ -35,9 +35,11 @@ import oracles_baselines
 import oracles_log_prob
 
 import tl_contextmix as cm
+from tl_contextmix.blocks import Block, Trace
+from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Block, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.stream import needed
 
 Work = Callable[[], Any]
@@ -111,7 +113,7 @@ def blocks_of(sizes: Sizes, steps_at: int) -> Iterator[Pair]:
     """Yields the norms of one block, and Value Zeroing of one."""
     block, trace = build(sizes)
     where = f"a block of d={sizes.d}, n={sizes.n}"
-    fields = {
+    fields: dict[Point, str] = {
         "mlp_in": "a tensor [head, target, source, d_model]",
         "block_out": "every pair's vector through the block",
     }

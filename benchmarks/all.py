@@ -8,7 +8,6 @@ is asked of inseq, and what was stored about it stays. It needs TransformerLens 
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ import against
 import methods
 import tables
 import torch
-from meters import machine, show
+from meters import command_line, machine, show
 
 PARTS = ("counts", "growth", "against", "inseq")
 
@@ -54,7 +53,7 @@ def beside_inseq(pythons: list[str], quick: bool) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, and stores if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, one run; for a look")
     parser.add_argument("--write", action="store_true", help="store, and update both pages")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.tensors import Norm
 
 
@@ -88,7 +89,7 @@ def _side(rows: int, length: int) -> Side:
 
 
 def _attention(
-    sizes: Sizes, draw: _Draw, values: dict[str, Tensor], kind: str
+    sizes: Sizes, draw: _Draw, values: dict[str, Tensor], kind: Literal["self", "cross"]
 ) -> AttentionSublayer:
     length, d_head = sizes.n if kind == "self" else sizes.encoder, sizes.d // sizes.heads
     scores = draw(sizes.batch, sizes.heads, sizes.n, length)

@@ -8,10 +8,11 @@ the machine.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
+
+from meters import command_line
 
 import tl_contextmix as cm
 
@@ -48,7 +49,7 @@ def table(found: cm.Comparison) -> str:
 
 def main() -> None:
     """Prints the tables, or puts them into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--sentences", type=int, default=50)
     parser.add_argument("--write", action="store_true", help="update the page")
     options = parser.parse_args()

@@ -12,14 +12,13 @@ this package.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from meters import flops, interleaved, markdown, show
+from meters import command_line, flops, interleaved, markdown, show
 
 import tl_contextmix as cm
 from tl_contextmix.demo_models import demo_folder
@@ -124,7 +123,7 @@ def row(name: str, layers: int | None, count: int, length: int, runs: int) -> li
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="few runs")
     quick = parser.parse_args(arguments).quick
     torch.set_num_threads(1)

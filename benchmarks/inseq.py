@@ -8,7 +8,6 @@ asked of `inseq_worker.py`; several environments can be given, for several versi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -27,8 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from hf_literal import as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
-from meters import flops, markdown, seconds, show
+from hf_literal import Stack, as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
+from meters import command_line, flops, markdown, seconds, show
 from saved_models import FAMILIES, WIDE, Subject, demos, saved, zoo_build
 from torch import Tensor
 
@@ -144,7 +143,7 @@ class Truth:
         answer = worker.ask("maps", **self.texts)
         if answer["ids"] != [ids.tolist() for ids in self.ids]:
             raise Failed("other token ids")
-        stacks = [stack for stack in self.stacks if stack != "cross"]
+        stacks: list[Stack] = [stack for stack in self.stacks if stack != "cross"]
         for stack, states in zip(stacks, answer["states"], strict=True):
             here = hidden_states(self._plain, self.ids, stack)[-1]
             apart = gap(torch.tensor(states), here) / float(here.abs().max())
@@ -285,7 +284,7 @@ COLUMNS = (
 
 def main() -> None:
     """Prints all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--python", action="append", required=True, help="of inseq's environment")
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     given = parser.parse_args()

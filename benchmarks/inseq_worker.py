@@ -7,6 +7,7 @@ Reads one JSON object per line from standard input and answers each with one on 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -16,15 +17,17 @@ import sys
 import time
 import warnings
 from importlib.metadata import version
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import inseq
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-MODEL = None
+# Not by an import statement: checkers take that for the `inseq.py` of this folder.
+inseq = importlib.import_module("inseq")
+MODEL: Any = None
 """The model of the last request to load one."""
 
 

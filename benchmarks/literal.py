@@ -12,10 +12,11 @@ import reference
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, FeedForward, Trace
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.memories import CASES
-from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 
 
 def traced(view: ModelView, ids: Tensor) -> tuple[list[Block], Trace]:
@@ -46,6 +47,7 @@ def token_memory(model: Any, ids: Tensor) -> Tensor:
         parts, bias = reference.attention_parts(block, trace, "mlp_in")
         ff = _feed_forward(block)
         ((W_in, b_in),) = ff.branches()
+        assert b_in is not None
         pre = (parts.sum(dim=1) + bias) @ W_in + b_in
         found.append((parts @ W_in) * ff.require_activation().secant(None, pre)[:, None])
     return torch.stack(found)
@@ -98,6 +100,7 @@ def queries(model: Any, ids: Tensor, layer: int, neuron: int) -> Tensor:
     blocks, trace = traced(as_view(model), ids)
     norm = _feed_forward(blocks[layer]).norm_in
     assert norm is not None
+    assert norm.weight is not None
     ((W_in, _),) = _feed_forward(blocks[layer]).branches()
     scale = norm.scale(blocks[layer].middle(trace)[0, -1])
     found = []

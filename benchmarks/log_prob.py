@@ -6,22 +6,22 @@ say, and on which numbers, is in README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import get_args
 
 import torch
-from meters import Memory, WithoutProducts, flops
+from meters import Memory, WithoutProducts, command_line, flops, row, say
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.attribution import Best, Cut, best_neurons
 from tl_contextmix.demo_models.lexicon import FACTS
+from tl_contextmix.methods.knockout import Positions
+from tl_contextmix.methods.log_prob import Score
 from tl_contextmix.model_view import Readout
 from tl_contextmix.ranks import bootstrap_interval
 from tl_contextmix.results.components import Grid
-from tl_contextmix.results.contributions import SCORES
 from tl_contextmix.stream import Neurons, Path
 from tl_contextmix.tensors import Norm
 from tl_contextmix.vocabulary import Vocabulary, read_vocabulary
@@ -112,8 +112,8 @@ def peak(work: Callable[[], object]) -> int:
 def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
     """Prints how many operations the bound spares, on numbers that are drawn."""
     names = ("activations", "logits", "k", "best", "k-th", "evaluated", "of")
-    _row(*names, "ours", "all", "less by", "peak MiB")
-    _row(*["---"] * 11)
+    row(*names, "ours", "all", "less by", "peak MiB")
+    row(*["---"] * 11)
     for heavy in (1.0, 2.0):
         for sharp in (1.0, 2.5, 5.0):
             sizes = Sizes(*shape, heavy=heavy, sharp=sharp)
@@ -123,7 +123,7 @@ def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
                 spent = flops(lambda k=k, s=sizes, f=found: f.append(s.best(k)), elementwise=False)
                 used = peak(partial(sizes.best, k))
                 best, last = (float(score) for score in found[0].score[[0, -1]])
-                _row(
+                row(
                     f"log-normal {heavy}",
                     f"sd {sharp}",
                     k,
@@ -155,28 +155,28 @@ def facts(count: int | None = None) -> Iterator[tuple[str, list[str], list[str]]
 
 def evaluated_table(model: object, facts_each: int | None) -> None:
     """Prints how many neurons of the embedded, trained model are evaluated to find the best."""
-    _row("facts", "k", "evaluated (median)", "most", "of")
-    _row(*["---"] * 5)
+    row("facts", "k", "evaluated (median)", "most", "of")
+    row(*["---"] * 5)
     for name, texts, answers in facts(facts_each):
         for k in (10, 100):
             found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", top_k=k)
             numbers = found.evaluated
-            _row(name, k, int(numbers.median()), int(numbers.max()), int(found.possible[0]))
+            row(name, k, int(numbers.median()), int(numbers.max()), int(found.possible[0]))
 
 
 def knockout_table(
-    model: object, facts_each: int | None, *, count: int = 10, positions: str = "all"
+    model: object, facts_each: int | None, *, count: int = 10, positions: Positions = "all"
 ) -> dict[str, Tensor]:
     """Prints MRR and probability once the neurons that each score finds are set to zero."""
-    _row("score", "MRR", "95 % interval", "probability", "95 % interval")
-    _row(*["---"] * 5)
+    row("score", "MRR", "95 % interval", "probability", "95 % interval")
+    row(*["---"] * 5)
     found: dict[str, list[Tensor]] = {"none": [], "random": []}
     for _, texts, answers in facts(facts_each):
-        for score in SCORES:
+        for score in get_args(Score):
             best = cm.log_prob_contributions(
                 model, texts, target=answers, by="ff_neuron", score=score
             ).top(count)
-            first = score == next(iter(SCORES))
+            first = score == get_args(Score)[0]
             done = cm.knockout(
                 model,
                 texts,
@@ -195,22 +195,13 @@ def knockout_table(
         for column in (2, 1):
             low, high = bootstrap_interval(values[:, column])
             cells += [f"{float(values[:, column].mean()):.3f}", f"{low:.3f} to {high:.3f}"]
-        _row(name, *cells)
+        row(name, *cells)
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _row(*cells: object) -> None:
-    _say("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _say(line: str = "") -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="a small vocabulary, few layers and facts"
     )
@@ -219,11 +210,11 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         work_table((3, 256, 64, 2000) if quick else GPT2, [10] if quick else [10, 100])
         model = cm.load_demo("causal-lm")
-        _say()
+        say()
         facts_each = 4 if quick else None
         evaluated_table(model, facts_each)
         for positions in ("all", "last"):
-            _say(f"\nTen neurons set to zero at {positions} positions\n")
+            say(f"\nTen neurons set to zero at {positions} positions\n")
             knockout_table(model, facts_each, positions=positions)
 
 

@@ -6,7 +6,6 @@ the machine; seconds are medians, on as many threads as PyTorch takes.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meters import Memory, flops, seconds
+from meters import Memory, command_line, flops, say, seconds
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.miner import Miner, make_cutting, make_miner
@@ -33,12 +32,6 @@ from tl_contextmix.unembed import Unembedding
 BATCH, LENGTH, K = 16, 128, 25
 
 
-def say(text: str) -> None:
-    """Writes a line."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
     """Returns a Hugging Face model of GPT-2's shape with random weights."""
     import transformers
@@ -50,10 +43,10 @@ def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
         vocab_size=d_vocab,
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="eager",
     )
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config).eval()
+    eager = {"attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_config(config, **eager).eval()
 
 
 def gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
@@ -86,7 +79,7 @@ def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
     )
 
 
-def miner_of(view: Any, rows: int) -> tuple[Miner, TopK]:
+def miner_of(view: Any, rows: int) -> tuple[Miner, dict[tuple[int, str], TopK]]:
     """Returns what mines batches of so many rows, and where nothing was found yet."""
     how = make_cutting("mining", rows, 256, "cut", "error", None, False)
     miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
@@ -102,12 +95,13 @@ def mining(layers: int, d_model: int, count: int) -> None:
     view = as_view(model)
     miner, tops = miner_of(view, BATCH)
     bare, mined = [], []
-    for documents in batches(view, count):
+    read = list(batches(view, count))
+    for documents in read:
         bare.append(seconds(lambda d=documents: view.run(d.batch, []), time.process_time))
         mined.append(seconds(lambda d=documents: miner.take(tops, d), time.process_time))
     operations = [
-        flops(lambda: view.run(documents.batch, [])),
-        flops(lambda: miner.take(tops, documents)),
+        flops(lambda: view.run(read[-1].batch, [])),
+        flops(lambda: miner.take(tops, read[-1])),
     ]
     say(f"\nMining {layers} layers, d={d_model}, batches of {BATCH} x {LENGTH}, k={K}\n")
     say("| batches | forward | with mining | over the forward pass |\n|---|---|---|---|")
@@ -208,7 +202,7 @@ def corpus(tokens: int) -> None:
 
 def main() -> int:
     """Prints all tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds in all")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     quick = parser.parse_args().quick

@@ -8,6 +8,7 @@ allocates one is seen. Both work on real tensors and on tensors without numbers 
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -31,10 +32,13 @@ __all__ = [
     "Memory",
     "Operations",
     "WithoutProducts",
+    "command_line",
     "flops",
     "interleaved",
     "machine",
     "markdown",
+    "row",
+    "say",
     "seconds",
     "show",
 ]
@@ -146,10 +150,29 @@ def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     """Returns a Markdown table."""
     head = [*head]
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(map(_line, lines))
+
+
+def _line(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
 
 
 def show(text: str) -> None:
     """Writes text to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def say(line: str = "") -> None:
+    """Writes a line."""
+    show(f"{line}\n")
+
+
+def row(*cells: object) -> None:
+    """Writes a row of a Markdown table."""
+    show(_line(cells))
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that introduces itself with the first line of a module's docstring."""
+    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])

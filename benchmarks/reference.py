@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from tl_contextmix.model_view import Block, Trace
+from tl_contextmix.blocks import Block, Trace
+from tl_contextmix.memories import require_feed_forward
 from tl_contextmix.tensors import Norm
 
 LINEAR_POINTS = ("attn_out", "resid_mid", "mlp_in")
@@ -31,12 +32,13 @@ def attention_parts(block: Block, trace: Trace, at: str) -> tuple[Tensor, Tensor
     weighted = pattern[..., None] * transformed[:, None]
     parts = weighted.sum(dim=0)
     del weighted
+    assert attention.b_O is not None
     bias = attention.b_O.expand(parts.shape[0], -1)
     if at == "attn_out":
         return parts, bias
     x = trace.resid_in(block)[0]
     parts = parts + torch.eye(len(x), dtype=x.dtype, device=x.device)[..., None] * x[:, None]
-    norms = (attention.norm_after, block.feed_forward.norm_in if at == "mlp_in" else None)
+    norms = (attention.norm_after, require_feed_forward(block).norm_in if at == "mlp_in" else None)
     for norm in norms if at != "resid_mid" else ():
         if norm is not None:
             parts, bias = normed(norm, parts, bias)
@@ -45,6 +47,8 @@ def attention_parts(block: Block, trace: Trace, at: str) -> tuple[Tensor, Tensor
 
 def normed(norm: Norm, parts: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Returns parts and bias after a LayerNorm whose scale is that of their sum."""
+    assert norm.weight is not None
+    assert norm.bias is not None
     scale = norm.scale(parts.sum(dim=1) + bias)
     centred = parts - parts.mean(dim=-1, keepdim=True)
     bias = (bias - bias.mean(dim=-1, keepdim=True)) / scale * norm.weight + norm.bias
@@ -60,8 +64,9 @@ def norms(block: Block, trace: Trace, at: str, causal: bool) -> Tensor:
     parts, bias = attention_parts(block, trace, at if at in LINEAR_POINTS else "mlp_in")
     if at in LINEAR_POINTS:
         return parts.norm(dim=-1)
-    ff = block.feed_forward
+    ff = require_feed_forward(block)
     ((W_in, b_in),) = ff.branches()
+    assert b_in is not None
     stream = (parts, bias) if ff.norm_in is None else attention_parts(block, trace, "resid_mid")
     out = parts.new_zeros(parts.shape[:2])
     for i, seen in targets(len(parts), causal):
@@ -91,8 +96,9 @@ def gradient_step(block: Block, parts: Tensor, bias: Tensor, alpha: float, causa
     the block's own forward pass shared by the sources of a target. Backward passes would take one
     per output dimension and target, d_model instead of n of them: more, as long as n < d_model.
     """
-    ff = block.feed_forward
+    ff = require_feed_forward(block)
     ((W_in, b_in),) = ff.branches()
+    assert b_in is not None
 
     def feed_forward(x: Tensor, reached: Tensor) -> Tensor:
         return ff.require_activation()(x @ W_in + reached * b_in) @ ff.W_out

@@ -6,10 +6,8 @@ seconds. What the columns mean is in README.md beside this file.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,11 +16,11 @@ from functools import partial
 import reference
 import torch
 from blocks import Sizes, build
-from meters import Memory, WithoutProducts, flops, interleaved
+from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
 from tl_contextmix.inputs import package_version
-from tl_contextmix.model_view import Block, Trace
 
 MAX_BYTES = 2**30
 STEPS = 50
@@ -88,7 +86,7 @@ def masks(lengths: list[int], base: Sizes) -> Iterator[tuple[str, Sizes]]:
 
 def linear_table(lengths: list[int], base: Sizes) -> None:
     """Prints the points up to the feed-forward input."""
-    _row(
+    row(
         "mask",
         "n",
         "point",
@@ -100,7 +98,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
         "[H,n,n,d] MiB",
         "less by",
     )
-    _row(*["---"] * 10)
+    row(*["---"] * 10)
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         shapes = build(sizes, device="meta")
@@ -109,7 +107,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
             there = measure(partial(reference.norms, *shapes, at, sizes.causal))
             shared = output_products(sizes, at)
             beyond = here.flops - shared, there.flops - 2 * sizes.n * sizes.d**2
-            _row(
+            row(
                 mask,
                 sizes.n,
                 at,
@@ -124,7 +122,7 @@ def linear_table(lengths: list[int], base: Sizes) -> None:
 
 def neuron_table(lengths: list[int], base: Sizes) -> None:
     """Prints the points behind the activation."""
-    _row(
+    row(
         "mask",
         "n",
         "point",
@@ -138,7 +136,7 @@ def neuron_table(lengths: list[int], base: Sizes) -> None:
         "ours MiB",
         "n^2 vectors MiB",
     )
-    _row(*["---"] * 12)
+    row(*["---"] * 12)
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         shapes = build(sizes, device="meta")
@@ -149,7 +147,7 @@ def neuron_table(lengths: list[int], base: Sizes) -> None:
             here = measure(partial(ours, block, trace, at), products=False)
             there = measure(partial(reference.norms, *shapes, at, sizes.causal))
             least = bound(sizes)
-            _row(
+            row(
                 mask,
                 sizes.n,
                 at,
@@ -175,8 +173,8 @@ def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
         "n^2 vectors: block_out",
         f"{STEPS} steps",
     )
-    _row("mask", "n", *names)
-    _row(*["---"] * (2 + len(names)))
+    row("mask", "n", *names)
+    row(*["---"] * (2 + len(names)))
     for mask, sizes in masks(lengths, base):
         block, trace = build(sizes)
         ways: list[Callable[[], object]] = [
@@ -196,7 +194,7 @@ def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
         # One step is timed; all take the same.
         taken[5:] = [STEPS * time for time in taken[5:]]
         found = [f"{seconds:.3f}" for seconds in taken]
-        _row(mask, sizes.n, *found, *["not run"] * (len(names) - len(found)))
+        row(mask, sizes.n, *found, *["not run"] * (len(names) - len(found)))
 
 
 def _short(count: int) -> str:
@@ -211,35 +209,26 @@ def _times(here: float, there: float) -> str:
     return f"{there / here:.1f}x"
 
 
-def _row(*cells: object) -> None:
-    _say("| " + " | ".join(map(str, cells)) + " |")
-
-
-def _say(line: str = "") -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args(arguments).quick
     torch.set_num_threads(1)
     base = Sizes(0, d=48, heads=4, m=192) if quick else Sizes(0)
     lengths = [8, 16] if quick else [64, 128, 256, 512]
-    _say(
+    say(
         f"tl_contextmix {package_version()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()} with {os.cpu_count()} cores "
         "of which one is used, float32; "
         f"d={base.d}, H={base.heads}, m={base.m}, one row, max_bytes {MAX_BYTES}."
     )
     with torch.no_grad():
-        _say("\nUp to the feed-forward input: operations beyond the products with W_O\n")
+        say("\nUp to the feed-forward input: operations beyond the products with W_O\n")
         linear_table(lengths, base)
-        _say("\nBehind the activation: operations\n")
+        say("\nBehind the activation: operations\n")
         neuron_table(lengths, base)
-        _say("\nSeconds\n")
+        say("\nSeconds\n")
         seconds_table([n for n in lengths if n <= 256], base, 1 if quick else 5)
 
 

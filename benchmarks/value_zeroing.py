@@ -11,18 +11,16 @@ neurons, 2 n d d_mlp. *First call*: W_O folded into W_in besides, 2 d^2 d_mlp, w
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from meters import Memory, WithoutProducts, flops, interleaved
+from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 from torch import Tensor
 from torch.nn import functional
 
 from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.replay import replay
 from tl_contextmix.tensors import Norm
 
@@ -138,7 +136,7 @@ def bounds(n: int, causal: bool) -> tuple[int, int]:
 
 def operations(sizes: list[int]) -> None:
     """Prints the table of operations."""
-    _row(
+    row(
         "causal",
         "n",
         "bound",
@@ -150,7 +148,7 @@ def operations(sizes: list[int]) -> None:
         "loop / ours",
         "loop / first call",
     )
-    _row(*["---"] * 10)
+    row(*["---"] * 10)
     for causal in (True, False):
         for n in sizes:
             layer = made(n, causal)
@@ -160,7 +158,7 @@ def operations(sizes: list[int]) -> None:
             # Each of the loop's n + 1 passes does the same operations.
             there = (n + 1) * flops(layer, elementwise=False)
             bound, heads = bounds(n, causal)
-            _row(
+            row(
                 causal,
                 n,
                 *(f"{x:.3g}" for x in (bound, heads, here, there)),
@@ -173,8 +171,8 @@ def memory(sizes: list[int]) -> None:
 
     Products of matrices are replaced by constants, which changes no allocation.
     """
-    _row("causal", "n", "max_bytes (MiB)", "peak (MiB)", "peak / max_bytes")
-    _row(*["---"] * 5)
+    row("causal", "n", "max_bytes (MiB)", "peak (MiB)", "peak / max_bytes")
+    row(*["---"] * 5)
     for causal in (True, False):
         for n in sizes:
             block, trace = made(n, causal).view()
@@ -182,13 +180,13 @@ def memory(sizes: list[int]) -> None:
                 with WithoutProducts(), Memory() as meter:
                     ours(block, trace, max_bytes)
                 peak = f"{meter.peak / 2**20:.0f}", f"{meter.peak / max_bytes:.2f}"
-                _row(causal, n, max_bytes // 2**20, *peak)
+                row(causal, n, max_bytes // 2**20, *peak)
 
 
 def seconds(sizes: list[int], runs: int) -> None:
     """Prints the table of seconds."""
-    _row("causal", "n", "ours (s)", "loop (s)", "loop / ours", "largest difference")
-    _row(*["---"] * 6)
+    row("causal", "n", "ours (s)", "loop (s)", "loop / ours", "largest difference")
+    row(*["---"] * 6)
     for causal in (True, False):
         for n in sizes:
             layer = made(n, causal)
@@ -196,25 +194,20 @@ def seconds(sizes: list[int], runs: int) -> None:
             apart = float((ours(block, trace) - loop(layer)).abs().max())
             ways = (partial(ours, block, trace), partial(loop, layer))
             here, there = interleaved(ways, runs)
-            _row(causal, n, f"{here:.3f}", f"{there:.3f}", f"{there / here:.1f}", f"{apart:.1e}")
-
-
-def _row(*cells: object) -> None:
-    sys.stdout.write("| " + " | ".join(map(str, cells)) + " |\n")
-    sys.stdout.flush()
+            row(causal, n, f"{here:.3f}", f"{there:.3f}", f"{there / here:.1f}", f"{apart:.1e}")
 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     with torch.no_grad():
         operations([32, 64, 128] if quick else [32, 64, 128, 256, 512])
-        sys.stdout.write("\n")
+        say()
         memory([256] if quick else [256, 512, 1024])
-        sys.stdout.write("\n")
+        say()
         seconds([32, 64] if quick else [32, 64, 128], 3 if quick else 7)
 
 

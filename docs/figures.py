@@ -12,16 +12,17 @@ import matplotlib
 matplotlib.use("Agg")
 
 import tl_contextmix as cm
+from tl_contextmix.results import Result
 
 IMAGES = Path(__file__).parent / "pages" / "images"
+POINTS = ("resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out")
 TEXT = "the keys to the cabinet are"
 
 
-def results() -> dict[str, cm.ContextMap]:
+def results() -> dict[str, Result]:
     """Returns what each page shows, by the name of its figure."""
     model, translator = cm.load_demo("causal-lm"), cm.load_demo("encoder-decoder")
-    points = ["resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
-    maps = cm.attention_norms(model, TEXT, at=points)
+    maps = cm.attention_norms(model, TEXT, at=POINTS)
     fact = "the capital of france is"
     return {
         "norms": maps["block_out"].normalize(),

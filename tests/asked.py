@@ -5,19 +5,35 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import zoo
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import POINTS, Point
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Block, ModelView, StackName, Trace
+from tl_contextmix.model_view import ModelView, StackName
 
 # Relative to the largest entry. Where a float64 host computes in float32 inside (see
 # zoo.FLOAT32_INSIDE), what is recomputed in float64 is up to 2e-7 off; elsewhere up to 1e-14.
 EXACT, FLOAT32_INSIDE = 1e-10, 1e-6
+
+
+def case_of(*families: str, host: str | None = None) -> zoo.Case:
+    """The first case of these families, on a class if one is named; skips if there is none."""
+    every = [case for case in zoo.cases() if host in (None, case.host)]
+    found = [case for family in families for case in every if case.family == family]
+    if not found:
+        pytest.skip(f"none of {families} loads on {host or 'any class'} of this version")
+    return found[0]
+
+
+def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
+    """A model that no test changes, and words for it."""
+    return zoo.shared(case), zoo.inputs(case)
 
 
 def bound(case: zoo.Case) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zoo
 
 # Sandboxes need rights that containers do not have; the rest keeps the browser to itself.
 ARGUMENTS = [
@@ -144,12 +143,6 @@ def require_browser() -> str:
             pytest.fail(f"{why} (TL_CONTEXTMIX_EXPECT_BROWSER is 1)")
         pytest.skip(why)
     return found
-
-
-ONE_MAJOR = [
-    pytest.mark.once,
-    pytest.mark.skipif(zoo.major() != 4, reason="pages do not depend on the host"),
-]
 
 
 @contextmanager

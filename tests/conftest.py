@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from matrix import Matrix
+from zoo import EXPECTED, major
 
+_NEWEST = f"runs on TransformerLens {max(EXPECTED)}"
 # Tiny matrices: more threads only wait for each other, and sums would depend on their number.
 torch.set_num_threads(1)
 
@@ -25,6 +27,13 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Counts what the contract covers; see `matrix`."""
     config.pluginmanager.register(Matrix(), "matrix")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What runs on the newest version alone is `once`, too, and skipped on the others."""
+    if item.get_closest_marker("newest"):
+        item.add_marker("once")
+        item.add_marker(pytest.mark.skipif(major() < max(EXPECTED), reason=_NEWEST))
 
 
 @pytest.fixture(autouse=True)

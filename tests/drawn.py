@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_contextmix.activations import ACTIVATIONS, Activation
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.tensors import Norm
 
 SEEDS = st.integers(0, 2**31 - 1)

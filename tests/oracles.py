@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.tensors import Norm
 
 

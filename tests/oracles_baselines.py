@@ -9,7 +9,7 @@ import torch
 from oracles import Position, apply_norm, bias_of, frozen, integrated_gradients
 from torch import Tensor
 
-from tl_contextmix.model_view import AttentionSublayer, Block, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, Trace
 from tl_contextmix.tensors import Norm
 
 Row = tuple[list[Tensor], Tensor]

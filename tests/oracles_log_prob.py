@@ -11,7 +11,8 @@ import torch
 from oracles import bias_of, frozen
 from torch import Tensor
 
-from tl_contextmix.model_view import AttentionSublayer, FeedForward, ModelView, Trace
+from tl_contextmix.blocks import AttentionSublayer, FeedForward, Trace
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.tensors import Norm
 
 Key = tuple[object, ...]

@@ -35,7 +35,7 @@ from tl_contextmix.results import (
     ValueReadouts,
 )
 from tl_contextmix.results.base import Shown
-from tl_contextmix.results.memories import FIGURES
+from tl_contextmix.results.composition import FIGURES
 
 N = len(HOSTILE)
 WORDS = {str(place): word for place, word in enumerate(HOSTILE)}

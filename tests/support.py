@@ -1,7 +1,14 @@
-"""README's table of what is tested: families, classes and methods, from the rows of the tests."""
+"""README's table of what is tested.
+
+Families and classes are the rows of the zoo; columns and methods are those of the goldens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import test_conformance as contract
+import test_goldens as goldens
 import zoo
 import zoo_configs as rows
 
@@ -30,12 +37,26 @@ _NAMES = {
 }
 
 
+def answered(family: str) -> set[str]:
+    """The methods that are asked about a family, by the names of their functions."""
+    if family in zoo.OPAQUE_FEED_FORWARD:  # it has no goldens
+        return {way.name for way in contract.METHODS if contract.answers(way, family)}
+    return {name.partition(" ")[0] for name in goldens.asked(zoo.Case(family, ""))}
+
+
+def _cell(methods: Iterable[str], found: set[str]) -> str:
+    """Says whether all of a column's methods have an answer, none, or which."""
+    column = dict.fromkeys(name.partition(" ")[0] for name in methods)
+    some = [f"`{name}`" for name in column if name in found]
+    return "yes" if len(some) == len(column) else ", ".join(some) or "-"
+
+
 def table() -> str:
     """Returns the table in Markdown: a row per family, the majors of each class that loads it."""
+    columns = goldens.METHODS
     lines = [
-        "| family | TransformerLens class (major versions) | maps | FF maps | memories | log-prob "
-        "| DecoderLens |",
-        "|---|---|---|---|---|---|---|",
+        f"| family | TransformerLens class (major versions) | {' | '.join(columns)} |",
+        "|---|---|" + "---|" * len(columns),
     ]
     hosts = {name: row.hosts for name, row in rows.FAMILIES.items()}
     hosts |= dict.fromkeys(rows.CONFIG_BUILT, rows.CONFIG_BUILT_HOSTS)
@@ -47,10 +68,6 @@ def table() -> str:
             for name in names:
                 classes.setdefault(name, []).append(str(major))
         held = ", ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
-        opaque = family in zoo.OPAQUE_FEED_FORWARD
-        neurons = not opaque and family != "attn_only"
-        marks = [neurons, neurons, True, zoo.Case(family, "").encoder_decoder]
-        maps = "of attention" if opaque else "yes"
-        cells = " | ".join([maps, *("yes" if mark else "-" for mark in marks)])
+        cells = " | ".join(_cell(methods, answered(family)) for methods in columns.values())
         lines.append(f"| {_NAMES[family]} | {held} | {cells} |")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import ONE_MAJOR, Seen, executable, launched, opened, require_browser, screenshot
+from browser import Seen, executable, launched, opened, require_browser, screenshot
 from hand_built import random_map
 from hostile import HOSTILE
 from PIL import Image
@@ -21,7 +21,7 @@ from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Table
 from tl_contextmix.render import Page
 from tl_contextmix.render.text import shorten, visible
 
-pytestmark = ONE_MAJOR
+pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", " are", "</s>")
 BLUE = (0x21, 0x66, 0xAC)
 

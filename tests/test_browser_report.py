@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from browser import ONE_MAJOR, launched, opened, require_browser, screenshot
+from browser import launched, opened, require_browser, screenshot
 
 import tl_contextmix as cm
 from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import Page
 from tl_contextmix.report import write_report
 
-pytestmark = ONE_MAJOR
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")

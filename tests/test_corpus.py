@@ -13,8 +13,8 @@ import pandas
 import pytest
 import torch
 import zoo
+from asked import case_of
 from test_mining import texts
-from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.corpus import progress

@@ -13,6 +13,7 @@ from oracles import Position
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.decompose import (
     POINTS,
     Expansion,
@@ -27,15 +28,7 @@ from tl_contextmix.decompose import (
     require_point,
 )
 from tl_contextmix.inputs import Given, run_pass
-from tl_contextmix.model_view import (
-    AttentionSublayer,
-    Batch,
-    Block,
-    FeedForward,
-    Side,
-    StackName,
-    Trace,
-)
+from tl_contextmix.model_view import StackName
 from tl_contextmix.tensors import Norm
 
 CASES = zoo.cases()

@@ -7,12 +7,10 @@ import contextlib
 import functools
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zoo
 from browser import PAINTED, launched, opened
 
 DEMOS = Path(__file__).resolve().parent.parent / "demos"
@@ -45,20 +43,11 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     return _outputs(path)[:2]
 
 
-# What does not depend on the class that holds the model runs on one version.
-
-
-def once(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test on the newest version alone."""
-    newest = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
-    return pytest.mark.once(newest(test))
-
-
 def test_there_is_a_notebook_for_each_question() -> None:
     assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"123456", "in"]
 
 
-@once
+@pytest.mark.newest
 def test_five_minutes_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "1_context_mixing_in_five_minutes.ipynb")
     best = names["best"]
@@ -70,7 +59,7 @@ def test_five_minutes_notebook_finds_what_it_says() -> None:
     assert "In 15 sentences, value_zeroing puts 9" in printed
 
 
-@once
+@pytest.mark.newest
 def test_comparison_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "6_which_map_should_i_believe.ipynb")
     assert names["first"] == "value_zeroing"
@@ -97,7 +86,7 @@ def test_no_outputs_are_committed(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
-@once
+@pytest.mark.newest
 def test_feed_forward_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "2_what_the_feed_forward_block_changes.ipynb")
     assert "100 sentences" in printed
@@ -107,7 +96,7 @@ def test_feed_forward_notebook_finds_what_it_says() -> None:
     assert f"layer {names['strongest']}" in printed
 
 
-@once
+@pytest.mark.newest
 def test_fact_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "4_who_wrote_the_answer.ipynb")
     # Layers add up to the model's own log-probability.
@@ -122,7 +111,7 @@ def test_fact_notebook_finds_what_it_says() -> None:
     assert f"by {names['strongest']} take" in printed
 
 
-@once
+@pytest.mark.newest
 def test_decoder_lens_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "5_decoder_lens.ipynb")
     first, table = names["first"], names["table"]
@@ -136,7 +125,7 @@ def test_decoder_lens_notebook_finds_what_it_says() -> None:
     assert "500 sentences" in printed
 
 
-@once
+@pytest.mark.newest
 def test_memories_notebook_finds_what_it_says() -> None:
     names, printed = _run(DEMOS / "3_feed_forward_memories_over_a_corpus.ipynb")
     layers = names["layers"]
@@ -155,7 +144,7 @@ def test_memories_notebook_finds_what_it_says() -> None:
     assert shares["keys" if "keys" in shares else " keys"] > 10 * abs(shares[" cabinet"])
 
 
-@once
+@pytest.mark.newest
 def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
     with launched() as browser:
         for path in NOTEBOOKS:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import keywords, relative
-from test_conformance import ASKED, Method, ask, shared
+from asked import keywords, relative, shared
+from test_conformance import ASKED, Method, ask
 
 import tl_contextmix as cm
 

@@ -12,11 +12,9 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import zoo
 
 import tl_contextmix as cm
 
@@ -24,12 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 METHODS = sorted((PAGES / "methods").glob("*.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-def once(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test on the newest version alone."""
-    newest = pytest.mark.skipif(zoo.major() != 4, reason="runs on TransformerLens 4")
-    return pytest.mark.once(newest(test))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +41,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@once
+@pytest.mark.newest
 def test_documentation_fetches_nothing(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(METHODS) + 3
@@ -61,7 +53,7 @@ def test_documentation_fetches_nothing(site: Path) -> None:
         assert fetched == [], page.name
 
 
-@once
+@pytest.mark.newest
 def test_reference_holds_every_public_name(site: Path) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
     # mkdocstrings gives every object that it documents an id.
@@ -71,14 +63,14 @@ def test_reference_holds_every_public_name(site: Path) -> None:
         assert f"{home}.{name}" in shown, name
 
 
-@once
+@pytest.mark.newest
 def test_equations_are_readable_without_a_script(site: Path) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
     assert ".. math" not in text
     assert ":math:" not in text
 
 
-@once
+@pytest.mark.newest
 @pytest.mark.parametrize("page", METHODS, ids=lambda path: path.stem)
 def test_method_pages_are_whole(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -91,7 +83,7 @@ def test_method_pages_are_whole(page: Path) -> None:
     assert all((page.parent / figure).exists() for figure in figures)
 
 
-@once
+@pytest.mark.newest
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda path: path.stem)
 def test_examples_of_the_pages_run(page: Path) -> None:
     for code in CODE.findall(page.read_text(encoding="utf-8")):
@@ -100,7 +92,7 @@ def test_examples_of_the_pages_run(page: Path) -> None:
             exec(compile(code, str(page), "exec"), {})
 
 
-@once
+@pytest.mark.newest
 def test_public_docstrings_that_show_code_run() -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     finder = doctest.DocTestFinder()

@@ -86,62 +86,75 @@ def _figures(ask: Callable[..., cm.LayerFigures]) -> Ask:
     )
 
 
-FEED_FORWARD: dict[str, Ask] = {
-    "contextualization_change": _figures(cm.contextualization_change),
-    "cancellation": _figures(cm.cancellation),
-    "ff_memories": _memories,
-    "ff_values": _values,
-    "token_memory": lambda model, tokens, **given: cm.token_memory(model, tokens, **given).shares,
-}
-METHODS: dict[str, Ask] = {
-    "decompose": lambda model, tokens, **given: cm.decompose(model, tokens, **given).parts,
-    "attention_norms": _maps(cm.attention_norms),
-    "mixing_ratio": lambda model, tokens, **given: (
-        cm.mixing_ratio(model, tokens, at="resid_mid", **given).values
-    ),
-    "rollout": lambda model, tokens, **given: (
-        cm.rollout(cm.attention_norms(model, tokens, **_own_stack(given))).scores
-    ),
-    "amplified_pairs": _pairs,
-    "value_zeroing": _maps(cm.value_zeroing),
-    "attention": _maps(cm.attention),
-    "globenc": _maps(cm.globenc),
-    "alti": _maps(cm.alti),
-    "decompx": _maps(cm.decompx),
-    "decompx_vectors": lambda model, tokens, **given: (
-        cm.decompx_vectors(model, tokens, **given).parts
-    ),
-    "gradient_x_input": _maps(cm.gradient_x_input),
-    "integrated_gradients": lambda model, tokens, **given: (
-        cm.integrated_gradients(model, tokens, steps=4, **given).scores
-    ),
-    "log_prob_contributions by layer": _by("layer"),
-    "log_prob_contributions by head": _by("head"),
-    "log_prob_contributions by position": _by("position"),
-    "log_prob_contributions by ff_neuron": _by("ff_neuron"),
-    "query_contributions": lambda model, tokens, **given: queried(model, tokens, **given).scores,
-    "knockout": lambda model, tokens, **given: (
-        cm.knockout(model, tokens, heads=[(0, 1)], pos=-1, controls=0, **given).after
-    ),
-    "component_readouts": lambda model, tokens, **given: (
-        cm.component_readouts(
-            model, tokens, components=_heads(model, tokens, **given), k=3, **given
-        ).top_logits
-    ),
-    **FEED_FORWARD,
+# Every method, by what it is about: the columns of README's table of support.
+METHODS: dict[str, dict[str, Ask]] = {
+    "maps": {
+        "decompose": lambda model, tokens, **given: cm.decompose(model, tokens, **given).parts,
+        "attention_norms": _maps(cm.attention_norms),
+        "mixing_ratio": lambda model, tokens, **given: (
+            cm.mixing_ratio(model, tokens, at="resid_mid", **given).values
+        ),
+        "rollout": lambda model, tokens, **given: (
+            cm.rollout(cm.attention_norms(model, tokens, **_own_stack(given))).scores
+        ),
+        "amplified_pairs": _pairs,
+        "value_zeroing": _maps(cm.value_zeroing),
+        "attention": _maps(cm.attention),
+        "globenc": _maps(cm.globenc),
+        "alti": _maps(cm.alti),
+        "decompx": _maps(cm.decompx),
+        "decompx_vectors": lambda model, tokens, **given: (
+            cm.decompx_vectors(model, tokens, **given).parts
+        ),
+        "gradient_x_input": _maps(cm.gradient_x_input),
+        "integrated_gradients": lambda model, tokens, **given: (
+            cm.integrated_gradients(model, tokens, steps=4, **given).scores
+        ),
+    },
+    "FF maps": {
+        "contextualization_change": _figures(cm.contextualization_change),
+        "cancellation": _figures(cm.cancellation),
+    },
+    "memories": {
+        "ff_memories": _memories,
+        "ff_values": _values,
+        "token_memory": lambda model, tokens, **given: (
+            cm.token_memory(model, tokens, **given).shares
+        ),
+    },
+    "log-prob": {
+        "log_prob_contributions by layer": _by("layer"),
+        "log_prob_contributions by head": _by("head"),
+        "log_prob_contributions by position": _by("position"),
+        "log_prob_contributions by ff_neuron": _by("ff_neuron"),
+        "query_contributions": lambda model, tokens, **given: (
+            queried(model, tokens, **given).scores
+        ),
+        "knockout": lambda model, tokens, **given: (
+            cm.knockout(model, tokens, heads=[(0, 1)], pos=-1, controls=0, **given).after
+        ),
+        "component_readouts": lambda model, tokens, **given: (
+            cm.component_readouts(
+                model, tokens, components=_heads(model, tokens, **given), k=3, **given
+            ).top_logits
+        ),
+    },
+    "DecoderLens": {"decoder_lens": _lens},
 }
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
 
 def asked(case: zoo.Case) -> dict[str, Ask]:
     """The methods that have an answer about a case."""
-    without = set(FEED_FORWARD) | {"log_prob_contributions by ff_neuron"}
-    found = {
+    without: set[str] = set() if case.encoder_decoder else {"DecoderLens"}
+    if case.family == "attn_only":
+        without |= {"FF maps", "memories", "log_prob_contributions by ff_neuron"}
+    return {
         name: ask
-        for name, ask in METHODS.items()
-        if case.family != "attn_only" or name not in without
+        for column, methods in METHODS.items()
+        for name, ask in methods.items()
+        if not without & {column, name}
     }
-    return found | ({"decoder_lens": _lens} if case.encoder_decoder else {})
 
 
 def fingerprint(values: Tensor) -> list[float]:
@@ -180,7 +193,7 @@ def test_every_host_and_version_gives_the_same_numbers(case: zoo.Case) -> None:
 
 def test_every_method_has_goldens() -> None:
     """Every public function that asks a model something, by its first argument."""
-    named = {name.partition(" ")[0] for name in (*METHODS, "decoder_lens")}
+    named = {name.partition(" ")[0] for methods in METHODS.values() for name in methods}
     other = {
         "check": "a report on identities, which hold or not",
         "compare": "a table of the methods here",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import bound, keywords, stacks, view_of
+from asked import bound, case_of, keywords, relative, stacks, view_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,18 +20,6 @@ from tl_contextmix.inputs import Given, run_pass
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 REFUSED = [pytest.param(case, id=case.id) for case in zoo.REFUSED]
-
-
-def case_of(family: str, host: str | None = None) -> zoo.Case:
-    """The case of a family on a host, on the first one if none is named; skips if there is none."""
-    for case in zoo.cases():
-        if case.family == family and host in (None, case.host):
-            return case
-    pytest.skip(f"no {family} on {host or 'any host'} in this version")
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 # Reading
@@ -114,7 +102,7 @@ def test_every_point_is_the_hosts_own_tensor(case: zoo.Case) -> None:
 
 
 def test_aliases_of_the_bridge_are_not_what_they_say() -> None:
-    case = case_of("bert", "TransformerBridge")
+    case = case_of("bert", host="TransformerBridge")
     model, given = zoo.build(case), zoo.inputs(case)
     _, cache = model.run_with_cache(given.tokens)
     for point in ("attn_out", "resid_mid"):

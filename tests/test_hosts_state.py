@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import keywords, stacks, view_of
-from test_hosts import case_of, relative
+from asked import case_of, keywords, relative, stacks, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm

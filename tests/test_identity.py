@@ -11,12 +11,12 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import view_of
-from test_hosts import case_of, relative
+from asked import case_of, relative, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.blocks import Block
 from tl_contextmix.hosts import as_view
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.identity import (
@@ -28,7 +28,7 @@ from tl_contextmix.identity import (
     tolerance_of,
 )
 from tl_contextmix.identity.probe import relative_error
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.tensors import Norm
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
@@ -253,7 +253,7 @@ def test_an_unknown_activation_limits_the_model_and_no_more() -> None:
 
 
 def test_an_elementwise_activation_of_the_hosts_own_is_taken() -> None:
-    case = case_of("gpt2", "HookedTransformer")
+    case = case_of("gpt2", host="HookedTransformer")
     model, given = zoo.build(case), zoo.inputs(case)
     for block in model.blocks:
         block.mlp.act_fn = torch.sin

@@ -8,8 +8,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import bound, keywords, stacks, view_of
-from test_hosts import case_of, relative
+from asked import bound, case_of, keywords, relative, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -157,7 +156,7 @@ def test_decompose_rows_of_a_padded_batch_equal_singles(case: zoo.Case) -> None:
 
 
 def test_padding_that_the_model_turns_into_nan_is_refused() -> None:
-    case = case_of("mistral", "TransformerBridge")
+    case = case_of("mistral", host="TransformerBridge")
     # Longer than its window of four, so that a row of padding sees nothing else.
     with pytest.raises(cm.InvalidInput, match=r"not finite: got NaN .*float64 some Hugging Face"):
         cm.decompose(zoo.shared(case), TEXTS[:2])

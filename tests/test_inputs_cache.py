@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import keywords, stacks, view_of
-from test_hosts import case_of
+from asked import case_of, keywords, stacks, view_of
 from test_inputs import padded, points
 
 import tl_contextmix as cm

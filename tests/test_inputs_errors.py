@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
+import unchecked
 import zoo
 import zoo_build
-from asked import keywords, view_of
-from test_hosts import case_of
+from asked import case_of, keywords, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -221,47 +217,30 @@ UNCHECKED: dict[str, tuple[str, str]] = {
 }
 
 
-def main() -> None:
-    """Makes the calls of UNCHECKED and prints what each one raised."""
-    import numpy
-
-    names = {"numpy": numpy, "TOKENS": TOKENS}
-    model = zoo.build(case_of("gpt2"))
-    found = {}
-    for name, (source, _) in UNCHECKED.items():
-        given, options = eval(f"({source})", names)
-        try:
-            cm.attention_norms(model, given, **options)
-            found[name] = ("nothing", "")
-        except Exception as error:
-            found[name] = (type(error).__name__, str(error))
-    sys.stdout.write(json.dumps(found))
+SETTING = """
+import numpy, zoo
+from asked import case_of
+from test_inputs_errors import TOKENS
+import tl_contextmix as cm
+model = zoo.build(case_of("gpt2"))
+def ask(given, options):
+    return cm.attention_norms(model, given, **options)
+"""
 
 
 @pytest.fixture(scope="module")
-def raised() -> dict[str, list[str]]:
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def answers() -> dict[str, list[str]]:
+    return unchecked.answers(SETTING, *(f"ask({given})" for given, _ in UNCHECKED.values()))
 
 
 @pytest.mark.parametrize("name", UNCHECKED)
 def test_what_annotations_exclude_is_refused_by_the_code_too(
-    name: str, raised: dict[str, list[str]]
+    name: str, answers: dict[str, list[str]]
 ) -> None:
-    import re
-
-    kind, message = raised[name]
+    given, expected = UNCHECKED[name]
+    kind, message = answers[f"ask({given})"]
     assert kind == "InvalidInput", message
-    assert re.search(UNCHECKED[name][1], message), message
+    assert re.search(expected, message), message
     require_four_parts(message)
 
 
@@ -304,7 +283,7 @@ def test_uninitialised_weights_of_the_classes_that_leave_them() -> None:
         pytest.skip("TransformerLens 4 has no HookedEncoder")
     from transformer_lens import HookedEncoder
 
-    cfg = zoo.build(case_of("bert", "HookedEncoder")).cfg
+    cfg = zoo.build(case_of("bert", host="HookedEncoder")).cfg
     with zoo_build.quiet():
         kind: Any = HookedEncoder  # its parameters depend on the version
         model = kind(cfg, zoo_build.load_tokenizer("bert"))
@@ -382,7 +361,3 @@ def test_text_needs_a_tokenizer() -> None:
             with pytest.raises(cm.InvalidInput, match="without a tokenizer"):
                 make_batch(view, Given(TOKENS, decoder_input="the cat"))
             del model
-
-
-if __name__ == "__main__":
-    main()

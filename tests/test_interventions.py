@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, stacks, view_of
-from test_conformance import shared
+from asked import bound, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.model_view import Block
+from tl_contextmix.blocks import Block
 from tl_contextmix.tensors import Norm
 
 CASES = zoo.cases()

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, host_trace, keywords, view_of
-from test_log_prob import case_of, shared
+from asked import bound, case_of, host_trace, keywords, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.model_view import Trace
+from tl_contextmix.blocks import Trace
 from tl_contextmix.results.components import Components, Grid, join
 from tl_contextmix.selection import Controls, chosen_components, without_sources
 

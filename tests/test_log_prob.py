@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, view_of
+from asked import bound, keywords, shared, view_of
 from oracles_log_prob import Parts, log_probs
 from torch import Tensor
 
@@ -18,19 +18,6 @@ from tl_contextmix.stream import needed
 CASES = zoo.cases()
 RULES = ("frozen", "frozen+beta", "recompute")
 POS = -2
-
-
-def case_of(*families: str) -> zoo.Case:
-    """The first case of these families that loads on this version."""
-    found = [case for family in families for case in CASES if case.family == family]
-    if not found:
-        pytest.skip(f"none of {families} loads on this version")
-    return found[0]
-
-
-def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
-    """A model that no test changes, and words for it."""
-    return zoo.shared(case), zoo.inputs(case)
 
 
 def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import view_of
-from test_log_prob import case_of
+from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.attribution import By, ask

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import keywords, relative, view_of
+from asked import case_of, keywords, relative, shared, view_of
 from oracles_log_prob import log_probs
-from test_log_prob import KEPT, POS, asked, case_of, layers_of, literal, shared
+from test_log_prob import KEPT, POS, asked, layers_of, literal
 
 import tl_contextmix as cm
 from tl_contextmix.inputs.targets import single_token, target_tokens

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, host_trace, keywords, relative, stacks, view_of
-from test_value_zeroing import case_of
+from asked import bound, case_of, host_trace, keywords, relative, stacks, view_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,26 +1,21 @@
 """Questions about memories that have no answer end in an error that says what to ask instead.
 
-Without the type checker of the test run, as users have it: one process asks them all.
+Without the type checker of the test run, as users ask them.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import unchecked
 
 pytestmark = pytest.mark.once
 
-_SCRIPT = """
-import json, sys, tempfile, warnings
-warnings.simplefilter("ignore")
+_SETTING = """
+import tempfile
 from pathlib import Path
 import numpy as np, torch, zoo
+from asked import case_of
 from test_mining import texts
-from test_value_zeroing import case_of
 import tl_contextmix as cm
 here = Path(tempfile.mkdtemp())
 model, corpus = zoo.build(case_of("gpt2")), texts(20)
@@ -35,15 +30,8 @@ def mine(**options):
     return cm.mine_triggers(model, ["the cat"], **{"out": here / "new", "k": 2, **options})
 def ray(**options):
     return cm.mine_on_ray(object, "corpus.txt", **{"out": here / "ray", **options})
-answers = {}
-for code in json.loads(sys.argv[1]):
-    try:
-        answers[code] = ["", repr(eval(code))]
-    except Exception as error:
-        answers[code] = [type(error).__name__, str(error)]
-assert not (here / "new").exists() or not list((here / "new").iterdir())
-json.dump(answers, sys.stdout)
 """
+_NOTHING_WRITTEN = 'assert not (here / "new").exists() or not list((here / "new").iterdir())'
 _REFUSED = {
     "mine(special='no')": "special is a switch: got special='no'",
     "mine(prepend_bos='no')": "prepend_bos is a switch",
@@ -125,17 +113,7 @@ _ACCEPTED = {
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[str]]:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps([*_REFUSED, *_ACCEPTED])],
-        cwd=here.parent,
-        env={"PYTHONPATH": f"{here}:{here.parent}", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return unchecked.answers(_SETTING, *_REFUSED, *_ACCEPTED, after=_NOTHING_WRITTEN)
 
 
 @pytest.mark.parametrize("code", _REFUSED)

@@ -16,8 +16,7 @@ import pandas
 import pytest
 import torch
 import zoo
-from asked import view_of
-from test_value_zeroing import case_of
+from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.reading import open_corpus

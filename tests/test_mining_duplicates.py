@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import view_of
+from asked import case_of, view_of
 from test_mining import every_coefficient, result, search, texts
-from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.topk import TopK, first_of_each, hash_prefixes

@@ -18,10 +18,10 @@ import pandas
 import pytest
 import torch
 import zoo
+from asked import case_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_mining import result, texts
-from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.corpus.alone import alone

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, host_trace, keywords, relative, view_of
-from test_log_prob import POS, case_of, shared
+from asked import bound, case_of, host_trace, keywords, relative, shared, view_of
+from test_log_prob import POS
 
 import tl_contextmix as cm
 from tl_contextmix.attribution import By

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import zoo
 from test_mining import texts
 
 import tl_contextmix as cm
@@ -51,8 +50,7 @@ print("the same bytes")
 """
 
 
-@pytest.mark.once
-@pytest.mark.skipif(zoo.major() != 4, reason="Ray does not see the host: one major is enough")
+@pytest.mark.newest
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-import zoo
 from hand_built import map_of, random_map, tokens
 from hostile import HOSTILE
 from matplotlib.collections import QuadMesh
@@ -24,10 +23,7 @@ from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import draw_figure
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host"),
-]
+pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", "</s>")
 
 

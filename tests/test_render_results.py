@@ -8,7 +8,6 @@ import pkgutil
 from typing import Any
 
 import pytest
-import zoo
 from shown import every_class
 
 import tl_contextmix as cm
@@ -84,7 +83,7 @@ def test_a_notebook_gets_a_page_a_picture_and_text(result: Any):
         )
 
 
-@pytest.mark.skipif(zoo.major() != 4, reason="figures do not depend on the host")
+@pytest.mark.newest
 @pytest.mark.parametrize("result", EACH)
 def test_every_panel_is_a_figure(result: Any):
     for place in range(len(result.panels())):

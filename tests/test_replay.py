@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.activations import ACTIVATIONS
+from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.hosts import as_view
 from tl_contextmix.loading import HostClass
-from tl_contextmix.model_view import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.replay import Replay, batch_rows, part_of, replay
+from tl_contextmix.replay import Replay, batch_rows, replay
 from tl_contextmix.tensors import Norm
 
 
@@ -332,7 +332,7 @@ def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
     size = batch_rows(block, trace, "self", budget)
     assert 1 <= size <= 3
     with torch.no_grad(), Peak() as meter:
-        found = replay(block, part_of(trace, slice(0, size)), "self")
+        found = replay(block, trace.part(slice(0, size)), "self")
         for _ in found.folded(None, 1, budget).tiles(None, budget):
             pass
     assert budget / 8 <= meter.peak <= budget

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import pickle
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import hand_built
 import pandas
 import pytest
 import torch
+import unchecked
 from hand_built import PROVENANCE, map_of, random_map, tokens
 
 from tl_contextmix.errors import InvalidInput
@@ -610,21 +607,13 @@ def test_no_pairs_are_still_a_table():
 
 # Without the type checker of the test run, as users have it
 
-_SCRIPT = """
-import json, sys
+_SETTING = """
 import numpy as np
 import torch
 from hand_built import map_of, random_map, tokens
 from tl_contextmix.methods.changes import amplified_pairs
 from tl_contextmix.results import *
 map = random_map(head=2)
-found = {}
-for code in json.loads(sys.argv[1]):
-    try:
-        found[code] = ["", repr(eval(code))]
-    except Exception as error:
-        found[code] = [type(error).__name__, str(error)]
-json.dump(found, sys.stdout)
 """
 _REFUSED = {
     "map.normalize('row')": "expected one of ['sum', 'max']",
@@ -654,27 +643,17 @@ _ACCEPTED = {
 
 
 @pytest.fixture(scope="module")
-def unchecked() -> dict[str, list[str]]:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps([*_REFUSED, *_ACCEPTED])],
-        cwd=here.parent,
-        env={"PYTHONPATH": f"{here}:{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def answers() -> dict[str, list[str]]:
+    return unchecked.answers(_SETTING, *_REFUSED, *_ACCEPTED)
 
 
 @pytest.mark.parametrize("code", _REFUSED)
-def test_wrong_types_end_in_invalid_input(unchecked: dict[str, list[str]], code: str):
-    error, message = unchecked[code]
+def test_wrong_types_end_in_invalid_input(answers: dict[str, list[str]], code: str):
+    error, message = answers[code]
     assert error == "InvalidInput", message
     assert _REFUSED[code] in message
 
 
 @pytest.mark.parametrize("code", _ACCEPTED)
-def test_arrays_and_their_scalars_are_numbers_too(unchecked: dict[str, list[str]], code: str):
-    assert unchecked[code] == ["", _ACCEPTED[code]]
+def test_arrays_and_their_scalars_are_numbers_too(answers: dict[str, list[str]], code: str):
+    assert answers[code] == ["", _ACCEPTED[code]]

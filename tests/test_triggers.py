@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import view_of
+from asked import case_of, view_of
 from test_mining import WORDS, texts
-from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main

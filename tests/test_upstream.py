@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative
+from asked import bound, keywords, relative, stacks
 from jaxtyping import install_import_hook
 from zoo_refused import REFUSED
 
@@ -27,8 +27,7 @@ SCRIPT = ROOT / "docs" / "upstream" / "assemble.py"
 NAMES = ("value_zeroing", "decoder_lens")
 
 pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(zoo.major() < 4, reason="made for the TransformerLens that has these tools"),
+    pytest.mark.newest,  # which has the tools they are made for
     pytest.mark.skipif(not SCRIPT.exists(), reason="a source distribution has no docs"),
 ]
 # LayerNorm, sandwich norms in a gated block, a parallel block, an encoder.
@@ -137,14 +136,10 @@ def test_the_shape_of_a_tool(name: str, made: Any) -> None:
     assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def stacks_of(case: zoo.Case) -> list[str | None]:
-    return ["encoder", "decoder", "cross"] if case.encoder_decoder else [None]
-
-
 @pytest.mark.parametrize("case", ONE_STACK + TWO_STACKS, ids=str)
 def test_value_zeroing_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
-    for stack in stacks_of(case):
+    for stack in stacks(case):
         ask = {"stack": stack, **keywords(given)}
         ours = cm.value_zeroing(model, given.tokens, **ask).scores
         found = made.value_zeroing.value_zeroing(model, given.tokens, **ask)

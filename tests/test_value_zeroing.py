@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import FLOAT32_INSIDE, bound, host_trace, keywords, relative, stacks, view_of
+from asked import FLOAT32_INSIDE, bound, case_of, host_trace, keywords, relative, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -19,14 +19,6 @@ from tl_contextmix.methods.value_zeroing import SpanRows
 from tl_contextmix.model_view import StackName
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
-
-
-def case_of(*families: str) -> zoo.Case:
-    """The first case of these families that loads on this version."""
-    found = [case for family in families for case in CASES if case.family == family]
-    if not found:
-        pytest.skip(f"none of {families} loads on this version")
-    return found[0]
 
 
 def limit(case: zoo.Case) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tl_contextmix.corpus import load_triggers, merge_triggers, mine_triggers
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad
 from tl_contextmix.hosts import check
 from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
@@ -266,23 +266,19 @@ def _show(parsed: argparse.Namespace) -> int:
         print(bare)
         return 0
     if parsed.layer is None or parsed.neuron is None:
-        raise InvalidInput(
-            four_parts(
-                "this is no memory",
-                f"layer {parsed.layer} and neuron {parsed.neuron}",
-                "a layer and a neuron of it",
-                "Give both --layer and --neuron, or neither for what was mined.",
-            )
+        raise bad(
+            "this is no memory",
+            f"layer {parsed.layer} and neuron {parsed.neuron}",
+            "a layer and a neuron of it",
+            "Give both --layer and --neuron, or neither for what was mined.",
         )
     source = parsed.model or bare.manifest["run"]["source"]["model"]
     if source is None:
-        raise InvalidInput(
-            four_parts(
-                "the contexts cannot be shown",
-                "triggers that were mined without the command line",
-                "the name or folder of their model",
-                "Give it with --model.",
-            )
+        raise bad(
+            "the contexts cannot be shown",
+            "triggers that were mined without the command line",
+            "the name or folder of their model",
+            "Give it with --model.",
         )
     found = load_triggers(
         parsed.folder, model=load_model(source), corpus=parsed.corpus, column=parsed.column

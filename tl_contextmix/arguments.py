@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixError, InvalidInput, bad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ def guarded(function: F) -> F:
         if any(map(_is_huge, (*args, *kwargs.values()))):
             wrong = _found(function, args, kwargs, _too_large)
             if wrong is not None:
-                raise _bad(function, *wrong)
+                raise _unusable(function, *wrong)
         try:
             return function(*args, **kwargs)
         except ContextMixError:
@@ -41,7 +41,7 @@ def guarded(function: F) -> F:
             wrong = _found(function, args, kwargs, _misfit)
             if wrong is None:
                 raise
-            raise _bad(function, *wrong) from error
+            raise _unusable(function, *wrong) from error
 
     return typing.cast(F, call)
 
@@ -71,14 +71,12 @@ def _found(
     return None
 
 
-def _bad(function: Callable[..., Any], name: str, value: Any, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"{function.__name__} cannot use this {name}",
-            _seen(value),
-            expected,
-            f"See help({function.__name__}).",
-        )
+def _unusable(function: Callable[..., Any], name: str, value: Any, expected: str) -> InvalidInput:
+    return bad(
+        f"{function.__name__} cannot use this {name}",
+        _seen(value),
+        expected,
+        f"See help({function.__name__}).",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, Provenance, Result
 
 _KOBAYASHI = ("Goro Kobayashi", "Tatsuki Kuribayashi", "Sho Yokoi", "Kentaro Inui")
@@ -341,13 +341,11 @@ def _keys(used: object) -> Iterator[str]:
         return
     name = used if isinstance(used, str) else getattr(used, "__name__", "")
     if name not in METHODS:
-        raise InvalidInput(
-            four_parts(
-                "there is nothing to cite",
-                repr(used) if isinstance(used, str) else f"a {type(used).__name__}",
-                f"a result, or one of {', '.join(METHODS)}",
-                "Give what a method returned, or its name.",
-            )
+        raise bad(
+            "there is nothing to cite",
+            repr(used) if isinstance(used, str) else f"a {type(used).__name__}",
+            f"a result, or one of {', '.join(METHODS)}",
+            "Give what a method returned, or its name.",
         )
     yield from METHODS[name]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_contextmix.blocks import Side
 from tl_contextmix.decompose import POINTS
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluate import (
@@ -35,7 +36,7 @@ from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
 from tl_contextmix.methods.norms import attention_norms
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.model_view import ModelView, Side
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow

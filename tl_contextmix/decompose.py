@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.blocks import AttentionSublayer, Block, Trace
+from tl_contextmix.errors import bad
 from tl_contextmix.expansion import DEFAULT_MAX_BYTES, Bias, Expansion, expand
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import AttentionSublayer, Block, StackName, Trace
+from tl_contextmix.model_view import StackName
 from tl_contextmix.results import Decomposition
 from tl_contextmix.results.axes import whole_number
 from tl_contextmix.tensors import Mixture, Read
@@ -127,13 +128,11 @@ def parts_at_all(
         elif at in ("resid_post", "block_out"):
             found[at] = points["stream"]
         else:
-            raise InvalidInput(
-                four_parts(
-                    f"there is no {at} in layer {block.layer}",
-                    "a block without a feed-forward sublayer",
-                    "'attn_out', 'resid_mid', 'resid_post' or 'block_out'",
-                    "Ask for one of these.",
-                )
+            raise bad(
+                f"there is no {at} in layer {block.layer}",
+                "a block without a feed-forward sublayer",
+                "'attn_out', 'resid_mid', 'resid_post' or 'block_out'",
+                "Ask for one of these.",
             )
     return found
 
@@ -168,13 +167,11 @@ def require_point(at: object) -> Point:
         InvalidInput: If there is no such point.
     """
     if at not in POINTS:
-        raise InvalidInput(
-            four_parts(
-                "there is no such point",
-                repr(at),
-                f"one of {list(POINTS)}",
-                "Points name places in a block; hook names differ between hosts.",
-            )
+        raise bad(
+            "there is no such point",
+            repr(at),
+            f"one of {list(POINTS)}",
+            "Points name places in a block; hook names differ between hosts.",
         )
     return at  # type: ignore[return-value]
 
@@ -186,13 +183,11 @@ def require_bias(bias: object) -> Bias:
         InvalidInput: If there is no such convention.
     """
     if bias not in ("contributor", "fixed"):
-        raise InvalidInput(
-            four_parts(
-                "there is no such bias convention",
-                repr(bias),
-                "'contributor' or 'fixed'",
-                "See the docstring of decompose.",
-            )
+        raise bad(
+            "there is no such bias convention",
+            repr(bias),
+            "'contributor' or 'fixed'",
+            "See the docstring of decompose.",
         )
     return bias  # type: ignore[return-value]
 
@@ -205,13 +200,11 @@ def require_budget(max_bytes: object) -> int:
     """
     number = whole_number(max_bytes)
     if number is None or number <= 0:
-        raise InvalidInput(
-            four_parts(
-                "max_bytes is not a budget",
-                repr(max_bytes),
-                "a positive number of bytes",
-                "The default is 1 GiB.",
-            )
+        raise bad(
+            "max_bytes is not a budget",
+            repr(max_bytes),
+            "a positive number of bytes",
+            "The default is 1 GiB.",
         )
     return number
 

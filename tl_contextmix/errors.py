@@ -51,7 +51,7 @@ def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
     return f"{failed}: got {seen}; expected {expected}. {remedy}"
 
 
-def bad(failed: str, seen: str, expected: str, remedy: str) -> InvalidInput:
+def bad(failed: str, seen: object, expected: str, remedy: str) -> InvalidInput:
     """Returns the error of a call that is wrong, from its four parts."""
     return InvalidInput(four_parts(failed, seen, expected, remedy))
 

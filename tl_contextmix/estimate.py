@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.dry_run import DryRun
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch, provenance
 from tl_contextmix.model_view import ModelView, NeedsModel
 from tl_contextmix.operations import Memory, Operations
 from tl_contextmix.results import Estimate, EstimatePart, Result
 from tl_contextmix.stand_in import Lengths, StandIn, measure, short_lengths
+
+_EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 
 
 def estimate(
@@ -68,9 +70,11 @@ def estimate(
     counts = [("n_tokens", n_tokens), ("batch", batch)]
     for name, value in (*counts, *(("n_decoder_tokens", count) for count in decoder)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _bad(f"{name} is no number of tokens or inputs", repr(value), "an integer from 1")
+            failed = f"{name} is no number of tokens or inputs"
+            raise bad(failed, repr(value), "an integer from 1", _EXAMPLE)
     if not callable(method) or isinstance(method, type):
-        raise _bad("there is no such method", repr(method), "a function of a model and token ids")
+        expected = "a function of a model and token ids"
+        raise bad("there is no such method", repr(method), expected, _EXAMPLE)
     view = as_view(model)
     lengths = (n_tokens, *decoder)
     tokens, others = _words(view, batch, lengths)
@@ -153,8 +157,3 @@ def _name(method: Callable[..., Any]) -> str:
         return getattr(method, "__name__", type(method).__name__)
     options = [*map(repr, method.args), *(f"{k}={v!r}" for k, v in method.keywords.items())]
     return f"{_name(method.func)}({', '.join(options)})"
-
-
-def _bad(failed: str, seen: str, expected: str) -> InvalidInput:
-    remedy = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
-    return InvalidInput(four_parts(failed, seen, expected, remedy))

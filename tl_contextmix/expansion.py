@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
-from tl_contextmix.model_view import Block, FeedForward
+from tl_contextmix.blocks import Block, FeedForward, affine
 from tl_contextmix.tensors import Mixture, Norm, blocks
 
 Bias = Literal["contributor", "fixed"]
@@ -301,8 +301,8 @@ def neuron_shares(
         (weight[:, neurons], None if bias is None else bias[neurons])
         for weight, bias in ff.branches()
     ]
-    start = tuple(_affine(read.bias, *branch) for branch in branches)
-    end = tuple(_affine(read.total, *branch) for branch in branches)
+    start = tuple(affine(read.bias, *branch) for branch in branches)
+    end = tuple(affine(read.total, *branch) for branch in branches)
     slopes, rest, _ = _neurons(ff, start, end, convention)
     hidden = [read.map(weight).ready() for weight, _ in branches]
     # Tiles are contiguous: of all targets a few at a time, of others one each.
@@ -324,7 +324,7 @@ def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: i
     size = 16 * len(branches) * len(W_out) * bias.element_size()
     for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
         ends = [
-            _affine(x.flatten(0, 1)[rows], *branch)
+            affine(x.flatten(0, 1)[rows], *branch)
             for branch in branches
             for x in (read.bias, read.total)
         ]
@@ -373,10 +373,6 @@ def _neurons(
     # The path starts at zero; what the bias adds on the way exists only where it moves.
     moved = sum(b * slope for b, slope in zip(bias, slopes, strict=True))
     return slopes, at_start + moved, post
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else x @ weight + bias
 
 
 def _affine_norm(norm: Norm, scale: Tensor, bias: Tensor) -> Tensor:

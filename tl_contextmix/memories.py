@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
-from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace
+from tl_contextmix.blocks import Block, FeedForward, Trace
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.unembed import Scan, Unembedding, unembedding
 
 Active = Literal["positive", "nonzero"]
@@ -34,13 +35,11 @@ def require_feed_forward(block: Block) -> FeedForward:
         InvalidInput: If it has none.
     """
     if block.feed_forward is None:
-        raise InvalidInput(
-            four_parts(
-                f"there are no memories in layer {block.layer}",
-                "a block without a feed-forward sublayer",
-                "a model with feed-forward sublayers",
-                "Attention-only models have none.",
-            )
+        raise bad(
+            f"there are no memories in layer {block.layer}",
+            "a block without a feed-forward sublayer",
+            "a model with feed-forward sublayers",
+            "Attention-only models have none.",
         )
     return block.feed_forward
 
@@ -54,13 +53,11 @@ def require_predicting(view: ModelView, stack: str) -> None:
     """
     view.readout.require()
     if stack != view.base_stack(None):
-        raise InvalidInput(
-            four_parts(
-                "no token is read from this stack",
-                f"stack={stack!r}",
-                f"{view.base_stack(None)!r}, whose last stream is read as tokens",
-                "Leave `stack` out.",
-            )
+        raise bad(
+            "no token is read from this stack",
+            f"stack={stack!r}",
+            f"{view.base_stack(None)!r}, whose last stream is read as tokens",
+            "Leave `stack` out.",
         )
 
 
@@ -73,13 +70,11 @@ def active_rule(active: object, gated: bool) -> Active:
     if active is None:
         return "nonzero" if gated else "positive"
     if active not in ("positive", "nonzero"):
-        raise InvalidInput(
-            four_parts(
-                "there is no such rule for active memories",
-                f"active={active!r}",
-                "'positive', 'nonzero' or None",
-                "See the docstring of ff_memories.",
-            )
+        raise bad(
+            "there is no such rule for active memories",
+            f"active={active!r}",
+            "'positive', 'nonzero' or None",
+            "See the docstring of ff_memories.",
         )
     return active  # type: ignore[return-value]
 

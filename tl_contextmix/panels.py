@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 
 Cell = str | float | int | None
 
@@ -185,11 +185,9 @@ Panel = Heatmap | Bars | Curves | Table | ColoredText | Samples
 
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:
     if not condition:
-        raise InvalidInput(
-            four_parts(
-                f"panel {title!r} cannot be built",
-                seen,
-                f"{expected}",
-                "Give every axis as many labels as the values have entries.",
-            )
+        raise bad(
+            f"panel {title!r} cannot be built",
+            seen,
+            f"{expected}",
+            "Give every axis as many labels as the values have entries.",
         )

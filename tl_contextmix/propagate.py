@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Trace, require_weight
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace, require_weight
 from tl_contextmix.tensors import Norm
 
 Parts = Float[Tensor, "batch target part d_model"]

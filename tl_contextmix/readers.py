@@ -22,9 +22,9 @@ from torch import Tensor
 
 from tl_contextmix.activations import gated_slopes
 from tl_contextmix.attribution import Cut
+from tl_contextmix.blocks import Block, FeedForward, Trace, require_weight
 from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.model_view import Block, FeedForward, ModelView, Trace, require_weight
-from tl_contextmix.replay import part_of
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results.components import Components
 from tl_contextmix.stream import Stop, Stream, write_stream
 from tl_contextmix.tensors import Norm
@@ -144,7 +144,7 @@ def readers_at(
         row: The sentence.
         some: Which of them read there.
     """
-    trace = part_of(trace, slice(row, row + 1))
+    trace = trace.part(slice(row, row + 1))
     pos = torch.tensor([place.pos])
     stream = write_stream(view, trace, place.stack, pos, stop=place.stop)
     kind, layer = chosen.at(row, some[0])["kind"], int(chosen.layer[row, some[0]])

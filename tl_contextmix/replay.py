@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.results.words import Spans
 from tl_contextmix.tensors import Norm, Read, blocks
 
@@ -304,17 +304,6 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
     )
 
 
-def part_of(trace: Trace, rows: slice) -> Trace:
-    """Returns some rows of a pass, without a copy."""
-    sides = [trace.batch.main, trace.batch.decoder]
-    main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
-    assert main is not None
-    values = {name: value[rows] for name, value in trace.values.items()}
-    return replace(
-        trace, batch=replace(trace.batch, main=main, decoder=decoder), values=values, logits=None
-    )
-
-
 def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
     """Returns how many rows of the batch to look at together: their sources' view has to fit."""
     attention = next(a for a in block.attentions if a.kind == kind)
@@ -422,14 +411,11 @@ def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Te
 
 
 def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:
-    x = stream if ff.norm_in is None else ff.norm_in(stream)
-    return [_shift(x @ weight, bias) for weight, bias in ff.branches()]
+    return ff.pre_activations(stream if ff.norm_in is None else ff.norm_in(stream))
 
 
 def _post(ff: FeedForward, pre: Sequence[Tensor]) -> Tensor:
-    activation = ff.require_activation()
-    post = activation(pre[0]) * pre[1] if ff.gated else activation(pre[0])
-    return _shift(post, ff.weights("b_post"))
+    return _shift(ff.activate(pre), ff.weights("b_post"))
 
 
 def _shift(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
 
 
@@ -126,4 +126,4 @@ def _require_tokens(map: ContextMap, encoder: ContextMap | None) -> None:
 
 
 def _refuse(seen: str, expected: str, remedy: str) -> NoReturn:
-    raise InvalidInput(four_parts("this map cannot be rolled out", seen, expected, remedy))
+    raise bad("this map cannot be rolled out", seen, expected, remedy)

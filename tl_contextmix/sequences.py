@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixError, bad, four_parts
 
 Counts = tuple[float, ...]
 Figure = Callable[[Sequence[float]], float]
@@ -112,13 +112,11 @@ def user_metric(name: str, function: UserMetric) -> Metric:
             # A text may look like a number, and is none.
             return float("" if isinstance(found, str) else found)
         except (TypeError, ValueError) as error:
-            raise InvalidInput(
-                four_parts(
-                    f"the metric {name!r} gave no number",
-                    f"{found!r} for the output {output.text!r}",
-                    "a number, or NaN for a sentence without one",
-                    "Return a float from the function.",
-                )
+            raise bad(
+                f"the metric {name!r} gave no number",
+                f"{found!r} for the output {output.text!r}",
+                "a number, or NaN for a sentence without one",
+                "Return a float from the function.",
             ) from error
 
     return mean_metric(name, value, referenced=False)
@@ -252,13 +250,11 @@ def metric_items(given: Any) -> dict[str, str | UserMetric]:
         pairs = [(_label(what), what) for what in listed]
     named = all(isinstance(name, str) and _is_metric(what) for name, what in pairs)
     if not named or not pairs or len({name for name, _ in pairs}) < len(pairs):
-        raise InvalidInput(
-            four_parts(
-                "there is no such metric",
-                repr(given),
-                "names or functions, each once, or a mapping from names to them",
-                f"Choose from {list(METRICS)}, or give a function of output, reference and source.",
-            )
+        raise bad(
+            "there is no such metric",
+            repr(given),
+            "names or functions, each once, or a mapping from names to them",
+            f"Choose from {list(METRICS)}, or give a function of output, reference and source.",
         )
     return dict(pairs)
 
@@ -288,14 +284,12 @@ def make_metrics(items: Mapping[str, str | UserMetric]) -> list[Metric]:
 
 def _metric_named(name: str) -> Metric:
     if name not in _MAKERS:
-        raise InvalidInput(
-            four_parts(
-                "there is no such metric",
-                repr(name),
-                f"one of {list(METRICS)}, 'gold NLL', 'KL' or 'accuracy' of decoder_lens, or a "
-                "function",
-                "Pass a function of output, reference and source for a metric of your own.",
-            )
+        raise bad(
+            "there is no such metric",
+            repr(name),
+            f"one of {list(METRICS)}, 'gold NLL', 'KL' or 'accuracy' of decoder_lens, or a "
+            "function",
+            "Pass a function of output, reference and source for a metric of your own.",
         )
     return _MAKERS[name]()
 

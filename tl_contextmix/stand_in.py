@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.dry_run import DryRun
-from tl_contextmix.model_view import Batch, Hooks, ModelView, Side
+from tl_contextmix.model_view import Hooks, ModelView
 from tl_contextmix.operations import Memory, Operations
 
 _SHORT = (4, 8, 12)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
+from tl_contextmix.errors import FileFormatError, bad, four_parts
 
 FORMAT = "tl_contextmix"
 FORMAT_VERSION = 1
@@ -42,13 +42,11 @@ def storable(cls: AnyClass) -> AnyClass:
     """
     known = _CLASSES.setdefault(cls.__name__, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise InvalidInput(
-            four_parts(
-                f"cannot register {cls.__module__}.{cls.__name__}",
-                f"the name of {known.__module__}.{known.__name__}",
-                "a name that no other storable class has",
-                "Rename one of them: files know classes by name.",
-            )
+        raise bad(
+            f"cannot register {cls.__module__}.{cls.__name__}",
+            f"the name of {known.__module__}.{known.__name__}",
+            "a name that no other storable class has",
+            "Rename one of them: files know classes by name.",
         )
     _CLASSES[cls.__name__] = cls
     return cls
@@ -72,13 +70,11 @@ def save(result: object, path: str | Path) -> Path:
     path = Path(path)
     target = Path(os.path.realpath(path))  # a link is written through, not replaced
     if target.is_dir() or not target.parent.is_dir():
-        raise InvalidInput(
-            four_parts(
-                f"cannot save {type(result).__name__}",
-                str(path),
-                "the path of a file in a folder that exists",
-                "Make the folder first, and give the file a name.",
-            )
+        raise bad(
+            f"cannot save {type(result).__name__}",
+            str(path),
+            "the path of a file in a folder that exists",
+            "Make the folder first, and give the file a name.",
         )
     tensors: dict[str, torch.Tensor] = {}
     labels = json.dumps(_pack(result, tensors)).encode()
@@ -110,9 +106,9 @@ def load(cls: type, path: str | Path) -> Any:
         labels = json.loads(bytes(tensors.pop(_LABELS).numpy()))
         result = _unpack(labels, tensors)
     except Exception as error:  # hostile labels can fail in any of the constructors
-        raise _bad(path, f"labels that say nothing ({_short(error)})") from error
+        raise _unreadable(path, f"labels that say nothing ({_short(error)})") from error
     if not isinstance(result, cls):
-        raise _bad(path, f"a {type(result).__name__}", f"a {cls.__name__}")
+        raise _unreadable(path, f"a {type(result).__name__}", f"a {cls.__name__}")
     return result
 
 
@@ -120,7 +116,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     if not path.is_file():
-        raise _bad(path, "no file of this name", remedy="Check the path.")
+        raise _unreadable(path, "no file of this name", remedy="Check the path.")
     try:
         with safe_open(str(path), framework="pt") as file:
             version = (file.metadata() or {}).get(FORMAT)
@@ -128,11 +124,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             names = file.keys() if version == str(FORMAT_VERSION) else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors raises its own type, OSError or ValueError
-        raise _bad(path, f"no safetensors file ({_short(error)})") from error
+        raise _unreadable(path, f"no safetensors file ({_short(error)})") from error
     if version is None:
-        raise _bad(path, "a safetensors file of something else")
+        raise _unreadable(path, "a safetensors file of something else")
     if version != str(FORMAT_VERSION):
-        raise _bad(
+        raise _unreadable(
             path,
             f"format version {version[:20]}",
             f"version {FORMAT_VERSION}",
@@ -159,14 +155,12 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"class": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise InvalidInput(
-        four_parts(
-            "the result cannot be saved",
-            f"a {type(value).__name__} in it",
-            "text, numbers, None, tensors, registered classes; lists, tuples and dictionaries "
-            "by name of these",
-            "Convert it first.",
-        )
+    raise bad(
+        "the result cannot be saved",
+        f"a {type(value).__name__} in it",
+        "text, numbers, None, tensors, registered classes; lists, tuples and dictionaries "
+        "by name of these",
+        "Convert it first.",
     )
 
 
@@ -232,7 +226,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _bad(
+def _unreadable(
     path: str | Path, seen: str, expected: str = "", remedy: str = _SAVE_AGAIN
 ) -> FileFormatError:
     return FileFormatError(

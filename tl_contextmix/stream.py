@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.tensors import Norm
 
 Kind = Literal["embed", "attn", "cross_attn", "mlp"]

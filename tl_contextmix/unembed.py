@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Readout, require_weight
+from tl_contextmix.blocks import require_weight
+from tl_contextmix.errors import bad
+from tl_contextmix.model_view import Readout
 from tl_contextmix.tensors import blocks
 
 Projection = Literal["none", "folded", "frozen", "head", "model"]
@@ -77,15 +78,7 @@ class Unembedding:
         targets: Int[Tensor, " vector"] | None = None,
         max_bytes: int = TILE_BYTES,
     ) -> Scan:
-        """Returns what vectors say about the vocabulary.
-
-        Args:
-            hidden: Vectors, as `hidden` returns them.
-            k: How many tokens at either end.
-            sides: 1 for the highest tokens only, 2 for the lowest, too.
-            targets: One token per vector whose logit and rank are asked for.
-            max_bytes: Workspace, besides vectors, W_U and result.
-        """
+        """Returns the scan of vectors, as `hidden` returns them; options are those of `scan`."""
         weight = require_weight(self.readout.weights, "W_U")
         b_U = None if self.linear else self.readout.weights("b_U")
         cap = self.readout.soft_cap
@@ -280,12 +273,10 @@ def unembedding(readout: Readout, projection: object, known: tuple[str, ...]) ->
         projection = "model" if "model" in known else "head" if masked else "folded"
     fits = ("head", "model") if masked else ("none", "folded", "frozen", "model")
     if projection not in known or projection not in fits:
-        raise InvalidInput(
-            four_parts(
-                "vectors cannot be read as tokens like this",
-                f"projection={projection!r}",
-                f"one of {[name for name in known if name in fits]} for this model",
-                "Leave it out for the one that suits the model.",
-            )
+        raise bad(
+            "vectors cannot be read as tokens like this",
+            f"projection={projection!r}",
+            f"one of {[name for name in known if name in fits]} for this model",
+            "Leave it out for the one that suits the model.",
         )
     return Unembedding(readout, projection)  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.model_view import Readout, require_weight
+from tl_contextmix.blocks import require_weight
+from tl_contextmix.model_view import Readout
 from tl_contextmix.tensors import blocks
 from tl_contextmix.unembed import Scan, scan, tile_sizes
 

@@ -240,7 +240,7 @@ def _segment(source: Source, node: ast.stmt, left_out: list[ast.stmt] | None = N
         first -= 1
     body = source.tree.body
     follower = body[body.index(node) + 1] if node is not body[-1] else None
-    if isinstance(node, ast.Assign | ast.AnnAssign) and _is_text(follower):
+    if isinstance(node, ast.Assign | ast.AnnAssign) and follower and _is_text(follower):
         last = follower.end_lineno or last
     dropped: set[int] = set()
     for part in left_out or ():

@@ -42,10 +42,11 @@ from transformer_lens.tools.analysis._model_state import (
     require_int,
 )
 
+from tl_contextmix.blocks import Batch, Block, Side, Trace
 from tl_contextmix.hosts.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.identity.probe import Probe, relative_error, settle_block, tolerance_of
 from tl_contextmix.methods.value_zeroing import Metric, _How
-from tl_contextmix.model_view import Batch, Block, Side, StackName, Trace
+from tl_contextmix.model_view import StackName
 
 _METRICS, _STACK_NAMES = get_args(Metric), get_args(StackName)
 
@@ -239,21 +240,23 @@ def _trace(
     """Run the model, or take the cache, and hold what it left behind by hook name."""
     pair = "decoder_blocks" in model._modules
     ids = None if input is None else _token_ids(model, input, pair)
-    if cache is None:
+    if cache is not None:
+        held = cache
+    else:
         if ids is None:
             raise ValueError("value_zeroing needs an input to run or a cache to read")
         if pair and decoder_input is None:
             raise ValueError("an encoder-decoder bridge needs decoder_input, its decoder's ids")
         options = {"attention_mask": attention_mask, "decoder_input": decoder_input}
         options = {name: value for name, value in options.items() if value is not None}
-        _, cache = model.run_with_cache(ids, names_filter=names, **options)
-    missing = [name for name in names if name not in cache]
+        _, held = model.run_with_cache(ids, names_filter=names, **options)
+    missing = [name for name in names if name not in held]
     if missing:
         raise ValueError(
             f"the pass shows no {missing[0]} ({len(missing)} of {len(names)} activations are "
             "missing); use eager attention, and no names_filter for a cache of your own"
         )
-    values = {name: cache[name].to(handle.device) for name in names}
+    values = {name: held[name].to(handle.device) for name in names}
     if values[names[0]].ndim != 3:
         raise ValueError("value_zeroing needs a cache with a batch dimension")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 
 try:
     import fcntl
@@ -59,11 +59,9 @@ def _taken(path: Path) -> int:
 
 
 def _refused(path: Path, seen: str, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"{path.parent} cannot be mined into",
-            seen,
-            expected,
-            "Wait for the other process, or choose another folder.",
-        )
+    return bad(
+        f"{path.parent} cannot be mined into",
+        seen,
+        expected,
+        "Wait for the other process, or choose another folder.",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.memories import QUADRANTS
 from tl_contextmix.results.axes import MOST, layer_positions
 
@@ -26,13 +26,11 @@ tokens that were cut off, the tokens the model read, and the positions whose mem
 def require_flag(name: str, value: Any, known: tuple[bool | None, ...] = (True, False)) -> Any:
     """Returns a switch that is given; raises InvalidInput unless it is one of those known."""
     if not any(value is one for one in known):
-        raise InvalidInput(
-            four_parts(
-                f"{name} is a switch",
-                f"{name}={value!r}"[:200],
-                f"one of {list(known)}",
-                "Leave it out for the default.",
-            )
+        raise bad(
+            f"{name} is a switch",
+            f"{name}={value!r}"[:200],
+            f"one of {list(known)}",
+            "Leave it out for the default.",
         )
     return value
 
@@ -41,19 +39,15 @@ def require_path(value: Any) -> Path:
     """Returns a path that is given; raises InvalidInput unless the system could have it."""
     if isinstance(value, (str, Path)) and "\0" not in str(value) and str(value):
         return Path(value)
-    raise InvalidInput(
-        four_parts("this is no path", repr(value)[:200], "a str or a Path", "Give a path.")
-    )
+    raise bad("this is no path", repr(value)[:200], "a str or a Path", "Give a path.")
 
 
 def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
     """Returns the number of the one layer that is asked for, counted from the end if negative."""
     found = [] if layer is None else layer_positions(layer, layers)
     if len(found) != 1:
-        raise InvalidInput(
-            four_parts(
-                "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."
-            )
+        raise bad(
+            "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."
         )
     return layers[found[0]]
 

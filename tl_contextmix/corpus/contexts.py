@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.corpus.shards import cut, frame_of
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
+from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.memories import coefficients, require_feed_forward
-from tl_contextmix.model_view import Block, ModelView
+from tl_contextmix.model_view import ModelView
 
 if TYPE_CHECKING:
     import pandas
@@ -44,13 +45,11 @@ def contexts(triggers: Triggers, frame: pandas.DataFrame) -> dict[Place, list[in
         document, position = place
         whole = ids[document]
         if position >= len(whole) or whole[position] != token:
-            raise InvalidInput(
-                four_parts(
-                    "the corpus is not the one that was mined",
-                    f"another token at position {position} of document {document}",
-                    f"token {token}",
-                    "Give the corpus of then with load_triggers(..., corpus=...).",
-                )
+            raise bad(
+                "the corpus is not the one that was mined",
+                f"another token at position {position} of document {document}",
+                f"token {token}",
+                "Give the corpus of then with load_triggers(..., corpus=...).",
             )
         found[place] = whole if triggers.both_ways else whole[: position + 1]
     return found
@@ -71,13 +70,11 @@ def documents(
     """
     view, options = triggers.require_view(), triggers.manifest["run"]["options"]
     if triggers.corpus is None:
-        raise InvalidInput(
-            four_parts(
-                "contexts cannot be shown",
-                "no corpus",
-                "the corpus that was mined",
-                "Call load_triggers(folder, model=..., corpus=...).",
-            )
+        raise bad(
+            "contexts cannot be shown",
+            "no corpus",
+            "the corpus that was mined",
+            "Call load_triggers(folder, model=..., corpus=...).",
         )
     before, behind = frame_of(view, options["prepend_bos"])
     needed = set(map(int, numbers))

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.corpus.contexts import coefficients_of, contexts, places_of
 from tl_contextmix.corpus.miner import NEGATIVE
 from tl_contextmix.memories import require_feed_forward, values
-from tl_contextmix.model_view import Block
 from tl_contextmix.results import Trigger, TriggerExamples
 from tl_contextmix.unembed import unembedding
 

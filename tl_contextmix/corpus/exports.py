@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.corpus.composition import draw
 from tl_contextmix.corpus.contexts import coefficients_of, contexts, places_of
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results.axes import require_number
 
 if TYPE_CHECKING:
@@ -99,13 +99,11 @@ def _written(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        raise InvalidInput(
-            four_parts(
-                f"{path} cannot be written",
-                str(error),
-                "a file in a folder that exists, with room",
-                "Choose another path.",
-            )
+        raise bad(
+            f"{path} cannot be written",
+            str(error),
+            "a file in a folder that exists, with room",
+            "Choose another path.",
         ) from error
     finally:
         with suppress(OSError):

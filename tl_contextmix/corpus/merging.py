@@ -21,7 +21,7 @@ from tl_contextmix.corpus.store import (
     read_manifest,
     write_result,
 )
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 
 
 def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path:
@@ -89,4 +89,4 @@ def _require_whole(parts: list[Part], places: list[Path]) -> None:
 
 def _cannot_merge(seen: str, expected: str) -> InvalidInput:
     remedy = "Run the processes that are missing or were stopped again: they go on."
-    return InvalidInput(four_parts("the parts cannot be merged", seen, expected, remedy))
+    return bad("the parts cannot be merged", seen, expected, remedy)

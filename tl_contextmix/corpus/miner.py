@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.corpus.checks import TAILS, require_flag
 from tl_contextmix.corpus.shards import Cutting, Documents, Malformed, TooLong
 from tl_contextmix.corpus.topk import (
@@ -18,7 +19,7 @@ from tl_contextmix.corpus.topk import (
     pack_places,
     pack_tokens,
 )
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.inputs import select_blocks
 from tl_contextmix.memories import (
     QUADRANTS,
@@ -27,7 +28,7 @@ from tl_contextmix.memories import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.model_view import Block, ModelView, StackName, Trace
+from tl_contextmix.model_view import ModelView, StackName
 from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
 
 Unit = Literal["prefix", "document"]
@@ -79,13 +80,11 @@ class Miner:
                 for tail in TAILS[self.tails]
             }
         except (RuntimeError, TypeError) as error:  # torch names no size that it cannot allocate
-            raise InvalidInput(
-                four_parts(
-                    "so many triggers do not fit in memory",
-                    f"k={self.k}",
-                    "20 k bytes for each memory",
-                    "Ask for fewer, or for fewer layers or neurons.",
-                )
+            raise bad(
+                "so many triggers do not fit in memory",
+                f"k={self.k}",
+                "20 k bytes for each memory",
+                "Ask for fewer, or for fewer layers or neurons.",
             ) from error
 
     def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
@@ -194,26 +193,22 @@ def make_miner(
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":
-        raise InvalidInput(
-            four_parts(
-                "a corpus cannot be read by this stack",
-                f"stack={stack!r}",
-                "'encoder': a decoder would see its start token alone",
-                "Leave `stack` out.",
-            )
+        raise bad(
+            "a corpus cannot be read by this stack",
+            f"stack={stack!r}",
+            "'encoder': a decoder would see its start token alone",
+            "Leave `stack` out.",
         )
     # In the model's order and each once, whatever the order they were asked for in.
     asked = {block.layer: block for block in select_blocks(view.stacks[base], layer)}
     blocks = tuple(asked[number] for number in sorted(asked))
     first = require_feed_forward(blocks[0])
     if tails == "quadrants" and not first.gated:
-        raise InvalidInput(
-            four_parts(
-                "there are no quadrants",
-                "a feed-forward sublayer without gates",
-                "tails='positive' or 'both'",
-                "Quadrants are the signs of a gate and of the branch it multiplies.",
-            )
+        raise bad(
+            "there are no quadrants",
+            "a feed-forward sublayer without gates",
+            "tails='positive' or 'both'",
+            "Quadrants are the signs of a gate and of the branch it multiplies.",
         )
     size = first.W_out.shape[0]
     chosen = None
@@ -252,11 +247,9 @@ _LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")
 
 
 def _not_finite(layer: int) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            "the model's own activations are not finite",
-            f"NaN or infinity among the coefficients of layer {layer}",
-            "finite activations",
-            "Load the model in float32 or bfloat16.",
-        )
+    return bad(
+        "the model's own activations are not finite",
+        f"NaN or infinity among the coefficients of layer {layer}",
+        "finite activations",
+        "Load the model in float32 or bfloat16.",
     )

@@ -28,7 +28,7 @@ from tl_contextmix.corpus.store import (
     save_part,
 )
 from tl_contextmix.corpus.triggers import Triggers, load_triggers
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import as_view
 from tl_contextmix.model_view import StackName
 from tl_contextmix.results.axes import require_number
@@ -209,13 +209,11 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
         if not other.name.endswith(f"-of-{world_size:05d}.safetensors")
     ]
     if strange:
-        raise InvalidInput(
-            four_parts(
-                f"{folder} holds parts of another division of the corpus",
-                strange[0].name,
-                f"parts of {world_size} processes",
-                "Go on with as many processes as before, or choose another folder.",
-            )
+        raise bad(
+            f"{folder} holds parts of another division of the corpus",
+            strange[0].name,
+            f"parts of {world_size} processes",
+            "Go on with as many processes as before, or choose another folder.",
         )
     digests = torch.zeros(0, 32, dtype=torch.uint8)
     return Part(run, rank, world_size, miner.zero(), digests)
@@ -247,26 +245,22 @@ def _already(
 
 def _require_seconds(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise InvalidInput(
-            four_parts(
-                "progress cannot be written down",
-                f"checkpoint_seconds={value!r}"[:200],
-                "a number of seconds, 0 or more",
-                "Leave it out for one minute.",
-            )
+        raise bad(
+            "progress cannot be written down",
+            f"checkpoint_seconds={value!r}"[:200],
+            "a number of seconds, 0 or more",
+            "Leave it out for one minute.",
         )
     return value
 
 
 def _require_source(value: str | None) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise InvalidInput(
-            four_parts(
-                "the source of the model cannot be written down",
-                f"source={value!r}"[:200],
-                "what load_model is given: a str",
-                "Leave it out.",
-            )
+        raise bad(
+            "the source of the model cannot be written down",
+            f"source={value!r}"[:200],
+            "what load_model is given: a str",
+            "Leave it out.",
         )
     return value
 
@@ -274,12 +268,10 @@ def _require_source(value: str | None) -> str | None:
 def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
     rank, world_size = require_number("rank", rank, 0), require_number("world_size", world_size, 0)
     if not 0 <= rank < world_size:
-        raise InvalidInput(
-            four_parts(
-                "there is no such process",
-                f"rank={rank} of world_size={world_size}",
-                "0 <= rank < world_size",
-                "Number the processes from 0.",
-            )
+        raise bad(
+            "there is no such process",
+            f"rank={rank} of world_size={world_size}",
+            "0 <= rank < world_size",
+            "Number the processes from 0.",
         )
     return rank, world_size

@@ -20,7 +20,7 @@ from tl_contextmix.corpus.merging import merge_triggers
 from tl_contextmix.corpus.mining import mine_triggers
 from tl_contextmix.corpus.store import make_folder, part_path
 from tl_contextmix.corpus.triggers import Triggers, load_triggers
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results.axes import require_number
 
 _OURS = ("model", "corpus", "out", "rank", "world_size")
@@ -103,13 +103,11 @@ def mine_on_ray(
 
 def _require_share(num_cpus: object) -> None:
     if isinstance(num_cpus, bool) or not isinstance(num_cpus, (int, float)) or not num_cpus > 0:
-        raise InvalidInput(
-            four_parts(
-                "actors cannot be placed",
-                f"num_cpus={num_cpus!r}"[:200],
-                "a number of CPUs above 0",
-                "Leave it out for one each.",
-            )
+        raise bad(
+            "actors cannot be placed",
+            f"num_cpus={num_cpus!r}"[:200],
+            "a number of CPUs above 0",
+            "Leave it out for one each.",
         )
 
 
@@ -118,13 +116,11 @@ def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     known = [n for n in inspect.signature(mine_triggers).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise InvalidInput(
-            four_parts(
-                "mine_on_ray was given an option that mine_triggers has not",
-                repr(unknown[0]),
-                f"some of {known}",
-                "See the docstring of mine_triggers.",
-            )
+        raise bad(
+            "mine_on_ray was given an option that mine_triggers has not",
+            repr(unknown[0]),
+            f"some of {known}",
+            "See the docstring of mine_triggers.",
         )
     return options
 
@@ -138,13 +134,11 @@ def _ray(wanted: float) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise InvalidInput(
-            four_parts(
-                "there is no Ray to mine on",
-                str(error),
-                "ray[data]",
-                "Install tl-contextmix[ray], or share the corpus by rank and world_size.",
-            )
+        raise bad(
+            "there is no Ray to mine on",
+            str(error),
+            "ray[data]",
+            "Install tl-contextmix[ray], or share the corpus by rank and world_size.",
         ) from error
     own = not ray.is_initialized()
     if own:
@@ -152,13 +146,11 @@ def _ray(wanted: float) -> Iterator[Any]:
     try:
         there = ray.cluster_resources().get("CPU", 0.0)
         if wanted >= there:
-            raise InvalidInput(
-                four_parts(
-                    "the workers would wait for ever",
-                    f"actors that take {wanted:g} of {there:g} CPUs",
-                    "a share of a CPU left for reading",
-                    "Ask for fewer workers, or a smaller num_cpus for each.",
-                )
+            raise bad(
+                "the workers would wait for ever",
+                f"actors that take {wanted:g} of {there:g} CPUs",
+                "a share of a CPU left for reading",
+                "Ask for fewer workers, or a smaller num_cpus for each.",
             )
         yield ray
     finally:

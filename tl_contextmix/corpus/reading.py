@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 
 Kind = Literal["text", "jsonl", "parquet", "dataset", "iterable"]
 _SUFFIXES: dict[str, Kind] = {
@@ -103,13 +103,11 @@ class Corpus:
             raise _unreadable(self.name, str(error)) from error
         missing = [number for number in sorted(needed) if number not in found]
         if missing:
-            raise InvalidInput(
-                four_parts(
-                    f"documents of {self.name} are not there any more",
-                    f"no document {missing[0]}",
-                    "the corpus that was mined",
-                    "Give the corpus again; an iterator can be read only once.",
-                )
+            raise bad(
+                f"documents of {self.name} are not there any more",
+                f"no document {missing[0]}",
+                "the corpus that was mined",
+                "Give the corpus again; an iterator can be read only once.",
             )
         return found
 
@@ -175,18 +173,16 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
 
 
 def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return InvalidInput(four_parts("the corpus cannot be read", seen, expected, remedy))
+    return bad("the corpus cannot be read", seen, expected, remedy)
 
 
 def _require_no_column(column: str | None, name: str) -> None:
     if column is not None:
-        raise InvalidInput(
-            four_parts(
-                "a corpus without columns was asked for one",
-                f"column={column!r} of {name}",
-                "None for text files and iterables",
-                "Leave `column` out.",
-            )
+        raise bad(
+            "a corpus without columns was asked for one",
+            f"column={column!r} of {name}",
+            "None for text files and iterables",
+            "Leave `column` out.",
         )
 
 
@@ -300,24 +296,20 @@ def _checked(text: Any) -> Document:
 
 
 def _unreadable(name: str, seen: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"the corpus {name} cannot be read",
-            seen,
-            "a file that can be read",
-            "Check the file; the same command goes on where it stopped.",
-        )
+    return bad(
+        f"the corpus {name} cannot be read",
+        seen,
+        "a file that can be read",
+        "Check the file; the same command goes on where it stopped.",
     )
 
 
 def _no_column(corpus: Corpus, names: list[str]) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"there is no such column in {corpus.name}",
-            repr(corpus.column),
-            f"one of {names}",
-            "Name it with `column`.",
-        )
+    return bad(
+        f"there is no such column in {corpus.name}",
+        repr(corpus.column),
+        f"one of {names}",
+        "Name it with `column`.",
     )
 
 

@@ -10,7 +10,7 @@ from tl_contextmix.corpus.composition import draw
 from tl_contextmix.corpus.contexts import coefficients_of, contexts
 from tl_contextmix.corpus.shards import frame_of
 from tl_contextmix.corpus.store import not_mined
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results import LayerFigures
 
 if TYPE_CHECKING:
@@ -32,13 +32,11 @@ def removal(triggers: Triggers, frame: pandas.DataFrame, seed: int) -> LayerFigu
     """
     view = triggers.require_view()
     if triggers.both_ways:
-        raise InvalidInput(
-            four_parts(
-                "no prefix is defined for this model",
-                f"{view.name}, which reads both ways",
-                "a causal model",
-                "The end of a prefix is the last token only where nothing behind it is read.",
-            )
+        raise bad(
+            "no prefix is defined for this model",
+            f"{view.name}, which reads both ways",
+            "a causal model",
+            "The end of a prefix is the last token only where nothing behind it is read.",
         )
     lead = frame_of(view, triggers.manifest["run"]["options"]["prepend_bos"])[0]
     every, frame = len(frame), frame[frame["position"] > lead]  # one token has nothing left

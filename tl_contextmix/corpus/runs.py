@@ -11,7 +11,7 @@ import torch
 
 from tl_contextmix.corpus.miner import Miner
 from tl_contextmix.corpus.reading import Corpus
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.inputs import package_version
 from tl_contextmix.model_view import ModelView
 
@@ -67,13 +67,11 @@ def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> No
             if changed:
                 name, old, new = f"{name}: {changed[0]}", old.get(changed[0]), new[changed[0]]
         if old != new:
-            raise InvalidInput(
-                four_parts(
-                    f"{folder} holds a run that differs in {name}",
-                    repr(new)[:200],
-                    repr(old)[:200],
-                    "Give what was given then, or choose another folder.",
-                )
+            raise bad(
+                f"{folder} holds a run that differs in {name}",
+                repr(new)[:200],
+                repr(old)[:200],
+                "Give what was given then, or choose another folder.",
             )
 
 
@@ -92,11 +90,9 @@ def as_far_as(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 def changed(corpus: Corpus, seen: str) -> InvalidInput:
     """Returns the error for a corpus that is another one than before."""
-    return InvalidInput(
-        four_parts(
-            f"the corpus {corpus.name} is not the one that was mined before",
-            seen,
-            "the same documents",
-            "Give the corpus of then, or choose another folder.",
-        )
+    return bad(
+        f"the corpus {corpus.name} is not the one that was mined before",
+        seen,
+        "the same documents",
+        "Give the corpus of then, or choose another folder.",
     )

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch
 from tl_contextmix.corpus.reading import Corpus, Document
 from tl_contextmix.corpus.topk import POSITION_BITS
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Batch, ModelView
+from tl_contextmix.model_view import ModelView
 
 TooLong = Literal["cut", "skip", "error"]
 Malformed = Literal["error", "skip"]
@@ -152,7 +153,7 @@ def _tokens(
     counts["documents"] += 1
     if document.text is None:
         if how.malformed == "error":
-            raise _bad(name, document.problem, "a text", "malformed='skip'")
+            raise _unusable(name, document.problem, "a text", "malformed='skip'")
         counts["malformed"] += 1
         return []
     if not document.text.strip():
@@ -164,7 +165,7 @@ def _tokens(
         return ids
     if how.too_long == "error":
         seen, most = f"{len(ids)} tokens", f"at most {len(kept)}"
-        raise _bad(name, seen, most, "too_long='cut' or 'skip'")
+        raise _unusable(name, seen, most, "too_long='cut' or 'skip'")
     counts["too_long"] += 1
     if how.too_long == "skip":
         return []
@@ -207,9 +208,5 @@ def _batch(
     return Documents(batch, numbers, counted, next_ids)
 
 
-def _bad(name: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            f"{name} cannot be used", seen, expected, f"Mend it, or leave it out with {remedy}."
-        )
-    )
+def _unusable(name: str, seen: str, expected: str, remedy: str) -> InvalidInput:
+    return bad(f"{name} cannot be used", seen, expected, f"Mend it, or leave it out with {remedy}.")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_contextmix.corpus.checks import check_manifest, check_part, check_table, require_path
 from tl_contextmix.corpus.topk import TopK, unpack_places, unpack_tokens
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 
 if TYPE_CHECKING:
     import pandas
@@ -129,7 +129,7 @@ def load_part(path: Path, device: torch.device) -> Part:
             shards=facts["shards"],
         )
     except Exception as error:  # a hostile file can fail anywhere
-        raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def write_result(folder: Path, tops: Mapping[tuple[int, str], TopK], manifest: dict) -> None:
@@ -152,14 +152,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         parts = len(list(folder.glob("part-*.safetensors"))) if folder.is_dir() else 0
-        raise _bad(path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0)
+        raise _unreadable(
+            path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT_VERSION:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
-        raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def read_table(
@@ -181,7 +183,7 @@ def read_table(
         check_table(found, manifest)
         return found
     except Exception as error:  # a hostile file can fail anywhere
-        raise _bad(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def _write_table(
@@ -241,14 +243,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         _flush(path.parent)
     except Exception as error:  # safetensors and pyarrow have types of their own
         part.unlink(missing_ok=True)
-        raise InvalidInput(
-            four_parts(
-                f"{path} cannot be written",
-                f"{type(error).__name__}: {error}"[:300],
-                "a folder with room and the right to write",
-                "Free some space and run the same command again: it goes on from the last "
-                "checkpoint, which is whole.",
-            )
+        raise bad(
+            f"{path} cannot be written",
+            f"{type(error).__name__}: {error}"[:300],
+            "a folder with room and the right to write",
+            "Free some space and run the same command again: it goes on from the last "
+            "checkpoint, which is whole.",
         ) from error
 
 
@@ -260,7 +260,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _bad(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
+def _unreadable(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
     remedy = "Give the folder that mine_triggers wrote."
     if parts:
         remedy = "Run the same mining again to finish it, or merge the parts of all processes."
@@ -284,24 +284,20 @@ def make_folder(out: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInput(
-            four_parts(
-                "the folder for the result cannot be made",
-                str(error),
-                "a path where a folder is or can be",
-                "Choose another one.",
-            )
+        raise bad(
+            "the folder for the result cannot be made",
+            str(error),
+            "a path where a folder is or can be",
+            "Choose another one.",
         ) from error
     return folder
 
 
 def not_mined(what: str, seen: object, expected: str) -> InvalidInput:
     """Returns the error for something that is not among the triggers."""
-    return InvalidInput(
-        four_parts(
-            f"there is no such {what} among these triggers",
-            repr(seen),
-            expected,
-            "Ask for something that was mined, or mine again.",
-        )
+    return bad(
+        f"there is no such {what} among these triggers",
+        repr(seen),
+        expected,
+        "Ask for something that was mined, or mine again.",
     )

@@ -17,7 +17,7 @@ from tl_contextmix.corpus.reading import Corpus, open_corpus
 from tl_contextmix.corpus.removal import removal
 from tl_contextmix.corpus.runs import tokenizer_hash
 from tl_contextmix.corpus.store import TABLE, not_mined, read_manifest, read_table
-from tl_contextmix.errors import FileFormatError, InvalidInput, four_parts
+from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import provenance
 from tl_contextmix.memories import require_feed_forward
@@ -337,13 +337,11 @@ class Triggers(Shown):
     def require_view(self) -> ModelView:
         """Returns the model; raises InvalidInput where it is not at hand."""
         if self.view is None:
-            raise InvalidInput(
-                four_parts(
-                    "this needs the model that was mined",
-                    "triggers without one",
-                    f"the model {self.manifest['run']['model']}",
-                    "Call load_triggers(folder, model=...).",
-                )
+            raise bad(
+                "this needs the model that was mined",
+                "triggers without one",
+                f"the model {self.manifest['run']['model']}",
+                "Call load_triggers(folder, model=...).",
             )
         return self.view
 
@@ -356,22 +354,18 @@ class Triggers(Shown):
 def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> ModelView:
     run = manifest["run"]
     if view.fingerprint != run["weights"]:
-        raise InvalidInput(
-            four_parts(
-                "the triggers are those of another model",
-                f"{view.name} with weights {view.fingerprint}",
-                f"{run['model']} with weights {run['weights']}",
-                "Give the model that was mined.",
-            )
+        raise bad(
+            "the triggers are those of another model",
+            f"{view.name} with weights {view.fingerprint}",
+            f"{run['model']} with weights {run['weights']}",
+            "Give the model that was mined.",
         )
     if tokenizer_hash(view, run["options"]["prepend_bos"]) != run["tokenizer"]:
-        raise InvalidInput(
-            four_parts(
-                "the triggers were mined with another tokenizer",
-                f"the one of {view.name} as it is now",
-                "the tokenizer of then",
-                "Give the model the tokenizer it was mined with.",
-            )
+        raise bad(
+            "the triggers were mined with another tokenizer",
+            f"the one of {view.name} as it is now",
+            "the tokenizer of then",
+            "Give the model the tokenizer it was mined with.",
         )
     blocks = view.stacks.get(run["options"]["stack"], ())
     for layer, neurons in manifest["neurons"].items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 
 DemoName = Literal["causal-lm", "masked-lm", "encoder-decoder"]
 DEMO_NAMES: tuple[DemoName, ...] = get_args(DemoName)
@@ -52,11 +52,9 @@ def require_demo_name(name: str) -> None:
     """Raises InvalidInput unless `name` is a demo model."""
     if name in DEMO_NAMES:
         return
-    raise InvalidInput(
-        four_parts(
-            "Cannot find the demo model",
-            repr(name),
-            f"one of {', '.join(map(repr, DEMO_NAMES))}",
-            "Use one of these names; for any other model, call load_model.",
-        )
+    raise bad(
+        "Cannot find the demo model",
+        repr(name),
+        f"one of {', '.join(map(repr, DEMO_NAMES))}",
+        "Use one of these names; for any other model, call load_model.",
     )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.evaluate.rows import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Text, make_batch
-from tl_contextmix.model_view import Batch, ModelView, Side
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import ContextMap, Score
 from tl_contextmix.results.words import Spans

@@ -142,13 +142,11 @@ def load_minimal_pairs(path: str | Path) -> tuple[MinimalPair, ...]:
     try:
         data = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
-        raise InvalidInput(
-            four_parts(
-                "the minimal pairs cannot be read",
-                f"{path!r} ({getattr(error, 'strerror', None) or error})",
-                "a file with a JSON object per line",
-                "Give the path of a local file, such as one of BLiMP's.",
-            )
+        raise bad(
+            "the minimal pairs cannot be read",
+            f"{path!r} ({getattr(error, 'strerror', None) or error})",
+            "a file with a JSON object per line",
+            "Give the path of a local file, such as one of BLiMP's.",
         ) from error
     path = Path(path)
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.activations import Activation
+from tl_contextmix.blocks import FOLD_BYTES, Block
 from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts
 from tl_contextmix.hosts.caches import cache_reader
 from tl_contextmix.hosts.edits import hooked_places, without_hooks
@@ -40,7 +41,7 @@ from tl_contextmix.identity import (
     settle_block,
     tolerance_of,
 )
-from tl_contextmix.model_view import FOLD_BYTES, Block, ModelView
+from tl_contextmix.model_view import ModelView
 
 
 def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:

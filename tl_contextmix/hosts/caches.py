@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.hosts.recognition import Facts
-from tl_contextmix.model_view import Block, CacheReader
+from tl_contextmix.model_view import CacheReader
 
 # A bridge keeps an activation under its own name, under HookedTransformer's, or under both,
 # depending on names_filter.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.hosts.decoding import MemoryDecoder
 from tl_contextmix.hosts.edits import hooked_places, is_hooked, without_hooks
@@ -22,7 +23,7 @@ from tl_contextmix.hosts.reading import final_norm_modules
 from tl_contextmix.hosts.settings import end_tokens, generation_settings, require_followed
 from tl_contextmix.hosts.tokens import decoder_start
 from tl_contextmix.hosts.twins import bridge_twin, t5_twin
-from tl_contextmix.model_view import Batch, ModelView, Side
+from tl_contextmix.model_view import ModelView
 
 _PROBE = 4
 

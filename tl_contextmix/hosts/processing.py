@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import AttentionSublayer, Block
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.recognition import Facts
-from tl_contextmix.model_view import AttentionSublayer, Block
 
 # A model's parameters by name. Walking through its modules takes longer than looking at them.
 Weights = Mapping[str, Tensor]

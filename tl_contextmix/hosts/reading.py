@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Weights
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.hosts.recognition import Host
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, Weights
 from tl_contextmix.tensors import Norm
 
 # How each class names its lists of blocks, and the stack they are to us.

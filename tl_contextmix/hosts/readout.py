@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from tl_contextmix.blocks import Weights
 from tl_contextmix.errors import four_parts
 from tl_contextmix.hosts.reading import Handle, read_norm
-from tl_contextmix.model_view import Readout, Weights
+from tl_contextmix.model_view import Readout
 
 _FINAL_NORMS = ("ln_final", "decoder_ln_final", "decoder_final_ln")
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.reading import Handle
-from tl_contextmix.model_view import Batch, Edit, Runner, Side
+from tl_contextmix.model_view import Edit, Runner
 
 # Where Hugging Face's modules keep the rates at which they drop activations, or whole layers.
 _RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.hosts.decoding import MemoryDecoder
 from tl_contextmix.hosts.listening import (
     EncoderDecoder,
@@ -22,7 +22,7 @@ from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.processing import fingerprint
 from tl_contextmix.hosts.running import require_no_autocast, require_no_dropout
 from tl_contextmix.hosts.settings import end_tokens, require_followed
-from tl_contextmix.model_view import describe
+from tl_contextmix.inputs.caches import describe
 
 
 def is_speech(model: object) -> bool:
@@ -114,38 +114,32 @@ def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> li
 
 
 def _unfit(features: Tensor, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            "the audio features cannot be encoded",
-            describe(features),
-            f"features as the model was made for ({expected})",
-            "Make them with the model's own feature extractor.",
-        )
+    return bad(
+        "the audio features cannot be encoded",
+        describe(features),
+        f"features as the model was made for ({expected})",
+        "Make them with the model's own feature extractor.",
     )
 
 
 def _checked(tokenizer: Any) -> Any:
     if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
         return tokenizer
-    raise InvalidInput(
-        four_parts(
-            "this is no tokenizer",
-            describe(tokenizer),
-            "the model's tokenizer, or a processor that has one",
-            "Load it with the model.",
-        )
+    raise bad(
+        "this is no tokenizer",
+        describe(tokenizer),
+        "the model's tokenizer, or a processor that has one",
+        "Load it with the model.",
     )
 
 
 def _require(tokenizer: Any) -> Any:
     if tokenizer is None:
-        raise InvalidInput(
-            four_parts(
-                "a text cannot be turned into tokens",
-                "a speech model without a tokenizer",
-                "tokenizer=",
-                "Pass the model's tokenizer or processor.",
-            )
+        raise bad(
+            "a text cannot be turned into tokens",
+            "a speech model without a tokenizer",
+            "tokenizer=",
+            "Pass the model's tokenizer or processor.",
         )
     return tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.hosts.recognition import Facts
 
@@ -20,13 +20,11 @@ def require_tokenizer(model: Any) -> Any:
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise InvalidInput(
-            four_parts(
-                "text cannot be turned into tokens",
-                "a model without a tokenizer",
-                "token ids of shape [batch, pos]",
-                "Pass a tensor of token ids, or give the model a tokenizer.",
-            )
+        raise bad(
+            "text cannot be turned into tokens",
+            "a model without a tokenizer",
+            "token ids of shape [batch, pos]",
+            "Pass a tensor of token ids, or give the model a tokenizer.",
         )
     return tokenizer
 
@@ -48,13 +46,11 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
             options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
             return model.to_tokens(text, truncate=False, **options)[0].tolist()
         if prepend_bos is not None:
-            raise InvalidInput(
-                four_parts(
-                    "prepend_bos has no meaning for an encoder",
-                    f"prepend_bos={prepend_bos}",
-                    "None",
-                    "Leave it out: the tokenizer adds the model's own special tokens.",
-                )
+            raise bad(
+                "prepend_bos has no meaning for an encoder",
+                f"prepend_bos={prepend_bos}",
+                "None",
+                "Leave it out: the tokenizer adds the model's own special tokens.",
             )
         ids = list(tokenizer(text)["input_ids"])
         return _ended(tokenizer, ids) if pair else _enclosed(tokenizer, ids)

@@ -8,10 +8,11 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.identity.probe import Probe, activation_error, pre_errors, relative_error
 from tl_contextmix.identity.report import CheckRow
-from tl_contextmix.model_view import AttentionSublayer, Block, FeedForward, ModelView, Trace
+from tl_contextmix.model_view import ModelView
 
 
 def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:

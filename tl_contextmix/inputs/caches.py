@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Batch, Block, ModelView, Trace, describe
+from tl_contextmix.blocks import Batch, Block, Trace
+from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.model_view import ModelView
 
 # Embeddings of the same token differ by a factor (Gemma) and by rounding, 4e-3 in bfloat16; those
 # of two tokens point elsewhere.
@@ -46,25 +47,21 @@ def trace_of(
         UnsupportedModel: If what it holds shows that its pass was edited.
     """
     if not isinstance(cache, Cache):
-        raise InvalidInput(
-            four_parts(
-                "the cache cannot be read",
-                describe(cache),
-                "activations by name, as TransformerLens' caching run returns them",
-                "Pass the second of its results; the first are the logits.",
-            )
+        raise bad(
+            "the cache cannot be read",
+            describe(cache),
+            "activations by name, as TransformerLens' caching run returns them",
+            "Pass the second of its results; the first are the logits.",
         )
     reader = _Reader(view, cache, blocks[0].resid_in)
     missing = [name for name in needed if name not in reader]
     if missing:
-        raise InvalidInput(
-            four_parts(
-                f"the cache lacks {missing[0]}",
-                f"{len(reader.names)} activations without {len(missing)} that are needed",
-                f"{len(needed)} activations, among them stream, pattern and values of each "
-                "layer asked for",
-                "Cache with names_filter=None, or leave `cache` out.",
-            )
+        raise bad(
+            f"the cache lacks {missing[0]}",
+            f"{len(reader.names)} activations without {len(missing)} that are needed",
+            f"{len(needed)} activations, among them stream, pattern and values of each "
+            "layer asked for",
+            "Cache with names_filter=None, or leave `cache` out.",
         )
     more = [name for block in blocks for name in block.checkpoints() if name in reader]
     values = {name: reader.read(name) for name in [*needed, *more]}
@@ -145,12 +142,17 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
 
 
 def _other_input(seen: str, expected: str) -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            "the cache is of another input",
-            seen,
-            expected,
-            "Pass the same tokens that made the cache (prepend_bos included), all positions. Where "
-            "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
-        )
+    return bad(
+        "the cache is of another input",
+        seen,
+        expected,
+        "Pass the same tokens that made the cache (prepend_bos included), all positions. Where "
+        "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
     )
+
+
+def describe(value: Any) -> str:
+    """Returns the shape and dtype of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.model_view import Batch, ModelView, Side
+from tl_contextmix.model_view import ModelView
 
 _PADS, _LENGTH = 2, 4
 _FACT = "padding on the left"

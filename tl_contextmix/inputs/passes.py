@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.blocks import Batch, Block, Side, Trace
+from tl_contextmix.errors import bad
 from tl_contextmix.inputs.caches import trace_of
 from tl_contextmix.inputs.tokens import Given, make_batch
-from tl_contextmix.model_view import Batch, Block, ModelView, Side, StackName, Trace
+from tl_contextmix.model_view import ModelView, StackName
 from tl_contextmix.results import Provenance, Tokens
 
 
@@ -172,15 +173,13 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
             value = trace.values.get(name)
             if value is None or bool(value[mask.to(value.device)].isfinite().all()):
                 continue
-            raise InvalidInput(
-                four_parts(
-                    "the model's own activations are not finite",
-                    f"NaN or infinity at a real token in {name}",
-                    "finite activations",
-                    "Load the model in float32 or bfloat16: float16 overflows in T5 and others, "
-                    "and in float64 some Hugging Face code makes NaN of padding. Look at hooks of "
-                    "your own, too.",
-                )
+            raise bad(
+                "the model's own activations are not finite",
+                f"NaN or infinity at a real token in {name}",
+                "finite activations",
+                "Load the model in float32 or bfloat16: float16 overflows in T5 and others, "
+                "and in float64 some Hugging Face code makes NaN of padding. Look at hooks of "
+                "your own, too.",
             )
 
 
@@ -198,13 +197,11 @@ def select_blocks(
     if isinstance(layer, Sequence) and not isinstance(layer, str):
         asked = list(layer)
     if not asked:
-        raise InvalidInput(
-            four_parts(
-                "no layer was asked for",
-                "an empty list",
-                "a layer or several",
-                "Leave `layer` out for all of them.",
-            )
+        raise bad(
+            "no layer was asked for",
+            "an empty list",
+            "a layer or several",
+            "Leave `layer` out for all of them.",
         )
     return tuple(blocks[_layer_number(number, len(blocks))] for number in asked)
 
@@ -215,13 +212,11 @@ def _layer_number(asked: Any, count: int) -> int:
     except TypeError:
         number = count
     if isinstance(asked, bool) or not -count <= number < count:
-        raise InvalidInput(
-            four_parts(
-                "there is no such layer",
-                repr(asked),
-                f"an integer from {-count} to {count - 1}",
-                f"This stack has {count} layers; the first is 0.",
-            )
+        raise bad(
+            "there is no such layer",
+            repr(asked),
+            f"an integer from {-count} to {count - 1}",
+            f"This stack has {count} layers; the first is 0.",
         )
     return number
 

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch
 from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
-from tl_contextmix.model_view import Batch, ModelView
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 from tl_contextmix.results.axes import whole_number
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
-from tl_contextmix.inputs.caches import Cache
+from tl_contextmix.blocks import Batch, Side
+from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.inputs.caches import Cache, describe
 from tl_contextmix.inputs.padding import require_safe_padding
-from tl_contextmix.model_view import Batch, ModelView, Side, describe
+from tl_contextmix.model_view import ModelView
 
 Text = str | Sequence[str]
 PaddingSide = Literal["right", "left"]
@@ -49,13 +50,11 @@ def make_batch(view: ModelView, given: Given) -> Batch:
         InvalidInput: If they do not fit.
     """
     if given.padding_side not in ("right", "left"):
-        raise InvalidInput(
-            four_parts(
-                "there is no such padding side",
-                repr(given.padding_side),
-                "'right' or 'left'",
-                "Choose one of these.",
-            )
+        raise bad(
+            "there is no such padding side",
+            repr(given.padding_side),
+            "'right' or 'left'",
+            "Choose one of these.",
         )
     main = _main_side(view, given)
     require_safe_padding(view, main)
@@ -74,13 +73,11 @@ def _main_side(view: ModelView, given: Given) -> Side:
         return side
     mask = _mask(given.attention_mask, side.ids)
     if bool((mask & ~side.mask.to(mask.device)).any()):
-        raise InvalidInput(
-            four_parts(
-                "the attention_mask does not fit the texts",
-                "ones at the padding of a shorter text",
-                f"zeros at the padding on the {given.padding_side}",
-                "Leave the mask out: the padding of texts is known.",
-            )
+        raise bad(
+            "the attention_mask does not fit the texts",
+            "ones at the padding of a shorter text",
+            f"zeros at the padding on the {given.padding_side}",
+            "Leave the mask out: the padding of texts is known.",
         )
     return Side(ids=side.ids, mask=mask)
 
@@ -89,13 +86,11 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
     asked = given.decoder_input
     if view.encode_decoder is None:
         if asked is not None:
-            raise InvalidInput(
-                four_parts(
-                    "decoder_input has no meaning for this model",
-                    describe(asked),
-                    "None: the model has one stack",
-                    "Leave it out.",
-                )
+            raise bad(
+                "decoder_input has no meaning for this model",
+                describe(asked),
+                "None: the model has one stack",
+                "Leave it out.",
             )
         return None
     if isinstance(asked, Tensor):
@@ -106,13 +101,11 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
         _token_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
-        raise InvalidInput(
-            four_parts(
-                "input and decoder_input do not fit each other",
-                f"{rows} and {side.ids.shape[0]} rows",
-                "as many decoder inputs as inputs",
-                "Give one decoder input per input.",
-            )
+        raise bad(
+            "input and decoder_input do not fit each other",
+            f"{rows} and {side.ids.shape[0]} rows",
+            "as many decoder inputs as inputs",
+            "Give one decoder input per input.",
         )
     return side
 
@@ -120,22 +113,18 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
 def _texts(given: object, name: str) -> list[str]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise InvalidInput(
-            four_parts(
-                f"the {name} cannot be read",
-                _describe_items(texts),
-                "a str, a list of str, or a tensor of token ids",
-                "Convert arrays and lists of ids with torch.tensor.",
-            )
+        raise bad(
+            f"the {name} cannot be read",
+            _describe_items(texts),
+            "a str, a list of str, or a tensor of token ids",
+            "Convert arrays and lists of ids with torch.tensor.",
         )
     if not texts or not all(texts):
-        raise InvalidInput(
-            four_parts(
-                f"the {name} is empty",
-                repr(given),
-                "at least one character in every text",
-                "Leave empty texts out.",
-            )
+        raise bad(
+            f"the {name} is empty",
+            repr(given),
+            "at least one character in every text",
+            "Leave empty texts out.",
         )
     return list(texts)
 
@@ -174,7 +163,7 @@ def _token_ids(view: ModelView, ids: Tensor, name: str) -> Tensor:
 
 
 def _bad_tokens(name: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    return InvalidInput(four_parts(f"the {name} cannot be run", seen, expected, remedy))
+    return bad(f"the {name} cannot be run", seen, expected, remedy)
 
 
 def _mask(mask: object, ids: Tensor) -> Tensor:
@@ -184,13 +173,11 @@ def _mask(mask: object, ids: Tensor) -> Tensor:
     real = found.to(ids.device).bool()
     if not bool(real.any(dim=1).all()):
         row = int((~real.any(dim=1)).nonzero()[0])
-        raise InvalidInput(
-            four_parts(
-                "the attention_mask leaves nothing",
-                f"row {row} of zeros",
-                "at least one real token in every row",
-                "Leave the row out.",
-            )
+        raise bad(
+            "the attention_mask leaves nothing",
+            f"row {row} of zeros",
+            "at least one real token in every row",
+            "Leave the row out.",
         )
     return real
 
@@ -205,26 +192,22 @@ def _mask_values(mask: object, ids: Tensor) -> Tensor:
             if strange.numel() == 0:
                 return mask
             seen += f" with the value {strange[0].item()}"
-    raise InvalidInput(
-        four_parts(
-            "the attention_mask does not fit the tokens",
-            seen,
-            f"a tensor of zeros and ones of shape {tuple(ids.shape)}",
-            "Give 1 for every real token and 0 for padding.",
-        )
+    raise bad(
+        "the attention_mask does not fit the tokens",
+        seen,
+        f"a tensor of zeros and ones of shape {tuple(ids.shape)}",
+        "Give 1 for every real token and 0 for padding.",
     )
 
 
 def _pad(view: ModelView, texts: Sequence[str | None], rows: list[list[int]], side: str) -> Side:
     for text, row in zip(texts, rows, strict=True):
         if not row:
-            raise InvalidInput(
-                four_parts(
-                    "a text has no tokens",
-                    repr(text),
-                    "at least one token in every text",
-                    "Leave the text out, or let prepend_bos give it one.",
-                )
+            raise bad(
+                "a text has no tokens",
+                repr(text),
+                "at least one token in every text",
+                "Leave the text out, or let prepend_bos give it one.",
             )
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), view.pad_id(), dtype=torch.long)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Side
 from tl_contextmix.hosts import EncoderDecoder
 from tl_contextmix.layerwise.given import bad_input, start_tokens
 from tl_contextmix.layerwise.listening import Listening
-from tl_contextmix.model_view import Side
 from tl_contextmix.results import (
     LayerwiseDecoding,
     LayerwiseLikelihood,

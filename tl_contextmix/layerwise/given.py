@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Side
 from tl_contextmix.errors import InvalidInput, four_parts
 from tl_contextmix.hosts import EncoderDecoder
 from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Side, describe
+from tl_contextmix.inputs.caches import describe
 from tl_contextmix.results.curves import as_texts
 from tl_contextmix.sequences import words
 

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_contextmix.blocks import Side
 from tl_contextmix.hosts import EncoderDecoder, Generated
-from tl_contextmix.model_view import Side
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import ContextMixWarning, InvalidInput, depth_of_caller, four_parts
+from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
 from tl_contextmix.loading.bridge import load_bridge
 from tl_contextmix.loading.hooked import load_hooked
 from tl_contextmix.loading.source import (
@@ -142,13 +142,11 @@ def _device(named: str | torch.device) -> torch.device:
     try:
         return torch.device(named)
     except RuntimeError as error:
-        raise InvalidInput(
-            four_parts(
-                "there is no such device",
-                repr(named),
-                "the name of a device that PyTorch knows, as 'cpu' or 'cuda:0'",
-                "Leave `device` out for the default.",
-            )
+        raise bad(
+            "there is no such device",
+            repr(named),
+            "the name of a device that PyTorch knows, as 'cpu' or 'cuda:0'",
+            "Leave `device` out for the default.",
         ) from error
 
 

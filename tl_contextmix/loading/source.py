@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tl_contextmix.demo_models import DEMO_NAMES
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 
 HostClass = Literal["hooked", "bridge"]
 Kind = Literal["causal", "masked", "encoder-decoder"]
@@ -75,23 +75,19 @@ def not_found(label: str, location: str, folder: bool, error: Exception) -> Inva
     """Returns the error for a name or folder under which there is no (complete) model."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if folder:
-        return InvalidInput(
-            four_parts(
-                "Cannot load a model from the folder",
-                f"{location!r} ({reason})",
-                "a folder with config.json, weights and tokenizer, as save_pretrained writes it",
-                "Save the model and its tokenizer into the folder with save_pretrained.",
-            )
+        return bad(
+            "Cannot load a model from the folder",
+            f"{location!r} ({reason})",
+            "a folder with config.json, weights and tokenizer, as save_pretrained writes it",
+            "Save the model and its tokenizer into the folder with save_pretrained.",
         )
-    return InvalidInput(
-        four_parts(
-            "Cannot load the model",
-            f"{label!r}, which is no folder and cannot be had from the hub ({reason})",
-            f"a demo model ({', '.join(DEMO_NAMES)}), a local folder, or a hub name that is cached"
-            " or reachable",
-            "Check the spelling and the network (HF_HUB_OFFLINE forbids downloads), or use a demo"
-            " model, which needs no network.",
-        )
+    return bad(
+        "Cannot load the model",
+        f"{label!r}, which is no folder and cannot be had from the hub ({reason})",
+        f"a demo model ({', '.join(DEMO_NAMES)}), a local folder, or a hub name that is cached"
+        " or reachable",
+        "Check the spelling and the network (HF_HUB_OFFLINE forbids downloads), or use a demo"
+        " model, which needs no network.",
     )
 
 
@@ -121,13 +117,11 @@ def _kind(config: Any, label: str) -> Kind:
 def choose_host(source: Source, host: HostClass | None) -> HostClass:
     """Returns the class to use; raises UnsupportedModel if none runs the model right."""
     if host is not None and host not in get_args(HostClass):
-        raise InvalidInput(
-            four_parts(
-                "Cannot choose a TransformerLens class",
-                f"host={host!r}",
-                "'hooked', 'bridge' or None",
-                "Leave host away to get the natural class of the model.",
-            )
+        raise bad(
+            "Cannot choose a TransformerLens class",
+            f"host={host!r}",
+            "'hooked', 'bridge' or None",
+            "Leave host away to get the natural class of the model.",
         )
     reasons = {candidate: _why_not(source, candidate) for candidate in ("hooked", "bridge")}
     candidates: tuple[HostClass, ...] = ("hooked", "bridge") if host is None else (host,)

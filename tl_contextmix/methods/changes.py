@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.ranks import spearman
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
 from tl_contextmix.results.axes import largest, require_choice, require_count
@@ -287,7 +287,7 @@ def _require_same(before: ContextMap, after: ContextMap) -> None:
 
 
 def _incomparable(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return InvalidInput(four_parts("these maps cannot be compared", seen, expected, remedy))
+    return bad("these maps cannot be compared", seen, expected, remedy)
 
 
 def _provenance(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block
 from tl_contextmix.decompose import (
     DEFAULT_MAX_BYTES,
     Bias,
@@ -26,7 +27,7 @@ from tl_contextmix.inputs import (
     run_pass,
     select_blocks,
 )
-from tl_contextmix.model_view import Block, ModelView, StackName
+from tl_contextmix.model_view import ModelView, StackName
 from tl_contextmix.propagate import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.results import ContextMap, Decomposition
 from tl_contextmix.tensors import blocks

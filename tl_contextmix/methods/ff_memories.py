@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import FeedForward
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass, word_table
 from tl_contextmix.memories import (
@@ -24,7 +25,6 @@ from tl_contextmix.memories import (
     require_predicting,
     values,
 )
-from tl_contextmix.model_view import FeedForward
 from tl_contextmix.results import Memories
 
 StateProjection = Literal["model", "frozen", "none"]

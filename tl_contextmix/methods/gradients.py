@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import (
     ContextMixWarning,
@@ -22,7 +23,7 @@ from tl_contextmix.errors import (
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
 from tl_contextmix.inputs.targets import ids_of, rows_at
-from tl_contextmix.model_view import Batch, ModelView, Side
+from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ContextMap, Tokens
 
 Of = Literal["logit", "log_prob"]

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Batch, Trace
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, make_batch, provenance
 from tl_contextmix.inputs.targets import Ids, Names, answer_of, predicting_rows, target_tokens
-from tl_contextmix.model_view import Batch, Edit, ModelView, Trace
+from tl_contextmix.model_view import Edit, ModelView
 from tl_contextmix.results import Knockout, Tokens
 from tl_contextmix.results.axes import whole_number
 from tl_contextmix.results.components import Components

@@ -25,7 +25,7 @@ from tl_contextmix.decompose import (
     require_budget,
     require_point,
 )
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.model_view import StackName
@@ -147,13 +147,11 @@ def attention_norms(
 
 def _require_heads(heads: bool, points: list[Point]) -> None:
     if not points or (heads and points != ["attn_out"]):
-        raise InvalidInput(
-            four_parts(
-                "these maps cannot be computed",
-                f"heads={heads} at {points}",
-                "at least one point; heads=True at 'attn_out' only",
-                "Past the residual sum a head has no part of its own.",
-            )
+        raise bad(
+            "these maps cannot be computed",
+            f"heads={heads} at {points}",
+            "at least one point; heads=True at 'attn_out' only",
+            "Past the residual sum a head has no part of its own.",
         )
 
 
@@ -260,13 +258,11 @@ def mixing_ratio(
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     done = run_pass(as_view(model), given, layer=layer, stack=stack)
     if at == "attn_out" and done.stack == "cross":
-        raise InvalidInput(
-            four_parts(
-                "there is no mixing ratio of cross-attention alone",
-                "at='attn_out', stack='cross'",
-                "a point at which a token can come from itself",
-                "Ask for 'resid_mid' or later.",
-            )
+        raise bad(
+            "there is no mixing ratio of cross-attention alone",
+            "at='attn_out', stack='cross'",
+            "a point at which a token can come from itself",
+            "Ask for 'resid_mid' or later.",
         )
     ratios = []
     with torch.no_grad():

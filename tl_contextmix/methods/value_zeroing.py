@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import Block, StackName, Trace
-from tl_contextmix.replay import batch_rows, needed_names, part_of, replay
+from tl_contextmix.model_view import StackName
+from tl_contextmix.replay import batch_rows, needed_names, replay
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.words import Spans, merge, require_spans
@@ -141,7 +142,7 @@ class _How:
         """Returns distances [batch head target source] of one block."""
         batch = trace.resid_in(block).shape[0]
         size = batch_rows(block, trace, self.kind, self.max_bytes)
-        parts = [trace] if size >= batch else [part_of(trace, p) for p in blocks(batch, size)]
+        parts = [trace] if size >= batch else [trace.part(p) for p in blocks(batch, size)]
         return torch.cat([self._scores(block, part) for part in parts])
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:

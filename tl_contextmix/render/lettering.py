@@ -8,7 +8,7 @@ from functools import cache
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import text_to_path
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.render.text import LABEL_LENGTH, code_of, shorten, visible
 
 # Comes with matplotlib, so that a figure looks the same everywhere.
@@ -48,12 +48,10 @@ def _characters(family: str) -> frozenset[int]:
     try:
         path = findfont(FontProperties(family=family), fallback_to_default=False)
     except ValueError as error:
-        raise InvalidInput(
-            four_parts(
-                "the figure cannot be drawn in this font",
-                repr(family),
-                "the name of an installed font",
-                "matplotlib.font_manager.get_font_names() lists them.",
-            )
+        raise bad(
+            "the figure cannot be drawn in this font",
+            repr(family),
+            "the name of an installed font",
+            "matplotlib.font_manager.get_font_names() lists them.",
         ) from error
     return frozenset(get_font(path).get_charmap())

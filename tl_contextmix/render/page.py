@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import (
     bars,
@@ -191,13 +191,11 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise InvalidInput(
-            four_parts(
-                "the page cannot be written",
-                f"{str(path)!r} ({getattr(error, 'strerror', None) or error})",
-                "the name of a file in a folder that exists",
-                "Give another path.",
-            )
+        raise bad(
+            "the page cannot be written",
+            f"{str(path)!r} ({getattr(error, 'strerror', None) or error})",
+            "the name of a file in a folder that exists",
+            "Give another path.",
         ) from error
 
 

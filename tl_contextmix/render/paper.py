@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixError, bad, four_parts
 from tl_contextmix.panels import Heatmap, Panel
 
 if TYPE_CHECKING:
@@ -41,13 +41,11 @@ def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
     count = len(panels)
     if not _is_place(wanted, count):
         titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
-        raise InvalidInput(
-            four_parts(
-                "there is no such panel",
-                repr(wanted),
-                f"an integer from {-count} to {count - 1}",
-                f"They are: {titles}{' ...' if count > 12 else ''}.",
-            )
+        raise bad(
+            "there is no such panel",
+            repr(wanted),
+            f"an integer from {-count} to {count - 1}",
+            f"They are: {titles}{' ...' if count > 12 else ''}.",
         )
     return panels[wanted]  # type: ignore[index]
 
@@ -61,13 +59,11 @@ def _one_sheet(panel: Panel, wanted: object) -> Panel:
     elif _is_place(wanted, len(names)):
         place = wanted % len(names)  # type: ignore[operator]
     else:
-        raise InvalidInput(
-            four_parts(
-                "there is no such sheet",
-                repr(wanted),
-                f"a position or name of {list(names)}" if names else "None: this is no map",
-                "Leave the argument out to draw all of it.",
-            )
+        raise bad(
+            "there is no such sheet",
+            repr(wanted),
+            f"a position or name of {list(names)}" if names else "None: this is no map",
+            "Leave the argument out to draw all of it.",
         )
     assert isinstance(panel, Heatmap)
     return panel.sheet(place)

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tl_contextmix.corpus import Triggers, load_triggers
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluate import MinimalPair, load_minimal_pairs
 from tl_contextmix.loading import load_model
 from tl_contextmix.render import Page, Section, require_writable
@@ -148,13 +148,11 @@ def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "R
 
 def _result_section(result: object) -> Section:
     if not isinstance(result, Result):
-        raise InvalidInput(
-            four_parts(
-                "the page cannot be made",
-                f"a {type(result).__name__}",
-                "results of this package's methods",
-                "Give one result or a list of them.",
-            )
+        raise bad(
+            "the page cannot be made",
+            f"a {type(result).__name__}",
+            "results of this package's methods",
+            "Give one result or a list of them.",
         )
     provenance: Provenance | None = getattr(result, "provenance", None)
     if provenance is None:

@@ -10,7 +10,7 @@ import torch
 from tl_contextmix.cite import sources
 from tl_contextmix.compare import METHODS, Sentence, compare, demo_pairs
 from tl_contextmix.demo_models import DEMO_NAMES
-from tl_contextmix.errors import ContextMixError, InvalidInput, four_parts
+from tl_contextmix.errors import ContextMixError, bad
 from tl_contextmix.evaluate import MinimalPair, load_minimal_pairs
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import package_version
@@ -70,9 +70,7 @@ def write_comparison(
         ContextMixError: If the model, the pairs or the path cannot be used.
     """
     if count is not None and count < 1:
-        raise InvalidInput(
-            four_parts("nothing can be compared", count, "at least 1 sentence", "Ask for 50.")
-        )
+        raise bad("nothing can be compared", count, "at least 1 sentence", "Ask for 50.")
     require_writable(path)
     named = isinstance(model_or_name, (str, Path))
     model = load_model(model_or_name) if named else model_or_name
@@ -190,13 +188,11 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
         return load_minimal_pairs(pairs)[:count]
     if name in DEMO_NAMES:
         return demo_pairs(count=count or COMPARED)
-    raise InvalidInput(
-        four_parts(
-            "there are no sentences to compare methods on",
-            f"{name}, which is no demo model, without a file of pairs",
-            "a file of minimal pairs, a JSON object per line",
-            "Give --pairs FILE, for example one of BLiMP's.",
-        )
+    raise bad(
+        "there are no sentences to compare methods on",
+        f"{name}, which is no demo model, without a file of pairs",
+        "a file of minimal pairs, a JSON object per line",
+        "Give --pairs FILE, for example one of BLiMP's.",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.inputs import package_version
 from tl_contextmix.panels import Table
 from tl_contextmix.render import Section
@@ -53,13 +53,11 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
     listed = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in listed if name not in get_args(SectionName)]
     if unknown or not listed:
-        raise InvalidInput(
-            four_parts(
-                "the report has no such section",
-                ", ".join(map(repr, unknown)) or "no section at all",
-                f"some of {', '.join(SECTIONS)}",
-                "Choose among these, or leave it out for the whole story.",
-            )
+        raise bad(
+            "the report has no such section",
+            ", ".join(map(repr, unknown)) or "no section at all",
+            f"some of {', '.join(SECTIONS)}",
+            "Choose among these, or leave it out for the whole story.",
         )
     return tuple(name for name in SECTIONS if name in listed)
 

@@ -13,7 +13,7 @@ from tl_contextmix.demo_models import DEMO_NAMES, known_words
 from tl_contextmix.errors import (
     ContextMixError,
     ContextMixWarning,
-    InvalidInput,
+    bad,
     depth_of_caller,
     four_parts,
 )
@@ -110,13 +110,11 @@ def read(
     """
     view = as_view(model)
     if not isinstance(text, str):
-        raise InvalidInput(
-            four_parts(
-                "there is no report on this",
-                f"a {type(text).__name__}",
-                "one sentence as a str",
-                "Make a report for each sentence.",
-            )
+        raise bad(
+            "there is no report on this",
+            f"a {type(text).__name__}",
+            "one sentence as a str",
+            "Make a report for each sentence.",
         )
     _warn_about_words(view.name, text)
     done = run_pass(view, Given(text))

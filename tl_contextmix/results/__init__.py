@@ -12,6 +12,7 @@ out of rankings.
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.components import Components
+from tl_contextmix.results.composition import CompositionFigures
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.contributions import LogProbContributions
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
@@ -26,11 +27,12 @@ from tl_contextmix.results.likelihoods import (
     LayerwiseLikelihood,
     LayerwiseScores,
 )
-from tl_contextmix.results.memories import CompositionFigures, Memories, TokenMemory
+from tl_contextmix.results.memories import Memories
 from tl_contextmix.results.pairs import Pair, PairChanges
 from tl_contextmix.results.queries import QueryContributions
 from tl_contextmix.results.readouts import ComponentReadouts
 from tl_contextmix.results.scores import Score, ScoreRow
+from tl_contextmix.results.token_memory import TokenMemory
 from tl_contextmix.results.triggers import (
     Pattern,
     Trigger,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
-from tl_contextmix.errors import InvalidInput, bad, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 
 MOST = 2**62
 """No count and no number of a document is so large."""
@@ -18,26 +18,22 @@ MOST = 2**62
 def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
     if tuple(tensor.shape) != expected:
-        raise InvalidInput(
-            four_parts(
-                f"{name} does not fit its labels",
-                f"shape {tuple(tensor.shape)}",
-                f"shape {expected}",
-                "Give every axis as many labels as it has entries.",
-            )
+        raise bad(
+            f"{name} does not fit its labels",
+            f"shape {tuple(tensor.shape)}",
+            f"shape {expected}",
+            "Give every axis as many labels as it has entries.",
         )
 
 
 def require_choice(operation: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises InvalidInput unless a value is one of the choices."""
     if value not in choices:
-        raise InvalidInput(
-            four_parts(
-                f"{operation} does not know this {name}",
-                repr(value),
-                f"one of {list(choices)}",
-                "Choose one of these.",
-            )
+        raise bad(
+            f"{operation} does not know this {name}",
+            repr(value),
+            f"one of {list(choices)}",
+            "Choose one of these.",
         )
 
 
@@ -129,9 +125,7 @@ def _absent(axis: str, seen: object, expected: str) -> InvalidInput:
     remedy = "Leave the argument out for the whole axis."
     if axis == "layer":
         remedy = "Layers keep the model's numbers, also in a part of a result."
-    return InvalidInput(
-        four_parts(f"cannot select from the {axis} axis", repr(seen), expected, remedy)
-    )
+    return bad(f"cannot select from the {axis} axis", repr(seen), expected, remedy)
 
 
 def largest(values: torch.Tensor, k: int) -> Int[torch.Tensor, " found"]:
@@ -178,12 +172,10 @@ def require_number(name: str, value: Any, least: int = 1) -> int:
     except TypeError:
         found = least - 1
     if not least <= found < MOST:
-        raise InvalidInput(
-            four_parts(
-                f"there is no such {name}",
-                f"{name}={value!r}"[:200],
-                f"an integer from {least} on",
-                "Leave it out for the default.",
-            )
+        raise bad(
+            f"there is no such {name}",
+            f"{name}={value!r}"[:200],
+            f"an integer from {least} on",
+            "Leave it out for the default.",
         )
     return found

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Heatmap, Panel, Table
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
@@ -218,13 +218,11 @@ class Comparison(Result):
         if metric is None:
             return self.metrics[0]
         if metric not in self.metrics:
-            raise InvalidInput(
-                four_parts(
-                    "there are no figures of this metric",
-                    repr(metric),
-                    f"one of {list(self.metrics)}",
-                    "Alignment with cues needs cues; see compare.",
-                )
+            raise bad(
+                "there are no figures of this metric",
+                repr(metric),
+                f"one of {list(self.metrics)}",
+                "Alignment with cues needs cues; see compare.",
             )
         return metric
 

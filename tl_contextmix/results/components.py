@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.results.axes import require_shape
 
 _WRITERS = ("attn", "cross_attn", "mlp")
@@ -56,13 +56,11 @@ class Components:
                 f"Components.{field.name}", getattr(self, field.name), tuple(self.kind.shape)
             )
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):
-            raise InvalidInput(
-                four_parts(
-                    "these are no components",
-                    f"kinds from {int(self.kind.min())} to {int(self.kind.max())}",
-                    f"0 to {len(KINDS) - 1}, places in {KINDS}",
-                    "Take components from a result.",
-                )
+            raise bad(
+                "these are no components",
+                f"kinds from {int(self.kind.min())} to {int(self.kind.max())}",
+                f"0 to {len(KINDS) - 1}, places in {KINDS}",
+                "Take components from a result.",
             )
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Heatmap, Panel
 from tl_contextmix.results.axes import (
     as_array,
@@ -371,21 +371,17 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor) -> None:
     lowest = scores.amin() if scores.numel() else scores.new_zeros(())
     # A NaN hides what is below zero; the comparison costs memory and is left for that case.
     if bool(lowest < 0) or (bool(lowest.isnan()) and bool((scores < 0).any())):
-        raise InvalidInput(
-            four_parts(
-                "ContextMap.scores are not scores",
-                "numbers below 0" if bool(lowest.isnan()) else f"{float(lowest):.3g}",
-                "numbers from 0",
-                "Clamp what rounding leaves below zero; take the size of what has a sign.",
-            )
+        raise bad(
+            "ContextMap.scores are not scores",
+            "numbers below 0" if bool(lowest.isnan()) else f"{float(lowest):.3g}",
+            "numbers from 0",
+            "Clamp what rounding leaves below zero; take the size of what has a sign.",
         )
     for row in (~real).flatten(1).any(dim=1).nonzero()[:, 0].tolist():
         if bool(scores[row][..., ~real[row].to(scores.device)].any()):
-            raise InvalidInput(
-                four_parts(
-                    "ContextMap.scores are not zero at padding",
-                    f"scores of tokens that the mask of sentence {row} leaves out",
-                    "0 wherever source or target is padding",
-                    "Fill them with 0 before building the map.",
-                )
+            raise bad(
+                "ContextMap.scores are not zero at padding",
+                f"scores of tokens that the mask of sentence {row} leaves out",
+                "0 wherever source or target is padding",
+                "Fill them with 0 before building the map.",
             )

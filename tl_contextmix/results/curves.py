@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Curves, Panel, Table
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
@@ -79,13 +79,11 @@ class LayerCurves(Result):
         found = tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
         if not found:
             known = list(dict.fromkeys((p.metric, p.category) for p in self.points))
-            raise InvalidInput(
-                four_parts(
-                    "there is no such curve",
-                    repr((metric, category)),
-                    f"one of {known}",
-                    "Ask decoder_lens for this metric, or for this category.",
-                )
+            raise bad(
+                "there is no such curve",
+                repr((metric, category)),
+                f"one of {known}",
+                "Ask decoder_lens for this metric, or for this category.",
             )
         return found
 
@@ -174,13 +172,11 @@ def as_texts(given: Any, name: str) -> tuple[str, ...]:
     listed = [listed] if isinstance(listed, str) else listed
     if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
         return tuple(listed)
-    raise InvalidInput(
-        four_parts(
-            f"{name} cannot be read",
-            repr(given),
-            "a list with one text per input",
-            "Turn numbers into text; None has no place among them.",
-        )
+    raise bad(
+        f"{name} cannot be read",
+        repr(given),
+        "a list with one text per input",
+        "Turn numbers into text; None has no place among them.",
     )
 
 
@@ -194,13 +190,11 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
         return {"all": list(range(count))}
     names = as_texts(categories, "categories")
     if isinstance(categories, str) or len(names) != count:
-        raise InvalidInput(
-            four_parts(
-                "categories do not fit the inputs",
-                repr(categories) if isinstance(categories, str) else f"{len(names)} categories",
-                f"a list of {count}, one per input",
-                "Give one category per input.",
-            )
+        raise bad(
+            "categories do not fit the inputs",
+            repr(categories) if isinstance(categories, str) else f"{len(names)} categories",
+            f"a list of {count}, one per input",
+            "Give one category per input.",
         )
     require_no_whole(names)
     groups: dict[str, list[int]] = {"all": list(range(count))}
@@ -212,11 +206,9 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
 def require_no_whole(names: Iterable[str]) -> None:
     """Raises InvalidInput if a category has the name that stands for all of them together."""
     if "all" in names:
-        raise InvalidInput(
-            four_parts(
-                "a category cannot be told from all inputs together",
-                "'all'",
-                "names other than 'all'",
-                "Give this category another name.",
-            )
+        raise bad(
+            "a category cannot be told from all inputs together",
+            "'all'",
+            "names other than 'all'",
+            "Give this category another name.",
         )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
@@ -124,13 +124,11 @@ class LayerwiseDecoding(Result):
         if not self._complete:
             raise _no_final_output()
         if self.layers != tuple(range(self.layers[0], self.depth + 1)):
-            raise InvalidInput(
-                four_parts(
-                    "where the output stays the same cannot be told",
-                    f"layers {list(self.layers)}",
-                    f"every layer from the first of them to {self.depth}",
-                    "Decode those between them too (layers=None decodes all).",
-                )
+            raise bad(
+                "where the output stays the same cannot be told",
+                f"layers {list(self.layers)}",
+                f"every layer from the first of them to {self.depth}",
+                "Decode those between them too (layers=None decodes all).",
             )
         found = []
         for row in range(len(self.inputs)):
@@ -255,13 +253,11 @@ class LayerwiseDecoding(Result):
         if found is None and not needed:
             return None
         if found is None or len(found) != len(self.inputs) or not all(map(words, found)):
-            raise InvalidInput(
-                four_parts(
-                    "the outputs cannot be compared with a reference",
-                    "none" if found is None else f"{len(found)} references: {list(found)[:3]}",
-                    f"{len(self.inputs)} references, one per input, each with a word in it",
-                    "Pass the right answers.",
-                )
+            raise bad(
+                "the outputs cannot be compared with a reference",
+                "none" if found is None else f"{len(found)} references: {list(found)[:3]}",
+                f"{len(self.inputs)} references, one per input, each with a word in it",
+                "Pass the right answers.",
             )
         return found
 
@@ -287,13 +283,11 @@ def require_measurable(
     found = make_metrics(metrics)
     lacking = [one.name for one in found if one.referenced and not referenced]
     if lacking:
-        raise InvalidInput(
-            four_parts(
-                "this metric compares with a right answer",
-                f"{', '.join(lacking)} without references",
-                "one reference per input",
-                "Pass references=.",
-            )
+        raise bad(
+            "this metric compares with a right answer",
+            f"{', '.join(lacking)} without references",
+            "one reference per input",
+            "Pass references=.",
         )
     if "edit distance" in metrics.values() and not last:
         raise _no_final_output()
@@ -301,11 +295,9 @@ def require_measurable(
 
 
 def _no_final_output() -> InvalidInput:
-    return InvalidInput(
-        four_parts(
-            "the outputs cannot be compared with the final one",
-            "layers without the last one",
-            "the last encoder layer among them",
-            "Decode it too (layers=None decodes all).",
-        )
+    return bad(
+        "the outputs cannot be compared with the final one",
+        "layers without the last one",
+        "the last encoder layer among them",
+        "Decode it too (layers=None decodes all).",
     )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results.axes import require_shape
 from tl_contextmix.results.words import Spans, find_words
 
@@ -221,4 +221,4 @@ class Provenance:
 
 
 def _unbuilt(seen: str, expected: str, remedy: str) -> InvalidInput:
-    return InvalidInput(four_parts("Tokens cannot be built", seen, expected, remedy))
+    return bad("Tokens cannot be built", seen, expected, remedy)

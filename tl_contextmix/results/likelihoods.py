@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Bars, Heatmap, Panel
 from tl_contextmix.results.axes import as_array, positions, require_choice, require_shape
 from tl_contextmix.results.base import Result
@@ -263,13 +263,11 @@ def _token_categories(categories: Any, target: Tokens) -> dict[str, torch.Tensor
     if len(rows) != len(real) or any(
         len(row) > length for row, length in zip(rows, lengths, strict=False)
     ):
-        raise InvalidInput(
-            four_parts(
-                "categories do not fit the answers",
-                f"{len(rows)} lists, of {[len(row) for row in rows][:5]} categories",
-                f"{len(real)} lists, of at most {lengths[:5]}",
-                "Give a category per token from the first one; the end token may be left out.",
-            )
+        raise bad(
+            "categories do not fit the answers",
+            f"{len(rows)} lists, of {[len(row) for row in rows][:5]} categories",
+            f"{len(real)} lists, of at most {lengths[:5]}",
+            "Give a category per token from the first one; the end token may be left out.",
         )
     chosen = {"all": real}
     for row, names in enumerate(rows):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.panels import Panel, Table
 from tl_contextmix.results.axes import as_array, require_shape
 from tl_contextmix.results.base import Result
@@ -88,13 +88,11 @@ class ValueReadouts(Result):
     def _row(self, layer: int, neuron: int) -> int:
         found = ((self.layer == layer) & (self.neuron == neuron)).nonzero()
         if not len(found):
-            raise InvalidInput(
-                four_parts(
-                    "there is no readout of this value",
-                    f"layer {layer}, neuron {neuron}",
-                    f"one of the {len(self.layer)} values that were asked for",
-                    "Ask ff_values for it.",
-                )
+            raise bad(
+                "there is no readout of this value",
+                f"layer {layer}, neuron {neuron}",
+                f"one of the {len(self.layer)} values that were asked for",
+                "Ask ff_values for it.",
             )
         return int(found[0])
 
