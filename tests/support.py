@@ -5,12 +5,14 @@ Families and classes are the rows of the zoo; columns and methods are those of t
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 import test_conformance as contract
 import test_goldens as goldens
 import zoo
 import zoo_configs as rows
+import zoo_others
 
 _NAMES = {
     "gpt2": "GPT-2",
@@ -70,4 +72,17 @@ def table() -> str:
         held = ", ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
         cells = " | ".join(_cell(methods, answered(family)) for methods in columns.values())
         lines.append(f"| {_NAMES[family]} | {held} | {cells} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *others()])
+
+
+def others() -> list[str]:
+    """Returns the further families in a sentence, in lines of a page's width."""
+    both, newest = (
+        [other.name for other in zoo_others.OTHERS.values() if other.majors == majors]
+        for majors in ((3, 4), (4,))
+    )
+    text = (
+        f"A test each on the TransformerBridge (3, 4; maps, FF maps, memories, log-prob): "
+        f"{', '.join(both)}; on 4 alone {', '.join(newest)}."
+    )
+    return textwrap.wrap(text, 118, break_on_hyphens=False)

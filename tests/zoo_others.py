@@ -23,6 +23,7 @@ class Other:
         name: What its users call it.
         options: Of its configuration, beside `sizes`.
         sizes: Names and values that make it small.
+        majors: Major versions of TransformerLens whose bridge can be read.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Other:
             "max_position_embeddings": 64,
         }
     )
+    majors: tuple[int, ...] = (3, 4)
 
 
 OTHERS: dict[str, Other] = {
@@ -46,7 +48,7 @@ OTHERS: dict[str, Other] = {
     "cohere": Other("Cohere", _HEADS),
     "cohere2": Other("Cohere 2", {**_HEADS, **_WINDOW}),
     "ernie4_5": Other("ERNIE 4.5", _WIDE),
-    "exaone4": Other("EXAONE 4", {**_HEADS, **_WINDOW, "sliding_window_pattern": 2}),
+    "exaone4": Other("EXAONE 4", {**_HEADS, **_WINDOW, "sliding_window_pattern": 2}, majors=(4,)),
     "falcon": Other(
         "Falcon",
         {"bias": True, "multi_query": False, "alibi": False, "parallel_attn": True},
@@ -69,7 +71,7 @@ OTHERS: dict[str, Other] = {
     "nanochat": Other("nanochat", _HEADS),
     "nemotron": Other("Nemotron", _HEADS),
     "olmo": Other("OLMo"),
-    "olmo3": Other("OLMo 3", _WINDOW),
+    "olmo3": Other("OLMo 3", _WINDOW, majors=(4,)),
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
     "qwen3": Other("Qwen3", _WIDE),
