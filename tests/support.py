@@ -77,12 +77,17 @@ def table() -> str:
 
 def others() -> list[str]:
     """Returns the further families in a sentence, in lines of a page's width."""
-    both, newest = (
-        [other.name for other in zoo_others.OTHERS.values() if other.majors == majors]
-        for majors in ((3, 4), (4,))
+    rows = zoo_others.OTHERS.values()
+    both, newest, pairs = (
+        ", ".join(row.name for row in rows if kept(row))
+        for kept in (
+            lambda row: row.majors == (3, 4),
+            lambda row: row.majors == (4,) and not row.tokenizer,
+            lambda row: row.tokenizer,
+        )
     )
     text = (
-        f"A test each on the TransformerBridge (3, 4; maps, FF maps, memories, log-prob): "
-        f"{', '.join(both)}; on 4 alone {', '.join(newest)}."
+        f"A test each on the TransformerBridge (3, 4; maps, FF maps, memories, log-prob): {both}; "
+        f"on 4 alone {newest}, and with DecoderLens {pairs}."
     )
     return textwrap.wrap(text, 118, break_on_hyphens=False)

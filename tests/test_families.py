@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from asked import FLOAT32_INSIDE, host_trace, relative, view_of
 from test_value_zeroing import literal
 
 import tl_contextmix as cm
+from tl_contextmix.model_view import StackName
 
 pytestmark = [
     pytest.mark.once,
@@ -26,7 +27,10 @@ def given() -> zoo.Inputs:
     return zoo.Inputs(torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator))
 
 
-@pytest.mark.parametrize("kind", zoo_others.OTHERS)
+CAUSAL = [name for name, other in zoo_others.OTHERS.items() if not other.tokenizer]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
 def test_a_family_is_read_adds_up_and_is_zeroed_exactly(kind: str) -> None:
     model, inputs = zoo_others.build(kind), given()
     if zoo.major() not in zoo_others.OTHERS[kind].majors:
@@ -47,6 +51,34 @@ def test_a_family_is_read_adds_up_and_is_zeroed_exactly(kind: str) -> None:
     tops = cm.ff_memories(model, inputs.tokens)
     assert torch.equal(tops.final_top, zoo.logits(model, inputs).argmax(dim=-1))
     assert torch.equal(tops.output_top[:, -1], tops.final_top)
+
+
+@pytest.mark.parametrize("kind", [name for name in zoo_others.OTHERS if name not in CAUSAL])
+def test_an_encoder_decoder_is_read_and_decoded(kind: str) -> None:
+    if zoo.major() not in zoo_others.OTHERS[kind].majors:
+        pytest.skip("not on the bridge of this version")
+    model, inputs = zoo_others.build(kind), given()
+    inputs = zoo.Inputs(inputs.tokens, inputs.tokens[:, 2:6])
+    asked: dict[str, Any] = {"decoder_input": inputs.decoder_tokens}
+    assert cm.check(model).ok
+    for stack in get_args(StackName):
+        parts = cm.decompose(model, inputs.tokens, at="block_out", stack=stack, **asked)
+        trace, blocks = host_trace(view_of(model), inputs, stack)
+        own = torch.stack([trace[block.resid_out] for block in blocks], dim=1)
+        assert relative(parts.total(), own) <= FLOAT32_INSIDE
+        zeroed = cm.value_zeroing(model, inputs.tokens, stack=stack, **asked).scores[:, :, 0]
+        assert relative(zeroed, literal(model, inputs, stack)[1]) <= FLOAT32_INSIDE
+    scores = cm.log_prob_contributions(model, inputs.tokens, target_ids=9, **asked)
+    said = zoo.logits(model, inputs)[:, -1].log_softmax(dim=-1)[:, 9]
+    assert relative(scores.trajectory[:, -1], said) <= FLOAT32_INSIDE
+    found = cm.decoder_lens(model, inputs.tokens, max_new_tokens=6)
+    mask = torch.ones_like(inputs.tokens)
+    own = model.original_model.generate(
+        inputs.tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, num_beams=1
+    )
+    for row, answer in enumerate(own[:, 1:]):  # behind its start
+        real = found.mask[row, -1]
+        assert found.ids[row, -1][real].tolist() == answer[: int(real.sum())].tolist()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

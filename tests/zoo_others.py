@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import zoo_build
-from zoo_configs import D_VOCAB
+from zoo_configs import D_VOCAB, TokenizerKind
 
 _HEADS = {"num_key_value_heads": 2}
 _WIDE = {**_HEADS, "head_dim": 8}
 _WINDOW = {"sliding_window": 4}
+_SIDES = ("encoder", "decoder")
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -24,6 +25,7 @@ class Other:
         options: Of its configuration, beside `sizes`.
         sizes: Names and values that make it small.
         majors: Major versions of TransformerLens whose bridge can be read.
+        tokenizer: Kind of an encoder-decoder's tokenizer; None for a causal model.
     """
 
     name: str
@@ -38,11 +40,24 @@ class Other:
         }
     )
     majors: tuple[int, ...] = (3, 4)
+    tokenizer: TokenizerKind | None = None
 
 
 OTHERS: dict[str, Other] = {
     "apertus": Other("Apertus", _HEADS),
     "arcee": Other("Arcee", _HEADS),
+    "blenderbot": Other(
+        "Blenderbot",
+        sizes={
+            "d_model": 32,
+            "max_position_embeddings": 64,
+            **{f"{side}_layers": 2 for side in _SIDES},
+            **{f"{side}_attention_heads": 4 for side in _SIDES},
+            **{f"{side}_ffn_dim": 48 for side in _SIDES},
+        },
+        majors=(4,),
+        tokenizer="bart",
+    ),
     "bloom": Other("BLOOM", sizes={"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "codegen": Other("CodeGen", {"rotary_dim": 4}, _GPT),
     "cohere": Other("Cohere", _HEADS),
@@ -68,6 +83,19 @@ OTHERS: dict[str, Other] = {
     "jais2": Other("Jais 2"),
     "ministral3": Other("Ministral 3", _WIDE),
     "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "mt5": Other(
+        "mT5",
+        sizes={
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+        },
+        majors=(4,),
+        tokenizer="t5",
+    ),
     "nanochat": Other("nanochat", _HEADS),
     "nemotron": Other("Nemotron", _HEADS),
     "olmo": Other("OLMo"),
@@ -85,16 +113,20 @@ OTHERS: dict[str, Other] = {
 
 def build(kind: str, **options: Any) -> Any:
     """Returns a random model of a family on a TransformerBridge, in float64."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     other = OTHERS.get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
     config.pad_token_id = 0
+    kinds = AutoModelForSeq2SeqLM if other.tokenizer else AutoModelForCausalLM
+    if other.tokenizer:
+        config.decoder_start_token_id = 2
     with zoo_build.quiet():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = kinds.from_config(config, attn_implementation="eager")
         model = model.eval().to(torch.float64)
         zoo_build.randomize(model, seed=0)
         model.config.architectures = [type(model).__name__]
-        return zoo_build.bridge(model, "gpt", dtype=torch.float64, processed=False)
+        kind_of_words = other.tokenizer or "gpt"
+        return zoo_build.bridge(model, kind_of_words, dtype=torch.float64, processed=False)
