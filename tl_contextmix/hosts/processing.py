@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.blocks import AttentionSublayer, Block
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.hosts.recognition import Facts
 
 # A model's parameters by name. Walking through its modules takes longer than looking at them.
@@ -151,12 +151,10 @@ def require_finite(weights: Weights) -> None:
         # Least and greatest are NaN where any entry is.
         ends = weight.detach().aminmax() if weight.numel() else ()
         if not all(bool(torch.isfinite(end)) for end in ends):
-            raise InvalidInput(
-                four_parts(
-                    f"the weight {name} is not finite",
-                    "NaN or infinity in it",
-                    "finite weights",
-                    "Load the weights; HookedEncoder(cfg) and HookedEncoderDecoder(cfg) leave "
-                    "theirs uninitialised.",
-                )
+            raise bad(
+                f"the weight {name} is not finite",
+                "NaN or infinity in it",
+                "finite weights",
+                "Load the weights; HookedEncoder(cfg) and HookedEncoderDecoder(cfg) leave "
+                "theirs uninitialised.",
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.blocks import Batch, Side
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.hosts.locks import lock_of
 from tl_contextmix.hosts.reading import Handle
 from tl_contextmix.model_view import Edit, Runner
@@ -162,13 +162,11 @@ def require_no_dropout(model: nn.Module) -> None:
             value = module.__dict__.get(attribute)
             rate = max(rate, value) if isinstance(value, float) else rate
         if rate > 0:
-            raise InvalidInput(
-                four_parts(
-                    "the model is in train mode and drops activations at random",
-                    f"dropout {rate} in {name or type(module).__name__}",
-                    "a model in eval mode",
-                    "Call model.eval() first.",
-                )
+            raise bad(
+                "the model is in train mode and drops activations at random",
+                f"dropout {rate} in {name or type(module).__name__}",
+                "a model in eval mode",
+                "Call model.eval() first.",
             )
 
 
@@ -179,12 +177,10 @@ def require_no_autocast(device: torch.device) -> None:
         InvalidInput: If autocast is on.
     """
     if torch.is_autocast_enabled(device.type):
-        raise InvalidInput(
-            four_parts(
-                "maps cannot be computed under autocast",
-                f"torch.autocast({device.type!r}, {torch.get_autocast_dtype(device.type)})",
-                "matrix products in the precision of their factors",
-                "Leave the autocast block, or load the model in the lower precision: its "
-                "activations are then upcast for the maths.",
-            )
+        raise bad(
+            "maps cannot be computed under autocast",
+            f"torch.autocast({device.type!r}, {torch.get_autocast_dtype(device.type)})",
+            "matrix products in the precision of their factors",
+            "Leave the autocast block, or load the model in the lower precision: its "
+            "activations are then upcast for the maths.",
         )

@@ -2,7 +2,6 @@
 
 from tl_contextmix.layerwise.answers import Lens
 from tl_contextmix.layerwise.given import (
-    bad_input,
     integer,
     read_references,
     read_source,
@@ -13,7 +12,6 @@ from tl_contextmix.layerwise.listening import Listening
 __all__ = [
     "Lens",
     "Listening",
-    "bad_input",
     "integer",
     "read_references",
     "read_source",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.blocks import Side
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import EncoderDecoder
-from tl_contextmix.layerwise.given import bad_input, start_tokens
+from tl_contextmix.layerwise.given import start_tokens
 from tl_contextmix.layerwise.listening import Listening
 from tl_contextmix.results import (
     LayerwiseDecoding,
@@ -140,7 +141,7 @@ class Lens:
         if self.prompt is None:
             return None
         if not bool(self.prompt.mask.all()):
-            raise bad_input(
+            raise bad(
                 "decoding cannot go on from these beginnings",
                 f"decoder inputs of {sorted(set(self.prompt.mask.sum(1).tolist()))} tokens",
                 "as many tokens in every row",
@@ -158,7 +159,7 @@ class Lens:
         if wanted is None:
             wanted = _MAX_NEW_TOKENS if room is None else min(_MAX_NEW_TOKENS, room)
         if room is not None and not 0 < wanted <= room:
-            raise bad_input(
+            raise bad(
                 "the decoder cannot say as much",
                 f"max_new_tokens={self.max_new_tokens} behind {used} tokens",
                 f"at most {bound} tokens together, the longest text of this model",
@@ -170,7 +171,7 @@ class Lens:
 def _require_length(model: EncoderDecoder, length: int, name: str) -> None:
     bound = model.decoder.n_ctx
     if bound is not None and length > bound:
-        raise bad_input(
+        raise bad(
             f"the {name} cannot be run",
             f"{length} tokens",
             f"at most {bound}, the longest text of this model",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.blocks import Side
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import EncoderDecoder
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.inputs.caches import describe
@@ -33,14 +33,14 @@ def read_source(
     features = given.input
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
     if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
-        raise bad_input(
+        raise bad(
             "a speech model cannot read this",
             describe(features),
             "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
     if (given.decoder_input, given.attention_mask, given.padding_side) != (None, None, "right"):
-        raise bad_input(
+        raise bad(
             "this has no meaning for a speech model",
             "decoder_input, attention_mask or padding_side",
             "none of them",
@@ -55,7 +55,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
         return None
     found = as_texts(given, "references")
     if len(found) != count:
-        raise bad_input(
+        raise bad(
             "references and inputs do not fit each other",
             f"{len(found)} references for {count} inputs",
             "one reference per input",
@@ -63,7 +63,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
         )
     for text in found:
         if not words(text) or not _content(model, text):
-            raise bad_input(
+            raise bad(
                 "a reference has no tokens",
                 repr(text),
                 "at least one token beside the special ones",
@@ -81,7 +81,7 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
     """Returns the ids of the tokens to be scored."""
     listed = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise bad_input(
+        raise bad(
             "there is nothing to score",
             f"tokens={given!r}",
             "a list of at least one token with mode='scores'",
@@ -94,7 +94,7 @@ def _token(model: EncoderDecoder, one: object) -> int:
     ids = _content(model, one) if isinstance(one, str) else [integer(one)]
     if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
         return ids[0]
-    raise bad_input(
+    raise bad(
         "this is not one token",
         f"{one!r}, {len(ids)} tokens" if isinstance(one, str) else repr(one),
         f"words of one token each, or ids from 0 to {model.decoder.d_vocab - 1}",
@@ -116,8 +116,3 @@ def start_tokens(model: EncoderDecoder, count: int) -> Side:
     """Returns what a decoder starts with, for so many rows."""
     ids = torch.full((count, 1), model.decoder.start)
     return Side(ids, torch.ones_like(ids, dtype=torch.bool))
-
-
-def bad_input(failed: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    """Returns the error of a call that is wrong."""
-    return InvalidInput(four_parts(failed, seen, expected, remedy))

@@ -8,12 +8,12 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from tl_contextmix.errors import bad
 from tl_contextmix.hosts import EncoderDecoder, as_encoder_decoder
 from tl_contextmix.inputs import Given, PaddingSide, Text, package_version
 from tl_contextmix.layerwise import (
     Lens,
     Listening,
-    bad_input,
     integer,
     read_references,
     read_source,
@@ -218,7 +218,7 @@ def decoder_lens(
         ("decoder_input", decoder_input, not (plan.judges and plan.referenced)),
     )
     if not isinstance(final_norm, bool):
-        raise bad_input(
+        raise bad(
             "the norm cannot be switched", f"{final_norm=}", "True or False", "Pass one of them."
         )
     found = as_encoder_decoder(model, tokenizer)
@@ -299,7 +299,7 @@ def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
     # Before anything is decoded: a data set may take hours.
     if free:
         if by_token(categories):
-            raise bad_input(
+            raise bad(
                 "categories of tokens do not go with metrics of an output",
                 f"a list per input and the metrics {list(free)}",
                 f"metrics of a judged answer only: {list(LIKELIHOOD_METRICS)}",
@@ -322,7 +322,7 @@ def _size(name: str, value: object) -> int:
     """Returns how many; raises InvalidInput unless it is a whole number from 1 on."""
     found = integer(value)
     if found is None or found < 1:
-        raise bad_input(
+        raise bad(
             "nothing can be decoded", f"{name}={value!r}", "a whole number, at least 1", "Raise it."
         )
     return found
@@ -344,7 +344,7 @@ _USED = {
 def _require_used(*options: tuple[str, object, bool]) -> None:
     for name, value, used in options:
         if value is not None and not used:
-            raise bad_input(
+            raise bad(
                 f"{name} would change nothing", repr(value), f"{_USED[name]}", "Leave it out."
             )
 
