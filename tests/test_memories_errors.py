@@ -6,6 +6,7 @@ Without the type checker of the test run, as users have it: one process asks the
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def answers() -> dict[str, list[str]]:
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, json.dumps([*_REFUSED, *_ACCEPTED])],
         cwd=here.parent,
-        env={"PYTHONPATH": f"{here}:{here.parent}", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -659,7 +660,7 @@ def unchecked() -> dict[str, list[str]]:
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, json.dumps([*_REFUSED, *_ACCEPTED])],
         cwd=here.parent,
-        env={"PYTHONPATH": f"{here}:{here.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
         capture_output=True,
         text=True,
         timeout=120,
