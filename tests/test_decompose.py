@@ -27,6 +27,7 @@ from tl_contextmix.decompose import (
     require_budget,
     require_point,
 )
+from tl_contextmix.expansion import Bias
 from tl_contextmix.inputs import Given, Pass, run_pass
 from tl_contextmix.model_view import (
     AttentionSublayer,
@@ -158,6 +159,19 @@ def test_more_tokens_than_dimensions() -> None:
         model=model, input=many.tokens, at="attn_out", layer=0, stack="encoder", **keywords(many)
     )
     assert relative(parts.total()[:, 0], expected) <= bound(case)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
+    """2021, eq. 8, at points whose rows are never all in memory."""
+    case = next(case for case in CASES if case.family == "gpt2")
+    model, given = zoo.shared(case), zoo.inputs(case)
+    for point in POINTS:
+        parts = cm.decompose(model, given.tokens, at=point, bias=bias).parts
+        own = parts.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+        others, kept = (parts.sum(3) - own).norm(dim=-1), own.norm(dim=-1)
+        found = cm.mixing_ratio(model, given.tokens, at=point, bias=bias).values
+        assert relative(found.flatten(), (others / (others + kept)).flatten()) <= 1e-10, point
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

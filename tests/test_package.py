@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -259,6 +260,27 @@ def test_functions_that_name_the_package_can_be_sent_to_other_processes():
 
     # Copying takes what pickling would send.
     assert copy.deepcopy(tl_contextmix) is tl_contextmix
+
+
+def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
+    from tl_contextmix.inputs import package_version
+
+    assert re.match(r"\d+\.\d+", package_version())
+    monkeypatch.setattr("importlib.metadata.Distribution.discover", lambda **_: iter(()))
+    assert package_version() == "0+source"
+
+
+def test_missing_arguments_are_told_in_pythons_own_words():
+    import tl_contextmix as cm
+
+    forgetful: Any = cm.rollout
+    with pytest.raises(TypeError, match="missing 1 required|missing a required"):
+        forgetful()
+
+
+def test_public_names_are_listed_before_they_are_loaded():
+    listed = "import tl_contextmix as cm; print({*cm.__all__} <= {*dir(cm)}, 'compare' in vars(cm))"
+    assert _run_python(listed).split() == ["True", "False"]
 
 
 # Annotations

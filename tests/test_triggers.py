@@ -362,6 +362,11 @@ def test_the_command_line_mines_merges_and_shows(
     assert main([*show, "--layer", "1", "--neuron", "3", "-o", str(page)]) == 0
     assert "promotes:" in capsys.readouterr().out
     assert "L1.3" in page.read_text()
+    assert main([*show, "--layer", "1", "--neuron", "3"]) == 0
+    assert "promotes:" in capsys.readouterr().out
+    # What was not mined by the command says nothing of where its model is.
+    assert main(["show", str(mined[2].folder), "--layer", "1", "--neuron", "3"]) == 2
+    assert "Give it with --model" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "no")]) == 2
     assert main([*show, "--layer", "1"]) == 2
     assert main(["merge", str(tmp_path / "typo")]) == 2
