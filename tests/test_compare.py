@@ -21,6 +21,7 @@ from tl_contextmix.compare import METHODS
 from tl_contextmix.evaluate import blanked, overlapping, place_tokens
 from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
+from tl_contextmix.report.comparison import write_comparison
 from tl_contextmix.results import Tokens
 
 pytestmark = pytest.mark.once
@@ -522,6 +523,11 @@ def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str
     ask = inspect.unwrap(cm.compare)
     with pytest.raises(cm.InvalidInput, match=message):
         ask(model, given, **{"methods": ["attention"], **options})
+
+
+def test_other_models_than_the_demos_need_sentences() -> None:
+    with pytest.raises(cm.InvalidInput, match="which is no demo model.*Give --pairs FILE"):
+        write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
 
 
 def test_masked_bad_input() -> None:

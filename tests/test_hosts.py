@@ -246,6 +246,15 @@ def test_a_hook_that_is_not_there_is_named() -> None:
         view.run(batch, ["blocks.0.attn.hook_no"])
 
 
+@pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no bridge")
+def test_a_norm_of_another_formula_is_named() -> None:
+    model = zoo.build(case_of("gpt2", "TransformerBridge"))
+    norm = model.blocks[0].ln1.original_component
+    norm.forward = lambda x: torch.tanh(x) * norm.weight
+    with pytest.raises(cm.UnsupportedModel, match=r"the norm LayerNorm cannot be read"):
+        cm.check(model)
+
+
 def test_a_readout_that_gives_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(case_of("gpt2"))
     off = CheckRow("readout(last residual) = logits", "decoder", 0.5, 1e-5)

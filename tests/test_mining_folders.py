@@ -216,6 +216,18 @@ def test_what_is_wrong_with_a_manifest_is_said(
         cm.load_triggers(tmp_path)
 
 
+def test_neurons_that_a_model_does_not_have_are_refused(mined: Any, tmp_path: Path) -> None:
+    model, _, folder = mined
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    too_many = {layer: [10**6] for layer in manifest["neurons"]}
+    manifest["neurons"] = manifest["run"]["options"]["neurons"] = too_many
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    cm.load_triggers(tmp_path)
+    with pytest.raises(cm.FileFormatError, match="layers or neurons that .* does not have"):
+        cm.load_triggers(tmp_path, model=model)
+
+
 def test_parts_of_processes_that_were_stopped_are_not_merged(part: Any, tmp_path: Path) -> None:
     model, corpus, path = part
     rewritten(path, tmp_path, {"done": False}, {})

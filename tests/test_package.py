@@ -278,6 +278,25 @@ def test_missing_arguments_are_told_in_pythons_own_words():
         forgetful()
 
 
+def test_what_an_argument_is_not_is_said_where_nothing_else_is():
+    from tl_contextmix import InvalidInput
+    from tl_contextmix.arguments import guarded
+
+    @guarded
+    def ask(text: str = "", pair: tuple[int, str] = (0, "")) -> None:
+        raise ValueError("of another cause")
+
+    for given, message in (
+        ({"text": "\ud800"}, "expected characters that a text can have"),
+        ({"pair": (1, 2)}, r"ask cannot use this pair: got \(1, 2\); expected tuple\[int, str\]"),
+        ({"pair": (1, "x", 2)}, r"expected tuple\[int, str\]"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            ask(**given)
+    with pytest.raises(ValueError, match="of another cause"):
+        ask("x", (1, "x"))
+
+
 def test_public_names_are_listed_before_they_are_loaded():
     listed = "import tl_contextmix as cm; print({*cm.__all__} <= {*dir(cm)}, 'compare' in vars(cm))"
     assert _run_python(listed).split() == ["True", "False"]
