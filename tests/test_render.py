@@ -632,6 +632,13 @@ def test_tables_say_yes_and_no():
     assert "<td>no</td>" in Page((table,)).html()
 
 
+def test_only_what_has_a_unit_names_one():
+    values = torch.rand(1, 2, 3)
+    for unit in ("norm", ""):
+        classes = [attrs.get("class") for attrs in parse(heatmap(values, unit=unit)).all("span")]
+        assert ("unit" in classes) == bool(unit)
+
+
 def test_long_tables_are_cut_with_a_note():
     parsed = parse(Table("t", "", ("n",), tuple((index,) for index in range(1000))))
     assert len(parsed.all("tr")) == 501
