@@ -245,6 +245,16 @@ def test_a_decoder_has_nothing_to_mine(tmp_path: Path) -> None:
 # Folders in use
 
 
+def test_a_finished_part_is_not_mined_again(
+    part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, corpus, path = part
+    shutil.copy(path, tmp_path)
+    monkeypatch.setattr("tl_contextmix.corpus.mining.save_part", lambda *_: pytest.fail("written"))
+    assert cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS) is None
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
 def test_whoever_comes_late_finds_what_was_mined(mined: Any, tmp_path: Path) -> None:
     model, corpus, whole = mined
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
