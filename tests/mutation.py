@@ -140,7 +140,11 @@ class Mutation:
             if getattr(value, "__module__", None) == self.module.__name__
         }
         everywhere = not any(isclass(getattr(self.module, name)) for name in own.values())
+        # The package guards its public functions when they are first asked for, and keeps them.
+        package = vars(sys.modules["tl_contextmix"])
         changed: list[tuple[dict[str, Any], str, Any]] = []
+        for name in set(own.values()) & set(package):
+            changed.append((package, name, package.pop(name)))
         for name, module in list(sys.modules.items()):
             if name.startswith("test_") or (everywhere and name.startswith("tl_contextmix")):
                 for key, value in list(vars(module).items()):
@@ -150,6 +154,8 @@ class Mutation:
         try:
             yield
         finally:
+            for name in own.values():
+                package.pop(name, None)
             for table, key, value in changed:
                 table[key] = value
 

@@ -78,6 +78,13 @@ def test_options_of_a_result_count():
     assert keys(cm.cite(added)) == [*norms, "abnar2020quantifying", *TOOLS]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_result_cites_what_its_method_cites(name: str):
+    found = a_map()
+    origin = dataclasses.replace(found.provenance, method=name)
+    assert keys(cm.cite(dataclasses.replace(found, provenance=origin))) == keys(cm.cite(name))
+
+
 def test_a_rollout_through_the_encoder_is_cited(decoder_rollout):
     assert "ferrando2022towards" in keys(cm.cite(decoder_rollout))
 

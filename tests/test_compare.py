@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
@@ -20,6 +21,7 @@ from tl_contextmix.compare import METHODS
 from tl_contextmix.evaluate import blanked, overlapping, place_tokens
 from tl_contextmix.operations import count_operations
 from tl_contextmix.ranks import spearman
+from tl_contextmix.report.comparison import write_comparison
 from tl_contextmix.results import Tokens
 
 pytestmark = pytest.mark.once
@@ -392,6 +394,17 @@ def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
         if row.metric in ("dot", "average precision") and not row.layer.startswith("input"):
             # A map without information is at chance.
             assert row.value == pytest.approx(row.chance)
+    # Heads are averaged, and layers that do not begin at the input are not rolled out.
+    some: dict[str, Any] = {
+        "heads": lambda m, t: cm.attention_norms(m, t, at="attn_out", heads=True),
+        "mean": lambda m, t: cm.attention_norms(m, t, at="attn_out", heads=True).mean("head"),
+        "later": lambda m, t: cm.attention_norms(m, t, layer=(1, 2)),
+    }
+    found = cm.compare(model, texts, cues=[["keys"], ["dogs"]], methods=some)
+    layers = {name: {r.layer for r in found.rows if r.method == name} for name in some}
+    assert len(layers["heads"]) == len(layers["mean"]) > len(layers["later"])
+    values = {name: [r.value for r in found.rows if r.method == name] for name in ("heads", "mean")}
+    assert values["heads"] == pytest.approx(values["mean"], nan_ok=True)
 
 
 def test_words_of_several_tokens(model: Any) -> None:
@@ -450,6 +463,18 @@ def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
             cm.compare(model, [pair], methods=["attention"])
 
 
+def test_a_model_must_tell_the_sentences_of_a_pair_apart_behind_a_token() -> None:
+    model = zoo.build(case_of("gpt2"), dtype=torch.float32)
+    for pair, message in (
+        # Both are the unknown word.
+        (cm.MinimalPair("the cat xyzzy", "the cat zyxxy"), "tokens that differ"),
+        (cm.MinimalPair("cat sat", "dog sat"), "nothing before the place"),
+    ):
+        model.cfg.default_prepend_bos = False
+        with pytest.raises(cm.InvalidInput, match=message):
+            cm.compare(model, [pair], methods=["attention"])
+
+
 def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
     cases = [case for case in zoo.cases() if case.family == "solu"]
     for case in cases:
@@ -500,12 +525,20 @@ def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str
         ask(model, given, **{"methods": ["attention"], **options})
 
 
+def test_other_models_than_the_demos_need_sentences() -> None:
+    with pytest.raises(cm.InvalidInput, match="which is no demo model.*Give --pairs FILE"):
+        write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
+
+
 def test_masked_bad_input() -> None:
     model = cm.load_demo("masked-lm")
     with pytest.raises(cm.InvalidInput, match=r"0 masks in 'the keys'"):
         cm.compare(model, ["the keys"], methods=["attention"])
     pair = cm.MinimalPair("the keys are old .", "the keys is being old .")
     with pytest.raises(cm.InvalidInput, match=r"1 tokens for 'are' and \d for 'is being'"):
+        cm.compare(model, [pair], methods=["attention"])
+    model.tokenizer.mask_token = None
+    with pytest.raises(cm.InvalidInput, match="a tokenizer without a mask token"):
         cm.compare(model, [pair], methods=["attention"])
 
 
@@ -515,6 +548,9 @@ def test_encoder_decoders_are_refused() -> None:
     model = cm.load_demo("encoder-decoder")
     with pytest.raises(cm.UnsupportedModel, match="two stacks"):
         cm.compare(model, ["the cat sees the dog ."])
+    map = cm.attention_norms(model, "the cat sees the dog .", stack="encoder").normalize()
+    with pytest.raises(cm.UnsupportedModel, match="tokens of an encoder-decoder are not blanked"):
+        cm.faithfulness(model, "the cat sees the dog .", map)
 
 
 def test_command(

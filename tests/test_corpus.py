@@ -90,6 +90,25 @@ def test_files_of_other_formats_are_not_read_line_by_line(tmp_path: Path) -> Non
             open_corpus(write(tmp_path / name, b"the cat\n"))
 
 
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame({"words": ["the cat"]}).to_parquet(path)
+    for corpus in (path, datasets.Dataset.from_dict({"words": ["the cat"]})):
+        assert read(corpus, "words") == ["the cat"]
+        with pytest.raises(cm.InvalidInput, match=r"got 'text'; expected one of \['words'\]"):
+            read(corpus)
+
+
+def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    corpus = open_corpus(write(tmp_path / "a.txt", b"the cat\na dog\n"))
+    assert corpus.pick([1]) == {1: "a dog"}
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(cm.InvalidInput, match=r"a\.txt cannot be read"):
+        corpus.pick([1])
+
+
 def test_arrays_and_series_are_texts() -> None:
     for kind in (np.array(["the cat", "a dog"]), pandas.Series(["the cat", "a dog"])):
         assert read(kind) == ["the cat", "a dog"]

@@ -125,6 +125,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
     ):
         with pytest.raises(cm.InvalidInput, match=match):
             map.rollout(encoder=memory)
+    with pytest.raises(cm.InvalidInput, match="no mixing ratio of cross-attention alone"):
+        cm.mixing_ratio(model, given.tokens, stack="cross", at="attn_out", **keywords(given))
     alone = decoder.select(source="decoder").rollout()
     assert alone.target.equals(alone.source)
 

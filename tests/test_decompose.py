@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from tl_contextmix.decompose import (
     require_budget,
     require_point,
 )
-from tl_contextmix.inputs import Given, run_pass
+from tl_contextmix.expansion import Bias
+from tl_contextmix.inputs import Given, Pass, run_pass
 from tl_contextmix.model_view import StackName
 from tl_contextmix.tensors import Norm
 
@@ -136,6 +138,35 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(family: str, max_b
     assert relative(small.parts, whole.parts) <= 1e-12
 
 
+def test_more_tokens_than_dimensions() -> None:
+    """Only relative positions allow as many in a model as small as the tests have them."""
+    case = next((case for case in CASES if case.family == "t5"), None)
+    if case is None:
+        pytest.skip("this version has no encoder-decoder that runs")
+    model, given = zoo.shared(case), zoo.inputs(case, batch=1)
+    many = zoo.Inputs(given.tokens.repeat(1, 5), given.decoder_tokens)
+    trace, blocks = host_trace(view_of(model), many, "encoder")
+    expected = host_value(blocks[0], trace, "attn_out", "self")
+    assert expected.shape[1] > expected.shape[2]
+    parts = cm.decompose(
+        model=model, input=many.tokens, at="attn_out", layer=0, stack="encoder", **keywords(many)
+    )
+    assert relative(parts.total()[:, 0], expected) <= bound(case)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
+    """2021, eq. 8, at points whose rows are never all in memory."""
+    case = next(case for case in CASES if case.family == "gpt2")
+    model, given = zoo.shared(case), zoo.inputs(case)
+    for point in POINTS:
+        parts = cm.decompose(model, given.tokens, at=point, bias=bias).parts
+        own = parts.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+        others, kept = (parts.sum(3) - own).norm(dim=-1), own.norm(dim=-1)
+        found = cm.mixing_ratio(model, given.tokens, at=point, bias=bias).values
+        assert relative(found.flatten(), (others / (others + kept)).flatten()) <= 1e-10, point
+
+
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
@@ -178,15 +209,17 @@ def hand_made(
     norm_after: Norm | None = None,
     parallel: bool = False,
     feed_forward: bool = True,
+    cross: bool = False,
 ) -> tuple[Block, Trace]:
-    """Two tokens, two dimensions, one head: every number can be checked on paper.
+    """Two tokens, two dimensions, a head for each: every number can be checked on paper.
 
     Values are the inputs, W_O doubles, the second token attends 1/4 and 3/4. The feed-forward
     block is ReLU with W_in = [[1, 0, 1], [0, 1, -1]], b_in = (0, 0, -1), W_out = rows (1, 0),
-    (0, 1), (2, 2), b_out = (10, 20).
+    (0, 1), (2, 2), b_out = (10, 20). Cross-attention reads (1, 0), (0, 1) and (2, 2) of an
+    encoder, the second token 1/2, 1/4 and 1/4 of them.
     """
     eye = torch.eye(2, dtype=torch.float64)
-    attention_weights = {"W_O": 2 * eye[None], "b_O": torch.tensor([0.5, 0.5]).double()}
+    attention_weights = {"W_O": 2 * eye[:, None], "b_O": torch.tensor([0.5, 0.5]).double()}
     ff_weights = {
         "W_in": torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]).double(),
         "b_in": torch.tensor([0.0, 0.0, -1.0]).double(),
@@ -216,17 +249,25 @@ def hand_made(
     x = torch.tensor([[[4.0, 0.0], [0.0, 8.0]]]).double()
     values = {
         "x": x,
-        "v": x[:, :, None],
-        "pattern": torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]]).double(),
+        "v": x[..., None],
+        "pattern": torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]] * 2]).double(),
+        "cross_v": torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]]).double()[..., None],
+        "cross_pattern": torch.tensor([[[[0.0, 1.0, 0.0], [0.5, 0.25, 0.25]]] * 2]).double(),
     }
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    batch = Batch(Side(ids, torch.ones(1, 2, dtype=torch.bool)))
-    block = Block(0, "x", "out", (attention,), ff if feed_forward else None, parallel=parallel)
-    return block, Trace(batch, values, torch.float64)
+    sides = [
+        Side(torch.zeros(1, n, dtype=torch.long), torch.ones(1, n, dtype=torch.bool))
+        for n in ((3, 2) if cross else (2,))
+    ]
+    other = replace(attention, kind="cross", pattern="cross_pattern", value="cross_v")
+    attentions = (attention, other) if cross else (attention,)
+    block = Block(0, "x", "out", attentions, ff if feed_forward else None, parallel=parallel)
+    return block, Trace(Batch(*sides), values, torch.float64)
 
 
-def row(block: Block, trace: Trace, point: Point) -> tuple[list, list]:
-    parts = parts_at(block, linear_points(block, trace, "decoder"), point, "contributor")
+def row(
+    block: Block, trace: Trace, point: Point, stack: StackName = "decoder"
+) -> tuple[list, list]:
+    parts = parts_at(block, linear_points(block, trace, stack), point, "contributor")
     dense = (
         parts.parts(2**30)
         if isinstance(parts, Expansion)
@@ -264,6 +305,22 @@ def test_two_tokens_by_hand_parallel() -> None:
     block, trace = hand_made(parallel=True)
     assert row(block, trace, "mlp_out") == ([[0, 0], [0, 8]], [10, 20])
     assert row(block, trace, "resid_post") == ([[2, 0], [0, 28]], [10.5, 20.5])
+
+
+def test_two_tokens_by_hand_that_read_an_encoder() -> None:
+    """The decoder's own attention, its cross-attention, and both behind it."""
+    block, trace = hand_made(cross=True)
+    assert row(block, trace, "attn_out") == ([[2, 0], [0, 12]], [0.5, 0.5])
+    assert row(block, trace, "resid_mid") == ([[2, 0], [0, 20]], [0.5, 0.5])
+    read = [[1, 0], [0, 0.5], [1, 1]]
+    assert row(block, trace, "attn_out", "cross") == (read, [0.5, 0.5])
+    assert row(block, trace, "resid_mid", "cross") == ([[2, 0], [0, 20], *read], [1, 1])
+    early = linear_points(block, trace, "cross", ("attn_out",))
+    assert early["attn_out"].reads[0].pattern.shape[-1] == 3
+    # Pre-activations (5, 22.5, -18.5): the third unit is off here too.
+    parts = [[4, 0], [0, 40], [2, 0], [0, 1], [2, 2]]
+    for stack in ("decoder", "cross"):
+        assert row(block, trace, "resid_post", stack) == (parts, [12, 22])
 
 
 def test_rms_norm_keeps_the_mean() -> None:
@@ -335,7 +392,7 @@ def test_padding_on_either_side_is_masked() -> None:
     case = next((case for case in CASES if case.family == "bart"), None)
     if case is None:
         pytest.skip("this version has no encoder-decoder that runs")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[1, -2:] = 0
     for real in (mask, torch.ones_like(mask)):
@@ -343,10 +400,16 @@ def test_padding_on_either_side_is_masked() -> None:
         places: list[tuple[StackName, Point]] = [("encoder", "block_out"), ("cross", "attn_out")]
         for stack, point in places:
             done = run_pass(view_of(model), asked, layer=0, stack=stack)
-            target, source = done.target.mask, done.source(point).mask
-            kept = target[:, :, None] & source[:, None]
-            assert bool(source.all()) == (real is not mask)
-            for heads in ((), (3,), (1, 2)):
-                scores = torch.full((2, *heads, *kept.shape[1:]), 7.0)
-                shown = kept.view(2, *[1] * len(heads), *kept.shape[1:]).expand_as(scores)
-                assert torch.equal(masked(done, scores, point), 7.0 * shown)
+            assert bool(done.source(point).mask.all()) == (real is not mask)
+            # Padding among the sources, among the targets, and in both.
+            other = {"encoder": done.tokens["decoder"], "decoder": done.tokens["encoder"]}
+            for labels in (done.tokens, other):
+                _zero_at_padding(replace(done, tokens=labels), point)
+
+
+def _zero_at_padding(done: Pass, point: Point) -> None:
+    kept = done.target.mask[:, :, None] & done.source(point).mask[:, None]
+    for heads in ((), (3,), (1, 2)):
+        scores = torch.full((2, *heads, *kept.shape[1:]), 7.0)
+        shown = kept.view(2, *[1] * len(heads), *kept.shape[1:]).expand_as(scores)
+        assert torch.equal(masked(done, scores, point), 7.0 * shown)

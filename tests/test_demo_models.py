@@ -249,13 +249,18 @@ def test_learning_rate_schedule():
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
-def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path):
+def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path, monkeypatch):
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
     folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        train.train(name, folder, fraction=0.0003)
+    train.train(name, folders[0], fraction=0.0003)
+    # The command does the same; what it reports changes nothing.
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    train.main([name, str(folders[1]), "--fraction", "0.0003"])
+    for phase in json.loads((folders[1] / "train.json").read_text())["phases"]:
+        assert [step for step, _ in phase["loss_by_step"]] == [*range(1, phase["steps"] + 1)]
+        assert all(0 < loss < 20 for _, loss in phase["loss_by_step"])
     first, second = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(first[key], second[key]) for key in first)
     shipped = AutoConfig.from_pretrained(demo_folder(name))
@@ -329,6 +334,19 @@ def test_card_tables_survive_writing():
     table = cards.Table(("figure", "value", "cases"), {"a": (0.5, 3), "b, c": (1.0, 0)})
     begin, end = "<!-- figures:begin -->\n", "\n<!-- figures:end -->"
     assert cards.read_figures(f"x {begin}{table.markdown()}{end} y") == [table]
+
+
+def test_cards_are_written_as_they_stand_in_the_repository(tmp_path, monkeypatch):
+    path = tmp_path / "card.md"
+    monkeypatch.setattr(evaluate, "evaluate", lambda name, count=None: tables)
+    for name in DEMO_NAMES:
+        text = cards.card_path(name).read_text("utf-8")
+        tables = cards.read_figures(text)
+        path.write_text(text.replace("AdamW", "something").replace("| figure |", "| row |"))
+        with monkeypatch.context() as patch:
+            patch.setattr(cards, "card_path", lambda name: path)
+            evaluate.main([name, "--write"])
+        assert path.read_text("utf-8") == text
 
 
 def test_evaluate_command_line(capsys):

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
+from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.demo_models.grammar import Grammar
@@ -226,6 +228,14 @@ def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
     ):
         with pytest.raises(cm.InvalidInput, match=message):
             call()
+
+
+def test_without_a_tokenizer_nothing_can_be_blanked() -> None:
+    model = zoo.build(case_of("gpt2"), dtype=torch.float32, tokenizer=False)
+    map = cm.attention_norms(model, torch.tensor([[5, 9, 17]])).normalize()
+    with pytest.raises(cm.InvalidInput, match="Give blank=<token id>"):
+        faithfulness(model, torch.tensor([[5, 9, 17]]), map)
+    assert faithfulness(model, torch.tensor([[5, 9, 17]]), map, blank=3).rows
 
 
 def test_nothing_known_is_nan() -> None:

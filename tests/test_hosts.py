@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tl_contextmix as cm
 from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, run_pass
+from tl_contextmix.identity import CheckRow
+from tl_contextmix.inputs import Given, make_batch, run_pass
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 REFUSED = [pytest.param(case, id=case.id) for case in zoo.REFUSED]
@@ -223,6 +224,33 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 def test_a_hugging_face_model_is_refused_with_the_way_out() -> None:
     with pytest.raises(cm.UnsupportedModel, match=r"GPT2LMHeadModel.*TransformerBridge"):
         cm.check(zoo.hf_model("gpt2"))
+
+
+def test_a_hook_that_is_not_there_is_named() -> None:
+    model = zoo.build(case_of("gpt2"))
+    view = as_view(model)
+    batch = make_batch(view, Given(torch.tensor([[5, 9, 17]])))
+    with pytest.raises(cm.UnsupportedModel, match=r"did not show blocks\.0\.attn\.hook_no"):
+        view.run(batch, ["blocks.0.attn.hook_no"])
+
+
+@pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no bridge")
+def test_a_norm_of_another_formula_is_named() -> None:
+    model = zoo.build(case_of("gpt2", "TransformerBridge"))
+    norm = model.blocks[0].ln1.original_component
+    norm.forward = lambda x: torch.tanh(x) * norm.weight
+    with pytest.raises(cm.UnsupportedModel, match=r"the norm LayerNorm cannot be read"):
+        cm.check(model)
+
+
+def test_a_readout_that_gives_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build(case_of("gpt2"))
+    off = CheckRow("readout(last residual) = logits", "decoder", 0.5, 1e-5)
+    monkeypatch.setattr("tl_contextmix.hosts.building.readout_row", lambda view, probe: off)
+    tokens = torch.tensor([[5, 9, 17]])
+    assert cm.attention_norms(model, tokens).scores.isfinite().all()
+    with pytest.raises(cm.UnsupportedModel, match=r"is not read correctly: got a .* error of 0\.5"):
+        cm.gradient_x_input(model, tokens)
 
 
 def test_fused_attention_is_named_with_the_way_out() -> None:

@@ -173,6 +173,11 @@ def test_a_cuda_device_is_the_default():
     assert next(load_demo("causal-lm").parameters()).device.type == "cuda"
 
 
+def test_unknown_device():
+    with pytest.raises(InvalidInput, match="there is no such device: got 'nowhere'"):
+        load_demo("causal-lm", device="nowhere")
+
+
 def test_unknown_host(monkeypatch):
     # Without the type checker of the tests, as a user meets it.
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -161,6 +163,7 @@ def rewritten(path: Path, folder: Path, facts: Any, tensors: Any) -> None:
         ({"run": {}}, {}),
         ({"rank": 2}, {}),
         ({"world_size": "a"}, {}),
+        ({"format": 99}, {}),
         ({"shards": 10**30}, {}),
         ({"done": "yes"}, {}),
         ({"counts": {"tokens": "many"}}, {}),
@@ -183,7 +186,111 @@ def test_no_part_breaks_the_reader(facts: Any, tensors: Any, part: Any, tmp_path
         cm.merge_triggers(tmp_path)
 
 
+def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path) -> None:
+    model, corpus, path = part
+    for other in (corpus + corpus[:16], corpus[:16]):
+        shutil.copy(path, tmp_path)
+        with pytest.raises(cm.InvalidInput, match="shards where there were"):
+            cm.mine_triggers(model, other, out=tmp_path, rank=0, world_size=2, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (("counts", "others"), 1, "counts of something else"),
+        (("run", "options", "k"), 0, "options: k is 0"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(
+    place: tuple[str, ...], value: int, problem: str, mined: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(mined[2], tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    *outer, last = place
+    inner = manifest
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(cm.FileFormatError, match=problem):
+        cm.load_triggers(tmp_path)
+
+
+def test_neurons_that_a_model_does_not_have_are_refused(mined: Any, tmp_path: Path) -> None:
+    model, _, folder = mined
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    too_many = {layer: [10**6] for layer in manifest["neurons"]}
+    manifest["neurons"] = manifest["run"]["options"]["neurons"] = too_many
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    cm.load_triggers(tmp_path)
+    with pytest.raises(cm.FileFormatError, match="layers or neurons that .* does not have"):
+        cm.load_triggers(tmp_path, model=model)
+
+
+def test_parts_of_processes_that_were_stopped_are_not_merged(part: Any, tmp_path: Path) -> None:
+    model, corpus, path = part
+    rewritten(path, tmp_path, {"done": False}, {})
+    cm.mine_triggers(model, corpus, out=tmp_path, rank=1, world_size=2, **OPTIONS)
+    with pytest.raises(cm.InvalidInput, match="an unfinished part of process 0"):
+        cm.merge_triggers(tmp_path)
+
+
+def test_a_decoder_has_nothing_to_mine(tmp_path: Path) -> None:
+    model = cm.load_demo("encoder-decoder")
+    with pytest.raises(cm.InvalidInput, match="a decoder would see its start token alone"):
+        cm.mine_triggers(model, ["the cat"], out=tmp_path, stack="decoder")
+
+
 # Folders in use
+
+
+def test_a_finished_part_is_not_mined_again(
+    part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, corpus, path = part
+    shutil.copy(path, tmp_path)
+    monkeypatch.setattr("tl_contextmix.corpus.mining.save_part", lambda *_: pytest.fail("written"))
+    assert cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS) is None
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_whoever_comes_late_finds_what_was_mined(mined: Any, tmp_path: Path) -> None:
+    model, corpus, whole = mined
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    found = cm.mine_triggers(model, corpus, out=tmp_path, rank=1, world_size=2, **OPTIONS)
+    assert found is not None
+    assert result(tmp_path) == result(whole)
+
+
+@pytest.mark.parametrize("locks", ["this system", "this disk", "a file removed meanwhile"])
+def test_where_there_are_no_locks_one_is_done_without(
+    locks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, take, tries = tmp_path / "lock", fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        tries.append(handle)
+        if locks == "this disk":
+            raise OSError(errno.ENOLCK, "No locks available")
+        take(handle, how)
+        if len(tries) == 1:
+            path.unlink()
+
+    if locks == "this system":
+        monkeypatch.setattr("tl_contextmix.corpus.alone.fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", flock)
+    with alone(path):
+        assert path.exists()
+    assert not path.exists()
+    assert len(tries) == ["this system", "this disk", "a file removed meanwhile"].index(locks)
+
+
+def test_a_folder_that_cannot_be_made_is_named(mined: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(cm.InvalidInput, match="the folder for the result cannot be made"):
+        cm.mine_triggers(*mined[:2], out=tmp_path / "file" / "inside", **OPTIONS)
 
 
 def test_two_processes_do_not_mine_the_same_part(mined: Any, tmp_path: Path) -> None:

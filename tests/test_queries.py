@@ -13,6 +13,7 @@ from test_log_prob import POS
 
 import tl_contextmix as cm
 from tl_contextmix.attribution import By
+from tl_contextmix.panels import Table
 from tl_contextmix.results.contributions import SCORES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
@@ -111,6 +112,16 @@ def test_cross_attention_neurons_read_the_encoder() -> None:
     found = queried(model, given, neurons)
     kinds = {found.components.at(0, i)["kind"] for i in range(found.scores.shape[1])}
     assert {"encoder embed", "encoder attn", "encoder mlp"} <= kinds
+    # Components of the encoder stand at its words, not at the decoder's.
+    assert found.encoder is not None
+    for row, words in enumerate(found.encoder.strings):
+        every_one = [found.components.at(row, i) for i in range(found.scores.shape[1])]
+        mine = torch.tensor([str(one["kind"]).startswith("encoder") for one in every_one])
+        shown = replace(found, scores=found.scores.masked_fill(~mine, torch.nan)).panels()
+        tables = [panel for panel in shown if isinstance(panel, Table)]
+        assert tables[row].rows
+        assert {line[1] for line in tables[row].rows} <= {*words, ""}
+        assert {line[1] for line in tables[row].rows} & {*words}
     assert relative(found.activation, neurons.coefficients) <= limit(case)
     again = queried(model, given, queried(model, given, neurons, by="ff_neuron", top_k=3))
     assert "E" in again.neurons.label(0, 0)

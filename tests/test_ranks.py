@@ -15,6 +15,7 @@ from tl_contextmix.ranks import (
     expected_average_precision,
     kendall,
 )
+from tl_contextmix.sequences import resampled_interval
 
 
 def precision_of(order: tuple[int, ...], relevant: Tensor) -> float:
@@ -69,6 +70,7 @@ def test_kendall_counts_pairs() -> None:
     tied = torch.tensor([1.0, 2, 2, 4])
     assert float(kendall(a, tied)) == pytest.approx(5 / math.sqrt(30))
     assert bool(kendall(a, torch.ones(4)).isnan())
+    assert bool(kendall(a, torch.tensor([1.0, 2, 3, torch.nan])).isnan())
 
 
 def test_bootstrap_interval_covers_and_repeats() -> None:
@@ -82,3 +84,10 @@ def test_bootstrap_interval_covers_and_repeats() -> None:
     # One value says nothing of how values vary.
     assert all(math.isnan(end) for end in bootstrap_interval(torch.tensor([2.0, torch.nan])))
     assert all(math.isnan(end) for end in bootstrap_interval(torch.tensor([torch.nan])))
+
+
+def test_figures_of_nothing_have_no_interval() -> None:
+    counts = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    assert resampled_interval(counts, lambda row: row[0] / row[1]) == (0.5, 0.5)
+    for some, figure in ((counts[:0], sum), (counts, lambda row: math.nan)):
+        assert all(math.isnan(end) for end in resampled_interval(some, figure))

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from test_mining import texts
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 _RUN = """
 import os, sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 import torch
 import tl_contextmix as cm
 
@@ -76,3 +80,22 @@ def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cm.InvalidInput, match=r"Install tl-contextmix\[ray\]"):
         cm.mine_on_ray(object, "corpus.txt", out=tmp_path)
+
+
+def test_a_ray_that_is_too_small_is_stopped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    ray: Any = ModuleType("ray")
+    ray.data = ModuleType("ray.data")
+    ray.is_initialized = lambda: bool(done)
+    ray.init = lambda **options: done.append("started")
+    ray.cluster_resources = lambda: {"CPU": 2.0}
+    ray.shutdown = lambda: done.append("stopped")
+    for module in (ray, ray.data):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for running in ([], ["started by the user"]):
+        done[:] = running
+        with pytest.raises(cm.InvalidInput, match="got actors that take 2 of 2 CPUs"):
+            cm.mine_on_ray(object, "corpus.txt", out=tmp_path, workers=2)
+        assert done == (running or ["started", "stopped"])

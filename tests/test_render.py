@@ -431,6 +431,7 @@ def test_empty_panels_say_so():
         heatmap(torch.zeros(1, 0, 0)),
         heatmap(torch.zeros(0, 2, 2)),
         Bars("bars", "", (), ()),
+        Curves("curves", "", (), ()),
         Table("table", "", ("a",), ()),
         ColoredText("text", "", (), ()),
     )
@@ -622,6 +623,20 @@ def test_tables_colour_signed_columns_only():
     assert "+2.00" in parsed.text
     assert "−1.00" in parsed.text
     assert parsed.values() == [1, 2.0, -1, -1.0, 0.5]
+
+
+def test_tables_say_yes_and_no():
+    table = Table("t", "", ("name", "known"), (("a", True), ("b", False)))
+    assert [line.split()[-1] for line in Page((table,)).text().splitlines()[-2:]] == ["yes", "no"]
+    assert "<td>yes</td>" in Page((table,)).html()
+    assert "<td>no</td>" in Page((table,)).html()
+
+
+def test_only_what_has_a_unit_names_one():
+    values = torch.rand(1, 2, 3)
+    for unit in ("norm", ""):
+        classes = [attrs.get("class") for attrs in parse(heatmap(values, unit=unit)).all("span")]
+        assert ("unit" in classes) == bool(unit)
 
 
 def test_long_tables_are_cut_with_a_note():

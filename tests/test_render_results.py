@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import pkgutil
 from typing import Any
 
@@ -95,3 +96,12 @@ def test_every_panel_is_a_figure(result: Any):
 def test_a_terminal_prints_no_representation_of_a_class():
     text = EXAMPLES[cm.Score]._repr_mimebundle_()["text/plain"]
     assert "ScoreRow(" not in text
+
+
+def test_figures_are_added_to_their_like_alone():
+    summable: list[Any] = [one for one in EXAMPLES.values() if hasattr(one, "__add__")]
+    assert len(summable) == 3
+    for one in summable:
+        assert type(one + one) is type(one)
+        with pytest.raises(TypeError, match="unsupported operand"):
+            operator.add(one, 3)

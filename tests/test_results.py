@@ -100,6 +100,18 @@ def test_other_results_check_their_labels():
         dataclasses.replace(figures, quantities=("a",))
 
 
+def test_components_are_of_known_kinds():
+    six = hand_built.components()
+    assert repr(six).startswith("Components: batch 2, component 6: ")
+    with pytest.raises(InvalidInput, match=r"kinds from 90 to 99; expected 0 to \d+"):
+        dataclasses.replace(six, kind=six.kind + 90)
+    none = six.select(torch.zeros(2, 0, dtype=torch.long))
+    assert none.kind.shape == (2, 0)
+    empty = none.select(torch.full((2, 3), -1))
+    assert empty.kind.shape == (2, 3)
+    assert repr(none) == "Components: batch 2, component 0: "
+
+
 # Frozen, comparable, copyable
 
 

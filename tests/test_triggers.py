@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_mining import WORDS, texts
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.corpus.composition import draw
+from tl_contextmix.corpus.patterns import common
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.memories import CASES, values
 
@@ -131,6 +133,18 @@ def test_patterns_are_what_a_count_says(mined: Any) -> None:
                 for p in prefixes
             ]
             assert row.chance == pytest.approx(sum(has) / len(prefixes), rel=0.15)
+
+
+def test_contexts_of_one_token_contain_nothing_before_it() -> None:
+    assert common([(5,), (5,), (7,)]) == [("ends with", (5,), 2 / 3)]
+
+
+def test_examples_that_promote_nothing_known_show_their_contexts(mined: Any) -> None:
+    found = mined[2].examples(1, 3)
+    bare = replace(found, promotes=(), logits=())
+    assert "promotes: " in repr(found)
+    assert "promotes: " not in repr(bare)
+    assert [panel.title for panel in bare.panels()] == [p.title for p in found.panels()[1:]]
 
 
 def test_removal_is_a_run_without_the_token(mined: Any) -> None:
@@ -361,6 +375,11 @@ def test_the_command_line_mines_merges_and_shows(
     assert main([*show, "--layer", "1", "--neuron", "3", "-o", str(page)]) == 0
     assert "promotes:" in capsys.readouterr().out
     assert "L1.3" in page.read_text()
+    assert main([*show, "--layer", "1", "--neuron", "3"]) == 0
+    assert "promotes:" in capsys.readouterr().out
+    # What was not mined by the command says nothing of where its model is.
+    assert main(["show", str(mined[2].folder), "--layer", "1", "--neuron", "3"]) == 2
+    assert "Give it with --model" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "no")]) == 2
     assert main([*show, "--layer", "1"]) == 2
     assert main(["merge", str(tmp_path / "typo")]) == 2

@@ -116,8 +116,6 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in (Any, object):
         return True
-    if hint is None:
-        return value is None
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if kind is typing.Literal:

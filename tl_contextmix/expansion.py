@@ -177,10 +177,6 @@ class Expansion:
             del parts
         return found
 
-    def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
-        """Returns the norm of every part, holding no more than a tile of them."""
-        return self.stage_norms(max_bytes)[-1]
-
     def parts(self, max_bytes: int) -> Float[Tensor, "batch target source d_model"]:
         """Returns every part."""
         batch, target, width = self.bias.shape

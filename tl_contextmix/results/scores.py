@@ -60,6 +60,8 @@ class Score(Result):
 
     def __add__(self, other: Score) -> Score:
         """Returns the figures of both, under this one's heading."""
+        if not isinstance(other, Score):
+            return NotImplemented
         return Score(rows=self.rows + other.rows, title=self.title, caption=self.caption)
 
     def to_dataframe(self) -> pandas.DataFrame:
