@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,12 @@ from meters import markdown
 
 HERE = Path(__file__).parent
 STORED = HERE / "results.json"
-PAGES = (HERE / "README.md", HERE.parent / "README.md")
-_BLOCK = re.compile(r"(<!-- (speed|growth|against|inseq) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+PAGES = (HERE / "README.md", HERE.parent / "README.md", HERE.parent / "docs/pages/numbers.md")
+_BLOCK = re.compile(
+    r"(<!-- (speed|growth|against|inseq|numbers) -->\n).*?(<!-- end of \2 -->)", re.DOTALL
+)
+MARGIN = 4
+"""How much larger a stated bound is than the largest error that was measured."""
 # README's rows: ours, as the tables name it, and what it answers.
 _SHOWN = {
     "attention_norms, mlp_in": "norms up to the feed-forward block",
@@ -46,6 +51,7 @@ def rewritten(text: str, found: Mapping[str, Any]) -> str:
     Blocks of what was never measured stay as they are.
     """
     makers = {"speed": speed, "growth": growth, "against": against, "inseq": inseq}
+    makers["numbers"] = numbers
 
     def block(match: re.Match[str]) -> str:
         if ("growth" if match[2] == "speed" else match[2]) not in found:
@@ -159,6 +165,52 @@ def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
             if row[0] in ("GPT-2", "GPT-NeoX"):
                 cells.append([f"inseq, {row[0]}, n={row[1]}", *(f"{row[p]}x" for p in places)])
     return cells
+
+
+def bound(error: float) -> float:
+    """Returns what is stated where this was the largest error: `MARGIN` of it, one digit, up."""
+    if error == 0:
+        return 0.0
+    step = 10.0 ** math.floor(math.log10(MARGIN * error))
+    return math.ceil(MARGIN * error / step) * step
+
+
+def numbers(found: Mapping[str, Any]) -> str:
+    """Returns the tables of errors in every dtype, and of the identities."""
+    part = found["numbers"]
+    errors, gaps = part["errors"], part["gaps"]
+    names = list(next(iter(errors.values())))
+    low = list(errors)
+    head = ["method", *low, *(f"ours, {dtype}" for dtype in low)]
+    rows = ([name, *_pairs(errors, low, name)] for name in names)
+    told = (
+        [name, equation, *(_pair(gaps[d][name]) for d in gaps)]
+        for name, equation in part["identities"].items()
+    )
+    return (
+        f"{part['machine']}; {part['families']}, {part['draws']} draws of weights.\n\n"
+        f"{markdown(head, rows)}\nWith ReLU (T5), where errors are larger than these bounds:\n\n"
+        f"{markdown(['method', *low], _kinked(part, low))}\n"
+        f"{markdown(['method', 'identity', *gaps], told)}"
+    )
+
+
+def _kinked(part: Mapping[str, Any], low: list[str]) -> Iterator[list[str]]:
+    whole = {dtype: {n: row["whole"] for n, row in part["kinked"][dtype].items()} for dtype in low}
+    usual = {dtype: {n: row["whole"] for n, row in part["errors"][dtype].items()} for dtype in low}
+    for name in usual[low[0]]:
+        if any(whole[dtype][name] > bound(usual[dtype][name]) for dtype in low):
+            yield [name, *(f"{whole[dtype][name]:.0e}" for dtype in low)]
+
+
+def _pairs(errors: Mapping[str, Any], low: list[str], name: str) -> list[str]:
+    cells = [_pair(errors[dtype][name]["whole"]) for dtype in low]
+    return cells + [_pair(errors[dtype][name].get("ours")) for dtype in low]
+
+
+def _pair(error: float | None) -> str:
+    """Returns the bound and, in brackets, what was measured."""
+    return "-" if error is None else f"{bound(error):.0e} ({error:.0e})"
 
 
 def write() -> None:

@@ -163,9 +163,9 @@ def _integrate(asked: _Asked, steps: int) -> tuple[Tensor, Tensor]:
     inputs = asked.inputs
     total = {name: torch.zeros_like(x, dtype=asked.view.dtype) for name, x in inputs.items()}
     for node, weight in zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True):
-        found = asked.gradients({name: x * node**_CLOSE for name, x in inputs.items()})
         share = weight * _CLOSE * node ** (_CLOSE - 1)
-        total = {name: total[name] + found[name] * share for name in total}
+        found = asked.gradients({name: x * node**_CLOSE for name, x in inputs.items()}, share)
+        total = {name: total[name] + found[name] for name in total}
     parts = asked.joined(total, inputs)
     start = asked.prediction({name: torch.zeros_like(x) for name, x in inputs.items()})
     end = asked.prediction(inputs)
@@ -205,12 +205,23 @@ class _Asked:
         row = row.log_softmax(dim=-1) if self.of == "log_prob" else row
         return row[each, self.target.to(logits.device)]
 
-    def gradients(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the gradients of the prediction at other inputs."""
+    def gradients(self, inputs: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+        """Returns a factor times the gradients of the prediction at other inputs.
+
+        The factor goes in before the backward pass: close to zero gradients behind a norm are
+        larger than float16 can hold, and their share of the path is small.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
             value = self.prediction(leaves, grad=True)
-            found = torch.autograd.grad(value.sum(), [*leaves.values()])
+            found = torch.autograd.grad(value.sum() * factor, [*leaves.values()])
+        if not all(bool(gradient.isfinite().all()) for gradient in found):
+            raise bad(
+                "the model's gradients cannot be held in its precision",
+                f"gradients in {found[0].dtype} that are not finite",
+                "finite numbers",
+                "Load the model in bfloat16 or in float32.",
+            )
         return {n: g.to(self.view.dtype) for n, g in zip(leaves, found, strict=True)}
 
     def joined(self, gradients: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:

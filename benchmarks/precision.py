@@ -1,0 +1,77 @@
+"""How exact the numbers are: the error of every method in every precision.
+
+``python benchmarks/precision.py [--write]`` prints the tables of docs/pages/numbers.md; ``--write``
+stores what was measured in results.json beside this file and puts the tables into the page.
+``tests/rounding.py`` says what is measured. Takes minutes; needs TransformerLens 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tables
+import torch
+from meters import machine, show
+
+# The models of the tests are not part of the package.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import rounding
+import zoo
+
+Errors = dict[str, dict[str, dict[str, float]]]
+
+
+def measured(families: tuple[str, ...], draws: int) -> dict[str, Any]:
+    """Returns the largest errors over families and draws of weights, by dtype and method."""
+    errors: Errors = {}
+    gaps: dict[str, dict[str, float]] = {}
+    cases = {case.family: case for case in zoo.cases()}
+    for family in families:
+        for seed in range(draws):
+            for dtype in (torch.float64, *rounding.DTYPES):
+                name = str(dtype).removeprefix("torch.")
+                _widen(gaps.setdefault(name, {}), rounding.gaps(cases[family], dtype, seed))
+                if dtype != torch.float64:  # what it would be compared with is itself
+                    found = rounding.errors(cases[family], dtype, seed)
+                    for kind, some in found.items():
+                        for method, error in some.items():
+                            row = errors.setdefault(name, {}).setdefault(method, {})
+                            _widen(row, {kind: error})
+            sys.stderr.write(f"{family}, draw {seed}\n")
+    return {"errors": errors, "gaps": gaps}
+
+
+def _widen(largest: dict[str, float], found: Mapping[str, float]) -> None:
+    for name, error in found.items():
+        largest[name] = max(error, largest.get(name, 0.0))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints, and stores if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="store, and update the page")
+    parser.add_argument("--draws", type=int, default=3, help="of weights, for each family")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    numbers = measured(rounding.FAMILIES, given.draws) | {
+        "kinked": measured((rounding.KINKED,), given.draws)["errors"],
+        "machine": machine().rpartition("; ")[0],
+        "families": ", ".join(rounding.FAMILIES),
+        "draws": given.draws,
+        "identities": {name: text for name, (text, _) in rounding.IDENTITIES.items()},
+    }
+    show(f"\n{tables.numbers({'numbers': numbers})}\n")
+    if given.write:
+        tables.keep({"numbers": numbers})
+        tables.write()
+
+
+if __name__ == "__main__":
+    main()
