@@ -432,3 +432,18 @@ def test_saliency_refuses_what_it_cannot_answer(monkeypatch: pytest.MonkeyPatch)
     for method in (globenc, alti, decompx):
         with pytest.raises(cm.InvalidInput, match="max_bytes"):
             method(model, tokens, max_bytes=0)
+
+
+@pytest.mark.once
+def test_gradients_close_to_zero_do_not_overflow_and_others_are_refused() -> None:
+    case = family("mistral")  # behind an RMSNorm of 1e-6 gradients are large
+    given, model = zoo.inputs(case), zoo.build(case, dtype=torch.float16)
+    asked = {"steps": 4, "target": 7}
+    found = integrated_gradients(model, given.tokens, **asked).scores
+    expected = integrated_gradients(zoo.build(case), given.tokens, **asked).scores
+    assert relative(found.double(), expected) <= 1e-2
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1e-4 if "embed" in name else 300 if "lm_head" in name else 1)
+    with pytest.raises(cm.InvalidInput, match="gradients in torch.float16 that are not finite"):
+        gradient_x_input(model, given.tokens)

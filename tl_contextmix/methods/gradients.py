@@ -71,7 +71,7 @@ def gradient_x_input(
         encoder-decoder are the decoder's tokens followed by the encoder's.
 
     Raises:
-        InvalidInput: If an argument does not fit the model.
+        InvalidInput: If an argument does not fit the model, or gradients overflow its precision.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
     Cost: two forward passes and a backward pass.
@@ -132,7 +132,7 @@ def integrated_gradients(
         ``|f(x) - f(0) - sum of attributions|``: the change that no token got.
 
     Raises:
-        InvalidInput: If an argument does not fit the model.
+        InvalidInput: If an argument does not fit the model, or gradients overflow its precision.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
     Cost: ``steps`` forward and backward passes, and three forward passes more.
