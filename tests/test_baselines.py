@@ -438,7 +438,7 @@ def test_saliency_refuses_what_it_cannot_answer(monkeypatch: pytest.MonkeyPatch)
 def test_gradients_close_to_zero_do_not_overflow_and_others_are_refused() -> None:
     case = family("mistral")  # behind an RMSNorm of 1e-6 gradients are large
     given, model = zoo.inputs(case), zoo.build(case, dtype=torch.float16)
-    asked = {"steps": 4, "target": 7}
+    asked: dict[str, Any] = {"steps": 4, "target": 7}
     found = integrated_gradients(model, given.tokens, **asked).scores
     expected = integrated_gradients(zoo.build(case), given.tokens, **asked).scores
     assert relative(found.double(), expected) <= 1e-2
