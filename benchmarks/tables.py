@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from meters import markdown
 
 HERE = Path(__file__).parent
 STORED = HERE / "results.json"
-PAGES = (HERE / "README.md", HERE.parent / "README.md")
+PAGES = (HERE / "README.md", HERE.parent / "README.md", HERE.parent / "docs/pages/numbers.md")
 _BLOCK = re.compile(r"(<!-- ([\w ]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+MARGIN = 4
+"""How much larger a stated bound is than the largest error that was measured."""
 # README's rows: ours, as the tables name it, and what it answers.
 _SHOWN = {
     "attention_norms, mlp_in": "norms up to the feed-forward block",
@@ -170,11 +173,58 @@ def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
     return cells
 
 
+def bound(error: float) -> float:
+    """Returns what is stated where this was the largest error: `MARGIN` of it, one digit, up."""
+    if error == 0:
+        return 0.0
+    step = 10.0 ** math.floor(math.log10(MARGIN * error))
+    return math.ceil(MARGIN * error / step) * step
+
+
+def numbers(found: Mapping[str, Any]) -> str:
+    """Returns the tables of errors in every dtype, and of the identities."""
+    part = found["numbers"]
+    errors, gaps = part["errors"], part["gaps"]
+    names = list(next(iter(errors.values())))
+    low = list(errors)
+    head = ["method", *low, *(f"ours, {dtype}" for dtype in low)]
+    rows = ([name, *_pairs(errors, low, name)] for name in names)
+    told = (
+        [name, equation, *(_pair(gaps[d][name]) for d in gaps)]
+        for name, equation in part["identities"].items()
+    )
+    return (
+        f"{part['machine']}; {part['families']}, {part['draws']} draws of weights.\n\n"
+        f"{markdown(head, rows)}\nWith ReLU (T5), where errors are larger than these bounds:\n\n"
+        f"{markdown(['method', *low], _kinked(part, low))}\n"
+        f"{markdown(['method', 'identity', *gaps], told)}"
+    )
+
+
+def _kinked(part: Mapping[str, Any], low: list[str]) -> Iterator[list[str]]:
+    whole = {dtype: {n: row["whole"] for n, row in part["kinked"][dtype].items()} for dtype in low}
+    usual = {dtype: {n: row["whole"] for n, row in part["errors"][dtype].items()} for dtype in low}
+    for name in usual[low[0]]:
+        if any(whole[dtype][name] > bound(usual[dtype][name]) for dtype in low):
+            yield [name, *(f"{whole[dtype][name]:.0e}" for dtype in low)]
+
+
+def _pairs(errors: Mapping[str, Any], low: list[str], name: str) -> list[str]:
+    cells = [_pair(errors[dtype][name]["whole"]) for dtype in low]
+    return cells + [_pair(errors[dtype][name].get("ours")) for dtype in low]
+
+
+def _pair(error: float | None) -> str:
+    """Returns the bound and, in brackets, what was measured."""
+    return "-" if error is None else f"{bound(error):.0e} ({error:.0e})"
+
+
 # What a block of a page is made of, and the part of the measurements that it needs.
 _MAKERS = {
     "speed": ("growth", speed),
     "growth": ("growth", growth),
     "against": ("against", against),
+    "numbers": ("numbers", numbers),
     "inseq outputs": ("inseq", inseq_outputs),
     "inseq times": ("inseq", inseq_times),
 }

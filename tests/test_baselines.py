@@ -337,7 +337,7 @@ def test_gradients_are_the_slopes_of_finite_differences(case: zoo.Case, of: Any)
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
     model = zoo.shared(case)
     asked = asked_of(model, zoo.inputs(case), of=of)
-    found = {name: slopes[0] for name, slopes in asked.slopes_along(torch.ones(1)).items()}
+    found = asked.slopes_along(torch.ones(1), torch.ones(1))
     for name, x in asked.inputs.items():
         # Downhill, so that the slope is far from zero.
         step = found[name] / found[name].norm(dim=(1, 2), keepdim=True)
@@ -375,7 +375,7 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
     asked = asked_of(model, given, target=3)
     ((name, x),) = asked.inputs.items()
-    total = asked.slopes_along((torch.arange(400) + 0.5) / 400)[name].mean(dim=0)
+    total = asked.slopes_along((torch.arange(400) + 0.5) / 400, torch.full((400,), 1 / 400))[name]
     found = integrated_gradients(model, given.tokens, target=3)
     assert relative(found.scores[:, 0, 0, 0], (total * x).norm(dim=-1)) <= 1e-4
     assert found.bias is not None
@@ -390,9 +390,9 @@ def test_points_of_a_path_are_one_batch_as_far_as_they_fit(
     batches: list[int] = []
     at_once = gradients._Asked.slopes_along
 
-    def counted(self: Any, points: Tensor) -> Any:
+    def counted(self: Any, points: Tensor, shares: Tensor) -> Any:
         batches.append(len(points))
-        return at_once(self, points)
+        return at_once(self, points, shares)
 
     monkeypatch.setattr(gradients._Asked, "slopes_along", counted)
     ask = functools.partial(
@@ -491,3 +491,18 @@ def test_saliency_refuses_what_it_cannot_answer(monkeypatch: pytest.MonkeyPatch)
     for method in (globenc, alti, decompx, integrated_gradients):
         with pytest.raises(cm.InvalidInput, match="max_bytes"):
             method(model, tokens, max_bytes=0)
+
+
+@pytest.mark.once
+def test_gradients_close_to_zero_do_not_overflow_and_others_are_refused() -> None:
+    case = family("mistral")  # behind an RMSNorm of 1e-6 gradients are large
+    given, model = zoo.inputs(case), zoo.build(case, dtype=torch.float16)
+    asked: dict[str, Any] = {"steps": 4, "target": 7}
+    found = integrated_gradients(model, given.tokens, **asked).scores
+    expected = integrated_gradients(zoo.build(case), given.tokens, **asked).scores
+    assert relative(found.double(), expected) <= 1e-2
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1e-4 if "embed" in name else 300 if "lm_head" in name else 1)
+    with pytest.raises(cm.InvalidInput, match="gradients in torch.float16 that are not finite"):
+        gradient_x_input(model, given.tokens)

@@ -48,13 +48,17 @@ class Method:
     column: str = "score"
 
 
-def queried(model: Any, tokens: Tensor, **options: Any) -> cm.QueryContributions:
+def queried(
+    model: Any, tokens: Tensor, target_ids: int | None = None, **options: Any
+) -> cm.QueryContributions:
     """What activates two attention neurons, the same for every sentence."""
-    found = cm.log_prob_contributions(model, tokens, by="attn_neuron", pos=-1, **options)
+    asked = {"by": "attn_neuron", "target_ids": target_ids, "pos": -1}
+    found = cm.log_prob_contributions(model, tokens, **asked, **options)
     first = found.components.of_kind("attn") & (found.components.layer == 1)
     index = first[:1].nonzero()[:2, 1].expand(len(tokens), 2)
     names = ("scores", "coefficients", "logits")
-    numbers = {name: getattr(found, name).gather(1, index) for name in names}
+    place = index.to(found.scores.device)
+    numbers = {name: getattr(found, name).gather(1, place) for name in names}
     some = dataclasses.replace(found, components=found.components.select(index), **numbers)
     return cm.query_contributions(model, tokens, neurons=some, pos=-1, **options)
 

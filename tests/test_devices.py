@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +60,23 @@ def test_nothing_depends_on_the_order_of_sums_or_on_old_memory(
 
 
 # Devices
+
+SCRIPT = Path(__file__).with_name("fake_gpu.py")
+
+
+@pytest.mark.once
+def test_everything_stays_where_the_model_is_and_has_a_fixed_order() -> None:
+    """On a GPU that refuses what CUDA refuses, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "bart"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    calls = int(done.stdout.split()[-4])
+    assert calls > 40
 
 
 def spread(family: str, places: dict[str, Any]) -> Any:
@@ -122,7 +143,8 @@ def gpus(count: int) -> pytest.MarkDecorator:
 def test_a_gpu_gives_the_numbers_of_the_cpu(family: str, dtype: torch.dtype) -> None:
     case = CASES[family]
     model = zoo.build(case, dtype=dtype).to("cuda")
-    same_everywhere(model, case, 1e-6 if dtype == torch.float64 else 1e-3, dtype)
+    # In float32 shares of small scores keep three digits, see docs/pages/numbers.md.
+    same_everywhere(model, case, 1e-6 if dtype == torch.float64 else 5e-3, dtype)
 
 
 @pytest.mark.gpu

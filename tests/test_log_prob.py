@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, shared, view_of
+from asked import bound, case_of, keywords, relative, shared, view_of
 from oracles_log_prob import Parts, log_probs
 from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.stream import needed
+from tl_contextmix.vocabulary import read_vocabulary
 
 CASES = zoo.cases()
 RULES = ("frozen", "frozen+beta", "recompute")
@@ -158,3 +159,20 @@ def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
             else:
                 assert found.evaluated.tolist() == whole.evaluated.tolist()
             assert torch.equal(found.possible, whole.evaluated)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])  # with and without a soft cap
+def test_small_gains_keep_their_digits_in_float32(family: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 32, generator=generator)
+    vectors = 1e-4 * torch.randn(2, 20, 32, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = zoo.build(case_of(family), dtype=dtype)
+        x, ids = base.to(dtype), torch.tensor([7, 9])
+        vocabulary = read_vocabulary(view_of(model).readout, "frozen+beta", x, ids, 2**30)
+        found.append(vocabulary.gains(x, vectors.to(dtype)))
+    assert 1e-5 < float(found[1].abs().max()) < 1e-3
+    # A logarithm of a sum that is close to 1 keeps 1e-7 nats, a thousandth of these.
+    assert relative(found[0].double(), found[1]) <= 1e-6

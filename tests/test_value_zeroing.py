@@ -402,3 +402,18 @@ def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
     again = cm.ContextMap.load(found.save(tmp_path / "map.safetensors"))
     assert torch.equal(again.scores, found.scores)
     assert again.provenance == found.provenance
+
+
+@pytest.mark.once
+def test_nothing_left_is_exactly_nothing_before_a_norm_of_the_output() -> None:
+    case = case_of("gemma2")
+    given, found = zoo.inputs(case), []
+    for dtype in (torch.float32, torch.float64):
+        model = zoo.build(case, dtype=dtype)
+        # The first targets read nothing else; the norm would enlarge what rounding leaves.
+        one, spans = (
+            cm.value_zeroing(model, given.tokens, spans=spans).scores
+            for spans in (None, [(0, 3), (3, 6)])
+        )
+        found.append(torch.cat([one, spans], dim=-1))
+    assert relative(found[0].double(), found[1]) <= 1e-6

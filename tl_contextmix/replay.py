@@ -165,7 +165,7 @@ class Replay:
         plan = _plan(self, spans, max_bytes)
         reads = [self.read, *(branch.read for branch in self.branches)]
         reads = [read.ready() for read in reads] if plan.ready else reads
-        touched = self.touched(spans)
+        touched, alone = self.touched(spans), self._alone(spans)
         for rows in blocks(touched.shape[0], plan.rows):
             seen = touched[rows].any(dim=0).nonzero()[:, 0].tolist()
             if not seen:
@@ -174,6 +174,12 @@ class Replay:
             for part in blocks(seen[-1] + 1 - seen[0], plan.columns):
                 columns = slice(seen[0] + part.start, seen[0] + part.stop)
                 removed, *images = (_terms(read, rows, columns, spans) for read in reads)
+                if alone is not None and bool(alone[:, columns, rows].any()):
+                    whole = [self.raw, *(branch.changed for branch in self.branches)]
+                    removed, *images = (
+                        torch.where(alone[:, columns, rows, None], one[:, None, rows], terms)
+                        for one, terms in zip(whole, (removed, *images), strict=True)
+                    )
                 same = ~removed.any(dim=-1, keepdim=True)
                 among = touched[rows, columns].T
                 # Products with W_out are what costs: pairs that read nothing are left out of them.
@@ -183,6 +189,24 @@ class Replay:
                     changed = kept.expand_as(removed).clone()
                     changed[:, among] = self._output(rows, removed, images, among)
                 yield rows, columns, torch.where(same, kept, changed), kept
+
+    def _alone(self, spans: Spans | None) -> Bool[Tensor, "batch source target"] | None:
+        """Returns which sources (or spans) are all that a target reads; None where it is no matter.
+
+        What is left without them is nothing, exactly: a norm of the sublayer's output would make
+        something of the rounding of a difference (1e-4 of a score in float32).
+        """
+        pattern = self.read.pattern
+        if self.attention.norm_out is None or self.attention.b_O is not None:
+            return None
+        if pattern.shape[1] < self.attention.W_O.shape[0]:
+            return None  # some heads are left
+        seen = (pattern != 0).any(dim=1).long()
+        counts = seen
+        if spans is not None:
+            counts = torch.stack([seen[:, :, a:b].sum(dim=2) for a, b in spans], dim=2)
+        alone = (counts > 0) & (counts == seen.sum(dim=2, keepdim=True))
+        return alone.transpose(1, 2)
 
     def _output(
         self,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -185,8 +186,9 @@ class Stream:
     @cached_property
     def states(self) -> Float[Tensor, "batch step d_model"]:
         """The stream before any writer, after the first, ..., after the last."""
-        totals = torch.stack([writer.total for writer in self.writers], dim=1)
-        return torch.cat([torch.zeros_like(totals[:, :1]), totals.cumsum(dim=1)], dim=1)
+        # Not cumsum: on CUDA its sums have no fixed order.
+        states = [*accumulate(writer.total for writer in self.writers)]
+        return torch.stack([torch.zeros_like(states[0]), *states], dim=1)
 
     @property
     def total(self) -> Float[Tensor, "batch d_model"]:

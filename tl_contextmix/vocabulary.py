@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -61,8 +61,11 @@ class Vocabulary:
             return "the masked-LM head is not linear"
         if self.readout.soft_cap is not None:
             return "the model caps its logits"
-        recomputed = self.rule == "recompute" and self.readout.norm is not None
-        return "the norm is recomputed at every state" if recomputed else ""
+        return "the norm is recomputed at every state" if self._recomputed else ""
+
+    @property
+    def _recomputed(self) -> bool:
+        return self.rule == "recompute" and self.readout.norm is not None
 
     def direction(self, x: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
         """Returns what W_U multiplies, of a vector, before the frozen scale divides it."""
@@ -141,29 +144,42 @@ class Vocabulary:
             start = self.hidden(base[row : row + 1], row)
             for part in blocks(vectors.shape[1], rows):
                 shift = self._shift(start, base[row], vectors[row, part], row)
-                log_mean = self._log_mean(before, shift, tile)
+                log_mean = self._log_mean(before, shift, vectors[row, part, 0], tile)
                 found[row, part] = shift(slice(target, target + 1))[:, 0] - log_mean
         return found
 
     def _shift(
         self, start: Tensor, base: Tensor, vectors: Tensor, row: int
     ) -> Callable[[slice], Tensor]:
-        """Returns the function that gives the change of a part of the logits."""
-        if not self.nonlinear:
+        """Returns the function that gives the change of a part of the logits.
+
+        Never a difference of two logits, which has lost the digits of a small change.
+        """
+        if self.readout.head is None and not self._recomputed:
             moved = self.direction(vectors) / self.divisor[row]
-            return lambda part: moved @ self.weight[:, part]
-        hidden = self.hidden(base + vectors, row)
-        return lambda part: self.logits(hidden, part) - self.logits(start, part)
+        else:
+            moved = self.hidden(base + vectors, row) - start
+        cap = self.readout.soft_cap
+
+        def shift(part: slice) -> Tensor:
+            change = moved @ self.weight[:, part]
+            if cap is None:
+                return change
+            # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a) tanh(a + b))
+            logits = start @ self.weight[:, part] + self.constants[part]
+            before, after = ((x / cap).tanh() for x in (logits, logits + change))
+            return cap * (change / cap).tanh() * (1 - before * after)
+
+        return shift
 
     def _log_mean(
-        self, before: Tensor, shift: Callable[[slice], Tensor], tile: int
+        self, before: Tensor, shift: Callable[[slice], Tensor], like: Tensor, tile: int
     ) -> Float[Tensor, " some"]:
         """Returns log E exp(shift) under distributions (one, or one for each shift)."""
-        found = [
-            (before[:, part] + shift(part)).logsumexp(dim=-1)
-            for part in blocks(before.shape[1], tile)
-        ]
-        return torch.stack(found).logsumexp(dim=0)
+        found = _LogMean(like)
+        for part in blocks(before.shape[1], tile):
+            found.add(..., before[:, part], shift(part))
+        return found.value()
 
     def neuron_gains(
         self,
@@ -191,15 +207,15 @@ class Vocabulary:
         for part in blocks(count, rows):
             moved = self.direction(vectors(part))
             some = scaled[:, :, part]
-            total = torch.full_like(some, -torch.inf)
+            log_mean = _LogMean(some)
             for columns in blocks(self.weight.shape[1], tile):
                 shift = moved @ self.weight[:, columns]
                 for row in each:
                     for source in range(some.shape[1]):
-                        inside = some[row, source, :, None] * shift + before[row, columns]
-                        total[row, source] = total[row, source].logaddexp(inside.logsumexp(-1))
+                        change = some[row, source, :, None] * shift
+                        log_mean.add((row, source), before[row, columns], change)
             gained = moved @ self.weight[:, self.target]
-            found[:, :, part] = some * gained.T[:, None] - total
+            found[:, :, part] = some * gained.T[:, None] - log_mean.value()
         return found
 
     def _each_neuron(
@@ -230,7 +246,9 @@ class Vocabulary:
         _, tile = self._tiles(len(vectors))
         target = int(self.target[row])
         moved = self.direction(vectors) / self.divisor[row]
-        log_mean = self._log_mean(before, lambda part: moved @ self.weight[:, part], tile)
+        log_mean = self._log_mean(
+            before, lambda part: moved @ self.weight[:, part], moved[:, 0], tile
+        )
         return moved @ self.weight[:, target] - log_mean
 
     def slopes(
@@ -286,6 +304,38 @@ class Vocabulary:
         """Returns how many vectors, and how many tokens, to multiply at once."""
         size = self.weight.element_size()
         return tile_sizes(count, self.weight.shape[1], size, self.max_bytes, whole=whole)
+
+
+class _LogMean:
+    """log E exp(shift) under distributions, the vocabulary tile by tile.
+
+    Where no shift exceeds 1 it is log1p(E expm1(shift)): small ones keep their own last digits,
+    where the sum of exponentials, which is near 1, keeps its own (1e-7 nats in float32).
+
+    Args:
+        like: A number for each shift.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.log_sum = torch.full_like(like, -torch.inf)
+        self.excess, self.reach = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, at: Any, before: Tensor, shift: Float[Tensor, "some tile"]) -> None:
+        """Adds a tile.
+
+        Args:
+            at: Which numbers it is about.
+            before: Log-probabilities of the tile's tokens.
+            shift: What is added to each.
+        """
+        low, high = shift.aminmax(dim=-1)
+        self.reach[at] = self.reach[at].maximum(high.maximum(-low))
+        self.excess[at] += shift.expm1().mul_(before.exp()).sum(dim=-1)
+        self.log_sum[at] = self.log_sum[at].logaddexp((before + shift).logsumexp(dim=-1))
+
+    def value(self) -> Tensor:
+        """Returns what has been added up."""
+        return torch.where(self.reach <= 1, self.excess.log1p(), self.log_sum)
 
 
 def _as_it_is(products: Tensor, tokens: Tensor | slice) -> Tensor:

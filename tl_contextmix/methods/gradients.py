@@ -85,7 +85,7 @@ def gradient_x_input(
         encoder-decoder are the decoder's tokens followed by the encoder's.
 
     Raises:
-        InvalidInput: If an argument does not fit the model.
+        InvalidInput: If an argument does not fit the model, or gradients overflow its precision.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
     Cost: a forward and a backward pass.
@@ -148,7 +148,7 @@ def integrated_gradients(
         ``|f(x) - f(0) - sum of attributions|``: the change that no token got.
 
     Raises:
-        InvalidInput: If an argument does not fit the model.
+        InvalidInput: If an argument does not fit the model, or gradients overflow its precision.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
     Warns:
@@ -196,10 +196,8 @@ def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tenso
     shares = weights * _CLOSE * u ** (_CLOSE - 1)
     total = {name: torch.zeros_like(x, dtype=asked.dtype) for name, x in asked.inputs.items()}
     for chosen in torch.arange(steps).split(asked.points_at_once(max_bytes)):
-        found = asked.slopes_along(u[chosen] ** _CLOSE)
-        for name, slopes in found.items():
-            share = shares[chosen].to(slopes.device, slopes.dtype)
-            total[name] += torch.einsum("k,kbpd->bpd", share, slopes)
+        found = asked.slopes_along(u[chosen] ** _CLOSE, shares[chosen])
+        total = {name: total[name] + found[name] for name in total}
     parts = asked.joined(total)
     start = asked.at({name: torch.zeros_like(x) for name, x in asked.inputs.items()})
     change = asked.value - start
@@ -208,7 +206,15 @@ def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tenso
 
 def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients of predictions, each of its own sentence's."""
-    return dict(zip(inputs, torch.autograd.grad(value.sum(), [*inputs.values()]), strict=True))
+    found = torch.autograd.grad(value.sum(), [*inputs.values()])
+    if not all(bool(gradient.isfinite().all()) for gradient in found):
+        raise bad(
+            "the model's gradients cannot be held in its precision",
+            f"gradients in {found[0].dtype} that are not finite",
+            "finite numbers",
+            "Load the model in bfloat16 or in float32.",
+        )
+    return dict(zip(inputs, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -249,17 +255,22 @@ class _Asked:
         rows, target = self.rows.repeat(times), self.target.repeat(times)
         return _predicted(logits, rows, target, self.of, self.dtype)
 
-    def slopes_along(self, points: Tensor) -> dict[str, Tensor]:
-        """Returns the gradients at points of the way from zero [point batch pos d_model]."""
+    def slopes_along(self, points: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        """Returns gradients at points of the way from zero, times shares and summed over points.
+
+        The shares go in before the backward pass: close to zero gradients behind a norm are larger
+        than float16 can hold, and their share of the path is small.
+        """
         with torch.enable_grad():
             leaves = {}
             for name, x in self.inputs.items():
                 # Points close to zero are below what half precision can hold; inputs there less so.
                 scale = points.to(x.device, self.dtype)[:, None, None, None]
                 leaves[name] = (scale * x).to(x.dtype).flatten(0, 1).requires_grad_()
-            found = _slopes(self.at(leaves, grad=True), leaves)
+            value = self.at(leaves, grad=True)
+            found = _slopes(value * shares.repeat_interleave(len(self.rows)).to(value), leaves)
         count = (len(points), len(self.rows))
-        return {name: x.to(self.dtype).unflatten(0, count) for name, x in found.items()}
+        return {name: x.to(self.dtype).unflatten(0, count).sum(0) for name, x in found.items()}
 
     def points_at_once(self, max_bytes: int) -> int:
         """Returns how many points of a path fit, from what a graph keeps of one."""

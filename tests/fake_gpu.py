@@ -1,0 +1,237 @@
+"""A GPU for machines without one: its tensors hold their numbers on the CPU and say otherwise.
+
+What a real one refuses is refused: tensors of two devices in one operator, and under
+``torch.use_deterministic_algorithms`` operators that have no deterministic CUDA kernel. Numbers
+are the CPU's. Run by test_devices.py in a process of its own, as PyTorch cannot forget a device:
+``python tests/fake_gpu.py FAMILY ...`` asks everything of models on it and prints what fails.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("privateuseone:0")
+# Of what has no deterministic CUDA kernel for fractions, what could be called here; see the
+# documentation of torch.use_deterministic_algorithms.
+_UNORDERED = {"cumsum", "cumsum_", "histc", "kthvalue", "put", "put_"}
+_ANYWHERE = {"copy_", "_to_copy"}
+_INDEXING = {"index", "index_put", "index_put_"}
+
+
+class GpuTensor(Tensor):
+    """A tensor that says it is on the GPU."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> GpuTensor:
+        """Returns numbers as a tensor of the GPU."""
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=GPU,
+        )
+        made.numbers = numbers
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, **options: Any) -> str:
+        return f"GpuTensor({self.numbers!r})"
+
+    def tolist(self) -> Any:
+        """Returns the numbers as lists."""
+        return self.numbers.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator."""
+        return _run(func, args, kwargs or {})
+
+
+class FakeGpu(TorchDispatchMode):
+    """Inside of it there is the GPU."""
+
+    def __enter__(self) -> FakeGpu:
+        # torch.tensor(..., device=) makes a tensor on the CPU then, and sends it.
+        torch._C._set_only_lift_cpu_tensors(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch._C._set_only_lift_cpu_tensors(False)
+        super().__exit__(*error)
+
+    @no_type_check
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator."""
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func.overloadpacket.__name__
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there = [isinstance(x, GpuTensor) for x in given]
+    _require_one_device(name, given, there)
+    unordered = name in _UNORDERED and any(there) and given[0].is_floating_point()
+    if unordered and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError(f"{name} does not have a deterministic implementation")
+    device, plain = kwargs.get("device"), kwargs
+    to_gpu = any(there) if name not in _ANYWHERE else there[0]
+    if device is not None:
+        to_gpu = torch.device(device).type == GPU.type
+        plain = {**kwargs, "device": torch.device("cpu")}
+    with _disable_current_modes():
+        found = func(*tree_map(_numbers, args), **tree_map(_numbers, plain))
+    if not to_gpu:
+        return found
+    wrapped = tree_map(lambda x: GpuTensor(x) if isinstance(x, Tensor) else x, found)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _numbers(x: Any) -> Any:
+    return x.numbers if isinstance(x, GpuTensor) else x
+
+
+def _require_one_device(name: str, given: list[Tensor], there: list[bool]) -> None:
+    """Raises RuntimeError where CUDA does; single numbers may be on the CPU."""
+    if name in _ANYWHERE:
+        return
+    if name in _INDEXING and there[0]:  # indices may be anywhere then
+        ends = [0] if name == "index" else [0, -1]
+        given, there = [given[end] for end in ends], [there[end] for end in ends]
+    elsewhere = [x for x, gpu in zip(given, there, strict=True) if not gpu and x.ndim > 0]
+    if any(there) and elsewhere:
+        shapes = [tuple(x.shape) for x in elsewhere]
+        raise RuntimeError(f"{name} on the GPU with tensors of shape {shapes} on the CPU")
+
+
+# What is asked of it
+
+
+def require_refusals() -> None:
+    """Raises AssertionError unless what CUDA refuses is refused here."""
+    with FakeGpu():
+        x, place = torch.ones(3, device=GPU), torch.zeros(2, dtype=torch.long, device=GPU)
+        assert torch.equal((x * 2)[place.cpu()].cpu(), torch.full((2,), 2.0))
+        wrong: list[Callable[[], object]] = [
+            lambda: x + torch.ones(3),
+            lambda: torch.ones(3)[place],
+            lambda: x.gather(0, place.cpu()),
+            lambda: x.masked_fill(torch.ones(3, dtype=torch.bool), 0),
+            lambda: x.cumsum(0),
+        ]
+        for one in wrong:
+            try:
+                one()
+            except RuntimeError:
+                continue
+            raise AssertionError("this GPU allows what CUDA refuses")
+
+
+class Asked:
+    """Calls, and what failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.made = 0
+
+    def call(self, name: str, function: Callable[[], object]) -> None:
+        """Makes a call."""
+        self.made += 1
+        try:
+            function()
+        except Exception:  # whatever it is, it is printed
+            self.failed.append(f"{name}\n{traceback.format_exc(limit=-4)}")
+
+
+def ask_methods(asked: Asked, family: str) -> None:
+    """Every method of the contract, in an order of sums that is fixed, against the CPU."""
+    import zoo
+    from test_devices import CASES, methods, numbers
+
+    case, given = CASES[family], zoo.inputs(CASES[family])
+    expected = {m.name: numbers(m, zoo.shared(case), case, given) for m in methods(case)}
+    with FakeGpu():
+        model = zoo.build(case).to(GPU)
+
+        def equal(method: Any) -> None:
+            found = numbers(method, model, case, given)
+            assert isinstance(found, GpuTensor), "numbers are not where the model is"
+            torch.testing.assert_close(found.cpu(), expected[method.name], rtol=0, atol=1e-12)
+
+        for method in methods(case):
+            asked.call(f"{family} {method.name}", lambda method=method: equal(method))
+
+
+# Ray and processes know nothing of this GPU, `estimate` switches it off while it measures; the
+# others have no model. Maps of two points are too few for the two that compare four.
+_LEFT_OUT = (
+    *("mine_on_ray", "merge_triggers", "load_model", "load_demo", "estimate"),
+    *("cancellation", "contextualization_change", "cue_alignment"),
+)
+
+
+def ask_functions(asked: Asked, folder: Path) -> None:
+    """Every public function, its table, its page and its file."""
+    import fuzz_calls
+    import zoo
+
+    import tl_contextmix as cm
+    from tl_contextmix.results import Result
+
+    build = zoo.build
+    with FakeGpu():
+        zoo.build = lambda case, **options: build(case, **options).to(GPU)  # type: ignore[assignment]
+        table = fuzz_calls.calls(folder)
+        for name in _LEFT_OUT:
+            del table[name]
+
+        def whole(name: str, arguments: dict[str, Any]) -> None:
+            found = getattr(cm, name)(**arguments)
+            if isinstance(found, Result):
+                found.save(folder / "result.safetensors")
+                for read in ("to_dataframe", "__repr__", "show"):
+                    getattr(found, read)()
+
+        for name, some in table.items():
+            asked.call(name, lambda name=name, some=some: whole(name, some))
+
+
+def main(families: list[str]) -> int:
+    """Asks everything, prints what failed, and returns how much that was."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("gpu")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.use_deterministic_algorithms(True)
+    warnings.simplefilter("ignore")
+    require_refusals()
+    asked = Asked()
+    for family in families:
+        ask_methods(asked, family)
+    with tempfile.TemporaryDirectory() as place:
+        ask_functions(asked, Path(place))
+    sys.stdout.write("\n".join([*asked.failed, f"{asked.made} calls, {len(asked.failed)} failed"]))
+    return len(asked.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:])))
