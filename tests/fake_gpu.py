@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -223,6 +224,8 @@ def main(families: list[str]) -> int:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.use_deterministic_algorithms(True)
     warnings.simplefilter("ignore")
+    # Views of these tensors cannot be made in inference mode; those of CUDA can.
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()  # type: ignore[assignment]
     require_refusals()
     asked = Asked()
     for family in families:

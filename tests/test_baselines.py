@@ -423,19 +423,52 @@ def test_what_the_steps_miss_is_said(
     said = [str(one.message) for one in recwarn if one.category is cm.ContextMixWarning]
     assert bool(said) == warned
     if said:
-        assert "in 1 steps miss" in said[0]
+        assert "in 1 steps miss more than a tenth" in said[0]
 
 
 @pytest.mark.once
-def test_hooks_see_the_sentences_that_were_given() -> None:
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_hooks_see_the_sentences_that_were_given(direction: Any) -> None:
     case = family("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
-    block = "blocks.0.hook_resid_post"
-    kept = model.run_with_cache(given.tokens)[1][block] * 2
-    model.add_hook(block, lambda activation, hook: activation + kept)
+    point = next(
+        n for n in ("blocks.0.mlp.hook_out", "blocks.0.hook_mlp_out") if n in model.hook_dict
+    )
+    kept = torch.ones(2, 6, 1)
+    hooks = {
+        "fwd": lambda activation, hook: activation + kept,
+        "bwd": lambda gradient, hook: (gradient * kept,),
+    }
+    model.add_hook(point, hooks[direction], dir=direction)
     found = integrated_gradients(model, given.tokens, steps=5)
     assert found.bias is not None
     assert bool(found.scores.any())
+
+
+@pytest.mark.once
+def test_a_prediction_that_never_changes_has_nothing_to_miss(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    warnings.simplefilter("always")
+    case = family("gpt2")
+    model, given = zoo.build(case), zoo.inputs(case)
+    last = view_of(model).blocks()[-1].resid_out
+    model.add_hook(last, lambda activation, hook: activation * 0)
+    found = integrated_gradients(model, given.tokens, steps=3)
+    assert found.bias is not None
+    assert not bool(found.scores.any() or found.bias.any())
+    assert not [one for one in recwarn if one.category is cm.ContextMixWarning]
+
+
+@pytest.mark.once
+def test_everything_given_may_come_from_inference_mode() -> None:
+    case = family("bart")
+    model, given = zoo.shared(case), zoo.inputs(case)
+    plain = gradient_x_input(model, given.tokens, **keywords(given)).scores
+    with torch.inference_mode():
+        asked = {name: value.clone() for name, value in keywords(given).items()}
+        asked["attention_mask"] = torch.ones_like(given.tokens)
+        assert torch.equal(gradient_x_input(model, given.tokens.clone(), **asked).scores, plain)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

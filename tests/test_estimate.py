@@ -99,6 +99,19 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
     assert sum(part.bytes for part in told.parts) == told.peak_bytes
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_who_reads_whom_is_known_for_long_inputs(family: str) -> None:
+    """DecompX carries tokens to those that can read them."""
+    model = model_of(next(case for case in zoo.cases() if case.family == family))
+    told = cm.estimate(model, 30, cm.decompx, batch=2)
+    tokens = torch.arange(60).view(2, 30) % 40 + 15
+    with Memory() as memory, Operations() as counter:
+        cm.decompx(model, tokens)
+    assert told.flops == pytest.approx(counter.total, rel=WITHIN)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
+
+
 def test_every_method_of_a_model_and_tokens_is_measured() -> None:
     """A new one cannot be forgotten."""
     known = {name.split()[0] for name in (*PER_METHOD, *LENS)}

@@ -266,6 +266,15 @@ def test_options_change_what_they_name() -> None:
     assert one.tokens(1, 2, negative=True) == [one.words[str(i)] for i in one.ids[1, 1].tolist()]
 
 
+def test_half_precision_has_one_top_token() -> None:
+    """Logits in bfloat16 tie; a cache has none, and its answer is the same."""
+    case = case_of("llama")
+    model, tokens = zoo.build(case, dtype=torch.bfloat16), zoo.inputs(case, batch=60).tokens
+    _, cache = model.run_with_cache(tokens)
+    plain, cached = (cm.ff_memories(model, tokens, cache=held) for held in (None, cache))
+    assert torch.equal(plain.final_top, cached.final_top)
+
+
 def test_padding_is_left_out() -> None:
     model = zoo.shared(case_of("gpt2"))
     tokens = zoo.inputs(case_of("gpt2")).tokens

@@ -270,7 +270,8 @@ def _final_top(view: ModelView, trace: Trace, where: Tensor, last: Tensor) -> Te
         UnsupportedModel: If hooks edit the way from the last stream to the logits.
     """
     hooked = view.hooked()
-    if trace.logits is not None and not hooked:
+    # Logits in half precision tie; what they are compared with is read in more digits.
+    if trace.logits is not None and not hooked and trace.logits.dtype == view.dtype:
         return trace.logits[where.to(trace.logits.device)].argmax(dim=-1).to(where.device)
     whole = Unembedding(view.readout, "model")
     final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]

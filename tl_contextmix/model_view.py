@@ -113,7 +113,8 @@ class ModelView:
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
         to_string: A token id as text.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
-        hooked: Returns where the model carries hooks of the user's own.
+        hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
+            those of backward passes, too.
         recheck: Raises where a pass (trace, stack, blocks, cause) was edited in a way that a
             decomposition does not see.
         cached: How an ActivationCache of this host holds activations.
@@ -140,7 +141,7 @@ class ModelView:
     special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
     pad_id: Callable[[], int] = field(repr=False)
-    hooked: Callable[[], tuple[str, ...]] = field(repr=False)
+    hooked: Callable[..., tuple[str, ...]] = field(repr=False)
     recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)

@@ -87,6 +87,7 @@ class FrozenAttention:
         cross = self.sublayer.kind == "cross"
         read = memory if cross else _through(self.norm_in, stream, constant)
         if read is None:
+            assert not constant
             return _through(self.norm_after, stream, constant)
         weights = self.sublayer.weights
         value = torch.einsum("bskm,hmd->bskhd", read, require_weight(weights, "W_V"))
@@ -179,10 +180,13 @@ class FrozenBlock:
     def causal(self) -> bool:
         """Whether no target reads a later one."""
         own = (a.pattern for a in self.attentions if a.sublayer.kind == "self")
-        return not any(bool(pattern.triu(1).any()) for pattern in own)
+        # What is read is asked, not how much: `estimate` has no numbers.
+        return not any(bool((pattern != 0).triu(1).any()) for pattern in own)
 
     def since(self, first: int) -> FrozenBlock:
         """Returns the block at the targets from one on, which read no earlier ones."""
+        if first == 0:
+            return self
         attentions = tuple(one.since(first) for one in self.attentions)
         ff = self.feed_forward
         return FrozenBlock(self.block, attentions, None if ff is None else ff.since(first))

@@ -142,7 +142,7 @@ class StandIn:
         self.view = replace(
             view,
             runner=self._run,
-            hooked=lambda: (),
+            hooked=lambda backward=False: (),
             stacks=stacks,
             tables=dict(view.tables),
             facts=dict(view.facts),

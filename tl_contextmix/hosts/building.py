@@ -231,7 +231,7 @@ def _unsettled(
         special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),
         pad_id=pad_id,
-        hooked=lambda: hooked_places(handle.get()),
+        hooked=lambda backward=False: hooked_places(handle.get(), backward=backward),
         recheck=partial(require_followed, tolerance),
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id),

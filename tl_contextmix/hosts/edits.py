@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,28 @@ from torch import nn
 _HOSTS = {"transformer_lens", "transformers", "torch", "accelerate", "tl_contextmix"}
 
 
-def hooked_places(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the modules that carry hooks of the user's own."""
+def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...]:
+    """Returns the names of the modules that carry hooks of the user's own.
+
+    Args:
+        model: The model.
+        backward: Whether hooks of backward passes count, too.
+    """
     return tuple(
-        name or type(model).__name__ for name, module in model.named_modules() if is_hooked(module)
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if is_hooked(module)
+        or (backward and _any_own((module._backward_hooks, module._backward_pre_hooks)))
     )
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module itself carries a hook of the user's own."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False  # nearly all of them
-    return any(not _of_host(hook) for table in _tables(module) for hook in table.values())
+    """Whether a module itself carries a hook of the user's own, which sees forward passes."""
+    return _any_own(_tables(module))
+
+
+def _any_own(tables: Iterable[dict[int, Callable[..., Any]]]) -> bool:
+    return any(not _of_host(hook) for table in tables for hook in table.values())
 
 
 @contextmanager
@@ -50,9 +60,8 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
             table.update({**before, **added})
 
 
-def _tables(module: nn.Module) -> Iterator[Any]:
-    yield module._forward_hooks
-    yield module._forward_pre_hooks
+def _tables(module: nn.Module) -> tuple[Any, Any]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def _of_host(hook: Callable[..., Any]) -> bool:
@@ -61,10 +70,12 @@ def _of_host(hook: Callable[..., Any]) -> bool:
 
 
 def _inner(hook: Callable[..., Any]) -> Any:
-    """Returns the function a HookPoint was given, which it wraps in one of its own."""
+    """Returns the function a HookPoint was given, which it wraps in functions of its own."""
     names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
     cells = getattr(hook, "__closure__", None) or ()
-    return next(
-        (cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "hook"),
-        hook,
-    )
+    held = dict(zip(names, cells, strict=True))
+    if "hook" in held:
+        return held["hook"].cell_contents
+    if "full_hook" in held:  # that of a backward pass is wrapped twice
+        return _inner(held["full_hook"].cell_contents)
+    return hook

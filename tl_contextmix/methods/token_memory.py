@@ -66,9 +66,9 @@ def token_memory(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the activation does not act on each unit alone.
 
-    Cost: a forward pass; per layer ``2 d_model K min(n H, n + d_model)`` operations for what heads
-    bring from each source to K neurons and ``2 p n H K`` to mix it at p positions. The shares are
-    ``p n K`` numbers per layer, held once.
+    Cost: a forward pass; per layer and branch the less of ``2 n d_model (d_model + H K)`` and
+    ``2 d_model K (d_model + n)`` operations for what heads bring from each source to K neurons, and
+    ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
     """
     bias = require_bias(bias)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
