@@ -216,6 +216,45 @@ def ask_functions(asked: Asked, folder: Path) -> None:
             asked.call(name, lambda name=name, some=some: whole(name, some))
 
 
+def ask_options(asked: Asked, family: str) -> None:
+    """What arguments change of the way a tensor takes, with masks that are on the CPU."""
+    import zoo
+    from test_devices import CASES
+
+    import tl_contextmix as cm
+
+    given = zoo.inputs(CASES[family])
+    mask = torch.ones_like(given.tokens)
+    mask[0, -2:] = 0
+    with FakeGpu():
+        model = zoo.build(CASES[family]).to(GPU)
+        padded = {"model": model, "input": given.tokens.to(GPU), "attention_mask": mask}
+
+        def best(by: Any) -> cm.LogProbContributions:
+            return cm.log_prob_contributions(**padded, by=by, top_k=3)
+
+        cuts = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+        calls: dict[str, Callable[[], object]] = {
+            "spans": lambda: cm.value_zeroing(**padded, spans=[(0, 2), (2, 4)], span_rows="mean"),
+            "groups of heads": lambda: cm.value_zeroing(**padded, heads=[[0, 1], [2]]),
+            "tiles": lambda: cm.value_zeroing(**padded, max_bytes=20000),
+            "norms in tiles": lambda: cm.attention_norms(**padded, max_bytes=20000),
+            "fixed bias": lambda: cm.decompose(**padded, bias="fixed"),
+            "padding": lambda: cm.decompx(**padded),
+            "norm rule": lambda: cm.log_prob_contributions(**padded, by="head", norm="recompute"),
+            "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),
+            "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), top_k=4),
+            "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),
+            "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron"), positions="last"),
+            "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
+            "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),
+        }
+        for by in cuts:
+            calls[by] = lambda by=by: cm.log_prob_contributions(**padded, by=by).top(5)
+        for name, function in calls.items():
+            asked.call(f"{family} {name}", function)
+
+
 def main(families: list[str]) -> int:
     """Asks everything, prints what failed, and returns how much that was."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -230,6 +269,7 @@ def main(families: list[str]) -> int:
     asked = Asked()
     for family in families:
         ask_methods(asked, family)
+    ask_options(asked, "gpt2")
     with tempfile.TemporaryDirectory() as place:
         ask_functions(asked, Path(place))
     sys.stdout.write("\n".join([*asked.failed, f"{asked.made} calls, {len(asked.failed)} failed"]))
