@@ -71,7 +71,7 @@ def _of_host(hook: Callable[..., Any]) -> bool:
 
 def _inner(hook: Callable[..., Any]) -> Any:
     """Returns the function a HookPoint was given, which it wraps in functions of its own."""
-    names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+    names: tuple[str, ...] = getattr(getattr(hook, "__code__", None), "co_freevars", ())
     cells = getattr(hook, "__closure__", None) or ()
     held = dict(zip(names, cells, strict=True))
     if "hook" in held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy
 import torch
@@ -178,7 +178,7 @@ def _own(given: _T) -> _T:
     if not isinstance(given, Tensor) or not given.is_inference():
         return given
     with torch.inference_mode(False):
-        return given.clone()
+        return cast("_T", given.clone())
 
 
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
