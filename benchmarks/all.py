@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one run; for a look")
     parser.add_argument("--write", action="store_true", help="store, and update both pages")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64], help="tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens")
     parser.add_argument("--python", action="append", default=[], help="of inseq's environment")
     given = parser.parse_args(arguments)
     if given.quick and given.write:
