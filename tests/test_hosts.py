@@ -236,7 +236,7 @@ def test_a_hook_that_is_not_there_is_named() -> None:
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no bridge")
 def test_a_norm_of_another_formula_is_named() -> None:
-    model = zoo.build(case_of("gpt2", "TransformerBridge"))
+    model = zoo.build(case_of("gpt2", host="TransformerBridge"))
     norm = model.blocks[0].ln1.original_component
     norm.forward = lambda x: torch.tanh(x) * norm.weight
     with pytest.raises(cm.UnsupportedModel, match=r"the norm LayerNorm cannot be read"):
