@@ -268,9 +268,9 @@ class _Asked:
         with torch.enable_grad():
             leaves = {}
             for name, x in self.inputs.items():
-                # Points close to zero are below what half precision can hold; inputs there less so.
-                scale = points.to(x.device, self.dtype)[:, None, None, None]
-                leaves[name] = (scale * x).to(x.dtype).flatten(0, 1).requires_grad_()
+                # Not a tensor of points: close to zero they are below what half precision can hold.
+                scaled = [x * point for point in points.tolist()]
+                leaves[name] = torch.cat(scaled).requires_grad_()
             value = self.at(leaves, grad=True)
             found = _slopes(value * shares.repeat_interleave(len(self.rows)).to(value), leaves)
         count = (len(points), len(self.rows))
