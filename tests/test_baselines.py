@@ -382,6 +382,7 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     assert float(found.bias.max()) <= 1e-7
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_points_of_a_path_are_one_batch_as_far_as_they_fit(
     case: zoo.Case, monkeypatch: pytest.MonkeyPatch
