@@ -35,12 +35,9 @@ import oracles_baselines
 import oracles_log_prob
 
 import tl_contextmix as cm
-from tl_contextmix.blocks import Block, Trace
 from tl_contextmix.decompose import Point
 from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.model_view import ModelView
-from tl_contextmix.stream import needed
 
 Work = Callable[[], Any]
 
@@ -287,18 +284,12 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
         yield Pair(method, other, where, ours, theirs)
 
 
-def _traced(view: ModelView, ids: Tensor) -> tuple[list[Block], Trace]:
-    blocks = [*view.stacks["decoder"]]
-    names = [name for block in blocks for name in (*block.points(), *needed(block))]
-    return blocks, view.run(make_batch(view, Given(ids)), names)
-
-
 def word_by_word(n: int) -> Iterator[Pair]:
     """Yields methods against the tests' loops over tokens and heads, on the embedded model."""
     model = cm.load_demo("causal-lm")
     view = as_view(model)
     ids = words(n, view.d_vocab)
-    traced = partial(_traced, view, ids)
+    traced = partial(literal.traced, view, ids)
     place = f"the embedded model, n={n}"
 
     def maps(oracle: Callable[..., Tensor]) -> Tensor:

@@ -17,14 +17,14 @@ from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, make_batch
 from tl_contextmix.memories import CASES
 from tl_contextmix.model_view import ModelView
+from tl_contextmix.stream import needed
 
 
 def traced(view: ModelView, ids: Tensor) -> tuple[list[Block], Trace]:
     """Runs the model once and keeps what its blocks are made of."""
     blocks = [*view.blocks()]
-    names = [name for block in blocks for name in (*block.points(), block.resid_out)]
-    names += [block.feed_forward.post for block in blocks if block.feed_forward is not None]
-    return blocks, view.run(make_batch(view, Given(ids)), [*dict.fromkeys(names)])
+    names = [name for block in blocks for name in (*block.points(), *needed(block))]
+    return blocks, view.run(make_batch(view, Given(ids)), names)
 
 
 def mixing_ratio(model: Any, ids: Tensor) -> Tensor:

@@ -33,13 +33,18 @@ def answers(setting: str, *questions: str, after: str = "") -> dict[str, list[st
         after: What must hold once all are answered: a script.
     """
     script = "\n".join([setting, _ASK, after, "print(json.dumps(answers))"])
+    return json.loads(run("-W", "ignore", "-c", script, json.dumps(questions)).splitlines()[-1])
+
+
+def run(*arguments: str) -> str:
+    """Returns what Python prints with some arguments; it must end well."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, json.dumps(questions)],
+        [sys.executable, *arguments],
         cwd=_HERE.parent,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (_HERE, _HERE.parent)))},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    return done.stdout
