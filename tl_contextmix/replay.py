@@ -458,7 +458,7 @@ def _plan(found: Replay, spans: Spans | None, max_bytes: int) -> _Plan:
 
     The view of the sources through W_O and W_in is kept over all rows where it fits into a
     quarter, else rebuilt in every tile. Sixteen tiles of rows leave 1/32 of a causal map's square
-    computed in vain; finer ones would read W_out too often.
+    computed in vain; finer ones, or fewer than eight rows, would read W_out too often.
     """
     batch, targets, width = found.before.shape
     _, sources, heads, _ = found.read.value.shape
@@ -477,7 +477,7 @@ def _plan(found: Replay, spans: Spans | None, max_bytes: int) -> _Plan:
     room -= batch * targets * (folded * neurons + 3 * width) * size
     ready = sources * column <= room // 4
     room -= sources * column if ready else 0
-    rows = max(1, min(max(4, -(-targets // 16)), room // pair))
+    rows = max(1, min(max(8, -(-targets // 16)), room // pair))
     longest = 1 if spans is None else max(stop - start for start, stop in spans)
     columns = (
         room // (rows * pair)
