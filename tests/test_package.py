@@ -26,7 +26,7 @@ LAYERS = [
     {"results"},
     {"blocks"},
     {"model_view"},
-    {"identity", "inputs", "expansion"},
+    {"identity", "inputs", "expansion", "folding"},
     {"hosts"},
     {"decompose", "replay", "propagate", "layerwise"},
     {"unembed"},

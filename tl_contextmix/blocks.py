@@ -88,25 +88,32 @@ class AttentionSublayer:
             )
         x = stream if self.norm_in is None else self.norm_in(stream)
         query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
-        bias = self.weights("b_Q")
-        query = query if bias is None else query + bias
+        query = shift(query, self.weights("b_Q"))
         scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
 
-    def raw_output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
-        """Returns what the sublayer computes, before a norm of its output."""
+    def raw_output(
+        self, trace: Trace, rows: slice | list[int] = slice(None)
+    ) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer computes at some targets, before a norm of its output."""
         out = einsum(
-            trace.mixed(self),
+            trace.mixed(self)[:, rows],
             self.W_O,
             "batch target head d_head, head d_head d_model -> batch target d_model",
         )
-        bias = self.b_O
-        return out if bias is None else out + bias
+        return shift(out, self.b_O)
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns what the sublayer adds to the residual stream."""
         out = self.raw_output(trace)
         return out if self.norm_out is None else self.norm_out(out)
+
+    def join(
+        self, stream: Float[Tensor, "*batch target d_model"], raw: Tensor
+    ) -> Float[Tensor, "*batch target d_model"]:
+        """Returns the residual stream after the sublayer, given `raw_output`."""
+        stream = stream + (raw if self.norm_out is None else self.norm_out(raw))
+        return stream if self.norm_after is None else self.norm_after(stream)
 
 
 @dataclass(frozen=True)
@@ -389,4 +396,9 @@ def require_weight(weights: Weights, name: str) -> Tensor:
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns ``x weight + bias``."""
-    return x @ weight if bias is None else x @ weight + bias
+    return shift(x @ weight, bias)
+
+
+def shift(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns ``x + bias``, or ``x`` where there is none."""
+    return x if bias is None else x + bias

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.blocks import AttentionSublayer, Block, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, Trace, shift
 from tl_contextmix.errors import bad
 from tl_contextmix.expansion import DEFAULT_MAX_BYTES, Bias, Expansion, expand
 from tl_contextmix.hosts import as_view
@@ -77,11 +77,12 @@ def _attention_mixture(attention: AttentionSublayer, trace: Trace) -> Mixture:
     pattern, value = trace.pattern(attention), trace.value(attention)
     scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
     read = Read(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
-    b_O = attention.b_O
     bias = pattern.new_zeros(*scale.shape[:2], read.weight.shape[2])
-    bias = bias if b_O is None else bias + b_O
     mixture = Mixture(
-        reads=(read,), own=None, bias=bias, sum_up=lambda: attention.raw_output(trace)
+        reads=(read,),
+        own=None,
+        bias=shift(bias, attention.b_O),
+        sum_up=lambda: attention.raw_output(trace),
     )
     return mixture if attention.norm_out is None else mixture.linear(attention.norm_out)
 

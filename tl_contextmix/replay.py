@@ -23,27 +23,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.folding import Branch, branches
 from tl_contextmix.results.words import Spans
-from tl_contextmix.tensors import Norm, Read, blocks
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One branch of the feed-forward sublayer, seen from the attention sublayer that changes.
-
-    Attributes:
-        read: The sublayer's terms up to the branch's pre-activation, scales left out.
-        base: What enters it besides the sublayer's output, where that has a scale of its own.
-        changed: The sublayer's output, scales left out, and what enters besides where there is no
-            ``base``.
-        constant: What no scale divides.
-    """
-
-    read: Read
-    base: Float[Tensor, "batch target neuron"] | None
-    changed: Float[Tensor, "batch target neuron"]
-    constant: Float[Tensor, " neuron"]
+from tl_contextmix.tensors import Read, blocks
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Later:
         pattern = self.attention.cross_pattern(stream, self.key[:, None], self.seen[:, None, rows])
         mixed = torch.einsum("bsthk,bkhd->bsthd", pattern, self.value)
         out = torch.einsum("bsthd,hdm->bstm", mixed, self.attention.W_O)
-        return _join(self.attention, stream, _shift(out, self.attention.b_O))
+        return self.attention.join(stream, shift(out, self.attention.b_O))
 
 
 @dataclass(frozen=True)
@@ -121,8 +104,8 @@ class Replay:
                 kept=None,
             )
 
-        branches = tuple(replace(branch, read=narrow(branch.read)) for branch in self.branches)
-        return replace(self, read=narrow(self.read), branches=branches)
+        found = tuple(replace(branch, read=narrow(branch.read)) for branch in self.branches)
+        return replace(self, read=narrow(self.read), branches=found)
 
     def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> Replay:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
@@ -144,11 +127,11 @@ class Replay:
         pairs = repeats * batch * int(self.touched(spans).sum())
         fold = min(batch * source * heads, width + batch * source)
         fold = fold if self.block.folds is None else width // 8 + batch * source
-        branches = len(ff.branches())
-        held = branches * (width + batch * heads) * ff.W_out.shape[0] * size
+        held = len(ff.branches()) * (width + batch * heads) * ff.W_out.shape[0] * size
         if pairs <= fold or held > max_bytes // 2:
             return self
-        return replace(self, branches=tuple(_branches(self, ff)))
+        found = branches(self.block, ff, self.attention, self.read, self.raw, self.before, self.pre)
+        return replace(self, branches=tuple(found))
 
     def tiles(
         self, spans: Spans | None, max_bytes: int
@@ -229,12 +212,12 @@ class Replay:
         attention, first, second = self.attention, None, None
         if attention.norm_out is not None:
             first = attention.norm_out.scale(raw)
-            raw = _shift(attention.norm_out.linear(raw) / first, attention.norm_out.bias)
+            raw = shift(attention.norm_out.linear(raw) / first, attention.norm_out.bias)
         stream = self.before[:, None, rows] + raw
         if attention.norm_after is not None:
             second = attention.norm_after.scale(stream)
             linear = attention.norm_after.linear(stream)
-            stream = _shift(linear / second, attention.norm_after.bias)
+            stream = shift(linear / second, attention.norm_after.bias)
         for later in self.later:
             stream = later.add(stream, rows)
         ff = self.block.feed_forward
@@ -301,7 +284,7 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for attention in block.attentions[:position]:
-        stream = _join(attention, stream, _raw(attention, trace, picked))
+        stream = attention.join(stream, attention.raw_output(trace, picked))
     attention = block.attentions[position]
     pattern = trace.pattern(attention)[:, :, picked]
     read = Read(
@@ -320,7 +303,7 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         attention=attention,
         read=read,
         before=stream,
-        raw=_raw(attention, trace, picked),
+        raw=attention.raw_output(trace, picked),
         branches=(),
         later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,
@@ -347,62 +330,6 @@ def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) 
     return Later(attention, seen, trace.key(attention), trace.value(attention))
 
 
-def _branches(found: Replay, ff: FeedForward) -> Iterator[Branch]:
-    first = found.attention.norm_out
-    second = ff.norm_in if found.attention.norm_after is None else found.attention.norm_after
-    read, raw, base = found.read, found.raw, found.before
-    if first is not None:
-        read, raw, base = _linear(read, first), first.linear(raw), _shift(base, first.bias)
-    scale = raw.new_ones(())
-    if second is not None:
-        scale = second.scale(raw + base)
-        read, raw, base = _linear(read, second), second.linear(raw), second.linear(base)
-    for index, (weight, bias) in enumerate(ff.branches()):
-        constant = weight.new_zeros(weight.shape[1]) if bias is None else bias
-        if second is not None and second.bias is not None:
-            constant = constant + second.bias @ weight
-        if first is not None:
-            changed = raw @ weight
-        elif found.pre is None:
-            changed = (raw + base) @ weight
-        else:
-            # One scale at most lies between the neurons and what entered.
-            changed = (found.pre[index] - constant) * scale
-        yield Branch(
-            read=read.map(weight, _fold(found, read.weight, weight, index)),
-            base=None if first is None else base @ weight,
-            changed=changed,
-            constant=constant,
-        )
-
-
-def _fold(found: Replay, W_O: Tensor, W_in: Tensor, branch: int) -> Tensor | None:
-    """Returns W_O, the linear parts of norms behind it included, folded into W_in; None: not kept.
-
-    Kept with a weighted sum of every column of the two: edits through ``.data`` leave no other
-    trace. That costs as much as W_in at one vector.
-    """
-    kept = found.block.folds
-    if kept is None:
-        return None
-    name = f"{found.attention.kind} {branch}"
-    sums = [_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)]
-    known = kept.get(name)
-    if known is None or not all(torch.equal(a, b) for a, b in zip(sums, known, strict=False)):
-        known = kept[name] = (*sums, W_O @ W_in)
-    return known[-1]
-
-
-def _column_sums(matrix: Tensor) -> Tensor:
-    rows = len(matrix)
-    # Unequal weights, so that rows that change places are seen.
-    return torch.linspace(1, 2, rows, dtype=matrix.dtype, device=matrix.device) @ matrix
-
-
-def _linear(read: Read, norm: Norm) -> Read:
-    return read.linear(norm, torch.ones_like(read.scale))
-
-
 def _terms(read: Read, rows: slice, columns: slice, spans: Spans | None) -> Tensor:
     """Returns what sources (or spans) bring to rows [batch source target d_out]."""
     if spans is None:
@@ -413,16 +340,6 @@ def _terms(read: Read, rows: slice, columns: slice, spans: Spans | None) -> Tens
         mixing = rearrange(mixing, "batch head target source -> batch target (source head)")
         found.append(mixing @ read.vectors(slice(start, stop)).flatten(1, 2))
     return torch.stack(found, dim=1)
-
-
-def _raw(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) -> Tensor:
-    mixed = trace.mixed(attention)[:, rows]
-    return _shift(torch.einsum("bthd,hdm->btm", mixed, attention.W_O), attention.b_O)
-
-
-def _join(attention: AttentionSublayer, stream: Tensor, raw: Tensor) -> Tensor:
-    stream = stream + (raw if attention.norm_out is None else attention.norm_out(raw))
-    return stream if attention.norm_after is None else attention.norm_after(stream)
 
 
 def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Tensor, ...] | None:
@@ -439,11 +356,7 @@ def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:
 
 
 def _post(ff: FeedForward, pre: Sequence[Tensor]) -> Tensor:
-    return _shift(ff.activate(pre), ff.weights("b_post"))
-
-
-def _shift(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias
+    return shift(ff.activate(pre), ff.weights("b_post"))
 
 
 @dataclass(frozen=True)

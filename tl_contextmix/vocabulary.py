@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.blocks import require_weight
+from tl_contextmix.blocks import require_weight, shift
 from tl_contextmix.model_view import Readout
 from tl_contextmix.tensors import blocks
 from tl_contextmix.unembed import Scan, scan, tile_sizes
@@ -363,10 +363,9 @@ def read_vocabulary(
     """
     readout.require()
     norm, weight = readout.norm, require_weight(readout.weights, "W_U")
-    b_U = readout.weights("b_U")
     constants = weight.new_zeros(weight.shape[1])
     if rule != "frozen":
-        constants = constants if b_U is None else constants + b_U
+        constants = shift(constants, readout.weights("b_U"))
         if rule == "frozen+beta" and norm is not None and norm.bias is not None:
             constants = constants + norm.bias * readout.scale @ weight
     divisor = final.new_ones(len(final), 1) if norm is None else norm.scale(final)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.activations import ACTIVATIONS, Activation
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.blocks import (
+    AttentionSublayer,
+    Batch,
+    Block,
+    FeedForward,
+    Side,
+    Trace,
+    affine,
+)
 from tl_contextmix.errors import four_parts
 from tl_contextmix.model_view import ModelView
 
@@ -148,8 +156,7 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
                 if relative_error(found, expected) <= probe.tolerance:
                     attention = tried
         yield attention
-        stream = stream + attention.output(probe.clean)
-        stream = stream if attention.norm_after is None else attention.norm_after(stream)
+        stream = attention.join(stream, attention.raw_output(probe.clean))
 
 
 def pre_errors(
@@ -159,7 +166,7 @@ def pre_errors(
     x = block.feed_forward_input(trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
     for name, (weight, bias) in zip(ff.pre_names, ff.branches(), strict=True):
-        pre = x @ weight if bias is None else x @ weight + bias
+        pre = affine(x, weight, bias)
         label = "linear branch" if name == ff.pre_linear else "pre-activation"
         yield label, relative_error(pre, trace[name], real=real)
 
