@@ -207,6 +207,7 @@ def _scores() -> list[Any]:
             sentences=3,
             correct=2,
             left_out=((HOSTILE[3], HOSTILE[2]),),
+            dropped=((HOSTILE[2], HOSTILE[3]),),
             provenance=PROVENANCE,
         ),
         IdentityReport(

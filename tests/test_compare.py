@@ -463,6 +463,48 @@ def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
             cm.compare(model, [pair], methods=["attention"])
 
 
+def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
+    model: Any, tmp_path: Path
+) -> None:
+    pairs = list(cm.demo_pairs(count=3))
+    other = cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
+    mixed = [other, *pairs[:1], other, *pairs[1:]]
+    found = cm.compare(model, mixed, methods=["attention"], unusable="drop")
+    alone = cm.compare(model, pairs, methods=["attention"])
+    assert alone.dropped == ()
+    assert alone.without() == ()
+    assert found.rows == alone.rows
+    assert (found.sentences, found.correct) == (3, alone.correct)
+    assert [text for text, _ in found.dropped] == ["the keys are old"] * 2
+    assert all("a cue behind the place" in reason for _, reason in found.dropped)
+    assert "3 sentences (2 more were left out)" in repr(found)
+    assert found.without()[0] in found.panels()
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"sentence_good": one.good, "sentence_bad": one.bad, "cues": [list(c) for c in one.cues]}
+        for one in mixed
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    page, read = write_comparison(model, path, tmp_path / "page.html", unusable="drop")
+    assert read.dropped == found.dropped
+    assert "Sentences left out" in page.read_text()
+    # Where nothing is left there is nothing to compare.
+    with pytest.raises(cm.InvalidInput, match=r"behind the place.*unusable='drop'"):
+        cm.compare(model, [other], methods=["attention"], unusable="drop")
+
+
+def test_texts_that_ask_for_nothing_are_dropped_if_wished() -> None:
+    model, texts = cm.load_demo("masked-lm"), ["the keys [MASK] old .", "the keys are old ."]
+    with pytest.raises(cm.InvalidInput, match="0 masks in 'the keys are old"):
+        cm.compare(model, texts, methods=["attention"])
+    kept = cm.compare(
+        model, texts, cues=[["keys"], ["keys"]], methods=["attention"], unusable="drop"
+    )
+    assert (kept.sentences, [text for text, _ in kept.dropped]) == (1, texts[1:])
+    alone = cm.compare(model, texts[:1], cues=[["keys"]], methods=["attention"])
+    assert [row.value for row in kept.rows] == [row.value for row in alone.rows]
+
+
 def test_a_model_must_tell_the_sentences_of_a_pair_apart_behind_a_token() -> None:
     model = zoo.build(case_of("gpt2"), dtype=torch.float32)
     for pair, message in (

@@ -114,6 +114,14 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--words", action="store_true", help="sum maps up over the pieces of words"
     )
+    command.add_argument(
+        "--drop-unusable",
+        action="store_const",
+        const="drop",
+        default="error",
+        dest="unusable",
+        help="leave out, and list, pairs that the model cannot be asked about",
+    )
 
 
 def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
@@ -303,7 +311,12 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _compare(parsed: argparse.Namespace) -> int:
     path, found = write_comparison(
-        parsed.model, parsed.pairs, parsed.output, count=parsed.sentences, words=parsed.words
+        parsed.model,
+        parsed.pairs,
+        parsed.output,
+        count=parsed.sentences,
+        words=parsed.words,
+        unusable=parsed.unusable,
     )
     print(found)
     return _written(path, parsed.open)

@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from tl_contextmix.blocks import Side
 from tl_contextmix.decompose import POINTS
-from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.errors import UnsupportedModel, bad, require_choice
 from tl_contextmix.evaluate import (
     Cues,
     Drop,
     MinimalPair,
     Sentence,
+    Unusable,
     blanked,
     cue_alignment,
     faithfulness_of,
@@ -73,6 +74,7 @@ def compare(
     methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None = None,
     words: bool = False,
     blank: int | None = None,
+    unusable: Unusable = "error",
 ) -> Comparison:
     """Returns how well every method's maps of the same sentences do, and what they cost.
 
@@ -100,6 +102,9 @@ def compare(
             are listed in the result with the reason.
         words: Whether maps are summed up over the pieces of words first (`ContextMap.words`).
         blank: Token id that blanks, see `faithfulness`.
+        unusable: ``"drop"`` leaves out sentences that the model cannot be asked about (words of
+            several tokens under one mask, no token before the place) and lists them with the
+            reason in `Comparison.dropped`; ``"error"`` names the first one.
 
     Returns:
         A `Comparison`.
@@ -111,9 +116,10 @@ def compare(
 
     Cost: every method once per sentence, and `faithfulness` of every map.
     """
+    require_choice("unusable", unusable, ("error", "drop"))
     view = as_view(model)
     view.readout.require()
-    sentences = sentences_of(model, view, input, cues)
+    sentences, dropped = sentences_of(model, view, input, cues, unusable)
     drops = [_blanked(model, view, s, blank, words) for s in sentences]
     known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
     supported, flops, left_out = _supported(model, known, methods)
@@ -139,7 +145,10 @@ def compare(
         left_out=left_out,
         correct=_correct(known, drops),
         sentences=len(known),
-        provenance=provenance(view, "compare", {"words": words, "blank": blank}),
+        dropped=dropped,
+        provenance=provenance(
+            view, "compare", {"words": words, "blank": blank, "unusable": unusable}
+        ),
     )
 
 

@@ -9,13 +9,14 @@ from tl_contextmix.evaluate.pairs import (
     overlapping,
     place_tokens,
 )
-from tl_contextmix.evaluate.sentences import Sentence, sentences_of
+from tl_contextmix.evaluate.sentences import Sentence, Unusable, sentences_of
 
 __all__ = [
     "Cues",
     "Drop",
     "MinimalPair",
     "Sentence",
+    "Unusable",
     "agreement",
     "blanked",
     "cue_alignment",

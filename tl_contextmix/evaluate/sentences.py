@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from tl_contextmix.evaluate.alignment import require_cues
 from tl_contextmix.evaluate.pairs import MinimalPair, overlapping, place_tokens
 from tl_contextmix.inputs import Given, label, make_batch
 from tl_contextmix.model_view import ModelView
+
+Unusable = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,16 @@ def sentences_of(
     view: ModelView,
     input: Any,
     cues: Any,
-) -> list[Sentence]:
-    """Returns texts or minimal pairs as a model is asked about them.
+    unusable: Unusable = "error",
+) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
+    """Returns texts or minimal pairs as a model is asked about them, and which it cannot be.
 
     Args:
         model: The model.
         view: Its view.
         input: See `tl_contextmix.compare`.
         cues: Likewise.
+        unusable: Likewise.
 
     Raises:
         InvalidInput: If they do not fit the model or each other.
@@ -74,7 +79,8 @@ def sentences_of(
     mask = None if causal else _mask_id(model)
     if kinds == {str}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
-        return [_text(view, text, mask, c) for text, c in zip(listed, asked, strict=True)]
+        texts = zip(listed, asked, strict=True)
+        return _usable([(t, partial(_text, view, t, mask, c)) for t, c in texts], unusable)
     if cues is not None:
         raise bad(
             "cues were given twice",
@@ -90,7 +96,27 @@ def sentences_of(
             "cues of all pairs, or of none",
             "Compare the pairs with cues and those without on their own.",
         )
-    return [_pair(view, pair, mask) for pair in listed]
+    return _usable([(pair.good, partial(_pair, view, pair, mask)) for pair in listed], unusable)
+
+
+def _usable(
+    asked: Iterable[tuple[str, Callable[[], Sentence]]], unusable: Unusable
+) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
+    """Returns the sentences that can be read, and the others' texts with the reasons."""
+    found: list[Sentence] = []
+    dropped: list[tuple[str, str]] = []
+    first: InvalidInput | None = None
+    for text, read in asked:
+        try:
+            found.append(read())
+        except InvalidInput as error:
+            if unusable == "error":
+                raise
+            first = first or error
+            dropped.append((text, str(error)))
+    if first is not None and not found:
+        raise first
+    return found, tuple(dropped)
 
 
 def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str]) -> Sentence:
@@ -142,7 +168,7 @@ def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
         "the model cannot be asked about this pair",
         f"{seen} in {pair.good!r}",
         expected,
-        "Leave the pair out.",
+        "Leave the pair out, or all of its kind with unusable='drop' (--drop-unusable).",
     )
 
 

@@ -11,7 +11,7 @@ from tl_contextmix.cite import sources
 from tl_contextmix.compare import METHODS, Sentence, compare, demo_pairs
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import ContextMixError, bad
-from tl_contextmix.evaluate import MinimalPair, load_minimal_pairs
+from tl_contextmix.evaluate import MinimalPair, Unusable, load_minimal_pairs
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import package_version
 from tl_contextmix.loading import load_model
@@ -56,6 +56,7 @@ def write_comparison(
     *,
     count: int | None = None,
     words: bool = False,
+    unusable: Unusable = "error",
 ) -> tuple[Path, Comparison]:
     """Writes `compare` of minimal pairs to one page; returns its path and the comparison.
 
@@ -65,6 +66,7 @@ def write_comparison(
         path: The page.
         count: How many of them, from the first; None for all of a file, or 50 of the grammar.
         words: See `compare`.
+        unusable: Likewise.
 
     Raises:
         ContextMixError: If the model, the pairs or the path cannot be used.
@@ -76,12 +78,12 @@ def write_comparison(
     model = load_model(model_or_name) if named else model_or_name
     view = as_view(model)
     listed = _listed(view.name, pairs, count)
-    found = compare(model, listed, words=words)
+    found = compare(model, listed, words=words, unusable=unusable)
     facts = (
         ("Model", view.name),
         ("Class", f"{view.host}, TransformerLens {view.host_version}"),
         ("Weights", ", ".join(view.processing) or "as published"),
-        ("Sentences", f"{len(listed)}, such as: {listed[0].good}"),
+        ("Sentences", f"{found.sentences}, such as: {listed[0].good}"),
         ("tl_contextmix", package_version()),
     )
     section = Section(
@@ -112,8 +114,8 @@ def comparison(story: Story) -> Section | str:
         ),
     )
     if pairs is not None:
-        found = compare(story.model, pairs[:_FEW], methods=tuple(_SHOWN))
-        panels += [_best(found), _likeness(found)]
+        found = compare(story.model, pairs[:_FEW], methods=tuple(_SHOWN), unusable="drop")
+        panels += [_best(found), _likeness(found), *found.without()]
         finding = _finding(found)
         tested = (
             f"{_READING} {found.sentences} sentences leave wide intervals: `tl-contextmix compare` "
@@ -141,7 +143,7 @@ def _best(found: Comparison) -> Table:
     known = "" if found.correct is None else f" The model is right in {found.correct}."
     return Table(
         title=f"Every method at its best layer: {metric}",
-        caption=f"95 % interval over {found.sentences} sentences; chance is {chance:.2f}.{known} "
+        caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
         "The layer is chosen on these sentences, which flatters a little. Cost: operations over "
         "those of a forward pass.",
         columns=("method", metric, "layer", "cost"),

@@ -61,6 +61,7 @@ class Comparison(Result):
         left_out: Methods that the model does not support, each with the reason.
         correct: In how many sentences the model prefers the right word; None where it is not known.
         sentences: How many sentences.
+        dropped: Sentences that were left out, each with the reason.
         provenance: Where it comes from.
     """
 
@@ -71,13 +72,20 @@ class Comparison(Result):
     left_out: tuple[tuple[str, str], ...]
     correct: int | None
     sentences: int
+    dropped: tuple[tuple[str, str], ...]
     provenance: Provenance
 
     def __repr__(self) -> str:
         return (
-            f"Comparison of {len(self.costs)} methods over {self.sentences} sentences of "
+            f"Comparison of {len(self.costs)} methods over {self.counted} of "
             f"{self.provenance.model}\n{self.best().round(3).to_string(index=False)}"
         )
+
+    @property
+    def counted(self) -> str:
+        """How many sentences, and how many were left out, in words."""
+        left_out = f" ({len(self.dropped)} more were left out)" if self.dropped else ""
+        return f"{self.sentences} sentences{left_out}"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -151,6 +159,7 @@ class Comparison(Result):
         return (
             self._summary(),
             *([left_out] if self.left_out else []),
+            *self.without(),
             *(self._layers(metric) for metric in self.metrics),
             self.likeness(),
             figure_table(self.rows, "Every figure", "95 % bootstrap intervals over sentences."),
@@ -179,7 +188,7 @@ class Comparison(Result):
         )
         return Table(
             title="Every method at its best layer",
-            caption=f"Value (95 % interval; layer) over {self.sentences} sentences.{known} Chance "
+            caption=f"Value (95 % interval; layer) over {self.counted}.{known} Chance "
             f"levels: {chance}. Sufficiency is better when low. The layer is chosen on these "
             "sentences, which flatters a little. Cost is that of one sentence: seconds, and "
             "operations over those of a forward pass.",
@@ -212,6 +221,19 @@ class Comparison(Result):
             rows=self.alike_methods,
             columns=self.alike_methods,
             unit="Spearman",
+        )
+
+    def without(self) -> tuple[Table, ...]:
+        """Returns the table of sentences that were left out, if any were."""
+        if not self.dropped:
+            return ()
+        return (
+            Table(
+                title="Sentences left out",
+                caption="The model cannot be asked about these.",
+                columns=("sentence", "reason"),
+                rows=self.dropped,
+            ),
         )
 
     def _require(self, metric: str | None) -> str:
