@@ -482,11 +482,11 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     path = tmp_path / "pairs.jsonl"
     lines = [
         {"sentence_good": one.good, "sentence_bad": one.bad, "cues": [list(c) for c in one.cues]}
-        for one in mixed
+        for one in mixed[:2]
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     page, read = write_comparison(model, path, tmp_path / "page.html", unusable="drop")
-    assert read.dropped == found.dropped
+    assert read.dropped == found.dropped[:1]
     assert "Sentences left out" in page.read_text()
     # Where nothing is left there is nothing to compare.
     with pytest.raises(cm.InvalidInput, match=r"behind the place.*unusable='drop'"):
