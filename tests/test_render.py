@@ -25,6 +25,7 @@ from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samp
 from tl_contextmix.render import Page, Section, still
 from tl_contextmix.render import library as circuitsvis_library
 from tl_contextmix.render import page as page_module
+from tl_contextmix.render.heatmap import range_of
 from tl_contextmix.render.text import for_circuitsvis, number, visible
 
 pytestmark = pytest.mark.once
@@ -552,6 +553,25 @@ def test_too_many_sheets_are_left_out_with_a_note(monkeypatch):
     parsed = parse(heatmap(torch.rand(9, 100, 100)))
     assert len(parsed.all("img")) == 3
     assert "Only the first 3 of 9 sheets" in parsed.text
+
+
+@pytest.mark.parametrize("side", [4, 100])
+def test_more_sheets_are_not_looked_through_more_often(side: int, monkeypatch):
+    # Once per sheet, a map of 144 heads over 200 tokens took half a minute to appear.
+    def looks(sheets: int) -> int:
+        found = []
+
+        def look(panel: Heatmap) -> tuple[float, float]:
+            found.append(panel)
+            return real(panel)
+
+        for module in ("heatmap", "still"):
+            monkeypatch.setattr(f"tl_contextmix.render.{module}.range_of", look)
+        Page((heatmap(torch.rand(sheets, side, side + 1)),))._repr_html_()
+        return len(found)
+
+    real = range_of
+    assert 0 < looks(9) == looks(2)
 
 
 # ---- bars, tables, sentences

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import colors, typeset
-from tl_contextmix.render.heatmap import largest_of
+from tl_contextmix.render.heatmap import range_of
 from tl_contextmix.render.lettering import SIZE, Lettering
 from tl_contextmix.render.text import number
 
@@ -83,8 +83,8 @@ def _style(families: Sequence[str]) -> Any:
 def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
     values = panel.values.detach().cpu().double()
     sheets, rows, columns = values.shape
-    largest = largest_of(panel) or 1.0
-    signed = bool((values[values.isfinite()] < 0).any())
+    low, high = range_of(panel)
+    largest, signed = max(-low, high) or 1.0, low < 0
     scale = Normalize(-largest if signed else 0.0, largest)
     side = [min(_SIDE[1], max(_SIDE[0], 0.26 * count)) for count in (columns, rows)]
     across = min(sheets, max(1, int(7 / (side[0] + 0.2)))) or 1

@@ -63,8 +63,19 @@ def width_of(panel: Heatmap) -> int:
 
 def largest_of(panel: Heatmap) -> float:
     """Returns the largest absolute value of a map, infinities and NaN left out."""
-    finite = panel.values[panel.values.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    low, high = range_of(panel)
+    return max(-low, high)
+
+
+def range_of(panel: Heatmap) -> tuple[float, float]:
+    """Returns the lowest and highest value of a map, infinities and NaN left out, 0 if none is."""
+    values = panel.values
+    ends = values.aminmax() if values.numel() else ()
+    if not all(end.isfinite() for end in ends):
+        finite = values[values.isfinite()]
+        ends = finite.aminmax() if finite.numel() else ()
+    low, high = map(float, ends) if ends else (0.0, 0.0)
+    return low, high
 
 
 def top_cells(panel: Heatmap, k: int = TOP_CELLS) -> list[tuple[int, int, int]]:
@@ -126,10 +137,10 @@ def _means(panel: Heatmap, names: tuple[str, ...]) -> torch.Tensor:
 
 
 def _legend(panel: Heatmap) -> str:
-    finite = panel.values[panel.values.isfinite()]
-    if not finite.numel():
+    if not panel.values.isfinite().any():
         return ""
-    pieces = [_scale(largest_of(panel), signed=bool((finite < 0).any()))]
+    low, high = range_of(panel)
+    pieces = [_scale(max(-low, high), signed=low < 0)]
     if panel.unit:
         pieces.append(f'<span class="unit">{prose(panel.unit)}</span>')
     if panel.causal:
@@ -158,15 +169,15 @@ def _numbers(panel: Heatmap) -> str:
 
 
 def _tables(panel: Heatmap) -> str:
+    largest = largest_of(panel)
     bodies = [
-        markup.scroll(_table(panel, sheet), f"{panel.title}, {name}")
+        markup.scroll(_table(panel, sheet, largest), f"{panel.title}, {name}")
         for sheet, name in zip(panel.values, panel.sheets, strict=True)
     ]
     return markup.sheets(panel.sheets, bodies)
 
 
-def _table(panel: Heatmap, sheet: torch.Tensor) -> str:
-    largest = largest_of(panel)
+def _table(panel: Heatmap, sheet: torch.Tensor, largest: float) -> str:
     head = "".join(f'<th scope="col">{label(token)}</th>' for token in panel.columns)
     lines = [f"<thead><tr><td></td>{head}</tr></thead>"]
     for row, (token, values) in enumerate(zip(panel.rows, sheet.tolist(), strict=True)):
@@ -190,22 +201,24 @@ def _pictures(panel: Heatmap) -> str:
     if panel.causal:
         later = torch.ones(values.shape[1:], dtype=torch.bool).triu(1)
         values = values.masked_fill(later, float("nan"))
-    names = panel.sheets[:kept]
-    bodies = [_picture(panel, sheet, name) for sheet, name in zip(values, names, strict=True)]
+    names, largest = panel.sheets[:kept], largest_of(panel)
+    bodies = [
+        _picture(panel, sheet, name, largest) for sheet, name in zip(values, names, strict=True)
+    ]
     tokens = {
         "rows": [shorten(visible(token)) for token in panel.rows],
         "columns": [shorten(visible(token)) for token in panel.columns],
-        "largest": rounded(largest_of(panel)),
+        "largest": rounded(largest),
     }
     # The script of the page reads these to name the cell under the pointer.
     data = html.escape(json.dumps(tokens, ensure_ascii=False))
     return f'<div class="pictures" data-axes="{data}">{markup.sheets(names, bodies)}</div>'
 
 
-def _picture(panel: Heatmap, sheet: torch.Tensor, name: str) -> str:
+def _picture(panel: Heatmap, sheet: torch.Tensor, name: str, largest: float) -> str:
     rows, columns = sheet.shape
     described = f"{panel.title}, {name}: {rows} rows by {columns} columns"
-    source = png.data_uri(sheet, largest_of(panel))
+    source = png.data_uri(sheet, largest)
     return (
         f'<figure class="grid"><img src="{source}" alt="{escape(described)}" '
         f'width="{columns}" height="{rows}"><figcaption>Point at a cell.</figcaption></figure>'

@@ -13,7 +13,7 @@ import torch
 
 from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 from tl_contextmix.render import bars, colors, curves, png
-from tl_contextmix.render.heatmap import largest_of
+from tl_contextmix.render.heatmap import range_of
 from tl_contextmix.render.text import LABEL_LENGTH, decimals, escape, number, prose
 
 SHEETS = 12
@@ -84,11 +84,12 @@ def _maps(panel: Heatmap) -> str:
     below = _longest(panel.columns) * _CHAR * 0.75 + 12
     wide, high = left + columns * cell + _GAP, 16 + rows * cell + below
     across = max(1, int(_WIDTH // wide))
-    pieces = []
+    pieces, (low, high) = [], range_of(panel)
+    largest = max(-low, high)
     for index, sheet in enumerate(shown):
         x = round(index % across * wide + left, 1)
         y = round(index // across * high + _HEAD + 16, 1)
-        pieces.append(_sheet(panel, sheet, index, (x, y), cell))
+        pieces.append(_sheet(panel, index, png.data_uri(sheet, largest, cell), (x, y), cell))
     across = min(across, len(shown))
     # The last column label leans out to the left, the scale and its unit run along the top.
     width = max(across * wide, 420.0)
@@ -98,7 +99,8 @@ def _maps(panel: Heatmap) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{colors.FONT}" '
         f'font-size="11" fill="{colors.INK}" aria-label="{name}">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{_scale(panel)}{"".join(pieces)}</svg>'
+        f'<rect width="100%" height="100%" fill="#fff"/>'
+        f"{_scale(panel, largest, low < 0)}{''.join(pieces)}</svg>"
     )
 
 
@@ -106,12 +108,9 @@ def _longest(tokens: tuple[str, ...]) -> int:
     return max(len(escape(token, LABEL_LENGTH)) for token in tokens)
 
 
-def _sheet(
-    panel: Heatmap, sheet: torch.Tensor, index: int, corner: tuple[float, float], cell: int
-) -> str:
+def _sheet(panel: Heatmap, index: int, source: str, corner: tuple[float, float], cell: int) -> str:
     x, y = corner
-    rows, columns = sheet.shape
-    source = png.data_uri(sheet, largest_of(panel), cell)
+    rows, columns = len(panel.rows), len(panel.columns)
     every = math.ceil(11 / cell)  # labels that would overlap are left out
     pieces = [
         f'<text x="{x}" y="{y - 5}" font-weight="600">{escape(panel.sheets[index], 30)}</text>',
@@ -133,10 +132,7 @@ def _sheet(
     return "".join(pieces)
 
 
-def _scale(panel: Heatmap) -> str:
-    largest = largest_of(panel)
-    finite = panel.values[panel.values.isfinite()]
-    signed = bool((finite < 0).any())
+def _scale(panel: Heatmap, largest: float, signed: bool) -> str:
     low = number(-largest, decimals(largest)) if signed else "0"
     stops = (colors.NEGATIVE, "#fff", colors.POSITIVE) if signed else ("#fff", colors.POSITIVE)
     steps = "".join(
