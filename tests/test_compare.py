@@ -493,6 +493,16 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
         cm.compare(model, [other], methods=["attention"], unusable="drop")
 
 
+def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens") as caught:
+        found = cm.compare(model, ["the keys"], methods=["attention"])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert all(math.isnan(row.value) for row in found.rows)
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens"):
+        cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
+
+
 def test_texts_that_ask_for_nothing_are_dropped_if_wished() -> None:
     model, texts = cm.load_demo("masked-lm"), ["the keys [MASK] old .", "the keys are old ."]
     with pytest.raises(cm.InvalidInput, match="0 masks in 'the keys are old"):

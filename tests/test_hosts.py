@@ -243,6 +243,28 @@ def test_a_norm_of_another_formula_is_named() -> None:
         cm.check(model)
 
 
+@pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no bridge")
+def test_points_without_names_are_told_apart_in_compatibility_mode() -> None:
+    tokens = torch.tensor([[5, 9, 17]])
+    found = []
+    for names in (None, "", "the same"):
+        case = case_of("gpt2", host="TransformerBridge")
+        model = zoo.build(case, dtype=torch.float32, processed=True)
+        with pytest.warns(cm.ContextMixWarning, match="processed"):
+            found.append(cm.attention_norms(model, tokens).scores)
+        for point in model.hook_dict.values():
+            point.name = names
+        assert torch.equal(cm.attention_norms(model, tokens).scores, found[-1])
+
+
+def test_a_hook_that_resets_hooks_is_suspected() -> None:
+    model = zoo.build(case_of("gpt2"))
+    cm.check(model)
+    model.add_hook("blocks.0.hook_resid_pre", lambda tensor, hook: model.reset_hooks())
+    with pytest.raises(cm.UnsupportedModel, match=r"did not show .*A hook that resets hooks"):
+        cm.attention_norms(model, torch.tensor([[5, 9, 17]]))
+
+
 def test_a_readout_that_gives_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(case_of("gpt2"))
     off = CheckRow("readout(last residual) = logits", "decoder", 0.5, 1e-5)

@@ -494,6 +494,14 @@ def test_bad_questions_are_refused(
         cm.mine_triggers(model, corpus, out=tmp_path, **options)
 
 
+def test_more_triggers_than_memory_may_hold_are_warned_of(
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tl_contextmix.corpus.miner._MANY_BYTES", 100_000)
+    with pytest.warns(cm.ContextMixWarning, match=r"the 1,000 highest contexts of \d+ memories"):
+        cm.mine_triggers(shared[0], ["the cat sat"], out=tmp_path / "mined", k=1000)
+
+
 def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
     model, corpus, options, _ = shared
     with pytest.raises(cm.InvalidInput, match="got no part"):

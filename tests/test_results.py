@@ -15,7 +15,7 @@ import torch
 import unchecked
 from hand_built import PROVENANCE, map_of, random_map, tokens
 
-from tl_contextmix.errors import InvalidInput
+from tl_contextmix.errors import ContextMixWarning, InvalidInput
 from tl_contextmix.panels import Bars, ColoredText, Heatmap, Table
 from tl_contextmix.results import (
     ContextMap,
@@ -299,9 +299,13 @@ def test_padding_can_be_selected_and_stays_padding():
     assert part.target.mask.tolist() == [[False, True], [True, True]]
     assert part.scores[0, 0, 0].tolist() == [[0, 0], [0, float(map.scores[0, 0, 0, 0, 1])]]
     assert len(part.to_dataframe()) == 1 + 4
-    assert not part.select(batch=0, target=0).to_dataframe().size
-    assert part.select(batch=0, target=0).top() == []
-    (panel,) = part.select(batch=0, target=0).panels()
+    with pytest.warns(
+        ContextMixWarning, match=r"every target selected of row 0 is padding.*\[0\].*its 1 tok"
+    ):
+        nothing = part.select(batch=0, target=0)
+    assert not nothing.to_dataframe().size
+    assert nothing.top() == []
+    (panel,) = nothing.panels()
     assert isinstance(panel, Heatmap)
     assert panel.values.shape == (1, 0, 1)
 

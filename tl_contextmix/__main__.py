@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("tl-contextmix: stopped; `mine` goes on when called again", file=sys.stderr)
+            kept = "; the same command goes on" if parsed.command is _mine else ""
+            print(f"tl-contextmix: stopped{kept}", file=sys.stderr)
             return 130
 
 

@@ -26,6 +26,7 @@ from tl_contextmix.evaluate import (
     cue_alignment,
     faithfulness_of,
     sentences_of,
+    warn_of_short,
 )
 from tl_contextmix.evaluate.rows import readable
 from tl_contextmix.hosts import as_view
@@ -114,6 +115,9 @@ def compare(
         UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a method
             that was asked for does not support it.
 
+    Warns:
+        ContextMixWarning: If no sentence is long enough for `faithfulness`.
+
     Cost: every method once per sentence, and `faithfulness` of every map.
     """
     require_choice("unusable", unusable, ("error", "drop"))
@@ -121,6 +125,7 @@ def compare(
     view.readout.require()
     sentences, dropped = sentences_of(model, view, input, cues, unusable)
     drops = [_blanked(model, view, s, blank, words) for s in sentences]
+    warn_of_short(drops)
     known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)

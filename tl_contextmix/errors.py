@@ -6,6 +6,7 @@ Every message has four parts: what failed, the value seen, what was expected, wh
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
@@ -31,12 +32,12 @@ class ContextMixWarning(UserWarning):
     """The answer is right, but means something else than the reader may think."""
 
 
-def depth_of_caller() -> int:
-    """Returns how many frames up the line is that called into this package (for warnings)."""
-    depth, frame = 1, sys._getframe(1)
+def warn(text: str) -> None:
+    """Gives a `ContextMixWarning` about the line that called into this package."""
+    depth, frame = 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         depth, frame = depth + 1, frame.f_back
-    return depth
+    warnings.warn(text, ContextMixWarning, stacklevel=depth)
 
 
 def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:

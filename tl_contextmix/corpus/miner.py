@@ -19,7 +19,7 @@ from tl_contextmix.corpus.topk import (
     pack_places,
     pack_tokens,
 )
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput, bad, warn
 from tl_contextmix.inputs import select_blocks
 from tl_contextmix.memories import (
     QUADRANTS,
@@ -34,6 +34,8 @@ from tl_contextmix.results.axes import positions, require_choice, require_count,
 Unit = Literal["prefix", "document"]
 Tails = Literal["positive", "both", "quadrants"]
 Duplicates = Literal["keep", "drop"]
+# Of all triggers: no common question needs as many (k=1000 of GPT-2's 36,864 take 0.7 GiB).
+_MANY_BYTES = 4 * 2**30
 NEGATIVE = ("negative", "+-", "-+")
 """Tails of negative coefficients: the memory promotes what its value demotes."""
 
@@ -71,6 +73,14 @@ class Miner:
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
         view, distinct = self.view, self.duplicates == "drop"
+        entry = view.dtype.itemsize + (24 if distinct else 16)
+        memories = sum(len(self.chosen(block)) for block in self.blocks) * len(TAILS[self.tails])
+        if entry * self.k * memories > _MANY_BYTES:
+            warn(
+                f"the {self.k:,} highest contexts of {memories:,} memories take "
+                f"{entry * self.k * memories / 2**30:.1f} GiB and more while they are sorted, "
+                "however small the corpus. Ask for fewer, or for fewer layers or neurons."
+            )
         try:
             return {
                 (block.layer, tail): TopK.zero(

@@ -118,6 +118,9 @@ def mine_triggers(
             at it, or a file cannot be written.
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
+    Warns:
+        ContextMixWarning: If that many triggers take more than 4 GiB.
+
     Cost: one forward pass over the corpus and a comparison per coefficient; an entry of a memory is
     replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
     ``20 k`` bytes per memory (28 without duplicates).

@@ -97,7 +97,7 @@ class Triggers(Shown):
         run = self.manifest["run"]
         return (
             f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
-            f"({', '.join(self.tails)}) in {self.folder}: {counts}"
+            f"({', '.join(self.tails)}) in {self.folder}: {counts or 'no documents'}"
         )
 
     def panels(self) -> tuple[Panel, ...]:

@@ -2,7 +2,13 @@
 
 from tl_contextmix.evaluate.agreement import agreement
 from tl_contextmix.evaluate.alignment import Cues, cue_alignment
-from tl_contextmix.evaluate.faithfulness import Drop, blanked, faithfulness, faithfulness_of
+from tl_contextmix.evaluate.faithfulness import (
+    Drop,
+    blanked,
+    faithfulness,
+    faithfulness_of,
+    warn_of_short,
+)
 from tl_contextmix.evaluate.pairs import (
     MinimalPair,
     load_minimal_pairs,
@@ -26,4 +32,5 @@ __all__ = [
     "overlapping",
     "place_tokens",
     "sentences_of",
+    "warn_of_short",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.blocks import Batch, Side
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 from tl_contextmix.evaluate.rows import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, Text, make_batch
@@ -67,6 +67,9 @@ def faithfulness(
         InvalidInput: If the map is of other tokens, or an argument does not fit the model.
         UnsupportedModel: If the model has no trained vocabulary readout, or two stacks.
 
+    Warns:
+        ContextMixWarning: If no sentence is long enough: every figure is NaN.
+
     Cost: per sentence of ``n`` tokens ``2 n`` forward passes per layer and ``41 n`` more at most,
     run in batches; sets of tokens that layers share are run once.
     """
@@ -89,7 +92,17 @@ def faithfulness(
             map.source.ids, map.source.mask, places, answers, strict=True
         )
     ]
+    warn_of_short(drops)
     return faithfulness_of(map, drops)
+
+
+def warn_of_short(drops: Sequence[Drop]) -> None:
+    """Warns where no sentence has enough to blank."""
+    if drops and all(len(drop.others) < 2 for drop in drops):
+        warn(
+            "faithfulness has no figures (NaN): no sentence has two tokens, or words, besides the "
+            "one that is predicted from, that blanking changes. Give longer sentences."
+        )
 
 
 def faithfulness_of(

@@ -5,14 +5,13 @@ This package is the only place that knows hook names and class names of a host.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tl_contextmix.errors import ContextMixWarning, depth_of_caller
+from tl_contextmix.errors import warn
 from tl_contextmix.hosts.building import build
 from tl_contextmix.hosts.decoding import Generated
 from tl_contextmix.hosts.listening import EncoderDecoder, from_view
@@ -129,7 +128,7 @@ def _examine(model: Any) -> _Known:
 def _warn_once(model: nn.Module, text: str) -> None:
     if text and _WARNED.get(model) != text:
         _WARNED[model] = text
-        warnings.warn(text, ContextMixWarning, stacklevel=depth_of_caller())
+        warn(text)
 
 
 __all__ = [

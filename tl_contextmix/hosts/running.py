@@ -82,7 +82,8 @@ class _Pass:
         if threading.get_ident() != self.thread or self.under_way[-1] is not self:
             return None
         edited = False
-        for name in self.names[id(hook)]:
+        # In compatibility mode a point without a name is seen through an alias of it.
+        for name in self.names[id(getattr(hook, "_target", hook))]:
             edit = self.edits[name]
             if edit is not None:
                 tensor, edited = edit(tensor), True
@@ -109,8 +110,10 @@ def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
     config = getattr(getattr(model, "original_model", None), "config", None)
     attention = getattr(config, "_attn_implementation", None) or "eager"
     remedy = (
-        "This class of TransformerLens does not show what maps of this model are made of; try "
-        "another class or version."
+        "A hook that resets hooks ends a pass's own, and some bridges lose points when they are "
+        "deep-copied: leave the hook out, or load the model anew. Else this class of "
+        "TransformerLens does not show what maps of this model are made of; try another class or "
+        "version."
     )
     if attention != "eager":
         remedy = (

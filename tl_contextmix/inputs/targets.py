@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.blocks import Batch
-from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
+from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 from tl_contextmix.results.axes import whole_number
@@ -235,14 +234,12 @@ def _warn_about_spaces(
             continue
         ratio = float((logits[row, spaced[0]] - logits[row, token]).double().exp())
         if ratio > _MUCH:
-            warnings.warn(
+            warn(
                 four_parts(
                     "the target continues the last word of the text",
                     f"{text!r}, which the model finds {ratio:.0f} times less probable than "
                     f"{' ' + text!r}",
                     "a word with its leading space where a new word begins",
                     f"Ask for {' ' + text!r} if that is what was meant.",
-                ),
-                ContextMixWarning,
-                stacklevel=depth_of_caller(),
+                )
             )

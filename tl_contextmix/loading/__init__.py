@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
-from tl_contextmix.errors import ContextMixWarning, bad, depth_of_caller, four_parts
+from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.loading.bridge import load_bridge
 from tl_contextmix.loading.hooked import load_hooked
 from tl_contextmix.loading.source import (
@@ -151,15 +151,13 @@ def _device(named: str | torch.device) -> torch.device:
 
 
 def _warn_about_missing_head(source: Source) -> None:
-    warnings.warn(
+    warn(
         four_parts(
             f"Logits of {source.label!r} mean nothing",
             f"a checkpoint of {(source.config.architectures or ['an encoder'])[0]}",
             "one with a masked-language-model head",
             "Use its hidden states only; the head of this model is random.",
-        ),
-        ContextMixWarning,
-        stacklevel=depth_of_caller(),
+        )
     )
 
 

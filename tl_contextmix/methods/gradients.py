@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
@@ -14,11 +13,10 @@ from torch import Tensor
 from tl_contextmix.blocks import Batch, Side
 from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import (
-    ContextMixWarning,
     UnsupportedModel,
     bad,
-    depth_of_caller,
     require_choice,
+    warn,
 )
 from tl_contextmix.hosts import as_view
 from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
@@ -185,11 +183,9 @@ def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -
     # Attributions that cancel may leave a change of the size of their rounding.
     rounding = 1e-5 * parts.abs().sum(dim=(1, 2))
     if bool((missed.abs() > _MISSED * change.abs() + rounding).any()):
-        warnings.warn(
+        warn(
             f"integrated gradients in {steps} steps miss more than a tenth of the change "
-            "(ContextMap.bias holds how much in each sentence): pass more steps",
-            ContextMixWarning,
-            stacklevel=depth_of_caller(),
+            "(ContextMap.bias holds how much in each sentence): pass more steps"
         )
 
 

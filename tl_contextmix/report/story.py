@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,9 @@ from tl_contextmix.decompose import POINTS, Point
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
 from tl_contextmix.errors import (
     ContextMixError,
-    ContextMixWarning,
     bad,
-    depth_of_caller,
     four_parts,
+    warn,
 )
 from tl_contextmix.evaluate import MinimalPair
 from tl_contextmix.hosts import as_view
@@ -161,13 +159,11 @@ def _warn_about_words(name: str, text: str) -> None:
     words = re.findall(r"[^\W_]+|[^\w\s]", re.sub(r"\[\w+\]|<[^<>\s]+>", " ", text))
     foreign = list(dict.fromkeys(word for word in words if word not in known_words(name)))
     if foreign:
-        warnings.warn(
+        warn(
             four_parts(
                 f"{name} never saw some of these words, and its maps of them mean nothing",
                 ", ".join(map(repr, foreign)),
                 "words of its made-up grammar (tl_contextmix.demo_models.known_words)",
                 "Use other words, or a model trained on real text.",
-            ),
-            ContextMixWarning,
-            stacklevel=depth_of_caller(),
+            )
         )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from tl_contextmix import storage
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.panels import Heatmap, Panel
 from tl_contextmix.results.axes import (
     as_array,
@@ -165,21 +165,34 @@ class ContextMap(Result):
             batch: Row or rows of the batch.
             layer: Number or numbers of layers, as in `layers`; negative counts from the end.
             head: Position or positions on the head axis, or labels as in `heads`.
-            target: Position or positions of targets; negative counts from the end.
+            target: Position or positions of targets; negative counts from the end of the axis,
+                which in a padded batch is padding for the shorter texts: a warning says so.
             source: The same for sources, or the name of a side (``"encoder"``) to keep its tokens.
 
         Raises:
             InvalidInput: If something asked for is not there, or nothing is.
+
+        Warns:
+            ContextMixWarning: If every target selected of a row is padding.
         """
         if isinstance(source, str):
             sides = tuple(name for name, _ in self.source.sides)
             require_choice("select", "source", source, sides)
             source = self.source.side(source)
+        rows = positions("batch", batch, (), self.scores.shape[0])
+        targets = positions("target", target, (), self.scores.shape[3])
+        padding = [] if target is None else self.target.padding(rows, targets)
+        if padding:
+            warn(
+                f"every target selected of row {padding[0]} is padding, whose scores are 0: "
+                f"{targets}. Select one row, and positions of its "
+                f"{int(self.target.mask[padding[0]].sum())} tokens."
+            )
         return self._part(
-            positions("batch", batch, (), self.scores.shape[0]),
+            rows,
             layer_positions(layer, self.layers),
             positions("head", head, self.heads, len(self.heads)),
-            positions("target", target, (), self.scores.shape[3]),
+            targets,
             positions("source", source, (), self.scores.shape[4]),
         )
 

@@ -87,6 +87,10 @@ class Tokens:
             or ((self.sides[0][0], 0),),
         )
 
+    def padding(self, batch: list[int], pos: list[int]) -> list[int]:
+        """Returns the rows, out of some, in which all of these positions are padding."""
+        return [row for row in batch if pos and not bool(self.mask[row, pos].any())]
+
     def side(self, name: str) -> list[int]:
         """Returns the positions that belong to one stack."""
         return [index for index, side in enumerate(self.names()) if side == name]
