@@ -81,7 +81,10 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
     corpus = folder / "corpus.txt"
     corpus.write_text("the cat sat on the mat\na dog ran to the house\n" * 3)
     cm.mine_triggers(model, corpus, out=folder / "mined", k=2)
-    few = [cm.MinimalPair("the cat sat", "the cat ran"), cm.MinimalPair("a dog", "a mat")]
+    few = [
+        cm.MinimalPair("the dog on a mat sat", "the dog on a mat is"),
+        cm.MinimalPair("a dog", "a mat"),
+    ]
     on_ids = {"model": model, "input": IDS}
     special: dict[str, dict[str, Any]] = {
         "agreement": {"a": [one], "b": [one]},

@@ -125,7 +125,6 @@ def compare(
     view.readout.require()
     sentences, dropped = sentences_of(model, view, input, cues, unusable)
     drops = [_blanked(model, view, s, blank, words) for s in sentences]
-    warn_of_short(drops)
     known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
@@ -142,6 +141,7 @@ def compare(
         Cost(name, statistics.median(seconds[name]), flops[name], flops[name] / forward)
         for name in supported
     ]
+    warn_of_short(drops)
     return Comparison(
         rows=tuple(rows),
         costs=tuple(costs),

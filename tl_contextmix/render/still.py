@@ -84,8 +84,8 @@ def _maps(panel: Heatmap) -> str:
     below = _longest(panel.columns) * _CHAR * 0.75 + 12
     wide, high = left + columns * cell + _GAP, 16 + rows * cell + below
     across = max(1, int(_WIDTH // wide))
-    pieces, (low, high) = [], range_of(panel)
-    largest = max(-low, high)
+    pieces, ends = [], range_of(panel)
+    largest = max(-ends[0], ends[1])
     for index, sheet in enumerate(shown):
         x = round(index % across * wide + left, 1)
         y = round(index // across * high + _HEAD + 16, 1)
@@ -100,7 +100,7 @@ def _maps(panel: Heatmap) -> str:
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{colors.FONT}" '
         f'font-size="11" fill="{colors.INK}" aria-label="{name}">'
         f'<rect width="100%" height="100%" fill="#fff"/>'
-        f"{_scale(panel, largest, low < 0)}{''.join(pieces)}</svg>"
+        f"{_scale(panel, largest, ends[0] < 0)}{''.join(pieces)}</svg>"
     )
 
 
