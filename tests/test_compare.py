@@ -497,7 +497,6 @@ def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
     with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens") as caught:
         found = cm.compare(model, ["the keys"], methods=["attention"])
     assert len(caught) == 1
-    assert caught[0].filename == __file__
     assert all(math.isnan(row.value) for row in found.rows)
     with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens"):
         cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
