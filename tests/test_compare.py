@@ -485,12 +485,32 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
         for one in mixed[:2]
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
-    page, read = write_comparison(model, path, tmp_path / "page.html", unusable="drop")
-    assert read.dropped == found.dropped[:1]
+    page = tmp_path / "page.html"
+    assert main(["compare", "--pairs", str(path), "--drop-unusable", "-o", str(page)]) == 0
     assert "Sentences left out" in page.read_text()
+    assert "1 sentences (1 more were left out)" in page.read_text()
+    assert main(["compare", "--pairs", str(path), "-o", str(page)]) == 2
     # Where nothing is left there is nothing to compare.
     with pytest.raises(cm.InvalidInput, match=r"behind the place.*unusable='drop'"):
         cm.compare(model, [other], methods=["attention"], unusable="drop")
+
+
+def test_only_mining_is_said_to_go_on_when_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
+    for words, said in (
+        (["check", "causal-lm"], "tl-contextmix: stopped\n"),
+        (
+            ["mine", "causal-lm", "corpus.txt", "-o", "mined"],
+            "tl-contextmix: stopped; the same command goes on\n",
+        ),
+    ):
+        assert main(words) == 130
+        assert capsys.readouterr().err == said
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
