@@ -35,9 +35,9 @@ import oracles_baselines
 import oracles_log_prob
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import Point
-from tl_contextmix.hosts import as_view
-from tl_contextmix.model_view import ModelView
+from tl_contextmix.adapters import as_view
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.engine.parts import Point
 
 Work = Callable[[], Any]
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.token_sums import Norm
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import reference
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import Block, FeedForward, Trace
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.memories import CASES
-from tl_contextmix.model_view import ModelView
-from tl_contextmix.stream import needed
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.blocks import Block, FeedForward, Trace
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.residual_stream import needed
+from tl_contextmix.engine.memory_coefficients import CASES
 
 
 def traced(view: ModelView, ids: Tensor) -> tuple[list[Block], Trace]:

@@ -15,16 +15,16 @@ from meters import Memory, WithoutProducts, command_line, flops, row, say
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.attribution import Best, Cut, best_neurons
+from tl_contextmix.core.model_view import Readout
+from tl_contextmix.core.residual_stream import Neurons, Path
+from tl_contextmix.core.statistics import bootstrap_interval
+from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
+from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.demo_models.lexicon import FACTS
-from tl_contextmix.methods.knockout import Positions
-from tl_contextmix.methods.log_prob import Score
-from tl_contextmix.model_view import Readout
-from tl_contextmix.ranks import bootstrap_interval
+from tl_contextmix.engine.log_prob_scores import Best, Cut, best_neurons
+from tl_contextmix.methods.log_prob.contributions import Score
+from tl_contextmix.methods.log_prob.knockout import Positions
 from tl_contextmix.results.components import Grid
-from tl_contextmix.stream import Neurons, Path
-from tl_contextmix.tensors import Norm
-from tl_contextmix.vocabulary import Vocabulary, read_vocabulary
 
 GPT2 = (12, 3072, 768, 50257)
 MAX_BYTES = 2**28

@@ -20,14 +20,14 @@ import torch
 from meters import Memory, command_line, flops, say, seconds
 
 import tl_contextmix as cm
-from tl_contextmix.corpus.miner import Miner, make_cutting, make_miner
-from tl_contextmix.corpus.shards import Documents
-from tl_contextmix.corpus.topk import TopK
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.model_view import Readout
+from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.demo_models.grammar import Grammar
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import Readout
-from tl_contextmix.unembed import Unembedding
+from tl_contextmix.methods.memories.miner import Miner, make_cutting, make_miner
+from tl_contextmix.methods.memories.shards import Documents
+from tl_contextmix.methods.memories.topk import TopK
 
 BATCH, LENGTH, K = 16, 128, 25
 

@@ -24,8 +24,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import shape_wrapper
 
-from tl_contextmix.inputs import package_version
-from tl_contextmix.operations import Memory, Operations
+from tl_contextmix.adapters.inputs import package_version
+from tl_contextmix.core.counters import Memory, Operations
 
 __all__ = [
     "ELEMENTWISE",

@@ -24,8 +24,8 @@ from run import bound as bound_behind_the_activation
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch
 
 Work = Callable[[], object]
 Kind = Literal["causal-lm", "encoder-decoder"]

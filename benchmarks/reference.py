@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from tl_contextmix.blocks import Block, Trace
-from tl_contextmix.memories import require_feed_forward
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine.memory_coefficients import require_feed_forward
 
 LINEAR_POINTS = ("attn_out", "resid_mid", "mlp_in")
 

@@ -18,9 +18,9 @@ import torch
 from blocks import Sizes, build
 from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 
-from tl_contextmix.blocks import Block, Trace
-from tl_contextmix.decompose import POINTS, Point, linear_points, norms_at, parts_at_all
-from tl_contextmix.inputs import package_version
+from tl_contextmix.adapters.inputs import package_version
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.engine.parts import POINTS, Point, linear_points, norms_at, parts_at_all
 
 MAX_BYTES = 2**30
 STEPS = 50

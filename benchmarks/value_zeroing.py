@@ -19,10 +19,10 @@ from meters import Memory, WithoutProducts, command_line, flops, interleaved, ro
 from torch import Tensor
 from torch.nn import functional
 
-from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.replay import replay
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.value_ablation import replay
 
 D, HEADS, M = 768, 12, 3072
 MAX_BYTES = 2**30

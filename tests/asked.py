@@ -10,12 +10,12 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_contextmix.blocks import Block, Trace
-from tl_contextmix.decompose import POINTS, Point
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.engine.parts import POINTS, Point
 from tl_contextmix.errors import ContextMixWarning
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.model_view import ModelView, StackName
 
 # Relative to the largest entry. Where a float64 host computes in float32 inside (see
 # zoo.FLOAT32_INSIDE), what is recomputed in float64 is up to 2e-7 off; elsewhere up to 1e-14.

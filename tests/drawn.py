@@ -20,9 +20,9 @@ from asked import FLOAT32_INSIDE, host_value, keywords
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_contextmix.activations import ACTIVATIONS, Activation
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.activations import ACTIVATIONS, Activation
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.token_sums import Norm
 
 SEEDS = st.integers(0, 2**31 - 1)
 

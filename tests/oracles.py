@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import AttentionSublayer, Block, FeedForward, Trace
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.token_sums import Norm
 
 
 def frozen(norm: Norm | None, part: Tensor, whole: Tensor) -> Tensor:

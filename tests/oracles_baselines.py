@@ -9,8 +9,8 @@ import torch
 from oracles import Position, apply_norm, bias_of, frozen, integrated_gradients
 from torch import Tensor
 
-from tl_contextmix.blocks import AttentionSublayer, Block, Trace
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace
+from tl_contextmix.core.token_sums import Norm
 
 Row = tuple[list[Tensor], Tensor]
 

@@ -11,9 +11,9 @@ import torch
 from oracles import bias_of, frozen
 from torch import Tensor
 
-from tl_contextmix.blocks import AttentionSublayer, FeedForward, Trace
-from tl_contextmix.model_view import ModelView
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.blocks import AttentionSublayer, FeedForward, Trace
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.token_sums import Norm
 
 Key = tuple[object, ...]
 

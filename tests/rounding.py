@@ -23,8 +23,8 @@ from test_devices import methods, numbers
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix import hosts
-from tl_contextmix.hosts import building
+from tl_contextmix import adapters as hosts
+from tl_contextmix.adapters import building
 
 FAMILIES = ("gpt2", "mistral", "gemma2", "bert", "bart", "flan")
 KINKED = "t5"

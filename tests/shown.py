@@ -10,9 +10,9 @@ import torch
 from hand_built import PROVENANCE, contributions, one_of_each
 from hostile import HOSTILE
 
-from tl_contextmix.corpus import Triggers
-from tl_contextmix.identity.report import CheckRow, IdentityReport
-from tl_contextmix.memories import CASES
+from tl_contextmix.adapters.verification.identity_report import CheckRow, IdentityReport
+from tl_contextmix.engine.memory_coefficients import CASES
+from tl_contextmix.methods.memories import Triggers
 from tl_contextmix.results import (
     Comparison,
     CompositionFigures,
@@ -35,7 +35,7 @@ from tl_contextmix.results import (
     ValueReadouts,
 )
 from tl_contextmix.results.base import Shown
-from tl_contextmix.results.composition import FIGURES
+from tl_contextmix.results.memory_composition import FIGURES
 
 N = len(HOSTILE)
 WORDS = {str(place): word for place, word in enumerate(HOSTILE)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_contextmix.activations import ACTIVATIONS, Activation, gated_slopes
+from tl_contextmix.core.activations import ACTIVATIONS, Activation, gated_slopes
 
 NAMES = {activation.name: activation for activation in ACTIVATIONS}
 # What captum is asked about: the activations of the families.

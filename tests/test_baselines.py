@@ -14,14 +14,14 @@ from asked import bound, host_trace, keywords, relative, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.counters import Memory
 from tl_contextmix.methods import gradients
 from tl_contextmix.methods.alti import alti
 from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import Score, gradient_x_input, integrated_gradients
-from tl_contextmix.operations import Memory
 
 CASES = zoo.cases()
 # One host per family for the slow loops: that hosts agree is tested for the engine they share.

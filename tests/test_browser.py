@@ -17,9 +17,9 @@ from hostile import HOSTILE
 from PIL import Image
 from test_render import WORD_JOINER, heatmap, hostile_panels, samples, stripped
 
-from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Table
-from tl_contextmix.render import Page
-from tl_contextmix.render.text import shorten, visible
+from tl_contextmix.plotting import Page
+from tl_contextmix.plotting.display_text import shorten, visible
+from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Table
 
 pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", " are", "</s>")

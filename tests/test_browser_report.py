@@ -15,9 +15,9 @@ import torch
 from browser import launched, opened, require_browser, screenshot
 
 import tl_contextmix as cm
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
-from tl_contextmix.render import Page
-from tl_contextmix.report import write_report
+from tl_contextmix.plotting import Page
+from tl_contextmix.plotting.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
+from tl_contextmix.reporting import write_report
 
 pytestmark = pytest.mark.newest
 

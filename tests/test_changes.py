@@ -14,9 +14,9 @@ import zoo
 from hand_built import PROVENANCE, map_of, random_map
 
 import tl_contextmix as cm
+from tl_contextmix.core.model_view import StackName
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.methods.changes import spearman
-from tl_contextmix.model_view import StackName
+from tl_contextmix.methods.norm_changes import spearman
 from tl_contextmix.results import ContextMap, PairChanges
 
 NAN = float("nan")

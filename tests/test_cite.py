@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tl_contextmix as cm
-from tl_contextmix.cite import METHODS, WORKS
+from tl_contextmix.engine.citations import METHODS, WORKS
 from tl_contextmix.results import Provenance, Tokens
 
 TOOLS = ["nanda2022transformerlens", "cooney2023circuitsvis"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
-from tl_contextmix.compare import METHODS
-from tl_contextmix.evaluate import blanked, overlapping, place_tokens
-from tl_contextmix.operations import count_operations
-from tl_contextmix.ranks import spearman
-from tl_contextmix.report.comparison import write_comparison
+from tl_contextmix.core.counters import count_operations
+from tl_contextmix.core.statistics import spearman
+from tl_contextmix.evaluation import blanked, overlapping, place_tokens
+from tl_contextmix.evaluation.compare import METHODS
+from tl_contextmix.reporting.comparison_section import write_comparison
 from tl_contextmix.results import Tokens
 
 pytestmark = pytest.mark.once
@@ -628,8 +627,7 @@ def test_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {name: METHODS[name] for name in ("attention", "globenc")}
-    # By its name in sys.modules: as an attribute of the package it is the function.
-    monkeypatch.setattr(sys.modules["tl_contextmix.compare"], "METHODS", few)
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", few)
     page = tmp_path / "page.html"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
@@ -647,7 +645,7 @@ def test_command(
     assert main([*arguments, "--pairs", str(pairs)]) == 0
     assert "over 2 sentences" in capsys.readouterr().out
     # Nothing is computed for a page that cannot be written.
-    monkeypatch.setattr(sys.modules["tl_contextmix.compare"], "METHODS", {})
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", {})
     assert main([*arguments[:-1], str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert main(["compare", "--sentences", "0"]) == 2

@@ -18,7 +18,7 @@ from asked import bound, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import Point
+from tl_contextmix.engine.parts import Point
 
 CASES = zoo.cases()
 _OPEN = "attn_out"  # the only point that every block of the zoo can answer, SoLU's too

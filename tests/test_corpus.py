@@ -17,8 +17,8 @@ from asked import case_of
 from test_mining import texts
 
 import tl_contextmix as cm
-from tl_contextmix.corpus import progress
-from tl_contextmix.corpus.reading import open_corpus
+from tl_contextmix.methods.memories import progress
+from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from blocks import Sizes, build
 from meters import flops
 from run import Cost, measure, ours
 
-from tl_contextmix.decompose import POINTS, Point, linear_points, parts_at
-from tl_contextmix.expansion import Expansion
+from tl_contextmix.core.feed_forward_parts import Expansion
+from tl_contextmix.engine.parts import POINTS, Point, linear_points, parts_at
 
 pytestmark = pytest.mark.once
 

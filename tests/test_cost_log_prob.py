@@ -17,11 +17,11 @@ from log_prob import Sizes, full_flops, peak
 from meters import flops
 
 import tl_contextmix as cm
-from tl_contextmix import selection
-from tl_contextmix.hosts import as_view
+from tl_contextmix.adapters import as_view
+from tl_contextmix.core.residual_stream import Neurons
+from tl_contextmix.core.residual_stream import Path as Norms
+from tl_contextmix.engine import selection
 from tl_contextmix.results.components import Grid, join
-from tl_contextmix.stream import Neurons
-from tl_contextmix.stream import Path as Norms
 
 pytestmark = pytest.mark.once
 

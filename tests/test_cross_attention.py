@@ -13,9 +13,9 @@ from asked import keywords
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import Point
-from tl_contextmix.model_view import StackName
-from tl_contextmix.panels import Heatmap
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.parts import Point
+from tl_contextmix.plotting.panels import Heatmap
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)

@@ -20,9 +20,9 @@ import zoo
 from zoo_refused import REFUSED
 
 import tl_contextmix as cm
+from tl_contextmix.core.text_metrics import METRICS, Output, edit_distance, make_metrics, repetition
 from tl_contextmix.results import Provenance
 from tl_contextmix.results.curves import curve_point
-from tl_contextmix.sequences import METRICS, Output, edit_distance, make_metrics, repetition
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 RIGHT = ["le roi voit une étoile .", "les chats dorment ici .", "la batte brûlait ."]

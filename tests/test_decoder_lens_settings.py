@@ -16,7 +16,7 @@ from asked import view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.hosts.settings import _OF_SOURCE_TOKENS, _REFUSED
+from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS, _REFUSED
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)

@@ -12,7 +12,7 @@ import zoo_build
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.hosts.settings import _OF_SOURCE_TOKENS
+from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS
 
 LENGTH, PAD = 8, 60
 _CONFIG = {

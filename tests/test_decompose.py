@@ -13,9 +13,13 @@ from asked import bound, host_trace, host_value, keywords, points, relative, sta
 from oracles import Position
 
 import tl_contextmix as cm
-from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.decompose import (
+from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.feed_forward_parts import Bias
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine.parts import (
     POINTS,
     Expansion,
     Point,
@@ -28,10 +32,6 @@ from tl_contextmix.decompose import (
     require_budget,
     require_point,
 )
-from tl_contextmix.expansion import Bias
-from tl_contextmix.inputs import Given, Pass, run_pass
-from tl_contextmix.model_view import StackName
-from tl_contextmix.tensors import Norm
 
 CASES = zoo.cases()
 BIASES = ("contributor", "fixed")

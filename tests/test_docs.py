@@ -105,5 +105,5 @@ def test_public_docstrings_that_show_code_run() -> None:
             if test.examples and inspect.getmodule(module) is not None:
                 seen.add(test.name)
                 runner.run(test)
-    assert "tl_contextmix.cite.cite" in seen
+    assert "tl_contextmix.engine.citations.cite" in seen
     assert runner.summarize().failed == 0

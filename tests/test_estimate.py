@@ -16,8 +16,8 @@ import zoo_build
 from asked import keywords
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import POINTS
-from tl_contextmix.operations import Memory, Operations
+from tl_contextmix.core.counters import Memory, Operations
+from tl_contextmix.engine.parts import POINTS
 
 pytestmark = pytest.mark.once
 

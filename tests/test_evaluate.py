@@ -12,9 +12,9 @@ import zoo
 from test_value_zeroing import case_of
 
 import tl_contextmix as cm
+from tl_contextmix.core.statistics import spearman
 from tl_contextmix.demo_models.grammar import Grammar
-from tl_contextmix.evaluate import agreement, cue_alignment, faithfulness
-from tl_contextmix.ranks import spearman
+from tl_contextmix.evaluation import agreement, cue_alignment, faithfulness
 
 TEXT = "the keys to the cabinet"
 

@@ -12,7 +12,7 @@ from asked import FLOAT32_INSIDE, host_trace, relative, view_of
 from test_value_zeroing import literal
 
 import tl_contextmix as cm
-from tl_contextmix.model_view import StackName
+from tl_contextmix.core.model_view import StackName
 
 pytestmark = [
     pytest.mark.once,

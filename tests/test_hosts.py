@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import Point
-from tl_contextmix.hosts import as_view
-from tl_contextmix.identity import CheckRow
-from tl_contextmix.inputs import Given, make_batch, run_pass
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch, run_pass
+from tl_contextmix.adapters.verification import CheckRow
+from tl_contextmix.engine.parts import Point
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 REFUSED = [pytest.param(case, id=case.id) for case in zoo.REFUSED]
@@ -268,7 +268,7 @@ def test_a_hook_that_resets_hooks_is_suspected() -> None:
 def test_a_readout_that_gives_other_logits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(case_of("gpt2"))
     off = CheckRow("readout(last residual) = logits", "decoder", 0.5, 1e-5)
-    monkeypatch.setattr("tl_contextmix.hosts.building.readout_row", lambda view, probe: off)
+    monkeypatch.setattr("tl_contextmix.adapters.building.readout_row", lambda view, probe: off)
     tokens = torch.tensor([[5, 9, 17]])
     assert cm.attention_norms(model, tokens).scores.isfinite().all()
     with pytest.raises(cm.UnsupportedModel, match=r"is not read correctly: got a .* error of 0\.5"):

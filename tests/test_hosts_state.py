@@ -15,8 +15,8 @@ from asked import case_of, keywords, relative, stacks, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
-from tl_contextmix import hosts
-from tl_contextmix.hosts.edits import hooked_places, without_hooks
+from tl_contextmix import adapters as hosts
+from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 # A family of each class, attention computed by TransformerLens (gpt2, llama) and by Hugging Face.
@@ -115,13 +115,13 @@ def test_an_interrupted_first_look_leaves_nothing_and_counts_for_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tl_contextmix.hosts.building.settle_block", interrupt)
+        patch.setattr("tl_contextmix.adapters.building.settle_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cm.check(model)
     # Warm by now: what is there must stay, and another interrupt must add nothing.
     before = state(model)
     with monkeypatch.context() as patch:
-        patch.setattr("tl_contextmix.hosts.building.settle_block", interrupt)
+        patch.setattr("tl_contextmix.adapters.building.settle_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cm.check(model)
     assert state(model) == before

@@ -15,11 +15,9 @@ from asked import case_of, relative, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
-from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.blocks import Block
-from tl_contextmix.hosts import as_view
-from tl_contextmix.hosts.reading import Handle
-from tl_contextmix.identity import (
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,
     check_rows,
@@ -27,9 +25,11 @@ from tl_contextmix.identity import (
     run_probe,
     tolerance_of,
 )
-from tl_contextmix.identity.probe import relative_error
-from tl_contextmix.model_view import ModelView
-from tl_contextmix.tensors import Norm
+from tl_contextmix.adapters.verification.probe import relative_error
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.token_sums import Norm
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 

@@ -12,8 +12,8 @@ from asked import bound, case_of, keywords, relative, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import POINTS, Point
-from tl_contextmix.inputs import Given, PaddingSide, make_batch
+from tl_contextmix.adapters.inputs import Given, PaddingSide, make_batch
+from tl_contextmix.engine.parts import POINTS, Point
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 PAIRS = [pytest.param(case, id=case.id) for case in zoo.cases() if case.encoder_decoder]

@@ -15,7 +15,7 @@ from asked import case_of, keywords, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.inputs import Given, make_batch, select_blocks
+from tl_contextmix.adapters.inputs import Given, make_batch, select_blocks
 
 V, N_CTX = zoo.rows.D_VOCAB, zoo.rows.N_CTX
 TOKENS = torch.tensor([[5, 6, 7]])

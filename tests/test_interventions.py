@@ -18,8 +18,8 @@ from asked import bound, keywords, relative, shared, stacks, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.blocks import Block
-from tl_contextmix.tensors import Norm
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.token_sums import Norm
 
 CASES = zoo.cases()
 SOURCE = 1

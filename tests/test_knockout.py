@@ -13,9 +13,9 @@ from asked import bound, case_of, host_trace, keywords, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.blocks import Trace
+from tl_contextmix.core.blocks import Trace
+from tl_contextmix.engine.selection import Controls, chosen_components, without_sources
 from tl_contextmix.results.components import Components, Grid, join
-from tl_contextmix.selection import Controls, chosen_components, without_sources
 
 CASES = zoo.cases()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tl_contextmix.adapters.loading import load_demo, load_model
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder
 from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
-from tl_contextmix.loading import load_demo, load_model
 
 MAJOR = int(importlib.metadata.version("transformer-lens").split(".")[0])
 TOLERANCE = 1e-4

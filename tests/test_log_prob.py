@@ -12,9 +12,9 @@ from oracles_log_prob import Parts, log_probs
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.stream import needed
-from tl_contextmix.vocabulary import read_vocabulary
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.residual_stream import needed
+from tl_contextmix.core.tiled_logits import read_vocabulary
 
 CASES = zoo.cases()
 RULES = ("frozen", "frozen+beta", "recompute")

@@ -10,9 +10,9 @@ import zoo
 from asked import case_of, view_of
 
 import tl_contextmix as cm
-from tl_contextmix.attribution import By, ask
-from tl_contextmix.inputs import Given
-from tl_contextmix.vocabulary import NormRule
+from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.engine.log_prob_scores import By, ask
 
 FOUR = pytest.mark.skipif(zoo.major() < 4, reason="TransformerLens 4 has these tools")
 

@@ -11,7 +11,7 @@ import torch
 import zoo
 
 import tl_contextmix as cm
-from tl_contextmix.hosts import as_view
+from tl_contextmix.adapters import as_view
 
 CASES = zoo.cases()
 TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])

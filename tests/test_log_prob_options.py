@@ -14,7 +14,7 @@ from oracles_log_prob import log_probs
 from test_log_prob import KEPT, POS, asked, layers_of, literal
 
 import tl_contextmix as cm
-from tl_contextmix.inputs.targets import single_token, target_tokens
+from tl_contextmix.adapters.inputs.targets import single_token, target_tokens
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])

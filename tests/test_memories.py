@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
-from tl_contextmix import memories, unembed
-from tl_contextmix.memories import CASES, cases
-from tl_contextmix.memories import values as value_vectors
-from tl_contextmix.model_view import Readout
-from tl_contextmix.tensors import Norm
-from tl_contextmix.unembed import Unembedding
+from tl_contextmix.core import readout as unembed
+from tl_contextmix.core.model_view import Readout
+from tl_contextmix.core.readout import Unembedding
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine import memory_coefficients as memories
+from tl_contextmix.engine.memory_coefficients import CASES, cases
+from tl_contextmix.engine.memory_coefficients import values as value_vectors
 
 ALL = [case for case in zoo.cases() if case.family != "attn_only"]
 READ = [case for case in ALL if case.family not in zoo.OPAQUE_FEED_FORWARD]
@@ -254,7 +255,7 @@ def test_options_change_what_they_name() -> None:
     assert torch.equal(folded.ids, frozen.ids)
     view = view_of(model)
     last = view.blocks()[-1].resid_out
-    from tl_contextmix.inputs import Given, make_batch
+    from tl_contextmix.adapters.inputs import Given, make_batch
 
     stream = view.run(make_batch(view, Given(tokens)), [last])[last]
     scale = view.readout.norm.scale(stream).mean()

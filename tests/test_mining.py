@@ -19,11 +19,11 @@ import zoo
 from asked import case_of, view_of
 
 import tl_contextmix as cm
-from tl_contextmix.corpus.reading import open_corpus
-from tl_contextmix.corpus.shards import TooLong, frame_of
-from tl_contextmix.corpus.topk import TopK
-from tl_contextmix.inputs import Given, make_batch
-from tl_contextmix.memories import coefficients
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.engine.memory_coefficients import coefficients
+from tl_contextmix.methods.memories.corpus_formats import open_corpus
+from tl_contextmix.methods.memories.shards import TooLong, frame_of
+from tl_contextmix.methods.memories.topk import TopK
 
 WORDS = "cat sat paris france dog mat the a is of in on".split()
 
@@ -306,7 +306,7 @@ def test_one_shard_at_a_time_gives_the_same_bytes(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, corpus, options, whole = shared
-    from tl_contextmix.corpus import mining
+    from tl_contextmix.methods.memories import mining
 
     save = mining.save_part
     stops = 0
@@ -335,7 +335,7 @@ def test_one_shard_at_a_time_gives_the_same_bytes(
 def stopped(shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that was stopped after its third shard."""
     model, corpus, options, _ = shared
-    from tl_contextmix.corpus import mining
+    from tl_contextmix.methods.memories import mining
 
     save, calls = mining.save_part, []
 
@@ -497,7 +497,7 @@ def test_bad_questions_are_refused(
 def test_more_triggers_than_memory_may_hold_are_warned_of(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("tl_contextmix.corpus.miner._MANY_BYTES", 100_000)
+    monkeypatch.setattr("tl_contextmix.methods.memories.miner._MANY_BYTES", 100_000)
     with pytest.warns(cm.ContextMixWarning, match=r"the 1,000 highest contexts of \d+ memories"):
         cm.mine_triggers(shared[0], ["the cat sat"], out=tmp_path / "mined", k=1000)
 

@@ -13,7 +13,7 @@ from asked import case_of, view_of
 from test_mining import every_coefficient, result, search, texts
 
 import tl_contextmix as cm
-from tl_contextmix.corpus.topk import TopK, first_of_each, hash_prefixes
+from tl_contextmix.methods.memories.topk import TopK, first_of_each, hash_prefixes
 
 pytestmark = pytest.mark.once
 
@@ -71,7 +71,7 @@ def test_dropping_equals_a_search_through_distinct_contexts(
 
 
 def test_a_run_that_was_stopped_keeps_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tl_contextmix.corpus import mining
+    from tl_contextmix.methods.memories import mining
 
     model, corpus = zoo.build(case_of("gpt2"), dtype=torch.float32), repetitive()
     options = {"k": 4, "shard_size": 8, "batch_size": 3, "duplicates": "drop"}

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from test_mining import result, texts
 
 import tl_contextmix as cm
-from tl_contextmix.corpus.alone import alone
+from tl_contextmix.methods.memories.file_lock import alone
 
 pytestmark = pytest.mark.once
 
@@ -250,7 +250,9 @@ def test_a_finished_part_is_not_mined_again(
 ) -> None:
     model, corpus, path = part
     shutil.copy(path, tmp_path)
-    monkeypatch.setattr("tl_contextmix.corpus.mining.save_part", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(
+        "tl_contextmix.methods.memories.mining.save_part", lambda *_: pytest.fail("written")
+    )
     assert cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS) is None
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
@@ -278,7 +280,7 @@ def test_where_there_are_no_locks_one_is_done_without(
             path.unlink()
 
     if locks == "this system":
-        monkeypatch.setattr("tl_contextmix.corpus.alone.fcntl", None)
+        monkeypatch.setattr("tl_contextmix.methods.memories.file_lock.fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "flock", flock)
     with alone(path):
@@ -327,7 +329,9 @@ def test_a_folder_without_the_right_to_write_is_found_out_first(
     """Opening is refused as on a read-only disk: the tests may run as root, who may write all."""
     model, corpus, whole = mined
     passes: list[int] = []
-    monkeypatch.setattr("tl_contextmix.corpus.mining.run_part", lambda *_: passes.append(1))
+    monkeypatch.setattr(
+        "tl_contextmix.methods.memories.mining.run_part", lambda *_: passes.append(1)
+    )
     opened = os.open
 
     def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:

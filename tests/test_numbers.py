@@ -20,7 +20,7 @@ pytest.importorskip("tables", reason="the benchmarks are part of the repository 
 import tables
 
 import tl_contextmix as cm
-from tl_contextmix.hosts import reading
+from tl_contextmix.adapters import reading
 
 pytestmark = pytest.mark.once
 CASES = {case.family: case for case in zoo.cases()}

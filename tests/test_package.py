@@ -7,7 +7,9 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +21,21 @@ PACKAGE = ROOT / "tl_contextmix"
 
 # Import direction
 
-# A unit is a module or a sub-package; each may import the units of the lines above its own.
+# The rooms, lowest first: a folder or module may import itself and the rows above its own.
 LAYERS = [
     {"errors"},
-    {"panels", "storage", "tensors", "activations", "ranks", "operations", "sequences"},
+    {"core", "plotting", "demo_models"},
     {"results"},
-    {"blocks"},
-    {"model_view"},
-    {"identity", "inputs", "expansion", "folding"},
-    {"hosts"},
-    {"decompose", "replay", "propagate", "layerwise"},
-    {"unembed"},
-    {"stream", "vocabulary"},
-    {"attribution", "selection", "memories"},
-    {"readers"},
-    {"methods", "corpus"},
+    {"adapters"},
+    {"engine"},
+    {"methods"},
+    {"evaluation"},
+    {"reporting", "arguments", "__init__", "__main__"},
 ]
-# Units beside the layers: no layer imports them, and they import only what is listed.
-ASIDE = {
-    "render": {"errors", "panels", "results"},
-    "cite": {"errors", "results"},
-    "rollout": {"errors", "panels", "tensors", "results"},
-    "evaluate": {"errors", "ranks", "results", "blocks", "model_view", "inputs", "hosts"},
-    "demo_models": {"errors"},
-    "loading": {"errors", "demo_models"},
-    "arguments": {"errors"},
-    "dry_run": set(),
-    "stand_in": {"dry_run", "operations", "blocks", "model_view"},
-    "estimate": {
-        *("dry_run", "errors", "hosts", "inputs", "model_view", "operations", "results"),
-        "stand_in",
-    },
-}
-# No unit above imports these; they import anything.
-TOP = {"__init__", "compare", "report", "__main__"}
-# Allowed inside a function only: a result shows itself and rolls itself out.
-DELAYED = {("results", "render"), ("results", "rollout"), ("corpus", "render")}
 
 
 def _allowed() -> dict[str, set[str]]:
-    table = {name: set(units) for name, units in ASIDE.items()}
+    table: dict[str, set[str]] = {}
     below: set[str] = set()
     for layer in LAYERS:
         table |= {name: set(below) for name in layer}
@@ -80,22 +57,16 @@ def _parse(module: str) -> ast.Module:
     return ast.parse((PACKAGE / module).read_text())
 
 
-def _imports(tree: ast.AST) -> Iterator[tuple[list[str], bool]]:
-    """Every module of the package that a tree imports, and whether a function delays it.
+def _imports(tree: ast.AST) -> Iterator[list[str]]:
+    """Every module of the package that a tree imports, for types and inside functions too.
 
     `from tl_contextmix.a import b` counts as a.b: whether b is a module is the caller's affair.
     """
-
-    def walk(node: ast.AST, delayed: bool) -> Iterator[tuple[list[str], bool]]:
-        for child in ast.iter_child_nodes(node):
-            for name in _imported_names(child):
-                head, *rest = name.split(".")
-                if head == "tl_contextmix":
-                    yield rest, delayed
-            later = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or _for_types(child)
-            yield from walk(child, delayed or later)
-
-    yield from walk(tree, False)
+    for node in ast.walk(tree):
+        for name in _imported_names(node):
+            head, *rest = name.split(".")
+            if head == "tl_contextmix":
+                yield rest
 
 
 def _imported_names(node: ast.AST) -> list[str]:
@@ -107,14 +78,10 @@ def _imported_names(node: ast.AST) -> list[str]:
     return []
 
 
-def _for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_has_a_place(module: str):
     unit = _dotted(module)[0]
-    assert unit in {*ALLOWED, *TOP}, f"{module}: give {unit} a row in LAYERS, ASIDE or TOP"
+    assert unit in ALLOWED, f"{module}: give {unit} a row in LAYERS"
 
 
 def _wrong_imports(own: str, tree: ast.AST) -> list[str]:
@@ -124,10 +91,9 @@ def _wrong_imports(own: str, tree: ast.AST) -> list[str]:
     them: it imports everything.
     """
     wrong = []
-    for target, delayed in _imports(tree):
+    for target in _imports(tree):
         unit = target[0] if target else "__init__"
-        late = delayed and (own, unit) in DELAYED
-        if own not in TOP and unit != own and not late and unit not in ALLOWED.get(own, ()):
+        if own not in LAYERS[-1] and unit != own and unit not in ALLOWED.get(own, ()):
             wrong.append(".".join(target) or "tl_contextmix")
     return wrong
 
@@ -139,30 +105,57 @@ def test_imports_point_one_way(module: str):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("methods/")])
 def test_methods_never_import_each_other(module: str):
+    """Those of one folder share what is theirs."""
     own = _dotted(module)
-    for target, _ in _imports(_parse(module)):
-        assert target[:1] != ["methods"] or own == ["methods"], f"{module} imports {target}"
+    for target in _imports(_parse(module)):
+        assert target[0] != "methods" or target[1] == own[1], f"{module} imports {target}"
 
 
 def test_the_import_rules_can_fail():
     tree = ast.parse(
-        "from tl_contextmix import tensors\n"
-        "from tl_contextmix.hosts import as_view\n"
-        "def show():\n    import tl_contextmix.render.page\n"
+        "from tl_contextmix import core\n"
+        "from tl_contextmix.adapters import as_view\n"
+        "def show():\n    import tl_contextmix.reporting.story\n"
     )
-    assert list(_imports(tree)) == [
-        (["tensors"], False),
-        (["hosts", "as_view"], False),
-        (["render", "page"], True),
-    ]
-    assert _wrong_imports("results", tree) == ["hosts.as_view"]
-    assert _wrong_imports("model_view", tree) == ["hosts.as_view", "render.page"]
-    assert _wrong_imports("decompose", tree) == ["render.page"]
+    assert list(_imports(tree)) == [["core"], ["adapters", "as_view"], ["reporting", "story"]]
+    assert _wrong_imports("plotting", tree) == ["core", "adapters.as_view", "reporting.story"]
+    assert _wrong_imports("results", tree) == ["adapters.as_view", "reporting.story"]
+    assert _wrong_imports("methods", tree) == ["reporting.story"]
     assert _wrong_imports("__main__", tree) == []
     face = ast.parse("import tl_contextmix as cm\nfrom tl_contextmix import attention_norms")
     assert _wrong_imports("methods", face) == ["tl_contextmix", "attention_norms"]
-    upwards = ast.parse("from tl_contextmix import report, methods\nimport tl_contextmix.__main__")
-    assert _wrong_imports("decompose", upwards) == ["report", "methods", "__main__"]
+    up = ast.parse("from tl_contextmix import reporting, methods\nimport tl_contextmix.__main__")
+    assert _wrong_imports("engine", up) == ["reporting", "methods", "__main__"]
+    with pytest.raises(CycleError):
+        _order({"a": {"b"}, "b": {"a"}})
+
+
+def _order(imports: dict[str, set[str]]) -> list[str]:
+    return list(TopologicalSorter(imports).static_order())
+
+
+def test_no_imports_go_round_in_a_circle():
+    modules = {".".join(_dotted(module)): module for module in MODULES}
+    imports = {
+        name: {
+            ".".join(target[:size])
+            for target in _imports(_parse(module))
+            # The module that is named, or the folder's own face.
+            for size in [len(target) if ".".join(target) in modules else len(target) - 1]
+            if ".".join(target[:size]) in modules
+        }
+        for name, module in modules.items()
+    }
+    assert len(_order(imports)) == len(MODULES)
+
+
+def test_the_house_is_small_enough_to_draw():
+    assert len(LAYERS) <= 8
+    assert len([module for module in MODULES if "/" not in module]) <= 5
+    files = [_dotted(module)[-1] for module in MODULES if not module.endswith("/__init__.py")]
+    folders = [_dotted(module)[-1] for module in MODULES if module.endswith("/__init__.py")]
+    names = files + [name for name in folders if name != "__init__"]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
 # Knowledge of the host
@@ -196,14 +189,14 @@ def _found(pattern: re.Pattern[str], tree: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_hosts_knows_hook_names(module: str):
-    if _dotted(module)[0] != "hosts":
+def test_only_adapters_know_hook_names(module: str):
+    if _dotted(module)[0] != "adapters":
         assert _found(HOOK_NAMES, _parse(module)) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_hosts_and_loading_know_class_names(module: str):
-    if _dotted(module)[0] not in ("hosts", "loading"):
+def test_only_adapters_know_class_names(module: str):
+    if _dotted(module)[0] != "adapters":
         assert _found(CLASS_NAMES, _parse(module)) == []
 
 
@@ -254,17 +247,8 @@ def _run_python(code: str) -> str:
     return done.stdout
 
 
-def test_functions_that_name_the_package_can_be_sent_to_other_processes():
-    import copy
-
-    import tl_contextmix
-
-    # Copying takes what pickling would send.
-    assert copy.deepcopy(tl_contextmix) is tl_contextmix
-
-
 def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
-    from tl_contextmix.inputs import package_version
+    from tl_contextmix.adapters.inputs import package_version
 
     assert re.match(r"\d+\.\d+", package_version())
     monkeypatch.setattr("importlib.metadata.Distribution.discover", lambda **_: iter(()))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import linear_points, norms_at, parts_at_all
-from tl_contextmix.expansion import Expansion
+from tl_contextmix.core.feed_forward_parts import Expansion
+from tl_contextmix.engine.parts import linear_points, norms_at, parts_at_all
 
 pytestmark = pytest.mark.once
 EVERY_CHECK: Any = list(HealthCheck)

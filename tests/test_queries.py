@@ -12,9 +12,9 @@ from asked import bound, case_of, host_trace, keywords, relative, shared, view_o
 from test_log_prob import POS
 
 import tl_contextmix as cm
-from tl_contextmix.attribution import By
-from tl_contextmix.panels import Table
-from tl_contextmix.results.contributions import SCORES
+from tl_contextmix.engine.log_prob_scores import By
+from tl_contextmix.plotting.panels import Table
+from tl_contextmix.results.log_prob_contributions import SCORES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 

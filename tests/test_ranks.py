@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_contextmix.ranks import (
+from tl_contextmix.core.statistics import (
     average_precision,
     bootstrap_interval,
     expected_average_precision,
     kendall,
 )
-from tl_contextmix.sequences import resampled_interval
+from tl_contextmix.core.text_metrics import resampled_interval
 
 
 def precision_of(order: tuple[int, ...], relevant: Tensor) -> float:

@@ -29,7 +29,7 @@ options = {"k": 4, "shard_size": 8, "batch_size": 4, "checkpoint_seconds": 0.0}
 
 def load():
     torch.set_num_threads(1)
-    from tl_contextmix.corpus import mining
+    from tl_contextmix.methods.memories import mining
     save = mining.save_part
 
     def once(part, folder):

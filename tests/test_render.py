@@ -21,12 +21,13 @@ import pytest
 import torch
 
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
-from tl_contextmix.render import Page, Section, still
-from tl_contextmix.render import library as circuitsvis_library
-from tl_contextmix.render import page as page_module
-from tl_contextmix.render.heatmap import range_of
-from tl_contextmix.render.text import for_circuitsvis, number, visible
+from tl_contextmix.plotting import Page, Section
+from tl_contextmix.plotting import circuitsvis_source as circuitsvis_library
+from tl_contextmix.plotting import page as page_module
+from tl_contextmix.plotting import still_picture as still
+from tl_contextmix.plotting.display_text import for_circuitsvis, number, visible
+from tl_contextmix.plotting.heatmap import range_of
+from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 
 pytestmark = pytest.mark.once
 
@@ -486,7 +487,7 @@ def test_of_many_heads_the_mean_of_each_layer_is_drawn():
 def test_of_too_many_sheets_no_part_is_drawn(monkeypatch):
     panel = heatmap(torch.rand(6, 100, 100))
     for cells, drawn in ((6 * 8 * 8, True), (6 * 8 * 8 - 1, False)):
-        monkeypatch.setattr("tl_contextmix.render.heatmap.PART_CELLS", cells)
+        monkeypatch.setattr("tl_contextmix.plotting.heatmap.PART_CELLS", cells)
         assert bool(parse(panel).charts()) is drawn
 
 
@@ -549,7 +550,7 @@ def test_large_maps_list_their_largest_numbers():
 
 
 def test_too_many_sheets_are_left_out_with_a_note(monkeypatch):
-    monkeypatch.setattr("tl_contextmix.render.heatmap.PICTURE_CELLS", 30_000)
+    monkeypatch.setattr("tl_contextmix.plotting.heatmap.PICTURE_CELLS", 30_000)
     parsed = parse(heatmap(torch.rand(9, 100, 100)))
     assert len(parsed.all("img")) == 3
     assert "Only the first 3 of 9 sheets" in parsed.text
@@ -565,8 +566,8 @@ def test_more_sheets_are_not_looked_through_more_often(side: int, monkeypatch):
             found.append(panel)
             return real(panel)
 
-        for module in ("heatmap", "still"):
-            monkeypatch.setattr(f"tl_contextmix.render.{module}.range_of", look)
+        for module in ("heatmap", "still_picture"):
+            monkeypatch.setattr(f"tl_contextmix.plotting.{module}.range_of", look)
         Page((heatmap(torch.rand(sheets, side, side + 1)),))._repr_html_()
         return len(found)
 
@@ -785,7 +786,7 @@ def test_open_shows_a_saved_page(monkeypatch):
 def test_importing_render_does_not_import_circuitsvis():
     root = str(Path(page_module.__file__).parents[2])
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import tl_contextmix.render as r; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import tl_contextmix.plotting as r; "
         "r.Page(()).html(); print('circuitsvis' in sys.modules, 'pandas' in sys.modules)"
     )
     found = subprocess.run(

@@ -20,8 +20,8 @@ from matplotlib.text import Text
 from test_render import heatmap, hostile_panels
 
 from tl_contextmix.errors import ContextMixError, InvalidInput
-from tl_contextmix.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
-from tl_contextmix.render import draw_figure
+from tl_contextmix.plotting import draw_figure
+from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 
 pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", "</s>")
@@ -208,7 +208,7 @@ def test_a_chart_has_no_sheets():
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("tl_contextmix.render.paper.find_spec", lambda name: None)
+    monkeypatch.setattr("tl_contextmix.plotting.matplotlib_export.find_spec", lambda name: None)
     with pytest.raises(ContextMixError, match=r'pip install "tl-contextmix\[figures\]"'):
         random_map().figure()
 

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
-from tl_contextmix.activations import ACTIVATIONS
-from tl_contextmix.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
-from tl_contextmix.hosts import as_view
-from tl_contextmix.loading import HostClass
-from tl_contextmix.replay import Replay, batch_rows, replay
-from tl_contextmix.tensors import Norm
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.loading import HostClass
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.value_ablation import Replay, batch_rows, replay
 
 
 def made(
@@ -282,7 +282,7 @@ def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPat
     d_model, neurons = blocks[0].feed_forward.branches()[0][0].shape
     size = 8 * len(blocks) * d_model * neurons  # as many heads' dimensions as d_model, in float64
     for limit, kept in ((size, True), (size - 1, False)):
-        monkeypatch.setattr("tl_contextmix.hosts.building.FOLD_BYTES", limit)
+        monkeypatch.setattr("tl_contextmix.adapters.building.FOLD_BYTES", limit)
         model = zoo.build(case)
         blocks = as_view(model).blocks()
         assert [block.folds is not None for block in blocks] == [kept] * len(blocks)

@@ -19,25 +19,25 @@ import zoo
 from test_render import Parsed
 
 from tl_contextmix import __main__ as command_line
-from tl_contextmix.cite import WORKS
-from tl_contextmix.compare import compare, demo_pairs
-from tl_contextmix.corpus import mine_triggers
-from tl_contextmix.decompose import POINTS
+from tl_contextmix.adapters import as_view, check
+from tl_contextmix.adapters.loading import load_demo
+from tl_contextmix.engine.citations import WORKS
+from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
-from tl_contextmix.hosts import as_view, check
-from tl_contextmix.loading import load_demo
-from tl_contextmix.methods.changes import amplified_pairs, contextualization_change
-from tl_contextmix.methods.ff_memories import ff_memories
-from tl_contextmix.methods.knockout import knockout
-from tl_contextmix.methods.log_prob import log_prob_contributions
+from tl_contextmix.evaluation.compare import compare, demo_pairs
+from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
+from tl_contextmix.methods.log_prob.knockout import knockout
+from tl_contextmix.methods.memories import mine_triggers
+from tl_contextmix.methods.memories.ff_memories import ff_memories
+from tl_contextmix.methods.memories.token_memory import token_memory
+from tl_contextmix.methods.norm_changes import amplified_pairs, contextualization_change
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
-from tl_contextmix.methods.token_memory import token_memory
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.panels import Bars, Curves, Heatmap, Samples, Table
-from tl_contextmix.render import Page, Section, colors
-from tl_contextmix.report import build_report, report, sections, story, write_report
-from tl_contextmix.report.sections import SectionName
-from tl_contextmix.report.story import default_text, read
+from tl_contextmix.plotting import Page, Section, colors
+from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
+from tl_contextmix.reporting import build_report, report, sections, story, write_report
+from tl_contextmix.reporting.sections import SectionName
+from tl_contextmix.reporting.story import default_text, read
 
 TEXT = "the keys to the cabinet"
 MASKED = "the keys to the cabinet [MASK] old ."
@@ -357,7 +357,7 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
 
 def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypatch):
     for module in ("memories", "comparison"):
-        module = importlib.import_module(f"tl_contextmix.report.{module}")
+        module = importlib.import_module(f"tl_contextmix.reporting.{module}_section")
         monkeypatch.setattr(module, "DEMO_NAMES", ())
     page = build_report(causal, TEXT, sections=["memories", "comparison"])
     assert left_out(page) == {}

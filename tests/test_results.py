@@ -16,7 +16,7 @@ import unchecked
 from hand_built import PROVENANCE, map_of, random_map, tokens
 
 from tl_contextmix.errors import ContextMixWarning, InvalidInput
-from tl_contextmix.panels import Bars, ColoredText, Heatmap, Table
+from tl_contextmix.plotting.panels import Bars, ColoredText, Heatmap, Table
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
@@ -627,7 +627,7 @@ _SETTING = """
 import numpy as np
 import torch
 from hand_built import map_of, random_map, tokens
-from tl_contextmix.methods.changes import amplified_pairs
+from tl_contextmix.methods.norm_changes import amplified_pairs
 from tl_contextmix.results import *
 map = random_map(head=2)
 """

@@ -17,7 +17,6 @@ import torch
 from hand_built import PROVENANCE, random_map
 from safetensors import safe_open
 
-from tl_contextmix import storage
 from tl_contextmix.errors import FileFormatError, InvalidInput
 from tl_contextmix.results import (
     ContextMap,
@@ -27,6 +26,7 @@ from tl_contextmix.results import (
     Provenance,
     Result,
     Tokens,
+    storage,
 )
 
 EACH = [

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tl_contextmix.tensors import Mixture, Norm, Read, Support, blocks
+from tl_contextmix.core.token_sums import Mixture, Norm, Read, Support, blocks
 
 pytestmark = pytest.mark.once
 

@@ -18,10 +18,10 @@ from test_mining import WORDS, texts
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
-from tl_contextmix.corpus.composition import draw
-from tl_contextmix.corpus.patterns import common
 from tl_contextmix.demo_models.grammar import Grammar
-from tl_contextmix.memories import CASES, values
+from tl_contextmix.engine.memory_coefficients import CASES, values
+from tl_contextmix.methods.memories.composition import draw
+from tl_contextmix.methods.memories.trigger_patterns import common
 
 pytestmark = pytest.mark.once
 
@@ -235,7 +235,7 @@ def test_exports(mined: Any, tmp_path: Path) -> None:
 
 
 def test_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
-    from tl_contextmix.corpus.exports import _plain
+    from tl_contextmix.methods.memories.exports import _plain
 
     assert [_plain(text) for text in ("=1+1", "-x", "the cat")] == ["'=1+1", "'-x", "the cat"]
 

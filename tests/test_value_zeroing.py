@@ -14,9 +14,9 @@ from asked import FLOAT32_INSIDE, bound, case_of, host_trace, keywords, relative
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import SpanRows
-from tl_contextmix.model_view import StackName
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 

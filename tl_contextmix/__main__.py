@@ -10,14 +10,14 @@ import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tl_contextmix.corpus import load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.adapters import check
+from tl_contextmix.adapters.inputs import package_version
+from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad
-from tl_contextmix.hosts import check
-from tl_contextmix.inputs import package_version
-from tl_contextmix.loading import load_model
-from tl_contextmix.report import DEFAULT_MODEL, DEFAULT_PATH, write_report
-from tl_contextmix.report.comparison import COMPARED, COMPARISON_PATH, write_comparison
-from tl_contextmix.report.sections import SECTIONS
+from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.reporting import DEFAULT_MODEL, DEFAULT_PATH, write_report
+from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison
+from tl_contextmix.reporting.sections import SECTIONS
 
 _MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
 

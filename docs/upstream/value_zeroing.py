@@ -42,11 +42,16 @@ from transformer_lens.tools.analysis._model_state import (
     require_int,
 )
 
-from tl_contextmix.blocks import Batch, Block, Side, Trace
-from tl_contextmix.hosts.reading import Handle, block_lists, candidates, final_norms
-from tl_contextmix.identity.probe import Probe, relative_error, settle_block, tolerance_of
+from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
+from tl_contextmix.adapters.verification.probe import (
+    Probe,
+    relative_error,
+    settle_block,
+    tolerance_of,
+)
+from tl_contextmix.core.blocks import Batch, Block, Side, Trace
+from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import Metric, _How
-from tl_contextmix.model_view import StackName
 
 _METRICS, _STACK_NAMES = get_args(Metric), get_args(StackName)
 

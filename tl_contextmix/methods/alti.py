@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tl_contextmix.decompose import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, run_pass
-from tl_contextmix.model_view import StackName
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Mixture, blocks
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
 from tl_contextmix.results import ContextMap
-from tl_contextmix.tensors import Mixture, blocks
 
 
 def alti(

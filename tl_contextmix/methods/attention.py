@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tl_contextmix.decompose import masked
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Text, run_pass
-from tl_contextmix.model_view import StackName
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.parts import masked
 from tl_contextmix.results import ContextMap
 
 

@@ -8,17 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import Block
-from tl_contextmix.decompose import (
-    DEFAULT_MAX_BYTES,
-    Bias,
-    masked,
-    require_bias,
-    require_budget,
-)
-from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import (
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import (
     Cache,
     Given,
     PaddingSide,
@@ -27,10 +18,19 @@ from tl_contextmix.inputs import (
     run_pass,
     select_blocks,
 )
-from tl_contextmix.model_view import ModelView, StackName
-from tl_contextmix.propagate import FrozenStack, freeze_stack, own_parts
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
+from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.engine.parts import (
+    DEFAULT_MAX_BYTES,
+    Bias,
+    masked,
+    require_bias,
+    require_budget,
+)
+from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
-from tl_contextmix.tensors import blocks
 
 # Largest relative error of the sums, by the model's own dtype: rounding over all layers.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}

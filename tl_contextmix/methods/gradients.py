@@ -10,18 +10,18 @@ import numpy
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import Batch, Side
-from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, label, make_batch, provenance
+from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
+from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import (
     UnsupportedModel,
     bad,
     require_choice,
     warn,
 )
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Given, PaddingSide, Text, label, make_batch, provenance
-from tl_contextmix.inputs.targets import ids_of, rows_at
-from tl_contextmix.model_view import ModelView
 from tl_contextmix.results import ContextMap, Tokens
 
 _T = TypeVar("_T")

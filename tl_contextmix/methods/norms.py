@@ -12,7 +12,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from tl_contextmix.decompose import (
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     Bias,
     Point,
@@ -26,11 +30,7 @@ from tl_contextmix.decompose import (
     require_point,
 )
 from tl_contextmix.errors import bad
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import StackName
 from tl_contextmix.results import ContextMap, TokenFigures
-from tl_contextmix.tensors import Mixture
 
 
 @overload
@@ -92,7 +92,7 @@ def attention_norms(
     .. math:: C_{ij} = || F_{ij} ||_2
 
     with :math:`F_{ij}` the part of source ``j`` in the activation of target ``i``
-    (`tl_contextmix.decompose`). By point, with the papers' names:
+    (`tl_contextmix.engine.parts`). By point, with the papers' names:
 
     ============== ============================ ==================================
     ``at``         post-LN (BERT)               pre-LN (GPT-2)

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.blocks import Block, Trace
-from tl_contextmix.decompose import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Norm, blocks
+from tl_contextmix.core.value_ablation import batch_rows, needed_names, replay
+from tl_contextmix.core.words import Spans, merge, require_spans
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
 from tl_contextmix.errors import bad, require_choice
-from tl_contextmix.hosts import as_view
-from tl_contextmix.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
-from tl_contextmix.model_view import StackName
-from tl_contextmix.replay import batch_rows, needed_names, replay
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
-from tl_contextmix.results.words import Spans, merge, require_spans
-from tl_contextmix.tensors import Norm, blocks
 
 Metric = Literal["cosine", "euclidean"]
 SpanRows = Literal["keep", "mean", "max"]

@@ -9,38 +9,38 @@ unless asked for. NaN means "there is no such number"; it is kept by arithmetic 
 out of rankings.
 """
 
+from tl_contextmix.results.ablation import Knockout
+from tl_contextmix.results.active_memories import Memories
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
+from tl_contextmix.results.component_readouts import ComponentReadouts
 from tl_contextmix.results.components import Components
-from tl_contextmix.results.composition import CompositionFigures
 from tl_contextmix.results.context_map import ContextMap
-from tl_contextmix.results.contributions import LogProbContributions
+from tl_contextmix.results.cost_estimate import Estimate, EstimatePart
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.decodings import LayerwiseDecoding
 from tl_contextmix.results.decomposition import Decomposition
-from tl_contextmix.results.estimate import Estimate, EstimatePart
-from tl_contextmix.results.figures import LayerFigures, TokenFigures
-from tl_contextmix.results.knockout import Knockout
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.layer_metrics import LayerFigures, TokenFigures
 from tl_contextmix.results.likelihoods import (
     LIKELIHOOD_METRICS,
     LayerwiseLikelihood,
     LayerwiseScores,
 )
-from tl_contextmix.results.memories import Memories
-from tl_contextmix.results.pairs import Pair, PairChanges
-from tl_contextmix.results.queries import QueryContributions
-from tl_contextmix.results.readouts import ComponentReadouts
+from tl_contextmix.results.log_prob_contributions import LogProbContributions
+from tl_contextmix.results.memory_composition import CompositionFigures
+from tl_contextmix.results.pair_changes import Pair, PairChanges
+from tl_contextmix.results.query_contributions import QueryContributions
 from tl_contextmix.results.scores import Score, ScoreRow
-from tl_contextmix.results.token_memory import TokenMemory
-from tl_contextmix.results.triggers import (
+from tl_contextmix.results.token_memories import TokenMemory
+from tl_contextmix.results.trigger_tables import (
     Pattern,
     Trigger,
     TriggerAgreement,
     TriggerExamples,
     TriggerPatterns,
 )
-from tl_contextmix.results.values import ValueReadouts
+from tl_contextmix.results.value_readouts import ValueReadouts
 
 __all__ = [
     "LIKELIHOOD_METRICS",

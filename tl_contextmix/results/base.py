@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from tl_contextmix import storage
-from tl_contextmix.panels import Panel
+from tl_contextmix.plotting.panels import Panel
+from tl_contextmix.results import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tl_contextmix.render import Page
+    from tl_contextmix.plotting import Page
 
 R = TypeVar("R", bound="Result")
 
@@ -45,14 +45,14 @@ class Shown:
             InvalidInput: If there is no such panel, sheet or font.
             ContextMixError: If matplotlib is not installed (``tl-contextmix[figures]``).
         """
-        from tl_contextmix.render import draw_figure
+        from tl_contextmix.plotting import draw_figure
 
         return draw_figure(self.panels(), panel, sheet=sheet, fonts=fonts)
 
     def _page(self) -> Page:
         # The one import against the direction of the layers: a result must be able to show
         # itself, and nobody should have to know the module that draws.
-        from tl_contextmix.render import Page
+        from tl_contextmix.plotting import Page
 
         return Page(self.panels(), title=type(self).__name__)
 

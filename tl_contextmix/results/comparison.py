@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from tl_contextmix import storage
 from tl_contextmix.errors import bad
-from tl_contextmix.panels import Heatmap, Panel, Table
+from tl_contextmix.plotting.panels import Heatmap, Panel, Table
+from tl_contextmix.results import storage
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.scores import ScoreRow, figure_table

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-from tl_contextmix import storage
 from tl_contextmix.errors import bad
+from tl_contextmix.results import storage
 from tl_contextmix.results.axes import require_shape
 
 _WRITERS = ("attn", "cross_attn", "mlp")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Bool, Float
 
-from tl_contextmix import storage
+from tl_contextmix.core.rollout import roll_out
+from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.errors import bad, warn
-from tl_contextmix.panels import Heatmap, Panel
+from tl_contextmix.plotting.panels import Heatmap, Panel
+from tl_contextmix.results import storage
 from tl_contextmix.results.axes import (
     as_array,
     largest,
@@ -25,7 +27,6 @@ from tl_contextmix.results.axes import (
 )
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance, Tokens
-from tl_contextmix.results.words import Spans, merge, require_spans
 
 if TYPE_CHECKING:
     import pandas
@@ -259,9 +260,21 @@ class ContextMap(Result):
         self, *, add_identity: bool | None = None, encoder: ContextMap | None = None
     ) -> ContextMap:
         """Returns the map multiplied through the layers; see `tl_contextmix.rollout`."""
-        from tl_contextmix.rollout import rollout
-
-        return rollout(self, add_identity=add_identity, encoder=encoder)
+        _require_rollable(self, encoder)
+        memory = None
+        if encoder is not None:
+            memory = encoder.rollout(add_identity=add_identity).scores[:, -1, 0]
+        residual = not self.includes_residual if add_identity is None else add_identity
+        options = {**self.provenance.options, "rollout": True, "add_identity": residual}
+        return replace(
+            self,
+            scores=roll_out(self.scores[:, :, 0], self.target.mask, residual, memory)[:, :, None],
+            bias=None,
+            unit=f"rollout of {self.unit}",
+            includes_residual=self.includes_residual or residual,
+            from_input=True,
+            provenance=replace(self.provenance, options=options),
+        )
 
     def top(self, k: int = 10) -> list[dict[str, Any]]:
         """Returns the ``k`` largest scores with their labels, largest first; no padding, no NaN.
@@ -398,3 +411,45 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor) -> None:
                 "0 wherever source or target is padding",
                 "Fill them with 0 before building the map.",
             )
+
+
+def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
+    if len(map.heads) != 1:
+        _refuse(
+            f"{len(map.heads)} heads", "one map per layer", "Take .mean('head') or sum the heads."
+        )
+    _require_tokens(map, encoder)
+    if map.layers != tuple(range(len(map.layers))):
+        _refuse(
+            f"layers {list(map.layers)}",
+            "all layers from 0 in order",
+            "Compute the map for every layer (layer=None).",
+        )
+    if map.from_input:
+        _refuse(map.unit, "maps of single layers", "Roll the map out once.")
+
+
+def _require_tokens(map: ContextMap, encoder: ContextMap | None) -> None:
+    """Checks that targets are the first sources, and the others those of the encoder's map."""
+    rows = [*range(len(map.target.strings))]
+    length = map.target.ids.shape[1]
+    places = [*range(map.source.ids.shape[1])]
+    first, others = (map.source.select(rows, part) for part in (places[:length], places[length:]))
+    if not map.target.equals(first) or (encoder is None and places[length:]):
+        _refuse(
+            f"targets of {map.target.sides}, sources of {map.source.sides}",
+            "the same tokens on both axes, or a decoder's tokens followed by its encoder's",
+            "Use the encoder stack, pass the encoder's map as encoder=, "
+            "select(source='decoder') to leave the encoder's tokens out, or take the same "
+            "positions on both axes.",
+        )
+    if encoder is not None and not encoder.target.equals(others):
+        _refuse(
+            f"an encoder map of {encoder.target.sides}, sources of {map.source.sides}",
+            "the encoder's map of the same input",
+            "Pass the map of stack='encoder' for a decoder that reads an encoder, and none else.",
+        )
+
+
+def _refuse(seen: str, expected: str, remedy: str) -> NoReturn:
+    raise bad("this map cannot be rolled out", seen, expected, remedy)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_contextmix import storage
+from tl_contextmix.core.text_metrics import Figure, resampled_interval
 from tl_contextmix.errors import bad
-from tl_contextmix.panels import Curves, Panel, Table
+from tl_contextmix.plotting.panels import Curves, Panel, Table
+from tl_contextmix.results import storage
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
-from tl_contextmix.sequences import Figure, resampled_interval
 
 if TYPE_CHECKING:
     import pandas

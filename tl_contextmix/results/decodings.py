@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Bool, Float, Int
 
-from tl_contextmix import storage
-from tl_contextmix.errors import InvalidInput, bad
-from tl_contextmix.panels import Panel, Table
-from tl_contextmix.results.axes import as_array, require_shape
-from tl_contextmix.results.base import Result
-from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
-from tl_contextmix.results.labels import Provenance
-from tl_contextmix.sequences import (
+from tl_contextmix.core.text_metrics import (
     DEFAULT_METRICS,
     UNREFERENCED_METRICS,
     Metric,
@@ -27,6 +20,13 @@ from tl_contextmix.sequences import (
     metric_items,
     words,
 )
+from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
+from tl_contextmix.results.labels import Provenance
 
 if TYPE_CHECKING:
     import pandas

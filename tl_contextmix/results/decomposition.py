@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from tl_contextmix import storage
-from tl_contextmix.panels import Panel
+from tl_contextmix.plotting.panels import Panel
+from tl_contextmix.results import storage
 from tl_contextmix.results.axes import real_pairs, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.context_map import ContextMap

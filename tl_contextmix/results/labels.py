@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
-from tl_contextmix import storage
+from tl_contextmix.core.words import Spans, find_words
 from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.results import storage
 from tl_contextmix.results.axes import require_shape
-from tl_contextmix.results.words import Spans, find_words
 
 
 @storage.storable

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 
-from tl_contextmix import storage
+from tl_contextmix.core.text_metrics import metric_items, ratio
 from tl_contextmix.errors import bad
-from tl_contextmix.panels import Bars, Heatmap, Panel
+from tl_contextmix.plotting.panels import Bars, Heatmap, Panel
+from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, positions, require_choice, require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.curves import (
@@ -22,7 +23,6 @@ from tl_contextmix.results.curves import (
     require_no_whole,
 )
 from tl_contextmix.results.labels import Provenance, Tokens
-from tl_contextmix.sequences import metric_items, ratio
 
 if TYPE_CHECKING:
     import pandas

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from tl_contextmix import storage
-from tl_contextmix.panels import Panel, Table
+from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.results import storage
 from tl_contextmix.results.base import Result
 
 if TYPE_CHECKING:

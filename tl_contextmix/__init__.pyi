@@ -1,0 +1,211 @@
+# Public names and where they are defined, for lazy_loader, type checkers and IDEs.
+from .adapters import (
+    check as check,
+)
+from .adapters.loading import (
+    load_demo as load_demo,
+)
+from .adapters.loading import (
+    load_model as load_model,
+)
+from .engine.citations import (
+    cite as cite,
+)
+from .errors import (
+    ContextMixError as ContextMixError,
+)
+from .errors import (
+    ContextMixWarning as ContextMixWarning,
+)
+from .errors import (
+    FileFormatError as FileFormatError,
+)
+from .errors import (
+    InvalidInput as InvalidInput,
+)
+from .errors import (
+    UnsupportedModel as UnsupportedModel,
+)
+from .evaluation import (
+    MinimalPair as MinimalPair,
+)
+from .evaluation import (
+    agreement as agreement,
+)
+from .evaluation import (
+    cue_alignment as cue_alignment,
+)
+from .evaluation import (
+    faithfulness as faithfulness,
+)
+from .evaluation import (
+    load_minimal_pairs as load_minimal_pairs,
+)
+from .evaluation.compare import (
+    compare as compare,
+)
+from .evaluation.compare import (
+    demo_pairs as demo_pairs,
+)
+from .evaluation.cost.estimate import (
+    estimate as estimate,
+)
+from .methods.alti import (
+    alti as alti,
+)
+from .methods.attention import (
+    attention as attention,
+)
+from .methods.decoder_lens.lens import (
+    decoder_lens as decoder_lens,
+)
+from .methods.decompose import (
+    decompose as decompose,
+)
+from .methods.decompx import (
+    decompx as decompx,
+)
+from .methods.decompx import (
+    decompx_vectors as decompx_vectors,
+)
+from .methods.globenc import (
+    globenc as globenc,
+)
+from .methods.gradients import (
+    gradient_x_input as gradient_x_input,
+)
+from .methods.gradients import (
+    integrated_gradients as integrated_gradients,
+)
+from .methods.log_prob.contributions import (
+    log_prob_contributions as log_prob_contributions,
+)
+from .methods.log_prob.knockout import (
+    knockout as knockout,
+)
+from .methods.log_prob.queries import (
+    query_contributions as query_contributions,
+)
+from .methods.log_prob.readouts import (
+    component_readouts as component_readouts,
+)
+from .methods.map_rollout import (
+    rollout as rollout,
+)
+from .methods.memories import (
+    Triggers as Triggers,
+)
+from .methods.memories import (
+    composition as composition,
+)
+from .methods.memories import (
+    load_triggers as load_triggers,
+)
+from .methods.memories import (
+    merge_triggers as merge_triggers,
+)
+from .methods.memories import (
+    mine_on_ray as mine_on_ray,
+)
+from .methods.memories import (
+    mine_triggers as mine_triggers,
+)
+from .methods.memories.ff_memories import (
+    ff_memories as ff_memories,
+)
+from .methods.memories.ff_values import (
+    ff_values as ff_values,
+)
+from .methods.memories.token_memory import (
+    token_memory as token_memory,
+)
+from .methods.norm_changes import (
+    amplified_pairs as amplified_pairs,
+)
+from .methods.norm_changes import (
+    cancellation as cancellation,
+)
+from .methods.norm_changes import (
+    contextualization_change as contextualization_change,
+)
+from .methods.norms import (
+    attention_norms as attention_norms,
+)
+from .methods.norms import (
+    mixing_ratio as mixing_ratio,
+)
+from .methods.value_zeroing import (
+    value_zeroing as value_zeroing,
+)
+from .reporting import (
+    report as report,
+)
+from .results import (
+    Comparison as Comparison,
+)
+from .results import (
+    ComponentReadouts as ComponentReadouts,
+)
+from .results import (
+    CompositionFigures as CompositionFigures,
+)
+from .results import (
+    ContextMap as ContextMap,
+)
+from .results import (
+    Decomposition as Decomposition,
+)
+from .results import (
+    Estimate as Estimate,
+)
+from .results import (
+    Knockout as Knockout,
+)
+from .results import (
+    LayerCurves as LayerCurves,
+)
+from .results import (
+    LayerFigures as LayerFigures,
+)
+from .results import (
+    LayerwiseDecoding as LayerwiseDecoding,
+)
+from .results import (
+    LayerwiseLikelihood as LayerwiseLikelihood,
+)
+from .results import (
+    LayerwiseScores as LayerwiseScores,
+)
+from .results import (
+    LogProbContributions as LogProbContributions,
+)
+from .results import (
+    Memories as Memories,
+)
+from .results import (
+    PairChanges as PairChanges,
+)
+from .results import (
+    QueryContributions as QueryContributions,
+)
+from .results import (
+    Score as Score,
+)
+from .results import (
+    TokenFigures as TokenFigures,
+)
+from .results import (
+    TokenMemory as TokenMemory,
+)
+from .results import (
+    TriggerAgreement as TriggerAgreement,
+)
+from .results import (
+    TriggerExamples as TriggerExamples,
+)
+from .results import (
+    TriggerPatterns as TriggerPatterns,
+)
+from .results import (
+    ValueReadouts as ValueReadouts,
+)

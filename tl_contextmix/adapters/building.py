@@ -1,0 +1,243 @@
+"""Builds the view of a model: its blocks read, settled by the probe, and checked."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters.cache_names import cache_reader
+from tl_contextmix.adapters.host_readout import read_readout
+from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
+from tl_contextmix.adapters.recognition import Facts, host_version
+from tl_contextmix.adapters.refusals import solu_refusal
+from tl_contextmix.adapters.running import make_runner
+from tl_contextmix.adapters.tokenizers import (
+    make_encode,
+    make_encode_decoder,
+    make_pad_id,
+    make_pieces,
+    make_to_string,
+    special_ids,
+)
+from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
+from tl_contextmix.adapters.verification import (
+    CheckRow,
+    IdentityReport,
+    Probe,
+    check_rows,
+    readout_row,
+    require_followed,
+    run_probe,
+    settle_block,
+    tolerance_of,
+)
+from tl_contextmix.adapters.weight_processing import find_processing
+from tl_contextmix.core.activations import Activation
+from tl_contextmix.core.blocks import FOLD_BYTES, Block
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts
+
+
+def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
+    """Returns the view of a model and how well it reproduces the model.
+
+    Hooks of the user's own are off meanwhile: the weights are read for what they are, and what
+    the hooks do to a pass is checked on that pass.
+    """
+    model = facts.model
+    handle = _handle(facts)
+    # A host's own activation may have trained parameters (xIELU).
+    with without_hooks(model), _unreadable(facts), torch.no_grad():
+        lists = block_lists(model, facts.encoder_only)
+        readings = {
+            stack: [list(candidates(handle, stack, prefix, layer)) for layer in range(len(blocks))]
+            for stack, (prefix, blocks) in lists.items()
+        }
+        first = {
+            stack: tuple(options[0] for options in blocks) for stack, blocks in readings.items()
+        }
+        view = _unsettled(facts, handle, first, fingerprint)
+        probe = run_probe(view)
+        stacks = {
+            stack: _settle(handle, lists[stack][0], blocks, probe)
+            for stack, blocks in readings.items()
+        }
+        stacks = _with_folds(stacks, handle.dtype)
+        every = [block for blocks in stacks.values() for block in blocks]
+        view = replace(view, stacks=stacks, processing=find_processing(facts, every))
+        view, last = _settle_readout(view, probe)
+        view = replace(view, limits=_limits(view))
+        rows = (*check_rows(view, probe), *last)
+    name = f"{view.name} ({view.host})"
+    return view, IdentityReport(model=name, rows=rows, limits=view.limits)
+
+
+@contextmanager
+def _unreadable(facts: Facts) -> Iterator[None]:
+    """Turns shapes that do not fit what a block was taken for into a refusal.
+
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4).
+    """
+    try:
+        yield
+    except (ContextMixError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        if not _in_reading(error):
+            raise
+        raise UnsupportedModel(
+            four_parts(
+                f"the blocks of {_name(facts)} cannot be read",
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                "attention with values per head and a dense feed-forward layer",
+                "This kind of block is not supported.",
+            )
+        ) from error
+
+
+def _in_reading(error: BaseException) -> bool:
+    """Whether an error arose in what is recomputed here, not in the model's own forward pass."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == make_runner.__module__:
+            return False
+        trace = trace.tb_next
+    return True
+
+
+def _handle(facts: Facts) -> Handle:
+    first = next(facts.model.parameters())
+    # At least single precision: half-precision activations are upcast.
+    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    return Handle(weakref.ref(facts.model), facts.host, dtype, first.device)
+
+
+def _name(facts: Facts) -> str:
+    named = getattr(facts.model.cfg, "model_name", None)
+    return str(named or facts.architecture or type(facts.model).__name__)
+
+
+def _settle(
+    handle: Handle, prefix: str, readings: list[list[Block]], probe: Probe
+) -> tuple[Block, ...]:
+    settled = []
+    solu = solu_refusal(handle.get())
+    for layer, options in enumerate(readings):
+        after = readings[layer + 1][0].resid_in if layer + 1 < len(readings) else None
+        own = _host_activation(handle, prefix, layer)
+        options = [_refuse_feed_forward(option, solu) for option in options]
+        settled.append(settle_block(options, probe, after or options[0].resid_out, own))
+    return tuple(settled)
+
+
+def _with_folds(
+    stacks: dict[str, tuple[Block, ...]], dtype: torch.dtype
+) -> dict[str, tuple[Block, ...]]:
+    """Lets blocks keep products of their weights, if those of all of them take little memory.
+
+    All or none: which of them are at hand must not depend on what was asked before, as products
+    taken in another order round differently.
+    """
+    every = [block for blocks in stacks.values() for block in blocks]
+    if sum(block.fold_size() for block in every) * dtype.itemsize > FOLD_BYTES:
+        return stacks
+    return {
+        stack: tuple(replace(block, folds={}) for block in blocks)
+        for stack, blocks in stacks.items()
+    }
+
+
+def _refuse_feed_forward(block: Block, refusal: str) -> Block:
+    if block.feed_forward is None or not refusal:
+        return block
+    return replace(block, feed_forward=replace(block.feed_forward, refusal=refusal))
+
+
+def _host_activation(handle: Handle, prefix: str, layer: int) -> Activation | None:
+    """Returns the host's own activation function, for those with trained parameters (xIELU)."""
+    mlp = handle.get()._modules[prefix][layer]._modules.get("mlp")
+    for holder in (mlp, getattr(mlp, "original_component", None)):
+        function: Callable[[Tensor], Tensor] | None = getattr(holder, "act_fn", None)
+        if callable(function) and _elementwise(function, handle):
+            return Activation("host", function, kink=True)
+    return None
+
+
+def _elementwise(function: Callable[[Tensor], Tensor], handle: Handle) -> bool:
+    """Whether a function gives each element the same alone as among others."""
+    line = torch.linspace(-8, 8, 64, device=handle.device, dtype=handle.dtype)
+    try:
+        with torch.no_grad():
+            return torch.allclose(function(line[None, None])[0, 0], function(line[:, None])[:, 0])
+    except (RuntimeError, ValueError, IndexError):
+        return False  # parameters for each neuron
+
+
+def _settle_readout(view: ModelView, probe: Probe) -> tuple[ModelView, tuple[CheckRow, ...]]:
+    """Keeps a readout that reproduces the logits; another one refuses, the maps stay."""
+    if view.readout.refusal:
+        return view, ()
+    row = readout_row(view, probe)
+    if row.ok:
+        return view, (row,)
+    refusal = four_parts(
+        f"the vocabulary readout of {view.name} is not read correctly",
+        f"a relative error of {row.error:.2g} against the model's logits",
+        f"at most {row.tolerance:.0e}",
+        "Maps of its layers are fine; vocabulary questions are not answered for this model.",
+    )
+    return replace(view, readout=replace(view.readout, refusal=refusal)), ()
+
+
+def _limits(view: ModelView) -> tuple[str, ...]:
+    """Returns what is not answered for this model: feed-forward blocks, the readout."""
+    blocks = [block.feed_forward for _, block in view.every_block()]
+    refusals = [ff.refusal for ff in blocks if ff is not None] + [view.readout.refusal]
+    return tuple(dict.fromkeys(refusal for refusal in refusals if refusal))
+
+
+def _unsettled(
+    facts: Facts, handle: Handle, stacks: dict[str, tuple[Block, ...]], fingerprint: str
+) -> ModelView:
+    model = facts.model
+    dtypes = {weight.dtype for weight in model.parameters()}
+    tolerance = tolerance_of(dtypes, handle.device)
+    pad_id = make_pad_id(handle, facts)
+    return ModelView(
+        name=_name(facts),
+        host=type(model).__name__,
+        host_version=host_version(),
+        processing=(),
+        fingerprint=fingerprint,
+        stacks=stacks,
+        readout=read_readout(handle, facts.architecture),
+        final_norms=final_norms(handle),
+        dtype=handle.dtype,
+        device=handle.device,
+        n_ctx=_longest_input(facts),
+        # A bridge's config takes it from whatever tokenizer it is given.
+        d_vocab=int(model.W_E.shape[0]),
+        tolerance=tolerance,
+        limits=(),
+        encode=make_encode(handle, facts),
+        encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
+        pieces=make_pieces(handle),
+        special_ids=lambda: special_ids(handle.get()),
+        to_string=make_to_string(handle),
+        pad_id=pad_id,
+        hooked=lambda backward=False: hooked_places(handle.get(), backward=backward),
+        recheck=partial(require_followed, tolerance),
+        cached=cache_reader(handle, facts, stacks),
+        runner=make_runner(handle, pad_id),
+    )
+
+
+def _longest_input(facts: Facts) -> int | None:
+    bound = getattr(facts.model.cfg, "n_ctx", None)
+    return None if facts.t5 or not isinstance(bound, int) or bound <= 0 else bound

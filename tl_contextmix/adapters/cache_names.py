@@ -1,0 +1,62 @@
+"""How each host keeps activations in an ActivationCache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.model_view import CacheReader
+
+# A bridge keeps an activation under its own name, under HookedTransformer's, or under both,
+# depending on names_filter.
+_OTHER_ENDINGS = {
+    ".hook_in": ".hook_resid_pre",
+    ".hook_out": ".hook_resid_post",
+    ".hook_v": ".v.hook_out",
+    ".hook_z": ".o.hook_in",
+}
+_BRIDGE = {"main": ("embed.hook_out",), "decoder": ("decoder_embed.hook_out",)}
+
+
+def cache_reader(
+    handle: Handle, facts: Facts, stacks: Mapping[str, tuple[Block, ...]]
+) -> CacheReader:
+    """Returns what has to be known of a host's caches."""
+    if facts.t5:
+        # No position is added: the first block reads the embeddings themselves. The bridge has
+        # no hook before that.
+        embedded = {
+            {"encoder": "main"}.get(stack, stack): (blocks[0].resid_in,)
+            for stack, blocks in stacks.items()
+        }
+    elif facts.bridge:
+        embedded = _BRIDGE
+    else:
+        # A bridge's hook_embed may be behind the embeddings' norm; these are not.
+        embedded = {"main": ("embed.hook_embed", "hook_embed")}
+    return CacheReader(
+        other_names=_other_names if facts.bridge else lambda name: (),
+        embedded=embedded,
+        embedding=_embedding(handle),
+    )
+
+
+def _other_names(name: str) -> tuple[str, ...]:
+    return tuple(
+        name.removesuffix(ending) + other
+        for ending, other in _OTHER_ENDINGS.items()
+        if name.endswith(ending)
+    )
+
+
+def _embedding(handle: Handle) -> Callable[[Tensor], Tensor]:
+    def embedding(ids: Tensor) -> Tensor:
+        weight = handle.get().W_E.detach()
+        return weight[ids.to(weight.device)].to(torch.float32)
+
+    return embedding

@@ -1,0 +1,1 @@
+"""Encoder-decoders whose decoder reads the output of any encoder layer."""

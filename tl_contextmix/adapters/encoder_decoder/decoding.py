@@ -1,0 +1,270 @@
+"""Runs the decoder of an encoder-decoder on any encoder states: generation and given answers.
+
+Hugging Face code decodes: a plain model with the weights of the one that was given (see `twins`),
+or the one inside a bridge. So what is decoded from the last encoder layer is what the model's own
+``generate`` returns, its generation settings (forced first token, suppressed tokens) included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.locks import lock_of
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated from a batch of encoder states.
+
+    Attributes:
+        ids: The tokens after the prompt, the end token among them; padding after it.
+        mask: True up to the end token.
+        log_probs: Log-probability of each token, before the model's generation settings change
+            them; 0 at padding.
+        finished: Whether the end token was reached.
+        prompt: What the decoder was started with.
+    """
+
+    ids: Int[Tensor, "row pos"]
+    mask: Bool[Tensor, "row pos"]
+    log_probs: Float[Tensor, "row pos"]
+    finished: Bool[Tensor, " row"]
+    prompt: Int[Tensor, "row prompt"]
+
+
+@dataclass(frozen=True)
+class MemoryDecoder:
+    """The decoder of an encoder-decoder, which reads whatever encoder states it is given.
+
+    Attributes:
+        model: The Hugging Face model that decodes.
+        owner: The model the user gave, which is locked meanwhile.
+        dtype: Dtype of the maths, in which numbers are returned.
+        start: Token id the decoder starts with.
+        ends: Token ids that end an answer.
+        pad: Token id behind the end.
+        n_ctx: Longest decoder input, or None where there is no bound.
+        masked: Whether there is a mask over encoder positions (Whisper has none).
+        alone: Whether only this package runs ``model``: no hook sees its activations.
+    """
+
+    model: Any = field(repr=False)
+    owner: nn.Module = field(repr=False)
+    dtype: torch.dtype
+    start: int
+    ends: tuple[int, ...]
+    pad: int
+    n_ctx: int | None
+    masked: bool = True
+    alone: bool = False
+
+    def bytes_per_row(self, source: int, target: int, *, all_logits: bool) -> int:
+        """Returns about how many bytes one row of a batch takes.
+
+        Keys and values of every decoder layer for encoder and decoder positions, the encoder
+        states themselves, and logits in the model's and in single precision.
+        """
+        config = self.model.config
+        layers = getattr(config, "num_decoder_layers", getattr(config, "decoder_layers", 1))
+        heads = getattr(config, "num_heads", getattr(config, "decoder_attention_heads", 1))
+        width = heads * getattr(config, "d_kv", config.d_model // heads)
+        cached = 2 * layers * width * (source + target) + config.d_model * source
+        logits = config.vocab_size * (2 * target if all_logits else 4)
+        return (cached + logits) * self.dtype.itemsize
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of token ids it can say."""
+        return int(self.model.config.vocab_size)
+
+    def generate(
+        self,
+        memory: Float[Tensor, "row source d_model"],
+        mask: Bool[Tensor, "row source"],
+        *,
+        prompt: Int[Tensor, "row prompt"] | None,
+        max_new_tokens: int,
+        num_beams: int,
+        source: Int[Tensor, "row source"] | None = None,
+    ) -> Generated:
+        """Decodes every row until its end token, greedily or by beam search.
+
+        Greedy decoding keeps keys and values and drops finished rows; beam search is that of
+        transformers, which keeps all rows until the last one has ended.
+
+        Args:
+            memory: What the decoder reads.
+            mask: Which positions of it are real.
+            prompt: What the decoder has said so far; None for its start token.
+            max_new_tokens: Longest answer.
+            num_beams: 1 for greedy decoding.
+            source: The tokens the states belong to, which some settings look at; None for audio.
+        """
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.modeling_outputs import BaseModelOutput
+
+        loop = _Greedy(self.dtype)
+        options: dict[str, Any] = {
+            # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+            "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "do_sample": False,
+            "use_cache": True,
+            "return_dict_in_generate": False,
+            "output_attentions": False,
+            "output_hidden_states": False,
+        }
+        if num_beams == 1:
+            options["custom_generate"] = loop
+        else:
+            options["logits_processor"] = [loop.see_prompt]
+        memory = self._ready(memory)
+        if self.masked:
+            # Not the length of the settings, which would be warned about.
+            options["max_length"] = None
+            options["attention_mask"] = mask.to(memory.device).long()
+            options["decoder_input_ids"] = prompt
+        else:
+            # Whisper: without this it strips what it was started with, and may decode in pieces.
+            options["force_unique_generate_call"] = True
+        states = BaseModelOutput(last_hidden_state=memory)
+        inputs = None if source is None else source.to(memory.device)
+        # A step of a small model is mostly bookkeeping, 7 % of which this mode saves.
+        mode = torch.inference_mode() if self.alone else torch.no_grad()
+        with lock_of(self.owner), mode:
+            found = self.model.generate(inputs, encoder_outputs=states, **options)
+        prompt = loop.prompt[::num_beams]
+        ids = (loop.ids if num_beams == 1 else found)[:, prompt.shape[1] :]
+        ids, real, finished = self._ended(ids)
+        log_probs, best = loop.log_probs, loop.best
+        if num_beams > 1:
+            log_probs, best = self._judged(memory, mask, prompt, ids)
+        if ids.shape[1] == max_new_tokens and self.model.generation_config.forced_eos_token_id:
+            # BART's settings put an end token where the length runs out.
+            forced = real[:, -1] & (best != ids[:, -1])
+            finished = finished & ~forced
+        return Generated(ids, real, log_probs.masked_fill(~real, 0), finished, prompt)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        memory: Float[Tensor, "row source d_model"],
+        mask: Bool[Tensor, "row source"],
+        ids: Int[Tensor, "row pos"],
+    ) -> Float[Tensor, "row pos d_vocab"]:
+        """Returns the logits at every position of given decoder inputs."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        memory = self._ready(memory)
+        options = {"attention_mask": mask.to(memory.device).long()} if self.masked else {}
+        states = BaseModelOutput(last_hidden_state=memory)
+        with lock_of(self.owner):
+            out = self.model(
+                encoder_outputs=states,
+                decoder_input_ids=ids.to(memory.device),
+                use_cache=False,
+                **options,
+            )
+        return out.logits.to(self.dtype)
+
+    def _ended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the tokens, which of them come up to the end token, and whether it came."""
+        ended = torch.isin(ids, torch.tensor(self.ends, device=ids.device))
+        real = ended.cumsum(1) - ended.long() == 0
+        return ids.masked_fill(~real, self.pad), real, ended.any(1)
+
+    def _judged(
+        self, memory: Tensor, mask: Tensor, prompt: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each token that was said, and the best last one."""
+        inputs = torch.cat([prompt, ids], dim=1)[:, :-1]
+        logits = self.logits(memory, mask, inputs)[:, prompt.shape[1] - 1 :]
+        return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], logits[:, -1].argmax(-1)
+
+    def _ready(self, memory: Tensor) -> Tensor:
+        """Returns encoder states where and in what the decoder computes."""
+        first = next(self.model.get_decoder().parameters())
+        return memory.to(first.device, first.dtype)
+
+
+class _Greedy:
+    """The loop of greedy decoding, as ``custom_generate`` of transformers' ``generate``.
+
+    It is theirs (inputs, settings and criteria come prepared) but for two things: rows that have
+    ended leave the batch and its cache, and each token's log-probability is kept.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.prompt = self.ids = torch.zeros(0, 0, dtype=torch.long)
+        self.best = torch.zeros(0, dtype=torch.long)  # at the last step
+        self.log_probs = torch.zeros(0, 0, dtype=dtype)
+
+    def see_prompt(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Keeps what the decoder was started with; a logits processor that changes nothing."""
+        if not self.prompt.numel():
+            self.prompt = ids
+        return scores
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        if self.ids.numel():
+            raise UnsupportedModel(
+                four_parts(
+                    "this generation takes several runs of the decoder",
+                    "generation settings with fallback temperatures or timestamps",
+                    "one run per input",
+                    "Reset the settings in model.generation_config.",
+                )
+            )
+        self.prompt = input_ids
+        memory, mask = inputs["encoder_outputs"][0], inputs.get("attention_mask")
+        cache, pad = inputs["past_key_values"], generation_config.pad_token_id or 0
+        ids, step = input_ids, input_ids
+        alive = torch.arange(len(ids), device=ids.device)
+        kept, best = [], torch.full_like(ids[:, 0], pad)
+        said, last = alive, memory.new_zeros(0, 1)
+        while len(alive):
+            options = {} if mask is None else {"attention_mask": mask}
+            out = model(
+                encoder_outputs=(memory,),
+                decoder_input_ids=step,
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            )
+            logits = out.logits[:, -1]
+            # Some processors remember rows, so that they get all of them. In single precision, as
+            # transformers does it: a tie there must be a tie here.
+            scores = logits.new_zeros(len(ids), logits.shape[-1], dtype=torch.float32)
+            scores[alive] = logits.float()
+            chosen = logits_processor(ids, scores)[alive].argmax(-1)
+            ids = torch.cat([ids, ids.new_full((len(ids), 1), pad)], dim=1)
+            ids[alive, -1] = chosen
+            column = logits.new_zeros(len(ids), dtype=self.dtype)
+            column[alive] = logits.to(self.dtype).log_softmax(-1)[range(len(alive)), chosen]
+            kept.append(column)
+            said, last = alive, logits
+            left = (~stopping_criteria(ids, None)[alive]).nonzero()[:, 0]
+            step = chosen[left][:, None]
+            if len(left) < len(alive):
+                alive, memory = alive[left], memory[left]
+                mask = None if mask is None else mask[left]
+                cache.batch_select_indices(left)
+        best[said] = last.argmax(-1)
+        self.ids, self.log_probs, self.best = ids, torch.stack(kept, 1), best
+        return ids

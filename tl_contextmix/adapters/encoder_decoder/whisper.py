@@ -1,0 +1,148 @@
+"""A Hugging Face speech model as an encoder-decoder; TransformerLens has no class for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
+from tl_contextmix.adapters.encoder_decoder.generation_config import end_tokens, require_followed
+from tl_contextmix.adapters.encoder_decoder.model import (
+    EncoderDecoder,
+    module_norm,
+    require_no_hooks_on,
+    special_ids,
+    to_text,
+    whole,
+)
+from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.locks import lock_of
+from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.weight_processing import fingerprint
+from tl_contextmix.errors import InvalidInput, bad
+
+
+def is_speech(model: object) -> bool:
+    """Whether a model is a Hugging Face encoder-decoder of Whisper's shape.
+
+    Others read other features: Speech2Text shortens them by strides that its masks must follow.
+    """
+    config = getattr(model, "config", None)
+    return (
+        isinstance(model, nn.Module)
+        and bool(getattr(config, "is_encoder_decoder", False))
+        and hasattr(config, "num_mel_bins")
+        and getattr(model, "main_input_name", "") == "input_features"
+        and hasattr(getattr(model, "get_encoder", lambda: None)(), "layers")
+    )
+
+
+def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
+    """Returns a Hugging Face speech model as an encoder-decoder.
+
+    Args:
+        model: A WhisperForConditionalGeneration, or another model of its shape.
+        tokenizer: Its tokenizer or processor; None shows token ids as numbers.
+    """
+    from transformers import __version__
+
+    require_no_dropout(model)
+    first = next(model.parameters())
+    require_no_autocast(first.device)
+    tokenizer = _checked(getattr(tokenizer, "tokenizer", tokenizer))
+    encoder, settings, config = model.get_encoder(), model.generation_config, model.config
+    require_followed(settings, speech=True)
+    require_no_hooks_on([encoder])
+    decoder = MemoryDecoder(
+        model=model,
+        owner=model,
+        dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
+        start=int(config.decoder_start_token_id),
+        ends=end_tokens(settings),
+        pad=settings.pad_token_id or 0,
+        n_ctx=getattr(config, "max_target_positions", None),
+        masked=False,
+    )
+    norm = getattr(encoder, "layer_norm", None)
+    return EncoderDecoder(
+        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        host=type(model).__name__,
+        host_version=__version__,
+        processing=(),
+        fingerprint=fingerprint(dict(model.named_parameters())),
+        n_layers=len(encoder.layers),
+        view=None,
+        states=lambda features: _speech_states(model, features),
+        norm=None if norm is None else module_norm(model, norm),
+        decoder=decoder,
+        encode_target=lambda text: whole(list(_require(tokenizer)(text)["input_ids"]), ()),
+        to_string=lambda token: _piece(tokenizer, token),
+        to_text=lambda ids: to_text(tokenizer, ids),
+        special=special_ids(decoder, tokenizer),
+    )
+
+
+@torch.no_grad()
+def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> list[Tensor]:
+    """Returns the encoder's states: convolutions and positions, then every block."""
+    encoder, kept = model.get_encoder(), []
+    first = next(model.parameters())
+    bins = model.config.num_mel_bins
+    if features.shape[1] != bins:
+        raise _unfit(features, f"{bins} mel bins")
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    with lock_of(model):
+        handles = [encoder.layers[0].register_forward_pre_hook(before)]
+        handles += [layer.register_forward_hook(after) for layer in encoder.layers]
+        try:
+            encoder(features.to(first.device, first.dtype))
+        except ValueError as error:
+            raise _unfit(features, str(error)) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    return kept
+
+
+def _unfit(features: Tensor, expected: str) -> InvalidInput:
+    return bad(
+        "the audio features cannot be encoded",
+        describe(features),
+        f"features as the model was made for ({expected})",
+        "Make them with the model's own feature extractor.",
+    )
+
+
+def _checked(tokenizer: Any) -> Any:
+    if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        return tokenizer
+    raise bad(
+        "this is no tokenizer",
+        describe(tokenizer),
+        "the model's tokenizer, or a processor that has one",
+        "Load it with the model.",
+    )
+
+
+def _require(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise bad(
+            "a text cannot be turned into tokens",
+            "a speech model without a tokenizer",
+            "tokenizer=",
+            "Pass the model's tokenizer or processor.",
+        )
+    return tokenizer
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    return str(token) if tokenizer is None else tokenizer.decode([token])

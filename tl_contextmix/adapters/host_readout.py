@@ -1,0 +1,116 @@
+"""Reads how a model turns its last residual stream into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from tl_contextmix.adapters.reading import Handle, read_norm
+from tl_contextmix.core.blocks import Weights
+from tl_contextmix.core.model_view import Readout
+from tl_contextmix.errors import four_parts
+
+_FINAL_NORMS = ("ln_final", "decoder_ln_final", "decoder_final_ln")
+
+
+def read_readout(handle: Handle, architecture: str) -> Readout:
+    """Returns the readout of a model; the identity check says whether it is right."""
+    model = handle.get()
+    refusal = _headless(model, architecture)
+    if refusal:
+        return Readout(norm=None, head=None, weights=lambda name: None, refusal=refusal)
+    dense = _dense_head(handle)
+    final = next((name for name in _FINAL_NORMS if name in model._modules), None)
+    # In a masked-LM head the "final norm" comes after the dense layer.
+    norm = None if final is None or dense is not None else read_norm(model._modules[final], handle)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return Readout(
+        norm=norm,
+        head=dense,
+        weights=_unembed_weights(handle),
+        scale=_tied_scale(handle, architecture) * _logit_scale(handle, architecture),
+        soft_cap=cap if cap is not None and cap > 0 else None,
+    )
+
+
+def _headless(model: Any, architecture: str) -> str:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    published = (getattr(config, "architectures", None) or [architecture])[0]
+    marked = getattr(model, "_tl_contextmix_headless", False)
+    if not (marked or published == "BertModel"):
+        return ""
+    return four_parts(
+        "vocabulary readouts are not available for this model",
+        "an encoder published without a masked-LM head (its head weights would be random)",
+        "a model with a trained head, for example BertForMaskedLM",
+        "Maps of its layers are fine; for predictions load a checkpoint that has the head.",
+    )
+
+
+def _unembed_weights(handle: Handle) -> Weights:
+    def read(name: str) -> Tensor | None:
+        model = handle.get()
+        weight = getattr(model, name)
+        extra = None
+        if name == "b_U":
+            # BART and Marian add this after the unembedding and outside b_U.
+            extra = getattr(getattr(model, "original_model", None), "final_logits_bias", None)
+        weight = handle.ready(weight)
+        return weight if extra is None else weight + handle.ready(extra)[0]
+
+    return read
+
+
+def _tied_scale(handle: Handle, architecture: str) -> float:
+    """Returns T5's factor on tied embeddings."""
+    model = handle.get()
+    # mT5 of transformers 5 never scales, whatever is tied.
+    t5 = handle.host == "HookedEncoderDecoder" or (
+        "T5" in architecture and not architecture.startswith("MT5")
+    )
+    config = getattr(getattr(model, "original_model", None), "config", model.cfg)
+    # transformers 5 scales where `scale_decoder_outputs` says so, and ties the two by default.
+    scaled = getattr(config, "scale_decoder_outputs", None)
+    tied = getattr(config, "tie_word_embeddings", False) if scaled is None else scaled
+    return float(model.cfg.d_model) ** -0.5 if t5 and tied else 1.0
+
+
+def _logit_scale(handle: Handle, architecture: str) -> float:
+    """Returns Cohere's factor on logits. Other configurations have one that is not applied."""
+    config = getattr(getattr(handle.get(), "original_model", None), "config", None)
+    scale = getattr(config, "logit_scale", None) if architecture.startswith("Cohere") else None
+    return 1.0 if scale is None else float(scale)
+
+
+def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
+    """Returns the masked-LM head as a function, or None where there is none."""
+    head = handle.get()._modules.get("mlm_head")
+    if head is None:
+        return None
+    activation = _head_activation(handle)
+    norm = read_norm(handle.get()._modules["ln_final"] if handle.bridge else head.ln, handle)
+    assert norm is not None
+
+    def apply(x: Tensor) -> Tensor:
+        # Read at each use: a view must keep no weight alive, nor one that was replaced.
+        head = handle.get()._modules["mlm_head"]
+        if handle.bridge:
+            weight, bias = head.original_component.weight.T, head.original_component.bias
+        else:
+            weight, bias = head.W, head.b
+        return norm(activation(x @ handle.ready(weight) + handle.ready(bias)))
+
+    return apply
+
+
+def _head_activation(handle: Handle) -> Callable[[Tensor], Tensor]:
+    """Returns the activation of a masked-LM head: BERT's is that of its configuration."""
+    original = getattr(handle.get(), "original_model", None)
+    modules = [] if original is None else original.modules()
+    return next(
+        (module.transform_act_fn for module in modules if hasattr(module, "transform_act_fn")),
+        functional.gelu,  # HookedEncoder's and RoBERTa's, whatever the configuration says
+    )

@@ -1,0 +1,30 @@
+"""From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
+
+from tl_contextmix.adapters.inputs.activation_cache import Cache
+from tl_contextmix.adapters.inputs.passes import (
+    Pass,
+    fresh_trace,
+    label,
+    package_version,
+    provenance,
+    run_pass,
+    select_blocks,
+    word_table,
+)
+from tl_contextmix.adapters.inputs.tokens import Given, PaddingSide, Text, make_batch
+
+__all__ = [
+    "Cache",
+    "Given",
+    "PaddingSide",
+    "Pass",
+    "Text",
+    "fresh_trace",
+    "label",
+    "make_batch",
+    "package_version",
+    "provenance",
+    "run_pass",
+    "select_blocks",
+    "word_table",
+]

@@ -1,0 +1,158 @@
+"""A trace made of an ActivationCache that the user already has, checked against the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.core.blocks import Batch, Block, Trace
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import InvalidInput, bad
+
+# Embeddings of the same token differ by a factor (Gemma) and by rounding, 4e-3 in bfloat16; those
+# of two tokens point elsewhere.
+_SAME_TOKEN = 0.1
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What is needed of an ActivationCache: activations by name."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """Returns one activation."""
+        ...
+
+    def keys(self) -> Any:
+        """Returns the names."""
+        ...
+
+
+def trace_of(
+    view: ModelView, cache: Cache, batch: Batch, blocks: Sequence[Block], needed: list[str]
+) -> Trace:
+    """Returns what a cache holds of some blocks.
+
+    Args:
+        view: The model.
+        cache: The cache.
+        batch: The input it is said to be of.
+        blocks: The blocks.
+        needed: Names that must be there; what else is there to check the blocks by is taken too.
+
+    Raises:
+        InvalidInput: If it lacks an activation that is needed, or is of another input.
+        UnsupportedModel: If what it holds shows that its pass was edited.
+    """
+    if not isinstance(cache, Cache):
+        raise bad(
+            "the cache cannot be read",
+            describe(cache),
+            "activations by name, as TransformerLens' caching run returns them",
+            "Pass the second of its results; the first are the logits.",
+        )
+    reader = _Reader(view, cache, blocks[0].resid_in)
+    missing = [name for name in needed if name not in reader]
+    if missing:
+        raise bad(
+            f"the cache lacks {missing[0]}",
+            f"{len(reader.names)} activations without {len(missing)} that are needed",
+            f"{len(needed)} activations, among them stream, pattern and values of each "
+            "layer asked for",
+            "Cache with names_filter=None, or leave `cache` out.",
+        )
+    more = [name for block in blocks for name in block.checkpoints() if name in reader]
+    values = {name: reader.read(name) for name in [*needed, *more]}
+    _require_shapes(values, batch, blocks)
+    _require_tokens(view, reader, batch)
+    return Trace(batch=batch, values=values, dtype=view.dtype)
+
+
+class _Reader:
+    """Reads activations under any of their names, with a batch axis, on the device of the maths.
+
+    Args:
+        view: The model.
+        cache: The cache.
+        stream: Name of a residual stream, whose shape says whether the batch axis was removed.
+    """
+
+    def __init__(self, view: ModelView, cache: Cache, stream: str) -> None:
+        self.names = set(cache.keys())
+        self._view = view
+        self._cache = cache
+        self._stream = stream
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def _find(self, name: str) -> str | None:
+        options = (name, *self._view.cached.other_names(name))
+        return next((option for option in options if option in self.names), None)
+
+    def _raw(self, name: str) -> Tensor:
+        found = self._find(name)
+        assert found is not None
+        return self._cache[found]
+
+    def read(self, name: str) -> Tensor:
+        value = self._raw(name).detach().to(self._view.device)
+        return value if self._raw(self._stream).ndim == 3 else value[None]
+
+
+def _require_shapes(values: dict[str, Tensor], batch: Batch, blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        for attention in block.attentions:
+            own = batch.side(attention.stack).ids
+            read = batch.main.ids if attention.kind == "cross" else own
+            stream, pattern = values[block.resid_in], values[attention.pattern]
+            seen = (*stream.shape[:2], *pattern.shape[2:])
+            expected = (*own.shape, own.shape[1], read.shape[1])
+            if seen != expected or pattern.shape[0] != own.shape[0]:
+                raise _other_input(
+                    f"[batch, pos] = {list(stream.shape[:2])} and an attention pattern of "
+                    f"{list(pattern.shape[2:])}",
+                    f"{list(own.shape)} and {list(expected[2:])} as in the input",
+                )
+
+
+def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
+    for name, side in (("main", batch.main), ("decoder", batch.decoder)):
+        found = [key for key in view.cached.embedded.get(name, ()) if key in reader]
+        if side is None or not found:
+            continue
+        cached = reader.read(found[0]).to(torch.float32)
+        own = view.cached.embedding(side.ids).to(cached.device)
+        if cached.shape != own.shape:
+            continue
+        along = (cached * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(
+            min=1e-30
+        )
+        off = (cached - along * own).norm(dim=-1) > _SAME_TOKEN * cached.norm(dim=-1)
+        wrong = (off & side.mask.to(off.device)).nonzero()
+        if len(wrong):
+            row, pos = wrong[0].tolist()
+            raise _other_input(
+                f"{len(wrong)} positions with the embedding of another token, the first in row "
+                f"{row} at position {pos}",
+                f"the embeddings of the input's tokens ({found[0]})",
+            )
+
+
+def _other_input(seen: str, expected: str) -> InvalidInput:
+    return bad(
+        "the cache is of another input",
+        seen,
+        expected,
+        "Pass the same tokens that made the cache (prepend_bos included), all positions. Where "
+        "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
+    )
+
+
+def describe(value: Any) -> str:
+    """Returns the shape and dtype of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,181 @@
+"""Loads models with the weights they were trained with.
+
+TransformerLens' default loading folds and centres weights, which leaves predictions alone and
+changes the numbers of this package (see `ContextMixWarning`). The two functions here never process
+weights, choose the class that fits the model and the installed TransformerLens, and read local
+folders on every version.
+
+| TransformerLens | causal | masked | encoder-decoder |
+|---|---|---|---|
+| 2.x | HookedTransformer | HookedEncoder | none, see `load_model` |
+| 3.x | HookedTransformer | HookedEncoder | HookedEncoderDecoder (T5), TransformerBridge |
+| 4.x | TransformerBridge | TransformerBridge | TransformerBridge |
+
+Importing this module is cheap: transformers and TransformerLens are imported by the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_contextmix.adapters.loading.bridge import load_bridge
+from tl_contextmix.adapters.loading.hooked import load_hooked
+from tl_contextmix.adapters.loading.source import (
+    HostClass,
+    Placement,
+    Source,
+    choose_host,
+    not_found,
+    official_name,
+    read_source,
+)
+from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
+from tl_contextmix.errors import bad, four_parts, warn
+
+__all__ = ["HostClass", "load_demo", "load_model"]
+
+# Keeping quiet swaps process-wide objects (sys.stdout, the warning filters, the random state), so
+# that only one thread may do it at a time.
+_QUIET = threading.Lock()
+
+
+def load_demo(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    host: HostClass | None = None,
+) -> Any:
+    """Loads a demo model that ships with the package; needs no network.
+
+    Their words are made up: see `tl_contextmix.demo_models.known_words`.
+
+    Args:
+        name: "causal-lm" (GPT-2), "masked-lm" (BERT) or "encoder-decoder" (T5, English to French).
+        device: Default: the first CUDA device if there is one, else the processor.
+        dtype: Default: float32.
+        host: As in `load_model`.
+
+    Returns:
+        The model on its natural TransformerLens class, in evaluation mode, weights unprocessed.
+
+    Raises:
+        InvalidInput: If there is no such demo model.
+        UnsupportedModel: For the encoder-decoder under TransformerLens 2.
+    """
+    require_demo_name(name)
+    source = read_source(str(demo_folder(name)), label=name, folder=True)
+    return _load(source, device, dtype, host)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    host: HostClass | None = None,
+) -> Any:
+    """Loads a model by name or folder, without TransformerLens' weight processing.
+
+    Args:
+        name_or_path: Name of a demo model, a folder written by `save_pretrained` (model and
+            tokenizer), or a name on the Hugging Face hub ("gpt2", "bert-base-uncased",
+            "t5-small"), TransformerLens' short names included.
+        device: Default: the first CUDA device if there is one, else the processor.
+        dtype: Default: float32.
+        host: The TransformerLens class: "hooked" (HookedTransformer, HookedEncoder,
+            HookedEncoderDecoder; TransformerLens 2 and 3), "bridge" (TransformerBridge; 3 and 4).
+            Default: the Hooked class if there is one for this model, else the bridge.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InvalidInput: If nothing can be found under the name.
+        UnsupportedModel: If the installed TransformerLens has no class that runs the model right.
+
+    Warns:
+        ContextMixWarning: If the checkpoint is an encoder without its prediction head. Its hidden
+            states are right; logits come from a random head and mean nothing.
+    """
+    text = str(name_or_path)
+    if text in DEMO_NAMES:
+        return load_demo(text, device=device, dtype=dtype, host=host)
+    path = Path(text).expanduser()
+    folder = path.is_dir()
+    location = str(path) if folder else official_name(text) or text
+    label = path.resolve().name if folder else text
+    return _load(read_source(location, label=label, folder=folder), device, dtype, host)
+
+
+def _load(
+    source: Source,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    host: HostClass | None,
+) -> Any:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    placement = Placement(_device(device or default), dtype or torch.float32)
+    chosen = choose_host(source, host)
+    if source.headless:
+        _warn_about_missing_head(source)
+    with _quiet():
+        try:
+            build = load_hooked if chosen == "hooked" else load_bridge
+            model = build(source, placement).eval()
+        except OSError as error:  # weights or tokenizer missing
+            raise not_found(source.label, source.location, source.folder, error) from error
+    # A host gives such a model a random head and forgets that it did.
+    model._tl_contextmix_headless = source.headless
+    return model
+
+
+def _device(named: str | torch.device) -> torch.device:
+    try:
+        return torch.device(named)
+    except RuntimeError as error:
+        raise bad(
+            "there is no such device",
+            repr(named),
+            "the name of a device that PyTorch knows, as 'cpu' or 'cuda:0'",
+            "Leave `device` out for the default.",
+        ) from error
+
+
+def _warn_about_missing_head(source: Source) -> None:
+    warn(
+        four_parts(
+            f"Logits of {source.label!r} mean nothing",
+            f"a checkpoint of {(source.config.architectures or ['an encoder'])[0]}",
+            "one with a masked-language-model head",
+            "Use its hidden states only; the head of this model is random.",
+        )
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps loading from printing, warning, drawing progress bars and using up random numbers."""
+    from transformers.utils import logging as hf_logging
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_QUIET)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        stack.callback(hf_logging.set_verbosity, hf_logging.get_verbosity())
+        hf_logging.set_verbosity_error()
+        if hf_logging.is_progress_bar_enabled():
+            hf_logging.disable_progress_bar()
+            stack.callback(hf_logging.enable_progress_bar)
+        yield

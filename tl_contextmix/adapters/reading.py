@@ -1,0 +1,315 @@
+"""Reads blocks out of a TransformerLens model of any class and version.
+
+Names that mean the same tensor on every host are few: residual in and out, pattern, values, z and
+the feed-forward's neurons. Everything else (attention output, mid residual, norm outputs) differs
+between HookedEncoder and TransformerBridge and between versions, and is recomputed instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.recognition import Host
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Weights
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+# How each class names its lists of blocks, and the stack they are to us.
+_STACKS = {
+    "encoder": "encoder",
+    "encoder_blocks": "encoder",
+    "decoder": "decoder",
+    "decoder_blocks": "decoder",
+}
+_ATTENTIONS = (("attn", "self"), ("self_attn", "self"), ("cross_attn", "cross"))
+# Fitting a bridge's norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
+# the families of the test zoo, 4e-3 in bfloat16; a wrong formula is off by 0.1 and more.
+_NORM_FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A model that is not kept alive, and facts about its class.
+
+    Attributes:
+        model: Weak reference to the model.
+        host: The class of TransformerLens it is, or is derived from.
+        dtype: Dtype of the maths.
+        device: Device of the maths: where the first weights are.
+    """
+
+    model: weakref.ref
+    host: Host
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bridge(self) -> bool:
+        """Whether it is a TransformerBridge."""
+        return self.host == "TransformerBridge"
+
+    def get(self) -> Any:
+        """Returns the model.
+
+        Raises:
+            ReferenceError: If it has been deleted.
+        """
+        model = self.model()
+        if model is None:
+            raise ReferenceError("the model of this view has been deleted")
+        return model
+
+    def ready(self, weight: Tensor) -> Tensor:
+        """Returns a weight in the dtype and on the device of the maths."""
+        return weight.detach().to(self.device, self.dtype)
+
+    def weights(self, path: str, renamed: dict[str, str | None] | None = None) -> Weights:
+        """Returns a reader of the weights of one submodule.
+
+        Args:
+            path: Where the submodule is.
+            renamed: Other names of weights on this host; None for one that it does not have.
+        """
+        renamed = renamed or {}
+
+        def read(name: str) -> Tensor | None:
+            module = self.get().get_submodule(path)
+            attribute = renamed.get(name, name)
+            weight = None if attribute is None else _attribute(module, attribute)
+            if weight is None:
+                return None
+            weight = self.ready(weight)
+            if name in ("W_V", "b_V"):
+                # Values shared by several query heads: one copy per query head.
+                heads = _attribute(module, "W_O").shape[0]
+                weight = weight.repeat_interleave(heads // weight.shape[0], dim=0)
+            return weight
+
+        return read
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead."""
+    try:
+        return getattr(module, name, None)
+    except (AttributeError, TypeError):
+        return None
+
+
+def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn.ModuleList]]:
+    """Returns prefix and blocks of every stack of a model.
+
+    Args:
+        model: The model.
+        encoder_only: Whether a single stack is an encoder (masked language models).
+
+    Raises:
+        UnsupportedModel: If there is no list of blocks.
+    """
+    found = {
+        stack: (name, module)
+        for name, stack in {**_STACKS, "blocks": "encoder" if encoder_only else "decoder"}.items()
+        if isinstance(module := model._modules.get(name), nn.ModuleList)
+    }
+    if not found:
+        raise UnsupportedModel(
+            four_parts(
+                "no transformer blocks can be found",
+                f"a {type(model).__name__} with {sorted(model._modules)}",
+                "a TransformerLens language model with its blocks in one or two lists",
+                "Vision, audio and state-space models are not supported.",
+            )
+        )
+    return dict(sorted(found.items(), reverse=True))
+
+
+def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[Block]:
+    """Yields every reading of a block that its submodules allow.
+
+    Which norm sits where is not said by any config field that can be trusted; the identity check
+    keeps the reading that reproduces the block's own output.
+    """
+    block = handle.get()._modules[prefix][layer]
+    path = f"{prefix}.{layer}"
+    norms = _norms(handle, block)
+    attentions = [(name, kind) for name, kind in _ATTENTIONS if name in block._modules]
+    bare = Block(
+        layer=layer,
+        resid_in=f"{path}.{'hook_in' if handle.bridge else 'hook_resid_pre'}",
+        resid_out=f"{path}.{_resid_out(handle, block)}",
+        attentions=tuple(_attention(handle, stack, path, name, kind) for name, kind in attentions),
+        feed_forward=_feed_forward(handle, path, block),
+    )
+    yield from _placements(bare, norms)
+
+
+def _resid_out(handle: Handle, block: nn.Module) -> str:
+    if handle.bridge:
+        return "hook_out"
+    # HookedEncoder's hook_resid_post is the input of LN2, not the block's output.
+    normalized = "hook_normalized_resid_post"
+    return normalized if normalized in block._modules else "hook_resid_post"
+
+
+def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
+    count = len(block.attentions)
+    names = [f"ln{index + 1}" for index in range(count + 1)]
+    ff = block.feed_forward
+    if "ln1_post" in norms:
+        attention = replace(
+            block.attentions[0], norm_in=norms.get("ln1"), norm_out=norms["ln1_post"]
+        )
+        if ff is not None:
+            ff = replace(ff, norm_in=norms.get("ln2"), norm_out=norms["ln2_post"])
+        yield replace(block, attentions=(attention, *block.attentions[1:]), feed_forward=ff)
+        return
+    before = tuple(
+        replace(attention, norm_in=norms.get(name))
+        for attention, name in zip(block.attentions, names[:count], strict=True)
+    )
+    last = norms.get(names[count])
+    pre_ff = None if ff is None else replace(ff, norm_in=last)
+    yield replace(block, attentions=before, feed_forward=pre_ff)
+    if ff is not None and count == 1:
+        # GPT-J and Falcon share one norm between the branches, Pythia has two.
+        shared = norms.get("ln1") if names[count] not in norms else last
+        both = replace(ff, norm_in=shared)
+        yield replace(block, attentions=before, feed_forward=both, parallel=True)
+    if any(norm is not None for norm in norms.values()):
+        after = tuple(
+            replace(attention, norm_after=norms.get(name))
+            for attention, name in zip(block.attentions, names[:count], strict=True)
+        )
+        post_ff = None if ff is None else replace(ff, norm_after=last)
+        yield replace(block, attentions=after, feed_forward=post_ff)
+
+
+def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> AttentionSublayer:
+    here = f"{path}.{name}"
+    return AttentionSublayer(
+        stack=stack,
+        kind=kind,
+        pattern=f"{here}.hook_pattern",
+        value=f"{here}.hook_v",
+        mixed=f"{here}.hook_z",
+        key=f"{here}.hook_k",
+        weights=handle.weights(here),
+    )
+
+
+def _feed_forward(handle: Handle, path: str, block: nn.Module) -> FeedForward | None:
+    mlp = block._modules.get("mlp")
+    if mlp is None:
+        return None
+    here = f"{path}.mlp"
+    gated = _attribute(mlp, "W_gate") is not None
+    after: dict[str, str | None] = {"b_post": None}
+    if gated and not handle.bridge:
+        # HookedTransformer's gated block adds b_in after the product of its branches.
+        after = {"b_post": "b_in", "b_in": None}
+    return FeedForward(
+        pre=f"{here}.hook_pre",
+        post=f"{here}.hook_post",
+        pre_linear=f"{here}.hook_pre_linear" if gated else None,
+        weights=handle.weights(here, after),
+    )
+
+
+_FINAL_NORMS = {
+    "decoder": ("ln_final", "decoder_ln_final", "decoder_final_ln"),
+    "encoder": ("encoder_ln_final", "encoder_final_ln"),
+}
+
+
+def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the module of the norm behind the last block of each stack that has one.
+
+    A masked-LM bridge calls the norm inside its head `ln_final`; that is not one of them.
+    """
+    modules = model._modules
+    return {
+        stack: module
+        for stack, names in _FINAL_NORMS.items()
+        for name in names
+        if (module := modules.get(name)) is not None and "mlm_head" not in modules
+    }
+
+
+def final_norms(handle: Handle) -> dict[str, Norm]:
+    """Returns the norm behind the last block of each stack that has one."""
+    modules = final_norm_modules(handle.get())
+    found = {stack: read_norm(module, handle) for stack, module in modules.items()}
+    return {stack: norm for stack, norm in found.items() if norm is not None}
+
+
+def _norms(handle: Handle, block: nn.Module) -> dict[str, Norm | None]:
+    return {
+        name: read_norm(module, handle)
+        for name, module in block._modules.items()
+        if name.startswith("ln") and module is not None
+    }
+
+
+def read_norm(module: Any, handle: Handle) -> Norm | None:
+    """Returns the norm a module computes; None for the identity.
+
+    Raises:
+        UnsupportedModel: If a bridge's norm is neither a LayerNorm nor an RMSNorm.
+    """
+    if handle.bridge:
+        return _fit_norm(module.original_component, handle)
+    kind = type(module).__name__
+    if kind == "Identity":
+        return None
+    weight, bias = getattr(module, "w", None), getattr(module, "b", None)
+    return Norm(
+        kind="rms" if kind.startswith("RMS") else "ln",
+        weight=None if weight is None else handle.ready(weight),
+        bias=None if bias is None else handle.ready(bias),
+        eps=float(module.eps),
+    )
+
+
+def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
+    """Returns the norm that reproduces a Hugging Face module on random input.
+
+    Neither class names nor config fields say reliably which formula it is: T5's RMSNorm calls
+    itself LayerNorm, and Gemma's gain is 1 + weight. OLMo's has neither gain nor bias.
+    """
+    if module is None or isinstance(module, nn.Identity):
+        return None
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = getattr(module, "eps", None)
+    eps = float(getattr(module, "variance_epsilon", 1e-5) if eps is None else eps)
+    like = next(handle.get().parameters()) if weight is None else weight
+    width = int(handle.get().cfg.d_model) if weight is None else weight.shape[0]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(3, width, generator=generator, device="cpu").to(like.device, like.dtype)
+    with torch.no_grad():
+        expected = handle.ready(module(x))
+    x = handle.ready(x)
+    bias = None if bias is None else handle.ready(bias)
+    gains = [None] if weight is None else [handle.ready(weight), handle.ready(weight) + 1]
+    options = [Norm(kind, gain, bias, eps) for kind in ("ln", "rms") for gain in gains]
+    errors = [float((norm(x) - expected).abs().max()) for norm in options]
+    best = min(range(len(options)), key=lambda index: errors[index])
+    if not errors[best] <= _NORM_FIT.get(like.dtype, 5e-2):
+        raise _unknown_norm(module, errors[best])
+    return options[best]
+
+
+def _unknown_norm(module: nn.Module, error: float) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            f"the norm {type(module).__name__} cannot be read",
+            f"an error of {error:.2g} against the nearest formula",
+            "a LayerNorm or an RMSNorm over d_model",
+            "Use a model with one of these.",
+        )
+    )

@@ -1,0 +1,188 @@
+"""Runs a TransformerLens model of any class."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.locks import lock_of
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.model_view import Edit, Runner
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+
+# Where Hugging Face's modules keep the rates at which they drop activations, or whole layers.
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")
+
+
+def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
+    """Returns the function that runs the model once with hooks at the given names."""
+    under_way: list[_Pass] = []
+
+    def run(
+        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        model = handle.get()
+        require_no_dropout(model)
+        require_no_autocast(handle.device)
+        own = _Pass(under_way, grad, model, hooks)
+        # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
+        # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
+        fwd_hooks = [(own.edits.__contains__, own.hook)]
+        ids = _ids(batch.main, pad_id()).to(handle.device)
+        # Hooks sit on the model: two passes at once would fill each other's traces.
+        with lock_of(model), own, torch.set_grad_enabled(grad):
+            logits = model.run_with_hooks(
+                ids, fwd_hooks=fwd_hooks, **_arguments(model, handle, batch)
+            )
+        _require_all(model, own.kept, [name for name, _ in hooks])
+        return logits, {name: value.to(handle.device) for name, value in own.kept.items()}
+
+    return run
+
+
+class _Pass:
+    """A pass under way, and what its hooks keep.
+
+    Its hooks are for it alone. They let other passes go by that happen while they sit on the
+    model: those of a call that a hook of the user's own makes, and of a thread that runs the model
+    without this package.
+    """
+
+    def __init__(
+        self,
+        under_way: list[_Pass],
+        grad: bool,
+        model: Any,
+        hooks: Sequence[tuple[str, Edit | None]],
+    ) -> None:
+        self.under_way, self.grad = under_way, grad
+        self.thread = threading.get_ident()
+        self.edits = dict(hooks)
+        self.kept: dict[str, Tensor] = {}
+        # By point, never by hook.name: compatibility mode renames hook points.
+        self.names: dict[int, list[str]] = {}
+        points = model.hook_dict
+        for name in self.edits:
+            if name in points:
+                self.names.setdefault(id(points[name]), []).append(name)
+
+    def __enter__(self) -> None:
+        self.under_way.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.under_way.remove(self)
+
+    def hook(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        """Edits and keeps the activation at a point."""
+        if threading.get_ident() != self.thread or self.under_way[-1] is not self:
+            return None
+        edited = False
+        # In compatibility mode a point without a name is seen through an alias of it.
+        for name in self.names[id(getattr(hook, "_target", hook))]:
+            edit = self.edits[name]
+            if edit is not None:
+                tensor, edited = edit(tensor), True
+            self.kept[name] = tensor
+        # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
+        return tensor if self.grad or edited else None
+
+
+def _ids(side: Side, pad_id: int) -> Tensor:
+    """Returns the ids with one padding id wherever there is padding, whatever was there.
+
+    RoBERTa counts positions by the ids, not by the mask.
+    """
+    return side.ids.masked_fill(~side.mask, pad_id)
+
+
+def _require_all(model: nn.Module, kept: dict[str, Tensor], names: list[str]) -> None:
+    missing = [name for name in names if name not in kept]
+    if missing:
+        raise _not_shown(model, missing, len(names))
+
+
+def _not_shown(model: Any, missing: list[str], count: int) -> UnsupportedModel:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    remedy = (
+        "A hook that resets hooks ends a pass's own, and some bridges lose points when they are "
+        "deep-copied: leave the hook out, or load the model anew. Else this class of "
+        "TransformerLens does not show what maps of this model are made of; try another class or "
+        "version."
+    )
+    if attention != "eager":
+        remedy = (
+            'Call set_attn_implementation("eager") on the Hugging Face model before wrapping it: '
+            "fused attention kernels compute no pattern."
+        )
+    return UnsupportedModel(
+        four_parts(
+            f"the model did not show {missing[0]}",
+            f"{len(missing)} of {count} hooks that never fired, with {attention} attention",
+            "attention patterns, values and neurons at hook points",
+            remedy,
+        )
+    )
+
+
+def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]:
+    mask = batch.main.mask.to(handle.device).long()
+    padded = not bool(batch.main.mask.all())
+    arguments: dict[str, Any] = {}
+    if handle.bridge:
+        arguments["attention_mask"] = mask if padded or batch.decoder is not None else None
+    elif batch.decoder is not None:
+        # HookedEncoderDecoder multiplies 1 - mask by the lowest float64, which overflows to
+        # 0 * inf unless the mask has the model's own dtype.
+        dtype = next(model.parameters()).dtype
+        arguments["one_zero_attention_mask"] = mask.to(dtype)
+    elif handle.host == "HookedEncoder":
+        arguments["one_zero_attention_mask"] = mask
+    elif padded:
+        arguments["attention_mask"] = mask
+    if batch.decoder is not None:
+        arguments["decoder_input"] = batch.decoder.ids.to(handle.device)
+    return arguments
+
+
+def require_no_dropout(model: nn.Module) -> None:
+    """Checks that the model gives the same numbers twice.
+
+    Raises:
+        InvalidInput: If a module is in train mode and drops activations.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
+        for attribute in _RATES:
+            value = module.__dict__.get(attribute)
+            rate = max(rate, value) if isinstance(value, float) else rate
+        if rate > 0:
+            raise bad(
+                "the model is in train mode and drops activations at random",
+                f"dropout {rate} in {name or type(module).__name__}",
+                "a model in eval mode",
+                "Call model.eval() first.",
+            )
+
+
+def require_no_autocast(device: torch.device) -> None:
+    """Checks that matrix products have the precision of their factors.
+
+    Raises:
+        InvalidInput: If autocast is on.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise bad(
+            "maps cannot be computed under autocast",
+            f"torch.autocast({device.type!r}, {torch.get_autocast_dtype(device.type)})",
+            "matrix products in the precision of their factors",
+            "Leave the autocast block, or load the model in the lower precision: its "
+            "activations are then upcast for the maths.",
+        )

@@ -1,0 +1,232 @@
+"""The two forward passes, and which reading of a block they speak for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.core.activations import ACTIVATIONS, Activation
+from tl_contextmix.core.blocks import (
+    AttentionSublayer,
+    Batch,
+    Block,
+    FeedForward,
+    Side,
+    Trace,
+    affine,
+)
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import four_parts
+
+# Right readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
+# families of the test zoo (2e-7 in float64, where hosts have float32 inside); wrong ones 0.1 to 10.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# TF32 keeps 10 bits of every factor, as float16 does.
+_TF32 = _TOLERANCE[torch.float16]
+# The grid must tell gelu from gelu_new, which differ by at most 4.7e-4, near 2.
+_GRID = 8.0
+_LENGTH = 4
+
+
+def tolerance_of(dtypes: set[torch.dtype], device: torch.device) -> float:
+    """Returns the largest relative error that counts as equal, by a model's own precision.
+
+    Args:
+        dtypes: Of its weights; the coarsest one decides.
+        device: Where it runs.
+    """
+    tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    if device.type == "cuda" and torch.float32 in dtypes and _tensor_float():
+        tolerance = max(tolerance, _TF32)
+    return tolerance or _TOLERANCE[torch.float32]
+
+
+def _tensor_float() -> bool:
+    """Whether PyTorch multiplies float32 matrices in TF32."""
+    matmul = torch.backends.cuda.matmul
+    # Newer versions raise where the old name is read after the new one was set.
+    chosen = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if chosen is None else chosen == "tf32"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The two forward passes over four tokens.
+
+    Attributes:
+        clean: The first.
+        edited: The second, with first values zeroed and a grid at every neuron's input.
+        tolerance: Largest relative error that counts as equal.
+    """
+
+    clean: Trace
+    edited: Trace
+    tolerance: float
+
+
+def run_probe(view: ModelView) -> Probe:
+    """Runs the two passes over fixed tokens; the view's blocks need their names only."""
+    batch = _probe_batch(view)
+    names, edits = [], {}
+    for _, block in view.every_block():
+        names += [*block.points(), *block.checkpoints()]
+        names += [a.key for a in block.attentions if a.kind == "cross"]
+        edits |= {a.value: _zero_first for a in block.attentions}
+        if block.feed_forward is not None:
+            edits[block.feed_forward.pre] = _grid
+    return Probe(
+        clean=view.run(batch, names),
+        edited=view.run(batch, names, edits=edits),
+        tolerance=view.tolerance,
+    )
+
+
+def _probe_batch(view: ModelView) -> Batch:
+    length = _LENGTH if view.n_ctx is None else min(_LENGTH, view.n_ctx)
+    # Different tokens away from the special ones at the start of most vocabularies.
+    start, step = (11, 7) if view.d_vocab > 11 + 7 * _LENGTH else (0, 1)
+    ids = torch.tensor([[(start + step * index) % view.d_vocab for index in range(length)]])
+    side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+    decoder = None
+    if view.encode_decoder is not None:
+        first = torch.tensor([view.encode_decoder(None)])
+        decoder_ids = torch.cat([first, ids.flip(1)[:, : length - 1]], dim=1)
+        decoder = Side(ids=decoder_ids, mask=torch.ones_like(decoder_ids, dtype=torch.bool))
+    return Batch(main=side, decoder=decoder)
+
+
+def _zero_first(value: Tensor) -> Tensor:
+    value = value.clone()
+    value[:, 0] = 0
+    return value
+
+
+def _grid(pre: Tensor) -> Tensor:
+    line = torch.linspace(-_GRID, _GRID, pre.numel(), device=pre.device, dtype=torch.float64)
+    return line.to(pre.dtype).view_as(pre)
+
+
+def settle_block(
+    readings: Sequence[Block], probe: Probe, resid_out: str, host_activation: Activation | None
+) -> Block:
+    """Returns the reading of a block that reproduces its output, activation filled in.
+
+    Args:
+        readings: Possible placements of the block's norms.
+        probe: The two passes.
+        resid_out: Name of the block's output in the probe: the next block's input, or its own.
+        host_activation: The host's own activation function, tried where no named one fits.
+    """
+    block = min(readings, key=lambda reading: _reading_error(reading, probe, resid_out))
+    block = replace(block, attentions=tuple(_settle_scales(block, probe)))
+    ff = block.feed_forward
+    if ff is None or ff.refusal:
+        return block
+    return replace(block, feed_forward=_settle_activation(ff, probe, host_activation))
+
+
+def _reading_error(block: Block, probe: Probe, resid_out: str) -> float:
+    """Returns how far a reading is off at the block's output and at its neurons' input.
+
+    The neurons' input is needed too: a parallel block and a sequential one add up the same
+    three tensors and differ in what the feed-forward sublayer reads.
+    """
+    errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
+    if block.feed_forward is not None:
+        errors += [error for _, error in pre_errors(block, block.feed_forward, probe.clean)]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
+    """Yields the attention sublayers, cross-attention with the factor of its scores.
+
+    T5 multiplies by 1, BART by 1 / sqrt(d_head), and no config field says so on every host.
+    """
+    stream = probe.clean.resid_in(block)
+    for attention in block.attentions:
+        if attention.kind == "cross":
+            key = probe.clean.key(attention)
+            expected = probe.clean.pattern(attention).permute(0, 2, 1, 3)
+            for scale in (1.0, key.shape[-1] ** -0.5):
+                tried = replace(attention, scale=scale)
+                found = tried.cross_pattern(stream, key, expected >= 0)
+                if relative_error(found, expected) <= probe.tolerance:
+                    attention = tried
+        yield attention
+        stream = attention.join(stream, attention.raw_output(probe.clean))
+
+
+def pre_errors(
+    block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
+) -> Iterator[tuple[str, float]]:
+    """Yields how far each branch's recomputed pre-activation is off, with the branch's name."""
+    x = block.feed_forward_input(trace)
+    x = x if ff.norm_in is None else ff.norm_in(x)
+    for name, (weight, bias) in zip(ff.pre_names, ff.branches(), strict=True):
+        pre = affine(x, weight, bias)
+        label = "linear branch" if name == ff.pre_linear else "pre-activation"
+        yield label, relative_error(pre, trace[name], real=real)
+
+
+def _settle_activation(
+    ff: FeedForward, probe: Probe, host_activation: Activation | None
+) -> FeedForward:
+    best = min(ACTIVATIONS, key=lambda option: _mean_error(replace(ff, activation=option), probe))
+    for option in (best, host_activation):
+        if option is None:
+            continue
+        settled = replace(ff, activation=option)
+        if activation_error(settled, probe.edited) <= probe.tolerance:
+            return settled
+    error = activation_error(replace(ff, activation=best), probe.edited)
+    refusal = four_parts(
+        "the feed-forward activation was not recognised",
+        f"a relative error of {error:.2g} for the nearest, {best.name}",
+        f"at most {probe.tolerance:.0e} for one of {[known.name for known in ACTIVATIONS]}",
+        "Ask for 'attn_out', 'resid_mid' or 'mlp_in', which do not pass it.",
+    )
+    return replace(ff, refusal=refusal)
+
+
+def _mean_error(ff: FeedForward, probe: Probe) -> float:
+    """Returns the mean error of an activation, which ranks near ones where half precision rounds.
+
+    The largest error is the rounding of the largest neuron, the same for gelu and gelu_new.
+    """
+    post = _post(ff, probe.edited)
+    error = float((post - probe.edited[ff.post]).abs().mean())
+    return error if error == error else float("inf")
+
+
+def _post(ff: FeedForward, trace: Trace) -> Tensor:
+    post = ff.require_activation()(trace[ff.pre])
+    if ff.pre_linear is not None:
+        post = post * trace[ff.pre_linear]
+    shift = ff.weights("b_post")
+    return post if shift is None else post + shift
+
+
+def activation_error(ff: FeedForward, trace: Trace, real: Tensor | None = None) -> float:
+    """Returns how far the neurons are off, recomputed from their input."""
+    return relative_error(_post(ff, trace), trace[ff.post], real=real)
+
+
+def relative_error(
+    value: Tensor, expected: Tensor, *, size: Tensor | None = None, real: Tensor | None = None
+) -> float:
+    """Returns the largest difference, relative to the largest entry of what is expected.
+
+    Args:
+        value: What was recomputed.
+        expected: The model's own.
+        size: What to measure each difference by, instead.
+        real: The positions [batch, pos] that count; None for all.
+    """
+    if value.shape != expected.shape:
+        return float("nan")
+    size = expected.abs().max() if size is None else size
+    ratio = (value - expected).abs() / torch.where(size > 0, size, torch.ones_like(size))
+    return float((ratio if real is None else ratio[real.to(ratio.device)]).max())

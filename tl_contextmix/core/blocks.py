@@ -1,0 +1,404 @@
+"""One shape for every transformer block: sublayers, and what a forward pass left behind.
+
+Blocks hold no activations and copy no weights: weights are read from the model each time they are
+used, in the dtype of the maths. Nothing here knows a host, or how a model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_contextmix.core.activations import Activation
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+FOLD_BYTES = 2**28
+"""Memory for products of weights that are kept with a view, in all."""
+Weights = Callable[[str], Tensor | None]
+
+
+@dataclass(frozen=True)
+class AttentionSublayer:
+    """One attention sublayer of a block.
+
+    Attributes:
+        stack: The stack whose positions it writes.
+        kind: Whether it reads its own stack or the encoder.
+        pattern: Name of the attention probabilities.
+        value: Name of the value vectors, value bias included.
+        mixed: Name of the pattern-weighted values, before W_O.
+        key: Name of the keys.
+        weights: Reads ``W_Q b_Q W_V b_V W_O b_O``.
+        scale: What scores are multiplied with (cross-attention), or None where it is not known.
+        norm_in: Norm before it (pre-LN), or None.
+        norm_out: Norm of its output before the residual sum (sandwich), or None.
+        norm_after: Norm of the residual sum (post-LN), or None.
+    """
+
+    stack: str
+    kind: Literal["self", "cross"]
+    pattern: str
+    value: str
+    mixed: str
+    key: str
+    weights: Weights = field(repr=False)
+    scale: float | None = None
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    norm_after: Norm | None = None
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights per query head."""
+        return require_weight(self.weights, "W_O")
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
+        """Output bias, or None."""
+        return self.weights("b_O")
+
+    def cross_pattern(
+        self, stream: Float[Tensor, "*batch target d_model"], key: Tensor, seen: Tensor
+    ) -> Float[Tensor, "*batch target head source"]:
+        """Returns the pattern of a cross-attention sublayer for a residual stream.
+
+        Args:
+            stream: The residual stream it reads, before its norm.
+            key: Keys [batch source head d_head], with a 1 for every further axis of ``stream``.
+            seen: Which sources are not masked, to fit the result.
+
+        Raises:
+            UnsupportedModel: If the factor of its scores is not known.
+        """
+        if self.scale is None:
+            raise UnsupportedModel(
+                four_parts(
+                    "what a changed query attends to cannot be computed",
+                    f"{self.pattern}, whose scores are not q k times 1 or 1/sqrt(d_head)",
+                    "plain cross-attention",
+                    "Ask for stack='encoder' or stack='cross'.",
+                )
+            )
+        x = stream if self.norm_in is None else self.norm_in(stream)
+        query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
+        query = shift(query, self.weights("b_Q"))
+        scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def raw_output(
+        self, trace: Trace, rows: slice | list[int] = slice(None)
+    ) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer computes at some targets, before a norm of its output."""
+        out = einsum(
+            trace.mixed(self)[:, rows],
+            self.W_O,
+            "batch target head d_head, head d_head d_model -> batch target d_model",
+        )
+        return shift(out, self.b_O)
+
+    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer adds to the residual stream."""
+        out = self.raw_output(trace)
+        return out if self.norm_out is None else self.norm_out(out)
+
+    def join(
+        self, stream: Float[Tensor, "*batch target d_model"], raw: Tensor
+    ) -> Float[Tensor, "*batch target d_model"]:
+        """Returns the residual stream after the sublayer, given `raw_output`."""
+        stream = stream + (raw if self.norm_out is None else self.norm_out(raw))
+        return stream if self.norm_after is None else self.norm_after(stream)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward sublayer: ``g(x W_in + b_in) W_out + b_out``, or gated.
+
+    Gated: ``(g(x W_gate + b_gate) * (x W_in + b_in) + b_post) W_out + b_out``.
+
+    Attributes:
+        pre: Name of the activation's input (the gate branch where gated).
+        post: Name of what W_out multiplies.
+        pre_linear: Name of the linear branch, or None where not gated.
+        weights: Reads ``W_in b_in W_gate b_gate b_post W_out b_out``.
+        activation: The elementwise activation, or None where it is not one.
+        refusal: Why the feed-forward block cannot be decomposed; empty where it can.
+        norm_in: Norm before it (pre-LN), or None.
+        norm_out: Norm of its output before the residual sum (sandwich), or None.
+        norm_after: Norm of the residual sum (post-LN), or None.
+    """
+
+    pre: str
+    post: str
+    pre_linear: str | None
+    weights: Weights = field(repr=False)
+    activation: Activation | None = None
+    refusal: str = ""
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    norm_after: Norm | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two branches."""
+        return self.pre_linear is not None
+
+    @property
+    def pre_names(self) -> tuple[str, ...]:
+        """Names of the branches' pre-activations, in the order of `branches`."""
+        return (self.pre,) if self.pre_linear is None else (self.pre, self.pre_linear)
+
+    def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Returns weight and bias of the activated branch and, where gated, of the linear one."""
+        linear = (require_weight(self.weights, "W_in"), self.weights("b_in"))
+        if not self.gated:
+            return (linear,)
+        return ((require_weight(self.weights, "W_gate"), self.weights("b_gate")), linear)
+
+    @property
+    def W_out(self) -> Float[Tensor, "neuron d_model"]:
+        """Output weights: one value vector per neuron."""
+        return require_weight(self.weights, "W_out")
+
+    def require_activation(self) -> Activation:
+        """Returns the activation.
+
+        Raises:
+            UnsupportedModel: If it does not act on each unit alone.
+        """
+        if self.activation is None:
+            raise UnsupportedModel(self.refusal)
+        return self.activation
+
+    def constant(self) -> Float[Tensor, " d_model"]:
+        """Returns what the sublayer adds whatever its neurons do: b_out and b_post's image."""
+        W_out = self.W_out
+        total = W_out.new_zeros(W_out.shape[1])
+        for name, matrix in (("b_out", None), ("b_post", W_out)):
+            bias = self.weights(name)
+            if bias is not None:
+                total = total + (bias if matrix is None else bias @ matrix)
+        return total
+
+    def post_activation(self, x: Tensor) -> Float[Tensor, "batch target neuron"]:
+        """Returns the neurons at the sublayer's (normed) input, ``b_post`` left out."""
+        return self.activate(self.pre_activations(x))
+
+    def pre_activations(self, x: Tensor) -> list[Tensor]:
+        """Returns what the branches compute of the sublayer's (normed) input."""
+        return [affine(x, weight, bias) for weight, bias in self.branches()]
+
+    def activate(self, pre: Sequence[Tensor]) -> Tensor:
+        """Returns the neurons, given the branches; ``b_post`` left out."""
+        activation = self.require_activation()
+        return activation(pre[0]) * pre[1] if self.gated else activation(pre[0])
+
+    def project(self, post: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
+        """Returns what the sublayer adds to the residual stream, given its neurons."""
+        out = affine(post, self.W_out, self.weights("b_out"))
+        return out if self.norm_out is None else self.norm_out(out)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        layer: Its number in the stack.
+        resid_in: Name of the residual stream that enters it.
+        resid_out: Name of the residual stream that leaves it.
+        attentions: Its attention sublayers in order; a decoder with cross-attention has two.
+        feed_forward: Its feed-forward sublayer, or None (attention-only).
+        parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
+        folds: Products of its weights that are kept for the next call, by name, and what tells
+            whether a weight has changed; None where those of all blocks would take more than
+            `FOLD_BYTES`.
+    """
+
+    layer: int
+    resid_in: str
+    resid_out: str
+    attentions: tuple[AttentionSublayer, ...]
+    feed_forward: FeedForward | None
+    parallel: bool = False
+    folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def points(self) -> tuple[str, ...]:
+        """Returns the names of the activations that a map of this block needs."""
+        reads = [name for a in self.attentions for name in (a.pattern, a.value)]
+        return (self.resid_in, *reads)
+
+    def spared(self) -> tuple[str, ...]:
+        """Returns the names of activations that spare work where they are at hand."""
+        return tuple(attention.mixed for attention in self.attentions)
+
+    def checkpoints(self) -> tuple[str, ...]:
+        """Returns the names of the activations that tell whether the block is read right."""
+        mixed = tuple(attention.mixed for attention in self.attentions)
+        ff = self.feed_forward
+        if ff is None:
+            return (*mixed, self.resid_out)
+        return (*mixed, *ff.pre_names, ff.post, self.resid_out)
+
+    def fold_size(self) -> int:
+        """Returns how many numbers its W_O takes when folded into its W_in."""
+        ff = self.feed_forward
+        if ff is None:
+            return 0
+        heads, d_head, _ = self.attentions[0].W_O.shape
+        return heads * d_head * sum(weight.shape[1] for weight, _ in ff.branches())
+
+    def feed_forward_input(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream that the feed-forward sublayer reads, before its norm."""
+        return trace.resid_in(self) if self.parallel else self.middle(trace)
+
+    def middle(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream after the attention sublayers and their norms."""
+        stream = trace.resid_in(self)
+        for attention in self.attentions:
+            stream = stream + attention.output(trace)
+            if attention.norm_after is not None:
+                stream = attention.norm_after(stream)
+        return stream
+
+    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the block's output, recomputed from its input, patterns, values and neurons."""
+        stream = self.middle(trace)
+        ff = self.feed_forward
+        if ff is None:
+            return stream
+        stream = stream + ff.project(trace[ff.post])
+        return stream if ff.norm_after is None else ff.norm_after(stream)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Token ids of one stack and which of them are real.
+
+    Attributes:
+        ids: Token ids, padding included.
+        mask: True at real tokens.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward pass is given.
+
+    Attributes:
+        main: The tokens; an encoder-decoder's encoder side.
+        decoder: The decoder side of an encoder-decoder, else None.
+    """
+
+    main: Side
+    decoder: Side | None = None
+
+    def side(self, stack: str) -> Side:
+        """Returns the tokens of a stack (``"cross"`` writes decoder positions)."""
+        return self.main if self.decoder is None or stack == "encoder" else self.decoder
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a forward pass left behind, in the dtype of the maths.
+
+    Attributes:
+        batch: The tokens that went in.
+        values: Activations by name.
+        dtype: Dtype of the maths: the model's, but at least float32.
+        logits: The model's output, or None when the trace was made from a cache.
+    """
+
+    batch: Batch
+    values: Mapping[str, Tensor]
+    dtype: torch.dtype
+    logits: Tensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns one activation in the dtype of the maths."""
+        return self.values[name].to(self.dtype)
+
+    def part(self, rows: slice) -> Trace:
+        """Returns some rows of the pass, without a copy."""
+        sides = [self.batch.main, self.batch.decoder]
+        main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
+        assert main is not None
+        values = {name: value[rows] for name, value in self.values.items()}
+        return replace(self, batch=Batch(main, decoder), values=values, logits=None)
+
+    def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream that enters a block."""
+        return self[block.resid_in]
+
+    def pattern(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target source"]:
+        """Returns attention probabilities; rows of padding are zero, they are not the model's."""
+        pattern = self[attention.pattern]
+        real = self.batch.side(attention.stack).mask.to(pattern.device)
+        if bool(real.all()):
+            return pattern
+        return pattern.masked_fill(~real[:, None, :, None], 0)
+
+    def value(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
+        """Returns value vectors per query head (a shared value is repeated)."""
+        return self._per_query_head(attention, attention.value)
+
+    def key(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
+        """Returns key vectors per query head (a shared key is repeated)."""
+        return self._per_query_head(attention, attention.key)
+
+    def _per_query_head(self, attention: AttentionSublayer, name: str) -> Tensor:
+        shared = self[name]
+        heads = self.values[attention.pattern].shape[1]
+        return shared.repeat_interleave(heads // shared.shape[2], dim=2)
+
+    def mixed(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head d_head"]:
+        """Returns pattern-weighted values: the model's own where they are exact, else recomputed.
+
+        A half-precision model has rounded them.
+        """
+        kept = self.values.get(attention.mixed)
+        if kept is not None and kept.dtype == self.dtype:
+            return kept
+        return einsum(
+            self.pattern(attention),
+            self.value(attention),
+            "batch head target source, batch source head d_head -> batch target head d_head",
+        )
+
+
+def require_weight(weights: Weights, name: str) -> Tensor:
+    """Returns a weight that must be there.
+
+    Raises:
+        UnsupportedModel: If the model does not have it.
+    """
+    weight = weights(name)
+    if weight is None:
+        raise UnsupportedModel(
+            four_parts(
+                f"the model's {name} cannot be read",
+                "no such weight",
+                "one dense matrix per sublayer",
+                "Experts, fused or quantised layers are not supported.",
+            )
+        )
+    return weight
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns ``x weight + bias``."""
+    return shift(x @ weight, bias)
+
+
+def shift(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns ``x + bias``, or ``x`` where there is none."""
+    return x if bias is None else x + bias

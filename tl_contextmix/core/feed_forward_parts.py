@@ -1,0 +1,376 @@
+r"""The feed-forward sublayer's parts, built tile by tile and never all at once.
+
+Through the activation, integrated gradients from the zero baseline are exact and closed (Kobayashi
+et al. 2024, eq. 12): source ``j`` gets :math:`F_{ij} = (q_{ij} \odot r_i) W_{out}`, where
+:math:`q_{ij}` is its share of the pre-activation and :math:`r_i` one secant slope per neuron,
+shared by all sources.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_contextmix.core.activations import gated_slopes
+from tl_contextmix.core.blocks import Block, FeedForward, affine
+from tl_contextmix.core.token_sums import Mixture, Norm, blocks
+
+Bias = Literal["contributor", "fixed"]
+DEFAULT_MAX_BYTES = 2**30
+# Of which shares of neurons are made at once: fewer take longer, more take memory for nothing.
+_TARGETS = 16
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What the feed-forward sublayer makes of a mixture; its parts are built block by block.
+
+    Attributes:
+        read: What the sublayer reads.
+        weights: Each branch's input weights.
+        slopes: For each branch what a share is multiplied with, per neuron.
+        W_out: Value vectors.
+        norm_out: Norm of the output and its frozen scale (sandwich), or None.
+        residual: What is added, or None.
+        norm_after: Norm of the sum and its frozen scale (post-LN), or None.
+        bias: What belongs to no token, at the end of all this.
+        total: What parts and bias add up to.
+        hidden: Shares of each branch's pre-activation, once `folded`.
+    """
+
+    read: Mixture
+    weights: tuple[Float[Tensor, "d_model neuron"], ...]
+    slopes: tuple[Float[Tensor, "batch target neuron"], ...]
+    W_out: Float[Tensor, "neuron d_model"]
+    norm_out: tuple[Norm, Tensor] | None
+    residual: Mixture | None
+    norm_after: tuple[Norm, Tensor] | None
+    bias: Float[Tensor, "batch target d_model"]
+    total: Float[Tensor, "batch target d_model"]
+    hidden: tuple[Mixture, ...] = ()
+
+    @property
+    def sources(self) -> int:
+        """Length of the source axis."""
+        return self.read.sources
+
+    def folded(self) -> Expansion:
+        """Returns the expansion with the input weights folded into what is read."""
+        return replace(self, hidden=tuple(self.read.map(weight) for weight in self.weights))
+
+    def stages(
+        self, rows: slice, columns: slice, read: slice, neurons: int
+    ) -> Iterator[Float[Tensor, "batch source target d_model"]]:
+        """Yields the parts for a block of rows and sources: mlp_out, resid_post, block_out.
+
+        As far as this expansion goes. What is yielded changes once the next is asked for.
+
+        Args:
+            rows: Contiguous targets.
+            columns: Contiguous sources.
+            read: Those of them that the feed-forward sublayer reads.
+            neurons: How many neurons at a time.
+        """
+        out = None
+        for part in blocks(self.W_out.shape[0], neurons):
+            out = self._through(rows, read, part, out)
+        assert out is not None
+        out = out if read == columns else _placed(out, read, columns)
+        out = _through_norm(out, self.norm_out, rows)
+        yield out
+        if self.residual is not None:
+            out += self.residual.dense(rows, columns)
+            yield out
+        if self.norm_after is not None:
+            yield _through_norm(out, self.norm_after, rows)
+
+    def _through(self, rows: slice, columns: slice, part: slice, out: Tensor | None) -> Tensor:
+        shares = None
+        for mixture, slope in zip(self.hidden, self.slopes, strict=True):
+            share = mixture.dense(rows, columns, part)
+            share *= slope[:, None, rows, part]
+            shares = share if shares is None else shares.add_(share)
+        assert shares is not None
+        product = (shares.transpose(0, 1) @ self.W_out[part]).transpose(0, 1)
+        return product if out is None else out.add_(product)
+
+    def diagonal(self) -> Float[Tensor, "batch target d_model"]:
+        """Returns what each target gets from itself, without any other pair."""
+        own = self.read.diagonal()
+        pairs = zip(self.weights, self.slopes, strict=True)
+        out = reduce(add, ((own @ weight).mul_(slope) for weight, slope in pairs)) @ self.W_out
+        if self.norm_out is not None:
+            out = self.norm_out[0].linear(out) / self.norm_out[1]
+        if self.residual is not None:
+            out = out + self.residual.diagonal()
+        if self.norm_after is not None:
+            out = self.norm_after[0].linear(out) / self.norm_after[1]
+        return out
+
+    def row(self, batch: slice) -> Expansion:
+        """Returns the expansion of some rows of the batch."""
+        return replace(
+            self,
+            read=self.read.row(batch),
+            hidden=tuple(mixture.row(batch) for mixture in self.hidden),
+            slopes=tuple(slope[batch] for slope in self.slopes),
+            norm_out=_norm_row(self.norm_out, batch),
+            residual=None if self.residual is None else self.residual.row(batch),
+            norm_after=_norm_row(self.norm_after, batch),
+            bias=self.bias[batch],
+            total=self.total[batch],
+        )
+
+    def tiles(self, max_bytes: int) -> Iterator[tuple[slice, slice, slice, Iterator[Tensor]]]:
+        """Yields all parts, tile by tile: batch rows, targets, sources and `stages`.
+
+        Sources outside the tiles have parts of exactly zero. What the neurons see of a source is
+        computed once for all targets.
+        """
+        folded = self.folded()
+        plan = _plan(folded, max_bytes)
+        for rows in blocks(self.bias.shape[0], plan.batch):
+            some = folded.row(rows)
+            read = whole = some.read.support()
+            whole = whole if some.residual is None else whole.join(some.residual.support())
+            for span in some.stretches(plan.sources):
+                ready = some.ready(span, hidden=plan.neurons >= self.W_out.shape[0])
+                for targets in blocks(self.bias.shape[1], plan.targets):
+                    columns = whole.columns(targets, span)
+                    if columns.start < columns.stop:
+                        inner = read.columns(targets, columns)
+                        stages = ready.stages(targets, columns, inner, plan.neurons)
+                        yield rows, targets, columns, stages
+                # Or two stretches would be held at once; a generator keeps what it came from.
+                ready = stages = None
+
+    def stretches(self, size: int) -> Iterator[slice]:
+        """Yields stretches of sources that stay within one attention sublayer's."""
+        for _, span, _ in self.read.segments():
+            for part in blocks(span.stop - span.start, size):
+                yield slice(span.start + part.start, span.start + part.stop)
+
+    def ready(self, sources: slice, *, hidden: bool) -> Expansion:
+        """Returns the expansion with the vectors of some sources computed and kept."""
+        return replace(
+            self,
+            hidden=tuple(m.ready(sources) for m in self.hidden) if hidden else self.hidden,
+            residual=None if self.residual is None else self.residual.ready(sources),
+        )
+
+    def stage_norms(self, max_bytes: int) -> list[Float[Tensor, "batch target source"]]:
+        """Returns the norm of every part at each of `stages`, holding no more than a tile."""
+        batch, target, _ = self.bias.shape
+        count = 1 + (self.residual is not None) + (self.norm_after is not None)
+        found = [self.bias.new_zeros(batch, target, self.sources) for _ in range(count)]
+        for rows, targets, columns, stages in self.tiles(max_bytes):
+            parts = None
+            for out, parts in zip(found, stages, strict=True):
+                out[rows, targets, columns] = parts.norm(dim=-1).transpose(1, 2)
+            del parts
+        return found
+
+    def parts(self, max_bytes: int) -> Float[Tensor, "batch target source d_model"]:
+        """Returns every part."""
+        batch, target, width = self.bias.shape
+        out = self.bias.new_zeros(batch, target, self.sources, width)
+        for rows, targets, columns, stages in self.tiles(max_bytes):
+            last = deque(stages, maxlen=1).pop()
+            out[rows, targets, columns] = last.transpose(1, 2)
+            del last
+        return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    batch: int
+    targets: int
+    sources: int
+    neurons: int
+
+
+def _plan(expansion: Expansion, max_bytes: int) -> _Plan:
+    """Returns tile sizes that keep the workspace of a folded expansion within ``max_bytes``.
+
+    What the expansion holds already (folded weights, slopes, the targets' own shares) counts; a
+    quarter of the budget is used even where that leaves less. A tile holds one share per branch
+    and four vectors of width d_model per pair, and what the neurons and the residual stream see
+    of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed in vain.
+    """
+    batch, target, width = expansion.bias.shape
+    source, neuron = expansion.sources, expansion.W_out.shape[0]
+    branches, residual = len(expansion.hidden), expansion.residual
+    heads = max(read.value.shape[2] for read in expansion.read.reads)
+    beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.reads)
+    mixtures = (*expansion.hidden, expansion.read, *([] if residual is None else [residual]))
+    held = sum(m.held for m in mixtures) + sum(slope.numel() for slope in expansion.slopes)
+    # Vectors per token: the mixtures' totals and biases, and the expansions'.
+    held += 10 * batch * target * width
+    budget = max_bytes // expansion.bias.element_size()
+    room = max(budget - held, budget // 4)
+    view, pair = branches * heads * neuron + beside, branches * neuron + 4 * width
+    neurons = neuron
+    if view + pair > room:
+        neurons = max(1, (room - beside - 4 * width) // (branches * (heads + 1)))
+        view, pair = branches * heads * neurons + beside, branches * neurons + 4 * width
+    targets = max(1, min(-(-target // 16), (room - view) // pair))
+    sources = max(1, min(source, room // (view + targets * pair)))
+    rows = max(1, min(batch, room // (sources * (view + targets * pair))))
+    return _Plan(rows, targets, sources, neurons)
+
+
+def _norm_row(pair: tuple[Norm, Tensor] | None, batch: slice) -> tuple[Norm, Tensor] | None:
+    return None if pair is None else (pair[0], pair[1][batch])
+
+
+def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
+    """Returns parts of a stretch of sources as parts of a longer one; those of the rest are 0."""
+    batch, _, *rest = parts.shape
+    whole = parts.new_zeros(columns.stop - columns.start, batch, *rest).transpose(0, 1)
+    whole[:, at.start - columns.start : at.stop - columns.start] = parts
+    return whole
+
+
+def _through_norm(parts: Tensor, pair: tuple[Norm, Tensor] | None, rows: slice) -> Tensor:
+    if pair is None:
+        return parts
+    norm, scale = pair
+    return norm.linear(parts).div_(scale[:, None, rows])
+
+
+def expand(
+    block: Block, points: dict[str, Mixture], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
+) -> dict[str, Expansion]:
+    """Returns a block's parts at and after its feed-forward output; they share what they hold.
+
+    Args:
+        block: The block.
+        points: Its mixtures from `decompose.linear_points`.
+        bias: The bias convention, see `decompose`.
+        max_bytes: Workspace.
+    """
+    ff = block.feed_forward
+    assert ff is not None
+    added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
+    stream = points["stream"]
+    total, parts_bias = added.total + stream.total, added.bias + stream.bias
+    summed = replace(added, residual=stream, bias=parts_bias, total=total)
+    normed = summed
+    norm = ff.norm_after
+    if norm is not None:
+        scale = norm.scale(total)
+        normed = replace(
+            summed,
+            norm_after=(norm, scale),
+            bias=_affine_norm(norm, scale, parts_bias),
+            total=norm(total),
+        )
+    return {"mlp_out": added, "resid_post": summed, "block_out": normed}
+
+
+def neuron_shares(
+    ff: FeedForward,
+    read: Mixture,
+    convention: Bias,
+    rows: Sequence[int],
+    neurons: Int[Tensor, " neuron"],
+    shares: Float[Tensor, "batch target source neuron"],
+) -> Float[Tensor, "batch target neuron"]:
+    """Writes each source's share of some neurons' activations; returns the share of no source.
+
+    Args:
+        ff: The feed-forward sublayer.
+        read: What it reads, from `decompose.linear_points`.
+        convention: The bias convention, see `decompose`.
+        rows: The targets.
+        neurons: The neurons.
+        shares: Where the shares are written: they are many, and made a few targets at a time.
+    """
+    branches = [
+        (weight[:, neurons], None if bias is None else bias[neurons])
+        for weight, bias in ff.branches()
+    ]
+    start = tuple(affine(read.bias, *branch) for branch in branches)
+    end = tuple(affine(read.total, *branch) for branch in branches)
+    slopes, rest, _ = _neurons(ff, start, end, convention)
+    hidden = [read.map(weight).ready() for weight, _ in branches]
+    # Tiles are contiguous: of all targets a few at a time, of others one each.
+    whole = list(rows) == list(range(read.bias.shape[1]))
+    branched = list(zip(hidden, slopes, strict=True))
+    for places in blocks(len(rows), _TARGETS if whole else 1):
+        tile = places if whole else slice(rows[places.start], rows[places.start] + 1)
+        parts = (mixture.dense(tile) * slope[:, None, tile] for mixture, slope in branched)
+        shares[:, places] = reduce(add, parts).transpose(1, 2)
+    return rest[:, list(rows)]
+
+
+def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: int) -> Expansion:
+    branches, W_out, constant = ff.branches(), ff.W_out, ff.constant()
+    shape = read.bias.shape[:2]
+    slopes = tuple(read.bias.new_empty(*shape, len(W_out)) for _ in branches)
+    bias, total = (read.bias.new_empty(*shape, W_out.shape[1]) for _ in range(2))
+    # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
+    size = 16 * len(branches) * len(W_out) * bias.element_size()
+    for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
+        ends = [
+            affine(x.flatten(0, 1)[rows], *branch)
+            for branch in branches
+            for x in (read.bias, read.total)
+        ]
+        found, post_bias, post = _neurons(ff, tuple(ends[::2]), tuple(ends[1::2]), convention)
+        for slope, piece in zip(slopes, found, strict=True):
+            slope.flatten(0, 1)[rows] = piece
+        bias.flatten(0, 1)[rows] = post_bias @ W_out + constant
+        total.flatten(0, 1)[rows] = post @ W_out + constant
+    norm_out = None
+    if ff.norm_out is not None:
+        scale = ff.norm_out.scale(total)
+        norm_out = (ff.norm_out, scale)
+        bias, total = _affine_norm(ff.norm_out, scale, bias), ff.norm_out(total)
+    return Expansion(
+        read=read,
+        weights=tuple(weight for weight, _ in branches),
+        slopes=slopes,
+        W_out=W_out,
+        norm_out=norm_out,
+        residual=None,
+        norm_after=None,
+        bias=bias,
+        total=total,
+    )
+
+
+def _neurons(
+    ff: FeedForward, bias: tuple[Tensor, ...], total: tuple[Tensor, ...], convention: Bias
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Returns each branch's slope, the share of what is no token, and the neurons themselves."""
+    activation = ff.require_activation()
+    start = bias if convention == "fixed" else (None, None)
+    if ff.gated:
+        linear_slope, gate_slope = gated_slopes(
+            activation, (start[0], total[0]), (start[1], total[1])
+        )
+        slopes: tuple[Tensor, ...] = (gate_slope, linear_slope)
+        at_start = bias[0].new_zeros(()) if start[0] is None else activation(bias[0]) * bias[1]
+        post = activation(total[0]) * total[1]
+    else:
+        slopes = (activation.secant(start[0], total[0]),)
+        at_start = activation(bias[0].new_zeros(()) if start[0] is None else bias[0])
+        post = activation(total[0])
+    if convention == "fixed":
+        return slopes, at_start, post
+    # The path starts at zero; what the bias adds on the way exists only where it moves.
+    moved = sum(b * slope for b, slope in zip(bias, slopes, strict=True))
+    return slopes, at_start + moved, post
+
+
+def _affine_norm(norm: Norm, scale: Tensor, bias: Tensor) -> Tensor:
+    bias = norm.linear(bias) / scale
+    return bias if norm.bias is None else bias + norm.bias

@@ -1,0 +1,109 @@
+"""The feed-forward pre-activation as a linear image of what an attention sublayer brings.
+
+Up to its activation, what the feed-forward sublayer makes of a sum of attention terms is linear but
+for the scales of norms, so W_O and W_in become one matrix per head. It is kept with the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, shift
+from tl_contextmix.core.token_sums import Norm, Read
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of the feed-forward sublayer, seen from the attention sublayer that changes.
+
+    Attributes:
+        read: The sublayer's terms up to the branch's pre-activation, scales left out.
+        base: What enters it besides the sublayer's output, where that has a scale of its own.
+        changed: The sublayer's output, scales left out, and what enters besides where there is no
+            ``base``.
+        constant: What no scale divides.
+    """
+
+    read: Read
+    base: Float[Tensor, "batch target neuron"] | None
+    changed: Float[Tensor, "batch target neuron"]
+    constant: Float[Tensor, " neuron"]
+
+
+def branches(
+    block: Block,
+    ff: FeedForward,
+    attention: AttentionSublayer,
+    read: Read,
+    raw: Float[Tensor, "batch target d_model"],
+    before: Float[Tensor, "batch target d_model"],
+    pre: tuple[Float[Tensor, "batch target neuron"], ...] | None,
+) -> Iterator[Branch]:
+    """Yields the branches of a block's feed-forward sublayer.
+
+    Args:
+        block: The block, with what it keeps.
+        ff: Its feed-forward sublayer.
+        attention: The attention sublayer that changes, the last one before it.
+        read: That one's terms.
+        raw: Its output, before a norm of it.
+        before: The residual stream it adds to.
+        pre: The model's own pre-activations, where the pass kept them, else None.
+    """
+    first = attention.norm_out
+    second = ff.norm_in if attention.norm_after is None else attention.norm_after
+    base = before
+    if first is not None:
+        read, raw, base = _linear(read, first), first.linear(raw), shift(base, first.bias)
+    scale = raw.new_ones(())
+    if second is not None:
+        scale = second.scale(raw + base)
+        read, raw, base = _linear(read, second), second.linear(raw), second.linear(base)
+    for index, (weight, bias) in enumerate(ff.branches()):
+        constant = shift(weight.new_zeros(weight.shape[1]), bias)
+        if second is not None and second.bias is not None:
+            constant = constant + second.bias @ weight
+        if first is not None:
+            changed = raw @ weight
+        elif pre is None:
+            changed = (raw + base) @ weight
+        else:
+            # One scale at most lies between the neurons and what entered.
+            changed = (pre[index] - constant) * scale
+        yield Branch(
+            read=read.map(weight, _fold(block, f"{attention.kind} {index}", read.weight, weight)),
+            base=None if first is None else base @ weight,
+            changed=changed,
+            constant=constant,
+        )
+
+
+def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor) -> Tensor | None:
+    """Returns W_O, the linear parts of norms behind it included, folded into W_in; None: not kept.
+
+    Kept with a weighted sum of every column of the two: edits through ``.data`` leave no other
+    trace. That costs as much as W_in at one vector.
+    """
+    kept = block.folds
+    if kept is None:
+        return None
+    sums = [_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)]
+    known = kept.get(name)
+    if known is None or not all(torch.equal(a, b) for a, b in zip(sums, known, strict=False)):
+        known = kept[name] = (*sums, W_O @ W_in)
+    return known[-1]
+
+
+def _column_sums(matrix: Tensor) -> Tensor:
+    rows = len(matrix)
+    # Unequal weights, so that rows that change places are seen.
+    return torch.linspace(1, 2, rows, dtype=matrix.dtype, device=matrix.device) @ matrix
+
+
+def _linear(read: Read, norm: Norm) -> Read:
+    return read.linear(norm, torch.ones_like(read.scale))

@@ -1,0 +1,329 @@
+r"""Parts that travel through whole blocks: linear once scales, patterns and slopes are frozen.
+
+With all of them at their real values, a block is an affine map of the residual stream. Its linear
+part carries what each input token brought, :math:`x_i = \sum_k x_{i \leftarrow k} + b_i`, from
+layer to layer; its constant part only ever meets the bias :math:`b_i`. Tokens do not interact, so
+any few of them can be carried alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.activations import gated_slopes
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, require_weight
+from tl_contextmix.core.token_sums import Norm
+
+Parts = Float[Tensor, "batch target part d_model"]
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its scale frozen.
+
+    Attributes:
+        norm: The norm.
+        scale: Its divisor at the real value.
+    """
+
+    norm: Norm
+    scale: Float[Tensor, "batch target 1"]
+
+    def __call__(self, parts: Parts, constant: bool) -> Parts:
+        """Returns the parts after the norm; with its bias where ``constant``."""
+        out = self.norm.linear(parts) / self.scale[:, :, None]
+        return out + self.norm.bias if constant and self.norm.bias is not None else out
+
+    def since(self, first: int) -> FrozenNorm:
+        """Returns the norm at the targets from one on."""
+        return FrozenNorm(self.norm, self.scale[:, first:])
+
+
+def freeze_norm(norm: Norm | None, whole: Tensor) -> FrozenNorm | None:
+    """Returns the norm frozen at ``whole``; None where there is none."""
+    return None if norm is None else FrozenNorm(norm, norm.scale(whole))
+
+
+def _through(norm: FrozenNorm | None, parts: Parts, constant: bool) -> Parts:
+    return parts if norm is None else norm(parts, constant)
+
+
+def _since(norm: FrozenNorm | None, first: int) -> FrozenNorm | None:
+    return None if norm is None else norm.since(first)
+
+
+@dataclass(frozen=True)
+class FrozenAttention:
+    """An attention sublayer with its pattern and the scales of its norms frozen.
+
+    Attributes:
+        sublayer: The sublayer.
+        pattern: Its attention probabilities.
+        norm_in: Norm before it, or None. A cross-attention sublayer reads its values elsewhere.
+        norm_out: Norm of its output, or None.
+        norm_after: Norm of the residual sum, or None.
+    """
+
+    sublayer: AttentionSublayer
+    pattern: Float[Tensor, "batch head target source"]
+    norm_in: FrozenNorm | None
+    norm_out: FrozenNorm | None
+    norm_after: FrozenNorm | None
+
+    def __call__(self, stream: Parts, memory: Tensor | None, constant: bool) -> Parts:
+        """Returns the parts of the residual stream after the sublayer.
+
+        Args:
+            stream: Parts before it.
+            memory: Parts of the encoder's output [batch source part d_model], for cross-attention;
+                None for none.
+            constant: Whether biases are added: the parts are then the bias, one of them.
+        """
+        cross = self.sublayer.kind == "cross"
+        read = memory if cross else _through(self.norm_in, stream, constant)
+        if read is None:
+            assert not constant
+            return _through(self.norm_after, stream, constant)
+        weights = self.sublayer.weights
+        value = torch.einsum("bskm,hmd->bskhd", read, require_weight(weights, "W_V"))
+        b_V, b_O = weights("b_V"), weights("b_O")
+        value = value + b_V if constant and b_V is not None else value
+        mixed = torch.einsum("bhts,bskhd->btkhd", self.pattern, value)
+        out = torch.einsum("btkhd,hdm->btkm", mixed, self.sublayer.W_O)
+        out = out + b_O if constant and b_O is not None else out
+        return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
+
+    def since(self, first: int) -> FrozenAttention:
+        """Returns the sublayer at the targets from one on, which read no earlier ones."""
+        seen = 0 if self.sublayer.kind == "cross" else first
+        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
+        return FrozenAttention(self.sublayer, self.pattern[:, :, first:, seen:], *norms)
+
+
+@dataclass(frozen=True)
+class FrozenFeedForward:
+    """A feed-forward sublayer with one slope per neuron and its norms' scales frozen.
+
+    Attributes:
+        sublayer: The sublayer.
+        slopes: For each branch what a share of its pre-activation is multiplied with.
+        constant: What belongs to no token, before W_out's constants: the bias's neurons.
+        norm_in: Norm before it, or None.
+        norm_out: Norm of its output, or None.
+        norm_after: Norm of the residual sum, or None.
+    """
+
+    sublayer: FeedForward
+    slopes: tuple[Float[Tensor, "batch target neuron"], ...]
+    constant: Float[Tensor, "batch target neuron"]
+    norm_in: FrozenNorm | None
+    norm_out: FrozenNorm | None
+    norm_after: FrozenNorm | None
+
+    def __call__(self, stream: Parts, read: Parts, constant: bool) -> Parts:
+        """Returns the parts of the residual stream after the sublayer.
+
+        Args:
+            stream: Parts it adds to.
+            read: Parts it reads, before its norm.
+            constant: Whether the parts are the bias.
+        """
+        ff = self.sublayer
+        if constant:
+            out = (self.constant @ ff.W_out + ff.constant())[:, :, None]
+        else:
+            entering = _through(self.norm_in, read, False)
+            shares = [
+                (entering @ weight) * slope[:, :, None]
+                for (weight, _), slope in zip(ff.branches(), self.slopes, strict=True)
+            ]
+            out = sum(shares[1:], shares[0]) @ ff.W_out
+        return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
+
+    def since(self, first: int) -> FrozenFeedForward:
+        """Returns the sublayer at the targets from one on."""
+        slopes = tuple(slope[:, first:] for slope in self.slopes)
+        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
+        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *norms)
+
+
+@dataclass(frozen=True)
+class FrozenBlock:
+    """A block as an affine map of the residual stream.
+
+    Attributes:
+        block: The block.
+        attentions: Its attention sublayers.
+        feed_forward: Its feed-forward sublayer, or None.
+    """
+
+    block: Block
+    attentions: tuple[FrozenAttention, ...]
+    feed_forward: FrozenFeedForward | None
+
+    def __call__(self, stream: Parts, memory: Tensor | None, constant: bool = False) -> Parts:
+        """Returns the parts of the block's output; arguments as for `FrozenAttention`."""
+        before = stream
+        for attention in self.attentions:
+            stream = attention(stream, memory, constant)
+        if self.feed_forward is None:
+            return stream
+        read = before if self.block.parallel else stream
+        return self.feed_forward(stream, read, constant)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no target reads a later one."""
+        own = (a.pattern for a in self.attentions if a.sublayer.kind == "self")
+        # What is read is asked, not how much: `estimate` has no numbers.
+        return not any(bool((pattern != 0).triu(1).any()) for pattern in own)
+
+    def since(self, first: int) -> FrozenBlock:
+        """Returns the block at the targets from one on, which read no earlier ones."""
+        if first == 0:
+            return self
+        attentions = tuple(one.since(first) for one in self.attentions)
+        ff = self.feed_forward
+        return FrozenBlock(self.block, attentions, None if ff is None else ff.since(first))
+
+
+def freeze(
+    block: Block,
+    trace: Trace,
+    bias: Float[Tensor, "batch target d_model"],
+    memory_bias: Float[Tensor, "batch source d_model"] | None,
+    fixed: bool,
+) -> tuple[FrozenBlock, Float[Tensor, "batch target d_model"]]:
+    """Returns a block frozen at a forward pass, and the bias after it.
+
+    Args:
+        block: The block.
+        trace: The pass.
+        bias: What belongs to no token in the block's input.
+        memory_bias: The same of the encoder's output, where the block reads it.
+        fixed: Whether feed-forward paths start from the bias alone rather than from zero.
+    """
+    stream, parts = trace.resid_in(block), bias[:, :, None]
+    memory = None if memory_bias is None else memory_bias[:, :, None]
+    attentions = []
+    for sublayer in block.attentions:
+        frozen = _freeze_attention(sublayer, trace, stream)
+        attentions.append(frozen)
+        parts = frozen(parts, memory, constant=True)
+        stream = stream + sublayer.output(trace)
+        stream = stream if sublayer.norm_after is None else sublayer.norm_after(stream)
+    if block.feed_forward is None:
+        return FrozenBlock(block, tuple(attentions), None), parts[:, :, 0]
+    read, read_bias = (trace.resid_in(block), bias) if block.parallel else (stream, parts[:, :, 0])
+    ff = _freeze_feed_forward(block.feed_forward, stream, read, read_bias, fixed)
+    after = ff(parts, read_bias[:, :, None], constant=True)
+    return FrozenBlock(block, tuple(attentions), ff), after[:, :, 0]
+
+
+def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
+    raw = sublayer.raw_output(trace)
+    return FrozenAttention(
+        sublayer=sublayer,
+        pattern=trace.pattern(sublayer),
+        norm_in=freeze_norm(sublayer.norm_in, stream),
+        norm_out=freeze_norm(sublayer.norm_out, raw),
+        norm_after=freeze_norm(sublayer.norm_after, stream + sublayer.output(trace)),
+    )
+
+
+def _freeze_feed_forward(
+    ff: FeedForward, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
+) -> FrozenFeedForward:
+    activation = ff.require_activation()
+    norm_in = freeze_norm(ff.norm_in, read)
+    entering = _through(norm_in, bias[:, :, None], True)[:, :, 0]
+    whole = read if ff.norm_in is None else ff.norm_in(read)
+    total, shares = [], []
+    for weight, b in ff.branches():
+        shift = weight.new_zeros(weight.shape[1]) if b is None else b
+        total.append(whole @ weight + shift)
+        shares.append(entering @ weight + shift)
+    start = shares if fixed else [torch.zeros_like(share) for share in shares]
+    at_start = activation(start[0]) * start[1] if ff.gated else activation(start[0])
+    begin = start if fixed else [None] * len(shares)
+    if ff.gated:
+        linear, gate = gated_slopes(activation, (begin[0], total[0]), (begin[1], total[1]))
+        slopes: tuple[Tensor, ...] = (gate, linear)
+        post = activation(total[0]) * total[1]
+    else:
+        slopes, post = (activation.secant(begin[0], total[0]),), activation(total[0])
+    # The bias moves along the path only where the path does not start from it.
+    moved = sum((s * r for s, r in zip(shares, slopes, strict=True)), torch.zeros_like(at_start))
+    out = post @ ff.W_out + ff.constant()
+    added = out if ff.norm_out is None else ff.norm_out(out)
+    return FrozenFeedForward(
+        sublayer=ff,
+        slopes=slopes,
+        constant=at_start if fixed else at_start + moved,
+        norm_in=norm_in,
+        norm_out=freeze_norm(ff.norm_out, out),
+        norm_after=freeze_norm(ff.norm_after, stream + added),
+    )
+
+
+@dataclass(frozen=True)
+class FrozenStack:
+    """The blocks of a stack as affine maps, and the bias after each.
+
+    Attributes:
+        blocks: The blocks.
+        biases: What belongs to no token after each block.
+        final_norm: Norm behind the last one, where another stack reads its output; else None.
+    """
+
+    blocks: tuple[FrozenBlock, ...]
+    biases: tuple[Float[Tensor, "batch target d_model"], ...]
+    final_norm: FrozenNorm | None = None
+
+    def memory_bias(self) -> Float[Tensor, "batch target d_model"]:
+        """Returns what belongs to no token in the output that another stack reads."""
+        return _through(self.final_norm, self.biases[-1][:, :, None], True)[:, :, 0]
+
+    def memory(self, parts: Parts) -> Parts:
+        """Returns the parts of the output that another stack reads, given those of its input."""
+        for block in self.blocks:
+            parts = block(parts, None)
+        return _through(self.final_norm, parts, False)
+
+
+def freeze_stack(
+    blocks: tuple[Block, ...],
+    trace: Trace,
+    fixed: bool,
+    encoder: FrozenStack | None = None,
+    final_norm: tuple[Norm, Tensor] | None = None,
+) -> FrozenStack:
+    """Returns a stack frozen at a forward pass.
+
+    Args:
+        blocks: Its blocks, from the first on.
+        trace: The pass.
+        fixed: See `freeze`.
+        encoder: The stack whose output its cross-attention reads, or None.
+        final_norm: Norm behind the last block and the stream it reads, or None.
+    """
+    bias = torch.zeros_like(trace.resid_in(blocks[0]))
+    memory_bias = None if encoder is None else encoder.memory_bias()
+    frozen, biases = [], []
+    for block in blocks:
+        one, bias = freeze(block, trace, bias, memory_bias, fixed)
+        frozen.append(one)
+        biases.append(bias)
+    norm = None if final_norm is None else freeze_norm(*final_norm)
+    return FrozenStack(tuple(frozen), tuple(biases), norm)
+
+
+def own_parts(x: Float[Tensor, "batch pos d_model"], sources: slice) -> Parts:
+    """Returns the input of the first block as parts: each token its own, for some tokens."""
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, sources]
+    return einsum(x, eye, "batch pos d_model, pos part -> batch pos part d_model")

@@ -1,0 +1,203 @@
+"""One shape for every model: its stacks of blocks, its readout, and how it is run.
+
+`hosts` builds a view; nothing here knows a host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.blocks import Batch, Block, Trace, Weights, affine, require_weight
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.errors import UnsupportedModel, bad
+
+StackName = Literal["encoder", "decoder", "cross"]
+Edit = Callable[[Tensor], Tensor]
+Hooks = Sequence[tuple[str, Edit | None]]
+Runner = Callable[[Batch, Hooks, bool], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NeedsModel(Exception):
+    """A view was given where the model itself is needed."""
+
+
+@dataclass(frozen=True)
+class CacheReader:
+    """How an ActivationCache of a host holds activations.
+
+    Attributes:
+        other_names: Returns the other names under which an activation may be kept.
+        embedded: By side (``"main"``, ``"decoder"``): names of the token embeddings, best first.
+        embedding: Returns the embeddings of token ids.
+    """
+
+    other_names: Callable[[str], tuple[str, ...]]
+    embedded: Mapping[str, tuple[str, ...]]
+    embedding: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the last residual stream becomes logits.
+
+    ``cap * tanh(((head(norm(x)) * scale) @ W_U + b_U) / cap)``, each step where there is one.
+
+    Attributes:
+        norm: Final norm, or None (post-LN models without one).
+        head: Dense layer, activation and norm of a masked-LM head, or None.
+        weights: Reads ``W_U`` and ``b_U``.
+        scale: Factor before the unembedding (tied T5: d_model ** -0.5; Cohere's on logits).
+        soft_cap: Soft cap of the logits, or None.
+        refusal: Why there are no logits to read; empty where there are.
+    """
+
+    norm: Norm | None
+    head: Callable[[Tensor], Tensor] | None = field(repr=False)
+    weights: Weights = field(repr=False)
+    scale: float = 1.0
+    soft_cap: float | None = None
+    refusal: str = ""
+
+    def require(self) -> None:
+        """Checks that there are logits to read.
+
+        Raises:
+            UnsupportedModel: If this model has no trained vocabulary readout.
+        """
+        if self.refusal:
+            raise UnsupportedModel(self.refusal)
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Returns the logits of a residual stream.
+
+        Raises:
+            UnsupportedModel: If this model has no trained vocabulary readout.
+        """
+        self.require()
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.head is None else self.head(x)
+        logits = affine(x * self.scale, require_weight(self.weights, "W_U"), self.weights("b_U"))
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A model in one shape, whatever class holds it.
+
+    Attributes:
+        name: The model's name.
+        host: Class of the model object.
+        host_version: Version of TransformerLens.
+        processing: Weight processing that was found; empty for weights as published.
+        fingerprint: Hash over a sample of every weight.
+        stacks: Blocks by stack: ``"decoder"``, ``"encoder"`` or both.
+        readout: From the last residual stream to logits.
+        final_norms: Norm behind the last block of each stack that has one.
+        dtype: Dtype of the maths.
+        device: Where the first weights are.
+        n_ctx: Longest input, or None where there is no bound.
+        d_vocab: Number of token ids.
+        tolerance: Largest relative error that counts as equal, by the model's own precision.
+        limits: What is not answered for this model, each with its reason.
+        encode: Text to token ids of the main side.
+        encode_decoder: Text to token ids of the decoder side, or None.
+        pieces: A word to token ids, without special tokens, as the model predicts them.
+        special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
+        to_string: A token id as text.
+        pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
+        hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
+            those of backward passes, too.
+        recheck: Raises where a pass (trace, stack, blocks, cause) was edited in a way that a
+            decomposition does not see.
+        cached: How an ActivationCache of this host holds activations.
+        runner: Runs the model; see `run`.
+    """
+
+    name: str
+    host: str
+    host_version: str
+    processing: tuple[str, ...]
+    fingerprint: str
+    stacks: Mapping[str, tuple[Block, ...]]
+    readout: Readout
+    final_norms: Mapping[str, Norm]
+    dtype: torch.dtype
+    device: torch.device
+    n_ctx: int | None
+    d_vocab: int
+    tolerance: float
+    limits: tuple[str, ...]
+    encode: Callable[[str, bool | None], list[int]] = field(repr=False)
+    encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
+    pieces: Callable[[str], list[int]] = field(repr=False)
+    special_ids: Callable[[], dict[str, int]] = field(repr=False)
+    to_string: Callable[[int], str] = field(repr=False)
+    pad_id: Callable[[], int] = field(repr=False)
+    hooked: Callable[..., tuple[str, ...]] = field(repr=False)
+    recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
+    cached: CacheReader = field(repr=False)
+    runner: Runner = field(repr=False)
+    # Facts measured when first asked for, such as whether padding on the left is safe.
+    facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    # What depends on weights alone and is small: the view is made anew when a weight changes.
+    tables: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def run(
+        self,
+        batch: Batch,
+        names: Sequence[str],
+        *,
+        edits: Mapping[str, Edit] | None = None,
+        grad: bool = False,
+    ) -> Trace:
+        """Runs the model once and returns what was asked for.
+
+        Args:
+            batch: The tokens.
+            names: Activations to keep.
+            edits: Functions that replace an activation as it is computed, by name; an edited
+                activation that is also asked for is kept as edited.
+            grad: Whether to record gradients.
+        """
+        edits = edits or {}
+        wanted = dict.fromkeys([*names, *edits])
+        hooks = [(name, edits.get(name)) for name in wanted]
+        logits, values = self.runner(batch, hooks, grad)
+        return Trace(batch=batch, values=values, dtype=self.dtype, logits=logits)
+
+    def blocks(self, stack: StackName | None = None) -> tuple[Block, ...]:
+        """Returns the blocks of a stack; None picks the only one, or the decoder of two.
+
+        Raises:
+            InvalidInput: If the model has no such stack.
+        """
+        return self.stacks[self.base_stack(stack)]
+
+    def base_stack(self, stack: StackName | None) -> str:
+        """Returns the name under which a stack's blocks are kept (``"cross"``: the decoder's)."""
+        has_cross = len(self.stacks) == 2
+        if stack is None:
+            return "decoder" if "decoder" in self.stacks else "encoder"
+        known = [*self.stacks, *(["cross"] if has_cross else [])]
+        if stack not in known:
+            raise bad(
+                f"{self.name} has no such stack",
+                repr(stack),
+                f"one of {known}",
+                "Leave `stack` out for the stack that writes the answer.",
+            )
+        return "decoder" if stack == "cross" else stack
+
+    def every_block(self) -> Iterator[tuple[str, Block]]:
+        """Yields all blocks with the name of their stack."""
+        for stack, blocks in self.stacks.items():
+            for block in blocks:
+                yield stack, block

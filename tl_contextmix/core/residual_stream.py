@@ -1,0 +1,348 @@
+r"""The residual stream of one position as a sum of everything that was ever written to it.
+
+.. math:: h = M_0(e) + \sum_l \big[ M^A_l(A_l) + M^F_l(F_l) \big]
+
+with :math:`e` what enters the first block, :math:`A_l` and :math:`F_l` what the sublayers write,
+biases included, and :math:`M` the norms that stand on the stream itself between a writer and the
+place where the stream is read, their scales frozen at the real values and their biases counted with
+the sublayer whose sum they norm. In pre-LN models there are none and every :math:`M` is the
+identity; in post-LN models (BERT, BART) :math:`M` holds a norm for every sublayer that follows. So
+the parts add up exactly in either kind. A norm of a sublayer's output (Gemma 2) belongs to its
+writer, frozen likewise.
+
+Each sublayer's output is itself a sum: of its heads, of what its heads read from each source, of
+single neurons times their value vectors, and of its biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+Kind = Literal["embed", "attn", "cross_attn", "mlp"]
+Stop = tuple[int, Kind]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Frozen norms between a writer and where the stream is read: one linear map.
+
+    ``linear`` is the same for every sentence; what differs between them is one number.
+
+    Attributes:
+        norms: In the order they are passed.
+        divisor: Product of their scales.
+    """
+
+    norms: tuple[Norm, ...]
+    divisor: Float[Tensor, "batch 1"]
+
+    def linear(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Returns what all norms do to a vector, still to be divided."""
+        for norm in self.norms:
+            x = norm.linear(x)
+        return x
+
+    def __call__(self, x: Float[Tensor, "batch *rest d_model"]) -> Tensor:
+        """Returns a vector of each sentence as it arrives."""
+        if not self.norms:
+            return x
+        return self.linear(x) / self.divisor.view(-1, *[1] * (x.ndim - 1))
+
+    def behind(self, norm: Norm | None, scale: Tensor | None) -> Path:
+        """Returns this path with a norm in front of it."""
+        if norm is None or scale is None:
+            return self
+        return Path((norm, *self.norms), self.divisor * scale)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The neurons of a sublayer: numbers times vectors that no input changes.
+
+    A feed-forward neuron is its activation times a row of W_out. An attention neuron is what a head
+    reads from one source in one dimension, ``pattern * value``, times a row of W_O.
+
+    Attributes:
+        rows: The vectors, as the model holds them.
+        activations: The numbers; one source where neurons have none (feed-forward).
+        path: From the sublayer's output to where the stream is read.
+    """
+
+    rows: Float[Tensor, "neuron d_model"]
+    activations: Float[Tensor, "batch source neuron"]
+    path: Path
+
+    @property
+    def coefficients(self) -> Float[Tensor, "batch source neuron"]:
+        """Numbers that `vectors` are multiplied with where the stream is read."""
+        return self.activations / self.path.divisor[:, None]
+
+    def vectors(self, index: Tensor | slice) -> Float[Tensor, "*some d_model"]:
+        """Returns vectors of some neurons where the stream is read, still to be multiplied."""
+        return self.path.linear(self.rows[index])
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Something that writes to the residual stream of one position in each sentence.
+
+    Attributes:
+        kind: What it is.
+        layer: Number of its layer; -1 for what enters the first block.
+        total: What it writes, biases included, where the stream is read.
+        bias: The part of it that no head and no neuron writes.
+    """
+
+    kind: Kind
+    layer: int
+    total: Float[Tensor, "batch d_model"]
+    bias: Float[Tensor, "batch d_model"]
+
+
+@dataclass(frozen=True)
+class AttentionWriter(Writer):
+    """An attention sublayer as a writer.
+
+    Attributes:
+        weight: W_O.
+        pattern: What the position attends to.
+        value: Value vectors of the sources.
+        read: Which sources can be read: no padding, and nothing that comes later in a causal model.
+        path: From the sublayer's output to where the stream is read.
+    """
+
+    weight: Float[Tensor, "head d_head d_model"]
+    pattern: Float[Tensor, "batch head source"]
+    value: Float[Tensor, "batch source head d_head"]
+    read: Bool[Tensor, "batch source"]
+    path: Path
+
+    def heads(self) -> Float[Tensor, "batch head d_model"]:
+        """Returns what each head writes."""
+        mixed = torch.einsum("bhs,bshd->bhd", self.pattern, self.value)
+        return self.path(torch.einsum("bhd,hdm->bhm", mixed, self.weight))
+
+    def sources(self) -> Float[Tensor, "batch source d_model"]:
+        """Returns what is read from each source, by all heads together."""
+        read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
+        return self.path(read.flatten(2) @ self.weight.flatten(0, 1))
+
+    def head_sources(self, head: int) -> Float[Tensor, "batch source d_model"]:
+        """Returns what one head reads from each source: the value-output vectors."""
+        read = self.pattern[:, head, :, None] * self.value[:, :, head]
+        return self.path(read @ self.weight[head])
+
+    def neurons(self) -> Neurons:
+        """Returns its neurons, head by head."""
+        read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
+        return Neurons(self.weight.flatten(0, 1), read.flatten(2), self.path)
+
+
+@dataclass(frozen=True)
+class FeedForwardWriter(Writer):
+    """A feed-forward sublayer as a writer.
+
+    Attributes:
+        weight: W_out.
+        post: What W_out multiplies, less the bias that is added there.
+        path: From the sublayer's output to where the stream is read.
+    """
+
+    weight: Float[Tensor, "neuron d_model"]
+    post: Float[Tensor, "batch neuron"]
+    path: Path
+
+    def neurons(self) -> Neurons:
+        """Returns its neurons."""
+        return Neurons(self.weight, self.post[:, None], self.path)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of one position in each sentence, by writer.
+
+    Attributes:
+        stack: The stack it belongs to.
+        rows: The position in each sentence.
+        writers: In the order they write; the first is what enters the first block.
+    """
+
+    stack: str
+    rows: Int[Tensor, " batch"]
+    writers: tuple[Writer, ...]
+
+    @cached_property
+    def states(self) -> Float[Tensor, "batch step d_model"]:
+        """The stream before any writer, after the first, ..., after the last."""
+        # Not cumsum: on CUDA its sums have no fixed order.
+        states = [*accumulate(writer.total for writer in self.writers)]
+        return torch.stack([torch.zeros_like(states[0]), *states], dim=1)
+
+    @property
+    def total(self) -> Float[Tensor, "batch d_model"]:
+        """The stream itself, where it is read."""
+        return self.states[:, -1]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A sublayer at the positions that are looked at, before it is known what follows."""
+
+    kind: Kind
+    layer: int
+    sublayer: AttentionSublayer | FeedForward
+    constant: Tensor
+    parts: dict[str, Tensor]
+    raw: Tensor
+    scale_out: Tensor | None
+    scale_after: Tensor | None
+
+
+def needed(block: Block) -> tuple[str, ...]:
+    """Returns names of the activations that a stream needs besides those of maps."""
+    ff = block.feed_forward
+    return (block.resid_out,) if ff is None else (block.resid_out, ff.post)
+
+
+def write_stream(
+    view: ModelView, trace: Trace, stack: str, rows: Tensor, *, stop: Stop | None = None
+) -> Stream:
+    """Returns the residual stream of one position in each sentence as a sum.
+
+    Args:
+        view: The model.
+        trace: A pass over all of its blocks in this stack, with what `needed` names.
+        stack: ``"encoder"`` or ``"decoder"``.
+        rows: The position in each sentence.
+        stop: Layer and kind of the sublayer that reads the stream (before its norm); None for
+            the readout, behind the last block.
+
+    Raises:
+        UnsupportedModel: If the whole stream is not the model's own.
+
+    Cost: ``2 L d (2 d + d_mlp)`` operations per sentence, and patterns times values.
+    """
+    blocks = view.stacks[stack]
+    each = torch.arange(len(rows), device=view.device)
+    rows = rows.to(view.device)
+    start = x = trace.resid_in(blocks[0])[each, rows]
+    steps: list[_Step] = []
+    for block in blocks:
+        kinds = _kinds(block)
+        if stop is not None and block.layer == stop[0] and block.parallel:
+            break  # a parallel block's sublayers read what enters it
+        for kind, sublayer in kinds:
+            if stop == (block.layer, kind):
+                break
+            step, x = _step(kind, block.layer, sublayer, trace, (each, rows), x)
+            steps.append(step)
+        if stop is not None and block.layer == stop[0]:
+            break
+    stream = Stream(stack, rows, tuple(_writers(start, steps)))
+    if stop is None:
+        _require_whole(view, trace[blocks[-1].resid_out][each, rows], stream.total)
+    return stream
+
+
+def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | FeedForward]]:
+    found: list[tuple[Kind, AttentionSublayer | FeedForward]] = [
+        ("attn" if attention.kind == "self" else "cross_attn", attention)
+        for attention in block.attentions
+    ]
+    return found if block.feed_forward is None else [*found, ("mlp", block.feed_forward)]
+
+
+def _step(
+    kind: Kind,
+    layer: int,
+    sublayer: AttentionSublayer | FeedForward,
+    trace: Trace,
+    at: tuple[Tensor, Tensor],
+    x: Tensor,
+) -> tuple[_Step, Tensor]:
+    """Returns a sublayer's parts and the stream behind it."""
+    if isinstance(sublayer, AttentionSublayer):
+        parts = {
+            "pattern": trace.pattern(sublayer)[at[0], :, at[1]],
+            "value": trace.value(sublayer),
+            "weight": sublayer.W_O,
+        }
+        parts["read"] = _readable(sublayer, trace, at[1], parts["pattern"])
+        mixed = torch.einsum("bhs,bshd->bhd", parts["pattern"], parts["value"])
+        raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
+        b_O = sublayer.b_O
+        constant = raw.new_zeros(raw.shape[1]) if b_O is None else b_O
+    else:
+        post, b_post = trace[sublayer.post][at], sublayer.weights("b_post")
+        parts = {"post": post if b_post is None else post - b_post, "weight": sublayer.W_out}
+        raw = parts["post"] @ parts["weight"]
+        constant = sublayer.constant()
+    raw = raw + constant
+    norm_out, norm_after = sublayer.norm_out, sublayer.norm_after
+    scale_out = None if norm_out is None else norm_out.scale(raw)
+    x = x + (raw if norm_out is None else norm_out(raw))
+    scale_after = None if norm_after is None else norm_after.scale(x)
+    x = x if norm_after is None else norm_after(x)
+    step = _Step(kind, layer, sublayer, constant, parts, raw, scale_out, scale_after)
+    return step, x
+
+
+def _readable(
+    sublayer: AttentionSublayer, trace: Trace, rows: Tensor, pattern: Tensor
+) -> Bool[Tensor, "batch source"]:
+    """Returns which sources can be read.
+
+    Not simply those with a weight: weights of real tokens underflow.
+    """
+    cross = sublayer.kind == "cross"
+    real = trace.batch.side("encoder" if cross else sublayer.stack).mask.to(pattern.device)
+    if not cross and sublayer.stack == "decoder":
+        real = real & (torch.arange(real.shape[1], device=pattern.device) <= rows[:, None])
+    return real | (pattern != 0).any(dim=1)
+
+
+def _writers(start: Tensor, steps: list[_Step]) -> list[Writer]:
+    """Returns the writers; what follows each of them is known from the end."""
+    path = Path((), start.new_ones(start.shape[0], 1))
+    found: list[Writer] = []
+    for step in reversed(steps):
+        sublayer = step.sublayer
+        onto = path.behind(sublayer.norm_after, step.scale_after)
+        within = onto.behind(sublayer.norm_out, step.scale_out)
+        bias = within(step.constant.expand_as(step.raw))
+        for norm, rest in ((sublayer.norm_out, onto), (sublayer.norm_after, path)):
+            if norm is not None and norm.bias is not None:
+                bias = bias + rest(norm.bias.expand_as(step.raw))
+        total = within(step.raw - step.constant) + bias
+        kind = AttentionWriter if "pattern" in step.parts else FeedForwardWriter
+        found.append(kind(step.kind, step.layer, total, bias, path=within, **step.parts))
+        path = onto
+    found.append(Writer("embed", -1, path(start), torch.zeros_like(start)))
+    return found[::-1]
+
+
+def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:
+    """Checks that nothing but the sublayers wrote to the stream."""
+    size = expected.abs().amax(dim=-1)
+    error = float(((found - expected).abs().amax(dim=-1) / size).max())
+    if not error <= view.tolerance:
+        raise UnsupportedModel(
+            four_parts(
+                f"the residual stream of {view.name} is not the sum of what its sublayers write",
+                f"a relative error of {error:.2g} behind the last block",
+                f"at most {view.tolerance:.0e}",
+                "Take off hooks of your own that edit the stream between blocks.",
+            )
+        )

@@ -1,0 +1,374 @@
+r"""From states of the residual stream to log-probabilities, with the final norm held or not.
+
+With the scale of the final norm frozen, logits are linear in the stream, and the change that a
+vector :math:`v` makes to :math:`\log p(w)` at a state :math:`h` is
+
+.. math:: \log p(w|h+v) - \log p(w|h) = b_w(v) - \log E_{u \sim p(\cdot|h)}\, e^{b_u(v)}
+          \le b_w(v) - E_u\, b_u(v) = v \cdot g(h)
+
+with :math:`b(v)` the logits of :math:`v` and :math:`g` the gradient of :math:`\log p(w)`: Jensen's
+bound costs one inner product of d_model numbers where the score costs a product with W_U. The
+left-hand side is what is computed everywhere here: it keeps the digits that a difference of two
+log-probabilities loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_contextmix.core.blocks import require_weight, shift
+from tl_contextmix.core.model_view import Readout
+from tl_contextmix.core.readout import Scan, scan, tile_sizes
+from tl_contextmix.core.token_sums import blocks
+
+NormRule = Literal["frozen", "frozen+beta", "recompute"]
+NORM_RULES: tuple[NormRule, ...] = ("frozen", "frozen+beta", "recompute")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The readout of one position in each sentence, under a rule for its norm.
+
+    Attributes:
+        readout: The model's.
+        rule: ``"frozen"``: scale of the final norm as it really is, no norm bias, no b_U.
+            ``"frozen+beta"``: the same with both. ``"recompute"``: the norm of each state.
+        divisor: The real scale of the final norm.
+        weight: W_U.
+        constants: Logits of the zero vector, under the rule.
+        target: The token asked about in each sentence.
+        max_bytes: Workspace.
+    """
+
+    readout: Readout
+    rule: NormRule
+    divisor: Float[Tensor, "batch 1"]
+    weight: Float[Tensor, "d_model d_vocab"]
+    constants: Float[Tensor, " d_vocab"]
+    target: Int[Tensor, " batch"]
+    max_bytes: int
+
+    @property
+    def nonlinear(self) -> str:
+        """Why logits are not linear in the stream; empty where they are."""
+        if self.readout.head is not None:
+            return "the masked-LM head is not linear"
+        if self.readout.soft_cap is not None:
+            return "the model caps its logits"
+        return "the norm is recomputed at every state" if self._recomputed else ""
+
+    @property
+    def _recomputed(self) -> bool:
+        return self.rule == "recompute" and self.readout.norm is not None
+
+    def direction(self, x: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
+        """Returns what W_U multiplies, of a vector, before the frozen scale divides it."""
+        norm = self.readout.norm
+        return (x if norm is None else norm.linear(x)) * self.readout.scale
+
+    def project(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
+        """Returns the target's logit of each vector: its before-softmax value, frozen norm.
+
+        NaN behind a masked-LM head, where logits are no sums.
+        """
+        if self.readout.head is not None:
+            return torch.full_like(vectors[..., 0], torch.nan)
+        columns = self.weight[:, self.target].T
+        found = torch.einsum("b...d,bd->b...", self.direction(vectors), columns)
+        return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
+
+    def project_shared(
+        self, vectors: Float[Tensor, "neuron d_model"]
+    ) -> Float[Tensor, "batch neuron"]:
+        """Returns the same of vectors that all sentences share."""
+        if self.readout.head is not None:
+            return vectors.new_full((len(self.target), len(vectors)), torch.nan)
+        return (self.direction(vectors) @ self.weight[:, self.target]).T / self.divisor
+
+    def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:
+        """Returns what W_U multiplies, of states of one sentence."""
+        readout = self.readout
+        if readout.head is not None:
+            return readout.head(x) * readout.scale
+        if self.rule == "recompute" and readout.norm is not None:
+            return readout.norm(x) * readout.scale
+        return self.direction(x) / self.divisor[row]
+
+    def logits(
+        self, hidden: Float[Tensor, "some d_model"], part: slice = slice(None)
+    ) -> Float[Tensor, "some part"]:
+        """Returns logits of a part of the vocabulary."""
+        return self._finish(hidden @ self.weight[:, part], part)
+
+    def _finish(self, products: Tensor, tokens: Tensor | slice) -> Tensor:
+        found = products + self.constants[tokens]
+        cap = self.readout.soft_cap
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    def log_probs(
+        self, states: Float[Tensor, "some d_model"], row: int
+    ) -> Float[Tensor, "some d_vocab"]:
+        """Returns the whole distribution of states of one sentence."""
+        return self.logits(self.hidden(states, row)).log_softmax(dim=-1)
+
+    def target_log_probs(
+        self, states: Float[Tensor, "batch step d_model"]
+    ) -> Float[Tensor, "batch step"]:
+        """Returns the target's log-probability at states."""
+        found = states.new_empty(states.shape[:2])
+        rows, _ = self._tiles(states.shape[1], whole=True)
+        for row, target in enumerate(self.target.tolist()):
+            for part in blocks(states.shape[1], rows):
+                found[row, part] = self.log_probs(states[row, part], row)[:, target]
+        return found
+
+    def gains(
+        self, base: Float[Tensor, "batch d_model"], vectors: Float[Tensor, "batch some d_model"]
+    ) -> Float[Tensor, "batch some"]:
+        """Returns the increase of the target's log-probability by each vector, added alone.
+
+        Args:
+            base: The state it is added to.
+            vectors: The vectors.
+        """
+        found = vectors.new_empty(vectors.shape[:2])
+        rows, tile = self._tiles(vectors.shape[1])
+        for row, target in enumerate(self.target.tolist()):
+            before = self.log_probs(base[row : row + 1], row)
+            start = self.hidden(base[row : row + 1], row)
+            for part in blocks(vectors.shape[1], rows):
+                shift = self._shift(start, base[row], vectors[row, part], row)
+                log_mean = self._log_mean(before, shift, vectors[row, part, 0], tile)
+                found[row, part] = shift(slice(target, target + 1))[:, 0] - log_mean
+        return found
+
+    def _shift(
+        self, start: Tensor, base: Tensor, vectors: Tensor, row: int
+    ) -> Callable[[slice], Tensor]:
+        """Returns the function that gives the change of a part of the logits.
+
+        Never a difference of two logits, which has lost the digits of a small change.
+        """
+        if self.readout.head is None and not self._recomputed:
+            moved = self.direction(vectors) / self.divisor[row]
+        else:
+            moved = self.hidden(base + vectors, row) - start
+        cap = self.readout.soft_cap
+
+        def shift(part: slice) -> Tensor:
+            change = moved @ self.weight[:, part]
+            if cap is None:
+                return change
+            # tanh(a + b) - tanh(a) = tanh(b) (1 - tanh(a) tanh(a + b))
+            logits = start @ self.weight[:, part] + self.constants[part]
+            before, after = ((x / cap).tanh() for x in (logits, logits + change))
+            return cap * (change / cap).tanh() * (1 - before * after)
+
+        return shift
+
+    def _log_mean(
+        self, before: Tensor, shift: Callable[[slice], Tensor], like: Tensor, tile: int
+    ) -> Float[Tensor, " some"]:
+        """Returns log E exp(shift) under distributions (one, or one for each shift)."""
+        found = _LogMean(like)
+        for part in blocks(before.shape[1], tile):
+            found.add(..., before[:, part], shift(part))
+        return found.value()
+
+    def neuron_gains(
+        self,
+        base: Float[Tensor, "batch d_model"],
+        vectors: Callable[[slice], Tensor],
+        coefficients: Float[Tensor, "batch source neuron"],
+    ) -> Float[Tensor, "batch source neuron"]:
+        """Returns the increase by every neuron: number times vector, vectors shared by sentences.
+
+        Each vector is multiplied with W_U once, whatever the number of sentences and sources.
+
+        Args:
+            base: The state they are added to.
+            vectors: Returns vectors of some neurons.
+            coefficients: Their numbers.
+        """
+        count = coefficients.shape[2]
+        rows, tile = self._tiles(count)
+        if self.nonlinear:
+            return self._each_neuron(base, vectors, coefficients, rows)
+        each = range(len(base))
+        before = torch.cat([self.log_probs(base[row : row + 1], row) for row in each])
+        scaled = coefficients / self.divisor[:, None]
+        found = torch.empty_like(coefficients)
+        for part in blocks(count, rows):
+            moved = self.direction(vectors(part))
+            some = scaled[:, :, part]
+            log_mean = _LogMean(some)
+            for columns in blocks(self.weight.shape[1], tile):
+                shift = moved @ self.weight[:, columns]
+                for row in each:
+                    for source in range(some.shape[1]):
+                        change = some[row, source, :, None] * shift
+                        log_mean.add((row, source), before[row, columns], change)
+            gained = moved @ self.weight[:, self.target]
+            found[:, :, part] = some * gained.T[:, None] - log_mean.value()
+        return found
+
+    def _each_neuron(
+        self,
+        base: Tensor,
+        vectors: Callable[[slice], Tensor],
+        coefficients: Tensor,
+        rows: int,
+    ) -> Tensor:
+        found = torch.empty_like(coefficients)
+        for part in blocks(coefficients.shape[2], rows):
+            some = vectors(part)
+            for source in range(coefficients.shape[1]):
+                scaled = coefficients[:, source, part, None] * some
+                found[:, source, part] = self.gains(base, scaled)
+        return found
+
+    def gains_from(
+        self,
+        before: Float[Tensor, "some d_vocab"],
+        vectors: Float[Tensor, "some d_model"],
+        row: int,
+    ) -> Float[Tensor, " some"]:
+        """Returns the increase by vectors of one sentence, each from its own distribution.
+
+        Linear readouts only.
+        """
+        _, tile = self._tiles(len(vectors))
+        target = int(self.target[row])
+        moved = self.direction(vectors) / self.divisor[row]
+        log_mean = self._log_mean(
+            before, lambda part: moved @ self.weight[:, part], moved[:, 0], tile
+        )
+        return moved @ self.weight[:, target] - log_mean
+
+    def slopes(
+        self, before: Float[Tensor, "some d_vocab"], row: int
+    ) -> Float[Tensor, "some d_model"]:
+        """Returns the gradient of the target's log-probability at states of one sentence.
+
+        ``vector @ slope`` is at least what the vector gains. Linear readouts only.
+
+        Args:
+            before: The distributions at the states.
+            row: The sentence.
+        """
+        target = int(self.target[row])
+        found = self.weight[:, target] - before.exp() @ self.weight.T
+        norm = self.readout.norm
+        if norm is not None:
+            found = norm.centre(found if norm.weight is None else found * norm.weight)
+        return found * self.readout.scale / self.divisor[row]
+
+    def ranks(self, vectors: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, " some"]:
+        """Returns the rank of the target among all tokens in the logits of vectors alone; from 1.
+
+        Constants are left out where logits are linear: they are no part of the vector.
+        """
+        # The scale of the norm makes no rank.
+        return self._scan(vectors, row, 1).rank[:, 0].to(vectors)
+
+    def extremes(
+        self, vectors: Float[Tensor, "some d_model"], row: int, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns values and ids of the tokens that vectors alone raise and lower most.
+
+        Before the softmax, the norm's scale frozen; a masked-LM head is applied in full.
+        """
+        found = self._scan(vectors, row, k)
+        return found.ends[:, 0], found.ids[:, 0], found.ends[:, 1], found.ids[:, 1]
+
+    def _scan(self, vectors: Tensor, row: int, k: int) -> Scan:
+        """Returns what vectors alone say, and the rank of the target."""
+        targets = self.target[row].expand(len(vectors))
+        if self.readout.head is None:
+            hidden, finish = self.direction(vectors) / self.divisor[row], _as_it_is
+        else:
+            hidden, finish = self.hidden(vectors, row), self._finish
+        return scan(hidden, self.weight, finish, k, targets=targets, max_bytes=self.max_bytes)
+
+    def rows_that_fit(self, count: int) -> int:
+        """Returns how many whole distributions may be worked on at once."""
+        return self._tiles(count, whole=True)[0]
+
+    def _tiles(self, count: int, *, whole: bool = False) -> tuple[int, int]:
+        """Returns how many vectors, and how many tokens, to multiply at once."""
+        size = self.weight.element_size()
+        return tile_sizes(count, self.weight.shape[1], size, self.max_bytes, whole=whole)
+
+
+class _LogMean:
+    """log E exp(shift) under distributions, the vocabulary tile by tile.
+
+    Where no shift exceeds 1 it is log1p(E expm1(shift)): small ones keep their own last digits,
+    where the sum of exponentials, which is near 1, keeps its own (1e-7 nats in float32).
+
+    Args:
+        like: A number for each shift.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.log_sum = torch.full_like(like, -torch.inf)
+        self.excess, self.reach = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, at: Any, before: Tensor, shift: Float[Tensor, "some tile"]) -> None:
+        """Adds a tile.
+
+        Args:
+            at: Which numbers it is about.
+            before: Log-probabilities of the tile's tokens.
+            shift: What is added to each.
+        """
+        low, high = shift.aminmax(dim=-1)
+        self.reach[at] = self.reach[at].maximum(high.maximum(-low))
+        self.excess[at] += shift.expm1().mul_(before.exp()).sum(dim=-1)
+        self.log_sum[at] = self.log_sum[at].logaddexp((before + shift).logsumexp(dim=-1))
+
+    def value(self) -> Tensor:
+        """Returns what has been added up."""
+        return torch.where(self.reach <= 1, self.excess.log1p(), self.log_sum)
+
+
+def _as_it_is(products: Tensor, tokens: Tensor | slice) -> Tensor:
+    return products
+
+
+def read_vocabulary(
+    readout: Readout,
+    rule: NormRule,
+    final: Float[Tensor, "batch d_model"],
+    target: Int[Tensor, " batch"],
+    max_bytes: int,
+) -> Vocabulary:
+    """Returns the readout of a position under a rule for its norm.
+
+    Args:
+        readout: The model's.
+        rule: The rule.
+        final: The stream behind the last block: its norm's scale is the one that is frozen.
+        target: The token asked about in each sentence.
+        max_bytes: Workspace, besides W_U in the dtype of the maths.
+
+    Raises:
+        UnsupportedModel: If there are no logits to read.
+    """
+    readout.require()
+    norm, weight = readout.norm, require_weight(readout.weights, "W_U")
+    constants = weight.new_zeros(weight.shape[1])
+    if rule != "frozen":
+        constants = shift(constants, readout.weights("b_U"))
+        if rule == "frozen+beta" and norm is not None and norm.bias is not None:
+            constants = constants + norm.bias * readout.scale @ weight
+    divisor = final.new_ones(len(final), 1) if norm is None else norm.scale(final)
+    return Vocabulary(
+        readout, rule, divisor, weight, constants, target.to(weight.device), max_bytes
+    )

@@ -1,0 +1,400 @@
+r"""What a block puts out when one source's value is taken out of one attention sublayer.
+
+Zeroing value ``j`` changes the sublayer's output at position ``i`` by exactly
+:math:`-T_{ij} = -\sum_h A_{hij} v_{hj} W_O^h` and nothing else, so no forward pass is needed: the
+term is subtracted, norms are taken anew (their scales are not frozen here) and the feed-forward
+sublayer is recomputed. Its pre-activation needs no product with the :math:`n^2` changed vectors:
+
+.. math:: z_{ij} = \frac{1}{s^{(2)}_{ij}} \Big(B_i + \frac{R_i - q_{ij}}{s^{(1)}_{ij}}\Big) + c
+
+with :math:`q_{ij}` the term's image under the norms' linear parts and :math:`W_{in}`, folded per
+head, and :math:`s^{(1)}, s^{(2)}` the new scales of the norm on the sublayer's output (sandwich,
+else 1) and of the norm before the feed-forward sublayer. Folding costs as much as
+:math:`\min(nH, d)` such products; where fewer pairs are asked for, the product is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.core.folded_weights import Branch, branches
+from tl_contextmix.core.token_sums import Read, blocks
+from tl_contextmix.core.words import Spans
+
+
+@dataclass(frozen=True)
+class Later:
+    """Cross-attention after the sublayer that changes: it sees the change through its queries.
+
+    Attributes:
+        attention: The sublayer.
+        seen: Which sources each target reads at all.
+        key: Its keys, which do not change.
+        value: Its values, which do not change.
+    """
+
+    attention: AttentionSublayer
+    seen: Bool[Tensor, "batch target head source"]
+    key: Float[Tensor, "batch source head d_head"]
+    value: Float[Tensor, "batch source head d_head"]
+
+    def add(
+        self, stream: Float[Tensor, "batch source target d_model"], rows: slice
+    ) -> Float[Tensor, "batch source target d_model"]:
+        """Returns changed residual streams after the sublayer."""
+        pattern = self.attention.cross_pattern(stream, self.key[:, None], self.seen[:, None, rows])
+        mixed = torch.einsum("bsthk,bkhd->bsthd", pattern, self.value)
+        out = torch.einsum("bsthd,hdm->bstm", mixed, self.attention.W_O)
+        return self.attention.join(stream, shift(out, self.attention.b_O))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A block and the attention sublayer whose values are taken out.
+
+    Attributes:
+        block: The block.
+        attention: The sublayer.
+        read: Its terms.
+        before: The residual stream it adds to.
+        raw: Its output, before a norm of it.
+        branches: The feed-forward sublayer's branches; empty where it is not changed or is
+            recomputed from its input.
+        later: Attention sublayers after it.
+        fixed: The feed-forward output where it does not see the change (parallel), else None.
+        pre: The model's own pre-activations by branch where the pass kept them, else None.
+    """
+
+    block: Block
+    attention: AttentionSublayer
+    read: Read
+    before: Float[Tensor, "batch target d_model"]
+    raw: Float[Tensor, "batch target d_model"]
+    branches: tuple[Branch, ...]
+    later: tuple[Later, ...]
+    fixed: Float[Tensor, "batch target d_model"] | None
+    pre: tuple[Float[Tensor, "batch target neuron"], ...] | None = None
+
+    def touched(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
+        """Returns which targets read which sources (or spans) in any row of the batch."""
+        touched = (self.read.pattern != 0).flatten(0, 1).any(dim=0)
+        if spans is None:
+            return touched
+        return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
+
+    def heads(self, group: Sequence[int]) -> Replay:
+        """Returns the replay in which only some heads' values are taken out."""
+        index = list(group)
+
+        def narrow(read: Read) -> Read:
+            # Where all heads share one matrix it is not copied for each of them.
+            shared = read.weight.stride(0) == 0
+            return replace(
+                read,
+                pattern=read.pattern[:, index],
+                value=read.value[:, :, index],
+                weight=read.weight[: len(index)] if shared else read.weight[index],
+                kept=None,
+            )
+
+        found = tuple(replace(branch, read=narrow(branch.read)) for branch in self.branches)
+        return replace(self, read=narrow(self.read), branches=found)
+
+    def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> Replay:
+        """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
+
+        Args:
+            spans: The spans that are taken out, or None.
+            repeats: How often all pairs are gone through (groups of heads).
+            max_bytes: Workspace.
+        """
+        ff = self.block.feed_forward
+        if ff is None or self.fixed is not None or self.later:
+            return self
+        if self.attention.norm_after is not None and ff.norm_in is not None:
+            return self
+        batch, source, heads, _ = self.read.value.shape
+        width, size = self.before.shape[2], self.before.element_size()
+        # In products of one vector with W_in. A fold that is kept is paid for once; by eighths,
+        # as what is done must not depend on whether this is the first call.
+        pairs = repeats * batch * int(self.touched(spans).sum())
+        fold = min(batch * source * heads, width + batch * source)
+        fold = fold if self.block.folds is None else width // 8 + batch * source
+        held = len(ff.branches()) * (width + batch * heads) * ff.W_out.shape[0] * size
+        if pairs <= fold or held > max_bytes // 2:
+            return self
+        found = branches(self.block, ff, self.attention, self.read, self.raw, self.before, self.pre)
+        return replace(self, branches=tuple(found))
+
+    def tiles(
+        self, spans: Spans | None, max_bytes: int
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yields rows, sources (or spans), the block's output without each source, and as it is.
+
+        Pairs outside of all tiles do not change. Neither do those in a tile whose term is zero:
+        their output is the kept one, to the last bit.
+
+        Args:
+            spans: The spans that are taken out, or None for each source alone.
+            max_bytes: Workspace.
+        """
+        plan = _plan(self, spans, max_bytes)
+        reads = [self.read, *(branch.read for branch in self.branches)]
+        reads = [read.ready() for read in reads] if plan.ready else reads
+        touched, alone = self.touched(spans), self._alone(spans)
+        for rows in blocks(touched.shape[0], plan.rows):
+            seen = touched[rows].any(dim=0).nonzero()[:, 0].tolist()
+            if not seen:
+                continue
+            kept = self._output(rows)
+            for part in blocks(seen[-1] + 1 - seen[0], plan.columns):
+                columns = slice(seen[0] + part.start, seen[0] + part.stop)
+                removed, *images = (_terms(read, rows, columns, spans) for read in reads)
+                if alone is not None and bool(alone[:, columns, rows].any()):
+                    whole = [self.raw, *(branch.changed for branch in self.branches)]
+                    removed, *images = (
+                        torch.where(alone[:, columns, rows, None], one[:, None, rows], terms)
+                        for one, terms in zip(whole, (removed, *images), strict=True)
+                    )
+                same = ~removed.any(dim=-1, keepdim=True)
+                among = touched[rows, columns].T
+                # Products with W_out are what costs: pairs that read nothing are left out of them.
+                if self.block.feed_forward is None or self.fixed is not None or among.all():
+                    changed = self._output(rows, removed, images)
+                else:
+                    changed = kept.expand_as(removed).clone()
+                    changed[:, among] = self._output(rows, removed, images, among)
+                yield rows, columns, torch.where(same, kept, changed), kept
+
+    def _alone(self, spans: Spans | None) -> Bool[Tensor, "batch source target"] | None:
+        """Returns which sources (or spans) are all that a target reads; None where it is no matter.
+
+        What is left without them is nothing, exactly: a norm of the sublayer's output would make
+        something of the rounding of a difference (1e-4 of a score in float32).
+        """
+        pattern = self.read.pattern
+        if self.attention.norm_out is None or self.attention.b_O is not None:
+            return None
+        if pattern.shape[1] < self.attention.W_O.shape[0]:
+            return None  # some heads are left
+        seen = (pattern != 0).any(dim=1).long()
+        counts = seen
+        if spans is not None:
+            counts = torch.stack([seen[:, :, a:b].sum(dim=2) for a, b in spans], dim=2)
+        alone = (counts > 0) & (counts == seen.sum(dim=2, keepdim=True))
+        return alone.transpose(1, 2)
+
+    def _output(
+        self,
+        rows: slice,
+        removed: Tensor | None = None,
+        images: list[Tensor] | None = None,
+        among: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the block's output [batch source target d_model] with terms taken out.
+
+        Args:
+            rows: The targets.
+            removed: The terms; None for the output as it is, with one source.
+            images: The terms' images, one per branch. They are used up.
+            among: The pairs to go on with at the feed-forward sublayer [source target]; the output
+                is then [batch pair d_model]. None: all.
+        """
+        raw = self.raw[:, None, rows]
+        raw = raw if removed is None else raw - removed
+        attention, first, second = self.attention, None, None
+        if attention.norm_out is not None:
+            first = attention.norm_out.scale(raw)
+            raw = shift(attention.norm_out.linear(raw) / first, attention.norm_out.bias)
+        stream = self.before[:, None, rows] + raw
+        if attention.norm_after is not None:
+            second = attention.norm_after.scale(stream)
+            linear = attention.norm_after.linear(stream)
+            stream = shift(linear / second, attention.norm_after.bias)
+        for later in self.later:
+            stream = later.add(stream, rows)
+        ff = self.block.feed_forward
+        if ff is None:
+            return stream
+        if self.fixed is not None:
+            stream = stream + self.fixed[:, None, rows]
+            return stream if ff.norm_after is None else ff.norm_after(stream)
+        if self.branches:
+            second = second if ff.norm_in is None else ff.norm_in.scale(stream)
+            pre = self._pre(rows, first, second, images)
+            if among is not None:
+                stream, pre = stream[:, among], [x[:, among] for x in pre]
+        else:
+            stream = stream if among is None else stream[:, among]
+            pre = _direct(ff, stream)
+        stream = stream + ff.project(_post(ff, pre))
+        return stream if ff.norm_after is None else ff.norm_after(stream)
+
+    def _pre(
+        self, rows: slice, first: Tensor | None, second: Tensor | None, images: list[Tensor] | None
+    ) -> list[Tensor]:
+        found = []
+        for branch in self.branches:
+            changed = branch.changed[:, None, rows]
+            # Taken off the caller's list: they are as large as anything there is.
+            whole = images.pop(0).neg_().add_(changed) if images else changed.clone()
+            if first is not None and branch.base is not None:
+                whole = whole.div_(first).add_(branch.base[:, None, rows])
+            whole = whole if second is None else whole.div_(second)
+            found.append(whole.add_(branch.constant))
+        return found
+
+
+def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
+    """Returns the names of what `replay` needs besides the block's points.
+
+    Args:
+        block: The block.
+        kind: The attention that changes; the keys of attention after it are needed.
+        spare: Whether to name what only spares work, too.
+    """
+    kinds: list[str] = [attention.kind for attention in block.attentions]
+    keys = [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
+    ff = block.feed_forward
+    return keys if ff is None or not spare else [*keys, *ff.pre_names]
+
+
+def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = None) -> Replay:
+    """Returns the replay of a block's self- or cross-attention.
+
+    Args:
+        block: The block.
+        trace: A pass that kept the block's input, patterns and values (and, where another
+            attention sublayer follows, that one's keys).
+        kind: ``"self"`` or ``"cross"``.
+        rows: Targets to look at; None for all.
+
+    Raises:
+        UnsupportedModel: If the feed-forward activation is not elementwise.
+    """
+    picked = slice(None) if rows is None else list(rows)
+    kinds: list[str] = [attention.kind for attention in block.attentions]
+    position = kinds.index(kind)
+    stream = x = trace.resid_in(block)[:, picked]
+    for attention in block.attentions[:position]:
+        stream = attention.join(stream, attention.raw_output(trace, picked))
+    attention = block.attentions[position]
+    pattern = trace.pattern(attention)[:, :, picked]
+    read = Read(
+        pattern=pattern,
+        value=trace.value(attention),
+        weight=attention.W_O,
+        scale=pattern.new_ones(pattern.shape[0], pattern.shape[2], 1),
+    )
+    ff, fixed, pre = block.feed_forward, None, None
+    if ff is not None:
+        ff.require_activation()
+        pre = _own_pre(ff, trace, picked)
+        fixed = ff.project(_post(ff, _direct(ff, x))) if block.parallel else None
+    return Replay(
+        block=block,
+        attention=attention,
+        read=read,
+        before=stream,
+        raw=attention.raw_output(trace, picked),
+        branches=(),
+        later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
+        fixed=fixed,
+        pre=pre,
+    )
+
+
+def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
+    """Returns how many rows of the batch to look at together: their sources' view has to fit."""
+    attention = next(a for a in block.attentions if a.kind == kind)
+    batch, heads, _, source = trace.values[attention.pattern].shape
+    ff, width = block.feed_forward, attention.W_O.shape[2]
+    neurons = 0 if ff is None else len(ff.branches()) * ff.W_out.shape[0]
+    view = source * heads * (neurons + width) * trace.dtype.itemsize
+    return max(1, min(batch, max_bytes // (4 * view)))
+
+
+def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) -> Later:
+    # Padding stays masked. Not told by the pattern: a softmax in float32 underflows to zeros that
+    # other queries can read (4e-2 of a score on the embedded encoder-decoder).
+    shape = trace.pattern(attention)[:, :, rows].permute(0, 2, 1, 3).shape
+    real = trace.batch.main.mask.to(trace.values[attention.pattern].device)
+    seen = real[:, None, None, :].expand(shape)
+    return Later(attention, seen, trace.key(attention), trace.value(attention))
+
+
+def _terms(read: Read, rows: slice, columns: slice, spans: Spans | None) -> Tensor:
+    """Returns what sources (or spans) bring to rows [batch source target d_out]."""
+    if spans is None:
+        return read.dense(rows, columns)
+    found = []
+    for start, stop in spans[columns]:
+        mixing = read.pattern[:, :, rows, start:stop]
+        mixing = rearrange(mixing, "batch head target source -> batch target (source head)")
+        found.append(mixing @ read.vectors(slice(start, stop)).flatten(1, 2))
+    return torch.stack(found, dim=1)
+
+
+def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Tensor, ...] | None:
+    kept = [trace.values.get(name) for name in ff.pre_names]
+    # Nothing finer than float32: some hosts norm in float32 whatever the dtype. Nothing coarser: a
+    # half-precision model has rounded them.
+    if not all(value is not None and value.dtype == trace.dtype == torch.float32 for value in kept):
+        return None
+    return tuple(trace[name][:, rows] for name in ff.pre_names)
+
+
+def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:
+    return ff.pre_activations(stream if ff.norm_in is None else ff.norm_in(stream))
+
+
+def _post(ff: FeedForward, pre: Sequence[Tensor]) -> Tensor:
+    return shift(ff.activate(pre), ff.weights("b_post"))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rows: int
+    columns: int
+    ready: bool
+
+
+def _plan(found: Replay, spans: Spans | None, max_bytes: int) -> _Plan:
+    """Returns tile sizes that keep the workspace within ``max_bytes``.
+
+    The view of the sources through W_O and W_in is kept over all rows where it fits into a
+    quarter, else rebuilt in every tile. Sixteen tiles of rows leave 1/32 of a causal map's square
+    computed in vain; finer ones, or fewer than eight rows, would read W_out too often.
+    """
+    batch, targets, width = found.before.shape
+    _, sources, heads, _ = found.read.value.shape
+    ff, size = found.block.feed_forward, found.before.element_size()
+    neurons = 0 if ff is None or found.fixed is not None else ff.W_out.shape[0]
+    folded = len(found.branches)
+    column = batch * heads * (folded * neurons + width) * size
+    # Pre-activations, those of the pairs that read something or what the activation makes of
+    # them, and one more; vectors before and after.
+    pair = (3 + (ff is not None and ff.gated)) * neurons + 11 * width
+    # Queries, scores, their softmax and the mixed values of later attention.
+    pair += sum(3 * width + 4 * later.seen.shape[2] * later.seen.shape[3] for later in found.later)
+    pair *= batch * size
+    # The folded weights, and what every target holds.
+    room = max_bytes - folded * width * neurons * size
+    room -= batch * targets * (folded * neurons + 3 * width) * size
+    ready = sources * column <= room // 4
+    room -= sources * column if ready else 0
+    rows = max(1, min(max(8, -(-targets // 16)), room // pair))
+    longest = 1 if spans is None else max(stop - start for start, stop in spans)
+    columns = (
+        room // (rows * pair)
+        if ready
+        else (room - column * (longest - 1)) // (rows * pair + column)
+    )
+    return _Plan(rows, max(1, columns), ready)

@@ -1,0 +1,318 @@
+r"""The feed-forward sublayer as a memory: coefficients, values, and how they make up its output.
+
+A neuron's coefficient :math:`m_i` is its activation and its value :math:`v_i` a row of W_out:
+:math:`y = \sum_i m_i v_i + b` (Geva, Schuster, Berant, Levy 2021, EMNLP). What a value promotes is
+a property of the model; with it, whether a memory agrees with an output is a look-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_contextmix.core.blocks import Block, FeedForward, Trace
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.readout import Scan, Unembedding, unembedding
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+
+Active = Literal["positive", "nonzero"]
+CASES = ("residual", "ffn", "agreement", "composition", "conflict")
+"""Which of residual stream and feed-forward output has the top token of their sum: one of them,
+both, none; or both the same one, which the sum has not. The last cannot be where logits are
+linear."""
+QUADRANTS = ("++", "+-", "-+", "--")
+"""Signs of the gate and of the linear branch of a gated neuron."""
+
+
+def require_feed_forward(block: Block) -> FeedForward:
+    """Returns the feed-forward sublayer of a block.
+
+    Raises:
+        InvalidInput: If it has none.
+    """
+    if block.feed_forward is None:
+        raise bad(
+            f"there are no memories in layer {block.layer}",
+            "a block without a feed-forward sublayer",
+            "a model with feed-forward sublayers",
+            "Attention-only models have none.",
+        )
+    return block.feed_forward
+
+
+def require_predicting(view: ModelView, stack: str) -> None:
+    """Checks that the vocabulary is read from a stack.
+
+    Raises:
+        UnsupportedModel: If the model has no vocabulary readout.
+        InvalidInput: If the stack is the encoder of two.
+    """
+    view.readout.require()
+    if stack != view.base_stack(None):
+        raise bad(
+            "no token is read from this stack",
+            f"stack={stack!r}",
+            f"{view.base_stack(None)!r}, whose last stream is read as tokens",
+            "Leave `stack` out.",
+        )
+
+
+def active_rule(active: object, gated: bool) -> Active:
+    """Returns which memories count as active; None is what suits the activation.
+
+    Raises:
+        InvalidInput: If there is no such rule.
+    """
+    if active is None:
+        return "nonzero" if gated else "positive"
+    if active not in ("positive", "nonzero"):
+        raise bad(
+            "there is no such rule for active memories",
+            f"active={active!r}",
+            "'positive', 'nonzero' or None",
+            "See the docstring of ff_memories.",
+        )
+    return active  # type: ignore[return-value]
+
+
+def branch_names(ff: FeedForward) -> tuple[str, ...]:
+    """Returns the names of the activations that coefficients and their signs are read from."""
+    return (ff.post,) if ff.pre_linear is None else (ff.post, ff.pre, ff.pre_linear)
+
+
+def coefficients(ff: FeedForward, trace: Trace) -> Float[Tensor, "batch pos neuron"]:
+    """Returns what each value is multiplied with; a constant added behind a gate left out."""
+    post, constant = trace[ff.post], ff.weights("b_post")
+    return post if constant is None else post - constant
+
+
+def quadrants(ff: FeedForward, trace: Trace) -> Int[Tensor, "batch pos neuron"]:
+    """Returns the quadrant of each gated neuron, an index into `QUADRANTS`; zero counts as +.
+
+    The coefficient is the activation of the gate times the linear branch, so that it is negative
+    in ``+-`` and ``-+``: the value then promotes what it is furthest from.
+    """
+    assert ff.pre_linear is not None
+    gate = ff.require_activation()(trace[ff.pre])
+    return 2 * (gate < 0).long() + (trace[ff.pre_linear] < 0).long()
+
+
+def values(ff: FeedForward) -> Float[Tensor, "neuron d_model"]:
+    """Returns the value vectors as the residual stream gets them, up to a positive factor.
+
+    A norm of the sublayer's output (Gemma 2, OLMo 2) is applied with its scale left out.
+    """
+    return ff.W_out if ff.norm_out is None else ff.norm_out.linear(ff.W_out)
+
+
+def promoted(view: ModelView, block: Block, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
+    """Returns the token each value promotes most, and the one it promotes times -1.
+
+    Computed once for each model: it depends on weights alone.
+    """
+    key = f"promoted, {unembedding.projection}, layer {block.layer}"
+    if key not in view.tables:
+        vectors = values(require_feed_forward(block))
+        if unembedding.linear:
+            found = unembedding.scan(unembedding.hidden(vectors)).ids[:, :, 0]
+        else:
+            found = torch.cat(
+                [
+                    unembedding.scan(unembedding.hidden(vectors * sign), sides=1).ids[:, :, 0]
+                    for sign in (1, -1)
+                ],
+                dim=1,
+            )
+        view.tables[key] = found
+    return view.tables[key]
+
+
+@dataclass(frozen=True)
+class LayerComposition:
+    """How the memories of one layer make up its output, at some positions.
+
+    Attributes:
+        coefficients: What each value is multiplied with.
+        active: Share of memories that are active.
+        agreeing: How many active memories promote the top token of the feed-forward output.
+        residual_top: Top token of the stream that the output is added to.
+        ffn_top: Top token of the feed-forward output.
+        output_top: Top token of the layer's output.
+        probability: Probability of the model's final top token, read from the residual stream.
+        case: Index into `CASES`.
+    """
+
+    coefficients: Float[Tensor, "place neuron"]
+    active: Float[Tensor, " place"]
+    agreeing: Int[Tensor, " place"]
+    residual_top: Int[Tensor, " place"]
+    ffn_top: Int[Tensor, " place"]
+    output_top: Int[Tensor, " place"]
+    probability: Float[Tensor, " place"]
+    case: Int[Tensor, " place"]
+
+    def sums(self, final: Int[Tensor, " place"]) -> Float[Tensor, " quantity"]:
+        """Returns the sums over positions of the 2021 paper's figures, then how often each case is.
+
+        Active memories, zero agreement, residual = final, probability of the final token.
+        """
+        rows = [
+            self.active,
+            self.agreeing == 0,
+            self.residual_top == final,
+            self.probability,
+            *(self.case == index for index in range(len(CASES))),
+        ]
+        return torch.stack([row.to(self.active).sum() for row in rows])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How layers are read, and where.
+
+    Attributes:
+        view: The model.
+        states: How streams and outputs are read.
+        table: How values are read.
+        active: Which memories count as active.
+        where: Positions that are read.
+        scale: Scale of the final norm at them, for where it is frozen.
+        final: The model's top token at them.
+    """
+
+    view: ModelView
+    states: Unembedding
+    table: Unembedding
+    active: Active
+    where: Bool[Tensor, "batch pos"]
+    scale: Float[Tensor, "place 1"]
+    final: Int[Tensor, " place"]
+
+    @staticmethod
+    def names(view: ModelView, block: Block) -> tuple[str, ...]:
+        """Returns the activations that reading a layer needs, besides the block's points."""
+        ff = require_feed_forward(block)
+        return (*branch_names(ff), *block.spared(), view.blocks()[-1].resid_out)
+
+    @classmethod
+    def of(
+        cls,
+        view: ModelView,
+        trace: Trace,
+        how: tuple[Unembedding, Unembedding],
+        active: Active,
+        where: Bool[Tensor, "batch pos"],
+    ) -> Reader:
+        """Returns the reader of a pass.
+
+        Args:
+            view: The model.
+            trace: The pass, with what `names` asks for.
+            how: How states and how values are read.
+            active: Which memories count as active.
+            where: Positions to read.
+
+        Raises:
+            UnsupportedModel: If hooks of the user's own edit what is behind the last block.
+        """
+        where = where.to(view.device)
+        last = trace[view.blocks()[-1].resid_out][where]
+        norm = view.readout.norm
+        scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
+        final = _final_top(view, trace, where, last)
+        return cls(view, *how, active, where, scale, final)
+
+    def read(self, block: Block, trace: Trace) -> LayerComposition:
+        """Returns how the memories of a layer make up its output."""
+        ff = require_feed_forward(block)
+        found = coefficients(ff, trace)[self.where]
+        residual = block.middle(trace)[self.where]
+        added = ff.project(trace[ff.post][self.where])
+        output = residual + added
+        output = output if ff.norm_after is None else ff.norm_after(output)
+        first = self._scan(residual, self.final)
+        residual_top, ff_top, top = (
+            scan.ids[:, 0, 0] for scan in (first, self._scan(added), self._scan(output))
+        )
+        return LayerComposition(
+            found,
+            self._active(found).to(found).mean(-1),
+            self._agreeing(block, found, ff_top),
+            residual_top,
+            ff_top,
+            top,
+            first.target_prob,
+            cases(residual_top, ff_top, top),
+        )
+
+    def _scan(self, x: Tensor, targets: Tensor | None = None) -> Scan:
+        return self.states.scan(self.states.hidden(x, self.scale), sides=1, targets=targets)
+
+    def _active(self, found: Tensor) -> Tensor:
+        return found > 0 if self.active == "positive" else found != 0
+
+    def _agreeing(self, block: Block, found: Tensor, top: Tensor) -> Tensor:
+        table = promoted(self.view, block, self.table)
+        seen = (found > 0) & (table[:, 0] == top[:, None])
+        if self.active == "nonzero":
+            seen |= (found < 0) & (table[:, 1] == top[:, None])
+        return seen.sum(-1)
+
+
+def _final_top(view: ModelView, trace: Trace, where: Tensor, last: Tensor) -> Tensor:
+    """Returns the model's top tokens, from its logits where the pass has left them.
+
+    Raises:
+        UnsupportedModel: If hooks edit the way from the last stream to the logits.
+    """
+    hooked = view.hooked()
+    # Logits in half precision tie; what they are compared with is read in more digits.
+    if trace.logits is not None and not hooked and trace.logits.dtype == view.dtype:
+        return trace.logits[where.to(trace.logits.device)].argmax(dim=-1).to(where.device)
+    whole = Unembedding(view.readout, "model")
+    final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
+    if trace.logits is None:
+        return final
+    own = trace.logits[where.to(trace.logits.device)].to(final.device, view.dtype)
+    found = own.gather(-1, final[:, None])[:, 0]
+    best = own.amax(dim=-1)
+    # A tie may be broken otherwise; another token may not be the highest.
+    if bool((best - found > view.tolerance * best.abs().clamp(min=1)).any()):
+        raise UnsupportedModel(
+            four_parts(
+                "memories would be read in another way than the model reads them",
+                f"top tokens that are not the model's, with hooks of your own at {hooked}",
+                "hooks inside the blocks",
+                "Remove the hooks on the final norm or the unembedding.",
+            )
+        )
+    return final
+
+
+def readings(view: ModelView, projection: object) -> tuple[Unembedding, Unembedding]:
+    """Returns how states and how values are read, for a projection of the states.
+
+    Raises:
+        UnsupportedModel: If the model has no vocabulary readout.
+        InvalidInput: If there is no such projection, or none of this model.
+    """
+    states = unembedding(view.readout, projection, ("model", "frozen", "none"))
+    values_how = "none" if states.projection == "none" else None
+    return states, unembedding(view.readout, values_how, ("none", "folded", "head"))
+
+
+def cases(
+    residual: Int[Tensor, "*some"], ffn: Int[Tensor, "*some"], output: Int[Tensor, "*some"]
+) -> Int[Tensor, "*some"]:
+    """Returns which of the five cases top tokens are, as indices into `CASES`."""
+    by_residual, by_ffn, alike = residual == output, ffn == output, residual == ffn
+    found = torch.full_like(output, CASES.index("composition"))
+    found[by_residual & ~by_ffn] = CASES.index("residual")
+    found[by_ffn & ~by_residual] = CASES.index("ffn")
+    found[by_residual & by_ffn] = CASES.index("agreement")
+    found[alike & ~by_residual] = CASES.index("conflict")
+    return found

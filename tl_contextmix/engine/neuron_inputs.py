@@ -1,0 +1,233 @@
+r"""What a neuron reads: its pre-activation as a sum over everything written to its stream.
+
+A feed-forward neuron's input is :math:`z = \mathrm{LN}(h) \cdot k + b` with :math:`k` a column of
+W_in, and :math:`h` the sum that `stream` gives; an attention neuron's is the same with a column of
+W_V and the stream of the *source*. With the norm's scale :math:`s` frozen at the real value,
+
+.. math:: z = \sum_c \frac{C(c) \gamma \cdot k}{s} + \beta \cdot k + b,
+
+centred inner products that add up exactly. The activation's share of each is its own secant slope
+times the product (`activations`); in gated blocks both branches share by integrated gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.activations import gated_slopes
+from tl_contextmix.core.blocks import Block, FeedForward, Trace, require_weight
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.residual_stream import Stop, Stream, write_stream
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine.log_prob_scores import Cut
+from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.results.components import Components
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where streams are read by neurons: several neurons may share one.
+
+    Attributes:
+        stack: The stack.
+        pos: The position whose stream is read.
+        stop: The sublayer that reads it; None for cross-attention, which reads the whole encoder.
+    """
+
+    stack: str
+    pos: int
+    stop: Stop | None
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Neurons of one sentence that read the same stream.
+
+    Attributes:
+        stream: The stream, of that sentence alone.
+        norm: The norm in front of them, or None.
+        keys: Their input weights, one matrix per branch (gated: gate, then linear).
+        constants: Their biases per branch, the norm's included.
+        slopes: What an inner product of each branch is multiplied with, as a share of the
+            activation.
+        constant_share: The activation of no input at all (0 for the activations in use).
+    """
+
+    stream: Stream
+    norm: Norm | None
+    keys: tuple[Float[Tensor, "d_model neuron"], ...]
+    constants: tuple[Float[Tensor, " neuron"], ...]
+    slopes: tuple[Float[Tensor, " neuron"], ...]
+    constant_share: Float[Tensor, " neuron"]
+
+    @property
+    def pre(self) -> tuple[Float[Tensor, " neuron"], ...]:
+        """Pre-activations of each branch: the model's own, to rounding."""
+        return tuple(
+            self.inner(self.stream.total, branch)[0] + constant
+            for branch, constant in enumerate(self.constants)
+        )
+
+    @property
+    def activation(self) -> Float[Tensor, " neuron"]:
+        """Activations: the shares of everything added up."""
+        pairs = zip(self.pre, self.slopes, strict=True)
+        return sum((pre * slope for pre, slope in pairs), self.constant_share)
+
+    def inner(
+        self, vectors: Float[Tensor, "some d_model"], branch: int = 0
+    ) -> Float[Tensor, "some neuron"]:
+        """Returns inner products of vectors with each neuron's key, norm scale frozen."""
+        if self.norm is None:
+            return vectors @ self.keys[branch]
+        scale = self.norm.scale(self.stream.total)
+        return self.norm.linear(vectors) @ self.keys[branch] / scale
+
+    def uncentred(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some neuron"]:
+        """Returns the authors' inner products: with the gain, without mean and scale."""
+        gain = None if self.norm is None else self.norm.weight
+        return (vectors if gain is None else vectors * gain) @ self.keys[0]
+
+    def product(
+        self, vectors: Float[Tensor, "some d_model"], branch: int | None
+    ) -> Float[Tensor, "some neuron"]:
+        """Returns `inner`, or `uncentred` where no branch is given."""
+        return self.uncentred(vectors) if branch is None else self.inner(vectors, branch)
+
+    def inner_of(self, cut: Cut, branch: int | None = 0) -> Float[Tensor, "component neuron"]:
+        """Returns the inner products of every component of a cut.
+
+        Args:
+            cut: The cut, of this stream.
+            branch: Which branch; None for the authors' products.
+        """
+        if cut.neurons is None:
+            assert cut.vectors is not None
+            return self.product(cut.vectors()[0], branch)
+        # Each vector is multiplied with the keys once, whatever the number of sources.
+        each = self.product(cut.neurons.vectors(slice(None)), branch)
+        return (cut.neurons.coefficients[0, :, :, None] * each).flatten(0, 1)
+
+    def shares(self, inner: tuple[Tensor, ...]) -> Float[Tensor, "component neuron"]:
+        """Returns the share of each neuron's activation, from the inner products per branch."""
+        pairs = zip(inner, self.slopes, strict=True)
+        return sum((one * slope for one, slope in pairs), torch.zeros_like(inner[0]))
+
+
+def place_of(view: ModelView, chosen: Components, row: int, index: int) -> Place:
+    """Returns where a chosen neuron reads."""
+    one = chosen.at(row, index)
+    kind, layer = one["kind"], one["layer"]
+    stack = "encoder" if kind.startswith("encoder ") else view.base_stack(None)
+    if kind == "cross_attn":
+        return Place("encoder", one["source"], None)
+    kind = kind.removeprefix("encoder ")
+    return Place(stack, one["pos"] if kind == "mlp" else one["source"], (layer, kind))
+
+
+def readers_at(
+    view: ModelView, trace: Trace, place: Place, chosen: Components, row: int, some: list[int]
+) -> Readers:
+    """Returns the neurons of a sentence that read at one place.
+
+    Args:
+        view: The model.
+        trace: The pass.
+        place: The place.
+        chosen: Neurons.
+        row: The sentence.
+        some: Which of them read there.
+    """
+    trace = trace.part(slice(row, row + 1))
+    pos = torch.tensor([place.pos])
+    stream = write_stream(view, trace, place.stack, pos, stop=place.stop)
+    kind, layer = chosen.at(row, some[0])["kind"], int(chosen.layer[row, some[0]])
+    stack = "encoder" if kind.startswith("encoder ") else view.base_stack(None)
+    block = view.stacks[stack][layer]
+    if kind.endswith("mlp"):
+        assert block.feed_forward is not None
+        index = chosen.neuron[row][some].to(view.device)
+        found = _feed_forward(block.feed_forward, stream, index)
+        own = _post(block.feed_forward, trace, place.pos, index)
+    else:
+        found, value = _attention(view, trace, block, place, stream, chosen, row, some)
+        own = found.slopes[0] * value
+    if view.hooked():
+        _require_own(view, found, own)
+    return found
+
+
+def _post(ff: FeedForward, trace: Trace, pos: int, index: Tensor) -> Float[Tensor, " neuron"]:
+    """Returns the model's own activations of feed-forward neurons."""
+    post, b_post = trace[ff.post][0, pos, index], ff.weights("b_post")
+    return post if b_post is None else post - b_post[index]
+
+
+def _require_own(view: ModelView, found: Readers, own: Float[Tensor, " neuron"]) -> None:
+    """Checks that activations are what was written to the stream that the neurons read."""
+    pairs = zip(found.slopes, found.pre, strict=True)
+    size = reduce(add, ((slope * pre).abs() for slope, pre in pairs))
+    error = float((found.activation - own).abs().max() / size.max().clamp(min=1e-30))
+    if not error <= view.tolerance:
+        raise UnsupportedModel(
+            four_parts(
+                "what these neurons read is not the sum of what was written to their stream",
+                f"activations with a relative error of {error:.2g}, with hooks of your own at "
+                f"{', '.join(view.hooked()[:3])}",
+                f"at most {view.tolerance:.0e}",
+                "Take off hooks that edit the stream, a norm or the neurons where they are read.",
+            )
+        )
+
+
+def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> Readers:
+    keys = tuple(weight[:, index] for weight, _ in ff.branches())
+    norm = ff.norm_in
+    constants = tuple(
+        _constant(norm, key, None if bias is None else bias[index])
+        for key, (_, bias) in zip(keys, ff.branches(), strict=True)
+    )
+    nothing = constants[0].new_zeros(len(index))
+    found = Readers(stream, norm, keys, constants, (), nothing)
+    activation, pre = ff.require_activation(), found.pre
+    if ff.gated:
+        linear, gate = gated_slopes(activation, (None, pre[0]), (None, pre[1]))
+        return replace(found, slopes=(gate, linear))
+    start = activation(nothing)
+    return replace(found, slopes=(activation.secant(None, pre[0]),), constant_share=start)
+
+
+def _attention(
+    view: ModelView,
+    trace: Trace,
+    block: Block,
+    place: Place,
+    stream: Stream,
+    chosen: Components,
+    row: int,
+    some: list[int],
+) -> tuple[Readers, Tensor]:
+    """Returns attention neurons and their values as the model computed them."""
+    kind = chosen.at(row, some[0])["kind"].removeprefix("encoder ")
+    sublayer = next(a for a in block.attentions if (a.kind == "self") == (kind == "attn"))
+    heads, index = (getattr(chosen, name)[row][some].to(view.device) for name in ("head", "neuron"))
+    key = require_weight(sublayer.weights, "W_V")[heads, :, index].T
+    bias = sublayer.weights("b_V")
+    norm = view.final_norms.get("encoder") if place.stop is None else sublayer.norm_in
+    constant = _constant(norm, key, None if bias is None else bias[heads, index])
+    target = chosen.pos[row][some].to(view.device)
+    slope = trace.pattern(sublayer)[0, heads, target, place.pos]
+    value = trace.value(sublayer)[0, place.pos, heads, index]
+    found = Readers(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
+    return found, value
+
+
+def _constant(norm: Norm | None, key: Tensor, bias: Tensor | None) -> Tensor:
+    found = key.new_zeros(key.shape[1]) if bias is None else bias
+    return found if norm is None or norm.bias is None else found + norm.bias @ key

@@ -1,0 +1,218 @@
+r"""The engine: every tensor on a block's residual path as a sum over source tokens plus a bias.
+
+With attention patterns and norm scales frozen at their real values, everything up to the
+feed-forward activation is linear in the sources and stays a `Mixture`; behind it is an `Expansion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.adapters.inputs import Pass
+from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace, shift
+from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, Expansion, expand
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Mixture, Read
+from tl_contextmix.errors import bad
+from tl_contextmix.results.axes import whole_number
+
+Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
+POINTS: tuple[Point, ...] = (
+    "attn_out",
+    "resid_mid",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+    "block_out",
+)
+
+
+def linear_points(
+    block: Block, trace: Trace, stack: StackName, asked: Sequence[Point] = POINTS
+) -> dict[str, Mixture]:
+    """Returns the mixtures of a block up to the input of its feed-forward sublayer.
+
+    Besides the points before the feed-forward sublayer: ``"stream"``, the residual stream that
+    the feed-forward output is added to.
+
+    Args:
+        block: The block.
+        trace: The pass.
+        stack: The stack.
+        asked: What is needed; where that lies before the first norm, no norm's scale is computed.
+    """
+    kind = "cross" if stack == "cross" else "self"
+    x = trace.resid_in(block)
+    stream = Mixture(reads=(), own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
+    found: dict[str, Mixture] = {}
+    for attention in block.attentions:
+        out = _attention_mixture(attention, trace)
+        stream = stream.join(out)
+        if attention.kind == kind:
+            found |= {"attn_out": out, "resid_mid": stream}
+            if set(asked) <= set(found):
+                return found
+        if attention.norm_after is not None:
+            stream = stream.linear(attention.norm_after)
+    found["stream"] = stream
+    ff = block.feed_forward
+    if ff is not None:
+        read = stream
+        if block.parallel:
+            silent = tuple(read.silent() for read in stream.reads)
+            read = replace(stream, reads=silent, own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
+        found["mlp_in"] = read if ff.norm_in is None else read.linear(ff.norm_in)
+    return found
+
+
+def _attention_mixture(attention: AttentionSublayer, trace: Trace) -> Mixture:
+    pattern, value = trace.pattern(attention), trace.value(attention)
+    scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
+    read = Read(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
+    bias = pattern.new_zeros(*scale.shape[:2], read.weight.shape[2])
+    mixture = Mixture(
+        reads=(read,),
+        own=None,
+        bias=shift(bias, attention.b_O),
+        sum_up=lambda: attention.raw_output(trace),
+    )
+    return mixture if attention.norm_out is None else mixture.linear(attention.norm_out)
+
+
+def parts_at(
+    block: Block,
+    points: dict[str, Mixture],
+    at: Point,
+    bias: Bias,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Mixture | Expansion:
+    """Returns a block's parts at any point.
+
+    Args:
+        block: The block.
+        points: Its mixtures from `linear_points`.
+        at: The point.
+        bias: The bias convention, see `decompose`.
+        max_bytes: Workspace.
+
+    Raises:
+        InvalidInput: If the block has no feed-forward sublayer and the point is inside of one.
+        UnsupportedModel: If the point lies behind an activation that is not elementwise.
+    """
+    return parts_at_all(block, points, (at,), bias, max_bytes)[at]
+
+
+def parts_at_all(
+    block: Block,
+    points: dict[str, Mixture],
+    asked: Sequence[Point],
+    bias: Bias,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> dict[Point, Mixture | Expansion]:
+    """Returns a block's parts at several points, which share what is computed; see `parts_at`."""
+    found: dict[Point, Mixture | Expansion] = {}
+    expanded: dict[str, Expansion] = {}
+    for at in asked:
+        if at in points:
+            found[at] = points[at]
+        elif block.feed_forward is not None:
+            expanded = expanded or expand(block, points, bias, max_bytes)
+            found[at] = expanded[at]
+        elif at in ("resid_post", "block_out"):
+            found[at] = points["stream"]
+        else:
+            raise bad(
+                f"there is no {at} in layer {block.layer}",
+                "a block without a feed-forward sublayer",
+                "'attn_out', 'resid_mid', 'resid_post' or 'block_out'",
+                "Ask for one of these.",
+            )
+    return found
+
+
+def norms_at(
+    parts: Mapping[Point, Mixture | Expansion], max_bytes: int
+) -> dict[Point, Float[Tensor, "batch target source"]]:
+    """Returns the norms of the parts at several points of one block.
+
+    The points behind the feed-forward sublayer are three looks at the same tiles: all of them
+    cost what the last one costs.
+    """
+    found: dict[Point, Tensor] = {
+        at: mixture.norms(max_bytes)
+        for at, mixture in parts.items()
+        if isinstance(mixture, Mixture)
+    }
+    behind: list[Point] = [at for at in POINTS if isinstance(parts.get(at), Expansion)]
+    if behind:
+        last = parts[behind[-1]]
+        assert isinstance(last, Expansion)
+        stages = last.stage_norms(max_bytes)
+        # Where no norm follows, block_out is resid_post.
+        found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in behind}
+    return found
+
+
+def require_point(at: object) -> Point:
+    """Returns the point.
+
+    Raises:
+        InvalidInput: If there is no such point.
+    """
+    if at not in POINTS:
+        raise bad(
+            "there is no such point",
+            repr(at),
+            f"one of {list(POINTS)}",
+            "Points name places in a block; hook names differ between hosts.",
+        )
+    return at  # type: ignore[return-value]
+
+
+def require_bias(bias: object) -> Bias:
+    """Returns the bias convention.
+
+    Raises:
+        InvalidInput: If there is no such convention.
+    """
+    if bias not in ("contributor", "fixed"):
+        raise bad(
+            "there is no such bias convention",
+            repr(bias),
+            "'contributor' or 'fixed'",
+            "See the docstring of decompose.",
+        )
+    return bias  # type: ignore[return-value]
+
+
+def require_budget(max_bytes: object) -> int:
+    """Returns the budget.
+
+    Raises:
+        InvalidInput: If it is not a positive number of bytes.
+    """
+    number = whole_number(max_bytes)
+    if number is None or number <= 0:
+        raise bad(
+            "max_bytes is not a budget",
+            repr(max_bytes),
+            "a positive number of bytes",
+            "The default is 1 GiB.",
+        )
+    return number
+
+
+def masked(done: Pass, scores: Tensor, at: str) -> Tensor:
+    """Returns scores [batch ... target source] with padding at exactly zero."""
+    target, source = done.target.mask, done.source(at).mask
+    if bool(target.all()) and bool(source.all()):
+        return scores
+    real = (target[:, :, None] & source[:, None, :]).to(scores.device)
+    shape = (real.shape[0], *[1] * (scores.ndim - 3), *real.shape[1:])
+    return scores.masked_fill(~real.view(shape), 0)

@@ -1,0 +1,277 @@
+"""Which heads and neurons are meant: taken from a result, or named by layer and number.
+
+An attention neuron is one dimension of one head's values, whatever source it reads: where a result
+names it for several sources, it is chosen once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import bad
+from tl_contextmix.results import LogProbContributions, QueryContributions
+from tl_contextmix.results.axes import whole_number
+from tl_contextmix.results.components import Components, Grid, join
+
+Named = Sequence[Sequence[int]]
+Chosen = LogProbContributions | QueryContributions | Named
+_REMEDY = "Take them from a result's .top(k)."
+_NAMED = {
+    "neurons": "a list of (layer, neuron) or (layer, head, neuron), counted from 0",
+    "heads": "a list of (layer, head), counted from 0",
+}
+
+
+def chosen_components(
+    view: ModelView, neurons: object, heads: object, pos: Int[Tensor, " batch"]
+) -> Components:
+    """Returns the heads and neurons that are meant, for every sentence.
+
+    Args:
+        view: The model.
+        neurons: A result whose components are neurons or heads, or a list of ``(layer, neuron)``
+            (feed-forward) and ``(layer, head, neuron)`` (self-attention).
+        heads: The same, a list of ``(layer, head)``.
+        pos: Position whose stream they write to, in each sentence.
+
+    Raises:
+        InvalidInput: If nothing is meant, or something the model does not have.
+    """
+    parts = []
+    for name, given in (("neurons", neurons), ("heads", heads)):
+        if given is None:
+            continue
+        if isinstance(given, (LogProbContributions, QueryContributions)):
+            parts.append(_of_result(given, len(pos)))
+        else:
+            parts += [_of_tuple(name, one, pos) for one in _listed(name, given)]
+    found = join(parts) if parts else None
+    if found is None or bool(found.is_empty().all()):
+        raise bad("nothing was chosen", "no neurons and no heads", "at least one of them", _REMEDY)
+    _require_there(view, found)
+    return found
+
+
+def _of_result(result: LogProbContributions | QueryContributions, batch: int) -> Components:
+    found = result.components
+    if found.kind.shape[0] != batch:
+        raise bad(
+            "the chosen components belong to other sentences",
+            f"components of {found.kind.shape[0]} sentences",
+            f"{batch}, as many as the input has",
+            _REMEDY,
+        )
+    # Neither a head nor a neuron: a sublayer, or one source of a head or of all of them.
+    odd = (found.neuron < 0) & ((found.head < 0) | (found.source >= 0)) & ~found.is_empty()
+    odd |= found.is_bias()
+    if bool(odd.any()):
+        raise bad(
+            "these components cannot be chosen",
+            f"a result by {result.by} with components such as "
+            f"{found.label(*odd.nonzero()[0].tolist())}",
+            "heads or neurons (by 'head', 'ff_neuron' or 'attn_neuron')",
+            _REMEDY,
+        )
+    return found
+
+
+def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
+    lengths = (2, 3) if name == "neurons" else (2,)
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    found = []
+    for one in given if several else [given]:
+        numbers = one if isinstance(one, Iterable) and not isinstance(one, str) else ()
+        whole = [whole_number(number) for number in numbers]
+        # -1 stands for "no head" among components, so nothing counts from the end.
+        if len(whole) not in lengths or any(n is None or n < 0 for n in whole):
+            raise bad(f"the {name} cannot be read", repr(one), _NAMED[name], _REMEDY)
+        found.append(tuple(n for n in whole if n is not None))
+    return list(dict.fromkeys(found))
+
+
+def _of_tuple(name: str, one: tuple[int, ...], pos: Tensor) -> Components:
+    names = ("head",) if name == "heads" else ("head", "neuron")[3 - len(one) :]
+    kind = "mlp" if names == ("neuron",) else "attn"
+    numbers = zip(names, one[1:], strict=True)
+    return Grid(kind, one[0], pos, tuple((n, range(at, at + 1)) for n, at in numbers)).table()
+
+
+def _require_there(view: ModelView, found: Components) -> None:
+    """Raises InvalidInput where a component is none of the model's."""
+    known = found.is_empty()
+    for one in every_sublayer(view):
+        inside = (found.head < max(one.heads, 1)) & (found.neuron < one.neurons)
+        known |= one.holds(found) & inside
+    if not bool(known.all()):
+        listed = ", ".join(f"{s.kind} {s.heads} x {s.neurons}" for s in every_sublayer(view))
+        raise bad(
+            f"{view.name} has no such component",
+            found.label(*(~known).nonzero()[0].tolist()),
+            f"one of its {len(view.blocks())} layers, the first being 0: {listed} "
+            "(heads x neurons)",
+            _REMEDY,
+        )
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Where the heads and neurons of a sublayer are.
+
+    Attributes:
+        kind: Its kind among components.
+        layer: Its layer.
+        heads: How many heads; 0 in a feed-forward sublayer.
+        neurons: How many neurons, in each head.
+        name: The activation that holds them.
+        constant: What is added to that activation and is no neuron's own, or None.
+    """
+
+    kind: str
+    layer: int
+    heads: int
+    neurons: int
+    name: str
+    constant: Tensor | None = None
+
+    def holds(self, some: Components) -> Bool[Tensor, "batch component"]:
+        """Returns which components are of this sublayer."""
+        return some.of_kind(self.kind) & (some.layer == self.layer)
+
+
+def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
+    """Yields the sublayers of a model, an encoder-decoder's encoder included."""
+    for stack, block in view.every_block():
+        prefix = "" if stack == view.base_stack(None) else "encoder "
+        for attention in block.attentions:
+            kind = prefix + ("attn" if attention.kind == "self" else "cross_attn")
+            heads, d_head, _ = attention.W_O.shape
+            yield Sublayer(kind, block.layer, heads, d_head, attention.mixed)
+        ff = block.feed_forward
+        if ff is not None:
+            count, constant = ff.W_out.shape[0], ff.weights("b_post")
+            yield Sublayer(f"{prefix}mlp", block.layer, 0, count, ff.post, constant)
+
+
+def without_sources(chosen: Components, *, per_position: bool) -> Components:
+    """Returns the chosen heads and neurons, each once, whatever sources it reads.
+
+    Args:
+        chosen: The heads and neurons.
+        per_position: Whether those of several positions stay apart; else the first one is kept.
+    """
+    columns = [chosen.kind, chosen.layer, chosen.head, chosen.neuron]
+    columns += [chosen.pos] if per_position else []
+    index = []
+    for table, empty in zip(torch.stack(columns, dim=-1), chosen.is_empty(), strict=True):
+        _, again = table.unique(dim=0, return_inverse=True)
+        places = torch.arange(len(again))
+        first = torch.full_like(places, len(places)).scatter_reduce(0, again, places, "amin")
+        index.append(places[(first[again] == places) & ~empty])
+    found = chosen.select(pad_sequence(index, batch_first=True, padding_value=-1))
+    return replace(found, source=torch.full_like(found.source, -1))
+
+
+class Controls:
+    """Random sets of heads and neurons as large as the chosen ones, drawn from the whole model.
+
+    As many of each kind: heads for heads, neurons for neurons, in any layer, at the positions of
+    those they stand for. None is a chosen one, part of a chosen head or a head with a chosen
+    neuron in it; nor is one part of another.
+
+    Args:
+        view: The model.
+        chosen: What they are to be compared with, sources apart.
+        seed: Of the draws.
+    """
+
+    def __init__(self, view: ModelView, chosen: Components, seed: int) -> None:
+        by_kind: dict[str, list[Sublayer]] = {}
+        for one in every_sublayer(view):
+            by_kind.setdefault(one.kind, []).append(one)
+        self._numbers = {kind: _Numbers(some) for kind, some in by_kind.items()}
+        self._chosen = chosen
+        self._random = random.Random(seed)
+
+    def draw(self) -> Components:
+        """Returns one more set.
+
+        Raises:
+            InvalidInput: If there are not enough others.
+        """
+        columns = {name: getattr(self._chosen, name).clone() for name in vars(self._chosen)}
+        for kind in self._numbers:
+            for row, mine in enumerate(self._chosen.of_kind(kind) & ~self._chosen.is_empty()):
+                if bool(mine.any()):
+                    self._replace(columns, row, kind, mine)
+        return Components(**columns)
+
+    def _replace(self, columns: dict[str, Tensor], row: int, kind: str, mine: Tensor) -> None:
+        """Replaces the components of one kind in one sentence."""
+        numbers = self._numbers[kind]
+        layer, head, neuron = (columns[name][row] for name in ("layer", "head", "neuron"))
+        heads, neurons = mine & (neuron < 0), mine & (neuron >= 0)
+        at = numbers.heads(layer, head)
+        inside = numbers.start[at[neurons]] + neuron[neurons]
+        # Drawn by number: tables of all neurons would take seconds in a large model.
+        taken = torch.zeros(len(numbers.layer), dtype=torch.bool)
+        taken[at[mine]] = True
+        new = self._others(at[heads], taken, kind)
+        taken[:] = False
+        taken[at[heads]] = taken[new] = True
+        within = taken[numbers.head_of]
+        within[inside] = True
+        drawn = self._others(inside, within, kind)
+        new_at = torch.cat([new, numbers.head_of[drawn]])
+        both = torch.cat([heads.nonzero()[:, 0], neurons.nonzero()[:, 0]])
+        layer[both], head[both] = numbers.layer[new_at], numbers.head[new_at]
+        neuron[neurons] = drawn - numbers.start[numbers.head_of[drawn]]
+
+    def _others(self, chosen: Tensor, taken: Tensor, kind: str) -> Tensor:
+        """Returns as many numbers that are not taken, the same one for the same."""
+        # A neuron that is chosen at several positions goes out at all of them; so does its control.
+        once, again = chosen.unique(return_inverse=True)
+        pool = (~taken).nonzero()[:, 0]
+        if len(pool) < len(once):
+            raise bad(
+                "there are not enough others for a random control",
+                f"{len(pool)} others in {kind} for {len(once)} chosen",
+                "at least as many others as are chosen",
+                "Choose fewer, or give controls=0.",
+            )
+        return pool[self._random.sample(range(len(pool)), len(once))][again]
+
+
+class _Numbers:
+    """Heads and neurons of a kind, numbered through the layers; a feed-forward block is one head.
+
+    Attributes:
+        layer: Layer of each head.
+        head: Its number there; -1 in feed-forward blocks.
+        start: Number of its first neuron.
+        head_of: The head of each neuron.
+    """
+
+    def __init__(self, sublayers: list[Sublayer]) -> None:
+        self._layers = torch.tensor([one.layer for one in sublayers])
+        count = torch.tensor([max(one.heads, 1) for one in sublayers])
+        self._first = count.cumsum(0) - count
+        self.layer = self._layers.repeat_interleave(count)
+        numbers = [range(one.heads) if one.heads else (-1,) for one in sublayers]
+        self.head = torch.tensor([number for some in numbers for number in some])
+        size = torch.tensor([one.neurons for one in sublayers]).repeat_interleave(count)
+        self.start = size.cumsum(0) - size
+        self.head_of = torch.arange(len(size)).repeat_interleave(size)
+
+    def heads(self, layer: Tensor, head: Tensor) -> Int[Tensor, " some"]:
+        """Returns the numbers of heads; any number for components of other kinds."""
+        place = torch.searchsorted(self._layers, layer).clamp(max=len(self._layers) - 1)
+        return (self._first[place] + head.clamp(min=0)).clamp(max=len(self.layer) - 1)

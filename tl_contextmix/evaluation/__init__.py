@@ -1,0 +1,36 @@
+"""Is the map right? Agreement with known cues, with what the model does, and between maps."""
+
+from tl_contextmix.evaluation.agreement import agreement
+from tl_contextmix.evaluation.alignment import Cues, cue_alignment
+from tl_contextmix.evaluation.faithfulness import (
+    Drop,
+    blanked,
+    faithfulness,
+    faithfulness_of,
+    warn_of_short,
+)
+from tl_contextmix.evaluation.minimal_pairs import (
+    MinimalPair,
+    load_minimal_pairs,
+    overlapping,
+    place_tokens,
+)
+from tl_contextmix.evaluation.sentences import Sentence, Unusable, sentences_of
+
+__all__ = [
+    "Cues",
+    "Drop",
+    "MinimalPair",
+    "Sentence",
+    "Unusable",
+    "agreement",
+    "blanked",
+    "cue_alignment",
+    "faithfulness",
+    "faithfulness_of",
+    "load_minimal_pairs",
+    "overlapping",
+    "place_tokens",
+    "sentences_of",
+    "warn_of_short",
+]

@@ -1,0 +1,142 @@
+"""Does a map point at the tokens that are known to decide a word?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.core.statistics import average_precision, expected_average_precision
+from tl_contextmix.errors import bad
+from tl_contextmix.evaluation.aggregation import (
+    Figures,
+    Maps,
+    per_sentence,
+    readable,
+    sentences,
+    summarise,
+    target_place,
+)
+from tl_contextmix.results import ContextMap, Score
+
+Cues = Sequence[Sequence[int | str]]
+
+
+def cue_alignment(
+    maps: Maps,
+    cues: Cues,
+    *,
+    targets: Sequence[int] | int = -1,
+    method: str | None = None,
+) -> Score:
+    r"""Returns how much a map's target rows point at the tokens that decide the target.
+
+    Two figures per layer, means over sentences (Mohebbi et al. 2023, section 5):
+
+    * ``dot``: :math:`\sum_{j \in cues} C_{ij}` of a row that sums to 1. Chance: the share of
+      readable tokens that are cues.
+    * ``average precision`` of ranking the readable tokens by score. Chance: that of a random order.
+
+    For words instead of the pieces a tokenizer makes of them, give ``map.words()``: cues and
+    targets are then words.
+
+    Args:
+        maps: One map with a row of the batch per sentence, or one map per sentence. Rows must sum
+            to 1 (`ContextMap.normalize`), as they do for attention weights.
+        cues: Per sentence what decides the target, several are fine: positions on the source axis
+            (a beginning-of-sequence token counts), or tokens as text, each of which stands for
+            every readable token of that text, spaces aside.
+        targets: The target position, one for all or one per sentence; negative counts from the
+            last real token.
+        method: Name in the table; None for the map's own.
+
+    Returns:
+        A `Score`: value, 95 % bootstrap interval over sentences and chance level per layer.
+
+    Raises:
+        InvalidInput: If a cue or target is no real token, or rows do not sum to 1.
+    """
+    found: Figures = {}
+    listed = list(sentences(maps))
+    cues = require_cues(len(listed), cues)
+    places = per_sentence(targets, len(listed), "targets")
+    name = method or (listed[0][0].provenance.method if listed else "")
+    for (map, row), asked, target in zip(listed, cues, places, strict=True):
+        place = target_place(map, row, target)
+        seen = readable(map, row, place)
+        relevant = torch.zeros_like(seen)
+        for cue in asked:
+            relevant[_positions(map, row, cue, seen)] = True
+        items, hits = int(seen.sum()), int(relevant.sum())
+        chance = expected_average_precision(items, hits)
+        for layer, label in enumerate(map.layer_names):
+            scores = map.scores[row, layer, 0, place].cpu()
+            _require_distribution(scores, map)
+            dot = float(scores[relevant].sum())
+            precision = float(average_precision(scores[seen], relevant[seen]))
+            found.setdefault((label, "dot"), []).append((dot, hits / items))
+            found.setdefault((label, "average precision"), []).append((precision, chance))
+    return Score(
+        rows=summarise(name, found),
+        title="Alignment with the cue",
+        caption="How much of the target's row, and how high in its ranking, are the tokens that "
+        "decide it. Chance: rows without information.",
+    )
+
+
+def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[int]:
+    """Returns the positions a cue names, checked to be readable."""
+    real = seen.nonzero()[:, 0].tolist()
+    words = map.source.strings[row]
+    if isinstance(cue, str):
+        named = [place for place in real if words[place].strip() == cue.strip()]
+    else:
+        named = [cue] if cue in real else []
+    if not named:
+        raise bad(
+            "a cue names no token that can be read",
+            f"{cue!r}, a position or token, in sentence {row}"
+            if isinstance(cue, str)
+            else f"position {cue} in sentence {row}",
+            f"one of {real}, or one of {[words[place] for place in real]}",
+            "A word of several tokens is named by its positions, or on map.words().",
+        )
+    return named
+
+
+def require_cues(count: int, cues: Any) -> list[list[int | str]]:
+    """Returns the cues of every sentence.
+
+    Raises:
+        InvalidInput: If they are no list of positions or texts for every sentence, none empty.
+    """
+    listed = [] if isinstance(cues, str) or not isinstance(cues, Sequence) else [*cues]
+    fine = len(listed) == count and all(
+        isinstance(one, Sequence)
+        and not isinstance(one, str)
+        and len(one)
+        and all(isinstance(c, (int, str)) and not isinstance(c, bool) for c in one)
+        for one in listed
+    )
+    if not fine:
+        raise bad(
+            "cues and sentences do not fit each other",
+            f"{cues!r} for {count} sentences" if count < 4 else f"{len(listed)} lists for {count}",
+            "a list with at least one cue for every sentence, positions or texts",
+            "Give [[cue, ...], ...]; leave out sentences without a cue.",
+        )
+    return [[*one] for one in listed]
+
+
+def _require_distribution(scores: Tensor, map: ContextMap) -> None:
+    total = float(scores.sum())
+    # Rows of float32 attention sum to 1 within 1e-6; rows of zeros stay zero when normalised.
+    if total != 0 and abs(total - 1) > 1e-3:
+        raise bad(
+            "the dot product needs rows that sum to 1",
+            f"a row of {map.provenance.method} that sums to {total:.3g}",
+            "rows divided by their sums",
+            "Use map.normalize().",
+        )

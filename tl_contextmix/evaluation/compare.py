@@ -1,0 +1,341 @@
+"""Which map should I believe for this model? Every method on the same sentences, in one table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, label, provenance, run_pass
+from tl_contextmix.core.blocks import Side
+from tl_contextmix.core.counters import count_operations
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.statistics import spearman
+from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.errors import UnsupportedModel, bad, require_choice
+from tl_contextmix.evaluation import (
+    Cues,
+    Drop,
+    MinimalPair,
+    Sentence,
+    Unusable,
+    blanked,
+    cue_alignment,
+    faithfulness_of,
+    sentences_of,
+    warn_of_short,
+)
+from tl_contextmix.evaluation.aggregation import readable
+from tl_contextmix.methods.alti import alti
+from tl_contextmix.methods.attention import attention
+from tl_contextmix.methods.decompx import decompx
+from tl_contextmix.methods.globenc import globenc
+from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
+from tl_contextmix.methods.norms import attention_norms
+from tl_contextmix.methods.value_zeroing import value_zeroing
+from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow
+
+Make = Callable[[Any, Sentence], ContextMap]
+
+
+def _norms_at(point: Any) -> Make:
+    return lambda model, s: attention_norms(model, s.tokens, at=point)
+
+
+METHODS: dict[str, Make] = {
+    "attention": lambda model, s: attention(model, s.tokens, heads=False),
+    **{f"attention_norms {point}": _norms_at(point) for point in POINTS},
+    "globenc": lambda model, s: globenc(model, s.tokens),
+    "alti": lambda model, s: alti(model, s.tokens),
+    "decompx": lambda model, s: decompx(model, s.tokens),
+    "value_zeroing": lambda model, s: value_zeroing(model, s.tokens),
+    "gradient_x_input": lambda model, s: gradient_x_input(
+        model, s.tokens, pos=s.place, target=s.answer
+    ),
+    "integrated_gradients": lambda model, s: integrated_gradients(
+        model, s.tokens, pos=s.place, target=s.answer
+    ),
+}
+"""The methods that are compared, by name."""
+
+
+def compare(
+    model: object,
+    input: Sequence[str] | Sequence[MinimalPair],
+    *,
+    cues: Cues | None = None,
+    methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None = None,
+    words: bool = False,
+    blank: int | None = None,
+    unusable: Unusable = "error",
+) -> Comparison:
+    """Returns how well every method's maps of the same sentences do, and what they cost.
+
+    Each map is taken per layer, its rows divided by their sums, and, where it is of single
+    layers, multiplied through all of them (`rollout`). Looked at is the row of the position that
+    the answer is predicted from: the last one of a causal model, the mask of a masked one.
+
+    * `cue_alignment` where cues are known: ``dot`` and ``average precision``.
+    * `faithfulness`: ``blank-out``, ``comprehensiveness``, ``sufficiency``.
+    * How alike the methods are, from the input to the last layer: Spearman's correlation.
+    * Cost of one sentence: seconds (a clock on this machine) and operations.
+
+    Every figure has a 95 % bootstrap interval over sentences and its chance level beside it. No
+    method is favoured: all get the same rows of the same sentences.
+
+    Args:
+        model: A causal or masked language model.
+        input: Texts (of a masked model, with its mask token), or minimal pairs
+            (`load_minimal_pairs`, `demo_pairs`): a causal model is then given what both sentences
+            begin with, a masked one the sentence with a mask in the place.
+        cues: For texts: per sentence what decides the answer, see `cue_alignment`. None: pairs'
+            own, or alignment is left out.
+        methods: Names out of `METHODS`, or functions of a model and token ids [1, pos] that return
+            a `ContextMap`, by name; None for all. Of all, those that the model does not support
+            are listed in the result with the reason.
+        words: Whether maps are summed up over the pieces of words first (`ContextMap.words`).
+        blank: Token id that blanks, see `faithfulness`.
+        unusable: ``"drop"`` leaves out sentences that the model cannot be asked about (words of
+            several tokens under one mask, no token before the place) and lists them with the
+            reason in `Comparison.dropped`; ``"error"`` names the first one.
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        InvalidInput: If sentences, cues or methods do not fit the model.
+        UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a method
+            that was asked for does not support it.
+
+    Warns:
+        ContextMixWarning: If no sentence is long enough for `faithfulness`.
+
+    Cost: every method once per sentence, and `faithfulness` of every map.
+    """
+    require_choice("unusable", unusable, ("error", "drop"))
+    view = as_view(model)
+    view.readout.require()
+    sentences, dropped = sentences_of(model, view, input, cues, unusable)
+    drops = [_blanked(model, view, s, blank, words) for s in sentences]
+    known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
+    supported, flops, left_out = _supported(model, known, methods)
+    maps, seconds = _run(supported, model, known)
+    middle = _middle(known)
+    forward = count_operations(lambda: run_pass(view, Given(middle.tokens)))
+    rows: list[ScoreRow] = []
+    whole: dict[str, list[Tensor]] = {}
+    for name in supported:
+        found = [_taken(map, s, words) for map, s in zip(maps[name], known, strict=True)]
+        rows += _figures(name, found, drops)
+        if all(last is not None for _, last, _ in found):
+            whole[name] = [_row(last, place) for _, last, (place, _) in found if last is not None]
+    costs = [
+        Cost(name, statistics.median(seconds[name]), flops[name], flops[name] / forward)
+        for name in supported
+    ]
+    warn_of_short(drops)
+    return Comparison(
+        rows=tuple(rows),
+        costs=tuple(costs),
+        alike=_alike(list(whole.values())),
+        alike_methods=tuple(whole),
+        left_out=left_out,
+        correct=_correct(known, drops),
+        sentences=len(known),
+        dropped=dropped,
+        provenance=provenance(
+            view, "compare", {"words": words, "blank": blank, "unusable": unusable}
+        ),
+    )
+
+
+def _blanked(
+    model: object, view: ModelView, sentence: Sentence, blank: int | None, words: bool
+) -> Drop:
+    spans = None
+    if words:
+        side = Side(sentence.tokens, torch.ones_like(sentence.tokens, dtype=torch.bool))
+        spans = label(view, "", side).words()[0]
+    return blanked(model, sentence.tokens[0], sentence.place, blank, sentence.answer, spans)
+
+
+def _supported(
+    model: object,
+    sentences: Sequence[Sentence],
+    methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None,
+) -> tuple[dict[str, Make], dict[str, int], tuple[tuple[str, str], ...]]:
+    """Returns the methods, their operations on the middle sentence, and what is left out."""
+    chosen, flops, left_out = _methods(methods), {}, []
+    for name, make in chosen.items():
+        ask = partial(make, model, _middle(sentences))
+        try:
+            # What a first call does for all later ones does not count.
+            _require_map(name, ask())
+            flops[name] = count_operations(ask)
+        except UnsupportedModel as error:
+            if methods is not None:
+                raise
+            left_out.append((name, str(error)))
+    return {name: chosen[name] for name in flops}, flops, tuple(left_out)
+
+
+def _require_map(name: str, found: object) -> None:
+    if not isinstance(found, ContextMap):
+        raise bad(
+            f"the method {name!r} cannot be compared",
+            f"a {type(found).__name__}",
+            "a ContextMap of the token ids it was given",
+            "Return what a method of this package returns, or build a ContextMap.",
+        )
+
+
+def _middle(sentences: Sequence[Sentence]) -> Sentence:
+    """Returns a sentence of median length."""
+    return sorted(sentences, key=lambda s: s.tokens.shape[1])[len(sentences) // 2]
+
+
+def _run(
+    methods: Mapping[str, Make], model: object, sentences: Sequence[Sentence]
+) -> tuple[dict[str, list[ContextMap]], dict[str, list[float]]]:
+    """Returns every method's maps and how long each took; methods take turns."""
+    maps: dict[str, list[ContextMap]] = {name: [] for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for sentence in tqdm(sentences, desc="compare", leave=False, disable=None, delay=2):
+        for name, make in methods.items():
+            start = time.perf_counter()
+            maps[name].append(make(model, sentence))
+            seconds[name].append(time.perf_counter() - start)
+    return maps, seconds
+
+
+Taken = tuple[ContextMap, ContextMap | None, tuple[int, list[int | str]]]
+
+
+def _taken(map: ContextMap, sentence: Sentence, words: bool) -> Taken:
+    """Returns a map's layers, the map from the input to the last layer, and where to look.
+
+    Where: the target's row, and the cues.
+    """
+    if len(map.heads) > 1:
+        map = map.mean("head")
+    layers = map.normalize()
+    last = None
+    if layers.from_input:
+        last = layers.select(layer=-1)
+    elif layers.target.equals(layers.source) and layers.layers == (*range(len(layers.layers)),):
+        last = layers.rollout().select(layer=-1)
+    place = 0 if map.target.ids.shape[1] == 1 else sentence.place
+    cues = list(sentence.cues)
+    if not words:
+        return layers, last, (place, cues)
+    spans, rows = map.source.words()[0], map.target.words()[0]
+    cues = [_holding(spans, cue) if isinstance(cue, int) else cue for cue in cues]
+    merged = None if last is None else last.words()
+    return layers.words(), merged, (_holding(rows, place), [*dict.fromkeys(cues)])
+
+
+def _holding(spans: Sequence[tuple[int, int]], place: int) -> int:
+    """Returns the word a token is in; a place that is none stays what it is, to be refused."""
+    return next((w for w, (start, stop) in enumerate(spans) if start <= place < stop), place)
+
+
+def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[ScoreRow]:
+    kinds: list[list[ContextMap]] = [[layers for layers, _, _ in found]]
+    if all(last is not None and not layers.from_input for layers, last, _ in found):
+        kinds.append([last for _, last, _ in found if last is not None])
+    places = [place for _, _, (place, _) in found]
+    cues = [cues for _, _, (_, cues) in found]
+    rows: list[ScoreRow] = []
+    for maps in kinds:
+        if all(cues):
+            rows += cue_alignment(maps, cues, targets=places, method=name).rows
+        rows += faithfulness_of(maps, drops, places).rows
+    return [replace(row, method=name) for row in rows]
+
+
+def _row(map: ContextMap, place: int) -> Tensor:
+    """Returns the target's row as far as it can be read."""
+    scores = map.scores[0, -1, 0, place].cpu().double()
+    return scores[readable(map, 0, place)]
+
+
+def _alike(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Returns the mean correlation of every two methods' rows, over sentences that have one."""
+    found = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
+    for a, first in enumerate(rows):
+        for b, second in enumerate(rows):
+            # A causal model's gradients have no row for what comes after the target either.
+            pairs = [(x[: len(y)], y[: len(x)]) for x, y in zip(first, second, strict=True)]
+            values = torch.stack([spearman(x, y) for x, y in pairs])
+            found[a, b] = values[~values.isnan()].mean()
+    return found
+
+
+def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None:
+    if any(s.wrong is None for s in sentences):
+        return None
+    pairs = zip(sentences, drops, strict=True)
+    return sum(drop.real > drop.log_prob(s.wrong) for s, drop in pairs if s.wrong is not None)
+
+
+def _methods(asked: Any) -> dict[str, Make]:
+    if asked is None:
+        return METHODS
+    if isinstance(asked, Mapping) and asked:
+        return {name: _own(make) for name, make in asked.items()}
+    listed = [*asked] if isinstance(asked, (list, tuple)) else []
+    unknown = [name for name in listed if name not in METHODS]
+    if unknown or not listed:
+        raise bad(
+            "there are no such methods",
+            repr(unknown or asked),
+            f"a list out of {list(METHODS)}",
+            "Or give functions of a model and token ids, by name.",
+        )
+    return {name: METHODS[name] for name in listed}
+
+
+def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
+    return lambda model, s: make(model, s.tokens)
+
+
+def demo_pairs(
+    kind: str = "agreement", count: int = 50, *, lures: bool = True, seed: int = 5
+) -> tuple[MinimalPair, ...]:
+    """Returns minimal pairs of the embedded models' grammar, whose cues and lures are known.
+
+    They come from the test split: subjects and verbs that training never joined are preferred.
+
+    Args:
+        kind: ``"agreement"`` (a verb and its subject), ``"reflexive"``, ``"determiner"``,
+            ``"fact"`` or ``"name"``.
+        count: How many.
+        lures: Whether to take only sentences with a word that tempts to the wrong answer.
+        seed: Of the sentences.
+
+    Raises:
+        InvalidInput: If there is no such kind, or none with lures.
+    """
+    from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
+
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise bad("no pairs were asked for", repr(count), "a positive integer", "Ask for 50.")
+    if not isinstance(kind, str) or kind not in KINDS or (lures and not KINDS[kind]):
+        raise bad(
+            "the grammar has no such pairs",
+            f"kind={kind!r}, lures={lures}",
+            f"one of {list(KINDS)}; with lures {[k for k, tempted in KINDS.items() if tempted]}",
+            "Choose one of these, or lures=False.",
+        )
+    return tuple(MinimalPair(*pair) for pair in minimal_pairs(kind, count, lures, seed))
+
+
+__all__ = ["METHODS", "Sentence", "compare", "demo_pairs"]

@@ -1,0 +1,339 @@
+"""Are the tokens that a map ranks high those that the prediction rests on?"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, Text, make_batch
+from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.words import Spans
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
+from tl_contextmix.results import ContextMap, Score
+
+# Sentences of one length with other tokens blanked; so many are run together.
+_TOGETHER = 64
+# Random orders per sentence. With 5 the chance level of 50 sentences was 0.4 nats off, with 20
+# two draws agree to 0.02.
+_ORDERS = 20
+
+
+def faithfulness(
+    model: object,
+    input: Text | Tensor,
+    map: ContextMap,
+    *,
+    target: int | Sequence[int] | None = None,
+    blank: int | None = None,
+    answer: int | Sequence[int] | None = None,
+) -> Score:
+    r"""Returns whether the tokens a map ranks high are those the prediction rests on.
+
+    Every real token but the target is replaced by a blank in turn; :math:`\Delta_j` is how much
+    the log-probability of the answer falls. Per layer:
+
+    * ``blank-out``: Spearman's correlation of the target's row with :math:`\Delta`.
+    * ``comprehensiveness``: mean fall (nats) when the highest-ranked tokens are blanked, one more
+      at a time (area under that curve, DeYoung et al. 2020); high for a good map. Chance: the mean
+      over 20 random orders per sentence.
+    * ``sufficiency``: mean fall when only they are kept; low for a good map.
+
+    Tokens of the same score are ranked in random orders, of which the mean is taken. Tokens that
+    are the blank themselves (in many causal models the beginning-of-sequence token) cannot be
+    blanked and are not ranked. Rows with a NaN have no figures.
+
+    Args:
+        model: A causal or masked language model.
+        input: A text, several, or token ids: those the map is of.
+        map: A map with one score per pair and layer, of all targets or of the one looked at.
+        target: The position whose prediction is looked at, one for all or one per sentence;
+            negative from the last real token. A masked model is asked about this position's own
+            token, a causal one about the next. None: the last real token, or the one mask.
+        blank: Token id that blanks; None for the tokenizer's mask, unknown, padding or end token.
+        answer: Token ids of the answers; None for what the model itself predicts.
+
+    Returns:
+        A `Score` with 95 % bootstrap intervals over sentences.
+
+    Raises:
+        InvalidInput: If the map is of other tokens, or an argument does not fit the model.
+        UnsupportedModel: If the model has no trained vocabulary readout, or two stacks.
+
+    Warns:
+        ContextMixWarning: If no sentence is long enough: every figure is NaN.
+
+    Cost: per sentence of ``n`` tokens ``2 n`` forward passes per layer and ``41 n`` more at most,
+    run in batches; sets of tokens that layers share are run once.
+    """
+    view = as_view(model)
+    batch = make_batch(view, Given(input))
+    if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
+        raise bad(
+            "the map is of another input",
+            f"{map.source.ids.tolist()}" if isinstance(map, ContextMap) else type(map).__name__,
+            f"a ContextMap of the tokens {batch.main.ids.tolist()}",
+            "Give the text or the token ids that the map was made of; ids where it was made "
+            "without a beginning-of-sequence token.",
+        )
+    count = len(map.source.strings)
+    places = [None] * count if target is None else per_sentence(target, count, "targets")
+    answers = [None] * count if answer is None else per_sentence(answer, count, "answers")
+    drops = [
+        blanked(model, ids[mask], place, blank, asked)
+        for ids, mask, place, asked in zip(
+            map.source.ids, map.source.mask, places, answers, strict=True
+        )
+    ]
+    warn_of_short(drops)
+    return faithfulness_of(map, drops)
+
+
+def warn_of_short(drops: Sequence[Drop]) -> None:
+    """Warns where no sentence has enough to blank."""
+    if drops and all(len(drop.others) < 2 for drop in drops):
+        warn(
+            "faithfulness has no figures (NaN): no sentence has two tokens, or words, besides the "
+            "one that is predicted from, that blanking changes. Give longer sentences."
+        )
+
+
+def faithfulness_of(
+    maps: Maps, drops: Sequence[Drop], places: Sequence[int] | None = None
+) -> Score:
+    """Returns `faithfulness` from sentences whose blanked predictions may be known already.
+
+    Args:
+        maps: One map, or one per sentence.
+        drops: The sentences; what has been measured for another map is not measured again.
+        places: The target's place on each map's axis; None: found by its position.
+
+    Raises:
+        InvalidInput: If a map has several heads or no row for the target.
+    """
+    found: Figures = {}
+    listed = list(sentences(maps))
+    for number, ((map, row), drop) in enumerate(zip(listed, drops, strict=True)):
+        real = map.source.mask[row].nonzero()[:, 0]
+        index = _row_of(map, row, drop, real) if places is None else places[number]
+        for layer, label in enumerate(map.layer_names):
+            scores = map.scores[row, layer, 0, index].cpu()[real]
+            for metric, value, chance in drop.figures(scores):
+                found.setdefault((label, metric), []).append((value, chance))
+    return Score(
+        rows=summarise(listed[0][0].provenance.method if listed else "", found),
+        title="Faithfulness",
+        caption="Falls of the answer's log-probability (nats) when tokens are blanked. "
+        "Comprehensiveness: higher is better; sufficiency: lower is better.",
+    )
+
+
+def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
+    """Returns the row of the target on a map of all targets or of some."""
+    place = int(map.source.positions()[row, real[drop.place]])
+    rows = (map.target.positions()[row] == place) & map.target.mask[row].cpu()
+    if not bool(rows.any()):
+        raise bad(
+            "the map has no row for the target",
+            f"rows for positions {map.target.positions()[row].tolist()}",
+            f"one for position {place}",
+            "Ask the method about all targets, or about this one.",
+        )
+    return int(rows.nonzero()[0])
+
+
+def blanked(
+    model: Any,
+    ids: Tensor,
+    target: int | None,
+    blank: int | None,
+    answer: int | None,
+    spans: Spans | None = None,
+) -> Drop:
+    """Returns a sentence whose tokens can be blanked.
+
+    Args:
+        model: A causal or masked language model.
+        ids: Its tokens [pos], no padding.
+        target: See `faithfulness`.
+        blank: See `faithfulness`.
+        answer: See `faithfulness`.
+        spans: Words: what is blanked as a whole; None for single tokens.
+    """
+    view = as_view(model)
+    view.readout.require()
+    if len(view.stacks) == 2:
+        raise UnsupportedModel(
+            four_parts(
+                "tokens of an encoder-decoder are not blanked",
+                f"{view.name}, a model of two stacks",
+                "a causal or a masked language model",
+                "Compare its maps by cue_alignment or agreement.",
+            )
+        )
+    ids = ids.cpu()
+    place = _asked_about(model, view, ids) if target is None else target
+    _require_between("this target is no token", place, -len(ids), len(ids))
+    token = _blank_token(model, view) if blank is None else blank
+    _require_between("this token cannot blank another", token, 0, view.d_vocab)
+    if answer is not None:
+        _require_between("this answer is no token", answer, 0, view.d_vocab)
+    units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
+    return Drop(view, ids, place % len(ids), token, answer, units)
+
+
+def _require_between(failed: str, value: Any, low: int, high: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not low <= value < high:
+        raise bad(failed, repr(value), f"an integer from {low} to {high - 1}", "Give another.")
+
+
+def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
+    if "decoder" in view.stacks:
+        return len(ids) - 1
+    mask = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
+    places = (ids == mask).nonzero()[:, 0].tolist() if isinstance(mask, int) else []
+    if len(places) != 1:
+        raise bad(
+            "it is not clear which word a masked model is asked for",
+            f"{len(places)} mask tokens",
+            "one, or a target",
+            "Give target=<position>.",
+        )
+    return places[0]
+
+
+class Drop:
+    """How much an answer's log-probability falls when units of a sentence are blanked.
+
+    A unit is a token, or the tokens of a word.
+
+    Attributes:
+        place: The position of the prediction, among tokens.
+        unit: The unit it belongs to.
+        others: All other units that it can depend on and that blanking changes.
+        answer: Id of the answer.
+        real: Its log-probability with nothing blanked.
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        ids: Tensor,
+        place: int,
+        blank: int,
+        answer: int | None,
+        units: Spans,
+    ) -> None:
+        self._view, self._ids, self._blank, self._units = view, ids, blank, units
+        self.place = place
+        self.unit = next(u for u, (start, stop) in enumerate(units) if start <= place < stop)
+        # What a causal model has not read yet cannot matter.
+        last = self.unit if "decoder" in view.stacks else len(units)
+        self.others = [
+            unit
+            for unit, (start, stop) in enumerate(units[:last])
+            if unit != self.unit and bool((ids[start:stop] != blank).any())
+        ]
+        self._real = self._log_probs(ids[None])[0]
+        self.answer = int(self._real.argmax()) if answer is None else answer
+        self.real = self.log_prob(self.answer)
+        self._known: dict[frozenset[int], float] = {frozenset(): 0.0}
+        self._orders = _shuffled(self.others, zlib.crc32(bytes(str(ids.tolist()), "ascii")))
+        self._random: float | None = None
+
+    def log_prob(self, token: int) -> float:
+        """Returns the log-probability of a token with nothing blanked."""
+        return float(self._real[token])
+
+    def figures(self, scores: Tensor) -> list[tuple[str, float, float]]:
+        """Returns name, value and chance level of every figure about a row of scores [unit]."""
+        names = ("blank-out", "comprehensiveness", "sufficiency")
+        row = scores.double()
+        if bool(row[self.others].isnan().any()) or len(self.others) < 2:
+            return [(name, float("nan"), float("nan")) for name in names]
+        single = torch.tensor(self.falls([[unit] for unit in self.others])).double()
+        first, rest = [], []
+        for ranked in self._ranked(row):
+            first += [ranked[:count] for count in range(1, len(ranked))]
+            rest += [ranked[count:] for count in range(1, len(ranked))]
+        values = (
+            float(spearman(row[self.others], single)),
+            _mean(self.falls(first)),
+            _mean(self.falls(rest)),
+        )
+        chance = (0.0, self._random_level(), self._random_level())
+        return list(zip(names, values, chance, strict=True))
+
+    def _ranked(self, row: Tensor) -> list[list[int]]:
+        """Returns the units from the highest score on; several orders where scores are tied."""
+        tied = len(row[self.others].unique()) < len(self.others)
+        orders = self._orders if tied else self._orders[:1]
+        return [sorted(order, key=lambda unit: -float(row[unit])) for order in orders]
+
+    def falls(self, sets: Iterable[Sequence[int]]) -> list[float]:
+        """Returns how much the log-probability falls for each set of blanked units."""
+        asked = [frozenset(units) for units in sets]
+        new = list(dict.fromkeys(units for units in asked if units not in self._known))
+        for start in range(0, len(new), _TOGETHER):
+            part = new[start : start + _TOGETHER]
+            ids = self._ids.repeat(len(part), 1)
+            for row, units in enumerate(part):
+                for unit in units:
+                    ids[row, slice(*self._units[unit])] = self._blank
+            found = self.real - self._log_probs(ids)[:, self.answer]
+            self._known.update(zip(part, found.tolist(), strict=True))
+        return [self._known[units] for units in asked]
+
+    def _random_level(self) -> float:
+        """Returns the mean fall along random orders: the chance level of both areas.
+
+        Blanking the first of a random order and blanking the rest are the same thing.
+        """
+        if self._random is None:
+            cuts = [(order, count) for order in self._orders for count in range(1, len(order))]
+            sets = [part for order, count in cuts for part in (order[:count], order[count:])]
+            self._random = _mean(self.falls(sets))
+        return self._random
+
+    def _log_probs(self, ids: Tensor) -> Tensor:
+        side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+        trace = self._view.run(Batch(main=side), [self._view.blocks()[0].resid_in])
+        assert trace.logits is not None
+        return trace.logits[:, self.place].float().cpu().log_softmax(-1)
+
+
+def _shuffled(units: Sequence[int], seed: int) -> list[list[int]]:
+    """Returns random orders; each sentence has its own, or their errors would not average out."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(_ORDERS):
+        order = torch.randperm(len(units), generator=generator).tolist()
+        found.append([units[index] for index in order])
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _blank_token(model: object, view: ModelView) -> int:
+    tokenizer = getattr(model, "tokenizer", None)
+    for name in ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        # A token that was added to the tokenizer later lies outside of the model's vocabulary.
+        if isinstance(value, int) and 0 <= value < view.d_vocab:
+            return value
+    raise bad(
+        "nothing can be blanked",
+        "a model without a tokenizer that has such a token",
+        "a mask, unknown, padding or end token",
+        "Give blank=<token id>.",
+    )

@@ -1,0 +1,362 @@
+"""DecoderLens: what an encoder-decoder says when its decoder reads an earlier encoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
+from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, package_version
+from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
+from tl_contextmix.errors import bad
+from tl_contextmix.methods.decoder_lens import (
+    Lens,
+    Listening,
+    integer,
+    read_references,
+    read_source,
+    read_tokens,
+)
+from tl_contextmix.results import (
+    LIKELIHOOD_METRICS,
+    LayerCurves,
+    LayerwiseDecoding,
+    LayerwiseLikelihood,
+    LayerwiseScores,
+    Provenance,
+)
+from tl_contextmix.results.axes import layer_positions, require_choice
+from tl_contextmix.results.curves import category_groups
+from tl_contextmix.results.decodings import require_measurable
+from tl_contextmix.results.likelihoods import by_token
+
+Mode = Literal["generate", "teacher_forced", "scores"]
+Layerwise = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores | LayerCurves
+Categories = Sequence[str] | Sequence[Sequence[str]]
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["generate"] = ...,
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseDecoding: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["teacher_forced"],
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseLikelihood: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Literal["scores"],
+    metric: None = ...,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerwiseScores: ...
+
+
+@overload
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = ...,
+    *,
+    layers: int | Sequence[int] | None = ...,
+    mode: Mode = ...,
+    metric: MetricChoice,
+    categories: Categories | None = ...,
+    max_new_tokens: int | None = ...,
+    num_beams: int = ...,
+    final_norm: bool = ...,
+    decoder_input: Text | Tensor | None = ...,
+    tokens: Sequence[int] | Sequence[str] | None = ...,
+    attention_mask: Tensor | None = ...,
+    padding_side: PaddingSide = ...,
+    tokenizer: Any = ...,
+    max_bytes: int = ...,
+) -> LayerCurves: ...
+
+
+def decoder_lens(
+    model: object,
+    input: Text | Tensor,
+    references: Text | None = None,
+    *,
+    layers: int | Sequence[int] | None = None,
+    mode: Mode = "generate",
+    metric: MetricChoice | None = None,
+    categories: Categories | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    final_norm: bool = True,
+    decoder_input: Text | Tensor | None = None,
+    tokens: Sequence[int] | Sequence[str] | None = None,
+    attention_mask: Tensor | None = None,
+    padding_side: PaddingSide = "right",
+    tokenizer: Any = None,
+    max_bytes: int = 2**30,
+) -> Layerwise:
+    r"""Returns what the decoder says, or thinks of an answer, after each encoder layer.
+
+    .. math:: \mathrm{DecoderLens}_l(y_{<t}) = \mathrm{Dec}(\mathrm{LN}_f(e^l),\, y_{<t}),
+        \qquad l = 0, \dots, L
+
+    with :math:`e^0` the embeddings, :math:`e^l` the encoder's residual stream after block ``l`` and
+    :math:`\mathrm{LN}_f` its final norm, where the architecture has one (T5, mBART, M2M100,
+    Pegasus, Whisper; BART and Marian have none). Every decoder layer reads this one state. It is
+    the model with the encoder blocks behind ``l`` removed; at ``l = L`` it is the model itself
+    (Langedijk et al. 2024). Nothing is trained.
+
+    Args:
+        model: A HookedEncoderDecoder (TransformerLens 3), an encoder-decoder on a
+            TransformerBridge, or a Hugging Face Whisper model, which TransformerLens has no class
+            for.
+        input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
+        references: The right answers, one per input.
+        layers: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
+            is asked once, in their order.
+        mode: ``"generate"``: free decoding. ``"teacher_forced"``: how the decoder judges the
+            references, or the model's own final output where there are none. ``"scores"``:
+            logits of the next ``tokens``.
+        metric: Return curves over the data set instead: names of `LayerwiseDecoding.metrics` or
+            of `LayerwiseLikelihood.metrics` (``"gold NLL"``, ``"KL"``, ``"accuracy"``), a function
+            of output, reference and source, several of them, or a mapping from your own names to
+            them. ``mode`` follows from the metrics.
+        categories: With ``metric``: a category per input, as a list or a column of a table, or per
+            token (metrics of a judged answer only).
+        max_new_tokens: Longest output; None for 64, or what the model's context allows. An output
+            that ran into it is marked (`LayerwiseDecoding.truncated`).
+        num_beams: 1 for greedy decoding, more for beam search as in transformers; whatever the
+            model's ``generation_config`` says of beams, sampling and length. Its other settings
+            (forced first token, suppressed tokens, penalties) are followed; those that cannot be
+            (``guidance_scale``, ``stop_strings``, assisted decoding) are refused by name.
+        final_norm: Whether to apply the encoder's final norm, where there is one. Hooks of yours
+            on it take part; they see one layer after the other.
+        decoder_input: What the decoder has said so far, as text, texts or token ids; None for its
+            start token. Not with ``"teacher_forced"`` references, nor for speech.
+        tokens: Ids, or words of one token each, to score; with ``mode="scores"``.
+        attention_mask: 1 at real tokens, 0 at padding, where ids are given.
+        padding_side: Where texts of unequal length are padded.
+        tokenizer: Tokenizer or processor of a speech model.
+        max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
+            pieces that fit.
+
+    Returns:
+        By mode a `LayerwiseDecoding`, `LayerwiseLikelihood` or `LayerwiseScores`; with ``metric`` a
+        `LayerCurves`.
+
+    Raises:
+        UnsupportedModel: If the model has no encoder or no decoder, or is refused by name; if it
+            carries hooks, or generation settings, that would not be followed.
+        InvalidInput: If something given does not fit the model, or would change nothing.
+        ContextMixError: If a metric's package is not installed.
+
+    Cost: one pass through the encoder and, per layer, one decoding with cached keys and values:
+    at most enc + (L+1) dec operations; finished rows are dropped (greedy decoding).
+
+    Source: Langedijk, Mohebbi, Sarti, Zuidema, Jumelet: DecoderLens: Layerwise Interpretation of
+    Encoder-Decoder Transformers (Findings of NAACL 2024).
+    """
+    require_choice("decoder_lens", "mode", mode, ("generate", "teacher_forced", "scores"))
+    plan = _Plan(mode, {} if metric is None else metric_items(metric), references is not None)
+    _require_used(
+        ("mode", None if mode == "generate" else mode, plan.mode_matters),
+        ("references", references, mode != "scores"),
+        ("tokens", tokens, mode == "scores"),
+        ("categories", categories, bool(plan.metrics)),
+        ("num_beams", None if num_beams == 1 else num_beams, plan.decodes_freely),
+        ("max_new_tokens", max_new_tokens, plan.decodes_freely),
+        ("decoder_input", decoder_input, not (plan.judges and plan.referenced)),
+    )
+    if not isinstance(final_norm, bool):
+        raise bad(
+            "the norm cannot be switched", f"{final_norm=}", "True or False", "Pass one of them."
+        )
+    found = as_encoder_decoder(model, tokenizer)
+    _require_used(("tokenizer", tokenizer, found.view is None))
+    # Each once and in order, which is what "the first layer that" counts on.
+    numbers = tuple(sorted({*layer_positions(layers, tuple(range(found.n_layers + 1)))}))
+    given = Given(input, attention_mask, None, padding_side, decoder_input)
+    source, prompt, inputs = read_source(found, given)
+    options = {
+        "layers": numbers,
+        "mode": mode,
+        "num_beams": _size("num_beams", num_beams),
+        "final_norm": final_norm,
+        "max_new_tokens": None
+        if max_new_tokens is None
+        else _size("max_new_tokens", max_new_tokens),
+    }
+    lens = Lens(
+        listening=Listening(found, source, numbers, final_norm, _size("max_bytes", max_bytes)),
+        inputs=inputs,
+        prompt=prompt,
+        references=read_references(found, references, len(inputs)),
+        max_new_tokens=options["max_new_tokens"],
+        num_beams=options["num_beams"],
+        provenance=_provenance(found, options),
+    )
+    if plan.metrics:
+        return _curves(lens, plan, categories)
+    if mode == "scores":
+        return lens.scores(read_tokens(found, tokens))
+    return lens.generate() if mode == "generate" else lens.forced()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done.
+
+    Attributes:
+        mode: The mode asked for.
+        metrics: The metrics asked for, by the name of their figure.
+        referenced: Whether there are right answers.
+    """
+
+    mode: Mode
+    metrics: dict[str, str | UserMetric]
+    referenced: bool
+
+    @property
+    def forced(self) -> dict[str, str]:
+        """The metrics of a judged answer."""
+        return {name: str(one) for name, one in self.metrics.items() if one in LIKELIHOOD_METRICS}
+
+    @property
+    def free(self) -> dict[str, str | UserMetric]:
+        """The metrics of a free output."""
+        return {name: one for name, one in self.metrics.items() if name not in self.forced}
+
+    @property
+    def judges(self) -> bool:
+        """Whether answers are judged."""
+        return bool(self.forced) if self.metrics else self.mode == "teacher_forced"
+
+    @property
+    def mode_matters(self) -> bool:
+        """Whether the mode agrees with the metrics, which know theirs."""
+        return not self.metrics or (self.mode == "teacher_forced" and not self.free)
+
+    @property
+    def decodes_freely(self) -> bool:
+        """Whether the decoder says something of its own, from every layer or from the last."""
+        free = bool(self.free) if self.metrics else self.mode == "generate"
+        return free or (self.judges and not self.referenced)
+
+
+def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
+    """Returns curves of free outputs, of judged answers, or of both."""
+    free, forced = plan.free, plan.forced
+    # Before anything is decoded: a data set may take hours.
+    if free:
+        if by_token(categories):
+            raise bad(
+                "categories of tokens do not go with metrics of an output",
+                f"a list per input and the metrics {list(free)}",
+                f"metrics of a judged answer only: {list(LIKELIHOOD_METRICS)}",
+                "Call once for each kind of metric, or give a category per input.",
+            )
+        require_measurable(
+            free,
+            referenced=plan.referenced,
+            last=lens.listening.layers[-1] == lens.model.n_layers,
+        )
+    if not by_token(categories):
+        category_groups(categories, len(lens.inputs))
+    found = [lens.generate().metrics(metric=free, categories=categories)] if free else []
+    if forced:
+        found.append(lens.forced().metrics(metric=forced, categories=categories))
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+def _size(name: str, value: object) -> int:
+    """Returns how many; raises InvalidInput unless it is a whole number from 1 on."""
+    found = integer(value)
+    if found is None or found < 1:
+        raise bad(
+            "nothing can be decoded", f"{name}={value!r}", "a whole number, at least 1", "Raise it."
+        )
+    return found
+
+
+# Where an option does something.
+_USED = {
+    "mode": "no metric, or metrics of that mode only",
+    "references": "answers to compare with, which scores of tokens are not",
+    "tokens": "mode='scores'",
+    "categories": "metric=",
+    "num_beams": "outputs of the decoder's own",
+    "max_new_tokens": "outputs of the decoder's own",
+    "decoder_input": "no references to judge",
+    "tokenizer": "a speech model: others have their own",
+}
+
+
+def _require_used(*options: tuple[str, object, bool]) -> None:
+    for name, value, used in options:
+        if value is not None and not used:
+            raise bad(
+                f"{name} would change nothing", repr(value), f"{_USED[name]}", "Leave it out."
+            )
+
+
+def _provenance(model: EncoderDecoder, options: dict[str, Any]) -> Provenance:
+    return Provenance(
+        method="decoder_lens",
+        options=options,
+        model=model.name,
+        host=model.host,
+        host_version=model.host_version,
+        version=package_version(),
+        processing=model.processing,
+        fingerprint=model.fingerprint,
+    )

@@ -1,0 +1,118 @@
+"""What the decoder lens is given, checked against the model: sources, references, tokens."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import EncoderDecoder
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.core.blocks import Side
+from tl_contextmix.core.text_metrics import words
+from tl_contextmix.errors import bad
+from tl_contextmix.results.curves import as_texts
+
+
+def read_source(
+    model: EncoderDecoder, given: Given
+) -> tuple[Side | Tensor, Side | None, tuple[str, ...]]:
+    """Returns what the encoder reads, what the decoder has said, and the inputs as text."""
+    if model.view is not None:
+        batch = make_batch(model.view, given)
+        texts = given.input
+        if isinstance(texts, Tensor):
+            rows = zip(batch.main.ids, batch.main.mask, strict=True)
+            texts = [model.to_text(ids[mask].tolist()) for ids, mask in rows]
+        inputs = (texts,) if isinstance(texts, str) else tuple(texts)
+        return batch.main, None if given.decoder_input is None else batch.decoder, inputs
+    features = given.input
+    whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
+    if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
+        raise bad(
+            "a speech model cannot read this",
+            describe(features),
+            "features of shape [batch, mel, frame], at least one input",
+            "Make them with the model's feature extractor.",
+        )
+    if (given.decoder_input, given.attention_mask, given.padding_side) != (None, None, "right"):
+        raise bad(
+            "this has no meaning for a speech model",
+            "decoder_input, attention_mask or padding_side",
+            "none of them",
+            "Set language and task in model.generation_config.",
+        )
+    return features, None, ("",) * len(features)
+
+
+def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[str, ...] | None:
+    """Returns the right answers, one per input, or None."""
+    if given is None:
+        return None
+    found = as_texts(given, "references")
+    if len(found) != count:
+        raise bad(
+            "references and inputs do not fit each other",
+            f"{len(found)} references for {count} inputs",
+            "one reference per input",
+            "Give as many.",
+        )
+    for text in found:
+        if not words(text) or not _content(model, text):
+            raise bad(
+                "a reference has no tokens",
+                repr(text),
+                "at least one token beside the special ones",
+                "Leave the input out, or correct its reference.",
+            )
+    return found
+
+
+def _content(model: EncoderDecoder, text: str) -> list[int]:
+    """Returns the tokens of a text without special ones."""
+    return [token for token in model.encode_target(text) if token not in model.special]
+
+
+def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
+    """Returns the ids of the tokens to be scored."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+        raise bad(
+            "there is nothing to score",
+            f"tokens={given!r}",
+            "a list of at least one token with mode='scores'",
+            "Pass ids or words, the right one first.",
+        )
+    return [_token(model, one) for one in listed]
+
+
+def _token(model: EncoderDecoder, one: object) -> int:
+    ids = _content(model, one) if isinstance(one, str) else [integer(one)]
+    if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
+        return ids[0]
+    raise bad(
+        "this is not one token",
+        f"{one!r}, {len(ids)} tokens" if isinstance(one, str) else repr(one),
+        f"words of one token each, or ids from 0 to {model.decoder.d_vocab - 1}",
+        "Score the first token of longer words.",
+    )
+
+
+def integer(value: Any) -> int | None:
+    """Returns a whole number, NumPy's too; None for anything else, True and 5.0 among it."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def start_tokens(model: EncoderDecoder, count: int) -> Side:
+    """Returns what a decoder starts with, for so many rows."""
+    ids = torch.full((count, 1), model.decoder.start)
+    return Side(ids, torch.ones_like(ids, dtype=torch.bool))

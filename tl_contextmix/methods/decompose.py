@@ -1,0 +1,118 @@
+"""A block's activation as one vector per source token plus a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, Expansion
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.engine.parts import (
+    Point,
+    linear_points,
+    parts_at,
+    require_bias,
+    require_budget,
+    require_point,
+)
+from tl_contextmix.results import Decomposition
+
+
+def decompose(
+    model: object,
+    input: Text | Tensor,
+    *,
+    at: Point = "resid_post",
+    layer: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Decomposition:
+    r"""Returns a block's activation as one vector per source token plus a bias.
+
+    .. math:: y_i = \sum_j F_{ij} + b_i
+
+    exactly, at every point (to rounding: 1e-10 in float64). Attention patterns and norm scales are
+    frozen at their real values; the feed-forward activation is passed by integrated gradients from
+    the zero baseline, in closed form (Kobayashi et al. 2024, section 3 and eq. 12).
+
+    Points, in the order data flows: ``attn_out`` what attention adds to the residual stream (2020),
+    ``resid_mid`` with the residual (2021; before LN1 in post-LN models), ``mlp_in`` what the
+    feed-forward block reads (after LN1 or LN2), ``mlp_out`` what it adds, ``resid_post`` with the
+    residual, ``block_out`` the block's output (after LN2 in post-LN models). In a parallel block
+    (GPT-J, Pythia) the feed-forward block reads its own token only.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        at: The point.
+        layer: Layer or layers; None for all. Negative counts from the end.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
+            decoder). ``"cross"`` is the decoder block seen at its cross-attention. From there on
+            the source axis is the decoder's tokens followed by the encoder's.
+        bias: What the feed-forward path starts from. ``"contributor"``: from zero, biases being
+            one more contributor with a share of its own (as DecompX). ``"fixed"``: from the biases
+            alone, whose image is the constant.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace of the feed-forward points, besides the result. A quarter of it is
+            for pairs of tokens even where the layer itself leaves less: its weights folded into
+            each other, about ``d_model * (d_mlp + 3 * d_model)`` numbers, and ``2 * d_mlp +
+            12 * d_model`` per token (d_mlp twice if gated).
+
+    Returns:
+        A `Decomposition`: ``parts`` [batch layer target source d_model] in units of the residual
+        stream, ``bias`` [batch layer target d_model]. Rows of padding are not the model's.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer behind the
+    feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
+    """
+    at, bias = require_point(at), require_bias(bias)
+    max_bytes = require_budget(max_bytes)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    parts, biases = torch.empty(0), []
+    with torch.no_grad():
+        for index, block in enumerate(done.progress("decompose")):
+            linear = linear_points(block, done.trace, done.stack, (at,))
+            found = parts_at(block, linear, at, bias, max_bytes)
+            dense = _dense(found, max_bytes)
+            if not index:
+                # The largest result there is: never twice in memory.
+                parts = dense.new_empty(len(dense), len(done.blocks), *dense.shape[1:])
+            parts[:, index] = dense
+            del dense
+            biases.append(found.bias)
+    return Decomposition(
+        parts=parts,
+        bias=torch.stack(biases, dim=1),
+        layers=done.layers,
+        point=at,
+        stack=done.stack,
+        target=done.target,
+        source=done.source(at),
+        provenance=done.provenance("decompose", {"at": at, "bias": bias}),
+    )
+
+
+def _dense(found: Mixture | Expansion, max_bytes: int) -> Tensor:
+    if isinstance(found, Expansion):
+        return found.parts(max_bytes)
+    return found.dense(slice(0, found.bias.shape[1])).transpose(1, 2)

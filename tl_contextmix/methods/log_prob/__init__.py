@@ -1,0 +1,1 @@
+"""Log-probability contributions of layers, heads, positions and neurons (Yu and Ananiadou)."""

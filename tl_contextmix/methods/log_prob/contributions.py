@@ -1,0 +1,313 @@
+"""Log-probability increase of components of the residual stream (Yu et al. 2023, 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.adapters.inputs.targets import Ids, Names
+from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
+from tl_contextmix.engine.log_prob_scores import (
+    CUTS,
+    By,
+    Cut,
+    Question,
+    ask,
+    best_neurons,
+    cuts,
+    gains,
+    progress,
+)
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results.axes import require_count, whole_number
+from tl_contextmix.results.components import Components, join, padding
+from tl_contextmix.results.log_prob_contributions import SCORES
+
+Score = Literal[
+    "log_prob_increase",
+    "log_prob",
+    "prob_increase",
+    "norm",
+    "coefficient",
+    "rank",
+    "coefficient_norm",
+    "coefficient_rank",
+]
+_NEURONS = ("ff_neuron", "attn_neuron")
+
+
+def log_prob_contributions(
+    model: object,
+    input: Text | Tensor,
+    *,
+    target: Names | None = None,
+    target_ids: Ids | None = None,
+    by: By = "layer",
+    pos: int | None = None,
+    norm: NormRule = "frozen+beta",
+    score: Score = "log_prob_increase",
+    top_k: int | None = None,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> LogProbContributions:
+    r"""Returns how much each component of the residual stream raised a token's log-probability.
+
+    .. math:: \mathrm{Imp}(v) = \log p(w \mid h + v) - \log p(w \mid h)
+
+    (2024, section 3.3), with :math:`h` the stream as the component's sublayer found it: before the
+    attention sublayer for what attention writes, behind it for the feed-forward sublayer.
+
+    The stream at the predicting position is a sum of everything written to it, which is added up
+    in the order of the sublayers, starting from nothing: what enters the first block (``embed``),
+    then attention, cross-attention and feed-forward of each layer. By layer, scores therefore
+    telescope: their sum is :math:`\log p(w|h^L) - \log p(w|0)`, and without the embedding's
+    :math:`\log p(w|h^L) - \log p(w|h^0)`, under every rule for the norm. Heads, sources and neurons
+    are scored alone against the same :math:`h`, so that theirs do not add up to their layer's;
+    `gaps` says by how much. Their vectors do: b_O, b_out, b_post and the biases of norms on the
+    way are a component of their own (``attn bias``, ``mlp bias``).
+
+    In post-LN models (BERT, BART) the stream passes a norm after every sublayer. A part is then
+    taken as it arrives behind the last block, through the norms that follow it with their scales
+    frozen; the state after a sublayer is the sum of what arrives of all parts so far.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        target: The predicted token as text, one for all sentences or one for each. It has to be
+            one token of the vocabulary, its leading space included. None: the model's best.
+        target_ids: Its id, instead.
+        by: Into what the stream is cut: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
+            all heads of a layer read from one source), ``"head_position"`` (the paper's
+            value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
+            ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
+            of W_O: one neuron is a component for each source). Padding and, in a causal model,
+            later positions are no sources.
+        pos: Position that predicts; negative ones count from the last real token. None: that
+            token, or the mask of a masked language model.
+        norm: Rule for the final norm. ``"frozen"``: scale of the whole stream, no norm bias and
+            no b_U (the authors' code). ``"frozen+beta"``: with both, so that the last state has
+            the model's own log-probability. ``"recompute"``: the norm of each state, as the logit
+            lens takes it. A masked-LM head is no norm: it is applied to every state in full.
+        score: What a neuron's score is; ``"log_prob_increase"`` for everything else. The paper
+            compares, with ``m`` the coefficient and ``v`` the neuron's vector (a row of W_out or
+            W_O): ``"log_prob"`` (of ``m v`` alone), ``"prob_increase"``, ``"norm"`` (of ``v``),
+            ``"coefficient"`` (``m``), ``"rank"`` (1 / rank of the target in the logits of ``v``),
+            ``"coefficient_norm"`` (``|m| |v|``), ``"coefficient_rank"`` (``m`` / rank).
+        top_k: Only so many neurons of each sentence, those with the largest scores; exactly the
+            ones that computing all would give. None: all components.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
+            W_U.
+
+    Returns:
+        `LogProbContributions`, scores [batch component] in nats.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model: a target of several tokens (named)
+            or an unknown one, a position that is not there.
+        UnsupportedModel: If the model has no vocabulary readout.
+
+    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source. All
+    feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``top_k``, where logits are linear in the
+    stream (frozen norm, no masked-LM head, no soft cap), ``2 L d_mlp d`` and ``2 d d_vocab`` for
+    each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention
+    neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
+    """
+    require_choice("by", by, CUTS)
+    require_choice("norm", norm, NORM_RULES)
+    require_choice("score", score, tuple(SCORES))
+    top_k = None if top_k is None else require_count(top_k)
+    _require_neurons(by, score, top_k)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    with torch.no_grad():
+        question = ask(
+            as_view(model),
+            given,
+            target=target,
+            target_ids=target_ids,
+            pos=pos,
+            norm=norm,
+            max_bytes=max_bytes,
+        )
+        trajectory = question.vocabulary.target_log_probs(question.stream.states)
+        listed = _require_some(list(cuts(question.stream, by)), by, question)
+        bounded = score == "log_prob_increase" and top_k is not None
+        if top_k is not None and bounded and not question.vocabulary.nonlinear:
+            found = _best(question, listed, top_k)
+        else:
+            found = _all(question, listed, score, trajectory)
+    note = question.vocabulary.nonlinear if bounded else ""
+    result = LogProbContributions(
+        scores=found.scores,
+        coefficients=found.coefficients,
+        logits=found.logits,
+        components=found.components,
+        by=by,
+        score=score,
+        norm=norm,
+        steps=question.steps,
+        trajectory=trajectory,
+        gaps=found.gaps,
+        log_prob=question.log_prob,
+        evaluated=found.evaluated,
+        possible=_possible(listed),
+        note=f"All of them, as there is no bound: {note}." if note else "",
+        pos=question.stream.rows.cpu(),
+        target=question.target,
+        tokens=question.done.target,
+        encoder=question.encoder,
+        provenance=question.done.provenance(
+            "log_prob_contributions",
+            {"by": by, "pos": whole_number(pos), "norm": norm, "score": score, "top_k": top_k},
+        ),
+    )
+    return result if top_k is None else result.top(top_k)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores and what belongs to them, all cuts side by side."""
+
+    scores: Tensor
+    coefficients: Tensor
+    logits: Tensor
+    components: Components
+    gaps: Tensor
+    evaluated: Tensor
+
+
+def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor) -> _Found:
+    """Returns the scores of every component, biases included."""
+    columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
+    labels, gaps = [], torch.full_like(trajectory, torch.nan)
+    parts, vocabulary = torch.zeros_like(trajectory), question.vocabulary
+    for cut in progress(listed, "log_prob_contributions"):
+        absent = ~cut.there.to(trajectory.device)
+        found = _scores(question, cut, score).masked_fill(absent, torch.nan)
+        step = cut.step + 1
+        parts[:, step] += found.nansum(dim=1)
+        columns["scores"].append(found)
+        columns["coefficients"].append(cut.coefficients.to(found))
+        columns["logits"].append(_logits(question, cut))
+        labels.append(cut.grid.table())
+        if cut.bias is not None and score == "log_prob_increase":
+            grid, vector = cut.bias
+            bias = vocabulary.gains(question.stream.states[:, cut.step], vector)
+            columns["scores"].append(bias)
+            columns["coefficients"].append(torch.full_like(bias, torch.nan))
+            columns["logits"].append(vocabulary.project(vector))
+            labels.append(grid.table())
+            gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
+            gaps[:, step] -= bias[:, 0]
+    together = {name: torch.cat(column, dim=1) for name, column in columns.items()}
+    return _Found(**together, components=join(labels), gaps=gaps, evaluated=_possible(listed))
+
+
+def _best(question: Question, listed: list[Cut], k: int) -> _Found:
+    """Returns the neurons with the largest scores alone; tables of all are never made."""
+    rows = range(len(question.log_prob))
+    states, vocabulary = question.stream.states, question.vocabulary
+    best = [best_neurons(vocabulary, states[row], listed, k, row) for row in rows]
+
+    def side_by_side(name: str, nothing: int | float) -> Tensor:
+        columns = [getattr(one, name) for one in best]
+        return pad_sequence(columns, batch_first=True, padding_value=nothing)
+
+    scores = side_by_side("score", torch.nan)
+    which, place = side_by_side("cut", -1), side_by_side("place", 0)
+    components = padding(*which.shape)
+    coefficients, logits = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
+    for index, cut in enumerate(listed):
+        mine = which == index
+        assert cut.neurons is not None
+        inside = place.clamp(max=cut.grid.count - 1)
+        components = components.fill(mine.cpu(), cut.grid.at(inside))
+        numbers = cut.neurons.coefficients.flatten(1).gather(1, inside)
+        vectors = cut.neurons.vectors(inside % cut.neurons.rows.shape[0])
+        logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
+        coefficients = torch.where(mine, cut.coefficients.gather(1, inside), coefficients)
+    return _Found(
+        scores,
+        coefficients,
+        logits,
+        components,
+        torch.full((len(best), len(question.steps)), torch.nan).to(logits),
+        torch.tensor([one.evaluated for one in best]),
+    )
+
+
+def _possible(listed: list[Cut]) -> Tensor:
+    return torch.stack([cut.possible for cut in listed]).sum(dim=0)
+
+
+def _logits(question: Question, cut: Cut) -> Tensor:
+    """Returns the target's logit of each component, before the softmax."""
+    vocabulary = question.vocabulary
+    if cut.neurons is None:
+        assert cut.vectors is not None
+        return vocabulary.project(cut.vectors())
+    each = vocabulary.project_shared(cut.neurons.vectors(slice(None)))
+    return (cut.neurons.coefficients * each[:, None]).flatten(1)
+
+
+def _scores(question: Question, cut: Cut, score: Score) -> Tensor:
+    if score == "log_prob_increase":
+        return gains(question, cut)
+    neurons, vocabulary = cut.neurons, question.vocabulary
+    assert neurons is not None
+    activations = neurons.activations.flatten(1)
+    sources = neurons.activations.shape[1]
+    if score == "coefficient":
+        return activations
+    if score in ("norm", "coefficient_norm"):
+        size = neurons.rows.norm(dim=-1).repeat(sources).expand_as(activations)
+        return size.clone() if score == "norm" else activations.abs() * size
+    if score in ("rank", "coefficient_rank"):
+        vectors, divisor = neurons.vectors(slice(None)), neurons.path.divisor
+        ranks = [vocabulary.ranks(vectors / divisor[row], row) for row in range(len(divisor))]
+        found = 1 / torch.stack(ranks).repeat(1, sources)
+        return found if score == "rank" else activations * found
+    states = question.stream.states
+    base = states[:, cut.step] if score == "prob_increase" else torch.zeros_like(states[:, 0])
+    gained = vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients).flatten(1)
+    before = vocabulary.target_log_probs(base[:, None])
+    return before + gained if score == "log_prob" else before.exp() * torch.expm1(gained)
+
+
+def _require_neurons(by: str, score: str, top_k: int | None) -> None:
+    asked = f"score={score!r}" if score != "log_prob_increase" else f"top_k={top_k}"
+    if by in _NEURONS or (score == "log_prob_increase" and top_k is None):
+        return
+    raise bad(
+        f"there is no such choice by {by}",
+        asked,
+        "scores other than log_prob_increase, and top_k, by 'ff_neuron' or 'attn_neuron'",
+        "Take .top(k) of the result, which holds all components.",
+    )
+
+
+def _require_some(listed: list[Cut], by: str, question: Question) -> list[Cut]:
+    if not listed:
+        raise bad(
+            f"{question.view.name} has no components by {by}",
+            "blocks without a feed-forward sublayer",
+            "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
+            "Ask for one of these.",
+        )
+    return listed

@@ -1,0 +1,226 @@
+"""Knocking components out: does the answer fall when what an attribution names is removed?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, make_batch, provenance
+from tl_contextmix.adapters.inputs.targets import (
+    Ids,
+    Names,
+    answer_of,
+    predicting_rows,
+    target_tokens,
+)
+from tl_contextmix.core.blocks import Batch, Trace
+from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.engine.selection import (
+    Chosen,
+    Controls,
+    Sublayer,
+    chosen_components,
+    every_sublayer,
+    without_sources,
+)
+from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.results import Knockout, Tokens
+from tl_contextmix.results.axes import whole_number
+from tl_contextmix.results.components import Components
+
+Positions = Literal["last", "all"]
+Replacement = Literal["zero", "mean"]
+
+
+def knockout(
+    model: object,
+    input: Text | Tensor,
+    *,
+    neurons: Chosen | None = None,
+    heads: Chosen | None = None,
+    target: Names | None = None,
+    target_ids: Ids | None = None,
+    pos: int | None = None,
+    positions: Positions = "last",
+    replace_with: Replacement = "zero",
+    controls: int = 10,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+) -> Knockout:
+    """Returns how probable a token is with and without some heads and neurons.
+
+    A feed-forward neuron's activation (``hook_post``), an attention neuron's (one dimension of a
+    head's ``hook_z``, whatever source it was read from) or a head's whole ``hook_z`` is replaced
+    while the model runs; everything behind it follows. One that a result names for several
+    sources is one neuron and goes out once. As many components of the same kinds, drawn at random
+    from the whole model, are taken out for comparison; none of them is, or is part of, a chosen
+    one. What an attribution calls important should do more than they.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout.
+        input: A text, several, or token ids [batch, pos].
+        neurons: What to take out: a result of `log_prob_contributions` or `query_contributions`
+            whose components are neurons or heads (each sentence has its own), or a list of
+            ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
+        heads: The same, or a list of ``(layer, head)``.
+        target: The token, see `log_prob_contributions`. None: that of the contributions given, or
+            the model's best.
+        target_ids: Its id, instead.
+        pos: Position that predicts; None: that of the contributions given, or else the last token,
+            or the mask.
+        positions: Where they are taken out: ``"last"``, only at the position whose stream they
+            were found to write to (the predicting one, unless they come from
+            `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
+            ``"all"``.
+        replace_with: ``"zero"`` (a neuron's part of the stream vanishes; b_post stays), or the
+            ``"mean"`` of its values over the real tokens of the input.
+        controls: How many random sets.
+        seed: Of the random sets.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+
+    Returns:
+        `Knockout`: log-probability, probability and reciprocal rank (its mean is the MRR) of the
+        target, before, after, and with each random set.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, or nothing was chosen.
+        UnsupportedModel: If the model has no vocabulary readout.
+
+    Cost: ``2 + controls`` forward passes.
+    """
+    require_choice("positions", positions, ("last", "all"))
+    require_choice("replacement", replace_with, ("zero", "mean"))
+    controls = _whole("there cannot be so many random sets", controls, least=0)
+    seed = _whole("random sets cannot be drawn with this seed", seed)
+    view = as_view(model)
+    view.readout.require()
+    batch = make_batch(view, Given(input, attention_mask, prepend_bos, padding_side, decoder_input))
+    found = answer_of(batch, view, neurons, heads)
+    if found is not None and target is None and target_ids is None:
+        target_ids = found.target.ids[:, 0]
+    if pos is not None or found is None:
+        rows = predicting_rows(view, batch, view.base_stack(None), pos)
+    else:
+        rows = found.pos
+    chosen = chosen_components(view, neurons, heads, rows)
+    chosen = without_sources(chosen, per_position=positions == "last")
+    drawn = Controls(view, chosen, seed)
+    sets = [chosen, *(drawn.draw() for _ in range(controls))]
+    with torch.no_grad():
+        ablation = _Ablation(view, batch, rows, positions == "all")
+        logits, filling = ablation.before(sets if replace_with == "mean" else [])
+        tokens = target_tokens(view, target, target_ids, logits)
+        after, *others = (ablation.run(some, filling) for some in sets)
+    before = _figures(logits, tokens)
+    random = [_figures(one, tokens) for one in others]
+    return Knockout(
+        before=before,
+        after=_figures(after, tokens),
+        controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
+        components=chosen,
+        target=tokens,
+        best=target_tokens(view, None, None, after),
+        provenance=provenance(
+            view,
+            "knockout",
+            {
+                "pos": whole_number(pos),
+                "positions": positions,
+                "replace_with": replace_with,
+                "controls": controls,
+                "seed": seed,
+            },
+        ),
+    )
+
+
+def _whole(failed: str, value: object, least: int | None = None) -> int:
+    number = whole_number(value)
+    if number is None or (least is not None and number < least):
+        expected = "an integer" if least is None else f"{least} or a positive integer"
+        raise bad(failed, repr(value), expected, "Leave it out for the default.")
+    return number
+
+
+@dataclass(frozen=True)
+class _Ablation:
+    """Runs of the model with components replaced."""
+
+    view: ModelView
+    batch: Batch
+    rows: Tensor
+    everywhere: bool
+
+    def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the logits of the model as it is, and the means of what is to be replaced.
+
+        Means are over the real tokens of the input.
+        """
+        touched = [
+            one
+            for one in every_sublayer(self.view)
+            if any(bool(one.holds(some).any()) for some in sets)
+        ]
+        trace = self.view.run(self.batch, [one.name for one in touched])
+        means = {}
+        for one in touched:
+            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
+            values = trace.values[one.name]
+            means[one.name] = values[self.batch.side(stack).mask.to(values.device)].mean(dim=0)
+        return self._read(trace), means
+
+    def run(self, some: Components, filling: Mapping[str, Tensor]) -> Tensor:
+        """Returns the logits with components replaced by means, or by zero where there are none."""
+        edits = {
+            one.name: self._edit(one, some, filling.get(one.name, one.constant))
+            for one in every_sublayer(self.view)
+            if bool(one.holds(some).any())
+        }
+        return self._read(self.view.run(self.batch, [], edits=edits))
+
+    def _read(self, trace: Trace) -> Tensor:
+        """Returns the logits of the predicting position, in the dtype of the maths."""
+        logits = trace.logits
+        assert logits is not None
+        each = torch.arange(len(self.rows), device=logits.device)
+        found = logits[each, self.rows.to(logits.device)]
+        return found.to(self.view.device, self.view.dtype)
+
+    def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
+        mine = one.holds(some)
+
+        def edit(activation: Tensor) -> Tensor:
+            # Positions that are all alike are one.
+            length = 1 if self.everywhere else activation.shape[1]
+            gone = torch.zeros(activation.shape[0], length, *activation.shape[2:]).bool()
+            for inside in (mine & (some.neuron >= 0), mine & (some.neuron < 0)):
+                row = inside.nonzero()[:, 0]
+                place = [row, torch.zeros_like(row) if self.everywhere else some.pos[inside]]
+                names = (
+                    n for n in ("head", "neuron") if bool((getattr(some, n)[inside] >= 0).any())
+                )
+                gone[(*place, *(getattr(some, name)[inside] for name in names))] = True
+            new = torch.zeros((), device=activation.device, dtype=activation.dtype)
+            new = new if filling is None else filling.to(activation)
+            return torch.where(gone.to(activation.device), new, activation)
+
+        return edit
+
+
+def _figures(logits: Tensor, target: Tokens) -> Tensor:
+    """Returns log-probability, probability and reciprocal rank of the targets."""
+    ids = target.ids.to(logits.device)
+    log_prob = logits.log_softmax(dim=-1).gather(1, ids)[:, 0]
+    rank = 1 + (logits > logits.gather(1, ids)).sum(dim=-1)
+    return torch.stack([log_prob, log_prob.exp(), 1 / rank.to(log_prob)], dim=-1)

@@ -1,0 +1,378 @@
+"""The query side: which earlier components activate the neurons that write an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.adapters.inputs.targets import Ids, Names
+from tl_contextmix.core.residual_stream import AttentionWriter, FeedForwardWriter
+from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
+from tl_contextmix.engine.log_prob_scores import CUTS, By, Cut, Question, ask, cuts
+from tl_contextmix.engine.neuron_inputs import Place, Readers, place_of, readers_at
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.selection import Chosen, chosen_components
+from tl_contextmix.errors import InvalidInput, bad, require_choice
+from tl_contextmix.results import LogProbContributions, QueryContributions
+from tl_contextmix.results.axes import largest, require_count, whole_number
+from tl_contextmix.results.components import KINDS, Components, join, padding
+
+Share = Literal["exact", "ratio"]
+VANISHING = (
+    "log_prob_increase",
+    "prob_increase",
+    "coefficient",
+    "coefficient_norm",
+    "coefficient_rank",
+)
+"""Scores that a neuron without an activation does not have."""
+
+
+def query_contributions(
+    model: object,
+    input: Text | Tensor,
+    *,
+    neurons: Chosen,
+    by: By = "layer",
+    share: Share = "exact",
+    top_k: int | None = None,
+    target: Names | None = None,
+    target_ids: Ids | None = None,
+    pos: int | None = None,
+    norm: NormRule = "frozen+beta",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> QueryContributions:
+    r"""Returns which components of the residual stream activate some neurons.
+
+    A neuron's pre-activation is an exact sum over everything written to the stream it reads,
+
+    .. math:: z = \sum_c \frac{C(c)\gamma \cdot k}{s} + \beta \cdot k + b
+
+    with :math:`k` its key (a column of W_in, or of W_V for an attention neuron, which reads the
+    stream of its *source*), and with the norm's scale frozen. `inner` are these products. The
+    activation's share of each is ``slope * inner``, the slope being the secant of the activation
+    from zero (integrated gradients in closed form; in gated blocks both branches have one), the
+    attention weight for attention neurons. A component's score is its share of each neuron's
+    activation times the neuron's own score, added up over the neurons. That score has to vanish
+    with the activation, as the log-probability increase does: of a norm or a rank, which a silent
+    neuron has, too, shares have any size, and are refused. The neuron's own bias and that of its
+    norm (`constant`) are no component of the stream: the scores of all components add up to those
+    of the neurons less the constants' share.
+
+    ``share="ratio"`` is the authors' code instead (2024, section 3.4): products without mean, scale
+    and biases, divided by their own sum. That sum can be close to zero or negative while the
+    neuron is active: shares then have any size and the wrong sign. For comparison only.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout.
+        input: The same text, texts or token ids the neurons were found on.
+        neurons: The neurons: a result of `log_prob_contributions` (by ``"ff_neuron"`` or
+            ``"attn_neuron"``) or of this function (a chain: what activates what activates),
+            usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
+            log-probability increase of the target.
+        by: Into what the streams are cut; see `log_prob_contributions`.
+        share: ``"exact"`` or ``"ratio"``.
+        top_k: Only so many components, those with the largest scores; None: all. All neurons as
+            components of many neurons are a large table.
+        target: The token, for neurons given as a list; see `log_prob_contributions`.
+        target_ids: Its id, instead.
+        pos: Position that predicts; None: that of the contributions given, or else the last, or
+            the mask.
+        norm: Rule for the final norm, for neurons given as a list.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace.
+
+    Returns:
+        `QueryContributions`.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, or an attention neuron has no source.
+        UnsupportedModel: If the model has no vocabulary readout, or an activation has no slope.
+
+    Cost: a forward pass, and for each stream that is read ``2 S d`` operations per component, S
+    neurons: ``2 S d_mlp d`` per layer by ``"ff_neuron"``. Cross-attention neurons read the
+    encoder's stream, whose components are named ``encoder ...``.
+    """
+    require_choice("by", by, CUTS)
+    require_choice("norm", norm, NORM_RULES)
+    require_choice("share", share, ("exact", "ratio"))
+    top_k = None if top_k is None else require_count(top_k)
+    _require_vanishing(neurons, share)
+    view = as_view(model)
+    with torch.no_grad():
+        question = ask(
+            view,
+            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            about=neurons,
+            target=target,
+            target_ids=target_ids,
+            pos=pos,
+            norm=norm,
+            max_bytes=max_bytes,
+            both_stacks=True,
+        )
+        chosen = chosen_components(view, neurons, None, question.stream.rows.cpu())
+        _require_sources(chosen)
+        weights = _weights(question, neurons, chosen)
+        rows = [
+            _row(question, chosen, weights[row], row, by, share, top_k)
+            for row in range(len(weights))
+        ]
+    if not any(row.components.kind.shape[1] for row in rows):
+        raise _nothing_read(chosen, by)
+    width = max(found.components.kind.shape[1] for found in rows)
+    padded = [found.padded(width) for found in rows]
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(found, name) for found in padded])
+
+    columns = [found.components for found in padded]
+    return QueryContributions(
+        scores=stacked("scores"),
+        components=Components(
+            **{n: torch.cat([getattr(c, n) for c in columns]) for n in vars(columns[0])}
+        ),
+        by=by,
+        share=share,
+        inner=stacked("inner"),
+        linear=stacked("linear"),
+        shares=stacked("shares"),
+        neurons=chosen,
+        weights=weights,
+        pre=stacked("pre"),
+        activation=stacked("activation"),
+        constant=stacked("constant"),
+        tokens=question.done.target,
+        encoder=question.encoder,
+        provenance=question.done.provenance(
+            "query_contributions",
+            {"by": by, "share": share, "top_k": top_k, "pos": whole_number(pos)},
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What was found for one sentence."""
+
+    scores: Tensor
+    components: Components
+    inner: Tensor
+    linear: Tensor
+    shares: Tensor
+    pre: Tensor
+    activation: Tensor
+    constant: Tensor
+
+    def padded(self, width: int) -> _Row:
+        """Returns the same with empty places up to a width."""
+        more = width - len(self.scores)
+
+        def wide(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, more), value=torch.nan)
+
+        return _Row(
+            wide(self.scores),
+            join([self.components, padding(1, more)]),
+            wide(self.inner),
+            wide(self.linear),
+            wide(self.shares),
+            self.pre,
+            self.activation,
+            self.constant,
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neurons of one sentence that read the same stream, and what they read of each component."""
+
+    some: list[int]
+    readers: Readers
+    components: Components
+    inner: Tensor
+    linear: Tensor
+    shares: Tensor
+    ratios: Tensor
+
+
+def _row(
+    question: Question,
+    chosen: Components,
+    weights: Tensor,
+    row: int,
+    by: By,
+    share: Share,
+    top_k: int | None,
+) -> _Row:
+    places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
+    # A neuron without a score is empty, or reads a source that is not read.
+    for index in [index for index, empty in enumerate(weights.isnan()) if not empty]:
+        place = place_of(question.view, chosen, row, index)
+        kind = chosen.at(row, index)["kind"], int(chosen.layer[row, index])
+        places.setdefault((place, kind), []).append(index)
+    groups = [
+        _group(question, chosen, row, place, some, by, share) for (place, _), some in places.items()
+    ]
+    labels = join([padding(1, 0), *(group.components for group in groups)])
+    keys, where = labels.numbers()[0].unique(return_inverse=True)
+    wheres = where.split([group.components.kind.shape[1] for group in groups])
+    scores = weights.new_zeros(len(keys))
+    for group, at in zip(groups, wheres, strict=True):
+        scores.index_add_(0, at.to(scores.device), group.ratios @ weights[group.some])
+    kept = torch.arange(len(keys))
+    if top_k is not None:
+        bias = torch.zeros(len(keys), dtype=torch.bool).scatter(0, where, labels.is_bias()[0])
+        kept = largest(scores.masked_fill(bias.to(scores.device), torch.nan), top_k)
+    return _collect(groups, wheres, scores, kept.to(scores.device), len(weights))
+
+
+def _group(
+    question: Question,
+    chosen: Components,
+    row: int,
+    place: Place,
+    some: list[int],
+    by: By,
+    share: Share,
+) -> _Group:
+    view = question.view
+    readers = readers_at(view, question.done.trace, place, chosen, row, some)
+    listed = list(cuts(readers.stream, by))
+    labels = join([padding(1, 0), *(label for cut in listed for label in _labels(cut))])
+    if place.stack != view.base_stack(None):
+        labels = _of_encoder(labels)
+    first, *more = (_inner(readers, listed, branch) for branch in range(len(readers.keys)))
+    shares = readers.shares((first, *more))
+    divisor = readers.activation
+    if share == "ratio":
+        ratios = _inner(readers, listed, None) / readers.uncentred(readers.stream.total)
+    else:
+        # A neuron that is not active has no score to share.
+        ratios = torch.where(divisor == 0, 0, shares / torch.where(divisor == 0, 1, divisor))
+    linear = more[0] if more else torch.full_like(first, torch.nan)
+    return _Group(some, readers, labels, first, linear, shares, ratios)
+
+
+def _labels(cut: Cut) -> list[Components]:
+    """Returns the components of a cut that are there in its only sentence, and its bias."""
+    labels = cut.grid.at(cut.there[0].nonzero().T.cpu())
+    return [labels] if cut.bias is None else [labels, cut.bias[0].table()]
+
+
+def _inner(
+    readers: Readers, listed: list[Cut], branch: int | None
+) -> Float[Tensor, "component neuron"]:
+    """Returns the inner products of what `_labels` names; the authors' where there is no branch."""
+    found = [readers.keys[0].new_zeros(0, readers.keys[0].shape[1])]  # layer 0 reads no neurons
+    for cut in listed:
+        found.append(readers.inner_of(cut, branch)[cut.there[0]])
+        if cut.bias is not None:
+            found.append(readers.product(cut.bias[1][0], branch))
+    return torch.cat(found)
+
+
+def _collect(
+    groups: list[_Group],
+    wheres: tuple[Tensor, ...],
+    scores: Tensor,
+    kept: Tensor,
+    neurons: int,
+) -> _Row:
+    """Returns the components that are kept, with what each neuron reads of them."""
+    place = torch.full((len(scores),), -1, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+    nothing = scores.new_full((neurons, len(kept)), torch.nan)
+    tables = {name: nothing.clone() for name in ("inner", "linear", "shares")}
+    names = ("pre", "activation", "constant")
+    figures = {name: scores.new_full((neurons,), torch.nan) for name in names}
+    columns = {name: empty.clone() for name, empty in vars(padding(1, len(kept))).items()}
+    for group, where in zip(groups, wheres, strict=True):
+        at = place[where.to(place.device)]
+        seen = at >= 0
+        some = torch.tensor(group.some, device=kept.device)
+        for name, table in tables.items():
+            table[some[:, None], at[seen]] = getattr(group, name)[seen].T
+        figures["pre"][some] = group.readers.pre[0]
+        figures["activation"][some] = group.readers.activation
+        figures["constant"][some] = group.readers.constants[0]
+        for name, column in columns.items():
+            column[0, at[seen].cpu()] = getattr(group.components, name)[0, seen.cpu()]
+    return _Row(scores[kept], Components(**columns), **tables, **figures)
+
+
+def _of_encoder(labels: Components) -> Components:
+    names = [name if name.startswith("encoder") else f"encoder {name}" for name in KINDS]
+    table = torch.tensor([KINDS.index(name) if name in KINDS else -1 for name in names])
+    columns = {name: getattr(labels, name) for name in vars(labels)}
+    return Components(**{**columns, "kind": table[labels.kind]})
+
+
+def _weights(question: Question, neurons: Chosen, chosen: Components) -> Tensor:
+    """Returns the scores of the neurons themselves."""
+    if isinstance(neurons, (LogProbContributions, QueryContributions)):
+        return neurons.scores.to(question.log_prob)
+    found = question.log_prob.new_empty(chosen.kind.shape)
+    states, writers = question.stream.states, question.stream.writers
+    for index in range(found.shape[1]):
+        one = chosen.at(0, index)
+        step = next(
+            i for i, w in enumerate(writers) if (w.kind, w.layer) == (one["kind"], one["layer"])
+        )
+        writer = writers[step]
+        assert isinstance(writer, (AttentionWriter, FeedForwardWriter))
+        vectors = writer.neurons()
+        number = torch.tensor([one["neuron"]])
+        vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
+        found[:, index] = question.vocabulary.gains(states[:, step], vector)[:, 0]
+    return found
+
+
+def _nothing_read(chosen: Components, by: str) -> InvalidInput:
+    row, place = (~chosen.is_empty()).nonzero()[0].tolist()
+    return bad(
+        f"these neurons read no components by {by}",
+        f"neurons such as {chosen.label(row, place)}, with nothing of that kind before them",
+        "neurons of later layers, or another `by`",
+        "By 'layer' there is always the embedding.",
+    )
+
+
+def _require_vanishing(neurons: object, share: str) -> None:
+    """Raises InvalidInput where shares of an activation cannot be shares of a score."""
+    score = neurons.score if isinstance(neurons, LogProbContributions) else VANISHING[0]
+    if share == "exact" and score not in VANISHING:
+        raise bad(
+            "scores that silent neurons have cannot be shared out by activation",
+            f"neurons scored by {score!r}",
+            f"scores that vanish with the activation: {', '.join(VANISHING)}",
+            "Score the same neurons so: give a list of (layer, neuron), or share='ratio'.",
+        )
+
+
+def _require_sources(chosen: Components) -> None:
+    lacking = ~chosen.of_kind("mlp") & ~chosen.of_kind("encoder mlp") & ~chosen.is_empty()
+    lacking &= (chosen.source < 0) | (chosen.neuron < 0)
+    if bool(lacking.any()):
+        row, place = lacking.nonzero()[0].tolist()
+        raise bad(
+            "it is not known which stream this component reads",
+            chosen.label(row, place),
+            "feed-forward neurons, or attention neurons with their source",
+            "Take attention neurons from a result by 'attn_neuron'.",
+        )

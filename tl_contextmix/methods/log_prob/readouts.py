@@ -1,0 +1,152 @@
+"""Reading components through the vocabulary: which tokens they raise and lower."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.engine.log_prob_scores import By, Cut, Question, ask, cuts
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.errors import bad
+from tl_contextmix.results import ComponentReadouts, LogProbContributions
+from tl_contextmix.results.axes import require_count
+from tl_contextmix.results.components import Components
+
+
+def component_readouts(
+    model: object,
+    input: Text | Tensor,
+    *,
+    components: LogProbContributions,
+    k: int = 10,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> ComponentReadouts:
+    r"""Returns the tokens that components of the residual stream raise and lower most.
+
+    .. math:: b(v) = \mathrm{LIN}_s(v)\, W_U
+
+    the before-softmax values of a component's vector (2024, section 3.2), with the scale of the
+    final norm frozen at its real value and without constants: values of components add up to the
+    model's logits less those of the constants. What is read is what the component really writes,
+    a neuron's vector times its coefficient. A masked-LM head, which is no sum, is applied to each
+    vector in full.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout.
+        input: The input the components were found on.
+        components: A result of `log_prob_contributions`, usually its ``.top(k)``.
+        k: How many tokens of either end.
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        max_bytes: Workspace.
+
+    Returns:
+        `ComponentReadouts`.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, or the components another input.
+        UnsupportedModel: If the model has no vocabulary readout.
+
+    Cost: a forward pass and ``2 d d_vocab`` operations per component.
+    """
+    k = require_count(k)
+    if not isinstance(components, LogProbContributions):
+        raise bad(
+            "there is nothing to read",
+            repr(components)[:100],
+            "a result of log_prob_contributions",
+            "Take components from a result's .top(k).",
+        )
+    view = as_view(model)
+    with torch.no_grad():
+        question = ask(
+            view,
+            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            about=components,
+            norm="frozen",
+            max_bytes=max_bytes,
+        )
+        k = min(k, question.vocabulary.weight.shape[1])
+        there = ~components.scores.isnan().cpu()
+        vectors = _vectors(question, cast(By, components.by), components.components, there)
+        found = [question.vocabulary.extremes(some, row, k) for row, some in enumerate(vectors)]
+    blank = ~there[:, :, None].to(vectors.device)
+    top, top_ids, low, low_ids = (torch.stack(column) for column in zip(*found, strict=True))
+    top, low = (logits.masked_fill(blank, torch.nan) for logits in (top, low))
+    top_ids, low_ids = (ids.masked_fill(blank, -1) for ids in (top_ids, low_ids))
+    return ComponentReadouts(
+        top_logits=top,
+        top_ids=top_ids,
+        top_words=_words(view, top_ids),
+        bottom_logits=low,
+        bottom_ids=low_ids,
+        bottom_words=_words(view, low_ids),
+        components=components.components,
+        scores=components.scores,
+        unit=components.unit,
+        tokens=question.done.target,
+        encoder=question.encoder,
+        provenance=question.done.provenance("component_readouts", {"k": k, "by": components.by}),
+    )
+
+
+def _vectors(
+    question: Question, by: By, wanted: Components, there: Tensor
+) -> Float[Tensor, "batch component d_model"]:
+    """Returns the vectors of components; zero where none is there.
+
+    Raises:
+        InvalidInput: If one is not written to the stream.
+    """
+    shape = (*there.shape, question.stream.total.shape[1])
+    found = question.stream.total.new_zeros(shape)
+    missing = there.clone()
+    for cut in cuts(question.stream, by):
+        place = cut.grid.find(wanted)
+        mine = (place >= 0) & there
+        if bool(mine.any()):
+            row = mine.nonzero()[:, 0].to(found.device)
+            found[mine] = _vectors_of(cut, row, place[mine].to(found.device))
+            missing &= ~mine
+        if cut.bias is not None:
+            grid, vector = cut.bias
+            mine = (grid.find(wanted) >= 0) & there
+            found[mine] = vector[mine.nonzero()[:, 0], 0]
+            missing &= ~mine
+    if bool(missing.any()) or not bool(there.any()):
+        odd = missing.nonzero()[:1].tolist()
+        raise bad(
+            "there is no such component to read here",
+            wanted.label(*odd[0]) if odd else "a result without components",
+            "components written to the stream of the position they were found at",
+            "Take them from a result's .top(k), and give the input they were found on.",
+        )
+    return found
+
+
+def _vectors_of(cut: Cut, row: Tensor, place: Tensor) -> Float[Tensor, "some d_model"]:
+    if cut.neurons is None:
+        assert cut.vectors is not None
+        return cut.vectors()[row, place]
+    number = cut.neurons.coefficients.flatten(1)[row, place]
+    return number[:, None] * cut.neurons.vectors(place % cut.neurons.rows.shape[0])
+
+
+def _words(view: ModelView, ids: Tensor) -> tuple:
+    texts = {token: view.to_string(token) for token in ids.unique().tolist() if token >= 0}
+    texts[-1] = ""
+    return tuple(tuple(tuple(texts[t] for t in one) for one in row) for row in ids.tolist())

@@ -1,0 +1,146 @@
+"""How memories make up predictions (Geva, Schuster, Berant, Levy 2021, EMNLP, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import (
+    Cache,
+    Given,
+    PaddingSide,
+    Pass,
+    Text,
+    run_pass,
+    word_table,
+)
+from tl_contextmix.core.blocks import FeedForward
+from tl_contextmix.engine.memory_coefficients import (
+    CASES,
+    QUADRANTS,
+    Active,
+    LayerComposition,
+    Reader,
+    active_rule,
+    promoted,
+    quadrants,
+    readings,
+    require_feed_forward,
+    require_predicting,
+    values,
+)
+from tl_contextmix.results import Memories
+
+StateProjection = Literal["model", "frozen", "none"]
+
+
+def ff_memories(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    active: Active | None = None,
+    projection: StateProjection = "model",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+) -> Memories:
+    r"""Returns the coefficients of all memories, and how they make up each layer's output.
+
+    With coefficients :math:`m_i`, values :math:`v_i`, the residual stream :math:`r` that the
+    feed-forward output :math:`y = \sum_i m_i v_i + b` is added to, the layer's output :math:`o`
+    and the top token :math:`\mathrm{top}(x)` of a vector (2021, section 5):
+
+    * active memories: the share with :math:`m_i > 0`;
+    * agreement: how many active memories have :math:`\mathrm{top}(v_i) = \mathrm{top}(y)`; zero
+      agreement: none has;
+    * residual = final: :math:`\mathrm{top}(r^\ell) = \mathrm{top}(o^L)`, and the probability of
+      :math:`\mathrm{top}(o^L)` read from :math:`r^\ell`;
+    * the case: :math:`\mathrm{top}(o)` is that of :math:`r` alone (residual), of :math:`y` alone
+      (ffn), of both (agreement), of neither (composition). Conflict: both have the same top token
+      and the sum has another; impossible where logits are linear, possible behind a final norm.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers; None for all.
+        active: ``"positive"``: memories with a positive coefficient. ``"nonzero"``: those with a
+            negative one, too, which promote the token their value demotes most. None:
+            ``"nonzero"`` in gated models, whose coefficients have either sign, else
+            ``"positive"``.
+        projection: How r, y and o are read: ``"model"``: as the model reads its last stream, norm
+            and biases included. ``"frozen"``: the final norm's scale held at its real value,
+            biases left out: logits are linear and there is no conflict. ``"none"``: W_U alone.
+            Values are read by W_U with the norm's gain folded in (W_U alone with ``"none"``, the
+            whole head of a masked LM).
+        attention_mask: 1 at real tokens, 0 at padding.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token. The memories are
+            those of the decoder.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+
+    Returns:
+        `Memories` [batch layer pos]. In a post-LN block, r is the normed sum in front of the
+        feed-forward sublayer and o is behind the last norm.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model has no trained vocabulary readout.
+
+    Cost: a forward pass, ``6 n d_model d_vocab`` operations per layer and ``n d_mlp`` look-ups;
+    once per model ``2 d_mlp d_model d_vocab`` per layer for what values promote.
+    """
+    view = as_view(model)
+    stack = view.base_stack(None)
+    require_predicting(view, stack)
+    how = readings(view, projection)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(view, given, layer=layer, also=lambda block: Reader.names(view, block))
+    ffs = [require_feed_forward(block) for block in done.blocks]
+    rule = active_rule(active, ffs[0].gated)
+    with torch.no_grad():
+        reader = Reader.of(view, done.trace, how, rule, done.target.mask)
+        found = [reader.read(block, done.trace) for block in done.progress("ff_memories")]
+        tables = torch.stack([promoted(view, block, how[1]) for block in done.blocks])
+        signs = [_quadrants(ff, done) for ff in ffs]
+        norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
+
+    def placed(numbers: Tensor) -> Tensor:
+        whole = numbers.new_zeros(*reader.where.shape, *numbers.shape[1:])
+        whole[reader.where] = numbers
+        return whole
+
+    columns = {
+        name: torch.stack([placed(getattr(one, name)) for one in found], dim=1)
+        for name in LayerComposition.__dataclass_fields__
+    }
+    final = placed(reader.final)
+    tops = [columns[name] for name in ("residual_top", "ffn_top", "output_top")]
+    return Memories(
+        **columns,
+        final_top=final,
+        quadrants=torch.stack(signs, dim=1),
+        promoted=tables,
+        norm=norms,
+        layers=done.layers,
+        cases=CASES,
+        tokens=done.target,
+        words=word_table(view, *tops, final, tables),
+        provenance=done.provenance("ff_memories", {"active": rule, "projection": projection}),
+    )
+
+
+def _quadrants(ff: FeedForward, done: Pass) -> Tensor:
+    """Returns the share of neurons in each quadrant; no quadrant where there are no gates."""
+    post = done.trace[ff.post]
+    if not ff.gated:
+        return post.new_zeros(*post.shape[:2], 0)
+    found = quadrants(ff, done.trace)
+    return torch.stack([(found == one).to(post).mean(-1) for one in range(len(QUADRANTS))], dim=-1)

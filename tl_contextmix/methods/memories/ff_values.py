@@ -1,0 +1,154 @@
+"""What feed-forward values promote (Geva, Schuster, Berant, Levy 2021, EMNLP, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Text,
+    make_batch,
+    provenance,
+    select_blocks,
+    word_table,
+)
+from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembedding
+from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.engine.memory_coefficients import (
+    require_feed_forward,
+    require_predicting,
+    values,
+)
+from tl_contextmix.errors import bad
+from tl_contextmix.results import ValueReadouts
+from tl_contextmix.results.axes import positions, require_count, require_number
+
+ValueProjection = Literal["none", "folded", "frozen", "head"]
+_KNOWN = ("none", "folded", "frozen", "head")
+_VECTORS = 4096
+
+
+def ff_values(
+    model: object,
+    *,
+    layer: int | Sequence[int] | None = None,
+    neurons: int | Sequence[int] | None = None,
+    k: int = 10,
+    projection: ValueProjection | None = None,
+    text: Text | Tensor | None = None,
+    max_bytes: int = TILE_BYTES,
+) -> ValueReadouts:
+    r"""Returns the tokens that feed-forward values promote and demote.
+
+    .. math:: p_i = \mathrm{softmax}(v_i W_U)
+
+    (2021, section 4), for the value :math:`v_i` and, as a memory with a negative coefficient
+    promotes what its value demotes, for :math:`-v_i`. In a gated block the coefficient is negative
+    where gate and linear branch differ in sign: the quadrants ``++`` and ``--`` read side 0,
+    ``+-`` and ``-+`` side 1. Without options: every value of the model.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
+        layer: Layer or layers; None for all.
+        neurons: Neuron or neurons of each of these layers; None for all.
+        k: How many tokens at either end.
+        projection: ``"none"``: W_U alone (the paper's model has no final norm). ``"folded"``:
+            centring and gain of the final norm before it, which is the direction that reaches the
+            logits. ``"frozen"``: that, divided by the mean scale the final norm has on ``text``:
+            only then are probabilities those of a coefficient of 1. ``"head"``: the masked-LM
+            head in full, biases included. None: ``"head"`` where there is one, else ``"folded"``.
+            b_U and the norm's bias are no part of a value and left out, except by ``"head"``.
+            A norm of the sublayer's output (Gemma 2, OLMo 2) is folded in.
+        text: What the scale is taken from, for ``"frozen"`` only.
+        max_bytes: Workspace for a tile of logits, besides W_U, the values and the result.
+
+    Returns:
+        `ValueReadouts`: one row per value.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the model has no trained vocabulary readout.
+
+    Cost: ``2 N d_model d_vocab`` operations for N values, twice that with ``"head"``; no tensor
+    as long as the vocabulary is made.
+    """
+    view = as_view(model)
+    k, max_bytes = require_count(k), require_number("max_bytes", max_bytes)
+    require_predicting(view, view.base_stack(None))
+    reader = unembedding(view.readout, projection, _KNOWN)
+    chosen = [
+        (block, positions("neuron", neurons, (), require_feed_forward(block).W_out.shape[0]))
+        for block in select_blocks(view.blocks(), layer)
+    ]
+    with torch.no_grad():
+        scale = _scale(view, reader, text)
+        found = [_read(reader, block, some, scale, k, max_bytes) for block, some in chosen]
+    scan, norms = Scan.join([one for one, _ in found]), torch.cat([one for _, one in found])
+    numbers = [(block.layer, neuron) for block, some in chosen for neuron in some]
+    layers, neuron = torch.tensor(numbers).T
+    options = {"projection": reader.projection, "k": k, "scale": scale}
+    return ValueReadouts(
+        layer=layers,
+        neuron=neuron,
+        ids=scan.ids.cpu(),
+        logits=scan.ends.cpu(),
+        max_prob=scan.max_prob.cpu(),
+        entropy=scan.entropy.cpu(),
+        norm=norms.cpu(),
+        words=word_table(view, scan.ids),
+        provenance=provenance(view, "ff_values", options),
+    )
+
+
+def _read(
+    reader: Unembedding, block: Block, neurons: list[int], scale: float, k: int, max_bytes: int
+) -> tuple[Scan, Tensor]:
+    vectors = values(require_feed_forward(block))
+    vectors = vectors[torch.tensor(neurons, device=vectors.device)]
+    parts = []
+    for part in blocks(len(vectors), _VECTORS):
+        hidden = reader.hidden(vectors[part], scale)
+        if reader.linear:
+            parts.append(reader.scan(hidden, k, max_bytes=max_bytes))
+            continue
+        ahead, behind = (
+            reader.scan(reader.hidden(vectors[part] * sign), k, sides=1, max_bytes=max_bytes)
+            for sign in (1, -1)
+        )
+        parts.append(_beside(ahead, behind))
+    return Scan.join(parts), vectors.norm(dim=-1)
+
+
+def _beside(ahead: Scan, behind: Scan) -> Scan:
+    """Returns the scans of vectors and of the same times -1 as the two sides of one."""
+    names = ("ids", "log_sum", "entropy", "rank")
+    both = {name: torch.cat([getattr(s, name) for s in (ahead, behind)], dim=1) for name in names}
+    # Side 1 of a scan holds logits whose sign is turned when probabilities are read from it.
+    ends = torch.cat([ahead.ends, -behind.ends], dim=1)
+    return Scan(ends=ends, target=ahead.target, **both)
+
+
+def _scale(view: ModelView, reader: Unembedding, text: Text | Tensor | None) -> float:
+    wanted = reader.projection == "frozen"
+    if wanted != (text is not None):
+        raise bad(
+            "the scale of the final norm has no source",
+            f"projection={reader.projection!r} and text={text!r}"[:200],
+            "a text for projection='frozen', and only then",
+            "Give a text that is typical of the model's input.",
+        )
+    norm = view.readout.norm
+    if text is None or norm is None:
+        return 1.0
+    batch = make_batch(view, Given(text))
+    name = view.blocks()[-1].resid_out
+    trace = view.run(batch, [name])
+    real = batch.side(view.base_stack(None)).mask.to(view.device)
+    return float(norm.scale(trace[name])[real].mean())

@@ -1,0 +1,139 @@
+"""What was mined of one corpus: pointers and values on disk, the model and corpus beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_contextmix.adapters.inputs import provenance
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.methods.memories.corpus_arguments import TAILS, one_layer
+from tl_contextmix.methods.memories.corpus_formats import Corpus
+from tl_contextmix.methods.memories.store import TABLE, not_mined, read_table
+from tl_contextmix.results import Provenance
+from tl_contextmix.results.axes import require_number
+from tl_contextmix.results.base import Shown
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class Mined(Shown):
+    """Pointers and values of the triggers of every memory that was mined; see `Triggers`.
+
+    Attributes:
+        folder: Where they are; ``triggers.parquet`` in it is for any reader of Parquet.
+        manifest: What was mined, how, and what was left out.
+        view: The model, or None.
+        corpus: The corpus, or None.
+        model: The model of the view, which does not keep it alive.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] = field(repr=False)
+    view: ModelView | None = field(default=None, repr=False)
+    corpus: Corpus | None = field(default=None, repr=False)
+    model: object = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n:,} {name}" for name, n in self.manifest["counts"].items() if n)
+        run = self.manifest["run"]
+        return (
+            f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
+            f"({', '.join(self.tails)}) in {self.folder}: {counts or 'no documents'}"
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that were mined."""
+        return tuple(self.manifest["run"]["options"]["layers"])
+
+    @property
+    def k(self) -> int:
+        """How many triggers were looked for."""
+        return self.manifest["run"]["options"]["k"]
+
+    @property
+    def tails(self) -> tuple[str, ...]:
+        """What was looked for."""
+        return TAILS[self.manifest["run"]["options"]["tails"]]
+
+    def to_dataframe(
+        self, layer: int | None = None, neuron: int | None = None, tail: str | None = None
+    ) -> pandas.DataFrame:
+        """Returns one row per trigger: pointers, values and token ids.
+
+        Only the layer that is asked for is read from the disk.
+
+        Args:
+            layer: Layer; None for all.
+            neuron: Neuron; None for all.
+            tail: Tail; None for all.
+
+        Raises:
+            InvalidInput: If they were not mined.
+        """
+        conditions: list[tuple[str, str, Any]] = []
+        if layer is not None:
+            conditions.append(("layer", "=", one_layer(layer, self.layers)))
+        if neuron is not None:
+            known = set().union(*self.manifest["neurons"].values())
+            neuron = require_number("neuron", neuron, 0)
+            if neuron not in known:
+                raise not_mined("neuron", neuron, f"one of {len(known)} neurons")
+            conditions.append(("neuron", "=", neuron))
+        if tail is not None:
+            conditions.append(("tail", "=", self.known_tail(tail)))
+        found = read_table(self.folder, self.manifest, conditions)
+        if self.view is not None:
+            require_token(self.view, found, self.folder / TABLE)
+        return found
+
+    def known_tail(self, tail: str | None) -> str:
+        """Returns a tail that was mined; None is the first."""
+        if tail is not None and tail not in self.tails:
+            raise not_mined("tail", tail, f"one of {self.tails}")
+        return self.tails[0] if tail is None else tail
+
+    @property
+    def stack(self) -> str:
+        """The stack that was mined."""
+        return self.manifest["run"]["options"]["stack"]
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether the model had read what is behind a trigger, too."""
+        return self.stack == "encoder"
+
+    def require_view(self) -> ModelView:
+        """Returns the model; raises InvalidInput where it is not at hand."""
+        if self.view is None:
+            raise bad(
+                "this needs the model that was mined",
+                "triggers without one",
+                f"the model {self.manifest['run']['model']}",
+                "Call load_triggers(folder, model=...).",
+            )
+        return self.view
+
+    def describe(self, name: str, options: dict[str, Any]) -> Provenance:
+        """Returns where a result made from these triggers comes from."""
+        digest = self.manifest["corpus"]["digest"]
+        return provenance(self.require_view(), f"triggers.{name}", {**options, "corpus": digest})
+
+
+def require_token(view: ModelView, frame: pandas.DataFrame, path: object) -> None:
+    """Raises FileFormatError unless all tokens of a table are tokens of the model."""
+    most = max((int(frame[n].max()) for n in ("token", "next_token") if len(frame)), default=0)
+    if most >= view.d_vocab:
+        raise FileFormatError(
+            four_parts(
+                f"cannot read {path}",
+                f"token {most}",
+                f"tokens below {view.d_vocab}",
+                "Give the folder that mine_triggers wrote.",
+            )
+        )

@@ -1,0 +1,265 @@
+"""What is read from a batch of documents: coefficients, and the highest of them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters.inputs import select_blocks
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.engine.memory_coefficients import (
+    QUADRANTS,
+    branch_names,
+    coefficients,
+    quadrants,
+    require_feed_forward,
+)
+from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.methods.memories.corpus_arguments import TAILS, require_flag
+from tl_contextmix.methods.memories.shards import Cutting, Documents, Malformed, TooLong
+from tl_contextmix.methods.memories.topk import (
+    TopK,
+    first_of_each,
+    hash_prefixes,
+    pack_places,
+    pack_tokens,
+)
+from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
+
+Unit = Literal["prefix", "document"]
+Tails = Literal["positive", "both", "quadrants"]
+Duplicates = Literal["keep", "drop"]
+# Of all triggers: no common question needs as many (k=1000 of GPT-2's 36,864 take 0.7 GiB).
+_MANY_BYTES = 4 * 2**30
+NEGATIVE = ("negative", "+-", "-+")
+"""Tails of negative coefficients: the memory promotes what its value demotes."""
+
+
+@dataclass(frozen=True)
+class Miner:
+    """Which memories of which model are mined, and how.
+
+    Attributes:
+        view: The model.
+        blocks: The layers.
+        neurons: Neurons of each layer; None for all.
+        stack: The stack.
+        k: How many triggers of each memory.
+        unit: Whether every prefix can be a trigger, or the best one of each document.
+        tails: What is looked for.
+        duplicates: Whether the same context counts every time or once.
+        how: How the corpus is cut up.
+    """
+
+    view: ModelView
+    blocks: tuple[Block, ...]
+    neurons: tuple[int, ...] | None
+    stack: str
+    k: int
+    unit: Unit
+    tails: Tails
+    duplicates: Duplicates
+    how: Cutting
+
+    def chosen(self, block: Block) -> list[int]:
+        """Returns the neurons of a layer that are mined."""
+        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+
+    def zero(self) -> dict[tuple[int, str], TopK]:
+        """Returns the state before the first document."""
+        view, distinct = self.view, self.duplicates == "drop"
+        entry = view.dtype.itemsize + (24 if distinct else 16)
+        memories = sum(len(self.chosen(block)) for block in self.blocks) * len(TAILS[self.tails])
+        if entry * self.k * memories > _MANY_BYTES:
+            warn(
+                f"the {self.k:,} highest contexts of {memories:,} memories take "
+                f"{entry * self.k * memories / 2**30:.1f} GiB and more while they are sorted, "
+                "however small the corpus. Ask for fewer, or for fewer layers or neurons."
+            )
+        try:
+            return {
+                (block.layer, tail): TopK.zero(
+                    len(self.chosen(block)), self.k, view.dtype, view.device, distinct=distinct
+                )
+                for block in self.blocks
+                for tail in TAILS[self.tails]
+            }
+        except (RuntimeError, TypeError) as error:  # torch names no size that it cannot allocate
+            raise bad(
+                "so many triggers do not fit in memory",
+                f"k={self.k}",
+                "20 k bytes for each memory",
+                "Ask for fewer, or for fewer layers or neurons.",
+            ) from error
+
+    def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
+        """Runs the model on a batch and takes in what it shows."""
+        names = [name for block in self.blocks for name in self._names(block)]
+        trace = self.view.run(documents.batch, list(dict.fromkeys(names)))
+        device = self.view.device
+        counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
+        places = pack_places(documents.numbers.to(device), ids.shape[1])
+        entries = [places, pack_tokens(ids, documents.next_ids.to(device))]
+        once = counted
+        if self.duplicates == "drop":
+            entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
+            once = self._once(counted, places, entries[2])
+        for block in self.blocks:
+            for tail, values in self._scores(block, trace, counted):
+                if self.unit == "document":
+                    self._best(tops[block.layer, tail], values, counted, entries)
+                else:
+                    self._every(tops[block.layer, tail], values, once, entries)
+
+    def _keys(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Returns a hash of what each position has read."""
+        prefixes = hash_prefixes(ids)
+        if self.stack == "decoder":
+            return prefixes
+        whole = prefixes.gather(1, mask.sum(1, keepdim=True) - 1)
+        pos = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        pairs = torch.stack([whole.expand_as(ids), pos], dim=-1).flatten(0, 1)
+        return hash_prefixes(pairs)[:, 1].view_as(ids)
+
+    @staticmethod
+    def _once(counted: Tensor, places: Tensor, keys: Tensor) -> Tensor:
+        """Returns the positions that count, each context in the first of its places only."""
+        once = counted.clone()
+        once[counted] = first_of_each(keys[counted], places[counted])
+        return once
+
+    def _names(self, block: Block) -> tuple[str, ...]:
+        ff = require_feed_forward(block)
+        return branch_names(ff) if self.tails == "quadrants" else (ff.post,)
+
+    def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yields each tail with its values: positive where there is something to be found."""
+        ff = require_feed_forward(block)
+        found = coefficients(ff, trace)
+        # A sum is finite where every number is; not worth a mask unless it is not.
+        if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
+            raise _not_finite(block.layer)
+        some = None
+        if self.neurons is not None:
+            some = torch.tensor(self.chosen(block), device=found.device)
+            found = found[..., some]
+        if self.tails == "quadrants":
+            places = quadrants(ff, trace)
+            places = places if some is None else places[..., some]
+            for index, tail in enumerate(QUADRANTS):
+                yield tail, found.abs().masked_fill(places != index, 0)
+            return
+        yield "positive", found
+        if self.tails == "both":
+            yield "negative", -found
+
+    @staticmethod
+    def _every(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
+        flat = [entry.flatten() for entry in entries]
+        top.update(
+            values.flatten(0, 1),
+            counted.flatten(),
+            lambda rows, *_: tuple(entry[rows] for entry in flat),
+        )
+
+    @staticmethod
+    def _best(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
+        masked = values.masked_fill(~counted[..., None], -torch.inf)
+        steps = torch.arange(values.shape[1], device=values.device)
+
+        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, ...]:
+            # The first of the document's positions that have its highest value.
+            there = masked[rows, :, columns] == best[:, None]
+            pos = torch.where(there, steps, len(steps)).amin(dim=1)
+            return tuple(entry[rows, pos] for entry in entries)
+
+        top.update(masked.amax(dim=1), counted.any(dim=1), locate, repeats=top.keys is not None)
+
+
+def make_miner(
+    view: ModelView,
+    how: Cutting,
+    k: int,
+    layer: int | Sequence[int] | None,
+    neurons: int | Sequence[int] | None,
+    stack: StackName | None,
+    unit: Unit,
+    tails: Tails,
+    duplicates: Duplicates,
+) -> Miner:
+    """Returns what is mined, checked.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+    """
+    require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
+    require_choice("mine_triggers", "choice of tails", tails, tuple(TAILS))
+    require_choice("mine_triggers", "treatment of duplicates", duplicates, ("keep", "drop"))
+    pair = len(view.stacks) == 2
+    base = "encoder" if pair and stack is None else view.base_stack(stack)
+    if pair and base != "encoder":
+        raise bad(
+            "a corpus cannot be read by this stack",
+            f"stack={stack!r}",
+            "'encoder': a decoder would see its start token alone",
+            "Leave `stack` out.",
+        )
+    # In the model's order and each once, whatever the order they were asked for in.
+    asked = {block.layer: block for block in select_blocks(view.stacks[base], layer)}
+    blocks = tuple(asked[number] for number in sorted(asked))
+    first = require_feed_forward(blocks[0])
+    if tails == "quadrants" and not first.gated:
+        raise bad(
+            "there are no quadrants",
+            "a feed-forward sublayer without gates",
+            "tails='positive' or 'both'",
+            "Quadrants are the signs of a gate and of the branch it multiplies.",
+        )
+    size = first.W_out.shape[0]
+    chosen = None
+    if neurons is not None:
+        chosen = tuple(sorted(set(positions("neuron", neurons, (), size))))
+    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, duplicates, how)
+
+
+def make_cutting(
+    operation: str,
+    batch_size: int,
+    shard_size: int,
+    too_long: TooLong,
+    malformed: Malformed,
+    prepend_bos: bool | None,
+    special: bool,
+) -> Cutting:
+    """Returns how the corpus is cut up, checked.
+
+    Raises:
+        InvalidInput: If an option is none of those there are.
+    """
+    require_choice(operation, "treatment of long documents", too_long, _LONG)
+    require_choice(operation, "treatment of malformed documents", malformed, _MALFORMED)
+    return Cutting(
+        require_number("shard_size", shard_size),
+        require_number("batch_size", batch_size),
+        too_long,
+        malformed,
+        require_flag("prepend_bos", prepend_bos, (None, True, False)),
+        require_flag("special", special),
+    )
+
+
+_LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")
+
+
+def _not_finite(layer: int) -> InvalidInput:
+    return bad(
+        "the model's own activations are not finite",
+        f"NaN or infinity among the coefficients of layer {layer}",
+        "finite activations",
+        "Load the model in float32 or bfloat16.",
+    )

@@ -1,0 +1,292 @@
+"""Mining: which contexts excite each memory most, over a corpus of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.errors import bad
+from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
+from tl_contextmix.methods.memories.file_lock import alone
+from tl_contextmix.methods.memories.merging import finish
+from tl_contextmix.methods.memories.miner import (
+    Duplicates,
+    Miner,
+    Tails,
+    Unit,
+    make_cutting,
+    make_miner,
+)
+from tl_contextmix.methods.memories.progress import expect, progress
+from tl_contextmix.methods.memories.run_identity import (
+    as_far_as,
+    changed,
+    describe_run,
+    require_run,
+)
+from tl_contextmix.methods.memories.shards import Malformed, Shard, TooLong, batches, read_shards
+from tl_contextmix.methods.memories.store import (
+    MANIFEST,
+    Part,
+    load_part,
+    make_folder,
+    part_path,
+    read_manifest,
+    save_part,
+)
+from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
+from tl_contextmix.results.axes import require_number
+
+
+def mine_triggers(
+    model: object,
+    corpus: object,
+    *,
+    out: str | Path,
+    k: int = 25,
+    column: str | None = None,
+    layer: int | Sequence[int] | None = None,
+    neurons: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    unit: Unit = "prefix",
+    tails: Tails = "positive",
+    duplicates: Duplicates = "keep",
+    special: bool = False,
+    prepend_bos: bool | None = None,
+    too_long: TooLong = "cut",
+    malformed: Malformed = "error",
+    batch_size: int = 16,
+    shard_size: int = 256,
+    checkpoint_seconds: float = 60.0,
+    rank: int = 0,
+    world_size: int = 1,
+    source: str | None = None,
+) -> Triggers | None:
+    r"""Finds the contexts that excite each memory most: the trigger examples of every key.
+
+    For each memory the ``k`` prefixes :math:`x_1 \dots x_j` of the corpus with the highest
+    coefficient :math:`m_i` (Geva, Schuster, Berant, Levy 2021, EMNLP, section 3), exactly: one
+    forward pass over the corpus, the current top ``k`` in memory and nothing else. Ties go to the
+    lower document, then the lower position. Only positive coefficients count, so that a memory may
+    have fewer than ``k`` triggers.
+
+    The result is a folder: ``triggers.parquet`` (pointers and values, no contexts; a row group per
+    layer) and ``manifest.json``. It depends on model, corpus and options only: not on restarts, nor
+    on the number of processes; the bytes are the same on the same kind of machine with the same
+    number of threads. Another ``batch_size`` or ``shard_size`` changes shapes of matrix products
+    and with them values at rounding level.
+
+    A run that was stopped at any moment goes on from its last checkpoint when it is called again
+    with the same arguments; documents read before are read again and held against their hashes.
+
+    Args:
+        model: Any TransformerLens model with a tokenizer, see `tl_contextmix.check`.
+        corpus: Path of a text file (a document per line), jsonl or parquet file; a Hugging Face
+            dataset, map-style or streaming; an iterable of texts. Blank documents are skipped and
+            counted.
+        out: The folder; made if it is not there.
+        k: How many triggers of each memory.
+        column: Column of the texts in a jsonl file, parquet file or dataset; None: ``"text"``.
+        layer: Layer or layers; None for all.
+        neurons: Neuron or neurons of each of these layers; None for all.
+        stack: Stack; an encoder-decoder's encoder is mined, its decoder reads no corpus.
+        unit: ``"prefix"``: every position can be a trigger. ``"document"``: only the best of each
+            document.
+        tails: ``"positive"`` coefficients; ``"both"``: the most negative ones, too;
+            ``"quadrants"``: the largest for each sign of a gated neuron's gate and linear branch.
+        duplicates: ``"keep"``: as in the paper every prefix counts, so that one that is frequent
+            can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
+            document where the model reads both ways) counts once, where its coefficient is
+            highest. Contexts are told apart by 64-bit hashes of their tokens.
+        special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
+            [SEP]) count.
+        prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
+        too_long: Documents longer than the model's context are ``"cut"``, left out (``"skip"``) or
+            an ``"error"``; the manifest counts them and the tokens cut off.
+        malformed: Documents that cannot be read are an ``"error"`` or left out (``"skip"``) and
+            counted. A run that such an error stopped, or one of ``too_long``, goes on with another
+            choice.
+        batch_size: Documents in a batch.
+        shard_size: Documents in a shard; documents of like length within a shard share batches.
+        checkpoint_seconds: How often progress is written down; at most that much work is lost.
+        rank: Number of this process; it takes every ``world_size``-th shard.
+        world_size: How many processes share the corpus; `merge_triggers` puts their parts together.
+        source: What `load_model` makes the same model from, for the command line to show contexts.
+
+    Returns:
+        `Triggers`; None where there are other processes.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, a document cannot be used, the folder
+            holds a run with another model, tokenizer, corpus or other options, another process is
+            at it, or a file cannot be written.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Warns:
+        ContextMixWarning: If that many triggers take more than 4 GiB.
+
+    Cost: one forward pass over the corpus and a comparison per coefficient; an entry of a memory is
+    replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
+    ``20 k`` bytes per memory (28 without duplicates).
+    """
+    view = as_view(model)
+    how = make_cutting(
+        "mine_triggers", batch_size, shard_size, too_long, malformed, prepend_bos, special
+    )
+    miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
+    rank, world_size = _require_rank(rank, world_size)
+    seconds = _require_seconds(checkpoint_seconds)
+    opened, folder = open_corpus(corpus, column), make_folder(out)
+    run = describe_run(miner, opened, _require_source(source))
+    if not (folder / MANIFEST).exists():
+        path = part_path(folder, rank, world_size)
+        with alone(path.with_name(f".{path.stem}.lock")):
+            # Another process may have been at it until now.
+            if not (folder / MANIFEST).exists():
+                part = run_part(miner, opened, folder, run, rank, world_size, seconds)
+                if world_size > 1:
+                    return None
+                finish([part], folder)
+                path.unlink(missing_ok=True)
+                return load_triggers(folder, model=model, corpus=opened)
+    return _already(folder, run, opened, model, world_size)
+
+
+def run_part(
+    miner: Miner,
+    corpus: Corpus,
+    folder: Path,
+    run: dict[str, Any],
+    rank: int,
+    world_size: int,
+    checkpoint_seconds: float,
+) -> Part:
+    """Mines the shards of one process, from its last checkpoint on; returns its part."""
+    part = _resumed(folder, miner, run, rank, world_size)
+    before, last = len(part.digests), time.monotonic()
+    seen, read, size = 0, 0, corpus.size()
+    with torch.no_grad(), progress("mining", part.counts["tokens"]) as bar:
+        for shard in read_shards(corpus, miner.how.shard_size):
+            seen, read = shard.index + 1, read + shard.size
+            if shard.index % world_size != rank:
+                continue
+            own = shard.index // world_size
+            digest = shard.digest()
+            if own < before:
+                _require_same(part, own, digest, shard, corpus)
+                continue
+            if part.done:
+                raise changed(corpus, f"{seen} shards where there were {part.shards}")
+            _mine_shard(miner, part, shard, corpus, bar.update)
+            expect(bar, read, size)
+            part.take(digest)
+            if time.monotonic() - last >= checkpoint_seconds:
+                save_part(part, folder)
+                last = time.monotonic()
+    expected = len(range(rank, seen, world_size))
+    if len(part.digests) != expected or (part.done and part.shards != seen):
+        raise changed(corpus, f"{seen} shards where there were {len(part.digests)}")
+    if not part.done:
+        part.done, part.shards = True, seen
+        save_part(part, folder)
+    return part
+
+
+def _mine_shard(
+    miner: Miner, part: Part, shard: Shard, corpus: Corpus, progress: Callable[[int], object]
+) -> None:
+    counts = part.counts
+    for documents in batches(miner.view, shard, miner.how, corpus.name, counts):
+        miner.take(part.tops, documents)
+        progress(int(documents.batch.main.mask.sum()))
+
+
+def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_size: int) -> Part:
+    path = part_path(folder, rank, world_size)
+    if path.is_file():
+        part = load_part(path, miner.view.device)
+        require_run(as_far_as(part.run, run), run, folder)
+        if part.run["options"] != run["options"]:
+            part.run = run
+            save_part(part, folder)
+        return part
+    strange = [
+        other
+        for other in folder.glob("part-*.safetensors")
+        if not other.name.endswith(f"-of-{world_size:05d}.safetensors")
+    ]
+    if strange:
+        raise bad(
+            f"{folder} holds parts of another division of the corpus",
+            strange[0].name,
+            f"parts of {world_size} processes",
+            "Go on with as many processes as before, or choose another folder.",
+        )
+    digests = torch.zeros(0, 32, dtype=torch.uint8)
+    return Part(run, rank, world_size, miner.zero(), digests)
+
+
+def _require_same(part: Part, own: int, digest: bytes, shard: Shard, corpus: Corpus) -> None:
+    if bytes(part.digests[own].tolist()) != digest:
+        first, last = shard.first, shard.first + len(shard.documents) - 1
+        raise changed(corpus, f"other documents among those from {first} to {last}")
+
+
+def _already(
+    folder: Path, run: dict[str, Any], corpus: Corpus, model: object, world_size: int
+) -> Triggers:
+    """Returns the result of a finished run, once its corpus is known to be this one."""
+    manifest = read_manifest(folder)
+    require_run(manifest["run"], run, folder)
+    whole, count = hashlib.sha256(), 0
+    for shard in read_shards(corpus, run["options"]["shard_size"]):
+        whole.update(shard.digest())
+        count += 1
+    if {"digest": whole.hexdigest(), "shards": count} != manifest["corpus"]:
+        raise changed(corpus, f"{count} shards with another hash")
+    if world_size == 1:
+        with suppress(OSError):  # a result that may only be read
+            part_path(folder, 0, 1).unlink(missing_ok=True)
+    return load_triggers(folder, model=model, corpus=corpus)
+
+
+def _require_seconds(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise bad(
+            "progress cannot be written down",
+            f"checkpoint_seconds={value!r}"[:200],
+            "a number of seconds, 0 or more",
+            "Leave it out for one minute.",
+        )
+    return value
+
+
+def _require_source(value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise bad(
+            "the source of the model cannot be written down",
+            f"source={value!r}"[:200],
+            "what load_model is given: a str",
+            "Leave it out.",
+        )
+    return value
+
+
+def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
+    rank, world_size = require_number("rank", rank, 0), require_number("world_size", world_size, 0)
+    if not 0 <= rank < world_size:
+        raise bad(
+            "there is no such process",
+            f"rank={rank} of world_size={world_size}",
+            "0 <= rank < world_size",
+            "Number the processes from 0.",
+        )
+    return rank, world_size

@@ -1,0 +1,308 @@
+"""What mining leaves on disk: parts while it goes on, a Parquet table and a manifest at the end.
+
+A file appears only once it is complete: it is written under another name, flushed to the disk and
+moved. The manifest comes last, so that where there is one there is a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.methods.memories.corpus_arguments import (
+    check_manifest,
+    check_part,
+    check_table,
+    require_path,
+)
+from tl_contextmix.methods.memories.topk import TopK, unpack_places, unpack_tokens
+
+if TYPE_CHECKING:
+    import pandas
+
+_COLUMNS = (
+    *("tail", "layer", "neuron", "rank", "value"),
+    *("document", "position", "token", "next_token"),
+)
+TABLE, MANIFEST = "triggers.parquet", "manifest.json"
+FORMAT_VERSION = 1
+_SIGNS = {"negative": -1, "+-": -1, "-+": -1}
+_ENTRY = ("values", "places", "tokens", "keys")
+
+
+@dataclass
+class Part:
+    """What one process has mined so far.
+
+    Attributes:
+        run: What the result depends on besides the corpus: model, tokenizer, options.
+        rank: Number of the process.
+        world_size: How many there are.
+        tops: The highest values by layer and tail.
+        digests: Hash of every shard it has read, in order.
+        counts: What there was in them.
+        done: Whether the corpus is at its end.
+        shards: How many shards the corpus has, where that is known.
+    """
+
+    run: dict[str, Any]
+    rank: int
+    world_size: int
+    tops: dict[tuple[int, str], TopK]
+    digests: UInt8[Tensor, "shard byte"]
+    counts: Counter[str] = field(default_factory=Counter)
+    done: bool = False
+    shards: int = 0
+
+    def take(self, digest: bytes) -> None:
+        """Notes that a shard was read."""
+        row = torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
+        self.digests = torch.cat([self.digests, row])
+
+
+def part_path(folder: Path, rank: int, world_size: int) -> Path:
+    """Returns where a process keeps its part."""
+    return folder / f"part-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def save_part(part: Part, folder: Path) -> None:
+    """Writes what one process has mined so far.
+
+    Raises:
+        InvalidInput: If it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {"digests": part.digests}
+    for (layer, tail), top in part.tops.items():
+        for name, entry in zip(_ENTRY, top.columns(), strict=False):
+            tensors[f"{layer} {tail} {name}"] = entry.cpu().contiguous()
+    facts = {
+        "format": FORMAT_VERSION,
+        "run": part.run,
+        "rank": part.rank,
+        "world_size": part.world_size,
+        "counts": dict(part.counts),
+        "done": part.done,
+        "shards": part.shards,
+    }
+    metadata = {"part": json.dumps(facts, sort_keys=True)}
+    path = part_path(folder, part.rank, part.world_size)
+    _write(path, lambda place: save_file(tensors, str(place), metadata=metadata))
+
+
+def load_part(path: Path, device: torch.device) -> Part:
+    """Reads a part back.
+
+    Raises:
+        FileFormatError: If the file holds anything else.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["part"])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        if facts["format"] != FORMAT_VERSION:
+            raise ValueError(f"format version {facts['format']}")
+        check_part(facts, tensors)
+        digests = tensors.pop("digests")
+        columns: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            layer, tail, name = key.split(" ")
+            columns.setdefault((int(layer), tail), {})[name] = tensor.to(device)
+        tops = {key: TopK(**columns[key]) for key in sorted(columns)}
+        return Part(
+            run=facts["run"],
+            rank=facts["rank"],
+            world_size=facts["world_size"],
+            tops=tops,
+            digests=digests,
+            counts=Counter(facts["counts"]),
+            done=facts["done"],
+            shards=facts["shards"],
+        )
+    except Exception as error:  # a hostile file can fail anywhere
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def write_result(folder: Path, tops: Mapping[tuple[int, str], TopK], manifest: dict) -> None:
+    """Writes the table and then the manifest.
+
+    Raises:
+        InvalidInput: If they cannot be written.
+    """
+    _write(folder / TABLE, lambda place: _write_table(place, tops, manifest["neurons"]))
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    _write(folder / MANIFEST, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a finished run.
+
+    Raises:
+        FileFormatError: If there is none, or one of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        parts = len(list(folder.glob("part-*.safetensors"))) if folder.is_dir() else 0
+        raise _unreadable(
+            path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT_VERSION:
+            raise ValueError(f"format version {found['format']}")
+        return check_manifest(found)
+    except Exception as error:  # a hostile file can fail anywhere
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def read_table(
+    folder: Path, manifest: dict[str, Any], conditions: list[tuple[str, str, Any]]
+) -> pandas.DataFrame:
+    """Returns the rows of the table that fulfil some conditions.
+
+    Raises:
+        FileFormatError: If it is no table, or none of this manifest's run.
+    """
+    import pyarrow.parquet
+
+    path = folder / TABLE
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        if schema.names != list(_COLUMNS):
+            raise ValueError(f"columns {schema.names}")
+        found = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
+        check_table(found, manifest)
+        return found
+    except Exception as error:  # a hostile file can fail anywhere
+        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def _write_table(
+    path: Path, tops: Mapping[tuple[int, str], TopK], neurons: Mapping[str, list[int]]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    layers = sorted({layer for layer, _ in tops})
+    writer = None
+    try:
+        for layer in layers:
+            parts = [
+                _rows(layer, tail, top, neurons[str(layer)])
+                for (at, tail), top in sorted(tops.items(), key=lambda item: item[0])
+                if at == layer
+            ]
+            table = pyarrow.concat_tables(parts)
+            if writer is None:
+                writer = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
+    import pyarrow
+
+    values = top.values.cpu()
+    column, rank = (values > -torch.inf).nonzero(as_tuple=True)
+    documents, positions = unpack_places(top.places.cpu()[column, rank])
+    tokens, next_tokens = unpack_tokens(top.tokens.cpu()[column, rank])
+    chosen = torch.tensor(neurons)[column]
+    numbers = {
+        "layer": torch.full_like(column, layer).int(),
+        "neuron": chosen.int(),
+        "rank": rank.int(),
+        "value": values[column, rank] * _SIGNS.get(tail, 1),
+        "document": documents,
+        "position": positions.int(),
+        "token": tokens.int(),
+        "next_token": next_tokens.int(),
+    }
+    arrays = {name: pyarrow.array(tensor.numpy()) for name, tensor in numbers.items()}
+    names = pyarrow.array([tail] * len(column), type=pyarrow.string())
+    return pyarrow.table({"tail": names, **arrays})
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    # One name for each file: what a killed process left is overwritten, not piled up.
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    except Exception as error:  # safetensors and pyarrow have types of their own
+        part.unlink(missing_ok=True)
+        raise bad(
+            f"{path} cannot be written",
+            f"{type(error).__name__}: {error}"[:300],
+            "a folder with room and the right to write",
+            "Free some space and run the same command again: it goes on from the last "
+            "checkpoint, which is whole.",
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unreadable(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
+    remedy = "Give the folder that mine_triggers wrote."
+    if parts:
+        remedy = "Run the same mining again to finish it, or merge the parts of all processes."
+    return FileFormatError(
+        four_parts(
+            f"cannot read {path}",
+            seen,
+            f"a file of mine_triggers, format version {FORMAT_VERSION}",
+            remedy,
+        )
+    )
+
+
+def make_folder(out: str | Path) -> Path:
+    """Returns the folder for a result, made if it is not there.
+
+    Raises:
+        InvalidInput: If it cannot be.
+    """
+    folder = require_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad(
+            "the folder for the result cannot be made",
+            str(error),
+            "a path where a folder is or can be",
+            "Choose another one.",
+        ) from error
+    return folder
+
+
+def not_mined(what: str, seen: object, expected: str) -> InvalidInput:
+    """Returns the error for something that is not among the triggers."""
+    return bad(
+        f"there is no such {what} among these triggers",
+        repr(seen),
+        expected,
+        "Ask for something that was mined, or mine again.",
+    )

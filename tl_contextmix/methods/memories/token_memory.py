@@ -1,0 +1,103 @@
+"""Which source token feeds which memory: the neuron axis and the token axis of one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.memory_coefficients import require_feed_forward
+from tl_contextmix.engine.parts import linear_points, require_bias
+from tl_contextmix.results import TokenMemory
+from tl_contextmix.results.axes import positions
+
+
+def token_memory(
+    model: object,
+    input: Text | Tensor,
+    *,
+    layer: int | Sequence[int] | None = None,
+    pos: int | Sequence[int] | None = None,
+    neurons: int | Sequence[int] | None = None,
+    stack: StackName | None = None,
+    bias: Bias = "contributor",
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    decoder_input: Text | Tensor | None = None,
+    cache: Cache | None = None,
+) -> TokenMemory:
+    r"""Returns the share of every source token in the coefficient of every memory.
+
+    .. math:: \phi_{ijk} = q_{ijk}\, r_{ik}, \qquad m_k(i) = \sum_j \phi_{ijk} + \phi_{ik}
+
+    where :math:`q_{ijk}` is what source ``j`` brings to the pre-activation of neuron ``k`` at
+    ``i`` through attention and the residual connection (patterns and norm scales frozen) and
+    :math:`r_{ik}` the neuron's secant slope: integrated gradients in closed form (Kobayashi et al.
+    2024, eq. 12), before W_out is applied. The same feed-forward output is
+    :math:`\sum_k m_k v_k + b` over neurons and the sum of `decompose`'s parts over tokens.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        layer: Layer or layers; None for all.
+        pos: Positions of the memories; None for all, negative from the end.
+        neurons: Neuron or neurons; None for all.
+        stack: See `decompose`; with ``"cross"`` the sources are the decoder's and the encoder's
+            tokens.
+        bias: What the path starts from, see `decompose`.
+        attention_mask: 1 at real tokens, 0 at padding. Shares of padding are 0.
+        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
+        padding_side: Where texts of unequal length are padded.
+        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+
+    Returns:
+        `TokenMemory`: ``shares`` [batch layer target source neuron] and ``bias``, in units of the
+        activation. A constant added behind a gate (b_in of gated HookedTransformers) is no part
+        of the coefficient.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model.
+        UnsupportedModel: If the activation does not act on each unit alone.
+
+    Cost: a forward pass; per layer and branch the less of ``2 n d_model (d_model + H K)`` and
+    ``2 d_model K (d_model + n)`` operations for what heads bring from each source to K neurons, and
+    ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
+    """
+    bias = require_bias(bias)
+    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
+    chosen = positions("neuron", neurons, (), min(sizes))
+    rows = positions("pos", pos, (), done.target.ids.shape[1])
+    source = done.source("mlp_out")
+    target = done.target.select(list(range(len(done.target.ids))), rows)
+    device = done.view.device
+    columns = torch.tensor(chosen, device=device)
+    # The result is what takes memory here: there is one of it.
+    shape = (len(target.ids), len(done.blocks), len(rows), len(chosen))
+    rest = torch.empty(shape, dtype=done.trace.dtype, device=device)
+    shares = rest.new_empty(*shape[:3], source.ids.shape[1], len(chosen))
+    with torch.no_grad():
+        for index, block in enumerate(done.progress("token_memory")):
+            read = linear_points(block, done.trace, done.stack, ("mlp_in",))["mlp_in"]
+            ff, own = require_feed_forward(block), shares[:, index]
+            rest[:, index] = neuron_shares(ff, read, bias, rows, columns, own)
+    padding = ~target.mask.to(device), ~source.mask.to(device)
+    unread = padding[0][:, :, None] | padding[1][:, None, :]
+    return TokenMemory(
+        shares=shares.masked_fill_(unread[:, None, :, :, None], 0),
+        bias=rest.masked_fill_(padding[0][:, None, :, None], 0),
+        neurons=tuple(chosen),
+        layers=done.layers,
+        stack=done.stack,
+        target=target,
+        source=source,
+        provenance=done.provenance("token_memory", {"pos": rows, "bias": bias}),
+    )

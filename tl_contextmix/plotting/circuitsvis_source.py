@@ -1,0 +1,127 @@
+"""CircuitsVis on our pages: its script once, and the properties of each of its charts.
+
+CircuitsVis's own Python functions are not used. They repeat the 1.3 MB script for every chart,
+ask the network which version of it to show, put tokens into the page as markup, and leave bounds
+and masking to defaults that hide data (an unbounded zero is invisible, an unmasked map loses half
+its cells).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from tl_contextmix.plotting import colors
+from tl_contextmix.plotting.display_text import for_circuitsvis, rounded
+from tl_contextmix.plotting.panels import Heatmap, Samples
+
+# CircuitsVis needs about 0.1 ms of browser time for each cell. The page draws one chart after the
+# other, so that a chart may keep the reader waiting for five seconds and the page for fifteen.
+CHART_CELLS = 50_000
+PAGE_CELLS = 150_000
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart that the page asks CircuitsVis to draw.
+
+    Attributes:
+        element: Id of the element it is drawn into.
+        component: Name of the CircuitsVis component.
+        props: Its properties.
+    """
+
+    element: str
+    component: str
+    props: dict[str, object]
+
+
+class Charts:
+    """The CircuitsVis charts of one page, as they are collected while it is drawn."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Chart] = []
+        self._cells_left = PAGE_CELLS
+
+    def fits(self, cells: int) -> bool:
+        """Returns whether a chart of this many cells leaves the page quick enough."""
+        return cells <= min(CHART_CELLS, self._cells_left)
+
+    def add(self, component: str, props: dict[str, object], cells: int) -> str:
+        """Takes a chart in; returns the id of the element it needs."""
+        digest = hashlib.sha1(json.dumps(props).encode(), usedforsecurity=False).hexdigest()
+        element = f"cv-{digest[:12]}-{len(self.drawn)}"
+        self.drawn.append(Chart(element, component, props))
+        self._cells_left -= cells
+        return element
+
+    def data(self) -> str:
+        """Returns all charts as JSON that can stand in a script element."""
+        listed = [
+            {"element": chart.element, "component": chart.component, "props": chart.props}
+            for chart in self.drawn
+        ]
+        return json.dumps(listed, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def attention_heads(panel: Heatmap) -> dict[str, object]:
+    """Returns the properties of ``AttentionHeads`` for a square map of finite numbers."""
+    largest = float(panel.values.abs().max()) if panel.values.numel() else 0.0
+    # Bounds are always given, one on either side of zero: a colour is value / bound, and 0 / 0
+    # would make a cell invisible.
+    bound = rounded(largest) or 1.0
+    return {
+        "tokens": [for_circuitsvis(token) for token in panel.rows],
+        "attention": _nested(panel.values),
+        "attentionHeadNames": [for_circuitsvis(name) for name in panel.sheets],
+        "maxValue": bound,
+        "minValue": -bound,
+        "positiveColor": colors.POSITIVE,
+        "negativeColor": colors.NEGATIVE,
+        # Never left out: the default hides what an encoder reads from later tokens.
+        "maskUpperTri": panel.causal,
+    }
+
+
+def topk_samples(panel: Samples) -> dict[str, object]:
+    """Returns the properties of ``TopkSamples`` for texts whose largest numbers are positive."""
+    return {
+        "tokens": [[[[for_circuitsvis(token) for token in row] for row in panel.tokens]]],
+        "activations": [[[[rounded(value) for value in row] for row in panel.values]]],
+        "zerothDimensionName": "Memory",
+        "firstDimensionName": "Texts",
+        "zerothDimensionLabels": [for_circuitsvis(panel.name)],
+        "firstDimensionLabels": [for_circuitsvis(panel.unit)],
+    }
+
+
+@cache
+def script() -> str:
+    """Returns the CircuitsVis program, ready to stand in a script element of a page."""
+    found = find_spec("circuitsvis")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("circuitsvis is not installed", name="circuitsvis")
+    path = Path(found.origin).parent / "dist" / "cdn" / "iife.js"
+    program = path.read_text(encoding="utf-8")
+    program = re.sub(r"^//# sourceMappingURL=.*$", "", program, flags=re.MULTILINE)
+    return re.sub(r"</(?=script)", r"<\\/", program, flags=re.IGNORECASE).strip()
+
+
+def library_version() -> str:
+    """Returns the version of CircuitsVis, for the foot of the page."""
+    return version("circuitsvis")
+
+
+def _nested(values: torch.Tensor) -> list[list[list[float]]]:
+    return [
+        [[rounded(value) for value in row] for row in sheet]
+        for sheet in values.detach().double().cpu().tolist()
+    ]

@@ -1,0 +1,74 @@
+"""Panels as matplotlib figures, for papers; needs ``pip install tl-contextmix[figures]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from tl_contextmix.errors import ContextMixError, bad, four_parts
+from tl_contextmix.plotting.panels import Heatmap, Panel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_figure(
+    panels: Sequence[Panel], panel: int, *, sheet: int | str | None, fonts: Sequence[str]
+) -> Figure:
+    """Returns one of some panels as a figure; see `Shown.figure`.
+
+    Raises:
+        InvalidInput: If there is no such panel, sheet or font.
+        ContextMixError: If matplotlib is not installed.
+    """
+    chosen = _one_sheet(_one_panel(panels, panel), sheet)
+    if find_spec("matplotlib") is None:
+        raise ContextMixError(
+            four_parts(
+                "a figure needs the package matplotlib",
+                "none installed",
+                "matplotlib 3.11 or later",
+                'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
+            )
+        )
+    from tl_contextmix.plotting import figures
+
+    return figures.draw(chosen, fonts)
+
+
+def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
+    count = len(panels)
+    if not _is_place(wanted, count):
+        titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
+        raise bad(
+            "there is no such panel",
+            repr(wanted),
+            f"an integer from {-count} to {count - 1}",
+            f"They are: {titles}{' ...' if count > 12 else ''}.",
+        )
+    return panels[wanted]  # type: ignore[index]
+
+
+def _one_sheet(panel: Panel, wanted: object) -> Panel:
+    if wanted is None:
+        return panel
+    names = panel.sheets if isinstance(panel, Heatmap) else ()
+    if wanted in names:
+        place = names.index(wanted)  # type: ignore[arg-type]
+    elif _is_place(wanted, len(names)):
+        place = wanted % len(names)  # type: ignore[operator]
+    else:
+        raise bad(
+            "there is no such sheet",
+            repr(wanted),
+            f"a position or name of {list(names)}" if names else "None: this is no map",
+            "Leave the argument out to draw all of it.",
+        )
+    assert isinstance(panel, Heatmap)
+    return panel.sheet(place)
+
+
+def _is_place(wanted: object, count: int) -> bool:
+    whole = isinstance(wanted, int) and not isinstance(wanted, bool)
+    return whole and -count <= wanted < count  # type: ignore[operator]

@@ -1,0 +1,212 @@
+"""Panels drawn with matplotlib, without pyplot: nothing global is changed and nothing is kept."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+from matplotlib.text import Text
+
+from tl_contextmix.plotting import colors, matplotlib_tables
+from tl_contextmix.plotting.display_text import number
+from tl_contextmix.plotting.heatmap import range_of
+from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
+from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+
+_SIDE = (1.1, 4.5)  # smallest and largest side of a map, in inches
+_LABELLED = 48  # tokens on an axis; of more, only some are named
+_MESH = 20_000  # cells that are drawn as vectors; more are drawn as one picture
+# What files say about when they were written; left out, so that they are always the same.
+_UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "svgz": {"Date": None}}
+
+
+class PaperFigure(Figure):
+    """A figure that looks and is written the same, whatever style is set and whenever it is."""
+
+    families: Sequence[str] = ()
+
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """Writes the figure; ``format`` is that of the name if it is not given."""
+        kind = options.get("format") or (
+            Path(fname).suffix[1:].lower() if isinstance(fname, (str, Path)) else "png"
+        )
+        if kind in _UNDATED:
+            options["metadata"] = {**_UNDATED[kind], **(options.get("metadata") or {})}
+        with _style(self.families):
+            super().savefig(fname, **options)
+
+    def _repr_svg_(self) -> str:
+        written = io.StringIO()
+        self.savefig(written, format="svg")
+        return written.getvalue()
+
+
+def draw(panel: Panel, fonts: Sequence[str]) -> PaperFigure:
+    """Returns a panel as a figure."""
+    lettering = Lettering(fonts)
+    with _style(lettering.families):
+        figure = PaperFigure(layout="constrained")
+        figure.families = lettering.families
+        _DRAW[type(panel)](figure, panel, lettering)
+        # matplotlib reads `$` as the beginning of a formula.
+        for text in figure.findobj(Text):
+            cast(Text, text).set_parse_math(False)
+        # Laid out once: each further time would move things by a hair, and files would differ.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+def _style(families: Sequence[str]) -> Any:
+    own = {
+        "font.family": list(families),
+        "font.size": SIZE,
+        "axes.titlesize": SIZE,
+        "axes.linewidth": 0.6,
+        "axes.prop_cycle": cycler(color=colors.SERIES),
+        "savefig.dpi": 300,
+        "pdf.fonttype": 42,  # journals ask for fonts that can be edited
+        "svg.hashsalt": "tl_contextmix",
+        "text.parse_math": False,
+    }
+    return style.context(["default", own])
+
+
+def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
+    values = panel.values.detach().cpu().double()
+    sheets, rows, columns = values.shape
+    low, high = range_of(panel)
+    largest, signed = max(-low, high) or 1.0, low < 0
+    scale = Normalize(-largest if signed else 0.0, largest)
+    side = [min(_SIDE[1], max(_SIDE[0], 0.26 * count)) for count in (columns, rows)]
+    across = min(sheets, max(1, int(7 / (side[0] + 0.2)))) or 1
+    down = math.ceil(sheets / across) or 1
+    across = math.ceil(sheets / down) or 1
+    left, below = (
+        max((lettering.width(lettering.shown(token), SIZE) for token in tokens), default=0.0)
+        for tokens in (panel.rows, panel.columns)
+    )
+    figure.set_size_inches(
+        across * (side[0] + 0.15) + left + 0.9, down * (side[1] + 0.25) + 0.75 * below + 0.5
+    )
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    mesh = None
+    for index, axes in enumerate(grid.flat):
+        axes.set_visible(index < sheets)
+        if index < sheets:
+            mesh = _sheet(axes, panel, values[index], scale, signed=signed)
+            axes.set_title(lettering.prose(panel.sheets[index]), pad=3)
+    _token_axis(grid[0, 0], "y", panel.rows, lettering)
+    _token_axis(grid[0, 0], "x", panel.columns, lettering)
+    if mesh is not None:
+        shrink = min(1.0, 2.2 / figure.get_figheight())
+        bar = figure.colorbar(mesh, ax=grid, shrink=shrink, pad=0.02)
+        bar.set_label(lettering.prose(panel.unit))
+        bar.outline.set_linewidth(0.4)  # type: ignore[union-attr]
+    figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
+
+
+def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize, *, signed: bool) -> Any:
+    ends = [colors.NEGATIVE, "white", colors.POSITIVE] if signed else ["white", colors.POSITIVE]
+    shades = LinearSegmentedColormap.from_list("tl_contextmix", ends).with_extremes(
+        bad=colors.MASKED if panel.causal else colors.NOTHING,
+        over=colors.INFINITE,
+        under=colors.INFINITE,
+    )
+    if panel.causal:
+        later = sheet.new_ones(sheet.shape).triu(1).bool()
+        sheet = sheet.masked_fill(later, math.nan)
+    # matplotlib takes what is infinite for missing; beyond the scale it has a colour of its own.
+    beyond = 2 * float(scale.vmax or 1.0)
+    sheet = sheet.nan_to_num(nan=math.nan, posinf=beyond, neginf=-beyond)
+    mesh = axes.pcolormesh(
+        sheet.numpy(), cmap=shades, norm=scale, rasterized=sheet.numel() > _MESH, linewidth=0
+    )
+    axes.set_aspect("equal" if 0.2 < sheet.shape[0] / sheet.shape[1] < 5 else "auto")
+    axes.tick_params(length=0, pad=2)
+    return mesh
+
+
+def _token_axis(axes: Axes, name: str, tokens: tuple[str, ...], lettering: Lettering) -> None:
+    every = math.ceil(len(tokens) / _LABELLED) or 1
+    places = range(0, len(tokens), every)
+    labels = [lettering.shown(tokens[place]) for place in places]
+    ticks = [place + 0.5 for place in places]
+    if name == "y":
+        axes.set_yticks(ticks, labels)
+        axes.invert_yaxis()  # shared, so once is enough
+    else:
+        upright = all(len(label) <= 2 for label in labels)
+        turn = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        figure = axes.get_figure()
+        assert figure is not None
+        for one in figure.axes:
+            one.set_xticks(ticks, labels, **turn)
+
+
+def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
+    width = min(7.0, max(3.2, 0.45 * len(panel.labels) + 1.2))
+    every = math.ceil(len(panel.labels) / _LABELLED) or 1
+    places = range(0, len(panel.labels), every)
+    labels = [lettering.shown(panel.labels[place]) for place in places]
+    longest = max((lettering.width(label, SIZE) for label in labels), default=0.0)
+    turned = (longest + 0.1) * len(labels) > width - 0.6
+    turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+    figure.set_size_inches(width, 2.4 + (0.75 * longest if turned else 0.0))
+    axes = figure.subplots()
+    axes.set_title(lettering.prose(panel.title), fontsize=SIZE + 1)
+    axes.set_ylabel(lettering.prose(panel.unit))
+    axes.set_xticks(list(places), labels, **turn)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _bars(figure: Figure, panel: Bars, lettering: Lettering) -> None:
+    axes = _chart(figure, panel, lettering)
+    width = 0.8 / max(1, len(panel.series))
+    for index, (name, values) in enumerate(panel.series):
+        finite = [value if math.isfinite(value) else 0.0 for value in values]
+        left = [place - 0.4 + width * (index + 0.5) for place in range(len(values))]
+        colour, told = colors.series(index), lettering.shown(name)
+        axes.bar(left, finite, width * 0.92, color=colour, label=told)
+        for at, value in zip(left, values, strict=True):
+            if not math.isfinite(value):
+                axes.text(at, 0, number(value, 0), ha="center", va="bottom")
+    axes.axhline(0, color=colors.ZERO_LINE, linewidth=0.6)
+    _legend(axes, panel)
+
+
+def _curves(figure: Figure, panel: Curves, lettering: Lettering) -> None:
+    axes = _chart(figure, panel, lettering)
+    places = range(len(panel.labels))
+    for index, (name, values) in enumerate(panel.series):
+        colour = colors.series(index)
+        finite = [value if math.isfinite(value) else math.nan for value in values]
+        axes.plot(places, finite, "o-", color=colour, markersize=3, label=lettering.shown(name))
+        if panel.intervals:
+            low, high = zip(*panel.intervals[index], strict=True)
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    _legend(axes, panel)
+
+
+def _legend(axes: Axes, panel: Bars) -> None:
+    if len(panel.series) > 1:
+        axes.legend(frameon=False, fontsize=SIZE - 1)
+
+
+_DRAW: dict[type, Callable[[Figure, Any, Lettering], None]] = {
+    Heatmap: _heatmap,
+    Bars: _bars,
+    Curves: _curves,
+    Table: matplotlib_tables.table,
+    ColoredText: matplotlib_tables.text,
+    Samples: matplotlib_tables.samples,
+}

@@ -1,0 +1,285 @@
+"""A page of panels: one self-contained HTML document that needs no network and makes no request."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import tempfile
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tl_contextmix.errors import bad
+from tl_contextmix.plotting import (
+    bar_charts,
+    circuitsvis_source,
+    colors,
+    curve_charts,
+    heatmap,
+    markup,
+    plain_text,
+    still_picture,
+    table_panels,
+)
+from tl_contextmix.plotting.circuitsvis_source import Charts
+from tl_contextmix.plotting.display_text import label, prose
+from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+
+# A new kind of picture is one class in `panels` and one row here and in `plain`.
+DRAW: dict[type, Callable[[Any, Charts], str]] = {
+    Heatmap: heatmap.draw,
+    Bars: bar_charts.draw,
+    Curves: curve_charts.draw,
+    Table: table_panels.draw_table,
+    ColoredText: table_panels.draw_text,
+    Samples: table_panels.draw_samples,
+}
+
+# A browser should not have to draw a thousand sentences because somebody asked for one look.
+PANELS = 60
+STILLS = 6
+_FRAME_LIMIT = 900
+_FRAME_HEIGHTS = {Bars: 420, Curves: 440, ColoredText: 190, Samples: 760}
+# Shown only where the frame is not: it goes with the frame, or with the rule, or with both.
+_HIDE_STILL = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels that belong together.
+
+    Attributes:
+        title: Heading.
+        text: One short paragraph on how to read them and what they are not.
+        panels: What there is to see.
+        citation: Where the method comes from.
+        finding: One sentence on what there is to be seen in these numbers.
+    """
+
+    title: str
+    text: str
+    panels: tuple[Panel, ...]
+    citation: str = ""
+    finding: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Panels on a page of their own, for a notebook, a file or a browser.
+
+    The same panels give the same bytes, always.
+
+    Attributes:
+        panels: Shown first, under no heading but the page's.
+        title: Heading of the page.
+        facts: What the page is about, as names and values under the heading.
+        sections: Shown after the panels, each with a heading.
+    """
+
+    panels: tuple[Panel, ...]
+    title: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
+    sections: tuple[Section, ...] = ()
+
+    def __repr__(self) -> str:
+        count = len(self._all_panels())
+        return f"Page({self.title!r}, {count} panel{'' if count == 1 else 's'})"
+
+    def text(self) -> str:
+        """Returns the page as plain text: titles, and the numbers that stand out."""
+        return "\n\n".join([self.title, *map(plain_text.describe, self._all_panels())]).strip()
+
+    def html(self) -> str:
+        """Returns the page as one complete document."""
+        charts = Charts()
+        body = self._body(charts)
+        scripts, data = _scripts(charts)
+        return "\n".join(
+            [
+                "<!DOCTYPE html>",
+                '<html lang="en">',
+                _head(self.title, scripts),
+                f"<body>\n{body}",
+                data,
+                *(f"<script>{script}</script>" for script in scripts),
+                "</body>\n</html>\n",
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        # The frame keeps our styles from the notebook's and CircuitsVis's globals from other
+        # outputs, so that the same page can be shown twice; its sandbox has scripts and no more.
+        # What stands beside it survives where a viewer strips frames.
+        name = prose(self.title) or "tl_contextmix"
+        stills = "".join(map(still_picture.fallback, self._all_panels()[:STILLS]))
+        return (
+            f'{_HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
+            f'style="width:100%;height:{self._frame_height()}px;border:0;resize:vertical;'
+            f'overflow:auto" srcdoc="{escape(self.html())}"></iframe>'
+            f'<div class="tl-contextmix-still">{stills}</div>'
+            f"<details><summary>{name} as text</summary>"
+            f"<pre>{escape(self.text())}</pre></details>"
+        )
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """Returns what hosts choose from: HTML, text, and for those without HTML a picture."""
+        bundle = {"text/html": self._repr_html_(), "text/plain": self.text()}
+        picture = next(filter(None, map(still_picture.picture, self._all_panels()[:STILLS])), None)
+        return bundle if picture is None else {**bundle, "image/svg+xml": picture}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the page to a file; returns its path.
+
+        Raises:
+            InvalidInput: If the file cannot be written.
+        """
+        path = Path(path)
+        with _named(path):
+            # Bytes: a translated line ending would break the hashes in the head of the page.
+            path.write_bytes(self.html().encode())
+        return path
+
+    def open(self) -> Path:
+        """Writes the page to a temporary file and opens it in the browser; returns its path."""
+        path = self.save(Path(tempfile.mkdtemp(prefix="tl_contextmix-")) / "page.html")
+        webbrowser.open(path.as_uri())
+        return path
+
+    def _all_panels(self) -> tuple[Panel, ...]:
+        return self.panels + tuple(panel for part in self.sections for panel in part.panels)
+
+    def _body(self, charts: Charts) -> str:
+        facts = "".join(
+            f"<div><dt>{prose(name)}</dt><dd>{label(value, 120)}</dd></div>"
+            for name, value in self.facts
+        )
+        pieces = [f"<header><h1>{prose(self.title)}</h1>"] if self.title else ["<header>"]
+        pieces.append(f'<dl class="facts">{facts}</dl>' if facts else "")
+        pieces.append(f"{_contents(self.sections)}</header>\n<main>")
+        if self.panels:
+            pieces.append(_panels(self.panels, charts))
+        for index, section in enumerate(self.sections):
+            pieces.append(_section(section, index, charts))
+        pieces.append(f"</main>\n<footer>{_footer(charts)}</footer>")
+        return "\n".join(piece for piece in pieces if piece)
+
+    def _frame_height(self) -> int:
+        return min(_FRAME_LIMIT, 120 + sum(map(_height, self._all_panels())))
+
+
+def require_writable(path: str | Path) -> None:
+    """Checks that a page can be written, before the work of making it; leaves files as they are.
+
+    Raises:
+        InvalidInput: If the file cannot be written.
+    """
+    path = Path(path)
+    with _named(path):
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise bad(
+            "the page cannot be written",
+            f"{str(path)!r} ({getattr(error, 'strerror', None) or error})",
+            "the name of a file in a folder that exists",
+            "Give another path.",
+        ) from error
+
+
+def _height(panel: Panel) -> int:
+    """Returns about how high a panel is; the frame cannot ask the page inside it."""
+    if isinstance(panel, Heatmap):
+        square = panel.rows == panel.columns
+        return 230 + (heatmap.width_of(panel) if square else 28 * min(40, len(panel.rows)))
+    if isinstance(panel, Table):
+        return 110 + 27 * len(panel.rows)
+    return _FRAME_HEIGHTS[type(panel)]
+
+
+def _panels(panels: Sequence[Panel], charts: Charts) -> str:
+    drawn = "\n".join(DRAW[type(panel)](panel, charts) for panel in panels[:PANELS])
+    left = f"The first {PANELS} of {len(panels):,} panels; ask for a part of the result."
+    rest = markup.note(left) if len(panels) > PANELS else ""
+    return f'<div class="panels">\n{drawn}\n</div>{rest}'
+
+
+def _section(section: Section, index: int, charts: Charts) -> str:
+    pieces = [
+        f'<section id="section-{index}" aria-labelledby="heading-{index}">',
+        f'<h2 id="heading-{index}">{prose(section.title)}</h2>',
+        _paragraph("finding", section.finding),
+        _paragraph("reading", section.text),
+        _panels(section.panels, charts),
+        _paragraph("citation", section.citation),
+        "</section>",
+    ]
+    return "\n".join(piece for piece in pieces if piece)
+
+
+def _paragraph(kind: str, text: str) -> str:
+    return f'<p class="{kind}">{prose(text)}</p>' if text else ""
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    if len(sections) < 2:
+        return ""
+    # With their findings, the headings are the whole story in a few lines.
+    items = "".join(
+        f'<li><a href="#section-{index}">{prose(section.title)}</a> {prose(section.finding)}</li>'
+        for index, section in enumerate(sections)
+    )
+    return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
+
+
+def _footer(charts: Charts) -> str:
+    drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" if charts.drawn else ""
+    return f"Made by tl_contextmix{drawn}. This page is complete in itself and makes no request."
+
+
+def _scripts(charts: Charts) -> tuple[list[str], str]:
+    """Returns the programs of a page, and the element with the data they draw."""
+    own = _resource("page.js")
+    if not charts.drawn:
+        return [own], ""
+    data = f'<script type="application/json" id="charts">{charts.data()}</script>'
+    return [circuitsvis_source.script(), own], data
+
+
+def _head(title: str, scripts: Sequence[str]) -> str:
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    # Nothing but these very scripts may run and nothing may be fetched, whatever a token holds.
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    style = _resource("page.css") + colors.stylesheet()
+    return (
+        '<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{prose(title) or 'tl_contextmix'}</title>\n"
+        f"<style>\n{style}\n</style>\n</head>"
+    )
+
+
+@cache
+def _resource(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@cache
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

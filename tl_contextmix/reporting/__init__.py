@@ -1,0 +1,171 @@
+"""One offline page: what a model's blocks do to a sentence, or any results one wants to show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.errors import UnsupportedModel, bad
+from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
+from tl_contextmix.methods.memories import Triggers, load_triggers
+from tl_contextmix.plotting import Page, Section, require_writable
+from tl_contextmix.reporting.sections import SECTIONS, SectionName, chosen, facts, missing_section
+from tl_contextmix.reporting.story import default_text, read
+from tl_contextmix.results import Provenance, Result
+
+DEFAULT_MODEL = "causal-lm"
+DEFAULT_PATH = "tl_contextmix_report.html"
+# What the report of the default model takes its section on encoder layers from.
+COMPANION = "encoder-decoder"
+
+
+def build_report(
+    model: object,
+    text: str,
+    *,
+    title: str | None = None,
+    sections: Sequence[SectionName] | None = None,
+    triggers: Triggers | None = None,
+    pairs: Sequence[MinimalPair] | None = None,
+    companion: object = None,
+) -> Page:
+    """Returns a page that tells what a model's blocks do to a sentence, as a story.
+
+    ``prediction``: what the model predicts. ``mixing``: which tokens were mixed, and where.
+    ``feed-forward``: what the feed-forward block changed. ``memories``: which memories fired and
+    what triggers them. ``components``: which components wrote the answer, and whether it falls
+    without them. ``encoder-layers``: what each encoder layer already knows. ``comparison``: which
+    map to believe. ``points``, told when asked for: the map of every point of a block.
+
+    Of an encoder-decoder, the maps are those of the encoder, and the components those of the
+    decoder. What a model or a text has no answer to is listed at the end with the reason.
+
+    Args:
+        model: Any model `as_view` reads.
+        text: The sentence.
+        title: Heading of the page.
+        sections: Which of them; None for all but ``points``. They keep their order.
+        triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None: a
+            demo model's own grammar is mined.
+        pairs: Minimal pairs to compare methods on; the first 8 are used. None: those of a demo
+            model's own grammar.
+        companion: An encoder-decoder to tell ``encoder-layers`` with where the model has none.
+
+    Raises:
+        ContextMixError: If the model, the text or the sections cannot be used.
+
+    Warns:
+        ContextMixWarning: If a demo model never saw a word of the text.
+    """
+    names = chosen(sections)
+    given = {"triggers": triggers, "pairs": pairs, "companion": companion}
+    with _progress(len(names) + 1) as bar:
+        bar.set_description("maps")
+        story = read(model, text, **given)
+        bar.update()
+        told, missing = [], []
+        for name in names:
+            bar.set_description(name)
+            section = SECTIONS[name](story)
+            if isinstance(section, Section):
+                told.append(section)
+            else:
+                missing.append((name, section))
+            bar.update()
+    if missing:
+        told.append(missing_section(missing))
+    return Page((), title or "Context-mixing report", facts(story), tuple(told))
+
+
+def write_report(
+    model_or_name: object = None,
+    text: str | None = None,
+    path: str | Path = DEFAULT_PATH,
+    *,
+    title: str | None = None,
+    sections: Sequence[SectionName] | None = None,
+    triggers: str | Path | None = None,
+    pairs: str | Path | None = None,
+) -> Path:
+    """Writes `build_report` to a file; returns its path.
+
+    Args:
+        model_or_name: A model, or what `load_model` takes. None: the embedded causal language
+            model, beside it the embedded encoder-decoder for what only that can tell.
+        text: The sentence; None for one that suits the model.
+        path: The file.
+        title: Heading of the page.
+        sections: See `build_report`.
+        triggers: Folder that `mine_triggers` wrote for this model, from a corpus file that is
+            still there.
+        pairs: File of minimal pairs, see `load_minimal_pairs`.
+
+    Raises:
+        ContextMixError: If the model, the text, a file or the path cannot be used.
+    """
+    require_writable(path)
+    names = chosen(sections)
+    companion = None
+    if model_or_name is None:
+        model_or_name = DEFAULT_MODEL
+        # TransformerLens 2 has no class that reads the embedded encoder-decoder right.
+        with suppress(UnsupportedModel):
+            companion = load_model(COMPANION) if "encoder-layers" in names else None
+    named = isinstance(model_or_name, (str, Path))
+    model = load_model(model_or_name) if named else model_or_name
+    page = build_report(
+        model,
+        default_text(model) if text is None else text,
+        title=title,
+        sections=names,
+        triggers=None if triggers is None else load_triggers(triggers, model=model),
+        pairs=None if pairs is None else load_minimal_pairs(pairs),
+        companion=companion,
+    )
+    return page.save(path)
+
+
+def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "Results") -> Path:
+    """Writes any results to one page, a section each; returns its path.
+
+    Args:
+        results: One result or several, in the order they are to be shown.
+        path: The file.
+        title: Heading of the page.
+
+    Raises:
+        InvalidInput: If something given is no result, or the file cannot be written.
+    """
+    listed = [results] if isinstance(results, Result) else results
+    sections = tuple(_result_section(result) for result in listed)
+    return Page((), title=title, sections=sections).save(path)
+
+
+def _result_section(result: object) -> Section:
+    if not isinstance(result, Result):
+        raise bad(
+            "the page cannot be made",
+            f"a {type(result).__name__}",
+            "results of this package's methods",
+            "Give one result or a list of them.",
+        )
+    provenance: Provenance | None = getattr(result, "provenance", None)
+    if provenance is None:
+        return Section(type(result).__name__, "", result.panels())
+    options = ", ".join(f"{name}={value!r}" for name, value in provenance.options.items())
+    processing = ", ".join(provenance.processing) or "as published"
+    text = (
+        f"{provenance.method}({options}) of {provenance.model} on {provenance.host} "
+        f"{provenance.host_version}, weights {processing}."
+    )
+    return Section(provenance.method, text, result.panels())
+
+
+def _progress(total: int) -> tqdm:
+    # disable=None: on a terminal only.
+    return tqdm(total=total, disable=None, leave=False, unit="step")

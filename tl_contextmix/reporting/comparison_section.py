@@ -1,0 +1,208 @@
+"""One page on which map to believe for a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import package_version
+from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.demo_models import DEMO_NAMES
+from tl_contextmix.engine.citations import sources
+from tl_contextmix.errors import ContextMixError, bad
+from tl_contextmix.evaluation import MinimalPair, Unusable, load_minimal_pairs
+from tl_contextmix.evaluation.compare import METHODS, Sentence, compare, demo_pairs
+from tl_contextmix.plotting import Page, Section, require_writable
+from tl_contextmix.plotting.panels import Heatmap, Panel, Table
+from tl_contextmix.reporting.drawing import quoted, table_of
+from tl_contextmix.reporting.story import Story
+from tl_contextmix.results import Comparison
+
+COMPARISON_PATH = "tl_contextmix_comparison.html"
+COMPARED = 50
+_SOURCES = (
+    *("mohebbi2023quantifying", "deyoung2020eraser", "abnar2020quantifying"),
+    *("kobayashi2020attention", "kobayashi2021incorporating", "kobayashi2024analyzing"),
+    *("modarressi2022globenc", "ferrando2022measuring", "modarressi2023decompx"),
+    "sundararajan2017axiomatic",
+)
+# One of each kind, none of those that take seconds a sentence.
+_SHOWN = {
+    "attention": "attention",
+    "attention_norms attn_out": "norms, attention",
+    "attention_norms block_out": "norms, block",
+    "value_zeroing": "Value Zeroing",
+    "alti": "ALTI",
+    "decompx": "DecompX",
+}
+_NOT_SHOWN = ("modarressi2022globenc", "sundararajan2017axiomatic")
+_FEW = 8
+_READING = (
+    "Every method looks at the same row: that of the position the answer is predicted from. "
+    "Alignment asks whether it points at the words that are known to decide the answer; "
+    "faithfulness whether the prediction falls when what it ranks high is blanked. The first "
+    "presumes that the model uses the cue; the second puts the model before sentences it "
+    "never saw. A method can be right about one layer and poor through all of them."
+)
+
+
+def write_comparison(
+    model_or_name: object,
+    pairs: str | Path | None = None,
+    path: str | Path = COMPARISON_PATH,
+    *,
+    count: int | None = None,
+    words: bool = False,
+    unusable: Unusable = "error",
+) -> tuple[Path, Comparison]:
+    """Writes `compare` of minimal pairs to one page; returns its path and the comparison.
+
+    Args:
+        model_or_name: A causal or masked model, or what `load_model` takes.
+        pairs: A file as `load_minimal_pairs` reads it; None for a demo model's own grammar.
+        path: The page.
+        count: How many of them, from the first; None for all of a file, or 50 of the grammar.
+        words: See `compare`.
+        unusable: Likewise.
+
+    Raises:
+        ContextMixError: If the model, the pairs or the path cannot be used.
+    """
+    if count is not None and count < 1:
+        raise bad("nothing can be compared", count, "at least 1 sentence", "Ask for 50.")
+    require_writable(path)
+    named = isinstance(model_or_name, (str, Path))
+    model = load_model(model_or_name) if named else model_or_name
+    view = as_view(model)
+    listed = _listed(view.name, pairs, count)
+    found = compare(model, listed, words=words, unusable=unusable)
+    facts = (
+        ("Model", view.name),
+        ("Class", f"{view.host}, TransformerLens {view.host_version}"),
+        ("Weights", ", ".join(view.processing) or "as published"),
+        ("Sentences", f"{found.sentences}, such as: {listed[0].good}"),
+        ("tl_contextmix", package_version()),
+    )
+    section = Section(
+        "Which map to believe?", _READING, found.panels(), sources(*_SOURCES), _finding(found)
+    )
+    page = Page((), title="Comparison of methods", facts=facts, sections=(section,))
+    return page.save(path), found
+
+
+def comparison(story: Story) -> Section | str:
+    """Returns the predicting row by every method, and how each does where the answer is known."""
+    view, focus = story.done.view, story.focus
+    if focus is None:
+        return "there is no mask in the text to predict"
+    if len(view.stacks) == 2:
+        return "methods are compared on models of one stack"
+    if view.readout.refusal:
+        return view.readout.refusal
+    pairs = story.pairs
+    if pairs is None and view.name in DEMO_NAMES:
+        pairs = demo_pairs(count=_FEW)
+    panels: list[Panel] = [_rows(story)]
+    finding, tested = (
+        "",
+        (
+            "Which of them is right one sentence cannot say: `tl-contextmix compare --pairs` "
+            "measures it on sentences whose deciding words are known, and `--pairs` brings it here."
+        ),
+    )
+    if pairs is not None:
+        found = compare(story.model, pairs[:_FEW], methods=tuple(_SHOWN), unusable="drop")
+        panels += [_best(found), _likeness(found), *found.without()]
+        finding = _finding(found)
+        tested = (
+            f"{_READING} {found.sentences} sentences leave wide intervals: `tl-contextmix compare` "
+            "takes more sentences and every method."
+        )
+    text = f"Methods disagree, because they ask different questions of the same blocks. {tested}"
+    citation = sources(*(key for key in _SOURCES if key not in _NOT_SHOWN))
+    return Section("Which map to believe?", text, tuple(panels), citation, finding)
+
+
+def _best(found: Comparison) -> Table:
+    """Returns the first metric of every method at its best layer."""
+    metric = found.metrics[0]
+    costs = {cost.method: cost.forward for cost in found.costs}
+    rows = [
+        (
+            _SHOWN[row.method],
+            f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})",
+            row.layer,
+            costs[row.method],
+        )
+        for row in found.best(metric).itertuples()
+    ]
+    chance = found.best(metric)["chance"].iloc[0]
+    known = "" if found.correct is None else f" The model is right in {found.correct}."
+    return Table(
+        title=f"Every method at its best layer: {metric}",
+        caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
+        "The layer is chosen on these sentences, which flatters a little. Cost: operations over "
+        "those of a forward pass.",
+        columns=("method", metric, "layer", "cost"),
+        rows=tuple(rows),
+    )
+
+
+def _likeness(found: Comparison) -> Heatmap:
+    panel = found.likeness()
+    names = tuple(_SHOWN[name] for name in panel.rows)
+    return replace(panel, rows=names, columns=names)
+
+
+def _rows(story: Story) -> Heatmap:
+    """Returns the predicting row of every method, from the input to the last layer."""
+    tokens = story.done.target
+    assert story.focus is not None
+    here = tokens.strings[0][story.focus]
+    asked = Sentence(tokens.ids[:1], story.focus, None)
+    names, rows, left_out = [], [], []
+    for name in _SHOWN:
+        try:
+            map = METHODS[name](story.model, asked).normalize()
+            whole = map if map.from_input else map.rollout()
+        except ContextMixError:
+            left_out.append(_SHOWN[name])
+            continue
+        names.append(_SHOWN[name])
+        rows.append(whole.normalize().scores[0, -1, 0, story.focus].detach().cpu())
+    missing = f" Not for this model: {', '.join(left_out)}." if left_out else ""
+    return table_of(
+        torch.stack(rows),
+        names,
+        tokens.strings[0],
+        title=f"What {quoted(here)} is made of, by every method",
+        caption="From the input tokens through all layers: rollouts of one-layer maps, and vectors "
+        f"carried through (DecompX). Each row sums to 1.{missing}",
+        unit="share of row",
+    )
+
+
+def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[MinimalPair, ...]:
+    if pairs is not None:
+        return load_minimal_pairs(pairs)[:count]
+    if name in DEMO_NAMES:
+        return demo_pairs(count=count or COMPARED)
+    raise bad(
+        "there are no sentences to compare methods on",
+        f"{name}, which is no demo model, without a file of pairs",
+        "a file of minimal pairs, a JSON object per line",
+        "Give --pairs FILE, for example one of BLiMP's.",
+    )
+
+
+def _finding(found: Comparison) -> str:
+    first = found.metrics[0]
+    best = found.best(first).iloc[0]
+    figures = f"{best['value']:.2f} ({best['low']:.2f} to {best['high']:.2f}; chance"
+    where = f"{best['method']} at layer {best['layer']}"
+    if first == "dot":
+        return f"Best at the words that decide: {where}, {figures} {best['chance']:.2f})."
+    return f"By {first}: {where}, {figures} {best['chance']:.2f})."

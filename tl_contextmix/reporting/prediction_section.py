@@ -1,0 +1,73 @@
+"""The report's first section: what the model predicted."""
+
+from __future__ import annotations
+
+import torch
+
+from tl_contextmix.plotting import Section
+from tl_contextmix.plotting.panels import Bars, Panel, Table
+from tl_contextmix.reporting.drawing import quoted
+from tl_contextmix.reporting.story import Story
+
+_CANDIDATES = 8
+
+
+def prediction(story: Story) -> Section | str:
+    """Returns the most probable tokens, and what the model expected at every position before."""
+    view, logits, focus = story.done.view, story.done.trace.logits, story.focus
+    if focus is None:
+        return "there is no mask in the text to predict"
+    if logits is None or view.readout.refusal:
+        return view.readout.refusal or "the model has no logits"
+    probabilities = logits[0].detach().float().softmax(-1)
+    found = probabilities[focus].topk(min(_CANDIDATES, probabilities.shape[-1]))
+    names = tuple(view.to_string(token) for token in found.indices.tolist())
+    here = story.done.target.strings[0][focus]
+    causal = "decoder" in view.stacks
+    preposition = "after" if causal else "at"
+    panels: list[Panel] = [
+        Bars(
+            title=f"Most probable tokens {preposition} {quoted(here)}",
+            caption="The model's own probabilities; nothing is taken apart yet.",
+            labels=names,
+            series=(("probability", tuple(found.values.tolist())),),
+            unit="probability",
+        )
+    ]
+    if causal and focus > 0:
+        panels.append(_expected(story, probabilities))
+    share = float(found.values[0])
+    finding = f"{preposition.capitalize()} {quoted(here)} the model says {quoted(names[0])}"
+    if len(names) > 1:
+        finding += f" ({share:.0%}; then {quoted(names[1])}, {float(found.values[1]):.0%})"
+    text = (
+        "This is the answer that the rest of the page takes apart. A probability says how sure the "
+        "model is, not whether it is right, and not why: the sections that follow look at where "
+        "the information came from, what the feed-forward layers did with it, and which components "
+        "wrote the answer."
+    )
+    return Section("What does the model predict?", text, tuple(panels), finding=f"{finding}.")
+
+
+def _expected(story: Story, probabilities: torch.Tensor) -> Table:
+    """Returns what the model expected after each token, beside the token that came."""
+    view, tokens = story.done.view, story.done.target
+    rows = []
+    for place, word in enumerate(tokens.strings[0][:-1]):
+        best = int(probabilities[place].argmax())
+        came = int(tokens.ids[0, place + 1])
+        rows.append(
+            (
+                word,
+                view.to_string(best),
+                float(probabilities[place, best]),
+                tokens.strings[0][place + 1],
+                float(probabilities[place, came]),
+            )
+        )
+    return Table(
+        title="On the way there",
+        caption="After each token: what the model expected, and the token that came.",
+        columns=("after", "expected", "probability", "came", "its probability"),
+        rows=tuple(rows),
+    )

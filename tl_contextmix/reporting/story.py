@@ -1,0 +1,169 @@
+"""What a report is made from: one forward pass and the maps of every point."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.demo_models import DEMO_NAMES, known_words
+from tl_contextmix.engine.parts import POINTS, Point
+from tl_contextmix.errors import (
+    ContextMixError,
+    bad,
+    four_parts,
+    warn,
+)
+from tl_contextmix.evaluation import MinimalPair
+from tl_contextmix.methods.memories import Triggers
+from tl_contextmix.methods.norms import attention_norms
+from tl_contextmix.results import ContextMap
+
+_TEXT = "the keys to the cabinet"
+# French has two words for a bat: the encoder must tell them apart.
+_TEXTS = {"encoder-decoder": "the bat burned ."}
+
+
+@dataclass(frozen=True)
+class Story:
+    """What every section of a report is made from.
+
+    Attributes:
+        model: The model.
+        text: The sentence.
+        done: The forward pass whose last step is looked at.
+        stack: The stack of the maps; None for the only one.
+        maps: Maps by point; some points are missing where the model has no such thing.
+        missing: Why; empty where all are there.
+        focus: The position that is predicted from, or None where there is none.
+        triggers: Mined triggers of the model's memories, or None.
+        pairs: Minimal pairs to compare methods on, or None.
+        companion: An encoder-decoder that stands in where the model has no encoder, or None.
+    """
+
+    model: object
+    text: str
+    done: Pass
+    stack: StackName | None
+    maps: Mapping[str, ContextMap]
+    missing: str
+    focus: int | None
+    triggers: Triggers | None = None
+    pairs: Sequence[MinimalPair] | None = None
+    companion: object = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the maps before and after every component are there."""
+        return not self.missing
+
+    @property
+    def last_point(self) -> Point:
+        """The last point there is a map of; the block's output where nothing is missing."""
+        return next(point for point in reversed(POINTS) if point in self.maps)
+
+    @property
+    def last(self) -> ContextMap:
+        """The map at the last point, rows summing to 1."""
+        return self.maps[self.last_point].normalize()
+
+
+def default_text(model: object) -> str:
+    """Returns a sentence on which there is something to see.
+
+    The verb must agree with "keys", not with the noun beside it; a masked model is asked for it.
+    """
+    view = as_view(model)
+    mask = _mask_token(model)
+    if "decoder" not in view.stacks and mask:
+        return f"{_TEXT} {mask} old ."
+    return _TEXTS.get(view.name, _TEXT)
+
+
+def read(
+    model: object,
+    text: object,
+    *,
+    triggers: Triggers | None = None,
+    pairs: Sequence[MinimalPair] | None = None,
+    companion: object = None,
+) -> Story:
+    """Returns what there is to tell about a model and a sentence.
+
+    Args:
+        model: Any model `as_view` reads.
+        text: The sentence.
+        triggers: See `Story`.
+        pairs: Likewise.
+        companion: Likewise.
+
+    Raises:
+        ContextMixError: If the model or the text cannot be used.
+
+    Warns:
+        ContextMixWarning: If a demo model never saw a word of the text.
+    """
+    view = as_view(model)
+    if not isinstance(text, str):
+        raise bad(
+            "there is no report on this",
+            f"a {type(text).__name__}",
+            "one sentence as a str",
+            "Make a report for each sentence.",
+        )
+    _warn_about_words(view.name, text)
+    done = run_pass(view, Given(text))
+    stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
+    maps, missing = _maps(model, text, stack)
+    focus = _focus(model, done)
+    return Story(model, text, done, stack, maps, missing, focus, triggers, pairs, companion)
+
+
+def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, ContextMap], str]:
+    """Returns the maps of all points, or of those the model has and why others are missing."""
+    try:
+        return {**attention_norms(model, text, at=POINTS, stack=stack)}, ""
+    except ContextMixError as error:
+        first = error
+    found: dict[str, ContextMap] = {}
+    for point in POINTS:
+        try:
+            found[point] = attention_norms(model, text, at=point, stack=stack)
+        except ContextMixError:
+            continue
+    if not found:
+        raise first
+    return found, str(first)
+
+
+def _focus(model: object, done: Pass) -> int | None:
+    """Returns the position whose prediction a reader wants: the last one, or the mask."""
+    words = done.target.strings[0]
+    if "decoder" in done.view.stacks:
+        return len(words) - 1
+    mask = _mask_token(model)
+    return next((place for place, word in enumerate(words) if word.strip() == mask), None)
+
+
+def _mask_token(model: object) -> str | None:
+    return getattr(getattr(model, "tokenizer", None), "mask_token", None)
+
+
+def _warn_about_words(name: str, text: str) -> None:
+    if name not in DEMO_NAMES:
+        return
+    # Marks such as [MASK] and <s> are tokens, not words.
+    words = re.findall(r"[^\W_]+|[^\w\s]", re.sub(r"\[\w+\]|<[^<>\s]+>", " ", text))
+    foreign = list(dict.fromkeys(word for word in words if word not in known_words(name)))
+    if foreign:
+        warn(
+            four_parts(
+                f"{name} never saw some of these words, and its maps of them mean nothing",
+                ", ".join(map(repr, foreign)),
+                "words of its made-up grammar (tl_contextmix.demo_models.known_words)",
+                "Use other words, or a model trained on real text.",
+            )
+        )

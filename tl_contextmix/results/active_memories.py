@@ -1,0 +1,217 @@
+"""Feed-forward sublayers as memories: which are active, which tokens they promote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from tl_contextmix.errors import bad
+from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import (
+    as_array,
+    layer_positions,
+    positions,
+    require_count,
+    require_shape,
+)
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.memory_composition import CompositionFigures
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class Memories(Result):
+    """Coefficients of every memory, and how the memories of each layer make up its output.
+
+    Attributes:
+        coefficients: What each value is multiplied with; 0 at padding.
+        active: Share of memories that are active.
+        agreeing: How many active memories promote the top token of the feed-forward output.
+        residual_top: Top token of the stream that the feed-forward output is added to.
+        ffn_top: Top token of the feed-forward output.
+        output_top: Top token of the layer's output.
+        final_top: Top token of the model.
+        probability: Probability of the model's top token, read from the residual stream.
+        case: Index into `cases`.
+        quadrants: Share of gated memories per sign of gate and linear branch (++ +- -+ --); empty
+            where there are no gates.
+        promoted: Token each value promotes, and the one it promotes with a negative coefficient.
+        norm: Length of each value.
+        layers: Number of each layer.
+        cases: Names of the cases.
+        tokens: The positions.
+        words: Text of each token that occurs, by its id.
+        provenance: Where it comes from.
+    """
+
+    coefficients: Float[torch.Tensor, "batch layer pos neuron"]
+    active: Float[torch.Tensor, "batch layer pos"]
+    agreeing: Int[torch.Tensor, "batch layer pos"]
+    residual_top: Int[torch.Tensor, "batch layer pos"]
+    ffn_top: Int[torch.Tensor, "batch layer pos"]
+    output_top: Int[torch.Tensor, "batch layer pos"]
+    final_top: Int[torch.Tensor, "batch pos"]
+    probability: Float[torch.Tensor, "batch layer pos"]
+    case: Int[torch.Tensor, "batch layer pos"]
+    quadrants: Float[torch.Tensor, "batch layer pos quadrant"]
+    promoted: Int[torch.Tensor, "layer neuron side"]
+    norm: Float[torch.Tensor, "layer neuron"]
+    layers: tuple[int, ...]
+    cases: tuple[str, ...]
+    tokens: Tokens
+    words: dict[str, str]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        batch, pos = self.tokens.ids.shape
+        shape = (batch, len(self.layers), pos)
+        for name in (
+            *("active", "agreeing", "residual_top", "ffn_top", "output_top"),
+            *("probability", "case"),
+        ):
+            require_shape(f"Memories.{name}", getattr(self, name), shape)
+        neurons = self.coefficients.shape[3]
+        require_shape("Memories.coefficients", self.coefficients, (*shape, neurons))
+        require_shape("Memories.promoted", self.promoted, (len(self.layers), neurons, 2))
+
+    def __repr__(self) -> str:
+        batch, layer, pos, neuron = self.coefficients.shape
+        return f"Memories: batch {batch}, layer {layer}, pos {pos}, neuron {neuron}"
+
+    @property
+    def zero_agreement(self) -> torch.Tensor:
+        """Where no active memory promotes the top token of the feed-forward output."""
+        return self.agreeing == 0
+
+    @property
+    def residual_is_final(self) -> torch.Tensor:
+        """Where the residual stream's top token is the model's."""
+        return self.residual_top == self.final_top[:, None]
+
+    def figures(self) -> CompositionFigures:
+        """Returns the paper's figures, over all positions that are no padding."""
+        # The same figures as `memories.LayerComposition.sums`, of what is kept here.
+        real = self.tokens.mask.to(self.active.device)[:, None]
+        rows = [
+            self.active,
+            self.zero_agreement.to(self.active),
+            self.residual_is_final.to(self.active),
+            self.probability,
+            *((self.case == index).to(self.active) for index in range(len(self.cases))),
+        ]
+        sums = torch.stack([(row * real).sum((0, 2)) for row in rows], dim=1).cpu().double()
+        count = int(self.tokens.mask.sum())
+        return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)
+
+    def top(
+        self, k: int = 10, *, layer: int | None = None, pos: int = -1, batch: int = 0
+    ) -> pandas.DataFrame:
+        """Returns the memories that add the longest vectors at a position.
+
+        Args:
+            k: How many of each layer.
+            layer: Layer; None for all.
+            pos: Position; a negative one counts from the end of the row's tokens, padding left
+                out.
+            batch: Row of the batch.
+
+        Raises:
+            InvalidInput: If there is no such layer, position or row.
+        """
+        import pandas
+
+        k, row = require_count(k), _one("batch", batch, len(self.active))
+        real = self.tokens.mask[row].nonzero()[:, 0].tolist()
+        place = _one("pos", pos, self.active.shape[2])
+        if isinstance(pos, int) and pos < 0:
+            place = real[_one("pos", pos, len(real))]
+        if place not in real:
+            raise bad(
+                "there are no memories at padding",
+                f"pos={pos} of row {row}",
+                f"one of {real}",
+                "Count from the end: padding is left out.",
+            )
+        found = []
+        for index in layer_positions(layer, self.layers):
+            numbers = self.coefficients[row, index, place]
+            size = numbers.abs() * self.norm[index]
+            for neuron in size.topk(min(k, len(size))).indices.tolist():
+                side = int(numbers[neuron] < 0)
+                found.append(
+                    {
+                        "layer": self.layers[index],
+                        "neuron": neuron,
+                        "coefficient": float(numbers[neuron]),
+                        "length": float(size[neuron]),
+                        "promotes": self.words[str(int(self.promoted[index, neuron, side]))],
+                    }
+                )
+        return pandas.DataFrame(found)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per layer and position that is no padding."""
+        import numpy as np
+        import pandas
+
+        real = self.tokens.mask.cpu()[:, None].expand(self.active.shape).numpy()
+        batch, layer, pos = np.nonzero(real)
+
+        def text(ids: torch.Tensor) -> list[str]:
+            return [self.words[str(one)] for one in as_array(ids)[real].tolist()]
+
+        final = self.final_top[:, None].expand(self.active.shape)
+        return pandas.DataFrame(
+            {
+                "batch": batch,
+                "layer": np.array(self.layers, dtype=np.int64)[layer],
+                "pos": pos,
+                "token": np.array(self.tokens.strings, dtype=object)[batch, pos],
+                "active": as_array(self.active)[real],
+                "agreeing": as_array(self.agreeing)[real],
+                "residual": text(self.residual_top),
+                "ffn": text(self.ffn_top),
+                "output": text(self.output_top),
+                "final": text(final),
+                "probability": as_array(self.probability)[real],
+                "case": np.array(self.cases, dtype=object)[as_array(self.case)[real]],
+            }
+        )
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the paper's charts over these positions, and the largest memories at the last."""
+        last = int(self.tokens.mask[0].nonzero()[-1])
+        frame = self.top(3, pos=last)
+        table = Table(
+            title=f"Memories at {self.tokens.strings[0][last]!r}",
+            caption="The three memories of each layer that add the longest vectors to the last "
+            "position of the first text, and the token each promotes.",
+            columns=("memory", "coefficient", "length", "promotes"),
+            rows=tuple(
+                (f"L{row.layer}.{row.neuron}", row.coefficient, row.length, row.promotes)
+                for row in frame.itertuples()
+            ),
+            signed=("coefficient",),
+        )
+        return (*self.figures().panels(), table)
+
+
+def _one(axis: str, wanted: object, length: int) -> int:
+    """Returns the one position that is asked for."""
+    found = [] if wanted is None else positions(axis, wanted, (), length)
+    if len(found) != 1:
+        raise bad(
+            f"one place on the {axis} axis is asked for",
+            repr(wanted)[:200],
+            f"an integer from {-length} to {length - 1}",
+            "Name one.",
+        )
+    return found[0]

@@ -1,0 +1,127 @@
+"""Which tokens a component speaks for: its vector, read through the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from tl_contextmix.plotting.panels import Panel
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.components import Components
+from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.log_prob_contributions import (
+    component_frame,
+    component_table,
+    source_word,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+Words = tuple[tuple[tuple[str, ...], ...], ...]
+_IN_TABLE = 6
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class ComponentReadouts(Result):
+    """The tokens that components raise and lower most, before the softmax.
+
+    Where a component has no score (an empty place, a source that cannot be read), logits are NaN,
+    ids -1 and words empty.
+
+    Attributes:
+        top_logits: The largest logits of each component's vector, largest first.
+        top_ids: Their tokens.
+        top_words: The same as text, by sentence and component.
+        bottom_logits: The smallest logits, smallest first.
+        bottom_ids: Their tokens.
+        bottom_words: The same as text.
+        components: The components.
+        scores: What the components were chosen by.
+        unit: What a score is.
+        tokens: The tokens of the stack that writes the answer.
+        encoder: The tokens of the encoder, or None.
+        provenance: Where the numbers come from.
+    """
+
+    top_logits: Float[torch.Tensor, "batch component token"]
+    top_ids: Int[torch.Tensor, "batch component token"]
+    top_words: Words
+    bottom_logits: Float[torch.Tensor, "batch component token"]
+    bottom_ids: Int[torch.Tensor, "batch component token"]
+    bottom_words: Words
+    components: Components
+    scores: Float[torch.Tensor, "batch component"]
+    unit: str
+    tokens: Tokens
+    encoder: Tokens | None
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        rows, count = self.components.kind.shape
+        shape = (rows, count, self.top_ids.shape[2])
+        for name in ("top_logits", "top_ids", "bottom_logits", "bottom_ids"):
+            require_shape(f"ComponentReadouts.{name}", getattr(self, name), shape)
+        require_shape("ComponentReadouts.scores", self.scores, shape[:2])
+
+    def __repr__(self) -> str:
+        lines = [f"ComponentReadouts: component {self.scores.shape[1]}"]
+        for place in self._places(0)[:5]:
+            lines.append(f"  {self.components.label(0, place)}: {self._list(0, place, 'top')}")
+        return "\n".join(lines)
+
+    def _places(self, row: int) -> list[int]:
+        """Returns the places of a sentence that hold a component."""
+        return (~self.scores[row].isnan()).nonzero()[:, 0].tolist()
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per component and token: its place, direction, rank, logit."""
+        import pandas
+
+        frame = component_frame(self.components, self.tokens, self.encoder)
+        frame["score"] = as_array(self.scores).reshape(-1)
+        count = self.top_ids.shape[2]
+        parts = []
+        for direction in ("top", "bottom"):
+            wide = frame.loc[frame.index.repeat(count)].reset_index(drop=True)
+            wide["direction"] = direction
+            wide["rank"] = list(range(1, count + 1)) * len(frame)
+            words = getattr(self, f"{direction}_words")
+            wide["token"] = [word for row in words for one in row for word in one]
+            wide["token_id"] = as_array(getattr(self, f"{direction}_ids")).reshape(-1)
+            wide["logit"] = as_array(getattr(self, f"{direction}_logits")).reshape(-1)
+            parts.append(wide[wide.score.notna()])
+        return pandas.concat(parts, ignore_index=True)
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns one table per sentence."""
+        return tuple(
+            component_table(
+                title="What the components speak for",
+                caption="Tokens whose logits a component's own vector raises and lowers most, "
+                f"before the softmax. Score: {self.unit}.",
+                columns=("component", "source", "score", "raises", "lowers"),
+                rows=[
+                    (
+                        self.components.label(row, place),
+                        source_word(self.components.at(row, place), row, self.tokens, self.encoder),
+                        float(self.scores[row, place]),
+                        self._list(row, place, "top"),
+                        self._list(row, place, "bottom"),
+                    )
+                    for place in self._places(row)
+                ],
+                signed=("score",),
+            )
+            for row in range(self.scores.shape[0])
+        )
+
+    def _list(self, row: int, place: int, direction: str) -> str:
+        words = getattr(self, f"{direction}_words")[row][place][:_IN_TABLE]
+        return ", ".join(word.strip() or repr(word) for word in words)

@@ -1,0 +1,122 @@
+"""How feed-forward sublayers get the top token of their sum: the figures of the 2021 paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+
+from tl_contextmix.errors import bad
+from tl_contextmix.plotting.panels import Bars, Panel
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.labels import Provenance
+
+if TYPE_CHECKING:
+    import pandas
+
+FIGURES: dict[str, str] = {
+    "active": "Share of memories that are active.",
+    "zero agreement": "Share of positions where no active memory promotes the top token of the "
+    "feed-forward output.",
+    "residual = final": "Share of positions where the residual stream's top token is the model's "
+    "final one.",
+    "probability": "Probability of the model's final token, read from the residual stream.",
+}
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class CompositionFigures(Result):
+    """The figures of the 2021 paper, per layer, over the positions of a text or of a corpus.
+
+    Attributes:
+        sums: Sum over positions of each of `FIGURES` (a yes counts 1), then of each case.
+        examples: How many positions.
+        layers: Number of each layer.
+        cases: Names of the cases.
+        provenance: Where it comes from.
+    """
+
+    sums: Float[torch.Tensor, "layer quantity"]
+    examples: int
+    layers: tuple[int, ...]
+    cases: tuple[str, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), len(FIGURES) + len(self.cases))
+        require_shape("CompositionFigures.sums", self.sums, shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"CompositionFigures over {self.examples} positions\n"
+            f"{self.to_dataframe().round(3).to_string(index=False)}"
+        )
+
+    def __add__(self, other: CompositionFigures) -> CompositionFigures:
+        """Returns the figures over the positions of both.
+
+        Raises:
+            InvalidInput: If the other ones are of another model, or were read in another way.
+        """
+        if not isinstance(other, CompositionFigures):
+            return NotImplemented
+        for mine, theirs in zip(self._told_apart_by(), other._told_apart_by(), strict=True):
+            if mine != theirs:
+                raise bad(
+                    "figures cannot be added up",
+                    f"{theirs} beside {mine}",
+                    "figures of the same model and layers, read in the same way",
+                    "Ask for both with the same options.",
+                )
+        return CompositionFigures(
+            self.sums + other.sums,
+            self.examples + other.examples,
+            self.layers,
+            self.cases,
+            self.provenance,
+        )
+
+    def _told_apart_by(self) -> tuple[object, ...]:
+        where = self.provenance
+        how = {name: where.options.get(name) for name in ("active", "projection")}
+        return (where.model, where.fingerprint, self.layers, self.cases, how)
+
+    @property
+    def values(self) -> Float[torch.Tensor, "layer quantity"]:
+        """Means over positions; NaN where there are none."""
+        return self.sums / self.examples if self.examples else self.sums * torch.nan
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per layer: every figure, the share of every case, how many positions."""
+        import pandas
+
+        columns = [*FIGURES, *self.cases]
+        frame = pandas.DataFrame(as_array(self.values), columns=columns)
+        frame.insert(0, "layer", list(self.layers))
+        frame["examples"] = self.examples
+        return frame
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the paper's bar charts."""
+        labels = tuple(f"layer {layer}" for layer in self.layers)
+        columns = as_array(self.values).T.tolist()
+        note = f" Over {self.examples:,} positions."
+        charts = [
+            Bars(name, text + note, labels, ((name, tuple(column)),), "share")
+            for (name, text), column in zip(FIGURES.items(), columns, strict=False)
+        ]
+        series = tuple(
+            (name, tuple(column))
+            for name, column in zip(self.cases, columns[len(FIGURES) :], strict=True)
+        )
+        caption = (
+            "Whose top token the layer's output has: the residual stream's, the feed-forward "
+            "output's, both (agreement) or neither (composition); conflict: both have the same "
+            "one, the sum another, which a norm with a bias makes possible."
+        )
+        return (*charts, Bars("how outputs come about", caption + note, labels, series, "share"))

@@ -1,0 +1,172 @@
+"""Which components activate the neurons that write an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+
+from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.components import Components, taken
+from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.log_prob_contributions import (
+    SHOWN,
+    component_frame,
+    component_grids,
+    component_table,
+    largest_rows,
+    source_word,
+)
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False)
+class QueryContributions(Result):
+    """How much each component of the residual stream activated some neurons.
+
+    Attributes:
+        scores: Each component's share of the neurons' own scores, added up over the neurons. What
+            is missing to the sum of those is the share of the neurons' constants. NaN in empty
+            places: sentences may have different components.
+        components: What they belong to.
+        by: Into what the streams were cut.
+        share: ``"exact"`` or ``"ratio"``.
+        inner: Inner products with the keys of each neuron (gated: of the gate branch). NaN where
+            the component writes to a stream the neuron does not read.
+        linear: The same of the linear branch of gated neurons; NaN for others.
+        shares: Part of each neuron's activation.
+        neurons: The neurons that were asked about.
+        weights: Their own scores.
+        pre: Their pre-activations (gated: of the gate); exactly the sum of `inner`, over a cut by
+            layers, and `constant`.
+        activation: Their activations; the sum of `shares` and of the constants' share.
+        constant: The part of `pre` that the neuron's own bias and its norm's bias bring.
+        tokens: The tokens of the stack that writes the answer.
+        encoder: The tokens of the encoder, or None.
+        provenance: Where the numbers come from.
+    """
+
+    scores: Float[torch.Tensor, "batch component"]
+    components: Components
+    by: str
+    share: str
+    inner: Float[torch.Tensor, "batch neuron component"]
+    linear: Float[torch.Tensor, "batch neuron component"]
+    shares: Float[torch.Tensor, "batch neuron component"]
+    neurons: Components
+    weights: Float[torch.Tensor, "batch neuron"]
+    pre: Float[torch.Tensor, "batch neuron"]
+    activation: Float[torch.Tensor, "batch neuron"]
+    constant: Float[torch.Tensor, "batch neuron"]
+    tokens: Tokens
+    encoder: Tokens | None
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        batch, count = self.components.kind.shape
+        neurons = self.neurons.kind.shape[1]
+        require_shape("QueryContributions.scores", self.scores, (batch, count))
+        for name in ("inner", "linear", "shares"):
+            shape = (batch, neurons, count)
+            require_shape(f"QueryContributions.{name}", getattr(self, name), shape)
+        for name in ("weights", "pre", "activation", "constant"):
+            require_shape(f"QueryContributions.{name}", getattr(self, name), (batch, neurons))
+
+    def __repr__(self) -> str:
+        batch, neurons, count = self.inner.shape
+        lines = [
+            f"QueryContributions by {self.by}, {self.share}: batch {batch}, neuron {neurons}, "
+            f"component {count}"
+        ]
+        for row in range(min(batch, 3)):
+            best = []
+            for place in largest(self.scores[row], 5).tolist():
+                at, score = int(self.components.pos[row, place]), float(self.scores[row, place])
+                best.append(f"{self.components.label(row, place)} at {at} {score:+.3f}")
+            lines.append("  " + ", ".join(best))
+        return "\n".join(lines)
+
+    def top(self, k: int = 10) -> QueryContributions:
+        """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
+
+        What is returned can be given as ``neurons=`` to `knockout`, and again to
+        `query_contributions`: which components activated those.
+
+        Raises:
+            InvalidInput: If ``k`` is not a positive integer.
+        """
+        return self._at(largest_rows(self.scores, self.components, require_count(k)))
+
+    def _at(self, index: Int[torch.Tensor, "batch some"]) -> QueryContributions:
+        wide = index[:, None].expand(-1, self.inner.shape[1], -1)
+
+        def some(table: torch.Tensor) -> torch.Tensor:
+            return taken(table.flatten(0, 1), wide.flatten(0, 1)).unflatten(0, wide.shape[:2])
+
+        return replace(
+            self,
+            scores=taken(self.scores, index),
+            components=self.components.select(index.cpu()),
+            **{name: some(getattr(self, name)) for name in ("inner", "linear", "shares")},
+        )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per component: its place and score; empty rows are left out."""
+        frame = component_frame(self.components, self.tokens, self.encoder)
+        frame["score"] = as_array(self.scores).reshape(-1)
+        return frame[frame.score.notna()].reset_index(drop=True)
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns, for each sentence: a map where there is one, and the largest scores."""
+        found: list[Panel] = []
+        for row in range(self.scores.shape[0]):
+            own = self.tokens.strings[row]
+            places = (~self.neurons.is_empty()[row]).nonzero()[:, 0].tolist()
+            names = [self.neurons.label(row, place) for place in places]
+            asked = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            found += component_grids(
+                self.components,
+                self.scores,
+                row,
+                self.by,
+                title=f"What activates {asked}",
+                caption="Blue activates the neurons, red works against them.",
+                unit="share of the neurons' scores",
+                words={
+                    "attn": own,
+                    "cross_attn": own if self.encoder is None else self.encoder.strings[row],
+                },
+            )
+            found.append(self._table(row, asked))
+        return tuple(found)
+
+    def _table(self, row: int, asked: str) -> Table:
+        lines = []
+        for place in largest(self.scores[row], SHOWN).tolist():
+            one = self.components.at(row, place)
+            word = source_word(one, row, self.tokens, self.encoder)
+            at = self._word_at(one, row)
+            score = float(self.scores[row, place])
+            lines.append((self.components.label(row, place), at, word, score))
+        return component_table(
+            title=f"What activates {asked}",
+            caption=f"Shares of the neurons' own scores ({self.share}), added up over them.",
+            columns=("component", "at", "source", "score"),
+            rows=lines,
+            signed=("score",),
+        )
+
+    def _word_at(self, one: dict[str, object], row: int) -> str:
+        side = self.tokens
+        if str(one["kind"]).startswith("encoder") and self.encoder is not None:
+            side = self.encoder
+        pos = one["pos"]
+        return side.strings[row][pos] if isinstance(pos, int) else ""
