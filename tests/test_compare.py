@@ -19,7 +19,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.evaluation import blanked, overlapping, place_tokens
-from tl_contextmix.evaluation.compare import METHODS
+from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.reporting.comparison_section import write_comparison
 from tl_contextmix.results import Tokens
 
@@ -553,7 +553,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         names = [name for name, _ in found.left_out]
         assert "value_zeroing" in names
         assert all("SoLU" in reason for _, reason in found.left_out)
-        assert {*names, *(cost.method for cost in found.costs)} == {*METHODS}
+        assert {*names, *(cost.method for cost in found.costs)} == {*comparable()}
         assert "Left out" in found.show().html()
         with pytest.raises(cm.UnsupportedModel, match="SoLU"):
             cm.compare(model, ["the cat sat"], methods=["value_zeroing"], blank=3)
@@ -626,8 +626,8 @@ def test_encoder_decoders_are_refused() -> None:
 def test_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: METHODS[name] for name in ("attention", "globenc")}
-    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", few)
+    few = {name: comparable()[name] for name in ("attention", "globenc")}
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", lambda: few)
     page = tmp_path / "page.html"
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
@@ -645,7 +645,7 @@ def test_command(
     assert main([*arguments, "--pairs", str(pairs)]) == 0
     assert "over 2 sentences" in capsys.readouterr().out
     # Nothing is computed for a page that cannot be written.
-    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", {})
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", dict)
     assert main([*arguments[:-1], str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert main(["compare", "--sentences", "0"]) == 2

@@ -69,7 +69,14 @@ METHODS = [
     Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, cm.TokenFigures),
     *(
         Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
-        for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
+        for ask in (
+            cm.value_zeroing,
+            cm.attention,
+            cm.attention_flow,
+            cm.globenc,
+            cm.alti,
+            cm.decompx,
+        )
     ),
     Method(
         "log_prob_contributions",

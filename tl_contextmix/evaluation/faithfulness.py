@@ -15,6 +15,7 @@ from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.words import Spans
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
@@ -26,6 +27,7 @@ _TOGETHER = 64
 _ORDERS = 20
 
 
+@method(cites=("deyoung2020eraser",), on_text=False)
 def faithfulness(
     model: object,
     input: Text | Tensor,

@@ -12,9 +12,11 @@ from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_p
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Mixture, blocks
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("ferrando2022measuring",), compared=True)
 def alti(
     model: object,
     input: Text | Tensor,

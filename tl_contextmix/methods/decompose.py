@@ -12,6 +12,7 @@ from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_p
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, Expansion
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     Point,
     linear_points,
@@ -20,9 +21,11 @@ from tl_contextmix.engine.parts import (
     require_budget,
     require_point,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Decomposition
 
 
+@method(cites=norm_papers)
 def decompose(
     model: object,
     input: Text | Tensor,

@@ -14,9 +14,11 @@ from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Mixture
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("modarressi2022globenc",), compared=True)
 def globenc(
     model: object,
     input: Text | Tensor,

@@ -18,6 +18,7 @@ from tl_contextmix.core.token_sums import Norm, blocks
 from tl_contextmix.core.value_ablation import batch_rows, needed_names, replay
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
@@ -27,6 +28,7 @@ SpanRows = Literal["keep", "mean", "max"]
 Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 
 
+@method(cites=("mohebbi2023quantifying",), compared=True)
 def value_zeroing(
     model: object,
     input: Text | Tensor,

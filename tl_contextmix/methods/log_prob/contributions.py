@@ -25,6 +25,7 @@ from tl_contextmix.engine.log_prob_scores import (
     progress,
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import LogProbContributions
 from tl_contextmix.results.axes import require_count, whole_number
@@ -44,6 +45,7 @@ Score = Literal[
 _NEURONS = ("ff_neuron", "attn_neuron")
 
 
+@method(cites=("yu2023exploring", "yu2024neuron"))
 def log_prob_contributions(
     model: object,
     input: Text | Tensor,

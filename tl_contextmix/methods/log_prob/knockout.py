@@ -20,6 +20,7 @@ from tl_contextmix.adapters.inputs.targets import (
 )
 from tl_contextmix.core.blocks import Batch, Trace
 from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,
     Controls,
@@ -37,6 +38,7 @@ Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
 
 
+@method(cites=("yu2024neuron",), on_text=False)
 def knockout(
     model: object,
     input: Text | Tensor,

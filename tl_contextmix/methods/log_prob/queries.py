@@ -17,6 +17,7 @@ from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
 from tl_contextmix.engine.log_prob_scores import CUTS, By, Cut, Question, ask, cuts
 from tl_contextmix.engine.neuron_inputs import Place, Readers, place_of, readers_at
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.results import LogProbContributions, QueryContributions
@@ -34,6 +35,7 @@ VANISHING = (
 """Scores that a neuron without an activation does not have."""
 
 
+@method(cites=("yu2024neuron",))
 def query_contributions(
     model: object,
     input: Text | Tensor,

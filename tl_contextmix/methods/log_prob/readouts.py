@@ -13,12 +13,14 @@ from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.log_prob_scores import By, Cut, Question, ask, cuts
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 from tl_contextmix.results.axes import require_count
 from tl_contextmix.results.components import Components
 
 
+@method(cites=("yu2023exploring", "yu2024neuron"), on_text=False)
 def component_readouts(
     model: object,
     input: Text | Tensor,

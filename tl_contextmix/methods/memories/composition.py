@@ -21,6 +21,7 @@ from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
     require_predicting,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.miner import make_cutting
 from tl_contextmix.methods.memories.progress import expect, progress
@@ -37,6 +38,7 @@ from tl_contextmix.results.axes import require_choice, require_number
 Positions = Literal["random", "all"]
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def composition(
     model: object,
     corpus: object,

@@ -33,11 +33,13 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
     values,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Memories
 
 StateProjection = Literal["model", "frozen", "none"]
 
 
+@method(cites=("geva2021transformer", "geva2022transformer"))
 def ff_memories(
     model: object,
     input: Text | Tensor,
