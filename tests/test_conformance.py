@@ -69,14 +69,7 @@ METHODS = [
     Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, cm.TokenFigures),
     *(
         Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
-        for ask in (
-            cm.value_zeroing,
-            cm.attention,
-            cm.attention_flow,
-            cm.globenc,
-            cm.alti,
-            cm.decompx,
-        )
+        for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
     ),
     Method(
         "log_prob_contributions",
@@ -108,6 +101,7 @@ METHODS = [
             ask.func.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False, stacked=False
         )
         for ask in (
+            functools.partial(cm.attention_flow),
             functools.partial(cm.gradient_x_input),
             functools.partial(cm.integrated_gradients, steps=4),
         )
