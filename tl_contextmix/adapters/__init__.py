@@ -24,11 +24,9 @@ from tl_contextmix.adapters.weight_processing import (
     fingerprint,
     require_finite,
     require_present,
-    warning_text,
     weights_stamp,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
-from tl_contextmix.errors import warn
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class _Known:
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-_WARNED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def as_view(model: Any) -> ModelView:
@@ -58,10 +55,6 @@ def as_view(model: Any) -> ModelView:
         UnsupportedModel: If it is none of these, is refused by name, or is not reproduced.
         InvalidInput: If a weight is not finite, the model is in train mode with dropout, or
             autocast is on.
-
-    Warns:
-        ContextMixWarning: Once per model, if its weights were processed in a way that changes
-            what norms mean.
     """
     if isinstance(model, ModelView):
         return model  # how a model is stood in for, see `tl_contextmix.evaluation.cost.estimate`
@@ -121,14 +114,7 @@ def _examine(model: Any) -> _Known:
         require_no_dropout(model)
         view, report = build(facts, key[0])
         known = _KNOWN[model] = _Known(key, view, report)
-    _warn_once(model, warning_text(view.name, view.processing))
     return known
-
-
-def _warn_once(model: nn.Module, text: str) -> None:
-    if text and _WARNED.get(model) != text:
-        _WARNED[model] = text
-        warn(text)
 
 
 __all__ = [

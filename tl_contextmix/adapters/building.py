@@ -37,7 +37,7 @@ from tl_contextmix.adapters.verification import (
     settle_block,
     tolerance_of,
 )
-from tl_contextmix.adapters.weight_processing import find_processing
+from tl_contextmix.adapters.weight_processing import find_processing, make_notice
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
@@ -72,7 +72,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         every = [block for blocks in stacks.values() for block in blocks]
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
-        view = replace(view, limits=_limits(view))
+        view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
         rows = (*check_rows(view, probe), *last)
     name = f"{view.name} ({view.host})"
     return view, IdentityReport(model=name, rows=rows, limits=view.limits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ StackName = Literal["encoder", "decoder", "cross"]
 Edit = Callable[[Tensor], Tensor]
 Hooks = Sequence[tuple[str, Edit | None]]
 Runner = Callable[[Batch, Hooks, bool], tuple[Tensor, dict[str, Tensor]]]
+Notice = Callable[[str, Mapping[str, Any]], None]
 
 
 class NeedsModel(Exception):
@@ -119,6 +120,7 @@ class ModelView:
             decomposition does not see.
         cached: How an ActivationCache of this host holds activations.
         runner: Runs the model; see `run`.
+        notice: Warns, once, where the processing of the weights changes a method with its options.
     """
 
     name: str
@@ -145,6 +147,7 @@ class ModelView:
     recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)
+    notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

@@ -32,7 +32,7 @@ from tl_contextmix.engine.selection import (
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import Knockout, Tokens
 from tl_contextmix.results.axes import whole_number
-from tl_contextmix.results.components import Components
+from tl_contextmix.results.components import Components, finest
 
 Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
@@ -143,6 +143,7 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
+            removed=finest(chosen),
         ),
     )
 

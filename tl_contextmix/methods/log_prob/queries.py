@@ -22,7 +22,7 @@ from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.axes import largest, require_count, whole_number
-from tl_contextmix.results.components import KINDS, Components, join, padding
+from tl_contextmix.results.components import KINDS, Components, finest, join, padding
 
 Share = Literal["exact", "ratio"]
 VANISHING = (
@@ -164,6 +164,7 @@ def query_contributions(
         provenance=question.done.provenance(
             "query_contributions",
             {"by": by, "share": share, "top_k": top_k, "pos": whole_number(pos)},
+            neurons=finest(chosen),
         ),
     )
 
