@@ -15,6 +15,7 @@ from tl_contextmix.adapters.building import build
 from tl_contextmix.adapters.encoder_decoder.decoding import Generated
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
+from tl_contextmix.adapters.glance import Glance
 from tl_contextmix.adapters.locks import lock_of
 from tl_contextmix.adapters.recognition import recognise
 from tl_contextmix.adapters.refusals import require_supported
@@ -24,16 +25,15 @@ from tl_contextmix.adapters.weight_processing import (
     fingerprint,
     require_finite,
     require_present,
-    weights_stamp,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Known:
-    """What was found about a model the last time its weights had changed."""
+    """What was found about a model the last time it had changed."""
 
-    key: tuple[Any, ...]
+    glance: Glance
     view: ModelView
     report: IdentityReport
 
@@ -44,8 +44,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def as_view(model: Any) -> ModelView:
     """Returns the one shape of a TransformerLens model, its reading checked against the model.
 
-    The check runs two forward passes over four tokens, once per model and again only when a
-    weight has changed.
+    The check runs two forward passes over four tokens, once per model and again only when
+    it has changed: a weight, a module or its ``forward``, a plain attribute, a config entry.
 
     Args:
         model: A HookedTransformer, HookedEncoder or HookedEncoderDecoder (TransformerLens 2 and
@@ -100,20 +100,26 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
 
 
 def _examine(model: Any) -> _Known:
+    if isinstance(model, nn.Module) and (known := _KNOWN.get(model)) is not None:
+        require_no_autocast(known.view.device)
+        with lock_of(model):
+            if known.glance.still():
+                return known
     facts = recognise(model)
     weights = dict(model.named_parameters())
     require_present(weights)
     require_no_autocast(next(iter(weights.values())).device)
     with lock_of(model):
-        key = (fingerprint(weights), weights_stamp(weights))
         known = _KNOWN.get(model)
-        if known is not None and known.key == key:
+        if known is not None and known.glance.same(glance := Glance(model)):
+            known.glance = glance
             return known
         require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        view, report = build(facts, key[0])
-        known = _KNOWN[model] = _Known(key, view, report)
+        view, report = build(facts, fingerprint(weights))
+        # Now, when passes have left behind what they leave.
+        known = _KNOWN[model] = _Known(Glance(model), view, report)
     return known
 
 

@@ -182,28 +182,20 @@ def fingerprint(weights: Weights) -> str:
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in weights.items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        sample = weight.detach()
-        if sample.ndim > 1:
-            # A few entries along every axis; slicing copies nothing but the sample.
-            steps = (max(1, size // 4) for size in sample.shape)
-            sample = sample[tuple(slice(None, None, step) for step in steps)]
-        samples.setdefault(sample.device, []).append(sample.flatten().to(torch.float64))
+        sample = sampled(weight).flatten().to(torch.float64)
+        samples.setdefault(sample.device, []).append(sample)
     for of_device in samples.values():
         # One transfer for all of them: on a GPU each one waits for the device.
         digest.update(torch.cat(of_device).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def weights_stamp(weights: Weights) -> tuple[tuple[int, int, torch.device], ...]:
-    """Returns where every weight is and PyTorch's counter of its in-place changes.
-
-    The counter misses changes through ``.data``, which the fingerprint sees if they are large; the
-    fingerprint misses small ones inside a matrix, which the counter sees.
-    """
-    return tuple(
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device)
-        for weight in weights.values()
-    )
+def sampled(weight: Tensor) -> Tensor:
+    """Returns a view of a few entries along every axis of a matrix, of all of a vector."""
+    weight = weight.detach()
+    if weight.ndim < 2:
+        return weight
+    return weight[tuple(slice(None, None, max(1, size // 4)) for size in weight.shape)]
 
 
 def require_present(weights: Weights) -> None:
