@@ -170,13 +170,12 @@ def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
-    encoder = case.host == "HookedEncoder" or case.family in ("bert", "roberta")
     blocks = view_of(model).blocks("decoder" if case.encoder_decoder else None)
     for point in points(blocks[0]):
         scores = cm.attention_norms(model, given.tokens, at=point, **keywords(given)).scores
         own = scores[..., : scores.shape[3]]
         future = torch.triu(own, diagonal=1)
-        if encoder and not blocks[0].parallel:
+        if case.both_ways:
             assert bool((future[..., 0, 1:] > 0).all()), point
         else:
             assert not bool(future.any()), point

@@ -489,6 +489,6 @@ def test_batches_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPat
     model = zoo.build(case)
     view = view_of(model)
     monkeypatch.setattr(type(model), "run_with_hooks", None)
-    make_batch(view, Given(TEXTS))
+    make_batch(view, Given(TEXTS[0]))
     with pytest.raises(cm.InvalidInput, match="is empty"):
         make_batch(view, Given([]))

@@ -10,6 +10,7 @@ import torch
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.core.model_view import Padding
 from tl_contextmix.errors import bad
 
 
@@ -203,6 +204,20 @@ def make_pad_id(handle: Handle, facts: Facts) -> Callable[[], int]:
         return 0
 
     return pad_id
+
+
+def padding_of(model: Any) -> Padding | None:
+    """Returns how the model's tokenizer pads; None where there is none, or it does not."""
+    tokenizer = getattr(model, "tokenizer", None)
+    token = getattr(tokenizer, "pad_token_id", None)
+    if not isinstance(token, int):
+        return None
+
+    def also(*roles: str) -> bool:
+        return any(getattr(tokenizer, f"{role}_token_id", None) == token for role in roles)
+
+    side = str(getattr(tokenizer, "padding_side", "right"))
+    return Padding(token, side, also("bos", "cls", "unk"), also("eos", "sep", "unk"))
 
 
 def make_to_string(handle: Handle) -> Callable[[int], str]:

@@ -109,6 +109,9 @@ def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[
     sides = [
         torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
     ]
+    how = view.padding()
+    if how is not None:  # words that were drawn are no padding
+        sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 
