@@ -15,8 +15,8 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     POINTS,
