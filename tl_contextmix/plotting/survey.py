@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
+from torch.nn.functional import pad
 
 # Of a larger stack, each pixel stands for several cells.
 PIXELS = 2_500_000
@@ -56,14 +58,17 @@ def survey(
 
     Args:
         values: The maps.
-        hidden: Cells that the pixels leave out.
+        hidden: Cells that are zero, and that the pixels leave out.
     """
     block = max(1, math.ceil(math.sqrt(values.numel() / PIXELS)))
     low, high, nan, infinite = math.inf, -math.inf, False, False
     top: list[tuple[float, int, int, float]] = []
-    pixels = []
-    for place, one in enumerate(values if values.numel() else ()):
-        sheet = one.detach().cpu().double()
+    kind = torch.float64 if values.dtype == torch.float64 else torch.float32
+    sheets, *sides = values.shape
+    # In one piece: small results kept between the sheets would leave holes of a sheet in memory.
+    pixels = torch.zeros(sheets, *(math.ceil(side / block) for side in sides), dtype=kind)
+    for place in range(sheets if values.numel() else 0):
+        sheet = values[place].detach().to("cpu", kind)
         least, most = map(float, sheet.aminmax())
         sizes = sheet.abs()
         if not math.isfinite(least) or not math.isfinite(most):
@@ -79,18 +84,18 @@ def survey(
             flat = sheet.flatten()
             top += [(-size, place, at, float(flat[at])) for size, at in pairs if size >= 0]
             top = sorted(top)[:TOP_CELLS]
-        shown = sheet if hidden is None else sheet.masked_fill(hidden, math.nan)
-        pixels.append(coarse(shown, block))
-    width = values.shape[2]
+        pixels[place] = coarse(sheet, block)
+    if hidden is not None and values.numel():
+        pixels.masked_fill_(_reduced(hidden.float(), block, torch.amin, 1.0) > 0, math.nan)
     return Survey(
         low=low if low <= high else 0.0,
         high=high if low <= high else 0.0,
         finite=low <= high,
         nan=nan,
         infinite=infinite,
-        top=tuple((place, at // width, at % width, value) for _, place, at, value in top),
+        top=tuple((place, *divmod(at, sides[1]), value) for _, place, at, value in top),
         block=block,
-        pixels=torch.stack(pixels) if pixels else values.detach().cpu().double(),
+        pixels=pixels,
     )
 
 
@@ -98,15 +103,25 @@ def coarse(sheet: Float[torch.Tensor, "row column"], block: int) -> torch.Tensor
     """Returns the number farthest from zero of each square of cells; NaN where there is none."""
     if block == 1:
         return sheet
-    down, across = (math.ceil(side / block) for side in sheet.shape)
-    even = sheet.new_full((down * block, across * block), math.nan)
-    even[: sheet.shape[0], : sheet.shape[1]] = sheet
-    missing = even.isnan()
-    ends = []
-    for sign in (1, -1):
-        part = (sign * even).masked_fill(missing, -math.inf)
-        part = part.view(down, block, across * block).amax(1).view(down, across, block).amax(-1)
-        ends.append(part)
-    up, lower = ends
-    farthest = torch.where(up >= lower, up, -lower)
-    return farthest.masked_fill((up == -math.inf) & (lower == -math.inf), math.nan)
+    least = sheet.amin()
+    if least.isnan():
+        nothing = _reduced(sheet.isnan().float(), block, torch.amin, 1.0) > 0
+        kept = sheet.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        return coarse(kept, block).masked_fill(nothing, math.nan)
+    most = _reduced(sheet, block, torch.amax)
+    if least >= 0:
+        return most
+    lowest = _reduced(sheet, block, torch.amin)
+    return torch.where(most >= -lowest, most, lowest)
+
+
+def _reduced(
+    sheet: torch.Tensor, block: int, reduce: Callable[..., torch.Tensor], beyond: float = 0.0
+) -> torch.Tensor:
+    """Returns one number for each square of cells; beyond the border all have the same."""
+    below, beside = (-side % block for side in sheet.shape)
+    if below or beside:
+        sheet = pad(sheet, (0, beside, 0, below), value=beyond)
+    rows, columns = (side // block for side in sheet.shape)
+    lines = reduce(sheet.reshape(rows, block, columns * block), dim=1)
+    return reduce(lines.view(rows, columns, block), dim=2)
