@@ -76,6 +76,7 @@ def as_hex(colour: Rgb) -> str:
 
 
 def parse(colour: str) -> Rgb:
+    """Returns the three parts of a colour as CSS writes it."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 

@@ -131,7 +131,7 @@ def number(value: float, places: int | None, *, signed: bool = False) -> str:
 
 
 def largest(cells: Iterable[object]) -> float:
-    """Returns the largest absolute value of some numbers; what is none or not finite is left out."""
+    """Returns the largest absolute value of the cells that are finite numbers; 0 without any."""
     sizes = (abs(cell) for cell in cells if is_number(cell))
     return float(max(filter(math.isfinite, sizes), default=0.0))
 
@@ -141,9 +141,7 @@ def is_number(cell: object) -> TypeGuard[float]:
     return isinstance(cell, (int, float)) and not isinstance(cell, bool)
 
 
-def cells(
-    column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = False
-) -> list[str]:
+def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = False) -> list[str]:
     """Returns the cells of a column as text, with as many decimals as the largest number needs.
 
     Args:

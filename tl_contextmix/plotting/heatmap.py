@@ -169,8 +169,7 @@ def _cell(value: float, largest: float) -> str:
 def _pictures(panel: Heatmap) -> str:
     seen = panel.survey
     bodies = [
-        _picture(panel, sheet, name)
-        for sheet, name in zip(seen.pixels, panel.sheets, strict=True)
+        _picture(panel, sheet, name) for sheet, name in zip(seen.pixels, panel.sheets, strict=True)
     ]
     # The script of the page reads these to name the cell under the pointer and its number.
     told = {

@@ -110,8 +110,7 @@ class Heatmap(Panel):
         return tuple(map(Place, tokens, positions))
 
     def names(self, axis: Literal["rows", "columns"]) -> tuple[Cell, ...]:
-        """Returns what stands beside an axis: its tokens, and where they do not start at 0 also
-        their positions."""
+        """Returns the tokens of an axis, with their positions if these do not count from 0."""
         places = self.places(axis)
         counted = all(place.position == index for index, place in enumerate(places))
         return tuple(place.token for place in places) if counted else places

@@ -7,7 +7,6 @@ its own; the stylesheet of the page overrides them in a dark scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -154,7 +153,7 @@ def _key(chart: Bars) -> str:
 def _mark(chart: Bars, index: int, place: int, axis: Axis, shape: str) -> str:
     """Returns the mark of one number in the colour of its series, its tooltip inside."""
     name, values = chart.series[index]
-    told = escape(f"{chart.labels[place]}, {name}: ") + number(values[place], axis.places)
+    told = f"{escape(f'{chart.labels[place]}, {name}')}: {number(values[place], axis.places)}"
     tag = shape.split()[0]
     colour = f'fill="{colors.series(index)}"{data(values[place])}'
     return f"<{shape} {colour}><title>{told}</title></{tag}>"

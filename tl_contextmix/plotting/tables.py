@@ -50,10 +50,10 @@ def grid(panel: Table, *, limit: int = ROW_LIMIT, values: bool = False) -> str:
         found = []
         for cell, text in zip(column, texts, strict=False):
             kind = ""
-            if not isinstance(cell, (bool, str, tuple)):
-                shade = signed and cell is not None and f" {colors.cell_class(cell, scale)}" or ""
+            if cell is None or is_number(cell):
+                shade = f" {colors.cell_class(cell, scale)}" if signed and cell is not None else ""
                 kind = f' class="number{shade}"'
-                kind += data(cell) if values and is_number(cell) else ""
+                kind += data(cell) if values and cell is not None else ""
             found.append(f"{opening}{kind}>{text}</{tag}>")
         columns.append(found)
     head = "".join(
@@ -61,9 +61,7 @@ def grid(panel: Table, *, limit: int = ROW_LIMIT, values: bool = False) -> str:
     )
     lines = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
     rest = f"The first {limit} of {len(panel.rows):,} rows." if len(panel.rows) > limit else ""
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>{markup.note(rest)}"
-    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>{markup.note(rest)}"
 
 
 def draw_text(panel: ColoredText, charts: Charts) -> str:
