@@ -45,7 +45,7 @@ def require_number(name: str, value: Any, least: int = 1) -> int:
     found = whole_number(value)
     if found is None or not least <= found < MOST:
         raise bad(
-            f"there is no such {name}",
+            f"{name} must be a whole number",
             f"{name}={value!r}"[:200],
             "a positive integer" if least == 1 else f"an integer from {least} on",
             "Leave it out for the default.",

@@ -78,6 +78,9 @@ class Result(Shown):
     and as long as their labels.
     """
 
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
     LABELS: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     """The labels of an axis: the name of the field that holds them, or the labels themselves."""
 
@@ -139,7 +142,7 @@ class Result(Shown):
 def tensor_axes(kind: type) -> dict[str, tuple[str, ...]]:
     """Returns the axes of each tensor that a class holds, as its annotations name them."""
     found = {}
-    for name, hint in storage.annotations(kind).items():
+    for name, hint in storage.field_types(kind).items():
         for one in (hint, *typing.get_args(hint)):
             if hasattr(one, "dim_str"):
                 found[name] = tuple(one.dim_str.split())

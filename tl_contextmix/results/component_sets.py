@@ -43,7 +43,7 @@ class ComponentSet(LabelledArray):
         """Returns the short name of each component of a sentence."""
         return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
 
-    def top(self: S, k: int = 10) -> S:
+    def top(self: S, k: int = 10) -> S:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
 
         Where a sentence has fewer, its last places are empty: score NaN, see `Components`. What is
@@ -120,9 +120,10 @@ class ComponentSet(LabelledArray):
         """Returns every array of the result, with kind and place of each component."""
         at = ("batch", "component")
         kinds = [[KINDS[place] for place in row] for row in self.components.kind.tolist()]
-        places = {f"component_{name}": (at, as_array(getattr(self.components, name)))
-                  for name in COLUMNS}  # fmt: skip
-        return super().to_xarray().assign_coords(component_kind=(at, kinds), **places)
+        places = {"component_kind": (at, kinds)}
+        for name in COLUMNS:
+            places[f"component_{name}"] = (at, as_array(getattr(self.components, name)))
+        return super().to_xarray().assign_coords(places)
 
     def _word(self, one: dict[str, Any], row: int) -> str:
         """Returns the token a component reads; empty where it reads none."""

@@ -73,7 +73,7 @@ class ContextMap(LabelledArray):
         _require_scores(self.scores, real, self.signed)
 
     def _heading(self) -> str:
-        return f" {self.provenance.method} at {self.point} ({self.stack}), {self.unit}"
+        return f" {self._name} ({self.stack}), {self.unit}"
 
     def __repr__(self) -> str:
         lines = [super().__repr__()]
@@ -154,25 +154,32 @@ class ContextMap(LabelledArray):
                 f"Ask for {operation} of both maps, and subtract what comes of it.",
             )
 
-    def _difference(self, other: ContextMap) -> dict[str, Any]:
+    def _difference(self, other: Any) -> dict[str, Any]:
         for name in ("normalized", "from_input", "signed"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise unlike(name, repr(theirs), repr(mine))
-        # Shares of a row can be compared whatever they are shares of.
-        units = (self.unit, other.unit)
-        if self.normalized != "none" and len({*units}) > 1:
-            unit = f"{self.unit} minus {other.unit}"
-            self, other = replace(self, unit=unit), replace(other, unit=unit)
-        both = self.bias is not None and other.bias is not None
+        bias = None
+        if self.bias is not None and other.bias is not None:
+            bias = self.bias - other.bias.to(self.bias.device)
         points = dict.fromkeys((self.point, other.point))
         return {
             **super()._difference(other),
-            "bias": self.bias - other.bias.to(self.bias.device) if both else None,
+            "bias": bias,
             "point": " - ".join(points),
             "includes_residual": self.includes_residual and other.includes_residual,
             "signed": True,
         }
+
+    def _comparable(self, other: Any) -> bool:
+        # Shares of a row can be compared whatever they are shares of.
+        return self.unit == other.unit or self.normalized != "none"
+
+    @property
+    def _name(self) -> str:
+        """Method, or methods of a difference, and point."""
+        other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
+        return f"{' - '.join(dict.fromkeys((self.provenance.method, other)))} at {self.point}"
 
     def words(
         self,
@@ -284,7 +291,7 @@ class ContextMap(LabelledArray):
             part = self._part({"batch": [row], **places})
             found.append(
                 Heatmap(
-                    title=f"{self.provenance.method} at {self.point}",
+                    title=self._name,
                     caption=self._caption(part),
                     values=part.scores.detach().cpu().flatten(1, 2)[0],
                     sheets=self._sheet_names(),

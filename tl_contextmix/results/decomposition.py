@@ -73,7 +73,7 @@ class Decomposition(LabelledArray):
             stack=self.stack,
             target=self.target,
             source=self.source,
-            unit="norm",
+            unit="norm of a difference" if self.is_difference else "norm",
             includes_residual=self.point != "attn_out",
             provenance=self.provenance,
             bias=bias[:, :, None],

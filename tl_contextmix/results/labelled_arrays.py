@@ -60,7 +60,7 @@ class LabelledArray(Result):
             return range(getattr(self, self._array).shape[self.axes.index(axis)])
         return labels
 
-    def _tokens(self, axes: Sequence[str]) -> Iterator[tuple[str, Tokens]]:
+    def _positions(self, axes: Sequence[str]) -> Iterator[tuple[str, Tokens]]:
         """Yields the axes that are positions, with their tokens."""
         for axis in axes:
             labels = self._labels(axis) if axis in self.LABELS else None
@@ -70,7 +70,7 @@ class LabelledArray(Result):
     def _real(self, axes: Sequence[str]) -> Bool[torch.Tensor, ...]:
         """Returns where no token is padding, with an axis of length 1 where it makes no matter."""
         real = torch.ones((1,) * len(axes), dtype=torch.bool)
-        for axis, tokens in self._tokens(axes):
+        for axis, tokens in self._positions(axes):
             sizes = dict(zip(("batch", axis), tokens.shape, strict=True))
             real = real & tokens.mask.cpu().view([sizes.get(name, 1) for name in axes])
         return real
@@ -80,15 +80,19 @@ class LabelledArray(Result):
         listed = []
         for axis, size in sizes.items():
             labels = self._labels(axis)
-            if isinstance(labels, Tokens) and labels.numbers is not None:
-                numbers = list(labels.numbers)
-                more = ", ...]" if size > 6 else "]"
-                listed.append(f"{axis} {size} at {str(numbers[:6]).removesuffix(']')}{more}")
+            if isinstance(labels, Tokens):
+                listed.append(f"{axis} {size}{labels.where()}")
             elif axis in ("quantity", "token"):
-                listed.append(f"{axis} {', '.join(map(repr, labels))}")
+                listed.append(f"{axis} {', '.join(repr(label) for label in labels)}")
             else:
                 listed.append(f"{axis} {size}")
-        return f"{type(self).__name__}{self._heading()}: {', '.join(listed)}"
+        kind = "Difference of " * self.is_difference + type(self).__name__
+        return f"{kind}{self._heading()}: {', '.join(listed)}"
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it is the difference of two results."""
+        return "minus" in vars(self)["provenance"].options
 
     def _heading(self) -> str:
         """Returns what stands behind the class's name in its text."""
@@ -310,11 +314,13 @@ class LabelledArray(Result):
             mine, theirs = self._labels(axis), other._labels(axis)
             if isinstance(mine, Tokens):
                 labels[str(self.LABELS[axis])] = _both(axis, mine, theirs)
+            elif axis == "head" and len(mine) == len(theirs) == 1:
+                labels["heads"] = (" - ".join(dict.fromkeys((*mine, *theirs))),)
             elif [*mine] != [*theirs]:
                 raise unlike(f"{axis} axis", [*theirs], [*mine])
         return replace(self, **labels, **self._difference(other))
 
-    def _difference(self: A, other: A) -> dict[str, Any]:
+    def _difference(self, other: Any) -> dict[str, Any]:
         """Returns the fields of a difference, labels apart."""
         found: dict[str, Any] = {
             name: getattr(self, name) - getattr(other, name).to(getattr(self, name).device)
@@ -323,11 +329,14 @@ class LabelledArray(Result):
         for name, words in (("unit", "difference of {}"), ("title", "Difference: {}")):
             if hasattr(self, name):
                 mine, theirs = getattr(self, name), getattr(other, name)
-                if name == "unit" and mine != theirs:
+                if name == "unit" and not self._comparable(other):
                     raise unlike("unit", repr(theirs), repr(mine))
-                both = mine if mine == theirs else f"{mine} minus {theirs}"
+                both = mine if mine == theirs else f"{mine} and {theirs}"
                 found[name] = words.format(both)
         return {**found, "provenance": minus(vars(self)["provenance"], vars(other)["provenance"])}
+
+    def _comparable(self, other: Any) -> bool:
+        return vars(self).get("unit") == vars(other).get("unit")
 
 
 _NUMBERS = ("batch", "layer", "neuron")
@@ -335,8 +344,8 @@ _NUMBERS = ("batch", "layer", "neuron")
 
 def minus(a: Provenance, b: Provenance) -> Provenance:
     """Returns where a difference comes from: the first of the two, the other as an option."""
-    other = {"method": b.method, "options": b.options, "model": b.model}
-    other["fingerprint"] = b.fingerprint
+    names = ("method", "options", "model", "fingerprint")
+    other = {name: getattr(b, name) for name in names}
     return replace(a, options={**a.options, "minus": other})
 
 

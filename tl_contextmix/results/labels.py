@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, groupby
@@ -85,21 +85,27 @@ class Tokens:
 
     def select(self, batch: list[int], pos: list[int]) -> Tokens:
         """Returns the tokens at these rows and positions."""
-        names, labels = self.names(), self.labels()
-        whole = pos == [*range(self.ids.shape[1])]
-        return Tokens(
+        names, numbers = self.names(), tuple(self.labels()[index] for index in pos)
+        part = Tokens(
             ids=self.ids[batch][:, pos],
             strings=tuple(tuple(self.strings[row][index] for index in pos) for row in batch),
             mask=self.mask[batch][:, pos],
-            places=None if self.places is None and whole else self.positions()[batch][:, pos],
-            numbers=self.numbers if whole else tuple(labels[index] for index in pos),
             sides=tuple((name, len([*run])) for name, run in groupby(names[i] for i in pos))
             or ((self.sides[0][0], 0),),
+            numbers=None if numbers == (*range(len(pos)),) else numbers,
         )
+        places = self.positions()[batch][:, pos]
+        return part if places.equal(part.positions()) else replace(part, places=places)
 
     def labels(self) -> Sequence[int]:
         """Returns the number of each entry on the whole axis, whatever part of it this is."""
         return range(self.ids.shape[1]) if self.numbers is None else self.numbers
+
+    def where(self) -> str:
+        """Returns where in the input a part of an axis is, in words; empty for a whole axis."""
+        numbers = self.numbers or ()
+        listed = ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+        return f" at {listed}" if numbers else ""
 
     def find(self, axis: str, wanted: Any, batch: list[int]) -> list[int]:
         """Returns the places on this axis that are asked for; None asks for all.

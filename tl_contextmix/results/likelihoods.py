@@ -163,7 +163,6 @@ class LayerwiseScores(LabelledArray):
     LABELS = {"batch": "inputs", "layer": "layers", "token": "strings"}
     COLUMNS = {"logit": "logits", "log_prob": "log_probs"}
     TEXTS = {"tokens": ("token",)}
-    SUBTRACTED = ("logits", "log_probs")
 
     logits: Float[torch.Tensor, "batch layer token"]
     log_probs: Float[torch.Tensor, "batch layer token"]

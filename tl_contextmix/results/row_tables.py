@@ -41,7 +41,7 @@ class RowTable(Result):
     def _caption(self) -> str:
         return vars(self).get("caption", self.CAPTION)
 
-    def _joined(self: T, other: T) -> T:
+    def _joined(self: T, other: object) -> T:
         """Returns the rows of both, under this one's heading."""
         if type(self) is not type(other):
             return NotImplemented

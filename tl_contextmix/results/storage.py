@@ -152,7 +152,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _pack(item, tensors) for key, item in value.items()}}
     if type(value) in _CLASSES.values():
-        names = annotations(type(value))
+        names = field_types(type(value))
         fields = {name: _pack(getattr(value, name), tensors) for name in names}
         return {"class": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, (str, int, float)):
@@ -186,7 +186,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     if name not in _CLASSES:
         raise ValueError(f"unknown class {_short(name)}; known are {sorted(_CLASSES)}")
-    hints = annotations(_CLASSES[name])
+    hints = field_types(_CLASSES[name])
     fields = {key: _unpack(item, tensors) for key, item in packed.items()}
     for key, value in fields.items():
         if key not in hints or not _fits(value, hints[key]):
@@ -195,7 +195,7 @@ def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 
 
 @functools.cache
-def annotations(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """Returns the type of each field of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -70,7 +70,9 @@ class TokenMemory(LabelledArray):
                     title=f"What feeds the memories of layer {layer} at "
                     f"{self.target.strings[0][last]!r}",
                     caption="Share of every source token in the coefficient of a memory; the "
-                    "shares of a row, that of no token included, add up to the coefficient.",
+                    "shares of a row, that of no token included, add up to the coefficient."
+                    + " Differences of two results."
+                    * self.is_difference,
                     columns=("memory", *heads),
                     rows=tuple(rows),
                     signed=tuple(heads),
