@@ -321,6 +321,7 @@ TOP_LEVEL = {
     "demos",
     "docs",
     "pyproject.toml",
+    "scripts",
     "tests",
     "tl_contextmix",
 }

@@ -10,11 +10,13 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture, blocks
+from tl_contextmix.core.token_sums import TokenSum, blocks
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("ferrando2022measuring",), compared=True)
 def alti(
     model: object,
     input: Text | Tensor,
@@ -85,10 +87,10 @@ def alti(
     )
 
 
-def _closer(stream: Mixture, max_bytes: int) -> Tensor:
+def _closer(stream: TokenSum, max_bytes: int) -> Tensor:
     """Returns the scores [batch target source], some targets and sources at a time."""
     batch, target, width = stream.total.shape
-    heads = sum(read.pattern.shape[1] for read in stream.reads)
+    heads = sum(read.pattern.shape[1] for read in stream.terms)
     pair = width * stream.total.element_size()
     # Per source its vectors through each head, per pair the part and three of its kind.
     columns = max(1, max_bytes // (4 * heads * pair))

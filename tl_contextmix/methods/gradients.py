@@ -16,6 +16,7 @@ from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (
     UnsupportedModel,
     bad,
@@ -42,6 +43,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@method(cites=("denil2014extraction", "shrikumar2017learning"), compared=True, of_prediction=True)
 def gradient_x_input(
     model: object,
     input: Text | Tensor,
@@ -98,6 +100,7 @@ def gradient_x_input(
         return asked.map("gradient_x_input", parts, None, {})
 
 
+@method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
 def integrated_gradients(
     model: object,
     input: Text | Tensor,

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
 from tl_contextmix.results.axes import largest, require_number
@@ -42,6 +43,7 @@ _EQUAL = 1e-4
 _ROUNDINGS = 16
 
 
+@method(cites=("kobayashi2024analyzing",))
 def contextualization_change(maps: Maps) -> LayerFigures:
     r"""Returns how much FF, RES and LN change the map, layer by layer.
 
@@ -90,6 +92,7 @@ def contextualization_change(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def cancellation(maps: Maps) -> LayerFigures:
     r"""Returns whether what FF changes is undone by the rest of the block.
 
@@ -157,6 +160,7 @@ def cancellation(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def amplified_pairs(
     before: ContextMap,
     after: ContextMap,

@@ -15,9 +15,11 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
+    POINTS,
     Bias,
     Point,
     linear_points,
@@ -29,6 +31,7 @@ from tl_contextmix.engine.parts import (
     require_budget,
     require_point,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, TokenFigures
 
@@ -71,6 +74,7 @@ def attention_norms(
 ) -> dict[Point, ContextMap]: ...
 
 
+@method(cites=norm_papers, compared={f"attention_norms {at}": {"at": at} for at in POINTS})
 def attention_norms(
     model: object,
     input: Text | Tensor,
@@ -168,8 +172,8 @@ def _maps(
             for point, found in parts.items():
                 biases[point].append(found.bias.norm(dim=-1)[:, None])
                 if heads:
-                    assert isinstance(found, Mixture)
-                    scores[point].append(found.reads[0].head_norms())
+                    assert isinstance(found, TokenSum)
+                    scores[point].append(found.terms[0].head_norms())
                 else:
                     scores[point].append(norms[point][:, None])
     return {
@@ -206,6 +210,7 @@ def _label(
     )
 
 
+@method(cites=("kobayashi2021incorporating", "kobayashi2024analyzing"))
 def mixing_ratio(
     model: object,
     input: Text | Tensor,

@@ -32,9 +32,9 @@ def draw_figure(
                 'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
             )
         )
-    from tl_contextmix.plotting import figures
+    from tl_contextmix.plotting.matplotlib_figures import draw
 
-    return figures.draw(chosen, fonts)
+    return draw(chosen, fonts)
 
 
 def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:

@@ -97,9 +97,9 @@ class Tokens:
         places = self.positions()[batch][:, pos]
         return part if places.equal(part.positions()) else replace(part, places=places)
 
-    def labels(self) -> Sequence[int]:
+    def labels(self) -> tuple[int, ...]:
         """Returns the number of each entry on the whole axis, whatever part of it this is."""
-        return range(self.ids.shape[1]) if self.numbers is None else self.numbers
+        return (*range(self.ids.shape[1]),) if self.numbers is None else self.numbers
 
     def where(self) -> str:
         """Returns where in the input a part of an axis is, in words; empty for a whole axis."""

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
-from tl_contextmix.adapters.inputs.padding import require_safe_padding
+from tl_contextmix.adapters.inputs.padding import (
+    find_padding,
+    find_target_padding,
+    require_safe_padding,
+)
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, bad
@@ -25,8 +29,8 @@ class Given:
 
     Attributes:
         input: A text, several texts, or token ids of shape [batch, pos] or [pos].
-        attention_mask: 1 at real tokens, 0 at padding; None where there is no padding, or where
-            texts are given (their padding is known).
+        attention_mask: 1 at real tokens, 0 at padding; None where there is none, or where it is
+            known: that of texts, and ids that pad (see `padding.find_padding`).
         prepend_bos: Whether texts get a beginning-of-sequence token; None for the model's default.
             Token ids are taken as they are, as everywhere in TransformerLens.
         padding_side: Where texts of unequal length are padded.
@@ -64,6 +68,8 @@ def make_batch(view: ModelView, given: Given) -> Batch:
 def _main_side(view: ModelView, given: Given) -> Side:
     if isinstance(given.input, Tensor):
         ids = _token_ids(view, given.input, "input")
+        if given.attention_mask is None:
+            return find_padding(view, ids, given.padding_side)
         return Side(ids=ids, mask=_mask(given.attention_mask, ids))
     texts = _texts(given.input, "input")
     rows = [view.encode(text, given.prepend_bos) for text in texts]
@@ -95,7 +101,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         return None
     if isinstance(asked, Tensor):
         ids = _token_ids(view, asked, "decoder_input")
-        side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+        side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
         texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
@@ -167,8 +173,6 @@ def _bad_tokens(name: str, seen: str, expected: str, remedy: str) -> InvalidInpu
 
 
 def _mask(mask: object, ids: Tensor) -> Tensor:
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
     found = _mask_values(mask, ids)
     real = found.to(ids.device).bool()
     if not bool(real.any(dim=1).all()):

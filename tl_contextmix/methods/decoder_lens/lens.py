@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
 from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, package_version
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.methods.decoder_lens import (
     Lens,
@@ -126,6 +127,7 @@ def decoder_lens(
 ) -> LayerCurves: ...
 
 
+@method(cites=("langedijk2024decoderlens",))
 def decoder_lens(
     model: object,
     input: Text | Tensor,

@@ -20,6 +20,7 @@ from tl_contextmix.adapters.inputs.targets import (
 )
 from tl_contextmix.core.blocks import Batch, Trace
 from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,
     Controls,
@@ -31,12 +32,13 @@ from tl_contextmix.engine.selection import (
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import Knockout, Tokens
 from tl_contextmix.results.axes import whole_number
-from tl_contextmix.results.components import Components
+from tl_contextmix.results.components import Components, finest
 
 Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
 
 
+@method(cites=("yu2024neuron",), on_text=False)
 def knockout(
     model: object,
     input: Text | Tensor,
@@ -141,6 +143,7 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
+            removed=finest(chosen),
         ),
     )
 

@@ -15,12 +15,13 @@ from tl_contextmix.adapters.inputs import fresh_trace, provenance, select_blocks
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     Active,
-    Reader,
+    LayerReadout,
     active_rule,
     readings,
     require_feed_forward,
     require_predicting,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import require_choice
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.miner import make_cutting
@@ -38,6 +39,7 @@ from tl_contextmix.results.axes import require_number
 Positions = Literal["random", "all"]
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def composition(
     model: object,
     corpus: object,
@@ -98,7 +100,7 @@ def composition(
     size = require_number("batch_size", batch_size)
     cutting = make_cutting(size, 16 * size, too_long, malformed, prepend_bos, special=False)
     opened = open_corpus(corpus, column)
-    names = [n for block in blocks for n in (*block.points(), *Reader.names(view, block))]
+    names = [n for block in blocks for n in (*block.points(), *LayerReadout.names(view, block))]
     # Over a corpus counts pass 2 ** 24, where float32 stops counting.
     sums = torch.zeros(len(blocks), 4 + len(CASES), dtype=torch.float64)
     counts, examples, read, whole = Counter(), 0, 0, opened.size()
@@ -108,8 +110,8 @@ def composition(
             for documents in batches(view, shard, cutting, opened.name, counts):
                 where = documents.counted if positions == "all" else _draw(documents, seed)
                 trace = fresh_trace(view, documents.batch, stack, blocks, names)
-                reader = Reader.of(view, trace, how, rule, where)
-                rows = [reader.read(block, trace).sums(reader.final).cpu() for block in blocks]
+                readout = LayerReadout.of(view, trace, how, rule, where)
+                rows = [readout.read(block, trace).sums(readout.final).cpu() for block in blocks]
                 sums += torch.stack(rows)
                 examples += int(where.sum())
                 bar.update(int(documents.batch.main.mask.sum()))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import require_path
 from tl_contextmix.methods.memories.merging import merge_triggers
@@ -44,6 +45,7 @@ class _Worker:
         return {"path": paths}
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def mine_on_ray(
     load: Callable[[], object],
     corpus: str | Path,
