@@ -14,6 +14,8 @@ from tl_contextmix.engine.citations import ROLLOUT, references
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.results import Provenance, Tokens
 
+pytestmark = pytest.mark.once
+
 TOOLS = ["nanda2022transformerlens", "cooney2023circuitsvis"]
 ENTRY = re.compile(r"@(?:inproceedings|misc)\{(\w+),\n((?:  \w+ = \{.+\},\n)+)\}")
 

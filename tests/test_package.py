@@ -16,6 +16,8 @@ from typing import Any
 import jaxtyping
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tl_contextmix"
 

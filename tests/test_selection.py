@@ -27,6 +27,8 @@ from tl_contextmix.results import (
 )
 from tl_contextmix.results.labelled_arrays import LabelledArray
 
+pytestmark = pytest.mark.once
+
 FILES = sorted((Path(__file__).parent / "data/v1").glob("*.safetensors"))
 ARRAYS = {type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)}
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
