@@ -69,7 +69,7 @@ def load_triggers(
     return Triggers(folder, manifest, view, opened, model)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Triggers(Mined):
     """The triggers of every memory that was mined.
 
