@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.weight_processing import _TOLD
-from tl_contextmix.engine.log_prob_scores import CUTS
+from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
 
 STEPS = (
@@ -59,7 +59,7 @@ def methods() -> dict[str, Method]:
         found[f"integrated_gradients {of}"] = lambda m, x, of=of: (
             cm.integrated_gradients(m, x, of=of, steps=50).scores
         )
-    for by in CUTS:
+    for by in SPLITS:
         found[f"log_prob_contributions {by}"] = lambda m, x, by=by: (
             cm.log_prob_contributions(m, x, by=by, **GOLD).scores
         )

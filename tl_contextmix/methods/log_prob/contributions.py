@@ -28,7 +28,7 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import LogProbContributions
-from tl_contextmix.results.axes import require_count, whole_number
+from tl_contextmix.results.axes import require_number, whole_number
 from tl_contextmix.results.components import Components, join, padding
 from tl_contextmix.results.log_prob_contributions import SCORES
 
@@ -134,7 +134,7 @@ def log_prob_contributions(
     require_choice("by", by, SPLITS)
     require_choice("norm", norm, NORM_RULES)
     require_choice("score", score, tuple(SCORES))
-    top_k = None if top_k is None else require_count(top_k)
+    top_k = None if top_k is None else require_number("top_k", top_k)
     _require_neurons(by, score, top_k)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     with torch.no_grad():
