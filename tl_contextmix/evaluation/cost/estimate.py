@@ -75,7 +75,7 @@ def estimate(
             failed = f"{name} is no number of tokens or inputs"
             raise bad(failed, repr(value), "an integer from 1", _EXAMPLE)
     if isinstance(method, str):
-        known = {name: one.function for name, one in methods().items() if one.on_text}
+        known = {name: one.function for name, one in methods().items() if one.estimated}
         require_choice("method", method, tuple(known))
         method = known[method]
     if not callable(method) or isinstance(method, type):
