@@ -299,7 +299,7 @@ class LabelledArray(Result):
 
     # Differences
 
-    def __sub__(self: A, other: A) -> A:
+    def __sub__(self: A, other: Any) -> A:
         """Returns the difference of two results, number by number: a result of the same kind.
 
         Tokens that differ, as those of a minimal pair do, are labelled with both.
