@@ -264,8 +264,9 @@ def test_missing_arguments_are_told_in_pythons_own_words():
 
 
 def test_what_an_argument_is_not_is_said_where_nothing_else_is():
-    from tl_contextmix import InvalidInput
     from tl_contextmix.arguments import guarded
+
+    from tl_contextmix import InvalidInput
 
     def ask_it(text: str = "", pair: tuple[int, str] = (0, "")) -> None:
         raise ValueError("of another cause")

@@ -20,6 +20,10 @@ class InvalidInput(ContextMixError, ValueError):
     """The call is wrong: an argument, a token, a mask or a cache cannot be used as given."""
 
 
+class UnknownOption(InvalidInput, TypeError):
+    """A function has no option of this name."""
+
+
 class UnsupportedModel(ContextMixError, NotImplementedError):
     """The model is not one whose numbers would be right, so none are given."""
 
@@ -55,14 +59,3 @@ def four_parts(failed: str, seen: object, expected: str, remedy: str) -> str:
 def bad(failed: str, seen: object, expected: str, remedy: str) -> InvalidInput:
     """Returns the error of a call that is wrong, from its four parts."""
     return InvalidInput(four_parts(failed, seen, expected, remedy))
-
-
-def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raises InvalidInput unless an option is one of those there are."""
-    if not isinstance(value, str) or value not in known:
-        raise bad(
-            f"there is no such {name}",
-            repr(value),
-            f"one of {list(known)}",
-            "Choose one of these.",
-        )
