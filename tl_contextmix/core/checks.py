@@ -109,21 +109,22 @@ def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
 
 def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOption:
     new = RENAMED.get(f"{function}.{name}")
-    remedy = f"It is now called {new}." if new else did_you_mean(name, known)
+    remedy = f"It is now called {new}. " if new else did_you_mean(name, known)
     return UnknownOption(
         four_parts(
             f"{function} has no such option",
             name,
             f"some of {list(known)}",
-            remedy or f"See help(tl_contextmix.{function}).",
+            f"{remedy}See help(tl_contextmix.{function}).",
         )
     )
 
 
 def did_you_mean(name: object, known: Sequence[Any]) -> str:
     """Returns the question whether a near match was meant, or nothing where there is none."""
-    near = get_close_matches(str(name), [str(one) for one in known], 1)
-    return f"Did you mean {near[0]!r}?" if near else ""
+    texts = [one for one in known if isinstance(one, str)]
+    near = get_close_matches(name, texts, 1) if isinstance(name, str) else []
+    return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
@@ -131,9 +132,9 @@ def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in known:
         raise bad(
             f"there is no such {name}",
-            _seen(value),
+            seen(value),
             f"one of {list(known)}",
-            did_you_mean(value, known) or "Choose one of these.",
+            did_you_mean(value, known) + "Choose one of these.",
         )
 
 
@@ -161,13 +162,13 @@ def _accepted(function: str, name: str, value: Any, hint: Any) -> Any:
         return found
     listed = value if isinstance(value, (list, tuple)) else [value]
     choices = _choices(hint)
-    near = (did_you_mean(one, choices) for one in listed if isinstance(one, str))
-    wrong = not all(_fit(one, str) is not _MISFIT for one in listed if isinstance(one, str))
+    texts = [one for one in listed if isinstance(one, str)]
+    near = [did_you_mean(one, choices) for one in texts if one not in choices]
     raise bad(
         f"{function} cannot use this {name}",
-        _seen(value),
-        "characters that a text can have" if wrong else _expected(hint),
-        next(filter(None, near), f"See help(tl_contextmix.{function})."),
+        seen(value),
+        _expected(hint) if all(map(is_text, texts)) else "characters that a text can have",
+        f"{''.join(near[:1])}See help(tl_contextmix.{function}).",
     )
 
 
@@ -203,9 +204,12 @@ def _fit_one(value: Any, kind: Any) -> Any:
         fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
         return value if fits else _MISFIT
     fits = isinstance(value, os.PathLike if kind is Path else kind)
-    if kind is str and fits:
-        fits = value.isascii() or value.encode(errors="ignore").decode() == value
-    return value if fits else _MISFIT
+    return value if fits and (kind is not str or is_text(value)) else _MISFIT
+
+
+def is_text(value: str) -> bool:
+    """Returns whether UTF-8 can hold a text: halves of surrogate pairs it cannot."""
+    return value.isascii() or value.encode(errors="ignore").decode() == value
 
 
 def _fit_many(value: Any, kind: Any, inner: tuple[Any, ...]) -> Any:
@@ -273,7 +277,8 @@ def _words(hint: Any) -> list[str]:
     return [f"several, each {_expected(one)}" for one in inner[:1]] or [f"a {kind.__name__}"]
 
 
-def _seen(value: Any) -> str:
+def seen(value: Any) -> str:
+    """Returns a value for a message, whatever it is."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     try:

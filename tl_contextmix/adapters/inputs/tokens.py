@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.core.blocks import Batch, Side
-from tl_contextmix.core.checks import LATER, require_choice
+from tl_contextmix.core.checks import LATER, is_text, require_choice, seen
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, bad
 
@@ -73,7 +73,7 @@ def make_batch(view: ModelView, given: Given) -> Batch:
     if not (given.prepend_bos is None or isinstance(given.prepend_bos, (bool, numpy.bool_))):
         raise bad(
             "prepend_bos cannot be read",
-            repr(given.prepend_bos)[:200],
+            seen(given.prepend_bos),
             "True, False or None",
             "Leave it out for the model's default.",
         )
@@ -179,6 +179,13 @@ def _texts(given: object, name: str) -> list[str]:
             _describe_items(texts),
             "a str, a list of str, token ids [batch, pos], or what a tokenizer returns",
             "Give rows of ids one length.",
+        )
+    if not all(map(is_text, texts)):
+        raise bad(
+            f"the {name} cannot be read",
+            seen(given),
+            "characters that a text can have",
+            "Leave out halves of surrogate pairs.",
         )
     if not texts or not all(texts):
         raise bad(
