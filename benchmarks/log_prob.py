@@ -16,12 +16,12 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.core.model_view import Readout
-from tl_contextmix.core.residual_stream import Neurons, Path
+from tl_contextmix.core.residual_stream import FrozenNorms, Neurons
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.demo_models.lexicon import FACTS
-from tl_contextmix.engine.log_prob_scores import Best, Cut, best_neurons
+from tl_contextmix.engine.log_prob_scores import Split, TopNeurons, best_neurons
 from tl_contextmix.methods.log_prob.contributions import Score
 from tl_contextmix.methods.log_prob.knockout import Positions
 from tl_contextmix.results.components import Grid
@@ -60,13 +60,13 @@ class Sizes:
         ids = torch.zeros(1, dtype=torch.long)
         start = draw(1, width)
         self.weights = {"W_U": draw(width, vocabulary) * sharp / width**0.5}
-        self.cuts, states = [], [torch.zeros(1, width), start]
+        self.splits, states = [], [torch.zeros(1, width), start]
         for layer in range(layers):
             rows = draw(neurons, width) * 2 / (neurons * width) ** 0.5 * width**0.5
             post = draw(1, 1, neurons).sign() * (heavy * draw(1, 1, neurons) - heavy).exp()
             grid = Grid("mlp", layer, ids, (("neuron", range(neurons)),))
-            path = Path((), torch.ones(1, 1))
-            self.cuts.append(Cut(layer + 1, grid, neurons=Neurons(rows, post, path)))
+            path = FrozenNorms((), torch.ones(1, 1))
+            self.splits.append(Split(layer + 1, grid, neurons=Neurons(rows, post, path)))
             states.append(states[-1] + post[:, 0] @ rows)
         self.states = torch.stack(states, dim=1)
         norm = Norm("ln", None, None, 1e-5)
@@ -78,9 +78,9 @@ class Sizes:
         """Returns the readout with the scale of the norm frozen."""
         return read_vocabulary(self.readout, "frozen", self.states[:, -1], self.target, max_bytes)
 
-    def best(self, k: int, max_bytes: int = MAX_BYTES) -> Best:
+    def best(self, k: int, max_bytes: int = MAX_BYTES) -> TopNeurons:
         """Returns the best neurons."""
-        return best_neurons(self.vocabulary(max_bytes), self.states[0], self.cuts, k, 0)
+        return best_neurons(self.vocabulary(max_bytes), self.states[0], self.splits, k, 0)
 
     def full(self, layers: int | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
         """Returns the scores of all neurons, of some layers or all."""
@@ -88,9 +88,9 @@ class Sizes:
         return torch.stack(
             [
                 vocabulary.neuron_gains(
-                    self.states[:, cut.step], cut.neurons.vectors, cut.neurons.coefficients
+                    self.states[:, split.step], split.neurons.vectors, split.neurons.coefficients
                 )[0, 0]
-                for cut in self.cuts[:layers]
+                for split in self.splits[:layers]
             ]
         )
 
@@ -99,7 +99,7 @@ def full_flops(sizes: Sizes) -> int:
     """Returns the operations of evaluating all neurons; products are counted, not computed."""
     with WithoutProducts():
         one = flops(partial(sizes.full, 1), elementwise=False)
-    return one * len(sizes.cuts)
+    return one * len(sizes.splits)
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -119,7 +119,7 @@ def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
             sizes = Sizes(*shape, heavy=heavy, sharp=sharp)
             every = full_flops(sizes)
             for k in ks:
-                found: list[Best] = []
+                found: list[TopNeurons] = []
                 spent = flops(lambda k=k, s=sizes, f=found: f.append(s.best(k)), elementwise=False)
                 used = peak(partial(sizes.best, k))
                 best, last = (float(score) for score in found[0].score[[0, -1]])

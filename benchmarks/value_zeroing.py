@@ -22,7 +22,6 @@ from torch.nn import functional
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.core.value_ablation import replay
 
 D, HEADS, M = 768, 12, 3072
 MAX_BYTES = 2**30
@@ -114,7 +113,7 @@ def ours(block: Block, trace: Trace, max_bytes: int = MAX_BYTES) -> Tensor:
     """Returns distances [target source] by replaying the block."""
     n = trace["x"].shape[1]
     out = torch.zeros(n, n)
-    found = replay(block, trace, "self").folded(None, 1, max_bytes)
+    found = ablate_values(block, trace, "self").folded(None, 1, max_bytes)
     for rows, columns, changed, kept in found.tiles(None, max_bytes):
         out[rows, columns] = distance(changed, kept)[0].T
     return out

@@ -34,7 +34,6 @@ ASKED = [
     for case in FAMILIES
     if not (name == "decompx" and case.family in zoo.OPAQUE_FEED_FORWARD)
 ]
-_ENCODERS = ("bert", "roberta")
 
 
 def short(case: zoo.Case, tokens: int = 3) -> zoo.Inputs:
@@ -230,7 +229,7 @@ def test_no_score_comes_from_what_cannot_be_read(method: Any, case: zoo.Case) ->
         kwargs = {"stack": stack, **keywords(given)}
         found = method(model, given.tokens, **kwargs)
         assert bool(torch.isfinite(found.scores).all())
-        bidirectional = stack in ("encoder", "cross") or case.family in _ENCODERS
+        bidirectional = stack in ("encoder", "cross") or case.both_ways
         own = found.scores[..., : found.scores.shape[3]]
         if not bidirectional:
             assert not bool(torch.triu(own, diagonal=1).any())

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tl_contextmix as cm
-from tl_contextmix.engine.citations import METHODS, WORKS
+from tl_contextmix.engine.citations import ROLLOUT, references
+from tl_contextmix.engine.registry import methods
 from tl_contextmix.results import Provenance, Tokens
 
 TOOLS = ["nanda2022transformerlens", "cooney2023circuitsvis"]
@@ -44,7 +45,7 @@ def a_map(**options: object) -> cm.ContextMap:
 
 
 def test_everything_is_cited_without_arguments():
-    assert keys(cm.cite()) == list(WORKS)
+    assert keys(cm.cite()) == list(references())
 
 
 def test_entries_are_ascii_and_whole():
@@ -69,7 +70,7 @@ def test_methods_and_functions_are_cited_once_in_order():
 
 
 def test_options_of_a_result_count():
-    norms = [key for key in WORKS if key.startswith("kobayashi")]
+    norms = [key for key in references() if key.startswith("kobayashi")]
     assert keys(cm.cite(a_map(at="attn_out"))) == [*norms[:1], *TOOLS]
     assert keys(cm.cite(a_map(at="resid_mid"))) == [*norms[:2], *TOOLS]
     assert keys(cm.cite(a_map())) == [*norms, *TOOLS]
@@ -78,7 +79,7 @@ def test_options_of_a_result_count():
     assert keys(cm.cite(added)) == [*norms, "abnar2020quantifying", *TOOLS]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods())
 def test_a_result_cites_what_its_method_cites(name: str):
     found = a_map()
     origin = dataclasses.replace(found.provenance, method=name)
@@ -100,13 +101,16 @@ def decoder_rollout() -> cm.ContextMap:
 def test_every_public_method_has_its_sources():
     no_method = {
         *("check", "cite", "demo_pairs", "estimate", "load_demo", "load_minimal_pairs"),
-        *("load_model", "load_triggers", "merge_triggers", "report"),
+        *("load_model", "load_triggers", "merge_triggers", "report", "rollout"),
     }
     functions = {name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))}
-    assert functions - set(METHODS) == no_method
-    assert set(METHODS) <= functions
-    cited = {key for found in METHODS.values() for key in found}
-    assert cited | set(TOOLS) == set(WORKS)
+    assert functions - set(methods()) == no_method
+    assert set(methods()) <= functions
+    assert all(
+        inspect.unwrap(getattr(cm, name)) is known.function for name, known in methods().items()
+    )
+    cited = {key for known in methods().values() for key in known.sources()}
+    assert cited | {*TOOLS, *ROLLOUT} == set(references())
 
 
 @pytest.mark.parametrize("wrong", ["logit_lens", print])

@@ -19,7 +19,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.evaluation import blanked, overlapping, place_tokens
-from tl_contextmix.evaluation.compare import METHODS
+from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.reporting.comparison_section import write_comparison
 from tl_contextmix.results import Tokens
 
@@ -92,10 +92,8 @@ def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
     pairs = cm.load_minimal_pairs(path)
     assert [pair.answer for pair in pairs] == ["themselves", "barks", "dorment"]
     assert pairs[0].cues == ()
-    assert [pairs[1].good[slice(*span)] for span in pairs[1].cues + pairs[1].lures] == [
-        "dog",
-        "dogs",
-    ]
+    spans = pairs[1].cues + pairs[1].lures
+    assert [pairs[1].good[slice(*span)] for span in spans] == ["dog", "dogs"]
 
 
 @pytest.mark.parametrize(
@@ -125,12 +123,9 @@ def test_lines_that_are_no_pairs_are_named(line: str, message: str, tmp_path: Pa
 
 
 def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(cm.InvalidInput, match=r"none\.jsonl.*a local file"):
-        cm.load_minimal_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(cm.InvalidInput, match=r"a local file"):
-        cm.load_minimal_pairs(tmp_path)
-    with pytest.raises(cm.InvalidInput, match=r"a local file"):
-        cm.load_minimal_pairs("a\0b")
+    for path, name in ((tmp_path / "none.jsonl", r"none\.jsonl.*"), (tmp_path, ""), ("a\0b", "")):
+        with pytest.raises(cm.InvalidInput, match=name + "a local file"):
+            cm.load_minimal_pairs(path)
     marked = tmp_path / "marked"
     marked.write_text('\ufeff{"sentence_good": "a b", "sentence_bad": "a c"}')
     assert len(cm.load_minimal_pairs(marked)) == 1
@@ -452,14 +447,9 @@ def test_no_word_reaches_from_one_stack_into_another() -> None:
 
 
 def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
-    for pair, message in (
-        (
-            cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),)),
-            "behind the place",
-        ),
-    ):
-        with pytest.raises(cm.InvalidInput, match=message):
-            cm.compare(model, [pair], methods=["attention"])
+    pair = cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
+    with pytest.raises(cm.InvalidInput, match="behind the place"):
+        cm.compare(model, [pair], methods=["attention"])
 
 
 def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
@@ -501,15 +491,12 @@ def test_only_mining_is_said_to_go_on_when_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
-    for words, said in (
-        (["check", "causal-lm"], "tl-contextmix: stopped\n"),
-        (
-            ["mine", "causal-lm", "corpus.txt", "-o", "mined"],
-            "tl-contextmix: stopped; the same command goes on\n",
-        ),
+    for words, more in (
+        ("check causal-lm", ""),
+        ("mine causal-lm corpus.txt -o mined", "; the same command goes on"),
     ):
-        assert main(words) == 130
-        assert capsys.readouterr().err == said
+        assert main(words.split()) == 130
+        assert capsys.readouterr().err == f"tl-contextmix: stopped{more}\n"
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
@@ -553,7 +540,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         names = [name for name, _ in found.left_out]
         assert "value_zeroing" in names
         assert all("SoLU" in reason for _, reason in found.left_out)
-        assert {*names, *(cost.method for cost in found.costs)} == {*METHODS}
+        assert {*names, *(cost.method for cost in found.costs)} == {*comparable()}
         assert "Left out" in found.show().html()
         with pytest.raises(cm.UnsupportedModel, match="SoLU"):
             cm.compare(model, ["the cat sat"], methods=["value_zeroing"], blank=3)
@@ -572,11 +559,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue for every"),
         (["the keys"], {"cues": ["keys"]}, r"got \['keys'\] for 1 sentences"),
         (["the keys"], {"methods": {}}, r"got \{\}; expected a list out of"),
-        (
-            ["the keys"],
-            {"methods": {"mine": lambda m, t: 3}},
-            r"'mine' cannot be .*got a int",
-        ),
+        (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
         (None, {}, r"a NoneType of \[\]; expected a list of texts"),
         ([cm.MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list out of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
@@ -626,16 +609,13 @@ def test_encoder_decoders_are_refused() -> None:
 def test_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: METHODS[name] for name in ("attention", "globenc")}
-    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", few)
+    few = {name: comparable()[name] for name in ("attention", "globenc")}
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", lambda: few)
     page = tmp_path / "page.html"
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(
-        "\n".join(
-            json.dumps({"sentence_good": pair.good, "sentence_bad": pair.bad})
-            for pair in cm.demo_pairs(count=3)
-        )
-    )
+    three = cm.demo_pairs(count=3)
+    lines = [json.dumps({"sentence_good": one.good, "sentence_bad": one.bad}) for one in three]
+    pairs.write_text("\n".join(lines))
     arguments = ["compare", "--model", "masked-lm", "--sentences", "2", "-o", str(page)]
     assert main([*arguments, "--words"]) == 0
     shown = capsys.readouterr().out
@@ -645,7 +625,7 @@ def test_command(
     assert main([*arguments, "--pairs", str(pairs)]) == 0
     assert "over 2 sentences" in capsys.readouterr().out
     # Nothing is computed for a page that cannot be written.
-    monkeypatch.setattr("tl_contextmix.evaluation.compare.METHODS", {})
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", dict)
     assert main([*arguments[:-1], str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert main(["compare", "--sentences", "0"]) == 2

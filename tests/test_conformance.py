@@ -101,6 +101,7 @@ METHODS = [
             ask.func.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False, stacked=False
         )
         for ask in (
+            functools.partial(cm.attention_flow),
             functools.partial(cm.gradient_x_input),
             functools.partial(cm.integrated_gradients, steps=4),
         )

@@ -25,7 +25,7 @@ from blocks import Sizes, build
 from meters import flops
 from run import Cost, measure, ours
 
-from tl_contextmix.core.feed_forward_parts import Expansion
+from tl_contextmix.core.feed_forward_parts import FeedForwardParts
 from tl_contextmix.engine.parts import POINTS, Point, linear_points, parts_at
 
 pytestmark = pytest.mark.once
@@ -65,7 +65,7 @@ def test_fifty_steps_of_integrated_gradients_come_close() -> None:
     block, trace = build(SMALL, torch.float64)
     with torch.no_grad():
         parts = parts_at(block, linear_points(block, trace, "decoder"), "mlp_out", "contributor")
-        assert isinstance(parts, Expansion)
+        assert isinstance(parts, FeedForwardParts)
         parts = parts.parts(run.MAX_BYTES)[0]
         start = reference.attention_parts(block, trace, "mlp_in")
         found = reference.integrated_gradients(block, *start, run.STEPS, SMALL.causal)
@@ -273,7 +273,7 @@ def test_parts_themselves_need_the_budget_besides_the_result() -> None:
     def work() -> None:
         linear = linear_points(block, trace, "decoder")
         parts = parts_at(block, linear, "block_out", "contributor", 8 * MIB)
-        assert isinstance(parts, Expansion)
+        assert isinstance(parts, FeedForwardParts)
         parts.parts(8 * MIB)
 
     result = 4 * sizes.n**2 * sizes.d

@@ -18,8 +18,7 @@ from meters import flops
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
-from tl_contextmix.core.residual_stream import Neurons
-from tl_contextmix.core.residual_stream import Path as Norms
+from tl_contextmix.core.residual_stream import FrozenNorms, Neurons
 from tl_contextmix.engine import selection
 from tl_contextmix.results.components import Grid, join
 
@@ -54,7 +53,7 @@ def test_operations_do_not_grow_with_the_neurons_that_are_not_evaluated() -> Non
 
 def test_the_best_are_the_best_and_all_the_bound_needs() -> None:
     sizes = Sizes(3, 64, 32, 500)
-    found = benchmark.best_neurons(sizes.vocabulary(), sizes.states[0], sizes.cuts, 7, 0)
+    found = benchmark.best_neurons(sizes.vocabulary(), sizes.states[0], sizes.splits, 7, 0)
     whole = sizes.full().flatten()
     torch.testing.assert_close(found.score, whole.topk(7).values, atol=2e-6, rtol=1e-5)
     assert found.evaluated < whole.numel()
@@ -74,10 +73,10 @@ def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
     """Rows of W_O are multiplied with W_U once, whatever the number of sources and sentences."""
     sizes = Sizes(1, 256, 64, 5_000)
     vocabulary = sizes.vocabulary(8 * MIB)
-    rows = sizes.cuts[0].neurons.rows
+    rows = sizes.splits[0].neurons.rows
 
     def work(sources: int) -> None:
-        found = Neurons(rows, torch.rand(1, sources, 256), Norms((), torch.ones(1, 1)))
+        found = Neurons(rows, torch.rand(1, sources, 256), FrozenNorms((), torch.ones(1, 1)))
         vocabulary.neuron_gains(sizes.states[:, 1], found.vectors, found.coefficients)
 
     few, many = (flops(partial(work, count), elementwise=False) for count in (1, 40))

@@ -21,7 +21,7 @@ from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.engine.parts import (
     POINTS,
-    Expansion,
+    FeedForwardParts,
     Point,
     linear_points,
     masked,
@@ -170,13 +170,12 @@ def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_future_sources_are_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
-    encoder = case.host == "HookedEncoder" or case.family in ("bert", "roberta")
     blocks = view_of(model).blocks("decoder" if case.encoder_decoder else None)
     for point in points(blocks[0]):
         scores = cm.attention_norms(model, given.tokens, at=point, **keywords(given)).scores
         own = scores[..., : scores.shape[3]]
         future = torch.triu(own, diagonal=1)
-        if encoder and not blocks[0].parallel:
+        if case.both_ways:
             assert bool((future[..., 0, 1:] > 0).all()), point
         else:
             assert not bool(future.any()), point
@@ -270,7 +269,7 @@ def row(
     parts = parts_at(block, linear_points(block, trace, stack), point, "contributor")
     dense = (
         parts.parts(2**30)
-        if isinstance(parts, Expansion)
+        if isinstance(parts, FeedForwardParts)
         else parts.dense(slice(0, 2)).transpose(1, 2)
     )
     return dense[0, 1].tolist(), parts.bias[0, 1].tolist()
@@ -316,7 +315,7 @@ def test_two_tokens_by_hand_that_read_an_encoder() -> None:
     assert row(block, trace, "attn_out", "cross") == (read, [0.5, 0.5])
     assert row(block, trace, "resid_mid", "cross") == ([[2, 0], [0, 20], *read], [1, 1])
     early = linear_points(block, trace, "cross", ("attn_out",))
-    assert early["attn_out"].reads[0].pattern.shape[-1] == 3
+    assert early["attn_out"].terms[0].pattern.shape[-1] == 3
     # Pre-activations (5, 22.5, -18.5): the third unit is off here too.
     parts = [[4, 0], [0, 40], [2, 0], [0, 1], [2, 2]]
     for stack in ("decoder", "cross"):

@@ -12,14 +12,14 @@ from asked import case_of, view_of
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given
 from tl_contextmix.core.tiled_logits import NormRule
-from tl_contextmix.engine.log_prob_scores import By, ask
+from tl_contextmix.engine.log_prob_scores import By, run_prediction
 
 FOUR = pytest.mark.skipif(zoo.major() < 4, reason="TransformerLens 4 has these tools")
 
 
 def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
     """The engine's view of a prediction."""
-    return ask(
+    return run_prediction(
         view_of(model),
         Given(tokens),
         target=None,

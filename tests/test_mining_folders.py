@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import fcntl
+import functools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 import signal
@@ -76,9 +78,7 @@ def test_no_manifest_breaks_the_reader(mined: Any, tmp_path: Path) -> None:
             continue
         for bad in ("left out", None, -1, [], {}, "x", 10**30, 1.5):
             changed = copy.deepcopy(good)
-            inside = changed
-            for key in place[:-1]:
-                inside = inside[key]
+            inside = functools.reduce(operator.getitem, place[:-1], changed)
             if bad == "left out":
                 del inside[place[-1]]
             else:
@@ -194,6 +194,13 @@ def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path)
             cm.mine_triggers(model, other, out=tmp_path, rank=0, world_size=2, **OPTIONS)
 
 
+@pytest.fixture
+def manifest(mined: Any, tmp_path: Path) -> dict[str, Any]:
+    """The manifest of a copy of the result."""
+    shutil.copytree(mined[2], tmp_path, dirs_exist_ok=True)
+    return json.loads((tmp_path / "manifest.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
@@ -202,30 +209,24 @@ def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path)
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_said(
-    place: tuple[str, ...], value: int, problem: str, mined: Any, tmp_path: Path
+    place: tuple[str, ...], value: int, problem: str, manifest: Any, tmp_path: Path
 ) -> None:
-    shutil.copytree(mined[2], tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
     *outer, last = place
-    inner = manifest
-    for key in outer:
-        inner = inner[key]
-    inner[last] = value
+    functools.reduce(operator.getitem, outer, manifest)[last] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(cm.FileFormatError, match=problem):
         cm.load_triggers(tmp_path)
 
 
-def test_neurons_that_a_model_does_not_have_are_refused(mined: Any, tmp_path: Path) -> None:
-    model, _, folder = mined
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+def test_neurons_that_a_model_does_not_have_are_refused(
+    mined: Any, manifest: Any, tmp_path: Path
+) -> None:
     too_many = {layer: [10**6] for layer in manifest["neurons"]}
     manifest["neurons"] = manifest["run"]["options"]["neurons"] = too_many
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     cm.load_triggers(tmp_path)
     with pytest.raises(cm.FileFormatError, match="layers or neurons that .* does not have"):
-        cm.load_triggers(tmp_path, model=model)
+        cm.load_triggers(tmp_path, model=mined[0])
 
 
 def test_parts_of_processes_that_were_stopped_are_not_merged(part: Any, tmp_path: Path) -> None:
@@ -382,7 +383,9 @@ def test_a_merge_does_not_replace_another_run(mined: Any, part: Any, tmp_path: P
     assert result(other) == before
 
 
-def test_triggers_know_their_column_and_their_tokenizer(mined: Any, tmp_path: Path) -> None:
+def test_triggers_know_their_column_and_their_tokenizer(
+    mined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, corpus, _ = mined
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in corpus))
@@ -390,10 +393,6 @@ def test_triggers_know_their_column_and_their_tokenizer(mined: Any, tmp_path: Pa
     moved = shutil.move(path, tmp_path / "d.jsonl")
     found = cm.load_triggers(tmp_path / "out", model=model, corpus=moved)
     assert found.examples(0, 1).triggers
-    kept = model.tokenizer
-    try:
-        model.tokenizer = zoo.build(case_of("llama")).tokenizer
-        with pytest.raises(cm.InvalidInput, match="mined with another tokenizer"):
-            cm.load_triggers(tmp_path / "out", model=model)
-    finally:
-        model.tokenizer = kept
+    monkeypatch.setattr(model, "tokenizer", zoo.build(case_of("llama")).tokenizer)
+    with pytest.raises(cm.InvalidInput, match="mined with another tokenizer"):
+        cm.load_triggers(tmp_path / "out", model=model)

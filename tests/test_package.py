@@ -290,6 +290,7 @@ TOP_LEVEL = {
     "demos",
     "docs",
     "pyproject.toml",
+    "scripts",
     "tests",
     "tl_contextmix",
 }

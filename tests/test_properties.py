@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.core.feed_forward_parts import Expansion
+from tl_contextmix.core.feed_forward_parts import FeedForwardParts
 from tl_contextmix.engine.parts import linear_points, norms_at, parts_at_all
 
 pytestmark = pytest.mark.once
@@ -36,12 +36,12 @@ def test_every_block_is_the_sum_of_its_parts(plan: Plan, bias: Any, max_bytes: i
     found = parts_at_all(block, linear, points(block), bias, max_bytes)
     sizes = norms_at(found, max_bytes)
     real = trace.batch.main.mask
-    for point, mixture in found.items():
+    for point, token_sum in found.items():
         expected = host_value(block, trace, point, kind)
         whole = slice(0, expected.shape[1])
-        behind = isinstance(mixture, Expansion)
-        dense = mixture.parts(max_bytes) if behind else mixture.dense(whole).transpose(1, 2)
-        total = dense.sum(dim=2) + mixture.bias
+        behind = isinstance(token_sum, FeedForwardParts)
+        dense = token_sum.parts(max_bytes) if behind else token_sum.dense(whole).transpose(1, 2)
+        total = dense.sum(dim=2) + token_sum.bias
         assert close(total, expected, real, limit), point
         # A sum of parts that cancel is as exact as its largest part.
         assert float((sizes[point] - dense.norm(dim=-1)).abs().max()) <= limit * (

@@ -23,7 +23,7 @@ from tl_contextmix.adapters.loading import HostClass
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.core.value_ablation import Replay, batch_rows, replay
+from tl_contextmix.core.value_ablation import ValueAblation, ablate_values, batch_rows
 
 
 def made(
@@ -95,7 +95,9 @@ def made(
     return replace(block, **changes), Trace(Batch(side), values, dtype)
 
 
-def outputs(found: Replay, max_bytes: int = 2**30, spans: Any = None) -> tuple[Tensor, Tensor]:
+def outputs(
+    found: ValueAblation, max_bytes: int = 2**30, spans: Any = None
+) -> tuple[Tensor, Tensor]:
     """Outputs without each source [batch target source d_model], and as they are."""
     batch, target, width = found.before.shape
     source = found.read.pattern.shape[3] if spans is None else len(spans)
@@ -114,19 +116,19 @@ def terms(block: Block, trace: Trace) -> Tensor:
 
 def distances(block: Block, trace: Trace, **options: Any) -> Tensor:
     """Euclidean distances [batch target source]."""
-    changed, kept = outputs(replay(block, trace, "self", **options))
+    changed, kept = outputs(ablate_values(block, trace, "self", **options))
     return (changed - kept[:, :, None]).norm(dim=-1)
 
 
 def test_a_parallel_block_moves_by_the_term_itself() -> None:
     block, trace = made(5, parallel=True)
-    changed, kept = outputs(replay(block, trace, "self"))
+    changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
 
 def test_a_block_without_feed_forward_moves_by_the_term_itself() -> None:
     block, trace = made(5, feed_forward=None)
-    changed, kept = outputs(replay(block, trace, "self"))
+    changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
 
@@ -156,7 +158,7 @@ def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: st
     if where == "sandwich":
         attention, ff = replace(attention, norm_out=norm), replace(ff, norm_out=norm)
     block = replace(block, attentions=(attention,), feed_forward=ff)
-    direct = replay(block, trace, "self")
+    direct = ablate_values(block, trace, "self")
     folded = direct.folded(None, 1000, 2**30)
     assert len(folded.branches) == 1 + gated
     for spans in (None, [(0, 2), (1, 6)]):
@@ -175,15 +177,15 @@ def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: 
     without = replace(
         trace, values={k: v for k, v in trace.values.items() if k not in ("pre", "l")}
     )
-    folded = [replay(block, t, "self").folded(None, 1000, 2**30) for t in (trace, without)]
+    folded = [ablate_values(block, t, "self").folded(None, 1000, 2**30) for t in (trace, without)]
     torch.testing.assert_close(*map(outputs, folded), rtol=1e-5, atol=1e-6)
     saved = flops(block, without, repeats=1000) - flops(block, trace, repeats=1000)
     assert saved == (1 + gated) * 2 * (2 * 6) * 32 * 64
     rounded = {"pre": trace["pre"].bfloat16(), "l": trace["l"].bfloat16()}
     rounded = replace(trace, values={**trace.values, **rounded})
-    assert replay(block, rounded, "self").pre is None
+    assert ablate_values(block, rounded, "self").pre is None
     # Not in float64 either, which some hosts leave inside.
-    assert replay(*made(6, **sizes), "self").pre is None
+    assert ablate_values(*made(6, **sizes), "self").pre is None
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
@@ -196,7 +198,7 @@ def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
         block = blocks[0]
         if block.feed_forward is None or block.feed_forward.refusal or stack == "decoder":
             continue
-        found = replay(block, trace, kind)
+        found = ablate_values(block, trace, kind)
         assert bool(found.folded(None, 40, 2**30).branches) != block.parallel
         assert not found.folded(None, 1, 1).branches
 
@@ -204,7 +206,7 @@ def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
 def flops(block: Block, trace: Trace, rows: list[int] | None = None, *, repeats: int = 1) -> int:
     """Operations of all outputs of a block."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        found = replay(block, trace, "self", rows).folded(None, repeats, 2**30)
+        found = ablate_values(block, trace, "self", rows).folded(None, repeats, 2**30)
         for _ in found.tiles(None, 2**30):
             pass
     return counter.get_total_flops()
@@ -254,8 +256,8 @@ def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     assert not torch.equal(after, first.scores)
     block = replace(as_view(model).blocks()[0], folds=None)
     trace, _ = host_trace(as_view(model), zoo.Inputs(tokens), None)
-    fresh = outputs(replay(block, trace, "self"))
-    kept = outputs(replay(as_view(model).blocks()[0], trace, "self").folded(None, 1, 2**30))
+    fresh = outputs(ablate_values(block, trace, "self"))
+    kept = outputs(ablate_values(as_view(model).blocks()[0], trace, "self").folded(None, 1, 2**30))
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-9)
 
 
@@ -332,7 +334,7 @@ def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
     size = batch_rows(block, trace, "self", budget)
     assert 1 <= size <= 3
     with torch.no_grad(), Peak() as meter:
-        found = replay(block, trace.part(slice(0, size)), "self")
+        found = ablate_values(block, trace.part(slice(0, size)), "self")
         for _ in found.folded(None, 1, budget).tiles(None, budget):
             pass
     assert budget / 8 <= meter.peak <= budget
@@ -342,7 +344,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
     """``1 - cos`` of the same outputs has none left."""
     block, trace = made(6, weights={"b_O": torch.zeros(32).double()})
     trace = replace(trace, values={**trace.values, "x": 1e4 * trace["x"]})
-    exact_changed, exact_kept = outputs(replay(block, trace, "self"))
+    exact_changed, exact_kept = outputs(ablate_values(block, trace, "self"))
     unit = torch.nn.functional.normalize
 
     def half(changed: Tensor, kept: Tensor) -> Tensor:
@@ -366,7 +368,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
         feed_forward=replace(ff, weights=single, norm_in=norm),
     )
     trace = replace(trace, values=small, dtype=torch.float32)
-    changed, kept = outputs(replay(block, trace, "self"))
+    changed, kept = outputs(ablate_values(block, trace, "self"))
     assert changed.dtype == torch.float32
     found = half(changed, kept)[0].tril().double()
     naive = 1 - torch.nn.functional.cosine_similarity(changed, kept[:, :, None], dim=-1)

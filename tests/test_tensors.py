@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tl_contextmix.core.token_sums import Mixture, Norm, Read, Support, blocks
+from tl_contextmix.core.token_sums import AttentionTerm, Norm, Support, TokenSum, blocks
 
 pytestmark = pytest.mark.once
 
@@ -29,11 +29,11 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def read_of(sources: int = SOURCES, heads: int = HEADS, width: int = WIDTH) -> Read:
+def read_of(sources: int = SOURCES, heads: int = HEADS, width: int = WIDTH) -> AttentionTerm:
     """A read with zeros in its pattern and scales that are not one."""
     pattern = random(BATCH, heads, TARGETS, sources).softmax(-1)
     pattern[:, :, 0, 1:] = 0
-    return Read(
+    return AttentionTerm(
         pattern=pattern,
         value=random(BATCH, sources, heads, width),
         weight=random(heads, width, OUT),
@@ -41,30 +41,30 @@ def read_of(sources: int = SOURCES, heads: int = HEADS, width: int = WIDTH) -> R
     )
 
 
-def written_out(read: Read) -> Tensor:
-    """Every part [batch target source d_out], by the definition in the docstring of `Read`."""
+def written_out(read: AttentionTerm) -> Tensor:
+    """Every part [batch target source d_out], by the definition in `AttentionTerm`."""
     parts = torch.einsum("bhts,bshd,hdo->btso", read.pattern, read.value, read.weight)
     return parts / read.scale[:, :, None]
 
 
-def mixture_of(*reads: Read, own: bool = True, bias: bool = True) -> Mixture:
+def token_sum_of(*reads: AttentionTerm, own: bool = True, bias: bool = True) -> TokenSum:
     path = random(BATCH, TARGETS, OUT) if own else None
     constant = random(BATCH, TARGETS, OUT) if bias else torch.zeros(BATCH, TARGETS, OUT).double()
-    parts = Mixture(reads, path, constant, lambda: torch.empty(0))
+    parts = TokenSum(reads, path, constant, lambda: torch.empty(0))
     return replace(parts, sum_up=lambda: parts_of(parts).sum(2) + constant)
 
 
-def two_reads(*, own: bool = True) -> Mixture:
+def two_reads(*, own: bool = True) -> TokenSum:
     """As at cross-attention: a read of the targets themselves, then one of other tokens."""
-    return mixture_of(read_of(TARGETS), read_of(SOURCES), own=own)
+    return token_sum_of(read_of(TARGETS), read_of(SOURCES), own=own)
 
 
-def parts_of(mixture: Mixture) -> Tensor:
+def parts_of(token_sum: TokenSum) -> Tensor:
     """Every part [batch target source d_out]: the reads, side by side, and the target's own."""
-    parts = torch.cat([written_out(read) for read in mixture.reads], dim=2)
-    if mixture.own is not None:
+    parts = torch.cat([written_out(read) for read in token_sum.terms], dim=2)
+    if token_sum.own is not None:
         for token in range(TARGETS):
-            parts[:, token, token] += mixture.own[:, token]
+            parts[:, token, token] += token_sum.own[:, token]
     return parts
 
 
@@ -115,7 +115,7 @@ def test_norms_change_dtype_with_what_they_have() -> None:
     assert Norm("rms", None, None, 1.0).to(torch.float32) == Norm("rms", None, None, 1.0)
 
 
-# --- Read ---------------------------------------------------------------------------------------
+# --- AttentionTerm --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sources", SLICES, ids=str)
@@ -220,7 +220,7 @@ def test_norms_keep_their_digits_where_heads_cancel(share: float, sign: int) -> 
     value = random(BATCH, sources, 1, WIDTH).expand(-1, -1, heads, -1).clone()
     value[:, :, 1] *= sign * (1 + share)
     weight = random(1, WIDTH, OUT).expand(heads, -1, -1)
-    read = Read(pattern, value, weight, torch.full((BATCH, TARGETS, 1), 4.0).double())
+    read = AttentionTerm(pattern, value, weight, torch.full((BATCH, TARGETS, 1), 4.0).double())
     exact = (share * value[:, :, 0] @ weight[0]).norm(dim=-1) / 8
     found = read.norms(2**30)
     # What two roundings of the summed vectors leave.
@@ -255,7 +255,9 @@ def test_as_many_sources_at_a_time_as_the_budget_has_room_for() -> None:
     def widths(max_bytes: int) -> list[int]:
         seen.clear()
         whole = read._gram_norms
-        with mock.patch.object(Read, "_gram_norms", lambda _, s: seen.append(s) or whole(s)):
+        with mock.patch.object(
+            AttentionTerm, "_gram_norms", lambda _, s: seen.append(s) or whole(s)
+        ):
             read.norms(max_bytes)
         return [sources.stop - sources.start for sources in seen]
 
@@ -264,7 +266,7 @@ def test_as_many_sources_at_a_time_as_the_budget_has_room_for() -> None:
     assert widths(5 * per_source) == [SOURCES]
 
 
-# --- Mixture ------------------------------------------------------------------------------------
+# --- TokenSum ------------------------------------------------------------------------------------
 
 SPANS = [
     None,
@@ -281,38 +283,38 @@ SPANS = [
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("columns", SPANS, ids=str)
 def test_blocks_of_a_mixture_equal_those_of_its_parts(columns: slice | None, own: bool) -> None:
-    mixture = two_reads(own=own)
-    parts = parts_of(mixture).transpose(1, 2)
+    token_sum = two_reads(own=own)
+    parts = parts_of(token_sum).transpose(1, 2)
     asked = slice(None) if columns is None else columns
-    for found in (mixture, mixture.ready(), mixture.ready(columns)):
+    for found in (token_sum, token_sum.ready(), token_sum.ready(columns)):
         for rows in (ALL, slice(1, 3), slice(3, 4)):
             same(found.dense(rows, columns), parts[:, asked, rows])
             same(found.dense(rows, columns, slice(2, 5)), parts[:, asked, rows, 2:5])
 
 
 def test_a_block_of_no_sources_is_empty() -> None:
-    for mixture in (two_reads(), mixture_of(own=False)):
-        assert mixture.dense(slice(1, 3), slice(2, 2)).shape == (BATCH, 0, 2, OUT)
-        assert mixture.dense(ALL, slice(0, 0), slice(1, 3)).shape == (BATCH, 0, TARGETS, 2)
+    for token_sum in (two_reads(), token_sum_of(own=False)):
+        assert token_sum.dense(slice(1, 3), slice(2, 2)).shape == (BATCH, 0, 2, OUT)
+        assert token_sum.dense(ALL, slice(0, 0), slice(1, 3)).shape == (BATCH, 0, TARGETS, 2)
 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("kind", ["ln", "rms"])
 @pytest.mark.parametrize("shift", [True, False])
 def test_a_mixture_after_a_norm_at_its_own_scale(own: bool, kind: Kind, shift: bool) -> None:
-    mixture = two_reads(own=own)
+    token_sum = two_reads(own=own)
     norm = Norm(kind, random(OUT), random(OUT) if shift else None, 0.1)
-    after, scale = mixture.linear(norm), norm.scale(mixture.total)
-    same(parts_of(after), norm.linear(parts_of(mixture)) / scale[:, :, None])
-    same(after.total, norm(mixture.total))
+    after, scale = token_sum.linear(norm), norm.scale(token_sum.total)
+    same(parts_of(after), norm.linear(parts_of(token_sum)) / scale[:, :, None])
+    same(after.total, norm(token_sum.total))
     same(parts_of(after).sum(2) + after.bias, after.total)
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_mixture_after_a_matrix_leaves_its_bias_behind(own: bool) -> None:
-    mixture, matrix = two_reads(own=own), random(OUT, 3)
-    after = mixture.map(matrix)
-    same(parts_of(after), parts_of(mixture) @ matrix)
+    token_sum, matrix = two_reads(own=own), random(OUT, 3)
+    after = token_sum.map(matrix)
+    same(parts_of(after), parts_of(token_sum) @ matrix)
     same(after.total, parts_of(after).sum(2))
     assert torch.equal(after.bias, torch.zeros(BATCH, TARGETS, 3).double())
     assert after.bias.untyped_storage().nbytes() == 8
@@ -320,8 +322,8 @@ def test_a_mixture_after_a_matrix_leaves_its_bias_behind(own: bool) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, False)])
 def test_joined_mixtures_add_up(first: bool, second: bool) -> None:
-    one = mixture_of(read_of(TARGETS), own=first)
-    other = mixture_of(read_of(SOURCES), own=second)
+    one = token_sum_of(read_of(TARGETS), own=first)
+    other = token_sum_of(read_of(SOURCES), own=second)
     both = one.join(other)
     same(parts_of(both).sum(2), (parts_of(one).sum(2) + parts_of(other).sum(2)))
     same(both.bias, one.bias + other.bias)
@@ -331,11 +333,11 @@ def test_joined_mixtures_add_up(first: bool, second: bool) -> None:
 
 
 def test_rows_of_a_mixture() -> None:
-    for mixture in (two_reads(), two_reads(own=False)):
-        row = mixture.row(slice(1, 2))
-        assert torch.equal(parts_of(row), parts_of(mixture)[1:])
-        assert torch.equal(row.bias, mixture.bias[1:])
-        assert torch.equal(row.total, mixture.total[1:])
+    for token_sum in (two_reads(), two_reads(own=False)):
+        row = token_sum.row(slice(1, 2))
+        assert torch.equal(parts_of(row), parts_of(token_sum)[1:])
+        assert torch.equal(row.bias, token_sum.bias[1:])
+        assert torch.equal(row.total, token_sum.total[1:])
 
 
 def test_a_total_is_computed_once_and_only_when_asked() -> None:
@@ -345,18 +347,18 @@ def test_a_total_is_computed_once_and_only_when_asked() -> None:
         asked.append(1)
         return random(BATCH, TARGETS, OUT)
 
-    mixture = replace(two_reads(), sum_up=sum_up)
-    mixture.join(two_reads()).map(random(OUT, 3)).row(slice(0, 1))
+    token_sum = replace(two_reads(), sum_up=sum_up)
+    token_sum.join(two_reads()).map(random(OUT, 3)).row(slice(0, 1))
     assert not asked
-    assert torch.equal(mixture.total, mixture.total)
+    assert torch.equal(token_sum.total, token_sum.total)
     assert len(asked) == 1
 
 
 def test_what_a_mixture_holds() -> None:
-    mixture = two_reads()
+    token_sum = two_reads()
     weights = 2 * HEADS * WIDTH * OUT
-    assert mixture.held == BATCH * TARGETS * OUT + weights
-    assert replace(mixture, own=None).held == weights
+    assert token_sum.held == BATCH * TARGETS * OUT + weights
+    assert replace(token_sum, own=None).held == weights
 
 
 def test_only_the_first_read_has_the_targets_own() -> None:
@@ -368,7 +370,7 @@ def test_only_the_first_read_has_the_targets_own() -> None:
 
 
 def test_a_ready_mixture_keeps_each_reads_share_of_the_sources() -> None:
-    first, second = two_reads().ready(slice(2, 6)).reads
+    first, second = two_reads().ready(slice(2, 6)).terms
     assert first.kept is not None
     assert second.kept is not None
     assert (first.first, first.kept.shape[1]) == (2, 2)
@@ -378,37 +380,37 @@ def test_a_ready_mixture_keeps_each_reads_share_of_the_sources() -> None:
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("max_bytes", [1, 2**30])
 def test_norms_of_a_mixture_equal_those_of_its_parts(own: bool, max_bytes: int) -> None:
-    mixture = two_reads(own=own)
-    same(mixture.norms(max_bytes), parts_of(mixture).norm(dim=-1))
-    parts = parts_of(mixture)[:, :, :TARGETS].diagonal(dim1=1, dim2=2).transpose(1, 2)
-    same(mixture.diagonal(), parts)
+    token_sum = two_reads(own=own)
+    same(token_sum.norms(max_bytes), parts_of(token_sum).norm(dim=-1))
+    parts = parts_of(token_sum)[:, :, :TARGETS].diagonal(dim1=1, dim2=2).transpose(1, 2)
+    same(token_sum.diagonal(), parts)
 
 
 def test_vectors_are_kept_where_they_take_a_quarter_of_the_budget() -> None:
-    mixture = two_reads()
+    token_sum = two_reads()
     quarter = BATCH * (TARGETS + SOURCES) * HEADS * OUT * 8
-    apart = sum(products(lambda r=r: r.norms(4 * quarter)) for r in mixture.reads)
+    apart = sum(products(lambda r=r: r.norms(4 * quarter)) for r in token_sum.terms)
     # The diagonal from kept vectors is a sum over heads, from values it is over d_head as well.
     diagonal = 2 * BATCH * TARGETS * HEADS * OUT
     for enough in (4 * quarter, 2**30):
-        assert products(lambda enough=enough: mixture.norms(enough)) == apart + diagonal
-    assert products(lambda: mixture.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
+        assert products(lambda enough=enough: token_sum.norms(enough)) == apart + diagonal
+    assert products(lambda: token_sum.norms(4 * quarter - 1)) == apart + diagonal * WIDTH
 
 
 # --- Support ------------------------------------------------------------------------------------
 
 
 def test_support_is_the_stretch_of_sources_with_parts() -> None:
-    mixture = two_reads(own=False)
-    for read in mixture.reads:
+    token_sum = two_reads(own=False)
+    for read in token_sum.terms:
         read.pattern.zero_()
-    mixture.reads[0].pattern[1, 2, 1, 2] = 0.5
-    mixture.reads[0].pattern[0, 0, 1, 1] = -0.5
-    mixture.reads[1].pattern[0, 1, 1, 1] = 0.5
-    mixture.reads[1].pattern[0, 1, 3, 4] = 0.5
+    token_sum.terms[0].pattern[1, 2, 1, 2] = 0.5
+    token_sum.terms[0].pattern[0, 0, 1, 1] = -0.5
+    token_sum.terms[1].pattern[0, 1, 1, 1] = 0.5
+    token_sum.terms[1].pattern[0, 1, 3, 4] = 0.5
     # A target that reads nothing has an empty stretch which moves no other's bounds.
-    assert mixture.support() == Support([9, 1, 9, 8], [0, 6, 0, 9])
-    own = replace(mixture, own=random(BATCH, TARGETS, OUT))
+    assert token_sum.support() == Support([9, 1, 9, 8], [0, 6, 0, 9])
+    own = replace(token_sum, own=random(BATCH, TARGETS, OUT))
     assert own.support() == Support([0, 1, 2, 3], [1, 6, 3, 9])
 
 

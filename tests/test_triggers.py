@@ -26,6 +26,18 @@ from tl_contextmix.methods.memories.trigger_patterns import common
 pytestmark = pytest.mark.once
 
 
+def records(path: Path, opener: Any = open) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """What a spreadsheet holds."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
 def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], cm.Triggers]:
     """The demo model and sentences of its grammar."""
@@ -216,17 +228,13 @@ def test_results_save_load_and_show_themselves(mined: Any, tmp_path: Path) -> No
 def test_exports(mined: Any, tmp_path: Path) -> None:
     _, _, triggers = mined
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open)):
-        path = triggers.to_jsonl(tmp_path / name, layer=1, neuron=3)
-        with opener(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        rows = records(triggers.to_jsonl(tmp_path / name, layer=1, neuron=3), opener)
         assert len(rows) == len(triggers.to_dataframe(1, 3))
         assert rows[0]["layer"] == "1-mlp"
         assert rows[0]["index"] == "3"
         assert len(rows[0]["tokens"]) == len(rows[0]["values"])
         assert rows[0]["values"][rows[0]["maxValueTokenIndex"]] == rows[0]["maxValue"]
-    sheet = triggers.to_sheet(tmp_path / "sheet.csv", per_layer=2, k=3)
-    with open(sheet, encoding="utf-8-sig", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = lines_of(triggers.to_sheet(tmp_path / "sheet.csv", per_layer=2, k=3))
     assert len(lines) == 4 * 2 * 3
     assert len({(line["layer"], line["neuron"]) for line in lines}) == 8
     assert all(line["pattern_1"] == "" for line in lines)
@@ -293,10 +301,9 @@ def test_where_both_ways_are_read_the_whole_document_is_run(family: str, tmp_pat
         assert frame["token"].tolist() == [t.tokens[t.position] for t in examples.triggers]
         behind = ["".join(t.tokens[t.position + 1 :]) for t in examples.triggers]
         assert frame["behind"].tolist() == behind
-    with open(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3)) as file:
-        records = [json.loads(line) for line in file]
+    found = records(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3))
     values = triggers.to_dataframe(1, 3)["value"].tolist()
-    places = [record["values"][record["qualifyingTokenIndex"]] for record in records]
+    places = [record["values"][record["qualifyingTokenIndex"]] for record in found]
     assert places == pytest.approx(values, rel=1e-9)
     assert all(row.contexts <= row.triggers for row in triggers.patterns(1, 3).rows)
 
@@ -322,24 +329,18 @@ def test_figures_over_a_corpus_do_not_follow_hooks_they_cannot_follow() -> None:
 def test_jsonl_holds_the_tail_that_is_asked_for(mined: Any, tmp_path: Path) -> None:
     _, _, triggers = mined
     for tail, sign in (("positive", 1), ("negative", -1)):
-        with open(triggers.to_jsonl(tmp_path / "a", layer=0, neuron=3, tail=tail)) as file:
-            records = [json.loads(line) for line in file]
-        assert len(records) == len(triggers.to_dataframe(0, 3, tail))
-        assert all(sign * r["values"][r["qualifyingTokenIndex"]] > 0 for r in records)
+        found = records(triggers.to_jsonl(tmp_path / "a", layer=0, neuron=3, tail=tail))
+        assert len(found) == len(triggers.to_dataframe(0, 3, tail))
+        assert all(sign * r["values"][r["qualifyingTokenIndex"]] > 0 for r in found)
     sheet = triggers.to_sheet(tmp_path / "b.csv", per_layer=1, k=1, tail="negative")
-    with open(sheet, encoding="utf-8-sig", newline="") as file:
-        assert all(float(line["value"]) < 0 for line in csv.DictReader(file))
+    assert all(float(line["value"]) < 0 for line in lines_of(sheet))
 
 
 def test_shares_of_processes_are_read_from_one_launcher() -> None:
     from tl_contextmix.__main__ import _share
 
-    array = {
-        "SLURM_ARRAY_TASK_ID": "5",
-        "SLURM_ARRAY_TASK_COUNT": "4",
-        "SLURM_ARRAY_TASK_MIN": "1",
-        "SLURM_ARRAY_TASK_STEP": "2",
-    }
+    numbers = {"ID": "5", "COUNT": "4", "MIN": "1", "STEP": "2"}
+    array = {f"SLURM_ARRAY_TASK_{name}": number for name, number in numbers.items()}
     inner = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
     assert _share({}) == (0, 1)
     assert _share({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)

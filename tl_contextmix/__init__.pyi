@@ -56,6 +56,9 @@ from .methods.alti import (
 from .methods.attention import (
     attention as attention,
 )
+from .methods.attention_flow import (
+    attention_flow as attention_flow,
+)
 from .methods.decoder_lens.lens import (
     decoder_lens as decoder_lens,
 )

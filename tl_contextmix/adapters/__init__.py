@@ -15,6 +15,7 @@ from tl_contextmix.adapters.building import build
 from tl_contextmix.adapters.encoder_decoder.decoding import Generated
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
+from tl_contextmix.adapters.glance import Glance
 from tl_contextmix.adapters.locks import lock_of
 from tl_contextmix.adapters.recognition import recognise
 from tl_contextmix.adapters.refusals import require_supported
@@ -24,31 +25,27 @@ from tl_contextmix.adapters.weight_processing import (
     fingerprint,
     require_finite,
     require_present,
-    warning_text,
-    weights_stamp,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
-from tl_contextmix.errors import warn
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Known:
-    """What was found about a model the last time its weights had changed."""
+    """What was found about a model the last time it had changed."""
 
-    key: tuple[Any, ...]
+    glance: Glance
     view: ModelView
     report: IdentityReport
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-_WARNED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def as_view(model: Any) -> ModelView:
     """Returns the one shape of a TransformerLens model, its reading checked against the model.
 
-    The check runs two forward passes over four tokens, once per model and again only when a
-    weight has changed.
+    The check runs two forward passes over four tokens, once per model and again only when
+    it has changed: a weight, a module or its ``forward``, a plain attribute, a config entry.
 
     Args:
         model: A HookedTransformer, HookedEncoder or HookedEncoderDecoder (TransformerLens 2 and
@@ -58,10 +55,6 @@ def as_view(model: Any) -> ModelView:
         UnsupportedModel: If it is none of these, is refused by name, or is not reproduced.
         InvalidInput: If a weight is not finite, the model is in train mode with dropout, or
             autocast is on.
-
-    Warns:
-        ContextMixWarning: Once per model, if its weights were processed in a way that changes
-            what norms mean.
     """
     if isinstance(model, ModelView):
         return model  # how a model is stood in for, see `tl_contextmix.evaluation.cost.estimate`
@@ -107,28 +100,27 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
 
 
 def _examine(model: Any) -> _Known:
+    if isinstance(model, nn.Module) and (known := _KNOWN.get(model)) is not None:
+        require_no_autocast(known.view.device)
+        with lock_of(model):
+            if known.glance.still():
+                return known
     facts = recognise(model)
     weights = dict(model.named_parameters())
     require_present(weights)
     require_no_autocast(next(iter(weights.values())).device)
     with lock_of(model):
-        key = (fingerprint(weights), weights_stamp(weights))
         known = _KNOWN.get(model)
-        if known is not None and known.key == key:
+        if known is not None and known.glance.same(glance := Glance(model)):
+            known.glance = glance
             return known
         require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        view, report = build(facts, key[0])
-        known = _KNOWN[model] = _Known(key, view, report)
-    _warn_once(model, warning_text(view.name, view.processing))
+        view, report = build(facts, fingerprint(weights))
+        # Now, when passes have left behind what they leave.
+        known = _KNOWN[model] = _Known(Glance(model), view, report)
     return known
-
-
-def _warn_once(model: nn.Module, text: str) -> None:
-    if text and _WARNED.get(model) != text:
-        _WARNED[model] = text
-        warn(text)
 
 
 __all__ = [

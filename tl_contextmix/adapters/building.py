@@ -23,6 +23,7 @@ from tl_contextmix.adapters.tokenizers import (
     make_pad_id,
     make_pieces,
     make_to_string,
+    padding_of,
     special_ids,
 )
 from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
@@ -37,7 +38,7 @@ from tl_contextmix.adapters.verification import (
     settle_block,
     tolerance_of,
 )
-from tl_contextmix.adapters.weight_processing import find_processing
+from tl_contextmix.adapters.weight_processing import find_processing, make_notice
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
@@ -72,7 +73,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         every = [block for blocks in stacks.values() for block in blocks]
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
-        view = replace(view, limits=_limits(view))
+        view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
         rows = (*check_rows(view, probe), *last)
     name = f"{view.name} ({view.host})"
     return view, IdentityReport(model=name, rows=rows, limits=view.limits)
@@ -217,7 +218,7 @@ def _unsettled(
         fingerprint=fingerprint,
         stacks=stacks,
         readout=read_readout(handle, facts.architecture),
-        final_norms=final_norms(handle),
+        final_norms=final_norms(handle, stacks),
         dtype=handle.dtype,
         device=handle.device,
         n_ctx=_longest_input(facts),
@@ -231,7 +232,9 @@ def _unsettled(
         special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),
         pad_id=pad_id,
+        padding=lambda: padding_of(handle.get()),
         hooked=lambda backward=False: hooked_places(handle.get(), backward=backward),
+        without_hooks=lambda: without_hooks(handle.get()),
         recheck=partial(require_followed, tolerance),
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
         own = _Pass(under_way, grad, model, hooks)
         # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
         # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
-        fwd_hooks = [(own.edits.__contains__, own.hook)]
+        fwd_hooks: list[tuple[Callable[..., bool], Callable[..., Any]]] = [
+            (own.edits.__contains__, own.hook)
+        ]
+        if handle.ignores_masks and not bool(batch.main.mask.all()):
+            padding = ~batch.main.mask[:, None, None].to(handle.device)
+            fwd_hooks.append((_is_scores, partial(own.hide, padding)))
         ids = _ids(batch.main, pad_id()).to(handle.device)
         # Hooks sit on the model: two passes at once would fill each other's traces.
         with lock_of(model), own, torch.set_grad_enabled(grad):
@@ -77,9 +83,18 @@ class _Pass:
     def __exit__(self, *error: object) -> None:
         self.under_way.remove(self)
 
+    @property
+    def _passes_by(self) -> bool:
+        """Whether the pass that meets a hook is another one."""
+        return threading.get_ident() != self.thread or self.under_way[-1] is not self
+
+    def hide(self, padding: Tensor, scores: Tensor, hook: Any) -> Tensor | None:
+        """Lets no position read padding, as the host's own mask would."""
+        return None if self._passes_by else scores.masked_fill(padding, -torch.inf)
+
     def hook(self, tensor: Tensor, hook: Any) -> Tensor | None:
         """Edits and keeps the activation at a point."""
-        if threading.get_ident() != self.thread or self.under_way[-1] is not self:
+        if self._passes_by:
             return None
         edited = False
         # In compatibility mode a point without a name is seen through an alias of it.
@@ -90,6 +105,10 @@ class _Pass:
             self.kept[name] = tensor
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
         return tensor if self.grad or edited else None
+
+
+def _is_scores(name: str) -> bool:
+    return name.endswith(".hook_attn_scores")
 
 
 def _ids(side: Side, pad_id: int) -> Tensor:

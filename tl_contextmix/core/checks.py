@@ -272,9 +272,10 @@ def _words(hint: Any) -> list[str]:
         return ["a function"]
     if kind is tuple and ... not in inner:
         return [f"({', '.join(map(_expected, inner))})"]
-    if issubclass(kind, collections.abc.Mapping):
-        return ["a mapping"]
-    return [f"several, each {_expected(one)}" for one in inner[:1]] or [f"a {kind.__name__}"]
+    if not inner or issubclass(kind, collections.abc.Mapping):
+        return [f"a {kind.__name__}"]
+    item: Any = inner[0]
+    return [f"several, each {_expected(item)}"]
 
 
 def seen(value: Any) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import gated_slopes
 from tl_contextmix.core.blocks import Block, FeedForward, affine
-from tl_contextmix.core.token_sums import Mixture, Norm, blocks
+from tl_contextmix.core.token_sums import Norm, TokenSum, blocks
 
 Bias = Literal["contributor", "fixed"]
 DEFAULT_MAX_BYTES = 2**30
@@ -29,8 +29,8 @@ _TARGETS = 16
 
 
 @dataclass(frozen=True)
-class Expansion:
-    """What the feed-forward sublayer makes of a mixture; its parts are built block by block.
+class FeedForwardParts:
+    """What the feed-forward sublayer makes of a token sum; its parts are built block by block.
 
     Attributes:
         read: What the sublayer reads.
@@ -45,24 +45,24 @@ class Expansion:
         hidden: Shares of each branch's pre-activation, once `folded`.
     """
 
-    read: Mixture
+    read: TokenSum
     weights: tuple[Float[Tensor, "d_model neuron"], ...]
     slopes: tuple[Float[Tensor, "batch target neuron"], ...]
     W_out: Float[Tensor, "neuron d_model"]
     norm_out: tuple[Norm, Tensor] | None
-    residual: Mixture | None
+    residual: TokenSum | None
     norm_after: tuple[Norm, Tensor] | None
     bias: Float[Tensor, "batch target d_model"]
     total: Float[Tensor, "batch target d_model"]
-    hidden: tuple[Mixture, ...] = ()
+    hidden: tuple[TokenSum, ...] = ()
 
     @property
     def sources(self) -> int:
         """Length of the source axis."""
         return self.read.sources
 
-    def folded(self) -> Expansion:
-        """Returns the expansion with the input weights folded into what is read."""
+    def folded(self) -> FeedForwardParts:
+        """Returns the parts with the input weights folded into what is read."""
         return replace(self, hidden=tuple(self.read.map(weight) for weight in self.weights))
 
     def stages(
@@ -70,7 +70,7 @@ class Expansion:
     ) -> Iterator[Float[Tensor, "batch source target d_model"]]:
         """Yields the parts for a block of rows and sources: mlp_out, resid_post, block_out.
 
-        As far as this expansion goes. What is yielded changes once the next is asked for.
+        As far as these go. What is yielded changes once the next is asked for.
 
         Args:
             rows: Contiguous targets.
@@ -93,8 +93,8 @@ class Expansion:
 
     def _through(self, rows: slice, columns: slice, part: slice, out: Tensor | None) -> Tensor:
         shares = None
-        for mixture, slope in zip(self.hidden, self.slopes, strict=True):
-            share = mixture.dense(rows, columns, part)
+        for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
+            share = token_sum.dense(rows, columns, part)
             share *= slope[:, None, rows, part]
             shares = share if shares is None else shares.add_(share)
         assert shares is not None
@@ -114,12 +114,12 @@ class Expansion:
             out = self.norm_after[0].linear(out) / self.norm_after[1]
         return out
 
-    def row(self, batch: slice) -> Expansion:
-        """Returns the expansion of some rows of the batch."""
+    def row(self, batch: slice) -> FeedForwardParts:
+        """Returns the parts of some rows of the batch."""
         return replace(
             self,
             read=self.read.row(batch),
-            hidden=tuple(mixture.row(batch) for mixture in self.hidden),
+            hidden=tuple(token_sum.row(batch) for token_sum in self.hidden),
             slopes=tuple(slope[batch] for slope in self.slopes),
             norm_out=_norm_row(self.norm_out, batch),
             residual=None if self.residual is None else self.residual.row(batch),
@@ -157,8 +157,8 @@ class Expansion:
             for part in blocks(span.stop - span.start, size):
                 yield slice(span.start + part.start, span.start + part.stop)
 
-    def ready(self, sources: slice, *, hidden: bool) -> Expansion:
-        """Returns the expansion with the vectors of some sources computed and kept."""
+    def ready(self, sources: slice, *, hidden: bool) -> FeedForwardParts:
+        """Returns the parts with the vectors of some sources computed and kept."""
         return replace(
             self,
             hidden=tuple(m.ready(sources) for m in self.hidden) if hidden else self.hidden,
@@ -196,24 +196,24 @@ class _Plan:
     neurons: int
 
 
-def _plan(expansion: Expansion, max_bytes: int) -> _Plan:
-    """Returns tile sizes that keep the workspace of a folded expansion within ``max_bytes``.
+def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
+    """Returns tile sizes that keep the workspace of folded parts within ``max_bytes``.
 
-    What the expansion holds already (folded weights, slopes, the targets' own shares) counts; a
+    What they hold already (folded weights, slopes, the targets' own shares) counts; a
     quarter of the budget is used even where that leaves less. A tile holds one share per branch
     and four vectors of width d_model per pair, and what the neurons and the residual stream see
     of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed in vain.
     """
-    batch, target, width = expansion.bias.shape
-    source, neuron = expansion.sources, expansion.W_out.shape[0]
-    branches, residual = len(expansion.hidden), expansion.residual
-    heads = max(read.value.shape[2] for read in expansion.read.reads)
-    beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.reads)
-    mixtures = (*expansion.hidden, expansion.read, *([] if residual is None else [residual]))
-    held = sum(m.held for m in mixtures) + sum(slope.numel() for slope in expansion.slopes)
-    # Vectors per token: the mixtures' totals and biases, and the expansions'.
+    batch, target, width = parts.bias.shape
+    source, neuron = parts.sources, parts.W_out.shape[0]
+    branches, residual = len(parts.hidden), parts.residual
+    heads = max(read.value.shape[2] for read in parts.read.terms)
+    beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
+    token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
+    held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
+    # Vectors per token: the token sums' totals and biases, and the parts'.
     held += 10 * batch * target * width
-    budget = max_bytes // expansion.bias.element_size()
+    budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
     view, pair = branches * heads * neuron + beside, branches * neuron + 4 * width
     neurons = neuron
@@ -245,14 +245,14 @@ def _through_norm(parts: Tensor, pair: tuple[Norm, Tensor] | None, rows: slice) 
     return norm.linear(parts).div_(scale[:, None, rows])
 
 
-def expand(
-    block: Block, points: dict[str, Mixture], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
-) -> dict[str, Expansion]:
+def feed_forward_points(
+    block: Block, points: dict[str, TokenSum], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
+) -> dict[str, FeedForwardParts]:
     """Returns a block's parts at and after its feed-forward output; they share what they hold.
 
     Args:
         block: The block.
-        points: Its mixtures from `decompose.linear_points`.
+        points: Its token sums from `decompose.linear_points`.
         bias: The bias convention, see `decompose`.
         max_bytes: Workspace.
     """
@@ -277,7 +277,7 @@ def expand(
 
 def neuron_shares(
     ff: FeedForward,
-    read: Mixture,
+    read: TokenSum,
     convention: Bias,
     rows: Sequence[int],
     neurons: Int[Tensor, " neuron"],
@@ -306,12 +306,14 @@ def neuron_shares(
     branched = list(zip(hidden, slopes, strict=True))
     for places in blocks(len(rows), _TARGETS if whole else 1):
         tile = places if whole else slice(rows[places.start], rows[places.start] + 1)
-        parts = (mixture.dense(tile) * slope[:, None, tile] for mixture, slope in branched)
+        parts = (token_sum.dense(tile) * slope[:, None, tile] for token_sum, slope in branched)
         shares[:, places] = reduce(add, parts).transpose(1, 2)
     return rest[:, list(rows)]
 
 
-def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: int) -> Expansion:
+def _feed_forward(
+    ff: FeedForward, read: TokenSum, convention: Bias, max_bytes: int
+) -> FeedForwardParts:
     branches, W_out, constant = ff.branches(), ff.W_out, ff.constant()
     shape = read.bias.shape[:2]
     slopes = tuple(read.bias.new_empty(*shape, len(W_out)) for _ in branches)
@@ -334,7 +336,7 @@ def _feed_forward(ff: FeedForward, read: Mixture, convention: Bias, max_bytes: i
         scale = ff.norm_out.scale(total)
         norm_out = (ff.norm_out, scale)
         bias, total = _affine_norm(ff.norm_out, scale, bias), ff.norm_out(total)
-    return Expansion(
+    return FeedForwardParts(
         read=read,
         weights=tuple(weight for weight, _ in branches),
         slopes=slopes,

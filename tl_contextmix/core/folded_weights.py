@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, shift
-from tl_contextmix.core.token_sums import Norm, Read
+from tl_contextmix.core.token_sums import AttentionTerm, Norm
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Branch:
         constant: What no scale divides.
     """
 
-    read: Read
+    read: AttentionTerm
     base: Float[Tensor, "batch target neuron"] | None
     changed: Float[Tensor, "batch target neuron"]
     constant: Float[Tensor, " neuron"]
@@ -39,7 +39,7 @@ def branches(
     block: Block,
     ff: FeedForward,
     attention: AttentionSublayer,
-    read: Read,
+    read: AttentionTerm,
     raw: Float[Tensor, "batch target d_model"],
     before: Float[Tensor, "batch target d_model"],
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None,
@@ -105,5 +105,5 @@ def _column_sums(matrix: Tensor) -> Tensor:
     return torch.linspace(1, 2, rows, dtype=matrix.dtype, device=matrix.device) @ matrix
 
 
-def _linear(read: Read, norm: Norm) -> Read:
+def _linear(read: AttentionTerm, norm: Norm) -> AttentionTerm:
     return read.linear(norm, torch.ones_like(read.scale))

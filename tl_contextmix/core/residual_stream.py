@@ -3,12 +3,12 @@ r"""The residual stream of one position as a sum of everything that was ever wri
 .. math:: h = M_0(e) + \sum_l \big[ M^A_l(A_l) + M^F_l(F_l) \big]
 
 with :math:`e` what enters the first block, :math:`A_l` and :math:`F_l` what the sublayers write,
-biases included, and :math:`M` the norms that stand on the stream itself between a writer and the
+biases included, and :math:`M` the norms that stand on the stream itself between a component and the
 place where the stream is read, their scales frozen at the real values and their biases counted with
 the sublayer whose sum they norm. In pre-LN models there are none and every :math:`M` is the
 identity; in post-LN models (BERT, BART) :math:`M` holds a norm for every sublayer that follows. So
 the parts add up exactly in either kind. A norm of a sublayer's output (Gemma 2) belongs to its
-writer, frozen likewise.
+component, frozen likewise.
 
 Each sublayer's output is itself a sum: of its heads, of what its heads read from each source, of
 single neurons times their value vectors, and of its biases.
@@ -35,8 +35,8 @@ Stop = tuple[int, Kind]
 
 
 @dataclass(frozen=True)
-class Path:
-    """Frozen norms between a writer and where the stream is read: one linear map.
+class FrozenNorms:
+    """Frozen norms between a component and where the stream is read: one linear map.
 
     ``linear`` is the same for every sentence; what differs between them is one number.
 
@@ -60,11 +60,11 @@ class Path:
             return x
         return self.linear(x) / self.divisor.view(-1, *[1] * (x.ndim - 1))
 
-    def behind(self, norm: Norm | None, scale: Tensor | None) -> Path:
+    def behind(self, norm: Norm | None, scale: Tensor | None) -> FrozenNorms:
         """Returns this path with a norm in front of it."""
         if norm is None or scale is None:
             return self
-        return Path((norm, *self.norms), self.divisor * scale)
+        return FrozenNorms((norm, *self.norms), self.divisor * scale)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Neurons:
 
     rows: Float[Tensor, "neuron d_model"]
     activations: Float[Tensor, "batch source neuron"]
-    path: Path
+    path: FrozenNorms
 
     @property
     def coefficients(self) -> Float[Tensor, "batch source neuron"]:
@@ -95,7 +95,7 @@ class Neurons:
 
 
 @dataclass(frozen=True)
-class Writer:
+class Component:
     """Something that writes to the residual stream of one position in each sentence.
 
     Attributes:
@@ -112,8 +112,8 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class AttentionWriter(Writer):
-    """An attention sublayer as a writer.
+class AttentionComponent(Component):
+    """An attention sublayer as a component.
 
     Attributes:
         weight: W_O.
@@ -127,7 +127,7 @@ class AttentionWriter(Writer):
     pattern: Float[Tensor, "batch head source"]
     value: Float[Tensor, "batch source head d_head"]
     read: Bool[Tensor, "batch source"]
-    path: Path
+    path: FrozenNorms
 
     def heads(self) -> Float[Tensor, "batch head d_model"]:
         """Returns what each head writes."""
@@ -151,8 +151,8 @@ class AttentionWriter(Writer):
 
 
 @dataclass(frozen=True)
-class FeedForwardWriter(Writer):
-    """A feed-forward sublayer as a writer.
+class FeedForwardComponent(Component):
+    """A feed-forward sublayer as a component.
 
     Attributes:
         weight: W_out.
@@ -162,7 +162,7 @@ class FeedForwardWriter(Writer):
 
     weight: Float[Tensor, "neuron d_model"]
     post: Float[Tensor, "batch neuron"]
-    path: Path
+    path: FrozenNorms
 
     def neurons(self) -> Neurons:
         """Returns its neurons."""
@@ -171,23 +171,23 @@ class FeedForwardWriter(Writer):
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream of one position in each sentence, by writer.
+    """The residual stream of one position in each sentence, by component.
 
     Attributes:
         stack: The stack it belongs to.
         rows: The position in each sentence.
-        writers: In the order they write; the first is what enters the first block.
+        components: In the order they write; the first is what enters the first block.
     """
 
     stack: str
     rows: Int[Tensor, " batch"]
-    writers: tuple[Writer, ...]
+    components: tuple[Component, ...]
 
     @cached_property
     def states(self) -> Float[Tensor, "batch step d_model"]:
-        """The stream before any writer, after the first, ..., after the last."""
+        """The stream before any component, after the first, ..., after the last."""
         # Not cumsum: on CUDA its sums have no fixed order.
-        states = [*accumulate(writer.total for writer in self.writers)]
+        states = [*accumulate(component.total for component in self.components)]
         return torch.stack([torch.zeros_like(states[0]), *states], dim=1)
 
     @property
@@ -216,7 +216,7 @@ def needed(block: Block) -> tuple[str, ...]:
     return (block.resid_out,) if ff is None else (block.resid_out, ff.post)
 
 
-def write_stream(
+def decompose_stream(
     view: ModelView, trace: Trace, stack: str, rows: Tensor, *, stop: Stop | None = None
 ) -> Stream:
     """Returns the residual stream of one position in each sentence as a sum.
@@ -250,7 +250,7 @@ def write_stream(
             steps.append(step)
         if stop is not None and block.layer == stop[0]:
             break
-    stream = Stream(stack, rows, tuple(_writers(start, steps)))
+    stream = Stream(stack, rows, tuple(_components(start, steps)))
     if stop is None:
         _require_whole(view, trace[blocks[-1].resid_out][each, rows], stream.total)
     return stream
@@ -313,10 +313,10 @@ def _readable(
     return real | (pattern != 0).any(dim=1)
 
 
-def _writers(start: Tensor, steps: list[_Step]) -> list[Writer]:
-    """Returns the writers; what follows each of them is known from the end."""
-    path = Path((), start.new_ones(start.shape[0], 1))
-    found: list[Writer] = []
+def _components(start: Tensor, steps: list[_Step]) -> list[Component]:
+    """Returns the components; what follows each of them is known from the end."""
+    path = FrozenNorms((), start.new_ones(start.shape[0], 1))
+    found: list[Component] = []
     for step in reversed(steps):
         sublayer = step.sublayer
         onto = path.behind(sublayer.norm_after, step.scale_after)
@@ -326,10 +326,10 @@ def _writers(start: Tensor, steps: list[_Step]) -> list[Writer]:
             if norm is not None and norm.bias is not None:
                 bias = bias + rest(norm.bias.expand_as(step.raw))
         total = within(step.raw - step.constant) + bias
-        kind = AttentionWriter if "pattern" in step.parts else FeedForwardWriter
+        kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent
         found.append(kind(step.kind, step.layer, total, bias, path=within, **step.parts))
         path = onto
-    found.append(Writer("embed", -1, path(start), torch.zeros_like(start)))
+    found.append(Component("embed", -1, path(start), torch.zeros_like(start)))
     return found[::-1]
 
 

@@ -6,7 +6,7 @@ Before the feed-forward activation, every tensor on a block's residual path has 
           y_i = \sum_j F_{ij} + b_i
 
 and stays in it under a norm with its scale frozen at the real value, a residual sum and a matrix.
-`Mixture` holds the factors, so norms cost :math:`O(n^2 H^2)` instead of :math:`O(n^2 d)` memory,
+`TokenSum` holds the factors, so norms cost :math:`O(n^2 H^2)` instead of :math:`O(n^2 d)` memory,
 and the feed-forward's input projection is folded into `W` once instead of being applied to
 :math:`n^2` vectors.
 
@@ -73,7 +73,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Read:
+class AttentionTerm:
     """What one attention sublayer brings: ``sum_h pattern[h,i,j] value[j,h] weight[h] / scale[i]``.
 
     Attributes:
@@ -130,7 +130,7 @@ class Read:
         )
         return out / self.scale
 
-    def linear(self, norm: Norm, scale: Tensor) -> Read:
+    def linear(self, norm: Norm, scale: Tensor) -> AttentionTerm:
         """Returns the read after a norm whose scale is frozen."""
         weight, scale = norm.linear(self.weight), self.scale * scale
         return replace(self, weight=weight, scale=scale, kept=None)
@@ -139,7 +139,7 @@ class Read:
         self,
         matrix: Float[Tensor, "d_out d_new"],
         fold: Float[Tensor, "head d_head d_new"] | None = None,
-    ) -> Read:
+    ) -> AttentionTerm:
         """Returns the read after a matrix, folded in the cheaper order.
 
         Folding the matrix into every head's weight costs d_out^2 d_new products once; applying it
@@ -157,28 +157,28 @@ class Read:
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         return replace(self, weight=self.weight @ matrix, kept=None)
 
-    def columns(self, part: slice) -> Read:
+    def columns(self, part: slice) -> AttentionTerm:
         """Returns the read restricted to some of its output dimensions."""
         kept = None if self.kept is None else self.kept[..., part]
         return replace(self, weight=self.weight[:, :, part], kept=kept)
 
-    def row(self, batch: slice) -> Read:
+    def row(self, batch: slice) -> AttentionTerm:
         """Returns the read of some rows of the batch."""
-        return Read(
+        return AttentionTerm(
             pattern=self.pattern[batch],
             value=self.value[batch],
             weight=self.weight,
             scale=self.scale[batch],
         )
 
-    def ready(self, sources: slice | None = None) -> Read:
+    def ready(self, sources: slice | None = None) -> AttentionTerm:
         """Returns the read with the vectors of some sources (None: all) computed and kept."""
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def silent(self) -> Read:
+    def silent(self) -> AttentionTerm:
         """Returns a read of the same sources through no head: it brings and costs nothing."""
-        return Read(
+        return AttentionTerm(
             pattern=self.pattern[:, :0],
             value=self.value[:, :, :0],
             weight=self.weight[:0],
@@ -228,7 +228,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class TokenSum:
     """A residual-path tensor as parts from source tokens, the target's own path, and a bias.
 
     Attributes:
@@ -239,7 +239,7 @@ class Mixture:
         sum_up: Computes `total`.
     """
 
-    reads: tuple[Read, ...]
+    terms: tuple[AttentionTerm, ...]
     own: Float[Tensor, "batch target d_out"] | None
     bias: Float[Tensor, "batch target d_out"]
     sum_up: Callable[[], Tensor]
@@ -252,67 +252,67 @@ class Mixture:
     @property
     def sources(self) -> int:
         """Length of the source axis."""
-        return sum(read.pattern.shape[3] for read in self.reads)
+        return sum(read.pattern.shape[3] for read in self.terms)
 
-    def linear(self, norm: Norm) -> Mixture:
-        """Returns the mixture after a norm whose scale is frozen at the real value."""
+    def linear(self, norm: Norm) -> TokenSum:
+        """Returns the token sum after a norm whose scale is frozen at the real value."""
         scale = norm.scale(self.total)
         own = None if self.own is None else norm.linear(self.own) / scale
         bias = norm.linear(self.bias) / scale
-        return Mixture(
-            reads=tuple(read.linear(norm, scale) for read in self.reads),
+        return TokenSum(
+            terms=tuple(read.linear(norm, scale) for read in self.terms),
             own=own,
             bias=bias if norm.bias is None else bias + norm.bias,
             sum_up=lambda: norm(self.total),
         )
 
-    def map(self, matrix: Tensor) -> Mixture:
+    def map(self, matrix: Tensor) -> TokenSum:
         """Returns the parts after a matrix. The bias stays behind: zeros that take no memory."""
         nothing = self.bias.new_zeros(()).expand(*self.bias.shape[:2], matrix.shape[1])
-        return Mixture(
-            reads=tuple(read.map(matrix) for read in self.reads),
+        return TokenSum(
+            terms=tuple(read.map(matrix) for read in self.terms),
             own=None if self.own is None else self.own @ matrix,
             bias=nothing,
             sum_up=lambda: (self.total - self.bias) @ matrix,
         )
 
-    def join(self, other: Mixture) -> Mixture:
-        """Returns the sum of two mixtures that read different things."""
-        own = [mixture.own for mixture in (self, other) if mixture.own is not None]
-        return Mixture(
-            reads=self.reads + other.reads,
+    def join(self, other: TokenSum) -> TokenSum:
+        """Returns the sum of two token sums that read different things."""
+        own = [token_sum.own for token_sum in (self, other) if token_sum.own is not None]
+        return TokenSum(
+            terms=self.terms + other.terms,
             own=sum(own[1:], own[0]) if own else None,
             bias=self.bias + other.bias,
             sum_up=lambda: self.total + other.total,
         )
 
-    def row(self, batch: slice) -> Mixture:
-        """Returns the mixture of some rows of the batch."""
-        return Mixture(
-            reads=tuple(read.row(batch) for read in self.reads),
+    def row(self, batch: slice) -> TokenSum:
+        """Returns the token sum of some rows of the batch."""
+        return TokenSum(
+            terms=tuple(read.row(batch) for read in self.terms),
             own=None if self.own is None else self.own[batch],
             bias=self.bias[batch],
             sum_up=lambda: self.total[batch],
         )
 
-    def ready(self, columns: slice | None = None) -> Mixture:
-        """Returns the mixture with the vectors of some sources (None: all) computed and kept."""
+    def ready(self, columns: slice | None = None) -> TokenSum:
+        """Returns the token sum with the vectors of some sources (None: all) computed and kept."""
         found = []
         for read, span, _ in self.segments():
             local = None if columns is None else _within(columns, span)
             found.append(read.ready(local))
-        return replace(self, reads=tuple(found))
+        return replace(self, terms=tuple(found))
 
     @property
     def held(self) -> int:
         """How many numbers it holds besides those of the model and of the pass."""
         own = 0 if self.own is None else self.own.numel()
-        return own + sum(read.held for read in self.reads)
+        return own + sum(read.held for read in self.terms)
 
-    def segments(self) -> Iterator[tuple[Read, slice, bool]]:
+    def segments(self) -> Iterator[tuple[AttentionTerm, slice, bool]]:
         """Yields each read, its stretch of the source axis, and whether `own` belongs to it."""
         start = 0
-        for index, read in enumerate(self.reads):
+        for index, read in enumerate(self.terms):
             stop = start + read.pattern.shape[3]
             yield read, slice(start, stop), index == 0 and self.own is not None
             start = stop
@@ -357,20 +357,20 @@ class Mixture:
 
     def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
         """Returns the norm of every part, without building the parts."""
-        size = sum(read.value[..., 0].numel() for read in self.reads) * self.bias.shape[-1]
+        size = sum(read.value[..., 0].numel() for read in self.terms) * self.bias.shape[-1]
         fits = size * self.bias.element_size() <= max_bytes // 4
-        mixture = self.ready() if fits else self
+        token_sum = self.ready() if fits else self
         found = []
-        for read, _, owned in mixture.segments():
+        for read, _, owned in token_sum.segments():
             norms = read.norms(max_bytes)
             if owned:
-                norms.diagonal(dim1=1, dim2=2).copy_(mixture.diagonal().norm(dim=-1))
+                norms.diagonal(dim1=1, dim2=2).copy_(token_sum.diagonal().norm(dim=-1))
             found.append(norms)
         return torch.cat(found, dim=2)
 
     def diagonal(self) -> Float[Tensor, "batch target d_out"]:
         """Returns what each target gets from itself, through attention and its own path."""
-        out = self.reads[0].diagonal()
+        out = self.terms[0].diagonal()
         return out if self.own is None else out + self.own
 
     def support(self) -> Support:

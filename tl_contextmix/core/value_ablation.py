@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.folded_weights import Branch, branches
-from tl_contextmix.core.token_sums import Read, blocks
+from tl_contextmix.core.token_sums import AttentionTerm, blocks
 from tl_contextmix.core.words import Spans
 
 
@@ -56,7 +56,7 @@ class Later:
 
 
 @dataclass(frozen=True)
-class Replay:
+class ValueAblation:
     """A block and the attention sublayer whose values are taken out.
 
     Attributes:
@@ -74,7 +74,7 @@ class Replay:
 
     block: Block
     attention: AttentionSublayer
-    read: Read
+    read: AttentionTerm
     before: Float[Tensor, "batch target d_model"]
     raw: Float[Tensor, "batch target d_model"]
     branches: tuple[Branch, ...]
@@ -89,11 +89,11 @@ class Replay:
             return touched
         return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
 
-    def heads(self, group: Sequence[int]) -> Replay:
+    def heads(self, group: Sequence[int]) -> ValueAblation:
         """Returns the replay in which only some heads' values are taken out."""
         index = list(group)
 
-        def narrow(read: Read) -> Read:
+        def narrow(read: AttentionTerm) -> AttentionTerm:
             # Where all heads share one matrix it is not copied for each of them.
             shared = read.weight.stride(0) == 0
             return replace(
@@ -107,7 +107,7 @@ class Replay:
         found = tuple(replace(branch, read=narrow(branch.read)) for branch in self.branches)
         return replace(self, read=narrow(self.read), branches=found)
 
-    def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> Replay:
+    def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
         Args:
@@ -266,7 +266,9 @@ def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
     return keys if ff is None or not spare else [*keys, *ff.pre_names]
 
 
-def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = None) -> Replay:
+def ablate_values(
+    block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = None
+) -> ValueAblation:
     """Returns the replay of a block's self- or cross-attention.
 
     Args:
@@ -287,7 +289,7 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         stream = attention.join(stream, attention.raw_output(trace, picked))
     attention = block.attentions[position]
     pattern = trace.pattern(attention)[:, :, picked]
-    read = Read(
+    read = AttentionTerm(
         pattern=pattern,
         value=trace.value(attention),
         weight=attention.W_O,
@@ -298,7 +300,7 @@ def replay(block: Block, trace: Trace, kind: str, rows: Sequence[int] | None = N
         ff.require_activation()
         pre = _own_pre(ff, trace, picked)
         fixed = ff.project(_post(ff, _direct(ff, x))) if block.parallel else None
-    return Replay(
+    return ValueAblation(
         block=block,
         attention=attention,
         read=read,
@@ -330,7 +332,7 @@ def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) 
     return Later(attention, seen, trace.key(attention), trace.value(attention))
 
 
-def _terms(read: Read, rows: slice, columns: slice, spans: Spans | None) -> Tensor:
+def _terms(read: AttentionTerm, rows: slice, columns: slice, spans: Spans | None) -> Tensor:
     """Returns what sources (or spans) bring to rows [batch source target d_out]."""
     if spans is None:
         return read.dense(rows, columns)
@@ -366,7 +368,7 @@ class _Plan:
     ready: bool
 
 
-def _plan(found: Replay, spans: Spans | None, max_bytes: int) -> _Plan:
+def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     """Returns tile sizes that keep the workspace within ``max_bytes``.
 
     The view of the sources through W_O and W_in is kept over all rows where it fits into a

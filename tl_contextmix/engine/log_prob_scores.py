@@ -1,4 +1,4 @@
-"""A prediction, the stream it is read from, and the stream cut into components that are scored."""
+"""A prediction, the stream it is read from, split into the components that are scored."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tl_contextmix.adapters.inputs import Given, Pass, run_pass
 from tl_contextmix.adapters.inputs.targets import answer_of, predicting_rows, target_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
-    AttentionWriter,
-    FeedForwardWriter,
+    AttentionComponent,
+    Component,
+    FeedForwardComponent,
     Neurons,
     Stream,
-    Writer,
+    decompose_stream,
     needed,
-    write_stream,
 )
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
@@ -31,18 +31,18 @@ from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
 
 By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
-CUTS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+SPLITS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
 # A score that lies within a few roundings of a bound is not decided by it.
 _SLACK = 64
 
 
 @dataclass(frozen=True)
-class Question:
+class Prediction:
     """Why does the model give this token, at this position?
 
     Attributes:
         view: The model.
-        done: The pass.
+        forward_pass: The pass.
         stream: The residual stream that the answer is read from.
         vocabulary: How it is read.
         target: The token asked about, in each sentence.
@@ -50,7 +50,7 @@ class Question:
     """
 
     view: ModelView
-    done: Pass
+    forward_pass: Pass
     stream: Stream
     vocabulary: Vocabulary
     target: Tokens
@@ -59,16 +59,16 @@ class Question:
     @property
     def encoder(self) -> Tokens | None:
         """The tokens that cross-attention reads, or None."""
-        return self.done.tokens.get("encoder") if self.stream.stack == "decoder" else None
+        return self.forward_pass.tokens.get("encoder") if self.stream.stack == "decoder" else None
 
     @property
     def steps(self) -> tuple[str, ...]:
         """Names of the states of the stream."""
-        names = [w.kind if w.layer < 0 else f"L{w.layer} {w.kind}" for w in self.stream.writers]
+        names = [w.kind if w.layer < 0 else f"L{w.layer} {w.kind}" for w in self.stream.components]
         return ("nothing", *names)
 
 
-def ask(
+def run_prediction(
     view: ModelView,
     given: Given,
     *,
@@ -79,13 +79,13 @@ def ask(
     norm: NormRule,
     max_bytes: int,
     both_stacks: bool = False,
-) -> Question:
+) -> Prediction:
     """Runs the model once and returns what it was asked.
 
     Args:
         view: The model.
         given: Its input.
-        about: Components that the question is about. Where they are contributions, target and
+        about: Components that the prediction is about. Where they are contributions, target and
             position are theirs unless others are given.
         target: The token, as text.
         target_ids: Its id, instead.
@@ -108,8 +108,8 @@ def ask(
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    done = run_pass(view, given, also=lambda block: () if block.layer else names)
-    batch = done.trace.batch
+    forward_pass = run_pass(view, given, also=lambda block: () if block.layer else names)
+    batch = forward_pass.trace.batch
     found = answer_of(batch, view, about)
     if found is not None and target is None and target_ids is None:
         target_ids = found.target.ids[:, 0]
@@ -117,21 +117,21 @@ def ask(
         rows = predicting_rows(view, batch, stack, pos)
     else:
         rows = found.pos
-    stream = write_stream(view, done.trace, stack, rows)
-    logits = _logits(view, done, stream)
+    stream = decompose_stream(view, forward_pass.trace, stack, rows)
+    logits = _logits(view, forward_pass, stream)
     tokens = target_tokens(view, target, target_ids, logits)
     ids = tokens.ids[:, 0].to(view.device)
     vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
     log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-    return Question(view, done, stream, vocabulary, tokens, log_prob)
+    return Prediction(view, forward_pass, stream, vocabulary, tokens, log_prob)
 
 
-def _logits(view: ModelView, done: Pass, stream: Stream) -> Float[Tensor, "batch d_vocab"]:
+def _logits(view: ModelView, forward_pass: Pass, stream: Stream) -> Float[Tensor, "batch d_vocab"]:
     """Returns what the model says at the positions asked about."""
-    if done.trace.logits is None:  # a cache keeps none
+    if forward_pass.trace.logits is None:  # a cache keeps none
         return view.readout(stream.total)
-    each, rows = torch.arange(len(stream.rows)), stream.rows.to(done.trace.logits.device)
-    logits = done.trace.logits[each.to(rows.device), rows].to(view.device, view.dtype)
+    each, rows = torch.arange(len(stream.rows)), stream.rows.to(forward_pass.trace.logits.device)
+    logits = forward_pass.trace.logits[each.to(rows.device), rows].to(view.device, view.dtype)
     hooked = view.hooked()
     if hooked:
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())
@@ -149,16 +149,16 @@ def _logits(view: ModelView, done: Pass, stream: Stream) -> Float[Tensor, "batch
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One writer cut into components.
+class Split:
+    """One component split into components.
 
     Attributes:
-        step: Place of the writer in the stream.
+        step: Place of the component in the stream.
         grid: The components.
         vectors: Returns what each writes [batch component d_model], computed when it is asked
             for; None where they are neurons.
         neurons: The neurons, source by source, or None.
-        bias: What none of the writer's components writes and its vector, or None.
+        bias: What none of the component's components writes and its vector, or None.
         read: Which sources can be read, where the components differ in them, or None. Padding and
             what comes later in a causal model are not there.
     """
@@ -192,76 +192,76 @@ class Cut:
         return self.neurons.activations.flatten(1)
 
 
-def cuts(stream: Stream, by: By) -> Iterator[Cut]:
-    """Yields the writers of a stream that can be cut in a way, cut.
+def split_stream(stream: Stream, by: By) -> Iterator[Split]:
+    """Yields the components of a stream that can be split in a way, split.
 
     Args:
         stream: The stream.
         by: ``"layer"`` (sublayers as they are), ``"head"``, ``"position"`` (what all heads read
             from a source), ``"head_position"``, ``"ff_neuron"`` or ``"attn_neuron"``.
     """
-    for step, writer in enumerate(stream.writers):
-        yield from _cut(writer, by, step, stream.rows)
+    for step, component in enumerate(stream.components):
+        yield from _split(component, by, step, stream.rows)
 
 
-def _cut(writer: Writer, by: By, step: int, rows: Tensor) -> Iterator[Cut]:
-    """Yields a writer's components; its bias comes with the last of them."""
+def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Split]:
+    """Yields a component's components; its bias comes with the last of them."""
 
-    def grid(kind: str = writer.kind, **axes: int | range) -> Grid:
+    def grid(kind: str = component.kind, **axes: int | range) -> Grid:
         numbers = ((name, n if isinstance(n, range) else range(n)) for name, n in axes.items())
-        return Grid(kind, writer.layer, rows, tuple(numbers))
+        return Grid(kind, component.layer, rows, tuple(numbers))
 
     if by == "layer":
-        yield Cut(step, grid(), lambda: writer.total[:, None])
-    if by == "layer" or writer.kind == "embed":
+        yield Split(step, grid(), lambda: component.total[:, None])
+    if by == "layer" or component.kind == "embed":
         return
-    bias = grid(f"{writer.kind} bias"), writer.bias[:, None]
-    if by == "ff_neuron" and isinstance(writer, FeedForwardWriter):
-        count = writer.weight.shape[0]
-        yield Cut(step, grid(neuron=count), neurons=writer.neurons(), bias=bias)
-    if by == "ff_neuron" or not isinstance(writer, AttentionWriter):
+    bias = grid(f"{component.kind} bias"), component.bias[:, None]
+    if by == "ff_neuron" and isinstance(component, FeedForwardComponent):
+        count = component.weight.shape[0]
+        yield Split(step, grid(neuron=count), neurons=component.neurons(), bias=bias)
+    if by == "ff_neuron" or not isinstance(component, AttentionComponent):
         return
-    heads, d_head, _ = writer.weight.shape
-    read, sources = writer.read, writer.pattern.shape[2]
+    heads, d_head, _ = component.weight.shape
+    read, sources = component.read, component.pattern.shape[2]
     if by == "head":
-        yield Cut(step, grid(head=heads), writer.heads, bias=bias)
+        yield Split(step, grid(head=heads), component.heads, bias=bias)
     elif by == "position":
-        yield Cut(step, grid(source=sources), writer.sources, bias=bias, read=read)
+        yield Split(step, grid(source=sources), component.sources, bias=bias, read=read)
     elif by == "attn_neuron":
         every = grid(source=sources, head=heads, neuron=d_head)
-        yield Cut(step, every, neurons=writer.neurons(), bias=bias, read=read)
+        yield Split(step, every, neurons=component.neurons(), bias=bias, read=read)
     else:
         # One head at a time: all of them take [head, source, d_model].
         for one in range(heads):
             some = grid(head=range(one, one + 1), source=sources)
             last = bias if one == heads - 1 else None
-            yield Cut(step, some, partial(writer.head_sources, one), bias=last, read=read)
+            yield Split(step, some, partial(component.head_sources, one), bias=last, read=read)
 
 
-def gains(question: Question, cut: Cut) -> Float[Tensor, "batch component"]:
-    """Returns the increase of the log-probability by every component of a cut."""
-    base = question.stream.states[:, cut.step]
-    if cut.neurons is None:
-        assert cut.vectors is not None
-        return question.vocabulary.gains(base, cut.vectors())
-    neurons = cut.neurons
-    found = question.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
+def log_prob_increases(prediction: Prediction, split: Split) -> Float[Tensor, "batch component"]:
+    """Returns the increase of the log-probability by every component of a split."""
+    base = prediction.stream.states[:, split.step]
+    if split.neurons is None:
+        assert split.vectors is not None
+        return prediction.vocabulary.gains(base, split.vectors())
+    neurons = split.neurons
+    found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     # Exactly: rounding would put silent neurons in some order.
     return found.masked_fill(neurons.coefficients == 0, 0).flatten(1)
 
 
 @dataclass(frozen=True)
-class Best:
+class TopNeurons:
     """The neurons with the largest scores of one sentence.
 
     Attributes:
-        cut: Which cut each belongs to.
+        split: Which split each belongs to.
         place: Its place there.
         score: Its score, largest first.
         evaluated: How many scores were computed to be sure.
     """
 
-    cut: Int[Tensor, " some"]
+    split: Int[Tensor, " some"]
     place: Int[Tensor, " some"]
     score: Float[Tensor, " some"]
     evaluated: int
@@ -270,10 +270,10 @@ class Best:
 def best_neurons(
     vocabulary: Vocabulary,
     states: Float[Tensor, "step d_model"],
-    listed: list[Cut],
+    splits: list[Split],
     k: int,
     row: int,
-) -> Best:
+) -> TopNeurons:
     r"""Returns the neurons that gain most, without computing what all of them gain.
 
     Neurons are visited in the order of Jensen's bound ``coefficient * vector @ slope`` and scored
@@ -284,12 +284,14 @@ def best_neurons(
     Args:
         vocabulary: How the stream is read.
         states: The states of the stream, in one sentence.
-        listed: Cuts into neurons.
+        splits: Cuts into neurons.
         k: How many; fewer are returned where fewer are there.
         row: The sentence.
     """
-    bound = torch.cat([_bounds(vocabulary, states, cut, row) for cut in listed])
-    first = torch.tensor([0, *(cut.grid.count for cut in listed)], device=bound.device).cumsum(0)
+    bound = torch.cat([_bounds(vocabulary, states, split, row) for split in splits])
+    first = torch.tensor([0, *(split.grid.count for split in splits)], device=bound.device).cumsum(
+        0
+    )
     there = bound > -torch.inf
     count = int(there.sum())
     k = min(k, count)
@@ -306,57 +308,57 @@ def best_neurons(
             if len(scores) >= k and scores.topk(k).values[-1] >= values[part.start] + slack:
                 return _best(scores, places, first, k)
             some = order[part]
-            scores = torch.cat([scores, _scored(vocabulary, states, listed, first, some, row)])
+            scores = torch.cat([scores, _scored(vocabulary, states, splits, first, some, row)])
             places = torch.cat([places, some])
         step *= 2
     return _best(scores, places, first, k)
 
 
 def _bounds(
-    vocabulary: Vocabulary, states: Tensor, cut: Cut, row: int
+    vocabulary: Vocabulary, states: Tensor, split: Split, row: int
 ) -> Float[Tensor, " component"]:
     """Returns what the neurons of a sentence gain at most; -inf of those that are not there."""
-    assert cut.neurons is not None
-    slope = vocabulary.slopes(vocabulary.log_probs(states[cut.step, None], row), row)[0]
-    along = cut.neurons.vectors(slice(None)) @ slope
-    bound = cut.neurons.coefficients[row] * along
-    if cut.read is not None:
-        bound[~cut.read[row]] = -torch.inf
+    assert split.neurons is not None
+    slope = vocabulary.slopes(vocabulary.log_probs(states[split.step, None], row), row)[0]
+    along = split.neurons.vectors(slice(None)) @ slope
+    bound = split.neurons.coefficients[row] * along
+    if split.read is not None:
+        bound[~split.read[row]] = -torch.inf
     return bound.flatten()
 
 
-def _best(scores: Tensor, places: Tensor, first: Tensor, k: int) -> Best:
+def _best(scores: Tensor, places: Tensor, first: Tensor, k: int) -> TopNeurons:
     """Returns the best of those that were evaluated, equal scores in the order of their places."""
     in_order = places.argsort()
     best = scores[in_order].sort(descending=True, stable=True)
     found = places[in_order][best.indices[:k]]
-    cut = torch.searchsorted(first, found, right=True) - 1
-    return Best(cut, found - first[cut], best.values[:k], len(scores))
+    split = torch.searchsorted(first, found, right=True) - 1
+    return TopNeurons(split, found - first[split], best.values[:k], len(scores))
 
 
 def _scored(
     vocabulary: Vocabulary,
     states: Tensor,
-    listed: list[Cut],
+    splits: list[Split],
     first: Tensor,
     places: Tensor,
     row: int,
 ) -> Tensor:
     """Returns the exact scores of some neurons of one sentence."""
     scores = states.new_empty(len(places))
-    cut_of = torch.searchsorted(first, places, right=True) - 1
-    for index in cut_of.unique().tolist():
-        cut, mine = listed[index], cut_of == index
-        assert cut.neurons is not None
+    split_of = torch.searchsorted(first, places, right=True) - 1
+    for index in split_of.unique().tolist():
+        split, mine = splits[index], split_of == index
+        assert split.neurons is not None
         inside = places[mine] - first[index]
-        number = cut.neurons.coefficients[row].flatten()[inside]
-        vectors = cut.neurons.vectors(inside % cut.neurons.rows.shape[0])
-        before = vocabulary.log_probs(states[cut.step, None], row).expand(len(inside), -1)
+        number = split.neurons.coefficients[row].flatten()[inside]
+        vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
+        before = vocabulary.log_probs(states[split.step, None], row).expand(len(inside), -1)
         found = vocabulary.gains_from(before, number[:, None] * vectors, row)
         scores[mine] = found.masked_fill(number == 0, 0)
     return scores
 
 
-def progress(listed: list[Cut], what: str) -> Iterator[Cut]:
-    """Yields cuts, with a progress bar on a terminal once two seconds have passed."""
-    yield from tqdm(listed, desc=what, unit="sublayer", delay=2, leave=False, disable=None)
+def progress(splits: list[Split], what: str) -> Iterator[Split]:
+    """Yields splits, with a progress bar on a terminal once two seconds have passed."""
+    yield from tqdm(splits, desc=what, unit="sublayer", delay=2, leave=False, disable=None)

@@ -171,7 +171,7 @@ class LayerComposition:
 
 
 @dataclass(frozen=True)
-class Reader:
+class LayerReadout:
     """How layers are read, and where.
 
     Attributes:
@@ -206,8 +206,8 @@ class Reader:
         how: tuple[Unembedding, Unembedding],
         active: Active,
         where: Bool[Tensor, "batch pos"],
-    ) -> Reader:
-        """Returns the reader of a pass.
+    ) -> LayerReadout:
+        """Returns the readout of a pass.
 
         Args:
             view: The model.

@@ -23,9 +23,9 @@ from torch import Tensor
 from tl_contextmix.core.activations import gated_slopes
 from tl_contextmix.core.blocks import Block, FeedForward, Trace, require_weight
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.residual_stream import Stop, Stream, write_stream
+from tl_contextmix.core.residual_stream import Stop, Stream, decompose_stream
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.engine.log_prob_scores import Cut
+from tl_contextmix.engine.log_prob_scores import Split
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results.components import Components
 
@@ -46,7 +46,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Readers:
+class NeuronInputs:
     """Neurons of one sentence that read the same stream.
 
     Attributes:
@@ -100,19 +100,19 @@ class Readers:
         """Returns `inner`, or `uncentred` where no branch is given."""
         return self.uncentred(vectors) if branch is None else self.inner(vectors, branch)
 
-    def inner_of(self, cut: Cut, branch: int | None = 0) -> Float[Tensor, "component neuron"]:
-        """Returns the inner products of every component of a cut.
+    def inner_of(self, split: Split, branch: int | None = 0) -> Float[Tensor, "component neuron"]:
+        """Returns the inner products of every component of a split.
 
         Args:
-            cut: The cut, of this stream.
+            split: The split, of this stream.
             branch: Which branch; None for the authors' products.
         """
-        if cut.neurons is None:
-            assert cut.vectors is not None
-            return self.product(cut.vectors()[0], branch)
+        if split.neurons is None:
+            assert split.vectors is not None
+            return self.product(split.vectors()[0], branch)
         # Each vector is multiplied with the keys once, whatever the number of sources.
-        each = self.product(cut.neurons.vectors(slice(None)), branch)
-        return (cut.neurons.coefficients[0, :, :, None] * each).flatten(0, 1)
+        each = self.product(split.neurons.vectors(slice(None)), branch)
+        return (split.neurons.coefficients[0, :, :, None] * each).flatten(0, 1)
 
     def shares(self, inner: tuple[Tensor, ...]) -> Float[Tensor, "component neuron"]:
         """Returns the share of each neuron's activation, from the inner products per branch."""
@@ -131,9 +131,9 @@ def place_of(view: ModelView, chosen: Components, row: int, index: int) -> Place
     return Place(stack, one["pos"] if kind == "mlp" else one["source"], (layer, kind))
 
 
-def readers_at(
+def neuron_inputs_at(
     view: ModelView, trace: Trace, place: Place, chosen: Components, row: int, some: list[int]
-) -> Readers:
+) -> NeuronInputs:
     """Returns the neurons of a sentence that read at one place.
 
     Args:
@@ -146,7 +146,7 @@ def readers_at(
     """
     trace = trace.part(slice(row, row + 1))
     pos = torch.tensor([place.pos])
-    stream = write_stream(view, trace, place.stack, pos, stop=place.stop)
+    stream = decompose_stream(view, trace, place.stack, pos, stop=place.stop)
     kind, layer = chosen.at(row, some[0])["kind"], int(chosen.layer[row, some[0]])
     stack = "encoder" if kind.startswith("encoder ") else view.base_stack(None)
     block = view.stacks[stack][layer]
@@ -169,7 +169,7 @@ def _post(ff: FeedForward, trace: Trace, pos: int, index: Tensor) -> Float[Tenso
     return post if b_post is None else post - b_post[index]
 
 
-def _require_own(view: ModelView, found: Readers, own: Float[Tensor, " neuron"]) -> None:
+def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neuron"]) -> None:
     """Checks that activations are what was written to the stream that the neurons read."""
     pairs = zip(found.slopes, found.pre, strict=True)
     size = reduce(add, ((slope * pre).abs() for slope, pre in pairs))
@@ -186,7 +186,7 @@ def _require_own(view: ModelView, found: Readers, own: Float[Tensor, " neuron"])
         )
 
 
-def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> Readers:
+def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> NeuronInputs:
     keys = tuple(weight[:, index] for weight, _ in ff.branches())
     norm = ff.norm_in
     constants = tuple(
@@ -194,7 +194,7 @@ def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> Readers:
         for key, (_, bias) in zip(keys, ff.branches(), strict=True)
     )
     nothing = constants[0].new_zeros(len(index))
-    found = Readers(stream, norm, keys, constants, (), nothing)
+    found = NeuronInputs(stream, norm, keys, constants, (), nothing)
     activation, pre = ff.require_activation(), found.pre
     if ff.gated:
         linear, gate = gated_slopes(activation, (None, pre[0]), (None, pre[1]))
@@ -212,7 +212,7 @@ def _attention(
     chosen: Components,
     row: int,
     some: list[int],
-) -> tuple[Readers, Tensor]:
+) -> tuple[NeuronInputs, Tensor]:
     """Returns attention neurons and their values as the model computed them."""
     kind = chosen.at(row, some[0])["kind"].removeprefix("encoder ")
     sublayer = next(a for a in block.attentions if (a.kind == "self") == (kind == "attn"))
@@ -224,7 +224,7 @@ def _attention(
     target = chosen.pos[row][some].to(view.device)
     slope = trace.pattern(sublayer)[0, heads, target, place.pos]
     value = trace.value(sublayer)[0, place.pos, heads, index]
-    found = Readers(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
+    found = NeuronInputs(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
     return found, value
 
 

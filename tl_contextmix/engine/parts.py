@@ -1,7 +1,8 @@
 r"""The engine: every tensor on a block's residual path as a sum over source tokens plus a bias.
 
 With attention patterns and norm scales frozen at their real values, everything up to the
-feed-forward activation is linear in the sources and stays a `Mixture`; behind it is an `Expansion`.
+feed-forward activation is linear in the sources and stays a `TokenSum`; after it come
+`FeedForwardParts`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace, shift
-from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, Expansion, expand
+from tl_contextmix.core.feed_forward_parts import (
+    DEFAULT_MAX_BYTES,
+    Bias,
+    FeedForwardParts,
+    feed_forward_points,
+)
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture, Read
+from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.errors import bad
 
 Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
@@ -33,8 +39,8 @@ POINTS: tuple[Point, ...] = (
 
 def linear_points(
     block: Block, trace: Trace, stack: StackName, asked: Sequence[Point] = POINTS
-) -> dict[str, Mixture]:
-    """Returns the mixtures of a block up to the input of its feed-forward sublayer.
+) -> dict[str, TokenSum]:
+    """Returns the token sums of a block up to the input of its feed-forward sublayer.
 
     Besides the points before the feed-forward sublayer: ``"stream"``, the residual stream that
     the feed-forward output is added to.
@@ -47,10 +53,10 @@ def linear_points(
     """
     kind = "cross" if stack == "cross" else "self"
     x = trace.resid_in(block)
-    stream = Mixture(reads=(), own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
-    found: dict[str, Mixture] = {}
+    stream = TokenSum(terms=(), own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
+    found: dict[str, TokenSum] = {}
     for attention in block.attentions:
-        out = _attention_mixture(attention, trace)
+        out = _attention_sum(attention, trace)
         stream = stream.join(out)
         if attention.kind == kind:
             found |= {"attn_out": out, "resid_mid": stream}
@@ -63,38 +69,38 @@ def linear_points(
     if ff is not None:
         read = stream
         if block.parallel:
-            silent = tuple(read.silent() for read in stream.reads)
-            read = replace(stream, reads=silent, own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
+            silent = tuple(read.silent() for read in stream.terms)
+            read = replace(stream, terms=silent, own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
         found["mlp_in"] = read if ff.norm_in is None else read.linear(ff.norm_in)
     return found
 
 
-def _attention_mixture(attention: AttentionSublayer, trace: Trace) -> Mixture:
+def _attention_sum(attention: AttentionSublayer, trace: Trace) -> TokenSum:
     pattern, value = trace.pattern(attention), trace.value(attention)
     scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
-    read = Read(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
+    read = AttentionTerm(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
     bias = pattern.new_zeros(*scale.shape[:2], read.weight.shape[2])
-    mixture = Mixture(
-        reads=(read,),
+    token_sum = TokenSum(
+        terms=(read,),
         own=None,
         bias=shift(bias, attention.b_O),
         sum_up=lambda: attention.raw_output(trace),
     )
-    return mixture if attention.norm_out is None else mixture.linear(attention.norm_out)
+    return token_sum if attention.norm_out is None else token_sum.linear(attention.norm_out)
 
 
 def parts_at(
     block: Block,
-    points: dict[str, Mixture],
+    points: dict[str, TokenSum],
     at: Point,
     bias: Bias,
     max_bytes: int = DEFAULT_MAX_BYTES,
-) -> Mixture | Expansion:
+) -> TokenSum | FeedForwardParts:
     """Returns a block's parts at any point.
 
     Args:
         block: The block.
-        points: Its mixtures from `linear_points`.
+        points: Its token sums from `linear_points`.
         at: The point.
         bias: The bias convention, see `decompose`.
         max_bytes: Workspace.
@@ -108,19 +114,19 @@ def parts_at(
 
 def parts_at_all(
     block: Block,
-    points: dict[str, Mixture],
+    points: dict[str, TokenSum],
     asked: Sequence[Point],
     bias: Bias,
     max_bytes: int = DEFAULT_MAX_BYTES,
-) -> dict[Point, Mixture | Expansion]:
+) -> dict[Point, TokenSum | FeedForwardParts]:
     """Returns a block's parts at several points, which share what is computed; see `parts_at`."""
-    found: dict[Point, Mixture | Expansion] = {}
-    expanded: dict[str, Expansion] = {}
+    found: dict[Point, TokenSum | FeedForwardParts] = {}
+    expanded: dict[str, FeedForwardParts] = {}
     for at in asked:
         if at in points:
             found[at] = points[at]
         elif block.feed_forward is not None:
-            expanded = expanded or expand(block, points, bias, max_bytes)
+            expanded = expanded or feed_forward_points(block, points, bias, max_bytes)
             found[at] = expanded[at]
         elif at in ("resid_post", "block_out"):
             found[at] = points["stream"]
@@ -135,7 +141,7 @@ def parts_at_all(
 
 
 def norms_at(
-    parts: Mapping[Point, Mixture | Expansion], max_bytes: int
+    parts: Mapping[Point, TokenSum | FeedForwardParts], max_bytes: int
 ) -> dict[Point, Float[Tensor, "batch target source"]]:
     """Returns the norms of the parts at several points of one block.
 
@@ -143,14 +149,14 @@ def norms_at(
     cost what the last one costs.
     """
     found: dict[Point, Tensor] = {
-        at: mixture.norms(max_bytes)
-        for at, mixture in parts.items()
-        if isinstance(mixture, Mixture)
+        at: token_sum.norms(max_bytes)
+        for at, token_sum in parts.items()
+        if isinstance(token_sum, TokenSum)
     }
-    behind: list[Point] = [at for at in POINTS if isinstance(parts.get(at), Expansion)]
+    behind: list[Point] = [at for at in POINTS if isinstance(parts.get(at), FeedForwardParts)]
     if behind:
         last = parts[behind[-1]]
-        assert isinstance(last, Expansion)
+        assert isinstance(last, FeedForwardParts)
         stages = last.stage_norms(max_bytes)
         # Where no norm follows, block_out is resid_post.
         found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in behind}

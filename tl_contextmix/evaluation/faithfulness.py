@@ -15,6 +15,7 @@ from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.words import Spans
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
@@ -26,6 +27,7 @@ _TOGETHER = 64
 _ORDERS = 20
 
 
+@method(cites=("deyoung2020eraser",), on_text=False)
 def faithfulness(
     model: object,
     input: Input,
@@ -74,7 +76,7 @@ def faithfulness(
     run in batches; sets of tokens that layers share are run once.
     """
     view = as_view(model)
-    batch = make_batch(view, Given(input))
+    batch = make_batch(view, Given(input, _mask_of(map, input)))
     if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
         raise bad(
             "the map is of another input",
@@ -94,6 +96,14 @@ def faithfulness(
     ]
     warn_of_short(drops)
     return faithfulness_of(map, drops)
+
+
+def _mask_of(map: object, input: object) -> Tensor | None:
+    """Returns the mask that a map has of token ids."""
+    if not isinstance(map, ContextMap) or not isinstance(input, Tensor):
+        return None
+    mask = map.source.mask
+    return mask.view(input.shape) if input.numel() == mask.numel() else None
 
 
 def warn_of_short(drops: Sequence[Drop]) -> None:

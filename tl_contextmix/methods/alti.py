@@ -10,11 +10,13 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture, blocks
+from tl_contextmix.core.token_sums import TokenSum, blocks
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("ferrando2022measuring",), compared=True)
 def alti(
     model: object,
     input: Input,
@@ -66,10 +68,10 @@ def alti(
     return done.map("alti", torch.stack(scores, dim=1), "block_out", "L1 distance", point=point)
 
 
-def _closer(stream: Mixture, max_bytes: int) -> Tensor:
+def _closer(stream: TokenSum, max_bytes: int) -> Tensor:
     """Returns the scores [batch target source], some targets and sources at a time."""
     batch, target, width = stream.total.shape
-    heads = sum(read.pattern.shape[1] for read in stream.reads)
+    heads = sum(read.pattern.shape[1] for read in stream.terms)
     pair = width * stream.total.element_size()
     # Per source its vectors through each head, per pair the part and three of its kind.
     columns = max(1, max_bytes // (4 * heads * pair))

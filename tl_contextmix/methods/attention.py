@@ -9,9 +9,11 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.checks import Layers
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("abnar2020quantifying",), compared={"attention": {"heads": False}})
 def attention(
     model: object,
     input: Input,

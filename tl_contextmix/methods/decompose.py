@@ -9,17 +9,20 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.checks import Layers, Positive
-from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, Expansion
+from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     Point,
     linear_points,
     parts_at,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Decomposition
 
 
+@method(cites=norm_papers)
 def decompose(
     model: object,
     input: Input,
@@ -98,7 +101,7 @@ def decompose(
     )
 
 
-def _dense(found: Mixture | Expansion, max_bytes: int) -> Tensor:
-    if isinstance(found, Expansion):
+def _dense(found: TokenSum | FeedForwardParts, max_bytes: int) -> Tensor:
+    if isinstance(found, FeedForwardParts):
         return found.parts(max_bytes)
     return found.dense(slice(0, found.bias.shape[1])).transpose(1, 2)

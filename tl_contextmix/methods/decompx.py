@@ -27,6 +27,7 @@ from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     Bias,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
 
@@ -34,6 +35,7 @@ from tl_contextmix.results import ContextMap, Decomposition
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
+@method(cites=("modarressi2023decompx",), compared=True)
 def decompx(
     model: object,
     input: Input,
@@ -97,6 +99,7 @@ def decompx(
     )
 
 
+@method(cites=("modarressi2023decompx",))
 def decompx_vectors(
     model: object,
     input: Input,

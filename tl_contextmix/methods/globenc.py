@@ -12,11 +12,13 @@ from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
 
+@method(cites=("modarressi2022globenc",), compared=True)
 def globenc(
     model: object,
     input: Input,
@@ -75,7 +77,7 @@ def _neurons(block: Block) -> list[str]:
     return [] if ff is None or ff.norm_after is None else [ff.post]
 
 
-def _without_output(block: Block, stream: Mixture, trace: Trace) -> Mixture:
+def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
     """Returns the stream past the block's last norm, whose scale alone knows the neurons."""
     ff = block.feed_forward
     if ff is None or ff.norm_after is None:

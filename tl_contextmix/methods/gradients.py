@@ -25,6 +25,7 @@ from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (
     UnsupportedModel,
     bad,
@@ -49,6 +50,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@method(cites=("denil2014extraction", "shrikumar2017learning"), compared=True, of_prediction=True)
 def gradient_x_input(
     model: object,
     input: Input,
@@ -97,6 +99,7 @@ def gradient_x_input(
         return asked.map("gradient_x_input", parts, None, {})
 
 
+@method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
 def integrated_gradients(
     model: object,
     input: Input,

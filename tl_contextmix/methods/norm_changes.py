@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
 from tl_contextmix.results.axes import largest
@@ -43,6 +44,7 @@ _EQUAL = 1e-4
 _ROUNDINGS = 16
 
 
+@method(cites=("kobayashi2024analyzing",))
 def contextualization_change(maps: Maps) -> LayerFigures:
     r"""Returns how much FF, RES and LN change the map, layer by layer.
 
@@ -91,6 +93,7 @@ def contextualization_change(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def cancellation(maps: Maps) -> LayerFigures:
     r"""Returns whether what FF changes is undone by the rest of the block.
 
@@ -158,6 +161,7 @@ def cancellation(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def amplified_pairs(
     before: ContextMap,
     after: ContextMap,

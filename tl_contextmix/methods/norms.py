@@ -23,9 +23,11 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import Mixture
+from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
+    POINTS,
     Bias,
     Point,
     linear_points,
@@ -33,6 +35,7 @@ from tl_contextmix.engine.parts import (
     parts_at,
     parts_at_all,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, TokenFigures
 
@@ -67,6 +70,7 @@ def attention_norms(
 ) -> dict[Point, ContextMap]: ...
 
 
+@method(cites=norm_papers, compared={f"attention_norms {at}": {"at": at} for at in POINTS})
 def attention_norms(
     model: object,
     input: Input,
@@ -154,8 +158,8 @@ def _maps(
             for point, part in parts.items():
                 biases[point].append(part.bias.norm(dim=-1)[:, None])
                 if heads:
-                    assert isinstance(part, Mixture)
-                    scores[point].append(part.reads[0].head_norms())
+                    assert isinstance(part, TokenSum)
+                    scores[point].append(part.terms[0].head_norms())
                 else:
                     scores[point].append(norms[point][:, None])
     found = {}
@@ -176,6 +180,7 @@ def _maps(
     return found
 
 
+@method(cites=("kobayashi2021incorporating", "kobayashi2024analyzing"))
 def mixing_ratio(
     model: object,
     input: Input,

@@ -23,9 +23,10 @@ from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
-from tl_contextmix.core.value_ablation import batch_rows, needed_names, replay
+from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_names
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
@@ -35,6 +36,7 @@ SpanRows = Literal["keep", "mean", "max"]
 Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 
 
+@method(cites=("mohebbi2023quantifying",), compared=True)
 def value_zeroing(
     model: object,
     input: Input,
@@ -142,7 +144,7 @@ class _How:
         return torch.cat([self._scores(block, part) for part in parts])
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:
-        found = replay(block, trace, self.kind, self.rows)
+        found = ablate_values(block, trace, self.kind, self.rows)
         found = found.folded(self.spans, len(self.groups), self.max_bytes)
         batch, targets, _ = found.before.shape
         sources = found.read.pattern.shape[3] if self.spans is None else len(self.spans)

@@ -188,6 +188,13 @@ def taken(
     return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, torch.nan)
 
 
+def finest(components: Components) -> str:
+    """Returns the finest cut that one of them comes from: of a head's values, heads, or neither."""
+    if bool(((components.head >= 0) & (components.neuron >= 0)).any()):
+        return "attn_neuron"
+    return "head" if bool((components.head >= 0).any()) else "ff_neuron"
+
+
 def padding(batch: int, count: int) -> Components:
     """Returns places of a table that hold no component."""
     empty = torch.full((batch, count), -1)

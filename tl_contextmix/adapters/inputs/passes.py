@@ -114,13 +114,25 @@ class Pass:
         }
         return ContextMap(**{**fields, **facts})
 
-    def provenance(self, method: str, options: Mapping[str, Any]) -> Provenance:
-        """Returns where the results of a method on this pass come from."""
-        return provenance(self.view, method, options)
+    def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
+        """Returns where the results of a method on this pass come from; see `provenance`."""
+        return provenance(self.view, method, options, **given)
 
 
-def provenance(view: ModelView, method: str, options: Mapping[str, Any]) -> Provenance:
-    """Returns where the results of a method on a model come from."""
+def provenance(
+    view: ModelView, method: str, options: Mapping[str, Any], **given: str
+) -> Provenance:
+    """Returns where the results of a method on a model come from.
+
+    Warns where the processing of the weights changes them.
+
+    Args:
+        view: The model.
+        method: Name of the method.
+        options: What it was asked for.
+        given: What else decides whether processing matters; see `hosts.processing.changed_by`.
+    """
+    view.notice(method, {**options, **given})
     return Provenance(
         method=method,
         options=dict(options),

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
-from tl_contextmix.adapters.inputs.padding import require_safe_padding
+from tl_contextmix.adapters.inputs.padding import (
+    find_padding,
+    find_target_padding,
+    require_safe_padding,
+)
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.checks import LATER, is_text, require_choice, seen
 from tl_contextmix.core.model_view import ModelView
@@ -124,6 +128,8 @@ def _as_tensor(given: Any) -> Any:
 def _main_side(view: ModelView, given: Given) -> Side:
     if isinstance(given.input, Tensor):
         ids = _token_ids(view, given.input, "input")
+        if given.attention_mask is None:
+            return find_padding(view, ids, given.padding_side or "right")
         return Side(ids=ids, mask=_mask(given.attention_mask, ids))
     texts = _texts(given.input, "input")
     rows = [view.encode(text, given.prepend_bos) for text in texts]
@@ -156,7 +162,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         return None
     if isinstance(asked, Tensor):
         ids = _token_ids(view, asked, "decoder_input")
-        side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+        side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
         texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
@@ -235,8 +241,6 @@ def _bad_tokens(name: str, seen: str, expected: str, remedy: str) -> InvalidInpu
 
 
 def _mask(mask: object, ids: Tensor) -> Tensor:
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
     found = _mask_values(mask, ids)
     real = found.to(ids.device).bool()
     if not bool(real.any(dim=1).all()):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
-from tl_contextmix.core.checks import Positive
+from tl_contextmix.core.checks import Positive, require_choice
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.cost.fake_tensors import DryRun
 from tl_contextmix.evaluation.cost.measured_model import Lengths, StandIn, measure, short_lengths
@@ -26,7 +27,7 @@ _EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 def estimate(
     model: object,
     n_tokens: Positive,
-    method: Callable[..., Any],
+    method: Callable[..., Any] | str,
     *,
     batch: Positive = 1,
     n_decoder_tokens: Positive | None = None,
@@ -46,7 +47,8 @@ def estimate(
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
         n_tokens: How many tokens the input would have.
-        method: The function, with ``functools.partial`` where it gets options:
+        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` where it
+            gets options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
             and token ids that goes through this package, your own as well.
         batch: How many inputs there would be.
@@ -68,6 +70,10 @@ def estimate(
     inputs.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
+    if isinstance(method, str):
+        known = {name: one.function for name, one in methods().items() if one.on_text}
+        require_choice("method", method, tuple(known))
+        method = known[method]
     if isinstance(method, type):
         expected = "a function of a model and token ids"
         raise bad("there is no such method", repr(method), expected, _EXAMPLE)
@@ -99,6 +105,9 @@ def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[
     sides = [
         torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
     ]
+    how = view.padding()
+    if how is not None:  # words that were drawn are no padding
+        sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 

@@ -146,6 +146,7 @@ class StandIn:
             stacks=stacks,
             tables=dict(view.tables),
             facts=dict(view.facts),
+            notice=lambda method, options: None,
         )
 
     def _run(self, batch: Batch, hooks: Hooks, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:

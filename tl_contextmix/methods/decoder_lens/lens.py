@@ -18,6 +18,7 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.decoder_lens import (
     Lens,
@@ -124,6 +125,7 @@ def decoder_lens(
 ) -> LayerCurves: ...
 
 
+@method(cites=("langedijk2024decoderlens",))
 def decoder_lens(
     model: object,
     input: Input,

@@ -17,15 +17,16 @@ from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.engine.log_prob_scores import (
     By,
-    Cut,
-    Question,
-    ask,
+    Prediction,
+    Split,
     best_neurons,
-    cuts,
-    gains,
+    log_prob_increases,
     progress,
+    run_prediction,
+    split_stream,
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions
 from tl_contextmix.results.components import Components, join, padding
@@ -43,6 +44,7 @@ Score = Literal[
 _NEURONS = ("ff_neuron", "attn_neuron")
 
 
+@method(cites=("yu2023exploring", "yu2024neuron"))
 def log_prob_contributions(
     model: object,
     input: Input,
@@ -83,7 +85,7 @@ def log_prob_contributions(
         target: The predicted token as text, one for all sentences or one for each. It has to be
             one token of the vocabulary, its leading space included. None: the model's best.
         target_ids: Its id, instead.
-        by: Into what the stream is cut: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
+        by: Into what the stream is split: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
             all heads of a layer read from one source), ``"head_position"`` (the paper's
             value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
@@ -122,7 +124,7 @@ def log_prob_contributions(
     """
     _require_neurons(by, score, top_k)
     with torch.no_grad():
-        question = ask(
+        prediction = run_prediction(
             as_view(model),
             Given(input, **inputs),
             target=target,
@@ -131,14 +133,14 @@ def log_prob_contributions(
             norm=norm,
             max_bytes=max_bytes,
         )
-        trajectory = question.vocabulary.target_log_probs(question.stream.states)
-        listed = _require_some(list(cuts(question.stream, by)), by, question)
+        trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
+        splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
         bounded = score == "log_prob_increase" and top_k is not None
-        if top_k is not None and bounded and not question.vocabulary.nonlinear:
-            found = _best(question, listed, top_k)
+        if top_k is not None and bounded and not prediction.vocabulary.nonlinear:
+            found = _best(prediction, splits, top_k)
         else:
-            found = _all(question, listed, score, trajectory)
-    note = question.vocabulary.nonlinear if bounded else ""
+            found = _all(prediction, splits, score, trajectory)
+    note = prediction.vocabulary.nonlinear if bounded else ""
     result = LogProbContributions(
         scores=found.scores,
         coefficients=found.coefficients,
@@ -147,18 +149,18 @@ def log_prob_contributions(
         by=by,
         score=score,
         norm=norm,
-        steps=question.steps,
+        steps=prediction.steps,
         trajectory=trajectory,
         gaps=found.gaps,
-        log_prob=question.log_prob,
+        log_prob=prediction.log_prob,
         evaluated=found.evaluated,
-        possible=_possible(listed),
+        possible=_possible(splits),
         note=f"All of them, as there is no bound: {note}." if note else "",
-        pos=question.stream.rows.cpu(),
-        target=question.target,
-        tokens=question.done.target,
-        encoder=question.encoder,
-        provenance=question.done.provenance(
+        pos=prediction.stream.rows.cpu(),
+        target=prediction.target,
+        tokens=prediction.forward_pass.target,
+        encoder=prediction.encoder,
+        provenance=prediction.forward_pass.provenance(
             "log_prob_contributions",
             {"by": by, "pos": pos, "norm": norm, "score": score, "top_k": top_k},
         ),
@@ -168,7 +170,7 @@ def log_prob_contributions(
 
 @dataclass(frozen=True)
 class _Found:
-    """Scores and what belongs to them, all cuts side by side."""
+    """Scores and what belongs to them, all splits side by side."""
 
     scores: Tensor
     coefficients: Tensor
@@ -178,23 +180,23 @@ class _Found:
     evaluated: Tensor
 
 
-def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor) -> _Found:
+def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: Tensor) -> _Found:
     """Returns the scores of every component, biases included."""
     columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
     labels, gaps = [], torch.full_like(trajectory, torch.nan)
-    parts, vocabulary = torch.zeros_like(trajectory), question.vocabulary
-    for cut in progress(listed, "log_prob_contributions"):
-        absent = ~cut.there.to(trajectory.device)
-        found = _scores(question, cut, score).masked_fill(absent, torch.nan)
-        step = cut.step + 1
+    parts, vocabulary = torch.zeros_like(trajectory), prediction.vocabulary
+    for split in progress(splits, "log_prob_contributions"):
+        absent = ~split.there.to(trajectory.device)
+        found = _scores(prediction, split, score).masked_fill(absent, torch.nan)
+        step = split.step + 1
         parts[:, step] += found.nansum(dim=1)
         columns["scores"].append(found)
-        columns["coefficients"].append(cut.coefficients.to(found))
-        columns["logits"].append(_logits(question, cut))
-        labels.append(cut.grid.table())
-        if cut.bias is not None and score == "log_prob_increase":
-            grid, vector = cut.bias
-            bias = vocabulary.gains(question.stream.states[:, cut.step], vector)
+        columns["coefficients"].append(split.coefficients.to(found))
+        columns["logits"].append(_logits(prediction, split))
+        labels.append(split.grid.table())
+        if split.bias is not None and score == "log_prob_increase":
+            grid, vector = split.bias
+            bias = vocabulary.gains(prediction.stream.states[:, split.step], vector)
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
             columns["logits"].append(vocabulary.project(vector))
@@ -202,60 +204,60 @@ def _all(question: Question, listed: list[Cut], score: Score, trajectory: Tensor
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
     together = {name: torch.cat(column, dim=1) for name, column in columns.items()}
-    return _Found(**together, components=join(labels), gaps=gaps, evaluated=_possible(listed))
+    return _Found(**together, components=join(labels), gaps=gaps, evaluated=_possible(splits))
 
 
-def _best(question: Question, listed: list[Cut], k: int) -> _Found:
+def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     """Returns the neurons with the largest scores alone; tables of all are never made."""
-    rows = range(len(question.log_prob))
-    states, vocabulary = question.stream.states, question.vocabulary
-    best = [best_neurons(vocabulary, states[row], listed, k, row) for row in rows]
+    rows = range(len(prediction.log_prob))
+    states, vocabulary = prediction.stream.states, prediction.vocabulary
+    best = [best_neurons(vocabulary, states[row], splits, k, row) for row in rows]
 
     def side_by_side(name: str, nothing: int | float) -> Tensor:
         columns = [getattr(one, name) for one in best]
         return pad_sequence(columns, batch_first=True, padding_value=nothing)
 
     scores = side_by_side("score", torch.nan)
-    which, place = side_by_side("cut", -1), side_by_side("place", 0)
+    which, place = side_by_side("split", -1), side_by_side("place", 0)
     components = padding(*which.shape)
     coefficients, logits = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
-    for index, cut in enumerate(listed):
+    for index, split in enumerate(splits):
         mine = which == index
-        assert cut.neurons is not None
-        inside = place.clamp(max=cut.grid.count - 1)
-        components = components.fill(mine.cpu(), cut.grid.at(inside))
-        numbers = cut.neurons.coefficients.flatten(1).gather(1, inside)
-        vectors = cut.neurons.vectors(inside % cut.neurons.rows.shape[0])
+        assert split.neurons is not None
+        inside = place.clamp(max=split.grid.count - 1)
+        components = components.fill(mine.cpu(), split.grid.at(inside))
+        numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
+        vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
         logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
-        coefficients = torch.where(mine, cut.coefficients.gather(1, inside), coefficients)
+        coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
         scores,
         coefficients,
         logits,
         components,
-        torch.full((len(best), len(question.steps)), torch.nan).to(logits),
+        torch.full((len(best), len(prediction.steps)), torch.nan).to(logits),
         torch.tensor([one.evaluated for one in best]),
     )
 
 
-def _possible(listed: list[Cut]) -> Tensor:
-    return torch.stack([cut.possible for cut in listed]).sum(dim=0)
+def _possible(splits: list[Split]) -> Tensor:
+    return torch.stack([split.possible for split in splits]).sum(dim=0)
 
 
-def _logits(question: Question, cut: Cut) -> Tensor:
+def _logits(prediction: Prediction, split: Split) -> Tensor:
     """Returns the target's logit of each component, before the softmax."""
-    vocabulary = question.vocabulary
-    if cut.neurons is None:
-        assert cut.vectors is not None
-        return vocabulary.project(cut.vectors())
-    each = vocabulary.project_shared(cut.neurons.vectors(slice(None)))
-    return (cut.neurons.coefficients * each[:, None]).flatten(1)
+    vocabulary = prediction.vocabulary
+    if split.neurons is None:
+        assert split.vectors is not None
+        return vocabulary.project(split.vectors())
+    each = vocabulary.project_shared(split.neurons.vectors(slice(None)))
+    return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 
-def _scores(question: Question, cut: Cut, score: Score) -> Tensor:
+def _scores(prediction: Prediction, split: Split, score: Score) -> Tensor:
     if score == "log_prob_increase":
-        return gains(question, cut)
-    neurons, vocabulary = cut.neurons, question.vocabulary
+        return log_prob_increases(prediction, split)
+    neurons, vocabulary = split.neurons, prediction.vocabulary
     assert neurons is not None
     activations = neurons.activations.flatten(1)
     sources = neurons.activations.shape[1]
@@ -269,8 +271,8 @@ def _scores(question: Question, cut: Cut, score: Score) -> Tensor:
         ranks = [vocabulary.ranks(vectors / divisor[row], row) for row in range(len(divisor))]
         found = 1 / torch.stack(ranks).repeat(1, sources)
         return found if score == "rank" else activations * found
-    states = question.stream.states
-    base = states[:, cut.step] if score == "prob_increase" else torch.zeros_like(states[:, 0])
+    states = prediction.stream.states
+    base = states[:, split.step] if score == "prob_increase" else torch.zeros_like(states[:, 0])
     gained = vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients).flatten(1)
     before = vocabulary.target_log_probs(base[:, None])
     return before + gained if score == "log_prob" else before.exp() * torch.expm1(gained)
@@ -288,12 +290,12 @@ def _require_neurons(by: str, score: str, top_k: int | None) -> None:
     )
 
 
-def _require_some(listed: list[Cut], by: str, question: Question) -> list[Cut]:
-    if not listed:
+def _require_some(splits: list[Split], by: str, prediction: Prediction) -> list[Split]:
+    if not splits:
         raise bad(
-            f"{question.view.name} has no components by {by}",
+            f"{prediction.view.name} has no components by {by}",
             "blocks without a feed-forward sublayer",
             "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
             "Ask for one of these.",
         )
-    return listed
+    return splits

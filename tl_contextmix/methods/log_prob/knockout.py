@@ -28,6 +28,7 @@ from tl_contextmix.adapters.inputs.targets import (
 from tl_contextmix.core.blocks import Batch, Trace
 from tl_contextmix.core.checks import NotNegative
 from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,
     Controls,
@@ -37,12 +38,13 @@ from tl_contextmix.engine.selection import (
     without_sources,
 )
 from tl_contextmix.results import Knockout, Tokens
-from tl_contextmix.results.components import Components
+from tl_contextmix.results.components import Components, finest
 
 Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
 
 
+@method(cites=("yu2024neuron",), on_text=False)
 def knockout(
     model: object,
     input: Input,
@@ -137,6 +139,7 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
+            removed=finest(chosen),
         ),
     )
 

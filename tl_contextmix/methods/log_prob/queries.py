@@ -14,16 +14,17 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.adapters.inputs.targets import Ids, Names
 from tl_contextmix.core.checks import Positive
-from tl_contextmix.core.residual_stream import AttentionWriter, FeedForwardWriter
+from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
-from tl_contextmix.engine.log_prob_scores import By, Cut, Question, ask, cuts
-from tl_contextmix.engine.neuron_inputs import Place, Readers, place_of, readers_at
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
+from tl_contextmix.engine.neuron_inputs import NeuronInputs, Place, neuron_inputs_at, place_of
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.axes import largest
-from tl_contextmix.results.components import KINDS, Components, join, padding
+from tl_contextmix.results.components import KINDS, Components, finest, join, padding
 
 Share = Literal["exact", "ratio"]
 VANISHING = (
@@ -36,6 +37,7 @@ VANISHING = (
 """Scores that a neuron without an activation does not have."""
 
 
+@method(cites=("yu2024neuron",))
 def query_contributions(
     model: object,
     input: Input,
@@ -79,7 +81,7 @@ def query_contributions(
             ``"attn_neuron"``) or of this function (a chain: what activates what activates),
             usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
             log-probability increase of the target.
-        by: Into what the streams are cut; see `log_prob_contributions`.
+        by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
         top_k: Only so many components, those with the largest scores; None: all. All neurons as
             components of many neurons are a large table.
@@ -105,7 +107,7 @@ def query_contributions(
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
-        question = ask(
+        prediction = run_prediction(
             view,
             Given(input, **inputs),
             about=neurons,
@@ -116,11 +118,11 @@ def query_contributions(
             max_bytes=max_bytes,
             both_stacks=True,
         )
-        chosen = chosen_components(view, neurons, None, question.stream.rows.cpu())
+        chosen = chosen_components(view, neurons, None, prediction.stream.rows.cpu())
         _require_sources(chosen)
-        weights = _weights(question, neurons, chosen)
+        weights = _weights(prediction, neurons, chosen)
         rows = [
-            _row(question, chosen, weights[row], row, by, share, top_k)
+            _row(prediction, chosen, weights[row], row, by, share, top_k)
             for row in range(len(weights))
         ]
     if not any(row.components.kind.shape[1] for row in rows):
@@ -147,11 +149,12 @@ def query_contributions(
         pre=stacked("pre"),
         activation=stacked("activation"),
         constant=stacked("constant"),
-        tokens=question.done.target,
-        encoder=question.encoder,
-        provenance=question.done.provenance(
+        tokens=prediction.forward_pass.target,
+        encoder=prediction.encoder,
+        provenance=prediction.forward_pass.provenance(
             "query_contributions",
             {"by": by, "share": share, "top_k": top_k, "pos": pos},
+            neurons=finest(chosen),
         ),
     )
 
@@ -193,7 +196,7 @@ class _Group:
     """Neurons of one sentence that read the same stream, and what they read of each component."""
 
     some: list[int]
-    readers: Readers
+    inputs: NeuronInputs
     components: Components
     inner: Tensor
     linear: Tensor
@@ -202,7 +205,7 @@ class _Group:
 
 
 def _row(
-    question: Question,
+    prediction: Prediction,
     chosen: Components,
     weights: Tensor,
     row: int,
@@ -213,11 +216,12 @@ def _row(
     places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
     # A neuron without a score is empty, or reads a source that is not read.
     for index in [index for index, empty in enumerate(weights.isnan()) if not empty]:
-        place = place_of(question.view, chosen, row, index)
+        place = place_of(prediction.view, chosen, row, index)
         kind = chosen.at(row, index)["kind"], int(chosen.layer[row, index])
         places.setdefault((place, kind), []).append(index)
     groups = [
-        _group(question, chosen, row, place, some, by, share) for (place, _), some in places.items()
+        _group(prediction, chosen, row, place, some, by, share)
+        for (place, _), some in places.items()
     ]
     labels = join([padding(1, 0), *(group.components for group in groups)])
     keys, where = labels.numbers()[0].unique(return_inverse=True)
@@ -233,7 +237,7 @@ def _row(
 
 
 def _group(
-    question: Question,
+    prediction: Prediction,
     chosen: Components,
     row: int,
     place: Place,
@@ -241,39 +245,39 @@ def _group(
     by: By,
     share: Share,
 ) -> _Group:
-    view = question.view
-    readers = readers_at(view, question.done.trace, place, chosen, row, some)
-    listed = list(cuts(readers.stream, by))
-    labels = join([padding(1, 0), *(label for cut in listed for label in _labels(cut))])
+    view = prediction.view
+    inputs = neuron_inputs_at(view, prediction.forward_pass.trace, place, chosen, row, some)
+    splits = list(split_stream(inputs.stream, by))
+    labels = join([padding(1, 0), *(label for split in splits for label in _labels(split))])
     if place.stack != view.base_stack(None):
         labels = _of_encoder(labels)
-    first, *more = (_inner(readers, listed, branch) for branch in range(len(readers.keys)))
-    shares = readers.shares((first, *more))
-    divisor = readers.activation
+    first, *more = (_inner(inputs, splits, branch) for branch in range(len(inputs.keys)))
+    shares = inputs.shares((first, *more))
+    divisor = inputs.activation
     if share == "ratio":
-        ratios = _inner(readers, listed, None) / readers.uncentred(readers.stream.total)
+        ratios = _inner(inputs, splits, None) / inputs.uncentred(inputs.stream.total)
     else:
         # A neuron that is not active has no score to share.
         ratios = torch.where(divisor == 0, 0, shares / torch.where(divisor == 0, 1, divisor))
     linear = more[0] if more else torch.full_like(first, torch.nan)
-    return _Group(some, readers, labels, first, linear, shares, ratios)
+    return _Group(some, inputs, labels, first, linear, shares, ratios)
 
 
-def _labels(cut: Cut) -> list[Components]:
-    """Returns the components of a cut that are there in its only sentence, and its bias."""
-    labels = cut.grid.at(cut.there[0].nonzero().T.cpu())
-    return [labels] if cut.bias is None else [labels, cut.bias[0].table()]
+def _labels(split: Split) -> list[Components]:
+    """Returns the components of a split that are there in its only sentence, and its bias."""
+    labels = split.grid.at(split.there[0].nonzero().T.cpu())
+    return [labels] if split.bias is None else [labels, split.bias[0].table()]
 
 
 def _inner(
-    readers: Readers, listed: list[Cut], branch: int | None
+    inputs: NeuronInputs, splits: list[Split], branch: int | None
 ) -> Float[Tensor, "component neuron"]:
     """Returns the inner products of what `_labels` names; the authors' where there is no branch."""
-    found = [readers.keys[0].new_zeros(0, readers.keys[0].shape[1])]  # layer 0 reads no neurons
-    for cut in listed:
-        found.append(readers.inner_of(cut, branch)[cut.there[0]])
-        if cut.bias is not None:
-            found.append(readers.product(cut.bias[1][0], branch))
+    found = [inputs.keys[0].new_zeros(0, inputs.keys[0].shape[1])]  # layer 0 reads no neurons
+    for split in splits:
+        found.append(inputs.inner_of(split, branch)[split.there[0]])
+        if split.bias is not None:
+            found.append(inputs.product(split.bias[1][0], branch))
     return torch.cat(found)
 
 
@@ -298,9 +302,9 @@ def _collect(
         some = torch.tensor(group.some, device=kept.device)
         for name, table in tables.items():
             table[some[:, None], at[seen]] = getattr(group, name)[seen].T
-        figures["pre"][some] = group.readers.pre[0]
-        figures["activation"][some] = group.readers.activation
-        figures["constant"][some] = group.readers.constants[0]
+        figures["pre"][some] = group.inputs.pre[0]
+        figures["activation"][some] = group.inputs.activation
+        figures["constant"][some] = group.inputs.constants[0]
         for name, column in columns.items():
             column[0, at[seen].cpu()] = getattr(group.components, name)[0, seen.cpu()]
     return _Row(scores[kept], Components(**columns), **tables, **figures)
@@ -313,23 +317,23 @@ def _of_encoder(labels: Components) -> Components:
     return Components(**{**columns, "kind": table[labels.kind]})
 
 
-def _weights(question: Question, neurons: Chosen, chosen: Components) -> Tensor:
+def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Tensor:
     """Returns the scores of the neurons themselves."""
     if isinstance(neurons, (LogProbContributions, QueryContributions)):
-        return neurons.scores.to(question.log_prob)
-    found = question.log_prob.new_empty(chosen.kind.shape)
-    states, writers = question.stream.states, question.stream.writers
+        return neurons.scores.to(prediction.log_prob)
+    found = prediction.log_prob.new_empty(chosen.kind.shape)
+    states, components = prediction.stream.states, prediction.stream.components
     for index in range(found.shape[1]):
         one = chosen.at(0, index)
         step = next(
-            i for i, w in enumerate(writers) if (w.kind, w.layer) == (one["kind"], one["layer"])
+            i for i, w in enumerate(components) if (w.kind, w.layer) == (one["kind"], one["layer"])
         )
-        writer = writers[step]
-        assert isinstance(writer, (AttentionWriter, FeedForwardWriter))
-        vectors = writer.neurons()
+        component = components[step]
+        assert isinstance(component, (AttentionComponent, FeedForwardComponent))
+        vectors = component.neurons()
         number = torch.tensor([one["neuron"]])
         vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
-        found[:, index] = question.vocabulary.gains(states[:, step], vector)[:, 0]
+        found[:, index] = prediction.vocabulary.gains(states[:, step], vector)[:, 0]
     return found
 
 

@@ -13,13 +13,15 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.engine.log_prob_scores import By, Cut, Question, ask, cuts
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 from tl_contextmix.results.components import Components
 
 
+@method(cites=("yu2023exploring", "yu2024neuron"), on_text=False)
 def component_readouts(
     model: object,
     input: Input,
@@ -65,17 +67,17 @@ def component_readouts(
         )
     view = as_view(model)
     with torch.no_grad():
-        question = ask(
+        prediction = run_prediction(
             view,
             Given(input, **inputs),
             about=components,
             norm="frozen",
             max_bytes=max_bytes,
         )
-        k = min(k, question.vocabulary.weight.shape[1])
+        k = min(k, prediction.vocabulary.weight.shape[1])
         there = ~components.scores.isnan().cpu()
-        vectors = _vectors(question, cast(By, components.by), components.components, there)
-        found = [question.vocabulary.extremes(some, row, k) for row, some in enumerate(vectors)]
+        vectors = _vectors(prediction, cast(By, components.by), components.components, there)
+        found = [prediction.vocabulary.extremes(some, row, k) for row, some in enumerate(vectors)]
     blank = ~there[:, :, None].to(vectors.device)
     top, top_ids, low, low_ids = (torch.stack(column) for column in zip(*found, strict=True))
     top, low = (logits.masked_fill(blank, torch.nan) for logits in (top, low))
@@ -90,32 +92,34 @@ def component_readouts(
         components=components.components,
         scores=components.scores,
         unit=components.unit,
-        tokens=question.done.target,
-        encoder=question.encoder,
-        provenance=question.done.provenance("component_readouts", {"k": k, "by": components.by}),
+        tokens=prediction.forward_pass.target,
+        encoder=prediction.encoder,
+        provenance=prediction.forward_pass.provenance(
+            "component_readouts", {"k": k, "by": components.by}
+        ),
     )
 
 
 def _vectors(
-    question: Question, by: By, wanted: Components, there: Tensor
+    prediction: Prediction, by: By, wanted: Components, there: Tensor
 ) -> Float[Tensor, "batch component d_model"]:
     """Returns the vectors of components; zero where none is there.
 
     Raises:
         InvalidInput: If one is not written to the stream.
     """
-    shape = (*there.shape, question.stream.total.shape[1])
-    found = question.stream.total.new_zeros(shape)
+    shape = (*there.shape, prediction.stream.total.shape[1])
+    found = prediction.stream.total.new_zeros(shape)
     missing = there.clone()
-    for cut in cuts(question.stream, by):
-        place = cut.grid.find(wanted)
+    for split in split_stream(prediction.stream, by):
+        place = split.grid.find(wanted)
         mine = (place >= 0) & there
         if bool(mine.any()):
             row = mine.nonzero()[:, 0].to(found.device)
-            found[mine] = _vectors_of(cut, row, place[mine].to(found.device))
+            found[mine] = _vectors_of(split, row, place[mine].to(found.device))
             missing &= ~mine
-        if cut.bias is not None:
-            grid, vector = cut.bias
+        if split.bias is not None:
+            grid, vector = split.bias
             mine = (grid.find(wanted) >= 0) & there
             found[mine] = vector[mine.nonzero()[:, 0], 0]
             missing &= ~mine
@@ -130,12 +134,12 @@ def _vectors(
     return found
 
 
-def _vectors_of(cut: Cut, row: Tensor, place: Tensor) -> Float[Tensor, "some d_model"]:
-    if cut.neurons is None:
-        assert cut.vectors is not None
-        return cut.vectors()[row, place]
-    number = cut.neurons.coefficients.flatten(1)[row, place]
-    return number[:, None] * cut.neurons.vectors(place % cut.neurons.rows.shape[0])
+def _vectors_of(split: Split, row: Tensor, place: Tensor) -> Float[Tensor, "some d_model"]:
+    if split.neurons is None:
+        assert split.vectors is not None
+        return split.vectors()[row, place]
+    number = split.neurons.coefficients.flatten(1)[row, place]
+    return number[:, None] * split.neurons.vectors(place % split.neurons.rows.shape[0])
 
 
 def _words(view: ModelView, ids: Tensor) -> tuple:

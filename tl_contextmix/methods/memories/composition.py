@@ -15,12 +15,13 @@ from tl_contextmix.core.checks import Layers, NotNegative, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     Active,
-    Reader,
+    LayerReadout,
     active_rule,
     readings,
     require_feed_forward,
     require_predicting,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.progress import expect, progress
 from tl_contextmix.methods.memories.shards import (
@@ -36,6 +37,7 @@ from tl_contextmix.results import CompositionFigures
 Positions = Literal["random", "all"]
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def composition(
     model: object,
     corpus: object,
@@ -93,7 +95,7 @@ def composition(
     rule = active_rule(active, require_feed_forward(blocks[0]).gated)
     cutting = Cutting(16 * batch_size, batch_size, too_long, malformed, prepend_bos, special=False)
     opened = open_corpus(corpus, column)
-    names = [n for block in blocks for n in (*block.points(), *Reader.names(view, block))]
+    names = [n for block in blocks for n in (*block.points(), *LayerReadout.names(view, block))]
     # Over a corpus counts pass 2 ** 24, where float32 stops counting.
     sums = torch.zeros(len(blocks), 4 + len(CASES), dtype=torch.float64)
     counts, examples, read, whole = Counter(), 0, 0, opened.size()
@@ -103,8 +105,8 @@ def composition(
             for documents in batches(view, shard, cutting, opened.name, counts):
                 where = documents.counted if positions == "all" else _draw(documents, seed)
                 trace = fresh_trace(view, documents.batch, stack, blocks, names)
-                reader = Reader.of(view, trace, how, rule, where)
-                rows = [reader.read(block, trace).sums(reader.final).cpu() for block in blocks]
+                readout = LayerReadout.of(view, trace, how, rule, where)
+                rows = [readout.read(block, trace).sums(readout.final).cpu() for block in blocks]
                 sums += torch.stack(rows)
                 examples += int(where.sum())
                 bar.update(int(documents.batch.main.mask.sum()))

@@ -24,7 +24,7 @@ from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
     Active,
     LayerComposition,
-    Reader,
+    LayerReadout,
     active_rule,
     promoted,
     quadrants,
@@ -33,11 +33,13 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
     values,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Memories
 
 StateProjection = Literal["model", "frozen", "none"]
 
 
+@method(cites=("geva2021transformer", "geva2022transformer"))
 def ff_memories(
     model: object,
     input: Input,
@@ -93,27 +95,30 @@ def ff_memories(
     require_predicting(view, stack)
     how = readings(view, projection)
     done = run_pass(
-        view, Given(input, **inputs), layer=layer, also=lambda block: Reader.names(view, block)
+        view,
+        Given(input, **inputs),
+        layer=layer,
+        also=lambda block: LayerReadout.names(view, block),
     )
     ffs = [require_feed_forward(block) for block in done.blocks]
     rule = active_rule(active, ffs[0].gated)
     with torch.no_grad():
-        reader = Reader.of(view, done.trace, how, rule, done.target.mask)
-        found = [reader.read(block, done.trace) for block in done.progress("ff_memories")]
+        readout = LayerReadout.of(view, done.trace, how, rule, done.target.mask)
+        found = [readout.read(block, done.trace) for block in done.progress("ff_memories")]
         tables = torch.stack([promoted(view, block, how[1]) for block in done.blocks])
         signs = [_quadrants(ff, done) for ff in ffs]
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
 
     def placed(numbers: Tensor) -> Tensor:
-        whole = numbers.new_zeros(*reader.where.shape, *numbers.shape[1:])
-        whole[reader.where] = numbers
+        whole = numbers.new_zeros(*readout.where.shape, *numbers.shape[1:])
+        whole[readout.where] = numbers
         return whole
 
     columns = {
         name: torch.stack([placed(getattr(one, name)) for one in found], dim=1)
         for name in LayerComposition.__dataclass_fields__
     }
-    final = placed(reader.final)
+    final = placed(readout.final)
     tops = [columns[name] for name in ("residual_top", "ffn_top", "output_top")]
     return Memories(
         **columns,

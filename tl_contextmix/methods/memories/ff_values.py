@@ -26,6 +26,7 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
     values,
 )
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ValueReadouts
 from tl_contextmix.results.axes import positions
@@ -35,6 +36,7 @@ _KNOWN = ("none", "folded", "frozen", "head")
 _VECTORS = 4096
 
 
+@method(cites=("geva2021transformer", "geva2022transformer"), on_text=False)
 def ff_values(
     model: object,
     *,

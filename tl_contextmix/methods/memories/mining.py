@@ -14,6 +14,7 @@ import torch
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.checks import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
 from tl_contextmix.methods.memories.file_lock import alone
@@ -52,6 +53,7 @@ from tl_contextmix.methods.memories.store import (
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def mine_triggers(
     model: object,
     corpus: object,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_contextmix.core.checks import FilePath, NotNegativeNumber, Positive, PositiveNumber
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.merging import merge_triggers
 from tl_contextmix.methods.memories.mining import mine_triggers
@@ -43,6 +44,7 @@ class _Worker:
         return {"path": paths}
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def mine_on_ray(
     load: Callable[[], object],
     corpus: FilePath,

@@ -14,10 +14,12 @@ from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.engine.parts import linear_points
+from tl_contextmix.engine.registry import method
 from tl_contextmix.results import TokenMemory
 from tl_contextmix.results.axes import positions
 
 
+@method(cites=("geva2021transformer", "kobayashi2024analyzing"))
 def token_memory(
     model: object,
     input: Input,
