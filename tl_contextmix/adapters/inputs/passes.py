@@ -130,9 +130,10 @@ def provenance(
         view: The model.
         method: Name of the method.
         options: What it was asked for.
-        given: What else decides whether processing matters; see `hosts.processing.changed_by`.
+        given: What else decides whether processing matters; see `weight_processing.changed_by`.
     """
-    view.notice(method, {**options, **given})
+    if view.processing:
+        view.notice(method, {**options, **given})
     return Provenance(
         method=method,
         options=dict(options),

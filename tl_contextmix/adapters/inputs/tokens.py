@@ -83,7 +83,8 @@ def make_batch(view: ModelView, given: Given) -> Batch:
         )
     given = _tokenized(given)
     main = _main_side(view, given)
-    require_safe_padding(view, main)
+    if not bool(main.mask.all()):
+        require_safe_padding(view, main)
     return Batch(main=main, decoder=_decoder_side(view, given, main.ids.shape[0]))
 
 
