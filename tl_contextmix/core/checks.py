@@ -265,17 +265,16 @@ def _words(hint: Any) -> list[str]:
         rules = [rule.words for rule in inner[1:] if isinstance(rule, Rule)]
         return rules or _words(inner[0])
     if kind is Literal:
-        return [f"one of {list(inner)}"] if len(inner) > 1 else [repr(inner[0])]
+        return [f"one of {list(inner)}"]
     if kind is None:
         return [_NAMES.get(hint) or f"a {getattr(hint, '__name__', hint)}"]
     if kind is collections.abc.Callable:
         return ["a function"]
-    if kind is tuple and ... not in inner:
+    if kind is tuple and Ellipsis not in inner:
         return [f"({', '.join(map(_expected, inner))})"]
     if not inner or issubclass(kind, collections.abc.Mapping):
         return [f"a {kind.__name__}"]
-    item: Any = inner[0]
-    return [f"several, each {_expected(item)}"]
+    return [f"several, each {_expected(next(iter(inner)))}"]
 
 
 def seen(value: Any) -> str:
