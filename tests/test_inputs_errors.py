@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch, select_blocks
-from tl_contextmix.core import checks
+from tl_contextmix.core import validation
 
 V, N_CTX = zoo.rows.D_VOCAB, zoo.rows.N_CTX
 TOKENS = torch.tensor([[5, 6, 7]])
@@ -357,8 +357,8 @@ def test_an_option_that_is_not_there_is_refused_with_the_one_that_was_meant() ->
 
 def test_old_names_tell_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     face: Any = cm
-    monkeypatch.setitem(checks.RENAMED, "attention_flows", "attention")
-    monkeypatch.setitem(checks.RENAMED, "attention.per_head", "heads")
+    monkeypatch.setitem(validation.RENAMED, "attention_flows", "attention")
+    monkeypatch.setitem(validation.RENAMED, "attention.per_head", "heads")
     with pytest.raises(AttributeError, match="attention_flows is now called attention"):
         face.attention_flows()
     with pytest.raises(TypeError, match="no such option: got per_head; .*now called heads"):

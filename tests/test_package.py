@@ -15,6 +15,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tl_contextmix"
 

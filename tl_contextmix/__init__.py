@@ -13,7 +13,7 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    from tl_contextmix.core.checks import RENAMED, checked
+    from tl_contextmix.core.validation import RENAMED, checked
 
     if name in RENAMED:
         raise AttributeError(f"tl_contextmix.{name} is now called {RENAMED[name]}")

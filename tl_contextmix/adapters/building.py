@@ -82,13 +82,14 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
 def _unreadable(facts: Facts) -> Iterator[None]:
     """Turns shapes that do not fit what a block was taken for into a refusal.
 
-    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4).
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4), and a module
+    that was put in another's place may lack what that one had.
     """
     try:
         yield
     except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (AttributeError, RuntimeError, IndexError, ValueError) as error:
         if not _in_reading(error):
             raise
         raise UnsupportedModel(

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, label, provenance, run_pass
 from tl_contextmix.core.blocks import Side
-from tl_contextmix.core.checks import NotNegative, Positive
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import NotNegative, Positive
 from tl_contextmix.engine.registry import Method, method, methods
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (

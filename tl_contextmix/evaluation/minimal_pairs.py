@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.core.checks import FilePath
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.results import Tokens
 

@@ -8,9 +8,9 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum, blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap

@@ -7,8 +7,8 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
-from tl_contextmix.core.checks import Layers
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 

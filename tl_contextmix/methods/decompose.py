@@ -8,10 +8,10 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     Point,

@@ -19,10 +19,10 @@ from tl_contextmix.adapters.inputs import (
     select_blocks,
 )
 from tl_contextmix.core.blocks import Block
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     Bias,

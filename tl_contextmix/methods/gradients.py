@@ -22,8 +22,8 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
-from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance

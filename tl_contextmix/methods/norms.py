@@ -21,9 +21,9 @@ from tl_contextmix.adapters.inputs import (
     Pass,
     run_pass,
 )
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,

@@ -20,9 +20,9 @@ from tl_contextmix.adapters.inputs import (
     run_pass,
 )
 from tl_contextmix.core.blocks import Block, Trace
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_names
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
@@ -104,8 +104,7 @@ def value_zeroing(
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
     done = run_pass(view, Given(input, **inputs), layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
-    length = done.target.ids.shape[1]
-    rows = None if targets is None else positions("target", targets, (), length)
+    rows = None if targets is None else positions("target", targets, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
     scores = []
     with torch.no_grad():
@@ -221,7 +220,7 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     asked: list[Any] = [heads]
     if isinstance(heads, Sequence) and not isinstance(heads, str):
         asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
-    groups = [positions("head", group, (), count) for group in asked]
+    groups = [positions("head", group, range(count)) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):
             raise bad(

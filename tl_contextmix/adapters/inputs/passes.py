@@ -17,8 +17,8 @@ from tqdm import tqdm
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.tokens import Given, make_batch
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
-from tl_contextmix.core.checks import Layers
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, Provenance, Tokens
 from tl_contextmix.results.axes import real_pairs

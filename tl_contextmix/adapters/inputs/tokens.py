@@ -18,9 +18,9 @@ from tl_contextmix.adapters.inputs.padding import (
     require_safe_padding,
 )
 from tl_contextmix.core.blocks import Batch, Side
-from tl_contextmix.core.checks import LATER, is_text, require_choice, seen
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.core.validation import LATER, is_text
+from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]

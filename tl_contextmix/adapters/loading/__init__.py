@@ -37,7 +37,7 @@ from tl_contextmix.adapters.loading.source import (
     official_name,
     read_source,
 )
-from tl_contextmix.core.checks import FilePath
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
 from tl_contextmix.errors import bad, four_parts, warn
 

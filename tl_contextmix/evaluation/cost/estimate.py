@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
-from tl_contextmix.core.checks import Positive, require_choice
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.evaluation.cost.fake_tensors import DryRun
 from tl_contextmix.evaluation.cost.measured_model import Lengths, StandIn, measure, short_lengths
 from tl_contextmix.results import Estimate, EstimatePart, Result

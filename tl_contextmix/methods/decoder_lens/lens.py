@@ -16,8 +16,8 @@ from tl_contextmix.adapters.inputs import (
     TokenInputs,
     package_version,
 )
-from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.decoder_lens import (
@@ -35,7 +35,7 @@ from tl_contextmix.results import (
     LayerwiseScores,
     Provenance,
 )
-from tl_contextmix.results.axes import layer_positions
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
 from tl_contextmix.results.decodings import require_measurable
 from tl_contextmix.results.likelihoods import by_token
@@ -214,7 +214,7 @@ def decoder_lens(
     found = as_encoder_decoder(model, tokenizer)
     _require_used(("tokenizer", tokenizer, found.view is None))
     # Each once and in order, which is what "the first layer that" counts on.
-    numbers = tuple(sorted({*layer_positions(layers, tuple(range(found.n_layers + 1)))}))
+    numbers = tuple(sorted({*positions("layer", layers, range(found.n_layers + 1))}))
     source, prompt, sources = read_source(found, Given(input, **inputs))
     options = {
         "layers": numbers,

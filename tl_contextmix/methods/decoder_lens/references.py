@@ -13,8 +13,8 @@ from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.core.blocks import Side
-from tl_contextmix.core.checks import whole_number
 from tl_contextmix.core.text_metrics import words
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad
 from tl_contextmix.results.curves import as_texts
 

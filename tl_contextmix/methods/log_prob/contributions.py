@@ -13,8 +13,8 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.adapters.inputs.targets import Ids, Names
-from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
     By,
     Prediction,

@@ -26,8 +26,8 @@ from tl_contextmix.adapters.inputs.targets import (
     target_tokens,
 )
 from tl_contextmix.core.blocks import Batch, Trace
-from tl_contextmix.core.checks import NotNegative
 from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,

@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
-from tl_contextmix.core.checks import Positive
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method

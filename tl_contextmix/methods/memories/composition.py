@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import fresh_trace, provenance, select_blocks
-from tl_contextmix.core.checks import Layers, NotNegative, Positive
+from tl_contextmix.core.validation import Layers, NotNegative, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     Active,

@@ -18,7 +18,7 @@ from tl_contextmix.adapters.inputs import (
     word_table,
 )
 from tl_contextmix.core.blocks import FeedForward
-from tl_contextmix.core.checks import Layers
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     QUADRANTS,

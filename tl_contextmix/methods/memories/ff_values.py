@@ -17,10 +17,10 @@ from tl_contextmix.adapters.inputs import (
     word_table,
 )
 from tl_contextmix.core.blocks import Block
-from tl_contextmix.core.checks import Layers, Positive
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembedding
 from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
     require_predicting,
@@ -85,7 +85,7 @@ def ff_values(
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
     chosen = [
-        (block, positions("neuron", neurons, (), require_feed_forward(block).W_out.shape[0]))
+        (block, positions("neuron", neurons, range(require_feed_forward(block).W_out.shape[0])))
         for block in select_blocks(view.blocks(), layer)
     ]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tl_contextmix.core.checks import FilePath
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.file_lock import alone

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tl_contextmix.adapters.inputs import select_blocks
 from tl_contextmix.core.blocks import Block, Trace
-from tl_contextmix.core.checks import Layers
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
     branch_names,
@@ -69,7 +69,7 @@ class Miner:
 
     def chosen(self, block: Block) -> list[int]:
         """Returns the neurons of a layer that are mined."""
-        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+        return positions("neuron", self.neurons, range(require_feed_forward(block).W_out.shape[0]))
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
@@ -221,7 +221,7 @@ def make_miner(
     size = first.W_out.shape[0]
     chosen = None
     if neurons is not None:
-        chosen = tuple(sorted(set(positions("neuron", neurons, (), size))))
+        chosen = tuple(sorted(set(positions("neuron", neurons, range(size)))))
     return Miner(view, blocks, chosen, base, k, unit, tails, duplicates, how)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.core.checks import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus

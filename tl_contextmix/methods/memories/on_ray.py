@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.core.checks import FilePath, NotNegativeNumber, Positive, PositiveNumber
+from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, PositiveNumber
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.merging import merge_triggers

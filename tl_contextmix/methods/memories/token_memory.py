@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
-from tl_contextmix.core.checks import Layers
 from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.engine.parts import linear_points
 from tl_contextmix.engine.registry import method
@@ -67,8 +67,8 @@ def token_memory(
     """
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
-    chosen = positions("neuron", neurons, (), min(sizes))
-    rows = positions("pos", pos, (), done.target.ids.shape[1])
+    chosen = positions("neuron", neurons, range(min(sizes)))
+    rows = positions("pos", pos, done.target.labels())
     source = done.source("mlp_out")
     target = done.target.select(list(range(len(done.target.ids))), rows)
     device = done.view.device

@@ -16,7 +16,6 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import is_typeddict
 
-from tl_contextmix.errors import UnknownOption, bad, four_parts
+from tl_contextmix.errors import UnknownOption, bad, did_you_mean, four_parts, seen
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,24 +117,6 @@ def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOp
             f"{remedy}See help(tl_contextmix.{function}).",
         )
     )
-
-
-def did_you_mean(name: object, known: Sequence[Any]) -> str:
-    """Returns the question whether a near match was meant, or nothing where there is none."""
-    texts = [one for one in known if isinstance(one, str)]
-    near = get_close_matches(name, texts, 1) if isinstance(name, str) else []
-    return f"Did you mean {near[0]!r}? " if near else ""
-
-
-def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raises InvalidInput unless a value is one of the choices."""
-    if not isinstance(value, str) or value not in known:
-        raise bad(
-            f"there is no such {name}",
-            seen(value),
-            f"one of {list(known)}",
-            did_you_mean(value, known) + "Choose one of these.",
-        )
 
 
 def whole_number(value: Any) -> int | None:
@@ -275,14 +256,3 @@ def _words(hint: Any) -> list[str]:
     if not inner or issubclass(kind, collections.abc.Mapping):
         return [f"a {kind.__name__}"]
     return [f"several, each {_expected(next(iter(inner)))}"]
-
-
-def seen(value: Any) -> str:
-    """Returns a value for a message, whatever it is."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    try:
-        text = repr(value)
-    except Exception:  # an object that cannot even be written out
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}..."
