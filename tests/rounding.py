@@ -23,8 +23,7 @@ from test_devices import methods, numbers
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix import adapters as hosts
-from tl_contextmix.adapters import building
+from tl_contextmix.adapters import building, views
 
 FAMILIES = ("gpt2", "mistral", "gemma2", "bert", "bart", "flan")
 KINKED = "t5"
@@ -48,10 +47,10 @@ def models(case: zoo.Case, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any]
 def maths_in(dtype: torch.dtype, model: Any) -> Iterator[None]:
     """Has the maths about a model done in another dtype than the package chooses."""
     plain = building._handle
-    hosts._KNOWN.pop(model, None)
+    views._KNOWN.pop(model, None)
     with mock.patch.object(building, "_handle", lambda facts: replace(plain(facts), dtype=dtype)):
         yield
-    hosts._KNOWN.pop(model, None)
+    views._KNOWN.pop(model, None)
 
 
 def answers(model: Any, case: zoo.Case) -> dict[str, Tensor]:
