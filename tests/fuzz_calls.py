@@ -77,7 +77,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
     lens = zoo.build(both, dtype=torch.float32)
     maps = cm.attention_norms(model, IDS, at=["mlp_in", "mlp_out"])
     one = maps["mlp_in"]
-    found = cm.log_prob_contributions(model, IDS, by="ff_neuron", top_k=3)
+    found = cm.log_prob_contributions(model, IDS, by="ff_neuron", k=3)
     pairs = folder / "pairs.jsonl"
     pairs.write_text(LINES * 3)
     corpus = folder / "corpus.txt"

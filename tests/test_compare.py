@@ -272,7 +272,7 @@ def test_cues_as_text_and_on_words(model: Any) -> None:
     with pytest.raises(cm.InvalidInput, match=r"a list with at least one cue"):
         cm.cue_alignment(fmap, ["keys"])
     with pytest.raises(cm.InvalidInput, match=r"2 for 1 sentences"):
-        cm.cue_alignment(fmap, [[1]], targets=[1, 2])
+        cm.cue_alignment(fmap, [[1]], pos=[1, 2])
 
 
 # The comparison
@@ -295,7 +295,7 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison
         assert (mine.low, mine.high) == pytest.approx((row.low, row.high))
     answers = [model.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
     single = [
-        cm.faithfulness(model, pair.prefix, map, answer=[answer])
+        cm.faithfulness(model, pair.prefix, map, target=[answer])
         for pair, map, answer in zip(pairs, maps, answers, strict=True)
     ]
     for metric in ("comprehensiveness", "sufficiency"):
@@ -366,7 +366,7 @@ def test_masked_models_are_asked_at_the_mask() -> None:
     again = cm.compare(model, texts, cues=cues, methods=["attention"])
     places = [text.split().index("[MASK]") + 1 for text in texts]
     maps = [cm.attention(model, text, heads=False).normalize() for text in texts]
-    expected = cm.cue_alignment(maps, cues, targets=places)
+    expected = cm.cue_alignment(maps, cues, pos=places)
     for one in (found, again):
         rows = {(r.layer, r.metric): r.value for r in one.rows}
         for row in expected.rows:

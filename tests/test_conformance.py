@@ -62,7 +62,7 @@ def queried(
     model: Any, tokens: Tensor, target_ids: int | None = None, **options: Any
 ) -> QueryContributions:
     """What activates two attention neurons, the same for every sentence."""
-    asked = {"by": "attn_neuron", "target_ids": target_ids, "pos": -1}
+    asked = {"by": "attn_neuron", "target": target_ids, "pos": -1}
     found = cm.log_prob_contributions(model, tokens, **asked, **options)
     first = found.components.of_kind("attn") & (found.components.layer == 1)
     index = first[:1].nonzero()[:2, 1].expand(len(tokens), 2)

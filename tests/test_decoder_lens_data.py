@@ -294,20 +294,20 @@ BAD = [
     ({"references": ""}, "reference has no tokens"),
     ({"references": "  "}, "reference has no tokens"),
     ({"references": ["the", "a"]}, "2 references for 1 inputs"),
-    ({"layers": 9}, "layer axis"),
+    ({"layer": 9}, "layer axis"),
     ({"mode": "think"}, "mode"),
     ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"num_beams": 0}, "num_beams=0"),
     ({"max_bytes": 0}, "max_bytes=0"),
     ({"mode": "scores"}, "nothing to score"),
-    ({"mode": "scores", "tokens": ["the cat"]}, "not one token"),
-    ({"mode": "scores", "tokens": [61]}, "not one token"),
+    ({"mode": "scores", "target": ["the cat"]}, "not one token"),
+    ({"mode": "scores", "target": [61]}, "not one token"),
     ({"input": ["a", "the"], "decoder_input": ["a cat", "a"]}, "same number of tokens|every row"),
     ({"mode": "teacher_forced", "categories": ["a"]}, "categories"),
-    ({"mode": "generate", "tokens": [7]}, "tokens"),
-    ({"mode": "scores", "tokens": [7], "num_beams": 2}, "num_beams would change nothing"),
-    ({"mode": "scores", "tokens": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
-    ({"mode": "scores", "tokens": [7], "metric": "KL"}, "mode would change nothing"),
+    ({"mode": "generate", "target": [7]}, "target"),
+    ({"mode": "scores", "target": [7], "num_beams": 2}, "num_beams would change nothing"),
+    ({"mode": "scores", "target": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
+    ({"mode": "scores", "target": [7], "metric": "KL"}, "mode would change nothing"),
     (
         {"mode": "teacher_forced", "references": "a dog", "decoder_input": "a"},
         "decoder_input would change nothing",
@@ -380,6 +380,6 @@ def test_categories_that_are_none(categories: Any, message: str) -> None:
 def test_layers_are_asked_once_and_in_order() -> None:
     for case in CASES[:1]:
         model, given = zoo.build(case), zoo.inputs(case)
-        found = cm.decoder_lens(model, given.tokens, layers=[2, 0, 2], max_new_tokens=2)
+        found = cm.decoder_lens(model, given.tokens, layer=[2, 0, 2], max_new_tokens=2)
         assert found.layers == (0, 2)
-        assert found.equals(cm.decoder_lens(model, given.tokens, layers=[0, 2], max_new_tokens=2))
+        assert found.equals(cm.decoder_lens(model, given.tokens, layer=[0, 2], max_new_tokens=2))

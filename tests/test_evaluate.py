@@ -55,10 +55,10 @@ def test_cue_alignment_by_hand(fmap: ContextMap) -> None:
 
 
 def test_only_what_a_target_can_read_counts(fmap: ContextMap) -> None:
-    found = rows(cue_alignment(fmap, [[1]], targets=2), "dot")[0]
+    found = rows(cue_alignment(fmap, [[1]], pos=2), "dot")[0]
     assert found.chance == pytest.approx(1 / 3)
     with pytest.raises(cm.InvalidInput, match=r"position 4.*one of \[0, 1, 2\]"):
-        cue_alignment(fmap, [[4]], targets=2)
+        cue_alignment(fmap, [[4]], pos=2)
 
 
 def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
@@ -95,10 +95,10 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
 def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
     model: Any, fmap: ContextMap
 ) -> None:
-    whole = cue_alignment(fmap, [[1]], targets=3).rows
-    assert rows(cue_alignment(fmap, [[1]], targets=3), "dot")[0].chance == pytest.approx(1 / 4)
+    whole = cue_alignment(fmap, [[1]], pos=3).rows
+    assert rows(cue_alignment(fmap, [[1]], pos=3), "dot")[0].chance == pytest.approx(1 / 4)
     one = cue_alignment(fmap.select(target=3), [[1]]).rows
-    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, targets=3).normalize(), [[1]]).rows
+    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, pos=3).normalize(), [[1]]).rows
     gradient = cue_alignment(cm.gradient_x_input(model, TEXT, pos=3).normalize(), [[1]]).rows
     for found in (one, zeroed, gradient):
         for a, b in zip(found, whole, strict=False):
@@ -157,13 +157,13 @@ def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: Contex
 
 
 def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: ContextMap) -> None:
-    whole = faithfulness(model, TEXT, fmap, target=-2)
+    whole = faithfulness(model, TEXT, fmap, pos=-2)
     for part in (fmap.select(target=-2), fmap.select(target=[-2, -1])):
-        assert faithfulness(model, TEXT, part, target=-2).equals(whole)
+        assert faithfulness(model, TEXT, part, pos=-2).equals(whole)
     early = cm.gradient_x_input(model, TEXT, pos=3)
     with pytest.raises(cm.InvalidInput, match=r"no row for the target: got .*\[3\].*position 5"):
         faithfulness(model, TEXT, early)
-    assert all(math.isfinite(row.value) for row in faithfulness(model, TEXT, early, target=3).rows)
+    assert all(math.isfinite(row.value) for row in faithfulness(model, TEXT, early, pos=3).rows)
     heads = cm.value_zeroing(model, TEXT, heads=True)
     with pytest.raises(cm.InvalidInput, match="4 heads"):
         faithfulness(model, TEXT, heads)
@@ -182,7 +182,7 @@ def test_masked_models_are_asked_at_their_mask() -> None:
     masked = cm.load_demo("masked-lm")
     text = "the keys to the cabinet [MASK] old ."
     fmap = cm.attention(masked, text, heads=False)
-    assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, target=6))
+    assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, pos=6))
     with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected one, or a target"):
         faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
@@ -213,17 +213,17 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
         (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
         (lambda: cue_alignment(fmap, [[]]), r"at least one cue for every sentence"),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
-        (lambda: cue_alignment(fmap, [[1]], targets=9), r"9 in sentence 0; expected one of"),
+        (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
         (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
         (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),
-        (lambda: faithfulness(model, TEXT, fmap, answer=[10**6]), r"this answer is no token"),
+        (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"this answer is no token"),
         (
-            lambda: faithfulness(model, TEXT, fmap, answer=[-1]),
+            lambda: faithfulness(model, TEXT, fmap, target=[-1]),
             r"got -1; expected an integer",
         ),
-        (lambda: faithfulness(model, TEXT, fmap, answer=[1, 2]), r"2 for 1 sentences"),
-        (lambda: faithfulness(model, TEXT, fmap, target=9), r"this target is no token: got 9"),
+        (lambda: faithfulness(model, TEXT, fmap, target=[1, 2]), r"2 for 1 sentences"),
+        (lambda: faithfulness(model, TEXT, fmap, pos=9), r"this target is no token: got 9"),
         (lambda: agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),
         (lambda: cue_alignment(fmap, [[True]]), r"positions or texts"),
     ):

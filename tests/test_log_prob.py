@@ -132,7 +132,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
         if rule != "frozen":
             torch.testing.assert_close(steps[:, -1], own, atol=max(1e-9, bound(case)), rtol=0)
     single = zoo.build(case, dtype=torch.float32)
-    found = asked(single, given, target_ids=17)
+    found = asked(single, given, target=17)
     assert float((found.trajectory[:, -1] - found.log_prob).abs().max()) <= 1e-5
 
 
@@ -145,7 +145,7 @@ def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
             continue
         for rule in RULES:
             whole = asked(model, given, by=by, norm=rule)
-            found = asked(model, given, by=by, norm=rule, top_k=5)
+            found = asked(model, given, by=by, norm=rule, k=5)
             best = whole.top(5)
             assert found.labels(0) == best.labels(0)
             assert found.labels(1) == best.labels(1)

@@ -268,6 +268,12 @@ def test_few_names_are_public_and_old_ones_name_the_new():
 
     assert len(cm.__all__) <= 45
     for old, new in RENAMED.items():
+        name, _, option = old.partition(".")
+        if option:
+            function: Any = getattr(cm, name)
+            with pytest.raises(cm.InvalidInput, match=f"It is now called {new}"):
+                function(**{option: 1})
+            continue
         with pytest.raises(AttributeError, match=re.escape(f"is now called {new}")):
             getattr(cm, old)
         if new.startswith("tl_contextmix."):

@@ -26,7 +26,7 @@ STEPS = (
     "fold_value_biases",
     "refactor_factored_attn_matrices",
 )
-GOLD: dict[str, Any] = {"target_ids": 9}
+GOLD: dict[str, Any] = {"target": 9}
 NEURONS: dict[str, Any] = {
     "ff_neuron": [(1, 3), (1, 5)],
     "attn_neuron": [(1, 0, 2), (1, 1, 3)],

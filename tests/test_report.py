@@ -226,7 +226,7 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
-    neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", top_k=10)
+    neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", k=10)
     assert tuple(row[0] for row in titled(section, "that raise it").rows) == neurons.labels()
     assert titled(section, "by position").columns == layers.tokens.strings[0]
     heads = cm.log_prob_contributions(causal, TEXT, by="head").top(3)

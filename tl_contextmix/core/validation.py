@@ -56,6 +56,16 @@ RENAMED: dict[str, str] = {
     "Triggers": "tl_contextmix.methods.memories.Triggers",
     "ValueReadouts": "tl_contextmix.results.ValueReadouts",
     "rollout": "ContextMap.rollout",
+    "cue_alignment.targets": "pos",
+    "decoder_lens.layers": "layer",
+    "decoder_lens.tokens": "target",
+    "faithfulness.answer": "target",
+    "knockout.target_ids": "target",
+    "log_prob_contributions.target_ids": "target",
+    "log_prob_contributions.top_k": "k",
+    "query_contributions.target_ids": "target",
+    "query_contributions.top_k": "k",
+    "value_zeroing.targets": "pos",
 }
 """New names of what used to have another: a public name, or an option as ``"function.option"``."""
 

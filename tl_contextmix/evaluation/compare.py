@@ -243,7 +243,7 @@ def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[S
     rows: list[ScoreRow] = []
     for maps in kinds:
         if all(cues):
-            rows += cue_alignment(maps, cues, targets=places, method=name).rows
+            rows += cue_alignment(maps, cues, pos=places, method=name).rows
         rows += faithfulness_of(maps, drops, places).rows
     return [replace(row, method=name) for row in rows]
 

@@ -40,7 +40,7 @@ def estimate(
     degree in the number of tokens.
 
     Within 20 % of what is measured (tests; mostly within 4 %). Where the amount of work depends on
-    the numbers it is told for the least (``top_k`` of neurons: as if the bounds decided at once),
+    the numbers it is told for the least (``k`` of neurons: as if the bounds decided at once),
     and for ones that underflow nowhere. Sliding windows of more than 12 tokens count as if there
     were none. What code allocates inside of one operator and frees again is not counted.
 
