@@ -22,7 +22,6 @@ def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
     return run_prediction(
         view_of(model),
         Given(tokens),
-        target=None,
         target=9,
         pos=-1,
         norm=norm,

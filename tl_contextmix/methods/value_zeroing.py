@@ -73,7 +73,7 @@ def value_zeroing(
         heads: False: all heads at once. True: each alone, one map per head. A number or a list of
             numbers: these together. A list of lists: one map per group.
         layer: Layer or layers; None for all.
-        pos: Position or positions of the rows to compute; None for all. Cost falls with their number.
+        pos: Position or positions of the rows to compute; None for all. Fewer rows cost less.
         spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
