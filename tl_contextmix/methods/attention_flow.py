@@ -19,7 +19,7 @@ from tl_contextmix.results import ContextMap
 _UNIT = 2**30
 
 
-@method(cites=("abnar2020quantifying",), compared=True)
+@method(cites=("abnar2020quantifying",), compared=True, estimated=False)  # no tensors
 def attention_flow(
     model: object,
     input: Input,

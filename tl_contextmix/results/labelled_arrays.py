@@ -170,7 +170,7 @@ class LabelledArray(Result):
                 continue
             part = tensor
             for dim, axis in enumerate(axes):
-                if axis in places:
+                if places.get(axis, whole := [*range(part.shape[dim])]) != whole:
                     index = torch.tensor(places[axis], dtype=torch.long, device=tensor.device)
                     part = part.index_select(dim, index)
             changes[name] = tensor.clone() if part is tensor else part

@@ -71,7 +71,7 @@ def estimate(
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
     if isinstance(method, str):
-        known = {name: one.function for name, one in methods().items() if one.on_text}
+        known = {name: one.function for name, one in methods().items() if one.estimated}
         require_choice("method", method, tuple(known))
         method = known[method]
     if isinstance(method, type):
