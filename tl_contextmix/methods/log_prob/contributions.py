@@ -238,7 +238,7 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     for index, split in enumerate(splits):
         mine = which == index
         assert split.neurons is not None
-        inside = place.clamp(max=split.grid.count - 1)
+        inside = place.clamp(max=split.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
         numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
         vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
