@@ -126,17 +126,18 @@ class Assembly:
         node = source.defined[name]
         parts: list[ast.AST] = [node]
         if isinstance(node, ast.ClassDef):
-            parts = [*node.bases, *node.decorator_list, *self._members(node)]
+            parts = [*node.bases, *node.decorator_list, *self._members(source, node)]
         walked = [inner for part in parts for inner in ast.walk(part)]
         self._attributes |= {part.attr for part in walked if isinstance(part, ast.Attribute)}
         return {part.id for part in walked if isinstance(part, ast.Name)}
 
-    def _members(self, node: ast.ClassDef) -> list[ast.stmt]:
-        """Returns the fields of a class, and the methods that are called."""
+    def _members(self, source: Source, node: ast.ClassDef) -> list[ast.stmt]:
+        """Returns the fields of a class, and the methods that are called; all of a tool's own."""
         return [
             part
             for part in node.body
             if not isinstance(part, ast.FunctionDef)
+            or source.name in TOOLS
             or part.name.startswith("__")
             or part.name in self._attributes
         ]
@@ -195,7 +196,7 @@ class Assembly:
             done.add(id(node))
             left_out = []
             if isinstance(node, ast.ClassDef):
-                members = self._members(node)
+                members = self._members(source, node)
                 left_out = [part for part in node.body if part not in members]
             text, imports = _segment(source, node, left_out), []
             for local in sorted({name, *self._names(source, name)}):

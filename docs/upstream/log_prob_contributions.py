@@ -29,7 +29,7 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -42,56 +42,44 @@ from transformer_lens.tools.analysis.logit_lens import _require_decoder_unembed
 
 from tl_contextmix.adapters.reading import Handle, candidates, read_norm
 from tl_contextmix.adapters.verification.probe import relative_error
-from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.model_view import Readout
-from tl_contextmix.core.residual_stream import (
-    AttentionComponent,
-    FeedForwardComponent,
-    Neurons,
-    Stream,
-    decompose_stream,
-)
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
-from tl_contextmix.engine.log_prob_scores import best_neurons
 
 Unit = Literal["layer", "head", "position", "neuron"]
 _UNITS, _NORM_RULES = get_args(Unit), get_args(NormRule)
 
 
 @dataclass(frozen=True)
-class ModelView:
-    """What the residual stream is read from.
+class Write:
+    """What a sublayer wrote to the stream of the predicting positions.
 
     Attributes:
-        name: Name of the model.
-        stacks: Its blocks.
-        device: Where the maths happens.
-        tolerance: Largest relative error that counts as equal.
+        layer: Its layer.
+        sublayer: Its weights, and the norm of its output where there is one.
+        read: What the weights multiply: patterns times values ``[batch, head, source, d_head]``,
+            or neurons ``[batch, neuron]``.
+        total: All it wrote, biases included, ``[batch, d_model]``.
+        bias: The part of it that no head and no neuron wrote, ``[batch, d_model]``.
+        divisor: Scale of that norm as it really was, ``[batch, 1]``.
     """
 
-    name: str
-    stacks: Mapping[str, Sequence[Block]]
-    device: torch.device
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Split:
-    """The neurons of a feed-forward sublayer.
-
-    Attributes:
-        step: Place of the sublayer in the stream.
-        neurons: Its neurons.
-    """
-
-    step: int
-    neurons: Neurons
-    read = None
+    layer: int
+    sublayer: AttentionSublayer | FeedForward
+    read: torch.Tensor
+    total: Float[torch.Tensor, "batch d_model"]
+    bias: Float[torch.Tensor, "batch d_model"]
+    divisor: Float[torch.Tensor, "batch 1"]
 
     @property
-    def count(self) -> int:
-        """How many they are."""
-        return self.neurons.rows.shape[0]
+    def name(self) -> str:
+        """Layer and kind."""
+        return f"{self.layer}_{'mlp' if isinstance(self.sublayer, FeedForward) else 'attn'}"
+
+    def arrive(self, vectors: Float[torch.Tensor, "batch part d_model"]) -> torch.Tensor:
+        """What some of the sublayer's own output is in the stream."""
+        norm = self.sublayer.norm_out
+        return vectors if norm is None else norm.linear(vectors) / self.divisor[:, None]
 
 
 @dataclass(frozen=True)
@@ -195,9 +183,8 @@ def log_prob_contributions(
         ValueError: If an argument is invalid, neither or an incomplete ``input`` or ``cache`` is
             given, the model is in training mode, or it does not unembed its last block's output.
         NotImplementedError: If the model has two stacks or blocks that are not attention with
-            values per head and a dense elementwise feed-forward sublayer, if blocks, stream or
-            logits are not reproduced, or if ``by="neuron"`` meets logits that are not linear in
-            the stream (a soft cap, ``norm="recompute"``).
+            values per head and a dense elementwise feed-forward sublayer, norms on the stream
+            itself (post-LN), or if blocks, stream or logits are not reproduced.
     """
     for name, value, known in (("by", by, _UNITS), ("norm", norm, _NORM_RULES)):
         if value not in known:
@@ -210,22 +197,26 @@ def log_prob_contributions(
     ]
     trace = read_pass(handle, readings, input, cache, attention_mask)
     found = [settled(options, trace, tolerance) for options in readings]
-    view = ModelView(
-        str(getattr(model.cfg, "model_name", type(model).__name__)),
-        {"decoder": [block for block, _ in found]},
-        handle.device,
-        tolerance,
-    )
     rows = _rows(pos, trace.batch.main.mask)
-    stream = decompose_stream(view, trace, "decoder", rows)
-    logits, error = _logits(model, handle, trace, stream, tolerance)
-    ids = _target_ids(model, target, logits)
+    blocks = [block for block, _ in found]
+    start = trace.resid_in(blocks[0])[torch.arange(len(rows), device=rows.device), rows]
+    writes = list(_writes(blocks, trace, rows))
+    states = [torch.zeros_like(start), start]
+    for write in writes:
+        states.append(states[-1] + write.total)
     readout = _readout(model, handle)
-    vocabulary = read_vocabulary(readout, norm, stream.total, ids, max_bytes)
-    if by == "neuron":
-        scores, labels = _neuron_scores(vocabulary, stream, top_k)
+    logits, error = _logits(readout, blocks[-1], trace, rows, states[-1], tolerance)
+    ids = _target_ids(model, target, logits)
+    vocabulary = read_vocabulary(readout, norm, states[-1], ids, max_bytes)
+    if by == "layer":
+        vectors = [start, *(write.total for write in writes)]
+        pairs = zip(states, vectors, strict=False)
+        scores = [vocabulary.gains(state, vector[:, None]) for state, vector in pairs]
+        labels = ["embed", *(f"{write.name}_out" for write in writes)]
+    elif by == "neuron":
+        scores, labels = _neuron_scores(vocabulary, states[1:], writes, top_k)
     else:
-        scores, labels = _scores(vocabulary, stream, by)
+        scores, labels = _attention_scores(vocabulary, states[1:], writes, by)
     return LogProbContributionsResult(
         scores=torch.cat(scores, dim=1).T,
         labels=labels,
@@ -233,7 +224,7 @@ def log_prob_contributions(
         norm=norm,
         target_ids=ids,
         positions=rows,
-        log_probs=vocabulary.target_log_probs(stream.states).T,
+        log_probs=vocabulary.target_log_probs(torch.stack(states, dim=1)).T,
         identity_error=max(error, *(error for _, error in found)),
     )
 
@@ -266,21 +257,29 @@ def _readout(model: Any, handle: Handle) -> Readout:
 
 
 def _logits(
-    model: Any, handle: Handle, trace: Trace, stream: Stream, tolerance: float
+    readout: Readout,
+    last: Block,
+    trace: Trace,
+    rows: torch.Tensor,
+    state: torch.Tensor,
+    tolerance: float,
 ) -> tuple[torch.Tensor, float]:
-    """The logits of the stream, and how far the model's own are from them."""
-    found = _readout(model, handle)(stream.total)
-    if trace.logits is None:
-        return found, 0.0
-    each = torch.arange(len(found), device=trace.logits.device)
-    own = trace.logits[each, stream.rows.to(each.device)].to(found)
-    error = relative_error(found, own)
-    if not error <= tolerance:
-        raise NotImplementedError(
-            f"logits are not reproduced: they are off by {error:.3g} of the largest (tolerance "
-            f"{tolerance:g}), so the model does more than a norm, W_U, b_U, a factor and a cap"
-        )
-    return own, error
+    """The model's logits (of a cache, the stream's), and the largest error of stream and logits."""
+    each, logits = torch.arange(len(rows), device=rows.device), readout(state)
+    pairs = [("the stream behind the last block", state, trace[last.resid_out][each, rows])]
+    if trace.logits is not None:
+        own = trace.logits[each, rows].to(logits)
+        pairs.append(("the logits of that stream", logits, own))
+        logits = own
+    errors = []
+    for name, value, expected in pairs:
+        errors.append(relative_error(value, expected))
+        if not errors[-1] <= tolerance:
+            raise NotImplementedError(
+                f"{name}, recomputed, are not the model's: off by {errors[-1]:.3g} of the largest "
+                f"entry (tolerance {tolerance:g}); take off hooks of your own"
+            )
+    return logits, max(errors)
 
 
 def _target_ids(model: Any, target: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -292,47 +291,100 @@ def _target_ids(model: Any, target: Any, logits: torch.Tensor) -> torch.Tensor:
     return torch.tensor(ids, device=logits.device).expand(len(logits))
 
 
-def _scores(
-    vocabulary: Vocabulary, stream: Stream, by: Unit
+def _writes(blocks: Sequence[Block], trace: Trace, rows: torch.Tensor) -> Iterator[Write]:
+    """What each sublayer wrote at one position of each input, in the order of the sublayers."""
+    each = torch.arange(len(rows), device=rows.device)
+    for block in blocks:
+        for attention in block.attentions:
+            pattern = trace.pattern(attention)[each, :, rows]
+            read = pattern[..., None] * trace.value(attention).transpose(1, 2)
+            raw = torch.einsum("bhsd,hdm->bm", read, attention.W_O)
+            constant = shift(torch.zeros_like(raw), attention.b_O)
+            yield _write(block.layer, attention, read, raw, constant)
+        ff = block.feed_forward
+        if ff is not None:
+            post, b_post = trace[ff.post][each, rows], ff.weights("b_post")
+            post = post if b_post is None else post - b_post
+            raw = post @ ff.W_out
+            yield _write(block.layer, ff, post, raw, ff.constant().expand_as(raw))
+
+
+def _write(
+    layer: int,
+    sublayer: AttentionSublayer | FeedForward,
+    read: torch.Tensor,
+    raw: torch.Tensor,
+    constant: torch.Tensor,
+) -> Write:
+    """A sublayer's write, from what it computed with and without biases before its output norm."""
+    if sublayer.norm_after is not None:
+        raise NotImplementedError(f"layer {layer} norms the residual stream itself (post-LN)")
+    norm = sublayer.norm_out
+    if norm is None:
+        return Write(layer, sublayer, read, raw + constant, constant, torch.ones_like(raw[:, :1]))
+    scale = norm.scale(raw + constant)
+    bias = shift(norm.linear(constant) / scale, norm.bias)
+    return Write(layer, sublayer, read, norm.linear(raw) / scale + bias, bias, scale)
+
+
+def _attention_scores(
+    vocabulary: Vocabulary, states: Sequence[torch.Tensor], writes: Sequence[Write], by: Unit
 ) -> tuple[list[torch.Tensor], list[str]]:
-    """Scores ``[batch, component]`` by layer, head or position, and the components' names."""
+    """Scores ``[batch, component]`` of heads or positions, and the components' names."""
     scores: list[torch.Tensor] = []
     labels: list[str] = []
-    for step, component in enumerate(stream.components):
-        layer, state = component.layer, stream.states[:, step]
-        if by == "layer":
-            scores.append(vocabulary.gains(state, component.total[:, None]))
-            labels.append("embed" if layer < 0 else f"{layer}_{component.kind}_out")
-        elif isinstance(component, AttentionComponent):
-            vectors = component.heads() if by == "head" else component.sources()
-            letter = "H" if by == "head" else "P"
-            scores.append(vocabulary.gains(state, vectors))
-            labels += [f"L{layer}{letter}{number}" for number in range(vectors.shape[1])]
-            scores.append(vocabulary.gains(state, component.bias[:, None]))
-            labels.append(f"{layer}_attn_bias")
+    form, letter = ("bhsd,hdm->bhm", "H") if by == "head" else ("bhsd,hdm->bsm", "P")
+    for state, write in zip(states, writes, strict=False):
+        if isinstance(write.sublayer, AttentionSublayer):
+            vectors = write.arrive(torch.einsum(form, write.read, write.sublayer.W_O))
+            scores += [vocabulary.gains(state, v) for v in (vectors, write.bias[:, None])]
+            labels += [f"L{write.layer}{letter}{number}" for number in range(vectors.shape[1])]
+            labels.append(f"{write.name}_bias")
     return scores, labels
 
 
 def _neuron_scores(
-    vocabulary: Vocabulary, stream: Stream, k: int
+    vocabulary: Vocabulary, states: Sequence[torch.Tensor], writes: Sequence[Write], k: int
 ) -> tuple[list[torch.Tensor], list[str]]:
-    """Scores ``[batch, component]`` of the best neurons of each input, and their names."""
-    if vocabulary.nonlinear:
-        raise NotImplementedError(f"by='neuron' has no bound on scores: {vocabulary.nonlinear}")
-    layers, splits = [], []
-    for step, component in enumerate(stream.components):
-        if isinstance(component, FeedForwardComponent):
-            layers.append(component.layer)
-            splits.append(Split(step, component.neurons()))
-    if not splits:
+    """Scores ``[batch, component]`` of the best neurons of each input, and their names.
+
+    Neurons are scored in the order of the bound ``vector @ slope`` until none that is left reaches
+    an input's k-th score. Where logits are not linear in the stream there is no bound.
+    """
+    bounds, places = [], []
+    layers = [
+        (state, write, write.sublayer)
+        for state, write in zip(states, writes, strict=False)
+        if isinstance(write.sublayer, FeedForward)
+    ]
+    if not layers:
         raise ValueError("by='neuron' needs feed-forward sublayers; this model has none")
-    each = range(len(stream.rows))
-    best = [best_neurons(vocabulary, stream.states[row], splits, k, row) for row in each]
-    chosen = sorted({p for one in best for p in zip(one.split.tolist(), one.place.tolist())})
-    scores = []
-    for index, split in enumerate(splits):
-        places = [place for which, place in chosen if which == index]
-        numbers = split.neurons.coefficients[:, 0, places]
-        vectors = numbers[..., None] * split.neurons.vectors(torch.tensor(places, dtype=torch.long))
-        scores.append(vocabulary.gains(stream.states[:, split.step], vectors))
-    return scores, [f"L{layers[index]}N{place}" for index, place in chosen]
+    for index, (state, write, ff) in enumerate(layers):
+        bound = torch.full_like(write.read, torch.inf)
+        for row in range(0 if vocabulary.nonlinear else len(bound)):
+            before = vocabulary.log_probs(state[row : row + 1], row)
+            norm, slope = ff.norm_out, vocabulary.slopes(before, row)[0]
+            along = (ff.W_out if norm is None else norm.linear(ff.W_out)) @ slope
+            bound[row] = write.read[row] * along / write.divisor[row]
+        bounds.append(bound)
+        places += [(index, neuron) for neuron in range(bound.shape[1])]
+    bound = torch.cat(bounds, dim=1)
+    scores = torch.full_like(bound, -torch.inf)
+    k, size = min(k, len(places)), 64
+    # A score that lies within a few roundings of a bound is not decided by it.
+    slack = 64 * torch.finfo(bound.dtype).eps * (1 + bound.abs().amax(dim=1))
+    while bool((bound.amax(dim=1) + slack > scores.topk(k).values[:, -1]).any()):
+        chosen = bound.topk(min(size, len(places))).indices.unique()
+        for index, (state, write, ff) in enumerate(layers):
+            start = index and sum(b.shape[1] for b in bounds[:index])
+            here = chosen[(chosen >= start) & (chosen < start + bounds[index].shape[1])]
+            vectors = write.read[:, here - start, None] * ff.W_out[here - start]
+            scores[:, here] = vocabulary.gains(state, write.arrive(vectors))
+        bound[:, chosen] = -torch.inf
+        size *= 2
+    best = scores.topk(k).indices.unique()
+    names = [
+        f"L{layers[index][1].layer}N{neuron}"
+        for index, neuron in map(places.__getitem__, best.tolist())
+    ]
+    return [scores[:, best]], names

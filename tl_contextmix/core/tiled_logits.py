@@ -72,7 +72,7 @@ class Vocabulary:
         norm = self.readout.norm
         return (x if norm is None else norm.linear(x)) * self.readout.scale
 
-    def project(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
+    def target_logits(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
         """Returns the target's logit of each vector: its before-softmax value, frozen norm.
 
         NaN behind a masked-LM head, where logits are no sums.
@@ -83,7 +83,7 @@ class Vocabulary:
         found = torch.einsum("b...d,bd->b...", self.direction(vectors), columns)
         return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
 
-    def project_shared(
+    def target_logits_shared(
         self, vectors: Float[Tensor, "neuron d_model"]
     ) -> Float[Tensor, "batch neuron"]:
         """Returns the same of vectors that all sentences share."""

@@ -173,16 +173,12 @@ class Split:
     read: Bool[Tensor, "batch source"] | None = None
 
     @property
-    def count(self) -> int:
-        """How many components there are."""
-        return self.grid.count
-
-    @property
     def there(self) -> Bool[Tensor, "batch component"]:
         """Which of the components are there in each sentence."""
+        count = self.grid.count
         if self.read is None:
-            return torch.ones(len(self.grid.pos), self.count, dtype=torch.bool)
-        each = self.count // self.read.shape[1]  # the source is the first axis, if not the only one
+            return torch.ones(len(self.grid.pos), count, dtype=torch.bool)
+        each = count // self.read.shape[1]  # the source is the first axis, if not the only one
         return self.read.repeat_interleave(each, dim=1)
 
     @property
@@ -194,7 +190,7 @@ class Split:
     def coefficients(self) -> Float[Tensor, "batch component"]:
         """Activations of the neurons; NaN of other components."""
         if self.neurons is None:
-            return torch.full((len(self.grid.pos), self.count), torch.nan)
+            return torch.full((len(self.grid.pos), self.grid.count), torch.nan)
         return self.neurons.activations.flatten(1)
 
 
@@ -295,7 +291,9 @@ def best_neurons(
         row: The sentence.
     """
     bound = torch.cat([_bounds(vocabulary, states, split, row) for split in splits])
-    first = torch.tensor([0, *(split.count for split in splits)], device=bound.device).cumsum(0)
+    first = torch.tensor([0, *(split.grid.count for split in splits)], device=bound.device).cumsum(
+        0
+    )
     there = bound > -torch.inf
     count = int(there.sum())
     k = min(k, count)

@@ -28,7 +28,7 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import LogProbContributions
-from tl_contextmix.results.axes import require_count, whole_number
+from tl_contextmix.results.axes import require_number, whole_number
 from tl_contextmix.results.components import Components, join, padding
 from tl_contextmix.results.log_prob_contributions import SCORES
 
@@ -134,7 +134,7 @@ def log_prob_contributions(
     require_choice("by", by, SPLITS)
     require_choice("norm", norm, NORM_RULES)
     require_choice("score", score, tuple(SCORES))
-    top_k = None if top_k is None else require_count(top_k)
+    top_k = None if top_k is None else require_number("top_k", top_k)
     _require_neurons(by, score, top_k)
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: 
             bias = vocabulary.gains(prediction.stream.states[:, split.step], vector)
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
-            columns["logits"].append(vocabulary.project(vector))
+            columns["logits"].append(vocabulary.target_logits(vector))
             labels.append(grid.table())
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
@@ -238,11 +238,11 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     for index, split in enumerate(splits):
         mine = which == index
         assert split.neurons is not None
-        inside = place.clamp(max=split.count - 1)
+        inside = place.clamp(max=split.grid.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
         numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
         vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
-        logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
+        logits = torch.where(mine, numbers * vocabulary.target_logits(vectors), logits)
         coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
         scores,
@@ -263,8 +263,8 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     vocabulary = prediction.vocabulary
     if split.neurons is None:
         assert split.vectors is not None
-        return vocabulary.project(split.vectors())
-    each = vocabulary.project_shared(split.neurons.vectors(slice(None)))
+        return vocabulary.target_logits(split.vectors())
+    each = vocabulary.target_logits_shared(split.neurons.vectors(slice(None)))
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 
