@@ -113,7 +113,6 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "mine_triggers": {"model": model, "corpus": corpus, "out": folder / "again", "k": 2},
         "query_contributions": {**on_ids, "neurons": [(1, 3)]},
         "report": {"results": one, "path": folder / "page.html"},
-        "rollout": {"map": one},
     }
     public = [name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))]
     plain = {name: on_ids for name in public if name not in special}

@@ -251,7 +251,7 @@ def test_a_map_of_words_by_hand(model: Any) -> None:
         with pytest.raises(cm.InvalidInput, match=r"covers no token|no spans"):
             fmap.words(wrong)
     ask = inspect.unwrap(cm.ContextMap.words)
-    with pytest.raises(cm.InvalidInput, match="words does not know this rows"):
+    with pytest.raises(cm.InvalidInput, match="no such way to merge rows"):
         ask(fmap, rows="median")
 
 

@@ -182,8 +182,8 @@ def test_what_judged_answers_and_scores_cannot_answer() -> None:
     for options, match in (
         ({"metric": 5}, "no such metric"),
         ({"metric": []}, "no such metric"),
-        ({"metric": "BLEU"}, "does not know this metric: got 'BLEU'"),
-        ({"metric": nothing}, "does not know this metric"),
+        ({"metric": "BLEU"}, "no such metric: got 'BLEU'"),
+        ({"metric": nothing}, "no such metric"),
         ({"categories": 5}, "categories cannot be read"),
         ({"categories": "x"}, "categories do not fit"),
         ({"categories": [[5]]}, "categories cannot be read"),

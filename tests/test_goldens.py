@@ -95,7 +95,7 @@ METHODS: dict[str, dict[str, Ask]] = {
             cm.mixing_ratio(model, tokens, at="resid_mid", **given).values
         ),
         "rollout": lambda model, tokens, **given: (
-            cm.rollout(cm.attention_norms(model, tokens, **_own_stack(given))).scores
+            cm.attention_norms(model, tokens, **_own_stack(given)).rollout().scores
         ),
         "amplified_pairs": _pairs,
         "value_zeroing": _maps(cm.value_zeroing),

@@ -258,7 +258,7 @@ def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
 def test_missing_arguments_are_told_in_pythons_own_words():
     import tl_contextmix as cm
 
-    forgetful: Any = cm.rollout
+    forgetful: Any = cm.alti
     with pytest.raises(TypeError, match="missing 1 required|missing a required"):
         forgetful()
 

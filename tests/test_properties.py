@@ -115,7 +115,7 @@ def rollouts_keep_their_sums(world: World, model: Any, attention: cm.ContextMap)
     if "decoder_input" in asked:
         encoder = cm.attention_norms(model, world.given.tokens, stack="encoder", **asked)
         encoder = encoder.normalize()
-    rolled = [cm.rollout(mixing.normalize(), encoder=encoder), cm.rollout(attention.mean())]
+    rolled = [mixing.normalize().rollout(encoder=encoder), attention.mean().rollout()]
     for map in rolled:
         sums = map.scores.sum(-1)[:, :, 0]
         expected = map.target.mask[:, None].expand_as(sums).to(sums)

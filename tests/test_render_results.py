@@ -25,6 +25,8 @@ NO_RESULTS = {
     *("UnsupportedModel", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
     *("EstimatePart", "Tokens", "Trigger"),
+    # Base classes.
+    *("ComponentSet", "LabelledArray", "Mined", "RowTable"),
 }
 
 

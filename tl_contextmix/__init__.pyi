@@ -92,9 +92,6 @@ from .methods.log_prob.queries import (
 from .methods.log_prob.readouts import (
     component_readouts as component_readouts,
 )
-from .methods.map_rollout import (
-    rollout as rollout,
-)
 from .methods.memories import (
     Triggers as Triggers,
 )

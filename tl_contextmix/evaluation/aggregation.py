@@ -22,7 +22,7 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
     """Yields a map and the row of its batch for every sentence.
 
     Raises:
-        InvalidInput: If a map has several heads.
+        InvalidInput: If a map has several heads, or is a difference.
     """
     for map in [maps] if isinstance(maps, ContextMap) else maps:
         if not isinstance(map, ContextMap):
@@ -39,6 +39,7 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
                 "one map per layer",
                 "Take .mean('head'), or ask the method to sum its heads.",
             )
+        map.require_unsigned("an evaluation")
         for row in range(len(map.target.strings)):
             yield map, row
 
@@ -49,20 +50,21 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
     Args:
         map: The map.
         row: Row of the batch.
-        target: The position; negative counts from the last real token.
+        target: The position in the input; negative counts from the last real token.
 
     Raises:
         InvalidInput: If it is no real token.
     """
     real = map.target.mask[row].nonzero()[:, 0].tolist()
-    if target >= 0 and target in real:
-        return target
+    numbers = [map.target.labels()[place] for place in real]
+    if target in numbers:
+        return real[numbers.index(target)]
     if -len(real) <= target < 0:
         return real[target]
     raise bad(
         "this target is no token",
         f"{target} in sentence {row}",
-        f"one of {real}, or a negative number that counts from the end",
+        f"one of {numbers}, or a negative number that counts from the end",
         "Positions count all tokens, a beginning-of-sequence token included.",
     )
 

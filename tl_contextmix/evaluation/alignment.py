@@ -91,18 +91,18 @@ def cue_alignment(
 def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[int]:
     """Returns the positions a cue names, checked to be readable."""
     real = seen.nonzero()[:, 0].tolist()
-    words = map.source.strings[row]
+    words, numbers = map.source.strings[row], [map.source.labels()[place] for place in real]
     if isinstance(cue, str):
         named = [place for place in real if words[place].strip() == cue.strip()]
     else:
-        named = [cue] if cue in real else []
+        named = [real[numbers.index(cue)]] if cue in numbers else []
     if not named:
         raise bad(
             "a cue names no token that can be read",
             f"{cue!r}, a position or token, in sentence {row}"
             if isinstance(cue, str)
             else f"position {cue} in sentence {row}",
-            f"one of {real}, or one of {[words[place] for place in real]}",
+            f"one of {numbers}, or one of {[words[place] for place in real]}",
             "A word of several tokens is named by its positions, or on map.words().",
         )
     return named

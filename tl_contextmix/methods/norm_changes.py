@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
-from tl_contextmix.results.axes import largest, require_choice, require_count
+from tl_contextmix.results.axes import largest, require_number
 
 Layout = Literal["post-LN", "pre-LN", "parallel"]
 # Maps by point. To a type checker no mapping with keys of type str holds what has keys of type
@@ -187,8 +187,8 @@ def amplified_pairs(
     Raises:
         InvalidInput: If the maps are not of the same tokens and layers, or ``k`` is not positive.
     """
-    k = require_count(k)
-    require_choice("amplified_pairs", "normalize", normalize, ("sum", "max", "none"))
+    k = require_number("k", k)
+    require_choice("normalize", normalize, ("sum", "max", "none"))
     _require_same(before, after)
     if normalize != "none":
         before, after = before.normalize(normalize), after.normalize(normalize)

@@ -108,8 +108,7 @@ def value_zeroing(
     also = partial(needed_names, kind=kind, spare=cache is None)
     done = run_pass(view, given, layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
-    length = done.target.ids.shape[1]
-    rows = None if targets is None else positions("target", targets, (), length)
+    rows = None if targets is None else positions("target", targets, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
     scores = []
     with torch.no_grad():
@@ -225,7 +224,7 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     asked: list[Any] = [heads]
     if isinstance(heads, Sequence) and not isinstance(heads, str):
         asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
-    groups = [positions("head", group, (), count) for group in asked]
+    groups = [positions("head", group, range(count)) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):
             raise bad(

@@ -12,7 +12,7 @@ from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
 from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, package_version
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.methods.decoder_lens import (
     Lens,
     Listening,
@@ -29,7 +29,7 @@ from tl_contextmix.results import (
     LayerwiseScores,
     Provenance,
 )
-from tl_contextmix.results.axes import layer_positions, require_choice
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
 from tl_contextmix.results.decodings import require_measurable
 from tl_contextmix.results.likelihoods import by_token
@@ -208,7 +208,7 @@ def decoder_lens(
     Source: Langedijk, Mohebbi, Sarti, Zuidema, Jumelet: DecoderLens: Layerwise Interpretation of
     Encoder-Decoder Transformers (Findings of NAACL 2024).
     """
-    require_choice("decoder_lens", "mode", mode, ("generate", "teacher_forced", "scores"))
+    require_choice("mode", mode, ("generate", "teacher_forced", "scores"))
     plan = _Plan(mode, {} if metric is None else metric_items(metric), references is not None)
     _require_used(
         ("mode", None if mode == "generate" else mode, plan.mode_matters),
@@ -226,7 +226,7 @@ def decoder_lens(
     found = as_encoder_decoder(model, tokenizer)
     _require_used(("tokenizer", tokenizer, found.view is None))
     # Each once and in order, which is what "the first layer that" counts on.
-    numbers = tuple(sorted({*layer_positions(layers, tuple(range(found.n_layers + 1)))}))
+    numbers = tuple(sorted({*positions("layer", layers, range(found.n_layers + 1))}))
     given = Given(input, attention_mask, None, padding_side, decoder_input)
     source, prompt, inputs = read_source(found, given)
     options = {

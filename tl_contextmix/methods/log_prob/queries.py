@@ -28,7 +28,7 @@ from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad, require_choice
 from tl_contextmix.results import LogProbContributions, QueryContributions
-from tl_contextmix.results.axes import largest, require_count, whole_number
+from tl_contextmix.results.axes import largest, require_number, whole_number
 from tl_contextmix.results.components import KINDS, Components, finest, join, padding
 
 Share = Literal["exact", "ratio"]
@@ -120,7 +120,7 @@ def query_contributions(
     require_choice("by", by, SPLITS)
     require_choice("norm", norm, NORM_RULES)
     require_choice("share", share, ("exact", "ratio"))
-    top_k = None if top_k is None else require_count(top_k)
+    top_k = None if top_k is None else require_number("top_k", top_k)
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
-from tl_contextmix.results.axes import require_count
+from tl_contextmix.results.axes import require_number
 from tl_contextmix.results.components import Components
 
 
@@ -65,7 +65,7 @@ def component_readouts(
 
     Cost: a forward pass and ``2 d d_vocab`` operations per component.
     """
-    k = require_count(k)
+    k = require_number("k", k)
     if not isinstance(components, LogProbContributions):
         raise bad(
             "there is nothing to read",

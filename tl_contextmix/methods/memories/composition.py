@@ -22,6 +22,7 @@ from tl_contextmix.engine.memory_coefficients import (
     require_predicting,
 )
 from tl_contextmix.engine.registry import method
+from tl_contextmix.errors import require_choice
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.miner import make_cutting
 from tl_contextmix.methods.memories.progress import expect, progress
@@ -33,7 +34,7 @@ from tl_contextmix.methods.memories.shards import (
     read_shards,
 )
 from tl_contextmix.results import CompositionFigures
-from tl_contextmix.results.axes import require_choice, require_number
+from tl_contextmix.results.axes import require_number
 
 Positions = Literal["random", "all"]
 
@@ -91,15 +92,13 @@ def composition(
     require_predicting(view, stack)
     if len(view.stacks) == 2:
         require_predicting(view, "encoder")
-    require_choice("composition", "choice of positions", positions, ("random", "all"))
+    require_choice("choice of positions", positions, ("random", "all"))
     seed = require_number("seed", seed, 0)
     how = readings(view, projection)
     blocks = select_blocks(view.blocks(), layer)
     rule = active_rule(active, require_feed_forward(blocks[0]).gated)
     size = require_number("batch_size", batch_size)
-    cutting = make_cutting(
-        "composition", size, 16 * size, too_long, malformed, prepend_bos, special=False
-    )
+    cutting = make_cutting(size, 16 * size, too_long, malformed, prepend_bos, special=False)
     opened = open_corpus(corpus, column)
     names = [n for block in blocks for n in (*block.points(), *LayerReadout.names(view, block))]
     # Over a corpus counts pass 2 ** 24, where float32 stops counting.

@@ -29,7 +29,7 @@ from tl_contextmix.engine.memory_coefficients import (
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ValueReadouts
-from tl_contextmix.results.axes import positions, require_count, require_number
+from tl_contextmix.results.axes import positions, require_number
 
 ValueProjection = Literal["none", "folded", "frozen", "head"]
 _KNOWN = ("none", "folded", "frozen", "head")
@@ -82,11 +82,11 @@ def ff_values(
     as long as the vocabulary is made.
     """
     view = as_view(model)
-    k, max_bytes = require_count(k), require_number("max_bytes", max_bytes)
+    k, max_bytes = require_number("k", k), require_number("max_bytes", max_bytes)
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
     chosen = [
-        (block, positions("neuron", neurons, (), require_feed_forward(block).W_out.shape[0]))
+        (block, positions("neuron", neurons, range(require_feed_forward(block).W_out.shape[0])))
         for block in select_blocks(view.blocks(), layer)
     ]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from tl_contextmix.engine.memory_coefficients import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import InvalidInput, bad, require_choice, warn
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, require_flag
 from tl_contextmix.methods.memories.shards import Cutting, Documents, Malformed, TooLong
 from tl_contextmix.methods.memories.topk import (
@@ -29,7 +29,7 @@ from tl_contextmix.methods.memories.topk import (
     pack_places,
     pack_tokens,
 )
-from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
+from tl_contextmix.results.axes import positions, require_number
 
 Unit = Literal["prefix", "document"]
 Tails = Literal["positive", "both", "quadrants"]
@@ -68,7 +68,7 @@ class Miner:
 
     def chosen(self, block: Block) -> list[int]:
         """Returns the neurons of a layer that are mined."""
-        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+        return positions("neuron", self.neurons, range(require_feed_forward(block).W_out.shape[0]))
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
@@ -197,9 +197,9 @@ def make_miner(
     Raises:
         InvalidInput: If an argument does not fit the model.
     """
-    require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
-    require_choice("mine_triggers", "choice of tails", tails, tuple(TAILS))
-    require_choice("mine_triggers", "treatment of duplicates", duplicates, ("keep", "drop"))
+    require_choice("unit", unit, ("prefix", "document"))
+    require_choice("choice of tails", tails, tuple(TAILS))
+    require_choice("treatment of duplicates", duplicates, ("keep", "drop"))
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":
@@ -223,12 +223,11 @@ def make_miner(
     size = first.W_out.shape[0]
     chosen = None
     if neurons is not None:
-        chosen = tuple(sorted(set(positions("neuron", neurons, (), size))))
-    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, duplicates, how)
+        chosen = tuple(sorted(set(positions("neuron", neurons, range(size)))))
+    return Miner(view, blocks, chosen, base, require_number("k", k), unit, tails, duplicates, how)
 
 
 def make_cutting(
-    operation: str,
     batch_size: int,
     shard_size: int,
     too_long: TooLong,
@@ -241,8 +240,8 @@ def make_cutting(
     Raises:
         InvalidInput: If an option is none of those there are.
     """
-    require_choice(operation, "treatment of long documents", too_long, _LONG)
-    require_choice(operation, "treatment of malformed documents", malformed, _MALFORMED)
+    require_choice("treatment of long documents", too_long, _LONG)
+    require_choice("treatment of malformed documents", malformed, _MALFORMED)
     return Cutting(
         require_number("shard_size", shard_size),
         require_number("batch_size", batch_size),

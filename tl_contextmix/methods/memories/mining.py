@@ -140,9 +140,7 @@ def mine_triggers(
     ``20 k`` bytes per memory (28 without duplicates).
     """
     view = as_view(model)
-    how = make_cutting(
-        "mine_triggers", batch_size, shard_size, too_long, malformed, prepend_bos, special
-    )
+    how = make_cutting(batch_size, shard_size, too_long, malformed, prepend_bos, special)
     miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
     rank, world_size = _require_rank(rank, world_size)
     seconds = _require_seconds(checkpoint_seconds)

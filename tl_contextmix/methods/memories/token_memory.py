@@ -76,8 +76,8 @@ def token_memory(
     given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     done = run_pass(as_view(model), given, layer=layer, stack=stack)
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
-    chosen = positions("neuron", neurons, (), min(sizes))
-    rows = positions("pos", pos, (), done.target.ids.shape[1])
+    chosen = positions("neuron", neurons, range(min(sizes)))
+    rows = positions("pos", pos, done.target.labels())
     source = done.source("mlp_out")
     target = done.target.select(list(range(len(done.target.ids))), rows)
     device = done.view.device

@@ -28,7 +28,7 @@ from tl_contextmix.results import (
     TriggerExamples,
     TriggerPatterns,
 )
-from tl_contextmix.results.axes import positions, require_count, require_number
+from tl_contextmix.results.axes import positions, require_number
 
 if TYPE_CHECKING:
     from tl_contextmix.plotting import Page
@@ -115,7 +115,7 @@ class Triggers(Mined):
         neuron = require_number("neuron", neuron, 0)
         frame = self.to_dataframe(block.layer, neuron, tail)
         return examples(
-            self, block, neuron, tail, frame if k is None else frame.head(require_count(k))
+            self, block, neuron, tail, frame if k is None else frame.head(require_number("k", k))
         )
 
     def show(
@@ -170,7 +170,7 @@ class Triggers(Mined):
         frame = self.to_dataframe(layer, None, tail)
         if neurons is not None:
             size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).W_out.shape[0]
-            chosen = set(positions("neuron", neurons, (), size))
+            chosen = set(positions("neuron", neurons, range(size)))
             absent = sorted(chosen.difference(*self.manifest["neurons"].values()))
             if absent:
                 raise not_mined("neuron", absent[0], "neurons that were mined")
