@@ -48,6 +48,8 @@ from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabular
 
 Unit = Literal["layer", "head", "position", "neuron"]
 _UNITS, _NORM_RULES = get_args(Unit), get_args(NormRule)
+# How many neurons of each input are scored first.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def _neuron_scores(
         places += [(index, neuron) for neuron in range(bound.shape[1])]
     bound = torch.cat(bounds, dim=1)
     scores = torch.full_like(bound, -torch.inf)
-    k, size = min(k, len(places)), 64
+    k, size = min(k, len(places)), _BLOCK
     # A score that lies within a few roundings of a bound is not decided by it.
     slack = 64 * torch.finfo(bound.dtype).eps * (1 + bound.abs().amax(dim=1))
     while bool((bound.amax(dim=1) + slack > scores.topk(k).values[:, -1]).any()):
