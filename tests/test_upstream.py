@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 import transformer_lens
 import zoo
+import zoo_others
 from asked import bound, keywords, relative, stacks
 from jaxtyping import install_import_hook
 from zoo_refused import REFUSED
@@ -38,8 +40,8 @@ pytestmark = [
 # LayerNorm, sandwich norms in a gated block, a parallel block, an encoder.
 ONE_STACK = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "bert")]
 TWO_STACKS = [c for c in zoo.cases() if c.family in ("t5", "bart")]
-# A factor on logits besides.
-DECODERS = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "cohere")]
+# Norms of outputs alone, besides.
+DECODERS = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "olmo2")]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,14 @@ def test_formatted_as_transformer_lens_is(folder: Path) -> None:
     run(sys.executable, "-m", "black", "--check", "--line-length", "100", folder)
     options = ["--profile", "black", "--line-length", "100", "-p", "transformer_lens"]
     run(sys.executable, "-m", "isort", "--check-only", *options, folder)
+
+
+def test_small_beside_what_they_share(folder: Path) -> None:
+    assert len((folder / "log_prob_contributions.py").read_text().splitlines()) <= 700
+    trees = {name: ast.parse((folder / f"{name}.py").read_text()) for name in NAMES}
+    defined = {name: {getattr(n, "name", "") for n in trees[name].body} - {""} for name in NAMES}
+    for one, other in itertools.combinations(NAMES, 2):
+        assert not defined[one] & defined[other], (one, other)
 
 
 @pytest.mark.slow
@@ -282,7 +292,9 @@ def test_log_prob_contributions_give_the_numbers_of_this_package(
     mask[1, 4:] = 0
     ask = {"norm": norm, "attention_mask": mask}
     count = model.cfg.n_layers * model.cfg.d_mlp
-    for by, unit in (("layer", {}), ("head", {}), ("position", {}), ("ff_neuron", {"top_k": 4})):
+    splits: tuple[tuple[Any, dict[str, Any]], ...]
+    splits = (("layer", {}), ("head", {}), ("position", {}), ("ff_neuron", {"top_k": 4}))
+    for by, unit in splits:
         ours = cm.log_prob_contributions(model, given.tokens, target_ids=[5, 8], by=by, **ask)
         found = made.log_prob_contributions.log_prob_contributions(
             model, given.tokens, target=[5, 8], by=by.removeprefix("ff_"), **unit, **ask
@@ -303,6 +315,14 @@ def test_log_prob_contributions_give_the_numbers_of_this_package(
         assert found.identity_error <= 1e-6
 
 
+def test_log_prob_contributions_know_factors_on_logits(made: Any) -> None:
+    model, ids = zoo_others.build("cohere"), torch.arange(3, 9)[None]
+    ours = cm.log_prob_contributions(model, ids)
+    found = made.log_prob_contributions.log_prob_contributions(model, ids)
+    assert relative(found.scores, ours.scores.T) <= 1e-9
+    assert found.target_ids.tolist() == ours.target.ids[:, 0].tolist()
+
+
 def test_log_prob_contributions_lead_to_the_log_probability_of_the_model(made: Any) -> None:
     model, given = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0])
     ask = made.log_prob_contributions.log_prob_contributions
@@ -315,6 +335,8 @@ def test_log_prob_contributions_lead_to_the_log_probability_of_the_model(made: A
     _, cache = model.run_with_cache(given.tokens)
     again = ask(model, cache=cache)
     assert relative(again.scores, found.scores) <= bound(DECODERS[0])
+    texts = ask(model, ["a b c", "c b a"], target="b")
+    assert texts.target_ids.tolist() == 2 * [model.to_single_token("b")]
     frame = found.to_dataframe()
     first = frame[frame.batch == 1].sort_values("score", ascending=False).head(2)
     assert found.top(2, batch=1) == [*zip(first.component, first.score, strict=True)]
@@ -387,14 +409,39 @@ def test_training_mode_is_refused(made: Any) -> None:
             getattr(getattr(made, name), name)(model, given.tokens)
 
 
+_REFUSAL = "support|found|reproduced|read|decoder-only|not the model's"
+
+
 # T5Gemma's encoder is reproduced, so it is answered: what the package misses is its embedding.
 @pytest.mark.parametrize("case", [c for c in REFUSED if c.family != "t5gemma"], ids=str)
 def test_models_are_refused_by_name(case: Any, made: Any) -> None:
     model, tokens = case.build(), torch.arange(3, 9)[None]
     pair = "decoder_blocks" in model._modules
     ask = {"decoder_input": tokens, "stack": "encoder"} if pair else {}
-    with pytest.raises((NotImplementedError, ValueError), match="support|found|reproduced|read"):
+    refused = pytest.raises((NotImplementedError, ValueError), match=_REFUSAL)
+    with refused:
         made.value_zeroing.value_zeroing(model, tokens, **ask)
+    with refused:
+        made.log_prob_contributions.log_prob_contributions(model, tokens)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_log_prob_contributions_refuse_other_readouts(family: str, made: Any) -> None:
+    case = next(case for case in ONE_STACK + TWO_STACKS if case.family == family)
+    ask, tokens = made.log_prob_contributions.log_prob_contributions, zoo.inputs(case).tokens
+    with pytest.raises((NotImplementedError, ValueError), match="decoder-only|mlm_head"):
+        ask(zoo.build(case), tokens)
+
+
+def test_log_prob_contributions_refuse_an_edited_stream(made: Any) -> None:
+    model, tokens = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0]).tokens
+    ask = made.log_prob_contributions.log_prob_contributions
+    for name in ("blocks.1.hook_in", "ln_final.hook_out"):
+        point = model.hook_dict[name]
+        point.add_hook(lambda value, hook: 2 * value)
+        with pytest.raises(NotImplementedError, match="not the model's"):
+            ask(model, tokens)
+        point.remove_hooks()
 
 
 def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:

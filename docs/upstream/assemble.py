@@ -104,6 +104,10 @@ class Assembly:
         docstring = _segment(read(module), read(module).tree.body[0])
         head = [docstring, "from __future__ import annotations", "\n".join(imports)]
         text = "\n\n".join([*head, "\n\n\n".join(text for text, _ in pieces)]) + "\n"
+        # Constants stand together.
+        text = re.sub(
+            r"(?m)^(_?[A-Z][\w, ]* = .*)\n\n\n(?=(# .*\n)*_?[A-Z][\w, ]* = )", r"\1\n", text
+        )
         for ours, theirs in ERRORS.items():
             text = re.sub(rf"\b{ours}\b", theirs, text)
         return text
@@ -142,8 +146,11 @@ class Assembly:
             or part.name in self._attributes
         ]
 
-    def _resolve(self, tool: Source, source: Source, name: str) -> tuple[str, str | None] | None:
-        """Returns where a name is defined, or imported from; None of builtins and variables."""
+    def _resolve(self, tool: Source, source: Source, name: str) -> Reference | None:
+        """Returns where a name is defined, or imported from; None of builtins and variables.
+
+        The second part is empty where it is a module that is imported.
+        """
         asked_for = source.name, name
         while name not in source.defined:
             if name not in source.imported:
@@ -152,7 +159,7 @@ class Assembly:
                 return None
             module, origin = source.imported[name]
             if origin is None or not inside(module):
-                return None if module == "__future__" else (module, origin)
+                return module, origin or ""
             source, name = read(module), origin
         if name in ERRORS:
             return None
@@ -203,12 +210,12 @@ class Assembly:
                 origin = self._resolve(read(module), source, local)
                 if origin is None:
                     continue
-                new = self._renamed.get((origin[0], str(origin[1])), origin[1])
+                new = self._renamed.get(origin, origin[1])
                 if not inside(origin[0]) and origin[0] not in TOOLS:
                     imports.append(_import(local, *origin))
                     continue
                 if new != local:
-                    text = re.sub(rf"(?<![\w.]){re.escape(local)}(?!\w)", str(new), text)
+                    text = re.sub(rf"(?<![\w.]){re.escape(local)}(?!\w)", new, text)
                 if origin not in self.kept[module]:
                     if origin not in self.kept[SHARED]:
                         raise ValueError(f"{SHARED} needs {origin}, which a tool replaces")
@@ -216,8 +223,8 @@ class Assembly:
             yield text, imports
 
 
-def _import(local: str, module: str, name: str | None) -> str:
-    if name is None:
+def _import(local: str, module: str, name: str) -> str:
+    if not name:
         return f"import {module}" + (f" as {local}" if local != module else "")
     return f"from {module} import {name}" + (f" as {local}" if local != name else "")
 

@@ -38,7 +38,7 @@ from _block_reading import open_bridge, read_pass, settled
 from jaxtyping import Float, Int
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.tools.analysis._model_state import require_int, to_token_ids
-from transformer_lens.tools.analysis.logit_lens import _require_decoder_unembed
+from transformer_lens.tools.analysis.logit_lens import _require_direct_readout
 
 from tl_contextmix.adapters.reading import Handle, candidates, read_norm
 from tl_contextmix.adapters.verification.probe import relative_error
@@ -192,7 +192,13 @@ def log_prob_contributions(
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
     top_k, max_bytes = require_int(top_k, "top_k"), require_int(max_bytes, "max_bytes")
-    _require_decoder_unembed(model, operation="log_prob_contributions")
+    modules = getattr(model, "_modules", {})
+    if not {"blocks", "unembed"} <= set(modules) or "encoder_blocks" in modules:
+        raise NotImplementedError(
+            "log_prob_contributions needs a decoder-only TransformerBridge with an unembedding, "
+            f"got {type(model).__name__} with {sorted(modules)}"
+        )
+    _require_direct_readout(model, operation="log_prob_contributions")
     handle, tolerance = open_bridge(model, "log_prob_contributions")
     readings = [
         list(candidates(handle, "decoder", "blocks", layer)) for layer in range(len(model.blocks))
@@ -201,13 +207,21 @@ def log_prob_contributions(
     found = [settled(options, trace, tolerance) for options in readings]
     rows = _rows(pos, trace.batch.main.mask)
     blocks = [block for block, _ in found]
-    start = trace.resid_in(blocks[0])[torch.arange(len(rows), device=rows.device), rows]
+    each = torch.arange(len(rows), device=rows.device)
+    start = trace.resid_in(blocks[0])[each, rows]
     writes = list(_writes(blocks, trace, rows))
     states = [torch.zeros_like(start), start]
     for write in writes:
         states.append(states[-1] + write.total)
     readout = _readout(model, handle)
-    logits, error = _logits(readout, blocks[-1], trace, rows, states[-1], tolerance)
+    errors = [error for _, error in found]
+    behind = trace[blocks[-1].resid_out][each, rows]
+    errors.append(_error("streams behind the last block", states[-1], behind, tolerance))
+    logits = readout(states[-1])
+    if trace.logits is not None:
+        own = trace.logits[each, rows].to(logits)
+        errors.append(_error("logits", logits, own, tolerance))
+        logits = own
     ids = _target_ids(model, target, logits)
     vocabulary = read_vocabulary(readout, norm, states[-1], ids, max_bytes)
     if by == "layer":
@@ -227,7 +241,7 @@ def log_prob_contributions(
         target_ids=ids,
         positions=rows,
         log_probs=vocabulary.target_log_probs(torch.stack(states, dim=1)).T,
-        identity_error=max(error, *(error for _, error in found)),
+        identity_error=max(errors),
     )
 
 
@@ -258,30 +272,14 @@ def _readout(model: Any, handle: Handle) -> Readout:
     )
 
 
-def _logits(
-    readout: Readout,
-    last: Block,
-    trace: Trace,
-    rows: torch.Tensor,
-    state: torch.Tensor,
-    tolerance: float,
-) -> tuple[torch.Tensor, float]:
-    """The model's logits (of a cache, the stream's), and the largest error of stream and logits."""
-    each, logits = torch.arange(len(rows), device=rows.device), readout(state)
-    pairs = [("the stream behind the last block", state, trace[last.resid_out][each, rows])]
-    if trace.logits is not None:
-        own = trace.logits[each, rows].to(logits)
-        pairs.append(("the logits of that stream", logits, own))
-        logits = own
-    errors = []
-    for name, value, expected in pairs:
-        errors.append(relative_error(value, expected))
-        if not errors[-1] <= tolerance:
-            raise NotImplementedError(
-                f"{name}, recomputed, are not the model's: off by {errors[-1]:.3g} of the largest "
-                f"entry (tolerance {tolerance:g}); take off hooks of your own"
-            )
-    return logits, max(errors)
+def _error(name: str, value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
+    error = relative_error(value, expected)
+    if not error <= tolerance:
+        raise NotImplementedError(
+            f"the {name}, recomputed, are not the model's: off by {error:.3g} of the largest entry "
+            f"(tolerance {tolerance:g}); take off hooks of your own"
+        )
+    return error
 
 
 def _target_ids(model: Any, target: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -353,15 +351,13 @@ def _neuron_scores(
     Neurons are scored in the order of the bound ``vector @ slope`` until none that is left reaches
     an input's k-th score. Where logits are not linear in the stream there is no bound.
     """
-    bounds, places = [], []
-    layers = [
-        (state, write, write.sublayer)
-        for state, write in zip(states, writes, strict=False)
-        if isinstance(write.sublayer, FeedForward)
-    ]
+    bounds: list[torch.Tensor] = []
+    labels: list[str] = []
+    pairs = zip(states, writes, strict=False)
+    layers = [(s, w, w.sublayer) for s, w in pairs if isinstance(w.sublayer, FeedForward)]
     if not layers:
         raise ValueError("by='neuron' needs feed-forward sublayers; this model has none")
-    for index, (state, write, ff) in enumerate(layers):
+    for state, write, ff in layers:
         bound = torch.full_like(write.read, torch.inf)
         for row in range(0 if vocabulary.nonlinear else len(bound)):
             before = vocabulary.log_probs(state[row : row + 1], row)
@@ -369,24 +365,24 @@ def _neuron_scores(
             along = (ff.W_out if norm is None else norm.linear(ff.W_out)) @ slope
             bound[row] = write.read[row] * along / write.divisor[row]
         bounds.append(bound)
-        places += [(index, neuron) for neuron in range(bound.shape[1])]
+        labels += [f"L{write.layer}N{neuron}" for neuron in range(bound.shape[1])]
     bound = torch.cat(bounds, dim=1)
     scores = torch.full_like(bound, -torch.inf)
-    k, size = min(k, len(places)), _BLOCK
+    k, size = min(k, len(labels)), _BLOCK
     # A score that lies within a few roundings of a bound is not decided by it.
     slack = 64 * torch.finfo(bound.dtype).eps * (1 + bound.abs().amax(dim=1))
     while bool((bound.amax(dim=1) + slack > scores.topk(k).values[:, -1]).any()):
-        chosen = bound.topk(min(size, len(places))).indices.unique()
-        for index, (state, write, ff) in enumerate(layers):
-            start = index and sum(b.shape[1] for b in bounds[:index])
-            here = chosen[(chosen >= start) & (chosen < start + bounds[index].shape[1])]
+        chosen = bound.topk(min(size, len(labels))).indices.unique()
+        start = 0
+        for state, write, ff in layers:
+            end = start + write.read.shape[1]
+            here = chosen[(chosen >= start) & (chosen < end)]
             vectors = write.read[:, here - start, None] * ff.W_out[here - start]
             scores[:, here] = vocabulary.gains(state, write.arrive(vectors))
+            start = end
         bound[:, chosen] = -torch.inf
-        size *= 2
+        # The next vectors are at most so many times this tensor.
+        fits = vocabulary.max_bytes // (8 * len(bound) * states[0].numel())
+        size = max(_BLOCK, min(2 * size, fits))
     best = scores.topk(k).indices.unique()
-    names = [
-        f"L{layers[index][1].layer}N{neuron}"
-        for index, neuron in map(places.__getitem__, best.tolist())
-    ]
-    return [scores[:, best]], names
+    return [scores[:, best]], [labels[place] for place in best.tolist()]
