@@ -21,7 +21,7 @@ from test_render import Parsed
 import tl_contextmix as cm
 from tl_contextmix import __main__ as command_line
 from tl_contextmix.adapters import as_view
-from tl_contextmix.engine.citations import WORKS
+from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.plotting import Page, Section, colors
 from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
@@ -113,8 +113,8 @@ def test_facts_say_what_it_is_about(page, causal):
 def test_citations_are_those_of_cite(page):
     told = " ".join(section.citation for section in page.sections)
     for key in ("kobayashi2024analyzing", "mohebbi2023quantifying", "geva2021transformer"):
-        assert WORKS[key].sentence in told
-    assert WORKS["yu2024neuron"].sentence in part(page, "components").citation
+        assert sources(key) in told
+    assert sources("yu2024neuron") in part(page, "components").citation
 
 
 def test_prediction_is_the_models_own(page, causal):
@@ -226,7 +226,7 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
-    neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", top_k=10)
+    neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", k=10)
     assert tuple(row[0] for row in titled(section, "that raise it").rows) == neurons.labels()
     assert titled(section, "by position").columns == layers.tokens.strings[0]
     heads = cm.log_prob_contributions(causal, TEXT, by="head").top(3)

@@ -19,16 +19,26 @@ from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.results import (
     ContextMap,
+    Decomposition,
     LayerFigures,
+    LayerwiseDecoding,
+    LayerwiseLikelihood,
+    LayerwiseScores,
+    Memories,
     Result,
     TokenFigures,
+    TokenMemory,
     Tokens,
     storage,
 )
 from tl_contextmix.results.labelled_arrays import LabelledArray
 
+pytestmark = pytest.mark.once
+
 FILES = sorted((Path(__file__).parent / "data/v1").glob("*.safetensors"))
-ARRAYS = {type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)}
+ARRAYS: dict[type, Any] = {
+    type(one): one for path in FILES if isinstance(one := Result.load(path), LabelledArray)
+}
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
 
 
@@ -116,11 +126,11 @@ def test_every_array_can_be_cut(result: Any):
 
 
 def test_a_part_of_a_decoding_has_its_texts():
-    found = ARRAYS[cm.LayerwiseDecoding]
+    found = ARRAYS[LayerwiseDecoding]
     part = found.select(layer=1)
     assert part.texts == ((found.texts[0][1],),)
     assert part.to_dataframe().to_dict("records") == found.to_dataframe().to_dict("records")[1:]
-    likelihood = ARRAYS[cm.LayerwiseLikelihood]
+    likelihood = ARRAYS[LayerwiseLikelihood]
     pos = likelihood.select(pos=[2, 0]).to_dataframe()
     whole = likelihood.to_dataframe()
     kept = pandas.concat(
@@ -130,7 +140,7 @@ def test_a_part_of_a_decoding_has_its_texts():
 
 
 def test_memories_at_positions_of_the_input():
-    found = ARRAYS[cm.Memories]
+    found = ARRAYS[Memories]
     part = found.select(pos=[3, 1])
     pandas.testing.assert_frame_equal(part.top(2, pos=3), found.top(2, pos=3))
     pandas.testing.assert_frame_equal(part.top(2), found.top(2, pos=1))
@@ -193,6 +203,9 @@ def test_a_difference_is_a_signed_map():
     )
     found = a - b
     assert torch.equal(found.scores, a.scores - b.scores)
+    assert found.bias is not None
+    assert a.bias is not None
+    assert b.bias is not None
     assert torch.equal(found.bias, a.bias - b.bias)
     assert (found.signed, found.unit) == (True, "difference of norm")
     assert repr(found).startswith(
@@ -203,12 +216,13 @@ def test_a_difference_is_a_signed_map():
     sizes = [abs(row["score"]) for row in found.top(5)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == float(found.scores.abs().max())
-    assert min(float(panel.values.min()) for panel in found.panels()) < 0
+    panels: Any = found.panels()
+    assert min(float(panel.values.min()) for panel in panels) < 0
     assert found.select(layer=0).mean().words().signed
     assert (a - random_map(head=2, padding=1, seed=1)).bias is None
     assert (a.mean() - b.select(head=1)).heads == ("mean - 1",)
     with pytest.raises(InvalidInput, match=r"head axis: \['1', '0'\]; expected as in the first"):
-        a - b.select(head=[1, 0])
+        _ = a - b.select(head=[1, 0])
     points = a - dataclasses.replace(b, point="mlp_out")
     assert points.point == "block_out - mlp_out"
 
@@ -240,19 +254,19 @@ def test_differences_are_saved_cited_and_shown(tmp_path: Path):
 def test_what_does_not_agree_is_not_subtracted(other: dict[str, Any], message: str):
     map = random_map()
     with pytest.raises(InvalidInput, match=f"cannot be subtracted: got {message}"):
-        map - dataclasses.replace(map, **other)
+        _ = map - dataclasses.replace(map, **other)
 
 
 def test_other_tokens_are_not_subtracted():
-    map = random_map()
+    map: Any = random_map()
     with pytest.raises(InvalidInput, match="rows and tokens of the target axis"):
-        map - random_map(target=4)
+        _ = map - random_map(target=4)
     with pytest.raises(InvalidInput, match="padding of the target axis"):
-        map - random_map(padding=1)
+        _ = map - random_map(padding=1)
     with pytest.raises(InvalidInput, match="positions of the source axis"):
-        map.select(source=[0, 1]) - map.select(source=[1, 2])
+        _ = map.select(source=[0, 1]) - map.select(source=[1, 2])
     with pytest.raises(TypeError, match="unsupported operand"):
-        map - map.scores
+        _ = map - map.scores
 
 
 def test_a_minimal_pair_is_labelled_with_both_words():
@@ -267,7 +281,7 @@ def test_what_needs_scores_from_0_refuses_a_difference():
     for refused, name in (
         (difference.normalize, "normalize"),
         (difference.rollout, "rollout"),
-        (lambda: cm.cue_alignment(difference, [0, 0]), "an evaluation"),
+        (lambda: cm.cue_alignment(difference, [[0], [0]]), "an evaluation"),
         (lambda: cm.agreement(difference, map), "an evaluation"),
     ):
         with pytest.raises(InvalidInput, match=f"^{name} needs a map of scores from 0: got a diff"):
@@ -276,12 +290,12 @@ def test_what_needs_scores_from_0_refuses_a_difference():
         dataclasses.replace(difference, target=tokens(2, 4, padding=1))
 
 
-@pytest.mark.parametrize("kind", [LayerFigures, TokenFigures, cm.TokenMemory, cm.Decomposition])
+@pytest.mark.parametrize("kind", [LayerFigures, TokenFigures, TokenMemory, Decomposition])
 def test_other_differences(kind: type[Any]):
     one = ARRAYS[kind]
     field = one._array
     other = dataclasses.replace(one, **{field: getattr(one, field) * 0.5})
-    found = one - other
+    found: Any = one - other
     assert np.allclose(np.asarray(found), np.asarray(one) / 2, equal_nan=True)
     assert found.is_difference
     assert not one.is_difference
@@ -292,9 +306,9 @@ def test_other_differences(kind: type[Any]):
 
 
 def test_decodings_have_no_difference():
-    for kind in (cm.LayerwiseDecoding, cm.LayerwiseScores, cm.Memories):
+    for kind in (LayerwiseDecoding, LayerwiseScores, Memories):
         with pytest.raises(TypeError, match="unsupported operand"):
-            ARRAYS[kind] - ARRAYS[kind]
+            _ = ARRAYS[kind] - ARRAYS[kind]
 
 
 # NumPy and xarray
@@ -354,7 +368,7 @@ def test_there_is_a_file_of_every_class():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_of_version_1_load(path: Path, tmp_path: Path):
-    result = Result.load(path)
+    result: Any = Result.load(path)
     assert type(result).__name__ == path.stem
     assert result.panels()
     assert repr(result)

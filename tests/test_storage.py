@@ -29,6 +29,8 @@ from tl_contextmix.results import (
     storage,
 )
 
+pytestmark = pytest.mark.once
+
 EACH = [
     pytest.param(result, id=f"{type(result).__name__}-{index}")
     for index, result in enumerate(hand_built.one_of_each())

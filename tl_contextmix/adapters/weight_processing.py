@@ -144,6 +144,8 @@ def make_notice(facts: Facts, view: ModelView) -> Notice:
     # One that was configured with plain norms was trained with them, too.
     trained = not facts.bridge and getattr(facts.model.cfg, "original_architecture", None) is None
     processing = [step for step in view.processing if step != "fold_ln" or not trained]
+    # Neither the model nor the view may be kept alive by what it holds.
+    name, remedy = view.name, _remedy(facts, view)
 
     def notice(method: str, options: Mapping[str, Any]) -> None:
         steps = changed_by(method, options, processing)
@@ -153,11 +155,11 @@ def make_notice(facts: Facts, view: ModelView) -> Notice:
         effects = "; ".join(f"{step}: {_EFFECTS[step]}" for step in steps)
         warn(
             four_parts(
-                f"{method} of {view.name} is not that of the weights as published",
+                f"{method} of {name} is not that of the weights as published",
                 f"weights processed by TransformerLens ({effects})",
                 "unprocessed weights. By how much they differ cannot be told: weights that "
                 "give any other numbers become these same ones",
-                f"Load them with {_remedy(facts, view)}, or tl_contextmix.load_model.",
+                f"Load them with {remedy}, or tl_contextmix.load_model.",
             )
         )
 

@@ -30,7 +30,7 @@ def cue_alignment(
     maps: Maps,
     cues: Cues,
     *,
-    targets: Sequence[int] | int = -1,
+    pos: Sequence[int] | int = -1,
     method: str | None = None,
 ) -> Score:
     r"""Returns how much a map's target rows point at the tokens that decide the target.
@@ -50,7 +50,7 @@ def cue_alignment(
         cues: Per sentence what decides the target, several are fine: positions on the source axis
             (a beginning-of-sequence token counts), or tokens as text, each of which stands for
             every readable token of that text, spaces aside.
-        targets: The target position, one for all or one per sentence; negative counts from the
+        pos: The target position, one for all or one per sentence; negative counts from the
             last real token.
         method: Name in the table; None for the map's own.
 
@@ -63,7 +63,7 @@ def cue_alignment(
     found: Figures = {}
     listed = list(sentences(maps))
     cues = require_cues(len(listed), cues)
-    places = per_sentence(targets, len(listed), "targets")
+    places = per_sentence(pos, len(listed), "positions")
     name = method or (listed[0][0].provenance.method if listed else "")
     for (map, row), asked, target in zip(listed, cues, places, strict=True):
         place = target_place(map, row, target)

@@ -50,10 +50,11 @@ def grid(panel: Table, *, limit: int = ROW_LIMIT, values: bool = False) -> str:
         found = []
         for cell, text in zip(column, texts, strict=False):
             kind = ""
-            if cell is None or is_number(cell):
-                shade = f" {colors.cell_class(cell, scale)}" if signed and cell is not None else ""
-                kind = f' class="number{shade}"'
-                kind += data(cell) if values and cell is not None else ""
+            if cell is None:
+                kind = ' class="number"'
+            elif is_number(cell):
+                shade = f" {colors.cell_class(float(cell), scale)}" if signed else ""
+                kind = f' class="number{shade}"{data(float(cell)) if values else ""}'
             found.append(f"{opening}{kind}>{text}</{tag}>")
         columns.append(found)
     head = "".join(
