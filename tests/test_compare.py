@@ -493,10 +493,10 @@ def test_only_mining_is_said_to_go_on_when_interrupted(
     monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
     for words, more in (
         ("check causal-lm", ""),
-        ("mine causal-lm corpus.txt -o mined", "; the same command goes on"),
+        ("mine causal-lm corpus.txt -o mined", "; run the same command to resume"),
     ):
         assert main(words.split()) == 130
-        assert capsys.readouterr().err == f"tl-contextmix: stopped{more}\n"
+        assert capsys.readouterr().err == f"tl-contextmix: interrupted{more}\n"
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
