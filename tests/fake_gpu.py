@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tl_contextmix.results import LogProbContributions
+
 GPU = torch.device("privateuseone:0")
 # Of what has no deterministic CUDA kernel for fractions, what could be called here; see the
 # documentation of torch.use_deterministic_algorithms.
@@ -230,7 +232,7 @@ def ask_options(asked: Asked, family: str) -> None:
         model = zoo.build(CASES[family]).to(GPU)
         padded = {"model": model, "input": given.tokens.to(GPU), "attention_mask": mask}
 
-        def best(by: Any) -> cm.LogProbContributions:
+        def best(by: Any) -> LogProbContributions:
             return cm.log_prob_contributions(**padded, by=by, top_k=3)
 
         cuts = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
+from tl_contextmix.results import LayerwiseDecoding
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
@@ -74,7 +75,7 @@ def until_end(ids: Tensor, end: int) -> list[list[int]]:
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
-def outputs(found: cm.LayerwiseDecoding, place: int) -> list[list[int]]:
+def outputs(found: LayerwiseDecoding, place: int) -> list[list[int]]:
     """What was said from one layer."""
     return [
         ids[place][mask[place]].tolist() for ids, mask in zip(found.ids, found.mask, strict=True)

@@ -21,7 +21,7 @@ from zoo_refused import REFUSED
 
 import tl_contextmix as cm
 from tl_contextmix.core.text_metrics import METRICS, Output, edit_distance, make_metrics, repetition
-from tl_contextmix.results import Provenance
+from tl_contextmix.results import LayerCurves, LayerwiseDecoding, Provenance
 from tl_contextmix.results.curves import curve_point
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
@@ -37,7 +37,7 @@ VOCABULARY = sorted(
 END = len(VOCABULARY)
 
 
-def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseDecoding:
+def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> LayerwiseDecoding:
     """Outputs that are known, of three layers."""
     ids = torch.full((3, 3, 8), END)
     mask = torch.zeros(3, 3, 8, dtype=torch.bool)
@@ -48,7 +48,7 @@ def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseD
             mask[row, place, : len(words) + 1] = True
     finished = torch.ones(3, 3, dtype=torch.bool)
     finished[1, 0] = False
-    return cm.LayerwiseDecoding(
+    return LayerwiseDecoding(
         ids=ids,
         mask=mask,
         log_probs=-mask.double(),
@@ -67,7 +67,7 @@ def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseD
     )
 
 
-def values(curves: cm.LayerCurves, metric: str, category: str = "all") -> list[float]:
+def values(curves: LayerCurves, metric: str, category: str = "all") -> list[float]:
     points = curves.select(metric, category)
     assert [point.layer for point in points] == [0, 1, 2]
     return [point.value for point in points]
@@ -164,7 +164,7 @@ def test_a_function_of_the_users_and_categories() -> None:
 
 def test_a_column_of_a_table_and_names_of_the_users_own() -> None:
     frame = pandas.DataFrame({"kind": ["x", "y", "x"], "right": RIGHT}, index=[7, 8, 9])
-    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(LayerwiseDecoding.metrics)
     found = ask(decoding(None), frame["right"], metric="WER", categories=frame["kind"])
     listed = decoding().metrics(metric="WER", categories=["x", "y", "x"])
     assert found.to_dataframe().equals(listed.to_dataframe())
@@ -372,7 +372,7 @@ def test_a_metric_that_no_sentence_has_is_nan() -> None:
     ],
 )
 def test_categories_that_are_none(categories: Any, message: str) -> None:
-    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(LayerwiseDecoding.metrics)
     with pytest.raises(cm.InvalidInput, match=message):
         ask(decoding(), metric="empty", categories=categories)
 

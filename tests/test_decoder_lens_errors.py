@@ -14,9 +14,10 @@ import zoo
 from test_decoder_lens_data import decoding
 
 import tl_contextmix as cm
+from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood, LayerwiseScores
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
-Result = cm.LayerwiseDecoding | cm.LayerwiseLikelihood | cm.LayerwiseScores
+Result = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,14 +172,14 @@ ANSWERS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "options", "match"), ANSWERS)
 def test_what_a_decoding_cannot_answer(name: str, options: dict[str, Any], match: str) -> None:
-    ask = bare(getattr(cm.LayerwiseDecoding, name))
+    ask = bare(getattr(LayerwiseDecoding, name))
     with pytest.raises(cm.InvalidInput, match=match):
         ask(decoding(), **options)
 
 
 def test_what_judged_answers_and_scores_cannot_answer() -> None:
     judged = cm.decoder_lens(model(), "the cat", "a dog", mode="teacher_forced")
-    ask = functools.partial(bare(cm.LayerwiseLikelihood.metrics), judged)
+    ask = functools.partial(bare(LayerwiseLikelihood.metrics), judged)
     for options, match in (
         ({"metric": 5}, "no such metric"),
         ({"metric": []}, "no such metric"),
@@ -193,6 +194,6 @@ def test_what_judged_answers_and_scores_cannot_answer() -> None:
     one = cm.decoder_lens(model(), "the cat", mode="scores", tokens=["cat"])
     for places in ((), (0, 1), (0, 5), ("cat", "dog"), (0.0, 0)):
         with pytest.raises(cm.InvalidInput, match="token axis"):
-            bare(cm.LayerwiseScores.difference)(one, *places)
+            bare(LayerwiseScores.difference)(one, *places)
     two = cm.decoder_lens(model(), "the cat", mode="scores", tokens=["cat", "dog"])
     assert torch.equal(two.difference(*two.strings), two.difference())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS, _REFUSED
+from tl_contextmix.results import LayerwiseDecoding
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
@@ -53,7 +54,7 @@ def tokens() -> Tensor:
     return zoo.inputs(BART[0], batch=3).tokens
 
 
-def said(found: cm.LayerwiseDecoding, layer: int) -> list[list[int]]:
+def said(found: LayerwiseDecoding, layer: int) -> list[list[int]]:
     """What was said from a layer, padding left out."""
     return [
         row[real].tolist()

@@ -15,6 +15,7 @@ import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.evaluation import agreement, cue_alignment, faithfulness
+from tl_contextmix.results import ContextMap, Score
 
 TEXT = "the keys to the cabinet"
 
@@ -25,15 +26,15 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def fmap(model: Any) -> cm.ContextMap:
+def fmap(model: Any) -> ContextMap:
     return cm.attention_norms(model, TEXT).normalize()
 
 
-def rows(score: cm.Score, metric: str) -> list[Any]:
+def rows(score: Score, metric: str) -> list[Any]:
     return [row for row in score.rows if row.metric == metric]
 
 
-def test_cue_alignment_by_hand(fmap: cm.ContextMap) -> None:
+def test_cue_alignment_by_hand(fmap: ContextMap) -> None:
     scores = torch.zeros_like(fmap.scores)
     scores[..., 0] = 1.0
     # The last row: half on the second token, a quarter on the third and the first.
@@ -53,7 +54,7 @@ def test_cue_alignment_by_hand(fmap: cm.ContextMap) -> None:
     assert several.chance == pytest.approx(2 / 6)
 
 
-def test_only_what_a_target_can_read_counts(fmap: cm.ContextMap) -> None:
+def test_only_what_a_target_can_read_counts(fmap: ContextMap) -> None:
     found = rows(cue_alignment(fmap, [[1]], targets=2), "dot")[0]
     assert found.chance == pytest.approx(1 / 3)
     with pytest.raises(cm.InvalidInput, match=r"position 4.*one of \[0, 1, 2\]"):
@@ -92,7 +93,7 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
 
 
 def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
-    model: Any, fmap: cm.ContextMap
+    model: Any, fmap: ContextMap
 ) -> None:
     whole = cue_alignment(fmap, [[1]], targets=3).rows
     assert rows(cue_alignment(fmap, [[1]], targets=3), "dot")[0].chance == pytest.approx(1 / 4)
@@ -106,7 +107,7 @@ def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
         assert a.value == pytest.approx(b.value)
 
 
-def test_agreement_with_itself_and_with_its_reverse(fmap: cm.ContextMap) -> None:
+def test_agreement_with_itself_and_with_its_reverse(fmap: ContextMap) -> None:
     assert {round(row.value, 9) for row in agreement(fmap, fmap).rows} == {1.0}
     # Every row's order turned around among what can be read.
     top = fmap.scores.max() + 1
@@ -115,7 +116,7 @@ def test_agreement_with_itself_and_with_its_reverse(fmap: cm.ContextMap) -> None
     assert {round(row.value, 9) for row in found.rows} == {-1.0}
 
 
-def test_faithfulness_against_a_literal_loop(model: Any, fmap: cm.ContextMap) -> None:
+def test_faithfulness_against_a_literal_loop(model: Any, fmap: ContextMap) -> None:
     ids = fmap.target.ids
     with torch.no_grad():
         answer = int(model(ids)[0, -1].argmax())
@@ -141,7 +142,7 @@ def test_faithfulness_against_a_literal_loop(model: Any, fmap: cm.ContextMap) ->
     assert values["blank-out"] == pytest.approx(float(spearman(row[others], single)), abs=1e-5)
 
 
-def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: cm.ContextMap) -> None:
+def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: ContextMap) -> None:
     flat = replace(fmap, scores=torch.ones_like(fmap.scores).tril(), bias=None)
     for row in faithfulness(model, TEXT, flat).rows:
         if row.metric == "blank-out":
@@ -155,7 +156,7 @@ def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: cm.Con
         assert row.sentences == 0
 
 
-def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: cm.ContextMap) -> None:
+def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: ContextMap) -> None:
     whole = faithfulness(model, TEXT, fmap, target=-2)
     for part in (fmap.select(target=-2), fmap.select(target=[-2, -1])):
         assert faithfulness(model, TEXT, part, target=-2).equals(whole)
@@ -168,7 +169,7 @@ def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: cm.ContextM
         faithfulness(model, TEXT, heads)
 
 
-def test_the_blank_itself_is_not_ranked(model: Any, fmap: cm.ContextMap) -> None:
+def test_the_blank_itself_is_not_ranked(model: Any, fmap: ContextMap) -> None:
     first = int(fmap.target.ids[0, 0])
     scores = fmap.scores.clone()
     scores[..., 0] = 9.0  # the beginning-of-sequence token, with which nothing can be done
@@ -194,17 +195,17 @@ def test_gradients_under_inference_mode(model: Any) -> None:
         assert torch.equal(cm.gradient_x_input(model, ids).scores, plain.scores)
 
 
-def test_scores_show_save_and_add(fmap: cm.ContextMap, tmp_path: Any) -> None:
+def test_scores_show_save_and_add(fmap: ContextMap, tmp_path: Any) -> None:
     found = cue_alignment(fmap, [[2]], method="mine")
     both = found + agreement(fmap, fmap)
     assert len(both.rows) == 16
     assert set(both.to_dataframe().columns) >= {"method", "layer", "value", "low", "chance"}
-    assert cm.Score.load(both.save(tmp_path / "score")).equals(both)
+    assert Score.load(both.save(tmp_path / "score")).equals(both)
     assert "mine" in both.show()._repr_html_()
     assert "mine" in repr(both)
 
 
-def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
+def test_bad_input(model: Any, fmap: ContextMap) -> None:
     raw = cm.attention_norms(model, TEXT)
     heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
     for call, message in (

@@ -15,12 +15,13 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.engine.selection import Controls, chosen_components, without_sources
+from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import Components, Grid, join
 
 CASES = zoo.cases()
 
 
-def knocked(model: Any, given: zoo.Inputs, **options: Any) -> cm.Knockout:
+def knocked(model: Any, given: zoo.Inputs, **options: Any) -> Knockout:
     """A knockout at the last position."""
     return cm.knockout(
         model, given.tokens, **{"controls": 0, "pos": -1, **keywords(given), **options}

@@ -15,13 +15,14 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.tiled_logits import read_vocabulary
+from tl_contextmix.results import LogProbContributions
 
 CASES = zoo.cases()
 RULES = ("frozen", "frozen+beta", "recompute")
 POS = -2
 
 
-def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:
+def asked(model: Any, given: zoo.Inputs, **options: Any) -> LogProbContributions:
     """The contributions at the last position but one."""
     return cm.log_prob_contributions(
         model, given.tokens, **{"pos": POS, **keywords(given), **options}

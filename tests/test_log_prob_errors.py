@@ -12,6 +12,7 @@ import zoo
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
+from tl_contextmix.results import LogProbContributions
 
 CASES = zoo.cases()
 TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])
@@ -161,7 +162,7 @@ def test_numbers_of_other_libraries_are_numbers(model: Any, tmp_path: Any) -> No
         options |= {"by": "ff_neuron", "max_bytes": kind(2**28)}
         found = unchecked(cm.log_prob_contributions)(model, TOKENS, **options)
         assert torch.equal(found.scores, expected.scores)
-        assert cm.LogProbContributions.load(found.save(tmp_path / "found")).equals(found)
+        assert LogProbContributions.load(found.save(tmp_path / "found")).equals(found)
         one = unchecked(cm.knockout)(
             model, TOKENS, neurons=kind([[1, 3]]), controls=kind(2), seed=kind(1), pos=kind(1)
         )

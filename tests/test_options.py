@@ -16,6 +16,7 @@ from asked import case_of, keywords
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.results import ComponentReadouts, Knockout, QueryContributions, ValueReadouts
 
 # A model for each kind of stack; its own options as the second entry.
 STACKS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -35,27 +36,27 @@ PAIRS = ("decoder", "post-LN decoder")
 POST_LN = ("masked", "post-LN encoder", "post-LN decoder", "post-LN cross")
 
 
-def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> cm.ComponentReadouts:
+def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> ComponentReadouts:
     """The extremes of what components promote."""
     found = cm.log_prob_contributions(model, tokens, pos=-1, **given)
     return cm.component_readouts(model, tokens, components=found, k=k, **given)
 
 
-def queries(model: Any, tokens: Tensor, **options: Any) -> cm.QueryContributions:
+def queries(model: Any, tokens: Tensor, **options: Any) -> QueryContributions:
     """What activates two feed-forward neurons of the second layer."""
     return cm.query_contributions(
         model, tokens, **{"neurons": [(1, 1), (1, 3)], "pos": -1, **options}
     )
 
 
-def out(model: Any, tokens: Tensor, **options: Any) -> cm.Knockout:
+def out(model: Any, tokens: Tensor, **options: Any) -> Knockout:
     """What is left without one head, unless others are named."""
     if "neurons" not in options:
         options = {"heads": [(0, 1)], **options}
     return cm.knockout(model, tokens, **{"controls": 0, "pos": -1, **options})
 
 
-def values(model: Any, tokens: Tensor, **options: Any) -> cm.ValueReadouts:
+def values(model: Any, tokens: Tensor, **options: Any) -> ValueReadouts:
     """What feed-forward values are."""
     options.pop("decoder_input", None)
     return cm.ff_values(model, **{"layer": 0, "neurons": [0, 3], "k": 2, **options})

@@ -17,6 +17,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.weight_processing import _TOLD
 from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.results import LogProbContributions
 
 STEPS = (
     "fold_ln",
@@ -94,7 +95,7 @@ def methods() -> dict[str, Method]:
     return found
 
 
-def _components(tokens: Tensor, by: Any) -> cm.LogProbContributions:
+def _components(tokens: Tensor, by: Any) -> LogProbContributions:
     """The same components for every model, found by the unprocessed one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -264,7 +264,7 @@ def test_weights_that_change_in_place_are_read_anew(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tensor in the same place, in another order or with other entries."""
-    monkeypatch.setattr("tl_contextmix.adapters.glance._KEPT_BYTES", size)
+    monkeypatch.setattr("tl_contextmix.adapters.views._KEPT_BYTES", size)
     case = case_of("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
     first = cm.attention_norms(model, given.tokens).scores

@@ -17,6 +17,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import SpanRows
+from tl_contextmix.results import ContextMap
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
@@ -408,7 +409,7 @@ def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
         "metric": "cosine",
         "final_norm": True,
     }
-    again = cm.ContextMap.load(found.save(tmp_path / "map.safetensors"))
+    again = ContextMap.load(found.save(tmp_path / "map.safetensors"))
     assert torch.equal(again.scores, found.scores)
     assert again.provenance == found.provenance
 

@@ -26,7 +26,6 @@ from tl_contextmix.core.residual_stream import (
 )
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.engine.parts import require_budget
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
@@ -78,7 +77,7 @@ def run_prediction(
     target_ids: object = None,
     pos: object = None,
     norm: NormRule,
-    max_bytes: object,
+    max_bytes: int,
     both_stacks: bool = False,
 ) -> Prediction:
     """Runs the model once and returns what it was asked.
@@ -101,7 +100,6 @@ def run_prediction(
             user's own change what is read from it.
     """
     view.readout.require()
-    budget = require_budget(max_bytes)
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}
     names = [
@@ -123,7 +121,7 @@ def run_prediction(
     logits = _logits(view, forward_pass, stream)
     tokens = target_tokens(view, target, target_ids, logits)
     ids = tokens.ids[:, 0].to(view.device)
-    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, budget)
+    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
     log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
     return Prediction(view, forward_pass, stream, vocabulary, tokens, log_prob)
 

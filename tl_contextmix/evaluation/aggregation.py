@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -88,17 +86,7 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     Raises:
         InvalidInput: If their number differs from that of the sentences.
     """
-    found: Any = given
-    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
-        found = [operator.index(given)] * count
-    if not isinstance(found, Sequence) or any(isinstance(x, (bool, str, float)) for x in found):
-        raise bad(
-            f"{what} must be positions",
-            repr(given),
-            "an integer, or a list of them",
-            "Positions count all tokens, a beginning-of-sequence token included.",
-        )
-    found = [operator.index(x) for x in found]
+    found = [given] * count if isinstance(given, int) else [*given]
     if len(found) != count:
         raise bad(
             f"{what} do not match the sentences",

@@ -82,8 +82,8 @@ def cue_alignment(
     return Score(
         rows=summarise(name, found),
         title="Alignment with the cue",
-        caption="The cues' share of the target's row (dot) and their rank in it (average precision). "
-        "Chance: a row without information.",
+        caption="Share of the target's row on the cue (dot), and how high the row ranks it (average "
+        "precision). Chance: a row without information.",
     )
 
 

@@ -19,8 +19,9 @@ from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import NotNegative, Positive
 from tl_contextmix.engine.registry import Method, method, methods
-from tl_contextmix.errors import UnsupportedModel, bad, require_choice
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (
     Cues,
     Drop,
@@ -107,7 +108,6 @@ def compare(
 
     Cost: every method once per sentence, and `faithfulness` of every map.
     """
-    require_choice("unusable", unusable, ("error", "drop"))
     view = as_view(model)
     view.readout.require()
     sentences, dropped = sentences_of(model, view, input, cues, unusable)
@@ -293,7 +293,7 @@ def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
 
 
 def demo_pairs(
-    kind: str = "agreement", count: int = 50, *, lures: bool = True, seed: int = 5
+    kind: str = "agreement", count: Positive = 50, *, lures: bool = True, seed: NotNegative = 5
 ) -> tuple[MinimalPair, ...]:
     """Returns minimal pairs from the demo models' grammar, with cues and lures.
 
@@ -311,9 +311,7 @@ def demo_pairs(
     """
     from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
 
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise bad("count must be positive", repr(count), "a positive integer", "Use 50, say.")
-    if not isinstance(kind, str) or kind not in KINDS or (lures and not KINDS[kind]):
+    if kind not in KINDS or (lures and not KINDS[kind]):
         raise bad(
             "the grammar has no such pairs",
             f"kind={kind!r}, lures={lures}",

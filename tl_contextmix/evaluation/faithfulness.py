@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Text, make_batch
+from tl_contextmix.adapters.inputs import Given, Input, make_batch
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
@@ -30,7 +30,7 @@ _ORDERS = 20
 @method(cites=("deyoung2020eraser",), on_text=False)
 def faithfulness(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     map: ContextMap,
     *,
     target: int | Sequence[int] | None = None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import InvalidInput, bad
 
 MOST = 2**62
@@ -25,19 +25,6 @@ def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, 
             f"shape {expected}",
             "Give every axis as many labels as it has entries.",
         )
-
-
-def whole_number(value: Any) -> int | None:
-    """Returns an integer, NumPy's and tensors without axes included; None for anything else."""
-    # True would be position 1, and a mask of booleans a list of ones and zeros.
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-        return None
-    if getattr(value, "ndim", 0):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def require_number(name: str, value: Any, least: int = 1) -> int:

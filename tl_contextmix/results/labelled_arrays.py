@@ -170,7 +170,7 @@ class LabelledArray(Result):
                 continue
             part = tensor
             for dim, axis in enumerate(axes):
-                if axis in places:
+                if places.get(axis, whole := [*range(part.shape[dim])]) != whole:
                     index = torch.tensor(places[axis], dtype=torch.long, device=tensor.device)
                     part = part.index_select(dim, index)
             changes[name] = tensor.clone() if part is tensor else part
@@ -299,7 +299,7 @@ class LabelledArray(Result):
 
     # Differences
 
-    def __sub__(self: A, other: A) -> A:
+    def __sub__(self: A, other: Any) -> A:
         """Returns the difference of two results, number by number: a result of the same kind.
 
         Tokens that differ, as those of a minimal pair do, are labelled with both.

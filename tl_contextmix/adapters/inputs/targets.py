@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
-from tl_contextmix.results.axes import whole_number
 
 Names = str | Sequence[str]
 Ids = int | Sequence[int] | Tensor

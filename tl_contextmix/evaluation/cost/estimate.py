@@ -14,6 +14,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.evaluation.cost.fake_tensors import DryRun
@@ -25,11 +26,11 @@ _EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 
 def estimate(
     model: object,
-    n_tokens: int,
+    n_tokens: Positive,
     method: Callable[..., Any] | str,
     *,
-    batch: int = 1,
-    n_decoder_tokens: int | None = None,
+    batch: Positive = 1,
+    n_decoder_tokens: Positive | None = None,
 ) -> Estimate:
     """Returns the FLOPs and memory that a call would take, without running it.
 
@@ -68,15 +69,11 @@ def estimate(
     model's own modules token by token, so it runs for real on as many short inputs.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
-    counts = [("n_tokens", n_tokens), ("batch", batch)]
-    for name, value in (*counts, *(("n_decoder_tokens", count) for count in decoder)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise bad(f"{name} must be positive", repr(value), "an integer from 1", _EXAMPLE)
     if isinstance(method, str):
-        known = {name: one.function for name, one in methods().items() if one.on_text}
+        known = {name: one.function for name, one in methods().items() if one.estimated}
         require_choice("method", method, tuple(known))
         method = known[method]
-    if not callable(method) or isinstance(method, type):
+    if isinstance(method, type):
         expected = "a function of a model and token ids"
         raise bad("unknown method", repr(method), expected, _EXAMPLE)
     view = as_view(model)

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.adapters.inputs.targets import Ids, Names
-from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
+from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
-    SPLITS,
     By,
     Prediction,
     Split,
@@ -26,11 +27,9 @@ from tl_contextmix.engine.log_prob_scores import (
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions
-from tl_contextmix.results.axes import require_number, whole_number
 from tl_contextmix.results.components import Components, join, padding
-from tl_contextmix.results.log_prob_contributions import SCORES
 
 Score = Literal[
     "log_prob_increase",
@@ -48,7 +47,7 @@ _NEURONS = ("ff_neuron", "attn_neuron")
 @method(cites=("yu2023exploring", "yu2024neuron"))
 def log_prob_contributions(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     target: Names | None = None,
     target_ids: Ids | None = None,
@@ -56,13 +55,9 @@ def log_prob_contributions(
     pos: int | None = None,
     norm: NormRule = "frozen+beta",
     score: Score = "log_prob_increase",
-    top_k: int | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    top_k: Positive | None = None,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> LogProbContributions:
     r"""Returns how much each component of the residual stream raised a token's log-probability.
 
@@ -109,13 +104,9 @@ def log_prob_contributions(
             ``"coefficient_norm"`` (``|m| |v|``), ``"coefficient_rank"`` (``m`` / rank).
         top_k: Only so many neurons of each sentence, those with the largest scores; exactly the
             ones that computing all would give. None: all components.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
             W_U.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `LogProbContributions`, scores [batch component] in nats.
@@ -131,16 +122,11 @@ def log_prob_contributions(
     each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention
     neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
     """
-    require_choice("by", by, SPLITS)
-    require_choice("norm", norm, NORM_RULES)
-    require_choice("score", score, tuple(SCORES))
-    top_k = None if top_k is None else require_number("top_k", top_k)
     _require_neurons(by, score, top_k)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     with torch.no_grad():
         prediction = run_prediction(
             as_view(model),
-            given,
+            Given(input, **inputs),
             target=target,
             target_ids=target_ids,
             pos=pos,
@@ -176,7 +162,7 @@ def log_prob_contributions(
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "log_prob_contributions",
-            {"by": by, "pos": whole_number(pos), "norm": norm, "score": score, "top_k": top_k},
+            {"by": by, "pos": pos, "norm": norm, "score": score, "top_k": top_k},
         ),
     )
     return result if top_k is None else result.top(top_k)

@@ -8,27 +8,22 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.adapters.inputs.targets import Ids, Names
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
-from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
-from tl_contextmix.engine.log_prob_scores import (
-    SPLITS,
-    By,
-    Prediction,
-    Split,
-    run_prediction,
-    split_stream,
-)
+from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.validation import Positive
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
 from tl_contextmix.engine.neuron_inputs import NeuronInputs, Place, neuron_inputs_at, place_of
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
-from tl_contextmix.errors import InvalidInput, bad, require_choice
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
-from tl_contextmix.results.axes import largest, require_number, whole_number
+from tl_contextmix.results.axes import largest
 from tl_contextmix.results.components import KINDS, Components, finest, join, padding
 
 Share = Literal["exact", "ratio"]
@@ -45,22 +40,18 @@ VANISHING = (
 @method(cites=("yu2024neuron",))
 def query_contributions(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     neurons: Chosen,
     by: By = "layer",
     share: Share = "exact",
-    top_k: int | None = None,
+    top_k: Positive | None = None,
     target: Names | None = None,
     target_ids: Ids | None = None,
     pos: int | None = None,
     norm: NormRule = "frozen+beta",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> QueryContributions:
     r"""Returns which components of the residual stream activate some neurons.
 
@@ -99,12 +90,8 @@ def query_contributions(
         pos: Position that predicts; None: that of the contributions given, or else the last, or
             the mask.
         norm: Rule for the final norm, for neurons given as a list.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `QueryContributions`.
@@ -117,16 +104,12 @@ def query_contributions(
     neurons: ``2 S d_mlp d`` per layer by ``"ff_neuron"``. Cross-attention neurons read the
     encoder's stream, whose components are named ``encoder ...``.
     """
-    require_choice("by", by, SPLITS)
-    require_choice("norm", norm, NORM_RULES)
-    require_choice("share", share, ("exact", "ratio"))
-    top_k = None if top_k is None else require_number("top_k", top_k)
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
         prediction = run_prediction(
             view,
-            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            Given(input, **inputs),
             about=neurons,
             target=target,
             target_ids=target_ids,
@@ -170,7 +153,7 @@ def query_contributions(
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "query_contributions",
-            {"by": by, "share": share, "top_k": top_k, "pos": whole_number(pos)},
+            {"by": by, "share": share, "top_k": top_k, "pos": pos},
             neurons=finest(chosen),
         ),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
@@ -37,7 +38,7 @@ _FILES = ("text", "jsonl", "parquet")
 
 
 def load_triggers(
-    folder: str | Path,
+    folder: FilePath,
     *,
     model: object = None,
     corpus: object = None,
