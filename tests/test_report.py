@@ -213,7 +213,7 @@ def test_memories_are_named_and_triggered(page, causal):
     lasts = [values[-1] for values in samples[0].values]
     assert lasts == sorted(lasts, reverse=True)
     assert all(values[-1] == max(values) for values in samples[0].values)
-    assert "sentences of its grammar" in section.text
+    assert "sentences of the model's grammar" in section.text
 
 
 def test_components_are_tested_by_taking_them_out(page, causal):
@@ -539,11 +539,11 @@ def test_command_shows_warnings_on_one_line(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("report", "--model", "no such model"), "Cannot load the model"),
+        (("report", "--model", "no such model"), "cannot load the model"),
         (("report", "--model", "causal-lm", "--text", ""), "empty"),
         (("report", "--triggers", "no folder", "--model", "causal-lm"), "no folder"),
         (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
-        (("check", "no such model"), "Cannot load the model"),
+        (("check", "no such model"), "cannot load the model"),
     ],
 )
 def test_command_errors_are_one_line(run, arguments, message, tmp_path, monkeypatch):

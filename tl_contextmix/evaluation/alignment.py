@@ -82,7 +82,7 @@ def cue_alignment(
     return Score(
         rows=summarise(name, found),
         title="Alignment with the cue",
-        caption="Share of the target's row on the cue (dot), and how high the row ranks it (average "
+        caption="Share of the target's row on the cue (dot), and its rank in it (average "
         "precision). Chance: a row without information.",
     )
 
