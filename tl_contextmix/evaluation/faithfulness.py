@@ -213,8 +213,8 @@ def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
         raise bad(
             "the predicting position is ambiguous",
             f"{len(places)} mask tokens",
-            "exactly one, or a target",
-            "Pass target=<position>.",
+            "exactly one, or a position",
+            "Pass pos=.",
         )
     return places[0]
 
