@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import statistics
 import subprocess
@@ -259,6 +260,25 @@ def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
 def test_public_names_are_listed_before_they_are_loaded():
     listed = "import tl_contextmix as cm; print({*cm.__all__} <= {*dir(cm)}, 'compare' in vars(cm))"
     assert _run_python(listed).split() == ["True", "False"]
+
+
+def test_few_names_are_public_and_old_ones_name_the_new():
+    import tl_contextmix as cm
+    from tl_contextmix.core.validation import RENAMED
+
+    assert len(cm.__all__) <= 45
+    for old, new in RENAMED.items():
+        name, _, option = old.partition(".")
+        if option:
+            function: Any = getattr(cm, name)
+            with pytest.raises(cm.InvalidInput, match=f"It is now called {new}"):
+                function(**{option: 1})
+            continue
+        with pytest.raises(AttributeError, match=re.escape(f"is now called {new}")):
+            getattr(cm, old)
+        if new.startswith("tl_contextmix."):
+            module, _, name = new.rpartition(".")
+            assert hasattr(importlib.import_module(module), name)
 
 
 # Annotations

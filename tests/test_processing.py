@@ -14,9 +14,10 @@ from asked import case_of, relative
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.weight_processing import _TOLD
+from tl_contextmix.adapters.weight_processing import _WARNED
 from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.results import LogProbContributions
 
 STEPS = (
     "fold_ln",
@@ -25,7 +26,7 @@ STEPS = (
     "fold_value_biases",
     "refactor_factored_attn_matrices",
 )
-GOLD: dict[str, Any] = {"target_ids": 9}
+GOLD: dict[str, Any] = {"target": 9}
 NEURONS: dict[str, Any] = {
     "ff_neuron": [(1, 3), (1, 5)],
     "attn_neuron": [(1, 0, 2), (1, 1, 3)],
@@ -94,7 +95,7 @@ def methods() -> dict[str, Method]:
     return found
 
 
-def _components(tokens: Tensor, by: Any) -> cm.LogProbContributions:
+def _components(tokens: Tensor, by: Any) -> LogProbContributions:
     """The same components for every model, found by the unprocessed one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -130,7 +131,7 @@ def test_a_method_speaks_up_where_its_numbers_change_and_nowhere_else(step: str)
             expected -= {"fold_value_biases"} if "mean" in name else set()
         if named != expected:
             wrong[name] = (change, said)
-        _TOLD[model].clear()
+        _WARNED[model].clear()
     assert not wrong
 
 

@@ -19,9 +19,15 @@ from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.results import (
     ContextMap,
+    Decomposition,
     LayerFigures,
+    LayerwiseDecoding,
+    LayerwiseLikelihood,
+    LayerwiseScores,
+    Memories,
     Result,
     TokenFigures,
+    TokenMemory,
     Tokens,
     storage,
 )
@@ -120,11 +126,11 @@ def test_every_array_can_be_cut(result: Any):
 
 
 def test_a_part_of_a_decoding_has_its_texts():
-    found = ARRAYS[cm.LayerwiseDecoding]
+    found = ARRAYS[LayerwiseDecoding]
     part = found.select(layer=1)
     assert part.texts == ((found.texts[0][1],),)
     assert part.to_dataframe().to_dict("records") == found.to_dataframe().to_dict("records")[1:]
-    likelihood = ARRAYS[cm.LayerwiseLikelihood]
+    likelihood = ARRAYS[LayerwiseLikelihood]
     pos = likelihood.select(pos=[2, 0]).to_dataframe()
     whole = likelihood.to_dataframe()
     kept = pandas.concat(
@@ -134,7 +140,7 @@ def test_a_part_of_a_decoding_has_its_texts():
 
 
 def test_memories_at_positions_of_the_input():
-    found = ARRAYS[cm.Memories]
+    found = ARRAYS[Memories]
     part = found.select(pos=[3, 1])
     pandas.testing.assert_frame_equal(part.top(2, pos=3), found.top(2, pos=3))
     pandas.testing.assert_frame_equal(part.top(2), found.top(2, pos=1))
@@ -284,7 +290,7 @@ def test_what_needs_scores_from_0_refuses_a_difference():
         dataclasses.replace(difference, target=tokens(2, 4, padding=1))
 
 
-@pytest.mark.parametrize("kind", [LayerFigures, TokenFigures, cm.TokenMemory, cm.Decomposition])
+@pytest.mark.parametrize("kind", [LayerFigures, TokenFigures, TokenMemory, Decomposition])
 def test_other_differences(kind: type[Any]):
     one = ARRAYS[kind]
     field = one._array
@@ -300,7 +306,7 @@ def test_other_differences(kind: type[Any]):
 
 
 def test_decodings_have_no_difference():
-    for kind in (cm.LayerwiseDecoding, cm.LayerwiseScores, cm.Memories):
+    for kind in (LayerwiseDecoding, LayerwiseScores, Memories):
         with pytest.raises(TypeError, match="unsupported operand"):
             _ = ARRAYS[kind] - ARRAYS[kind]
 

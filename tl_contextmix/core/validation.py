@@ -28,7 +28,45 @@ from tl_contextmix.errors import UnknownOption, bad, did_you_mean, four_parts, s
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "Comparison": "tl_contextmix.results.Comparison",
+    "ComponentReadouts": "tl_contextmix.results.ComponentReadouts",
+    "CompositionFigures": "tl_contextmix.results.CompositionFigures",
+    "ContextMap": "tl_contextmix.results.ContextMap",
+    "Decomposition": "tl_contextmix.results.Decomposition",
+    "Estimate": "tl_contextmix.results.Estimate",
+    "FileFormatError": "tl_contextmix.errors.FileFormatError",
+    "Knockout": "tl_contextmix.results.Knockout",
+    "LayerCurves": "tl_contextmix.results.LayerCurves",
+    "LayerFigures": "tl_contextmix.results.LayerFigures",
+    "LayerwiseDecoding": "tl_contextmix.results.LayerwiseDecoding",
+    "LayerwiseLikelihood": "tl_contextmix.results.LayerwiseLikelihood",
+    "LayerwiseScores": "tl_contextmix.results.LayerwiseScores",
+    "LogProbContributions": "tl_contextmix.results.LogProbContributions",
+    "Memories": "tl_contextmix.results.Memories",
+    "MinimalPair": "tl_contextmix.evaluation.MinimalPair",
+    "PairChanges": "tl_contextmix.results.PairChanges",
+    "QueryContributions": "tl_contextmix.results.QueryContributions",
+    "Score": "tl_contextmix.results.Score",
+    "TokenFigures": "tl_contextmix.results.TokenFigures",
+    "TokenMemory": "tl_contextmix.results.TokenMemory",
+    "TriggerAgreement": "tl_contextmix.results.TriggerAgreement",
+    "TriggerExamples": "tl_contextmix.results.TriggerExamples",
+    "TriggerPatterns": "tl_contextmix.results.TriggerPatterns",
+    "Triggers": "tl_contextmix.methods.memories.Triggers",
+    "ValueReadouts": "tl_contextmix.results.ValueReadouts",
+    "rollout": "ContextMap.rollout",
+    "cue_alignment.targets": "pos",
+    "decoder_lens.layers": "layer",
+    "decoder_lens.tokens": "target",
+    "faithfulness.answer": "target",
+    "knockout.target_ids": "target",
+    "log_prob_contributions.target_ids": "target",
+    "log_prob_contributions.top_k": "k",
+    "query_contributions.target_ids": "target",
+    "query_contributions.top_k": "k",
+    "value_zeroing.targets": "pos",
+}
 """New names of what used to have another: a public name, or an option as ``"function.option"``."""
 
 LATER = "checked by what reads it"

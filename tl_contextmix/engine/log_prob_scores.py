@@ -74,7 +74,6 @@ def run_prediction(
     *,
     about: object = None,
     target: object = None,
-    target_ids: object = None,
     pos: object = None,
     norm: NormRule,
     max_bytes: int,
@@ -87,8 +86,7 @@ def run_prediction(
         given: Its input.
         about: Components that the prediction is about. Where they are contributions, target and
             position are theirs unless others are given.
-        target: The token, as text.
-        target_ids: Its id, instead.
+        target: The token, as text or id.
         pos: Position that predicts.
         norm: Rule for the final norm.
         max_bytes: Workspace.
@@ -111,15 +109,15 @@ def run_prediction(
     forward_pass = run_pass(view, given, also=lambda block: () if block.layer else names)
     batch = forward_pass.trace.batch
     found = answer_of(batch, view, about)
-    if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0]
+    if found is not None and target is None:
+        target = found.target.ids[:, 0]
     if pos is not None or found is None:
         rows = predicting_rows(view, batch, stack, pos)
     else:
         rows = found.pos
     stream = decompose_stream(view, forward_pass.trace, stack, rows)
     logits = _logits(view, forward_pass, stream)
-    tokens = target_tokens(view, target, target_ids, logits)
+    tokens = target_tokens(view, target, logits)
     ids = tokens.ids[:, 0].to(view.device)
     vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
     log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]

@@ -43,7 +43,7 @@ def value_zeroing(
     *,
     heads: Heads = False,
     layer: Layers | None = None,
-    targets: int | Sequence[int] | None = None,
+    pos: int | Sequence[int] | None = None,
     spans: Spans | None = None,
     span_rows: SpanRows = "keep",
     metric: Metric = "cosine",
@@ -73,7 +73,7 @@ def value_zeroing(
         heads: False: all heads at once. True: each alone, one map per head. A number or a list of
             numbers: these together. A list of lists: one map per group.
         layer: Layer or layers; None for all.
-        targets: Positions of the rows to compute; None for all. Cost falls with their number.
+        pos: Position or positions of the rows to compute; None for all. Fewer rows cost less.
         spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
@@ -104,7 +104,7 @@ def value_zeroing(
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
     done = run_pass(view, Given(input, **inputs), layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
-    rows = None if targets is None else positions("target", targets, done.target.labels())
+    rows = None if pos is None else positions("target", pos, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
     scores = []
     with torch.no_grad():
@@ -114,7 +114,7 @@ def value_zeroing(
             scores.append(how.scores(block, done.trace))
     options = {
         "heads": list(labels),
-        "targets": rows,
+        "pos": rows,
         "spans": spans,
         "span_rows": span_rows,
         "metric": metric,
@@ -171,7 +171,7 @@ def _label(
     done: Pass, scores: Tensor, labels: tuple[str, ...], options: dict[str, object]
 ) -> ContextMap:
     target, source = done.target, done.source("attn_out")
-    rows, spans, how = (options[name] for name in ("targets", "spans", "span_rows"))
+    rows, spans, how = (options[name] for name in ("pos", "spans", "span_rows"))
     if isinstance(rows, list):
         target = target.select(list(range(scores.shape[0])), rows)
     if isinstance(spans, list):
@@ -241,7 +241,7 @@ def _require_spans(
             "rows cannot be merged",
             f"span_rows={span_rows!r}",
             "spans of the same tokens on both axes, and all targets",
-            "Give spans= without targets=, or leave span_rows out.",
+            "Pass spans= without pos=, or leave span_rows out.",
         )
     if spans is None:
         return None

@@ -51,14 +51,14 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["generate"] = ...,
     metric: None = ...,
     categories: Categories | None = ...,
     max_new_tokens: Positive | None = ...,
     num_beams: Positive = ...,
     final_norm: bool = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
@@ -71,14 +71,14 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["teacher_forced"],
     metric: None = ...,
     categories: Categories | None = ...,
     max_new_tokens: Positive | None = ...,
     num_beams: Positive = ...,
     final_norm: bool = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
@@ -91,14 +91,14 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["scores"],
     metric: None = ...,
     categories: Categories | None = ...,
     max_new_tokens: Positive | None = ...,
     num_beams: Positive = ...,
     final_norm: bool = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
@@ -111,14 +111,14 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Mode = ...,
     metric: MetricChoice,
     categories: Categories | None = ...,
     max_new_tokens: Positive | None = ...,
     num_beams: Positive = ...,
     final_norm: bool = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
@@ -131,14 +131,14 @@ def decoder_lens(
     input: Input,
     references: Text | None = None,
     *,
-    layers: int | Sequence[int] | None = None,
+    layer: int | Sequence[int] | None = None,
     mode: Mode = "generate",
     metric: MetricChoice | None = None,
     categories: Categories | None = None,
     max_new_tokens: Positive | None = None,
     num_beams: Positive = 1,
     final_norm: bool = True,
-    tokens: Sequence[int] | Sequence[str] | None = None,
+    target: Sequence[int] | Sequence[str] | None = None,
     tokenizer: Any = None,
     max_bytes: Positive = 2**30,
     **inputs: Unpack[TokenInputs],
@@ -160,11 +160,11 @@ def decoder_lens(
             for.
         input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
         references: The right answers, one per input.
-        layers: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
+        layer: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
             is asked once, in their order.
         mode: ``"generate"``: free decoding. ``"teacher_forced"``: how the decoder judges the
             references, or the model's own final output where there are none. ``"scores"``:
-            logits of the next ``tokens``.
+            logits of the next ``target`` tokens.
         metric: Return curves over the data set instead: names of `LayerwiseDecoding.metrics` or
             of `LayerwiseLikelihood.metrics` (``"gold NLL"``, ``"KL"``, ``"accuracy"``), a function
             of output, reference and source, several of them, or a mapping from your own names to
@@ -179,7 +179,7 @@ def decoder_lens(
             (``guidance_scale``, ``stop_strings``, assisted decoding) are refused by name.
         final_norm: Whether to apply the encoder's final norm, where there is one. Hooks of yours
             on it take part; they see one layer after the other.
-        tokens: Ids, or words of one token each, to score; with ``mode="scores"``.
+        target: Ids, or words of one token each, to score; with ``mode="scores"``.
         tokenizer: Tokenizer or processor of a speech model.
         max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
             pieces that fit.
@@ -205,7 +205,7 @@ def decoder_lens(
     _require_used(
         ("mode", None if mode == "generate" else mode, plan.mode_matters),
         ("references", references, mode != "scores"),
-        ("tokens", tokens, mode == "scores"),
+        ("target", target, mode == "scores"),
         ("categories", categories, bool(plan.metrics)),
         ("num_beams", None if num_beams == 1 else num_beams, plan.decodes_freely),
         ("max_new_tokens", max_new_tokens, plan.decodes_freely),
@@ -214,7 +214,7 @@ def decoder_lens(
     found = as_encoder_decoder(model, tokenizer)
     _require_used(("tokenizer", tokenizer, found.view is None))
     # Each once and in order, which is what "the first layer that" counts on.
-    numbers = tuple(sorted({*positions("layer", layers, range(found.n_layers + 1))}))
+    numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
     source, prompt, sources = read_source(found, Given(input, **inputs))
     options = {
         "layers": numbers,
@@ -235,7 +235,7 @@ def decoder_lens(
     if plan.metrics:
         return _curves(lens, plan, categories)
     if mode == "scores":
-        return lens.scores(read_tokens(found, tokens))
+        return lens.scores(read_tokens(found, target))
     return lens.generate() if mode == "generate" else lens.forced()
 
 
@@ -309,7 +309,7 @@ def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
 _USED = {
     "mode": "no metric, or metrics of that mode only",
     "references": "answers to compare with, which scores of tokens are not",
-    "tokens": "mode='scores'",
+    "target": "mode='scores'",
     "categories": "metric=",
     "num_beams": "outputs of the decoder's own",
     "max_new_tokens": "outputs of the decoder's own",

@@ -84,7 +84,7 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise bad(
             "there is nothing to score",
-            f"tokens={given!r}",
+            f"target={given!r}",
             "a list of at least one token with mode='scores'",
             "Pass ids or words, the right one first.",
         )

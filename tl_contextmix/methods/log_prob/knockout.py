@@ -19,8 +19,7 @@ from tl_contextmix.adapters.inputs import (
     provenance,
 )
 from tl_contextmix.adapters.inputs.targets import (
-    Ids,
-    Names,
+    Target,
     answer_of,
     predicting_rows,
     target_tokens,
@@ -51,8 +50,7 @@ def knockout(
     *,
     neurons: Chosen | None = None,
     heads: Chosen | None = None,
-    target: Names | None = None,
-    target_ids: Ids | None = None,
+    target: Target | None = None,
     pos: int | None = None,
     positions: Positions = "last",
     replace_with: Replacement = "zero",
@@ -78,7 +76,6 @@ def knockout(
         heads: The same, or a list of ``(layer, head)``.
         target: The token, see `log_prob_contributions`. None: that of the contributions given, or
             the model's best.
-        target_ids: Its id, instead.
         pos: Position that predicts; None: that of the contributions given, or else the last token,
             or the mask.
         positions: Where they are taken out: ``"last"``, only at the position whose stream they
@@ -105,8 +102,8 @@ def knockout(
     view.readout.require()
     batch = make_batch(view, Given(input, **inputs))
     found = answer_of(batch, view, neurons, heads)
-    if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0]
+    if found is not None and target is None:
+        target = found.target.ids[:, 0]
     if pos is not None or found is None:
         rows = predicting_rows(view, batch, view.base_stack(None), pos)
     else:
@@ -118,7 +115,7 @@ def knockout(
     with torch.no_grad():
         ablation = _Ablation(view, batch, rows, positions == "all")
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
-        tokens = target_tokens(view, target, target_ids, logits)
+        tokens = target_tokens(view, target, logits)
         after, *others = (ablation.run(some, filling) for some in sets)
     before = _figures(logits, tokens)
     random = [_figures(one, tokens) for one in others]
@@ -128,7 +125,7 @@ def knockout(
         controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
         components=chosen,
         target=tokens,
-        best=target_tokens(view, None, None, after),
+        best=target_tokens(view, None, after),
         provenance=provenance(
             view,
             "knockout",

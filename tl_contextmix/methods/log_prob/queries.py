@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
-from tl_contextmix.adapters.inputs.targets import Ids, Names
+from tl_contextmix.adapters.inputs.targets import Target
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
@@ -45,9 +45,8 @@ def query_contributions(
     neurons: Chosen,
     by: By = "layer",
     share: Share = "exact",
-    top_k: Positive | None = None,
-    target: Names | None = None,
-    target_ids: Ids | None = None,
+    k: Positive | None = None,
+    target: Target | None = None,
     pos: int | None = None,
     norm: NormRule = "frozen+beta",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
@@ -83,10 +82,9 @@ def query_contributions(
             log-probability increase of the target.
         by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
-        top_k: Only so many components, those with the largest scores; None: all. All neurons as
+        k: Only so many components, those with the largest scores; None: all. All neurons as
             components of many neurons are a large table.
         target: The token, for neurons given as a list; see `log_prob_contributions`.
-        target_ids: Its id, instead.
         pos: Position that predicts; None: that of the contributions given, or else the last, or
             the mask.
         norm: Rule for the final norm, for neurons given as a list.
@@ -112,7 +110,6 @@ def query_contributions(
             Given(input, **inputs),
             about=neurons,
             target=target,
-            target_ids=target_ids,
             pos=pos,
             norm=norm,
             max_bytes=max_bytes,
@@ -122,8 +119,7 @@ def query_contributions(
         _require_sources(chosen)
         weights = _weights(prediction, neurons, chosen)
         rows = [
-            _row(prediction, chosen, weights[row], row, by, share, top_k)
-            for row in range(len(weights))
+            _row(prediction, chosen, weights[row], row, by, share, k) for row in range(len(weights))
         ]
     if not any(row.components.kind.shape[1] for row in rows):
         raise _nothing_read(chosen, by)
@@ -153,7 +149,7 @@ def query_contributions(
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "query_contributions",
-            {"by": by, "share": share, "top_k": top_k, "pos": pos},
+            {"by": by, "share": share, "k": k, "pos": pos},
             neurons=finest(chosen),
         ),
     )
@@ -211,7 +207,7 @@ def _row(
     row: int,
     by: By,
     share: Share,
-    top_k: int | None,
+    k: int | None,
 ) -> _Row:
     places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
     # A neuron without a score is empty, or reads a source that is not read.
@@ -230,9 +226,9 @@ def _row(
     for group, at in zip(groups, wheres, strict=True):
         scores.index_add_(0, at.to(scores.device), group.ratios @ weights[group.some])
     kept = torch.arange(len(keys))
-    if top_k is not None:
+    if k is not None:
         bias = torch.zeros(len(keys), dtype=torch.bool).scatter(0, where, labels.is_bias()[0])
-        kept = largest(scores.masked_fill(bias.to(scores.device), torch.nan), top_k)
+        kept = largest(scores.masked_fill(bias.to(scores.device), torch.nan), k)
     return _collect(groups, wheres, scores, kept.to(scores.device), len(weights))
 
 
