@@ -295,7 +295,7 @@ def test_log_prob_contributions_give_the_numbers_of_this_package(
     splits: tuple[tuple[Any, dict[str, Any]], ...]
     splits = (("layer", {}), ("head", {}), ("position", {}), ("ff_neuron", {"top_k": 4}))
     for by, unit in splits:
-        ours = cm.log_prob_contributions(model, given.tokens, target_ids=[5, 8], by=by, **ask)
+        ours = cm.log_prob_contributions(model, given.tokens, target=[5, 8], by=by, **ask)
         found = made.log_prob_contributions.log_prob_contributions(
             model, given.tokens, target=[5, 8], by=by.removeprefix("ff_"), **unit, **ask
         )
