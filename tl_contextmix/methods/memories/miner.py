@@ -15,7 +15,6 @@ from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
     branch_names,
-    coefficients,
     quadrants,
     require_feed_forward,
 )
@@ -140,7 +139,7 @@ class Miner:
     def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yields each tail with its values: positive where there is something to be found."""
         ff = require_feed_forward(block)
-        found = coefficients(ff, trace)
+        found = ff.coefficients(trace)
         # A sum is finite where every number is; not worth a mask unless it is not.
         if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
             raise _not_finite(block.layer)
