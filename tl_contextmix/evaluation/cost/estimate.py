@@ -120,9 +120,9 @@ class _Counted:
         kept: Bytes of what they left behind.
     """
 
-    def __init__(self, view: ModelView, counter: Operations) -> None:
+    def __init__(self, view: ModelView, shapes: OnShapes, counter: Operations) -> None:
         self.passes = self.operations = self.kept = 0
-        self._run, self._counter = view.runner, counter
+        self._run, self._shapes, self._counter = view.runner, shapes, counter
         attentions = [one for _, block in view.every_block() for one in block.attentions]
         self._causal = {a.pattern: (a.kind, a.stack) == ("self", "decoder") for a in attentions}
         stacks = {
@@ -144,10 +144,11 @@ class _Counted:
 
     def _counted(self, batch: Batch, hooks: Hooks, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:
         before = self._counter.total
-        logits, values = self._run(batch, hooks, grad)
+        with self._shapes.throughout():
+            logits, values = self._run(batch, hooks, grad)
         self.passes += 1
         self.operations += self._counter.total - before
-        self.kept += sum(value.nbytes for value in values.values())
+        self.kept += logits.nbytes + sum(value.nbytes for value in values.values())
         for name in self._causal.keys() & values.keys():
             values[name] = _reading(values[name], self._causal[name])
         return logits, values
@@ -165,8 +166,8 @@ def _reading(pattern: Tensor, causal: bool) -> Tensor:
 def _dry(
     view: ModelView, method: Callable[..., Any], tokens: Tensor, others: dict[str, Tensor]
 ) -> _Cost:
-    with OnShapes(view.device), Memory() as memory, Operations() as counter:
-        counted = _Counted(view, counter)
+    with OnShapes(view.device) as shapes, Memory() as memory, Operations() as counter:
+        counted = _Counted(view, shapes, counter)
         result = method(counted.view, tokens, **others)
     returned = min(_held(result), memory.peak)
     kept = min(counted.kept, memory.peak - returned)

@@ -8,6 +8,8 @@ nothing to correct, everything finite.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, no_type_check
 
 import torch
@@ -33,7 +35,16 @@ class OnShapes(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device = _Device(device)
+        self._device, self._small = _Device(device), _SMALL
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Keeps no numbers of small tensors either: no pass mixes some with none."""
+        self._small = 0
+        try:
+            yield
+        finally:
+            self._small = _SMALL
 
     @no_type_check
     def __enter__(self) -> OnShapes:
@@ -69,7 +80,8 @@ class OnShapes(TorchDispatchMode):
             if func.overloadpacket is _aten.all:
                 setattr(out, _TRUE, True)
             return out
-        if any(_is_large(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(leaf.is_floating_point() and leaf.numel() > self._small for leaf in made):
             return out
         out = func(*args, **kwargs)
         # Shapes that are written to it later leave it as it is: it must not be just anything.
@@ -86,10 +98,12 @@ class _Device(TorchFunctionMode):
     @no_type_check
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls a function."""
-        out = func(*args, **(kwargs or {}))
-        if func == _DEVICE and out.type == "meta":
-            return self._real
-        return out
+        if func == _DEVICE:
+            device = func(*args)
+            return self._real if device.type == "meta" else device
+        if func == Tensor.tolist and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
+        return func(*args, **(kwargs or {}))
 
 
 _DEVICE = Tensor.device.__get__
@@ -115,11 +129,6 @@ def _meta(tensor: Tensor) -> Tensor:
 @no_type_check
 def _is_meta(tensor: Tensor) -> bool:
     return tensor.is_meta
-
-
-@no_type_check
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > _SMALL
 
 
 _EMPTY = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided}
@@ -173,12 +182,19 @@ def _nowhere(tensor: Tensor) -> Tensor:
     return torch.empty(0, tensor.ndim, dtype=torch.long)
 
 
+def _to(tensor: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    if dtype in (None, tensor.dtype):
+        return _aten.alias.default(tensor)  # it is where it should be, so nothing is copied
+    return torch.empty_like(tensor, dtype=dtype)
+
+
 def _touched(tensor: Tensor, number: Any) -> Tensor:
     return torch.ones(tensor.shape, dtype=torch.bool)
 
 
 _ANSWERS = {
     _aten._local_scalar_dense.default: _number,
+    _aten._to_copy.default: _to,
     _aten.equal.default: lambda *args: True,
     _aten.nonzero.default: _nowhere,
     _aten._unique2.default: _one_value,
