@@ -13,16 +13,22 @@ this package.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from meters import command_line, flops, interleaved, markdown, show
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts/demo_models"))
+
+from grammar_fr import TranslationGrammar
+
 import tl_contextmix as cm
 from tl_contextmix.demo_models import demo_folder
-from tl_contextmix.demo_models.grammar_fr import TranslationGrammar
+from tl_contextmix.results import LayerwiseDecoding
 
 
 def plain(layers: int | None) -> Any:
@@ -85,7 +91,7 @@ def _cache() -> Any:
 
 def ways(
     layers: int | None, count: int, length: int
-) -> tuple[Callable[[], cm.LayerwiseDecoding], Callable[[], list[Any]]]:
+) -> tuple[Callable[[], LayerwiseDecoding], Callable[[], list[Any]]]:
     """Returns both ways for one model and so many sentences, which say the same."""
     model = plain(layers)
     bridge, models = bridged(model), shortened(model)

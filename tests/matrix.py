@@ -16,16 +16,34 @@ from typing import Any
 import pytest
 
 COVERAGE = Path(__file__).parent / "coverage.json"
-CONTRACT, GOLDENS = "test_conformance", "test_goldens"
+CONTRACT, GOLDENS, SHOWN = "test_conformance", "test_goldens", "test_render_results"
+# Every method on every class of TransformerLens, and every result: a minute for contributors.
+FAST: dict[str, set[str] | None] = {
+    CONTRACT: {"gpt2"},
+    GOLDENS: {"gpt2", "bert", "t5"},
+    SHOWN: None,
+}
+"""Families by module; None: all tests of the module."""
 
 Place = tuple[str, str, str]
 """Table, method and case."""
 
 
+def _asked(item: pytest.Item) -> tuple[str, dict[str, Any]]:
+    """Name of a test's module, and its parameters."""
+    return item.path.stem, getattr(getattr(item, "callspec", None), "params", {})
+
+
+def is_fast(item: pytest.Item) -> bool:
+    """Whether a test is `fast`."""
+    module, params = _asked(item)
+    families = FAST.get(module, set())
+    return families is None or getattr(params.get("case"), "family", None) in families
+
+
 def places(item: pytest.Item) -> list[Place]:
     """The places of the matrix that a test fills."""
-    module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
-    params = getattr(getattr(item, "callspec", None), "params", {})
+    module, params = _asked(item)
     case, method = params.get("case"), params.get("method")
     if case is None or module not in (CONTRACT, GOLDENS):
         return []

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import tl_contextmix as cm
-from tl_contextmix.engine.citations import METHODS, WORKS
-from tl_contextmix.results import Provenance, Tokens
+from tl_contextmix.engine.citations import ROLLOUT, references
+from tl_contextmix.engine.registry import methods
+from tl_contextmix.results import ContextMap, Provenance, Tokens
+
+pytestmark = pytest.mark.once
 
 TOOLS = ["nanda2022transformerlens", "cooney2023circuitsvis"]
 ENTRY = re.compile(r"@(?:inproceedings|misc)\{(\w+),\n((?:  \w+ = \{.+\},\n)+)\}")
@@ -24,12 +27,12 @@ def keys(text: str) -> list[str]:
     return [key for key, _ in found]
 
 
-def a_map(**options: object) -> cm.ContextMap:
+def a_map(**options: object) -> ContextMap:
     """A map of two tokens that says it comes from `attention_norms`."""
     ids, mask = torch.arange(2)[None], torch.ones(1, 2, dtype=torch.bool)
     tokens = Tokens(ids, (("a", "b"),), mask, (("decoder", 2),))
     asked = {"at": "block_out", **options}
-    return cm.ContextMap(
+    return ContextMap(
         scores=torch.eye(2)[None, None, None],
         layers=(0,),
         heads=("all",),
@@ -44,7 +47,7 @@ def a_map(**options: object) -> cm.ContextMap:
 
 
 def test_everything_is_cited_without_arguments():
-    assert keys(cm.cite()) == list(WORKS)
+    assert keys(cm.cite()) == list(references())
 
 
 def test_entries_are_ascii_and_whole():
@@ -69,7 +72,7 @@ def test_methods_and_functions_are_cited_once_in_order():
 
 
 def test_options_of_a_result_count():
-    norms = [key for key in WORKS if key.startswith("kobayashi")]
+    norms = [key for key in references() if key.startswith("kobayashi")]
     assert keys(cm.cite(a_map(at="attn_out"))) == [*norms[:1], *TOOLS]
     assert keys(cm.cite(a_map(at="resid_mid"))) == [*norms[:2], *TOOLS]
     assert keys(cm.cite(a_map())) == [*norms, *TOOLS]
@@ -78,7 +81,7 @@ def test_options_of_a_result_count():
     assert keys(cm.cite(added)) == [*norms, "abnar2020quantifying", *TOOLS]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods())
 def test_a_result_cites_what_its_method_cites(name: str):
     found = a_map()
     origin = dataclasses.replace(found.provenance, method=name)
@@ -90,7 +93,7 @@ def test_a_rollout_through_the_encoder_is_cited(decoder_rollout):
 
 
 @pytest.fixture
-def decoder_rollout() -> cm.ContextMap:
+def decoder_rollout() -> ContextMap:
     """A rolled-out map over a decoder's tokens and the encoder's."""
     found = a_map(rollout=True, add_identity=False)
     both = found.source.cat(found.source)
@@ -103,10 +106,13 @@ def test_every_public_method_has_its_sources():
         *("load_model", "load_triggers", "merge_triggers", "report"),
     }
     functions = {name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))}
-    assert functions - set(METHODS) == no_method
-    assert set(METHODS) <= functions
-    cited = {key for found in METHODS.values() for key in found}
-    assert cited | set(TOOLS) == set(WORKS)
+    assert functions - set(methods()) == no_method
+    assert set(methods()) <= functions
+    assert all(
+        inspect.unwrap(getattr(cm, name)) is known.function for name, known in methods().items()
+    )
+    cited = {key for known in methods().values() for key in known.sources()}
+    assert cited | {*TOOLS, *ROLLOUT} == set(references())
 
 
 @pytest.mark.parametrize("wrong", ["logit_lens", print])

@@ -20,6 +20,8 @@ import tl_contextmix as cm
 from tl_contextmix.methods.memories import progress
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

@@ -10,36 +10,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cards
+import evaluate
+import grammar_fr
 import pytest
+import tasks
+import tokenization
 import torch
+import train
+from recipes import RECIPES, Phase
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
 
 from tl_contextmix import demo_models
-from tl_contextmix.demo_models import (
-    DEMO_NAMES,
-    cards,
-    demo_folder,
-    evaluate,
-    grammar,
-    grammar_fr,
-    lexicon,
-    tasks,
-    tokenization,
-    train,
-)
-from tl_contextmix.demo_models.recipes import RECIPES, Phase
+from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, grammar, lexicon, lexicon_fr
 from tl_contextmix.errors import InvalidInput
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TOLERANCE = 0.005
 """How far a share may be from its card. Measured: 0.000 under TransformerLens 2.18, 3.9 and 4.3;
 one borderline case in 200, from rounding on another processor, is 0.005."""
 
 SHIPPED = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "train.json",
-    "MODEL_CARD.md",
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("train.json", "MODEL_CARD.md"),
 }
 
 ENGLISH = [
@@ -48,18 +43,9 @@ ENGLISH = [
     "the cow often is singing .",
 ]
 FRENCH = [
-    (
-        "the horses are red .",
-        "les chevaux sont rouges .",
-    ),
-    (
-        "the boat fell .",
-        "le bateau tombait .",
-    ),
-    (
-        "these books shine .",
-        "ces livres brillent .",
-    ),
+    ("the horses are red .", "les chevaux sont rouges ."),
+    ("the boat fell .", "le bateau tombait ."),
+    ("these books shine .", "ces livres brillent ."),
 ]
 
 
@@ -132,9 +118,9 @@ def test_vocabulary_is_complete():
     assert seen == grammar.known_words()
     assert len(seen) == 412
     pairs = grammar_fr.TranslationGrammar(7).translations(2500)
-    assert {word for pair in pairs for word in pair.english} == grammar_fr.known_words()
+    assert {word for pair in pairs for word in pair.english} == lexicon_fr.known_words()
     assert demo_models.known_words("causal-lm") == grammar.known_words()
-    assert demo_models.known_words("encoder-decoder") == grammar_fr.known_words()
+    assert demo_models.known_words("encoder-decoder") == lexicon_fr.known_words()
 
 
 def test_translations_are_explained():
@@ -187,8 +173,6 @@ def test_files_name_no_path_or_address(name):
 
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_weights_are_finite_and_in_half_precision(name):
-    from safetensors.torch import load_file
-
     weights = load_file(demo_folder(name) / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -196,15 +180,11 @@ def test_weights_are_finite_and_in_half_precision(name):
 
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_every_word_is_one_token(name):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(demo_folder(name))
     for word in demo_models.known_words(name):
         assert len(tokenizer.tokenize(word)) == 1, word
-    text = "the king"
-    ids = tokenizer(text)["input_ids"]
-    expected = {"causal-lm": 2, "masked-lm": 4, "encoder-decoder": 3}[name]
-    assert len(ids) == expected
+    ids = tokenizer("the king")["input_ids"]
+    assert len(ids) == {"causal-lm": 2, "masked-lm": 4, "encoder-decoder": 3}[name]
     assert tokenizer.unk_token_id not in ids
 
 
@@ -250,9 +230,6 @@ def test_learning_rate_schedule():
 @pytest.mark.once
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_training_is_deterministic_and_makes_a_loadable_folder(name, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-    from transformers import AutoConfig
-
     folders = [tmp_path / "first", tmp_path / "second"]
     train.train(name, folders[0], fraction=0.0003)
     # The command does the same; what it reports changes nothing.
@@ -358,11 +335,18 @@ def test_evaluate_command_line(capsys):
 
 def test_importing_the_package_is_cheap():
     code = (
-        "import sys, tl_contextmix.demo_models.grammar, tl_contextmix.demo_models.grammar_fr;"
+        "import sys, tl_contextmix.demo_models.grammar, tl_contextmix.demo_models.lexicon_fr;"
         "print([m for m in ('transformers', 'transformer_lens') if m in sys.modules])"
     )
-    root = Path(demo_models.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert _python("-c", code).strip() == "[]"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_scripts_start_from_the_top_folder(name):
+    assert f"usage: {name}.py" in _python(f"scripts/demo_models/{name}.py", "--help")
+
+
+def _python(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

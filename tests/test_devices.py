@@ -29,7 +29,7 @@ def methods(case: zoo.Case) -> list[Method]:
 def numbers(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs) -> torch.Tensor:
     """The numbers of a method, about the same prediction whatever the model finds likely."""
     names = inspect.signature(method.ask).parameters
-    fixed: dict[str, Any] = {"target_ids": 7} if "target_ids" in names else {}
+    fixed: dict[str, Any] = {"target": 7} if "target" in names else {}
     fixed |= {"target": 7} if method.name in ("gradient_x_input", "integrated_gradients") else {}
     found = method.values(ask(method, model, case, given, **fixed))
     return torch.nan_to_num(found, nan=0.0)  # what is not there: components after the position

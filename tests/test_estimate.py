@@ -137,7 +137,7 @@ def test_nothing_of_the_length_is_computed_and_nothing_is_kept(middle: Any) -> N
     assert torch.equal(cm.value_zeroing(middle, tokens).scores, again.scores)
 
 
-@pytest.mark.parametrize("name", (*SOME[:2], "decompx", "gradient_x_input"))
+@pytest.mark.parametrize("name", [*SOME[:2], "decompx", "gradient_x_input"])
 def test_an_estimate_is_less_work_than_the_call(name: str, middle: Any) -> None:
     """From 128 tokens on: about as many operators, hardly a number, whatever the length."""
     method, tokens = PER_METHOD[name], torch.randint(5, 500, (1, 128))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -308,23 +307,6 @@ def test_a_head_that_was_never_trained_reads_nothing_out() -> None:
 
 def processed_case() -> zoo.Case:
     return case_of("gpt2")
-
-
-def test_a_processed_model_is_warned_of_once_where_the_call_is() -> None:
-    model = zoo.build(processed_case(), processed=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cm.check(model)
-        cm.check(model)
-        with torch.no_grad():
-            next(model.parameters()).mul_(1.01)
-        cm.check(model)
-    told = [warning for warning in caught if warning.category is cm.ContextMixWarning]
-    assert len(told) == 1
-    message = str(told[0].message)
-    assert "center_writing_weights" in message
-    assert "up to 14 %" in message
-    assert "from_pretrained_no_processing" in message
 
 
 def test_fresh_and_switched_off_weights_are_not_called_processed() -> None:

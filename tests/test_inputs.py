@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import shutil
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, PaddingSide, make_batch
 from tl_contextmix.engine.parts import POINTS, Point
+from tl_contextmix.results import ContextMap
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 PAIRS = [pytest.param(case, id=case.id) for case in zoo.cases() if case.encoder_decoder]
@@ -61,7 +67,7 @@ def padded(given: zoo.Inputs, side: str, pad: int, length: int = 3) -> tuple[Ten
     return torch.cat([more, tokens], dim=1), torch.cat([zeros, ones], dim=1)
 
 
-def require_same(found: cm.ContextMap, alone: cm.ContextMap, limit: float) -> None:
+def require_same(found: ContextMap, alone: ContextMap, limit: float) -> None:
     """Real positions as in the run without padding, padding exactly zero."""
     target, source = found.target.mask, found.source.mask
     for row in range(target.shape[0]):
@@ -247,6 +253,117 @@ def test_decoder_side_as_text_tokens_or_start_alone(case: zoo.Case) -> None:
     )
 
 
+# What each tokenizer puts around a text; TransformerLens has it loaded again with a BOS token.
+FRAMES = [None, "<s> $A", "$A </s>", "<s> $A </s>", "$A </s> <lang>", "<lang> $A </s>"]
+FRAMED = [
+    pytest.param(case, id=case.id)
+    for case in zoo.cases()
+    if case.family in ("t5", "bart", "mbart", "bert", "roberta") and case.host[-7:] != "former"
+]
+
+
+def framing(folder: Path, frame: str | None, bos: str | None) -> Path:
+    """A tokenizer with words for ids from 5 on, an unknown word, and any frame, on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<lang>"]
+    words = {word: i for i, word in enumerate([*specials, "the", "cat", "sat"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if frame:
+        used = [(word, words[word]) for word in specials if word in frame.split()]
+        inner.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=bos,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<lang>"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", FRAMED)
+def test_a_text_is_what_its_tokenizer_makes_of_it(case: zoo.Case, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model, bridge = zoo.build(case, dtype=torch.float32), case.host == "TransformerBridge"
+    view, start = view_of(model), zoo.rows.FAMILIES[case.family].decoder_start
+    shift = getattr(getattr(model, "original_model", None), _SHIFT, None)
+    ids = {"<s>": 0, "</s>": 2, "<lang>": 4}
+    words = [5, 3, 6, 3]  # two known words, each with an unknown one behind it
+    for frame, bos, by_name in product(FRAMES, (None, "<s>"), (False, True)):
+        folder = framing(tmp_path / f"{frame} {bos}".replace("/", ""), frame, bos)
+        # What from_pretrained of a bridge asks for when it loads the tokenizer itself.
+        options = {"add_bos_token": True} if by_name and bridge else {}
+        model.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if bridge and zoo_build.major() == 3:
+            again = importlib.import_module("transformer_lens.utilities").get_tokenizer_with_bos
+            model.tokenizer = again(model.tokenizer)
+        before, _, after = (frame or "$A").partition("$A")
+        ending = [ids[word] for word in after.split()]
+        expected = [*(ids[word] for word in before.split()), *words, *ending]
+        assert AutoTokenizer.from_pretrained(folder)("the x cat y")["input_ids"] == expected
+        assert view.encode("the x cat y", None) == expected, (frame, bos, by_name)
+        assert view.encode("", None) == [token for token in expected if token not in words]
+        if view.encode_decoder is not None:
+            # As trained: the labels moved by one. Where nothing ends them, no word is lost.
+            labels = expected if ending else [*expected, start]
+            shifted = [start, *labels[:-1]]
+            if shift is not None:
+                shifted = shift(labels=torch.tensor([labels]))[0].tolist()
+            assert view.encode_decoder("the x cat y") == shifted, (frame, bos, by_name)
+            assert [token for token in shifted if token in words] == words
+
+
+_SHIFT = "prepare_decoder_input_ids_from_labels"
+
+
+@pytest.mark.skipif(zoo_build.major() < 3, reason="TransformerLens 2 has no TransformerBridge")
+def test_the_language_of_a_text_is_the_tokenizers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, NllbTokenizer
+
+    words = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"\u2581abc"])}
+    NllbTokenizer(
+        vocab=words,
+        merges=[],
+        extra_special_tokens=["eng_Latn", "fra_Latn", "deu_Latn"],
+        src_lang="eng_Latn",
+        tgt_lang="fra_Latn",
+    ).save_pretrained(tmp_path)
+    fresh = AutoTokenizer.from_pretrained(tmp_path)
+    english, french, german = fresh.convert_tokens_to_ids(["eng_Latn", "fra_Latn", "deu_Latn"])
+    model = zoo.build(case_of("bart", "TransformerBridge"), dtype=torch.float32)
+    view = view_of(model)
+    assert view.encode_decoder is not None
+    model.tokenizer = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    plain = fresh("a b", add_special_tokens=False)["input_ids"]
+    for _ in range(2):
+        assert view.encode("a b", None) == [english, *plain, 2] == fresh("a b")["input_ids"]
+        assert view.encode_decoder("a b") == [2, french, *plain]
+    model.tokenizer.src_lang = "deu_Latn"
+    assert view.encode("a b", None) == [german, *plain, 2]
+
+
+@pytest.mark.skipif(zoo_build.major() < 3, reason="TransformerLens 2 has no TransformerBridge")
+def test_words_added_later_and_a_tokenizer_that_is_gone(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = framing(tmp_path / "here", "<s> $A </s>", "<s>")
+    model = zoo.build(case_of("bart", "TransformerBridge"), dtype=torch.float32)
+    view = view_of(model)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
+    model.tokenizer.add_tokens("dog")
+    assert view.encode("the dog", None) == [0, 5, 8, 2]
+    shutil.rmtree(folder)
+    assert view.encode("the cat", None) == [0, 5, 6, 2]  # known by now
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    with pytest.raises(cm.InvalidInput, match=r"special tokens .* add_bos_token=True.*token ids"):
+        view.encode("the cat", None)
+
+
 @pytest.mark.parametrize("case", PAIRS)
 def test_decoder_texts_of_unequal_length_equal_each_alone(case: zoo.Case) -> None:
     model, targets = zoo.shared(case), ["the small house", "a dog"]
@@ -373,6 +490,6 @@ def test_batches_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPat
     model = zoo.build(case)
     view = view_of(model)
     monkeypatch.setattr(type(model), "run_with_hooks", None)
-    make_batch(view, Given(TEXTS))
+    make_batch(view, Given(TEXTS[0]))
     with pytest.raises(cm.InvalidInput, match="is empty"):
         make_batch(view, Given([]))

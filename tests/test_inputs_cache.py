@@ -70,9 +70,30 @@ def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
     for stack in stacks(case):
         options = {"at": points(case)[-1], "stack": stack, "attention_mask": mask}
         options |= keywords(given)
+        if case.family == "both_ways":
+            with pytest.raises(cm.InvalidInput, match="cache was made without this mask"):
+                cm.attention_norms(model, tokens, cache=cache, **options)
+            continue
         fresh = cm.attention_norms(model, tokens, **options)
         found = cm.attention_norms(model, tokens, cache=cache, **options)
         torch.testing.assert_close(found.scores, fresh.scores, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
+def test_a_cache_made_without_the_mask_is_refused_where_padding_was_read(case: zoo.Case) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    tokens, mask = padded(given, "right", 17)
+    cache = cached(model, zoo.Inputs(tokens, given.decoder_tokens))
+    for stack in stacks(case):
+        options = {"stack": stack, "attention_mask": mask, **keywords(given)}
+        if stack is None and not case.both_ways:  # nothing reads what is behind it
+            found = cm.attention(model, tokens, cache=cache, **options)
+            torch.testing.assert_close(found.scores, cm.attention(model, tokens, **options).scores)
+        else:
+            with pytest.raises(
+                cm.InvalidInput, match=r"without this mask: got 0\.\d+ of a token's"
+            ):
+                cm.attention(model, tokens, cache=cache, **options)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

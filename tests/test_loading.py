@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo_build
+from test_inputs import framing
 
+from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.loading import load_demo, load_model
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder
 from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
@@ -228,6 +231,27 @@ def test_fewer_decoder_layers_are_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="log-probabilities differ from Hugging Face"):
         load_model(tmp_path)
+
+
+@pytest.mark.skipif(MAJOR < 3, reason="TransformerLens 2 has no TransformerBridge")
+@pytest.mark.parametrize("frame", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize(
+    "family",
+    [name for name in ("bart", "roberta") if MAJOR in zoo_build.rows.FAMILIES[name].hosts],
+)
+def test_special_tokens_are_those_of_the_folder(family, frame, tmp_path):
+    from transformers import AutoTokenizer
+
+    row = zoo_build.rows.FAMILIES[family]
+    options = {**row.options, "vocab_size": 8}
+    hf = zoo_build.hugging_face(row.model, row.config, options, dtype=torch.float32, seed=0)
+    hf.save_pretrained(tmp_path)
+    framing(tmp_path, frame, "<s>")
+    model = load_model(tmp_path, host="bridge")
+    expected = AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"]
+    assert model.tokenizer("the cat")["input_ids"] == expected
+    assert model.to_tokens("the cat").tolist() == [expected]
+    assert as_view(model).encode("the cat", None) == expected
 
 
 @pytest.mark.skipif(MAJOR > 3, reason="TransformerLens 4 has no HookedEncoder")

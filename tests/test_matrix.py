@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,11 @@ from typing import Any
 
 import matrix
 import pytest
-from matrix import CONTRACT, GOLDENS, Matrix
+import test_conformance
+import test_goldens
+import test_render_results
+import zoo
+from matrix import CONTRACT, GOLDENS, SHOWN, Matrix
 from zoo import major
 
 PLACES = [(CONTRACT, "a", "x-H"), (CONTRACT, "a", "y-H"), (GOLDENS, "b", "x-H")]
@@ -47,3 +54,20 @@ def test_a_case_that_is_no_longer_collected_fails(full: Matrix) -> None:
     full.collected = {"test 0": [PLACES[0]], "test 2": [PLACES[2]]}
     full.passed = Counter([PLACES[0], PLACES[2]])
     assert any("y-H" in line for line in full.lost())
+
+
+def test_fast_tests_ask_every_method_on_every_class_and_show_every_result() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "fast", "--collect-only", "-q", "-p"]
+    command += ["no:cacheprovider", "--jaxtyping-packages="]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^tests/(\w+)\.py::\w+\[(.+)\]$", done.stdout, re.MULTILINE)
+    ids = {name: {own for module, own in found if module == name} for name in matrix.FAST}
+    cases = [case for case in zoo.cases() if case.id in ids[GOLDENS]]
+    assert {case.host for case in cases} == {case.host for case in zoo.cases()}
+    asked = {name for case in cases for name in test_goldens.asked(case)}
+    assert asked == {name for case in test_goldens.CASES for name in test_goldens.asked(case)}
+    assert {own.partition("-")[0] for own in ids[CONTRACT]} >= {
+        method.name for method in test_conformance.METHODS
+    }
+    assert ids[SHOWN] >= {kind.__name__ for kind in test_render_results.EXAMPLES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.errors import FileFormatError
+from tl_contextmix.methods.memories import mining
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
 from tl_contextmix.methods.memories.topk import TopK
@@ -63,6 +67,15 @@ def search(rows: list[Any], k: int, sign: int = 1) -> dict[tuple[int, int], list
     return {key: sorted(entries)[:k] for key, entries in found.items()}
 
 
+def best_of_each(rows: list[Any]) -> list[Any]:
+    """The highest positive row of every layer, neuron and document."""
+    best: dict[Any, Any] = {}
+    for row in rows:
+        if row[4] > best.get(row[:3], (0,) * 5)[4]:
+            best[row[:3]] = row
+    return list(best.values())
+
+
 def check_frame(frame: pandas.DataFrame, rows: list[Any], k: int, sign: int = 1) -> None:
     """Every memory has its highest values, at places that have them."""
     expected = search(rows, k, sign)
@@ -102,15 +115,11 @@ def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tm
 def test_best_per_document_and_chosen_neurons(tmp_path: Path):
     model, corpus = zoo.build(case_of("gpt2")), texts(40)
     rows = every_coefficient(model, corpus, "decoder")
-    best: dict[Any, Any] = {}
-    for row in rows:
-        key = row[:3]
-        if row[0] == 1 and row[1] in (2, 5) and row[4] > best.get(key, (0,) * 5)[4]:
-            best[key] = row
+    best = best_of_each([row for row in rows if row[0] == 1 and row[1] in (2, 5)])
     mined = cm.mine_triggers(
         model, corpus, out=tmp_path, k=6, unit="document", layer=1, neurons=[2, 5], shard_size=7
     )
-    check_frame(mined.to_dataframe(), list(best.values()), 6)
+    check_frame(mined.to_dataframe(), best, 6)
 
 
 def test_quadrants_are_the_signs_of_both_branches(tmp_path: Path):
@@ -133,22 +142,39 @@ def test_quadrants_are_the_signs_of_both_branches(tmp_path: Path):
 # The monoid
 
 
-def random_top(seed: int, k: int = 3) -> list[tuple[int, float, int]]:
+def random_top(seed: int) -> list[tuple[int, float, int]]:
     """Entries of 5 columns with many ties: column, value, place."""
     draw = random.Random(seed)
     return [(draw.randrange(5), draw.randint(-2, 3) / 2, place) for place in range(seed, 60, 4)]
 
 
-def filled(entries: list[tuple[int, float, int]], k: int) -> TopK:
-    """The state after some entries, one row each."""
-    top = TopK.zero(5, k, torch.float64, torch.device("cpu"))
+def filled(entries: list[Any], k: int, *, distinct: bool = False) -> TopK:
+    """The state after some entries, one row each: column, value, place and, if distinct, key."""
+    top = TopK.zero(5, k, torch.float64, torch.device("cpu"), distinct=distinct)
     scores = torch.full((len(entries), 5), -1.0, dtype=torch.float64)
-    places = torch.tensor([place for _, _, place in entries])
-    for row, (column, value, _) in enumerate(entries):
+    for row, (column, value, *_) in enumerate(entries):
         scores[row, column] = value
+    places, *keys = torch.tensor([entry[2:] for entry in entries]).T
     counted = torch.ones(len(entries), dtype=torch.bool)
-    top.update(scores, counted, lambda rows, *_: (places[rows], places[rows] * 7))
+
+    def looked_up(rows: Any, *_: Any) -> Any:
+        return (places[rows], places[rows] * 7, *(key[rows] for key in keys))
+
+    top.update(scores, counted, looked_up, repeats=distinct)
     return top
+
+
+def merged(parts: list[TopK], order: list[int]) -> TopK:
+    """All states in one, merged in an order."""
+    return functools.reduce(lambda one, other: one.merge(other), [parts[i] for i in order])
+
+
+def kept(top: TopK, column: int) -> list[tuple[float, int]]:
+    """What a column holds: negative values, places; the tokens belong to the places."""
+    here = top.values[column] > -torch.inf
+    values, places = top.values[column][here], top.places[column][here]
+    assert torch.equal(top.tokens[column][here], places * 7)
+    return list(zip((-values).tolist(), places.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
@@ -160,22 +186,11 @@ def test_updates_and_merges_equal_a_sort_of_everything(k: int):
         expected[column] = sorted(mine)[:k]
     tops = [filled(part, k) for part in parts]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        merged = tops[order[0]]
-        for index in order[1:]:
-            merged = merged.merge(tops[index])
-        for column in range(5):
-            kept = merged.values[column] > -torch.inf
-            found = [
-                (-float(v), int(p))
-                for v, p in zip(
-                    merged.values[column][kept], merged.places[column][kept], strict=True
-                )
-            ]
-            assert found == expected[column]
-            assert torch.equal(merged.tokens[column][kept], merged.places[column][kept] * 7)
+        whole = merged(tops, order)
+        assert {column: kept(whole, column) for column in range(5)} == expected
     one = filled([entry for part in parts for entry in part], k)
-    assert torch.equal(one.values, merged.values)
-    assert torch.equal(one.places, merged.places)
+    assert torch.equal(one.values, whole.values)
+    assert torch.equal(one.places, whole.places)
 
 
 # Division of the work
@@ -219,14 +234,8 @@ def test_every_kind_of_corpus_gives_the_same_triggers(shared: Any, tmp_path: Pat
     (tmp_path / "c.jsonl").write_text(lines)
     pandas.DataFrame({"text": listed}).to_parquet(tmp_path / "c.parquet", row_group_size=9)
     dataset = datasets.Dataset.from_dict({"text": listed})
-    kinds = [
-        tmp_path / "c.jsonl",
-        tmp_path / "c.parquet",
-        dataset,
-        dataset.to_iterable_dataset(),
-        listed,
-        iter(listed),
-    ]
+    kinds = [tmp_path / "c.jsonl", tmp_path / "c.parquet", dataset, dataset.to_iterable_dataset()]
+    kinds += [listed, iter(listed)]
     for index, kind in enumerate(kinds):
         found = cm.mine_triggers(model, kind, out=tmp_path / str(index), **options)
         assert result(found.folder)[0] == result(whole)[0]
@@ -237,8 +246,7 @@ def test_another_batch_size_only_rounds_differently(shared: Any, tmp_path: Path)
     model, corpus, options, whole = shared
     other = cm.mine_triggers(model, corpus, out=tmp_path, **{**options, "batch_size": 16})
     frames = [t.to_dataframe() for t in (cm.load_triggers(whole), other)]
-    names = ["layer", "neuron", "tail", "rank"]
-    one, two = (frame.set_index(names).sort_index() for frame in frames)
+    one, two = (f.set_index(["layer", "neuron", "tail", "rank"]).sort_index() for f in frames)
     assert one.index.equals(two.index)
     assert (one["value"] - two["value"]).abs().max() < 1e-5
     moved = (one[["document", "position"]] != two[["document", "position"]]).any(axis=1)
@@ -301,30 +309,32 @@ def test_killed_at_twenty_random_moments_it_loses_nothing(shared: Any, tmp_path:
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "triggers.parquet"]
 
 
+def stop_after_writing(patch: pytest.MonkeyPatch, when: Callable[[list[bool]], bool]) -> list[bool]:
+    """Stops a run behind the parts that `when` chooses, from which of those so far were done."""
+    save, written = mining.save_part, []
+
+    def stop(part: Any, folder: Path) -> None:
+        save(part, folder)
+        written.append(part.done)
+        if when(written):
+            raise KeyboardInterrupt
+
+    patch.setattr(mining, "save_part", stop)
+    return written
+
+
 def test_one_shard_at_a_time_gives_the_same_bytes(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model, corpus, options, whole = shared
-    from tl_contextmix.methods.memories import mining
-
-    save = mining.save_part
-    stops = 0
-
-    def stop_after_writing(part: Any, folder: Path) -> None:
-        nonlocal stops
-        save(part, folder)
-        if not part.done:
-            stops += 1
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(mining, "save_part", stop_after_writing)
+    written = stop_after_writing(monkeypatch, lambda written: not written[-1])
     while True:
         try:
             cm.mine_triggers(model, corpus, out=tmp_path, checkpoint_seconds=0.0, **options)
             break
         except KeyboardInterrupt:
             continue
-    assert stops == 21  # 161 documents in shards of 8
+    assert written.count(False) == 21  # 161 documents in shards of 8
     assert result(tmp_path) == result(whole)
     again = cm.mine_triggers(model, corpus, out=tmp_path, **options)
     assert result(again.folder) == result(whole)
@@ -334,18 +344,8 @@ def test_one_shard_at_a_time_gives_the_same_bytes(
 def stopped(shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that was stopped after its third shard."""
     model, corpus, options, _ = shared
-    from tl_contextmix.methods.memories import mining
-
-    save, calls = mining.save_part, []
-
-    def stop(part: Any, folder: Path) -> None:
-        save(part, folder)
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(mining, "save_part", stop)
+        stop_after_writing(patch, lambda written: len(written) == 3)
         with pytest.raises(KeyboardInterrupt):
             cm.mine_triggers(model, corpus, out=tmp_path, checkpoint_seconds=0.0, **options)
     return model, corpus, options, tmp_path
@@ -369,18 +369,17 @@ def test_other_options_are_refused_by_name(stopped: Any, change: dict[str, Any],
         cm.mine_triggers(model, corpus, out=folder, **{**options, **change})
 
 
-def test_another_model_tokenizer_or_corpus_is_refused_by_name(stopped: Any, tmp_path: Path):
+def test_another_model_tokenizer_or_corpus_is_refused_by_name(
+    stopped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model, corpus, options, folder = stopped
     other = zoo.build(case_of("gpt2"), dtype=torch.float32, seed=1)
     with pytest.raises(cm.InvalidInput, match="differs in weights"):
         cm.mine_triggers(other, corpus, out=folder, **options)
-    kept = model.tokenizer
-    try:
-        model.tokenizer = zoo.build(case_of("llama")).tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "tokenizer", zoo.build(case_of("llama")).tokenizer)
         with pytest.raises(cm.InvalidInput, match="differs in tokenizer"):
             cm.mine_triggers(model, corpus, out=folder, **options)
-    finally:
-        model.tokenizer = kept
     lines = corpus.read_text().split("\n")
     changed = tmp_path / "changed.txt"
     changed.write_text("\n".join([lines[0], "the cat", *lines[2:]]))
@@ -508,10 +507,10 @@ def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
     cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **options)
     with pytest.raises(cm.InvalidInput, match=r"the parts of processes \[0\]"):
         cm.merge_triggers(tmp_path)
-    with pytest.raises(cm.FileFormatError, match="1 parts of a run"):
+    with pytest.raises(FileFormatError, match="1 parts of a run"):
         cm.load_triggers(tmp_path)
     (tmp_path / "part-00001-of-00002.safetensors").write_bytes(b"something else")
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.merge_triggers(tmp_path)
 
 

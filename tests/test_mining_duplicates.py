@@ -10,10 +10,20 @@ import pytest
 import torch
 import zoo
 from asked import case_of, view_of
-from test_mining import every_coefficient, result, search, texts
+from test_mining import (
+    best_of_each,
+    every_coefficient,
+    filled,
+    kept,
+    merged,
+    result,
+    search,
+    stop_after_writing,
+    texts,
+)
 
 import tl_contextmix as cm
-from tl_contextmix.methods.memories.topk import TopK, first_of_each, hash_prefixes
+from tl_contextmix.methods.memories.topk import first_of_each, hash_prefixes
 
 pytestmark = pytest.mark.once
 
@@ -35,11 +45,7 @@ def test_dropping_equals_a_search_through_distinct_contexts(
     rows = every_coefficient(model, corpus, "encoder" if family == "bert" else "decoder")
     ids = [view.encode(text, None) for text in corpus]
     if unit == "document":
-        best: dict[Any, Any] = {}
-        for row in rows:
-            if row[4] > best.get(row[:3], (0,) * 5)[4]:
-                best[row[:3]] = row
-        rows = list(best.values())
+        rows = best_of_each(rows)
 
     def context(document: int, pos: int) -> Any:
         whole = ids[document]
@@ -64,31 +70,22 @@ def test_dropping_equals_a_search_through_distinct_contexts(
         cm.mine_triggers(model, corpus, out=tmp_path / "three", rank=rank, world_size=3, **options)
     cm.merge_triggers(tmp_path / "three")
     assert result(tmp_path / "three") == result(tmp_path / "one")
-    kept = cm.mine_triggers(
-        model, corpus, out=tmp_path / "kept", **{**options, "duplicates": "keep"}
+    every = cm.mine_triggers(
+        model, corpus, out=tmp_path / "every", **{**options, "duplicates": "keep"}
     )
-    assert not kept.to_dataframe()["value"].equals(frame["value"])
+    assert not every.to_dataframe()["value"].equals(frame["value"])
 
 
 def test_a_run_that_was_stopped_keeps_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tl_contextmix.methods.memories import mining
-
     model, corpus = zoo.build(case_of("gpt2"), dtype=torch.float32), repetitive()
     options = {"k": 4, "shard_size": 8, "batch_size": 3, "duplicates": "drop"}
     cm.mine_triggers(model, corpus, out=tmp_path / "whole", **options)
-    save = mining.save_part
-
-    def stop(part: Any, folder: Path) -> None:
-        save(part, folder)
-        if not part.done:
-            raise KeyboardInterrupt
-
     again = {"out": tmp_path / "stopped", "checkpoint_seconds": 0.0, **options}
-    monkeypatch.setattr(mining, "save_part", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            cm.mine_triggers(model, corpus, **again)
-    monkeypatch.setattr(mining, "save_part", save)
+    with monkeypatch.context() as patch:
+        stop_after_writing(patch, lambda written: not written[-1])
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                cm.mine_triggers(model, corpus, **again)
     cm.mine_triggers(model, corpus, **again)
     assert result(tmp_path / "stopped") == result(tmp_path / "whole")
 
@@ -97,39 +94,21 @@ def test_a_run_that_was_stopped_keeps_its_keys(tmp_path: Path, monkeypatch: pyte
 def test_states_with_keys_are_a_commutative_monoid(seed: int) -> None:
     draw = random.Random(seed)
     entries = [
-        (draw.randrange(4), draw.randint(-2, 9) / 4, place, draw.randrange(6))
-        for place in range(80)
+        (draw.randrange(5), draw.randint(-2, 9) / 4, place, draw.randrange(6))
+        for place in range(100)
     ]
     expected = {}
-    for column in range(4):
+    for column in range(5):
         best: dict[int, tuple[float, int]] = {}
         for at, value, place, key in entries:
             if at == column and value > 0:
                 best[key] = min(best.get(key, (0.0, 0)), (-value, place))
         expected[column] = sorted(best.values())[:3]
-
-    def filled(some: list[Any]) -> TopK:
-        top = TopK.zero(4, 3, torch.float64, torch.device("cpu"), distinct=True)
-        scores = torch.full((len(some), 4), -1.0, dtype=torch.float64)
-        for row, (column, value, *_) in enumerate(some):
-            scores[row, column] = value
-        places, keys = (torch.tensor([entry[i] for entry in some]) for i in (2, 3))
-        counted = torch.ones(len(some), dtype=torch.bool)
-        top.update(
-            scores, counted, lambda rows, *_: (places[rows], places[rows], keys[rows]), repeats=True
-        )
-        return top
-
     draw.shuffle(entries)
-    parts = [filled(entries[start::4]) for start in range(4)]
+    parts = [filled(entries[start::4], 3, distinct=True) for start in range(4)]
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
-        merged = parts[order[0]]
-        for index in order[1:]:
-            merged = merged.merge(parts[index])
-        for column in range(4):
-            kept = merged.values[column] > 0
-            pairs = zip(merged.values[column][kept], merged.places[column][kept], strict=True)
-            assert [(-float(v), int(p)) for v, p in pairs] == expected[column]
+        whole = merged(parts, order)
+        assert {column: kept(whole, column) for column in range(5)} == expected
 
 
 def test_hashes_tell_prefixes_apart() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import fcntl
+import functools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 import signal
@@ -26,6 +28,7 @@ from safetensors.torch import save_file
 from test_mining import result, texts
 
 import tl_contextmix as cm
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.methods.memories.file_lock import alone
 
 pytestmark = pytest.mark.once
@@ -76,9 +79,7 @@ def test_no_manifest_breaks_the_reader(mined: Any, tmp_path: Path) -> None:
             continue
         for bad in ("left out", None, -1, [], {}, "x", 10**30, 1.5):
             changed = copy.deepcopy(good)
-            inside = changed
-            for key in place[:-1]:
-                inside = inside[key]
+            inside = functools.reduce(operator.getitem, place[:-1], changed)
             if bad == "left out":
                 del inside[place[-1]]
             else:
@@ -89,13 +90,13 @@ def test_no_manifest_breaks_the_reader(mined: Any, tmp_path: Path) -> None:
                 repr(found)
                 found.to_dataframe(0, 1)
                 asked += 1
-            except (cm.FileFormatError, cm.InvalidInput):
+            except (FileFormatError, cm.InvalidInput):
                 refused += 1
     assert refused > 200
     assert asked < refused / 4
     for text in ("", "[]", "null", "[" * 10**5, '{"format": 1}', "NaN", "\0"):
         path.write_text(text)
-        with pytest.raises(cm.FileFormatError, match="cannot read"):
+        with pytest.raises(FileFormatError, match="cannot read"):
             cm.load_triggers(tmp_path)
 
 
@@ -121,7 +122,7 @@ def test_no_table_breaks_the_reader(change: Any, mined: Any, tmp_path: Path) -> 
     shutil.copy(folder / "manifest.json", tmp_path)
     good = pandas.read_parquet(folder / "triggers.parquet")
     change(good).to_parquet(tmp_path / "triggers.parquet", index=False)
-    with pytest.raises((cm.FileFormatError, cm.InvalidInput)):
+    with pytest.raises((FileFormatError, cm.InvalidInput)):
         ask_everything(model, corpus, tmp_path)
 
 
@@ -130,7 +131,7 @@ def test_a_file_that_is_no_table_is_refused(mined: Any, tmp_path: Path) -> None:
     data = (mined[2] / "triggers.parquet").read_bytes()
     for bad in (b"", b"PAR1" * 5, data[: len(data) // 2], data[:40] + b"\xff" * 40 + data[80:]):
         (tmp_path / "triggers.parquet").write_bytes(bad)
-        with pytest.raises(cm.FileFormatError, match="cannot read"):
+        with pytest.raises(FileFormatError, match="cannot read"):
             cm.load_triggers(tmp_path).to_dataframe()
 
 
@@ -180,9 +181,9 @@ def rewritten(path: Path, folder: Path, facts: Any, tensors: Any) -> None:
 def test_no_part_breaks_the_reader(facts: Any, tensors: Any, part: Any, tmp_path: Path) -> None:
     model, corpus, path = part
     rewritten(path, tmp_path, facts, tensors)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.merge_triggers(tmp_path)
 
 
@@ -194,6 +195,13 @@ def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path)
             cm.mine_triggers(model, other, out=tmp_path, rank=0, world_size=2, **OPTIONS)
 
 
+@pytest.fixture
+def manifest(mined: Any, tmp_path: Path) -> dict[str, Any]:
+    """The manifest of a copy of the result."""
+    shutil.copytree(mined[2], tmp_path, dirs_exist_ok=True)
+    return json.loads((tmp_path / "manifest.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
@@ -202,30 +210,24 @@ def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path)
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_said(
-    place: tuple[str, ...], value: int, problem: str, mined: Any, tmp_path: Path
+    place: tuple[str, ...], value: int, problem: str, manifest: Any, tmp_path: Path
 ) -> None:
-    shutil.copytree(mined[2], tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
     *outer, last = place
-    inner = manifest
-    for key in outer:
-        inner = inner[key]
-    inner[last] = value
+    functools.reduce(operator.getitem, outer, manifest)[last] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(cm.FileFormatError, match=problem):
+    with pytest.raises(FileFormatError, match=problem):
         cm.load_triggers(tmp_path)
 
 
-def test_neurons_that_a_model_does_not_have_are_refused(mined: Any, tmp_path: Path) -> None:
-    model, _, folder = mined
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+def test_neurons_that_a_model_does_not_have_are_refused(
+    mined: Any, manifest: Any, tmp_path: Path
+) -> None:
     too_many = {layer: [10**6] for layer in manifest["neurons"]}
     manifest["neurons"] = manifest["run"]["options"]["neurons"] = too_many
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     cm.load_triggers(tmp_path)
-    with pytest.raises(cm.FileFormatError, match="layers or neurons that .* does not have"):
-        cm.load_triggers(tmp_path, model=model)
+    with pytest.raises(FileFormatError, match="layers or neurons that .* does not have"):
+        cm.load_triggers(tmp_path, model=mined[0])
 
 
 def test_parts_of_processes_that_were_stopped_are_not_merged(part: Any, tmp_path: Path) -> None:
@@ -382,7 +384,9 @@ def test_a_merge_does_not_replace_another_run(mined: Any, part: Any, tmp_path: P
     assert result(other) == before
 
 
-def test_triggers_know_their_column_and_their_tokenizer(mined: Any, tmp_path: Path) -> None:
+def test_triggers_know_their_column_and_their_tokenizer(
+    mined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, corpus, _ = mined
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in corpus))
@@ -390,10 +394,6 @@ def test_triggers_know_their_column_and_their_tokenizer(mined: Any, tmp_path: Pa
     moved = shutil.move(path, tmp_path / "d.jsonl")
     found = cm.load_triggers(tmp_path / "out", model=model, corpus=moved)
     assert found.examples(0, 1).triggers
-    kept = model.tokenizer
-    try:
-        model.tokenizer = zoo.build(case_of("llama")).tokenizer
-        with pytest.raises(cm.InvalidInput, match="mined with another tokenizer"):
-            cm.load_triggers(tmp_path / "out", model=model)
-    finally:
-        model.tokenizer = kept
+    monkeypatch.setattr(model, "tokenizer", zoo.build(case_of("llama")).tokenizer)
+    with pytest.raises(cm.InvalidInput, match="mined with another tokenizer"):
+        cm.load_triggers(tmp_path / "out", model=model)

@@ -40,6 +40,9 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> No
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert found == sources
+    # What trains and scores the models is not needed where they are used.
+    models = {PurePosixPath(name).name for name in found if "/demo_models/" in name}
+    assert not models & {path.name for path in (ROOT / "scripts").rglob("*.py")}
     for name in found:
         assert wheel.read(name) == (ROOT / name).read_bytes()
     assert "tl_contextmix/py.typed" in found
@@ -78,8 +81,8 @@ def test_the_sdist_holds_what_builds_and_tests_it(built: Path) -> None:
         found = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml"):
         assert name in found
-    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*.py")}
-    assert tests <= found
+    for folder in ("tests", "scripts"):
+        assert {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py")} <= found
     assert not [name for name in found if name.startswith((".ci", "benchmarks/"))]
 
 

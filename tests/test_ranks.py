@@ -16,6 +16,8 @@ from tl_contextmix.core.statistics import (
     kendall,
 )
 
+pytestmark = pytest.mark.once
+
 
 def precision_of(order: tuple[int, ...], relevant: Tensor) -> float:
     hits, total = 0, 0.0

@@ -18,24 +18,14 @@ import torch
 import zoo
 from test_render import Parsed
 
+import tl_contextmix as cm
 from tl_contextmix import __main__ as command_line
-from tl_contextmix.adapters import as_view, check
-from tl_contextmix.adapters.loading import load_demo
-from tl_contextmix.engine.citations import WORKS
+from tl_contextmix.adapters import as_view
+from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
-from tl_contextmix.errors import ContextMixWarning, InvalidInput, UnsupportedModel
-from tl_contextmix.evaluation.compare import compare, demo_pairs
-from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
-from tl_contextmix.methods.log_prob.knockout import knockout
-from tl_contextmix.methods.memories import mine_triggers
-from tl_contextmix.methods.memories.ff_memories import ff_memories
-from tl_contextmix.methods.memories.token_memory import token_memory
-from tl_contextmix.methods.norm_changes import amplified_pairs, contextualization_change
-from tl_contextmix.methods.norms import attention_norms, mixing_ratio
-from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.plotting import Page, Section, colors
 from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
-from tl_contextmix.reporting import build_report, report, sections, story, write_report
+from tl_contextmix.reporting import build_report, sections, story, write_report
 from tl_contextmix.reporting.sections import SectionName
 from tl_contextmix.reporting.story import default_text, read
 
@@ -55,12 +45,12 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def causal() -> Any:
-    return load_demo("causal-lm")
+    return cm.load_demo("causal-lm")
 
 
 @pytest.fixture(scope="module")
 def masked() -> Any:
-    return load_demo("masked-lm")
+    return cm.load_demo("masked-lm")
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +113,8 @@ def test_facts_say_what_it_is_about(page, causal):
 def test_citations_are_those_of_cite(page):
     told = " ".join(section.citation for section in page.sections)
     for key in ("kobayashi2024analyzing", "mohebbi2023quantifying", "geva2021transformer"):
-        assert WORKS[key].sentence in told
-    assert WORKS["yu2024neuron"].sentence in part(page, "components").citation
+        assert sources(key) in told
+    assert sources("yu2024neuron") in part(page, "components").citation
 
 
 def test_prediction_is_the_models_own(page, causal):
@@ -145,11 +135,11 @@ def test_prediction_is_the_models_own(page, causal):
 
 def test_mixing_shows_the_maps(page, causal):
     parsed = Parsed(build_report(causal, TEXT, sections=["mixing"]).html())
-    maps = attention_norms(causal, TEXT, at=POINTS)
+    maps = cm.attention_norms(causal, TEXT, at=POINTS)
     expected = [
         maps["attn_out"].normalize().scores,
         maps["block_out"].normalize().scores,
-        value_zeroing(causal, TEXT).normalize().scores,
+        cm.value_zeroing(causal, TEXT).normalize().scores,
         maps["block_out"].normalize().rollout().scores.flip(1),
     ]
     charts = [chart["props"] for chart in parsed.charts()]
@@ -169,7 +159,7 @@ def test_mixing_shows_the_maps(page, causal):
     assert part(page, "mixing").finding == (
         f"In layer {layer}, {share:.0%} of “cabinet” comes from “{row.columns[source].strip()}”."
     )
-    figures = mixing_ratio(causal, TEXT, at="block_out")
+    figures = cm.mixing_ratio(causal, TEXT, at="block_out")
     torch.testing.assert_close(
         titled(part(page, "mixing"), "each token mixes").values[0], figures.values[0]
     )
@@ -178,12 +168,10 @@ def test_mixing_shows_the_maps(page, causal):
 @pytest.mark.once
 def test_points_are_told_when_asked_for(causal):
     section = part(build_report(causal, TEXT, sections=["points"]), "points")
-    maps = attention_norms(causal, TEXT, at=POINTS)
+    maps = cm.attention_norms(causal, TEXT, at=POINTS)
     # resid_post and block_out are the same map in a pre-LN model.
-    assert [panel.title.split(":")[0] for panel in section.panels] == [
-        *POINTS[:4],
-        "resid_post = block_out",
-    ]
+    titles = [panel.title.split(":")[0] for panel in section.panels]
+    assert titles == [*POINTS[:4], "resid_post = block_out"]
     for place, point in enumerate(POINTS[:5]):
         panel = shown(section, Heatmap, place)
         torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
@@ -191,14 +179,14 @@ def test_points_are_told_when_asked_for(causal):
 
 def test_feed_forward_shows_what_changes(page, causal):
     section = part(page, "feed-forward")
-    maps = attention_norms(causal, TEXT, at=POINTS)
-    (expected,) = contextualization_change(maps).panels()
+    maps = cm.attention_norms(causal, TEXT, at=POINTS)
+    (expected,) = cm.contextualization_change(maps).panels()
     assert titled(section, expected.title) == expected
     undone = titled(section, "Does the block undo")
     assert [name for name, _ in undone.series] == ["cancel", "recover"]
     change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
     torch.testing.assert_close(titled(section, "after FF").values, change[0, :, 0])
-    pairs = amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2)
+    pairs = cm.amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2)
     table = titled(section, "Pairs")
     assert sorted(row[-1] for row in table.rows) == sorted(
         pair.change for pair in (*pairs.amplified, *pairs.suppressed)
@@ -211,11 +199,12 @@ def test_feed_forward_shows_what_changes(page, causal):
 def test_memories_are_named_and_triggered(page, causal):
     section = part(page, "memories")
     table = shown(section, Table)
-    top = ff_memories(causal, TEXT).top(3, pos=-1).reset_index(drop=True)
+    top = cm.ff_memories(causal, TEXT).top(3, pos=-1).reset_index(drop=True)
     assert [row[:2] for row in table.rows] == [
         (f"L{row.layer}.{row.neuron}", row.promotes) for row in top.itertuples()
     ]
-    shares = token_memory(causal, TEXT, layer=0, pos=-1).shares[0, 0, 0, :, int(top["neuron"][0])]
+    memory = cm.token_memory(causal, TEXT, layer=0, pos=-1)
+    shares = memory.shares[0, 0, 0, :, int(top["neuron"][0])]
     assert str(table.rows[0][4]).endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
     longest = top.loc[top["length"].idxmax()]
     name = f"L{longest.layer}.{longest.neuron}"
@@ -231,17 +220,17 @@ def test_memories_are_named_and_triggered(page, causal):
 
 def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
-    layers = log_prob_contributions(causal, TEXT)
+    layers = cm.log_prob_contributions(causal, TEXT)
     best = layers.top(1)
     told = f"comes most from {best.labels()[0]} ({float(best.scores[0, 0]):+.2f} nats)"
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
-    neurons = log_prob_contributions(causal, TEXT, by="ff_neuron", top_k=10)
+    neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", k=10)
     assert tuple(row[0] for row in titled(section, "that raise it").rows) == neurons.labels()
     assert titled(section, "by position").columns == layers.tokens.strings[0]
-    heads = log_prob_contributions(causal, TEXT, by="head").top(3)
-    out = knockout(causal, TEXT, heads=heads).to_dataframe().set_index("quantity")
+    heads = cm.log_prob_contributions(causal, TEXT, by="head").top(3)
+    out = cm.knockout(causal, TEXT, heads=heads).to_dataframe().set_index("quantity")
     row = titled(section, "without them").rows[-1]
     assert row[0] == "the 3 best heads"
     assert row[1:4] == tuple(out.loc["probability", ["before", "after", "control"]])
@@ -250,7 +239,7 @@ def test_components_are_tested_by_taking_them_out(page, causal):
 
 def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
-    found = compare(causal, demo_pairs(count=8), methods=["value_zeroing"])
+    found = cm.compare(causal, cm.demo_pairs(count=8), methods=["value_zeroing"])
     expected = found.best("dot").iloc[0]
     row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
@@ -258,7 +247,7 @@ def test_comparison_measures_the_methods(page, causal):
     assert section.finding.startswith("Best at the words that decide: value_zeroing at layer 2")
     rows = shown(section, Heatmap)
     torch.testing.assert_close(rows.values.sum(-1), torch.ones(1, 6), rtol=1e-4, atol=1e-4)
-    rolled = value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
+    rolled = cm.value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
     torch.testing.assert_close(rows.values[0, rows.rows.index("Value Zeroing")], rolled)
 
 
@@ -284,7 +273,7 @@ def test_report_without_a_mask_predicts_nothing(masked):
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_report_of_an_encoder_decoder_maps_the_encoder():
-    model = load_demo("encoder-decoder")
+    model = cm.load_demo("encoder-decoder")
     page = build_report(model, "the bat burned .")
     told = ["prediction", "mixing", "feed-forward", "components", "encoder-layers"]
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
@@ -302,7 +291,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     assert dict(page.facts)["Maps of"] == "the encoder"
     parsed = Parsed(page.html())
     assert not any(chart["props"]["maskUpperTri"] for chart in parsed.charts())
-    decoder = attention_norms(model, "the bat burned .").normalize()
+    decoder = cm.attention_norms(model, "the bat burned .").normalize()
     row = titled(part(page, "mixing"), "layer by layer")
     torch.testing.assert_close(row.values[0], decoder.scores[0, :, 0, -1])
     assert row.columns == decoder.source.strings[0]
@@ -311,7 +300,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
 @pytest.mark.once
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_a_companion_tells_what_the_model_cannot(causal):
-    companion = load_demo("encoder-decoder")
+    companion = cm.load_demo("encoder-decoder")
     page = build_report(causal, TEXT, sections=["encoder-layers"], companion=companion)
     section = part(page, "encoder-layers")
     assert section.text.startswith("causal-lm has no encoder; this is the embedded encoder-decoder")
@@ -320,14 +309,12 @@ def test_a_companion_tells_what_the_model_cannot(causal):
 
 def test_sections_keep_their_order_and_must_exist(causal):
     page = build_report(causal, TEXT, sections=["mixing", "prediction"])
-    assert [section.title for section in page.sections] == [
-        QUESTIONS["prediction"],
-        QUESTIONS["mixing"],
-    ]
-    with pytest.raises(InvalidInput, match="no such section"):
+    told = [section.title for section in page.sections]
+    assert told == [QUESTIONS["prediction"], QUESTIONS["mixing"]]
+    with pytest.raises(cm.InvalidInput, match="no such section"):
         build_report(causal, TEXT, sections=[])
     # Names are checked by the type checker of the tests first, so past it.
-    with pytest.raises(InvalidInput, match="no such section: got 'rollout'; expected some of"):
+    with pytest.raises(cm.InvalidInput, match="no such section: got 'rollout'; expected some of"):
         inspect.unwrap(sections.chosen)(["rollout"])
 
 
@@ -335,19 +322,14 @@ def test_sections_keep_their_order_and_must_exist(causal):
 def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the keys to the cabinet are old .\nthe cabinet is old .\n")
-    mine_triggers(causal, str(corpus), out=tmp_path / "mined", k=2)
+    cm.mine_triggers(causal, str(corpus), out=tmp_path / "mined", k=2)
     pairs = tmp_path / "pairs.jsonl"
     good, bad = "the keys to the cabinet are old .", "the keys to the cabinet is old ."
     line = json.dumps({"sentence_good": good, "sentence_bad": bad})
     pairs.write_text(f"{line}\n{line}\n")
-    path = write_report(
-        causal,
-        TEXT,
-        tmp_path / "page.html",
-        sections=["memories", "comparison"],
-        triggers=tmp_path / "mined",
-        pairs=pairs,
-    )
+    asked: list[SectionName] = ["memories", "comparison"]
+    given = {"triggers": tmp_path / "mined", "pairs": pairs}
+    path = write_report(causal, TEXT, tmp_path / "page.html", sections=asked, **given)
     text = Parsed(path.read_text(encoding="utf-8")).text
     assert "These were mined before." in text
     assert "95 % interval over 2 sentences" in text
@@ -400,7 +382,7 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
 @pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
-    with pytest.warns(ContextMixWarning, match="never saw"):
+    with pytest.warns(cm.ContextMixWarning, match="never saw"):
         page = build_report(masked, text, sections=["prediction", "mixing", "components"])
     parsed = Parsed(page.html())
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
@@ -417,12 +399,12 @@ def test_default_texts_suit_the_models(causal, masked):
 
 
 def test_foreign_words_are_named(causal):
-    with pytest.warns(ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
+    with pytest.warns(cm.ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
         read(causal, "the politician sneezed , the sneezed <s> keys")
 
 
 def test_report_takes_one_text(causal):
-    with pytest.raises(InvalidInput, match="one sentence"):
+    with pytest.raises(cm.InvalidInput, match="one sentence"):
         read(causal, [TEXT, TEXT])
 
 
@@ -431,8 +413,8 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     def without_feed_forward(model: Any, text: str, **options: Any) -> Any:
         at = options["at"]
         if set([at] if isinstance(at, str) else at) - {"attn_out", "resid_mid"}:
-            raise UnsupportedModel("these neurons cannot be read")
-        return attention_norms(model, text, **options)
+            raise cm.UnsupportedModel("these neurons cannot be read")
+        return cm.attention_norms(model, text, **options)
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     names: list[SectionName] = ["mixing", "points", "feed-forward", "memories"]
@@ -447,10 +429,10 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
 def test_a_model_without_any_map_is_refused(causal, monkeypatch):
     def refuse(*args: Any, **options: Any) -> Any:
-        raise UnsupportedModel("nothing can be read")
+        raise cm.UnsupportedModel("nothing can be read")
 
     monkeypatch.setattr(story, "attention_norms", refuse)
-    with pytest.raises(UnsupportedModel, match="nothing can be read"):
+    with pytest.raises(cm.UnsupportedModel, match="nothing can be read"):
         build_report(causal, TEXT)
 
 
@@ -478,33 +460,33 @@ def test_write_report_takes_a_name_or_a_model(causal, tmp_path):
 
 @pytest.mark.once
 def test_report_shows_any_results(causal, tmp_path):
-    maps = attention_norms(causal, TEXT, at=POINTS)
+    maps = cm.attention_norms(causal, TEXT, at=POINTS)
     results = [
         maps["block_out"],
-        contextualization_change(maps),
-        amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2),
-        mixing_ratio(causal, TEXT),
-        check(causal),
+        cm.contextualization_change(maps),
+        cm.amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2),
+        cm.mixing_ratio(causal, TEXT),
+        cm.check(causal),
     ]
-    path = report(results, tmp_path / "results.html", title="Mine")
+    path = cm.report(results, tmp_path / "results.html", title="Mine")
     parsed = Parsed(path.read_text(encoding="utf-8"))
     view = as_view(causal)
     for part in ("Mine", "attention_norms(at='block_out'", f"{view.host} {view.host_version}"):
         assert part in parsed.text
     assert "IdentityReport" in parsed.text
     assert len(parsed.charts()) == 1
-    alone = report(maps["block_out"], tmp_path / "alone.html")
+    alone = cm.report(maps["block_out"], tmp_path / "alone.html")
     assert len(Parsed(alone.read_text(encoding="utf-8")).charts()) == 1
 
 
 def test_report_of_no_result_is_refused(tmp_path):
-    with pytest.raises(InvalidInput, match="a str; expected results"):
-        report(["text"], tmp_path / "page.html")
+    with pytest.raises(cm.InvalidInput, match="a str; expected results"):
+        cm.report(["text"], tmp_path / "page.html")
 
 
 @pytest.mark.once
 def test_results_show_themselves(causal):
-    shown = attention_norms(causal, TEXT).show()
+    shown = cm.attention_norms(causal, TEXT).show()
     assert isinstance(shown, Page)
     assert shown.title == "ContextMap"
     assert len(Parsed(shown.html()).charts()) == 1
@@ -578,11 +560,11 @@ def test_command_errors_are_one_line(run, arguments, message, tmp_path, monkeypa
 def test_command_check_prints_the_identities(run, causal):
     code, out, err = run("check", "causal-lm")
     assert (code, err) == (0, [])
-    assert out == str(check(causal)).splitlines()
+    assert out == str(cm.check(causal)).splitlines()
 
 
 def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
-    found = check(causal)
+    found = cm.check(causal)
     broken = replace(found, rows=(replace(found.rows[0], error=1.0), *found.rows[1:]))
     monkeypatch.setattr(command_line, "check", lambda model: broken)
     code, out, _ = run("check", "causal-lm")

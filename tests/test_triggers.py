@@ -20,14 +20,29 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.memory_coefficients import CASES, values
+from tl_contextmix.errors import FileFormatError
+from tl_contextmix.methods.memories import Triggers
 from tl_contextmix.methods.memories.composition import draw
 from tl_contextmix.methods.memories.trigger_patterns import common
+from tl_contextmix.results import CompositionFigures
 
 pytestmark = pytest.mark.once
 
 
+def records(path: Path, opener: Any = open) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """What a spreadsheet holds."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
-def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], cm.Triggers]:
+def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Triggers]:
     """The demo model and sentences of its grammar."""
     grammar = Grammar(11, "train")
     corpus = [grammar.sentence().text for _ in range(250)]
@@ -191,7 +206,7 @@ def test_figures_over_a_corpus_are_those_of_its_texts(tmp_path: Path) -> None:
     assert drawn.equals(cm.composition(model, corpus, seed=1))
     assert not torch.equal(drawn.sums, cm.composition(model, corpus, seed=2).sums)
     assert (found + drawn).examples == found.examples + 21
-    again = cm.CompositionFigures.load(found.save(tmp_path / "figures.safetensors"))
+    again = CompositionFigures.load(found.save(tmp_path / "figures.safetensors"))
     assert again.equals(found)
 
 
@@ -216,17 +231,13 @@ def test_results_save_load_and_show_themselves(mined: Any, tmp_path: Path) -> No
 def test_exports(mined: Any, tmp_path: Path) -> None:
     _, _, triggers = mined
     for name, opener in (("a.jsonl", open), ("a.jsonl.gz", gzip.open)):
-        path = triggers.to_jsonl(tmp_path / name, layer=1, neuron=3)
-        with opener(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        rows = records(triggers.to_jsonl(tmp_path / name, layer=1, neuron=3), opener)
         assert len(rows) == len(triggers.to_dataframe(1, 3))
         assert rows[0]["layer"] == "1-mlp"
         assert rows[0]["index"] == "3"
         assert len(rows[0]["tokens"]) == len(rows[0]["values"])
         assert rows[0]["values"][rows[0]["maxValueTokenIndex"]] == rows[0]["maxValue"]
-    sheet = triggers.to_sheet(tmp_path / "sheet.csv", per_layer=2, k=3)
-    with open(sheet, encoding="utf-8-sig", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = lines_of(triggers.to_sheet(tmp_path / "sheet.csv", per_layer=2, k=3))
     assert len(lines) == 4 * 2 * 3
     assert len({(line["layer"], line["neuron"]) for line in lines}) == 8
     assert all(line["pattern_1"] == "" for line in lines)
@@ -259,7 +270,7 @@ def test_tables_need_neither_model_nor_corpus(mined: Any) -> None:
     for bad in unknown:
         with pytest.raises(cm.InvalidInput):
             bare.to_dataframe(**bad)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.load_triggers(triggers.folder / "elsewhere")
 
 
@@ -293,10 +304,9 @@ def test_where_both_ways_are_read_the_whole_document_is_run(family: str, tmp_pat
         assert frame["token"].tolist() == [t.tokens[t.position] for t in examples.triggers]
         behind = ["".join(t.tokens[t.position + 1 :]) for t in examples.triggers]
         assert frame["behind"].tolist() == behind
-    with open(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3)) as file:
-        records = [json.loads(line) for line in file]
+    found = records(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3))
     values = triggers.to_dataframe(1, 3)["value"].tolist()
-    places = [record["values"][record["qualifyingTokenIndex"]] for record in records]
+    places = [record["values"][record["qualifyingTokenIndex"]] for record in found]
     assert places == pytest.approx(values, rel=1e-9)
     assert all(row.contexts <= row.triggers for row in triggers.patterns(1, 3).rows)
 
@@ -322,24 +332,18 @@ def test_figures_over_a_corpus_do_not_follow_hooks_they_cannot_follow() -> None:
 def test_jsonl_holds_the_tail_that_is_asked_for(mined: Any, tmp_path: Path) -> None:
     _, _, triggers = mined
     for tail, sign in (("positive", 1), ("negative", -1)):
-        with open(triggers.to_jsonl(tmp_path / "a", layer=0, neuron=3, tail=tail)) as file:
-            records = [json.loads(line) for line in file]
-        assert len(records) == len(triggers.to_dataframe(0, 3, tail))
-        assert all(sign * r["values"][r["qualifyingTokenIndex"]] > 0 for r in records)
+        found = records(triggers.to_jsonl(tmp_path / "a", layer=0, neuron=3, tail=tail))
+        assert len(found) == len(triggers.to_dataframe(0, 3, tail))
+        assert all(sign * r["values"][r["qualifyingTokenIndex"]] > 0 for r in found)
     sheet = triggers.to_sheet(tmp_path / "b.csv", per_layer=1, k=1, tail="negative")
-    with open(sheet, encoding="utf-8-sig", newline="") as file:
-        assert all(float(line["value"]) < 0 for line in csv.DictReader(file))
+    assert all(float(line["value"]) < 0 for line in lines_of(sheet))
 
 
 def test_shares_of_processes_are_read_from_one_launcher() -> None:
     from tl_contextmix.__main__ import _share
 
-    array = {
-        "SLURM_ARRAY_TASK_ID": "5",
-        "SLURM_ARRAY_TASK_COUNT": "4",
-        "SLURM_ARRAY_TASK_MIN": "1",
-        "SLURM_ARRAY_TASK_STEP": "2",
-    }
+    numbers = {"ID": "5", "COUNT": "4", "MIN": "1", "STEP": "2"}
+    array = {f"SLURM_ARRAY_TASK_{name}": number for name, number in numbers.items()}
     inner = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
     assert _share({}) == (0, 1)
     assert _share({"RANK": "3", "WORLD_SIZE": "8"}) == (3, 8)

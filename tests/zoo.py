@@ -64,6 +64,11 @@ class Case:
         row = rows.FAMILIES.get(self.family)
         return row is not None and row.decoder_start is not None
 
+    @property
+    def both_ways(self) -> bool:
+        """Whether the model has one stack, in which tokens read those behind them, too."""
+        return self.family in ("bert", "roberta", "both_ways")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -73,7 +78,7 @@ class Inputs:
     decoder_tokens: Tensor | None = None
 
 
-_KINDS = ("gpt2", "gptj", "mistral", "gemma2", "bert", "t5", "bart")
+_KINDS = ("gpt2", "gptj", "mistral", "gemma2", "bert", "t5", "bart", "both_ways")
 
 
 def cases() -> list[Case]:
@@ -248,7 +253,8 @@ def _ids(host: str, families: str) -> frozenset[str]:
 
 _HOOKED = _ids(
     "HookedTransformer",
-    "gpt2 opt neox gptj llama mistral qwen2 gemma2 attn_only ln_pre parallel gqa no_norm solu",
+    "gpt2 opt neox gptj llama mistral qwen2 gemma2 attn_only ln_pre parallel gqa no_norm solu "
+    "both_ways",
 ) | _ids("HookedEncoder", "bert")
 _BRIDGE = _ids(
     "TransformerBridge",

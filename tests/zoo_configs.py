@@ -302,6 +302,11 @@ CONFIG_BUILT: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         },
         "no_norm": {"normalization_type": None, "act_fn": "relu"},
         "solu": {"normalization_type": "LN", "act_fn": "solu_ln"},
+        "both_ways": {
+            "normalization_type": "LN",
+            "act_fn": "gelu",
+            "attention_dir": "bidirectional",
+        },
     }
 )
 CONFIG_BUILT_HOSTS = {2: (_HT,), 3: (_HT,)}

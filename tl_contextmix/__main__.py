@@ -13,7 +13,8 @@ from pathlib import Path
 from tl_contextmix.adapters import check
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.adapters.loading import load_model
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad
+from tl_contextmix.engine.registry import methods
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad, require_choice
 from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.reporting import DEFAULT_MODEL, DEFAULT_PATH, write_report
 from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_report(commands)
     _add_compare(commands)
+    _add_run(commands)
     _add_check(commands)
     _add_mine(commands)
     _add_merge(commands)
@@ -123,6 +125,19 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         dest="unusable",
         help="leave out, and list, pairs that the model cannot be asked about",
     )
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "run",
+        help="run one method on a text",
+        description="Prints what a method finds in a text, and writes it as a page if asked.",
+    )
+    command.set_defaults(command=_run)
+    command.add_argument("method", metavar="METHOD", help="its name, for example value_zeroing")
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("text", metavar="TEXT", help="the text")
+    command.add_argument("-o", "--output", metavar="PATH", help="write a page")
 
 
 def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
@@ -238,6 +253,16 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--corpus", metavar="CORPUS", help="default: the file that was mined")
     command.add_argument("--column", help="column of the corpus")
     command.add_argument("-o", "--output", metavar="PATH", help="write a page")
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    known = {name: method for name, method in methods().items() if method.on_text}
+    require_choice("METHOD", parsed.method, tuple(known))
+    found = known[parsed.method].function(load_model(parsed.model), parsed.text)
+    print(found)
+    if parsed.output is not None:
+        print(found.show().save(parsed.output))
+    return 0
 
 
 def _mine(parsed: argparse.Namespace) -> int:

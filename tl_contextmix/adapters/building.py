@@ -16,16 +16,16 @@ from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
-from tl_contextmix.adapters.running import make_runner
+from tl_contextmix.adapters.running import make_hooked, make_runner, without_hooks
 from tl_contextmix.adapters.tokenizers import (
     make_encode,
     make_encode_decoder,
     make_pad_id,
     make_pieces,
     make_to_string,
+    padding_of,
     special_ids,
 )
-from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
 from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,
@@ -37,7 +37,7 @@ from tl_contextmix.adapters.verification import (
     settle_block,
     tolerance_of,
 )
-from tl_contextmix.adapters.weight_processing import find_processing
+from tl_contextmix.adapters.weight_processing import find_processing, make_notice
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
@@ -72,7 +72,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         every = [block for blocks in stacks.values() for block in blocks]
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
-        view = replace(view, limits=_limits(view))
+        view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
         rows = (*check_rows(view, probe), *last)
     name = f"{view.name} ({view.host})"
     return view, IdentityReport(model=name, rows=rows, limits=view.limits)
@@ -82,13 +82,14 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
 def _unreadable(facts: Facts) -> Iterator[None]:
     """Turns shapes that do not fit what a block was taken for into a refusal.
 
-    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4).
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4), and a module
+    that was put in another's place may lack what that one had.
     """
     try:
         yield
     except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (AttributeError, RuntimeError, IndexError, ValueError) as error:
         if not _in_reading(error):
             raise
         raise UnsupportedModel(
@@ -217,7 +218,7 @@ def _unsettled(
         fingerprint=fingerprint,
         stacks=stacks,
         readout=read_readout(handle, facts.architecture),
-        final_norms=final_norms(handle),
+        final_norms=final_norms(handle, stacks),
         dtype=handle.dtype,
         device=handle.device,
         n_ctx=_longest_input(facts),
@@ -231,7 +232,9 @@ def _unsettled(
         special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),
         pad_id=pad_id,
-        hooked=lambda backward=False: hooked_places(handle.get(), backward=backward),
+        padding=lambda: padding_of(handle.get()),
+        hooked=make_hooked(handle),
+        without_hooks=lambda: without_hooks(handle.get()),
         recheck=partial(require_followed, tolerance),
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id),

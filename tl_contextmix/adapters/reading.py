@@ -8,7 +8,7 @@ between HookedEncoder and TransformerBridge and between versions, and is recompu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,12 @@ class Handle:
     def bridge(self) -> bool:
         """Whether it is a TransformerBridge."""
         return self.host == "TransformerBridge"
+
+    @property
+    def ignores_masks(self) -> bool:
+        """Whether the host drops an attention mask: HookedTransformer needs a causal one for it."""
+        both_ways = getattr(self.get().cfg, "attention_dir", "causal") == "bidirectional"
+        return both_ways and self.host == "HookedTransformer"
 
     def get(self) -> Any:
         """Returns the model.
@@ -241,9 +247,12 @@ def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def final_norms(handle: Handle) -> dict[str, Norm]:
-    """Returns the norm behind the last block of each stack that has one."""
+def final_norms(handle: Handle, stacks: Collection[str]) -> dict[str, Norm]:
+    """Returns the norm behind the last block of each of the stacks that has one."""
     modules = final_norm_modules(handle.get())
+    if list(stacks) == ["encoder"]:
+        # A bidirectional HookedTransformer calls its norm as a causal one does.
+        modules = dict(zip(stacks, modules.values(), strict=False))
     found = {stack: read_norm(module, handle) for stack, module in modules.items()}
     return {stack: norm for stack, norm in found.items() if norm is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.core.model_view import Padding
 from tl_contextmix.errors import bad
 
 
@@ -33,8 +35,8 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     """Returns the function that turns one text into token ids.
 
     HookedTransformer and decoder-only bridges are asked themselves. Encoders and encoder-decoders
-    were trained on texts framed by special tokens, and the bridge's to_tokens of 4.3 puts T5's end
-    token first and drops BART's, so there the tokenizer is asked, and its frame is completed.
+    were trained on the ids that their tokenizers give, which to_tokens of a bridge puts special
+    tokens in front of and cuts some off, so there the tokenizer is asked.
     """
     pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
     framed = pair or (facts.encoder_only and facts.host != "HookedTransformer")
@@ -52,29 +54,65 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
                 "None",
                 "Leave it out: the tokenizer adds the model's own special tokens.",
             )
-        ids = list(tokenizer(text)["input_ids"])
-        return _ended(tokenizer, ids) if pair else _enclosed(tokenizer, ids)
+        before, words, after = _framed(tokenizer, text=text)
+        return [*before, *words, *after]
 
     return encode
 
 
-def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Returns a source text with its end token.
+def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int]]:
+    """Returns a text's ids between the special tokens that its tokenizer puts around them.
 
-    A tokenizer that TransformerLens has loaded again with add_bos_token has lost it. mBART and
-    M2M100 put a language code behind it.
+    They are the ones of the tokenizer as published. TransformerLens loads one that has a BOS token
+    again with add_bos_token=True, and then transformers 5 has BOS replace all of them: BART and
+    RoBERTa lose their end token, and texts of a tokenizer that adds nothing get a BOS.
+
+    Args:
+        tokenizer: The model's.
+        text: One text by its name, ``text`` or ``text_target``.
     """
-    end = tokenizer.eos_token_id
-    return ids if not ids or end is None or end in ids[-2:] else [*ids, end]
+    before, words, after = _split(tokenizer, text)
+    # NLLB's tokenizer puts its own back, in the language that is set now.
+    if tokenizer.init_kwargs.get("add_bos_token") and [*before, *after] in (
+        [],
+        [tokenizer.bos_token_id],
+    ):
+        before, _, after = _split(_published(tokenizer), text)
+    return before, words, after
 
 
-def _enclosed(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Returns a text between an encoder's special tokens, for the same reason."""
-    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    if not ids or first is None or last is None:
-        return ids
-    ids = ids if ids[0] == first else [first, *ids]
-    return ids if ids[-1] == last and len(ids) > 1 else [*ids, last]
+def _split(tokenizer: Any, text: dict[str, str]) -> tuple[list[int], list[int], list[int]]:
+    ids = list(tokenizer(**text)["input_ids"])
+    words = list(tokenizer(**text, add_special_tokens=False)["input_ids"])
+    for start in range(len(ids) - len(words) + 1):
+        end = start + len(words)
+        if ids[start:end] == words:
+            return ids[:start], words, ids[end:]
+    return [], ids, []
+
+
+_PUBLISHED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _published(tokenizer: Any) -> Any:
+    """Returns a tokenizer as it was before TransformerLens asked for a BOS token."""
+    found = _PUBLISHED.get(tokenizer)
+    if found is None:
+        options = {**tokenizer.init_kwargs, "local_files_only": True}
+        del options["add_bos_token"]
+        place = options.pop("name_or_path", tokenizer.name_or_path)
+        try:
+            found = type(tokenizer).from_pretrained(place, **options)
+        except (OSError, ValueError) as error:
+            raise bad(
+                "the special tokens of a text are not known",
+                "a tokenizer that TransformerLens has loaded again with add_bos_token=True, which "
+                f"replaces them, and none at {place!r} any more",
+                "the tokenizer as published where it was loaded from",
+                "Put it back there, or pass token ids.",
+            ) from error
+        _PUBLISHED[tokenizer] = found
+    return found
 
 
 def make_encode_decoder(handle: Handle) -> Callable[[str | None], list[int]]:
@@ -91,10 +129,10 @@ def make_encode_decoder(handle: Handle) -> Callable[[str | None], list[int]]:
             return [start]
         tokenizer = require_tokenizer(model)
         # Marian has a vocabulary of its own for the target language.
-        labels = list(tokenizer(text_target=text)["input_ids"])
-        if not labels or labels[-1] not in tokenizer.all_special_ids:
-            labels = [*labels, start]
-        # The last one is dropped. A bridge's model does it the way of its family: mBART moves the
+        before, words, after = _framed(tokenizer, text_target=text)
+        # The last one is dropped, so there is one to drop.
+        labels = [*before, *words, *(after or [start])]
+        # A bridge's model does it the way of its family: mBART moves the
         # language code from the end to the front.
         original = getattr(model, "original_model", None)
         shift = getattr(original, "prepare_decoder_input_ids_from_labels", None)
@@ -166,6 +204,20 @@ def make_pad_id(handle: Handle, facts: Facts) -> Callable[[], int]:
         return 0
 
     return pad_id
+
+
+def padding_of(model: Any) -> Padding | None:
+    """Returns how the model's tokenizer pads; None where there is none, or it does not."""
+    tokenizer = getattr(model, "tokenizer", None)
+    token = getattr(tokenizer, "pad_token_id", None)
+    if not isinstance(token, int):
+        return None
+
+    def also(*roles: str) -> bool:
+        return any(getattr(tokenizer, f"{role}_token_id", None) == token for role in roles)
+
+    side = str(getattr(tokenizer, "padding_side", "right"))
+    return Padding(token, side, also("bos", "cls", "unk"), also("eos", "sep", "unk"))
 
 
 def make_to_string(handle: Handle) -> Callable[[int], str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import AttentionSublayer, Block
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.core.model_view import ModelView, Notice
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 
 # A model's parameters by name. Walking through its modules takes longer than looking at them.
 Weights = Mapping[str, Tensor]
@@ -20,13 +22,18 @@ Weights = Mapping[str, Tensor]
 # bfloat16 too), about 1 / sqrt(d_model) = 0.02 or more before.
 _CENTRED = 2e-3
 
-EFFECTS = {
-    "fold_ln": "norm gains and biases live in the following weights, so 'mlp_in' is measured "
-    "before them; every other point is unchanged",
-    "center_writing_weights": "norms of parts change by up to 14 % per entry",
-    "fold_value_biases": "values lose their bias, and norms of parts change by up to 11 % per "
-    "entry",
+# What each step does to the numbers of this package where `_matters` says that it does any.
+_EFFECTS = {
+    "fold_ln": "what a norm puts out has lost its gain and bias to the weights behind it",
+    "center_writing_weights": "embeddings and all that a block writes have lost their mean over "
+    "d_model",
+    "center_unembed": "all logits of a position have moved by the same amount",
+    "fold_value_biases": "values have lost their bias to the output bias, which no head and no "
+    "source owns",
+    "refactor_factored_attn_matrices": "the dimensions of a head's values are other ones",
 }
+# Cuts of log_prob_contributions whose parts carry values.
+_OF_VALUES = ("head", "position", "head_position", "attn_neuron")
 
 
 def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
@@ -36,18 +43,29 @@ def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
         found.append("fold_ln")
     if _centred(blocks[0].attentions[0].W_O):
         found.append("center_writing_weights")
+    W_U = getattr(facts.model, "W_U", None)
+    if W_U is not None and _centred(W_U):
+        found.append("center_unembed")
     attentions = [attention for block in blocks for attention in block.attentions]
     if _any(attentions, "b_Q") and not _any(attentions, "b_V"):
         found.append("fold_value_biases")
+        if all(_orthonormal(attention.W_O) for attention in attentions):
+            found.append("refactor_factored_attn_matrices")
     return tuple(found)
 
 
-def _centred(W_O: Tensor) -> bool:
-    rows = W_O.flatten(0, 1)
+def _centred(matrix: Tensor) -> bool:
+    rows = matrix.flatten(0, -2)
     size = rows.pow(2).mean(-1).sqrt()
     # Rows of zeros (a head that was switched off) say nothing.
     rows, size = rows[size > 0], size[size > 0]
     return rows.numel() > 0 and bool((rows.mean(-1).abs() / size < _CENTRED).all())
+
+
+def _orthonormal(W_O: Tensor) -> bool:
+    """Whether every head has a rotation for W_O, up to rounding in half precision."""
+    products = W_O @ W_O.mT
+    return torch.allclose(products, torch.eye(W_O.shape[-2]).to(products), atol=2e-2)
 
 
 def _any(attentions: list[AttentionSublayer], name: str) -> bool:
@@ -80,17 +98,84 @@ def _ff_norm(block: Block) -> Any:
     return None if block.feed_forward is None else block.feed_forward.norm_in
 
 
-def warning_text(name: str, processing: tuple[str, ...]) -> str:
-    """Returns the text of the warning for a processed model, or '' where nothing matters."""
-    matter = [step for step in processing if step != "fold_ln"]
-    if not matter:
-        return ""
-    effects = "; ".join(f"{step}: {EFFECTS[step]}" for step in processing)
-    return (
-        f"{name} has processed weights ({effects}). The papers' maps are of the weights as "
-        "published: load with from_pretrained_no_processing (HookedTransformer) or without "
-        "enable_compatibility_mode (TransformerBridge) to get those."
-    )
+def changed_by(method: str, options: Mapping[str, Any], processing: Iterable[str]) -> list[str]:
+    """Returns the steps that change the numbers of a method; all leave predictions alone.
+
+    Args:
+        method: Name of the method.
+        options: Its options, and in ``removed`` or ``neurons`` the cut of what it was given.
+        processing: The steps that were applied.
+    """
+    return [step for step in processing if _matters(step, method, options)]
+
+
+def _matters(step: str, method: str, options: Mapping[str, Any]) -> bool:
+    at, none = options.get("at"), options.get("projection") == "none"
+    cuts = [options.get(name) for name in ("by", "removed", "neurons")]
+    ratio = options.get("share") == "ratio"
+    if method in ("attention_norms", "mixing_ratio", "decompose"):
+        # A norm removes the mean itself, and is the one place that has its gain.
+        one = "fold_ln" if at == "mlp_in" else "center_writing_weights"
+        return step in (one, "fold_value_biases")
+    if step == "fold_ln":
+        return none or ratio or (method == "value_zeroing" and bool(options.get("final_norm")))
+    if step == "center_writing_weights":
+        # Readouts behind the final norm do not see a mean; lengths do.
+        lengths = str(options.get("score")).endswith("norm")
+        return none or ratio or lengths or method in _CENTRED_TOO
+    if step == "center_unembed":
+        return options.get("of") == "logit" or method in ("component_readouts", "ff_values")
+    if step == "fold_value_biases":
+        # The mean of a head's values, which may stand in for them, has the bias that they have.
+        cut = any(cut in _OF_VALUES for cut in cuts) and options.get("replace_with") != "mean"
+        return cut or method in ("globenc", "alti", "value_zeroing", "token_memory")
+    return "attn_neuron" in cuts
+
+
+_CENTRED_TOO = (
+    *("globenc", "alti", "decompx", "value_zeroing", "ff_memories", "ff_values"),
+    *("gradient_x_input", "integrated_gradients"),
+)
+
+
+def make_notice(facts: Facts, view: ModelView) -> Notice:
+    """Returns the function that speaks up, once for each method, where processing changes it."""
+    told = _TOLD.setdefault(facts.model, set())
+    # One that was configured with plain norms was trained with them, too.
+    trained = not facts.bridge and getattr(facts.model.cfg, "original_architecture", None) is None
+    processing = [step for step in view.processing if step != "fold_ln" or not trained]
+    # Neither the model nor the view may be kept alive by what it holds.
+    name, remedy = view.name, _remedy(facts, view)
+
+    def notice(method: str, options: Mapping[str, Any]) -> None:
+        steps = changed_by(method, options, processing)
+        if not steps or (method, *steps) in told:
+            return
+        told.add((method, *steps))
+        effects = "; ".join(f"{step}: {_EFFECTS[step]}" for step in steps)
+        warn(
+            four_parts(
+                f"{method} of {name} is not that of the weights as published",
+                f"weights processed by TransformerLens ({effects})",
+                "unprocessed weights. By how much they differ cannot be told: weights that "
+                "give any other numbers become these same ones",
+                f"Load them with {remedy}, or tl_contextmix.load_model.",
+            )
+        )
+
+    return notice
+
+
+_TOLD: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def _remedy(facts: Facts, view: ModelView) -> str:
+    if facts.bridge:
+        return (
+            "TransformerBridge.boot_transformers without enable_compatibility_mode(), or with "
+            "enable_compatibility_mode(no_processing=True)"
+        )
+    return f"HookedTransformer.from_pretrained_no_processing({view.name!r})"
 
 
 def fingerprint(weights: Weights) -> str:
@@ -99,28 +184,20 @@ def fingerprint(weights: Weights) -> str:
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in weights.items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        sample = weight.detach()
-        if sample.ndim > 1:
-            # A few entries along every axis; slicing copies nothing but the sample.
-            steps = (max(1, size // 4) for size in sample.shape)
-            sample = sample[tuple(slice(None, None, step) for step in steps)]
-        samples.setdefault(sample.device, []).append(sample.flatten().to(torch.float64))
+        sample = sampled(weight).flatten().to(torch.float64)
+        samples.setdefault(sample.device, []).append(sample)
     for of_device in samples.values():
         # One transfer for all of them: on a GPU each one waits for the device.
         digest.update(torch.cat(of_device).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def weights_stamp(weights: Weights) -> tuple[tuple[int, int, torch.device], ...]:
-    """Returns where every weight is and PyTorch's counter of its in-place changes.
-
-    The counter misses changes through ``.data``, which the fingerprint sees if they are large; the
-    fingerprint misses small ones inside a matrix, which the counter sees.
-    """
-    return tuple(
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.device)
-        for weight in weights.values()
-    )
+def sampled(weight: Tensor) -> Tensor:
+    """Returns a view of a few entries along every axis of a matrix, of all of a vector."""
+    weight = weight.detach()
+    if weight.ndim < 2:
+        return weight
+    return weight[tuple(slice(None, None, max(1, size // 4)) for size in weight.shape)]
 
 
 def require_present(weights: Weights) -> None:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ StackName = Literal["encoder", "decoder", "cross"]
 Edit = Callable[[Tensor], Tensor]
 Hooks = Sequence[tuple[str, Edit | None]]
 Runner = Callable[[Batch, Hooks, bool], tuple[Tensor, dict[str, Tensor]]]
+Notice = Callable[[str, Mapping[str, Any]], None]
 
 
 class NeedsModel(Exception):
@@ -40,6 +42,23 @@ class CacheReader:
     other_names: Callable[[str], tuple[str, ...]]
     embedded: Mapping[str, tuple[str, ...]]
     embedding: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How a tokenizer pads.
+
+    Attributes:
+        token: Id of the padding.
+        side: ``"right"`` or ``"left"``.
+        begins: Whether a text may begin with the same token (GPT-2's is BOS, too).
+        ends: Whether a text may end with it (what pads is often EOS).
+    """
+
+    token: int
+    side: str
+    begins: bool
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -113,12 +132,15 @@ class ModelView:
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
         to_string: A token id as text.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
+        padding: Returns how the model's tokenizer pads; None without one.
         hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
             those of backward passes, too.
+        without_hooks: Takes them off, within a ``with`` block.
         recheck: Raises where a pass (trace, stack, blocks, cause) was edited in a way that a
             decomposition does not see.
         cached: How an ActivationCache of this host holds activations.
         runner: Runs the model; see `run`.
+        notice: Warns, once, where the processing of the weights changes a method with its options.
     """
 
     name: str
@@ -141,10 +163,13 @@ class ModelView:
     special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
     pad_id: Callable[[], int] = field(repr=False)
+    padding: Callable[[], Padding | None] = field(repr=False)
     hooked: Callable[..., tuple[str, ...]] = field(repr=False)
+    without_hooks: Callable[[], AbstractContextManager[None]] = field(repr=False)
     recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)
+    notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

@@ -75,7 +75,7 @@ def expected_average_precision(items: int, relevant: int) -> float:
 
 
 def bootstrap_interval(
-    values: Float[Tensor, sentence * count],
+    values: Float[Tensor, " *values"],
     figure: Callable[[Sequence[float]], float] | None = None,
     *,
     level: float = 0.95,

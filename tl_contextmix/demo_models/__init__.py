@@ -1,7 +1,7 @@
-"""Tiny trained models that ship with the package, and how they were made.
+"""Tiny trained models that ship with the package.
 
-`lexicon` and `grammar` write English with token-level rationales, `lexicon_fr` and `grammar_fr`
-write English with word-aligned French, `train` makes the weights and `evaluate` measures them.
+`lexicon` and `grammar` write English with token-level rationales; `lexicon_fr` holds the words of
+the translator. ``scripts/demo_models`` in the repository makes the weights and measures them.
 Importing this package is cheap; it imports neither torch nor transformers.
 """
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
     """Yields a map and the row of its batch for every sentence.
 
     Raises:
-        InvalidInput: If a map has several heads.
+        InvalidInput: If a map has several heads, or is a difference.
     """
     for map in [maps] if isinstance(maps, ContextMap) else maps:
         if not isinstance(map, ContextMap):
@@ -39,6 +37,7 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
                 "one map per layer",
                 "Take .mean('head'), or ask the method to sum its heads.",
             )
+        map.require_unsigned("an evaluation")
         for row in range(len(map.target.strings)):
             yield map, row
 
@@ -49,20 +48,21 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
     Args:
         map: The map.
         row: Row of the batch.
-        target: The position; negative counts from the last real token.
+        target: The position in the input; negative counts from the last real token.
 
     Raises:
         InvalidInput: If it is no real token.
     """
     real = map.target.mask[row].nonzero()[:, 0].tolist()
-    if target >= 0 and target in real:
-        return target
+    numbers = [map.target.labels()[place] for place in real]
+    if target in numbers:
+        return real[numbers.index(target)]
     if -len(real) <= target < 0:
         return real[target]
     raise bad(
         "this target is no token",
         f"{target} in sentence {row}",
-        f"one of {real}, or a negative number that counts from the end",
+        f"one of {numbers}, or a negative number that counts from the end",
         "Positions count all tokens, a beginning-of-sequence token included.",
     )
 
@@ -86,17 +86,7 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     Raises:
         InvalidInput: If there are more or fewer of them than sentences.
     """
-    found: Any = given
-    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
-        found = [operator.index(given)] * count
-    if not isinstance(found, Sequence) or any(isinstance(x, (bool, str, float)) for x in found):
-        raise bad(
-            f"{what} cannot be read",
-            repr(given),
-            "an integer, or a list of them",
-            "Positions count all tokens, a beginning-of-sequence token included.",
-        )
-    found = [operator.index(x) for x in found]
+    found = [given] * count if isinstance(given, int) else [*given]
     if len(found) != count:
         raise bad(
             f"{what} do not fit the sentences",

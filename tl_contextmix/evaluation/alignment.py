@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.statistics import average_precision, expected_average_precision
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.aggregation import (
     Figures,
@@ -24,11 +25,12 @@ from tl_contextmix.results import ContextMap, Score
 Cues = Sequence[Sequence[int | str]]
 
 
+@method(cites=("mohebbi2023quantifying",), on_text=False)
 def cue_alignment(
     maps: Maps,
     cues: Cues,
     *,
-    targets: Sequence[int] | int = -1,
+    pos: Sequence[int] | int = -1,
     method: str | None = None,
 ) -> Score:
     r"""Returns how much a map's target rows point at the tokens that decide the target.
@@ -48,7 +50,7 @@ def cue_alignment(
         cues: Per sentence what decides the target, several are fine: positions on the source axis
             (a beginning-of-sequence token counts), or tokens as text, each of which stands for
             every readable token of that text, spaces aside.
-        targets: The target position, one for all or one per sentence; negative counts from the
+        pos: The target position, one for all or one per sentence; negative counts from the
             last real token.
         method: Name in the table; None for the map's own.
 
@@ -61,7 +63,7 @@ def cue_alignment(
     found: Figures = {}
     listed = list(sentences(maps))
     cues = require_cues(len(listed), cues)
-    places = per_sentence(targets, len(listed), "targets")
+    places = per_sentence(pos, len(listed), "positions")
     name = method or (listed[0][0].provenance.method if listed else "")
     for (map, row), asked, target in zip(listed, cues, places, strict=True):
         place = target_place(map, row, target)
@@ -89,18 +91,18 @@ def cue_alignment(
 def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[int]:
     """Returns the positions a cue names, checked to be readable."""
     real = seen.nonzero()[:, 0].tolist()
-    words = map.source.strings[row]
+    words, numbers = map.source.strings[row], [map.source.labels()[place] for place in real]
     if isinstance(cue, str):
         named = [place for place in real if words[place].strip() == cue.strip()]
     else:
-        named = [cue] if cue in real else []
+        named = [real[numbers.index(cue)]] if cue in numbers else []
     if not named:
         raise bad(
             "a cue names no token that can be read",
             f"{cue!r}, a position or token, in sentence {row}"
             if isinstance(cue, str)
             else f"position {cue} in sentence {row}",
-            f"one of {real}, or one of {[words[place] for place in real]}",
+            f"one of {numbers}, or one of {[words[place] for place in real]}",
             "A word of several tokens is named by its positions, or on map.words().",
         )
     return named

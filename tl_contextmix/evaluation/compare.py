@@ -19,8 +19,9 @@ from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.engine.parts import POINTS
-from tl_contextmix.errors import UnsupportedModel, bad, require_choice
+from tl_contextmix.core.validation import NotNegative, Positive
+from tl_contextmix.engine.registry import Method, method, methods
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (
     Cues,
     Drop,
@@ -34,39 +35,26 @@ from tl_contextmix.evaluation import (
     warn_of_short,
 )
 from tl_contextmix.evaluation.aggregation import readable
-from tl_contextmix.methods.alti import alti
-from tl_contextmix.methods.attention import attention
-from tl_contextmix.methods.decompx import decompx
-from tl_contextmix.methods.globenc import globenc
-from tl_contextmix.methods.gradients import gradient_x_input, integrated_gradients
-from tl_contextmix.methods.norms import attention_norms
-from tl_contextmix.methods.value_zeroing import value_zeroing
 from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow
 
 Make = Callable[[Any, Sentence], ContextMap]
 
 
-def _norms_at(point: Any) -> Make:
-    return lambda model, s: attention_norms(model, s.tokens, at=point)
+def comparable() -> dict[str, Make]:
+    """Returns the methods that are compared, by the names of their rows."""
+    return {
+        row: partial(_ask, known, options)
+        for known in methods().values()
+        for row, options in known.compared.items()
+    }
 
 
-METHODS: dict[str, Make] = {
-    "attention": lambda model, s: attention(model, s.tokens, heads=False),
-    **{f"attention_norms {point}": _norms_at(point) for point in POINTS},
-    "globenc": lambda model, s: globenc(model, s.tokens),
-    "alti": lambda model, s: alti(model, s.tokens),
-    "decompx": lambda model, s: decompx(model, s.tokens),
-    "value_zeroing": lambda model, s: value_zeroing(model, s.tokens),
-    "gradient_x_input": lambda model, s: gradient_x_input(
-        model, s.tokens, pos=s.place, target=s.answer
-    ),
-    "integrated_gradients": lambda model, s: integrated_gradients(
-        model, s.tokens, pos=s.place, target=s.answer
-    ),
-}
-"""The methods that are compared, by name."""
+def _ask(known: Method, options: Mapping[str, Any], model: Any, sentence: Sentence) -> ContextMap:
+    about = {"pos": sentence.place, "target": sentence.answer} if known.of_prediction else {}
+    return known.function(model, sentence.tokens, **options, **about)
 
 
+@method(cites=("mohebbi2023quantifying", "deyoung2020eraser"), on_text=False)
 def compare(
     model: object,
     input: Sequence[str] | Sequence[MinimalPair],
@@ -98,9 +86,9 @@ def compare(
             begin with, a masked one the sentence with a mask in the place.
         cues: For texts: per sentence what decides the answer, see `cue_alignment`. None: pairs'
             own, or alignment is left out.
-        methods: Names out of `METHODS`, or functions of a model and token ids [1, pos] that return
-            a `ContextMap`, by name; None for all. Of all, those that the model does not support
-            are listed in the result with the reason.
+        methods: Names of rows (``"alti"``, ``"attention_norms mlp_out"``), or functions of a model
+            and token ids [1, pos] that return a `ContextMap`, by name; None for all. Of all, those
+            that the model does not support are listed in the result with the reason.
         words: Whether maps are summed up over the pieces of words first (`ContextMap.words`).
         blank: Token id that blanks, see `faithfulness`.
         unusable: ``"drop"`` leaves out sentences that the model cannot be asked about (words of
@@ -120,7 +108,6 @@ def compare(
 
     Cost: every method once per sentence, and `faithfulness` of every map.
     """
-    require_choice("unusable", unusable, ("error", "drop"))
     view = as_view(model)
     view.readout.require()
     sentences, dropped = sentences_of(model, view, input, cues, unusable)
@@ -256,7 +243,7 @@ def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[S
     rows: list[ScoreRow] = []
     for maps in kinds:
         if all(cues):
-            rows += cue_alignment(maps, cues, targets=places, method=name).rows
+            rows += cue_alignment(maps, cues, pos=places, method=name).rows
         rows += faithfulness_of(maps, drops, places).rows
     return [replace(row, method=name) for row in rows]
 
@@ -287,20 +274,21 @@ def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None
 
 
 def _methods(asked: Any) -> dict[str, Make]:
+    known = comparable()
     if asked is None:
-        return METHODS
+        return known
     if isinstance(asked, Mapping) and asked:
         return {name: _own(make) for name, make in asked.items()}
     listed = [*asked] if isinstance(asked, (list, tuple)) else []
-    unknown = [name for name in listed if name not in METHODS]
+    unknown = [name for name in listed if name not in known]
     if unknown or not listed:
         raise bad(
             "there are no such methods",
             repr(unknown or asked),
-            f"a list out of {list(METHODS)}",
+            f"a list out of {list(known)}",
             "Or give functions of a model and token ids, by name.",
         )
-    return {name: METHODS[name] for name in listed}
+    return {name: known[name] for name in listed}
 
 
 def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
@@ -308,7 +296,7 @@ def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
 
 
 def demo_pairs(
-    kind: str = "agreement", count: int = 50, *, lures: bool = True, seed: int = 5
+    kind: str = "agreement", count: Positive = 50, *, lures: bool = True, seed: NotNegative = 5
 ) -> tuple[MinimalPair, ...]:
     """Returns minimal pairs of the embedded models' grammar, whose cues and lures are known.
 
@@ -326,9 +314,7 @@ def demo_pairs(
     """
     from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
 
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise bad("no pairs were asked for", repr(count), "a positive integer", "Ask for 50.")
-    if not isinstance(kind, str) or kind not in KINDS or (lures and not KINDS[kind]):
+    if kind not in KINDS or (lures and not KINDS[kind]):
         raise bad(
             "the grammar has no such pairs",
             f"kind={kind!r}, lures={lures}",
@@ -338,4 +324,4 @@ def demo_pairs(
     return tuple(MinimalPair(*pair) for pair in minimal_pairs(kind, count, lures, seed))
 
 
-__all__ = ["METHODS", "Sentence", "compare", "demo_pairs"]
+__all__ = ["Sentence", "comparable", "compare", "demo_pairs"]

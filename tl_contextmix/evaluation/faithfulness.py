@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Text, make_batch
+from tl_contextmix.adapters.inputs import Given, Input, make_batch
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.words import Spans
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
@@ -26,14 +27,15 @@ _TOGETHER = 64
 _ORDERS = 20
 
 
+@method(cites=("deyoung2020eraser",), on_text=False)
 def faithfulness(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     map: ContextMap,
     *,
-    target: int | Sequence[int] | None = None,
+    pos: int | Sequence[int] | None = None,
     blank: int | None = None,
-    answer: int | Sequence[int] | None = None,
+    target: int | Sequence[int] | None = None,
 ) -> Score:
     r"""Returns whether the tokens a map ranks high are those the prediction rests on.
 
@@ -54,11 +56,11 @@ def faithfulness(
         model: A causal or masked language model.
         input: A text, several, or token ids: those the map is of.
         map: A map with one score per pair and layer, of all targets or of the one looked at.
-        target: The position whose prediction is looked at, one for all or one per sentence;
+        pos: The position whose prediction is looked at, one for all or one per sentence;
             negative from the last real token. A masked model is asked about this position's own
             token, a causal one about the next. None: the last real token, or the one mask.
         blank: Token id that blanks; None for the tokenizer's mask, unknown, padding or end token.
-        answer: Token ids of the answers; None for what the model itself predicts.
+        target: Token ids of the answers; None for what the model itself predicts.
 
     Returns:
         A `Score` with 95 % bootstrap intervals over sentences.
@@ -74,7 +76,7 @@ def faithfulness(
     run in batches; sets of tokens that layers share are run once.
     """
     view = as_view(model)
-    batch = make_batch(view, Given(input))
+    batch = make_batch(view, Given(input, _mask_of(map, input)))
     if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
         raise bad(
             "the map is of another input",
@@ -84,8 +86,8 @@ def faithfulness(
             "without a beginning-of-sequence token.",
         )
     count = len(map.source.strings)
-    places = [None] * count if target is None else per_sentence(target, count, "targets")
-    answers = [None] * count if answer is None else per_sentence(answer, count, "answers")
+    places = [None] * count if pos is None else per_sentence(pos, count, "positions")
+    answers = [None] * count if target is None else per_sentence(target, count, "answers")
     drops = [
         blanked(model, ids[mask], place, blank, asked)
         for ids, mask, place, asked in zip(
@@ -94,6 +96,14 @@ def faithfulness(
     ]
     warn_of_short(drops)
     return faithfulness_of(map, drops)
+
+
+def _mask_of(map: object, input: object) -> Tensor | None:
+    """Returns the mask that a map has of token ids."""
+    if not isinstance(map, ContextMap) or not isinstance(input, Tensor):
+        return None
+    mask = map.source.mask
+    return mask.view(input.shape) if input.numel() == mask.numel() else None
 
 
 def warn_of_short(drops: Sequence[Drop]) -> None:
@@ -152,7 +162,7 @@ def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
 def blanked(
     model: Any,
     ids: Tensor,
-    target: int | None,
+    pos: int | None,
     blank: int | None,
     answer: int | None,
     spans: Spans | None = None,
@@ -162,7 +172,7 @@ def blanked(
     Args:
         model: A causal or masked language model.
         ids: Its tokens [pos], no padding.
-        target: See `faithfulness`.
+        pos: See `faithfulness`.
         blank: See `faithfulness`.
         answer: See `faithfulness`.
         spans: Words: what is blanked as a whole; None for single tokens.
@@ -179,7 +189,7 @@ def blanked(
             )
         )
     ids = ids.cpu()
-    place = _asked_about(model, view, ids) if target is None else target
+    place = _asked_about(model, view, ids) if pos is None else pos
     _require_between("this target is no token", place, -len(ids), len(ids))
     token = _blank_token(model, view) if blank is None else blank
     _require_between("this token cannot blank another", token, 0, view.d_vocab)
@@ -205,7 +215,7 @@ def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
             "it is not clear which word a masked model is asked for",
             f"{len(places)} mask tokens",
             "one, or a target",
-            "Give target=<position>.",
+            "Pass pos=.",
         )
     return places[0]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.results import Tokens
 
@@ -124,7 +125,7 @@ def _stretch(words: Sequence[Stretch]) -> Stretch:
     return (words[0][0], words[-1][1]) if words else (0, 0)
 
 
-def load_minimal_pairs(path: str | Path) -> tuple[MinimalPair, ...]:
+def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
     """Reads minimal pairs from a local file with a JSON object per line.
 
     As BLiMP (Warstadt et al. 2020) has them: ``sentence_good`` and ``sentence_bad``; which word

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import Positive
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
-from tl_contextmix.results.axes import largest, require_choice, require_count
+from tl_contextmix.results.axes import largest
 
 Layout = Literal["post-LN", "pre-LN", "parallel"]
 # Maps by point. To a type checker no mapping with keys of type str holds what has keys of type
@@ -42,6 +44,7 @@ _EQUAL = 1e-4
 _ROUNDINGS = 16
 
 
+@method(cites=("kobayashi2024analyzing",))
 def contextualization_change(maps: Maps) -> LayerFigures:
     r"""Returns how much FF, RES and LN change the map, layer by layer.
 
@@ -90,6 +93,7 @@ def contextualization_change(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def cancellation(maps: Maps) -> LayerFigures:
     r"""Returns whether what FF changes is undone by the rest of the block.
 
@@ -157,11 +161,12 @@ def cancellation(maps: Maps) -> LayerFigures:
     )
 
 
+@method(cites=("kobayashi2024analyzing",))
 def amplified_pairs(
     before: ContextMap,
     after: ContextMap,
     *,
-    k: int = 10,
+    k: Positive = 10,
     normalize: Literal["sum", "max", "none"] = "sum",
 ) -> PairChanges:
     """Returns the pairs of each layer whose score grew most and shrank most (2024, section 5).
@@ -183,8 +188,6 @@ def amplified_pairs(
     Raises:
         InvalidInput: If the maps are not of the same tokens and layers, or ``k`` is not positive.
     """
-    k = require_count(k)
-    require_choice("amplified_pairs", "normalize", normalize, ("sum", "max", "none"))
     _require_same(before, after)
     if normalize != "none":
         before, after = before.normalize(normalize), after.normalize(normalize)

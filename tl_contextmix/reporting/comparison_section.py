@@ -14,7 +14,7 @@ from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import ContextMixError, bad
 from tl_contextmix.evaluation import MinimalPair, Unusable, load_minimal_pairs
-from tl_contextmix.evaluation.compare import METHODS, Sentence, compare, demo_pairs
+from tl_contextmix.evaluation.compare import Sentence, comparable, compare, demo_pairs
 from tl_contextmix.plotting import Page, Section, require_writable
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.reporting.drawing import quoted, table_of
@@ -166,7 +166,7 @@ def _rows(story: Story) -> Heatmap:
     names, rows, left_out = [], [], []
     for name in _SHOWN:
         try:
-            map = METHODS[name](story.model, asked).normalize()
+            map = comparable()[name](story.model, asked).normalize()
             whole = map if map.from_input else map.rollout()
         except ContextMixError:
             left_out.append(_SHOWN[name])

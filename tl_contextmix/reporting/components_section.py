@@ -32,8 +32,8 @@ def components(story: Story) -> Section | str:
     # Where logits are no sums, finding the best neurons takes evaluating all of them.
     linear = view.readout.head is None and view.readout.soft_cap is None
     neurons = linear and view.blocks()[0].feed_forward is not None
-    by, top_k = ("ff_neuron", _PARTS) if neurons else ("head", None)
-    parts = log_prob_contributions(story.model, story.text, by=by, pos=focus, top_k=top_k)
+    by, k = ("ff_neuron", _PARTS) if neurons else ("head", None)
+    parts = log_prob_contributions(story.model, story.text, by=by, pos=focus, k=k)
     heads = log_prob_contributions(story.model, story.text, by="head", pos=focus).top(_HEADS)
     readouts = component_readouts(story.model, story.text, components=parts.top(_PARTS))
     fall = _without(story, parts.top(_PARTS) if neurons else None, heads)

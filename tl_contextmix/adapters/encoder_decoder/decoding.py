@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.locks import lock_of
+from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 

@@ -21,10 +21,9 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
     require_followed,
 )
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
-from tl_contextmix.adapters.locks import lock_of
 from tl_contextmix.adapters.reading import final_norm_modules
+from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
 from tl_contextmix.adapters.tokenizers import decoder_start
-from tl_contextmix.adapters.user_hooks import hooked_places, is_hooked, without_hooks
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts

@@ -19,8 +19,7 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     whole,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.locks import lock_of
-from tl_contextmix.adapters.running import require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad
 

@@ -66,6 +66,7 @@ def trace_of(
     more = [name for block in blocks for name in block.checkpoints() if name in reader]
     values = {name: reader.read(name) for name in [*needed, *more]}
     _require_shapes(values, batch, blocks)
+    _require_masked(view, values, batch, blocks)
     _require_tokens(view, reader, batch)
     return Trace(batch=batch, values=values, dtype=view.dtype)
 
@@ -116,6 +117,28 @@ def _require_shapes(values: dict[str, Tensor], batch: Batch, blocks: Sequence[Bl
                     f"{list(pattern.shape[2:])}",
                     f"{list(own.shape)} and {list(expected[2:])} as in the input",
                 )
+
+
+def _require_masked(
+    view: ModelView, values: dict[str, Tensor], batch: Batch, blocks: Sequence[Block]
+) -> None:
+    for attention in (attention for block in blocks for attention in block.attentions):
+        own = batch.side(attention.stack).mask
+        read = batch.main.mask if attention.kind == "cross" else own
+        if bool(read.all()):
+            continue
+        pattern = values[attention.pattern]
+        hidden = (own[:, :, None] & ~read[:, None, :]).to(pattern.device)
+        most = float(pattern.masked_fill(~hidden[:, None], 0).max())
+        if not most <= view.tolerance:
+            raise bad(
+                "the cache was made without this mask",
+                f"{most:.2g} of a token's attention on padding, in {attention.pattern}",
+                "none",
+                "Make the cache with the same attention_mask; where the model's class drops it "
+                "(a bidirectional HookedTransformer), leave `cache` out. Without a mask, padding "
+                "at the ends of the ids is known by the tokenizer's: pass ones if it is text.",
+            )
 
 
 def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:

@@ -1,56 +1,176 @@
-"""Whether a host handles padding before the text: measured, not believed."""
+"""Padding: found in ids that come without a mask, and whether a host handles it, measured."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch, Side
-from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, four_parts
+from tl_contextmix.core.model_view import ModelView, Padding
+from tl_contextmix.errors import InvalidInput, bad, four_parts, warn
 
 _PADS, _LENGTH = 2, 4
-_FACT = "padding on the left"
+_REMEDY = {
+    "left": "Pad on the right (padding_side='right').",
+    "right": "Give texts of one length together, or each alone.",
+}
+
+
+def find_padding(view: ModelView, ids: Int[Tensor, "batch pos"], asked: str) -> Side:
+    """Returns ids that came without a mask, with the padding at their ends masked.
+
+    What the tokenizer pads with is padding where a row begins or ends in it. Where a text may
+    begin or end in it, too (GPT-2's padding is its BOS and its EOS), rows that end in runs of
+    unequal length are padded, and one token is left to each if each has one. Runs of equal
+    length, such as that of a single row, are padding on the side that the tokenizer pads, or
+    `asked`, if they are longer than one: one EOS at the end of a row is its text's, as is one BOS
+    in front of it.
+
+    Warns:
+        ContextMixWarning: If there is padding.
+    """
+    how = view.padding()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if how is None:
+        return Side(ids=ids, mask=mask)
+    text = ids != how.token
+    if bool(text[:, [0, -1]].all()) or not bool(text.any()):
+        return Side(ids=ids, mask=mask)
+    declared = {asked, how.side}
+    mask &= _inside(text, how.begins, "left" in declared, keep_one=True)
+    mask &= _inside(text.flip(1), how.ends, "right" in declared, keep_one=False).flip(1)
+    # Of a row of nothing else one token is left: the BOS of a text without words.
+    empty = ~text.any(dim=1)
+    mask[empty] = False
+    mask[empty, -1 if how.side == "left" else 0] = True
+    remedy = "Pass attention_mask: zeros there, or ones if it is text."
+    _warn_of_padding(view, how, mask, "input", remedy)
+    return Side(ids=ids, mask=mask)
+
+
+def _inside(
+    text: Bool[Tensor, "batch pos"], shared: bool, declared: bool, *, keep_one: bool
+) -> Bool[Tensor, "batch pos"]:
+    """Returns the positions that are not padding in front of a text.
+
+    Args:
+        text: Where there is another token than padding.
+        shared: Whether a text may begin with the same token.
+        declared: Whether this is the side that is padded.
+        keep_one: Whether a text that may begin with it does, if every row has one.
+    """
+    worded = text.any(dim=1)
+    runs = text.int().argmax(dim=1)
+    least, most = int(runs[worded].min()), int(runs[worded].max())
+    if shared and least == most and (least < 2 or not declared):
+        runs = torch.zeros_like(runs)
+    elif shared and least > 0 and (keep_one or least == 1):
+        runs = runs - 1
+    return torch.arange(text.shape[1], device=text.device) >= runs[:, None]
+
+
+def find_target_padding(
+    view: ModelView, ids: Int[Tensor, "batch pos"], start: Sequence[int]
+) -> Side:
+    """Returns ids of the decoder side, with the padding behind them masked.
+
+    Args:
+        view: The model.
+        ids: The ids; T5's start with padding, which is the first of them alone.
+        start: What a decoder starts with.
+
+    Raises:
+        InvalidInput: If there is padding before the text.
+
+    Warns:
+        ContextMixWarning: If there is padding.
+    """
+    how = view.padding()
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if how is None:
+        return Side(ids=ids, mask=mask)
+    text = ids != how.token
+    first = 1 if how.token in start else 0
+    before = text.int().argmax(dim=1) > first
+    if bool(before.any()):
+        row = int(before.nonzero()[0])
+        raise bad(
+            "the decoder_input is padded before its text",
+            f"{how.token} ({view.to_string(how.token)!r}), which the tokenizer pads with, at the "
+            f"beginning of row {row}",
+            "padding behind the text: no mask hides it from a decoder",
+            "Pad the decoder's ids on the right.",
+        )
+    text[:, 0] = True
+    mask &= _inside(text.flip(1), how.ends, declared=True, keep_one=False).flip(1)
+    remedy = "Cut it off where it is common to all rows, or give texts."
+    _warn_of_padding(view, how, mask, "decoder_input", remedy)
+    return Side(ids=ids, mask=mask)
+
+
+def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, remedy: str) -> None:
+    padded = (~mask).sum(dim=1)
+    rows = padded.nonzero()[:, 0].tolist()
+    if rows:
+        warn(
+            four_parts(
+                f"the {name} is taken as padded",
+                f"{int(padded.sum())} times {how.token} ({view.to_string(how.token)!r}), which "
+                f"the tokenizer pads with, at the ends of row {', '.join(map(str, rows))}",
+                "a mask, or ids without padding",
+                remedy,
+            )
+        )
 
 
 def require_safe_padding(view: ModelView, side: Side) -> None:
-    """Checks that padding before the text changes nothing about the text.
+    """Checks that padding changes nothing about the text.
 
-    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge),
-    others turn rows of padding into NaN, by version, family and dtype. So it is tried once per
-    model, on a few tokens with and without padding. Padding behind the text needs no trial: no
-    position moves, and no supported model reads what its mask hides.
+    Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
+    drop the mask, others turn rows of padding into NaN, by version, family and dtype. So padding
+    before the text and behind it is tried once per model, on a few tokens with and without, and
+    without hooks of the user's own.
 
     Raises:
-        InvalidInput: If there is padding before the text and it does.
+        InvalidInput: If there is padding and it does.
     """
-    if bool(side.mask[:, 0].all()):
-        return
-    if _FACT not in view.facts:
-        view.facts[_FACT] = _try_left(view)
-    if view.facts[_FACT]:
-        raise InvalidInput(view.facts[_FACT])
+    for where, edge in (("left", 0), ("right", -1)):
+        if bool(side.mask[:, edge].all()):
+            continue
+        fact = f"padding on the {where}"
+        if fact not in view.facts:
+            view.facts[fact] = _try(view, where)
+        if view.facts[fact]:
+            raise InvalidInput(view.facts[fact])
 
 
-def _try_left(view: ModelView) -> str:
+def _try(view: ModelView, where: str) -> str:
     length = _LENGTH if view.n_ctx is None else min(_LENGTH, view.n_ctx - _PADS)
     if length < 1:
-        return ""  # no text fits behind the padding
+        return ""  # no text fits beside the padding
     # Words rather than the special tokens at the start of most vocabularies.
     ids = (11 + 7 * torch.arange(length)[None]) % view.d_vocab
-    padding = torch.full((1, _PADS), view.pad_id())
-    mask = torch.ones(1, length + _PADS, dtype=torch.bool)
-    mask[:, :_PADS] = False
-    plain = _streams(view, Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool)))
-    padded = _streams(view, Side(ids=torch.cat([padding, ids], dim=1), mask=mask))
-    error = max(_error(padded[name], stream) for name, stream in plain.items())
+    real = torch.ones_like(ids, dtype=torch.bool)
+    pads = torch.full((1, _PADS), view.pad_id())
+    order = slice(None, None, -1 if where == "left" else 1)
+    padded = Side(
+        ids=torch.cat([ids, pads][order], dim=1),
+        mask=torch.cat([real, torch.zeros_like(pads, dtype=torch.bool)][order], dim=1),
+    )
+    with view.without_hooks():
+        plain, found = _streams(view, Side(ids=ids, mask=real)), _streams(view, padded)
+    error = max(_error(found[name], stream) for name, stream in plain.items())
     if error <= view.tolerance:
         return ""
     return four_parts(
-        f"padding before the text gives wrong numbers with this model on {view.host}",
+        f"padding {'before' if where == 'left' else 'behind'} the text gives wrong numbers with "
+        f"this model on {view.host}",
         f"a relative error of {error:.2g} at the tokens themselves, against the same text alone",
         f"at most {view.tolerance:.0e}",
-        "Pad on the right (padding_side='right').",
+        _REMEDY[where],
     )
 
 

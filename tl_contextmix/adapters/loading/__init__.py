@@ -37,6 +37,7 @@ from tl_contextmix.adapters.loading.source import (
     official_name,
     read_source,
 )
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.demo_models import DEMO_NAMES, demo_folder, require_demo_name
 from tl_contextmix.errors import bad, four_parts, warn
 
@@ -77,7 +78,7 @@ def load_demo(
 
 
 def load_model(
-    name_or_path: str | Path,
+    name_or_path: FilePath,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,

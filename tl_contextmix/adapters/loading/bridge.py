@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,26 +15,39 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     """Loads a model on TransformerBridge; weights stay as they are, which is its default."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # The tokenizer that the bridge would load itself, with add_bos_token=True, loses the </s> of T5
-    # and the [CLS] and [SEP] of some BERT tokenizers under transformers 5.
-    tokenizer = load_tokenizer(source) if source.folder else None
+    causal = source.kind == "causal"
+    tokenizer = None if causal and not source.folder else load_tokenizer(source)
     hf_model = None
     if source.headless:
         hf_model = with_random_head(source, placement).to(placement.device)
-    bridge = TransformerBridge.boot_transformers(
-        source.location,
-        device=str(placement.device),
-        dtype=placement.dtype,
-        tokenizer=tokenizer,
-        hf_model=hf_model,
-    )
+    with contextlib.nullcontext() if causal else _kept_as_published(tokenizer):
+        bridge = TransformerBridge.boot_transformers(
+            source.location,
+            device=str(placement.device),
+            dtype=placement.dtype,
+            tokenizer=tokenizer,
+            hf_model=hf_model,
+        )
     bridge.cfg.model_name = source.label
-    if source.kind == "encoder-decoder":
-        # TransformerLens would put </s> before a text and cut it off behind it: the reverse of
-        # what encoders were trained on.
-        bridge.cfg.default_prepend_bos = False
+    if not causal:
+        # TransformerLens would put BOS before a text that has none, and cut </s> off behind it: the
+        # reverse of what encoders were trained on.
+        bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
         bridge.cfg.tokenizer_appends_eos = False
     return bridge
+
+
+@contextlib.contextmanager
+def _kept_as_published(tokenizer: Any) -> Iterator[None]:
+    """Keeps TransformerLens from loading a tokenizer again with add_bos_token=True.
+
+    Under transformers 5 that replaces all special tokens: the </s> of T5 and BART, [CLS] and [SEP].
+    One that has it already is left alone.
+    """
+    kept = tokenizer.init_kwargs
+    tokenizer.init_kwargs = {**kept, "add_bos_token": True}
+    yield
+    tokenizer.init_kwargs = kept
 
 
 def with_random_head(source: Source, placement: Placement) -> Any:

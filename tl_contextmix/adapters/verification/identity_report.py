@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.plotting.panels import Panel, Table
-from tl_contextmix.results import Result, storage
-
-if TYPE_CHECKING:
-    import pandas
+from tl_contextmix.results import storage
+from tl_contextmix.results.row_tables import RowTable
 
 
 @storage.storable
@@ -43,7 +39,7 @@ class CheckRow:
 
 @storage.storable
 @dataclass(frozen=True)
-class IdentityReport(Result):
+class IdentityReport(RowTable):
     """How well a view reproduces its model.
 
     Attributes:
@@ -51,6 +47,20 @@ class IdentityReport(Result):
         rows: One per identity and place.
         limits: What is not answered for this model although the identities hold, with the reason.
     """
+
+    ROW = CheckRow
+    COMPUTED = ("ok",)
+    CELLS = {
+        "identity": "identity",
+        "where": "where",
+        "error": lambda row: f"{row.error:.1e}",
+        "tolerance": lambda row: f"{row.tolerance:.0e}",
+        "holds": lambda row: "yes" if row.ok else "NO",
+    }
+    CAPTION = (
+        "Every quantity is recomputed from a few hooks and compared with the model's own; errors "
+        "are relative to the size of what is compared."
+    )
 
     model: str
     rows: tuple[CheckRow, ...]
@@ -65,23 +75,6 @@ class IdentityReport(Result):
         """Returns the row furthest beyond (or nearest to) its tolerance."""
         return max(self.rows, key=lambda row: row.excess)
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per identity and place."""
-        import pandas
-
-        return pandas.DataFrame(
-            [
-                {
-                    "identity": row.identity,
-                    "where": row.where,
-                    "error": row.error,
-                    "tolerance": row.tolerance,
-                    "ok": row.ok,
-                }
-                for row in self.rows
-            ]
-        )
-
     def __repr__(self) -> str:
         lines = [f"{self.model}: {'every identity holds' if self.ok else 'FAILED'}"]
         lines += [
@@ -91,29 +84,11 @@ class IdentityReport(Result):
         ]
         return "\n".join([*lines, *(f"  not answered: {limit}" for limit in self.limits)])
 
-    def panels(self) -> tuple[Panel, ...]:
-        """Returns the table."""
-        caption = (
-            "Every quantity is recomputed from a few hooks and compared with the model's own; "
-            "errors are relative to the size of what is compared."
-        )
-        return (
-            Table(
-                title=f"Identity check of {self.model}",
-                caption=" ".join([caption, *(f"Not answered: {limit}" for limit in self.limits)]),
-                columns=("identity", "where", "error", "tolerance", "holds"),
-                rows=tuple(
-                    (
-                        row.identity,
-                        row.where,
-                        f"{row.error:.1e}",
-                        f"{row.tolerance:.0e}",
-                        "yes" if row.ok else "NO",
-                    )
-                    for row in self.rows
-                ),
-            ),
-        )
+    def _caption(self) -> str:
+        return " ".join([self.CAPTION, *(f"Not answered: {limit}" for limit in self.limits)])
+
+    def _title(self) -> str:
+        return f"Identity check of {self.model}"
 
 
 def require_identities(report: IdentityReport) -> None:

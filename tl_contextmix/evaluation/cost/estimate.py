@@ -17,7 +17,9 @@ from tl_contextmix.adapters.inputs import Given, make_batch, provenance
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel
-from tl_contextmix.errors import bad
+from tl_contextmix.core.validation import Positive
+from tl_contextmix.engine.registry import methods
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.evaluation.cost.meta_tensors import OnShapes
 from tl_contextmix.results import Estimate, EstimatePart, Result
 
@@ -28,11 +30,11 @@ _EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 
 def estimate(
     model: object,
-    n_tokens: int,
-    method: Callable[..., Any],
+    n_tokens: Positive,
+    method: Callable[..., Any] | str,
     *,
-    batch: int = 1,
-    n_decoder_tokens: int | None = None,
+    batch: Positive = 1,
+    n_decoder_tokens: Positive | None = None,
 ) -> Estimate:
     """Returns the operations and the memory that a call would take, without making it.
 
@@ -40,14 +42,15 @@ def estimate(
     what is counted is what it would do, tiles within ``max_bytes`` included.
 
     Within 20 % of what is measured (tests; mostly within 4 %). Where the amount of work depends on
-    the numbers it is the least possible (``top_k`` of neurons: as if the bounds decided at once).
+    the numbers it is the least possible (``k`` of neurons: as if the bounds decided at once).
     Sliding windows count as if there were none. What code allocates inside of one operator and
     frees again is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
         n_tokens: How many tokens the input would have.
-        method: The function, with ``functools.partial`` where it gets options:
+        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` where it
+            gets options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
             and token ids that goes through this package, your own as well.
         batch: How many inputs there would be.
@@ -68,12 +71,11 @@ def estimate(
     three short inputs and fitted by a polynomial of second degree.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
-    counts = [("n_tokens", n_tokens), ("batch", batch)]
-    for name, value in (*counts, *(("n_decoder_tokens", count) for count in decoder)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            failed = f"{name} is no number of tokens or inputs"
-            raise bad(failed, repr(value), "an integer from 1", _EXAMPLE)
-    if not callable(method) or isinstance(method, type):
+    if isinstance(method, str):
+        known = {name: one.function for name, one in methods().items() if one.estimated}
+        require_choice("method", method, tuple(known))
+        method = known[method]
+    if isinstance(method, type):
         expected = "a function of a model and token ids"
         raise bad("there is no such method", repr(method), expected, _EXAMPLE)
     view = as_view(model)
@@ -104,6 +106,9 @@ def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[
     sides = [
         torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
     ]
+    how = view.padding()
+    if how is not None:  # words that were drawn are no padding
+        sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 
@@ -140,6 +145,7 @@ class _Counted:
             stacks=stacks,
             tables=dict(view.tables),
             facts=dict(view.facts),
+            notice=lambda method, options: None,
         )
 
     def _counted(self, batch: Batch, hooks: Hooks, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:

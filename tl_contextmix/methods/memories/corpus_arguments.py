@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.engine.memory_coefficients import QUADRANTS
 from tl_contextmix.errors import bad
-from tl_contextmix.results.axes import MOST, layer_positions
+from tl_contextmix.results.axes import MOST, positions
 
 TAILS: dict[str, tuple[str, ...]] = {
     "positive": ("positive",),
@@ -44,7 +44,7 @@ def require_path(value: Any) -> Path:
 
 def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
     """Returns the number of the one layer that is asked for, counted from the end if negative."""
-    found = [] if layer is None else layer_positions(layer, layers)
+    found = [] if layer is None else positions("layer", layer, layers)
     if len(found) != 1:
         raise bad(
             "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.file_lock import alone
@@ -24,7 +25,7 @@ from tl_contextmix.methods.memories.store import (
 )
 
 
-def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path:
+def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
     """Puts together what several processes have mined; returns the folder.
 
     The files are those that one process alone would have written, byte by byte.

@@ -13,6 +13,8 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
+from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
 from tl_contextmix.methods.memories.file_lock import alone
@@ -22,7 +24,6 @@ from tl_contextmix.methods.memories.miner import (
     Miner,
     Tails,
     Unit,
-    make_cutting,
     make_miner,
 )
 from tl_contextmix.methods.memories.progress import expect, progress
@@ -32,7 +33,14 @@ from tl_contextmix.methods.memories.run_identity import (
     describe_run,
     require_run,
 )
-from tl_contextmix.methods.memories.shards import Malformed, Shard, TooLong, batches, read_shards
+from tl_contextmix.methods.memories.shards import (
+    Cutting,
+    Malformed,
+    Shard,
+    TooLong,
+    batches,
+    read_shards,
+)
 from tl_contextmix.methods.memories.store import (
     MANIFEST,
     Part,
@@ -43,17 +51,17 @@ from tl_contextmix.methods.memories.store import (
     save_part,
 )
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
-from tl_contextmix.results.axes import require_number
 
 
+@method(cites=("geva2021transformer",), on_text=False)
 def mine_triggers(
     model: object,
     corpus: object,
     *,
-    out: str | Path,
-    k: int = 25,
+    out: FilePath,
+    k: Positive = 25,
     column: str | None = None,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     neurons: int | Sequence[int] | None = None,
     stack: StackName | None = None,
     unit: Unit = "prefix",
@@ -63,11 +71,11 @@ def mine_triggers(
     prepend_bos: bool | None = None,
     too_long: TooLong = "cut",
     malformed: Malformed = "error",
-    batch_size: int = 16,
-    shard_size: int = 256,
-    checkpoint_seconds: float = 60.0,
-    rank: int = 0,
-    world_size: int = 1,
+    batch_size: Positive = 16,
+    shard_size: Positive = 256,
+    checkpoint_seconds: NotNegativeNumber = 60.0,
+    rank: NotNegative = 0,
+    world_size: Positive = 1,
     source: str | None = None,
 ) -> Triggers | None:
     r"""Finds the contexts that excite each memory most: the trigger examples of every key.
@@ -138,20 +146,23 @@ def mine_triggers(
     ``20 k`` bytes per memory (28 without duplicates).
     """
     view = as_view(model)
-    how = make_cutting(
-        "mine_triggers", batch_size, shard_size, too_long, malformed, prepend_bos, special
-    )
+    how = Cutting(shard_size, batch_size, too_long, malformed, prepend_bos, special)
     miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
-    rank, world_size = _require_rank(rank, world_size)
-    seconds = _require_seconds(checkpoint_seconds)
+    if rank >= world_size:
+        raise bad(
+            "there is no such process",
+            f"rank={rank} of world_size={world_size}",
+            "0 <= rank < world_size",
+            "Number the processes from 0.",
+        )
     opened, folder = open_corpus(corpus, column), make_folder(out)
-    run = describe_run(miner, opened, _require_source(source))
+    run = describe_run(miner, opened, source)
     if not (folder / MANIFEST).exists():
         path = part_path(folder, rank, world_size)
         with alone(path.with_name(f".{path.stem}.lock")):
             # Another process may have been at it until now.
             if not (folder / MANIFEST).exists():
-                part = run_part(miner, opened, folder, run, rank, world_size, seconds)
+                part = run_part(miner, opened, folder, run, rank, world_size, checkpoint_seconds)
                 if world_size > 1:
                     return None
                 finish([part], folder)
@@ -256,37 +267,3 @@ def _already(
         with suppress(OSError):  # a result that may only be read
             part_path(folder, 0, 1).unlink(missing_ok=True)
     return load_triggers(folder, model=model, corpus=corpus)
-
-
-def _require_seconds(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise bad(
-            "progress cannot be written down",
-            f"checkpoint_seconds={value!r}"[:200],
-            "a number of seconds, 0 or more",
-            "Leave it out for one minute.",
-        )
-    return value
-
-
-def _require_source(value: str | None) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise bad(
-            "the source of the model cannot be written down",
-            f"source={value!r}"[:200],
-            "what load_model is given: a str",
-            "Leave it out.",
-        )
-    return value
-
-
-def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
-    rank, world_size = require_number("rank", rank, 0), require_number("world_size", world_size, 0)
-    if not 0 <= rank < world_size:
-        raise bad(
-            "there is no such process",
-            f"rank={rank} of world_size={world_size}",
-            "0 <= rank < world_size",
-            "Number the processes from 0.",
-        )
-    return rank, world_size

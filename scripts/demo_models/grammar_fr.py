@@ -19,9 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tl_contextmix.demo_models import lexicon_fr as lex
-from tl_contextmix.demo_models.lexicon_fr import Adjective, Gender, NounClass, Verb, known_words
-
-__all__ = ["Context", "Translation", "TranslationGrammar", "known_words"]
+from tl_contextmix.demo_models.lexicon_fr import Adjective, Gender, NounClass, Verb
 
 Split = Literal["train", "test"]
 Context = Literal[

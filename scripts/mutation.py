@@ -1,8 +1,8 @@
 """Mutation testing of one module: cosmic-ray's mutants, tested in one process.
 
     pip install cosmic-ray
-    python tests/mutation.py tl_contextmix/core/token_sums.py tests/test_tensors.py
-    python tests/mutation.py tl_contextmix/engine/parts.py tests/test_decompose.py -k "..."
+    python scripts/mutation.py tl_contextmix/core/token_sums.py tests/test_tensors.py
+    python scripts/mutation.py tl_contextmix/engine/parts.py tests/test_decompose.py -k "..."
 
 The tests are collected once. Then every mutant is compiled, with the type checks of the tests, and
 put in the place of the original wherever that was imported, and the tests are called until one

@@ -1,4 +1,4 @@
-"""Trains the demo models: ``python -m tl_contextmix.demo_models.train causal-lm OUT``.
+"""Trains the demo models: ``python scripts/demo_models/train.py causal-lm OUT``.
 
 Everything is fixed by the recipe: the sentences, their order, the initial weights, the number of
 steps and the learning rate of each step. The same command on the same machine gives the same
@@ -19,13 +19,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import tokenization
 import torch
 import transformers
+from recipes import RECIPES, Phase
+from tasks import IGNORED, TASKS, Task
 from torch import nn
 
-from tl_contextmix.demo_models import DEMO_NAMES, DemoName, tokenization
-from tl_contextmix.demo_models.recipes import RECIPES, Phase, Recipe
-from tl_contextmix.demo_models.tasks import IGNORED, TASKS, Task
+from tl_contextmix.demo_models import DEMO_NAMES, DemoName
 
 LOG_EVERY = 200
 BATCHES_PER_BLOCK = 50
@@ -52,14 +53,27 @@ def train(name: DemoName, out: Path, *, device: str = "cpu", fraction: float = 1
         if model is None:
             task.fit_tokenizer(max(1, int(recipe.tokenizer_sentences * fraction)))
             model = task.model().to(device)
-        lengths = task.encode()
-        logs.append(_run_phase(task, model, phase, lengths, recipe.weight_decay, device))
+        task.encode()
+        logs.append(_run_phase(task, model, phase, recipe.weight_decay, device))
     out.mkdir(parents=True, exist_ok=True)
     _save_model(model, out)
     tokenization.save_tokenizer(task.tokenizer, name, out)
-    record = _record(name, recipe, model, device, fraction, time.process_time() - started)
-    text = json.dumps({**record, "phases": logs}, indent=1)
-    (out / "train.json").write_text(text + "\n", encoding="utf-8")
+    record = {
+        "command": f"python scripts/demo_models/train.py {name} OUT --device {device}",
+        "fraction": fraction,
+        "weight_seed": recipe.weight_seed,
+        "weight_decay": recipe.weight_decay,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "processor_minutes": round((time.process_time() - started) / 60, 1),
+        "torch_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "phases": logs,
+    }
+    (out / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _shortened(phase: Phase, fraction: float) -> Phase:
@@ -71,18 +85,13 @@ def _shortened(phase: Phase, fraction: float) -> Phase:
 
 
 def _run_phase(
-    task: Task,
-    model: nn.Module,
-    phase: Phase,
-    lengths: Sequence[int],
-    weight_decay: float,
-    device: str,
+    task: Task, model: nn.Module, phase: Phase, weight_decay: float, device: str
 ) -> dict[str, Any]:
     """Trains for `phase.steps` steps and returns what to record about them."""
     model.train()
     optimizer = _optimizer(model, phase.peak_learning_rate, weight_decay)
     rng = random.Random(phase.order_seed)
-    batches = _batches(lengths, phase.batch_size, rng)
+    batches = _batches([len(row) for row in task.rows], phase.batch_size, rng)
     log: list[tuple[int, float]] = []
     tokens = 0
     total = torch.zeros((), device=device)  # read seldom: reading waits for the device
@@ -106,11 +115,10 @@ def _run_phase(
 
 def _optimizer(model: nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW that leaves biases and norms undecayed."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    parameters = list(model.parameters())
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
@@ -136,25 +144,6 @@ def _save_model(model: Any, out: Path) -> None:
     config["dtype"] = "float32"  # what to compute in; transformers 5 would follow the files
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _record(
-    name: str, recipe: Recipe, model: nn.Module, device: str, fraction: float, seconds: float
-) -> dict[str, Any]:
-    return {
-        "command": f"python -m tl_contextmix.demo_models.train {name} OUT --device {device}",
-        "fraction": fraction,
-        "weight_seed": recipe.weight_seed,
-        "weight_decay": recipe.weight_decay,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "processor_minutes": round(seconds / 60, 1),
-        "torch_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

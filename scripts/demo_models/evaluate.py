@@ -1,4 +1,4 @@
-"""Measures the shipped weights: ``python -m tl_contextmix.demo_models.evaluate causal-lm``.
+"""Measures the shipped weights: ``python scripts/demo_models/evaluate.py causal-lm``.
 
 Prints the tables of the model card; ``--write`` puts them into the card. All sentences come from
 the test split, with a seed that no training phase uses, so that they are new to the models and the
@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from cards import Table, Values, figures_block, write_card
+from grammar_fr import Translation, TranslationGrammar
+from tasks import padded
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from tl_contextmix.demo_models import DEMO_NAMES, DemoName, demo_folder, lexicon
-from tl_contextmix.demo_models.cards import Table, Values, figures_block, write_card
-from tl_contextmix.demo_models.grammar import Grammar, Sentence, Shares, Site
-from tl_contextmix.demo_models.grammar_fr import Translation, TranslationGrammar
+from tl_contextmix.demo_models.grammar import MAX_WORDS, Grammar, Sentence, Shares, Site
 
-DEFAULT_SENTENCES: dict[str, int] = {
-    "causal-lm": 2000,
-    "masked-lm": 2000,
-    "encoder-decoder": 600,
-}
+DEFAULT_SENTENCES = {"causal-lm": 2000, "masked-lm": 2000, "encoder-decoder": 600}
 FLIPPED_SENTENCES = 200
 TEST_SHARES = Shares(agreement=0.45, reflexive=0.15, fact=0.20)
 TEST_SEED = 99
@@ -73,8 +72,6 @@ class _LanguageModel:
     """A demo language model and the ids of the grammar's words."""
 
     def __init__(self, name: DemoName) -> None:
-        import transformers
-
         folder = demo_folder(name)
         self.masked = name == "masked-lm"
         causal, masked = transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM
@@ -136,10 +133,7 @@ class _LanguageModel:
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Returns ids filled up on the right, and the mask of the real ones."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
+    return padded(rows, pad), padded([[1] * len(row) for row in rows], 0)
 
 
 _Condition = Callable[[Site], bool]
@@ -218,7 +212,7 @@ def _flippable(count: int) -> Iterator[tuple[Sentence, Site]]:
             if site.subtype in ("pp1", "pp2", "orc") and site.lures and len(site.cues) == 1
         ]
         free = sites and all(sentence.words[index - 1] == "the" for index in sites[0].lures)
-        if free and "and" not in sentence.words and len(sentence.words) <= 26:
+        if free and "and" not in sentence.words and len(sentence.words) <= MAX_WORDS:
             count -= 1
             yield sentence, sites[0]
 
@@ -237,8 +231,6 @@ class _Translator:
     """The translation model, read after any layer of its encoder."""
 
     def __init__(self) -> None:
-        import transformers
-
         folder = demo_folder("encoder-decoder")
         self.model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             folder, dtype=torch.float32
@@ -271,8 +263,6 @@ class _Translator:
 
     def forced_hits(self, hidden: Tensor, mask: Tensor, target: Tensor, real: Tensor) -> Tensor:
         """Where the right token is the most probable, given the right tokens before it."""
-        from transformers.modeling_outputs import BaseModelOutput
-
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask,

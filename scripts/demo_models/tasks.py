@@ -7,15 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import tokenization
 import torch
 import transformers
+from grammar_fr import TranslationGrammar
+from recipes import Phase
 from tokenizers import Tokenizer
 from torch import nn
 
-from tl_contextmix.demo_models import DemoName, tokenization
-from tl_contextmix.demo_models.grammar import Grammar, Sentence, known_words
-from tl_contextmix.demo_models.grammar_fr import TranslationGrammar
-from tl_contextmix.demo_models.recipes import Phase
+from tl_contextmix.demo_models import DemoName
+from tl_contextmix.demo_models.grammar import Grammar, known_words
 
 IGNORED = -100
 """Label of positions that do not count in the loss."""
@@ -23,14 +24,22 @@ IGNORED = -100
 Batch = dict[str, torch.Tensor]
 
 
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Stacks rows of different lengths, filling up with `value` on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
 class Task(ABC):
-    """What differs between the three models: data, tokenizer, architecture and loss.
+    """What differs between the three models.
 
     Attributes:
         tokenizer: Set by `fit_tokenizer`, shared by all phases.
+        rows: Ids of the encoded sentences, set by `encode`.
     """
 
     tokenizer: Tokenizer
+    rows: list[list[int]]
 
     @abstractmethod
     def read(self, phase: Phase) -> None:
@@ -41,8 +50,8 @@ class Task(ABC):
         """Makes the tokenizer, if need be from the first sentences drawn."""
 
     @abstractmethod
-    def encode(self) -> list[int]:
-        """Encodes the sentences; returns the length by which they are sorted into batches."""
+    def encode(self) -> None:
+        """Encodes the sentences."""
 
     @abstractmethod
     def model(self) -> Any:
@@ -61,23 +70,17 @@ class CausalTask(Task):
     """GPT-2 with 4 layers, predicting the next word."""
 
     def read(self, phase: Phase) -> None:
-        """Draws the sentences of a phase."""
-        grammar = Grammar(phase.data_seed, "train", phase.shares)
-        self.texts = [grammar.sentence().text for _ in range(phase.sentences)]
+        sentences = Grammar(phase.data_seed, "train", phase.shares).sentences(phase.sentences)
+        self.texts = [sentence.text for sentence in sentences]
 
     def fit_tokenizer(self, sentences: int) -> None:
-        """Trains the tokenizer on the first sentences drawn."""
         self.tokenizer = tokenization.causal_tokenizer(self.texts[:sentences])
 
-    def encode(self) -> list[int]:
-        """Encodes the sentences; returns their lengths."""
+    def encode(self) -> None:
         end = self.tokenizer.token_to_id(tokenization.CAUSAL_END)
-        encodings = self.tokenizer.encode_batch(self.texts)
-        self.rows = [[end, *encoding.ids, end] for encoding in encodings]
-        return [len(row) for row in self.rows]
+        self.rows = [[end, *e.ids, end] for e in self.tokenizer.encode_batch(self.texts)]
 
     def model(self) -> Any:
-        """Returns the model with initial weights."""
         length = tokenization.MAX_LENGTH
         config: Any = transformers.GPT2Config(
             vocab_size=self.tokenizer.get_vocab_size(),
@@ -97,12 +100,10 @@ class CausalTask(Task):
         return model
 
     def batch(self, rows: Sequence[int], rng: random.Random) -> Batch:
-        """Builds one batch."""
         chosen = [self.rows[row] for row in rows]
-        return {"input_ids": _padded(chosen, 0), "labels": _padded(chosen, IGNORED)}
+        return {"input_ids": padded(chosen, 0), "labels": padded(chosen, IGNORED)}
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Returns the mean loss in nats per predicted token."""
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
         return nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
@@ -116,28 +117,19 @@ class MaskedTask(Task):
     other_rate = 0.15
 
     def read(self, phase: Phase) -> None:
-        """Draws the sentences of a phase."""
         grammar = Grammar(phase.data_seed, "train", phase.shares)
-        self.sentences: list[Sentence] = grammar.sentences(phase.sentences)
+        self.sentences = grammar.sentences(phase.sentences)
 
     def fit_tokenizer(self, sentences: int) -> None:
-        """Makes the tokenizer from the words of the grammar."""
         self.tokenizer = tokenization.masked_tokenizer(known_words())
 
-    def encode(self) -> list[int]:
-        """Encodes the sentences; returns their lengths."""
-        vocabulary = self.tokenizer.get_vocab()
-        first, last = vocabulary["[CLS]"], vocabulary["[SEP]"]
-        self.rows = []
-        self.sites = []
-        for sentence in self.sentences:
-            words = [vocabulary[word] for word in sentence.words]
-            self.rows.append([first, *words, last])
-            self.sites.append({site.target + 1 for site in sentence.sites})
-        return [len(row) for row in self.rows]
+    def encode(self) -> None:
+        ids = self.tokenizer.get_vocab()
+        first, last = ids["[CLS]"], ids["[SEP]"]
+        self.rows = [[first, *(ids[w] for w in s.words), last] for s in self.sentences]
+        self.sites = [{site.target + 1 for site in s.sites} for s in self.sentences]
 
     def model(self) -> Any:
-        """Returns the model with initial weights."""
         config = transformers.BertConfig(
             vocab_size=self.tokenizer.get_vocab_size(),
             hidden_size=128,
@@ -152,18 +144,10 @@ class MaskedTask(Task):
         return transformers.BertForMaskedLM(config)
 
     def batch(self, rows: Sequence[int], rng: random.Random) -> Batch:
-        """Builds one batch."""
-        inputs, labels = [], []
-        for row in rows:
-            masked, wanted = self._mask(self.rows[row], self.sites[row], rng)
-            inputs.append(masked)
-            labels.append(wanted)
-        ids = _padded(inputs, 0)
-        return {
-            "input_ids": ids,
-            "attention_mask": (ids != 0).long(),
-            "labels": _padded(labels, IGNORED),
-        }
+        found = [self._mask(self.rows[row], self.sites[row], rng) for row in rows]
+        ids = padded([inputs for inputs, _ in found], 0)
+        labels = padded([labels for _, labels in found], IGNORED)
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
     def _mask(
         self, ids: list[int], sites: set[int], rng: random.Random
@@ -185,7 +169,6 @@ class MaskedTask(Task):
         return inputs, labels
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Returns the mean loss in nats per predicted token."""
         encoder, head = model.bert, model.cls
         hidden = encoder(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         # The head, the most expensive part, runs on the masked positions only.
@@ -197,24 +180,19 @@ class Seq2SeqTask(Task):
     """T5 with 4 + 4 layers, translating English to French."""
 
     def read(self, phase: Phase) -> None:
-        """Draws the sentences of a phase."""
         pairs = TranslationGrammar(phase.data_seed, "train").translations(phase.sentences)
         self.sources = [pair.source_text for pair in pairs]
         self.targets = [pair.target_text for pair in pairs]
 
     def fit_tokenizer(self, sentences: int) -> None:
-        """Trains the tokenizer on the first sentences drawn."""
         pairs = zip(self.sources[:sentences], self.targets[:sentences], strict=True)
         self.tokenizer = tokenization.seq2seq_tokenizer(text for pair in pairs for text in pair)
 
-    def encode(self) -> list[int]:
-        """Encodes the sentences; returns their lengths."""
-        self.source_rows = [e.ids for e in self.tokenizer.encode_batch(self.sources)]
+    def encode(self) -> None:
+        self.rows = [e.ids for e in self.tokenizer.encode_batch(self.sources)]
         self.target_rows = [e.ids for e in self.tokenizer.encode_batch(self.targets)]
-        return [len(row) for row in self.source_rows]
 
     def model(self) -> Any:
-        """Returns the model with initial weights."""
         config_class: Any = transformers.T5Config  # its signature hides the common fields
         config = config_class(
             vocab_size=self.tokenizer.get_vocab_size(),
@@ -241,13 +219,11 @@ class Seq2SeqTask(Task):
         return model
 
     def batch(self, rows: Sequence[int], rng: random.Random) -> Batch:
-        """Builds one batch."""
-        ids = _padded([self.source_rows[row] for row in rows], 0)
-        labels = _padded([self.target_rows[row] for row in rows], IGNORED)
+        ids = padded([self.rows[row] for row in rows], 0)
+        labels = padded([self.target_rows[row] for row in rows], IGNORED)
         return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Returns the mean loss in nats per predicted token."""
         return model(**batch, use_cache=False).loss
 
 
@@ -256,9 +232,3 @@ TASKS: dict[DemoName, type[Task]] = {
     "masked-lm": MaskedTask,
     "encoder-decoder": Seq2SeqTask,
 }
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Stacks rows of different lengths, filling up with `value` on the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -7,7 +7,6 @@ measured, from `evaluate`. A test measures again and compares.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ def figures_block(tables: Sequence[Table]) -> str:
 
 def read_figures(text: str) -> list[Table]:
     """Returns the tables in the block of figures of a card."""
-    return [_read_table(part) for part in _block(text, "figures").split("\n\n")]
+    return [_read_table(part) for part in _parts(text, "figures")[1].split("\n\n")]
 
 
 def _read_table(text: str) -> Table:
@@ -80,20 +79,10 @@ def training_block(name: str) -> str:
         _row(["phase", "sentences", "their seed", "order seed", "steps", "batch", "peak rate"]),
         _row(["---"] * 7),
     ]
+    keys = ("data_seed", "order_seed", "steps", "batch_size", "peak_learning_rate")
     for number, phase in enumerate(record["phases"], start=1):
-        lines.append(
-            _row(
-                [
-                    str(number),
-                    f"{phase['sentences']:,}",
-                    str(phase["data_seed"]),
-                    str(phase["order_seed"]),
-                    str(phase["steps"]),
-                    str(phase["batch_size"]),
-                    str(phase["peak_learning_rate"]),
-                ]
-            )
-        )
+        others = (str(phase[key]) for key in keys)
+        lines.append(_row([str(number), f"{phase['sentences']:,}", *others]))
     return "\n".join(lines)
 
 
@@ -101,21 +90,15 @@ def write_card(name: str, tables: Sequence[Table]) -> None:
     """Replaces both blocks of a card."""
     path = card_path(name)
     text = path.read_text(encoding="utf-8")
-    text = _with_block(text, "training", training_block(name))
-    text = _with_block(text, "figures", figures_block(tables))
+    for block, content in (("training", training_block(name)), ("figures", figures_block(tables))):
+        before, _, after = _parts(text, block)
+        text = before + content + after
     path.write_text(text, encoding="utf-8")
 
 
-def _markers(block: str) -> tuple[str, str]:
-    return f"<!-- {block}:begin -->\n", f"\n<!-- {block}:end -->"
-
-
-def _block(text: str, block: str) -> str:
-    begin, end = _markers(block)
-    return text.split(begin)[1].split(end)[0]
-
-
-def _with_block(text: str, block: str, content: str) -> str:
-    begin, end = _markers(block)
-    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-    return re.sub(pattern, lambda _: f"{begin}{content}{end}", text, flags=re.DOTALL)
+def _parts(text: str, block: str) -> tuple[str, str, str]:
+    """A card before a block, in it and behind it; the markers lie outside."""
+    begin, end = f"<!-- {block}:begin -->\n", f"\n<!-- {block}:end -->"
+    before, rest = text.split(begin)
+    inside, after = rest.split(end)
+    return before + begin, inside, end + after

@@ -1,0 +1,102 @@
+"""Attention flow: how much can be carried from each input token through the attention weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+from typing_extensions import Unpack
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.core.model_view import StackName
+from tl_contextmix.engine.registry import method
+from tl_contextmix.errors import bad
+from tl_contextmix.results import ContextMap
+
+# scipy's maximum flow takes 32-bit integers. No flow exceeds what enters its target, which is 1.
+_UNIT = 2**30
+
+
+@method(cites=("abnar2020quantifying",), compared=True, estimated=False)  # no tensors
+def attention_flow(
+    model: object,
+    input: Input,
+    *,
+    stack: StackName | None = None,
+    **inputs: Unpack[Inputs],
+) -> ContextMap:
+    r"""Returns the attention flow from each input token to each position after every layer.
+
+    Tokens of every layer are nodes; an edge from token ``j`` of layer ``l - 1`` to token ``i`` of
+    layer ``l`` can carry
+
+    .. math:: c_{lij} = \tfrac{1}{2} \bar A_{lij} + \tfrac{1}{2} \delta_{ij}
+
+    with the attention weights averaged over heads, and a score is the maximum flow from an input
+    token to a position (Abnar & Zuidema 2020, section 3). Unlike a rollout, which multiplies the
+    weights along each path, a path carries the smallest capacity on it, and paths share edges.
+
+    Args:
+        model: Any TransformerLens model, see `tl_contextmix.check`.
+        input: A text, several, or token ids [batch, pos].
+        stack: ``"encoder"`` or ``"decoder"`` of an encoder-decoder (default: the decoder's
+            self-attention).
+        **inputs: Mask, padding and the like, see `Inputs`.
+
+    Returns:
+        A `ContextMap` [batch layer 1 target source] from the input to each layer: flows between 0
+        and 1, which need not sum to 1. Each capacity is rounded to a multiple of ``2 ** -30``.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model, or the stack is ``"cross"``.
+        UnsupportedModel: If the model is one whose numbers would be wrong.
+
+    Cost: a forward pass, and a maximum flow for each pair of tokens and each layer ``l``, in a
+    graph of ``l n ^ 2`` edges: for short texts (seconds for 16 tokens and 12 layers).
+    """
+    if stack == "cross":
+        raise bad(
+            "attention flow stays within one stack",
+            "stack='cross'",
+            "'encoder' or 'decoder'",
+            "For both, roll out a map of the decoder with encoder=.",
+        )
+    done = run_pass(as_view(model), Given(input, **inputs), stack=stack)
+    weights = [
+        done.trace.pattern(sublayer).detach().mean(1)
+        for block in done.blocks
+        for sublayer in block.attentions
+        if sublayer.kind == "self"
+    ]
+    patterns = torch.stack(weights, dim=1).double().cpu().numpy()
+    capacities = (patterns + np.eye(patterns.shape[-1])) / 2
+    flows = np.stack([_flows(sentence) for sentence in capacities])
+    scores = torch.from_numpy(flows).to(weights[0])[:, :, None]
+    return done.map(
+        "attention_flow",
+        scores,
+        "attn_out",
+        "attention flow",
+        heads=["mean"],
+        point="pattern",
+        from_input=True,
+    )
+
+
+def _flows(capacities: np.ndarray) -> np.ndarray:
+    """Returns the maximum flows [layer target source] of one sentence's [layer target source]."""
+    layers, length, _ = capacities.shape
+    whole = np.rint(capacities * _UNIT).astype(np.int32)
+    flows = np.zeros(capacities.shape)
+    reach = np.eye(length, dtype=bool)
+    for depth in range(1, layers + 1):
+        reach = (whole[depth - 1] > 0) @ reach
+        nodes = (depth + 1) * length  # those of layer l begin at l * length
+        layer, target, source = whole[:depth].nonzero()
+        ends = (layer * length + source, (layer + 1) * length + target)
+        graph = csr_array((whole[layer, target, source], ends), shape=(nodes, nodes))
+        for i, j in zip(*reach.nonzero(), strict=True):
+            flows[depth - 1, i, j] = maximum_flow(graph, j, depth * length + i).flow_value
+    return flows / _UNIT
