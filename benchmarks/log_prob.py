@@ -16,10 +16,10 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.core.model_view import Readout
-from tl_contextmix.core.residual_stream import FrozenNorms, Neurons
+from tl_contextmix.core.residual_stream import Neurons
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
-from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.token_sums import FrozenNorm, Norm
 from tl_contextmix.demo_models.lexicon import FACTS
 from tl_contextmix.engine.log_prob_scores import Split, TopNeurons, best_neurons
 from tl_contextmix.methods.log_prob.contributions import Score
@@ -65,7 +65,7 @@ class Sizes:
             rows = draw(neurons, width) * 2 / (neurons * width) ** 0.5 * width**0.5
             post = draw(1, 1, neurons).sign() * (heavy * draw(1, 1, neurons) - heavy).exp()
             grid = Grid("mlp", layer, ids, (("neuron", range(neurons)),))
-            path = FrozenNorms((), torch.ones(1, 1))
+            path = FrozenNorm((), torch.ones(1, 1))
             self.splits.append(Split(layer + 1, grid, neurons=Neurons(rows, post, path)))
             states.append(states[-1] + post[:, 0] @ rows)
         self.states = torch.stack(states, dim=1)

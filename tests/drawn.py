@@ -163,7 +163,7 @@ class _Builder:
         ids = torch.zeros(plan.batch, plan.target, dtype=torch.long)
         trace = Trace(Batch(Side(ids, mask)), self.values, plan.dtype)
         if ff is not None:
-            post = ff.post_activation(host_value(block, trace, "mlp_in", "self"))
+            post = ff.activate(ff.pre_activations(host_value(block, trace, "mlp_in", "self")))
             b_post = ff.weights("b_post")
             self.values["post"] = post if b_post is None else post + b_post
         self.values["out"] = block.output(trace)

@@ -18,7 +18,8 @@ from meters import flops
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
-from tl_contextmix.core.residual_stream import FrozenNorms, Neurons
+from tl_contextmix.core.residual_stream import Neurons
+from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine import selection
 from tl_contextmix.results.components import Grid, join
 
@@ -76,7 +77,7 @@ def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
     rows = sizes.splits[0].neurons.rows
 
     def work(sources: int) -> None:
-        found = Neurons(rows, torch.rand(1, sources, 256), FrozenNorms((), torch.ones(1, 1)))
+        found = Neurons(rows, torch.rand(1, sources, 256), FrozenNorm((), torch.ones(1, 1)))
         vocabulary.neuron_gains(sizes.states[:, 1], found.vectors, found.coefficients)
 
     few, many = (flops(partial(work, count), elementwise=False) for count in (1, 40))

@@ -14,6 +14,8 @@ import torch
 import zoo
 import zoo_build
 from asked import keywords
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tl_contextmix as cm
 from tl_contextmix.core.counters import Memory, Operations
@@ -133,6 +135,35 @@ def test_nothing_of_the_length_is_computed_and_nothing_is_kept(middle: Any) -> N
     again = cm.value_zeroing(middle, tokens)
     cm.estimate(middle, 64, cm.value_zeroing)
     assert torch.equal(cm.value_zeroing(middle, tokens).scores, again.scores)
+
+
+@pytest.mark.parametrize("name", [*SOME[:2], "decompx", "gradient_x_input"])
+def test_an_estimate_is_less_work_than_the_call(name: str, middle: Any) -> None:
+    """From 128 tokens on: about as many operators, hardly a number, whatever the length."""
+    method, tokens = PER_METHOD[name], torch.randint(5, 500, (1, 128))
+    with _Work() as call:
+        method(middle, tokens)
+    with _Work() as estimate:
+        cm.estimate(middle, 128, method)
+    with _Work() as longer:
+        cm.estimate(middle, 512, method)
+    assert estimate.operators < 1.5 * call.operators
+    assert estimate.numbers < call.numbers / 20
+    assert longer.operators < 1.2 * estimate.operators
+
+
+class _Work(TorchDispatchMode):
+    """Counts operators, and the floating-point numbers that they really compute."""
+
+    operators = numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self.numbers += leaf.numel() * leaf.is_floating_point()
+        return out
 
 
 def test_told_to_a_reader() -> None:

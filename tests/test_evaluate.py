@@ -183,7 +183,9 @@ def test_masked_models_are_asked_at_their_mask() -> None:
     text = "the keys to the cabinet [MASK] old ."
     fmap = cm.attention(masked, text, heads=False)
     assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, pos=6))
-    with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a position"):
+    with pytest.raises(
+        cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a position"
+    ):
         faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
 

@@ -67,7 +67,7 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
             # What the feed-forward block reads has changed, too, unless it is parallel.
             x = block.feed_forward_input(Trace(batch, values, z.dtype))
             x = x if ff.norm_in is None else ff.norm_in(x)
-            post, b_post = ff.post_activation(x), ff.weights("b_post")
+            post, b_post = ff.activate(ff.pre_activations(x)), ff.weights("b_post")
             post[:, -1, [3, 17]] = 0
             values[ff.post] = post if b_post is None else post + b_post
 

@@ -22,7 +22,6 @@ from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.engine.memory_coefficients import coefficients
 from tl_contextmix.errors import FileFormatError
 from tl_contextmix.methods.memories import mining
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
@@ -51,7 +50,7 @@ def every_coefficient(
         trace = view.run(make_batch(view, Given(ids)), trace_of)
         for block in view.stacks[stack]:
             assert block.feed_forward is not None
-            found = coefficients(block.feed_forward, trace)[0]
+            found = block.feed_forward.coefficients(trace)[0]
             for pos in range(before, ids.shape[1] - behind):
                 for neuron in range(found.shape[1]):
                     value = float(found[pos, neuron])

@@ -15,7 +15,6 @@ from tl_contextmix.core.statistics import (
     expected_average_precision,
     kendall,
 )
-from tl_contextmix.core.text_metrics import resampled_interval
 
 pytestmark = pytest.mark.once
 
@@ -90,6 +89,6 @@ def test_bootstrap_interval_covers_and_repeats() -> None:
 
 def test_figures_of_nothing_have_no_interval() -> None:
     counts = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
-    assert resampled_interval(counts, lambda row: row[0] / row[1]) == (0.5, 0.5)
+    assert bootstrap_interval(counts, lambda row: row[0] / row[1]) == (0.5, 0.5)
     for some, figure in ((counts[:0], sum), (counts, lambda row: math.nan)):
-        assert all(math.isnan(end) for end in resampled_interval(some, figure))
+        assert all(math.isnan(end) for end in bootstrap_interval(some, figure))

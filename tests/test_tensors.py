@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tl_contextmix.core.token_sums import AttentionTerm, Norm, Support, TokenSum, blocks
+from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm, Norm, Support, TokenSum, blocks
 
 pytestmark = pytest.mark.once
 
@@ -144,7 +144,7 @@ def test_vectors_are_kept_once_computed_and_only_for_their_stretch() -> None:
     # What was kept before a norm, a matrix or a choice of rows does not hold behind it.
     norm, scale = Norm("ln", random(OUT), None, 1e-5), random(BATCH, TARGETS, 1).exp()
     for changed in (
-        whole.linear(norm, scale),
+        whole.linear(FrozenNorm((norm,), scale)),
         whole.map(random(OUT, 3)),
         whole.map(random(OUT, 3), random(HEADS, WIDTH, 3)),
         whole.row(slice(0, 1)),
@@ -165,7 +165,7 @@ def test_a_read_after_a_norm(kind: Kind) -> None:
     read, scale = read_of(), random(BATCH, TARGETS, 1).exp()
     norm = Norm(kind, random(OUT), random(OUT), 1e-5)
     expected = norm.linear(written_out(read)) / scale[:, :, None]
-    same(written_out(read.linear(norm, scale)), expected)
+    same(written_out(read.linear(FrozenNorm((norm,), scale))), expected)
 
 
 # Folding costs a product with every dimension of every head, applying one with every vector:

@@ -15,7 +15,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.activations import Activation
+from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -186,18 +186,53 @@ class FeedForward:
                 total = total + (bias if matrix is None else bias @ matrix)
         return total
 
-    def post_activation(self, x: Tensor) -> Float[Tensor, "batch target neuron"]:
-        """Returns the neurons at the sublayer's (normed) input, ``b_post`` left out."""
-        return self.activate(self.pre_activations(x))
-
     def pre_activations(self, x: Tensor) -> list[Tensor]:
         """Returns what the branches compute of the sublayer's (normed) input."""
         return [affine(x, weight, bias) for weight, bias in self.branches()]
 
     def activate(self, pre: Sequence[Tensor]) -> Tensor:
-        """Returns the neurons, given the branches; ``b_post`` left out."""
+        """Returns the neurons' coefficients, given the branches: without ``b_post``."""
         activation = self.require_activation()
         return activation(pre[0]) * pre[1] if self.gated else activation(pre[0])
+
+    def post_activation(self, pre: Sequence[Tensor]) -> Tensor:
+        """Returns what W_out multiplies, given the branches: with ``b_post``."""
+        return shift(self.activate(pre), self.weights("b_post"))
+
+    def coefficients(self, trace: Trace) -> Float[Tensor, "batch target neuron"]:
+        """Returns what a pass multiplied each value vector with: without ``b_post``."""
+        post, b_post = trace[self.post], self.weights("b_post")
+        return post if b_post is None else post - b_post
+
+    def slopes(self, start: Sequence[Tensor | None], end: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Returns for each branch what a share of its pre-activation is multiplied with.
+
+        Args:
+            start: Pre-activations at the start of the path, by branch; None for zero.
+            end: At its end.
+        """
+        activation = self.require_activation()
+        if not self.gated:
+            return (activation.secant(start[0], end[0]),)
+        linear, gate = gated_slopes(activation, (start[0], end[0]), (start[1], end[1]))
+        return gate, linear
+
+    def linearise(
+        self, bias: Sequence[Tensor], total: Sequence[Tensor], fixed: bool
+    ) -> tuple[tuple[Float[Tensor, "*some neuron"], ...], Float[Tensor, "*some neuron"]]:
+        """Returns each branch's slope, and the share of the coefficients that is no token's.
+
+        Args:
+            bias: What is no token's in the pre-activations, by branch.
+            total: The pre-activations.
+            fixed: Whether the path starts from the bias rather than from zero.
+        """
+        if fixed:
+            return self.slopes(bias, total), self.activate(bias)
+        slopes = self.slopes([None] * len(total), total)
+        # The path starts at zero; what the bias adds on the way exists only where it moves.
+        moved = (share * slope for share, slope in zip(bias, slopes, strict=True))
+        return slopes, sum(moved, self.activate([share.new_zeros(()) for share in bias]))
 
     def project(self, post: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
         """Returns what the sublayer adds to the residual stream, given its neurons."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, no_type_check
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -68,35 +68,36 @@ class Memory(TorchDispatchMode):
         live: Bytes alive now, of tensors made since the meter was started.
         peak: The most there were at once.
         largest: Bytes of the largest one.
-        beside: Bytes that are said to be held besides, and count as alive.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.largest = self.beside = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: dict[int, StorageWeakRef] = {}
+        self.live = self.peak = self.largest = 0
+        self._known: dict[int, weakref.ref] = {}
 
     @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator and notes the storages that are new."""
-        for tensor in _tensors((args, kwargs)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._made:
-                # A weak reference keeps the address from being used again.
-                self._given.setdefault(storage._cdata, StorageWeakRef(storage))
+        for storage in _storages((args, kwargs)):
+            self._note(storage, 0)
         out = func(*args, **(kwargs or {}))
-        self._made = {key: kept for key, kept in self._made.items() if not kept[0].expired()}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._given:
-                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.largest = max(self.largest, storage.nbytes())
-        self.live = self.beside + sum(size for _, size in self._made.values())
+        for storage in _storages(out):
+            self._note(storage, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.live += size
+            self.largest = max(self.largest, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
 
 @no_type_check
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -18,9 +18,8 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.activations import gated_slopes
 from tl_contextmix.core.blocks import Block, FeedForward, affine
-from tl_contextmix.core.token_sums import Norm, TokenSum, blocks
+from tl_contextmix.core.token_sums import FrozenNorm, TokenSum, blocks
 
 Bias = Literal["contributor", "fixed"]
 DEFAULT_MAX_BYTES = 2**30
@@ -37,9 +36,9 @@ class FeedForwardParts:
         weights: Each branch's input weights.
         slopes: For each branch what a share is multiplied with, per neuron.
         W_out: Value vectors.
-        norm_out: Norm of the output and its frozen scale (sandwich), or None.
+        norm_out: Norm of the output (sandwich).
         residual: What is added, or None.
-        norm_after: Norm of the sum and its frozen scale (post-LN), or None.
+        norm_after: Norm of the sum (post-LN), or None.
         bias: What belongs to no token, at the end of all this.
         total: What parts and bias add up to.
         hidden: Shares of each branch's pre-activation, once `folded`.
@@ -49,9 +48,9 @@ class FeedForwardParts:
     weights: tuple[Float[Tensor, "d_model neuron"], ...]
     slopes: tuple[Float[Tensor, "batch target neuron"], ...]
     W_out: Float[Tensor, "neuron d_model"]
-    norm_out: tuple[Norm, Tensor] | None
+    norm_out: FrozenNorm
     residual: TokenSum | None
-    norm_after: tuple[Norm, Tensor] | None
+    norm_after: FrozenNorm | None
     bias: Float[Tensor, "batch target d_model"]
     total: Float[Tensor, "batch target d_model"]
     hidden: tuple[TokenSum, ...] = ()
@@ -83,13 +82,13 @@ class FeedForwardParts:
             out = self._through(rows, read, part, out)
         assert out is not None
         out = out if read == columns else _placed(out, read, columns)
-        out = _through_norm(out, self.norm_out, rows)
+        out = self.norm_out.part(place=rows).linear(out)
         yield out
         if self.residual is not None:
             out += self.residual.dense(rows, columns)
             yield out
         if self.norm_after is not None:
-            yield _through_norm(out, self.norm_after, rows)
+            yield self.norm_after.part(place=rows).linear(out)
 
     def _through(self, rows: slice, columns: slice, part: slice, out: Tensor | None) -> Tensor:
         shares = None
@@ -106,13 +105,10 @@ class FeedForwardParts:
         own = self.read.diagonal()
         pairs = zip(self.weights, self.slopes, strict=True)
         out = reduce(add, ((own @ weight).mul_(slope) for weight, slope in pairs)) @ self.W_out
-        if self.norm_out is not None:
-            out = self.norm_out[0].linear(out) / self.norm_out[1]
+        out = self.norm_out.linear(out)
         if self.residual is not None:
             out = out + self.residual.diagonal()
-        if self.norm_after is not None:
-            out = self.norm_after[0].linear(out) / self.norm_after[1]
-        return out
+        return out if self.norm_after is None else self.norm_after.linear(out)
 
     def row(self, batch: slice) -> FeedForwardParts:
         """Returns the parts of some rows of the batch."""
@@ -121,9 +117,9 @@ class FeedForwardParts:
             read=self.read.row(batch),
             hidden=tuple(token_sum.row(batch) for token_sum in self.hidden),
             slopes=tuple(slope[batch] for slope in self.slopes),
-            norm_out=_norm_row(self.norm_out, batch),
+            norm_out=self.norm_out.part(batch),
             residual=None if self.residual is None else self.residual.row(batch),
-            norm_after=_norm_row(self.norm_after, batch),
+            norm_after=None if self.norm_after is None else self.norm_after.part(batch),
             bias=self.bias[batch],
             total=self.total[batch],
         )
@@ -226,23 +222,12 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     return _Plan(rows, targets, sources, neurons)
 
 
-def _norm_row(pair: tuple[Norm, Tensor] | None, batch: slice) -> tuple[Norm, Tensor] | None:
-    return None if pair is None else (pair[0], pair[1][batch])
-
-
 def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
     """Returns parts of a stretch of sources as parts of a longer one; those of the rest are 0."""
     batch, _, *rest = parts.shape
     whole = parts.new_zeros(columns.stop - columns.start, batch, *rest).transpose(0, 1)
     whole[:, at.start - columns.start : at.stop - columns.start] = parts
     return whole
-
-
-def _through_norm(parts: Tensor, pair: tuple[Norm, Tensor] | None, rows: slice) -> Tensor:
-    if pair is None:
-        return parts
-    norm, scale = pair
-    return norm.linear(parts).div_(scale[:, None, rows])
 
 
 def feed_forward_points(
@@ -263,14 +248,10 @@ def feed_forward_points(
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
     summed = replace(added, residual=stream, bias=parts_bias, total=total)
     normed = summed
-    norm = ff.norm_after
-    if norm is not None:
-        scale = norm.scale(total)
+    if ff.norm_after is not None:
+        norm = FrozenNorm.at(ff.norm_after, total)
         normed = replace(
-            summed,
-            norm_after=(norm, scale),
-            bias=_affine_norm(norm, scale, parts_bias),
-            total=norm(total),
+            summed, norm_after=norm, bias=norm.affine(parts_bias), total=ff.norm_after(total)
         )
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
 
@@ -297,9 +278,8 @@ def neuron_shares(
         (weight[:, neurons], None if bias is None else bias[neurons])
         for weight, bias in ff.branches()
     ]
-    start = tuple(affine(read.bias, *branch) for branch in branches)
-    end = tuple(affine(read.total, *branch) for branch in branches)
-    slopes, rest, _ = _neurons(ff, start, end, convention)
+    start, end = ([affine(x, *branch) for branch in branches] for x in (read.bias, read.total))
+    slopes, rest = ff.linearise(start, end, convention == "fixed")
     hidden = [read.map(weight).ready() for weight, _ in branches]
     # Tiles are contiguous: of all targets a few at a time, of others one each.
     whole = list(rows) == list(range(read.bias.shape[1]))
@@ -321,21 +301,15 @@ def _feed_forward(
     # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
     size = 16 * len(branches) * len(W_out) * bias.element_size()
     for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
-        ends = [
-            affine(x.flatten(0, 1)[rows], *branch)
-            for branch in branches
-            for x in (read.bias, read.total)
-        ]
-        found, post_bias, post = _neurons(ff, tuple(ends[::2]), tuple(ends[1::2]), convention)
-        for slope, piece in zip(slopes, found, strict=True):
+        start, end = (ff.pre_activations(x.flatten(0, 1)[rows]) for x in (read.bias, read.total))
+        pieces, rest = ff.linearise(start, end, convention == "fixed")
+        for slope, piece in zip(slopes, pieces, strict=True):
             slope.flatten(0, 1)[rows] = piece
-        bias.flatten(0, 1)[rows] = post_bias @ W_out + constant
-        total.flatten(0, 1)[rows] = post @ W_out + constant
-    norm_out = None
-    if ff.norm_out is not None:
-        scale = ff.norm_out.scale(total)
-        norm_out = (ff.norm_out, scale)
-        bias, total = _affine_norm(ff.norm_out, scale, bias), ff.norm_out(total)
+        bias.flatten(0, 1)[rows] = rest @ W_out + constant
+        total.flatten(0, 1)[rows] = ff.activate(end) @ W_out + constant
+    norm_out = FrozenNorm.at(ff.norm_out, total)
+    bias = norm_out.affine(bias)
+    total = total if ff.norm_out is None else ff.norm_out(total)
     return FeedForwardParts(
         read=read,
         weights=tuple(weight for weight, _ in branches),
@@ -347,32 +321,3 @@ def _feed_forward(
         bias=bias,
         total=total,
     )
-
-
-def _neurons(
-    ff: FeedForward, bias: tuple[Tensor, ...], total: tuple[Tensor, ...], convention: Bias
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Returns each branch's slope, the share of what is no token, and the neurons themselves."""
-    activation = ff.require_activation()
-    start = bias if convention == "fixed" else (None, None)
-    if ff.gated:
-        linear_slope, gate_slope = gated_slopes(
-            activation, (start[0], total[0]), (start[1], total[1])
-        )
-        slopes: tuple[Tensor, ...] = (gate_slope, linear_slope)
-        at_start = bias[0].new_zeros(()) if start[0] is None else activation(bias[0]) * bias[1]
-        post = activation(total[0]) * total[1]
-    else:
-        slopes = (activation.secant(start[0], total[0]),)
-        at_start = activation(bias[0].new_zeros(()) if start[0] is None else bias[0])
-        post = activation(total[0])
-    if convention == "fixed":
-        return slopes, at_start, post
-    # The path starts at zero; what the bias adds on the way exists only where it moves.
-    moved = sum(b * slope for b, slope in zip(bias, slopes, strict=True))
-    return slopes, at_start + moved, post
-
-
-def _affine_norm(norm: Norm, scale: Tensor, bias: Tensor) -> Tensor:
-    bias = norm.linear(bias) / scale
-    return bias if norm.bias is None else bias + norm.bias

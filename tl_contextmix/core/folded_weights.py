@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, shift
-from tl_contextmix.core.token_sums import AttentionTerm, Norm
+from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ def branches(
     second = ff.norm_in if attention.norm_after is None else attention.norm_after
     base = before
     if first is not None:
-        read, raw, base = _linear(read, first), first.linear(raw), shift(base, first.bias)
+        bare = FrozenNorm((first,), torch.ones_like(read.scale))
+        read, raw, base = read.linear(bare), first.linear(raw), shift(base, first.bias)
     scale = raw.new_ones(())
     if second is not None:
         scale = second.scale(raw + base)
-        read, raw, base = _linear(read, second), second.linear(raw), second.linear(base)
+        bare = FrozenNorm((second,), torch.ones_like(read.scale))
+        read, raw, base = read.linear(bare), second.linear(raw), second.linear(base)
     for index, (weight, bias) in enumerate(ff.branches()):
         constant = shift(weight.new_zeros(weight.shape[1]), bias)
         if second is not None and second.bias is not None:
@@ -103,7 +105,3 @@ def _column_sums(matrix: Tensor) -> Tensor:
     rows = len(matrix)
     # Unequal weights, so that rows that change places are seen.
     return torch.linspace(1, 2, rows, dtype=matrix.dtype, device=matrix.device) @ matrix
-
-
-def _linear(read: AttentionTerm, norm: Norm) -> AttentionTerm:
-    return read.linear(norm, torch.ones_like(read.scale))

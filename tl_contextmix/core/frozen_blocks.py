@@ -15,46 +15,15 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.activations import gated_slopes
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, require_weight
-from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.token_sums import FrozenNorm, Norm
 
 Parts = Float[Tensor, "batch target part d_model"]
 
 
-@dataclass(frozen=True)
-class FrozenNorm:
-    """A norm with its scale frozen.
-
-    Attributes:
-        norm: The norm.
-        scale: Its divisor at the real value.
-    """
-
-    norm: Norm
-    scale: Float[Tensor, "batch target 1"]
-
-    def __call__(self, parts: Parts, constant: bool) -> Parts:
-        """Returns the parts after the norm; with its bias where ``constant``."""
-        out = self.norm.linear(parts) / self.scale[:, :, None]
-        return out + self.norm.bias if constant and self.norm.bias is not None else out
-
-    def since(self, first: int) -> FrozenNorm:
-        """Returns the norm at the targets from one on."""
-        return FrozenNorm(self.norm, self.scale[:, first:])
-
-
-def freeze_norm(norm: Norm | None, whole: Tensor) -> FrozenNorm | None:
-    """Returns the norm frozen at ``whole``; None where there is none."""
-    return None if norm is None else FrozenNorm(norm, norm.scale(whole))
-
-
-def _through(norm: FrozenNorm | None, parts: Parts, constant: bool) -> Parts:
-    return parts if norm is None else norm(parts, constant)
-
-
-def _since(norm: FrozenNorm | None, first: int) -> FrozenNorm | None:
-    return None if norm is None else norm.since(first)
+def _pass(norm: FrozenNorm, parts: Parts, constant: bool) -> Parts:
+    """Returns the parts after a norm; with its bias where ``constant``."""
+    return (norm.affine if constant else norm.linear)(parts, axis=2)
 
 
 @dataclass(frozen=True)
@@ -64,16 +33,16 @@ class FrozenAttention:
     Attributes:
         sublayer: The sublayer.
         pattern: Its attention probabilities.
-        norm_in: Norm before it, or None. A cross-attention sublayer reads its values elsewhere.
-        norm_out: Norm of its output, or None.
-        norm_after: Norm of the residual sum, or None.
+        norm_in: Norm before it. A cross-attention sublayer reads its values elsewhere.
+        norm_out: Norm of its output.
+        norm_after: Norm of the residual sum.
     """
 
     sublayer: AttentionSublayer
     pattern: Float[Tensor, "batch head target source"]
-    norm_in: FrozenNorm | None
-    norm_out: FrozenNorm | None
-    norm_after: FrozenNorm | None
+    norm_in: FrozenNorm
+    norm_out: FrozenNorm
+    norm_after: FrozenNorm
 
     def __call__(self, stream: Parts, memory: Tensor | None, constant: bool) -> Parts:
         """Returns the parts of the residual stream after the sublayer.
@@ -85,10 +54,10 @@ class FrozenAttention:
             constant: Whether biases are added: the parts are then the bias, one of them.
         """
         cross = self.sublayer.kind == "cross"
-        read = memory if cross else _through(self.norm_in, stream, constant)
+        read = memory if cross else _pass(self.norm_in, stream, constant)
         if read is None:
             assert not constant
-            return _through(self.norm_after, stream, constant)
+            return _pass(self.norm_after, stream, constant)
         weights = self.sublayer.weights
         value = torch.einsum("bskm,hmd->bskhd", read, require_weight(weights, "W_V"))
         b_V, b_O = weights("b_V"), weights("b_O")
@@ -96,13 +65,14 @@ class FrozenAttention:
         mixed = torch.einsum("bhts,bskhd->btkhd", self.pattern, value)
         out = torch.einsum("btkhd,hdm->btkm", mixed, self.sublayer.W_O)
         out = out + b_O if constant and b_O is not None else out
-        return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
+        return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
     def since(self, first: int) -> FrozenAttention:
         """Returns the sublayer at the targets from one on, which read no earlier ones."""
         seen = 0 if self.sublayer.kind == "cross" else first
-        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
-        return FrozenAttention(self.sublayer, self.pattern[:, :, first:, seen:], *norms)
+        norms = (self.norm_in, self.norm_out, self.norm_after)
+        later = (norm.part(place=slice(first, None)) for norm in norms)
+        return FrozenAttention(self.sublayer, self.pattern[:, :, first:, seen:], *later)
 
 
 @dataclass(frozen=True)
@@ -113,17 +83,17 @@ class FrozenFeedForward:
         sublayer: The sublayer.
         slopes: For each branch what a share of its pre-activation is multiplied with.
         constant: What belongs to no token, before W_out's constants: the bias's neurons.
-        norm_in: Norm before it, or None.
-        norm_out: Norm of its output, or None.
-        norm_after: Norm of the residual sum, or None.
+        norm_in: Norm before it.
+        norm_out: Norm of its output.
+        norm_after: Norm of the residual sum.
     """
 
     sublayer: FeedForward
     slopes: tuple[Float[Tensor, "batch target neuron"], ...]
     constant: Float[Tensor, "batch target neuron"]
-    norm_in: FrozenNorm | None
-    norm_out: FrozenNorm | None
-    norm_after: FrozenNorm | None
+    norm_in: FrozenNorm
+    norm_out: FrozenNorm
+    norm_after: FrozenNorm
 
     def __call__(self, stream: Parts, read: Parts, constant: bool) -> Parts:
         """Returns the parts of the residual stream after the sublayer.
@@ -137,19 +107,20 @@ class FrozenFeedForward:
         if constant:
             out = (self.constant @ ff.W_out + ff.constant())[:, :, None]
         else:
-            entering = _through(self.norm_in, read, False)
+            entering = _pass(self.norm_in, read, False)
             shares = [
                 (entering @ weight) * slope[:, :, None]
                 for (weight, _), slope in zip(ff.branches(), self.slopes, strict=True)
             ]
             out = sum(shares[1:], shares[0]) @ ff.W_out
-        return _through(self.norm_after, stream + _through(self.norm_out, out, constant), constant)
+        return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
     def since(self, first: int) -> FrozenFeedForward:
         """Returns the sublayer at the targets from one on."""
         slopes = tuple(slope[:, first:] for slope in self.slopes)
-        norms = (_since(n, first) for n in (self.norm_in, self.norm_out, self.norm_after))
-        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *norms)
+        norms = (self.norm_in, self.norm_out, self.norm_after)
+        later = (norm.part(place=slice(first, None)) for norm in norms)
+        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *later)
 
 
 @dataclass(frozen=True)
@@ -230,44 +201,27 @@ def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor)
     return FrozenAttention(
         sublayer=sublayer,
         pattern=trace.pattern(sublayer),
-        norm_in=freeze_norm(sublayer.norm_in, stream),
-        norm_out=freeze_norm(sublayer.norm_out, raw),
-        norm_after=freeze_norm(sublayer.norm_after, stream + sublayer.output(trace)),
+        norm_in=FrozenNorm.at(sublayer.norm_in, stream),
+        norm_out=FrozenNorm.at(sublayer.norm_out, raw),
+        norm_after=FrozenNorm.at(sublayer.norm_after, stream + sublayer.output(trace)),
     )
 
 
 def _freeze_feed_forward(
     ff: FeedForward, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
 ) -> FrozenFeedForward:
-    activation = ff.require_activation()
-    norm_in = freeze_norm(ff.norm_in, read)
-    entering = _through(norm_in, bias[:, :, None], True)[:, :, 0]
-    whole = read if ff.norm_in is None else ff.norm_in(read)
-    total, shares = [], []
-    for weight, b in ff.branches():
-        shift = weight.new_zeros(weight.shape[1]) if b is None else b
-        total.append(whole @ weight + shift)
-        shares.append(entering @ weight + shift)
-    start = shares if fixed else [torch.zeros_like(share) for share in shares]
-    at_start = activation(start[0]) * start[1] if ff.gated else activation(start[0])
-    begin = start if fixed else [None] * len(shares)
-    if ff.gated:
-        linear, gate = gated_slopes(activation, (begin[0], total[0]), (begin[1], total[1]))
-        slopes: tuple[Tensor, ...] = (gate, linear)
-        post = activation(total[0]) * total[1]
-    else:
-        slopes, post = (activation.secant(begin[0], total[0]),), activation(total[0])
-    # The bias moves along the path only where the path does not start from it.
-    moved = sum((s * r for s, r in zip(shares, slopes, strict=True)), torch.zeros_like(at_start))
-    out = post @ ff.W_out + ff.constant()
-    added = out if ff.norm_out is None else ff.norm_out(out)
+    norm_in = FrozenNorm.at(ff.norm_in, read)
+    total = ff.pre_activations(read if ff.norm_in is None else ff.norm_in(read))
+    slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
+    out = ff.activate(total) @ ff.W_out + ff.constant()
+    norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(
         sublayer=ff,
         slopes=slopes,
-        constant=at_start if fixed else at_start + moved,
+        constant=constant,
         norm_in=norm_in,
-        norm_out=freeze_norm(ff.norm_out, out),
-        norm_after=freeze_norm(ff.norm_after, stream + added),
+        norm_out=norm_out,
+        norm_after=FrozenNorm.at(ff.norm_after, stream + norm_out.affine(out)),
     )
 
 
@@ -278,22 +232,22 @@ class FrozenStack:
     Attributes:
         blocks: The blocks.
         biases: What belongs to no token after each block.
-        final_norm: Norm behind the last one, where another stack reads its output; else None.
+        final_norm: Norm after the last one, where another stack reads its output.
     """
 
     blocks: tuple[FrozenBlock, ...]
     biases: tuple[Float[Tensor, "batch target d_model"], ...]
-    final_norm: FrozenNorm | None = None
+    final_norm: FrozenNorm
 
     def memory_bias(self) -> Float[Tensor, "batch target d_model"]:
         """Returns what belongs to no token in the output that another stack reads."""
-        return _through(self.final_norm, self.biases[-1][:, :, None], True)[:, :, 0]
+        return _pass(self.final_norm, self.biases[-1][:, :, None], True)[:, :, 0]
 
     def memory(self, parts: Parts) -> Parts:
         """Returns the parts of the output that another stack reads, given those of its input."""
         for block in self.blocks:
             parts = block(parts, None)
-        return _through(self.final_norm, parts, False)
+        return _pass(self.final_norm, parts, False)
 
 
 def freeze_stack(
@@ -301,7 +255,7 @@ def freeze_stack(
     trace: Trace,
     fixed: bool,
     encoder: FrozenStack | None = None,
-    final_norm: tuple[Norm, Tensor] | None = None,
+    final_norm: Norm | None = None,
 ) -> FrozenStack:
     """Returns a stack frozen at a forward pass.
 
@@ -310,7 +264,7 @@ def freeze_stack(
         trace: The pass.
         fixed: See `freeze`.
         encoder: The stack whose output its cross-attention reads, or None.
-        final_norm: Norm behind the last block and the stream it reads, or None.
+        final_norm: Norm after the last block, or None.
     """
     bias = torch.zeros_like(trace.resid_in(blocks[0]))
     memory_bias = None if encoder is None else encoder.memory_bias()
@@ -319,8 +273,8 @@ def freeze_stack(
         one, bias = freeze(block, trace, bias, memory_bias, fixed)
         frozen.append(one)
         biases.append(bias)
-    norm = None if final_norm is None else freeze_norm(*final_norm)
-    return FrozenStack(tuple(frozen), tuple(biases), norm)
+    whole = bias if final_norm is None else trace[blocks[-1].resid_out]
+    return FrozenStack(tuple(frozen), tuple(biases), FrozenNorm.at(final_norm, whole))
 
 
 def own_parts(x: Float[Tensor, "batch pos d_model"], sources: slice) -> Parts:

@@ -27,44 +27,11 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 Kind = Literal["embed", "attn", "cross_attn", "mlp"]
 Stop = tuple[int, Kind]
-
-
-@dataclass(frozen=True)
-class FrozenNorms:
-    """Frozen norms between a component and where the stream is read: one linear map.
-
-    ``linear`` is the same for every sentence; what differs between them is one number.
-
-    Attributes:
-        norms: In the order they are passed.
-        divisor: Product of their scales.
-    """
-
-    norms: tuple[Norm, ...]
-    divisor: Float[Tensor, "batch 1"]
-
-    def linear(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Returns what all norms do to a vector, still to be divided."""
-        for norm in self.norms:
-            x = norm.linear(x)
-        return x
-
-    def __call__(self, x: Float[Tensor, "batch *rest d_model"]) -> Tensor:
-        """Returns a vector of each sentence as it arrives."""
-        if not self.norms:
-            return x
-        return self.linear(x) / self.divisor.view(-1, *[1] * (x.ndim - 1))
-
-    def behind(self, norm: Norm | None, scale: Tensor | None) -> FrozenNorms:
-        """Returns this path with a norm in front of it."""
-        if norm is None or scale is None:
-            return self
-        return FrozenNorms((norm, *self.norms), self.divisor * scale)
 
 
 @dataclass(frozen=True)
@@ -82,16 +49,16 @@ class Neurons:
 
     rows: Float[Tensor, "neuron d_model"]
     activations: Float[Tensor, "batch source neuron"]
-    path: FrozenNorms
+    path: FrozenNorm
 
     @property
     def coefficients(self) -> Float[Tensor, "batch source neuron"]:
         """Numbers that `vectors` are multiplied with where the stream is read."""
-        return self.activations / self.path.divisor[:, None]
+        return self.activations / self.path.scale[:, None]
 
     def vectors(self, index: Tensor | slice) -> Float[Tensor, "*some d_model"]:
         """Returns vectors of some neurons where the stream is read, still to be multiplied."""
-        return self.path.linear(self.rows[index])
+        return self.path.unscaled(self.rows[index])
 
 
 @dataclass(frozen=True)
@@ -127,22 +94,22 @@ class AttentionComponent(Component):
     pattern: Float[Tensor, "batch head source"]
     value: Float[Tensor, "batch source head d_head"]
     read: Bool[Tensor, "batch source"]
-    path: FrozenNorms
+    path: FrozenNorm
 
     def heads(self) -> Float[Tensor, "batch head d_model"]:
         """Returns what each head writes."""
         mixed = torch.einsum("bhs,bshd->bhd", self.pattern, self.value)
-        return self.path(torch.einsum("bhd,hdm->bhm", mixed, self.weight))
+        return self.path.linear(torch.einsum("bhd,hdm->bhm", mixed, self.weight))
 
     def sources(self) -> Float[Tensor, "batch source d_model"]:
         """Returns what is read from each source, by all heads together."""
         read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
-        return self.path(read.flatten(2) @ self.weight.flatten(0, 1))
+        return self.path.linear(read.flatten(2) @ self.weight.flatten(0, 1))
 
     def head_sources(self, head: int) -> Float[Tensor, "batch source d_model"]:
         """Returns what one head reads from each source: the value-output vectors."""
         read = self.pattern[:, head, :, None] * self.value[:, :, head]
-        return self.path(read @ self.weight[head])
+        return self.path.linear(read @ self.weight[head])
 
     def neurons(self) -> Neurons:
         """Returns its neurons, head by head."""
@@ -162,7 +129,7 @@ class FeedForwardComponent(Component):
 
     weight: Float[Tensor, "neuron d_model"]
     post: Float[Tensor, "batch neuron"]
-    path: FrozenNorms
+    path: FrozenNorm
 
     def neurons(self) -> Neurons:
         """Returns its neurons."""
@@ -202,12 +169,11 @@ class _Step:
 
     kind: Kind
     layer: int
-    sublayer: AttentionSublayer | FeedForward
     constant: Tensor
     parts: dict[str, Tensor]
     raw: Tensor
-    scale_out: Tensor | None
-    scale_after: Tensor | None
+    norm_out: FrozenNorm
+    norm_after: FrozenNorm
 
 
 def needed(block: Block) -> tuple[str, ...]:
@@ -285,18 +251,15 @@ def _step(
         b_O = sublayer.b_O
         constant = raw.new_zeros(raw.shape[1]) if b_O is None else b_O
     else:
-        post, b_post = trace[sublayer.post][at], sublayer.weights("b_post")
-        parts = {"post": post if b_post is None else post - b_post, "weight": sublayer.W_out}
+        parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
         raw = parts["post"] @ parts["weight"]
         constant = sublayer.constant()
     raw = raw + constant
-    norm_out, norm_after = sublayer.norm_out, sublayer.norm_after
-    scale_out = None if norm_out is None else norm_out.scale(raw)
-    x = x + (raw if norm_out is None else norm_out(raw))
-    scale_after = None if norm_after is None else norm_after.scale(x)
-    x = x if norm_after is None else norm_after(x)
-    step = _Step(kind, layer, sublayer, constant, parts, raw, scale_out, scale_after)
-    return step, x
+    norm_out = FrozenNorm.at(sublayer.norm_out, raw)
+    x = x + norm_out.affine(raw)
+    norm_after = FrozenNorm.at(sublayer.norm_after, x)
+    step = _Step(kind, layer, constant, parts, raw, norm_out, norm_after)
+    return step, norm_after.affine(x)
 
 
 def _readable(
@@ -315,21 +278,18 @@ def _readable(
 
 def _components(start: Tensor, steps: list[_Step]) -> list[Component]:
     """Returns the components; what follows each of them is known from the end."""
-    path = FrozenNorms((), start.new_ones(start.shape[0], 1))
+    path = FrozenNorm((), start.new_ones(start.shape[0], 1))
     found: list[Component] = []
     for step in reversed(steps):
-        sublayer = step.sublayer
-        onto = path.behind(sublayer.norm_after, step.scale_after)
-        within = onto.behind(sublayer.norm_out, step.scale_out)
-        bias = within(step.constant.expand_as(step.raw))
-        for norm, rest in ((sublayer.norm_out, onto), (sublayer.norm_after, path)):
-            if norm is not None and norm.bias is not None:
-                bias = bias + rest(norm.bias.expand_as(step.raw))
-        total = within(step.raw - step.constant) + bias
+        onto = step.norm_after.then(path)
+        within = step.norm_out.then(onto)
+        constant = step.norm_out.affine(step.constant.expand_as(step.raw))
+        bias = path.linear(step.norm_after.affine(constant))
+        total = within.linear(step.raw - step.constant) + bias
         kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent
         found.append(kind(step.kind, step.layer, total, bias, path=within, **step.parts))
         path = onto
-    found.append(Component("embed", -1, path(start), torch.zeros_like(start)))
+    found.append(Component("embed", -1, path.linear(start), torch.zeros_like(start)))
     return found[::-1]
 
 

@@ -1,6 +1,8 @@
-"""Statistics of orders: rank correlations, average precision, and intervals beside them."""
+"""Statistics of orders: rank correlations, average precision, and their intervals."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,24 +75,40 @@ def expected_average_precision(items: int, relevant: int) -> float:
 
 
 def bootstrap_interval(
-    values: Float[Tensor, " n"], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Float[Tensor, " *values"],
+    figure: Callable[[Sequence[float]], float] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the mean; NaN values are left out.
+    """Returns the percentile bootstrap interval of a mean, or of a figure of summed counts.
 
-    NaN where fewer than two values are left: one sentence says nothing of how sentences vary.
+    NaN values are skipped. NaN where nothing is left, or one value, which says nothing of how
+    values vary. Not scipy's: its import takes 1.5 s, a hundred times what most intervals take.
 
     Args:
-        values: One value per sentence.
+        values: One value per sentence, or its counts.
+        figure: From sums of counts to the figure; None for the mean of values.
         level: Coverage.
         resamples: How many resamples of the same size are drawn.
         seed: Of the draws: the same values always get the same interval.
     """
-    values = values[~values.isnan()].to(torch.float64).cpu()
-    if len(values) < 2:
+    values = values.to(torch.float64).cpu()
+    values = values[~values.isnan()] if figure is None else values
+    if len(values) < (2 if figure is None else 1):
         return float("nan"), float("nan")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values[drawn].mean(1)
+    drawn = values[torch.randint(len(values), (resamples, len(values)), generator=generator)]
+    if figure is None:
+        figures = drawn.mean(1)
+    else:
+        figures = torch.tensor([figure(row) for row in drawn.sum(1).tolist()], dtype=torch.float64)
+        figures = figures[~figures.isnan()]
+    if not len(figures):
+        return float("nan"), float("nan")
     tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(
+        figures, torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    ).tolist()
     return low, high

@@ -14,10 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from tl_contextmix.errors import ContextMixError, bad, four_parts
 
 Counts = tuple[float, ...]
@@ -292,34 +288,3 @@ def _metric_named(name: str) -> Metric:
             "Pass a function of output, reference and source for a metric of your own.",
         )
     return _MAKERS[name]()
-
-
-def resampled_interval(
-    counts: Float[Tensor, "sentence count"],
-    figure: Figure,
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of a figure of summed counts.
-
-    Args:
-        counts: What each sentence adds.
-        figure: From sums to the figure.
-        level: Coverage.
-        resamples: How many resamples of the same size are drawn.
-        seed: Of the draws: the same counts always get the same interval.
-    """
-    if not len(counts):
-        return float("nan"), float("nan")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(counts), (resamples, len(counts)), generator=generator)
-    sums = counts.to(torch.float64)[drawn].sum(1).tolist()
-    figures = torch.tensor([figure(row) for row in sums], dtype=torch.float64)
-    figures = figures[~figures.isnan()]
-    if not len(figures):
-        return float("nan"), float("nan")
-    tail = (1 - level) / 2
-    low, high = torch.quantile(figures, torch.tensor([tail, 1 - tail]).double()).tolist()
-    return low, high

@@ -73,6 +73,62 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its scale frozen at the real value, or several passed one after the other.
+
+    It distributes over sums, so what is normed may have further axes of parts.
+
+    Attributes:
+        norms: In the order they are passed; none is the identity.
+        scale: Product of their scales.
+    """
+
+    norms: tuple[Norm, ...]
+    scale: Float[Tensor, "*place 1"]
+
+    @classmethod
+    def at(cls, norm: Norm | None, whole: Float[Tensor, "*place d_model"]) -> FrozenNorm:
+        """Returns a norm frozen at what it really norms; None is the identity."""
+        if norm is None:
+            return cls((), torch.ones_like(whole[..., :1]))
+        return cls((norm,), norm.scale(whole))
+
+    def then(self, later: FrozenNorm) -> FrozenNorm:
+        """Returns this one followed by another."""
+        return FrozenNorm(self.norms + later.norms, self.scale * later.scale)
+
+    def unscaled(self, x: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
+        """Returns the part of it that is the same at all places, still to be divided by `scale`."""
+        for norm in self.norms:
+            x = norm.linear(x)
+        return x
+
+    def linear(self, parts: Float[Tensor, "*some d_model"], axis: int = 1) -> Tensor:
+        """Returns parts after it: their sum is that of the whole, less the bias.
+
+        Args:
+            parts: Parts at the places of `scale`, with axes of their own.
+            axis: Where these axes are.
+        """
+        if not self.norms:
+            return parts
+        shape = list(self.scale.shape)
+        shape[axis:axis] = [1] * (parts.ndim - len(shape))
+        out, scale = self.unscaled(parts), self.scale.view(shape)
+        return out / scale if out is parts else out.div_(scale)
+
+    def affine(self, x: Float[Tensor, "*some d_model"], axis: int = 1) -> Tensor:
+        """Returns what belongs to no part after it, the last norm's bias included."""
+        out = self.linear(x, axis)
+        bias = self.norms[-1].bias if self.norms else None
+        return out if bias is None else out + bias
+
+    def part(self, batch: slice = slice(None), place: slice = slice(None)) -> FrozenNorm:
+        """Returns the norm at some rows of the batch and some places."""
+        return FrozenNorm(self.norms, self.scale[batch, place])
+
+
+@dataclass(frozen=True)
 class AttentionTerm:
     """What one attention sublayer brings: ``sum_h pattern[h,i,j] value[j,h] weight[h] / scale[i]``.
 
@@ -130,9 +186,9 @@ class AttentionTerm:
         )
         return out / self.scale
 
-    def linear(self, norm: Norm, scale: Tensor) -> AttentionTerm:
-        """Returns the read after a norm whose scale is frozen."""
-        weight, scale = norm.linear(self.weight), self.scale * scale
+    def linear(self, norm: FrozenNorm) -> AttentionTerm:
+        """Returns the term after a norm."""
+        weight, scale = norm.unscaled(self.weight), self.scale * norm.scale
         return replace(self, weight=weight, scale=scale, kept=None)
 
     def map(
@@ -256,13 +312,11 @@ class TokenSum:
 
     def linear(self, norm: Norm) -> TokenSum:
         """Returns the token sum after a norm whose scale is frozen at the real value."""
-        scale = norm.scale(self.total)
-        own = None if self.own is None else norm.linear(self.own) / scale
-        bias = norm.linear(self.bias) / scale
+        frozen = FrozenNorm.at(norm, self.total)
         return TokenSum(
-            terms=tuple(read.linear(norm, scale) for read in self.terms),
-            own=own,
-            bias=bias if norm.bias is None else bias + norm.bias,
+            terms=tuple(term.linear(frozen) for term in self.terms),
+            own=None if self.own is None else frozen.linear(self.own),
+            bias=frozen.affine(self.bias),
             sum_up=lambda: norm(self.total),
         )
 

@@ -234,7 +234,7 @@ class ValueAblation:
         else:
             stream = stream if among is None else stream[:, among]
             pre = _direct(ff, stream)
-        stream = stream + ff.project(_post(ff, pre))
+        stream = stream + ff.project(ff.post_activation(pre))
         return stream if ff.norm_after is None else ff.norm_after(stream)
 
     def _pre(
@@ -299,7 +299,7 @@ def ablate_values(
     if ff is not None:
         ff.require_activation()
         pre = _own_pre(ff, trace, picked)
-        fixed = ff.project(_post(ff, _direct(ff, x))) if block.parallel else None
+        fixed = ff.project(ff.post_activation(_direct(ff, x))) if block.parallel else None
     return ValueAblation(
         block=block,
         attention=attention,
@@ -355,10 +355,6 @@ def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Te
 
 def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:
     return ff.pre_activations(stream if ff.norm_in is None else ff.norm_in(stream))
-
-
-def _post(ff: FeedForward, pre: Sequence[Tensor]) -> Tensor:
-    return shift(ff.activate(pre), ff.weights("b_post"))
 
 
 @dataclass(frozen=True)

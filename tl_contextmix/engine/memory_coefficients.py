@@ -84,12 +84,6 @@ def branch_names(ff: FeedForward) -> tuple[str, ...]:
     return (ff.post,) if ff.pre_linear is None else (ff.post, ff.pre, ff.pre_linear)
 
 
-def coefficients(ff: FeedForward, trace: Trace) -> Float[Tensor, "batch pos neuron"]:
-    """Returns what each value is multiplied with; a constant added behind a gate left out."""
-    post, constant = trace[ff.post], ff.weights("b_post")
-    return post if constant is None else post - constant
-
-
 def quadrants(ff: FeedForward, trace: Trace) -> Int[Tensor, "batch pos neuron"]:
     """Returns the quadrant of each gated neuron, an index into `QUADRANTS`; zero counts as +.
 
@@ -229,7 +223,7 @@ class LayerReadout:
     def read(self, block: Block, trace: Trace) -> LayerComposition:
         """Returns how the memories of a layer make up its output."""
         ff = require_feed_forward(block)
-        found = coefficients(ff, trace)[self.where]
+        found = ff.coefficients(trace)[self.where]
         residual = block.middle(trace)[self.where]
         added = ff.project(trace[ff.post][self.where])
         output = residual + added

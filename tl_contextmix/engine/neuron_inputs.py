@@ -20,11 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.activations import gated_slopes
-from tl_contextmix.core.blocks import Block, FeedForward, Trace, require_weight
+from tl_contextmix.core.blocks import Block, FeedForward, Trace, affine, require_weight
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import Stop, Stream, decompose_stream
-from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.engine.log_prob_scores import Split
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results.components import Components
@@ -51,7 +50,7 @@ class NeuronInputs:
 
     Attributes:
         stream: The stream, of that sentence alone.
-        norm: The norm in front of them, or None.
+        norm: The norm before them, frozen at the stream.
         keys: Their input weights, one matrix per branch (gated: gate, then linear).
         constants: Their biases per branch, the norm's included.
         slopes: What an inner product of each branch is multiplied with, as a share of the
@@ -60,7 +59,7 @@ class NeuronInputs:
     """
 
     stream: Stream
-    norm: Norm | None
+    norm: FrozenNorm
     keys: tuple[Float[Tensor, "d_model neuron"], ...]
     constants: tuple[Float[Tensor, " neuron"], ...]
     slopes: tuple[Float[Tensor, " neuron"], ...]
@@ -84,14 +83,11 @@ class NeuronInputs:
         self, vectors: Float[Tensor, "some d_model"], branch: int = 0
     ) -> Float[Tensor, "some neuron"]:
         """Returns inner products of vectors with each neuron's key, norm scale frozen."""
-        if self.norm is None:
-            return vectors @ self.keys[branch]
-        scale = self.norm.scale(self.stream.total)
-        return self.norm.linear(vectors) @ self.keys[branch] / scale
+        return self.norm.unscaled(vectors) @ self.keys[branch] / self.norm.scale
 
     def uncentred(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some neuron"]:
         """Returns the authors' inner products: with the gain, without mean and scale."""
-        gain = None if self.norm is None else self.norm.weight
+        gain = self.norm.norms[0].weight if self.norm.norms else None
         return (vectors if gain is None else vectors * gain) @ self.keys[0]
 
     def product(
@@ -154,19 +150,13 @@ def neuron_inputs_at(
         assert block.feed_forward is not None
         index = chosen.neuron[row][some].to(view.device)
         found = _feed_forward(block.feed_forward, stream, index)
-        own = _post(block.feed_forward, trace, place.pos, index)
+        own = block.feed_forward.coefficients(trace)[0, place.pos, index]
     else:
         found, value = _attention(view, trace, block, place, stream, chosen, row, some)
         own = found.slopes[0] * value
     if view.hooked():
         _require_own(view, found, own)
     return found
-
-
-def _post(ff: FeedForward, trace: Trace, pos: int, index: Tensor) -> Float[Tensor, " neuron"]:
-    """Returns the model's own activations of feed-forward neurons."""
-    post, b_post = trace[ff.post][0, pos, index], ff.weights("b_post")
-    return post if b_post is None else post - b_post[index]
 
 
 def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neuron"]) -> None:
@@ -188,19 +178,14 @@ def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neur
 
 def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> NeuronInputs:
     keys = tuple(weight[:, index] for weight, _ in ff.branches())
-    norm = ff.norm_in
+    norm = FrozenNorm.at(ff.norm_in, stream.total)
     constants = tuple(
         _constant(norm, key, None if bias is None else bias[index])
         for key, (_, bias) in zip(keys, ff.branches(), strict=True)
     )
     nothing = constants[0].new_zeros(len(index))
-    found = NeuronInputs(stream, norm, keys, constants, (), nothing)
-    activation, pre = ff.require_activation(), found.pre
-    if ff.gated:
-        linear, gate = gated_slopes(activation, (None, pre[0]), (None, pre[1]))
-        return replace(found, slopes=(gate, linear))
-    start = activation(nothing)
-    return replace(found, slopes=(activation.secant(None, pre[0]),), constant_share=start)
+    found = NeuronInputs(stream, norm, keys, constants, (), ff.activate([nothing] * len(keys)))
+    return replace(found, slopes=ff.slopes([None] * len(keys), found.pre))
 
 
 def _attention(
@@ -219,7 +204,8 @@ def _attention(
     heads, index = (getattr(chosen, name)[row][some].to(view.device) for name in ("head", "neuron"))
     key = require_weight(sublayer.weights, "W_V")[heads, :, index].T
     bias = sublayer.weights("b_V")
-    norm = view.final_norms.get("encoder") if place.stop is None else sublayer.norm_in
+    norm_in = view.final_norms.get("encoder") if place.stop is None else sublayer.norm_in
+    norm = FrozenNorm.at(norm_in, stream.total)
     constant = _constant(norm, key, None if bias is None else bias[heads, index])
     target = chosen.pos[row][some].to(view.device)
     slope = trace.pattern(sublayer)[0, heads, target, place.pos]
@@ -228,6 +214,6 @@ def _attention(
     return found, value
 
 
-def _constant(norm: Norm | None, key: Tensor, bias: Tensor | None) -> Tensor:
-    found = key.new_zeros(key.shape[1]) if bias is None else bias
-    return found if norm is None or norm.bias is None else found + norm.bias @ key
+def _constant(norm: FrozenNorm, key: Tensor, bias: Tensor | None) -> Tensor:
+    nothing = torch.zeros_like(key[:, 0])
+    return affine(norm.affine(nothing[None])[0], key, bias)

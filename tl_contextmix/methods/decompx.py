@@ -245,8 +245,7 @@ def _carry(
         frozen = None
         if encoder:
             norm = view.final_norms.get("encoder")
-            after = None if norm is None else (norm, done.trace[encoder[-1].resid_out])
-            frozen = freeze_stack(encoder, done.trace, bias == "fixed", final_norm=after)
+            frozen = freeze_stack(encoder, done.trace, bias == "fixed", final_norm=norm)
         own = freeze_stack(done.blocks[: last + 1], done.trace, bias == "fixed", encoder=frozen)
     asked = replace(done, blocks=selected)
     return _Carried(asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))

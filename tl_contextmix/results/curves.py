@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tl_contextmix.core.text_metrics import Figure, resampled_interval
+from tl_contextmix.core.statistics import bootstrap_interval
+from tl_contextmix.core.text_metrics import Figure
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Curves, Panel
 from tl_contextmix.results import storage
@@ -133,7 +134,7 @@ def curve_point(
         return CurvePoint(metric, category, layer, nothing, nothing, nothing, 0)
     table = torch.tensor(kept, dtype=torch.float64).reshape(len(kept), -1)
     value = figure(table.sum(0).tolist())
-    low, high = resampled_interval(table, figure)
+    low, high = bootstrap_interval(table, figure, resamples=1000)
     return CurvePoint(metric, category, layer, float(value), low, high, len(kept))
 
 

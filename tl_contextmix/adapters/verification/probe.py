@@ -202,11 +202,7 @@ def _mean_error(ff: FeedForward, probe: Probe) -> float:
 
 
 def _post(ff: FeedForward, trace: Trace) -> Tensor:
-    post = ff.require_activation()(trace[ff.pre])
-    if ff.pre_linear is not None:
-        post = post * trace[ff.pre_linear]
-    shift = ff.weights("b_post")
-    return post if shift is None else post + shift
+    return ff.post_activation([trace[name] for name in ff.pre_names])
 
 
 def activation_error(ff: FeedForward, trace: Trace, real: Tensor | None = None) -> float:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
+from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.counters import Memory, Operations
-from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad, require_choice
-from tl_contextmix.evaluation.cost.fake_tensors import DryRun
-from tl_contextmix.evaluation.cost.measured_model import Lengths, StandIn, measure, short_lengths
+from tl_contextmix.evaluation.cost.meta_tensors import OnShapes
 from tl_contextmix.results import Estimate, EstimatePart, Result
 
+Lengths = tuple[int, ...]
+_SHORT = (4, 8, 12)
 _EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 
 
@@ -34,15 +38,12 @@ def estimate(
 ) -> Estimate:
     """Returns the FLOPs and memory that a call would take, without running it.
 
-    The method's own code runs on fake tensors, which have shapes but no data, so the estimate
-    covers what that code does, including tiling within ``max_bytes``. The model itself runs only
-    on inputs of a few tokens, since the FLOPs and memory of a forward pass are quadratic
-    polynomials of the number of tokens.
+    The code of the method and of the model runs on tensors that have shapes but no data, so the
+    estimate covers what that code does, including tiling within ``max_bytes``.
 
     Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
-    it is the minimum (``k`` of neurons: as if the bounds decided at once), assuming no
-    underflow. Sliding windows of more than 12 tokens count as full attention. Memory that an
-    operator allocates and frees internally is not counted.
+    it is the minimum (``k`` of neurons: as if the bounds decided at once). Sliding windows count
+    as full attention. Memory that an operator allocates and frees internally is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
@@ -64,9 +65,9 @@ def estimate(
             this length.
         UnsupportedModel: If the model is not supported.
 
-    Cost: forward passes over up to 12 tokens (four for one stack, seven for two), and about a
-    tenth of a millisecond per operator of the method, of any size. ``decoder_lens`` runs the
-    model's own modules token by token, so it runs for real on as many short inputs.
+    Cost: a fraction of a millisecond per operator of the method and the model, of any size.
+    ``decoder_lens`` runs the model's own modules token by token, so it runs for real on three
+    short inputs, fitted by a polynomial of second degree.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
     if isinstance(method, str):
@@ -83,7 +84,7 @@ def estimate(
     try:
         flops, peak, passes, parts = _dry(view, method, tokens, others)
     except NeedsModel:
-        flops, peak, passes, parts = _short(model, view, method, batch, lengths)
+        flops, peak, passes, parts = _short(model, view, method, batch, n_tokens)
     name = _name(method)
     return Estimate(
         method=name,
@@ -110,36 +111,95 @@ def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
 
-_Found = tuple[int, int, int, tuple[EstimatePart, ...]]
+_Cost = tuple[int, int, int, tuple[EstimatePart, ...]]
+
+
+class _Counted:
+    """A view whose passes are counted, and whose patterns say who reads whom.
+
+    Attributes:
+        view: The view.
+        passes: Forward passes it was asked for.
+        operations: What they took.
+        kept: Bytes of what they left behind.
+    """
+
+    def __init__(self, view: ModelView, shapes: OnShapes, counter: Operations) -> None:
+        self.passes = self.operations = self.kept = 0
+        self._run, self._shapes, self._counter = view.runner, shapes, counter
+        attentions = [one for _, block in view.every_block() for one in block.attentions]
+        self._causal = {a.pattern: (a.kind, a.stack) == ("self", "decoder") for a in attentions}
+        stacks = {
+            # Products of weights that are kept for the next call must not be kept from here.
+            name: tuple(
+                replace(block, folds=None if block.folds is None else dict(block.folds))
+                for block in blocks
+            )
+            for name, blocks in view.stacks.items()
+        }
+        self.view = replace(
+            view,
+            runner=self._counted,
+            hooked=lambda backward=False: (),
+            stacks=stacks,
+            tables=dict(view.tables),
+            facts=dict(view.facts),
+            notice=lambda method, options: None,
+        )
+
+    def _counted(self, batch: Batch, hooks: Hooks, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        before = self._counter.total
+        with self._shapes.throughout():
+            logits, values = self._run(batch, hooks, grad)
+        self.passes += 1
+        self.operations += self._counter.total - before
+        self.kept += logits.nbytes + sum(value.nbytes for value in values.values())
+        for name in self._causal.keys() & values.keys():
+            values[name] = _reading(values[name], self._causal[name])
+        return logits, values
+
+
+def _reading(pattern: Tensor, causal: bool) -> Tensor:
+    """Returns a pattern that reads what can be read: which tiles are computed depends on that."""
+    with _disable_current_modes():
+        reading = torch.ones(pattern.shape[2:], dtype=pattern.dtype)
+        reading = (reading.tril_() if causal else reading).expand(pattern.shape)
+    reading.counted = pattern  # type: ignore[attr-defined] # its bytes live as long
+    return reading
 
 
 def _dry(
     view: ModelView, method: Callable[..., Any], tokens: Tensor, others: dict[str, Tensor]
-) -> _Found:
-    with DryRun() as dry, Memory() as memory, Operations() as counter:
-        host = StandIn(view, dry, memory)
-        result = method(host.view, tokens, **others)
+) -> _Cost:
+    with OnShapes(view.device) as shapes, Memory() as memory, Operations() as counter:
+        counted = _Counted(view, shapes, counter)
+        result = method(counted.view, tokens, **others)
     returned = min(_held(result), memory.peak)
-    kept = min(host.kept, memory.peak - returned)
+    kept = min(counted.kept, memory.peak - returned)
     parts = (
-        EstimatePart("forward passes", host.operations, kept),
+        EstimatePart("forward passes", counted.operations, kept),
         EstimatePart("result", 0, returned),
-        EstimatePart("the method's work", counter.total, memory.peak - returned - kept),
+        EstimatePart(
+            "the method's work", counter.total - counted.operations, memory.peak - returned - kept
+        ),
     )
-    return counter.total + host.operations, memory.peak, host.passes, parts
+    return counter.total, memory.peak, counted.passes, parts
 
 
 def _short(
-    model: object, view: ModelView, method: Callable[..., Any], batch: int, lengths: Lengths
-) -> _Found:
-    """Returns an extrapolation from real runs on short inputs."""
-
-    def work(short: Lengths) -> dict[str, Tensor]:
-        tokens, others = _words(view, batch, short)
-        method(model, tokens, **others)
-        return {}
-
-    flops, peak = measure(work, short_lengths(len(lengths), view.n_ctx)).at(lengths)
+    model: object, view: ModelView, method: Callable[..., Any], batch: int, length: int
+) -> _Cost:
+    """Returns what calls on three short inputs say about one of the length that is meant."""
+    short = [min(one, (view.n_ctx or 12) - 2 + index) for index, one in enumerate(_SHORT)]
+    rows = []
+    for each in (short[0], *short):  # twice: what is made once is no part of a call
+        tokens, _ = _words(view, batch, (each,))
+        with Memory() as memory, Operations() as counter:
+            method(model, tokens)
+        rows.append([counter.total, memory.peak])
+    powers = torch.tensor([[1.0, n, n * n] for n in (*short, length)], dtype=torch.float64)
+    fitted = torch.linalg.solve(powers[:-1], torch.tensor(rows[1:], dtype=torch.float64))
+    flops, peak = (powers[-1] @ fitted).round().long().tolist()
     return flops, peak, 0, (EstimatePart("total", flops, peak),)
 
 

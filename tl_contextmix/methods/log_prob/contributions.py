@@ -264,7 +264,7 @@ def _scores(prediction: Prediction, split: Split, score: Score) -> Tensor:
         size = neurons.rows.norm(dim=-1).repeat(sources).expand_as(activations)
         return size.clone() if score == "norm" else activations.abs() * size
     if score in ("rank", "coefficient_rank"):
-        vectors, divisor = neurons.vectors(slice(None)), neurons.path.divisor
+        vectors, divisor = neurons.vectors(slice(None)), neurons.path.scale
         ranks = [vocabulary.ranks(vectors / divisor[row], row) for row in range(len(divisor))]
         found = 1 / torch.stack(ranks).repeat(1, sources)
         return found if score == "rank" else activations * found

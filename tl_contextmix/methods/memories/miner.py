@@ -16,7 +16,6 @@ from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
     branch_names,
-    coefficients,
     quadrants,
     require_feed_forward,
 )
@@ -141,7 +140,7 @@ class Miner:
     def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yields each tail with its values: positive where there is something to be found."""
         ff = require_feed_forward(block)
-        found = coefficients(ff, trace)
+        found = ff.coefficients(trace)
         # A sum is finite where every number is; not worth a mask unless it is not.
         if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
             raise _not_finite(block.layer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.engine.memory_coefficients import coefficients, require_feed_forward
+from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.shards import cut, frame_of
@@ -124,7 +124,7 @@ def coefficients_of(
             mask[index, : len(row)] = 1
         with torch.no_grad():
             trace = view.run(make_batch(view, Given(ids, attention_mask=mask)), names)
-            layers = {b.layer: coefficients(require_feed_forward(b), trace) for b in blocks}
+            layers = {b.layer: require_feed_forward(b).coefficients(trace) for b in blocks}
         found += [
             {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
             for index, row in enumerate(some)

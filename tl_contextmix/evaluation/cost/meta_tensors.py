@@ -1,0 +1,203 @@
+"""Running code on shapes alone: large tensors stand on PyTorch's meta device and have no numbers.
+
+What a method and a model do hardly depends on numbers, so both can run over tensors that have none.
+Small tensors, integers and booleans stay real: sizes, masks and loops depend on them. Where code
+asks for a number that is not there it gets the answer that healthy activations give: no difference,
+nothing to correct, everything finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_aten = torch.ops.aten
+# Real numbers up to here: vectors, single weights, tables of a few entries.
+_SMALL = 4096
+_TRUE = "_true_on_shapes"
+
+
+class OnShapes(TorchDispatchMode):
+    """While it is active, large tensors of floating-point numbers have a shape and no numbers.
+
+    Counters have to be started after it: they then see the operator before it does.
+
+    Args:
+        device: Where such tensors say that they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._small = _Device(device), _SMALL
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Keeps no numbers of small tensors either: no pass mixes some with none."""
+        self._small = 0
+        try:
+            yield
+        finally:
+            self._small = _SMALL
+
+    @no_type_check
+    def __enter__(self) -> OnShapes:
+        """Starts it."""
+        self._device.__enter__()
+        return super().__enter__()
+
+    @no_type_check
+    def __exit__(self, *error: object) -> None:
+        """Ends it."""
+        super().__exit__(*error)
+        self._device.__exit__(*error)
+
+    @no_type_check
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator on shapes, or for real where everything is small or no fraction."""
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shapes = any(_is_meta(tensor) for tensor in tensors)
+        if not shapes and (func.is_view or func._schema.is_mutable):
+            return func(*args, **kwargs)
+        if shapes and func in _ANSWERS:
+            return _ANSWERS[func](*args, **kwargs)
+        if shapes and func._schema.is_mutable and not _is_meta(args[0]):
+            return args[0]  # a small real tensor keeps the numbers it has
+        try:
+            out = _on_meta(func, args, kwargs)
+        except RuntimeError:  # the shape of the result depends on numbers
+            if shapes:
+                raise
+            return func(*args, **kwargs)
+        if shapes:
+            if func.overloadpacket is _aten.all:
+                setattr(out, _TRUE, True)
+            return out
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if any(leaf.is_floating_point() and leaf.numel() > self._small for leaf in made):
+            return out
+        out = func(*args, **kwargs)
+        # Shapes that are written to it later leave it as it is: it must not be just anything.
+        return out.zero_() if func.overloadpacket in _EMPTY else out
+
+
+class _Device(TorchFunctionMode):
+    """Hides the meta device: code makes tensors of its own beside those it is given."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._real = device
+
+    @no_type_check
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function."""
+        if func == _DEVICE:
+            device = func(*args)
+            return self._real if device.type == "meta" else device
+        if func == Tensor.tolist and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype).tolist()
+        return func(*args, **(kwargs or {}))
+
+
+_DEVICE = Tensor.device.__get__
+
+
+@no_type_check
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    if func in _INDEXING:
+        args = _with_places(args)
+    args, kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
+    if "device" in kwargs or func in _FACTORIES:
+        kwargs["device"] = "meta"
+    return func(*args, **kwargs)
+
+
+@no_type_check
+def _meta(tensor: Tensor) -> Tensor:
+    if _is_meta(tensor):
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@no_type_check
+def _is_meta(tensor: Tensor) -> bool:
+    return tensor.is_meta
+
+
+_EMPTY = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided}
+_FACTORIES = {
+    overload
+    for name in ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "zeros")
+    for packet in (getattr(_aten, name),)
+    for overload in (getattr(packet, each) for each in packet.overloads())
+}
+_INDEXING = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
+
+
+def _with_places(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns arguments of an indexing in which masks have become the places they are true at."""
+    places: list[Tensor | None] = []
+    for index in args[1]:
+        masks = isinstance(index, Tensor) and index.dtype == torch.bool
+        if not masks:
+            places.append(index)
+        elif index.is_meta:  # nothing to correct: nowhere
+            places += [torch.empty(0, dtype=torch.long, device="meta")] * index.ndim
+        else:
+            places += index.nonzero(as_tuple=True)
+    return (args[0], places, *args[2:])
+
+
+@no_type_check
+def _number(tensor: Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return getattr(tensor, _TRUE, False)
+    return 0.0 if tensor.is_floating_point() else 0
+
+
+def _one_value(
+    tensor: Tensor, sorted: bool = True, inverse: bool = False, counts: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = torch.zeros(1, dtype=torch.long)
+    return (
+        nothing.to(tensor.dtype),
+        torch.zeros(tensor.shape, dtype=torch.long),
+        nothing + tensor.numel(),
+    )
+
+
+def _nowhere(tensor: Tensor) -> Tensor:
+    return torch.empty(0, tensor.ndim, dtype=torch.long)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    if dtype in (None, tensor.dtype):
+        return _aten.alias.default(tensor)  # it is where it should be, so nothing is copied
+    return torch.empty_like(tensor, dtype=dtype)
+
+
+def _touched(tensor: Tensor, number: Any) -> Tensor:
+    return torch.ones(tensor.shape, dtype=torch.bool)
+
+
+_ANSWERS = {
+    _aten._local_scalar_dense.default: _number,
+    _aten._to_copy.default: _to,
+    _aten.equal.default: lambda *args: True,
+    _aten.nonzero.default: _nowhere,
+    _aten._unique2.default: _one_value,
+    # What of an attention pattern is not zero, where the pattern was copied: all of it.
+    _aten.ne.Scalar: _touched,
+}
