@@ -21,7 +21,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.memory_coefficients import CASES, values
 from tl_contextmix.methods.memories.composition import draw
-from tl_contextmix.methods.memories.trigger_patterns import common
+from tl_contextmix.methods.memories.trigger_statistics import common
 
 pytestmark = pytest.mark.once
 

@@ -6,15 +6,14 @@ import csv
 import gzip
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.memories.composition import draw
 from tl_contextmix.methods.memories.mined import Mined
 from tl_contextmix.methods.memories.trigger_contexts import coefficients_of, contexts, places_of
-from tl_contextmix.results.axes import require_number
+from tl_contextmix.results.storage import replacing
 
 if TYPE_CHECKING:
     import pandas
@@ -75,17 +74,6 @@ def write_sheet(triggers: Mined, path: Path, frame: pandas.DataFrame) -> Path:
     return path
 
 
-def sampled(frame: pandas.DataFrame, per_layer: int, k: int, seed: int) -> pandas.DataFrame:
-    """Returns the first ``k`` triggers of some memories of each layer, drawn by their numbers."""
-    per_layer, k = require_number("per_layer", per_layer), require_number("k", k)
-    seed, kept = require_number("seed", seed, 0), []
-    for layer, group in frame.groupby("layer"):
-        numbers = sorted(set(group["neuron"]))
-        order = sorted(numbers, key=lambda n: draw(2**62, seed, int(layer), int(n)))
-        kept.append(group[group["neuron"].isin(order[:per_layer]) & (group["rank"] < k)])
-    return frame if not kept else frame.loc[[index for part in kept for index in part.index]]
-
-
 def _plain(text: str) -> str:
     """Returns text that a spreadsheet shows and does not run."""
     return f"'{text}" if text.startswith(_FORMULA) else text
@@ -94,10 +82,9 @@ def _plain(text: str) -> str:
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
     """Yields where to write: the file takes its name once it is complete."""
-    part = path.parent / f".{path.name}.part"
     try:
-        yield part
-        part.replace(path)
+        with replacing(path) as part:
+            yield part
     except OSError as error:
         raise bad(
             f"{path} cannot be written",
@@ -105,6 +92,3 @@ def _written(path: Path) -> Iterator[Path]:
             "a file in a folder that exists, with room",
             "Choose another path.",
         ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -11,12 +11,13 @@ import torch
 
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
-from tl_contextmix.methods.memories.file_lock import alone
 from tl_contextmix.methods.memories.run_identity import require_run
+from tl_contextmix.methods.memories.shards import warn_of_little
 from tl_contextmix.methods.memories.store import (
     FORMAT_VERSION,
     MANIFEST,
     Part,
+    alone,
     load_part,
     make_folder,
     read_manifest,
@@ -37,6 +38,9 @@ def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path
         InvalidInput: If parts are missing, unfinished, or of different runs, or the folder holds
             the result of another run.
         FileFormatError: If a file is no part.
+
+    Warns:
+        ContextMixWarning: If no position counted, or more tokens were cut off than read.
     """
     listed = [parts] if isinstance(parts, (str, Path)) else parts
     places = [require_path(part) for part in listed] or [require_path(out)]
@@ -70,6 +74,7 @@ def finish(parts: list[Part], folder: Path) -> None:
         "counts": {name: counts[name] for name in COUNTS},
     }
     write_result(folder, tops, manifest)
+    warn_of_little(manifest["counts"])
 
 
 def _require_whole(parts: list[Part], places: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, one_layer
 from tl_contextmix.methods.memories.corpus_formats import Corpus
+from tl_contextmix.methods.memories.shards import Frame, frame_of
 from tl_contextmix.methods.memories.store import TABLE, not_mined, read_table
 from tl_contextmix.results import Provenance
 from tl_contextmix.results.axes import require_number
@@ -118,6 +120,27 @@ class Mined(Shown):
                 "Call load_triggers(folder, model=...).",
             )
         return self.view
+
+    def require_corpus(self) -> Corpus:
+        """Returns the corpus; raises InvalidInput where it is not at hand."""
+        if self.corpus is None:
+            raise bad(
+                "contexts cannot be shown",
+                "no corpus",
+                "the corpus that was mined",
+                "Call load_triggers(folder, model=..., corpus=...).",
+            )
+        return self.corpus
+
+    @property
+    def bos(self) -> bool | None:
+        """Whether documents got a beginning-of-sequence token; None: the model's default."""
+        return self.manifest["run"]["options"]["prepend_bos"]
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The tokens that frame every text."""
+        return frame_of(self.require_view(), self.bos)
 
     def describe(self, name: str, options: dict[str, Any]) -> Provenance:
         """Returns where a result made from these triggers comes from."""

@@ -73,7 +73,7 @@ class Miner:
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
         view, distinct = self.view, self.duplicates == "drop"
-        entry = view.dtype.itemsize + (24 if distinct else 16)
+        entry = view.dtype.itemsize + (32 if distinct else 24)
         memories = sum(len(self.chosen(block)) for block in self.blocks) * len(TAILS[self.tails])
         if entry * self.k * memories > _MANY_BYTES:
             warn(
@@ -93,7 +93,7 @@ class Miner:
             raise bad(
                 "so many triggers do not fit in memory",
                 f"k={self.k}",
-                "20 k bytes for each memory",
+                "28 k bytes for each memory",
                 "Ask for fewer, or for fewer layers or neurons.",
             ) from error
 
@@ -104,11 +104,12 @@ class Miner:
         device = self.view.device
         counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
         places = pack_places(documents.numbers.to(device), ids.shape[1])
-        entries = [places, pack_tokens(ids, documents.next_ids.to(device))]
+        hashes = documents.hashes.to(device)[:, None].expand_as(ids)
+        entries = [places, pack_tokens(ids, documents.next_ids.to(device)), hashes]
         once = counted
         if self.duplicates == "drop":
             entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
-            once = self._once(counted, places, entries[2])
+            once = self._once(counted, places, entries[3])
         for block in self.blocks:
             for tail, values in self._scores(block, trace, counted):
                 if self.unit == "document":

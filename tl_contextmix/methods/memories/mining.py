@@ -16,7 +16,6 @@ from tl_contextmix.core.model_view import StackName
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
-from tl_contextmix.methods.memories.file_lock import alone
 from tl_contextmix.methods.memories.merging import finish
 from tl_contextmix.methods.memories.miner import (
     Duplicates,
@@ -26,17 +25,25 @@ from tl_contextmix.methods.memories.miner import (
     make_cutting,
     make_miner,
 )
-from tl_contextmix.methods.memories.progress import expect, progress
 from tl_contextmix.methods.memories.run_identity import (
     as_far_as,
     changed,
     describe_run,
     require_run,
 )
-from tl_contextmix.methods.memories.shards import Malformed, Shard, TooLong, batches, read_shards
+from tl_contextmix.methods.memories.shards import (
+    Malformed,
+    Shard,
+    TooLong,
+    batches,
+    expect,
+    progress,
+    read_shards,
+)
 from tl_contextmix.methods.memories.store import (
     MANIFEST,
     Part,
+    alone,
     load_part,
     make_folder,
     part_path,
@@ -92,11 +99,13 @@ def mine_triggers(
     Args:
         model: Any TransformerLens model with a tokenizer, see `tl_contextmix.check`.
         corpus: Path of a text file (a document per line), jsonl or parquet file; a Hugging Face
-            dataset, map-style or streaming; an iterable of texts. Blank documents are skipped and
-            counted.
+            dataset, map-style or streaming, or a column of one; a pandas or Arrow table; an
+            iterable. Documents are texts, or lists of token ids, which are mined exactly as they
+            are. Blank documents are skipped and counted.
         out: The folder; made if it is not there.
         k: How many triggers of each memory.
-        column: Column of the texts in a jsonl file, parquet file or dataset; None: ``"text"``.
+        column: Column of the documents in a jsonl or parquet file, dataset or table; None:
+            ``"text"``.
         layer: Layer or layers; None for all.
         neurons: Neuron or neurons of each of these layers; None for all.
         stack: Stack; an encoder-decoder's encoder is mined, its decoder reads no corpus.
@@ -133,11 +142,12 @@ def mine_triggers(
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Warns:
-        ContextMixWarning: If that many triggers take more than 4 GiB.
+        ContextMixWarning: If that many triggers take more than 4 GiB, no position counted, or more
+            tokens were cut off than read.
 
     Cost: one forward pass over the corpus and a comparison per coefficient; an entry of a memory is
     replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
-    ``20 k`` bytes per memory (28 without duplicates).
+    ``28 k`` bytes per memory (36 without duplicates).
     """
     view = as_view(model)
     how = make_cutting(

@@ -6,15 +6,17 @@ moved. The manifest comes last, so that where there is one there is a result.
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -26,18 +28,21 @@ from tl_contextmix.methods.memories.corpus_arguments import (
     require_path,
 )
 from tl_contextmix.methods.memories.topk import TopK, unpack_places, unpack_tokens
+from tl_contextmix.results.storage import replacing
 
 if TYPE_CHECKING:
     import pandas
 
 _COLUMNS = (
     *("tail", "layer", "neuron", "rank", "value"),
-    *("document", "position", "token", "next_token"),
+    *("document", "position", "token", "next_token", "hash"),
 )
 TABLE, MANIFEST = "triggers.parquet", "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = {1: list(_COLUMNS[:-1]), 2: list(_COLUMNS)}
+"""Columns of the table by version of the format; the first had no hashes of documents."""
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
-_ENTRY = ("values", "places", "tokens", "keys")
+_ENTRY = ("values", "places", "tokens", "hashes", "keys")
 
 
 @dataclass
@@ -162,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT_VERSION:
+        if found["format"] not in _READABLE:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
@@ -182,7 +187,7 @@ def read_table(
     path = folder / TABLE
     try:
         schema = pyarrow.parquet.read_schema(path)
-        if schema.names != list(_COLUMNS):
+        if schema.names != _READABLE[manifest["format"]]:
             raise ValueError(f"columns {schema.names}")
         found = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
         check_table(found, manifest)
@@ -232,6 +237,7 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
         "position": positions.int(),
         "token": tokens.int(),
         "next_token": next_tokens.int(),
+        "hash": top.hashes.cpu()[column, rank],
     }
     arrays = {name: pyarrow.array(tensor.numpy()) for name, tensor in numbers.items()}
     names = pyarrow.array([tail] * len(column), type=pyarrow.string())
@@ -239,15 +245,11 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    # One name for each file: what a killed process left is overwritten, not piled up.
-    part = path.with_name(f".{path.name}.part")
     try:
-        write(part)
-        _flush(part)
-        part.replace(path)
-        _flush(path.parent)
+        # One name for each file: what a killed process left is overwritten, not piled up.
+        with replacing(path, f".{path.name}.part") as part:
+            write(part)
     except Exception as error:  # safetensors and pyarrow have types of their own
-        part.unlink(missing_ok=True)
         raise bad(
             f"{path} cannot be written",
             f"{type(error).__name__}: {error}"[:300],
@@ -257,12 +259,40 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds a lock file, so that one process at a time mines a part into a folder.
+
+    The system releases it when the process ends, however it ends. It is taken first of all, so that
+    a folder that cannot be written to is found out before a forward pass, not after the last one.
+
+    Args:
+        path: The lock file. It is gone afterwards.
+
+    Raises:
+        InvalidInput: If another process holds it, or it cannot be made.
+    """
+    lock = FileLock(path, timeout=0.2)
     try:
-        os.fsync(handle)
+        lock.acquire(poll_interval=0.05)
+    except (Timeout, OSError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            seen, expected = str(error), "a folder with the right to write"
+            if isinstance(error, Timeout):
+                seen, expected = "another process at it", "one process for each part"
+            raise bad(
+                f"{path.parent} cannot be mined into",
+                seen,
+                expected,
+                "Wait for the other process, or choose another folder.",
+            ) from error
+        # A file system without locks: the user keeps the processes apart.
+    try:
+        yield
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _unreadable(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:

@@ -13,14 +13,17 @@ from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.exports import sampled, write_jsonl, write_sheet
+from tl_contextmix.methods.memories.exports import write_jsonl, write_sheet
 from tl_contextmix.methods.memories.mined import Mined
-from tl_contextmix.methods.memories.removal import removal
 from tl_contextmix.methods.memories.run_identity import tokenizer_hash
 from tl_contextmix.methods.memories.store import not_mined, read_manifest
-from tl_contextmix.methods.memories.trigger_agreement import agreement
-from tl_contextmix.methods.memories.trigger_examples import examples
-from tl_contextmix.methods.memories.trigger_patterns import patterns
+from tl_contextmix.methods.memories.trigger_contexts import examples
+from tl_contextmix.methods.memories.trigger_statistics import (
+    agreement,
+    patterns,
+    removal,
+    sampled,
+)
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import (
     LayerFigures,
@@ -69,7 +72,7 @@ def load_triggers(
     return Triggers(folder, manifest, view, opened, model)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Triggers(Mined):
     """The triggers of every memory that was mined.
 
