@@ -103,9 +103,8 @@ def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tm
     model, corpus = zoo.build(case), texts(40)
     stack = "encoder" if case.encoder_decoder or case.family == "bert" else "decoder"
     rows = every_coefficient(model, corpus, stack)
-    # A document alone is run as in the search. In a batch it is padded, and where the host takes its
-    # softmax
-    # in float32 the sum then rounds differently: 7 entries are added one by one, 8 as a vector.
+    # A document alone is run as in the search. In a batch it is padded, and a host's softmax in
+    # float32 then rounds differently: AVX2 adds 8 entries as a vector, the first 7 one by one.
     largest = max(abs(row[4]) for row in rows)
     offs = {1: 1e-12, 3: 1e-12 if bound(case) < 1e-9 else bound(case) * largest}
     for size, off in offs.items():
