@@ -186,8 +186,8 @@ def test_every_kind_of_corpus_is_mined_alike(
     if kind is not iter:
         again = cm.load_triggers(tmp_path / "kind", model=model, corpus=kind(rows))
         for trigger in again.examples(1, 3).triggers:
-            text = "".join(trigger.tokens[1:]).strip()
-            assert texts(12)[trigger.document].startswith(text)
+            text = texts(12)[trigger.document].replace(" ", "")
+            assert text.startswith("".join(trigger.tokens[1:]))
         assert again.patterns(1, 3).rows
 
 

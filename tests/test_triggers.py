@@ -244,7 +244,7 @@ def test_exports(mined: Any, tmp_path: Path) -> None:
 
 
 def test_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
-    from tl_contextmix.methods.memories.exports import _plain
+    from tl_contextmix.methods.memories.trigger_contexts import _plain
 
     assert [_plain(text) for text in ("=1+1", "-x", "the cat")] == ["'=1+1", "'-x", "the cat"]
 

@@ -69,6 +69,30 @@ def require_flag(name: str, value: Any, known: tuple[bool | None, ...] = (True, 
     return value
 
 
+def require_quantity(name: str, value: Any, expected: str, least: float = 0) -> float:
+    """Returns a real number; raises InvalidInput unless it is at least so large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise bad(
+            f"{name} is a quantity",
+            f"{name}={value!r}"[:200],
+            expected,
+            "Leave it out for the default.",
+        )
+    return value
+
+
+def require_source(value: Any) -> str | None:
+    """Returns what the model was loaded from; raises InvalidInput unless it can be written down."""
+    if value is not None and not isinstance(value, str):
+        raise bad(
+            "the source of the model cannot be written down",
+            f"source={value!r}"[:200],
+            "what load_model takes: a str",
+            "Leave it out.",
+        )
+    return value
+
+
 def require_path(value: Any) -> Path:
     """Returns a path; raises InvalidInput unless the system could have it."""
     if isinstance(value, (str, Path)) and "\0" not in str(value) and str(value):
@@ -80,7 +104,9 @@ def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
     """Returns the number of one layer, counted from the end if negative."""
     found = [] if layer is None else layer_positions(layer, layers)
     if len(found) != 1:
-        raise bad("this takes one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one.")
+        raise bad(
+            "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."
+        )
     return layers[found[0]]
 
 

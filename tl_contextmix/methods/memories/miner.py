@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import select_blocks
+from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.engine.memory_coefficients import (
@@ -19,8 +20,9 @@ from tl_contextmix.engine.memory_coefficients import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, require_flag
+from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Cutting, Documents, Malformed, TooLong
 from tl_contextmix.methods.memories.topk import (
     TopK,
@@ -36,6 +38,8 @@ Tails = Literal["positive", "both", "quadrants"]
 Duplicates = Literal["keep", "drop"]
 # Of all triggers: no common question needs as many (k=1000 of GPT-2's 36,864 take 0.7 GiB).
 _MANY_BYTES = 4 * 2**30
+# Cases, accents, widths, white space: what tokenizers with one vocabulary treat differently.
+_PROBE = "The cat sat, didn't it?\n  3.14 na\u00efve nai\u0308ve \uff21 \u65e5\u672c \U0001f642"
 NEGATIVE = ("negative", "+-", "-+")
 """Tails of negative coefficients: the memory promotes what its value demotes."""
 
@@ -69,6 +73,34 @@ class Miner:
     def chosen(self, block: Block) -> list[int]:
         """Returns the neurons of a layer that are mined."""
         return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+
+    def describe(self, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
+        """Returns what the result depends on, besides the documents: plain JSON."""
+        view = self.view
+        return {
+            "model": view.name,
+            "weights": view.fingerprint,
+            "processing": list(view.processing),
+            "host": view.host,
+            "TransformerLens": view.host_version,
+            "tl_contextmix": package_version(),
+            "torch": torch.__version__,
+            "dtype": str(view.dtype),
+            "hooks": list(view.hooked()),
+            "tokenizer": tokenizer_hash(view, self.how.prepend_bos),
+            "corpus": {"kind": corpus.kind, "column": corpus.column},
+            "source": {"model": source, "corpus": corpus.name},
+            "options": {
+                "k": self.k,
+                "layers": [block.layer for block in self.blocks],
+                "neurons": {str(block.layer): self.chosen(block) for block in self.blocks},
+                "stack": self.stack,
+                "unit": self.unit,
+                "tails": self.tails,
+                "duplicates": self.duplicates,
+                **asdict(self.how),
+            },
+        }
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
@@ -144,7 +176,12 @@ class Miner:
         found = coefficients(ff, trace)
         # A sum is finite where every number is; not worth a mask unless it is not.
         if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
-            raise _not_finite(block.layer)
+            raise bad(
+                "the model's own activations are not finite",
+                f"NaN or infinity among the coefficients of layer {block.layer}",
+                "finite activations",
+                "Load the model in float32 or bfloat16.",
+            )
         some = None
         if self.neurons is not None:
             some = torch.tensor(self.chosen(block), device=found.device)
@@ -180,6 +217,15 @@ class Miner:
             return tuple(entry[rows, pos] for entry in entries)
 
         top.update(masked.amax(dim=1), counted.any(dim=1), locate, repeats=top.keys is not None)
+
+
+def tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
+    """Returns a hash of the vocabulary, and of what becomes of a text."""
+    found = hashlib.sha256()
+    for token in range(view.d_vocab):
+        found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
+    found.update(repr(view.encode(_PROBE, prepend_bos)).encode())
+    return found.hexdigest()
 
 
 def make_miner(
@@ -242,8 +288,8 @@ def make_cutting(
     Raises:
         InvalidInput: If an option is none of those there are.
     """
-    require_choice(operation, "treatment of long documents", too_long, _LONG)
-    require_choice(operation, "treatment of malformed documents", malformed, _MALFORMED)
+    require_choice(operation, "treatment of long documents", too_long, ("cut", "skip", "error"))
+    require_choice(operation, "treatment of malformed documents", malformed, ("error", "skip"))
     return Cutting(
         require_number("shard_size", shard_size),
         require_number("batch_size", batch_size),
@@ -251,16 +297,4 @@ def make_cutting(
         malformed,
         require_flag("prepend_bos", prepend_bos, (None, True, False)),
         require_flag("special", special),
-    )
-
-
-_LONG, _MALFORMED = ("cut", "skip", "error"), ("error", "skip")
-
-
-def _not_finite(layer: int) -> InvalidInput:
-    return bad(
-        "the model's own activations are not finite",
-        f"NaN or infinity among the coefficients of layer {layer}",
-        "finite activations",
-        "Load the model in float32 or bfloat16.",
     )

@@ -17,13 +17,13 @@ from typing import Any
 
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.memories.corpus_arguments import require_path
-from tl_contextmix.methods.memories.merging import merge_triggers
-from tl_contextmix.methods.memories.mining import mine_triggers
+from tl_contextmix.methods.memories.corpus_arguments import require_path, require_quantity
+from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
 from tl_contextmix.methods.memories.store import make_folder, part_path
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 from tl_contextmix.results.axes import require_number
 
+_LEAST = 1e-4  # Ray counts in steps of this
 _OURS = ("model", "corpus", "out", "rank", "world_size")
 
 
@@ -67,8 +67,8 @@ def mine_on_ray(
         load: Makes the model, on each worker.
         corpus: Path of a file every worker can read.
         out: A folder every worker can write to.
-        workers: How many actors. Leave Ray at least one CPU beside them: actors that take every
-            CPU wait for their input for ever.
+        workers: How many actors. Leave Ray at least one CPU beside them: actors that reserve
+            every CPU wait for their input for ever.
         parts: In how many parts the corpus is cut; None: four for each worker. At least two.
         num_cpus: CPUs of each actor.
         num_gpus: GPUs of each actor.
@@ -78,13 +78,13 @@ def mine_on_ray(
         `Triggers`, without the model: `load_triggers` takes one.
 
     Raises:
-        InvalidInput: If Ray is not installed, would wait for ever, or an option is none of
+        InvalidInput: If Ray is not installed, would deadlock, or an option is none of
             `mine_triggers`.
     """
     options = _require_options(options)
     workers = require_number("workers", workers)
     count = max(2, 4 * workers if parts is None else require_number("parts", parts))
-    _require_share(num_cpus)
+    require_quantity("num_cpus", num_cpus, "a number of CPUs above 0", _LEAST)
     # Workers may be started in another folder than this process.
     corpus, folder = require_path(corpus).absolute(), make_folder(out).absolute()
     with _ray(workers * num_cpus) as ray:
@@ -101,16 +101,6 @@ def mine_on_ray(
         )
         done.materialize()
     return load_triggers(merge_triggers(folder), corpus=corpus, column=options.get("column"))
-
-
-def _require_share(num_cpus: object) -> None:
-    if isinstance(num_cpus, bool) or not isinstance(num_cpus, (int, float)) or not num_cpus > 0:
-        raise bad(
-            "actors cannot be placed",
-            f"num_cpus={num_cpus!r}"[:200],
-            "a number of CPUs above 0",
-            "Leave it out for one each.",
-        )
 
 
 def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -149,7 +139,7 @@ def _ray(wanted: float) -> Iterator[Any]:
         there = ray.cluster_resources().get("CPU", 0.0)
         if wanted >= there:
             raise bad(
-                "the workers would wait for ever",
+                "the job would deadlock: actors reserve every CPU",
                 f"actors that take {wanted:g} of {there:g} CPUs",
                 "a share of a CPU left for reading",
                 "Ask for fewer workers, or a smaller num_cpus for each.",

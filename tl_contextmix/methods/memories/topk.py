@@ -128,27 +128,12 @@ class TopK:
 
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
-        k = self.values.shape[1]
-        if self.keys is not None:
-            both = TopK(*(entry.clone() for entry in self.columns()))
-            columns = torch.arange(len(self.values), device=self.values.device)
-            both._insert(columns.repeat_interleave(k), [e.flatten() for e in other.columns()])
-            return both
-        pairs = zip(self.columns(), other.columns(), strict=True)
-        entries = [torch.cat(pair, dim=1) for pair in pairs]
-        order = entries[0].argsort(dim=1, descending=True, stable=True)
-        values, places, *_ = found = [entry.gather(1, order) for entry in entries]
-        # Equal values are rare and keep the order of the two states: those columns are sorted by
-        # place before they are sorted by value, which takes twice the time.
-        tied = (values[:, 1:] == values[:, :-1]) & (places[:, 1:] < places[:, :-1])
-        some = tied.any(dim=1).nonzero()[:, 0]
-        if len(some):
-            order = entries[1][some].argsort(dim=1, stable=True)
-            again = entries[0][some].gather(1, order)
-            order = order.gather(1, again.argsort(dim=1, descending=True, stable=True))
-            for entry, whole in zip(found, entries, strict=True):
-                entry[some] = whole[some].gather(1, order)
-        return TopK(*(entry[:, :k].contiguous() for entry in found))
+        both = TopK(*(entry.clone() for entry in self.columns()))
+        columns = torch.arange(len(self.values), device=self.values.device)
+        both._insert(
+            columns.repeat_interleave(self.values.shape[1]), [e.flatten() for e in other.columns()]
+        )
+        return both
 
 
 def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:

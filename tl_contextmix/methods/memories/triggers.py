@@ -13,11 +13,10 @@ from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import FileFormatError, bad, four_parts
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.exports import write_jsonl, write_sheet
 from tl_contextmix.methods.memories.mined import Mined
-from tl_contextmix.methods.memories.run_identity import tokenizer_hash
+from tl_contextmix.methods.memories.miner import tokenizer_hash
 from tl_contextmix.methods.memories.store import not_mined, read_manifest
-from tl_contextmix.methods.memories.trigger_contexts import examples
+from tl_contextmix.methods.memories.trigger_contexts import examples, write_jsonl, write_sheet
 from tl_contextmix.methods.memories.trigger_statistics import (
     agreement,
     patterns,
