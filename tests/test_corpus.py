@@ -174,7 +174,7 @@ def test_every_kind_of_corpus_is_mined_alike(
     kind: Callable[[list[Any]], Any], tokenized: bool, model: Any, tmp_path: Path
 ) -> None:
     rows: list[Any] = texts(12)
-    options = {"k": 3, "shard_size": 5, "batch_size": 2, "layer": 1}
+    options: dict[str, Any] = {"k": 3, "shard_size": 5, "batch_size": 2, "layer": 1}
     whole = cm.mine_triggers(model, rows, out=tmp_path / "texts", **options).to_dataframe()
     if tokenized:
         rows = [view_of(model).encode(text, None) for text in rows]

@@ -108,14 +108,14 @@ def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tm
     largest = max(abs(row[4]) for row in rows)
     offs = {1: 1e-12, 3: 1e-12 if bound(case) < 1e-9 else bound(case) * largest}
     for size, off in offs.items():
-        options = {"k": 4, "tails": "both", "shard_size": 16, "batch_size": size}
-        mined = cm.mine_triggers(model, corpus, out=tmp_path / str(size), **options)
+        options: dict[str, Any] = {"tails": "both", "shard_size": 16, "batch_size": size}
+        mined = cm.mine_triggers(model, corpus, out=tmp_path / str(size), k=4, **options)
         check_frame(mined.to_dataframe(tail="positive"), rows, 4, off=off)
         check_frame(mined.to_dataframe(tail="negative"), rows, 4, sign=-1, off=off)
-    counts = mined.manifest["counts"]
-    assert counts["documents"] == 40
-    layers, neurons = len(mined.layers), len(mined.manifest["neurons"]["0"])
-    assert counts["positions"] * layers * neurons == len(rows)
+        counts = mined.manifest["counts"]
+        assert counts["documents"] == 40
+        layers, neurons = len(mined.layers), len(mined.manifest["neurons"]["0"])
+        assert counts["positions"] * layers * neurons == len(rows)
 
 
 def test_best_per_document_and_chosen_neurons(tmp_path: Path):

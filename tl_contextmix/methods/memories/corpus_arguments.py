@@ -141,16 +141,18 @@ def _require(value: Any, form: Any, name: str) -> None:
         raise ValueError(f"{name} is {value!r}"[:200])
     if isinstance(form, dict):
         outer = "" if name in ("the manifest", "the part") else f"{name.removeprefix('run: ')}: "
+        held: dict[str, Any] = value
         for key, inner in form.items():
-            if key not in value:
+            if key not in held:
                 raise ValueError(f"{outer}no {key}")
-            _require(value[key], inner, f"{outer}{key}")
+            _require(held[key], inner, f"{outer}{key}")
 
 
 def _require_neurons(run: dict[str, Any]) -> None:
     """Raises ValueError unless the neurons of every layer are listed, each once and in order."""
     layers, neurons = run["options"]["layers"], run["options"]["neurons"]
-    for name, listed in (("layers", layers), *neurons.items()):
+    lists: list[tuple[str, Any]] = [("layers", layers), *neurons.items()]
+    for name, listed in lists:
         if not isinstance(listed, list) or not all(type(one) is int for one in listed):
             raise ValueError(f"options: {name} are no numbers")
         if not listed or listed != sorted(set(listed)) or not 0 <= listed[0] <= listed[-1] < MOST:

@@ -124,7 +124,7 @@ class Corpus:
         return found
 
 
-def open_corpus(corpus: object, column: str | None = None, *, default: str | None = None) -> Corpus:
+def open_corpus(corpus: Any, column: str | None = None, *, default: str | None = None) -> Corpus:
     """Opens a corpus, detecting its format.
 
     Args:
@@ -290,12 +290,8 @@ def _dataset(corpus: Corpus) -> Iterator[Document]:
         yield _document(row, corpus.column)
 
 
-def _table(corpus: Corpus) -> Iterator[Document]:
-    return map(_checked, corpus.held[corpus.column])
-
-
-def _iterable(corpus: Corpus) -> Iterator[Document]:
-    return map(_checked, corpus.held)
+def _values(corpus: Corpus) -> Iterator[Document]:
+    return map(_checked, corpus.held if corpus.column is None else corpus.held[corpus.column])
 
 
 def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]:
@@ -358,6 +354,6 @@ _READERS = {
     "jsonl": _lines,
     "parquet": _parquet,
     "dataset": _dataset,
-    "table": _table,
-    "iterable": _iterable,
+    "table": _values,
+    "iterable": _values,
 }

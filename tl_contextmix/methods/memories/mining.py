@@ -118,7 +118,7 @@ def mine_triggers(
         duplicates: ``"keep"``: as in the paper every prefix counts, so that one that is frequent
             can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
             document where the model reads both ways) counts once, where its coefficient is
-            highest. Contexts are told apart by 64-bit hashes of their tokens.
+            highest. Contexts are compared by 64-bit hashes of their tokens.
         special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
             [SEP]) count.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
@@ -196,8 +196,9 @@ def run_part(
             digest = shard.digest()
             if own < before:
                 if bytes(part.digests[own].tolist()) != digest:
-                    first, last = shard.first, shard.first + len(shard.documents) - 1
-                    raise changed(corpus, f"other documents among those from {first} to {last}")
+                    end = shard.first + len(shard.documents) - 1
+                    where = f"among those from {shard.first} to {end}"
+                    raise changed(corpus, f"other documents {where}")
                 continue
             if part.done:
                 raise changed(corpus, f"{seen} shards where there were {part.shards}")
@@ -347,7 +348,7 @@ def _cannot_merge(seen: str, expected: str) -> InvalidInput:
 
 def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raises InvalidInput, naming the first difference, unless two runs are the same."""
-    # Where things came from may have another name by now; what they are is told by hashes.
+    # Files may have been renamed by now; their contents are compared by hashes.
     for name in [name for name in now if name != "source"]:
         old, new = before.get(name), now[name]
         if isinstance(new, dict) and isinstance(old, dict):

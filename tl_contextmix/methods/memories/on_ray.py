@@ -67,8 +67,8 @@ def mine_on_ray(
         load: Makes the model, on each worker.
         corpus: Path of a file every worker can read.
         out: A folder every worker can write to.
-        workers: How many actors. Leave Ray at least one CPU beside them: actors that reserve
-            every CPU wait for their input for ever.
+        workers: How many actors. Leave Ray at least one more CPU: if actors reserve every
+            CPU, the job deadlocks.
         parts: In how many parts the corpus is cut; None: four for each worker. At least two.
         num_cpus: CPUs of each actor.
         num_gpus: GPUs of each actor.
@@ -109,7 +109,7 @@ def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise bad(
-            "mine_on_ray was given an option that mine_triggers has not",
+            "mine_triggers does not have this option",
             repr(unknown[0]),
             f"some of {known}",
             "See the docstring of mine_triggers.",

@@ -201,7 +201,9 @@ def _tokens(
         problem = f"token {max(ids)}, of a vocabulary of {view.d_vocab}"
     if problem:
         if how.malformed == "error":
-            raise _unusable(name, problem, "a text", "malformed='skip'", document.remedy)
+            raise _unusable(
+                name, problem, "a text or token ids", "malformed='skip'", document.remedy
+            )
         counts["malformed"] += 1
         return []
     if not ids:

@@ -10,8 +10,9 @@ import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ TABLE, MANIFEST = "triggers.parquet", "manifest.json"
 FORMAT_VERSION = 2
 _READABLE = {1: list(_COLUMNS[:-1]), 2: list(_COLUMNS)}
 """Columns of the table by version of the format; the first had no hashes of documents."""
+_FACTS = ("run", "rank", "world_size", "done", "shards")
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
 _ENTRY = ("values", "places", "tokens", "hashes", "keys")
 
@@ -92,15 +94,8 @@ def save_part(part: Part, folder: Path) -> None:
     for (layer, tail), top in part.tops.items():
         for name, entry in zip(_ENTRY, top.columns(), strict=False):
             tensors[f"{layer} {tail} {name}"] = entry.cpu().contiguous()
-    facts = {
-        "format": FORMAT_VERSION,
-        "run": part.run,
-        "rank": part.rank,
-        "world_size": part.world_size,
-        "counts": dict(part.counts),
-        "done": part.done,
-        "shards": part.shards,
-    }
+    facts = {name: getattr(part, name) for name in _FACTS}
+    facts |= {"format": FORMAT_VERSION, "counts": dict(part.counts)}
     metadata = {"part": json.dumps(facts, sort_keys=True)}
     path = part_path(folder, part.rank, part.world_size)
     _write(path, lambda place: save_file(tensors, str(place), metadata=metadata))
@@ -128,18 +123,10 @@ def load_part(path: Path, device: torch.device) -> Part:
             layer, tail, name = key.split(" ")
             columns.setdefault((int(layer), tail), {})[name] = tensor.to(device)
         tops = {key: TopK(**columns[key]) for key in sorted(columns)}
-        return Part(
-            run=facts["run"],
-            rank=facts["rank"],
-            world_size=facts["world_size"],
-            tops=tops,
-            digests=digests,
-            counts=Counter(facts["counts"]),
-            done=facts["done"],
-            shards=facts["shards"],
-        )
+        known = {name: facts[name] for name in _FACTS}
+        return Part(tops=tops, digests=digests, counts=Counter(facts["counts"]), **known)
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def write_result(folder: Path, tops: Mapping[tuple[int, str], TopK], manifest: dict) -> None:
@@ -162,16 +149,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         parts = len(list(folder.glob("part-*.safetensors"))) if folder.is_dir() else 0
-        raise _unreadable(
-            path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0
-        )
+        remedy = "Run the same mining again to finish it, or merge the parts of all processes."
+        seen = f"no such file, and {parts} parts of a run in its folder"
+        raise unreadable(path, seen, remedy if parts else "")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] not in _READABLE:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def read_table(
@@ -193,7 +180,7 @@ def read_table(
         check_table(found, manifest)
         return found
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def _write_table(
@@ -202,22 +189,15 @@ def _write_table(
     import pyarrow
     import pyarrow.parquet
 
-    layers = sorted({layer for layer, _ in tops})
     writer = None
-    try:
-        for layer in layers:
-            parts = [
-                _rows(layer, tail, top, neurons[str(layer)])
-                for (at, tail), top in sorted(tops.items(), key=lambda item: item[0])
-                if at == layer
-            ]
-            table = pyarrow.concat_tables(parts)
+    with ExitStack() as stack:
+        for layer, keys in groupby(sorted(tops), lambda key: key[0]):
+            rows = [_rows(*key, tops[key], neurons[str(layer)]) for key in keys]
+            table = pyarrow.concat_tables(rows)
             if writer is None:
-                writer = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+                parquet = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+                writer = stack.enter_context(parquet)
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    finally:
-        if writer is not None:
-            writer.close()
 
 
 def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
@@ -295,18 +275,13 @@ def alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _unreadable(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
-    remedy = "Give the folder that mine_triggers wrote."
-    if parts:
-        remedy = "Run the same mining again to finish it, or merge the parts of all processes."
-    return FileFormatError(
-        four_parts(
-            f"cannot read {path}",
-            seen,
-            f"a file of mine_triggers, format version {FORMAT_VERSION}",
-            remedy,
-        )
-    )
+def unreadable(path: Path, seen: str | Exception, remedy: str = "") -> FileFormatError:
+    """Returns the error for a file that is none of `mine_triggers`, or of another version."""
+    if isinstance(seen, Exception):
+        seen = f"{type(seen).__name__}: {seen}"[:300]
+    expected = f"a file of mine_triggers, format version {FORMAT_VERSION}"
+    remedy = remedy or "Pass the folder that mine_triggers wrote."
+    return FileFormatError(four_parts(f"cannot read {path}", seen, expected, remedy))
 
 
 def make_folder(out: str | Path) -> Path:

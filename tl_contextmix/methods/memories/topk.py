@@ -128,11 +128,17 @@ class TopK:
 
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
+        k = self.values.shape[1]
+        if self.keys is None:
+            pairs = zip(self.columns(), other.columns(), strict=True)
+            entries = [torch.cat(pair, dim=1) for pair in pairs]
+            order = entries[1].argsort(dim=1, stable=True)
+            values = entries[0].gather(1, order)
+            order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))[:, :k]
+            return TopK(*(entry.gather(1, order) for entry in entries))
         both = TopK(*(entry.clone() for entry in self.columns()))
-        columns = torch.arange(len(self.values), device=self.values.device)
-        both._insert(
-            columns.repeat_interleave(self.values.shape[1]), [e.flatten() for e in other.columns()]
-        )
+        columns = torch.arange(len(self.values), device=self.values.device).repeat_interleave(k)
+        both._insert(columns, [entry.flatten() for entry in other.columns()])
         return both
 
 

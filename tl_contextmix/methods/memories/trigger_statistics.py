@@ -112,7 +112,7 @@ def patterns(triggers: Mined, tail: str, frame: pandas.DataFrame) -> TriggerPatt
     known = contexts(triggers, frame)
     base, rows = Base(sample(triggers)), []
     for (layer, neuron), group in frame.groupby(["layer", "neuron"]):
-        # Up to the trigger, also where what is behind it has been read.
+        # Up to the trigger, even where the model had read on.
         some = [
             tuple(known[place][triggers.frame.ends(known[place])[0] : place[1] + 1])
             for place in places_of(group)
@@ -151,7 +151,7 @@ class Base:
             firsts: dict[int, int] = {}
             for place, token in enumerate(text):
                 firsts.setdefault(token, place)
-            # A token is before the last one of every prefix that ends behind it.
+            # A token is before the last one of every prefix that ends after it.
             for token, place in firsts.items():
                 self.containing[token] += len(text) - place - 1
 
@@ -191,7 +191,7 @@ def removal(triggers: Mined, frame: pandas.DataFrame, seed: int) -> LayerFigures
             "no prefix is defined for this model",
             f"{view.name}, which reads both ways",
             "a causal model",
-            "The end of a prefix is the last token only where nothing behind it is read.",
+            "The end of a prefix is the last token only where nothing after it is read.",
         )
     known, every = contexts(triggers, frame), len(frame)
     leads = {place: triggers.frame.ends(ids)[0] for place, ids in known.items()}
