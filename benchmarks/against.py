@@ -38,6 +38,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.parts import Point
+from tl_contextmix.results import LogProbContributions
 
 Work = Callable[[], Any]
 
@@ -241,7 +242,7 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
 
     def before_and_after() -> Tensor:
         found = cm.knockout(
-            model, ids, heads=[(0, 1)], pos=-1, positions="last", controls=0, target_ids=target
+            model, ids, heads=[(0, 1)], pos=-1, positions="last", controls=0, target=target
         )
         return torch.stack([found.before[0, 0], found.after[0, 0]])
 
@@ -327,7 +328,7 @@ def word_by_word(n: int) -> Iterator[Pair]:
     yield Pair(name, by_words, place, lambda: _attention(by_head()), heads)
 
 
-def _attention(found: cm.LogProbContributions) -> Tensor:
+def _attention(found: LogProbContributions) -> Tensor:
     """Returns the scores of heads' reads of single positions."""
     return found.scores[0][found.components.of_kind("attn")[0]]
 

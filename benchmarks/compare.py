@@ -15,6 +15,7 @@ from pathlib import Path
 from meters import command_line
 
 import tl_contextmix as cm
+from tl_contextmix.results import Comparison
 
 PAGE = Path(__file__).parent.parent / "docs" / "pages" / "methods" / "comparison.md"
 MODELS = ("causal-lm", "masked-lm")
@@ -27,7 +28,7 @@ _SHOWN = {
 _MARKED = re.compile(r"(<!-- comparison -->\n).*?(<!-- end of comparison -->)", re.DOTALL)
 
 
-def table(found: cm.Comparison) -> str:
+def table(found: Comparison) -> str:
     """Returns the Markdown table of a comparison, the best by the first metric on top."""
     best = {metric: found.best(metric).set_index("method") for metric in _SHOWN}
     lines = [

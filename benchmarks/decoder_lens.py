@@ -28,6 +28,7 @@ from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
 from tl_contextmix.demo_models import demo_folder
+from tl_contextmix.results import LayerwiseDecoding
 
 
 def plain(layers: int | None) -> Any:
@@ -90,7 +91,7 @@ def _cache() -> Any:
 
 def ways(
     layers: int | None, count: int, length: int
-) -> tuple[Callable[[], cm.LayerwiseDecoding], Callable[[], list[Any]]]:
+) -> tuple[Callable[[], LayerwiseDecoding], Callable[[], list[Any]]]:
     """Returns both ways for one model and so many sentences, which say the same."""
     model = plain(layers)
     bridge, models = bridged(model), shortened(model)

@@ -159,7 +159,7 @@ def evaluated_table(model: object, facts_each: int | None) -> None:
     row(*["---"] * 5)
     for name, texts, answers in facts(facts_each):
         for k in (10, 100):
-            found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", top_k=k)
+            found = cm.log_prob_contributions(model, texts, target=answers, by="ff_neuron", k=k)
             numbers = found.evaluated
             row(name, k, int(numbers.median()), int(numbers.max()), int(found.possible[0]))
 

@@ -125,10 +125,10 @@ METHODS: dict[str, Method] = {
         _readouts(lambda n: 12 * n * LAYERS),
     ),
     "log_prob_contributions, best 10 ff_neurons": Method(
-        _call(cm.log_prob_contributions, by="ff_neuron", top_k=10), 1
+        _call(cm.log_prob_contributions, by="ff_neuron", k=10), 1
     ),
     "log_prob_contributions, best 10 attn_neurons": Method(
-        _call(cm.log_prob_contributions, by="attn_neuron", top_k=10), 1
+        _call(cm.log_prob_contributions, by="attn_neuron", k=10), 1
     ),
     "query_contributions, head": Method(
         _call(cm.query_contributions, neurons=[(1, 3)], by="head"), 1

@@ -32,6 +32,22 @@ def _fenced(indent: str, body: str) -> str:
 class Equations(griffe.Extension):
     """Rewrites every docstring that is read for the reference."""
 
+    def __init__(self) -> None:
+        """Knows no TypedDict yet."""
+        self.typed_dicts: dict[str, dict[str, Any]] = {}
+
+    def on_class(self, *, cls: griffe.Class, **others: Any) -> None:
+        """Called with every class: a TypedDict gets the entries of the one it extends.
+
+        What shows ``**inputs: Unpack[Inputs]`` option by option knows a class's own alone.
+        """
+        bases = [str(base) for base in cls.bases]
+        if "TypedDict" in bases or any(base in self.typed_dicts for base in bases):
+            for base in bases:
+                for name, entry in self.typed_dicts.get(base, {}).items():
+                    cls.members.setdefault(name, entry)
+            self.typed_dicts[cls.name] = dict(cls.members)
+
     def on_object(self, *, obj: griffe.Object, **others: Any) -> None:
         """Called with every object that was found."""
         if obj.docstring is not None:

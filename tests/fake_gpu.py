@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tl_contextmix.results import LogProbContributions
+
 GPU = torch.device("privateuseone:0")
 # Of what has no deterministic CUDA kernel for fractions, what could be called here; see the
 # documentation of torch.use_deterministic_algorithms.
@@ -230,8 +232,8 @@ def ask_options(asked: Asked, family: str) -> None:
         model = zoo.build(CASES[family]).to(GPU)
         padded = {"model": model, "input": given.tokens.to(GPU), "attention_mask": mask}
 
-        def best(by: Any) -> cm.LogProbContributions:
-            return cm.log_prob_contributions(**padded, by=by, top_k=3)
+        def best(by: Any) -> LogProbContributions:
+            return cm.log_prob_contributions(**padded, by=by, k=3)
 
         cuts = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
         calls: dict[str, Callable[[], object]] = {
@@ -243,7 +245,7 @@ def ask_options(asked: Asked, family: str) -> None:
             "padding": lambda: cm.decompx(**padded),
             "norm rule": lambda: cm.log_prob_contributions(**padded, by="head", norm="recompute"),
             "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),
-            "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), top_k=4),
+            "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), k=4),
             "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),
             "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron"), positions="last"),
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),

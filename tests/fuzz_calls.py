@@ -25,8 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tl_contextmix as cm
+from tl_contextmix.errors import FileFormatError
+from tl_contextmix.evaluation import MinimalPair
 
-ALLOWED = (cm.InvalidInput, cm.UnsupportedModel, cm.FileFormatError)
+ALLOWED = (cm.InvalidInput, cm.UnsupportedModel, FileFormatError)
 IDS = torch.tensor([[5, 9, 17, 30], [8, 7, 44, 12]])
 LINES = '{"sentence_good": "the cat sat", "sentence_bad": "the dog sat"}\n'
 
@@ -75,15 +77,15 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
     lens = zoo.build(both, dtype=torch.float32)
     maps = cm.attention_norms(model, IDS, at=["mlp_in", "mlp_out"])
     one = maps["mlp_in"]
-    found = cm.log_prob_contributions(model, IDS, by="ff_neuron", top_k=3)
+    found = cm.log_prob_contributions(model, IDS, by="ff_neuron", k=3)
     pairs = folder / "pairs.jsonl"
     pairs.write_text(LINES * 3)
     corpus = folder / "corpus.txt"
     corpus.write_text("the cat sat on the mat\na dog ran to the house\n" * 3)
     cm.mine_triggers(model, corpus, out=folder / "mined", k=2)
     few = [
-        cm.MinimalPair("the dog on a mat sat", "the dog on a mat is"),
-        cm.MinimalPair("a dog", "a mat"),
+        MinimalPair("the dog on a mat sat", "the dog on a mat is"),
+        MinimalPair("a dog", "a mat"),
     ]
     on_ids = {"model": model, "input": IDS}
     special: dict[str, dict[str, Any]] = {
@@ -113,7 +115,6 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "mine_triggers": {"model": model, "corpus": corpus, "out": folder / "again", "k": 2},
         "query_contributions": {**on_ids, "neurons": [(1, 3)]},
         "report": {"results": one, "path": folder / "page.html"},
-        "rollout": {"map": one},
     }
     public = [name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))]
     plain = {name: on_ids for name in public if name not in special}

@@ -23,8 +23,14 @@ from test_devices import methods, numbers
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix import adapters as hosts
-from tl_contextmix.adapters import building
+from tl_contextmix.adapters import building, views
+from tl_contextmix.results import (
+    ContextMap,
+    Decomposition,
+    LogProbContributions,
+    QueryContributions,
+    TokenMemory,
+)
 
 FAMILIES = ("gpt2", "mistral", "gemma2", "bert", "bart", "flan")
 KINKED = "t5"
@@ -48,10 +54,10 @@ def models(case: zoo.Case, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any]
 def maths_in(dtype: torch.dtype, model: Any) -> Iterator[None]:
     """Has the maths about a model done in another dtype than the package chooses."""
     plain = building._handle
-    hosts._KNOWN.pop(model, None)
+    views._KNOWN.pop(model, None)
     with mock.patch.object(building, "_handle", lambda facts: replace(plain(facts), dtype=dtype)):
         yield
-    hosts._KNOWN.pop(model, None)
+    views._KNOWN.pop(model, None)
 
 
 def answers(model: Any, case: zoo.Case) -> dict[str, Tensor]:
@@ -113,39 +119,39 @@ def _of_passes(low: Any, exact: Any, case: zoo.Case) -> dict[str, float]:
 # Identities
 
 
-def _sum_of_parts(found: cm.Decomposition, model: Any, case: zoo.Case) -> float:
+def _sum_of_parts(found: Decomposition, model: Any, case: zoo.Case) -> float:
     trace, blocks = host_trace(view_of(model), zoo.inputs(case), None)
     own = torch.stack([trace[block.resid_out] for block in blocks], dim=1)
     return relative(found.total(), own)
 
 
-def _vectors(found: cm.ContextMap, model: Any, case: zoo.Case) -> float:
+def _vectors(found: ContextMap, model: Any, case: zoo.Case) -> float:
     given = zoo.inputs(case)
     asked = {"at": "resid_mid", **keywords(given)}  # further on both take the same way
     norms = cm.attention_norms(model, given.tokens, **asked)
     return relative(norms.scores, cm.decompose(model, given.tokens, **asked).norms().scores)
 
 
-def _last_state(found: cm.LogProbContributions, model: Any, case: zoo.Case) -> float:
+def _last_state(found: LogProbContributions, model: Any, case: zoo.Case) -> float:
     return relative(found.trajectory[:, -1], found.log_prob)
 
 
-def _inner_products(found: cm.QueryContributions, model: Any, case: zoo.Case) -> float:
+def _inner_products(found: QueryContributions, model: Any, case: zoo.Case) -> float:
     return relative(found.inner.nan_to_num(0).sum(-1) + found.constant, found.pre)
 
 
-def _neurons(found: cm.TokenMemory, model: Any, case: zoo.Case) -> float:
+def _neurons(found: TokenMemory, model: Any, case: zoo.Case) -> float:
     trace, blocks = host_trace(view_of(model), zoo.inputs(case), None)
     own = torch.stack([trace[b.feed_forward.post] for b in blocks if b.feed_forward], dim=1)
     return relative(found.shares.sum(dim=3) + found.bias, own)
 
 
-def _one(found: cm.ContextMap, model: Any, case: zoo.Case) -> float:
+def _one(found: ContextMap, model: Any, case: zoo.Case) -> float:
     rows = found.scores.sum(dim=-1)
     return relative(rows, torch.ones_like(rows))
 
 
-def _carried(found: cm.ContextMap, model: Any, case: zoo.Case) -> float:
+def _carried(found: ContextMap, model: Any, case: zoo.Case) -> float:
     given = zoo.inputs(case)
     return _sum_of_parts(cm.decompx_vectors(model, given.tokens, **keywords(given)), model, case)
 

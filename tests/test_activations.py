@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import ACTIVATIONS, Activation, gated_slopes
 
+pytestmark = pytest.mark.once
+
 NAMES = {activation.name: activation for activation in ACTIVATIONS}
 # What captum is asked about: the activations of the families.
 CAPTUM = ["gelu", "gelu_new", "relu", "silu"]

@@ -22,6 +22,7 @@ from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import Score, gradient_x_input, integrated_gradients
+from tl_contextmix.results import ContextMap
 
 CASES = zoo.cases()
 # One host per family for the slow loops: that hosts agree is tested for the engine they share.
@@ -275,7 +276,7 @@ def test_a_cache_gives_the_same_map_and_it_can_be_saved(
     fresh = method(model, given.tokens, **keywords(given))
     ready = method(model, given.tokens, cache=cache, **keywords(given))
     assert relative(ready.scores, fresh.scores) <= bound(case)
-    again = cm.ContextMap.load(fresh.save(tmp_path / "map.safetensors"))
+    again = ContextMap.load(fresh.save(tmp_path / "map.safetensors"))
     assert torch.equal(again.scores, fresh.scores)
     assert again.provenance == fresh.provenance
     with pytest.raises(cm.InvalidInput, match="the cache lacks"):

@@ -233,7 +233,29 @@ def test_pictures_of_large_maps_name_the_cell_and_its_value(browser, tmp_path):
                 assert told.endswith("no number")
             else:
                 about = float(told.split("about ")[1])
-                assert about == pytest.approx(value, rel=0.06, abs=0.02)
+                assert about == pytest.approx(value, rel=0.06, abs=0.001)
+
+
+def test_pictures_name_the_stretches_of_input_that_a_pixel_stands_for(
+    browser, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tl_contextmix.plotting.survey.PIXELS", 13 * 15)
+    values = torch.rand(1, 50, 60) / 1000
+    values[0, 49, 57], values[0, 1, 2] = -1.0, 0.0048
+    positions = {"row_positions": tuple(range(7, 57)), "column_positions": tuple(range(60))}
+    with opened(browser, Page((heatmap(values, **positions),)).save(tmp_path / "p.html")) as seen:
+        image = seen.page.locator("figure.grid img")
+        image.scroll_into_view_if_needed()
+        box = image.bounding_box()
+        for place, told in (
+            ((12, 14), "row t48 (55) to t49 (56), column t56 (56) to t59 (59): farthest from 0 "),
+            ((0, 0), "row t0 (7) to t3 (10), column t0 (0) to t3 (3): farthest from 0 "),
+        ):
+            x, y = (place[1] + 0.5) / 15 * box["width"], (place[0] + 0.5) / 13 * box["height"]
+            seen.page.mouse.move(box["x"] + x, box["y"] + y)
+            shown, about = seen.page.locator("figcaption").text_content().split("about ")
+            assert shown == told
+            assert float(about) == pytest.approx(-1.0 if place[0] else 0.0048, rel=0.1)
 
 
 def test_samples_show_their_texts_and_values(browser, tmp_path):

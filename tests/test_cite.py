@@ -12,7 +12,9 @@ import torch
 import tl_contextmix as cm
 from tl_contextmix.engine.citations import ROLLOUT, references
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.results import Provenance, Tokens
+from tl_contextmix.results import ContextMap, Provenance, Tokens
+
+pytestmark = pytest.mark.once
 
 TOOLS = ["nanda2022transformerlens", "cooney2023circuitsvis"]
 ENTRY = re.compile(r"@(?:inproceedings|misc)\{(\w+),\n((?:  \w+ = \{.+\},\n)+)\}")
@@ -25,12 +27,12 @@ def keys(text: str) -> list[str]:
     return [key for key, _ in found]
 
 
-def a_map(**options: object) -> cm.ContextMap:
+def a_map(**options: object) -> ContextMap:
     """A map of two tokens that says it comes from `attention_norms`."""
     ids, mask = torch.arange(2)[None], torch.ones(1, 2, dtype=torch.bool)
     tokens = Tokens(ids, (("a", "b"),), mask, (("decoder", 2),))
     asked = {"at": "block_out", **options}
-    return cm.ContextMap(
+    return ContextMap(
         scores=torch.eye(2)[None, None, None],
         layers=(0,),
         heads=("all",),
@@ -91,7 +93,7 @@ def test_a_rollout_through_the_encoder_is_cited(decoder_rollout):
 
 
 @pytest.fixture
-def decoder_rollout() -> cm.ContextMap:
+def decoder_rollout() -> ContextMap:
     """A rolled-out map over a decoder's tokens and the encoder's."""
     found = a_map(rollout=True, add_identity=False)
     both = found.source.cat(found.source)
@@ -101,7 +103,7 @@ def decoder_rollout() -> cm.ContextMap:
 def test_every_public_method_has_its_sources():
     no_method = {
         *("check", "cite", "demo_pairs", "estimate", "load_demo", "load_minimal_pairs"),
-        *("load_model", "load_triggers", "merge_triggers", "report", "rollout"),
+        *("load_model", "load_triggers", "merge_triggers", "report"),
     }
     functions = {name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))}
     assert functions - set(methods()) == no_method

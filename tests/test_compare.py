@@ -18,10 +18,11 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.evaluation import blanked, overlapping, place_tokens
+from tl_contextmix.errors import FileFormatError
+from tl_contextmix.evaluation import MinimalPair, blanked, overlapping, place_tokens
 from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.reporting.comparison_section import write_comparison
-from tl_contextmix.results import Tokens
+from tl_contextmix.results import Comparison, ContextMap, Tokens
 
 pytestmark = pytest.mark.once
 
@@ -34,7 +35,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(model: Any) -> cm.Comparison:
+def found(model: Any) -> Comparison:
     return cm.compare(model, cm.demo_pairs(count=6), methods=FAST)
 
 
@@ -59,7 +60,7 @@ def found(model: Any) -> cm.Comparison:
 def test_the_target_is_what_differs(
     good: str, bad: str, prefix: str, answer: str, wrong: str
 ) -> None:
-    pair = cm.MinimalPair(good, bad)
+    pair = MinimalPair(good, bad)
     assert (pair.prefix, pair.answer, pair.wrong) == (prefix, answer, wrong)
     assert pair.masked("[MASK]") == good[: pair.target[0]] + "[MASK]" + good[pair.target[1] :]
 
@@ -67,15 +68,15 @@ def test_the_target_is_what_differs(
 @pytest.mark.parametrize("pair", [("a b", "a b"), ("a b c", "a c"), ("a", ""), ("", "")])
 def test_what_is_no_minimal_pair(pair: tuple[str, str]) -> None:
     with pytest.raises(cm.InvalidInput, match="no minimal pair"):
-        cm.MinimalPair(*pair)
+        MinimalPair(*pair)
 
 
 def test_cues_lie_in_the_sentence() -> None:
     for cue in ((3, 4), (8, 14), (6, 9), (-3, 2)):  # a space, the place itself, a part of it
-        with pytest.raises(cm.InvalidInput, match="no other part of the sentence"):
-            cm.MinimalPair("the cat sleeps", "the cat sleep", cues=(cue,))
+        with pytest.raises(cm.InvalidInput, match="must be another part of the sentence"):
+            MinimalPair("the cat sleeps", "the cat sleep", cues=(cue,))
     with pytest.raises(cm.InvalidInput, match=r"got \(4, 40\) in 'the cat sleeps'"):
-        cm.MinimalPair("the cat sleeps", "the cat sleep", cues=((4, 40),))
+        MinimalPair("the cat sleeps", "the cat sleep", cues=((4, 40),))
 
 
 def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_lines_that_are_no_pairs_are_named(line: str, message: str, tmp_path: Pa
     path = tmp_path / "pairs.jsonl"
     first = '{"sentence_good": "a b", "sentence_bad": "a c"}\n'
     path.write_text(first + line, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(cm.FileFormatError, match=message):
+    with pytest.raises(FileFormatError, match=message):
         cm.load_minimal_pairs(path)
 
 
@@ -130,7 +131,7 @@ def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
     marked.write_text('\ufeff{"sentence_good": "a b", "sentence_bad": "a c"}')
     assert len(cm.load_minimal_pairs(marked)) == 1
     (tmp_path / "empty").write_text("\n\n")
-    with pytest.raises(cm.FileFormatError, match="an empty file"):
+    with pytest.raises(FileFormatError, match="an empty file"):
         cm.load_minimal_pairs(tmp_path / "empty")
 
 
@@ -250,8 +251,8 @@ def test_a_map_of_words_by_hand(model: Any) -> None:
     for wrong in ([(0, 9)], []):
         with pytest.raises(cm.InvalidInput, match=r"covers no token|no spans"):
             fmap.words(wrong)
-    ask = inspect.unwrap(cm.ContextMap.words)
-    with pytest.raises(cm.InvalidInput, match="words does not know this rows"):
+    ask = inspect.unwrap(ContextMap.words)
+    with pytest.raises(cm.InvalidInput, match="no such way to merge rows"):
         ask(fmap, rows="median")
 
 
@@ -268,16 +269,16 @@ def test_cues_as_text_and_on_words(model: Any) -> None:
     assert dots == pytest.approx(pieces)
     with pytest.raises(cm.InvalidInput, match=r"'dogs', a position or token, in sentence 0"):
         cm.cue_alignment(fmap, [["dogs"]])
-    with pytest.raises(cm.InvalidInput, match=r"a list with at least one cue"):
+    with pytest.raises(cm.InvalidInput, match=r"a list of at least one cue"):
         cm.cue_alignment(fmap, ["keys"])
     with pytest.raises(cm.InvalidInput, match=r"2 for 1 sentences"):
-        cm.cue_alignment(fmap, [[1]], targets=[1, 2])
+        cm.cue_alignment(fmap, [[1]], pos=[1, 2])
 
 
 # The comparison
 
 
-def test_figures_are_those_of_the_single_functions(model: Any, found: cm.Comparison) -> None:
+def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison) -> None:
     pairs = cm.demo_pairs(count=6)
     maps = [cm.value_zeroing(model, pair.prefix).normalize() for pair in pairs]
     cues = []
@@ -294,7 +295,7 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: cm.Compari
         assert (mine.low, mine.high) == pytest.approx((row.low, row.high))
     answers = [model.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
     single = [
-        cm.faithfulness(model, pair.prefix, map, answer=[answer])
+        cm.faithfulness(model, pair.prefix, map, target=[answer])
         for pair, map, answer in zip(pairs, maps, answers, strict=True)
     ]
     for metric in ("comprehensiveness", "sufficiency"):
@@ -302,7 +303,7 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: cm.Compari
         assert ours["1", metric].value == pytest.approx(sum(values) / 6, abs=1e-4)
 
 
-def test_every_method_has_its_rows_and_its_cost(found: cm.Comparison, model: Any) -> None:
+def test_every_method_has_its_rows_and_its_cost(found: Comparison, model: Any) -> None:
     frame = found.to_dataframe()
     assert set(frame.method) == set(FAST)
     assert found.metrics == (
@@ -322,7 +323,7 @@ def test_every_method_has_its_rows_and_its_cost(found: cm.Comparison, model: Any
     assert found.sentences == 6
 
 
-def test_tables_and_likeness(found: cm.Comparison) -> None:
+def test_tables_and_likeness(found: Comparison) -> None:
     best = found.best("sufficiency")
     assert best["value"].is_monotonic_increasing  # low is good
     assert found.best()["value"].is_monotonic_decreasing
@@ -338,7 +339,7 @@ def test_tables_and_likeness(found: cm.Comparison) -> None:
         found.best("accuracy")
 
 
-def test_likeness_by_hand(model: Any, found: cm.Comparison) -> None:
+def test_likeness_by_hand(model: Any, found: Comparison) -> None:
     values = []
     for pair in cm.demo_pairs(count=6):
         a = cm.attention(model, pair.prefix, heads=False).normalize().rollout()
@@ -348,8 +349,8 @@ def test_likeness_by_hand(model: Any, found: cm.Comparison) -> None:
     assert float(here) == pytest.approx(sum(values) / 6, abs=1e-6)
 
 
-def test_saved_shown_and_printed(found: cm.Comparison, tmp_path: Path) -> None:
-    assert cm.Comparison.load(found.save(tmp_path / "c")).equals(found)
+def test_saved_shown_and_printed(found: Comparison, tmp_path: Path) -> None:
+    assert Comparison.load(found.save(tmp_path / "c")).equals(found)
     page = found.show().html()
     assert "value_zeroing" in page
     assert "comprehensiveness, by method and layer" in page
@@ -365,7 +366,7 @@ def test_masked_models_are_asked_at_the_mask() -> None:
     again = cm.compare(model, texts, cues=cues, methods=["attention"])
     places = [text.split().index("[MASK]") + 1 for text in texts]
     maps = [cm.attention(model, text, heads=False).normalize() for text in texts]
-    expected = cm.cue_alignment(maps, cues, targets=places)
+    expected = cm.cue_alignment(maps, cues, pos=places)
     for one in (found, again):
         rows = {(r.layer, r.metric): r.value for r in one.rows}
         for row in expected.rows:
@@ -375,7 +376,7 @@ def test_masked_models_are_asked_at_the_mask() -> None:
 
 
 def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
-    def uniform(model: Any, tokens: torch.Tensor) -> cm.ContextMap:
+    def uniform(model: Any, tokens: torch.Tensor) -> ContextMap:
         map = cm.attention(model, tokens, heads=False)
         return replace(map, scores=torch.ones_like(map.scores).tril())
 
@@ -447,8 +448,8 @@ def test_no_word_reaches_from_one_stack_into_another() -> None:
 
 
 def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
-    pair = cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
-    with pytest.raises(cm.InvalidInput, match="behind the place"):
+    pair = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
+    with pytest.raises(cm.InvalidInput, match="a cue after the answer"):
         cm.compare(model, [pair], methods=["attention"])
 
 
@@ -456,7 +457,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     model: Any, tmp_path: Path
 ) -> None:
     pairs = list(cm.demo_pairs(count=3))
-    other = cm.MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
+    other = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
     mixed = [other, *pairs[:1], other, *pairs[1:]]
     found = cm.compare(model, mixed, methods=["attention"], unusable="drop")
     alone = cm.compare(model, pairs, methods=["attention"])
@@ -465,7 +466,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert found.rows == alone.rows
     assert (found.sentences, found.correct) == (3, alone.correct)
     assert [text for text, _ in found.dropped] == ["the keys are old"] * 2
-    assert all("a cue behind the place" in reason for _, reason in found.dropped)
+    assert all("a cue after the answer" in reason for _, reason in found.dropped)
     assert "3 sentences (2 more were left out)" in repr(found)
     assert found.without()[0] in found.panels()
     path = tmp_path / "pairs.jsonl"
@@ -480,7 +481,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert "1 sentences (1 more were left out)" in page.read_text()
     assert main(["compare", "--pairs", str(path), "-o", str(page)]) == 2
     # Where nothing is left there is nothing to compare.
-    with pytest.raises(cm.InvalidInput, match=r"behind the place.*unusable='drop'"):
+    with pytest.raises(cm.InvalidInput, match=r"a cue after the answer.*unusable='drop'"):
         cm.compare(model, [other], methods=["attention"], unusable="drop")
 
 
@@ -493,18 +494,18 @@ def test_only_mining_is_said_to_go_on_when_interrupted(
     monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
     for words, more in (
         ("check causal-lm", ""),
-        ("mine causal-lm corpus.txt -o mined", "; the same command goes on"),
+        ("mine causal-lm corpus.txt -o mined", "; run the same command to resume"),
     ):
         assert main(words.split()) == 130
-        assert capsys.readouterr().err == f"tl-contextmix: stopped{more}\n"
+        assert capsys.readouterr().err == f"tl-contextmix: interrupted{more}\n"
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens") as caught:
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens") as caught:
         found = cm.compare(model, ["the keys"], methods=["attention"])
     assert len(caught) == 1
     assert all(math.isnan(row.value) for row in found.rows)
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens"):
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens"):
         cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
 
 
@@ -524,8 +525,8 @@ def test_a_model_must_tell_the_sentences_of_a_pair_apart_behind_a_token() -> Non
     model = zoo.build(case_of("gpt2"), dtype=torch.float32)
     for pair, message in (
         # Both are the unknown word.
-        (cm.MinimalPair("the cat xyzzy", "the cat zyxxy"), "tokens that differ"),
-        (cm.MinimalPair("cat sat", "dog sat"), "nothing before the place"),
+        (MinimalPair("the cat xyzzy", "the cat zyxxy"), "tokens that differ"),
+        (MinimalPair("cat sat", "dog sat"), "no token before the answer"),
     ):
         model.cfg.default_prepend_bos = False
         with pytest.raises(cm.InvalidInput, match=message):
@@ -552,20 +553,24 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
     [
         ("the keys", {}, r"a str of .*a list of texts, or one of minimal pairs"),
         ([], {}, r"a list of texts"),
-        (["a cat", cm.MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
-        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list out of"),
-        (["the keys"], {"methods": []}, r"a list out of"),
+        (["a cat", MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
+        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list of some of"),
+        (["the keys"], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
-        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue for every"),
+        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue, positions or texts"),
         (["the keys"], {"cues": ["keys"]}, r"got \['keys'\] for 1 sentences"),
-        (["the keys"], {"methods": {}}, r"got \{\}; expected a list out of"),
+        (["the keys"], {"methods": {}}, r"got \{\}; expected a list of some of"),
         (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
         (None, {}, r"a NoneType of \[\]; expected a list of texts"),
-        ([cm.MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list out of"),
+        ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
-        ([cm.MinimalPair("the keys", "the key")], {"cues": [[1]]}, r"cues were given twice"),
         (
-            [cm.MinimalPair("the keys", "the key", cues=((0, 3),)), cm.MinimalPair("a b", "a c")],
+            [MinimalPair("the keys", "the key")],
+            {"cues": [[1]]},
+            r"have their own cues",
+        ),
+        (
+            [MinimalPair("the keys", "the key", cues=((0, 3),)), MinimalPair("a b", "a c")],
             {},
             r"1 of 2 pairs with cues",
         ),
@@ -579,7 +584,7 @@ def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str
 
 
 def test_other_models_than_the_demos_need_sentences() -> None:
-    with pytest.raises(cm.InvalidInput, match="which is no demo model.*Give --pairs FILE"):
+    with pytest.raises(cm.InvalidInput, match="which is not a demo model.*Pass --pairs FILE"):
         write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
 
 
@@ -587,11 +592,11 @@ def test_masked_bad_input() -> None:
     model = cm.load_demo("masked-lm")
     with pytest.raises(cm.InvalidInput, match=r"0 masks in 'the keys'"):
         cm.compare(model, ["the keys"], methods=["attention"])
-    pair = cm.MinimalPair("the keys are old .", "the keys is being old .")
+    pair = MinimalPair("the keys are old .", "the keys is being old .")
     with pytest.raises(cm.InvalidInput, match=r"1 tokens for 'are' and \d for 'is being'"):
         cm.compare(model, [pair], methods=["attention"])
     model.tokenizer.mask_token = None
-    with pytest.raises(cm.InvalidInput, match="a tokenizer without a mask token"):
+    with pytest.raises(cm.InvalidInput, match="a masked model needs a mask token"):
         cm.compare(model, [pair], methods=["attention"])
 
 
@@ -602,7 +607,7 @@ def test_encoder_decoders_are_refused() -> None:
     with pytest.raises(cm.UnsupportedModel, match="two stacks"):
         cm.compare(model, ["the cat sees the dog ."])
     map = cm.attention_norms(model, "the cat sees the dog .", stack="encoder").normalize()
-    with pytest.raises(cm.UnsupportedModel, match="tokens of an encoder-decoder are not blanked"):
+    with pytest.raises(cm.UnsupportedModel, match="faithfulness does not support encoder-decoders"):
         cm.faithfulness(model, "the cat sees the dog .", map)
 
 

@@ -19,6 +19,16 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import Point
+from tl_contextmix.results import (
+    ContextMap,
+    Decomposition,
+    Knockout,
+    LogProbContributions,
+    Memories,
+    QueryContributions,
+    TokenFigures,
+    TokenMemory,
+)
 
 CASES = zoo.cases()
 _OPEN = "attn_out"  # the only point that every block of the zoo can answer, SoLU's too
@@ -50,9 +60,9 @@ class Method:
 
 def queried(
     model: Any, tokens: Tensor, target_ids: int | None = None, **options: Any
-) -> cm.QueryContributions:
+) -> QueryContributions:
     """What activates two attention neurons, the same for every sentence."""
-    asked = {"by": "attn_neuron", "target_ids": target_ids, "pos": -1}
+    asked = {"by": "attn_neuron", "target": target_ids, "pos": -1}
     found = cm.log_prob_contributions(model, tokens, **asked, **options)
     first = found.components.of_kind("attn") & (found.components.layer == 1)
     index = first[:1].nonzero()[:2, 1].expand(len(tokens), 2)
@@ -64,18 +74,18 @@ def queried(
 
 
 METHODS = [
-    Method("decompose", cm.decompose, lambda r: r.parts, cm.Decomposition),
-    Method("attention_norms", cm.attention_norms, lambda r: r.scores, cm.ContextMap),
-    Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, cm.TokenFigures),
+    Method("decompose", cm.decompose, lambda r: r.parts, Decomposition),
+    Method("attention_norms", cm.attention_norms, lambda r: r.scores, ContextMap),
+    Method("mixing_ratio", cm.mixing_ratio, lambda r: r.values, TokenFigures),
     *(
-        Method(ask.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False)
+        Method(ask.__name__, ask, lambda r: r.scores, ContextMap, pointed=False)
         for ask in (cm.value_zeroing, cm.attention, cm.globenc, cm.alti, cm.decompx)
     ),
     Method(
         "log_prob_contributions",
         functools.partial(cm.log_prob_contributions, by="position", pos=-1),
         lambda r: r.scores,
-        cm.LogProbContributions,
+        LogProbContributions,
         pointed=False,
         stacked=False,
     ),
@@ -83,7 +93,7 @@ METHODS = [
         "query_contributions",
         queried,
         lambda r: r.scores,
-        cm.QueryContributions,
+        QueryContributions,
         pointed=False,
         stacked=False,
     ),
@@ -91,15 +101,13 @@ METHODS = [
         "knockout",
         functools.partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=0),
         lambda r: r.after,
-        cm.Knockout,
+        Knockout,
         pointed=False,
         stacked=False,
         column="after",
     ),
     *(
-        Method(
-            ask.func.__name__, ask, lambda r: r.scores, cm.ContextMap, pointed=False, stacked=False
-        )
+        Method(ask.func.__name__, ask, lambda r: r.scores, ContextMap, pointed=False, stacked=False)
         for ask in (
             functools.partial(cm.attention_flow),
             functools.partial(cm.gradient_x_input),
@@ -110,12 +118,12 @@ METHODS = [
         "ff_memories",
         cm.ff_memories,
         lambda r: r.probability,
-        cm.Memories,
+        Memories,
         pointed=False,
         stacked=False,
         column="probability",
     ),
-    Method("token_memory", cm.token_memory, lambda r: r.shares, cm.TokenMemory, pointed=False),
+    Method("token_memory", cm.token_memory, lambda r: r.shares, TokenMemory, pointed=False),
 ]
 
 

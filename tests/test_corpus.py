@@ -22,6 +22,8 @@ import tl_contextmix as cm
 from tl_contextmix.methods.memories import shards
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -129,7 +131,7 @@ def test_a_json_array_is_named(indent: int | None, tmp_path: Path) -> None:
 def test_a_corpus_that_was_hardly_read_is_warned_of(
     corpus: list[Any], message: str | None, model: Any, tmp_path: Path
 ) -> None:
-    def mine(out: str, **share: int) -> None:
+    def mine(out: str, **share: Any) -> None:
         cm.mine_triggers(model, corpus, out=tmp_path / out, k=2, malformed="skip", **share)
 
     for rank in range(2):

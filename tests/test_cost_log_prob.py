@@ -92,10 +92,10 @@ def test_candidates_are_not_listed() -> None:
     candidates = 4 * 4 * 60 * 128  # sentences, layers, sources, dimensions of all heads
 
     def work(**options: object) -> int:
-        return peak(partial(cm.log_prob_contributions, model, tokens, target_ids=5, **options))
+        return peak(partial(cm.log_prob_contributions, model, tokens, target=5, **options))
 
     work(by="layer")
-    more = work(by="attn_neuron", top_k=5) - work(by="layer")
+    more = work(by="attn_neuron", k=5) - work(by="layer")
     # Labels are 6 columns of 8 bytes; activations stay, and a bound and its mask for one sentence.
     assert more <= 16 * candidates
 
@@ -126,7 +126,7 @@ def test_layers_and_heads_are_a_few_products() -> None:
 
     # A forward pass reads W_U five times; 9 states, 8 sublayers and 16 heads are 33 more rows.
     assert ask(by="head") <= 6 * ask(by="layer")
-    assert ask(by="ff_neuron", top_k=10) <= ask(by="ff_neuron") / 8
+    assert ask(by="ff_neuron", k=10) <= ask(by="ff_neuron") / 8
 
 
 def test_the_benchmark_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:

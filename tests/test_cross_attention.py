@@ -16,6 +16,7 @@ import tl_contextmix as cm
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.engine.parts import Point
 from tl_contextmix.plotting.panels import Heatmap
+from tl_contextmix.results import ContextMap
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
@@ -50,7 +51,7 @@ def ways(scores: Tensor, memory: Tensor, own: int) -> Tensor:
     return out
 
 
-MAPS: list[Callable[..., cm.ContextMap]] = [cm.attention_norms, cm.alti, cm.globenc]
+MAPS: list[Callable[..., ContextMap]] = [cm.attention_norms, cm.alti, cm.globenc]
 
 
 @EACH

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
+from tl_contextmix.results import LayerwiseDecoding
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
@@ -74,7 +75,7 @@ def until_end(ids: Tensor, end: int) -> list[list[int]]:
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
-def outputs(found: cm.LayerwiseDecoding, place: int) -> list[list[int]]:
+def outputs(found: LayerwiseDecoding, place: int) -> list[list[int]]:
     """What was said from one layer."""
     return [
         ids[place][mask[place]].tolist() for ids, mask in zip(found.ids, found.mask, strict=True)
@@ -116,7 +117,7 @@ def test_every_layer_says_what_the_model_without_later_blocks_says(
 @EACH
 def test_the_last_layer_is_the_hosts_own_generate(case: zoo.Case) -> None:
     model, tokens = untouched(case), zoo.inputs(case, batch=3).tokens
-    found = cm.decoder_lens(model, tokens, layers=-1, max_new_tokens=LENGTH)
+    found = cm.decoder_lens(model, tokens, layer=-1, max_new_tokens=LENGTH)
     end = end_token(case.family)
     if case.host == "HookedEncoderDecoder":
         own = model.generate(
@@ -160,7 +161,7 @@ def test_judged_answers_are_those_of_the_model_without_later_blocks(
 @EACH
 def test_without_references_the_model_judges_its_own_output(case: zoo.Case) -> None:
     model, tokens = untouched(case), zoo.inputs(case).tokens
-    said = cm.decoder_lens(model, tokens, layers=-1, max_new_tokens=LENGTH)
+    said = cm.decoder_lens(model, tokens, layer=-1, max_new_tokens=LENGTH)
     found = cm.decoder_lens(model, tokens, mode="teacher_forced", max_new_tokens=LENGTH)
     for row, answer in enumerate(outputs(said, 0)):
         assert found.target.ids[row][found.target.mask[row]].tolist() == answer
@@ -176,7 +177,7 @@ def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case)
         model,
         given.tokens,
         mode="scores",
-        tokens=["cat", "dog"],
+        target=["cat", "dog"],
         decoder_input=given.decoder_tokens,
     )
     assert given.decoder_tokens is not None
@@ -196,7 +197,7 @@ def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case)
     assert [string.strip() for string in found.strings] == ["cat", "dog"]
     assert torch.equal(found.difference(), found.logits[..., 0] - found.logits[..., 1])
     assert torch.equal(found.difference(1, 0), -found.difference())
-    ids = cm.decoder_lens(model, given.tokens, mode="scores", tokens=[7, 9])
+    ids = cm.decoder_lens(model, given.tokens, mode="scores", target=[7, 9])
     assert ids.tokens == (7, 9)
 
 
@@ -204,7 +205,7 @@ def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case)
 def test_the_final_norm_is_applied_where_there_is_one(case: zoo.Case) -> None:
     model, tokens = untouched(case), zoo.inputs(case).tokens
     with_norm, without = (
-        cm.decoder_lens(model, tokens, mode="scores", tokens=[7, 9], final_norm=norm).logits
+        cm.decoder_lens(model, tokens, mode="scores", target=[7, 9], final_norm=norm).logits
         for norm in (True, False)
     )
     assert bool((with_norm != without).all()) == (case.family not in ("bart", "marian"))
@@ -221,7 +222,7 @@ def test_together_is_one_at_a_time(case: zoo.Case) -> None:
     assert [outputs(whole, p) for p in whole.layers] == [outputs(pieces, p) for p in whole.layers]
     for layer in (0, whole.layers[-1]):
         for row in range(2):
-            one = cm.decoder_lens(model, tokens[row : row + 1], layers=layer, max_new_tokens=LENGTH)
+            one = cm.decoder_lens(model, tokens[row : row + 1], layer=layer, max_new_tokens=LENGTH)
             assert outputs(one, 0)[0] == outputs(whole, layer)[row]
             used = one.ids.shape[-1]
             torch.testing.assert_close(
@@ -235,7 +236,7 @@ def test_together_is_one_at_a_time(case: zoo.Case) -> None:
     ]
     for name in ("log_probs", "kl", "ranks"):
         torch.testing.assert_close(*(getattr(one, name) for one in forced), rtol=1e-6, atol=1e-6)
-    some = cm.decoder_lens(model, tokens, layers=[1, 0], max_new_tokens=LENGTH)
+    some = cm.decoder_lens(model, tokens, layer=[1, 0], max_new_tokens=LENGTH)
     # In the order of the layers, whatever the order asked in.
     assert (outputs(some, 0), outputs(some, 1)) == (outputs(whole, 0), outputs(whole, 1))
 
@@ -304,8 +305,8 @@ def test_the_model_is_left_as_it_was_and_hooks_take_part(case: zoo.Case) -> None
         cm.decoder_lens(model, tokens, max_new_tokens=3)
     assert state(model) == before
     with model.hooks(fwd_hooks=[(first, zero)]):
-        edited = cm.decoder_lens(model, tokens, mode="scores", tokens=[7])
-    kept = cm.decoder_lens(model, tokens, mode="scores", tokens=[7])
+        edited = cm.decoder_lens(model, tokens, mode="scores", target=[7])
+    kept = cm.decoder_lens(model, tokens, mode="scores", target=[7])
     # The embeddings come before the hook.
     torch.testing.assert_close(edited.logits[:, 0], kept.logits[:, 0], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(edited.logits[:, 1], kept.logits[:, 1])
@@ -315,7 +316,7 @@ def test_the_model_is_left_as_it_was_and_hooks_take_part(case: zoo.Case) -> None
             with pytest.raises(cm.UnsupportedModel, match="hooks on the decoder"):
                 cm.decoder_lens(model, tokens)
         else:
-            edited = cm.decoder_lens(model, tokens, mode="scores", tokens=[7])
+            edited = cm.decoder_lens(model, tokens, mode="scores", target=[7])
             assert not torch.allclose(edited.logits, kept.logits)
     assert state(model) == before
 
@@ -356,7 +357,7 @@ def test_saved_loaded_tabulated_and_shown(case: zoo.Case, tmp_path: Path) -> Non
     results = [
         cm.decoder_lens(model, texts, texts, max_new_tokens=LENGTH),
         cm.decoder_lens(model, texts, texts, mode="teacher_forced"),
-        cm.decoder_lens(model, texts, mode="scores", tokens=["cat", "dog"]),
+        cm.decoder_lens(model, texts, mode="scores", target=["cat", "dog"]),
         cm.decoder_lens(model, texts, texts, metric="exact match", max_new_tokens=LENGTH),
     ]
     for found in results:

@@ -21,7 +21,7 @@ from zoo_refused import REFUSED
 
 import tl_contextmix as cm
 from tl_contextmix.core.text_metrics import METRICS, Output, edit_distance, make_metrics, repetition
-from tl_contextmix.results import Provenance
+from tl_contextmix.results import LayerCurves, LayerwiseDecoding, Provenance
 from tl_contextmix.results.curves import curve_point
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
@@ -37,7 +37,7 @@ VOCABULARY = sorted(
 END = len(VOCABULARY)
 
 
-def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseDecoding:
+def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> LayerwiseDecoding:
     """Outputs that are known, of three layers."""
     ids = torch.full((3, 3, 8), END)
     mask = torch.zeros(3, 3, 8, dtype=torch.bool)
@@ -48,7 +48,7 @@ def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseD
             mask[row, place, : len(words) + 1] = True
     finished = torch.ones(3, 3, dtype=torch.bool)
     finished[1, 0] = False
-    return cm.LayerwiseDecoding(
+    return LayerwiseDecoding(
         ids=ids,
         mask=mask,
         log_probs=-mask.double(),
@@ -67,7 +67,7 @@ def decoding(references: tuple[str, ...] | None = tuple(RIGHT)) -> cm.LayerwiseD
     )
 
 
-def values(curves: cm.LayerCurves, metric: str, category: str = "all") -> list[float]:
+def values(curves: LayerCurves, metric: str, category: str = "all") -> list[float]:
     points = curves.select(metric, category)
     assert [point.layer for point in points] == [0, 1, 2]
     return [point.value for point in points]
@@ -164,7 +164,7 @@ def test_a_function_of_the_users_and_categories() -> None:
 
 def test_a_column_of_a_table_and_names_of_the_users_own() -> None:
     frame = pandas.DataFrame({"kind": ["x", "y", "x"], "right": RIGHT}, index=[7, 8, 9])
-    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(LayerwiseDecoding.metrics)
     found = ask(decoding(None), frame["right"], metric="WER", categories=frame["kind"])
     listed = decoding().metrics(metric="WER", categories=["x", "y", "x"])
     assert found.to_dataframe().equals(listed.to_dataframe())
@@ -294,20 +294,20 @@ BAD = [
     ({"references": ""}, "reference has no tokens"),
     ({"references": "  "}, "reference has no tokens"),
     ({"references": ["the", "a"]}, "2 references for 1 inputs"),
-    ({"layers": 9}, "layer axis"),
+    ({"layer": 9}, "layer axis"),
     ({"mode": "think"}, "mode"),
     ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"num_beams": 0}, "num_beams=0"),
     ({"max_bytes": 0}, "max_bytes=0"),
     ({"mode": "scores"}, "nothing to score"),
-    ({"mode": "scores", "tokens": ["the cat"]}, "not one token"),
-    ({"mode": "scores", "tokens": [61]}, "not one token"),
+    ({"mode": "scores", "target": ["the cat"]}, "not one token"),
+    ({"mode": "scores", "target": [61]}, "not one token"),
     ({"input": ["a", "the"], "decoder_input": ["a cat", "a"]}, "same number of tokens|every row"),
     ({"mode": "teacher_forced", "categories": ["a"]}, "categories"),
-    ({"mode": "generate", "tokens": [7]}, "tokens"),
-    ({"mode": "scores", "tokens": [7], "num_beams": 2}, "num_beams would change nothing"),
-    ({"mode": "scores", "tokens": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
-    ({"mode": "scores", "tokens": [7], "metric": "KL"}, "mode would change nothing"),
+    ({"mode": "generate", "target": [7]}, "target"),
+    ({"mode": "scores", "target": [7], "num_beams": 2}, "num_beams would change nothing"),
+    ({"mode": "scores", "target": [7], "max_new_tokens": 2}, "max_new_tokens would change nothing"),
+    ({"mode": "scores", "target": [7], "metric": "KL"}, "mode would change nothing"),
     (
         {"mode": "teacher_forced", "references": "a dog", "decoder_input": "a"},
         "decoder_input would change nothing",
@@ -344,7 +344,7 @@ ONE_STACK = [case for case in zoo.cases() if case.family in ("gpt2", "bert")]
 
 @pytest.mark.parametrize("case", ONE_STACK, ids=str)
 def test_models_with_one_stack_are_refused(case: zoo.Case) -> None:
-    with pytest.raises(cm.UnsupportedModel, match="no encoder layers for a decoder to read"):
+    with pytest.raises(cm.UnsupportedModel, match="DecoderLens needs an encoder-decoder"):
         cm.decoder_lens(zoo.build(case), "the cat")
 
 
@@ -372,7 +372,7 @@ def test_a_metric_that_no_sentence_has_is_nan() -> None:
     ],
 )
 def test_categories_that_are_none(categories: Any, message: str) -> None:
-    ask = inspect.unwrap(cm.LayerwiseDecoding.metrics)
+    ask = inspect.unwrap(LayerwiseDecoding.metrics)
     with pytest.raises(cm.InvalidInput, match=message):
         ask(decoding(), metric="empty", categories=categories)
 
@@ -380,6 +380,6 @@ def test_categories_that_are_none(categories: Any, message: str) -> None:
 def test_layers_are_asked_once_and_in_order() -> None:
     for case in CASES[:1]:
         model, given = zoo.build(case), zoo.inputs(case)
-        found = cm.decoder_lens(model, given.tokens, layers=[2, 0, 2], max_new_tokens=2)
+        found = cm.decoder_lens(model, given.tokens, layer=[2, 0, 2], max_new_tokens=2)
         assert found.layers == (0, 2)
-        assert found.equals(cm.decoder_lens(model, given.tokens, layers=[0, 2], max_new_tokens=2))
+        assert found.equals(cm.decoder_lens(model, given.tokens, layer=[0, 2], max_new_tokens=2))

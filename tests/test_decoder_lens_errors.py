@@ -14,9 +14,10 @@ import zoo
 from test_decoder_lens_data import decoding
 
 import tl_contextmix as cm
+from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood, LayerwiseScores
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
-Result = cm.LayerwiseDecoding | cm.LayerwiseLikelihood | cm.LayerwiseScores
+Result = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,16 +41,16 @@ def text(output: str, reference: str | None, source: str) -> Any:
 
 
 FORCED = {"mode": "teacher_forced", "references": "a dog"}
-SCORES = {"mode": "scores", "tokens": [7]}
+SCORES = {"mode": "scores", "target": [7]}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input is empty"),
     ({"references": 5}, "references cannot be read: got 5"),
     ({"references": [5]}, "references cannot be read"),
     ({"references": [None]}, "references cannot be read"),
     ({"references": {}}, "references cannot be read"),
-    ({"layers": "last"}, "layer axis"),
-    ({"layers": 1.0}, "layer axis"),
-    ({"layers": []}, "layer axis"),
+    ({"layer": "last"}, "layer axis"),
+    ({"layer": 1.0}, "layer axis"),
+    ({"layer": []}, "layer axis"),
     ({"mode": None}, "mode"),
     ({"max_new_tokens": "5"}, "max_new_tokens='5'; expected a whole number"),
     ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
@@ -64,13 +65,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"final_norm": "no"}, "final_norm='no'"),
     ({"tokenizer": "t5-small"}, "tokenizer would change nothing"),
     # Tokens
-    ({**SCORES, "tokens": [5.7]}, "not one token: got 5.7"),
-    ({**SCORES, "tokens": [True]}, "not one token: got True"),
-    ({**SCORES, "tokens": "cat"}, "tokens='cat'; expected a list"),
-    ({**SCORES, "tokens": 5}, "tokens=5; expected a list"),
-    ({**SCORES, "tokens": []}, "nothing to score"),
-    ({**SCORES, "tokens": [None]}, "not one token: got None"),
-    ({**SCORES, "tokens": [-1]}, "not one token: got -1"),
+    ({**SCORES, "target": [5.7]}, "not one token: got 5.7"),
+    ({**SCORES, "target": [True]}, "not one token: got True"),
+    ({**SCORES, "target": "cat"}, "target='cat'; expected a list"),
+    ({**SCORES, "target": 5}, "target=5; expected a list"),
+    ({**SCORES, "target": []}, "nothing to score"),
+    ({**SCORES, "target": [None]}, "not one token: got None"),
+    ({**SCORES, "target": [-1]}, "not one token: got -1"),
     # Metrics
     ({"metric": 5}, "no such metric: got 5"),
     ({"metric": []}, r"no such metric: got \[\]"),
@@ -83,7 +84,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"metric": nothing}, "metric 'nothing' gave no number: got None for the output"),
     ({"metric": text}, "metric 'text' gave no number: got '5'"),
     ({"metric": "BLEU"}, "BLEU without references"),
-    ({"metric": "edit distance", "layers": 0}, "the last encoder layer among them"),
+    ({"metric": "edit distance", "layer": 0}, "the last encoder layer among them"),
     ({"metric": "empty", "categories": 5}, "categories cannot be read"),
     ({"metric": "empty", "categories": {}}, "categories cannot be read"),
     ({"metric": "empty", "categories": "x"}, "categories do not fit"),
@@ -96,7 +97,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"metric": "KL", "references": "a dog", "num_beams": 2}, "num_beams would change nothing"),
     ({"metric": "KL", "references": "a dog", "max_new_tokens": 2}, "max_new_tokens would change"),
     ({"metric": ["empty", "KL"], "references": "a", "decoder_input": "a"}, "decoder_input would"),
-    ({"metric": "KL", "tokens": [7]}, "tokens would change nothing"),
+    ({"metric": "KL", "target": [7]}, "target would change nothing"),
     ({**FORCED, "num_beams": 2}, "num_beams would change nothing"),
     ({**FORCED, "max_new_tokens": 2}, "max_new_tokens would change nothing"),
     ({**SCORES, "references": "a dog"}, "references would change nothing"),
@@ -121,7 +122,7 @@ def test_metrics_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monk
     wrong: list[dict[str, Any]] = [
         {"metric": ["KL", "BLUE"]},
         {"metric": "BLEU"},
-        {"metric": ["edit distance", "KL"], "layers": [0, 1]},
+        {"metric": ["edit distance", "KL"], "layer": [0, 1]},
         {"metric": "empty", "categories": ["x", "y"]},
         {"metric": ["KL", "empty"], "categories": [["x"]]},
     ]
@@ -134,9 +135,9 @@ def test_whole_numbers_of_numpy_and_torch_are_whole_numbers() -> None:
     ask = functools.partial(bare(cm.decoder_lens), model(), "the cat")
     plain = ask(max_new_tokens=3, num_beams=2)
     assert ask(max_new_tokens=np.int64(3), num_beams=torch.tensor(2)).equals(plain)
-    scores = ask(mode="scores", tokens=[7, 9])
+    scores = ask(mode="scores", target=[7, 9])
     for tokens in (np.array([7, 9]), torch.tensor([7, 9]), (np.int32(7), 9)):
-        assert ask(mode="scores", tokens=tokens).equals(scores)
+        assert ask(mode="scores", target=tokens).equals(scores)
 
 
 def test_what_agrees_with_its_metric_is_no_mistake() -> None:
@@ -171,28 +172,28 @@ ANSWERS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "options", "match"), ANSWERS)
 def test_what_a_decoding_cannot_answer(name: str, options: dict[str, Any], match: str) -> None:
-    ask = bare(getattr(cm.LayerwiseDecoding, name))
+    ask = bare(getattr(LayerwiseDecoding, name))
     with pytest.raises(cm.InvalidInput, match=match):
         ask(decoding(), **options)
 
 
 def test_what_judged_answers_and_scores_cannot_answer() -> None:
     judged = cm.decoder_lens(model(), "the cat", "a dog", mode="teacher_forced")
-    ask = functools.partial(bare(cm.LayerwiseLikelihood.metrics), judged)
+    ask = functools.partial(bare(LayerwiseLikelihood.metrics), judged)
     for options, match in (
         ({"metric": 5}, "no such metric"),
         ({"metric": []}, "no such metric"),
-        ({"metric": "BLEU"}, "does not know this metric: got 'BLEU'"),
-        ({"metric": nothing}, "does not know this metric"),
+        ({"metric": "BLEU"}, "no such metric: got 'BLEU'"),
+        ({"metric": nothing}, "no such metric"),
         ({"categories": 5}, "categories cannot be read"),
         ({"categories": "x"}, "categories do not fit"),
         ({"categories": [[5]]}, "categories cannot be read"),
     ):
         with pytest.raises(cm.InvalidInput, match=match):
             ask(**options)
-    one = cm.decoder_lens(model(), "the cat", mode="scores", tokens=["cat"])
+    one = cm.decoder_lens(model(), "the cat", mode="scores", target=["cat"])
     for places in ((), (0, 1), (0, 5), ("cat", "dog"), (0.0, 0)):
         with pytest.raises(cm.InvalidInput, match="token axis"):
-            bare(cm.LayerwiseScores.difference)(one, *places)
-    two = cm.decoder_lens(model(), "the cat", mode="scores", tokens=["cat", "dog"])
+            bare(LayerwiseScores.difference)(one, *places)
+    two = cm.decoder_lens(model(), "the cat", mode="scores", target=["cat", "dog"])
     assert torch.equal(two.difference(*two.strings), two.difference())

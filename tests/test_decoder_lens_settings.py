@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.encoder_decoder.generation_config import _OF_SOURCE_TOKENS, _REFUSED
+from tl_contextmix.results import LayerwiseDecoding
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
@@ -53,7 +54,7 @@ def tokens() -> Tensor:
     return zoo.inputs(BART[0], batch=3).tokens
 
 
-def said(found: cm.LayerwiseDecoding, layer: int) -> list[list[int]]:
+def said(found: LayerwiseDecoding, layer: int) -> list[list[int]]:
     """What was said from a layer, padding left out."""
     return [
         row[real].tolist()
@@ -185,7 +186,7 @@ def test_hooks_on_the_encoders_final_norm_take_part(case: zoo.Case) -> None:
     place = "encoder_ln_final.hook_out"
     if case.host == "HookedEncoderDecoder":
         place = "encoder_final_ln.hook_normalized"
-    ask = functools.partial(cm.decoder_lens, model, given.tokens, mode="scores", tokens=[7, 9])
+    ask = functools.partial(cm.decoder_lens, model, given.tokens, mode="scores", target=[7, 9])
     seen = []
     with model.hooks(fwd_hooks=[(place, lambda tensor, hook: seen.append(tensor.shape))]):
         plain = ask()
@@ -214,7 +215,7 @@ def test_hooks_that_would_not_be_run_are_refused(case: zoo.Case) -> None:
             cm.decoder_lens(model, given.tokens, max_new_tokens=2)
         handle.remove()
     if case.host == "HookedEncoderDecoder":
-        ask = functools.partial(cm.decoder_lens, model, given.tokens, mode="scores", tokens=[7])
+        ask = functools.partial(cm.decoder_lens, model, given.tokens, mode="scores", target=[7])
         with model.hooks(fwd_hooks=[("hook_embed", double)]):  # the encoder's alone
             edited = ask()
         assert not torch.allclose(edited.logits, ask().logits)
@@ -244,7 +245,7 @@ def test_an_mt5_has_no_scale_before_its_unembedding() -> None:
         model,
         given.tokens,
         mode="scores",
-        tokens=[7, 9],
+        target=[7, 9],
         decoder_input=given.decoder_tokens,
     )
     spoken = cm.decoder_lens(model, given.tokens, max_new_tokens=LENGTH)

@@ -92,12 +92,12 @@ def test_its_own_output_is_judged_and_tokens_are_scored() -> None:
     found = cm.decoder_lens(model, features(), mode="teacher_forced", max_new_tokens=LENGTH)
     assert not bool(found.ranks[:, -1].any())
     assert float(found.kl[:, 0].max()) > 0.01
-    scores = cm.decoder_lens(model, features(), mode="scores", tokens=[7, 9])
+    scores = cm.decoder_lens(model, features(), mode="scores", target=[7, 9])
     short = oracle.truncated(model, 1)
     with torch.no_grad():
         expected = short(features(), decoder_input_ids=torch.full((3, 1), 1)).logits[:, 0, [7, 9]]
     torch.testing.assert_close(scores.logits[:, 1], expected)
-    bare = cm.decoder_lens(model, features(), mode="scores", tokens=[7, 9], final_norm=False)
+    bare = cm.decoder_lens(model, features(), mode="scores", target=[7, 9], final_norm=False)
     assert bool((bare.logits != scores.logits).all()), "Whisper's encoder has a final norm"
 
 
@@ -122,8 +122,8 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"input": torch.zeros(8, 24)}, "cannot read"),
     ({"input": AUDIO.long()}, "cannot read"),
     ({"input": AUDIO[:0]}, "at least one input"),
-    ({"input": torch.zeros(1, 8, 5)}, "cannot be encoded"),
-    ({"input": torch.zeros(1, 8, 0)}, "cannot be encoded"),
+    ({"input": torch.zeros(1, 8, 5)}, "cannot encode the audio"),
+    ({"input": torch.zeros(1, 8, 0)}, "cannot encode the audio"),
     ({"input": torch.zeros(1, 5, 24)}, "8 mel bins"),
     ({"decoder_input": torch.tensor([[1]])}, "no meaning"),
     ({"attention_mask": torch.ones(1, 24)}, "no meaning"),
@@ -131,8 +131,8 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"references": "a", "mode": "teacher_forced"}, "tokenizer"),
     # Token ids as numbers are no words to compare a transcript with.
     ({"references": "a", "metric": "WER"}, "tokenizer"),
-    ({"mode": "scores", "tokens": ["a"]}, "tokenizer"),
-    ({"tokenizer": 5}, "this is no tokenizer"),
+    ({"mode": "scores", "target": ["a"]}, "tokenizer"),
+    ({"tokenizer": 5}, "not a tokenizer"),
 ]
 
 
@@ -168,12 +168,12 @@ def test_a_model_that_drops_activations_is_refused(rate: str) -> None:
     ).train()
     with pytest.raises(cm.InvalidInput, match=r"in train mode.*model.eval\(\)"):
         cm.decoder_lens(model, features())
-    cm.decoder_lens(model.eval(), features(), mode="scores", tokens=[7])
+    cm.decoder_lens(model.eval(), features(), mode="scores", target=[7])
 
 
 def test_hooks_and_settings_are_followed_or_refused() -> None:
     model = whisper()
-    ask = functools.partial(cm.decoder_lens, model, features(), mode="scores", tokens=[7, 9])
+    ask = functools.partial(cm.decoder_lens, model, features(), mode="scores", target=[7, 9])
     plain = ask()
     encoder, settings = model.get_encoder(), model.generation_config
     handle = encoder.layer_norm.register_forward_hook(lambda module, args, output: 2 * output)
@@ -184,7 +184,7 @@ def test_hooks_and_settings_are_followed_or_refused() -> None:
     torch.testing.assert_close(edited.logits[:, -1], right)
     assert bool((edited.logits != plain.logits).all())
     handle = encoder.register_forward_hook(lambda module, args, output: output)
-    with pytest.raises(cm.UnsupportedModel, match="its whole encoder are not followed"):
+    with pytest.raises(cm.UnsupportedModel, match="its whole encoder have no effect"):
         ask()
     handle.remove()
     before = dict(vars(settings))
@@ -194,10 +194,10 @@ def test_hooks_and_settings_are_followed_or_refused() -> None:
             ask()
         setattr(settings, name, before.get(name))
     settings.repetition_penalty = 5.0
-    found = cm.decoder_lens(model, features(), layers=1, max_new_tokens=LENGTH)
+    found = cm.decoder_lens(model, features(), layer=1, max_new_tokens=LENGTH)
     expected = generate(oracle.truncated(model, 1), features()).tolist()
     settings.repetition_penalty = before["repetition_penalty"]
     for row in range(3):
         said = found.ids[row, 0][found.content[row, 0]].tolist()
         assert said == [token for token in expected[row] if token != PAD][: len(said)]
-    assert not found.equals(cm.decoder_lens(model, features(), layers=1, max_new_tokens=LENGTH))
+    assert not found.equals(cm.decoder_lens(model, features(), layer=1, max_new_tokens=LENGTH))

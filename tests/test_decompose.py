@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -24,13 +23,9 @@ from tl_contextmix.engine.parts import (
     FeedForwardParts,
     Point,
     linear_points,
-    masked,
     norms_at,
     parts_at,
     parts_at_all,
-    require_bias,
-    require_budget,
-    require_point,
 )
 
 CASES = zoo.cases()
@@ -373,20 +368,6 @@ def test_norms_of_several_points_by_hand(norm: Norm | None, asked: tuple[Point, 
         torch.testing.assert_close(found[point][0, 1], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_points_conventions_and_budgets_are_taken_or_refused() -> None:
-    assert [require_point(point) for point in POINTS] == list(POINTS)
-    assert [require_bias(bias) for bias in BIASES] == list(BIASES)
-    assert [require_budget(budget) for budget in (1, 2**40)] == [1, 2**40]
-    for require, wrong in (
-        (require_point, ["mlp", None, 0]),
-        (require_bias, ["", None]),
-        (require_budget, [0, -1, 1.5, True, None, "1G"]),
-    ):
-        for value in wrong:
-            with pytest.raises(cm.InvalidInput, match="got " + re.escape(repr(value))):
-                require(value)
-
-
 def test_padding_on_either_side_is_masked() -> None:
     case = next((case for case in CASES if case.family == "bart"), None)
     if case is None:
@@ -408,7 +389,7 @@ def test_padding_on_either_side_is_masked() -> None:
 
 def _zero_at_padding(done: Pass, point: Point) -> None:
     kept = done.target.mask[:, :, None] & done.source(point).mask[:, None]
-    for heads in ((), (3,), (1, 2)):
-        scores = torch.full((2, *heads, *kept.shape[1:]), 7.0)
-        shown = kept.view(2, *[1] * len(heads), *kept.shape[1:]).expand_as(scores)
-        assert torch.equal(masked(done, scores, point), 7.0 * shown)
+    for heads in (1, 3):
+        shape = (2, len(done.blocks), heads, *kept.shape[1:])
+        found = done.map("a method", torch.full(shape, 7.0), point, "norm", heads=["a"] * heads)
+        assert torch.equal(found.scores, 7.0 * kept[:, None, None].expand(shape))

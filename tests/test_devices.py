@@ -29,7 +29,7 @@ def methods(case: zoo.Case) -> list[Method]:
 def numbers(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs) -> torch.Tensor:
     """The numbers of a method, about the same prediction whatever the model finds likely."""
     names = inspect.signature(method.ask).parameters
-    fixed: dict[str, Any] = {"target_ids": 7} if "target_ids" in names else {}
+    fixed: dict[str, Any] = {"target": 7} if "target" in names else {}
     fixed |= {"target": 7} if method.name in ("gradient_x_input", "integrated_gradients") else {}
     found = method.values(ask(method, model, case, given, **fixed))
     return torch.nan_to_num(found, nan=0.0)  # what is not there: components after the position
@@ -116,7 +116,7 @@ def test_offloaded_weights_are_refused_by_name() -> None:
     accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
     with zoo_build.quiet():
         model = zoo_build.bridge(hf, "gpt", dtype=torch.float64, processed=False)
-    with pytest.raises(cm.UnsupportedModel, match=r"come and go.*wte.*weight"):
+    with pytest.raises(cm.UnsupportedModel, match=r"offloaded weights.*wte.*weight"):
         cm.check(model)
 
 

@@ -15,6 +15,7 @@ import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.evaluation import agreement, cue_alignment, faithfulness
+from tl_contextmix.results import ContextMap, Score
 
 TEXT = "the keys to the cabinet"
 
@@ -25,15 +26,15 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def fmap(model: Any) -> cm.ContextMap:
+def fmap(model: Any) -> ContextMap:
     return cm.attention_norms(model, TEXT).normalize()
 
 
-def rows(score: cm.Score, metric: str) -> list[Any]:
+def rows(score: Score, metric: str) -> list[Any]:
     return [row for row in score.rows if row.metric == metric]
 
 
-def test_cue_alignment_by_hand(fmap: cm.ContextMap) -> None:
+def test_cue_alignment_by_hand(fmap: ContextMap) -> None:
     scores = torch.zeros_like(fmap.scores)
     scores[..., 0] = 1.0
     # The last row: half on the second token, a quarter on the third and the first.
@@ -53,11 +54,11 @@ def test_cue_alignment_by_hand(fmap: cm.ContextMap) -> None:
     assert several.chance == pytest.approx(2 / 6)
 
 
-def test_only_what_a_target_can_read_counts(fmap: cm.ContextMap) -> None:
-    found = rows(cue_alignment(fmap, [[1]], targets=2), "dot")[0]
+def test_only_what_a_target_can_read_counts(fmap: ContextMap) -> None:
+    found = rows(cue_alignment(fmap, [[1]], pos=2), "dot")[0]
     assert found.chance == pytest.approx(1 / 3)
     with pytest.raises(cm.InvalidInput, match=r"position 4.*one of \[0, 1, 2\]"):
-        cue_alignment(fmap, [[4]], targets=2)
+        cue_alignment(fmap, [[4]], pos=2)
 
 
 def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
@@ -92,12 +93,12 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
 
 
 def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
-    model: Any, fmap: cm.ContextMap
+    model: Any, fmap: ContextMap
 ) -> None:
-    whole = cue_alignment(fmap, [[1]], targets=3).rows
-    assert rows(cue_alignment(fmap, [[1]], targets=3), "dot")[0].chance == pytest.approx(1 / 4)
+    whole = cue_alignment(fmap, [[1]], pos=3).rows
+    assert rows(cue_alignment(fmap, [[1]], pos=3), "dot")[0].chance == pytest.approx(1 / 4)
     one = cue_alignment(fmap.select(target=3), [[1]]).rows
-    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, targets=3).normalize(), [[1]]).rows
+    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, pos=3).normalize(), [[1]]).rows
     gradient = cue_alignment(cm.gradient_x_input(model, TEXT, pos=3).normalize(), [[1]]).rows
     for found in (one, zeroed, gradient):
         for a, b in zip(found, whole, strict=False):
@@ -106,7 +107,7 @@ def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
         assert a.value == pytest.approx(b.value)
 
 
-def test_agreement_with_itself_and_with_its_reverse(fmap: cm.ContextMap) -> None:
+def test_agreement_with_itself_and_with_its_reverse(fmap: ContextMap) -> None:
     assert {round(row.value, 9) for row in agreement(fmap, fmap).rows} == {1.0}
     # Every row's order turned around among what can be read.
     top = fmap.scores.max() + 1
@@ -115,7 +116,7 @@ def test_agreement_with_itself_and_with_its_reverse(fmap: cm.ContextMap) -> None
     assert {round(row.value, 9) for row in found.rows} == {-1.0}
 
 
-def test_faithfulness_against_a_literal_loop(model: Any, fmap: cm.ContextMap) -> None:
+def test_faithfulness_against_a_literal_loop(model: Any, fmap: ContextMap) -> None:
     ids = fmap.target.ids
     with torch.no_grad():
         answer = int(model(ids)[0, -1].argmax())
@@ -141,7 +142,7 @@ def test_faithfulness_against_a_literal_loop(model: Any, fmap: cm.ContextMap) ->
     assert values["blank-out"] == pytest.approx(float(spearman(row[others], single)), abs=1e-5)
 
 
-def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: cm.ContextMap) -> None:
+def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: ContextMap) -> None:
     flat = replace(fmap, scores=torch.ones_like(fmap.scores).tril(), bias=None)
     for row in faithfulness(model, TEXT, flat).rows:
         if row.metric == "blank-out":
@@ -155,20 +156,20 @@ def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: cm.Con
         assert row.sentences == 0
 
 
-def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: cm.ContextMap) -> None:
-    whole = faithfulness(model, TEXT, fmap, target=-2)
+def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: ContextMap) -> None:
+    whole = faithfulness(model, TEXT, fmap, pos=-2)
     for part in (fmap.select(target=-2), fmap.select(target=[-2, -1])):
-        assert faithfulness(model, TEXT, part, target=-2).equals(whole)
+        assert faithfulness(model, TEXT, part, pos=-2).equals(whole)
     early = cm.gradient_x_input(model, TEXT, pos=3)
     with pytest.raises(cm.InvalidInput, match=r"no row for the target: got .*\[3\].*position 5"):
         faithfulness(model, TEXT, early)
-    assert all(math.isfinite(row.value) for row in faithfulness(model, TEXT, early, target=3).rows)
+    assert all(math.isfinite(row.value) for row in faithfulness(model, TEXT, early, pos=3).rows)
     heads = cm.value_zeroing(model, TEXT, heads=True)
     with pytest.raises(cm.InvalidInput, match="4 heads"):
         faithfulness(model, TEXT, heads)
 
 
-def test_the_blank_itself_is_not_ranked(model: Any, fmap: cm.ContextMap) -> None:
+def test_the_blank_itself_is_not_ranked(model: Any, fmap: ContextMap) -> None:
     first = int(fmap.target.ids[0, 0])
     scores = fmap.scores.clone()
     scores[..., 0] = 9.0  # the beginning-of-sequence token, with which nothing can be done
@@ -181,8 +182,8 @@ def test_masked_models_are_asked_at_their_mask() -> None:
     masked = cm.load_demo("masked-lm")
     text = "the keys to the cabinet [MASK] old ."
     fmap = cm.attention(masked, text, heads=False)
-    assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, target=6))
-    with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected one, or a target"):
+    assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, pos=6))
+    with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a target"):
         faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
 
@@ -194,35 +195,41 @@ def test_gradients_under_inference_mode(model: Any) -> None:
         assert torch.equal(cm.gradient_x_input(model, ids).scores, plain.scores)
 
 
-def test_scores_show_save_and_add(fmap: cm.ContextMap, tmp_path: Any) -> None:
+def test_scores_show_save_and_add(fmap: ContextMap, tmp_path: Any) -> None:
     found = cue_alignment(fmap, [[2]], method="mine")
     both = found + agreement(fmap, fmap)
     assert len(both.rows) == 16
     assert set(both.to_dataframe().columns) >= {"method", "layer", "value", "low", "chance"}
-    assert cm.Score.load(both.save(tmp_path / "score")).equals(both)
+    assert Score.load(both.save(tmp_path / "score")).equals(both)
     assert "mine" in both.show()._repr_html_()
     assert "mine" in repr(both)
 
 
-def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
+def test_bad_input(model: Any, fmap: ContextMap) -> None:
     raw = cm.attention_norms(model, TEXT)
     heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
     for call, message in (
         (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
         (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
-        (lambda: cue_alignment(fmap, [[]]), r"at least one cue for every sentence"),
+        (
+            lambda: cue_alignment(fmap, [[]]),
+            r"at least one cue, positions or texts",
+        ),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
-        (lambda: cue_alignment(fmap, [[1]], targets=9), r"9 in sentence 0; expected one of"),
+        (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
         (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
         (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),
-        (lambda: faithfulness(model, TEXT, fmap, answer=[10**6]), r"this answer is no token"),
+        (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"target is not a token id"),
         (
-            lambda: faithfulness(model, TEXT, fmap, answer=[-1]),
+            lambda: faithfulness(model, TEXT, fmap, pos=[-1]),
             r"got -1; expected an integer",
         ),
-        (lambda: faithfulness(model, TEXT, fmap, answer=[1, 2]), r"2 for 1 sentences"),
-        (lambda: faithfulness(model, TEXT, fmap, target=9), r"this target is no token: got 9"),
+        (lambda: faithfulness(model, TEXT, fmap, target=[1, 2]), r"2 for 1 sentences"),
+        (
+            lambda: faithfulness(model, TEXT, fmap, pos=9),
+            r"not a position of the sentence: got 9",
+        ),
         (lambda: agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),
         (lambda: cue_alignment(fmap, [[True]]), r"positions or texts"),
     ):
@@ -233,7 +240,7 @@ def test_bad_input(model: Any, fmap: cm.ContextMap) -> None:
 def test_without_a_tokenizer_nothing_can_be_blanked() -> None:
     model = zoo.build(case_of("gpt2"), dtype=torch.float32, tokenizer=False)
     map = cm.attention_norms(model, torch.tensor([[5, 9, 17]])).normalize()
-    with pytest.raises(cm.InvalidInput, match="Give blank=<token id>"):
+    with pytest.raises(cm.InvalidInput, match="Pass blank=<token id>"):
         faithfulness(model, torch.tensor([[5, 9, 17]]), map)
     assert faithfulness(model, torch.tensor([[5, 9, 17]]), map, blank=3).rows
 

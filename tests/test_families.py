@@ -45,7 +45,7 @@ def test_a_family_is_read_adds_up_and_is_zeroed_exactly(kind: str) -> None:
     assert relative(parts.total(), own) <= FLOAT32_INSIDE
     zeroed = cm.value_zeroing(model, inputs.tokens).scores[:, :, 0]
     assert relative(zeroed, literal(model, inputs)[1]) <= FLOAT32_INSIDE
-    scores = cm.log_prob_contributions(model, inputs.tokens, target_ids=9)
+    scores = cm.log_prob_contributions(model, inputs.tokens, target=9)
     said = zoo.logits(model, inputs)[:, -1].log_softmax(dim=-1)[:, 9]
     assert relative(scores.trajectory[:, -1], said) <= FLOAT32_INSIDE
     tops = cm.ff_memories(model, inputs.tokens)
@@ -68,7 +68,7 @@ def test_an_encoder_decoder_is_read_and_decoded(kind: str) -> None:
         assert relative(parts.total(), own) <= FLOAT32_INSIDE
         zeroed = cm.value_zeroing(model, inputs.tokens, stack=stack, **asked).scores[:, :, 0]
         assert relative(zeroed, literal(model, inputs, stack)[1]) <= FLOAT32_INSIDE
-    scores = cm.log_prob_contributions(model, inputs.tokens, target_ids=9, **asked)
+    scores = cm.log_prob_contributions(model, inputs.tokens, target=9, **asked)
     said = zoo.logits(model, inputs)[:, -1].log_softmax(dim=-1)[:, 9]
     assert relative(scores.trajectory[:, -1], said) <= FLOAT32_INSIDE
     found = cm.decoder_lens(model, inputs.tokens, max_new_tokens=6)

@@ -24,11 +24,12 @@ import zoo
 from hand_built import one_of_each
 
 import tl_contextmix as cm
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.results import Result
 
 pytestmark = pytest.mark.once
 
-OURS = (cm.InvalidInput, cm.UnsupportedModel, cm.FileFormatError)
+OURS = (cm.InvalidInput, cm.UnsupportedModel, FileFormatError)
 ROUNDS = 60  # changed files per reader
 SCRIPT = Path(__file__).with_name("fuzz_calls.py")
 
@@ -64,7 +65,7 @@ class Reader:
 
     file: Path
     read: Callable[[], object]
-    fails: tuple[type[Exception], ...] = (cm.FileFormatError,)
+    fails: tuple[type[Exception], ...] = (FileFormatError,)
 
 
 def corpus_reader(path: Path, folder: Path) -> Reader:
@@ -73,7 +74,7 @@ def corpus_reader(path: Path, folder: Path) -> Reader:
     def read() -> object:
         return cm.composition(model, path)
 
-    return Reader(path, read, (cm.FileFormatError, cm.InvalidInput))
+    return Reader(path, read, (FileFormatError, cm.InvalidInput))
 
 
 def pages(path: Path) -> Path:
@@ -108,7 +109,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     readers = {
         "result": Reader(result, lambda: Result.load(result)),
         "minimal pairs": Reader(
-            pairs, lambda: cm.load_minimal_pairs(pairs), (cm.FileFormatError, cm.InvalidInput)
+            pairs, lambda: cm.load_minimal_pairs(pairs), (FileFormatError, cm.InvalidInput)
         ),
         "manifest": Reader(mined / "manifest.json", triggers, OURS),
         "table of triggers": Reader(mined / "triggers.parquet", triggers, OURS),

@@ -20,6 +20,7 @@ from test_conformance import queried
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.results import ContextMap, LayerFigures, LogProbContributions
 
 GOLDENS = Path(__file__).parent / "goldens.json"
 # Relative to the sum of what is added up. Hosts with float32 inside are up to 1e-6 off per entry,
@@ -29,7 +30,7 @@ BOUND = 1e-5
 Ask = Callable[..., Tensor]
 
 
-def _maps(ask: Callable[..., cm.ContextMap]) -> Ask:
+def _maps(ask: Callable[..., ContextMap]) -> Ask:
     return lambda model, tokens, **given: ask(model, tokens, **given).scores
 
 
@@ -40,7 +41,7 @@ def _by(by: Any) -> Ask:
     return ask
 
 
-def _heads(model: Any, tokens: Tensor, **given: Any) -> cm.LogProbContributions:
+def _heads(model: Any, tokens: Tensor, **given: Any) -> LogProbContributions:
     found = cm.log_prob_contributions(model, tokens, by="head", pos=-1, **given)
     return found.top(2)
 
@@ -50,7 +51,7 @@ def _own_stack(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"stack": "encoder"} if given else {}
 
 
-def _points(model: Any, tokens: Tensor, **given: Any) -> dict[Any, cm.ContextMap]:
+def _points(model: Any, tokens: Tensor, **given: Any) -> dict[Any, ContextMap]:
     given = _own_stack(given)
     every = points(view_of(model).blocks(given.get("stack"))[0])
     return cm.attention_norms(model, tokens, at=every, **given)
@@ -79,7 +80,7 @@ def _values(model: Any, tokens: Tensor, **given: Any) -> Tensor:
     return cm.ff_values(model, layer=1, neurons=[0, 3], k=3).logits
 
 
-def _figures(ask: Callable[..., cm.LayerFigures]) -> Ask:
+def _figures(ask: Callable[..., LayerFigures]) -> Ask:
     # There is no figure of a component that a parallel block does not have: NaN.
     return lambda model, tokens, **given: torch.nan_to_num(
         ask(_points(model, tokens, **given)).values, nan=-1.0
@@ -95,7 +96,7 @@ METHODS: dict[str, dict[str, Ask]] = {
             cm.mixing_ratio(model, tokens, at="resid_mid", **given).values
         ),
         "rollout": lambda model, tokens, **given: (
-            cm.rollout(cm.attention_norms(model, tokens, **_own_stack(given))).scores
+            cm.attention_norms(model, tokens, **_own_stack(given)).rollout().scores
         ),
         "amplified_pairs": _pairs,
         "value_zeroing": _maps(cm.value_zeroing),

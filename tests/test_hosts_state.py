@@ -15,8 +15,8 @@ from asked import case_of, keywords, relative, stacks, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
-from tl_contextmix import adapters as hosts
-from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
+from tl_contextmix.adapters import views
+from tl_contextmix.adapters.running import hooked_places, without_hooks
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 # A family of each class, attention computed by TransformerLens (gpt2, llama) and by Hugging Face.
@@ -133,11 +133,11 @@ def test_neither_model_nor_views_outlive_the_users_reference(case: zoo.Case) -> 
     model = zoo.build(case)
     view = view_of(model)
     kept = weakref.ref(model)
-    assert kept in set(hosts._KNOWN.keyrefs())
+    assert kept in set(views._KNOWN.keyrefs())
     del model
     gc.collect()
     assert kept() is None
-    assert all(reference() is not None for reference in hosts._KNOWN.keyrefs())
+    assert all(reference() is not None for reference in views._KNOWN.keyrefs())
     with pytest.raises(ReferenceError, match="has been deleted"):
         view.hooked()
 
@@ -199,7 +199,7 @@ def test_edits_that_a_decomposition_cannot_follow_are_refused(
         with pytest.raises(cm.UnsupportedModel, match="with hooks of your own at") as raised:
             cm.attention_norms(model, given.tokens, **keywords(given))
         assert "fails in" in str(raised.value)
-        assert "Take the others off" in str(raised.value)
+        assert "Remove other hooks" in str(raised.value)
         # The weights are read for what they are, whatever hooks do.
         assert cm.check(model).ok
     maps(model, case, given)

@@ -19,6 +19,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, PaddingSide, make_batch
 from tl_contextmix.engine.parts import POINTS, Point
+from tl_contextmix.results import ContextMap
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 PAIRS = [pytest.param(case, id=case.id) for case in zoo.cases() if case.encoder_decoder]
@@ -66,7 +67,7 @@ def padded(given: zoo.Inputs, side: str, pad: int, length: int = 3) -> tuple[Ten
     return torch.cat([more, tokens], dim=1), torch.cat([zeros, ones], dim=1)
 
 
-def require_same(found: cm.ContextMap, alone: cm.ContextMap, limit: float) -> None:
+def require_same(found: ContextMap, alone: ContextMap, limit: float) -> None:
     """Real positions as in the run without padding, padding exactly zero."""
     target, source = found.target.mask, found.source.mask
     for row in range(target.shape[0]):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import UserDict
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import unchecked
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch, select_blocks
+from tl_contextmix.core import validation
 
 V, N_CTX = zoo.rows.D_VOCAB, zoo.rows.N_CTX
 TOKENS = torch.tensor([[5, 6, 7]])
@@ -117,8 +120,8 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"no such stack: got 'encoder'; expected one of \['decoder'\]",
     ),
     "no cross-attention": (TOKENS, {"stack": "cross"}, r"got 'cross'; .*Leave `stack` out"),
-    "no budget": (TOKENS, {"max_bytes": 0}, r"got 0; expected a positive number of bytes"),
-    "a negative budget": (TOKENS, {"max_bytes": -5}, r"got -5; .*The default is 1 GiB"),
+    "no budget": (TOKENS, {"max_bytes": 0}, r"max_bytes: got 0; expected an integer from 1\."),
+    "a negative budget": (TOKENS, {"max_bytes": -5}, r"got -5; .*See help\(tl_contextmix\.att"),
     "heads behind their sum": (
         TOKENS,
         {"heads": True},
@@ -191,34 +194,50 @@ def test_bad_input_of_two_sides_is_refused(
 
 UNCHECKED: dict[str, tuple[str, str]] = {
     "None": ("None, {}", r"input cannot be read: got a NoneType; .*a str, a list of str"),
-    "int": ("5, {}", r"input cannot be read: got a int; .*torch.tensor"),
+    "int": ("5, {}", r"input cannot be read: got a int; .*token ids \[batch, pos\]"),
     "bytes": ("b'cat', {}", r"got a bytes;"),
-    "dict": ("{'input_ids': [1]}, {}", r"got a dict;"),
-    "list of ids": ("[5, 6], {}", r"got a list of int; .*Convert arrays and lists of ids"),
+    "dict": ("{'input_ids': [1]}, {}", r"got a dict; .*what a tokenizer returns"),
+    "rows of unequal length": ("[[5, 6], [7]], {}", r"got a list of list; .*Give rows of ids one"),
     "list with a None": ("['cat', None], {}", r"got a list of NoneType, str;"),
+    "list of ids and texts": ("[5, 'cat'], {}", r"got a list of int, str;"),
     "generator": ("(t for t in ['cat']), {}", r"got a generator;"),
-    "array": ("numpy.array([[5, 6]]), {}", r"got a ndarray; .*torch.tensor"),
-    "mask as a list": ("TOKENS, {'attention_mask': [1, 1, 1]}", r"attention_mask .*got a list;"),
-    "unknown side": (
-        "['cat', 'a cat'], {'padding_side': 'middle'}",
-        r"got 'middle'; expected 'right' or 'left'",
+    "array of texts": ("numpy.array('cat'), {}", r"got a ndarray;"),
+    "two segments": (
+        "collections.UserDict(input_ids=[[5, 6]], token_type_ids=[[0, 1]]), {}",
+        r"got token_type_ids of a second segment; .*Give each text alone",
     ),
-    "unknown side with tokens": ("TOKENS, {'padding_side': None}", r"padding side: got None;"),
-    "unknown point": ("TOKENS, {'at': 'hook_out'}", r"no such point: got 'hook_out'; expected one"),
-    "unknown bias": ("TOKENS, {'bias': 'none'}", r"got 'none'; expected 'contributor' or 'fixed'"),
-    "unknown stack": ("TOKENS, {'stack': 'both'}", r"no such stack: got 'both'; expected one of"),
-    "layer as text": ("TOKENS, {'layer': '0'}", r"no such layer: got '0'; expected an integer"),
-    "layer between": ("TOKENS, {'layer': 0.5}", r"no such layer: got 0.5; expected an integer"),
-    "layers of the wrong kind": ("TOKENS, {'layer': [0, None]}", r"no such layer: got None;"),
-    "layers as a set": ("TOKENS, {'layer': {0}}", r"no such layer: got \{0\};"),
-    "budget as text": ("TOKENS, {'max_bytes': '1G'}", r"got '1G'; expected a positive number"),
+    "half a character": ("'\\ud800', {}", r"input .* read: got '\\ud800'; expected characters"),
+    "mask as text": ("TOKENS, {'attention_mask': '111'}", r"attention_mask .*got a str;"),
+    "switch as text": (
+        "'cat', {'prepend_bos': 'no'}",
+        r"prepend_bos cannot be read: got 'no'; expected True, False or None",
+    ),
+    "unknown side": (
+        "['cat', 'a cat'], {'padding_side': 'lft'}",
+        r"no such padding side: got 'lft'; expected one of .*Did you mean 'left'\?",
+    ),
+    "unknown side with tokens": ("TOKENS, {'padding_side': 1}", r"padding side: got 1;"),
+    "unknown point": (
+        "TOKENS, {'at': 'mlp_ot'}",
+        r"cannot use this at: got 'mlp_ot'; expected one of .* or several\. Did you mean 'mlp_out'",
+    ),
+    "unknown point among others": ("TOKENS, {'at': ['mlp_in', 'x']}", r"got \['mlp_in', 'x'\];"),
+    "unknown bias": ("TOKENS, {'bias': 'none'}", r"got 'none'; expected one of .*See help\(tl_con"),
+    "unknown stack": ("TOKENS, {'stack': 'both'}", r"this stack: got 'both'; expected one of"),
+    "layer as text": ("TOKENS, {'layer': '0'}", r"got '0'; expected an integer, several or None"),
+    "layer between": ("TOKENS, {'layer': 0.5}", r"got 0\.5; expected an integer, several or None"),
+    "layers of the wrong kind": ("TOKENS, {'layer': [0, None]}", r"layer: got \[0, None\]; exp"),
+    "layers as a set": ("TOKENS, {'layer': {0}}", r"layer: got \{0\}; expected"),
+    "layer that is too long": ("TOKENS, {'layer': 10**30}", r"got 10{30}; expected an integer"),
+    "switch as a number": ("TOKENS, {'heads': 1}", r"heads: got 1; expected True or False"),
+    "budget as text": ("TOKENS, {'max_bytes': '1G'}", r"got '1G'; expected an integer from 1"),
     "cache that is none": ("TOKENS, {'cache': 3}", r"cache cannot be read: got a int; .*second"),
     "logits as cache": ("TOKENS, {'cache': TOKENS.float()}", r"cache cannot be read: got a torch"),
 }
 
 
 SETTING = """
-import numpy, zoo
+import collections, numpy, zoo
 from asked import case_of
 from test_inputs_errors import TOKENS
 import tl_contextmix as cm
@@ -256,13 +275,115 @@ def test_a_block_without_neurons_has_no_point_inside_of_them() -> None:
 
 
 def test_layers_may_be_any_integers() -> None:
-    import numpy
-
     blocks = view_of(zoo.build(case_of("gpt2"))).blocks()
     assert [block.layer for block in select_blocks(blocks, range(2))] == [0, 1]
     assert [block.layer for block in select_blocks(blocks, (2, -3))] == [2, 0]
-    ask = inspect.unwrap(select_blocks)
-    assert [block.layer for block in ask(blocks, numpy.int64(1))] == [1]
+    ask: Any = cm.attention
+    for layer in (numpy.int64(-1), numpy.array([2]), torch.tensor(2), torch.tensor([2])):
+        found = ask(zoo.build(case_of("gpt2")), TOKENS, layer=layer)
+        assert found.layers == (2,)
+        assert type(found.layers[0]) is int
+
+
+TOKENIZED: dict[str, Any] = {
+    "list": [[5, 6, 7], [8, 9, 0]],
+    "list of tensors": [torch.tensor([5, 6, 7]), torch.tensor([8, 9, 0])],
+    "array": numpy.array([[5, 6, 7], [8, 9, 0]], dtype=numpy.int32),
+    "tokenizer's": UserDict(input_ids=[[5, 6, 7], [8, 9, 0]], attention_mask=[[1] * 3, [1, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZED)
+def test_ids_may_be_arrays_lists_and_what_a_tokenizer_returns(name: str) -> None:
+    model, mask = zoo.build(case_of("gpt2")), [[True] * 3, [True, True, False]]
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    expected = cm.attention_norms(model, ids, attention_mask=torch.tensor(mask))
+    options: Any = {} if name == "tokenizer's" else {"attention_mask": numpy.array(mask)}
+    found = cm.attention_norms(model, TOKENIZED[name], **options)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.target.mask, torch.tensor(mask))
+
+
+def test_a_mask_that_is_given_counts_more_than_the_tokenizers() -> None:
+    model, mask = zoo.build(case_of("gpt2")), [[1, 1, 1], [1, 0, 0]]
+    found = cm.attention(model, TOKENIZED["tokenizer's"], attention_mask=mask)
+    assert found.target.mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_a_decoders_ids_may_be_lists_too() -> None:
+    case = next((c for c in zoo.cases() if c.encoder_decoder), None)
+    if case is None:
+        pytest.skip("no encoder-decoder under this version")
+    model, said = zoo.build(case), torch.tensor([[0, 6]])
+    expected = cm.attention(model, TOKENS, decoder_input=said, stack="cross")
+    for decoder_input in (said.tolist(), said.numpy(), UserDict(input_ids=said)):
+        found = cm.attention(model, TOKENS.tolist(), decoder_input=decoder_input, stack="cross")
+        assert torch.equal(found.scores, expected.scores)
+
+
+# What is raised inside of a call
+
+
+class Broken(Exception):
+    """An error of the user's own."""
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, Broken, TypeError])
+def test_what_a_hook_raises_comes_out_as_it_is(error: type[BaseException]) -> None:
+    model, raised = zoo.build(case_of("gpt2")), error("of my own")
+
+    def hook(stream: Tensor, hook: Any) -> None:
+        raise raised
+
+    ask: Any = cm.attention_norms
+    cm.check(model)
+    name = view_of(model).blocks()[1].resid_in
+    with model.hooks(fwd_hooks=[(name, hook)]), pytest.raises(error) as found:
+        ask(model, TOKENS.numpy(), layer=numpy.int64(1), max_bytes=numpy.int32(2**20))
+    assert found.value is raised
+
+
+# Names of options
+
+
+def test_an_option_that_is_not_there_is_refused_with_the_one_that_was_meant() -> None:
+    ask: Any = cm.attention_norms
+    for kind in (cm.InvalidInput, TypeError):
+        with pytest.raises(kind, match=r"no such option: got padding_sid;.*mean 'padding_side'\?"):
+            ask(None, "cat", padding_sid="left")
+    with pytest.raises(TypeError, match=r"got colour;.*See help\(tl_contextmix\.attention_norms"):
+        ask(None, "cat", colour="red")
+
+
+def test_old_names_tell_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    face: Any = cm
+    monkeypatch.setitem(validation.RENAMED, "attention_flows", "attention")
+    monkeypatch.setitem(validation.RENAMED, "attention.per_head", "heads")
+    with pytest.raises(AttributeError, match="attention_flows is now called attention"):
+        face.attention_flows()
+    with pytest.raises(TypeError, match="no such option: got per_head; .*now called heads"):
+        face.attention(None, "cat", per_head=True)
+
+
+def test_missing_arguments_are_told_in_pythons_own_words() -> None:
+    ask: Any = cm.attention_norms
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        ask(None)
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3"):
+        ask(None, "cat", "mlp_in")
+
+
+def test_signatures_show_every_option_by_name() -> None:
+    known = ["attention_mask", "prepend_bos", "padding_side", "decoder_input", "cache"]
+    functions = [f for f in (getattr(cm, name) for name in cm.__all__) if inspect.isfunction(f)]
+    assert len(functions) > 10
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        assert all(one.kind is not one.VAR_KEYWORD for one in parameters), function
+    shown = inspect.signature(cm.attention_norms).parameters
+    assert [name for name in shown if name in known] == known
+    assert shown["cache"].annotation == "Cache | None"
+    assert "cache" not in inspect.signature(cm.gradient_x_input).parameters
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in zoo.cases()])

@@ -158,9 +158,7 @@ def test_the_last_neuron_taken_out_lowers_the_log_prob_by_its_contribution(famil
     ff = block.feed_forward
     assert ff is not None
     count = ff.W_out.shape[0]
-    scores = cm.log_prob_contributions(
-        model, given.tokens, by="ff_neuron", pos=-1, target_ids=[7, 9]
-    )
+    scores = cm.log_prob_contributions(model, given.tokens, by="ff_neuron", pos=-1, target=[7, 9])
     components = scores.components
     chosen = (components.layer[0] == block.layer) & (components.neuron[0] >= 0)
     places = chosen.nonzero()[:, 0]

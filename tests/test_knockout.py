@@ -15,12 +15,13 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.engine.selection import Controls, chosen_components, without_sources
+from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import Components, Grid, join
 
 CASES = zoo.cases()
 
 
-def knocked(model: Any, given: zoo.Inputs, **options: Any) -> cm.Knockout:
+def knocked(model: Any, given: zoo.Inputs, **options: Any) -> Knockout:
     """A knockout at the last position."""
     return cm.knockout(
         model, given.tokens, **{"controls": 0, "pos": -1, **keywords(given), **options}
@@ -71,7 +72,7 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
             values[ff.post] = post if b_post is None else post + b_post
 
     expected = literal(model, given, change)
-    found = knocked(model, given, neurons=neurons, heads=found_heads, target_ids=9)
+    found = knocked(model, given, neurons=neurons, heads=found_heads, target=9)
     own = zoo.logits(model, given)[:, -1].log_softmax(dim=-1)
     torch.testing.assert_close(found.before[:, 0], own[:, 9])
     limit = max(1e-9, 10 * bound(case)) if bound(case) > 1e-9 else 1e-9
@@ -81,12 +82,12 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
     torch.testing.assert_close(found.after[:, 2], 1 / rank.double())
     assert torch.equal(found.best.ids[:, 0], expected.argmax(dim=-1))
     everywhere = knocked(
-        model, given, neurons=neurons, heads=found_heads, target_ids=9, positions="all"
+        model, given, neurons=neurons, heads=found_heads, target=9, positions="all"
     )
     torch.testing.assert_close(everywhere.after, found.after)  # nothing reads the last block
     if last:
         first = [
-            knocked(model, given, heads=[(0, 1)], target_ids=9, positions=p).after
+            knocked(model, given, heads=[(0, 1)], target=9, positions=p).after
             for p in ("last", "all")
         ]
         assert float((first[0] - first[1]).abs().max()) > 1e-6
@@ -107,7 +108,7 @@ def test_the_mean_is_that_of_real_tokens() -> None:
         attention_mask=mask,
         replace_with="mean",
         controls=0,
-        target_ids=9,
+        target=9,
     )
     _, cache = model.run_with_cache(given.tokens, attention_mask=mask)
     post = cache[name]
@@ -137,8 +138,8 @@ def test_random_controls_are_as_many_others_of_the_same_kinds() -> None:
     heads = [(layer, head) for layer in range(3) for head in range(4)]
     with pytest.raises(cm.InvalidInput, match=r"not enough others.*1 others in attn for 11"):
         knocked(model, given, heads=heads[:11], controls=1)
-    half = knocked(model, given, heads=heads[:6], controls=1, target_ids=9)
-    rest = knocked(model, given, heads=heads[6:], target_ids=9)
+    half = knocked(model, given, heads=heads[:6], controls=1, target=9)
+    rest = knocked(model, given, heads=heads[6:], target=9)
     torch.testing.assert_close(half.controls[:, 0], rest.after)
     frame = found.summary()
     assert frame.when.tolist() == ["before", "after", "control"] * 3
@@ -213,8 +214,8 @@ def test_a_neuron_that_reads_several_sources_is_one() -> None:
     found = cm.knockout(model, given.tokens, neurons=best, controls=2)
     assert found.components.kind.shape == (2, 7)
     assert repr(found).startswith("Knockout of 7 components")
-    listed = cm.knockout(model, given.tokens, neurons=[*names], target_ids=9, controls=0)
-    same = cm.knockout(model, given.tokens, neurons=best, target_ids=9, controls=0)
+    listed = cm.knockout(model, given.tokens, neurons=[*names], target=9, controls=0)
+    same = cm.knockout(model, given.tokens, neurons=best, target=9, controls=0)
     torch.testing.assert_close(listed.after, same.after)
     drawn = Controls(view_of(model), found.components, seed=0).draw()
     assert len({drawn.label(0, place) for place in range(7)}) == 7
@@ -230,7 +231,7 @@ def test_as_many_positions_as_are_chosen() -> None:
     assert drawn.label(0, 0) == drawn.label(0, 1) != drawn.label(0, 2)
     assert torch.equal(drawn.pos, twice.pos)
     best = cm.log_prob_contributions(model, given.tokens, by="attn_neuron").top(6)
-    queries = cm.query_contributions(model, given.tokens, neurons=best, by="ff_neuron", top_k=60)
+    queries = cm.query_contributions(model, given.tokens, neurons=best, by="ff_neuron", k=60)
     last, everywhere = (
         knocked(model, given, neurons=queries, positions=positions) for positions in ("last", "all")
     )
@@ -258,7 +259,7 @@ def test_the_mean_of_a_control_is_its_own() -> None:
     """With all other heads as the control, removing them by their means is that control."""
     model, given = shared(case_of("gpt2"))
     heads = [(layer, head) for layer in range(3) for head in range(4)]
-    options = {"replace_with": "mean", "target_ids": 9}
+    options = {"replace_with": "mean", "target": 9}
     half = knocked(model, given, heads=heads[:6], controls=1, **options)
     rest = knocked(model, given, heads=heads[6:], **options)
     torch.testing.assert_close(half.controls[:, 0], rest.after)

@@ -15,13 +15,14 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.tiled_logits import read_vocabulary
+from tl_contextmix.results import LogProbContributions
 
 CASES = zoo.cases()
 RULES = ("frozen", "frozen+beta", "recompute")
 POS = -2
 
 
-def asked(model: Any, given: zoo.Inputs, **options: Any) -> cm.LogProbContributions:
+def asked(model: Any, given: zoo.Inputs, **options: Any) -> LogProbContributions:
     """The contributions at the last position but one."""
     return cm.log_prob_contributions(
         model, given.tokens, **{"pos": POS, **keywords(given), **options}
@@ -131,7 +132,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
         if rule != "frozen":
             torch.testing.assert_close(steps[:, -1], own, atol=max(1e-9, bound(case)), rtol=0)
     single = zoo.build(case, dtype=torch.float32)
-    found = asked(single, given, target_ids=17)
+    found = asked(single, given, target=17)
     assert float((found.trajectory[:, -1] - found.log_prob).abs().max()) <= 1e-5
 
 
@@ -144,7 +145,7 @@ def test_the_best_neurons_are_those_of_full_evaluation(case: zoo.Case) -> None:
             continue
         for rule in RULES:
             whole = asked(model, given, by=by, norm=rule)
-            found = asked(model, given, by=by, norm=rule, top_k=5)
+            found = asked(model, given, by=by, norm=rule, k=5)
             best = whole.top(5)
             assert found.labels(0) == best.labels(0)
             assert found.labels(1) == best.labels(1)

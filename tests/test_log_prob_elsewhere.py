@@ -22,8 +22,7 @@ def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
     return run_prediction(
         view_of(model),
         Given(tokens),
-        target=None,
-        target_ids=9,
+        target=9,
         pos=-1,
         norm=norm,
         max_bytes=2**30,
@@ -46,7 +45,7 @@ def test_direct_logit_attribution_agrees(family: str) -> None:
             continue  # its bridge shows no results per head
         theirs = direct_logit_attribution(model, tokens, answer_tokens=9, unit=unit)
         names = dict(zip(theirs.labels, theirs.attribution.flatten().tolist(), strict=True))
-        ours = cm.log_prob_contributions(model, tokens, target_ids=9, by=by, norm="frozen")
+        ours = cm.log_prob_contributions(model, tokens, target=9, by=by, norm="frozen")
         seen = 0
         for place in range(ours.scores.shape[1]):
             one = ours.components.at(0, place)
@@ -71,7 +70,7 @@ def test_the_logit_lens_agrees(family: str) -> None:
     case = case_of(family)
     model = zoo.build(case, dtype=torch.float32)
     tokens = zoo.inputs(case).tokens
-    ours = cm.log_prob_contributions(model, tokens, target_ids=9, norm="recompute")
+    ours = cm.log_prob_contributions(model, tokens, target=9, norm="recompute")
     mid = family in ("gpt2", "llama", "gemma2", "olmo2")
     theirs = logit_lens(model, tokens, targets=9, return_type="log_probs", incl_mid=mid)
     found = ours.trajectory[:, 1:] if mid else ours.trajectory[:, 1::2]
@@ -85,7 +84,7 @@ def test_logit_readout_agrees() -> None:
     case = case_of("gpt2")
     model = zoo.build(case, dtype=torch.float32)
     tokens = zoo.inputs(case).tokens
-    neurons = cm.log_prob_contributions(model, tokens, target_ids=9, by="ff_neuron", top_k=6)
+    neurons = cm.log_prob_contributions(model, tokens, target=9, by="ff_neuron", k=6)
     ours = cm.component_readouts(model, tokens, components=neurons, k=5)
     asked = question(model, tokens, "frozen")
     view = view_of(model)
@@ -149,7 +148,7 @@ def test_the_authors_numbers(gpt2_large: Any) -> None:
     assert {name: heads[name] for name in HEADS} == pytest.approx(HEADS, abs=1e-3)
     known: list[tuple[By, Any]] = [("ff_neuron", NEURONS), ("attn_neuron", ATTENTION)]
     for by, expected in known:
-        best = scores(by, top_k=20)
+        best = scores(by, k=20)
         assert list(best)[: len(expected)] == list(expected)
         assert {name: best[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
@@ -158,9 +157,9 @@ def test_the_authors_numbers(gpt2_large: Any) -> None:
 @pytest.mark.slow
 def test_the_authors_query_neurons(gpt2_large: Any) -> None:
     given = {"target": TARGET, "norm": "frozen", "prepend_bos": False}
-    values = cm.log_prob_contributions(gpt2_large, TEXT, by="ff_neuron", top_k=30, **given)
+    values = cm.log_prob_contributions(gpt2_large, TEXT, by="ff_neuron", k=30, **given)
     found = cm.query_contributions(
-        gpt2_large, TEXT, neurons=values, by="ff_neuron", share="ratio", top_k=10, **given
+        gpt2_large, TEXT, neurons=values, by="ff_neuron", share="ratio", k=10, **given
     )
     names = [found.components.label(0, place) for place in range(10)]
     scores = dict(zip(names, found.scores[0].tolist(), strict=True))

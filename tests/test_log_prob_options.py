@@ -28,7 +28,7 @@ def test_the_scores_that_the_paper_compares(family: str) -> None:
     names = ("log_prob", "prob_increase", "norm", "coefficient", "rank")
     names += ("coefficient_norm", "coefficient_rank")
     found = {
-        name: asked(model, given, by="ff_neuron", score=name, norm=rule, target_ids=11)
+        name: asked(model, given, by="ff_neuron", score=name, norm=rule, target=11)
         for name in names
     }
     one = found["norm"]
@@ -81,8 +81,8 @@ def test_readouts_are_logits_that_add_up(family: str) -> None:
         # All components and the constants are the model's logit (before a cap).
         if by == "layer":
             total = every.logits.sum(dim=1)
-            frozen = asked(model, given, norm="frozen", target_ids=9)
-            other = asked(model, given, norm="frozen", target_ids=13)
+            frozen = asked(model, given, norm="frozen", target=9)
+            other = asked(model, given, norm="frozen", target=13)
             difference = frozen.logits.sum(dim=1) - other.logits.sum(dim=1)
             if view.readout.soft_cap is None:
                 log_ratio = frozen.trajectory[:, -1] - other.trajectory[:, -1]
@@ -121,7 +121,7 @@ def test_padding_changes_nothing_and_padded_sources_have_no_score(family: str) -
         given.tokens,
         by="attn_neuron",
         attention_mask=mask,
-        top_k=5,
+        k=5,
         **keywords(given),
     )
     assert best.labels(0) == padded.top(5).labels(0)
@@ -150,8 +150,8 @@ def test_a_cache_instead_of_a_pass(family: str) -> None:
 def test_half_precision_models_come_close(family: str) -> None:
     case = case_of(family)
     given = zoo.inputs(case)
-    whole = asked(zoo.build(case, dtype=torch.float32), given, target_ids=9)
-    half = asked(zoo.build(case, dtype=torch.bfloat16), given, target_ids=9)
+    whole = asked(zoo.build(case, dtype=torch.float32), given, target=9)
+    half = asked(zoo.build(case, dtype=torch.bfloat16), given, target=9)
     assert half.scores.dtype == torch.float32
     # Eight bits: 0.05 nats measured on log-probabilities of -10.
     assert relative(half.trajectory, whole.trajectory) <= 0.05
@@ -166,9 +166,7 @@ def test_targets_as_text() -> None:
     assert default.target.strings == asked_for.target.strings == ((" paris",),)
     assert torch.equal(default.scores, asked_for.scores)
     ids = asked_for.target.ids[0].tolist()
-    assert torch.equal(
-        cm.log_prob_contributions(model, text, target_ids=ids).scores, asked_for.scores
-    )
+    assert torch.equal(cm.log_prob_contributions(model, text, target=ids).scores, asked_for.scores)
     both = cm.log_prob_contributions(model, [text, text], target=[" paris", " rome"])
     assert float(both.log_prob[0]) > float(both.log_prob[1])
     with pytest.raises(cm.InvalidInput, match=r"' paris rome', which is 2: ' paris', ' rome'"):
@@ -201,7 +199,7 @@ def test_a_mask_is_asked_for_in_masked_models() -> None:
     assert found.tokens.strings[0][int(found.pos[0])] == "[MASK]"
     assert abs(float(found.trajectory[0, -1] - found.log_prob[0])) <= 1e-5
     neurons = cm.log_prob_contributions(
-        model, "the keys to the cabinet [MASK] old .", by="ff_neuron", top_k=3
+        model, "the keys to the cabinet [MASK] old .", by="ff_neuron", k=3
     )
     assert "head is not linear" in neurons.note
     # The bound of a linear readout would be no bound here: all were evaluated.
@@ -249,7 +247,7 @@ def test_the_best_of_sentences_of_different_length(family: str, left: bool) -> N
     whole = cm.log_prob_contributions(model, given.tokens, **options)
     positive = int((whole.scores[0] > 0).sum())
     for k in (positive + 20, 10**6):
-        found = cm.log_prob_contributions(model, given.tokens, top_k=k, **options)
+        found = cm.log_prob_contributions(model, given.tokens, k=k, **options)
         best = whole.top(k)
         # As many as there are: the shorter sentence's last places are empty, not cut off others.
         counts = (~found.scores.isnan()).sum(dim=1)
@@ -288,9 +286,9 @@ def test_what_comes_later_is_no_component(family: str) -> None:
         ("attn_neuron", {}),
         ("attn_neuron", {"score": "norm"}),
         ("attn_neuron", {"score": "rank"}),
-        ("attn_neuron", {"top_k": 10**6}),
+        ("attn_neuron", {"k": 10**6}),
     ):
-        options = {"by": by, "target_ids": 9, **options}
+        options = {"by": by, "target": 9, **options}
         found = cm.log_prob_contributions(model, given.tokens, pos=1, **options)
         alone = cm.log_prob_contributions(model, given.tokens[:, :2], **options)
         mine, expected = found.to_dataframe(), alone.to_dataframe()
@@ -311,6 +309,6 @@ def test_a_silent_neuron_gains_nothing() -> None:
     assert int(silent.sum()) > 20
     assert bool((whole.scores[silent] == 0).all())
     k = int((whole.scores > 0).sum(dim=1).max()) + 10
-    found = asked(model, given, by="ff_neuron", top_k=k)
+    found = asked(model, given, by="ff_neuron", k=k)
     for row in range(2):
         assert found.labels(row) == whole.top(k).labels(row)

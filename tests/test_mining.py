@@ -23,6 +23,7 @@ from asked import bound, case_of, view_of
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.engine.memory_coefficients import coefficients
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.methods.memories import mining
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
@@ -517,10 +518,10 @@ def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
     cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **options)
     with pytest.raises(cm.InvalidInput, match=r"the parts of processes \[0\]"):
         cm.merge_triggers(tmp_path)
-    with pytest.raises(cm.FileFormatError, match="1 parts of a run"):
+    with pytest.raises(FileFormatError, match="1 parts of a run"):
         cm.load_triggers(tmp_path)
     (tmp_path / "part-00001-of-00002.safetensors").write_bytes(b"something else")
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.merge_triggers(tmp_path)
 
 

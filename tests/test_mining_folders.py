@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from test_mining import result, texts
 
 import tl_contextmix as cm
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.methods.memories.store import alone
 
 pytestmark = pytest.mark.once
@@ -90,13 +91,13 @@ def test_no_manifest_breaks_the_reader(mined: Any, tmp_path: Path) -> None:
                 repr(found)
                 found.to_dataframe(0, 1)
                 asked += 1
-            except (cm.FileFormatError, cm.InvalidInput):
+            except (FileFormatError, cm.InvalidInput):
                 refused += 1
     assert refused > 200
     assert asked < refused / 4
     for text in ("", "[]", "null", "[" * 10**5, '{"format": 1}', "NaN", "\0"):
         path.write_text(text)
-        with pytest.raises(cm.FileFormatError, match="cannot read"):
+        with pytest.raises(FileFormatError, match="cannot read"):
             cm.load_triggers(tmp_path)
 
 
@@ -122,7 +123,7 @@ def test_no_table_breaks_the_reader(change: Any, mined: Any, tmp_path: Path) -> 
     shutil.copy(folder / "manifest.json", tmp_path)
     good = pandas.read_parquet(folder / "triggers.parquet")
     change(good).to_parquet(tmp_path / "triggers.parquet", index=False)
-    with pytest.raises((cm.FileFormatError, cm.InvalidInput)):
+    with pytest.raises((FileFormatError, cm.InvalidInput)):
         ask_everything(model, corpus, tmp_path)
 
 
@@ -131,7 +132,7 @@ def test_a_file_that_is_no_table_is_refused(mined: Any, tmp_path: Path) -> None:
     data = (mined[2] / "triggers.parquet").read_bytes()
     for bad in (b"", b"PAR1" * 5, data[: len(data) // 2], data[:40] + b"\xff" * 40 + data[80:]):
         (tmp_path / "triggers.parquet").write_bytes(bad)
-        with pytest.raises(cm.FileFormatError, match="cannot read"):
+        with pytest.raises(FileFormatError, match="cannot read"):
             cm.load_triggers(tmp_path).to_dataframe()
 
 
@@ -181,9 +182,9 @@ def rewritten(path: Path, folder: Path, facts: Any, tensors: Any) -> None:
 def test_no_part_breaks_the_reader(facts: Any, tensors: Any, part: Any, tmp_path: Path) -> None:
     model, corpus, path = part
     rewritten(path, tmp_path, facts, tensors)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.merge_triggers(tmp_path)
 
 
@@ -215,7 +216,7 @@ def test_what_is_wrong_with_a_manifest_is_said(
     *outer, last = place
     functools.reduce(operator.getitem, outer, manifest)[last] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(cm.FileFormatError, match=problem):
+    with pytest.raises(FileFormatError, match=problem):
         cm.load_triggers(tmp_path)
 
 
@@ -226,7 +227,7 @@ def test_neurons_that_a_model_does_not_have_are_refused(
     manifest["neurons"] = manifest["run"]["options"]["neurons"] = too_many
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     cm.load_triggers(tmp_path)
-    with pytest.raises(cm.FileFormatError, match="layers or neurons that .* does not have"):
+    with pytest.raises(FileFormatError, match="layers or neurons that .* does not have"):
         cm.load_triggers(tmp_path, model=mined[0])
 
 

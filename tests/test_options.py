@@ -16,6 +16,7 @@ from asked import case_of, keywords
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.results import ComponentReadouts, Knockout, QueryContributions, ValueReadouts
 
 # A model for each kind of stack; its own options as the second entry.
 STACKS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -35,27 +36,27 @@ PAIRS = ("decoder", "post-LN decoder")
 POST_LN = ("masked", "post-LN encoder", "post-LN decoder", "post-LN cross")
 
 
-def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> cm.ComponentReadouts:
+def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> ComponentReadouts:
     """The extremes of what components promote."""
     found = cm.log_prob_contributions(model, tokens, pos=-1, **given)
     return cm.component_readouts(model, tokens, components=found, k=k, **given)
 
 
-def queries(model: Any, tokens: Tensor, **options: Any) -> cm.QueryContributions:
+def queries(model: Any, tokens: Tensor, **options: Any) -> QueryContributions:
     """What activates two feed-forward neurons of the second layer."""
     return cm.query_contributions(
         model, tokens, **{"neurons": [(1, 1), (1, 3)], "pos": -1, **options}
     )
 
 
-def out(model: Any, tokens: Tensor, **options: Any) -> cm.Knockout:
+def out(model: Any, tokens: Tensor, **options: Any) -> Knockout:
     """What is left without one head, unless others are named."""
     if "neurons" not in options:
         options = {"heads": [(0, 1)], **options}
     return cm.knockout(model, tokens, **{"controls": 0, "pos": -1, **options})
 
 
-def values(model: Any, tokens: Tensor, **options: Any) -> cm.ValueReadouts:
+def values(model: Any, tokens: Tensor, **options: Any) -> ValueReadouts:
     """What feed-forward values are."""
     options.pop("decoder_input", None)
     return cm.ff_values(model, **{"layer": 0, "neurons": [0, 3], "k": 2, **options})
@@ -109,7 +110,7 @@ ROWS = [
     Row(cm.mixing_ratio, "layer", LAYERS, "values"),
     Row(cm.value_zeroing, "heads", (False, 0)),
     Row(cm.value_zeroing, "layer", LAYERS),
-    Row(cm.value_zeroing, "targets", (None, [1])),
+    Row(cm.value_zeroing, "pos", (None, [1])),
     Row(cm.value_zeroing, "spans", (None, [(0, 2)])),
     Row(
         cm.value_zeroing,
@@ -134,18 +135,18 @@ ROWS = [
     Row(cm.token_memory, "pos", (1, 2), "shares"),
     Row(cm.token_memory, "neurons", (0, 1), "shares"),
     # Predictions
-    Row(cm.log_prob_contributions, "target_ids", (7, 9), given={"pos": -1}, only=SINGLE),
-    Row(queries, "target_ids", (7, 9), only=SINGLE),
+    Row(cm.log_prob_contributions, "target", (7, 9), given={"pos": -1}, only=SINGLE),
+    Row(queries, "target", (7, 9), only=SINGLE),
     Row(queries, "neurons", ([(1, 1)], [(1, 3)]), only=SINGLE),
-    Row(queries, "pos", (1, 2), given={"target_ids": 7}, only=SINGLE),
+    Row(queries, "pos", (1, 2), given={"target": 7}, only=SINGLE),
     Row(cm.log_prob_contributions, "by", ("layer", "head"), given={"pos": -1}, only=SINGLE),
-    Row(cm.log_prob_contributions, "pos", (1, 2), given={"target_ids": 7}, only=SINGLE),
+    Row(cm.log_prob_contributions, "pos", (1, 2), given={"target": 7}, only=SINGLE),
     # Llama and T5 have no biases to leave out.
     Row(
         cm.log_prob_contributions,
         "norm",
         ("frozen", "frozen+beta"),
-        given={"pos": -1, "target_ids": 7},
+        given={"pos": -1, "target": 7},
         only=SINGLE,
         idle=("gated", "decoder"),
     ),
@@ -153,7 +154,7 @@ ROWS = [
         cm.log_prob_contributions,
         "norm",
         ("frozen+beta", "recompute"),
-        given={"pos": -1, "target_ids": 7},
+        given={"pos": -1, "target": 7},
         only=SINGLE,
         idle=("masked", "post-LN decoder"),  # there is no final norm; a head is taken in full
     ),
@@ -162,14 +163,14 @@ ROWS = [
             cm.log_prob_contributions,
             "score",
             ("log_prob_increase", score),
-            given={"pos": -1, "target_ids": 7, "by": "ff_neuron"},
+            given={"pos": -1, "target": 7, "by": "ff_neuron"},
             only=SINGLE,
         )
         for score in ("log_prob", "prob_increase", "norm", "coefficient", "rank")
     ),
     Row(
         cm.log_prob_contributions,
-        "top_k",
+        "k",
         (None, 2),
         given={"pos": -1, "by": "ff_neuron"},
         only=SINGLE,
@@ -177,12 +178,12 @@ ROWS = [
     Row(queries, "by", ("layer", "head"), only=SINGLE),
     # T5's ReLU, without biases in front of it, is the same by either.
     Row(queries, "share", ("exact", "ratio"), only=SINGLE, idle=("decoder",)),
-    Row(queries, "top_k", (None, 2), only=SINGLE),
+    Row(queries, "k", (None, 2), only=SINGLE),
     Row(readouts, "k", (2, 3), "top_logits", only=SINGLE),
     Row(out, "heads", ([(0, 1)], [(1, 0)]), "after", only=SINGLE),
     Row(out, "neurons", ([(0, 1)], [(1, 0)]), "after", only=SINGLE),
-    Row(out, "target_ids", (7, 9), "after", only=SINGLE),
-    Row(out, "pos", (1, 2), "after", {"target_ids": 7}, only=SINGLE),
+    Row(out, "target", (7, 9), "after", only=SINGLE),
+    Row(out, "pos", (1, 2), "after", {"target": 7}, only=SINGLE),
     Row(out, "positions", ("last", "all"), "after", only=SINGLE),
     Row(out, "replace_with", ("zero", "mean"), "after", only=SINGLE),
     Row(out, "controls", (1, 2), "controls", only=SINGLE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import statistics
 import subprocess
@@ -11,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tl_contextmix"
@@ -30,7 +32,7 @@ LAYERS = [
     {"engine"},
     {"methods"},
     {"evaluation"},
-    {"reporting", "arguments", "__init__", "__main__"},
+    {"reporting", "__init__", "__main__"},
 ]
 
 
@@ -255,39 +257,28 @@ def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
     assert package_version.__wrapped__() == "0+source"  # it is looked up once
 
 
-def test_missing_arguments_are_told_in_pythons_own_words():
-    import tl_contextmix as cm
-
-    forgetful: Any = cm.rollout
-    with pytest.raises(TypeError, match="missing 1 required|missing a required"):
-        forgetful()
-
-
-def test_what_an_argument_is_not_is_said_where_nothing_else_is():
-    from tl_contextmix import InvalidInput
-    from tl_contextmix.arguments import guarded
-
-    def ask_it(text: str = "", pair: tuple[int, str] = (0, "")) -> None:
-        raise ValueError("of another cause")
-
-    ask: Any = guarded(ask_it)
-    for given, message in (
-        ({"text": "\ud800"}, "expected characters that a text can have"),
-        (
-            {"pair": (1, 2)},
-            r"ask_it .* pair: got \(1, 2\); expected tuple\[int, str\]",
-        ),
-        ({"pair": (1, "x", 2)}, r"expected tuple\[int, str\]"),
-    ):
-        with pytest.raises(InvalidInput, match=message):
-            ask(**given)
-    with pytest.raises(ValueError, match="of another cause"):
-        ask("x", (1, "x"))
-
-
 def test_public_names_are_listed_before_they_are_loaded():
     listed = "import tl_contextmix as cm; print({*cm.__all__} <= {*dir(cm)}, 'compare' in vars(cm))"
     assert _run_python(listed).split() == ["True", "False"]
+
+
+def test_few_names_are_public_and_old_ones_name_the_new():
+    import tl_contextmix as cm
+    from tl_contextmix.core.validation import RENAMED
+
+    assert len(cm.__all__) <= 45
+    for old, new in RENAMED.items():
+        name, _, option = old.partition(".")
+        if option:
+            function: Any = getattr(cm, name)
+            with pytest.raises(cm.InvalidInput, match=f"It is now called {new}"):
+                function(**{option: 1})
+            continue
+        with pytest.raises(AttributeError, match=re.escape(f"is now called {new}")):
+            getattr(cm, old)
+        if new.startswith("tl_contextmix."):
+            module, _, name = new.rpartition(".")
+            assert hasattr(importlib.import_module(module), name)
 
 
 # Annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts
 from tl_contextmix.engine.parts import linear_points, norms_at, parts_at_all
+from tl_contextmix.results import ContextMap
 
 pytestmark = pytest.mark.once
 EVERY_CHECK: Any = list(HealthCheck)
@@ -108,14 +109,14 @@ def zeroing_keeps_its_bounds(world: World, model: Any, stack: Any) -> None:
     assert bool(((sums - 1).abs() < 1e-4).logical_or(sums == 0).all())
 
 
-def rollouts_keep_their_sums(world: World, model: Any, attention: cm.ContextMap) -> None:
+def rollouts_keep_their_sums(world: World, model: Any, attention: ContextMap) -> None:
     """Rows of a normalised map sum to 1 through all layers, at real tokens and nowhere else."""
     asked = {"at": points(view_of(model).blocks()[0])[-1], **world.asked}
     mixing, encoder = cm.attention_norms(model, world.given.tokens, **asked), None
     if "decoder_input" in asked:
         encoder = cm.attention_norms(model, world.given.tokens, stack="encoder", **asked)
         encoder = encoder.normalize()
-    rolled = [cm.rollout(mixing.normalize(), encoder=encoder), cm.rollout(attention.mean())]
+    rolled = [mixing.normalize().rollout(encoder=encoder), attention.mean().rollout()]
     for map in rolled:
         sums = map.scores.sum(-1)[:, :, 0]
         expected = map.target.mask[:, None].expand_as(sums).to(sums)

@@ -123,7 +123,7 @@ def test_cross_attention_neurons_read_the_encoder() -> None:
         assert {line[1] for line in tables[row].rows} <= {*words, ""}
         assert {line[1] for line in tables[row].rows} & {*words}
     assert relative(found.activation, neurons.coefficients) <= limit(case)
-    again = queried(model, given, queried(model, given, neurons, by="ff_neuron", top_k=3))
+    again = queried(model, given, queried(model, given, neurons, by="ff_neuron", k=3))
     assert "E" in again.neurons.label(0, 0)
     assert relative(again.inner.nansum(-1) + again.constant, again.pre) <= limit(case)
 
@@ -135,7 +135,7 @@ def test_chains_top_k_ratio_and_lists() -> None:
     last = every.components.layer == 2
     neurons = replace(every, scores=every.scores.masked_fill(~last, torch.nan)).top(3)
     every = queried(model, given, neurons, by="ff_neuron")
-    best = queried(model, given, neurons, by="ff_neuron", top_k=5)
+    best = queried(model, given, neurons, by="ff_neuron", k=5)
     assert best.components.label(1, 0) == every.top(5).components.label(1, 0)
     torch.testing.assert_close(best.scores, every.top(5).scores)
     torch.testing.assert_close(best.inner, every.top(5).inner)
@@ -196,7 +196,7 @@ def only(found: Any, layers: list[int]) -> Any:
 def test_a_sentence_whose_neurons_read_none_is_empty() -> None:
     model, given = shared(case_of("gpt2"))
     neurons = only(found_by(model, given, "ff_neuron"), [0, 1]).top(3)
-    found = queried(model, given, neurons, by="ff_neuron", top_k=5)
+    found = queried(model, given, neurons, by="ff_neuron", k=5)
     assert bool(found.scores[0].isnan().all())
     assert bool(found.scores[1].isfinite().all())
     assert found.to_dataframe().batch.unique().tolist() == [1]
@@ -205,9 +205,9 @@ def test_a_sentence_whose_neurons_read_none_is_empty() -> None:
         given.tokens[1:],
         neurons=named(neurons),
         pos=POS,
-        target_ids=neurons.target.ids[1].tolist(),
+        target=neurons.target.ids[1].tolist(),
         by="ff_neuron",
-        top_k=5,
+        k=5,
     )
     torch.testing.assert_close(found.scores[1], alone.scores[0])
     # What is empty can be asked about again, and knocked out: nothing there.

@@ -17,6 +17,8 @@ from tl_contextmix.core.statistics import (
 )
 from tl_contextmix.core.text_metrics import resampled_interval
 
+pytestmark = pytest.mark.once
+
 
 def precision_of(order: tuple[int, ...], relevant: Tensor) -> float:
     hits, total = 0, 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,15 +20,17 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_contextmix.errors import InvalidInput
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting import circuitsvis_source as circuitsvis_library
 from tl_contextmix.plotting import page as page_module
-from tl_contextmix.plotting import still_picture as still
+from tl_contextmix.plotting import stills as still
 from tl_contextmix.plotting.display_text import for_circuitsvis, number, visible
-from tl_contextmix.plotting.heatmap import range_of
 from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.plotting.survey import survey
 
 pytestmark = pytest.mark.once
 
@@ -241,7 +244,7 @@ def test_hostile_text_is_neutralised(kind):
     assert "<img src=x" not in outside
     # The frame of a notebook holds the page as one attribute.
     notebook = Parsed(page._repr_html_())
-    left = {"style", "iframe", "div", "p", "b", "img", "details", "summary", "pre"}
+    left = {"style", "iframe", "div", "p", "b", "bdi", "img", "details", "summary", "pre"}
     left |= {"table", "thead", "tbody", "tr", "th", "td"}
     assert {tag for tag, _ in notebook.tags} <= left
     assert notebook.all("iframe")[0]["srcdoc"] == text
@@ -442,26 +445,14 @@ def test_empty_panels_say_so():
     assert page.text()
 
 
-def test_of_maps_beyond_the_cell_budget_the_last_tokens_are_drawn():
+def test_maps_beyond_the_cell_budget_are_pictures():
     side = 100
     within = circuitsvis_library.CHART_CELLS // side**2
     assert parse(heatmap(torch.rand(within, side, side))).charts()
-    values = torch.rand(within + 1, side, side)
-    parsed = parse(heatmap(values))
-    (chart,) = parsed.charts()
-    kept = len(chart["props"]["tokens"])
-    assert kept == math.isqrt(20_000 // (within + 1))
-    assert chart["props"]["tokens"][-1] == "t99"
-    expected = values[:, -kept:, -kept:]
-    torch.testing.assert_close(
-        torch.tensor(chart["props"]["attention"]), expected, rtol=1e-3, atol=0
-    )
-    assert f"60,000 cells are too many to draw one by one. Drawn here: the last {kept} of 100" in (
-        parsed.text
-    )
-    # All of it follows as pictures.
+    parsed = parse(heatmap(torch.rand(within + 1, side, side)))
+    assert not parsed.charts()
     assert len(parsed.all("img")) == within + 1
-    assert "one pixel per cell" in parsed.text
+    assert "All 60,000 cells, one pixel per cell." in parsed.text
     assert all((attrs["src"] or "").startswith("data:image/png") for attrs in parsed.all("img"))
     assert all(attrs["alt"] for attrs in parsed.all("img"))
 
@@ -484,13 +475,6 @@ def test_of_many_heads_the_mean_of_each_layer_is_drawn():
     assert len(parsed.all("img")) == 24
 
 
-def test_of_too_many_sheets_no_part_is_drawn(monkeypatch):
-    panel = heatmap(torch.rand(6, 100, 100))
-    for cells, drawn in ((6 * 8 * 8, True), (6 * 8 * 8 - 1, False)):
-        monkeypatch.setattr("tl_contextmix.plotting.heatmap.PART_CELLS", cells)
-        assert bool(parse(panel).charts()) is drawn
-
-
 def test_budget_is_that_of_the_page():
     panel = heatmap(torch.rand(5, 100, 100))
     parsed = parse(*[panel] * 4)
@@ -506,22 +490,71 @@ def test_small_maps_beyond_the_budget_are_tables():
     assert parsed.values() == pytest.approx(small.values.flatten().tolist(), rel=1e-3)
 
 
+def drawn(panel: Heatmap) -> torch.Tensor:
+    """The numbers that the colours of the pictures of a map stand for; NaN where there is none."""
+    told = json.loads(parse(panel).all("div")[1]["data-axes"] or "")
+    values = []
+    for image in parse(panel).all("img"):
+        data = base64.b64decode((image["src"] or "").split(",")[1])
+        share = (read_png(data, int(image["height"] or ""), int(image["width"] or "")) - 126) / 126
+        shown = share * share.abs() * told["largest"]
+        shown[share > 1] = math.nan
+        shown[share == 127 / 126] = math.inf
+        values.append(shown)
+    # The script of the page tells the numbers by their colours.
+    assert len(set(told["colours"][:254])) == 254
+    assert told["colours"][126] == 0xFFFFFF
+    return torch.stack(values)
+
+
 def test_pictures_hold_the_numbers():
     values = torch.linspace(-2, 2, 50 * 60).reshape(1, 50, 60)
-    values[0, 0, 0] = math.nan
-    (image,) = parse(heatmap(values)).all("img")
-    indices = read_png(base64.b64decode((image["src"] or "").split(",")[1]), 50, 60)
-    expected = (values[0] / 2 * 127).round() + 127
-    expected[0, 0] = 255
-    assert torch.equal(indices, expected.to(torch.int64))
+    values[0, 0, :2] = torch.tensor([math.nan, math.inf])
+    found = drawn(heatmap(values))
+    assert found[0, 0, :2].isnan().tolist() == [True, False]
+    assert found[0, 0, 1] == math.inf
+    found[0, 0, :2] = values[0, 0, :2] = 0
+    # Small numbers are told apart, too.
+    steps = (2 * values.abs()).sqrt() / 126 + 1e-3
+    assert bool(((found - values).abs() <= steps).all())
 
 
 def test_causal_pictures_mask_later_tokens():
     values = torch.ones(1, 300, 300).tril()
-    (image,) = parse(heatmap(values, causal=True)).all("img")
-    indices = read_png(base64.b64decode((image["src"] or "").split(",")[1]), 300, 300)
-    assert bool((indices[values[0] == 0] == 255).all())
-    assert bool((indices[values[0] == 1] == 254).all())
+    found = drawn(heatmap(values, causal=True))
+    assert torch.equal(found.isnan(), values == 0)
+    assert bool((found[values == 1] == 1).all())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lowest", [-1.0, 0.0])
+def test_of_very_many_cells_a_pixel_has_the_number_farthest_from_zero(causal, lowest, monkeypatch):
+    monkeypatch.setattr("tl_contextmix.plotting.survey.PIXELS", 2 * 50 * 60 // 9)
+    values = torch.rand(2, 50, 61, dtype=torch.float64) * (1 - lowest) + lowest
+    if causal:
+        values = values.tril()
+    values[0, 20:30, :9] = math.nan
+    values[1, 40, 3] = math.inf
+    panel = heatmap(values, causal=causal, columns=tuple(f"c{i}" for i in range(61)))
+    size = 4
+    for sheet, pixels in zip(values, panel.survey.pixels, strict=True):
+        for row, line in enumerate(pixels):
+            for column, pixel in enumerate(line):
+                rows, columns = row * size, column * size
+                cells = [
+                    float(sheet[i, j])
+                    for i in range(rows, min(50, rows + size))
+                    for j in range(columns, min(61, columns + size))
+                    if not (causal and j > i) and not math.isnan(sheet[i, j])
+                ]
+                expected = max(cells, key=abs, default=math.nan)
+                assert float(pixel) == pytest.approx(expected, nan_ok=True), (row, column)
+    parsed = parse(panel)
+    assert "All 6,100 cells, one pixel for 4 by 4 cells" in parsed.text
+    assert [(image["width"], image["height"]) for image in parsed.all("img")] == [("16", "13")] * 2
+    torch.testing.assert_close(
+        drawn(panel), panel.survey.pixels, rtol=0.03, atol=0.01, equal_nan=True, check_dtype=False
+    )
 
 
 def read_png(data: bytes, height: int, width: int) -> torch.Tensor:
@@ -549,30 +582,109 @@ def test_large_maps_list_their_largest_numbers():
     assert "layer 1t30 (30)t7 (7)−3.00" in parsed.text
 
 
-def test_too_many_sheets_are_left_out_with_a_note(monkeypatch):
-    monkeypatch.setattr("tl_contextmix.plotting.heatmap.PICTURE_CELLS", 30_000)
-    parsed = parse(heatmap(torch.rand(9, 100, 100)))
-    assert len(parsed.all("img")) == 3
-    assert "Only the first 3 of 9 sheets" in parsed.text
+class _Sizes(TorchDispatchMode):
+    """The size of every tensor that is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation."""
+        made = func(*args, **(kwargs or {}))
+        self.sizes += [one.numel() for one in pytree.tree_leaves(made) if hasattr(one, "numel")]
+        return made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
 
-@pytest.mark.parametrize("side", [4, 100])
-def test_more_sheets_are_not_looked_through_more_often(side: int, monkeypatch):
-    # Once per sheet, a map of 144 heads over 200 tokens took half a minute to appear.
-    def looks(sheets: int) -> int:
-        found = []
+def test_showing_looks_once_and_needs_the_memory_of_a_sheet(monkeypatch):
+    # Once per sheet and in float64, 144 heads over 512 tokens took 13 seconds and a gigabyte.
+    monkeypatch.setattr("tl_contextmix.plotting.survey.PIXELS", 10_000)
+    values = torch.rand(40, 99, 100)
+    looks = []
+    monkeypatch.setattr(
+        "tl_contextmix.plotting.panels.survey", lambda *given: looks.append(1) or survey(*given)
+    )
+    with _Sizes() as made:
+        Page((heatmap(values),))._repr_mimebundle_()
+    assert len(looks) == 1
+    assert max(made.sizes) < values.numel() / 10  # the picture of a sheet is larger than it
+    assert sum(made.sizes) < 25 * values.numel()
 
-        def look(panel: Heatmap) -> tuple[float, float]:
-            found.append(panel)
-            return real(panel)
 
-        for module in ("heatmap", "still_picture"):
-            monkeypatch.setattr(f"tl_contextmix.plotting.{module}.range_of", look)
-        Page((heatmap(torch.rand(sheets, side, side + 1)),))._repr_html_()
-        return len(found)
+# ---- positions
 
-    real = range_of
-    assert 0 < looks(9) == looks(2)
+
+def test_a_window_has_the_positions_of_the_input():
+    values = torch.linspace(-1, 1, 12).reshape(1, 3, 4)
+    words = ("the", "keys", "are")
+    panel = heatmap(
+        values,
+        rows=words,
+        columns=(*words, "."),
+        row_positions=(104, 105, 107),
+        column_positions=(0, 104, 105, 107),
+    )
+    page = Page((panel,))
+    for text in (
+        parse(panel).text,
+        page.text(),
+        Parsed(
+            base64.b64decode(Parsed(page._repr_html_()).all("img")[0]["src"][26:]).decode()
+        ).text,
+    ):
+        assert "the (104)" in text
+        assert "are (107)" in text
+        assert "(2)" not in text
+    square = heatmap(torch.rand(1, 3, 3).tril(), rows=words, columns=words, causal=True)
+    assert parse(square).charts()
+    assert "(" not in parse(square).text
+    window = {"row_positions": (1, 2, 4), "column_positions": (1, 2, 4)}
+    moved = dataclasses.replace(square, **window)
+    # CircuitsVis counts from 0: it would name other positions.
+    assert not parse(moved).charts()
+    assert [attrs.get("class") for attrs in parse(moved).all("td")].count("masked") == 3
+    late = dataclasses.replace(square, row_positions=(4, 5, 6), column_positions=(5, 6, 7))
+    assert late.hidden is not None
+    assert late.hidden.sum() == 6
+    large = heatmap(
+        torch.rand(1, 60, 60), row_positions=tuple(range(7, 67)), column_positions=tuple(range(60))
+    )
+    told = json.loads(parse(large).all("div")[1]["data-axes"] or "")
+    assert told["rows"][0] == "t0 (7)"
+    assert told["columns"][0] == "t0 (0)"
+    with pytest.raises(InvalidInput, match="cannot be built: got 2; expected 3"):
+        dataclasses.replace(square, row_positions=(4, 5))
+
+
+def test_signed_maps_have_zero_in_the_middle_everywhere():
+    values = torch.tensor([[[-2.0, 0.0], [0.5, 1.0]]])
+    panel = heatmap(values)
+    parsed = parse(panel)
+    props = parsed.charts()[0]["props"]
+    assert (props["minValue"], props["maxValue"]) == (-2.0, 2.0)
+    assert "signed" in [attrs.get("class") for attrs in parsed.all("i")]
+    assert "−2.002.00" in parsed.text
+    picture = still.picture(panel) or ""
+    stops = re.findall(r'offset="([\d.]+)" stop-color="([^"]+)"', picture)
+    assert stops == [("0.0", "#b2182b"), ("0.5", "#fff"), ("1.0", "#2166ac")]
+    assert "−2.00" in Page((panel,)).text().splitlines()[2]
+    assert "signed" not in [a.get("class") for a in parse(heatmap(values.abs())).all("i")]
+
+
+def test_a_new_kind_of_picture_is_a_class_and_a_row(monkeypatch):
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Clock(Panel):
+        hour: int
+
+        def table(self) -> Table:
+            return Table(self.title, "", ("hour",), ((self.hour,),))
+
+    row = (lambda panel, charts: f"<article>{panel.hour} o'clock</article>", lambda panel: 100)
+    monkeypatch.setitem(page_module.DRAW, Clock, row)
+    page = Page((Clock("A clock", "", 7),))
+    assert "7 o'clock" in Parsed(page.html()).text
+    assert page.text() == "A clock\n  hour\n     7"
+    assert len(Parsed(stripped(page._repr_html_())).all("td")) == 1
 
 
 # ---- bars, tables, sentences
@@ -605,7 +717,7 @@ def test_curves_hold_their_numbers_and_intervals():
     assert (band.count("Z"), other.count("Z")) == (2, 1)
     heights = [float(attrs["cy"] or "") for attrs in parsed.all("circle")]
     assert heights[2] < heights[1] < heights[0] < heights[3]
-    for part in ("up", "down", "nats", "0.50 to 1.50", "Shaded: intervals.", "∞"):
+    for part in ("up", "down", "nats", "up, from", "0.501.50", "Shaded: intervals.", "∞"):
         assert part in parsed.text
     with pytest.raises(InvalidInput, match="panel 'curves' cannot be built"):
         Curves("curves", "", ("a",), (("s", (1.0,)),), "", (((0.0, 1.0), (0.0, 1.0)),))
@@ -707,8 +819,8 @@ def test_notebook_output_is_one_frame_and_the_numbers_as_text():
         assert frame["sandbox"] == "allow-scripts"
         assert frame["title"] == "A <title>"
         assert "src" not in frame
-    assert "t0 (0) -> t0 (0) 1.00" in bundle["text/plain"]
-    assert "t0 (0) -> t0 (0) 1.00" in parsed.text
+    for text in (bundle["text/plain"], parsed.text):
+        assert "  layer 0  t0 (0)  t0 (0)   1.00" in text
 
 
 def stripped(markup: str) -> str:
@@ -741,7 +853,9 @@ def test_the_picture_that_is_left_holds_the_map():
         side = int(image.attrib["width"]) // 3
         data = base64.b64decode(image.attrib["href"].split(",")[1])
         indices = read_png(data, 3 * side, 3 * side)[side // 2 :: side, side // 2 :: side]
-        assert torch.equal(indices, ((sheet / 2 * 127).round() + 127).to(torch.int64))
+        shares = sheet / 2
+        steps = (shares.sign() * shares.abs().sqrt() * 126).round()
+        assert torch.equal(indices, (steps + 126).to(torch.int64))
 
 
 def test_a_frame_hides_the_picture_and_nothing_else_does():

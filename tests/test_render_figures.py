@@ -117,6 +117,21 @@ def test_tables_and_texts_have_their_words_and_numbers():
     assert {"a", "b", "1.00", "∞", "t: L1.2 [u]"} <= set(texts(draw(several)))
 
 
+def test_what_no_figure_draws_is_a_table():
+    class Clock(Panel):
+        def table(self) -> Table:
+            return Table(self.title, "", ("hour",), ((7,),))
+
+    assert {"A clock", "hour", "7"} <= set(texts(draw(Clock("A clock", ""))))
+
+
+def test_a_window_has_the_positions_of_the_input():
+    places = {"row_positions": (5, 6, 7, 9), "column_positions": (5, 6, 7, 9), "causal": True}
+    figure = draw(heatmap(torch.ones(1, 4, 4).tril(), rows=WORDS, columns=WORDS, **places))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["<s> (5)", "·the (6)", "·keys (7)", "</s> (9)"]
+
+
 # Hostile text
 
 

@@ -13,6 +13,7 @@ from shown import every_class
 
 import tl_contextmix as cm
 from tl_contextmix import results
+from tl_contextmix.results import Score
 from tl_contextmix.results.base import Result, Shown
 
 pytestmark = pytest.mark.once
@@ -25,6 +26,8 @@ NO_RESULTS = {
     *("UnsupportedModel", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
     *("EstimatePart", "Tokens", "Trigger"),
+    # Base classes.
+    *("ComponentSet", "LabelledArray", "Mined", "RowTable"),
 }
 
 
@@ -94,7 +97,7 @@ def test_every_panel_is_a_figure(result: Any):
 
 
 def test_a_terminal_prints_no_representation_of_a_class():
-    text = EXAMPLES[cm.Score]._repr_mimebundle_()["text/plain"]
+    text = EXAMPLES[Score]._repr_mimebundle_()["text/plain"]
     assert "ScoreRow(" not in text
 
 

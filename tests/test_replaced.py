@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tl_contextmix as cm
 
 FAMILIES = ("gpt2", "llama", "bert", "t5")
-CASES = [pytest.param(case, id=case.id) for case in zoo.cases() if case.family in FAMILIES]
+CASES = [case for case in zoo.cases() if case.family in FAMILIES]
 TOLERANCE = 1e-5  # that of the check of identities; a stale answer is off by .01 and more
 Undo = Callable[[], None]
 
@@ -124,12 +124,17 @@ def activation(model: Any) -> Undo:
 
 
 def scalar(model: Any) -> Undo:
-    norm, undo = first_block(model).ln1, []
+    norm, undos = first_block(model).ln1, []
     for holder in (own(norm), norm.__dict__.get("config")):
         for name in ("eps", "variance_epsilon"):
             if name in getattr(holder, "__dict__", {}):
-                undo.append(set_attribute(holder, name, 0.5))
-    return lambda: [again() for again in undo] and None
+                undos.append(set_attribute(holder, name, 0.5))
+
+    def undo() -> None:
+        for one in undos:
+            one()
+
+    return undo
 
 
 def config_entry(model: Any) -> Undo:
@@ -183,7 +188,7 @@ def same(some: list[Tensor] | None, others: list[Tensor] | None) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_what_is_replaced_is_seen_and_what_is_put_back_too(
     case: zoo.Case, way: Callable[[Any], Undo]
 ) -> None:
@@ -195,8 +200,7 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
         found, ok = answer(model, case), report_ok(model)
         assert found is None or not same(found, first)
         fresh = zoo.build(case)
-        if way is not forward_of_a_class:
-            undo_fresh = way(fresh)
+        undo_fresh = undo if way is forward_of_a_class else way(fresh)
         # As a model that was never asked before.
         assert (answer(fresh, case) is None, report_ok(fresh)) == (found is None, ok)
         # Read right, but one of its blocks has no answer.
@@ -206,7 +210,7 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
     assert torch.equal(zoo.logits(model, given), logits)
     assert same(answer(model, case), first)
     assert report_ok(model)
-    if way is not forward_of_a_class:
+    if undo_fresh is not undo:
         undo_fresh()
     assert same(answer(fresh, case), first)
 
@@ -234,7 +238,7 @@ def test_a_reading_is_kept_whatever_passes_leave_on_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built: list[Any] = []
-    for case in (param.values[0] for param in CASES):
+    for case in CASES:
         model, given = zoo.build(case), zoo.inputs(case)
         view_of(model)
         with monkeypatch.context() as patch:
@@ -260,8 +264,8 @@ def test_weights_that_change_in_place_are_read_anew(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tensor in the same place, in another order or with other entries."""
-    monkeypatch.setattr("tl_contextmix.adapters.glance._KEPT_BYTES", size)
-    case = next(param.values[0] for param in CASES if param.values[0].family == "gpt2")
+    monkeypatch.setattr("tl_contextmix.adapters.views._KEPT_BYTES", size)
+    case = case_of("gpt2")
     model, given = zoo.build(case), zoo.inputs(case)
     first = cm.attention_norms(model, given.tokens).scores
     square = next(

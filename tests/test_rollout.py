@@ -47,7 +47,7 @@ def test_rollout_is_the_product_of_the_layers(
         scores = map.scores.clone()
         scores[1, 2, 0, 0] = 0  # a token that nothing reaches
         map = dataclasses.replace(map, scores=scores)
-    rolled = cm.rollout(map, add_identity=identity)
+    rolled = map.rollout(add_identity=identity)
     for row in range(2):
         real = map.target.mask[row]
         expected = torch.tensor(_by_hand(map, row, identity=identity), dtype=torch.float64)
@@ -76,8 +76,8 @@ def test_globenc_rollout_adds_no_identity():
     rolled = map.rollout()
     product = map.scores[:, 2, 0] @ map.scores[:, 1, 0] @ map.scores[:, 0, 0]
     assert torch.allclose(rolled.scores[:, 2, 0], product, rtol=1e-13)
-    assert rolled.equals(cm.rollout(map, add_identity=False))
-    assert not rolled.equals(cm.rollout(map, add_identity=True))
+    assert rolled.equals(map.rollout(add_identity=False))
+    assert not rolled.equals(map.rollout(add_identity=True))
 
 
 @pytest.mark.parametrize("identity", [None, True])

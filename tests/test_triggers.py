@@ -21,8 +21,11 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.memory_coefficients import CASES, values
+from tl_contextmix.errors import FileFormatError
+from tl_contextmix.methods.memories import Triggers
 from tl_contextmix.methods.memories.composition import draw
 from tl_contextmix.methods.memories.trigger_statistics import common
+from tl_contextmix.results import CompositionFigures
 
 pytestmark = pytest.mark.once
 
@@ -40,7 +43,7 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], cm.Triggers]:
+def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Triggers]:
     """The demo model and sentences of its grammar."""
     grammar = Grammar(11, "train")
     corpus = [grammar.sentence().text for _ in range(250)]
@@ -204,7 +207,7 @@ def test_figures_over_a_corpus_are_those_of_its_texts(tmp_path: Path) -> None:
     assert drawn.equals(cm.composition(model, corpus, seed=1))
     assert not torch.equal(drawn.sums, cm.composition(model, corpus, seed=2).sums)
     assert (found + drawn).examples == found.examples + 21
-    again = cm.CompositionFigures.load(found.save(tmp_path / "figures.safetensors"))
+    again = CompositionFigures.load(found.save(tmp_path / "figures.safetensors"))
     assert again.equals(found)
 
 
@@ -268,7 +271,7 @@ def test_tables_need_neither_model_nor_corpus(mined: Any) -> None:
     for bad in unknown:
         with pytest.raises(cm.InvalidInput):
             bare.to_dataframe(**bad)
-    with pytest.raises(cm.FileFormatError, match="cannot read"):
+    with pytest.raises(FileFormatError, match="cannot read"):
         cm.load_triggers(triggers.folder / "elsewhere")
 
 
@@ -410,12 +413,12 @@ def test_the_command_line_mines_merges_and_shows(
     assert "promotes:" in capsys.readouterr().out
     # What was not mined by the command says nothing of where its model is.
     assert main(["show", str(mined[2].folder), "--layer", "1", "--neuron", "3"]) == 2
-    assert "Give it with --model" in capsys.readouterr().err
+    assert "Pass --model" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "no")]) == 2
     assert main([*show, "--layer", "1"]) == 2
     assert main(["merge", str(tmp_path / "typo")]) == 2
     assert not (tmp_path / "typo").exists()
-    assert "Give both --layer and --neuron" in capsys.readouterr().err
+    assert "Pass both --layer and --neuron" in capsys.readouterr().err
     dropped = ["--duplicates", "drop", "--neurons", "3", "5", "--layer", "1"]
     assert main(["mine", *common, *dropped, "-o", str(tmp_path / "few")]) == 0
     few = cm.load_triggers(tmp_path / "few")

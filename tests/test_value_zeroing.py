@@ -17,6 +17,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import SpanRows
+from tl_contextmix.results import ContextMap
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
@@ -248,7 +249,7 @@ def test_targets_are_rows_of_the_whole_map(case: zoo.Case) -> None:
         whole = cm.value_zeroing(model, given.tokens, stack=stack, **keywords(given))
         for targets, rows in (([-1], [-1]), ([3, 1, 3], [3, 1, 3]), (2, [2])):
             part = cm.value_zeroing(
-                model, given.tokens, targets=targets, stack=stack, **keywords(given)
+                model, given.tokens, pos=targets, stack=stack, **keywords(given)
             )
             expected = whole.scores[:, :, :, rows]
             assert float((part.scores - expected).abs().max()) <= 1e-12
@@ -348,9 +349,9 @@ BAD = {
     "an empty group": ({"heads": [[0], []]}, r"head axis: got '?an empty list"),
     "truth values as heads": ({"heads": [True, False]}, r"head axis: got True"),
     "a head twice": ({"heads": [0, 0]}, r"a head cannot be zeroed twice: got \[0, 0\]; expected"),
-    "no such target": ({"targets": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
-    "no targets": ({"targets": []}, r"target axis: got '?an empty list"),
-    "a truth value as target": ({"targets": [True]}, r"target axis: got True"),
+    "no such target": ({"pos": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
+    "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
+    "a truth value as target": ({"pos": [True]}, r"target axis: got True"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),
     "span beyond the end": ({"spans": [(0, 7)]}, r"covers no token: got \(0, 7\); expected"),
@@ -359,7 +360,7 @@ BAD = {
     "no spans": ({"spans": []}, r"no spans were given: got \[\]; expected"),
     "rows without spans": ({"span_rows": "mean"}, r"rows cannot be merged: got span_rows='mean'"),
     "rows and targets": (
-        {"span_rows": "max", "spans": [(0, 2)], "targets": [1]},
+        {"span_rows": "max", "spans": [(0, 2)], "pos": [1]},
         r"rows cannot be merged",
     ),
     "no cross-attention": ({"stack": "cross"}, r"has no such stack: got 'cross'; expected"),
@@ -398,17 +399,17 @@ def test_an_activation_that_is_not_elementwise_is_refused() -> None:
 def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
     case = case_of("gpt2")
     model, given = zoo.shared(case), zoo.inputs(case)
-    found = cm.value_zeroing(model, given.tokens, spans=[(0, 3)], targets=[-1], heads=[0, 1])
+    found = cm.value_zeroing(model, given.tokens, spans=[(0, 3)], pos=[-1], heads=[0, 1])
     assert found.provenance.method == "value_zeroing"
     assert found.provenance.options == {
         "heads": ["0+1"],
-        "targets": [5],
+        "pos": [5],
         "spans": [(0, 3)],
         "span_rows": "keep",
         "metric": "cosine",
         "final_norm": True,
     }
-    again = cm.ContextMap.load(found.save(tmp_path / "map.safetensors"))
+    again = ContextMap.load(found.save(tmp_path / "map.safetensors"))
     assert torch.equal(again.scores, found.scores)
     assert again.provenance == found.provenance
 

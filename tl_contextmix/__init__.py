@@ -13,10 +13,11 @@ _load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    value = _load(name)
-    if isinstance(value, FunctionType):
-        from tl_contextmix.arguments import guarded
+    from tl_contextmix.core.validation import RENAMED, checked
 
-        value = guarded(value)
+    if name in RENAMED:
+        raise AttributeError(f"tl_contextmix.{name} is now called {RENAMED[name]}")
+    value = _load(name)
+    value = checked(value) if isinstance(value, FunctionType) else value
     globals()[name] = value
     return value

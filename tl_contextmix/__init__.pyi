@@ -18,16 +18,10 @@ from .errors import (
     ContextMixWarning as ContextMixWarning,
 )
 from .errors import (
-    FileFormatError as FileFormatError,
-)
-from .errors import (
     InvalidInput as InvalidInput,
 )
 from .errors import (
     UnsupportedModel as UnsupportedModel,
-)
-from .evaluation import (
-    MinimalPair as MinimalPair,
 )
 from .evaluation import (
     agreement as agreement,
@@ -92,12 +86,6 @@ from .methods.log_prob.queries import (
 from .methods.log_prob.readouts import (
     component_readouts as component_readouts,
 )
-from .methods.map_rollout import (
-    rollout as rollout,
-)
-from .methods.memories import (
-    Triggers as Triggers,
-)
 from .methods.memories import (
     composition as composition,
 )
@@ -144,71 +132,5 @@ from .reporting import (
     report as report,
 )
 from .results import (
-    Comparison as Comparison,
-)
-from .results import (
-    ComponentReadouts as ComponentReadouts,
-)
-from .results import (
-    CompositionFigures as CompositionFigures,
-)
-from .results import (
-    ContextMap as ContextMap,
-)
-from .results import (
-    Decomposition as Decomposition,
-)
-from .results import (
-    Estimate as Estimate,
-)
-from .results import (
-    Knockout as Knockout,
-)
-from .results import (
-    LayerCurves as LayerCurves,
-)
-from .results import (
-    LayerFigures as LayerFigures,
-)
-from .results import (
-    LayerwiseDecoding as LayerwiseDecoding,
-)
-from .results import (
-    LayerwiseLikelihood as LayerwiseLikelihood,
-)
-from .results import (
-    LayerwiseScores as LayerwiseScores,
-)
-from .results import (
-    LogProbContributions as LogProbContributions,
-)
-from .results import (
-    Memories as Memories,
-)
-from .results import (
-    PairChanges as PairChanges,
-)
-from .results import (
-    QueryContributions as QueryContributions,
-)
-from .results import (
-    Score as Score,
-)
-from .results import (
-    TokenFigures as TokenFigures,
-)
-from .results import (
-    TokenMemory as TokenMemory,
-)
-from .results import (
-    TriggerAgreement as TriggerAgreement,
-)
-from .results import (
-    TriggerExamples as TriggerExamples,
-)
-from .results import (
-    TriggerPatterns as TriggerPatterns,
-)
-from .results import (
-    ValueReadouts as ValueReadouts,
+    Result as Result,
 )

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -18,6 +21,10 @@ class ContextMixError(Exception):
 
 class InvalidInput(ContextMixError, ValueError):
     """The call is wrong: an argument, a token, a mask or a cache cannot be used as given."""
+
+
+class UnknownOption(InvalidInput, TypeError):
+    """A function has no option of this name."""
 
 
 class UnsupportedModel(ContextMixError, NotImplementedError):
@@ -57,12 +64,30 @@ def bad(failed: str, seen: object, expected: str, remedy: str) -> InvalidInput:
     return InvalidInput(four_parts(failed, seen, expected, remedy))
 
 
-def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raises InvalidInput unless an option is one of those there are."""
+def did_you_mean(name: object, known: Sequence[Any]) -> str:
+    """Returns the question whether a near match was meant, or nothing where there is none."""
+    texts = [one for one in known if isinstance(one, str)]
+    near = get_close_matches(name, texts, 1) if isinstance(name, str) else []
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raises InvalidInput unless a value is one of the choices."""
     if not isinstance(value, str) or value not in known:
         raise bad(
             f"there is no such {name}",
-            repr(value),
+            seen(value),
             f"one of {list(known)}",
-            "Choose one of these.",
+            did_you_mean(value, known) + "Choose one of these.",
         )
+
+
+def seen(value: Any) -> str:
+    """Returns a value for a message, whatever it is."""
+    try:
+        if getattr(value, "ndim", 0):
+            return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
+        text = repr(value)
+    except Exception:  # an object that cannot even be written out
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

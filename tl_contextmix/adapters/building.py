@@ -16,7 +16,7 @@ from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
-from tl_contextmix.adapters.running import make_runner
+from tl_contextmix.adapters.running import make_hooked, make_runner, without_hooks
 from tl_contextmix.adapters.tokenizers import (
     make_encode,
     make_encode_decoder,
@@ -26,7 +26,6 @@ from tl_contextmix.adapters.tokenizers import (
     padding_of,
     special_ids,
 )
-from tl_contextmix.adapters.user_hooks import hooked_places, without_hooks
 from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,
@@ -83,13 +82,14 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
 def _unreadable(facts: Facts) -> Iterator[None]:
     """Turns shapes that do not fit what a block was taken for into a refusal.
 
-    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4).
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4), and a module
+    that was put in another's place may lack what that one had.
     """
     try:
         yield
     except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (AttributeError, RuntimeError, IndexError, ValueError) as error:
         if not _in_reading(error):
             raise
         raise UnsupportedModel(
@@ -233,7 +233,7 @@ def _unsettled(
         to_string=make_to_string(handle),
         pad_id=pad_id,
         padding=lambda: padding_of(handle.get()),
-        hooked=lambda backward=False: hooked_places(handle.get(), backward=backward),
+        hooked=make_hooked(handle),
         without_hooks=lambda: without_hooks(handle.get()),
         recheck=partial(require_followed, tolerance),
         cached=cache_reader(handle, facts, stacks),

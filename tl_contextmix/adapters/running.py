@@ -1,23 +1,35 @@
-"""Runs a TransformerLens model of any class."""
+"""Runs a TransformerLens model of any class: its lock, and hooks, ours and the user's own."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.locks import lock_of
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Runner
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_GUARD = threading.Lock()
+# Bridges and transformers keep recording hooks of their own on a model, PyTorch computes pruned or
+# normalised weights in one, and a pass of ours may be under way whose hooks let others go by.
+_HOSTS = {"transformer_lens", "transformers", "torch", "accelerate", "tl_contextmix"}
 # Where Hugging Face's modules keep the rates at which they drop activations, or whole layers.
 _RATES = ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "layerdrop")
+
+
+def lock_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """Returns the lock of a model, which the same thread may take again."""
+    with _GUARD:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
@@ -205,3 +217,80 @@ def require_no_autocast(device: torch.device) -> None:
             "Leave the autocast block, or load the model in the lower precision: its "
             "activations are then upcast for the maths.",
         )
+
+
+def make_hooked(handle: Handle) -> Callable[..., tuple[str, ...]]:
+    """Returns the function that tells which modules carry hooks of the user's own."""
+
+    def hooked(*, backward: bool = False) -> tuple[str, ...]:
+        return hooked_places(handle.get(), backward=backward)
+
+    return hooked
+
+
+def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...]:
+    """Returns the names of the modules that carry hooks of the user's own.
+
+    Args:
+        model: The model.
+        backward: Whether hooks of backward passes count, too.
+    """
+    return tuple(
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if is_hooked(module)
+        or (backward and _any_own((module._backward_hooks, module._backward_pre_hooks)))
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module itself carries a hook of the user's own, which sees forward passes."""
+    return _any_own(_tables(module))
+
+
+def _any_own(tables: Iterable[dict[int, Callable[..., Any]]]) -> bool:
+    return any(not _of_host(hook) for table in tables for hook in table.values())
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes the user's own hooks off for a while; their order is kept."""
+    taken = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in _tables(module)
+        if any(not _of_host(hook) for hook in table.values())
+    ]
+    try:
+        for table, before in taken:
+            for key, hook in before.items():
+                if not _of_host(hook):
+                    del table[key]
+        yield
+    finally:
+        for table, before in taken:
+            added = {key: hook for key, hook in table.items() if key not in before}
+            # The tables themselves stay: handles for removal refer to them.
+            table.clear()
+            table.update({**before, **added})
+
+
+def _tables(module: nn.Module) -> tuple[Any, Any]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _of_host(hook: Callable[..., Any]) -> bool:
+    owner = getattr(_inner(hook), "__module__", None) or ""
+    return owner.split(".")[0] in _HOSTS
+
+
+def _inner(hook: Callable[..., Any]) -> Any:
+    """Returns the function a HookPoint was given, which it wraps in functions of its own."""
+    names: tuple[str, ...] = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+    cells = getattr(hook, "__closure__", None) or ()
+    held = dict(zip(names, cells, strict=True))
+    if "hook" in held:
+        return held["hook"].cell_contents
+    if "full_hook" in held:  # that of a backward pass is wrapped twice
+        return _inner(held["full_hook"].cell_contents)
+    return hook

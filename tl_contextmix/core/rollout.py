@@ -13,7 +13,7 @@ def roll_out(
     add_identity: bool,
     memory: Float[Tensor, "batch encoder_source encoder_input"] | None = None,
 ) -> Float[Tensor, "batch layer target source"]:
-    """Returns the product of the maps up to each layer; see `tl_contextmix.rollout`.
+    """Returns the product of the maps up to each layer; see `ContextMap.rollout`.
 
     Args:
         scores: A map per layer; sources beyond the targets are an encoder's.

@@ -6,6 +6,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def _of(origin: Provenance) -> Iterator[str]:
     name = "mine_triggers" if origin.method.startswith("triggers.") else origin.method
     found = methods().get(name)
     yield from () if found is None else found.sources(origin.options)
+    other = origin.options.get("minus")
+    if other:  # a difference of two results
+        yield from _of(replace(origin, method=other["method"], options=other["options"]))
 
 
 def _rolled(map: ContextMap) -> Iterator[str]:

@@ -26,7 +26,6 @@ from tl_contextmix.core.residual_stream import (
 )
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.engine.parts import require_budget
 from tl_contextmix.errors import UnsupportedModel, four_parts
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
@@ -75,10 +74,9 @@ def run_prediction(
     *,
     about: object = None,
     target: object = None,
-    target_ids: object = None,
     pos: object = None,
     norm: NormRule,
-    max_bytes: object,
+    max_bytes: int,
     both_stacks: bool = False,
 ) -> Prediction:
     """Runs the model once and returns what it was asked.
@@ -88,8 +86,7 @@ def run_prediction(
         given: Its input.
         about: Components that the prediction is about. Where they are contributions, target and
             position are theirs unless others are given.
-        target: The token, as text.
-        target_ids: Its id, instead.
+        target: The token, as text or id.
         pos: Position that predicts.
         norm: Rule for the final norm.
         max_bytes: Workspace.
@@ -101,7 +98,6 @@ def run_prediction(
             user's own change what is read from it.
     """
     view.readout.require()
-    budget = require_budget(max_bytes)
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}
     names = [
@@ -113,17 +109,17 @@ def run_prediction(
     forward_pass = run_pass(view, given, also=lambda block: () if block.layer else names)
     batch = forward_pass.trace.batch
     found = answer_of(batch, view, about)
-    if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0]
+    if found is not None and target is None:
+        target = found.target.ids[:, 0]
     if pos is not None or found is None:
         rows = predicting_rows(view, batch, stack, pos)
     else:
         rows = found.pos
     stream = decompose_stream(view, forward_pass.trace, stack, rows)
     logits = _logits(view, forward_pass, stream)
-    tokens = target_tokens(view, target, target_ids, logits)
+    tokens = target_tokens(view, target, logits)
     ids = tokens.ids[:, 0].to(view.device)
-    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, budget)
+    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
     log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
     return Prediction(view, forward_pass, stream, vocabulary, tokens, log_prob)
 

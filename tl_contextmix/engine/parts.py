@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Pass
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
@@ -26,7 +25,6 @@ from tl_contextmix.core.feed_forward_parts import (
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.errors import bad
-from tl_contextmix.results.axes import whole_number
 
 Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
 POINTS: tuple[Point, ...] = (
@@ -163,62 +161,3 @@ def norms_at(
         # Where no norm follows, block_out is resid_post.
         found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in behind}
     return found
-
-
-def require_point(at: object) -> Point:
-    """Returns the point.
-
-    Raises:
-        InvalidInput: If there is no such point.
-    """
-    if at not in POINTS:
-        raise bad(
-            "there is no such point",
-            repr(at),
-            f"one of {list(POINTS)}",
-            "Points name places in a block; hook names differ between hosts.",
-        )
-    return at  # type: ignore[return-value]
-
-
-def require_bias(bias: object) -> Bias:
-    """Returns the bias convention.
-
-    Raises:
-        InvalidInput: If there is no such convention.
-    """
-    if bias not in ("contributor", "fixed"):
-        raise bad(
-            "there is no such bias convention",
-            repr(bias),
-            "'contributor' or 'fixed'",
-            "See the docstring of decompose.",
-        )
-    return bias  # type: ignore[return-value]
-
-
-def require_budget(max_bytes: object) -> int:
-    """Returns the budget.
-
-    Raises:
-        InvalidInput: If it is not a positive number of bytes.
-    """
-    number = whole_number(max_bytes)
-    if number is None or number <= 0:
-        raise bad(
-            "max_bytes is not a budget",
-            repr(max_bytes),
-            "a positive number of bytes",
-            "The default is 1 GiB.",
-        )
-    return number
-
-
-def masked(done: Pass, scores: Tensor, at: str) -> Tensor:
-    """Returns scores [batch ... target source] with padding at exactly zero."""
-    target, source = done.target.mask, done.source(at).mask
-    if bool(target.all()) and bool(source.all()):
-        return scores
-    real = (target[:, :, None] & source[:, None, :]).to(scores.device)
-    shape = (real.shape[0], *[1] * (scores.ndim - 3), *real.shape[1:])
-    return scores.masked_fill(~real.view(shape), 0)

@@ -26,8 +26,8 @@ class Method:
         compared: Rows of `tl_contextmix.compare`, each with the options that make it a map.
         of_prediction: Whether it explains one predicted token, so that ``pos`` and ``target`` say
             which.
-        on_text: Whether it takes a model and a text: `tl_contextmix.estimate` then knows it by
-            name, and the command line runs it.
+        on_text: Whether it takes a model and a text, so that ``tl-contextmix run`` knows it.
+        estimated: Whether `tl_contextmix.estimate` can tell its cost, and knows it by name.
     """
 
     function: Callable[..., Any]
@@ -35,6 +35,7 @@ class Method:
     compared: Mapping[str, Mapping[str, Any]]
     of_prediction: bool
     on_text: bool
+    estimated: bool
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ def method(
     compared: bool | Mapping[str, Mapping[str, Any]] = False,
     of_prediction: bool = False,
     on_text: bool = True,
+    estimated: bool = True,
 ) -> Callable[[F], F]:
     """Registers a public function as a method; the function itself stays what it is.
 
@@ -60,11 +62,12 @@ def method(
         compared: True for one row of its own name, without options.
         of_prediction: See `Method`.
         on_text: See `Method`.
+        estimated: See `Method`; False for what is not on text.
     """
 
     def register(function: F) -> F:
         rows = {function.__name__: {}} if compared is True else compared or {}
-        known = Method(function, cites, rows, of_prediction, on_text)
+        known = Method(function, cites, rows, of_prediction, on_text, on_text and estimated)
         _METHODS[known.name] = known
         return function
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
-from tl_contextmix.results.axes import whole_number
 from tl_contextmix.results.components import Components, Grid, join
 
 Named = Sequence[Sequence[int]]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum, blocks
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
@@ -19,16 +19,12 @@ from tl_contextmix.results import ContextMap
 @method(cites=("ferrando2022measuring",), compared=True)
 def alti(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns ALTI's contributions of one layer; roll them out for the method itself.
 
@@ -49,12 +45,8 @@ def alti(
             the parts are those after both attentions, of the decoder's tokens followed by the
             encoder's, whichever of its names is given (this is not ALTI+, which treats the two
             attentions as two layers).
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace of a block of targets and sources.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source], in units of the residual stream's L1 norm.
@@ -65,26 +57,15 @@ def alti(
 
     Cost per layer: ``2 n^2 H d`` operations within ``max_bytes``; L1 needs every part.
     """
-    max_bytes = require_budget(max_bytes)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     scores = []
     with torch.no_grad():
         for block in done.progress("alti"):
             stream = linear_points(block, done.trace, done.stack)["stream"]
             scores.append(_closer(stream, max_bytes)[:, None])
-    return ContextMap(
-        scores=masked(done, torch.stack(scores, dim=1), "block_out"),
-        layers=done.layers,
-        heads=("all",),
-        point="resid_mid" if done.blocks[0].attentions[-1].norm_after is None else "mlp_in",
-        stack=done.stack,
-        target=done.target,
-        source=done.source("block_out"),
-        unit="L1 distance",
-        includes_residual=True,
-        provenance=done.provenance("alti", {}),
-    )
+    after_norm = done.blocks[0].attentions[-1].norm_after is not None
+    point = "mlp_in" if after_norm else "resid_mid"
+    return done.map("alti", torch.stack(scores, dim=1), "block_out", "L1 distance", point=point)
 
 
 def _closer(stream: TokenSum, max_bytes: int) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.engine.parts import masked
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
@@ -18,16 +16,12 @@ from tl_contextmix.results import ContextMap
 @method(cites=("abnar2020quantifying",), compared={"attention": {"heads": False}})
 def attention(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     heads: bool = True,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns the attention weights.
 
@@ -45,11 +39,7 @@ def attention(
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
             decoder's self-attention).
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source] of probabilities; rows sum to 1, except
@@ -61,8 +51,7 @@ def attention(
 
     Cost: a forward pass.
     """
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     kind = "cross" if done.stack == "cross" else "self"
     patterns = [
         done.trace.pattern(sublayer).detach()
@@ -70,17 +59,15 @@ def attention(
         for sublayer in block.attentions
         if sublayer.kind == kind
     ]
-    scores = masked(done, torch.stack(patterns, dim=1), "attn_out")
-    scores = scores if heads else scores.mean(dim=2, keepdim=True)
-    return ContextMap(
-        scores=scores,
-        layers=done.layers,
-        heads=tuple(str(head) for head in range(scores.shape[2])) if heads else ("mean",),
+    scores = torch.stack(patterns, dim=1)
+    labels = [str(head) for head in range(scores.shape[2])]
+    return done.map(
+        "attention",
+        scores if heads else scores.mean(dim=2, keepdim=True),
+        "attn_out",
+        "attention weight",
+        heads=labels if heads else ["mean"],
+        options={"heads": heads},
         point="pattern",
-        stack=done.stack,
-        target=done.target,
-        source=done.source("attn_out"),
-        unit="attention weight",
         includes_residual=False,
-        provenance=done.provenance("attention", {"heads": heads}),
     )

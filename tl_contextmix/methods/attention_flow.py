@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.engine.parts import masked
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
@@ -20,17 +19,13 @@ from tl_contextmix.results import ContextMap
 _UNIT = 2**30
 
 
-@method(cites=("abnar2020quantifying",), compared=True)
+@method(cites=("abnar2020quantifying",), compared=True, estimated=False)  # no tensors
 def attention_flow(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     stack: StackName | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns the attention flow from each input token to each position after every layer.
 
@@ -48,11 +43,7 @@ def attention_flow(
         input: A text, several, or token ids [batch, pos].
         stack: ``"encoder"`` or ``"decoder"`` of an encoder-decoder (default: the decoder's
             self-attention).
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] from the input to each layer: flows between 0
@@ -72,8 +63,7 @@ def attention_flow(
             "'encoder' or 'decoder'",
             "For both, roll out a map of the decoder with encoder=.",
         )
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), stack=stack)
     weights = [
         done.trace.pattern(sublayer).detach().mean(1)
         for block in done.blocks
@@ -84,18 +74,14 @@ def attention_flow(
     capacities = (patterns + np.eye(patterns.shape[-1])) / 2
     flows = np.stack([_flows(sentence) for sentence in capacities])
     scores = torch.from_numpy(flows).to(weights[0])[:, :, None]
-    return ContextMap(
-        scores=masked(done, scores, "attn_out"),
-        layers=done.layers,
-        heads=("mean",),
+    return done.map(
+        "attention_flow",
+        scores,
+        "attn_out",
+        "attention flow",
+        heads=["mean"],
         point="pattern",
-        stack=done.stack,
-        target=done.target,
-        source=done.source("attn_out"),
-        unit="attention flow",
-        includes_residual=True,
         from_input=True,
-        provenance=done.provenance("attention_flow", {}),
     )
 
 

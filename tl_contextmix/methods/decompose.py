@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     Point,
     linear_points,
     parts_at,
-    require_bias,
-    require_budget,
-    require_point,
 )
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import Decomposition
@@ -28,18 +25,14 @@ from tl_contextmix.results import Decomposition
 @method(cites=norm_papers)
 def decompose(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     at: Point = "resid_post",
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> Decomposition:
     r"""Returns a block's activation as one vector per source token plus a bias.
 
@@ -66,15 +59,11 @@ def decompose(
         bias: What the feed-forward path starts from. ``"contributor"``: from zero, biases being
             one more contributor with a share of its own (as DecompX). ``"fixed"``: from the biases
             alone, whose image is the constant.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace of the feed-forward points, besides the result. A quarter of it is
             for pairs of tokens even where the layer itself leaves less: its weights folded into
             each other, about ``d_model * (d_mlp + 3 * d_model)`` numbers, and ``2 * d_mlp +
             12 * d_model`` per token (d_mlp twice if gated).
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `Decomposition`: ``parts`` [batch layer target source d_model] in units of the residual
@@ -87,10 +76,7 @@ def decompose(
     Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer behind the
     feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
     """
-    at, bias = require_point(at), require_bias(bias)
-    max_bytes = require_budget(max_bytes)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     parts, biases = torch.empty(0), []
     with torch.no_grad():
         for index, block in enumerate(done.progress("decompose")):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
-    Cache,
     Given,
-    PaddingSide,
+    Input,
+    Inputs,
     Pass,
-    Text,
     run_pass,
     select_blocks,
 )
@@ -22,12 +22,10 @@ from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     Bias,
-    masked,
-    require_bias,
-    require_budget,
 )
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -40,17 +38,13 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, tor
 @method(cites=("modarressi2023decompx",), compared=True)
 def decompx(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns the norm of what each input token brings to each position, through all layers.
 
@@ -75,12 +69,8 @@ def decompx(
             decoder mean the same: the sources are the decoder's input tokens followed by the
             encoder's, carried through the encoder and its final norm too.
         bias: ``"contributor"`` (the paper) or ``"fixed"``, see `decompose`.
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace: so many input tokens are carried at a time, at least one.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] at ``"block_out"``: norms in units of the
@@ -96,40 +86,29 @@ def decompx(
     Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
     for more than a hundred tokens of which none reads a later one.
     """
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = _carry(as_view(model), given, layer, stack, bias, max_bytes)
+    done = _carry(as_view(model), Given(input, **inputs), layer, stack, bias, max_bytes)
     scores = [torch.cat(norms, dim=2) for norms in done.collect(lambda parts: parts.norm(dim=-1))]
-    real = done.asked.target.mask.to(scores[0].device)
-    return ContextMap(
-        scores=masked(done.asked, torch.stack(scores, dim=1)[:, :, None], "block_out"),
-        layers=done.asked.layers,
-        heads=("all",),
-        point="block_out",
-        stack=done.asked.stack,
-        target=done.asked.target,
-        source=done.asked.source("block_out"),
-        unit="norm, from the input",
-        includes_residual=True,
-        bias=(done.bias().norm(dim=-1) * real[:, None])[:, :, None],
+    return done.asked.map(
+        "decompx",
+        torch.stack(scores, dim=1)[:, :, None],
+        "block_out",
+        "norm, from the input",
+        options={"bias": bias},
+        bias=done.bias().norm(dim=-1)[:, :, None],
         from_input=True,
-        provenance=done.asked.provenance("decompx", {"bias": bias}),
     )
 
 
 @method(cites=("modarressi2023decompx",))
 def decompx_vectors(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> Decomposition:
     r"""Returns what each input token brings to each position through all layers, as vectors.
 
@@ -144,12 +123,8 @@ def decompx_vectors(
         layer: Layer or layers to return; None for all.
         stack: See `decompx`.
         bias: See `decompx`.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A cache of the same input, instead of a forward pass.
         max_bytes: Workspace besides the result.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `Decomposition` at ``"block_out"``: ``parts`` [batch layer target source d_model], the
@@ -161,8 +136,7 @@ def decompx_vectors(
 
     Cost: that of `decompx`, and ``n^2 d_model`` numbers per layer for the result.
     """
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = _carry(as_view(model), given, layer, stack, bias, max_bytes)
+    done = _carry(as_view(model), Given(input, **inputs), layer, stack, bias, max_bytes)
     parts = [torch.cat(some, dim=2) for some in done.collect(lambda parts: parts)]
     return Decomposition(
         parts=torch.stack(parts, dim=1),
@@ -249,12 +223,11 @@ def _after_zeros(first: int, rows: Tensor) -> Tensor:
 def _carry(
     view: ModelView,
     given: Given,
-    layer: int | Sequence[int] | None,
+    layer: Layers | None,
     stack: StackName | None,
     bias: Bias,
     max_bytes: int,
 ) -> _Carried:
-    fixed, max_bytes = require_bias(bias) == "fixed", require_budget(max_bytes)
     base = view.base_stack(stack)
     selected = select_blocks(view.stacks[base], layer)
     reads_encoder = base == "decoder" and "encoder" in view.stacks
@@ -273,8 +246,8 @@ def _carry(
         if encoder:
             norm = view.final_norms.get("encoder")
             after = None if norm is None else (norm, done.trace[encoder[-1].resid_out])
-            frozen = freeze_stack(encoder, done.trace, fixed, final_norm=after)
-        own = freeze_stack(done.blocks[: last + 1], done.trace, fixed, encoder=frozen)
+            frozen = freeze_stack(encoder, done.trace, bias == "fixed", final_norm=after)
+        own = freeze_stack(done.blocks[: last + 1], done.trace, bias == "fixed", encoder=frozen)
     asked = replace(done, blocks=selected)
     return _Carried(asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))
 

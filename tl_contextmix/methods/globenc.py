@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points, masked, require_budget
+from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
@@ -21,16 +21,12 @@ from tl_contextmix.results import ContextMap
 @method(cites=("modarressi2022globenc",), compared=True)
 def globenc(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns GlobEnc's map of one layer; roll it out for the method itself.
 
@@ -53,12 +49,8 @@ def globenc(
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder; both names of the
             decoder mean the same here, the source axis being its tokens, then the encoder's.
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] of norms, in units of the block's output. It
@@ -71,26 +63,13 @@ def globenc(
     Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
     [target, source, d_model] tensor is never built.
     """
-    max_bytes = require_budget(max_bytes)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack, also=_neurons)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, also=_neurons)
     scores = []
     with torch.no_grad():
         for block in done.progress("globenc"):
             stream = linear_points(block, done.trace, done.stack)["stream"]
             scores.append(_without_output(block, stream, done.trace).norms(max_bytes)[:, None])
-    return ContextMap(
-        scores=masked(done, torch.stack(scores, dim=1), "block_out"),
-        layers=done.layers,
-        heads=("all",),
-        point="block_out",
-        stack=done.stack,
-        target=done.target,
-        source=done.source("block_out"),
-        unit="norm",
-        includes_residual=True,
-        provenance=done.provenance("globenc", {}),
-    )
+    return done.map("globenc", torch.stack(scores, dim=1), "block_out", "norm")
 
 
 def _neurons(block: Block) -> list[str]:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, label, make_batch, provenance
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    TokenInputs,
+    label,
+    make_batch,
+    provenance,
+)
 from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.core.validation import Positive
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (
     UnsupportedModel,
     bad,
-    require_choice,
     warn,
 )
 from tl_contextmix.results import ContextMap, Tokens
 
-_T = TypeVar("_T")
 Of = Literal["logit", "log_prob"]
 Score = Literal["l2", "l1", "sum"]
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
@@ -46,16 +53,13 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 @method(cites=("denil2014extraction", "shrikumar2017learning"), compared=True, of_prediction=True)
 def gradient_x_input(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     target: int | Sequence[int] | None = None,
     pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
+    **inputs: Unpack[TokenInputs],
 ) -> ContextMap:
     r"""Returns how strongly a prediction depends on each input token, to first order.
 
@@ -76,10 +80,7 @@ def gradient_x_input(
         score: What a token's vector becomes: its length (``"l2"``), the sum of its entries' sizes
             (``"l1"``), or the size of its sum (``"sum"``: of the dot product; its sign is lost,
             as a map holds no negative scores).
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        **inputs: Mask, padding and the like, see `TokenInputs`.
 
     Returns:
         A `ContextMap` with one layer and one target, in units of ``of``. The sources of an
@@ -91,11 +92,9 @@ def gradient_x_input(
 
     Cost: a forward and a backward pass.
     """
-    mask, said = _own(attention_mask), _own(decoder_input)
-    given = Given(_own(input), mask, prepend_bos, padding_side, said)
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        asked = _ask(as_view(model), given, target, pos, of, score, grad=True)
+        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score, grad=True)
         parts = asked.joined(_slopes(asked.value, asked.inputs))
         return asked.map("gradient_x_input", parts, None, {})
 
@@ -103,18 +102,15 @@ def gradient_x_input(
 @method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
 def integrated_gradients(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    steps: int = 50,
+    steps: Positive = 50,
     target: int | Sequence[int] | None = None,
     pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[TokenInputs],
 ) -> ContextMap:
     r"""Returns integrated gradients of a prediction for each input token.
 
@@ -139,12 +135,9 @@ def integrated_gradients(
         pos: See `gradient_x_input`.
         of: See `gradient_x_input`.
         score: See `gradient_x_input`.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
         max_bytes: Bound on what points of the path take that are computed as one batch. One at
             least is; and one after the other where hooks of your own look on.
+        **inputs: Mask, padding and the like, see `TokenInputs`.
 
     Returns:
         A `ContextMap` with one layer and one target, in units of ``of``. Its bias is
@@ -159,27 +152,18 @@ def integrated_gradients(
 
     Cost: ``steps`` forward and backward passes, and two forward passes more.
     """
-    max_bytes = require_budget(max_bytes)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise bad(
-            "a path cannot have so many points", repr(steps), "a positive integer", "Ask for 50."
-        )
-    mask, said = _own(attention_mask), _own(decoder_input)
-    given = Given(_own(input), mask, prepend_bos, padding_side, said)
     with torch.inference_mode(False), torch.no_grad():
-        asked = _ask(as_view(model), given, target, pos, of, score)
+        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score)
         parts, missed, change = _integrate(asked, steps, max_bytes)
         _warn_if_missed(missed, change, parts, steps)
         options = {"steps": steps, "baseline": "zero"}
         return asked.map("integrated_gradients", parts, missed, options)
 
 
-def _own(given: _T) -> _T:
-    """Returns what a gradient's graph may keep: tensors made in inference mode are copied."""
-    if not isinstance(given, Tensor) or not given.is_inference():
-        return given
+def _own(side: Side) -> Side:
+    """Returns tokens that a gradient's graph may keep: not those made in inference mode."""
     with torch.inference_mode(False):
-        return cast("_T", given.clone())
+        return Side(side.ids.clone(), side.mask.clone())
 
 
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
@@ -353,11 +337,11 @@ def _ask(
     *,
     grad: bool = False,
 ) -> _Asked:
-    require_choice("of", of, ("logit", "log_prob"))
-    require_choice("score", score, (*_SCORES,))
     if view.readout.refusal:
         raise UnsupportedModel(view.readout.refusal)
     batch = make_batch(view, given)
+    said = batch.decoder
+    batch = Batch(_own(batch.main), None if said is None else _own(said))
     entries = _entries(view)
     leaves: dict[str, Tensor] = {}
 

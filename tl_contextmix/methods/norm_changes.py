@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, LayerFigures, Pair, PairChanges, Provenance
-from tl_contextmix.results.axes import largest, require_choice, require_count
+from tl_contextmix.results.axes import largest
 
 Layout = Literal["post-LN", "pre-LN", "parallel"]
 # Maps by point. To a type checker no mapping with keys of type str holds what has keys of type
@@ -165,7 +166,7 @@ def amplified_pairs(
     before: ContextMap,
     after: ContextMap,
     *,
-    k: int = 10,
+    k: Positive = 10,
     normalize: Literal["sum", "max", "none"] = "sum",
 ) -> PairChanges:
     """Returns the pairs of each layer whose score grew most and shrank most (2024, section 5).
@@ -187,8 +188,6 @@ def amplified_pairs(
     Raises:
         InvalidInput: If the maps are not of the same tokens and layers, or ``k`` is not positive.
     """
-    k = require_count(k)
-    require_choice("amplified_pairs", "normalize", normalize, ("sum", "max", "none"))
     _require_same(before, after)
     if normalize != "none":
         before, after = before.normalize(normalize), after.normalize(normalize)

@@ -11,25 +11,29 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    Inputs,
+    Pass,
+    run_pass,
+)
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     POINTS,
     Bias,
     Point,
     linear_points,
-    masked,
     norms_at,
     parts_at,
     parts_at_all,
-    require_bias,
-    require_budget,
-    require_point,
 )
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
@@ -39,57 +43,45 @@ from tl_contextmix.results import ContextMap, TokenFigures
 @overload
 def attention_norms(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     at: Point = ...,
     heads: bool = ...,
-    layer: int | Sequence[int] | None = ...,
+    layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
-    attention_mask: Tensor | None = ...,
-    prepend_bos: bool | None = ...,
-    padding_side: PaddingSide = ...,
-    decoder_input: Text | Tensor | None = ...,
-    cache: Cache | None = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap: ...
 
 
 @overload
 def attention_norms(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     at: Sequence[Point],
     heads: bool = ...,
-    layer: int | Sequence[int] | None = ...,
+    layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
-    attention_mask: Tensor | None = ...,
-    prepend_bos: bool | None = ...,
-    padding_side: PaddingSide = ...,
-    decoder_input: Text | Tensor | None = ...,
-    cache: Cache | None = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[Inputs],
 ) -> dict[Point, ContextMap]: ...
 
 
 @method(cites=norm_papers, compared={f"attention_norms {at}": {"at": at} for at in POINTS})
 def attention_norms(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     at: Point | Sequence[Point] = "block_out",
     heads: bool = False,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap | dict[Point, ContextMap]:
     r"""Returns the norm of what each source token brings to each target token.
 
@@ -121,12 +113,8 @@ def attention_norms(
         layer: Layer or layers; None for all.
         stack: See `decompose`.
         bias: See `decompose`; it changes the points behind the feed-forward block.
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace, see `decompose`.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source], or one per point where several are asked.
@@ -140,11 +128,9 @@ def attention_norms(
     behind the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
     ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
     """
-    points: list[Point] = [require_point(name) for name in ([at] if isinstance(at, str) else at)]
-    bias, max_bytes = require_bias(bias), require_budget(max_bytes)
+    points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     found = _maps(done, list(dict.fromkeys(points)), heads, bias, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 
@@ -169,62 +155,42 @@ def _maps(
             linear = linear_points(block, done.trace, done.stack, points)
             parts = parts_at_all(block, linear, points, bias, max_bytes)
             norms = {} if heads else norms_at(parts, max_bytes)
-            for point, found in parts.items():
-                biases[point].append(found.bias.norm(dim=-1)[:, None])
+            for point, part in parts.items():
+                biases[point].append(part.bias.norm(dim=-1)[:, None])
                 if heads:
-                    assert isinstance(found, TokenSum)
-                    scores[point].append(found.terms[0].head_norms())
+                    assert isinstance(part, TokenSum)
+                    scores[point].append(part.terms[0].head_norms())
                 else:
                     scores[point].append(norms[point][:, None])
-    return {
-        point: _label(
-            done,
+    found = {}
+    for point in points:
+        stacked = torch.stack(scores[point], dim=1)
+        labels = [str(head) for head in range(stacked.shape[2])]
+        found[point] = done.map(
+            "attention_norms",
+            stacked,
             point,
-            heads,
-            bias,
-            torch.stack(scores[point], dim=1),
-            torch.stack(biases[point], dim=1),
+            "norm",
+            heads=labels if heads else ["all"],
+            options={"at": point, "heads": heads, "bias": bias},
+            includes_residual=point != "attn_out",
+            # The output bias belongs to no head.
+            bias=None if heads else torch.stack(biases[point], dim=1),
         )
-        for point in points
-    }
-
-
-def _label(
-    done: Pass, point: Point, heads: bool, bias: Bias, scores: Tensor, biases: Tensor
-) -> ContextMap:
-    scores = masked(done, scores, point)
-    real = done.target.mask.to(scores.device)
-    return ContextMap(
-        scores=scores,
-        layers=done.layers,
-        heads=tuple(str(head) for head in range(scores.shape[2])) if heads else ("all",),
-        point=point,
-        stack=done.stack,
-        target=done.target,
-        source=done.source(point),
-        unit="norm",
-        includes_residual=point != "attn_out",
-        # The output bias belongs to no head.
-        bias=None if heads else biases * real[:, None, None],
-        provenance=done.provenance("attention_norms", {"at": point, "heads": heads, "bias": bias}),
-    )
+    return found
 
 
 @method(cites=("kobayashi2021incorporating", "kobayashi2024analyzing"))
 def mixing_ratio(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     at: Point = "mlp_in",
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> TokenFigures:
     r"""Returns how much of each token comes from other tokens.
 
@@ -241,12 +207,8 @@ def mixing_ratio(
         layer: Layer or layers; None for all.
         stack: See `decompose`. Encoder tokens that a decoder reads count as others.
         bias: See `decompose`.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A cache of the same input, instead of a forward pass.
         max_bytes: Workspace.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `TokenFigures` [batch layer pos] between 0 and 1; 0 at padding.
@@ -259,9 +221,7 @@ def mixing_ratio(
     Cost: ``O(n d_model H)`` up to ``mlp_in``, from the diagonal and the total alone; behind the
     feed-forward block also one row of neurons per token, never all pairs.
     """
-    at, bias, max_bytes = require_point(at), require_bias(bias), require_budget(max_bytes)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     if at == "attn_out" and done.stack == "cross":
         raise bad(
             "there is no mixing ratio of cross-attention alone",

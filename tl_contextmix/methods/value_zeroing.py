@@ -9,17 +9,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Pass, Text, run_pass
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    Inputs,
+    Pass,
+    run_pass,
+)
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_names
 from tl_contextmix.core.words import Spans, merge, require_spans
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, require_budget
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
 
@@ -31,22 +39,18 @@ Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 @method(cites=("mohebbi2023quantifying",), compared=True)
 def value_zeroing(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     heads: Heads = False,
-    layer: int | Sequence[int] | None = None,
-    targets: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
+    pos: int | Sequence[int] | None = None,
     spans: Spans | None = None,
     span_rows: SpanRows = "keep",
     metric: Metric = "cosine",
     final_norm: bool = True,
     stack: StackName | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ContextMap:
     r"""Returns how far each block's output moves when one token's value is set to zero.
 
@@ -69,7 +73,7 @@ def value_zeroing(
         heads: False: all heads at once. True: each alone, one map per head. A number or a list of
             numbers: these together. A list of lists: one map per group.
         layer: Layer or layers; None for all.
-        targets: Positions of the rows to compute; None for all. Cost falls with their number.
+        pos: Position or positions of the rows to compute; None for all. Fewer rows cost less.
         spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
@@ -79,12 +83,8 @@ def value_zeroing(
         final_norm: Whether the last layer's output is compared after the model's final norm, as
             Hugging Face's hidden states are, or raw.
         stack: ``"cross"`` zeroes encoder values in cross-attention; see `decompose`.
-        attention_mask: 1 at real tokens, 0 at padding. Scores of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A cache of the same input, instead of a forward pass.
         max_bytes: Workspace, besides the pass and the result.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source] of distances.
@@ -99,17 +99,12 @@ def value_zeroing(
     256 MiB, and is done at each call otherwise. A loop over zeroed forward passes takes
     ``n^2 (8 d^2 + 4 d d_mlp)`` and more. In a parallel block ``2 n^2 H d``.
     """
-    max_bytes = require_budget(max_bytes)
-    require_choice("metric", metric, ("cosine", "euclidean"))
-    require_choice("span_rows", span_rows, ("keep", "mean", "max"))
     view = as_view(model)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
     kind = "cross" if stack == "cross" else "self"
-    also = partial(needed_names, kind=kind, spare=cache is None)
-    done = run_pass(view, given, layer=layer, stack=stack, also=also)
+    also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
+    done = run_pass(view, Given(input, **inputs), layer=layer, stack=stack, also=also)
     groups, labels = _groups(heads, done, kind)
-    length = done.target.ids.shape[1]
-    rows = None if targets is None else positions("target", targets, (), length)
+    rows = None if pos is None else positions("target", pos, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
     scores = []
     with torch.no_grad():
@@ -119,7 +114,7 @@ def value_zeroing(
             scores.append(how.scores(block, done.trace))
     options = {
         "heads": list(labels),
-        "targets": rows,
+        "pos": rows,
         "spans": spans,
         "span_rows": span_rows,
         "metric": metric,
@@ -176,7 +171,7 @@ def _label(
     done: Pass, scores: Tensor, labels: tuple[str, ...], options: dict[str, object]
 ) -> ContextMap:
     target, source = done.target, done.source("attn_out")
-    rows, spans, how = (options[name] for name in ("targets", "spans", "span_rows"))
+    rows, spans, how = (options[name] for name in ("pos", "spans", "span_rows"))
     if isinstance(rows, list):
         target = target.select(list(range(scores.shape[0])), rows)
     if isinstance(spans, list):
@@ -225,7 +220,7 @@ def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None]
     asked: list[Any] = [heads]
     if isinstance(heads, Sequence) and not isinstance(heads, str):
         asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
-    groups = [positions("head", group, (), count) for group in asked]
+    groups = [positions("head", group, range(count)) for group in asked]
     for group in groups:
         if len(set(group)) < len(group):
             raise bad(
@@ -246,7 +241,7 @@ def _require_spans(
             "rows cannot be merged",
             f"span_rows={span_rows!r}",
             "spans of the same tokens on both axes, and all targets",
-            "Give spans= without targets=, or leave span_rows out.",
+            "Pass spans= without pos=, or leave span_rows out.",
         )
     if spans is None:
         return None

@@ -74,10 +74,9 @@ class Charts:
 
 def attention_heads(panel: Heatmap) -> dict[str, object]:
     """Returns the properties of ``AttentionHeads`` for a square map of finite numbers."""
-    largest = float(panel.values.abs().max()) if panel.values.numel() else 0.0
     # Bounds are always given, one on either side of zero: a colour is value / bound, and 0 / 0
     # would make a cell invisible.
-    bound = rounded(largest) or 1.0
+    bound = rounded(panel.survey.largest) or 1.0
     return {
         "tokens": [for_circuitsvis(token) for token in panel.rows],
         "attention": _nested(panel.values),

@@ -30,7 +30,7 @@ Rgb = tuple[int, int, int]
 
 def shade(fraction: float) -> Rgb:
     """Returns the colour of a number from -1 to 1."""
-    end = _parse(POSITIVE if fraction >= 0 else NEGATIVE)
+    end = parse(POSITIVE if fraction >= 0 else NEGATIVE)
     share = min(1.0, abs(fraction))
     red, green, blue = (
         round(white + (colour - white) * share) for white, colour in zip(_WHITE, end, strict=True)
@@ -75,7 +75,8 @@ def as_hex(colour: Rgb) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def _parse(colour: str) -> Rgb:
+def parse(colour: str) -> Rgb:
+    """Returns the three parts of a colour as CSS writes it."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import html
 import math
 import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard
+
+from tl_contextmix.plotting.panels import Cell, Place
 
 LABEL_LENGTH = 24
 NOTHING = "–"
@@ -62,6 +66,11 @@ def escape(text: str, length: int | None = None) -> str:
     """
     shown = visible(text)
     return html.escape(shown if length is None else shorten(shown, length), quote=True)
+
+
+def data(value: float) -> str:
+    """Returns the attribute with which an element carries its number; nothing for no number."""
+    return f' data-value="{rounded(value)!r}"' if math.isfinite(value) else ""
 
 
 def prose(text: str) -> str:
@@ -119,6 +128,41 @@ def number(value: float, places: int | None, *, signed: bool = False) -> str:
     if value < 0 and text.strip("0.") != "":
         return "−" + text
     return "+" + text if signed and value > 0 else text
+
+
+def largest(cells: Iterable[object]) -> float:
+    """Returns the largest absolute value of the cells that are finite numbers; 0 without any."""
+    sizes = (abs(cell) for cell in cells if is_number(cell))
+    return float(max(filter(math.isfinite, sizes), default=0.0))
+
+
+def is_number(cell: object) -> TypeGuard[float]:
+    """Returns whether a cell holds a number; yes and no are none."""
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+
+
+def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = False) -> list[str]:
+    """Returns the cells of a column as text, with as many decimals as the largest number needs.
+
+    Args:
+        column: The cells.
+        text: How text is shown.
+        signed: Whether positive numbers carry a plus.
+    """
+    places = decimals(largest(cell for cell in column if isinstance(cell, float)))
+
+    def shown(cell: Cell) -> str:
+        if cell is None:
+            return NOTHING
+        if isinstance(cell, bool):
+            return "yes" if cell else "no"
+        if isinstance(cell, Place):
+            return f"{text(cell.token)} ({cell.position})"
+        if isinstance(cell, str):
+            return text(cell)
+        return number(float(cell), 0 if isinstance(cell, int) else places, signed=signed)
+
+    return [shown(cell) for cell in column]
 
 
 def _visible_character(character: str) -> str:

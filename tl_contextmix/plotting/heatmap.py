@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from dataclasses import replace
 
 import torch
 
-from tl_contextmix.plotting import colors, markup, png
+from tl_contextmix.plotting import colors, markup, png, tables
 from tl_contextmix.plotting.circuitsvis_source import Charts, attention_heads
 from tl_contextmix.plotting.display_text import (
+    cells,
+    data,
     decimals,
     escape,
     label,
@@ -26,34 +27,32 @@ from tl_contextmix.plotting.panels import Heatmap
 # A table of numbers is read, not looked at; beyond these a picture says more and weighs less.
 TABLE_SIDE = 40
 TABLE_CELLS = 8_000
-PICTURE_CELLS = 20_000_000
-TOP_CELLS = 10
 NARROW_SIDE = 24
 NARROW_TABLE = 7
 WIDEST = 860
 CELL_WIDTH = 58
-# Of a map with too many cells, the part that is drawn cell by cell.
-PART_CELLS = 20_000
-PART_SIDE = 8
 
 
 def draw(panel: Heatmap, charts: Charts) -> str:
     """Returns the HTML of a stack of maps."""
-    panel = replace(panel, values=panel.values.detach().cpu().double())
+    wide = True
     if not panel.values.numel():
-        empty = markup.note("There is nothing to show: the map has no cells.")
-        return markup.figure("heatmap", panel.title, panel.caption, [empty])
-    if _is_for_circuitsvis(panel) and charts.fits(panel.values.numel()):
+        wide, body = False, [markup.note("There is nothing to show: the map has no cells.")]
+    elif _is_for_circuitsvis(panel, charts):
         wide = len(panel.rows) > NARROW_SIDE
         body = [_legend(panel), _interactive(panel, charts), _numbers(panel)]
     elif _is_small(panel):
         wide = len(panel.columns) > NARROW_TABLE
         body = [_legend(panel), _tables(panel)]
     else:
-        wide = True
         remark = markup.note(_picture_remark(panel))
-        body = [_part(panel, charts), remark, _legend(panel), _pictures(panel), _numbers(panel)]
+        body = [_means(panel, charts), remark, _legend(panel), _pictures(panel), _numbers(panel)]
     return markup.figure("heatmap", panel.title, panel.caption, body, wide=wide)
+
+
+def height_of(panel: Heatmap) -> int:
+    """Returns about how high a map is on a page."""
+    return 230 + (width_of(panel) if panel.whole else 28 * min(TABLE_SIDE, len(panel.rows)))
 
 
 def width_of(panel: Heatmap) -> int:
@@ -61,39 +60,12 @@ def width_of(panel: Heatmap) -> int:
     return min(WIDEST, 150 + CELL_WIDTH * len(panel.rows))
 
 
-def largest_of(panel: Heatmap) -> float:
-    """Returns the largest absolute value of a map, infinities and NaN left out."""
-    low, high = range_of(panel)
-    return max(-low, high)
-
-
-def range_of(panel: Heatmap) -> tuple[float, float]:
-    """Returns the lowest and highest value of a map, infinities and NaN left out, 0 if none is."""
-    values = panel.values
-    ends = values.aminmax() if values.numel() else ()
-    if not all(end.isfinite() for end in ends):
-        finite = values[values.isfinite()]
-        ends = finite.aminmax() if finite.numel() else ()
-    low, high = map(float, ends) if ends else (0.0, 0.0)
-    return low, high
-
-
-def top_cells(panel: Heatmap, k: int = TOP_CELLS) -> list[tuple[int, int, int]]:
-    """Returns sheet, row and column of the largest absolute values, largest first."""
-    sizes = panel.values.detach().cpu().double().abs()
-    sizes = torch.where(sizes.isnan(), -1.0, sizes).flatten()
-    found = sizes.topk(min(k, sizes.numel()))
-    area = len(panel.rows) * len(panel.columns)
-    return [
-        (index // area, index % area // len(panel.columns), index % len(panel.columns))
-        for size, index in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        if size >= 0
-    ]
-
-
-def _is_for_circuitsvis(panel: Heatmap) -> bool:
-    # It has one list of tokens for both axes, and no way to show what is no number.
-    return panel.rows == panel.columns and bool(panel.values.isfinite().all())
+def _is_for_circuitsvis(panel: Heatmap, charts: Charts) -> bool:
+    # It has one list of tokens for both axes, which it counts from 0, and no way to show what is
+    # no number.
+    if not charts.fits(panel.values.numel()) or not panel.whole:
+        return False
+    return not panel.survey.nan and not panel.survey.infinite
 
 
 def _is_small(panel: Heatmap) -> bool:
@@ -110,149 +82,129 @@ def _interactive(panel: Heatmap, charts: Charts) -> str:
     return f'{hint}<div class="scroll"><div class="cv" {size} id="{element}"></div></div>'
 
 
-def _part(panel: Heatmap, charts: Charts) -> str:
-    """Returns the means of groups of sheets, or the last tokens, of a map with too many cells."""
-    if not _is_for_circuitsvis(panel):
-        return ""
-    cells = panel.values.numel()
-    why = f"{cells:,} cells are too many to draw one by one."
+def _means(panel: Heatmap, charts: Charts) -> str:
+    """Returns the means of groups of sheets of a map with too many cells."""
     names = tuple(dict.fromkeys(panel.groups))
-    if names and charts.fits(len(names) * len(panel.rows) ** 2):
-        part = replace(panel, values=_means(panel, names), sheets=names, groups=())
-        what = f"Drawn here: the mean of the sheets of each group, {names[0]} to {names[-1]}."
-    else:
-        side = math.isqrt(PART_CELLS // len(panel.sheets))
-        if side < PART_SIDE or not charts.fits(len(panel.sheets) * side**2):
-            return ""
-        tokens = panel.rows[-side:]
-        values = panel.values[:, -side:, -side:]
-        part = replace(panel, values=values, rows=tokens, columns=tokens)
-        what = f"Drawn here: the last {side} of {len(panel.rows)} tokens."
-    return markup.note(f"{why} {what}") + _legend(part) + _interactive(part, charts)
-
-
-def _means(panel: Heatmap, names: tuple[str, ...]) -> torch.Tensor:
+    if not names or not charts.fits(len(names) * len(panel.rows) * len(panel.columns)):
+        return ""
     groups = [[i for i, one in enumerate(panel.groups) if one == name] for name in names]
-    return torch.stack([panel.values[group].mean(0) for group in groups])
+    values = torch.stack([panel.values[group].double().mean(0) for group in groups])
+    part = replace(panel, values=values, sheets=names, groups=())
+    if not _is_for_circuitsvis(part, charts):
+        return ""
+    why = (
+        f"{panel.values.numel():,} cells are too many to draw one by one. Drawn here: the mean of "
+        f"the sheets of each group, {names[0]} to {names[-1]}."
+    )
+    return markup.note(why) + _legend(part) + _interactive(part, charts)
 
 
 def _legend(panel: Heatmap) -> str:
-    if not panel.values.isfinite().any():
+    seen = panel.survey
+    if not seen.finite:
         return ""
-    low, high = range_of(panel)
-    pieces = [_scale(max(-low, high), signed=low < 0)]
+    pieces = [_scale(panel)]
     if panel.unit:
         pieces.append(f'<span class="unit">{prose(panel.unit)}</span>')
-    if panel.causal:
-        pieces.append('<i class="masked"></i><span>later token, cannot be read</span>')
-    if panel.values.isnan().any():
-        pieces.append('<i class="nothing"></i><span>no number</span>')
-    if panel.values.isinf().any():
-        pieces.append('<i class="infinite"></i><span>infinite</span>')
+    for shown, kind, told in (
+        (panel.causal, "masked", "later token, cannot be read"),
+        (seen.nan, "nothing", "no number"),
+        (seen.infinite, "infinite", "infinite"),
+    ):
+        pieces.append(f'<i class="{kind}"></i><span>{told}</span>' if shown else "")
     return f'<p class="legend">{"".join(pieces)}</p>'
 
 
-def _scale(largest: float, *, signed: bool) -> str:
-    if largest == 0:
+def _scale(panel: Heatmap) -> str:
+    if panel.survey.largest == 0:
         return "<span>every number is 0</span>"
-    places = decimals(largest)
-    low = number(-largest, places) if signed else "0"
-    kind = "signed" if signed else "positive"
-    return f'<span>{low}</span><i class="{kind}"></i><span>{number(largest, places)}</span>'
+    low, high = scale_ends(panel)
+    kind = "signed" if panel.survey.signed else "positive"
+    return f'<span>{low}</span><i class="{kind}"></i><span>{high}</span>'
+
+
+def scale_ends(panel: Heatmap) -> tuple[str, str]:
+    """Returns the numbers at the ends of the scale of a map; 0 or white is in its middle."""
+    seen = panel.survey
+    places = decimals(seen.largest)
+    low = number(-seen.largest, places) if seen.signed else "0"
+    return low, number(seen.largest, places)
 
 
 def _numbers(panel: Heatmap) -> str:
     """Returns the numbers behind the colours, within reach of a keyboard."""
     if _is_small(panel):
         return markup.details("Numbers", _tables(panel))
-    return markup.details("The largest numbers", _top_table(panel))
+    table = markup.scroll(tables.grid(panel.table()), f"{panel.title}, the largest numbers")
+    return markup.details("The largest numbers", table)
 
 
 def _tables(panel: Heatmap) -> str:
-    largest = largest_of(panel)
     bodies = [
-        markup.scroll(_table(panel, sheet, largest), f"{panel.title}, {name}")
+        markup.scroll(_table(panel, sheet), f"{panel.title}, {name}")
         for sheet, name in zip(panel.values, panel.sheets, strict=True)
     ]
     return markup.sheets(panel.sheets, bodies)
 
 
-def _table(panel: Heatmap, sheet: torch.Tensor, largest: float) -> str:
-    head = "".join(f'<th scope="col">{label(token)}</th>' for token in panel.columns)
+def _table(panel: Heatmap, sheet: torch.Tensor) -> str:
+    rows, columns = (cells(panel.names(axis), label) for axis in ("rows", "columns"))
+    head = "".join(f'<th scope="col">{token}</th>' for token in columns)
     lines = [f"<thead><tr><td></td>{head}</tr></thead>"]
-    for row, (token, values) in enumerate(zip(panel.rows, sheet.tolist(), strict=True)):
-        readable = row + 1 if panel.causal else len(values)
-        cells = [_cell(value, largest) for value in values[:readable]]
-        cells += ['<td class="masked"></td>'] * len(values[readable:])
-        lines.append(f'<tr><th scope="row">{label(token)}</th>{"".join(cells)}</tr>')
+    hidden = torch.zeros(sheet.shape) if panel.hidden is None else panel.hidden
+    for token, values, masked in zip(rows, sheet.tolist(), hidden.tolist(), strict=True):
+        row = "".join(
+            '<td class="masked"></td>' if later else _cell(value, panel.survey.largest)
+            for value, later in zip(values, masked, strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{token}</th>{row}</tr>')
     return f'<table class="heat">{"".join(lines)}</table>'
 
 
 def _cell(value: float, largest: float) -> str:
-    finite = value == value and abs(value) != float("inf")
-    data = f' data-value="{rounded(value)!r}"' if finite else ""
     shown = number(value, decimals(largest))
-    return f'<td class="{colors.cell_class(value, largest)}"{data}>{shown}</td>'
+    return f'<td class="{colors.cell_class(value, largest)}"{data(value)}>{shown}</td>'
 
 
 def _pictures(panel: Heatmap) -> str:
-    kept = _sheets_with_picture(panel)
-    values = panel.values[:kept]
-    if panel.causal:
-        later = torch.ones(values.shape[1:], dtype=torch.bool).triu(1)
-        values = values.masked_fill(later, float("nan"))
-    names, largest = panel.sheets[:kept], largest_of(panel)
+    seen = panel.survey
     bodies = [
-        _picture(panel, sheet, name, largest) for sheet, name in zip(values, names, strict=True)
+        _picture(panel, sheet, name) for sheet, name in zip(seen.pixels, panel.sheets, strict=True)
     ]
-    tokens = {
-        "rows": [shorten(visible(token)) for token in panel.rows],
-        "columns": [shorten(visible(token)) for token in panel.columns],
-        "largest": rounded(largest),
+    # The script of the page reads these to name the cell under the pointer and its number.
+    told = {
+        **{
+            axis: cells(panel.places(axis), lambda token: shorten(visible(token)))
+            for axis in ("rows", "columns")
+        },
+        "block": seen.block,
+        "largest": rounded(seen.largest),
+        "steps": png.STEPS,
+        "colours": [int.from_bytes(bytes(shade), "big") for shade in png.palette()],
     }
-    # The script of the page reads these to name the cell under the pointer.
-    data = html.escape(json.dumps(tokens, ensure_ascii=False))
-    return f'<div class="pictures" data-axes="{data}">{markup.sheets(names, bodies)}</div>'
+    axes = html.escape(json.dumps(told, ensure_ascii=False, separators=(",", ":")))
+    return f'<div class="pictures" data-axes="{axes}">{markup.sheets(panel.sheets, bodies)}</div>'
 
 
-def _picture(panel: Heatmap, sheet: torch.Tensor, name: str, largest: float) -> str:
+def _picture(panel: Heatmap, sheet: torch.Tensor, name: str) -> str:
     rows, columns = sheet.shape
-    described = f"{panel.title}, {name}: {rows} rows by {columns} columns"
-    source = png.data_uri(sheet, largest)
+    described = f"{panel.title}, {name}: {len(panel.rows)} rows by {len(panel.columns)} columns"
+    source = png.data_uri(sheet, panel.survey.largest)
     return (
         f'<figure class="grid"><img src="{source}" alt="{escape(described)}" '
         f'width="{columns}" height="{rows}"><figcaption>Point at a cell.</figcaption></figure>'
     )
 
 
-def _sheets_with_picture(panel: Heatmap) -> int:
-    area = len(panel.rows) * len(panel.columns)
-    return max(1, min(len(panel.sheets), PICTURE_CELLS // area))
-
-
 def _picture_remark(panel: Heatmap) -> str:
-    remark = (
-        f"All {panel.values.numel():,} cells, one pixel per cell. Rows run from top to bottom, "
-        "columns from left to right."
+    block = panel.survey.block
+    pixel = (
+        "one pixel per cell."
+        if block == 1
+        else f"one pixel for {block} by {block} cells: it has the colour of the number among them "
+        "that is farthest from zero. Fewer sheets or positions are drawn cell by cell."
     )
-    kept = _sheets_with_picture(panel)
-    if kept < len(panel.sheets):
-        remark += f" Only the first {kept} of {len(panel.sheets)} sheets are on this page."
-    return remark
-
-
-def _top_table(panel: Heatmap) -> str:
-    places = decimals(largest_of(panel))
-    lines = []
-    for sheet, row, column in top_cells(panel):
-        value = number(float(panel.values[sheet, row, column]), places)
-        lines.append(
-            f"<tr><td>{escape(panel.sheets[sheet])}</td>"
-            f"<td>{label(panel.rows[row])} ({row})</td>"
-            f"<td>{label(panel.columns[column])} ({column})</td>"
-            f'<td class="number">{value}</td></tr>'
-        )
-    heads = ("sheet", "row", "column", "value")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return markup.scroll(table, f"{panel.title}, the largest numbers")
+    return (
+        f"All {panel.values.numel():,} cells, {pixel} Rows run from top to bottom, columns from "
+        "left to right."
+    )

@@ -38,37 +38,31 @@ def draw_figure(
 
 
 def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
-    count = len(panels)
-    if not _is_place(wanted, count):
-        titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
-        raise bad(
-            "there is no such panel",
-            repr(wanted),
-            f"an integer from {-count} to {count - 1}",
-            f"They are: {titles}{' ...' if count > 12 else ''}.",
-        )
-    return panels[wanted]  # type: ignore[index]
+    titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
+    place = _place(
+        "panel",
+        wanted,
+        len(panels),
+        f"an integer from {-len(panels)} to {len(panels) - 1}",
+        f"They are: {titles}{' ...' if len(panels) > 12 else ''}.",
+    )
+    return panels[place]
 
 
 def _one_sheet(panel: Panel, wanted: object) -> Panel:
     if wanted is None:
         return panel
     names = panel.sheets if isinstance(panel, Heatmap) else ()
-    if wanted in names:
-        place = names.index(wanted)  # type: ignore[arg-type]
-    elif _is_place(wanted, len(names)):
-        place = wanted % len(names)  # type: ignore[operator]
-    else:
-        raise bad(
-            "there is no such sheet",
-            repr(wanted),
-            f"a position or name of {list(names)}" if names else "None: this is no map",
-            "Leave the argument out to draw all of it.",
-        )
+    expected = f"a position or name of {list(names)}" if names else "None: this is no map"
+    wanted = names.index(wanted) if isinstance(wanted, str) and wanted in names else wanted
+    place = _place(
+        "sheet", wanted, len(names), expected, "Leave the argument out to draw all of it."
+    )
     assert isinstance(panel, Heatmap)
     return panel.sheet(place)
 
 
-def _is_place(wanted: object, count: int) -> bool:
-    whole = isinstance(wanted, int) and not isinstance(wanted, bool)
-    return whole and -count <= wanted < count  # type: ignore[operator]
+def _place(kind: str, wanted: object, count: int, expected: str, remedy: str) -> int:
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and -count <= wanted < count:
+        return wanted % count
+    raise bad(f"there is no such {kind}", repr(wanted), expected, remedy)

@@ -16,14 +16,14 @@ from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 
 from tl_contextmix.plotting import colors, matplotlib_tables
-from tl_contextmix.plotting.display_text import number
-from tl_contextmix.plotting.heatmap import range_of
+from tl_contextmix.plotting.display_text import cells, number
 from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
 from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 
 _SIDE = (1.1, 4.5)  # smallest and largest side of a map, in inches
 _LABELLED = 48  # tokens on an axis; of more, only some are named
 _MESH = 20_000  # cells that are drawn as vectors; more are drawn as one picture
+_TURNED: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 # What files say about when they were written; left out, so that they are always the same.
 _UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "svgz": {"Date": None}}
 
@@ -55,7 +55,8 @@ def draw(panel: Panel, fonts: Sequence[str]) -> PaperFigure:
     with _style(lettering.families):
         figure = PaperFigure(layout="constrained")
         figure.families = lettering.families
-        _DRAW[type(panel)](figure, panel, lettering)
+        drawn = panel if type(panel) in _DRAW else panel.table()
+        _DRAW[type(drawn)](figure, drawn, lettering)
         # matplotlib reads `$` as the beginning of a formula.
         for text in figure.findobj(Text):
             cast(Text, text).set_parse_math(False)
@@ -81,18 +82,16 @@ def _style(families: Sequence[str]) -> Any:
 
 
 def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
-    values = panel.values.detach().cpu().double()
-    sheets, rows, columns = values.shape
-    low, high = range_of(panel)
-    largest, signed = max(-low, high) or 1.0, low < 0
-    scale = Normalize(-largest if signed else 0.0, largest)
+    sheets, rows, columns = panel.values.shape
+    largest = panel.survey.largest or 1.0
+    scale = Normalize(-largest if panel.survey.signed else 0.0, largest)
     side = [min(_SIDE[1], max(_SIDE[0], 0.26 * count)) for count in (columns, rows)]
     across = min(sheets, max(1, int(7 / (side[0] + 0.2)))) or 1
     down = math.ceil(sheets / across) or 1
     across = math.ceil(sheets / down) or 1
+    names = [cells(panel.names(axis), lettering.shown) for axis in ("rows", "columns")]
     left, below = (
-        max((lettering.width(lettering.shown(token), SIZE) for token in tokens), default=0.0)
-        for tokens in (panel.rows, panel.columns)
+        max((lettering.width(name, SIZE) for name in axis), default=0.0) for axis in names
     )
     figure.set_size_inches(
         across * (side[0] + 0.15) + left + 0.9, down * (side[1] + 0.25) + 0.75 * below + 0.5
@@ -102,10 +101,10 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
     for index, axes in enumerate(grid.flat):
         axes.set_visible(index < sheets)
         if index < sheets:
-            mesh = _sheet(axes, panel, values[index], scale, signed=signed)
+            mesh = _sheet(axes, panel, panel.values[index].detach().cpu().double(), scale)
             axes.set_title(lettering.prose(panel.sheets[index]), pad=3)
-    _token_axis(grid[0, 0], "y", panel.rows, lettering)
-    _token_axis(grid[0, 0], "x", panel.columns, lettering)
+    _token_axis(grid[0, 0], "y", names[0])
+    _token_axis(grid[0, 0], "x", names[1])
     if mesh is not None:
         shrink = min(1.0, 2.2 / figure.get_figheight())
         bar = figure.colorbar(mesh, ax=grid, shrink=shrink, pad=0.02)
@@ -114,16 +113,16 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
     figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
 
 
-def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize, *, signed: bool) -> Any:
-    ends = [colors.NEGATIVE, "white", colors.POSITIVE] if signed else ["white", colors.POSITIVE]
+def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize) -> Any:
+    ends = ["white", colors.POSITIVE]
+    ends = [colors.NEGATIVE, *ends] if panel.survey.signed else ends
     shades = LinearSegmentedColormap.from_list("tl_contextmix", ends).with_extremes(
         bad=colors.MASKED if panel.causal else colors.NOTHING,
         over=colors.INFINITE,
         under=colors.INFINITE,
     )
-    if panel.causal:
-        later = sheet.new_ones(sheet.shape).triu(1).bool()
-        sheet = sheet.masked_fill(later, math.nan)
+    if panel.hidden is not None:
+        sheet = sheet.masked_fill(panel.hidden, math.nan)
     # matplotlib takes what is infinite for missing; beyond the scale it has a colour of its own.
     beyond = 2 * float(scale.vmax or 1.0)
     sheet = sheet.nan_to_num(nan=math.nan, posinf=beyond, neginf=-beyond)
@@ -135,21 +134,19 @@ def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize, *, signed: 
     return mesh
 
 
-def _token_axis(axes: Axes, name: str, tokens: tuple[str, ...], lettering: Lettering) -> None:
+def _token_axis(axes: Axes, name: str, tokens: Sequence[str]) -> None:
     every = math.ceil(len(tokens) / _LABELLED) or 1
-    places = range(0, len(tokens), every)
-    labels = [lettering.shown(tokens[place]) for place in places]
-    ticks = [place + 0.5 for place in places]
+    labels = tokens[::every]
+    ticks = [place * every + 0.5 for place in range(len(labels))]
     if name == "y":
         axes.set_yticks(ticks, labels)
         axes.invert_yaxis()  # shared, so once is enough
-    else:
-        upright = all(len(label) <= 2 for label in labels)
-        turn = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        figure = axes.get_figure()
-        assert figure is not None
-        for one in figure.axes:
-            one.set_xticks(ticks, labels, **turn)
+        return
+    upright = all(len(label) <= 2 for label in labels)
+    figure = axes.get_figure()
+    assert figure is not None
+    for one in figure.axes:
+        one.set_xticks(ticks, labels, **({} if upright else _TURNED))
 
 
 def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
@@ -159,12 +156,11 @@ def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
     labels = [lettering.shown(panel.labels[place]) for place in places]
     longest = max((lettering.width(label, SIZE) for label in labels), default=0.0)
     turned = (longest + 0.1) * len(labels) > width - 0.6
-    turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
     figure.set_size_inches(width, 2.4 + (0.75 * longest if turned else 0.0))
     axes = figure.subplots()
     axes.set_title(lettering.prose(panel.title), fontsize=SIZE + 1)
     axes.set_ylabel(lettering.prose(panel.unit))
-    axes.set_xticks(list(places), labels, **turn)
+    axes.set_xticks(list(places), labels, **(_TURNED if turned else {}))
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tl_contextmix.plotting import colors
-from tl_contextmix.plotting.display_text import NOTHING, decimals, number
+from tl_contextmix.plotting.display_text import cells, decimals, is_number, largest, number
 from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
-from tl_contextmix.plotting.panels import Cell, ColoredText, Samples, Table
+from tl_contextmix.plotting.panels import ColoredText, Samples, Table
 
 _ROW = 0.2  # inches
 _WORDS = 0.45  # inches, a line of words with the numbers below
@@ -24,38 +25,24 @@ _HEADING = 0.25
 
 def table(figure: Figure, panel: Table, lettering: Lettering) -> None:
     """Draws a table; columns that are signed are coloured."""
-    head = [lettering.shown(name) for name in panel.columns]
-    cells = [[row[index] for row in panel.rows] for index in range(len(head))]
-    columns = [[name, *_cells(each, lettering)] for name, each in zip(head, cells, strict=True)]
-    widths = [max(lettering.width(text, SIZE) for text in each) + 2 * _PAD for each in columns]
-    height = _ROW * (len(panel.rows) + 1)
-    axes = _paper(figure, panel.title, sum(widths), height, lettering)
+    columns = [[row[index] for row in panel.rows] for index in range(len(panel.columns))]
+    texts = [
+        [lettering.shown(name), *cells(column, partial(lettering.shown, length=60))]
+        for name, column in zip(panel.columns, columns, strict=True)
+    ]
+    widths = [max(lettering.width(text, SIZE) for text in each) + 2 * _PAD for each in texts]
+    axes = _paper(figure, panel.title, sum(widths), _ROW * (len(panel.rows) + 1), lettering)
     left = 0.0
-    for index, width in enumerate(widths):
-        signed = panel.columns[index] in panel.signed
-        _column(axes, (left, width), columns[index], cells[index], signed=signed)
+    for name, column, lines, width in zip(panel.columns, columns, texts, widths, strict=True):
+        deepest, right = largest(column), bool(column) and all(map(is_number, column))
+        x, side = (left + width - _PAD, "right") if right else (left + _PAD, "left")
+        for line, (cell, text) in enumerate(zip([None, *column], lines, strict=True)):
+            ink: Any = colors.INK
+            if name in panel.signed and is_number(cell):
+                ink = _box(axes, (left, _ROW * line, width, _ROW), float(cell), deepest)
+            axes.text(x, _ROW * (line + 0.5), text, ha=side, va="center_baseline", color=ink)
         left += width
     axes.plot([0, left], [_ROW, _ROW], color=colors.INK, linewidth=0.6)
-
-
-def _column(
-    axes: Axes,
-    place: tuple[float, float],
-    texts: Sequence[str],
-    cells: Sequence[Cell],
-    *,
-    signed: bool,
-) -> None:
-    left, width = place
-    largest = _largest([float(cell) for cell in cells if isinstance(cell, (int, float))])
-    right = all(isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in cells)
-    for line, text in enumerate(texts):
-        cell = cells[line - 1] if line else None
-        ink: Any = colors.INK
-        if signed and isinstance(cell, (int, float)):
-            ink = _box(axes, (left, _ROW * line, width, _ROW), float(cell), largest)
-        x, side = (left + width - _PAD, "right") if right and cells else (left + _PAD, "left")
-        axes.text(x, _ROW * (line + 0.5), text, ha=side, va="center_baseline", color=ink)
 
 
 def text(figure: Figure, panel: ColoredText, lettering: Lettering) -> None:
@@ -76,12 +63,12 @@ def _texts(
     texts: Sequence[tuple[Sequence[str], Sequence[float]]],
     lettering: Lettering,
 ) -> None:
-    largest = _largest([value for _, values in texts for value in values])
+    deepest = largest(value for _, values in texts for value in values)
     words, top = [], 0.0
     for tokens, values in texts:
         left = 0.0
         for token, value in zip(tokens, values, strict=True):
-            shown, told = lettering.shown(token), number(value, decimals(largest))
+            shown, told = lettering.shown(token), number(value, decimals(deepest))
             width = max(lettering.width(shown, SIZE), lettering.width(told, SIZE - 2)) + _PAD
             if left and left + width > _LINE:
                 left, top = 0.0, top + _WORDS
@@ -91,7 +78,7 @@ def _texts(
     wide = max((left + width for *_, (left, _, width, _) in words), default=1.0)
     axes = _paper(figure, title, wide, max(top, _WORDS), lettering)
     for shown, told, value, (left, above, width, height) in words:
-        ink = _box(axes, (left, above, width, height), value, largest)
+        ink = _box(axes, (left, above, width, height), value, deepest)
         middle = left + width / 2
         axes.text(middle, above + height / 2, shown, ha="center", va="center_baseline", color=ink)
         below = above + 1.4 * height
@@ -113,7 +100,7 @@ def _paper(figure: Figure, title: str, width: float, height: float, lettering: L
     return axes
 
 
-def _box(axes: Axes, place: tuple[float, float, float, float], value: float, largest: float) -> Any:
+def _box(axes: Axes, place: tuple[float, float, float, float], value: float, deepest: float) -> Any:
     """Draws the coloured ground of a number; returns the colour that is read on it."""
     left, top, width, height = place
     paper: Any = colors.NOTHING
@@ -121,27 +108,8 @@ def _box(axes: Axes, place: tuple[float, float, float, float], value: float, lar
     if math.isinf(value):
         paper = colors.INFINITE
     elif not math.isnan(value):
-        shade = colors.shade(value / largest if largest else 0.0)
+        shade = colors.shade(value / deepest if deepest else 0.0)
         paper, ink = colors.as_hex(shade), colors.ink_on(shade)
     ground = Rectangle((left, top), width, height, facecolor=paper, edgecolor="white")
     axes.add_patch(ground)
     return ink
-
-
-def _largest(values: Sequence[float]) -> float:
-    return float(max((abs(value) for value in values if math.isfinite(value)), default=0.0))
-
-
-def _cells(cells: Sequence[Cell], lettering: Lettering) -> list[str]:
-    places = decimals(_largest([cell for cell in cells if isinstance(cell, float)]))
-    return [_cell(cell, places, lettering) for cell in cells]
-
-
-def _cell(cell: Cell, places: int | None, lettering: Lettering) -> str:
-    if cell is None:
-        return NOTHING
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    if isinstance(cell, str):
-        return lettering.shown(cell, 60)
-    return number(float(cell), 0 if isinstance(cell, int) else places)

@@ -42,22 +42,29 @@
 
   for (const picture of document.querySelectorAll(".pictures")) {
     const axes = JSON.parse(picture.dataset.axes);
+    const indices = new Map(axes.colours.map((colour, index) => [colour, index]));
     for (const image of picture.querySelectorAll("img")) {
       image.addEventListener("pointermove", (event) => {
         const box = image.getBoundingClientRect();
         const place = (offset, size, count) =>
           Math.min(count - 1, Math.max(0, Math.floor((offset / size) * count)));
-        const row = place(event.clientY - box.top, box.height, axes.rows.length);
-        const column = place(event.clientX - box.left, box.width, axes.columns.length);
+        const row = place(event.clientY - box.top, box.height, image.naturalHeight);
+        const column = place(event.clientX - box.left, box.width, image.naturalWidth);
+        const index = indices.get(colourOf(image, row, column));
         image.nextElementSibling.textContent =
-          `row ${axes.rows[row]} (${row}), column ${axes.columns[column]} (${column}): ` +
-          cellValue(image, row, column, axes.largest);
+          `row ${named(axes.rows, row)}, column ${named(axes.columns, column)}: ` +
+          (axes.block > 1 ? "farthest from 0 " : "") + told(index, axes);
       });
+    }
+
+    function named(names, place) {
+      const [first, last] = [place * axes.block, (place + 1) * axes.block - 1];
+      const end = names[Math.min(last, names.length - 1)];
+      return last > first ? `${names[first]} to ${end}` : names[first];
     }
   }
 
-  // The colour is the number: white is zero, and one channel falls fastest on either side.
-  function cellValue(image, row, column, largest) {
+  function colourOf(image, row, column) {
     if (!image.pixels) {
       const canvas = document.createElement("canvas");
       canvas.width = image.naturalWidth;
@@ -68,8 +75,13 @@
     }
     const at = 4 * (row * image.naturalWidth + column);
     const [red, green, blue] = image.pixels.slice(at, at + 3);
-    if (red === 0xd0 && green === 0xd4 && blue === 0xd9) return "no number";
-    const share = blue >= red ? (255 - red) / (255 - 0x21) : -(255 - green) / (255 - 0x18);
-    return "about " + (share * largest).toPrecision(2);
+    return (red << 16) | (green << 8) | blue;
+  }
+
+  // No two steps of the scale have the same colour, so that the colour is the number.
+  function told(index, { steps, largest }) {
+    if (!(index <= 2 * steps)) return index === 2 * steps + 1 ? "infinite" : "no number";
+    const share = (index - steps) / steps;
+    return "about " + (share * Math.abs(share) * largest).toPrecision(2);
   }
 })();

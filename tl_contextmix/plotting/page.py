@@ -16,35 +16,34 @@ from typing import Any
 
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting import (
-    bar_charts,
     circuitsvis_source,
     colors,
-    curve_charts,
     heatmap,
     markup,
     plain_text,
-    still_picture,
-    table_panels,
+    series_charts,
+    stills,
+    tables,
 )
 from tl_contextmix.plotting.circuitsvis_source import Charts
 from tl_contextmix.plotting.display_text import label, prose
 from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 
-# A new kind of picture is one class in `panels` and one row here and in `plain`.
-DRAW: dict[type, Callable[[Any, Charts], str]] = {
-    Heatmap: heatmap.draw,
-    Bars: bar_charts.draw,
-    Curves: curve_charts.draw,
-    Table: table_panels.draw_table,
-    ColoredText: table_panels.draw_text,
-    Samples: table_panels.draw_samples,
+# A new kind of picture is one class in `panels` and one row here: how it is drawn on a page, and
+# about how high it is there, which the frame of a notebook cannot ask the page inside it.
+DRAW: dict[type, tuple[Callable[[Any, Charts], str], Callable[[Any], int]]] = {
+    Heatmap: (heatmap.draw, heatmap.height_of),
+    Bars: (series_charts.draw, lambda _: 420),
+    Curves: (series_charts.draw, lambda _: 440),
+    Table: (tables.draw_table, lambda panel: 110 + 27 * len(panel.rows)),
+    ColoredText: (tables.draw_text, lambda _: 190),
+    Samples: (tables.draw_samples, lambda _: 760),
 }
 
 # A browser should not have to draw a thousand sentences because somebody asked for one look.
 PANELS = 60
 STILLS = 6
 _FRAME_LIMIT = 900
-_FRAME_HEIGHTS = {Bars: 420, Curves: 440, ColoredText: 190, Samples: 760}
 # Shown only where the frame is not: it goes with the frame, or with the rule, or with both.
 _HIDE_STILL = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"
 
@@ -116,12 +115,12 @@ class Page:
         # outputs, so that the same page can be shown twice; its sandbox has scripts and no more.
         # What stands beside it survives where a viewer strips frames.
         name = prose(self.title) or "tl_contextmix"
-        stills = "".join(map(still_picture.fallback, self._all_panels()[:STILLS]))
+        left = "".join(map(stills.fallback, self._all_panels()[:STILLS]))
         return (
             f'{_HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
             f'style="width:100%;height:{self._frame_height()}px;border:0;resize:vertical;'
             f'overflow:auto" srcdoc="{escape(self.html())}"></iframe>'
-            f'<div class="tl-contextmix-still">{stills}</div>'
+            f'<div class="tl-contextmix-still">{left}</div>'
             f"<details><summary>{name} as text</summary>"
             f"<pre>{escape(self.text())}</pre></details>"
         )
@@ -129,7 +128,7 @@ class Page:
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """Returns what hosts choose from: HTML, text, and for those without HTML a picture."""
         bundle = {"text/html": self._repr_html_(), "text/plain": self.text()}
-        picture = next(filter(None, map(still_picture.picture, self._all_panels()[:STILLS])), None)
+        picture = next(filter(None, map(stills.picture, self._all_panels()[:STILLS])), None)
         return bundle if picture is None else {**bundle, "image/svg+xml": picture}
 
     def save(self, path: str | Path) -> Path:
@@ -169,7 +168,8 @@ class Page:
         return "\n".join(piece for piece in pieces if piece)
 
     def _frame_height(self) -> int:
-        return min(_FRAME_LIMIT, 120 + sum(map(_height, self._all_panels())))
+        heights = (DRAW[type(panel)][1](panel) for panel in self._all_panels())
+        return min(_FRAME_LIMIT, 120 + sum(heights))
 
 
 def require_writable(path: str | Path) -> None:
@@ -199,18 +199,8 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _height(panel: Panel) -> int:
-    """Returns about how high a panel is; the frame cannot ask the page inside it."""
-    if isinstance(panel, Heatmap):
-        square = panel.rows == panel.columns
-        return 230 + (heatmap.width_of(panel) if square else 28 * min(40, len(panel.rows)))
-    if isinstance(panel, Table):
-        return 110 + 27 * len(panel.rows)
-    return _FRAME_HEIGHTS[type(panel)]
-
-
 def _panels(panels: Sequence[Panel], charts: Charts) -> str:
-    drawn = "\n".join(DRAW[type(panel)](panel, charts) for panel in panels[:PANELS])
+    drawn = "\n".join(DRAW[type(panel)][0](panel, charts) for panel in panels[:PANELS])
     left = f"The first {PANELS} of {len(panels):,} panels; ask for a part of the result."
     rest = markup.note(left) if len(panels) > PANELS else ""
     return f'<div class="panels">\n{drawn}\n</div>{rest}'

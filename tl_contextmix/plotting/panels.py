@@ -1,30 +1,55 @@
-"""What a result shows, not how: the vocabulary between results and `render`.
+"""What a result shows, not how: the vocabulary between results and their pictures.
 
-A result lists panels; `render` turns each into HTML. A new kind of picture is one class here and
-one function there. Panels hold plain Python and NumPy-free data, so that they can be compared,
-tested and drawn without a model.
+A result lists panels. A new kind of picture is one class here and one row of `page.DRAW`: as plain
+text, in viewers without scripts and as a figure a panel is its `table` unless it has more to show.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from tl_contextmix.errors import bad
+from tl_contextmix.plotting.survey import Survey, survey
 
-Cell = str | float | int | None
+
+class Place(NamedTuple):
+    """A token and its position in the input."""
+
+    token: str
+    position: int
 
 
-# Not eq: tensors have no yes or no for ==.
+Cell = str | float | int | Place | None
+
+
+# Not eq: subclasses hold tensors, which have no yes or no for ==.
 @dataclass(frozen=True, eq=False)
-class Heatmap:
-    """A stack of matrices over tokens, one sheet at a time.
+class Panel:
+    """What all panels have.
 
     Attributes:
         title: Heading.
         caption: One or two sentences on how to read it, with units.
+    """
+
+    title: str
+    caption: str
+
+    def table(self) -> Table:
+        """Returns the numbers that stand out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap(Panel):
+    """A stack of matrices over tokens, one sheet at a time.
+
+    Attributes:
         values: One matrix per sheet; NaN means there is nothing to show in that cell.
         sheets: Name of each sheet, for example ``"layer 0"``.
         rows: Token of each row (the target, what is written).
@@ -33,10 +58,11 @@ class Heatmap:
         unit: What a cell measures, for the legend.
         groups: Which sheets belong together, for example the layer of each head: where there are
             too many cells to draw one by one, the mean of each group is drawn. Empty: none do.
+        row_positions: Position of each row in the input, which its token is shown with; empty:
+            from 0.
+        column_positions: The same of the columns.
     """
 
-    title: str
-    caption: str
     values: Float[torch.Tensor, "sheet row column"]
     sheets: tuple[str, ...]
     rows: tuple[str, ...]
@@ -44,12 +70,59 @@ class Heatmap:
     causal: bool = False
     unit: str = ""
     groups: tuple[str, ...] = ()
+    row_positions: tuple[int, ...] = ()
+    column_positions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, tokens in (("row_positions", self.rows), ("column_positions", self.columns)):
+            positions = getattr(self, name) or tuple(range(len(tokens)))
+            _require(len(positions) == len(tokens), self.title, len(positions), len(tokens))
+            object.__setattr__(self, name, positions)
         expected = (len(self.sheets), len(self.rows), len(self.columns))
         _require(tuple(self.values.shape) == expected, self.title, self.values.shape, expected)
         count = len(self.groups)
         _require(count in (0, len(self.sheets)), self.title, count, len(self.sheets))
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What the map holds: looked for once, a sheet at a time."""
+        return survey(self.values, self.hidden)
+
+    @property
+    def hidden(self) -> Bool[torch.Tensor, "row column"] | None:
+        """Cells of later tokens, which a causal map has no number for."""
+        if not self.causal:
+            return None
+        rows, columns = map(torch.tensor, (self.row_positions, self.column_positions))
+        return columns > rows[:, None]
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows and columns are the same tokens, counted from 0."""
+        counted = self.row_positions == tuple(range(len(self.rows)))
+        same = self.row_positions == self.column_positions
+        return counted and same and self.rows == self.columns
+
+    def places(self, axis: Literal["rows", "columns"]) -> tuple[Place, ...]:
+        """Returns the tokens of an axis with their positions."""
+        tokens = self.rows if axis == "rows" else self.columns
+        positions = self.row_positions if axis == "rows" else self.column_positions
+        return tuple(map(Place, tokens, positions))
+
+    def names(self, axis: Literal["rows", "columns"]) -> tuple[Cell, ...]:
+        """Returns the tokens of an axis, with their positions if these do not count from 0."""
+        places = self.places(axis)
+        counted = all(place.position == index for index, place in enumerate(places))
+        return tuple(place.token for place in places) if counted else places
+
+    def table(self) -> Table:
+        """Returns the numbers farthest from zero."""
+        rows, columns = self.places("rows"), self.places("columns")
+        top = (
+            (self.sheets[sheet], rows[row], columns[column], value)
+            for sheet, row, column, value in self.survey.top
+        )
+        return Table(self.title, "", ("sheet", "row", "column", "value"), tuple(top))
 
     def sheet(self, place: int) -> Heatmap:
         """Returns one of the matrices, its name in the title."""
@@ -59,19 +132,15 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Panel):
     """One or more series of numbers over the same labels.
 
     Attributes:
-        title: Heading.
-        caption: How to read it.
         labels: The horizontal axis, for example layers.
         series: Name and values of each series, every one as long as ``labels``.
         unit: What the vertical axis measures.
     """
 
-    title: str
-    caption: str
     labels: tuple[str, ...]
     series: tuple[tuple[str, tuple[float, ...]], ...]
     unit: str = ""
@@ -79,6 +148,14 @@ class Bars:
     def __post_init__(self) -> None:
         for name, values in self.series:
             _require(len(values) == len(self.labels), name, len(values), len(self.labels))
+
+    def table(self) -> Table:
+        """Returns the numbers, a row for each label."""
+        names, columns = zip(*self._columns(), strict=True)
+        return Table(self.title, "", names, tuple(zip(*columns, strict=True)))
+
+    def _columns(self) -> list[tuple[str, tuple[Cell, ...]]]:
+        return [("", self.labels), *self.series]
 
 
 Interval = tuple[float, float]
@@ -100,21 +177,25 @@ class Curves(Bars):
         expected = [len(self.labels)] * len(self.series)
         _require(seen in ([], expected), self.title, seen, expected)
 
+    def _columns(self) -> list[tuple[str, tuple[Cell, ...]]]:
+        found = super()._columns()
+        for place, ends in reversed([*enumerate(self.intervals, start=1)]):
+            low, high = zip(*ends, strict=True) if ends else ((), ())
+            name = found[place][0]
+            found[place + 1 : place + 1] = [(f"{name}, from", low), (f"{name}, to", high)]
+        return found
+
 
 @dataclass(frozen=True)
-class Table:
+class Table(Panel):
     """Rows of text and numbers.
 
     Attributes:
-        title: Heading.
-        caption: How to read it.
         columns: Column headings.
         rows: One tuple per row, as long as ``columns``. Text is shown as text, whatever it holds.
         signed: Names of columns whose numbers are coloured by sign and size.
     """
 
-    title: str
-    caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     signed: tuple[str, ...] = field(default=())
@@ -125,21 +206,21 @@ class Table:
         unknown = set(self.signed) - set(self.columns)
         _require(not unknown, self.title, sorted(unknown), self.columns)
 
+    def table(self) -> Table:
+        """Returns itself."""
+        return self
+
 
 @dataclass(frozen=True)
-class ColoredText:
+class ColoredText(Panel):
     """A sentence with one number per token.
 
     Attributes:
-        title: Heading.
-        caption: How to read it.
         tokens: The tokens, in order.
         values: One number per token; zero is uncoloured, the sign chooses the colour.
         unit: What a number measures.
     """
 
-    title: str
-    caption: str
     tokens: tuple[str, ...]
     values: tuple[float, ...]
     unit: str = ""
@@ -149,14 +230,17 @@ class ColoredText:
             len(self.values) == len(self.tokens), self.title, len(self.values), len(self.tokens)
         )
 
+    def table(self) -> Table:
+        """Returns the tokens and their numbers."""
+        rows = tuple(zip(self.tokens, self.values, strict=True))
+        return Table(self.title, "", ("token", self.unit), rows)
+
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Panel):
     """Several texts with one number per token, on one scale.
 
     Attributes:
-        title: Heading.
-        caption: How to read them.
         name: What they are samples of, for example ``"L3.17"``.
         labels: One line about each text.
         tokens: Tokens of each text.
@@ -164,8 +248,6 @@ class Samples:
         unit: What a number measures.
     """
 
-    title: str
-    caption: str
     name: str
     labels: tuple[str, ...]
     tokens: tuple[tuple[str, ...], ...]
@@ -179,8 +261,10 @@ class Samples:
         expected = [len(row) for row in self.tokens]
         _require(seen == expected, self.title, seen, expected)
 
-
-Panel = Heatmap | Bars | Curves | Table | ColoredText | Samples
+    def table(self) -> Table:
+        """Returns the texts."""
+        rows = tuple(zip(self.labels, map("".join, self.tokens), strict=True))
+        return Table(self.title, "", ("", "text"), rows)
 
 
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:

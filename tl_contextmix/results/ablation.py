@@ -11,10 +11,10 @@ from jaxtyping import Float
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import require_shape
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.row_tables import as_text
 
 if TYPE_CHECKING:
     import pandas
@@ -38,6 +38,8 @@ class Knockout(Result):
         provenance: Where the numbers come from.
     """
 
+    LABELS = {"component": "components", "quantity": QUANTITIES}
+
     before: Float[torch.Tensor, "batch quantity"]
     after: Float[torch.Tensor, "batch quantity"]
     controls: Float[torch.Tensor, "batch control quantity"]
@@ -46,18 +48,8 @@ class Knockout(Result):
     best: Tokens
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        batch = self.target.ids.shape[0]
-        expected = (batch, len(QUANTITIES))
-        require_shape("Knockout.before", self.before, expected)
-        require_shape("Knockout.after", self.after, expected)
-        count = self.controls.shape[1]
-        require_shape("Knockout.controls", self.controls, (batch, count, len(QUANTITIES)))
-        require_shape("Knockout.components", self.components.kind[:, :1], (batch, 1))
-
     def __repr__(self) -> str:
-        frame = self.summary().round(3).to_string(index=False)
-        return f"Knockout of {self._count()} components\n{frame}"
+        return f"Knockout of {self._count()} components\n{as_text(self.summary())}"
 
     def _count(self) -> str:
         """Returns how many were taken out of a sentence."""
@@ -69,22 +61,27 @@ class Knockout(Result):
         """Returns one row per sentence and quantity: before, after, mean over random controls."""
         import pandas
 
-        middle = _means(self.controls)
-        return pandas.DataFrame(
-            [
-                {
-                    "batch": row,
-                    "target": self.target.strings[row][0],
-                    "quantity": name,
-                    "before": float(self.before[row, index]),
-                    "after": float(self.after[row, index]),
-                    "control": float(middle[row, index]),
-                    "best_after": self.best.strings[row][0],
-                }
-                for row in range(len(self.before))
-                for index, name in enumerate(QUANTITIES)
-            ]
-        )
+        found = []
+        for row, (target, best) in enumerate(
+            zip(self.target.strings, self.best.strings, strict=True)
+        ):
+            for index, name in enumerate(QUANTITIES):
+                when = {w: float(values[row, index]) for w, values in self._times().items()}
+                found.append(
+                    {
+                        "batch": row,
+                        "target": target[0],
+                        "quantity": name,
+                        **when,
+                        "best_after": best[0],
+                    }
+                )
+        return pandas.DataFrame(found)
+
+    def _times(self) -> dict[str, torch.Tensor]:
+        """Returns the quantities of each sentence before, after, and without random components."""
+        # The mean of no controls is NaN.
+        return {"before": self.before, "after": self.after, "control": self.controls.mean(dim=1)}
 
     def summary(self) -> pandas.DataFrame:
         """Returns the mean over sentences of each quantity, with 95 % bootstrap intervals.
@@ -95,23 +92,10 @@ class Knockout(Result):
 
         rows = []
         for index, name in enumerate(QUANTITIES):
-            for when, values in (
-                ("before", self.before),
-                ("after", self.after),
-                ("control", _means(self.controls)),
-            ):
+            for when, values in self._times().items():
                 column = values[:, index].detach().double().cpu()
-                low, high = bootstrap_interval(column)
-                rows.append(
-                    {
-                        "quantity": name,
-                        "when": when,
-                        "mean": float(column.mean()),
-                        "low": low,
-                        "high": high,
-                    }
-                )
-        return pandas.DataFrame(rows)
+                rows.append((name, when, float(column.mean()), *bootstrap_interval(column)))
+        return pandas.DataFrame(rows, columns=["quantity", "when", "mean", "low", "high"])
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the table of each sentence."""
@@ -125,8 +109,3 @@ class Knockout(Result):
                 rows=tuple(map(tuple, frame.to_numpy().tolist())),
             ),
         )
-
-
-def _means(controls: Float[torch.Tensor, "batch control quantity"]) -> torch.Tensor:
-    """Returns the mean over controls; NaN where there are none."""
-    return controls.mean(dim=1)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.errors import bad
-from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import (
-    as_array,
-    layer_positions,
-    positions,
-    require_count,
-    require_shape,
-)
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.axes import as_array, positions, require_number
+from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.memory_composition import CompositionFigures
+from tl_contextmix.results.row_tables import memory_name, table_of
 
 if TYPE_CHECKING:
     import pandas
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class Memories(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class Memories(LabelledArray):
     """Coefficients of every memory, and how the memories of each layer make up its output.
 
     Attributes:
@@ -52,6 +48,10 @@ class Memories(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"layer": "layers", "pos": "tokens", "side": ("v", "-v")}
+    COLUMNS = {"active": "active", "agreeing": "agreeing"}
+    ARRAY = "coefficients"
+
     coefficients: Float[torch.Tensor, "batch layer pos neuron"]
     active: Float[torch.Tensor, "batch layer pos"]
     agreeing: Int[torch.Tensor, "batch layer pos"]
@@ -69,22 +69,6 @@ class Memories(Result):
     tokens: Tokens
     words: dict[str, str]
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        batch, pos = self.tokens.ids.shape
-        shape = (batch, len(self.layers), pos)
-        for name in (
-            *("active", "agreeing", "residual_top", "ffn_top", "output_top"),
-            *("probability", "case"),
-        ):
-            require_shape(f"Memories.{name}", getattr(self, name), shape)
-        neurons = self.coefficients.shape[3]
-        require_shape("Memories.coefficients", self.coefficients, (*shape, neurons))
-        require_shape("Memories.promoted", self.promoted, (len(self.layers), neurons, 2))
-
-    def __repr__(self) -> str:
-        batch, layer, pos, neuron = self.coefficients.shape
-        return f"Memories: batch {batch}, layer {layer}, pos {pos}, neuron {neuron}"
 
     @property
     def zero_agreement(self) -> torch.Tensor:
@@ -128,20 +112,24 @@ class Memories(Result):
         """
         import pandas
 
-        k, row = require_count(k), _one("batch", batch, len(self.active))
+        k = require_number("k", k)
+        row = _one("batch", batch, range(len(self.active)))
         real = self.tokens.mask[row].nonzero()[:, 0].tolist()
-        place = _one("pos", pos, self.active.shape[2])
+        labels = self.tokens.labels()
         if isinstance(pos, int) and pos < 0:
-            place = real[_one("pos", pos, len(real))]
-        if place not in real:
+            labels = [labels[place] for place in real]
+        numbers = [self.tokens.labels()[place] for place in real]
+        wanted = labels[_one("pos", pos, labels)]
+        if wanted not in numbers:
             raise bad(
                 "there are no memories at padding",
                 f"pos={pos} of row {row}",
-                f"one of {real}",
+                f"one of {numbers}",
                 "Count from the end: padding is left out.",
             )
+        place = real[numbers.index(wanted)]
         found = []
-        for index in layer_positions(layer, self.layers):
+        for index in positions("layer", layer, self.layers):
             numbers = self.coefficients[row, index, place]
             size = numbers.abs() * self.norm[index]
             for neuron in size.topk(min(k, len(size))).indices.tolist():
@@ -157,61 +145,42 @@ class Memories(Result):
                 )
         return pandas.DataFrame(found)
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per layer and position that is no padding."""
+    def _columns(self) -> dict[str, Any]:
         import numpy as np
-        import pandas
 
-        real = self.tokens.mask.cpu()[:, None].expand(self.active.shape).numpy()
-        batch, layer, pos = np.nonzero(real)
-
-        def text(ids: torch.Tensor) -> list[str]:
-            return [self.words[str(one)] for one in as_array(ids)[real].tolist()]
-
+        words = np.vectorize(lambda one: self.words[str(one)], otypes=[object])
         final = self.final_top[:, None].expand(self.active.shape)
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "pos": pos,
-                "token": np.array(self.tokens.strings, dtype=object)[batch, pos],
-                "active": as_array(self.active)[real],
-                "agreeing": as_array(self.agreeing)[real],
-                "residual": text(self.residual_top),
-                "ffn": text(self.ffn_top),
-                "output": text(self.output_top),
-                "final": text(final),
-                "probability": as_array(self.probability)[real],
-                "case": np.array(self.cases, dtype=object)[as_array(self.case)[real]],
-            }
-        )
+        tops = {"residual": self.residual_top, "ffn": self.ffn_top, "output": self.output_top}
+        return {
+            **super()._columns(),
+            **{name: words(as_array(ids)) for name, ids in {**tops, "final": final}.items()},
+            "probability": self.probability,
+            "case": np.array(self.cases, dtype=object)[as_array(self.case)],
+        }
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the paper's charts over these positions, and the largest memories at the last."""
         last = int(self.tokens.mask[0].nonzero()[-1])
-        frame = self.top(3, pos=last)
-        table = Table(
-            title=f"Memories at {self.tokens.strings[0][last]!r}",
-            caption="The three memories of each layer that add the longest vectors to the last "
-            "position of the first text, and the token each promotes.",
-            columns=("memory", "coefficient", "length", "promotes"),
-            rows=tuple(
-                (f"L{row.layer}.{row.neuron}", row.coefficient, row.length, row.promotes)
-                for row in frame.itertuples()
-            ),
+        frame = self.top(3)
+        table = table_of(
+            [*frame.itertuples()],
+            {"memory": memory_name, **{n: n for n in ("coefficient", "length", "promotes")}},
+            f"Memories at {self.tokens.strings[0][last]!r}",
+            "The three memories of each layer that add the longest vectors to the last position "
+            "of the first text, and the token each promotes.",
             signed=("coefficient",),
         )
         return (*self.figures().panels(), table)
 
 
-def _one(axis: str, wanted: object, length: int) -> int:
-    """Returns the one position that is asked for."""
-    found = [] if wanted is None else positions(axis, wanted, (), length)
+def _one(axis: str, wanted: object, labels: Sequence[int]) -> int:
+    """Returns the one place that is asked for."""
+    found = [] if wanted is None else positions(axis, wanted, labels)
     if len(found) != 1:
         raise bad(
             f"one place on the {axis} axis is asked for",
             repr(wanted)[:200],
-            f"an integer from {-length} to {length - 1}",
+            f"an integer from {-len(labels)} to {len(labels) - 1}",
             "Name one.",
         )
     return found[0]

@@ -2,106 +2,86 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import InvalidInput, bad
 
 MOST = 2**62
-"""No count and no number of a document is so large."""
+"""Upper bound for counts and document numbers."""
+_LISTED = 40
 
 
-def require_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
     """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
-    if tuple(tensor.shape) != expected:
+    if shape != expected:
         raise bad(
             f"{name} does not fit its labels",
-            f"shape {tuple(tensor.shape)}",
+            f"shape {shape}",
             f"shape {expected}",
             "Give every axis as many labels as it has entries.",
         )
 
 
-def require_choice(operation: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises InvalidInput unless a value is one of the choices."""
-    if value not in choices:
+def require_number(name: str, value: Any, least: int = 1) -> int:
+    """Returns a whole number that is given; raises InvalidInput unless it is at least so large."""
+    found = whole_number(value)
+    if found is None or not least <= found < MOST:
         raise bad(
-            f"{operation} does not know this {name}",
-            repr(value),
-            f"one of {list(choices)}",
-            "Choose one of these.",
+            f"{name} must be a whole number",
+            f"{name}={value!r}"[:200],
+            "a positive integer" if least == 1 else f"an integer from {least} on",
+            "Leave it out for the default.",
         )
+    return found
 
 
-def whole_number(value: Any) -> int | None:
-    """Returns an integer, NumPy's and tensors without axes included; None for anything else."""
-    # True would be position 1, and a mask of booleans a list of ones and zeros.
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-        return None
-    if getattr(value, "ndim", 0):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def require_count(k: object) -> int:
-    """Returns how many are asked for; raises InvalidInput unless it is a positive integer."""
-    count = whole_number(k)
-    if count is None or count < 1:
-        raise bad("nothing can be ranked", f"k={k!r}", "a positive integer", "Ask for k=10.")
-    return count
-
-
-def positions(axis: str, wanted: Any, labels: Sequence[str], length: int) -> list[int]:
-    """Returns the positions on an axis that are asked for; None asks for all.
+def positions(axis: str, wanted: Any, labels: Sequence[int] | Sequence[str]) -> list[int]:
+    """Returns the places on an axis that are asked for; None asks for all.
 
     Args:
         axis: Its name, for messages.
-        wanted: Positions, negative ones from the end, or labels; one or several.
-        labels: Label of each position; empty where they are found by position only.
-        length: Length of the axis.
+        wanted: Labels, or places; one or several. Where labels are numbers (of layers, of heads,
+            of the input's positions) an integer is one of these, and a negative one counts from
+            the end; elsewhere it is a place.
+        labels: Label of each place.
 
     Raises:
         InvalidInput: If something asked for is not there.
     """
+    length = len(labels)
     if wanted is None:
         return list(range(length))
+    # Of several entries with one label the first.
+    known: dict[int | str, int] = {label: i for i, label in reversed([*enumerate(labels)])}
+    # Labels of heads are text, as they may name groups; most are the model's numbers all the same.
+    heads = axis == "head"
+    numbered = all(isinstance(label, int) or (heads and label.isdecimal()) for label in labels)
+    if numbered:
+        known |= {int(label): place for label, place in known.items()}
+    known |= {place - length: place for place in range(length)}
+    if not numbered:
+        known |= {place: place for place in range(length)}
     found = []
     for one in _asked(axis, wanted):
-        if isinstance(one, str) and one in labels:
-            found.append(labels.index(one))
-        elif isinstance(one, int) and -length <= one < length:
-            found.append(one % length)
-        else:
-            known = f", or one of {list(labels)}" if labels else ""
-            raise _absent(axis, one, f"an integer from {-length} to {length - 1}{known}")
+        if one not in known:
+            raise _absent(axis, one, _known(labels, numbered))
+        found.append(known[one])
     return found
 
 
-def layer_positions(wanted: Any, layers: tuple[int, ...]) -> list[int]:
-    """Returns the positions of layers asked for by number; a negative one counts from the end.
-
-    Raises:
-        InvalidInput: If something asked for is not there.
-    """
-    if wanted is None:
-        return list(range(len(layers)))
-    found = []
-    for one in _asked("layer", wanted):
-        if isinstance(one, int) and one in layers:
-            found.append(layers.index(one))
-        elif isinstance(one, int) and -len(layers) <= one < 0:
-            found.append(one % len(layers))
-        else:
-            last = "-1" if len(layers) == 1 else f"{-len(layers)} to -1"
-            raise _absent("layer", one, f"one of {list(layers)}, or {last} from the end")
-    return found
+def _known(labels: Sequence[int] | Sequence[str], numbered: bool) -> str:
+    """Returns what can be asked for, in words."""
+    length = len(labels)
+    texts = any(isinstance(one, str) for one in labels)
+    listed = str([*labels[:_LISTED]]).removesuffix("]") + (", ...]" if length > _LISTED else "]")
+    if not numbered or [*map(int, labels)] == [*range(length)]:
+        return f"an integer from {-length} to {length - 1}" + (f", or one of {listed}" * texts)
+    return f"one of {listed}, or {f'{-length} to ' * (length > 1)}-1 from the end"
 
 
 def _asked(axis: str, wanted: Any) -> list[int | str]:
@@ -111,14 +91,13 @@ def _asked(axis: str, wanted: Any) -> list[int | str]:
     listed = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted
     if not listed:
         raise _absent(axis, "an empty list", "at least one entry")
-    return [one if isinstance(one, str) else _integer(axis, one) for one in listed]
-
-
-def _integer(axis: str, value: Any) -> int:
-    number = whole_number(value)
-    if number is None:
-        raise _absent(axis, value, "integers")
-    return number
+    found = []
+    for one in listed:
+        number = one if isinstance(one, str) else whole_number(one)
+        if number is None:
+            raise _absent(axis, one, "integers")
+        found.append(number)
+    return found
 
 
 def _absent(axis: str, seen: object, expected: str) -> InvalidInput:
@@ -143,15 +122,6 @@ def largest(values: torch.Tensor, k: int) -> Int[torch.Tensor, " found"]:
     return places[order[:k]].cpu()
 
 
-def unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the place on each axis of a place in a flattened tensor."""
-    place = []
-    for size in reversed(shape):
-        place.append(index % size)
-        index //= size
-    return tuple(reversed(place))
-
-
 def real_pairs(
     target: Bool[torch.Tensor, "batch target"], source: Bool[torch.Tensor, "batch source"]
 ) -> Bool[torch.Tensor, "batch target source"]:
@@ -163,19 +133,3 @@ def as_array(tensor: torch.Tensor) -> Any:
     """Returns a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def require_number(name: str, value: Any, least: int = 1) -> int:
-    """Returns an integer that is given; raises InvalidInput unless it is at least so large."""
-    try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = least - 1
-    if not least <= found < MOST:
-        raise bad(
-            f"there is no such {name}",
-            f"{name}={value!r}"[:200],
-            f"an integer from {least} on",
-            "Leave it out for the default.",
-        )
-    return found

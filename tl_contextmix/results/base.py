@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
+from tl_contextmix.results.axes import require_shape
+from tl_contextmix.results.components import Components
+from tl_contextmix.results.labels import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +72,37 @@ class Shown:
 
 
 class Result(Shown):
-    """What every result can do; its subclasses, all frozen dataclasses, add what they hold."""
+    """What every result can do; its subclasses, all frozen dataclasses, add what they hold.
+
+    Shapes are declared once, by the annotations of tensors: axes of one name are of one length,
+    and as long as their labels.
+    """
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    LABELS: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    """The labels of an axis: the name of the field that holds them, or the labels themselves."""
+
+    def __post_init__(self) -> None:
+        name, sizes = type(self).__name__, dict[str, int]()
+
+        def fit(what: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+            if len(axes) == len(shape):
+                for axis, size in zip(axes, shape, strict=True):
+                    sizes.setdefault(axis, size)
+            expected = tuple(sizes.get(axis, axis) for axis in axes)
+            require_shape(f"{name}.{what}", shape, expected)
+
+        for axis, field in self.LABELS.items():
+            labels = getattr(self, field) if isinstance(field, str) else field
+            if isinstance(labels, (Tokens, Components)):
+                fit(str(field), ("batch", axis), tuple(labels.shape))
+            else:
+                fit(axis, (axis,), (len(labels),))
+        for field, axes in tensor_axes(type(self)).items():
+            if getattr(self, field) is not None:
+                fit(field, axes, tuple(getattr(self, field).shape))
 
     def show(self) -> Page:
         """Returns a page that a notebook displays; offline, it makes no request.
@@ -101,6 +136,25 @@ class Result(Shown):
             FileFormatError: If the file holds anything else.
         """
         return storage.load(cls, path)
+
+
+@functools.cache
+def tensor_axes(kind: type) -> dict[str, tuple[str, ...]]:
+    """Returns the axes of each tensor that a class holds, as its annotations name them."""
+    found = {}
+    for name, hint in storage.field_types(kind).items():
+        for one in (hint, *typing.get_args(hint)):
+            if hasattr(one, "dim_str"):
+                found[name] = tuple(one.dim_str.split())
+    return found
+
+
+@functools.cache
+def axes_of(kind: type, name: str) -> tuple[str, ...]:
+    """Returns the axes of a tensor that a class holds or computes (a property), by its name."""
+    if name in tensor_axes(kind):
+        return tensor_axes(kind)[name]
+    return tuple(typing.get_type_hints(getattr(kind, name).fget)["return"].dim_str.split())
 
 
 def same(a: Any, b: Any) -> bool:

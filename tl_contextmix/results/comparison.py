@@ -11,9 +11,9 @@ from jaxtyping import Float
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
-from tl_contextmix.results.scores import ScoreRow, figure_table
+from tl_contextmix.results.row_tables import RowTable, as_text
+from tl_contextmix.results.scores import FIGURE_CELLS, ScoreRow
 
 if TYPE_CHECKING:
     import pandas
@@ -49,7 +49,7 @@ class Cost:
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class Comparison(Result):
+class Comparison(RowTable):
     """How well several methods' maps of the same sentences do, and what they cost.
 
     Attributes:
@@ -65,6 +65,12 @@ class Comparison(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"method": "alike_methods"}
+    ROW = ScoreRow
+    CELLS = FIGURE_CELLS
+    TITLE = "Every figure"
+    CAPTION = "95 % bootstrap intervals over sentences."
+
     rows: tuple[ScoreRow, ...]
     costs: tuple[Cost, ...]
     alike: Float[torch.Tensor, "method method"]
@@ -78,7 +84,7 @@ class Comparison(Result):
     def __repr__(self) -> str:
         return (
             f"Comparison of {len(self.costs)} methods over {self.counted} of "
-            f"{self.provenance.model}\n{self.best().round(3).to_string(index=False)}"
+            f"{self.provenance.model}\n{as_text(self.best())}"
         )
 
     @property
@@ -96,13 +102,8 @@ class Comparison(Result):
         """Returns one row per method, layer and metric, with the method's cost."""
         import pandas
 
-        costs = {cost.method: cost for cost in self.costs}
-        found = []
-        for row in self.rows:
-            cost = costs[row.method]
-            extra = {"seconds": cost.seconds, "flops": cost.flops, "forward": cost.forward}
-            found.append({**asdict(row), **extra})
-        return pandas.DataFrame(found)
+        costs = pandas.DataFrame([asdict(cost) for cost in self.costs])
+        return super().to_dataframe().merge(costs, on="method", how="left")
 
     def best(self, metric: str | None = None) -> pandas.DataFrame:
         """Returns one row per method, at the layer where it does best, best method first.
@@ -116,18 +117,11 @@ class Comparison(Result):
         Raises:
             InvalidInput: If there are no figures of this metric.
         """
-        import pandas
-
         metric = self._require(metric)
-        up = METRICS[metric][0]
-        found = []
-        for cost in self.costs:
-            rows = [r for r in self.rows if r.method == cost.method and r.metric == metric]
-            known = [row for row in rows if row.value == row.value] or rows
-            row = (max if up else min)(known, key=lambda row: row.value)
-            found.append({**asdict(row), "seconds": cost.seconds, "forward": cost.forward})
-        frame = pandas.DataFrame(found)
-        return frame.sort_values("value", ascending=not up, kind="stable", ignore_index=True)
+        frame = self.to_dataframe().drop(columns="flops")
+        frame = frame[frame.metric == metric]
+        frame = frame.sort_values("value", ascending=not METRICS[metric][0], kind="stable")
+        return frame.drop_duplicates("method", ignore_index=True)
 
     def table(self, metric: str | None = None) -> pandas.DataFrame:
         """Returns methods by layers: the values of one metric; NaN where there is no such layer.
@@ -162,7 +156,7 @@ class Comparison(Result):
             *self.without(),
             *(self._layers(metric) for metric in self.metrics),
             self.likeness(),
-            figure_table(self.rows, "Every figure", "95 % bootstrap intervals over sentences."),
+            super().panels()[0],
         )
 
     def _summary(self) -> Table:

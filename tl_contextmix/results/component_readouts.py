@@ -10,15 +10,10 @@ from jaxtyping import Float, Int
 
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_shape
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.axes import as_array
+from tl_contextmix.results.component_sets import ComponentSet, component_table
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Provenance, Tokens
-from tl_contextmix.results.log_prob_contributions import (
-    component_frame,
-    component_table,
-    source_word,
-)
 
 if TYPE_CHECKING:
     import pandas
@@ -29,7 +24,7 @@ _IN_TABLE = 6
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class ComponentReadouts(Result):
+class ComponentReadouts(ComponentSet):
     """The tokens that components raise and lower most, before the softmax.
 
     Where a component has no score (an empty place, a source that cannot be read), logits are NaN,
@@ -50,6 +45,11 @@ class ComponentReadouts(Result):
         provenance: Where the numbers come from.
     """
 
+    TEXTS = {
+        "top_words": ("batch", "component"),
+        "bottom_words": ("batch", "component"),
+    }
+
     top_logits: Float[torch.Tensor, "batch component token"]
     top_ids: Int[torch.Tensor, "batch component token"]
     top_words: Words
@@ -62,13 +62,6 @@ class ComponentReadouts(Result):
     tokens: Tokens
     encoder: Tokens | None
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        rows, count = self.components.kind.shape
-        shape = (rows, count, self.top_ids.shape[2])
-        for name in ("top_logits", "top_ids", "bottom_logits", "bottom_ids"):
-            require_shape(f"ComponentReadouts.{name}", getattr(self, name), shape)
-        require_shape("ComponentReadouts.scores", self.scores, shape[:2])
 
     def __repr__(self) -> str:
         lines = [f"ComponentReadouts: component {self.scores.shape[1]}"]
@@ -84,7 +77,7 @@ class ComponentReadouts(Result):
         """Returns one row per component and token: its place, direction, rank, logit."""
         import pandas
 
-        frame = component_frame(self.components, self.tokens, self.encoder)
+        frame = self._frame()
         frame["score"] = as_array(self.scores).reshape(-1)
         count = self.top_ids.shape[2]
         parts = []
@@ -110,7 +103,7 @@ class ComponentReadouts(Result):
                 rows=[
                     (
                         self.components.label(row, place),
-                        source_word(self.components.at(row, place), row, self.tokens, self.encoder),
+                        self._word(self.components.at(row, place), row),
                         float(self.scores[row, place]),
                         self._list(row, place, "top"),
                         self._list(row, place, "bottom"),

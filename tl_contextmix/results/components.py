@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Num
 
 from tl_contextmix.errors import bad
 from tl_contextmix.results import storage
@@ -52,9 +52,8 @@ class Components:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            require_shape(
-                f"Components.{field.name}", getattr(self, field.name), tuple(self.kind.shape)
-            )
+            shape = tuple(getattr(self, field.name).shape)
+            require_shape(f"Components.{field.name}", shape, tuple(self.kind.shape))
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):
             raise bad(
                 "these are no components",
@@ -62,6 +61,11 @@ class Components:
                 f"0 to {len(KINDS) - 1}, places in {KINDS}",
                 "Take components from a result.",
             )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Number of sentences, and of places for components."""
+        return self.kind.shape
 
     def __repr__(self) -> str:
         batch, count = self.kind.shape
@@ -180,12 +184,13 @@ class Grid:
 
 
 def taken(
-    values: Float[torch.Tensor, "batch component"], index: Int[torch.Tensor, "batch some"]
-) -> Float[torch.Tensor, "batch some"]:
-    """Returns some of the numbers of each sentence; NaN where the index is -1."""
+    values: Num[torch.Tensor, "batch component"], index: Int[torch.Tensor, "batch some"]
+) -> Num[torch.Tensor, "batch some"]:
+    """Returns some of the numbers of each sentence; NaN (whole numbers: -1) where the index is."""
+    nothing = torch.nan if values.is_floating_point() else -1
     if not values.shape[1]:
-        return values.new_full(index.shape, torch.nan)
-    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, torch.nan)
+        return values.new_full(index.shape, nothing)
+    return values.gather(1, index.clamp(min=0)).masked_fill(index < 0, nothing)
 
 
 def finest(components: Components) -> str:

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from tl_contextmix.core.rollout import roll_out
 from tl_contextmix.core.words import Spans, merge, require_spans
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import (
-    as_array,
-    largest,
-    layer_positions,
-    positions,
-    real_pairs,
-    require_choice,
-    require_count,
-    require_shape,
-    unravel,
-)
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.axes import real_pairs
+from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
 from tl_contextmix.results.labels import Provenance, Tokens
-
-if TYPE_CHECKING:
-    import pandas
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
@@ -37,12 +24,12 @@ _SMALL = 1_000_000
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class ContextMap(Result):
+class ContextMap(LabelledArray):
     """How much each source token matters to each target token, per layer and head.
 
     Attributes:
-        scores: The map, non-negative (NaN where there is no score). 0 where source or target is
-            padding.
+        scores: The map, non-negative unless `signed` (NaN where there is no score). 0 where source
+            or target is padding.
         layers: Number of each layer on the axis.
         heads: Label of each head; ``("all",)`` where heads are summed before the score is taken.
         point: Where in the block it was measured, for example ``"block_out"``.
@@ -57,7 +44,12 @@ class ContextMap(Result):
         from_input: Whether a layer's map reaches back to the tokens of the input (a rollout,
             DecompX, gradients) and not to those of the layer's own input.
         provenance: Where the numbers come from.
+        signed: Whether it is the difference of two maps, ``a - b``, whose scores may be negative.
     """
+
+    LABELS = {"layer": "layers", "head": "heads", "target": "target", "source": "source"}
+    COLUMNS = {"score": "scores"}
+    SUBTRACTED = ("scores",)
 
     scores: Float[torch.Tensor, "batch layer head target source"]
     layers: tuple[int, ...]
@@ -72,23 +64,19 @@ class ContextMap(Result):
     bias: Float[torch.Tensor, "batch layer head target"] | None = None
     normalized: Literal["none", "sum", "max"] = "none"
     from_input: bool = False
+    signed: bool = False
 
     def __post_init__(self) -> None:
-        batch, target = self.target.ids.shape
-        rows = (batch, len(self.layers), len(self.heads), target)
-        require_shape("Tokens of the source axis", self.source.ids[:, 0], (batch,))
-        require_shape("ContextMap.scores", self.scores, (*rows, self.source.ids.shape[1]))
-        if self.bias is not None:
-            require_shape("ContextMap.bias", self.bias, rows)
-        require_choice("ContextMap", "scaling", self.normalized, ("none", "sum", "max"))
-        _require_scores(self.scores, self._real())
+        super().__post_init__()
+        require_choice("scaling", self.normalized, ("none", "sum", "max"))
+        real = real_pairs(self.target.mask.cpu(), self.source.mask.cpu())
+        _require_scores(self.scores, real, self.signed)
+
+    def _heading(self) -> str:
+        return f" {self._name} ({self.stack}), {self.unit}"
 
     def __repr__(self) -> str:
-        batch, layer, head, target, source = self.scores.shape
-        lines = [
-            f"ContextMap {self.provenance.method} at {self.point} ({self.stack}), {self.unit}: "
-            f"batch {batch}, layer {layer}, head {head}, target {target}, source {source}"
-        ]
+        lines = [super().__repr__()]
         if self.scores.numel() <= _SMALL:
             lines += [
                 f"  batch {row['batch']}, layer {row['layer']}, head {row['head']}: "
@@ -96,6 +84,10 @@ class ContextMap(Result):
                 for row in self.top(5)
             ]
         return "\n".join(lines)
+
+    @property
+    def _by_size(self) -> bool:
+        return self.signed
 
     @property
     def causal(self) -> bool:
@@ -121,9 +113,10 @@ class ContextMap(Result):
             how: ``"sum"`` (rows add up to 1) or ``"max"`` (the largest score of a row is 1).
 
         Raises:
-            InvalidInput: If ``how`` is neither.
+            InvalidInput: If ``how`` is neither, or the map is a difference.
         """
-        require_choice("normalize", "how", how, ("sum", "max"))
+        require_choice("way to normalize", how, ("sum", "max"))
+        self.require_unsigned("normalize")
         reduced = self.scores.sum(-1) if how == "sum" else self.scores.amax(-1)
         divisor = torch.where(reduced == 0, torch.ones_like(reduced), reduced)
         bias = None if self.bias is None else self.bias / divisor
@@ -147,77 +140,46 @@ class ContextMap(Result):
         Raises:
             InvalidInput: If ``axis`` is anything else.
         """
-        require_choice("mean", "axis", axis, ("head",))
+        require_choice("axis of a mean", axis, ("head",))
         bias = None if self.bias is None else self.bias.mean(2, keepdim=True)
         return replace(self, scores=self.scores.mean(2, keepdim=True), bias=bias, heads=("mean",))
 
-    def select(
-        self,
-        *,
-        batch: int | Sequence[int] | None = None,
-        layer: int | Sequence[int] | None = None,
-        head: int | str | Sequence[int | str] | None = None,
-        target: int | Sequence[int] | None = None,
-        source: int | Sequence[int] | str | None = None,
-    ) -> ContextMap:
-        """Returns part of the map; every axis is kept, and nothing is renormalised.
-
-        Args:
-            batch: Row or rows of the batch.
-            layer: Number or numbers of layers, as in `layers`; negative counts from the end.
-            head: Position or positions on the head axis, or labels as in `heads`.
-            target: Position or positions of targets; negative counts from the end of the axis,
-                which in a padded batch is padding for the shorter texts: a warning says so.
-            source: The same for sources, or the name of a side (``"encoder"``) to keep its tokens.
-
-        Raises:
-            InvalidInput: If something asked for is not there, or nothing is.
-
-        Warns:
-            ContextMixWarning: If every target selected of a row is padding.
-        """
-        if isinstance(source, str):
-            sides = tuple(name for name, _ in self.source.sides)
-            require_choice("select", "source", source, sides)
-            source = self.source.side(source)
-        rows = positions("batch", batch, (), self.scores.shape[0])
-        targets = positions("target", target, (), self.scores.shape[3])
-        padding = [] if target is None else self.target.padding(rows, targets)
-        if padding:
-            warn(
-                f"every target selected of row {padding[0]} is padding, whose scores are 0: "
-                f"{targets}. Select one row, and positions of its "
-                f"{int(self.target.mask[padding[0]].sum())} tokens."
+    def require_unsigned(self, operation: str) -> None:
+        """Raises InvalidInput if this is a difference, which the operation has no use for."""
+        if self.signed:
+            raise bad(
+                f"{operation} needs a map of scores from 0",
+                f"a {self.unit}, whose scores have a sign",
+                "the map of one method",
+                f"Ask for {operation} of both maps, and subtract what comes of it.",
             )
-        return self._part(
-            rows,
-            layer_positions(layer, self.layers),
-            positions("head", head, self.heads, len(self.heads)),
-            targets,
-            positions("source", source, (), self.scores.shape[4]),
-        )
 
-    def _part(
-        self,
-        rows: list[int],
-        layers: list[int],
-        heads: list[int],
-        targets: list[int],
-        sources: list[int],
-    ) -> ContextMap:
-        scores = self.scores[rows][:, layers][:, :, heads][:, :, :, targets]
-        bias = self.bias
-        if bias is not None:
-            bias = bias[rows][:, layers][:, :, heads][:, :, :, targets]
-        return replace(
-            self,
-            scores=scores[..., sources],
-            layers=tuple(self.layers[index] for index in layers),
-            heads=tuple(self.heads[index] for index in heads),
-            target=self.target.select(rows, targets),
-            source=self.source.select(rows, sources),
-            bias=bias,
-        )
+    def _difference(self, other: Any) -> dict[str, Any]:
+        for name in ("normalized", "from_input", "signed"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise unlike(name, repr(theirs), repr(mine))
+        bias = None
+        if self.bias is not None and other.bias is not None:
+            bias = self.bias - other.bias.to(self.bias.device)
+        points = dict.fromkeys((self.point, other.point))
+        return {
+            **super()._difference(other),
+            "bias": bias,
+            "point": " - ".join(points),
+            "includes_residual": self.includes_residual and other.includes_residual,
+            "signed": True,
+        }
+
+    def _comparable(self, other: Any) -> bool:
+        # Shares of a row can be compared whatever they are shares of.
+        return self.unit == other.unit or self.normalized != "none"
+
+    @property
+    def _name(self) -> str:
+        """Method, or methods of a difference, and point."""
+        other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
+        return f"{' - '.join(dict.fromkeys((self.provenance.method, other)))} at {self.point}"
 
     def words(
         self,
@@ -237,8 +199,8 @@ class ContextMap(Result):
         Raises:
             InvalidInput: If a stretch covers no token.
         """
-        require_choice("words", "rows", rows, ("mean", "max"))
-        require_choice("words", "columns", columns, ("sum", "max"))
+        require_choice("way to merge rows", rows, ("mean", "max"))
+        require_choice("way to merge columns", columns, ("sum", "max"))
         target, source = (
             tokens.words()
             if spans is None
@@ -259,7 +221,49 @@ class ContextMap(Result):
     def rollout(
         self, *, add_identity: bool | None = None, encoder: ContextMap | None = None
     ) -> ContextMap:
-        """Returns the map multiplied through the layers; see `tl_contextmix.rollout`."""
+        r"""Returns how much each input token reaches each position after every layer.
+
+        .. math:: R_0 = S_0, \qquad R_l = S_l R_{l-1}
+
+        with :math:`S_l` the map of layer ``l``. Where the map holds the residual connection, it is
+        taken as it is (GlobEnc, Modarressi et al. 2022). Where it does not (attention weights;
+        norms at ``attn_out``), each row of :math:`S_l` is first averaged with its own token, at the
+        row's sum: :math:`(S_l + \mathrm{diag}(S_l 1)) / 2`. For rows that sum to 1 that is
+        :math:`0.5 S_l + 0.5 I` (Abnar & Zuidema 2020); a row of zeros becomes the token itself,
+        at 1.
+
+        A decoder block that attends to an encoder reads both: its map is :math:`[S_l | C_l]`, the
+        decoder's tokens followed by the encoder's. What it reads of the encoder has been mixed
+        there, so the encoder's own rollout :math:`E` comes behind it, as in ALTI+ (Ferrando et al.
+        2022, "Towards Opening the Black Box of Neural Machine Translation"):
+
+        .. math::
+
+            [R_l | Q_l] = [S_l R_{l-1} \,|\, S_l Q_{l-1} + C_l E], \qquad R_{-1} = I,\ Q_{-1} = 0
+
+        :math:`Q_l` says how much each *source* token reaches each target position.
+
+        Both axes are the same tokens (but for an encoder's), heads are averaged or summed, and all
+        layers are there from the first. Rows are not scaled here: `normalize` first for weights
+        that sum to 1, as every published rollout does. `bias` is dropped; what enters through
+        biases is followed by no rollout.
+
+        Args:
+            add_identity: Whether to add the residual connection; None: where the map lacks it.
+            encoder: The encoder's map of the same input and kind, not rolled out, for a decoder
+                that reads one.
+
+        Returns:
+            A `ContextMap` of the same shape; the last layer is the rollout over all of them.
+
+        Raises:
+            InvalidInput: If heads are still separate, layers are missing or out of order, source
+                and target are different tokens, the encoder's map is missing or of other tokens, or
+                a map is a rollout or a difference.
+
+        Cost: ``2 n^3`` operations per layer and sentence, ``2 t (t + s)^2`` for ``t`` target and
+        ``s`` source tokens.
+        """
         _require_rollable(self, encoder)
         memory = None
         if encoder is not None:
@@ -276,77 +280,19 @@ class ContextMap(Result):
             provenance=replace(self.provenance, options=options),
         )
 
-    def top(self, k: int = 10) -> list[dict[str, Any]]:
-        """Returns the ``k`` largest scores with their labels, largest first; no padding, no NaN.
-
-        Positions are those on this map's axes, so that `select` takes them.
-
-        Raises:
-            InvalidInput: If ``k`` is not a positive integer.
-        """
-        real = self._real().to(self.scores.device)
-        scores = self.scores.detach().masked_fill(~real[:, None, None], -torch.inf)
-        places = largest(scores, require_count(k))
-        values = scores.flatten()[places.to(scores.device)]
-        return [
-            {**self._labels(unravel(place, tuple(self.scores.shape))), "score": value}
-            for place, value in zip(places.tolist(), values.tolist(), strict=True)
-        ]
-
-    def _labels(self, place: tuple[int, ...]) -> dict[str, Any]:
-        batch, layer, head, target, source = place
-        return {
-            "batch": batch,
-            "layer": self.layers[layer],
-            "head": self.heads[head],
-            "target": target,
-            "source": source,
-            "target_token": self.target.strings[batch][target],
-            "source_token": self.source.strings[batch][source],
-        }
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per score, with labels; positions that are padding are left out.
-
-        Columns: batch, layer, head, target, source, target_token, source_token, score. Positions
-        are those on this map's axes.
-        """
-        import numpy as np
-        import pandas
-
-        real = self._real()[:, None, None].expand(self.scores.shape)
-        batch, layer, head, target, source = np.nonzero(real.numpy())
-        targets, sources = (
-            np.array(tokens.strings, dtype=object) for tokens in (self.target, self.source)
-        )
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "head": np.array(self.heads, dtype=object)[head],
-                "target": target,
-                "source": source,
-                "target_token": targets[batch, target],
-                "source_token": sources[batch, source],
-                "score": as_array(self.scores)[real.numpy()],
-            }
-        )
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns one heatmap per sentence, a sheet per layer and head; padding is left out."""
         found = []
         for row in range(len(self.target.strings)):
-            part = self._part(
-                [row],
-                [*range(len(self.layers))],
-                [*range(len(self.heads))],
-                self.target.mask[row].nonzero()[:, 0].tolist(),
-                self.source.mask[row].nonzero()[:, 0].tolist(),
-            )
+            places = {
+                axis: tokens.mask[row].nonzero()[:, 0].tolist()
+                for axis, tokens in (("target", self.target), ("source", self.source))
+            }
+            part = self._part({"batch": [row], **places})
             found.append(
                 Heatmap(
-                    title=f"{self.provenance.method} at {self.point}",
-                    caption=self._caption(),
+                    title=self._name,
+                    caption=self._caption(part),
                     values=part.scores.detach().cpu().flatten(1, 2)[0],
                     sheets=self._sheet_names(),
                     rows=part.target.strings[0],
@@ -358,9 +304,6 @@ class ContextMap(Result):
             )
         return tuple(found)
 
-    def _real(self) -> Bool[torch.Tensor, "batch target source"]:
-        return real_pairs(self.target.mask.cpu(), self.source.mask.cpu())
-
     def _sheet_names(self) -> tuple[str, ...]:
         if len(self.heads) == 1:
             return tuple(f"layer {name}" for name in self.layer_names)
@@ -371,12 +314,20 @@ class ContextMap(Result):
             return ()
         return tuple(f"layer {name}" for name in self.layer_names for _ in self.heads)
 
-    def _caption(self) -> str:
+    def _caption(self, part: ContextMap) -> str:
+        """Returns how to read a map; of a selection, also where in the input it is."""
         scale = {
             "none": "",
             "sum": " Each row is divided by its sum.",
             "max": " Each row is divided by its maximum.",
         }[self.normalized]
+        scale += " Blue is more than in the other map, red less." if self.signed else ""
+        for name, whole, some in (
+            ("Rows", self.target, part.target),
+            ("Columns", self.source, part.source),
+        ):
+            if whole.numbers is not None:
+                scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
         return f"Row: the token being written. Column: the token it comes from.{scale}"
 
 
@@ -388,13 +339,13 @@ def _merged(
     return torch.cat(parts, dim=-1)
 
 
-def _require_scores(scores: torch.Tensor, real: torch.Tensor) -> None:
+def _require_scores(scores: torch.Tensor, real: torch.Tensor, signed: bool) -> None:
     """Raises InvalidInput for scores below zero or at padding.
 
     Sums, ranks and products over the source axis count on there being none.
     """
     scores = scores.detach()
-    lowest = scores.amin() if scores.numel() else scores.new_zeros(())
+    lowest = scores.new_zeros(()) if signed or not scores.numel() else scores.amin()
     # A NaN hides what is below zero; the comparison costs memory and is left for that case.
     if bool(lowest < 0) or (bool(lowest.isnan()) and bool((scores < 0).any())):
         raise bad(
@@ -414,6 +365,7 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor) -> None:
 
 
 def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
+    map.require_unsigned("rollout")
     if len(map.heads) != 1:
         _refuse(
             f"{len(map.heads)} heads", "one map per layer", "Take .mean('head') or sum the heads."

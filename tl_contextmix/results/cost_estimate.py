@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
-
-if TYPE_CHECKING:
-    import pandas
+from tl_contextmix.results.row_tables import RowTable
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -35,7 +30,7 @@ class EstimatePart:
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class Estimate(Result):
+class Estimate(RowTable):
     """Operations and memory of a question, told before it is asked.
 
     Attributes:
@@ -49,6 +44,9 @@ class Estimate(Result):
         parts: Where these come from; their operations add up, and so do their bytes.
         provenance: Where the numbers come from.
     """
+
+    ROW = EstimatePart
+    ROWS = "parts"
 
     method: str
     batch: int
@@ -69,12 +67,6 @@ class Estimate(Result):
     def _tokens(self) -> str:
         both = self.n_tokens, self.n_decoder_tokens
         return " + ".join(str(count) for count in both if count)
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per part."""
-        import pandas
-
-        return pandas.DataFrame([dataclasses.asdict(part) for part in self.parts])
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the table of the parts."""

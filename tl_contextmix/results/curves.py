@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tl_contextmix.core.text_metrics import Figure, resampled_interval
 from tl_contextmix.errors import bad
-from tl_contextmix.plotting.panels import Curves, Panel, Table
+from tl_contextmix.plotting.panels import Curves, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
-
-if TYPE_CHECKING:
-    import pandas
+from tl_contextmix.results.row_tables import RowTable, interval, table_of
 
 
 @storage.storable
@@ -44,8 +41,8 @@ class CurvePoint:
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class LayerCurves(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerCurves(RowTable):
     """Figures by layer, each with an interval.
 
     Attributes:
@@ -55,20 +52,22 @@ class LayerCurves(Result):
         provenance: Where they come from.
     """
 
+    ROW = CurvePoint
+    ROWS = "points"
+    CELLS = {
+        **{name: name for name in ("metric", "category", "layer", "value")},
+        "95 % interval": interval,
+        "n": "sentences",
+    }
+
     points: tuple[CurvePoint, ...]
     title: str
     caption: str
     provenance: Provenance
 
-    def __repr__(self) -> str:
-        frame = self.to_dataframe().round(3).to_string(index=False)
-        return f"LayerCurves: {self.title}\n{frame}"
-
     def __add__(self, other: LayerCurves) -> LayerCurves:
         """Returns the figures of both, under this one's heading."""
-        if not isinstance(other, LayerCurves):
-            return NotImplemented
-        return LayerCurves(self.points + other.points, self.title, self.caption, self.provenance)
+        return self._joined(other)
 
     def select(self, metric: str, category: str = "all") -> tuple[CurvePoint, ...]:
         """Returns one curve, layer by layer.
@@ -87,36 +86,12 @@ class LayerCurves(Result):
             )
         return found
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per figure."""
-        import pandas
-
-        columns = list(CurvePoint.__dataclass_fields__)
-        return pandas.DataFrame([asdict(point) for point in self.points], columns=columns)
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns a chart per metric, a series per category, and the table with intervals."""
-        charts = tuple(self._chart(metric) for metric in dict.fromkeys(self._names()))
-        table = Table(
-            title=f"{self.title}: figures",
-            caption="With 95 % bootstrap intervals over sentences.",
-            columns=("metric", "category", "layer", "value", "95 % interval", "n"),
-            rows=tuple(
-                (
-                    p.metric,
-                    p.category,
-                    p.layer,
-                    p.value,
-                    f"{p.low:.3f} to {p.high:.3f}",
-                    p.sentences,
-                )
-                for p in self.points
-            ),
-        )
-        return (*charts, table)
-
-    def _names(self) -> list[str]:
-        return [point.metric for point in self.points]
+        title, caption = f"{self.title}: figures", "With 95 % bootstrap intervals over sentences."
+        metrics = dict.fromkeys(point.metric for point in self.points)
+        table = table_of(self.points, self.CELLS, title, caption)
+        return (*map(self._chart, metrics), table)
 
     def _chart(self, metric: str) -> Curves:
         points = [point for point in self.points if point.metric == metric]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,18 +23,14 @@ from tl_contextmix.core.text_metrics import (
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_shape
-from tl_contextmix.results.base import Result
 from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
+from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class LayerwiseDecoding(Result):
+class LayerwiseDecoding(LabelledArray):
     """What the decoder said from each encoder layer, sentence by sentence.
 
     Attributes:
@@ -52,6 +48,15 @@ class LayerwiseDecoding(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"batch": "inputs", "layer": "layers"}
+    COLUMNS = {"log_prob": "output_log_probs"}
+    ARRAY = "log_probs"
+    TEXTS = {
+        "strings": ("batch", "layer", "pos"),
+        "texts": ("batch", "layer"),
+        "references": ("batch",),
+    }
+
     ids: Int[torch.Tensor, "batch layer pos"]
     mask: Bool[torch.Tensor, "batch layer pos"]
     log_probs: Float[torch.Tensor, "batch layer pos"]
@@ -65,12 +70,6 @@ class LayerwiseDecoding(Result):
     references: tuple[str, ...] | None
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        shape = (len(self.inputs), len(self.layers), self.ids.shape[2])
-        for name in ("ids", "mask", "log_probs", "content"):
-            require_shape(f"LayerwiseDecoding.{name}", getattr(self, name), shape)
-        require_shape("LayerwiseDecoding.finished", self.finished, shape[:2])
-
     def __repr__(self) -> str:
         lines = [f"LayerwiseDecoding: batch {len(self.inputs)}, layer {len(self.layers)}"]
         for layer, text in zip(self.layers, self.texts[0], strict=True):
@@ -83,9 +82,14 @@ class LayerwiseDecoding(Result):
         return ~self.finished
 
     @property
+    def output_log_probs(self) -> Float[torch.Tensor, "batch layer"]:
+        """Log-probability of each whole output, end token included."""
+        return self.log_probs.sum(-1)
+
+    @property
     def probabilities(self) -> Float[torch.Tensor, "batch layer"]:
         """Probability of each whole output, end token included."""
-        return self.log_probs.sum(-1).exp()
+        return self.output_log_probs.exp()
 
     def first_correct_layer(
         self, references: str | Sequence[str] | None = None
@@ -191,26 +195,16 @@ class LayerwiseDecoding(Result):
             provenance=self.provenance,
         )
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per sentence and layer."""
-        import pandas
+    def _columns(self) -> dict[str, Any]:
+        import numpy as np
 
-        chances = as_array(self.log_probs.sum(-1))
-        return pandas.DataFrame(
-            [
-                {
-                    "batch": row,
-                    "layer": layer,
-                    "input": self.inputs[row],
-                    "output": self.texts[row][place],
-                    "log_prob": float(chances[row, place]),
-                    "tokens": int(self.mask[row, place].sum()),
-                    "truncated": bool(self.truncated[row, place]),
-                }
-                for row in range(len(self.inputs))
-                for place, layer in enumerate(self.layers)
-            ]
-        )
+        return {
+            "input": np.array(self.inputs, dtype=object)[:, None],
+            "output": np.array(self.texts, dtype=object),
+            "log_prob": self.output_log_probs,
+            "tokens": self.mask.sum(-1),
+            "truncated": self.truncated,
+        }
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns one table per sentence: layer, output, probability."""

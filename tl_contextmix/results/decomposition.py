@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import real_pairs, require_shape
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.axes import real_pairs
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class Decomposition(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(LabelledArray):
     """A block's activation as a sum over source tokens plus a bias.
 
     ``parts.sum(source) + bias`` is the model's own activation at `point`, except at padding, where
@@ -39,6 +39,10 @@ class Decomposition(Result):
         provenance: Where the numbers come from.
     """
 
+    LABELS = {"layer": "layers", "target": "target", "source": "source"}
+    ARRAY = "parts"
+    SUBTRACTED = ("parts", "bias")
+
     parts: Float[torch.Tensor, "batch layer target source d_model"]
     bias: Float[torch.Tensor, "batch layer target d_model"]
     layers: tuple[int, ...]
@@ -48,21 +52,8 @@ class Decomposition(Result):
     source: Tokens
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        batch, target = self.target.ids.shape
-        rows = (batch, len(self.layers), target)
-        require_shape("Tokens of the source axis", self.source.ids[:, 0], (batch,))
-        width = self.parts.shape[-1]
-        shape = (*rows, self.source.ids.shape[1], width)
-        require_shape("Decomposition.parts", self.parts, shape)
-        require_shape("Decomposition.bias", self.bias, (*rows, width))
-
-    def __repr__(self) -> str:
-        batch, layer, target, source, width = self.parts.shape
-        return (
-            f"Decomposition at {self.point} ({self.stack}): batch {batch}, layer {layer}, "
-            f"target {target}, source {source}, d_model {width}"
-        )
+    def _heading(self) -> str:
+        return f" at {self.point} ({self.stack})"
 
     def total(self) -> Float[torch.Tensor, "batch layer target d_model"]:
         """Returns the sum of all parts and the bias: the model's activation at this point."""
@@ -82,11 +73,15 @@ class Decomposition(Result):
             stack=self.stack,
             target=self.target,
             source=self.source,
-            unit="norm",
+            unit="norm of a difference" if self.is_difference else "norm",
             includes_residual=self.point != "attn_out",
             provenance=self.provenance,
             bias=bias[:, :, None],
         )
+
+    def top(self, k: int = 10) -> list[dict[str, Any]]:
+        """Returns the parts of the ``k`` largest norms, see `ContextMap.top`."""
+        return self.norms().top(k)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns the norm of every part, one row each, with labels; no padding."""

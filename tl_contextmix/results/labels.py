@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, groupby
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Int
 from tl_contextmix.core.words import Spans, find_words
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import require_shape
+from tl_contextmix.results.axes import positions, require_shape
 
 
 @storage.storable
@@ -31,6 +32,8 @@ class Tokens:
             ``(("decoder", n), ("encoder", m))``.
         places: Position of each token in its stack, where some have been left out or joined; None:
             those of each side counted from 0.
+        numbers: Number of each entry on the whole axis that `select` took it from; None: counted
+            from 0.
     """
 
     ids: Int[torch.Tensor, "batch pos"]
@@ -38,10 +41,12 @@ class Tokens:
     mask: Bool[torch.Tensor, "batch pos"]
     sides: tuple[tuple[str, int], ...]
     places: Int[torch.Tensor, "batch pos"] | None = None
+    numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         batch, pos = self.ids.shape
-        require_shape("Tokens.mask", self.mask, (batch, pos))
+        require_shape("Tokens.mask", tuple(self.mask.shape), (batch, pos))
+        require_shape("Tokens.numbers", (len(self.labels()),), (pos,))
         if self.mask.dtype != torch.bool:
             raise _unbuilt(f"a mask of {self.mask.dtype}", "a mask of torch.bool", "Use .bool().")
         lengths = {len(row) for row in self.strings} | {sum(length for _, length in self.sides)}
@@ -60,6 +65,11 @@ class Tokens:
         shown = ", ".join(repr(word) for word in words) + (", ..." if more else "")
         return f"Tokens: batch {len(self.strings)}, pos {sides}: {shown}"
 
+    @property
+    def shape(self) -> torch.Size:
+        """Number of rows, and of positions."""
+        return self.ids.shape
+
     def equals(self, other: Tokens) -> bool:
         """Returns whether both are the same tokens of the same stacks, with the same padding.
 
@@ -75,16 +85,84 @@ class Tokens:
 
     def select(self, batch: list[int], pos: list[int]) -> Tokens:
         """Returns the tokens at these rows and positions."""
-        names = self.names()
-        return Tokens(
+        names, numbers = self.names(), tuple(self.labels()[index] for index in pos)
+        part = Tokens(
             ids=self.ids[batch][:, pos],
             strings=tuple(tuple(self.strings[row][index] for index in pos) for row in batch),
             mask=self.mask[batch][:, pos],
-            places=None
-            if self.places is None and pos == [*range(self.ids.shape[1])]
-            else self.positions()[batch][:, pos],
             sides=tuple((name, len([*run])) for name, run in groupby(names[i] for i in pos))
             or ((self.sides[0][0], 0),),
+            numbers=None if numbers == (*range(len(pos)),) else numbers,
+        )
+        places = self.positions()[batch][:, pos]
+        return part if places.equal(part.positions()) else replace(part, places=places)
+
+    def labels(self) -> tuple[int, ...]:
+        """Returns the number of each entry on the whole axis, whatever part of it this is."""
+        return (*range(self.ids.shape[1]),) if self.numbers is None else self.numbers
+
+    def where(self) -> str:
+        """Returns where in the input a part of an axis is, in words; empty for a whole axis."""
+        numbers = self.numbers or ()
+        listed = ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+        return f" at {listed}" if numbers else ""
+
+    def find(self, axis: str, wanted: Any, batch: list[int]) -> list[int]:
+        """Returns the places on this axis that are asked for; None asks for all.
+
+        Args:
+            axis: Its name, for messages.
+            wanted: Numbers as in `labels`, negative ones from the end; tokens (all their
+                occurrences); names of sides; one or several.
+            batch: The rows in question. A token has to stand at the same places in all of them.
+
+        Raises:
+            InvalidInput: If something asked for is not there.
+        """
+        listed = [*wanted] if isinstance(wanted, (list, tuple)) else [wanted]
+        if not any(isinstance(one, str) for one in listed):
+            return positions(axis, wanted, self.labels())
+        found = []
+        for one in listed:
+            if isinstance(one, str):
+                found += self.side(one) or self._occurrences(axis, one, batch)
+            else:
+                found += positions(axis, [one], self.labels())
+        return found
+
+    def _occurrences(self, axis: str, token: str, batch: list[int]) -> list[int]:
+        """Returns the places of a token; padding is none."""
+        real = {row: self.mask[row].tolist() for row in batch}
+        rows = {
+            row: [i for i, word in enumerate(self.strings[row]) if word == token and real[row][i]]
+            for row in batch
+        }
+        places = rows[batch[0]]
+        if not any(rows.values()):
+            raise self._unknown(axis, token, batch)
+        if any(other != places for other in rows.values()):
+            labels = self.labels()
+            seen = [f"{[labels[i] for i in rows[row]]} of row {row}" for row in batch]
+            raise bad(
+                f"cannot select from the {axis} axis",
+                f"{token!r}, at {' and '.join(seen[:4])}",
+                "a token at the same positions of every row",
+                "Select one row first: .select(batch=0).",
+            )
+        return places
+
+    def _unknown(self, axis: str, token: str, batch: list[int]) -> InvalidInput:
+        words = [*dict.fromkeys(word for row in batch for word in self.strings[row])]
+        bare = [word for word in words if word.strip(" ▁Ġ#").lower() == token.strip(" ▁Ġ#").lower()]
+        near = [*dict.fromkeys([*bare, *get_close_matches(token, words)])][:3]
+        sides = [*dict.fromkeys(name for name, _ in self.sides)]
+        return bad(
+            f"cannot select from the {axis} axis",
+            repr(token),
+            f"one of the tokens {words[:20]}, of the sides {sides}, or positions",
+            f"Did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else "Name a token as it is written there, its space included.",
         )
 
     def padding(self, batch: list[int], pos: list[int]) -> list[int]:
@@ -105,6 +183,12 @@ class Tokens:
             places=None
             if self.places is None and other.places is None
             else torch.cat([self.positions(), other.positions()], dim=1),
+            numbers=None
+            if self.numbers is None and other.numbers is None
+            else (
+                *self.labels(),
+                *(1 + max(self.labels(), default=-1) + i for i in other.labels()),
+            ),
         )
 
     def positions(self) -> Int[torch.Tensor, "batch pos"]:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Bars, ColoredText, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_shape
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class LayerFigures(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerFigures(LabelledArray):
     """A few numbers per layer.
 
     Attributes:
@@ -33,6 +28,11 @@ class LayerFigures(Result):
         provenance: Where they come from.
     """
 
+    LABELS = {"layer": "layers", "quantity": "quantities"}
+    COLUMNS = {"value": "values"}
+    SUBTRACTED = ("values",)
+    BY_SIZE = True
+
     values: Float[torch.Tensor, "batch layer quantity"]
     layers: tuple[int, ...]
     quantities: tuple[str, ...]
@@ -41,30 +41,8 @@ class LayerFigures(Result):
     unit: str
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        shape = (self.values.shape[0], len(self.layers), len(self.quantities))
-        require_shape("LayerFigures.values", self.values, shape)
-
-    def __repr__(self) -> str:
-        return (
-            f"LayerFigures {self.title!r}: batch {self.values.shape[0]}, "
-            f"layer {len(self.layers)}, quantity {', '.join(self.quantities)}"
-        )
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per batch row, layer and quantity, NaN included."""
-        import numpy as np
-        import pandas
-
-        batch, layer, quantity = np.indices(self.values.shape).reshape(3, -1)
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "quantity": np.array(self.quantities, dtype=object)[quantity],
-                "value": as_array(self.values).reshape(-1),
-            }
-        )
+    def _heading(self) -> str:
+        return f" {self.title!r}"
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns one bar chart per sentence."""
@@ -85,8 +63,8 @@ class LayerFigures(Result):
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class TokenFigures(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenFigures(LabelledArray):
     """One number per token and layer.
 
     Attributes:
@@ -99,6 +77,11 @@ class TokenFigures(Result):
         provenance: Where they come from.
     """
 
+    LABELS = {"layer": "layers", "pos": "tokens"}
+    COLUMNS = {"value": "values"}
+    SUBTRACTED = ("values",)
+    BY_SIZE = True
+
     values: Float[torch.Tensor, "batch layer pos"]
     layers: tuple[int, ...]
     tokens: Tokens
@@ -107,30 +90,8 @@ class TokenFigures(Result):
     unit: str
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        batch, pos = self.tokens.ids.shape
-        require_shape("TokenFigures.values", self.values, (batch, len(self.layers), pos))
-
-    def __repr__(self) -> str:
-        batch, layer, pos = self.values.shape
-        return f"TokenFigures {self.title!r}: batch {batch}, layer {layer}, pos {pos}"
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per token and layer; positions that are padding are left out."""
-        import numpy as np
-        import pandas
-
-        real = self.tokens.mask.cpu()[:, None].expand(self.values.shape).numpy()
-        batch, layer, pos = np.nonzero(real)
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "pos": pos,
-                "token": np.array(self.tokens.strings, dtype=object)[batch, pos],
-                "value": as_array(self.values)[real],
-            }
-        )
+    def _heading(self) -> str:
+        return f" {self.title!r}"
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the coloured sentence, once per layer; padding is left out."""

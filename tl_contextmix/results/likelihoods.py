@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.core.text_metrics import metric_items, ratio
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.plotting.panels import Bars, Heatmap, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, positions, require_choice, require_shape
-from tl_contextmix.results.base import Result
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import (
     LayerCurves,
     as_texts,
@@ -22,17 +21,15 @@ from tl_contextmix.results.curves import (
     curve_point,
     require_no_whole,
 )
+from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
-
-if TYPE_CHECKING:
-    import pandas
 
 LIKELIHOOD_METRICS = ("gold NLL", "KL", "accuracy")
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class LayerwiseLikelihood(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerwiseLikelihood(LabelledArray):
     """How the decoder judges each token of a given answer, from each encoder layer.
 
     Attributes:
@@ -48,6 +45,10 @@ class LayerwiseLikelihood(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"batch": "inputs", "layer": "layers", "pos": "target"}
+    COLUMNS = {"log_prob": "log_probs", "kl": "kl", "rank": "ranks"}
+    TEXTS = {"strings": ("batch", "layer", "pos")}
+
     log_probs: Float[torch.Tensor, "batch layer pos"]
     kl: Float[torch.Tensor, "batch layer pos"]
     ranks: Int[torch.Tensor, "batch layer pos"]
@@ -57,16 +58,6 @@ class LayerwiseLikelihood(Result):
     target: Tokens
     inputs: tuple[str, ...]
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        batch, pos = self.target.ids.shape
-        for name in ("log_probs", "kl", "ranks", "predictions"):
-            shape = (batch, len(self.layers), pos)
-            require_shape(f"LayerwiseLikelihood.{name}", getattr(self, name), shape)
-
-    def __repr__(self) -> str:
-        batch, layer, pos = self.log_probs.shape
-        return f"LayerwiseLikelihood: batch {batch}, layer {layer}, pos {pos}"
 
     def metrics(
         self,
@@ -90,7 +81,7 @@ class LayerwiseLikelihood(Result):
         """
         names = metric_items(LIKELIHOOD_METRICS if metric is None else metric)
         for what in names.values():
-            require_choice("metrics", "metric", what, LIKELIHOOD_METRICS)
+            require_choice("metric", what, LIKELIHOOD_METRICS)
         chosen_tokens = _token_categories(categories, self.target)
         figures = {
             "gold NLL": -self.log_probs,
@@ -124,25 +115,11 @@ class LayerwiseLikelihood(Result):
         numbers = torch.tensor(self.layers)[first]
         return numbers.masked_fill(~right.any(1), -1)
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per token and layer; padding is left out."""
+    def _columns(self) -> dict[str, Any]:
         import numpy as np
-        import pandas
 
-        real = self.target.mask[:, None].expand(self.log_probs.shape).numpy()
-        batch, layer, pos = np.nonzero(real)
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "pos": pos,
-                "token": np.array(self.target.strings, dtype=object)[batch, pos],
-                "log_prob": as_array(self.log_probs)[real],
-                "kl": as_array(self.kl)[real],
-                "rank": as_array(self.ranks)[real],
-                "prediction": np.array(self.strings, dtype=object)[batch, layer, pos],
-            }
-        )
+        words = np.array(self.strings, dtype=object).reshape(self.log_probs.shape)
+        return {**super()._columns(), "prediction": words}
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns one map per sentence: probability of each token, layer by layer."""
@@ -169,8 +146,8 @@ class LayerwiseLikelihood(Result):
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class LayerwiseScores(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerwiseScores(LabelledArray):
     """Scores of a few next tokens, from each encoder layer.
 
     Attributes:
@@ -183,6 +160,10 @@ class LayerwiseScores(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"batch": "inputs", "layer": "layers", "token": "strings"}
+    COLUMNS = {"logit": "logits", "log_prob": "log_probs"}
+    TEXTS = {"tokens": ("token",)}
+
     logits: Float[torch.Tensor, "batch layer token"]
     log_probs: Float[torch.Tensor, "batch layer token"]
     tokens: tuple[int, ...]
@@ -190,17 +171,6 @@ class LayerwiseScores(Result):
     layers: tuple[int, ...]
     inputs: tuple[str, ...]
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        shape = (len(self.inputs), len(self.layers), len(self.tokens))
-        require_shape("LayerwiseScores.logits", self.logits, shape)
-        require_shape("LayerwiseScores.log_probs", self.log_probs, shape)
-
-    def __repr__(self) -> str:
-        return (
-            f"LayerwiseScores: batch {len(self.inputs)}, layer {len(self.layers)}, "
-            f"token {', '.join(map(repr, self.strings))}"
-        )
 
     def difference(
         self, right: int | str = 0, wrong: int | str = 1
@@ -210,25 +180,9 @@ class LayerwiseScores(Result):
         Raises:
             InvalidInput: If one of them was not scored.
         """
-        places = positions("token", [right, wrong], self.strings, len(self.tokens))
+        places = positions("token", [right, wrong], self.strings)
         one, other = (self.logits[..., place] for place in places)
         return one - other
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per sentence, layer and token."""
-        import numpy as np
-        import pandas
-
-        batch, layer, token = np.indices(self.logits.shape).reshape(3, -1)
-        return pandas.DataFrame(
-            {
-                "batch": batch,
-                "layer": np.array(self.layers, dtype=np.int64)[layer],
-                "token": np.array(self.strings, dtype=object)[token],
-                "logit": as_array(self.logits).reshape(-1),
-                "log_prob": as_array(self.log_probs).reshape(-1),
-            }
-        )
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns one chart per sentence: probabilities by layer."""

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Bars, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.axes import as_array
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
+from tl_contextmix.results.row_tables import as_text
 
 if TYPE_CHECKING:
     import pandas
@@ -41,21 +42,16 @@ class CompositionFigures(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"layer": "layers", "quantity": "quantities"}
+
     sums: Float[torch.Tensor, "layer quantity"]
     examples: int
     layers: tuple[int, ...]
     cases: tuple[str, ...]
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        shape = (len(self.layers), len(FIGURES) + len(self.cases))
-        require_shape("CompositionFigures.sums", self.sums, shape)
-
     def __repr__(self) -> str:
-        return (
-            f"CompositionFigures over {self.examples} positions\n"
-            f"{self.to_dataframe().round(3).to_string(index=False)}"
-        )
+        return f"CompositionFigures over {self.examples} positions\n{as_text(self.to_dataframe())}"
 
     def __add__(self, other: CompositionFigures) -> CompositionFigures:
         """Returns the figures over the positions of both.
@@ -87,6 +83,11 @@ class CompositionFigures(Result):
         return (where.model, where.fingerprint, self.layers, self.cases, how)
 
     @property
+    def quantities(self) -> tuple[str, ...]:
+        """Names of the figures: the paper's, then the share of each case."""
+        return (*FIGURES, *self.cases)
+
+    @property
     def values(self) -> Float[torch.Tensor, "layer quantity"]:
         """Means over positions; NaN where there are none."""
         return self.sums / self.examples if self.examples else self.sums * torch.nan
@@ -95,8 +96,7 @@ class CompositionFigures(Result):
         """Returns one row per layer: every figure, the share of every case, how many positions."""
         import pandas
 
-        columns = [*FIGURES, *self.cases]
-        frame = pandas.DataFrame(as_array(self.values), columns=columns)
+        frame = pandas.DataFrame(as_array(self.values), columns=[*self.quantities])
         frame.insert(0, "layer", list(self.layers))
         frame["examples"] = self.examples
         return frame

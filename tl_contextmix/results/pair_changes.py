@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
+from tl_contextmix.results.row_tables import frame_of, table_of, token_at
 
 if TYPE_CHECKING:
     import pandas
@@ -77,41 +77,27 @@ class PairChanges(Result):
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per pair: direction, the fields of `Pair`, change."""
-        import pandas
-
-        rows = [
-            {"direction": direction, **asdict(pair), "change": pair.change}
-            for direction, pairs in self._directions()
-            for pair in pairs
-        ]
-        columns = ["direction", *Pair.__dataclass_fields__, "change"]
-        return pandas.DataFrame(rows, columns=columns)
+        frame = frame_of(Pair, self.amplified + self.suppressed, ("change",))
+        directions = ["amplified"] * len(self.amplified) + ["suppressed"] * len(self.suppressed)
+        frame.insert(0, "direction", directions)
+        return frame
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns one table for each direction."""
-        columns = ("sentence", "layer", "source", "target", "before", "after", "change")
+        caption = f"From {self.before} to {self.after}, {self.unit}."
         return tuple(
-            Table(
-                title=f"{self.title}: {direction}",
-                caption=f"From {self.before} to {self.after}, {self.unit}.",
-                columns=columns,
-                rows=tuple(
-                    (
-                        pair.batch,
-                        pair.layer,
-                        f"{pair.source_token or '∅'} ({pair.source})",
-                        f"{pair.target_token or '∅'} ({pair.target})",
-                        pair.before,
-                        pair.after,
-                        pair.change,
-                    )
-                    for pair in pairs
-                ),
-                signed=("change",),
+            table_of(pairs, _CELLS, f"{self.title}: {direction}", caption, ("change",))
+            for direction, pairs in (
+                ("amplified", self.amplified),
+                ("suppressed", self.suppressed),
             )
-            for direction, pairs in self._directions()
         )
 
-    def _directions(self) -> Iterator[tuple[str, tuple[Pair, ...]]]:
-        yield "amplified", self.amplified
-        yield "suppressed", self.suppressed
+
+_CELLS = {
+    "sentence": "batch",
+    "layer": "layer",
+    "source": lambda pair: token_at(pair.source_token, pair.source),
+    "target": lambda pair: token_at(pair.target_token, pair.target),
+    **{name: name for name in ("before", "after", "change")},
+}

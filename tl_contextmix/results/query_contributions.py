@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, largest, require_count, require_shape
-from tl_contextmix.results.base import Result
-from tl_contextmix.results.components import Components, taken
+from tl_contextmix.results.axes import largest
+from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
+from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Provenance, Tokens
-from tl_contextmix.results.log_prob_contributions import (
-    SHOWN,
-    component_frame,
-    component_grids,
-    component_table,
-    largest_rows,
-    source_word,
-)
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class QueryContributions(Result):
+class QueryContributions(ComponentSet):
     """How much each component of the residual stream activated some neurons.
 
     Attributes:
@@ -54,6 +42,9 @@ class QueryContributions(Result):
         provenance: Where the numbers come from.
     """
 
+    LABELS = {"component": "components", "neuron": "neurons"}
+    COLUMNS = {"score": "scores"}
+
     scores: Float[torch.Tensor, "batch component"]
     components: Components
     by: str
@@ -70,16 +61,6 @@ class QueryContributions(Result):
     encoder: Tokens | None
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        batch, count = self.components.kind.shape
-        neurons = self.neurons.kind.shape[1]
-        require_shape("QueryContributions.scores", self.scores, (batch, count))
-        for name in ("inner", "linear", "shares"):
-            shape = (batch, neurons, count)
-            require_shape(f"QueryContributions.{name}", getattr(self, name), shape)
-        for name in ("weights", "pre", "activation", "constant"):
-            require_shape(f"QueryContributions.{name}", getattr(self, name), (batch, neurons))
-
     def __repr__(self) -> str:
         batch, neurons, count = self.inner.shape
         lines = [
@@ -94,56 +75,19 @@ class QueryContributions(Result):
             lines.append("  " + ", ".join(best))
         return "\n".join(lines)
 
-    def top(self, k: int = 10) -> QueryContributions:
-        """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
-
-        What is returned can be given as ``neurons=`` to `knockout`, and again to
-        `query_contributions`: which components activated those.
-
-        Raises:
-            InvalidInput: If ``k`` is not a positive integer.
-        """
-        return self._at(largest_rows(self.scores, self.components, require_count(k)))
-
-    def _at(self, index: Int[torch.Tensor, "batch some"]) -> QueryContributions:
-        wide = index[:, None].expand(-1, self.inner.shape[1], -1)
-
-        def some(table: torch.Tensor) -> torch.Tensor:
-            return taken(table.flatten(0, 1), wide.flatten(0, 1)).unflatten(0, wide.shape[:2])
-
-        return replace(
-            self,
-            scores=taken(self.scores, index),
-            components=self.components.select(index.cpu()),
-            **{name: some(getattr(self, name)) for name in ("inner", "linear", "shares")},
-        )
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per component: its place and score; empty rows are left out."""
-        frame = component_frame(self.components, self.tokens, self.encoder)
-        frame["score"] = as_array(self.scores).reshape(-1)
-        return frame[frame.score.notna()].reset_index(drop=True)
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns, for each sentence: a map where there is one, and the largest scores."""
         found: list[Panel] = []
         for row in range(self.scores.shape[0]):
-            own = self.tokens.strings[row]
             places = (~self.neurons.is_empty()[row]).nonzero()[:, 0].tolist()
             names = [self.neurons.label(row, place) for place in places]
             asked = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            found += component_grids(
-                self.components,
-                self.scores,
+            found += self._grids(
                 row,
                 self.by,
-                title=f"What activates {asked}",
-                caption="Blue activates the neurons, red works against them.",
-                unit="share of the neurons' scores",
-                words={
-                    "attn": own,
-                    "cross_attn": own if self.encoder is None else self.encoder.strings[row],
-                },
+                f"What activates {asked}",
+                "Blue activates the neurons, red works against them.",
+                "share of the neurons' scores",
             )
             found.append(self._table(row, asked))
         return tuple(found)
@@ -152,7 +96,7 @@ class QueryContributions(Result):
         lines = []
         for place in largest(self.scores[row], SHOWN).tolist():
             one = self.components.at(row, place)
-            word = source_word(one, row, self.tokens, self.encoder)
+            word = self._word(one, row)
             at = self._word_at(one, row)
             score = float(self.scores[row, place])
             lines.append((self.components.label(row, place), at, word, score))

@@ -24,7 +24,9 @@ import torch
 from tl_contextmix.errors import FileFormatError, bad, four_parts
 
 FORMAT = "tl_contextmix"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added numbers of selected tokens and signed maps; version 1 is read as it is."""
+_READ = ("1", "2")
 # The labels are a tensor of bytes: safetensors bounds its header, and with it a million labels.
 _LABELS = "labels"
 
@@ -135,7 +137,7 @@ def load(cls: type, path: str | Path) -> Any:
         labels = json.loads(bytes(tensors.pop(_LABELS).numpy()))
         result = _unpack(labels, tensors)
     except Exception as error:  # hostile labels can fail in any of the constructors
-        raise _unreadable(path, f"labels that say nothing ({_short(error)})") from error
+        raise _unreadable(path, f"labels that cannot be decoded ({_short(error)})") from error
     if not isinstance(result, cls):
         raise _unreadable(path, f"a {type(result).__name__}", f"a {cls.__name__}")
     return result
@@ -150,17 +152,17 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(str(path), framework="pt") as file:
             version = (file.metadata() or {}).get(FORMAT)
             # Other tools' files may be large: their tensors are not read.
-            names = file.keys() if version == str(FORMAT_VERSION) else ()
+            names = file.keys() if version in _READ else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors raises its own type, OSError or ValueError
         raise _unreadable(path, f"no safetensors file ({_short(error)})") from error
     if version is None:
         raise _unreadable(path, "a safetensors file of something else")
-    if version != str(FORMAT_VERSION):
+    if version not in _READ:
         raise _unreadable(
             path,
             f"format version {version[:20]}",
-            f"version {FORMAT_VERSION}",
+            f"version {' or '.join(_READ)}",
             "Load it with the version of tl_contextmix that wrote it, or a newer one.",
         )
     return tensors
@@ -179,7 +181,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _pack(item, tensors) for key, item in value.items()}}
     if type(value) in _CLASSES.values():
-        names = _annotations(type(value))
+        names = field_types(type(value))
         fields = {name: _pack(getattr(value, name), tensors) for name in names}
         return {"class": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, (str, int, float)):
@@ -213,7 +215,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     if name not in _CLASSES:
         raise ValueError(f"unknown class {_short(name)}; known are {sorted(_CLASSES)}")
-    hints = _annotations(_CLASSES[name])
+    hints = field_types(_CLASSES[name])
     fields = {key: _unpack(item, tensors) for key, item in packed.items()}
     for key, value in fields.items():
         if key not in hints or not _fits(value, hints[key]):
@@ -222,7 +224,8 @@ def _build(name: str, packed: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 
 
 @functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
+    """Returns the type of each field of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 

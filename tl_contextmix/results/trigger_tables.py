@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.plotting.panels import Bars, Panel, Samples, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_count, require_shape
+from tl_contextmix.results.axes import as_array, require_number
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
+from tl_contextmix.results.row_tables import RowTable, as_text, frame_of, memory_name, table_of
 
 if TYPE_CHECKING:
     import pandas
@@ -46,6 +47,21 @@ class Trigger:
     activations: tuple[float, ...]
     next_token: str
 
+    @property
+    def token(self) -> str:
+        """The trigger itself."""
+        return self.tokens[self.position]
+
+    @property
+    def context(self) -> str:
+        """The text up to the trigger."""
+        return "".join(self.tokens[: self.position + 1])
+
+    @property
+    def behind(self) -> str:
+        """The text behind it that the model had read."""
+        return "".join(self.tokens[self.position + 1 :])
+
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
@@ -71,34 +87,22 @@ class TriggerExamples(Result):
     provenance: Provenance
 
     def __repr__(self) -> str:
-        lines = [f"L{self.layer}.{self.neuron}, {self.tail}: {len(self.triggers)} triggers"]
+        lines = [f"{memory_name(self)}, {self.tail}: {len(self.triggers)} triggers"]
         if self.promotes:
             lines.append("promotes: " + ", ".join(repr(token) for token in self.promotes))
         for trigger in self.triggers[:10]:
-            context = "".join(trigger.tokens[: trigger.position + 1])
-            lines.append(f"  {trigger.value:8.3f}  {context!r} -> {trigger.next_token!r}")
+            lines.append(f"  {trigger.value:8.3f}  {trigger.context!r} -> {trigger.next_token!r}")
         return "\n".join(lines)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per trigger."""
-        import pandas
-
-        return pandas.DataFrame(
-            {
-                "rank": [t.rank for t in self.triggers],
-                "value": [t.value for t in self.triggers],
-                "document": [t.document for t in self.triggers],
-                "position": [t.position for t in self.triggers],
-                "context": ["".join(t.tokens[: t.position + 1]) for t in self.triggers],
-                "behind": ["".join(t.tokens[t.position + 1 :]) for t in self.triggers],
-                "token": [t.tokens[t.position] for t in self.triggers],
-                "next_token": [t.next_token for t in self.triggers],
-            }
-        )
+        computed = ("context", "behind", "token", "next_token")
+        frame = frame_of(Trigger, self.triggers, computed[:-1])
+        return frame[["rank", "value", "document", "position", *computed]]
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the tokens that are promoted, and the contexts coloured by the coefficient."""
-        name = f"L{self.layer}.{self.neuron}"
+        name = memory_name(self)
         found: list[Panel] = []
         if self.promotes:
             rows = tuple(zip(self.promotes, self.logits, strict=True))
@@ -106,7 +110,7 @@ class TriggerExamples(Result):
             found.append(Table(f"{name} promotes", caption, ("token", "logit"), rows))
         shown = self.triggers[:_SHOWN]
         labels = [
-            f"{t.value:.3f} at {t.tokens[t.position]!r} ({t.position}), document {t.document}, "
+            f"{t.value:.3f} at {t.token!r} ({t.position}), document {t.document}, "
             f"next: {t.next_token!r}"
             for t in shown
         ]
@@ -163,13 +167,9 @@ class TriggerAgreement(Result):
     words: dict[str, str]
     provenance: Provenance
 
-    def __post_init__(self) -> None:
-        for name in ("neuron", "top", "next_token", "rank", "max_prob", "precision", "triggers"):
-            require_shape(f"TriggerAgreement.{name}", getattr(self, name), (len(self.layer),))
-
     def __repr__(self) -> str:
         head = f"TriggerAgreement of {len(self.layer)} memories, {self.left_out} left out"
-        return f"{head}\n{self.by_layer().round(4).to_string(index=False)}"
+        return f"{head}\n{as_text(self.by_layer(), 4)}"
 
     @property
     def agree(self) -> torch.Tensor:
@@ -239,7 +239,7 @@ class TriggerAgreement(Result):
         """
         import pandas
 
-        bins = require_count(bins)
+        bins = require_number("bins", bins)
         order = self.max_prob.argsort(stable=True)
         rows = []
         for part in order.tensor_split(min(bins, max(1, len(order)))):
@@ -266,9 +266,8 @@ class TriggerAgreement(Result):
         )
         ranks = tuple((name, tuple(layers[name])) for name in layers if name.startswith("rank "))
         groups = tuple(f"{row['from']:.2g} to {row['to']:.2g}" for _, row in bins.iterrows())
-        best = self.to_dataframe().sort_values(
-            [precise, "triggers"], ascending=False, kind="stable"
-        )
+        best = self.to_dataframe().rename(columns={precise: "precise"})
+        best = best.sort_values(["precise", "triggers"], ascending=False, kind="stable")
         return (
             Bars(
                 "Values agree with their triggers",
@@ -295,20 +294,17 @@ class TriggerAgreement(Result):
                 (("agreement", tuple(bins["agreement"])),),
                 "share",
             ),
-            Table(
+            table_of(
+                [*best.head(20).itertuples()],
+                {
+                    "memory": memory_name,
+                    "promotes": "promotes",
+                    precise: "precise",
+                    "triggers": "triggers",
+                    "max prob": "max_prob",
+                },
                 "Memories that agree most",
                 "By the share of their triggers that are followed by what they promote.",
-                ("memory", "promotes", precise, "triggers", "max prob"),
-                tuple(
-                    (
-                        f"L{row.layer}.{row.neuron}",
-                        row.promotes,
-                        row[precise],
-                        row.triggers,
-                        row.max_prob,
-                    )
-                    for _, row in best.head(20).iterrows()
-                ),
             ),
         )
 
@@ -350,8 +346,8 @@ class Pattern:
 
 
 @storage.storable
-@dataclass(frozen=True, eq=False)
-class TriggerPatterns(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class TriggerPatterns(RowTable):
     """What the triggers of memories have in common, with chance levels.
 
     Attributes:
@@ -359,40 +355,18 @@ class TriggerPatterns(Result):
         provenance: Where it comes from.
     """
 
+    ROW = Pattern
+    CELLS = {
+        "memory": memory_name,
+        "pattern": "kind",
+        "tokens": "text",
+        **{name: name for name in ("share", "chance", "triggers", "contexts")},
+    }
+    TITLE = "What triggers have in common"
+    CAPTION = (
+        "The most frequent ending and the most frequent token of each memory's triggers: the share "
+        "of triggers that have it, and of all prefixes of the corpus."
+    )
+
     rows: tuple[Pattern, ...]
     provenance: Provenance
-
-    def __repr__(self) -> str:
-        return f"TriggerPatterns\n{self.to_dataframe().round(3).to_string(index=False)}"
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per memory and kind of pattern."""
-        from dataclasses import asdict
-
-        import pandas
-
-        columns = list(Pattern.__dataclass_fields__)
-        return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
-
-    def panels(self) -> tuple[Panel, ...]:
-        """Returns the table."""
-        return (
-            Table(
-                "What triggers have in common",
-                "The most frequent ending and the most frequent token of each memory's triggers: "
-                "the share of triggers that have it, and of all prefixes of the corpus.",
-                ("memory", "pattern", "tokens", "share", "chance", "triggers", "contexts"),
-                tuple(
-                    (
-                        f"L{row.layer}.{row.neuron}",
-                        row.kind,
-                        row.text,
-                        row.share,
-                        row.chance,
-                        row.triggers,
-                        row.contexts,
-                    )
-                    for row in self.rows
-                ),
-            ),
-        )

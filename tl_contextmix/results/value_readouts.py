@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_shape
+from tl_contextmix.results.axes import as_array
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 
@@ -41,6 +41,8 @@ class ValueReadouts(Result):
         provenance: Where it comes from.
     """
 
+    LABELS = {"side": _SIDES}
+
     layer: Int[torch.Tensor, " value"]
     neuron: Int[torch.Tensor, " value"]
     ids: Int[torch.Tensor, "value side k"]
@@ -50,19 +52,6 @@ class ValueReadouts(Result):
     norm: Float[torch.Tensor, " value"]
     words: dict[str, str]
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        count, _, k = self.ids.shape
-        for name, shape in (
-            ("layer", (count,)),
-            ("neuron", (count,)),
-            ("ids", (count, 2, k)),
-            ("logits", (count, 2, k)),
-            ("max_prob", (count, 2)),
-            ("entropy", (count, 2)),
-            ("norm", (count,)),
-        ):
-            require_shape(f"ValueReadouts.{name}", getattr(self, name), shape)
 
     def __repr__(self) -> str:
         count, _, k = self.ids.shape

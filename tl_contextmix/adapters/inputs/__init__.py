@@ -12,14 +12,25 @@ from tl_contextmix.adapters.inputs.passes import (
     select_blocks,
     word_table,
 )
-from tl_contextmix.adapters.inputs.tokens import Given, PaddingSide, Text, make_batch
+from tl_contextmix.adapters.inputs.tokens import (
+    Given,
+    Input,
+    Inputs,
+    PaddingSide,
+    Text,
+    TokenInputs,
+    make_batch,
+)
 
 __all__ = [
     "Cache",
     "Given",
+    "Input",
+    "Inputs",
     "PaddingSide",
     "Pass",
     "Text",
+    "TokenInputs",
     "fresh_trace",
     "label",
     "make_batch",

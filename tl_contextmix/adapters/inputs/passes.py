@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,8 +18,10 @@ from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.tokens import Given, make_batch
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import bad
-from tl_contextmix.results import Provenance, Tokens
+from tl_contextmix.results import ContextMap, Provenance, Tokens
+from tl_contextmix.results.axes import real_pairs
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,49 @@ class Pass:
             return self.tokens["encoder"]
         return self.tokens["decoder"].cat(self.tokens["encoder"])
 
+    def map(
+        self,
+        method: str,
+        scores: Float[Tensor, "batch layer head target source"],
+        at: str,
+        unit: str,
+        *,
+        heads: Sequence[str] = ("all",),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        **facts: Any,
+    ) -> ContextMap:
+        """Returns a method's map, labelled, with its padding at exactly zero.
+
+        Args:
+            method: Name of the method.
+            scores: Its scores, of the blocks that were asked for.
+            at: The point up to which sources were read, see `source`.
+            unit: Of the scores.
+            heads: Labels of the heads.
+            options: What the method was asked for.
+            **facts: Further fields of `ContextMap`, and those that differ.
+        """
+        source = self.source(at)
+        real = real_pairs(self.target.mask, source.mask)
+        if not bool(real.all()):
+            scores = scores.masked_fill(~real.to(scores.device)[:, None, None], 0)
+        if facts.get("bias") is not None:
+            real_targets = self.target.mask.to(scores.device)
+            facts["bias"] = facts["bias"] * real_targets[:, None, None]
+        fields: dict[str, Any] = {
+            "scores": scores,
+            "layers": self.layers,
+            "heads": tuple(heads),
+            "point": at,
+            "stack": self.stack,
+            "target": self.target,
+            "source": source,
+            "unit": unit,
+            "includes_residual": True,
+            "provenance": self.provenance(method, options),
+        }
+        return ContextMap(**{**fields, **facts})
+
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""
         return provenance(self.view, method, options, **given)
@@ -84,9 +130,10 @@ def provenance(
         view: The model.
         method: Name of the method.
         options: What it was asked for.
-        given: What else decides whether processing matters; see `hosts.processing.changed_by`.
+        given: What else decides whether processing matters; see `weight_processing.changed_by`.
     """
-    view.notice(method, {**options, **given})
+    if view.processing:
+        view.notice(method, {**options, **given})
     return Provenance(
         method=method,
         options=dict(options),
@@ -112,7 +159,7 @@ def run_pass(
     view: ModelView,
     given: Given,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     stack: StackName | None = None,
     also: Callable[[Block], Sequence[str]] | None = None,
 ) -> Pass:
@@ -195,9 +242,7 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
             )
 
 
-def select_blocks(
-    blocks: tuple[Block, ...], layer: int | Sequence[int] | None
-) -> tuple[Block, ...]:
+def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:
     """Returns the blocks of the layers asked for, in the order asked.
 
     Raises:
@@ -205,9 +250,7 @@ def select_blocks(
     """
     if layer is None:
         return blocks
-    asked: list[Any] = [layer]
-    if isinstance(layer, Sequence) and not isinstance(layer, str):
-        asked = list(layer)
+    asked = [layer] if isinstance(layer, int) else [*layer]
     if not asked:
         raise bad(
             "no layer was asked for",
@@ -218,15 +261,11 @@ def select_blocks(
     return tuple(blocks[_layer_number(number, len(blocks))] for number in asked)
 
 
-def _layer_number(asked: Any, count: int) -> int:
-    try:
-        number = operator.index(asked)  # numpy's integers too
-    except TypeError:
-        number = count
-    if isinstance(asked, bool) or not -count <= number < count:
+def _layer_number(number: int, count: int) -> int:
+    if not -count <= number < count:
         raise bad(
             "there is no such layer",
-            repr(asked),
+            repr(number),
             f"an integer from {-count} to {count - 1}",
             f"This stack has {count} layers; the first is 0.",
         )

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
-from tl_contextmix.results.axes import whole_number
 
-Names = str | Sequence[str]
-Ids = int | Sequence[int] | Tensor
+Target = str | int | Sequence[str | int] | Tensor
+"""One token for all sentences, or one for each: its text or its id."""
 # Below this ratio of probabilities, whether a word was meant with its space is a matter of taste.
 _MUCH = 10.0
 
@@ -130,8 +130,8 @@ def ids_of(asked: object, best: Tensor, d_vocab: int) -> Int[Tensor, " batch"]:
         raise bad(
             "these are no target tokens",
             repr(asked),
-            f"an id from 0 to {d_vocab - 1}, or {len(best)} of them",
-            "Give one id for all sentences, or one for each.",
+            f"a text or an id from 0 to {d_vocab - 1}, or {len(best)} of them",
+            "Pass one for all sentences, or one for each.",
         )
     return torch.tensor(ids)
 
@@ -145,15 +145,13 @@ def _each(asked: Any) -> list[Any]:
 def target_tokens(
     view: ModelView,
     target: object,
-    target_ids: object,
     logits: Float[Tensor, "batch d_vocab"],
 ) -> Tokens:
     """Returns the token that each sentence is asked about.
 
     Args:
         view: The model.
-        target: Its text, for all sentences or for each; it has to be one token.
-        target_ids: Its id, instead.
+        target: Its text, which has to be one token, or its id; for all sentences or for each.
         logits: What the model says there; the best token is the default.
 
     Raises:
@@ -163,37 +161,17 @@ def target_tokens(
         ContextMixWarning: If a text without its leading space was given and the one with it is
             far more probable.
     """
-    if target is not None and target_ids is not None:
-        raise bad(
-            "the target is given twice",
-            f"target={target!r} and target_ids={target_ids!r}",
-            "one of them",
-            "Leave one out.",
-        )
-    texts = [] if target is None else _texts(target, len(logits))
-    if texts:
-        target_ids = [single_token(view, text) for text in texts]
-    ids = ids_of(target_ids, logits.argmax(dim=-1), logits.shape[1])
-    _warn_about_spaces(view, texts, ids.tolist(), logits)
+    named = [target] * len(logits) if isinstance(target, str) else _each(target)
+    if any(isinstance(token, str) for token in named):
+        target = [single_token(view, one) if isinstance(one, str) else one for one in named]
+    ids = ids_of(target, logits.argmax(dim=-1), logits.shape[1])
+    _warn_about_spaces(view, named, ids.tolist(), logits)
     return Tokens(
         ids=ids[:, None],
         strings=tuple((view.to_string(token),) for token in ids.tolist()),
         mask=torch.ones(len(ids), 1, dtype=torch.bool),
         sides=(("target", 1),),
     )
-
-
-def _texts(target: Any, count: int) -> list[str]:
-    """Returns the text of each sentence's target."""
-    texts = [target] * count if isinstance(target, str) else _each(target)
-    if len(texts) != count or not all(isinstance(text, str) and text for text in texts):
-        raise bad(
-            "the target cannot be read",
-            repr(target),
-            f"the text of one token for all {count} sentences, or one for each",
-            "Give target=' Paris', leading space included, or target_ids=.",
-        )
-    return texts
 
 
 def single_token(view: ModelView, text: str) -> int:
@@ -212,7 +190,7 @@ def single_token(view: ModelView, text: str) -> int:
             "the target is not one token",
             f"{text!r}, which is {len(found)}: {pieces}",
             "a text that is one token of this model's vocabulary",
-            f"{hint}Ask for one of the pieces, or give target_ids=.",
+            f"{hint}Ask for one of the pieces, or pass an id.",
         )
     unknown = found[0] == view.special_ids().get("unknown")
     if unknown and view.to_string(found[0]).strip() != text.strip():
@@ -220,16 +198,17 @@ def single_token(view: ModelView, text: str) -> int:
             "the target is not in the vocabulary",
             f"{text!r}, which becomes {view.to_string(found[0])!r}",
             "a word of this model's vocabulary",
-            "Use another word, or give target_ids=.",
+            "Use another word, or pass an id.",
         )
     return found[0]
 
 
 def _warn_about_spaces(
-    view: ModelView, texts: Sequence[str], ids: Sequence[int], logits: Tensor
+    view: ModelView, named: Sequence[Any], ids: Sequence[int], logits: Tensor
 ) -> None:
-    for row, (text, token) in enumerate(zip(texts, ids, strict=False)):
-        spaced = [] if text.startswith(" ") else view.pieces(" " + text)
+    for row, (text, token) in enumerate(zip(named, ids, strict=False)):
+        fits = isinstance(text, str) and not text.startswith(" ")
+        spaced = view.pieces(" " + text) if fits else []
         if len(spaced) != 1 or spaced[0] == token:
             continue
         ratio = float((logits[row, spaced[0]] - logits[row, token]).double().exp())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -18,33 +20,50 @@ from tl_contextmix.adapters.inputs.padding import (
 )
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.core.validation import LATER, is_text
+from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
 
 Text = str | Sequence[str]
+Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
+# What a tokenizer of Hugging Face returns is a UserDict.
+Input = Annotated[Text | Ids | UserDict[str, Any], LATER]
 PaddingSide = Literal["right", "left"]
+
+
+class TokenInputs(TypedDict, total=False):
+    """What every method takes of an input besides the text or the tokens themselves."""
+
+    attention_mask: Ids | None
+    """1 at real tokens, 0 at padding, whose scores are 0. None: everything is real, or what a
+    tokenizer's result or texts of unequal length say."""
+
+    prepend_bos: bool | None
+    """Whether texts get a beginning-of-sequence token; None: the model's default. Token ids are
+    taken as they are, as everywhere in TransformerLens."""
+
+    padding_side: PaddingSide | None
+    """Where texts of unequal length are padded; None: on the right."""
+
+    decoder_input: Input | None
+    """Text, texts or token ids of an encoder-decoder's decoder side; None: its start token."""
+
+
+class Inputs(TokenInputs, total=False):
+    """What methods that only look at a forward pass take besides."""
+
+    cache: Cache | None
+    """A TransformerLens ActivationCache of the same input, instead of a forward pass."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller gave besides the model.
+    """An input: a text, several, or token ids [batch, pos] or [pos], and what `Inputs` has."""
 
-    Attributes:
-        input: A text, several texts, or token ids of shape [batch, pos] or [pos].
-        attention_mask: 1 at real tokens, 0 at padding; None where there is none, or where it is
-            known: that of texts, and ids that pad (see `padding.find_padding`).
-        prepend_bos: Whether texts get a beginning-of-sequence token; None for the model's default.
-            Token ids are taken as they are, as everywhere in TransformerLens.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Text, texts or token ids of an encoder-decoder's decoder side; None for
-            the start token alone.
-        cache: A cache of a forward pass over the same input, instead of a new one.
-    """
-
-    input: Text | Tensor
-    attention_mask: Tensor | None = None
+    input: Input
+    attention_mask: Ids | None = None
     prepend_bos: bool | None = None
-    padding_side: PaddingSide = "right"
-    decoder_input: Text | Tensor | None = None
+    padding_side: PaddingSide | None = None
+    decoder_input: Input | None = None
     cache: Cache | None = None
 
 
@@ -54,27 +73,70 @@ def make_batch(view: ModelView, given: Given) -> Batch:
     Raises:
         InvalidInput: If they do not fit.
     """
-    if given.padding_side not in ("right", "left"):
+    if given.padding_side is not None:
+        require_choice("padding side", given.padding_side, get_args(PaddingSide))
+    if not (given.prepend_bos is None or isinstance(given.prepend_bos, (bool, numpy.bool_))):
         raise bad(
-            "there is no such padding side",
-            repr(given.padding_side),
-            "'right' or 'left'",
-            "Choose one of these.",
+            "prepend_bos cannot be read",
+            seen(given.prepend_bos),
+            "True, False or None",
+            "Leave it out for the model's default.",
         )
+    given = _tokenized(given)
     main = _main_side(view, given)
-    require_safe_padding(view, main)
+    if not bool(main.mask.all()):
+        require_safe_padding(view, main)
     return Batch(main=main, decoder=_decoder_side(view, given, main.ids.shape[0]))
+
+
+def _tokenized(given: Given) -> Given:
+    """Returns what is given with ids and masks as tensors, a tokenizer's result taken apart."""
+    main = given.input
+    if isinstance(main, UserDict) and "input_ids" in main:
+        if torch.as_tensor(main.get("token_type_ids", 0)).any():
+            raise bad(
+                "the input cannot be run",
+                "token_type_ids of a second segment",
+                "one segment",
+                "Give each text alone.",
+            )
+        mask = given.attention_mask
+        mask = main.get("attention_mask") if mask is None else mask
+        given = replace(given, input=main["input_ids"], attention_mask=mask)
+    said = given.decoder_input
+    if isinstance(said, UserDict) and "input_ids" in said:
+        said = said["input_ids"]
+    return replace(
+        given,
+        input=_as_tensor(given.input),
+        attention_mask=_as_tensor(given.attention_mask),
+        decoder_input=_as_tensor(said),
+    )
+
+
+def _as_tensor(given: Any) -> Any:
+    """Returns an array or a list of numbers, or of lists of them, as a tensor; else what it is."""
+    try:
+        if isinstance(given, numpy.ndarray):
+            return torch.as_tensor(given)
+        first = given[0] if isinstance(given, (list, tuple)) and given else None
+        if isinstance(first, (list, tuple, int, numpy.integer, Tensor, numpy.ndarray)):
+            return torch.tensor(numpy.array(given))
+    except (TypeError, ValueError, RuntimeError):
+        pass  # texts, or rows of unequal length: said by what reads it
+    return given
 
 
 def _main_side(view: ModelView, given: Given) -> Side:
     if isinstance(given.input, Tensor):
         ids = _token_ids(view, given.input, "input")
         if given.attention_mask is None:
-            return find_padding(view, ids, given.padding_side)
+            return find_padding(view, ids, given.padding_side or "right")
         return Side(ids=ids, mask=_mask(given.attention_mask, ids))
     texts = _texts(given.input, "input")
     rows = [view.encode(text, given.prepend_bos) for text in texts]
-    side = _pad(view, texts, rows, given.padding_side)
+    padded = given.padding_side or "right"
+    side = _pad(view, texts, rows, padded)
     _token_ids(view, side.ids, "input")
     if given.attention_mask is None:
         return side
@@ -83,7 +145,7 @@ def _main_side(view: ModelView, given: Given) -> Side:
         raise bad(
             "the attention_mask does not fit the texts",
             "ones at the padding of a shorter text",
-            f"zeros at the padding on the {given.padding_side}",
+            f"zeros at the padding on the {padded}",
             "Leave the mask out: the padding of texts is known.",
         )
     return Side(ids=side.ids, mask=mask)
@@ -123,8 +185,15 @@ def _texts(given: object, name: str) -> list[str]:
         raise bad(
             f"the {name} cannot be read",
             _describe_items(texts),
-            "a str, a list of str, or a tensor of token ids",
-            "Convert arrays and lists of ids with torch.tensor.",
+            "a str, a list of str, token ids [batch, pos], or what a tokenizer returns",
+            "Give rows of ids one length.",
+        )
+    if not all(map(is_text, texts)):
+        raise bad(
+            f"the {name} cannot be read",
+            seen(given),
+            "characters that a text can have",
+            "Leave out halves of surrogate pairs.",
         )
     if not texts or not all(texts):
         raise bad(

@@ -1,16 +1,12 @@
-"""What the identity check found, row by row."""
+"""Results of the identity check."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
-from tl_contextmix.plotting.panels import Panel, Table
-from tl_contextmix.results import Result, storage
-
-if TYPE_CHECKING:
-    import pandas
+from tl_contextmix.results import storage
+from tl_contextmix.results.row_tables import RowTable
 
 
 @storage.storable
@@ -21,7 +17,7 @@ class CheckRow:
     Attributes:
         identity: What must be equal, for example ``"pattern @ v = z"``.
         where: Block or sublayer.
-        error: Largest difference, relative to the size of what is compared.
+        error: Largest difference, relative to the size of the compared values.
         tolerance: The bound.
     """
 
@@ -37,20 +33,34 @@ class CheckRow:
 
     @property
     def excess(self) -> float:
-        """How many times the bound the error is; infinite for NaN."""
+        """The error divided by the tolerance; infinite for NaN."""
         return self.error / self.tolerance if self.error == self.error else float("inf")
 
 
 @storage.storable
 @dataclass(frozen=True)
-class IdentityReport(Result):
+class IdentityReport(RowTable):
     """How well a view reproduces its model.
 
     Attributes:
         model: The model's name and host.
         rows: One per identity and place.
-        limits: What is not answered for this model although the identities hold, with the reason.
+        limits: What is unavailable for this model although the identities hold, with reasons.
     """
+
+    ROW = CheckRow
+    COMPUTED = ("ok",)
+    CELLS = {
+        "identity": "identity",
+        "where": "where",
+        "error": lambda row: f"{row.error:.1e}",
+        "tolerance": lambda row: f"{row.tolerance:.0e}",
+        "holds": lambda row: "yes" if row.ok else "NO",
+    }
+    CAPTION = (
+        "Quantities recomputed from a few hooks against the model's own; errors are relative to "
+        "the size of the compared values."
+    )
 
     model: str
     rows: tuple[CheckRow, ...]
@@ -62,25 +72,8 @@ class IdentityReport(Result):
         return all(row.ok for row in self.rows)
 
     def worst(self) -> CheckRow:
-        """Returns the row furthest beyond (or nearest to) its tolerance."""
+        """Returns the row with the largest error relative to its tolerance."""
         return max(self.rows, key=lambda row: row.excess)
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per identity and place."""
-        import pandas
-
-        return pandas.DataFrame(
-            [
-                {
-                    "identity": row.identity,
-                    "where": row.where,
-                    "error": row.error,
-                    "tolerance": row.tolerance,
-                    "ok": row.ok,
-                }
-                for row in self.rows
-            ]
-        )
 
     def __repr__(self) -> str:
         lines = [f"{self.model}: {'every identity holds' if self.ok else 'FAILED'}"]
@@ -89,38 +82,20 @@ class IdentityReport(Result):
             f"{row.where:28} {row.identity}"
             for row in self.rows
         ]
-        return "\n".join([*lines, *(f"  not answered: {limit}" for limit in self.limits)])
+        return "\n".join([*lines, *(f"  unavailable: {limit}" for limit in self.limits)])
 
-    def panels(self) -> tuple[Panel, ...]:
-        """Returns the table."""
-        caption = (
-            "Every quantity is recomputed from a few hooks and compared with the model's own; "
-            "errors are relative to the size of what is compared."
-        )
-        return (
-            Table(
-                title=f"Identity check of {self.model}",
-                caption=" ".join([caption, *(f"Not answered: {limit}" for limit in self.limits)]),
-                columns=("identity", "where", "error", "tolerance", "holds"),
-                rows=tuple(
-                    (
-                        row.identity,
-                        row.where,
-                        f"{row.error:.1e}",
-                        f"{row.tolerance:.0e}",
-                        "yes" if row.ok else "NO",
-                    )
-                    for row in self.rows
-                ),
-            ),
-        )
+    def _caption(self) -> str:
+        return " ".join([self.CAPTION, *(f"Unavailable: {limit}" for limit in self.limits)])
+
+    def _title(self) -> str:
+        return f"Identity check of {self.model}"
 
 
 def require_identities(report: IdentityReport) -> None:
     """Checks that every identity holds.
 
     Raises:
-        UnsupportedModel: If one does not, naming place, error, tolerance and what to do.
+        UnsupportedModel: If one does not; the message has place, error, tolerance and advice.
     """
     if report.ok:
         return
@@ -132,8 +107,8 @@ def require_identities(report: IdentityReport) -> None:
             f"a relative error of {worst.error:.2g} ({failed} of {len(report.rows)} identities "
             "fail)",
             f"at most {worst.tolerance:.0e}",
-            "Either this TransformerLens shows the model otherwise than it computes it, or its "
-            "blocks are of a kind that is not supported. tl_contextmix.check(model) shows every "
-            "identity; another class or version of TransformerLens may read it right.",
+            "TransformerLens' hooks may not show what the model computes, or its blocks may be "
+            "unsupported. See tl_contextmix.check(model), and try another class or version of "
+            "TransformerLens.",
         )
     )

@@ -1,4 +1,4 @@
-"""What a question would take, before it is asked."""
+"""Estimates the FLOPs and memory of a method call."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.evaluation.cost.fake_tensors import DryRun
@@ -25,62 +26,56 @@ _EXAMPLE = "For example: estimate(model, 1024, tl_contextmix.value_zeroing)."
 
 def estimate(
     model: object,
-    n_tokens: int,
+    n_tokens: Positive,
     method: Callable[..., Any] | str,
     *,
-    batch: int = 1,
-    n_decoder_tokens: int | None = None,
+    batch: Positive = 1,
+    n_decoder_tokens: Positive | None = None,
 ) -> Estimate:
-    """Returns the operations and the memory that a question would take, without asking it.
+    """Returns the FLOPs and memory that a call would take, without running it.
 
-    The method's own code runs, on tensors that have a shape and no numbers, so what is told is
-    what that code would do, tiles within ``max_bytes`` included. The model itself runs on inputs of
-    a few tokens only: what a forward pass does and holds at each instant is a polynomial of second
-    degree in the number of tokens.
+    The method's own code runs on fake tensors, which have shapes but no data, so the estimate
+    covers what that code does, including tiling within ``max_bytes``. The model itself runs only
+    on inputs of a few tokens, since the FLOPs and memory of a forward pass are quadratic
+    polynomials of the number of tokens.
 
-    Within 20 % of what is measured (tests; mostly within 4 %). Where the amount of work depends on
-    the numbers it is told for the least (``top_k`` of neurons: as if the bounds decided at once),
-    and for ones that underflow nowhere. Sliding windows of more than 12 tokens count as if there
-    were none. What code allocates inside of one operator and frees again is not counted.
+    Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
+    it is the minimum (``k`` of neurons: as if the bounds decided at once), assuming no
+    underflow. Sliding windows of more than 12 tokens count as full attention. Memory that an
+    operator allocates and frees internally is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
-        n_tokens: How many tokens the input would have.
-        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` where it
-            gets options:
+        n_tokens: Number of tokens of the input.
+        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` for
+            options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
             and token ids that goes through this package, your own as well.
-        batch: How many inputs there would be.
-        n_decoder_tokens: How many tokens the decoder input of an encoder-decoder would have; None
-            where none would be given.
+        batch: Number of inputs.
+        n_decoder_tokens: Number of tokens of an encoder-decoder's decoder input; None for no
+            decoder input.
 
     Returns:
-        An `Estimate`. The numbers are bytes of tensors beside the weights, and operations in
-        products of matrices, as `torch.utils.flop_counter` counts them.
+        An `Estimate`: bytes of tensors in addition to the weights, and FLOPs of matrix products as
+        `torch.utils.flop_counter` counts them.
 
     Raises:
-        InvalidInput: If a number or the method is none, or the method refuses its options or an
-            input of this length.
-        UnsupportedModel: If the model is one whose numbers would be wrong.
+        InvalidInput: If an argument is invalid, or the method rejects its options or an input of
+            this length.
+        UnsupportedModel: If the model is not supported.
 
     Cost: forward passes over up to 12 tokens (four for one stack, seven for two), and about a
-    tenth of a millisecond for every operator of the method, whatever its size. ``decoder_lens``
-    runs the model's own modules, one token after the other: it is asked for real on as many short
-    inputs.
+    tenth of a millisecond per operator of the method, of any size. ``decoder_lens`` runs the
+    model's own modules token by token, so it runs for real on as many short inputs.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
-    counts = [("n_tokens", n_tokens), ("batch", batch)]
-    for name, value in (*counts, *(("n_decoder_tokens", count) for count in decoder)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            failed = f"{name} is no number of tokens or inputs"
-            raise bad(failed, repr(value), "an integer from 1", _EXAMPLE)
     if isinstance(method, str):
-        known = {name: one.function for name, one in methods().items() if one.on_text}
+        known = {name: one.function for name, one in methods().items() if one.estimated}
         require_choice("method", method, tuple(known))
         method = known[method]
-    if not callable(method) or isinstance(method, type):
+    if isinstance(method, type):
         expected = "a function of a model and token ids"
-        raise bad("there is no such method", repr(method), expected, _EXAMPLE)
+        raise bad("unknown method", repr(method), expected, _EXAMPLE)
     view = as_view(model)
     lengths = (n_tokens, *decoder)
     tokens, others = _words(view, batch, lengths)
@@ -104,13 +99,13 @@ def estimate(
 
 
 def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Any]]:
-    """Returns token ids of some lengths, and the decoder's as a keyword."""
+    """Returns random token ids of these lengths, the decoder's as a keyword."""
     generator = torch.Generator().manual_seed(0)
     sides = [
         torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
     ]
     how = view.padding()
-    if how is not None:  # words that were drawn are no padding
+    if how is not None:  # random tokens must not be padding
         sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
@@ -137,7 +132,7 @@ def _dry(
 def _short(
     model: object, view: ModelView, method: Callable[..., Any], batch: int, lengths: Lengths
 ) -> _Found:
-    """Returns what short inputs, asked for real, say about one of the length that is meant."""
+    """Returns an extrapolation from real runs on short inputs."""
 
     def work(short: Lengths) -> dict[str, Tensor]:
         tokens, others = _words(view, batch, short)
@@ -145,7 +140,7 @@ def _short(
         return {}
 
     flops, peak = measure(work, short_lengths(len(lengths), view.n_ctx)).at(lengths)
-    return flops, peak, 0, (EstimatePart("in all", flops, peak),)
+    return flops, peak, 0, (EstimatePart("total", flops, peak),)
 
 
 def _held(result: object) -> int:

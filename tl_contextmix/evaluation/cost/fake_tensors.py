@@ -1,9 +1,8 @@
-"""Running code for its operations and bytes alone: numbers in large tensors are never computed.
+"""Runs code without computing the data of large tensors, to count its FLOPs and bytes.
 
-What a method does with a model's numbers hardly depends on them, so it can be run over tensors
-that have a shape and nothing else. Small tensors, integers and booleans stay real: sizes, masks
-and loops depend on them. Where code asks for a number that is not there it gets the answer that
-healthy activations give: no difference, nothing to correct, everything finite.
+A method's work hardly depends on the data, so it can run on fake tensors. Small tensors, integers
+and booleans stay real, because sizes, masks and loops depend on them. Code that reads a missing
+number gets what normal activations would give: no difference, nothing to correct, all finite.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
-# Real numbers up to here: vectors, single weights, tables of a few entries.
+# Tensors up to this size stay real: vectors, single weights, small tables.
 _SMALL = 4096
 _TRUE = "_true_in_a_dry_run"
 
 
 class DryRun(TorchDispatchMode):
-    """While it is active, large tensors of floating-point numbers have a shape and no numbers.
+    """While active, large floating-point tensors have a shape but no data.
 
-    Counters have to be started after it: they then see the operator before it does.
+    Start counters after it, so that they see operators first.
     """
 
     def __init__(self) -> None:
@@ -33,13 +32,13 @@ class DryRun(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def without_numbers(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Returns a tensor of a dtype and device of another, without numbers."""
+        """Returns a fake tensor with the dtype and device of another."""
         with self._fake:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     @no_type_check
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator on shapes, or for real where everything is small or no fraction."""
+        """Runs an operator on shapes, or for real if all tensors are small or not floats."""
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(tensor, FakeTensor) for tensor in given):
@@ -51,13 +50,13 @@ class DryRun(TorchDispatchMode):
         try:
             with self._fake:
                 out = func(*args, **kwargs)
-        except RuntimeError:  # operators whose result has no shape before it is computed
+        except RuntimeError:  # operators with a data-dependent output shape
             return func(*args, **kwargs)
         kept = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if any(map(_is_large, kept)):
             return out
         out = func(*args, **kwargs)
-        # Shapes that are written to it later leave it as it is: it must not be just anything.
+        # Writes of fake tensors leave it unchanged, so it must be initialized.
         return out.zero_() if func.overloadpacket in _EMPTY else out
 
     @no_type_check
@@ -65,7 +64,7 @@ class DryRun(TorchDispatchMode):
         if func in _ANSWERS:
             return _ANSWERS[func](*args, **kwargs)
         if func._schema.is_mutable and not isinstance(args[0], FakeTensor):
-            return args[0]  # a small real tensor keeps the numbers it has
+            return args[0]  # a small real tensor keeps its data
         if func in _INDEXING:
             args = _with_places(args)
         with self._fake:
@@ -90,13 +89,13 @@ _INDEXING = {
 
 
 def _with_places(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns arguments of an indexing in which masks have become the places they are true at."""
+    """Returns indexing arguments with masks converted to indices."""
     places: list[Tensor | None] = []
     for index in args[1]:
         masks = isinstance(index, Tensor) and index.dtype == torch.bool
         if not masks:
             places.append(index)
-        elif isinstance(index, FakeTensor):  # nothing to correct: nowhere
+        elif isinstance(index, FakeTensor):  # nothing to correct
             places += [torch.empty(0, dtype=torch.long, device=index.device)] * index.ndim
         else:
             places += index.nonzero(as_tuple=True)
@@ -132,6 +131,6 @@ _ANSWERS = {
     _aten.equal.default: lambda *args: True,
     _aten.nonzero.default: _nowhere,
     _aten._unique2.default: _one_value,
-    # What of an attention pattern is not zero, where the pattern was copied: all of it.
+    # Nonzero entries of a copied attention pattern: all of them.
     _aten.ne.Scalar: _touched,
 }

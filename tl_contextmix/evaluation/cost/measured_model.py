@@ -1,8 +1,8 @@
-"""A model that says what it would cost: its passes were measured on a few short inputs.
+"""A stand-in for a model, whose cost is extrapolated from a few short inputs.
 
-Each instant of a forward pass holds a number of bytes that is a polynomial of second degree in the
-number of tokens, and so is the number of its operations: a few short inputs give them for every
-length. What such a pass leaves behind are tensors without numbers.
+The bytes alive at each instant of a forward pass, and its FLOPs, are quadratic polynomials of the
+number of tokens, so a few short inputs determine them for every length. The stand-in returns
+fake tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Lengths = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes, for every length of its input.
+    """The cost of a function for every input length.
 
     Attributes:
-        lengths: Lengths of the inputs it was measured on.
-        operations: Operations done, for each.
+        lengths: Lengths of the measured inputs.
+        operations: FLOPs for each.
         bytes: Bytes alive at each instant, for each.
-        shapes: Shapes of what it returned, for each.
-        like: What it returned for the longest input.
+        shapes: Shapes of the returned tensors, for each.
+        like: The tensors returned for the longest input.
     """
 
     lengths: list[Lengths]
@@ -43,16 +43,16 @@ class Cost:
     like: dict[str, Tensor]
 
     def at(self, lengths: Lengths) -> tuple[int, int]:
-        """Returns operations and the most bytes alive at once."""
+        """Returns FLOPs and peak bytes."""
         operations, alive = (self._fit(x, lengths) for x in (self.operations, self.bytes))
         return round(float(operations)), round(float(alive.max()))
 
     def shape(self, name: str, lengths: Lengths) -> tuple[int, ...]:
-        """Returns the shape of something it returned."""
+        """Returns the shape of a returned tensor."""
         return tuple(self._fit(self.shapes[name], lengths).round().long().tolist())
 
     def _fit(self, values: Tensor, lengths: Lengths) -> Tensor:
-        """Returns the value that the polynomial through the measured ones [input ...] has."""
+        """Evaluates the polynomial through the measured values [input ...]."""
         powers = torch.tensor([_powers(one) for one in self.lengths], dtype=torch.float64)
         weights = torch.linalg.solve(
             powers.T, torch.tensor(_powers(lengths), dtype=torch.float64)[:, None]
@@ -61,7 +61,7 @@ class Cost:
 
 
 def _powers(lengths: Lengths) -> list[float]:
-    """Returns every product of at most two lengths."""
+    """Returns all monomials of the lengths up to degree two."""
     found = [1.0, *map(float, lengths)]
     for index, one in enumerate(lengths):
         found += [float(one * other) for other in lengths[index:]]
@@ -69,7 +69,7 @@ def _powers(lengths: Lengths) -> list[float]:
 
 
 def short_lengths(sides: int, longest: int | None) -> list[Lengths]:
-    """Returns as many lengths of short inputs as a polynomial of second degree needs."""
+    """Returns the lengths of short inputs that determine a quadratic polynomial."""
     a, b, c = (min(one, (longest or 12) - 2 + index) for index, one in enumerate(_SHORT))
     if sides == 1:
         return [(a,), (b,), (c,)]
@@ -77,21 +77,21 @@ def short_lengths(sides: int, longest: int | None) -> list[Lengths]:
 
 
 def measure(work: Callable[[Lengths], dict[str, Tensor]], lengths: list[Lengths]) -> Cost:
-    """Returns the cost of a piece of work as a function of the length of its input.
+    """Returns the cost of a function of the input length.
 
     Args:
-        work: Does it for an input of some lengths and returns what there is to return by name.
-        lengths: The lengths to do it for.
+        work: Runs on an input of given lengths; returns tensors by name.
+        lengths: The lengths to measure.
     """
     operations, alive, found = [], [], []
     with _disable_current_modes():
-        work(lengths[0])  # what is made once, such as a table of positions, is no part of a pass
+        work(lengths[0])  # one-time work, such as a table of positions, does not count
         for one in lengths:
             with Operations() as counter, _Timeline() as memory:
                 found.append(work(one))
             operations.append(counter.total)
             alive.append(memory.timeline)
-    if len({*map(len, alive)}) > 1:  # other steps for other lengths: their peaks alone compare
+    if len({*map(len, alive)}) > 1:  # steps depend on the length: only peaks are comparable
         alive = [[max(one)] for one in alive]
     return Cost(
         lengths=lengths,
@@ -103,7 +103,7 @@ def measure(work: Callable[[Lengths], dict[str, Tensor]], lengths: list[Lengths]
 
 
 class _Timeline(Memory):
-    """Keeps how many bytes were alive after every operator."""
+    """Records the bytes alive after every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,13 +117,13 @@ class _Timeline(Memory):
 
 
 class StandIn:
-    """Answers in the place of a model, and adds up what its passes would take.
+    """Replaces a model and sums the cost of its forward passes.
 
     Attributes:
-        view: The view that asks it instead of the model.
-        passes: Forward passes it was asked for.
-        operations: What they take.
-        kept: Bytes of what they leave behind.
+        view: A view that runs the stand-in instead of the model.
+        passes: Number of forward passes.
+        operations: Their FLOPs.
+        kept: Bytes of the tensors that they return.
     """
 
     def __init__(self, view: ModelView, dry: DryRun, memory: Memory) -> None:
@@ -132,7 +132,7 @@ class StandIn:
         self._costs: dict[Any, Cost] = {}
         self._patterns = {a.pattern for _, b in view.every_block() for a in b.attentions}
         stacks = {
-            # Products of weights that are kept for the next call must not be kept from here.
+            # Products of weights cached here must not reach later calls.
             name: tuple(
                 replace(block, folds=None if block.folds is None else dict(block.folds))
                 for block in blocks
@@ -183,7 +183,7 @@ class StandIn:
             hooks = [(name, keep if name in edited else None) for name in names]
             logits, values = self._view.runner(given, hooks, grad)
             if grad:
-                # Of one row, as methods ask: the gradient of all logits is a tensor of their size.
+                # Of one row, as in methods: the gradient of all logits is a tensor of their size.
                 torch.autograd.grad(logits[:, -1].sum(), [values[name] for name in edited])
             return {"": logits.detach(), **{name: x.detach() for name, x in values.items()}}
 
@@ -195,7 +195,7 @@ class StandIn:
             left = self._dry.without_numbers(shape, like)
             self.kept += left.numel() * left.element_size()
             return left
-        # What reads what decides which tiles are computed: a pattern keeps its zeros.
+        # Zeros of the pattern decide which tiles are computed, so patterns stay real.
         self._memory.beside += (size := like.element_size() * torch.Size(shape).numel())
         self.kept += size
         with _disable_current_modes():
@@ -208,9 +208,9 @@ def _words(rows: int, length: int, d_vocab: int, device: torch.device) -> Side:
 
 
 def _reading(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a pattern that reads as far back and ahead as a short one does, in hardly any memory.
+    """Returns a pattern that attends as far back and ahead as a short one, in little memory.
 
-    A window longer than the short input is not seen.
+    Windows longer than the short input go undetected.
     """
     seen = (like != 0).flatten(0, 1).any(dim=0)
     targets, sources = shape[2:]

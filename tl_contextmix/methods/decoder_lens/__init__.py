@@ -3,7 +3,6 @@
 from tl_contextmix.methods.decoder_lens.answers import Lens
 from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
 from tl_contextmix.methods.decoder_lens.references import (
-    integer,
     read_references,
     read_source,
     read_tokens,
@@ -12,7 +11,6 @@ from tl_contextmix.methods.decoder_lens.references import (
 __all__ = [
     "Lens",
     "Listening",
-    "integer",
     "read_references",
     "read_source",
     "read_tokens",

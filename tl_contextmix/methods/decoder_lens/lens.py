@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
-from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, package_version
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    Text,
+    TokenInputs,
+    package_version,
+)
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.decoder_lens import (
     Lens,
     Listening,
-    integer,
     read_references,
     read_source,
     read_tokens,
@@ -29,7 +35,7 @@ from tl_contextmix.results import (
     LayerwiseScores,
     Provenance,
 )
-from tl_contextmix.results.axes import layer_positions, require_choice
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
 from tl_contextmix.results.decodings import require_measurable
 from tl_contextmix.results.likelihoods import by_token
@@ -42,110 +48,100 @@ Categories = Sequence[str] | Sequence[Sequence[str]]
 @overload
 def decoder_lens(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["generate"] = ...,
     metric: None = ...,
     categories: Categories | None = ...,
-    max_new_tokens: int | None = ...,
-    num_beams: int = ...,
+    max_new_tokens: Positive | None = ...,
+    num_beams: Positive = ...,
     final_norm: bool = ...,
-    decoder_input: Text | Tensor | None = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
-    attention_mask: Tensor | None = ...,
-    padding_side: PaddingSide = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[TokenInputs],
 ) -> LayerwiseDecoding: ...
 
 
 @overload
 def decoder_lens(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["teacher_forced"],
     metric: None = ...,
     categories: Categories | None = ...,
-    max_new_tokens: int | None = ...,
-    num_beams: int = ...,
+    max_new_tokens: Positive | None = ...,
+    num_beams: Positive = ...,
     final_norm: bool = ...,
-    decoder_input: Text | Tensor | None = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
-    attention_mask: Tensor | None = ...,
-    padding_side: PaddingSide = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[TokenInputs],
 ) -> LayerwiseLikelihood: ...
 
 
 @overload
 def decoder_lens(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Literal["scores"],
     metric: None = ...,
     categories: Categories | None = ...,
-    max_new_tokens: int | None = ...,
-    num_beams: int = ...,
+    max_new_tokens: Positive | None = ...,
+    num_beams: Positive = ...,
     final_norm: bool = ...,
-    decoder_input: Text | Tensor | None = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
-    attention_mask: Tensor | None = ...,
-    padding_side: PaddingSide = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[TokenInputs],
 ) -> LayerwiseScores: ...
 
 
 @overload
 def decoder_lens(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     references: Text | None = ...,
     *,
-    layers: int | Sequence[int] | None = ...,
+    layer: int | Sequence[int] | None = ...,
     mode: Mode = ...,
     metric: MetricChoice,
     categories: Categories | None = ...,
-    max_new_tokens: int | None = ...,
-    num_beams: int = ...,
+    max_new_tokens: Positive | None = ...,
+    num_beams: Positive = ...,
     final_norm: bool = ...,
-    decoder_input: Text | Tensor | None = ...,
-    tokens: Sequence[int] | Sequence[str] | None = ...,
-    attention_mask: Tensor | None = ...,
-    padding_side: PaddingSide = ...,
+    target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
-    max_bytes: int = ...,
+    max_bytes: Positive = ...,
+    **inputs: Unpack[TokenInputs],
 ) -> LayerCurves: ...
 
 
 @method(cites=("langedijk2024decoderlens",))
 def decoder_lens(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     references: Text | None = None,
     *,
-    layers: int | Sequence[int] | None = None,
+    layer: int | Sequence[int] | None = None,
     mode: Mode = "generate",
     metric: MetricChoice | None = None,
     categories: Categories | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int = 1,
+    max_new_tokens: Positive | None = None,
+    num_beams: Positive = 1,
     final_norm: bool = True,
-    decoder_input: Text | Tensor | None = None,
-    tokens: Sequence[int] | Sequence[str] | None = None,
-    attention_mask: Tensor | None = None,
-    padding_side: PaddingSide = "right",
+    target: Sequence[int] | Sequence[str] | None = None,
     tokenizer: Any = None,
-    max_bytes: int = 2**30,
+    max_bytes: Positive = 2**30,
+    **inputs: Unpack[TokenInputs],
 ) -> Layerwise:
     r"""Returns what the decoder says, or thinks of an answer, after each encoder layer.
 
@@ -164,11 +160,11 @@ def decoder_lens(
             for.
         input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
         references: The right answers, one per input.
-        layers: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
+        layer: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
             is asked once, in their order.
         mode: ``"generate"``: free decoding. ``"teacher_forced"``: how the decoder judges the
             references, or the model's own final output where there are none. ``"scores"``:
-            logits of the next ``tokens``.
+            logits of the next ``target`` tokens.
         metric: Return curves over the data set instead: names of `LayerwiseDecoding.metrics` or
             of `LayerwiseLikelihood.metrics` (``"gold NLL"``, ``"KL"``, ``"accuracy"``), a function
             of output, reference and source, several of them, or a mapping from your own names to
@@ -183,14 +179,11 @@ def decoder_lens(
             (``guidance_scale``, ``stop_strings``, assisted decoding) are refused by name.
         final_norm: Whether to apply the encoder's final norm, where there is one. Hooks of yours
             on it take part; they see one layer after the other.
-        decoder_input: What the decoder has said so far, as text, texts or token ids; None for its
-            start token. Not with ``"teacher_forced"`` references, nor for speech.
-        tokens: Ids, or words of one token each, to score; with ``mode="scores"``.
-        attention_mask: 1 at real tokens, 0 at padding, where ids are given.
-        padding_side: Where texts of unequal length are padded.
+        target: Ids, or words of one token each, to score; with ``mode="scores"``.
         tokenizer: Tokenizer or processor of a speech model.
         max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
             pieces that fit.
+        **inputs: Mask, padding and the like, see `TokenInputs`.
 
     Returns:
         By mode a `LayerwiseDecoding`, `LayerwiseLikelihood` or `LayerwiseScores`; with ``metric`` a
@@ -208,49 +201,41 @@ def decoder_lens(
     Source: Langedijk, Mohebbi, Sarti, Zuidema, Jumelet: DecoderLens: Layerwise Interpretation of
     Encoder-Decoder Transformers (Findings of NAACL 2024).
     """
-    require_choice("decoder_lens", "mode", mode, ("generate", "teacher_forced", "scores"))
     plan = _Plan(mode, {} if metric is None else metric_items(metric), references is not None)
     _require_used(
         ("mode", None if mode == "generate" else mode, plan.mode_matters),
         ("references", references, mode != "scores"),
-        ("tokens", tokens, mode == "scores"),
+        ("target", target, mode == "scores"),
         ("categories", categories, bool(plan.metrics)),
         ("num_beams", None if num_beams == 1 else num_beams, plan.decodes_freely),
         ("max_new_tokens", max_new_tokens, plan.decodes_freely),
-        ("decoder_input", decoder_input, not (plan.judges and plan.referenced)),
+        ("decoder_input", inputs.get("decoder_input"), not (plan.judges and plan.referenced)),
     )
-    if not isinstance(final_norm, bool):
-        raise bad(
-            "the norm cannot be switched", f"{final_norm=}", "True or False", "Pass one of them."
-        )
     found = as_encoder_decoder(model, tokenizer)
     _require_used(("tokenizer", tokenizer, found.view is None))
     # Each once and in order, which is what "the first layer that" counts on.
-    numbers = tuple(sorted({*layer_positions(layers, tuple(range(found.n_layers + 1)))}))
-    given = Given(input, attention_mask, None, padding_side, decoder_input)
-    source, prompt, inputs = read_source(found, given)
+    numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
+    source, prompt, sources = read_source(found, Given(input, **inputs))
     options = {
         "layers": numbers,
         "mode": mode,
-        "num_beams": _size("num_beams", num_beams),
+        "num_beams": num_beams,
         "final_norm": final_norm,
-        "max_new_tokens": None
-        if max_new_tokens is None
-        else _size("max_new_tokens", max_new_tokens),
+        "max_new_tokens": max_new_tokens,
     }
     lens = Lens(
-        listening=Listening(found, source, numbers, final_norm, _size("max_bytes", max_bytes)),
-        inputs=inputs,
+        listening=Listening(found, source, numbers, final_norm, max_bytes),
+        inputs=sources,
         prompt=prompt,
-        references=read_references(found, references, len(inputs)),
-        max_new_tokens=options["max_new_tokens"],
-        num_beams=options["num_beams"],
+        references=read_references(found, references, len(sources)),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
         provenance=_provenance(found, options),
     )
     if plan.metrics:
         return _curves(lens, plan, categories)
     if mode == "scores":
-        return lens.scores(read_tokens(found, tokens))
+        return lens.scores(read_tokens(found, target))
     return lens.generate() if mode == "generate" else lens.forced()
 
 
@@ -320,21 +305,11 @@ def _curves(lens: Lens, plan: _Plan, categories: Any) -> LayerCurves:
     return found[0] if len(found) == 1 else found[0] + found[1]
 
 
-def _size(name: str, value: object) -> int:
-    """Returns how many; raises InvalidInput unless it is a whole number from 1 on."""
-    found = integer(value)
-    if found is None or found < 1:
-        raise bad(
-            "nothing can be decoded", f"{name}={value!r}", "a whole number, at least 1", "Raise it."
-        )
-    return found
-
-
 # Where an option does something.
 _USED = {
     "mode": "no metric, or metrics of that mode only",
     "references": "answers to compare with, which scores of tokens are not",
-    "tokens": "mode='scores'",
+    "target": "mode='scores'",
     "categories": "metric=",
     "num_beams": "outputs of the decoder's own",
     "max_new_tokens": "outputs of the decoder's own",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad
 from tl_contextmix.results.curves import as_texts
 
@@ -24,11 +25,11 @@ def read_source(
     """Returns what the encoder reads, what the decoder has said, and the inputs as text."""
     if model.view is not None:
         batch = make_batch(model.view, given)
-        texts = given.input
-        if isinstance(texts, Tensor):
+        listed = [given.input] if isinstance(given.input, str) else given.input
+        inputs = tuple(text for text in listed if isinstance(text, str))
+        if len(inputs) != len(batch.main.ids):
             rows = zip(batch.main.ids, batch.main.mask, strict=True)
-            texts = [model.to_text(ids[mask].tolist()) for ids, mask in rows]
-        inputs = (texts,) if isinstance(texts, str) else tuple(texts)
+            inputs = tuple(model.to_text(ids[mask].tolist()) for ids, mask in rows)
         return batch.main, None if given.decoder_input is None else batch.decoder, inputs
     features = given.input
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
@@ -39,10 +40,10 @@ def read_source(
             "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
-    if (given.decoder_input, given.attention_mask, given.padding_side) != (None, None, "right"):
+    if replace(given, input="") != Given(""):
         raise bad(
             "this has no meaning for a speech model",
-            "decoder_input, attention_mask or padding_side",
+            "decoder_input, attention_mask, prepend_bos or padding_side",
             "none of them",
             "Set language and task in model.generation_config.",
         )
@@ -83,7 +84,7 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise bad(
             "there is nothing to score",
-            f"tokens={given!r}",
+            f"target={given!r}",
             "a list of at least one token with mode='scores'",
             "Pass ids or words, the right one first.",
         )
@@ -91,7 +92,7 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
 
 
 def _token(model: EncoderDecoder, one: object) -> int:
-    ids = _content(model, one) if isinstance(one, str) else [integer(one)]
+    ids = _content(model, one) if isinstance(one, str) else [whole_number(one)]
     if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
         return ids[0]
     raise bad(
@@ -100,16 +101,6 @@ def _token(model: EncoderDecoder, one: object) -> int:
         f"words of one token each, or ids from 0 to {model.decoder.d_vocab - 1}",
         "Score the first token of longer words.",
     )
-
-
-def integer(value: Any) -> int | None:
-    """Returns a whole number, NumPy's too; None for anything else, True and 5.0 among it."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def start_tokens(model: EncoderDecoder, count: int) -> Side:

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
-from tl_contextmix.adapters.inputs.targets import Ids, Names
-from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.inputs.targets import Target
+from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
-    SPLITS,
     By,
     Prediction,
     Split,
@@ -26,11 +27,9 @@ from tl_contextmix.engine.log_prob_scores import (
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions
-from tl_contextmix.results.axes import require_count, whole_number
 from tl_contextmix.results.components import Components, join, padding
-from tl_contextmix.results.log_prob_contributions import SCORES
 
 Score = Literal[
     "log_prob_increase",
@@ -48,21 +47,16 @@ _NEURONS = ("ff_neuron", "attn_neuron")
 @method(cites=("yu2023exploring", "yu2024neuron"))
 def log_prob_contributions(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    target: Names | None = None,
-    target_ids: Ids | None = None,
+    target: Target | None = None,
     by: By = "layer",
     pos: int | None = None,
     norm: NormRule = "frozen+beta",
     score: Score = "log_prob_increase",
-    top_k: int | None = None,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    k: Positive | None = None,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> LogProbContributions:
     r"""Returns how much each component of the residual stream raised a token's log-probability.
 
@@ -89,7 +83,6 @@ def log_prob_contributions(
         input: A text, several, or token ids [batch, pos].
         target: The predicted token as text, one for all sentences or one for each. It has to be
             one token of the vocabulary, its leading space included. None: the model's best.
-        target_ids: Its id, instead.
         by: Into what the stream is split: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
             all heads of a layer read from one source), ``"head_position"`` (the paper's
             value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
@@ -107,15 +100,11 @@ def log_prob_contributions(
             W_O): ``"log_prob"`` (of ``m v`` alone), ``"prob_increase"``, ``"norm"`` (of ``v``),
             ``"coefficient"`` (``m``), ``"rank"`` (1 / rank of the target in the logits of ``v``),
             ``"coefficient_norm"`` (``|m| |v|``), ``"coefficient_rank"`` (``m`` / rank).
-        top_k: Only so many neurons of each sentence, those with the largest scores; exactly the
+        k: Only so many neurons of each sentence, those with the largest scores; exactly the
             ones that computing all would give. None: all components.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
             W_U.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `LogProbContributions`, scores [batch component] in nats.
@@ -126,32 +115,26 @@ def log_prob_contributions(
         UnsupportedModel: If the model has no vocabulary readout.
 
     Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source. All
-    feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``top_k``, where logits are linear in the
+    feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``k``, where logits are linear in the
     stream (frozen norm, no masked-LM head, no soft cap), ``2 L d_mlp d`` and ``2 d d_vocab`` for
     each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention
     neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
     """
-    require_choice("by", by, SPLITS)
-    require_choice("norm", norm, NORM_RULES)
-    require_choice("score", score, tuple(SCORES))
-    top_k = None if top_k is None else require_count(top_k)
-    _require_neurons(by, score, top_k)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
+    _require_neurons(by, score, k)
     with torch.no_grad():
         prediction = run_prediction(
             as_view(model),
-            given,
+            Given(input, **inputs),
             target=target,
-            target_ids=target_ids,
             pos=pos,
             norm=norm,
             max_bytes=max_bytes,
         )
         trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
         splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
-        bounded = score == "log_prob_increase" and top_k is not None
-        if top_k is not None and bounded and not prediction.vocabulary.nonlinear:
-            found = _best(prediction, splits, top_k)
+        bounded = score == "log_prob_increase" and k is not None
+        if k is not None and bounded and not prediction.vocabulary.nonlinear:
+            found = _best(prediction, splits, k)
         else:
             found = _all(prediction, splits, score, trajectory)
     note = prediction.vocabulary.nonlinear if bounded else ""
@@ -176,10 +159,10 @@ def log_prob_contributions(
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "log_prob_contributions",
-            {"by": by, "pos": whole_number(pos), "norm": norm, "score": score, "top_k": top_k},
+            {"by": by, "pos": pos, "norm": norm, "score": score, "k": k},
         ),
     )
-    return result if top_k is None else result.top(top_k)
+    return result if k is None else result.top(k)
 
 
 @dataclass(frozen=True)
@@ -213,7 +196,7 @@ def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: 
             bias = vocabulary.gains(prediction.stream.states[:, split.step], vector)
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
-            columns["logits"].append(vocabulary.project(vector))
+            columns["logits"].append(vocabulary.target_logits(vector))
             labels.append(grid.table())
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
@@ -242,7 +225,7 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
         components = components.fill(mine.cpu(), split.grid.at(inside))
         numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
         vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
-        logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
+        logits = torch.where(mine, numbers * vocabulary.target_logits(vectors), logits)
         coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
         scores,
@@ -263,8 +246,8 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     vocabulary = prediction.vocabulary
     if split.neurons is None:
         assert split.vectors is not None
-        return vocabulary.project(split.vectors())
-    each = vocabulary.project_shared(split.neurons.vectors(slice(None)))
+        return vocabulary.target_logits(split.vectors())
+    each = vocabulary.target_logits_shared(split.neurons.vectors(slice(None)))
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 
@@ -292,14 +275,14 @@ def _scores(prediction: Prediction, split: Split, score: Score) -> Tensor:
     return before + gained if score == "log_prob" else before.exp() * torch.expm1(gained)
 
 
-def _require_neurons(by: str, score: str, top_k: int | None) -> None:
-    asked = f"score={score!r}" if score != "log_prob_increase" else f"top_k={top_k}"
-    if by in _NEURONS or (score == "log_prob_increase" and top_k is None):
+def _require_neurons(by: str, score: str, k: int | None) -> None:
+    asked = f"score={score!r}" if score != "log_prob_increase" else f"k={k}"
+    if by in _NEURONS or (score == "log_prob_increase" and k is None):
         return
     raise bad(
         f"there is no such choice by {by}",
         asked,
-        "scores other than log_prob_increase, and top_k, by 'ff_neuron' or 'attn_neuron'",
+        "scores other than log_prob_increase, and k, by 'ff_neuron' or 'attn_neuron'",
         "Take .top(k) of the result, which holds all components.",
     )
 

@@ -8,18 +8,25 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, PaddingSide, Text, make_batch, provenance
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    TokenInputs,
+    make_batch,
+    provenance,
+)
 from tl_contextmix.adapters.inputs.targets import (
-    Ids,
-    Names,
+    Target,
     answer_of,
     predicting_rows,
     target_tokens,
 )
 from tl_contextmix.core.blocks import Batch, Trace
 from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,
@@ -29,9 +36,7 @@ from tl_contextmix.engine.selection import (
     every_sublayer,
     without_sources,
 )
-from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.results import Knockout, Tokens
-from tl_contextmix.results.axes import whole_number
 from tl_contextmix.results.components import Components, finest
 
 Positions = Literal["last", "all"]
@@ -41,21 +46,17 @@ Replacement = Literal["zero", "mean"]
 @method(cites=("yu2024neuron",), on_text=False)
 def knockout(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     neurons: Chosen | None = None,
     heads: Chosen | None = None,
-    target: Names | None = None,
-    target_ids: Ids | None = None,
+    target: Target | None = None,
     pos: int | None = None,
     positions: Positions = "last",
     replace_with: Replacement = "zero",
-    controls: int = 10,
+    controls: NotNegative = 10,
     seed: int = 0,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
+    **inputs: Unpack[TokenInputs],
 ) -> Knockout:
     """Returns how probable a token is with and without some heads and neurons.
 
@@ -75,7 +76,6 @@ def knockout(
         heads: The same, or a list of ``(layer, head)``.
         target: The token, see `log_prob_contributions`. None: that of the contributions given, or
             the model's best.
-        target_ids: Its id, instead.
         pos: Position that predicts; None: that of the contributions given, or else the last token,
             or the mask.
         positions: Where they are taken out: ``"last"``, only at the position whose stream they
@@ -86,10 +86,7 @@ def knockout(
             ``"mean"`` of its values over the real tokens of the input.
         controls: How many random sets.
         seed: Of the random sets.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
+        **inputs: Mask, padding and the like, see `TokenInputs`.
 
     Returns:
         `Knockout`: log-probability, probability and reciprocal rank (its mean is the MRR) of the
@@ -101,16 +98,12 @@ def knockout(
 
     Cost: ``2 + controls`` forward passes.
     """
-    require_choice("positions", positions, ("last", "all"))
-    require_choice("replacement", replace_with, ("zero", "mean"))
-    controls = _whole("there cannot be so many random sets", controls, least=0)
-    seed = _whole("random sets cannot be drawn with this seed", seed)
     view = as_view(model)
     view.readout.require()
-    batch = make_batch(view, Given(input, attention_mask, prepend_bos, padding_side, decoder_input))
+    batch = make_batch(view, Given(input, **inputs))
     found = answer_of(batch, view, neurons, heads)
-    if found is not None and target is None and target_ids is None:
-        target_ids = found.target.ids[:, 0]
+    if found is not None and target is None:
+        target = found.target.ids[:, 0]
     if pos is not None or found is None:
         rows = predicting_rows(view, batch, view.base_stack(None), pos)
     else:
@@ -122,7 +115,7 @@ def knockout(
     with torch.no_grad():
         ablation = _Ablation(view, batch, rows, positions == "all")
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
-        tokens = target_tokens(view, target, target_ids, logits)
+        tokens = target_tokens(view, target, logits)
         after, *others = (ablation.run(some, filling) for some in sets)
     before = _figures(logits, tokens)
     random = [_figures(one, tokens) for one in others]
@@ -132,12 +125,12 @@ def knockout(
         controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
         components=chosen,
         target=tokens,
-        best=target_tokens(view, None, None, after),
+        best=target_tokens(view, None, after),
         provenance=provenance(
             view,
             "knockout",
             {
-                "pos": whole_number(pos),
+                "pos": pos,
                 "positions": positions,
                 "replace_with": replace_with,
                 "controls": controls,
@@ -146,14 +139,6 @@ def knockout(
             removed=finest(chosen),
         ),
     )
-
-
-def _whole(failed: str, value: object, least: int | None = None) -> int:
-    number = whole_number(value)
-    if number is None or (least is not None and number < least):
-        expected = "an integer" if least is None else f"{least} or a positive integer"
-        raise bad(failed, repr(value), expected, "Leave it out for the default.")
-    return number
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,22 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
-from tl_contextmix.adapters.inputs.targets import Ids, Names
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.inputs.targets import Target
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
-from tl_contextmix.core.tiled_logits import NORM_RULES, NormRule
-from tl_contextmix.engine.log_prob_scores import (
-    SPLITS,
-    By,
-    Prediction,
-    Split,
-    run_prediction,
-    split_stream,
-)
+from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.validation import Positive
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
 from tl_contextmix.engine.neuron_inputs import NeuronInputs, Place, neuron_inputs_at, place_of
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
-from tl_contextmix.errors import InvalidInput, bad, require_choice
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
-from tl_contextmix.results.axes import largest, require_count, whole_number
+from tl_contextmix.results.axes import largest
 from tl_contextmix.results.components import KINDS, Components, finest, join, padding
 
 Share = Literal["exact", "ratio"]
@@ -45,22 +40,17 @@ VANISHING = (
 @method(cites=("yu2024neuron",))
 def query_contributions(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     neurons: Chosen,
     by: By = "layer",
     share: Share = "exact",
-    top_k: int | None = None,
-    target: Names | None = None,
-    target_ids: Ids | None = None,
+    k: Positive | None = None,
+    target: Target | None = None,
     pos: int | None = None,
     norm: NormRule = "frozen+beta",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> QueryContributions:
     r"""Returns which components of the residual stream activate some neurons.
 
@@ -92,19 +82,14 @@ def query_contributions(
             log-probability increase of the target.
         by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
-        top_k: Only so many components, those with the largest scores; None: all. All neurons as
+        k: Only so many components, those with the largest scores; None: all. All neurons as
             components of many neurons are a large table.
         target: The token, for neurons given as a list; see `log_prob_contributions`.
-        target_ids: Its id, instead.
         pos: Position that predicts; None: that of the contributions given, or else the last, or
             the mask.
         norm: Rule for the final norm, for neurons given as a list.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `QueryContributions`.
@@ -117,19 +102,14 @@ def query_contributions(
     neurons: ``2 S d_mlp d`` per layer by ``"ff_neuron"``. Cross-attention neurons read the
     encoder's stream, whose components are named ``encoder ...``.
     """
-    require_choice("by", by, SPLITS)
-    require_choice("norm", norm, NORM_RULES)
-    require_choice("share", share, ("exact", "ratio"))
-    top_k = None if top_k is None else require_count(top_k)
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
         prediction = run_prediction(
             view,
-            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            Given(input, **inputs),
             about=neurons,
             target=target,
-            target_ids=target_ids,
             pos=pos,
             norm=norm,
             max_bytes=max_bytes,
@@ -139,8 +119,7 @@ def query_contributions(
         _require_sources(chosen)
         weights = _weights(prediction, neurons, chosen)
         rows = [
-            _row(prediction, chosen, weights[row], row, by, share, top_k)
-            for row in range(len(weights))
+            _row(prediction, chosen, weights[row], row, by, share, k) for row in range(len(weights))
         ]
     if not any(row.components.kind.shape[1] for row in rows):
         raise _nothing_read(chosen, by)
@@ -170,7 +149,7 @@ def query_contributions(
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "query_contributions",
-            {"by": by, "share": share, "top_k": top_k, "pos": whole_number(pos)},
+            {"by": by, "share": share, "k": k, "pos": pos},
             neurons=finest(chosen),
         ),
     )
@@ -228,7 +207,7 @@ def _row(
     row: int,
     by: By,
     share: Share,
-    top_k: int | None,
+    k: int | None,
 ) -> _Row:
     places: dict[tuple[Place, tuple[str, int]], list[int]] = {}
     # A neuron without a score is empty, or reads a source that is not read.
@@ -247,9 +226,9 @@ def _row(
     for group, at in zip(groups, wheres, strict=True):
         scores.index_add_(0, at.to(scores.device), group.ratios @ weights[group.some])
     kept = torch.arange(len(keys))
-    if top_k is not None:
+    if k is not None:
         bias = torch.zeros(len(keys), dtype=torch.bool).scatter(0, where, labels.is_bias()[0])
-        kept = largest(scores.masked_fill(bias.to(scores.device), torch.nan), top_k)
+        kept = largest(scores.masked_fill(bias.to(scores.device), torch.nan), k)
     return _collect(groups, wheres, scores, kept.to(scores.device), len(weights))
 
 

@@ -7,32 +7,29 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
-from tl_contextmix.results.axes import require_count
 from tl_contextmix.results.components import Components
 
 
 @method(cites=("yu2023exploring", "yu2024neuron"), on_text=False)
 def component_readouts(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
     components: LogProbContributions,
-    k: int = 10,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    k: Positive = 10,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[Inputs],
 ) -> ComponentReadouts:
     r"""Returns the tokens that components of the residual stream raise and lower most.
 
@@ -49,12 +46,8 @@ def component_readouts(
         input: The input the components were found on.
         components: A result of `log_prob_contributions`, usually its ``.top(k)``.
         k: How many tokens of either end.
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
         max_bytes: Workspace.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `ComponentReadouts`.
@@ -65,7 +58,6 @@ def component_readouts(
 
     Cost: a forward pass and ``2 d d_vocab`` operations per component.
     """
-    k = require_count(k)
     if not isinstance(components, LogProbContributions):
         raise bad(
             "there is nothing to read",
@@ -77,7 +69,7 @@ def component_readouts(
     with torch.no_grad():
         prediction = run_prediction(
             view,
-            Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache),
+            Given(input, **inputs),
             about=components,
             norm="frozen",
             max_bytes=max_bytes,

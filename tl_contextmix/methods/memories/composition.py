@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import fresh_trace, provenance, select_blocks
+from tl_contextmix.core.validation import Layers, NotNegative, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     Active,
@@ -23,8 +23,8 @@ from tl_contextmix.engine.memory_coefficients import (
 )
 from tl_contextmix.engine.registry import method
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.miner import make_cutting
 from tl_contextmix.methods.memories.shards import (
+    Cutting,
     Documents,
     Malformed,
     TooLong,
@@ -35,7 +35,6 @@ from tl_contextmix.methods.memories.shards import (
     warn_of_little,
 )
 from tl_contextmix.results import CompositionFigures
-from tl_contextmix.results.axes import require_choice, require_number
 
 Positions = Literal["random", "all"]
 
@@ -46,15 +45,15 @@ def composition(
     corpus: object,
     *,
     column: str | None = None,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     positions: Positions = "random",
-    seed: int = 0,
+    seed: NotNegative = 0,
     active: Active | None = None,
     projection: Literal["model", "frozen", "none"] = "model",
     prepend_bos: bool | None = None,
     too_long: TooLong = "cut",
     malformed: Malformed = "error",
-    batch_size: int = 16,
+    batch_size: Positive = 16,
 ) -> CompositionFigures:
     """Returns the figures of `ff_memories` over a corpus, per layer, with counts.
 
@@ -96,15 +95,10 @@ def composition(
     require_predicting(view, stack)
     if len(view.stacks) == 2:
         require_predicting(view, "encoder")
-    require_choice("composition", "choice of positions", positions, ("random", "all"))
-    seed = require_number("seed", seed, 0)
     how = readings(view, projection)
     blocks = select_blocks(view.blocks(), layer)
     rule = active_rule(active, require_feed_forward(blocks[0]).gated)
-    size = require_number("batch_size", batch_size)
-    cutting = make_cutting(
-        "composition", size, 16 * size, too_long, malformed, prepend_bos, special=False
-    )
+    cutting = Cutting(16 * batch_size, batch_size, too_long, malformed, prepend_bos, special=False)
     opened = open_corpus(corpus, column)
     names = [n for block in blocks for n in (*block.points(), *LayerReadout.names(view, block))]
     # Over a corpus counts pass 2 ** 24, where float32 stops counting.

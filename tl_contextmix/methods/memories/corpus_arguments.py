@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tl_contextmix.engine.memory_coefficients import QUADRANTS
 from tl_contextmix.errors import bad
-from tl_contextmix.results.axes import MOST, layer_positions
+from tl_contextmix.results.axes import MOST, positions
 
 TAILS: dict[str, tuple[str, ...]] = {
     "positive": ("positive",),
@@ -57,42 +57,6 @@ _PART = {
 }
 
 
-def require_flag(name: str, value: Any, known: tuple[bool | None, ...] = (True, False)) -> Any:
-    """Returns a switch; raises InvalidInput unless it is one of those known."""
-    if not any(value is one for one in known):
-        raise bad(
-            f"{name} is a switch",
-            f"{name}={value!r}"[:200],
-            f"one of {list(known)}",
-            "Leave it out for the default.",
-        )
-    return value
-
-
-def require_quantity(name: str, value: Any, expected: str, least: float = 0) -> float:
-    """Returns a real number; raises InvalidInput unless it is at least so large."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise bad(
-            f"{name} is a quantity",
-            f"{name}={value!r}"[:200],
-            expected,
-            "Leave it out for the default.",
-        )
-    return value
-
-
-def require_source(value: Any) -> str | None:
-    """Returns what the model was loaded from; raises InvalidInput unless it can be written down."""
-    if value is not None and not isinstance(value, str):
-        raise bad(
-            "the source of the model cannot be written down",
-            f"source={value!r}"[:200],
-            "what load_model takes: a str",
-            "Leave it out.",
-        )
-    return value
-
-
 def require_path(value: Any) -> Path:
     """Returns a path; raises InvalidInput unless the system could have it."""
     if isinstance(value, (str, Path)) and "\0" not in str(value) and str(value):
@@ -102,7 +66,7 @@ def require_path(value: Any) -> Path:
 
 def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
     """Returns the number of one layer, counted from the end if negative."""
-    found = [] if layer is None else layer_positions(layer, layers)
+    found = [] if layer is None else positions("layer", layer, layers)
     if len(found) != 1:
         raise bad(
             "this is about one layer", repr(layer)[:200], f"one of {list(layers)}", "Name one."
@@ -141,7 +105,7 @@ def _require(value: Any, form: Any, name: str) -> None:
         raise ValueError(f"{name} is {value!r}"[:200])
     if isinstance(form, dict):
         outer = "" if name in ("the manifest", "the part") else f"{name.removeprefix('run: ')}: "
-        held: dict[str, Any] = value
+        held = cast("dict[str, Any]", value)
         for key, inner in form.items():
             if key not in held:
                 raise ValueError(f"{outer}no {key}")

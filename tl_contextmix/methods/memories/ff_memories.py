@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
-    Cache,
     Given,
-    PaddingSide,
+    Input,
+    Inputs,
     Pass,
-    Text,
     run_pass,
     word_table,
 )
 from tl_contextmix.core.blocks import FeedForward
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     CASES,
     QUADRANTS,
@@ -42,16 +42,12 @@ StateProjection = Literal["model", "frozen", "none"]
 @method(cites=("geva2021transformer", "geva2022transformer"))
 def ff_memories(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     active: Active | None = None,
     projection: StateProjection = "model",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
+    **inputs: Unpack[Inputs],
 ) -> Memories:
     r"""Returns the coefficients of all memories, and how they make up each layer's output.
 
@@ -81,12 +77,7 @@ def ff_memories(
             biases left out: logits are linear and there is no conflict. ``"none"``: W_U alone.
             Values are read by W_U with the norm's gain folded in (W_U alone with ``"none"``, the
             whole head of a masked LM).
-        attention_mask: 1 at real tokens, 0 at padding.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token. The memories are
-            those of the decoder.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `Memories` [batch layer pos]. In a post-LN block, r is the normed sum in front of the
@@ -103,8 +94,12 @@ def ff_memories(
     stack = view.base_stack(None)
     require_predicting(view, stack)
     how = readings(view, projection)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(view, given, layer=layer, also=lambda block: LayerReadout.names(view, block))
+    done = run_pass(
+        view,
+        Given(input, **inputs),
+        layer=layer,
+        also=lambda block: LayerReadout.names(view, block),
+    )
     ffs = [require_feed_forward(block) for block in done.blocks]
     rule = active_rule(active, ffs[0].gated)
     with torch.no_grad():

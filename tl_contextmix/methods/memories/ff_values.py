@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
     Given,
-    Text,
+    Input,
     make_batch,
     provenance,
     select_blocks,
@@ -21,6 +20,7 @@ from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembedding
 from tl_contextmix.core.token_sums import blocks
+from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
     require_predicting,
@@ -29,7 +29,7 @@ from tl_contextmix.engine.memory_coefficients import (
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ValueReadouts
-from tl_contextmix.results.axes import positions, require_count, require_number
+from tl_contextmix.results.axes import positions
 
 ValueProjection = Literal["none", "folded", "frozen", "head"]
 _KNOWN = ("none", "folded", "frozen", "head")
@@ -40,12 +40,12 @@ _VECTORS = 4096
 def ff_values(
     model: object,
     *,
-    layer: int | Sequence[int] | None = None,
-    neurons: int | Sequence[int] | None = None,
-    k: int = 10,
+    layer: Layers | None = None,
+    neurons: Layers | None = None,
+    k: Positive = 10,
     projection: ValueProjection | None = None,
-    text: Text | Tensor | None = None,
-    max_bytes: int = TILE_BYTES,
+    text: Input | None = None,
+    max_bytes: Positive = TILE_BYTES,
 ) -> ValueReadouts:
     r"""Returns the tokens that feed-forward values promote and demote.
 
@@ -82,11 +82,10 @@ def ff_values(
     as long as the vocabulary is made.
     """
     view = as_view(model)
-    k, max_bytes = require_count(k), require_number("max_bytes", max_bytes)
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
     chosen = [
-        (block, positions("neuron", neurons, (), require_feed_forward(block).W_out.shape[0]))
+        (block, positions("neuron", neurons, range(require_feed_forward(block).W_out.shape[0])))
         for block in select_blocks(view.blocks(), layer)
     ]
     with torch.no_grad():
@@ -137,7 +136,7 @@ def _beside(ahead: Scan, behind: Scan) -> Scan:
     return Scan(ends=ends, target=ahead.target, **both)
 
 
-def _scale(view: ModelView, reader: Unembedding, text: Text | Tensor | None) -> float:
+def _scale(view: ModelView, reader: Unembedding, text: Input | None) -> float:
     wanted = reader.projection == "frozen"
     if wanted != (text is not None):
         raise bad(

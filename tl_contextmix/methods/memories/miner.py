@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
     branch_names,
@@ -21,9 +22,9 @@ from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
 )
 from tl_contextmix.errors import bad, warn
-from tl_contextmix.methods.memories.corpus_arguments import TAILS, require_flag
+from tl_contextmix.methods.memories.corpus_arguments import TAILS
 from tl_contextmix.methods.memories.corpus_formats import Corpus
-from tl_contextmix.methods.memories.shards import Cutting, Documents, Malformed, TooLong
+from tl_contextmix.methods.memories.shards import Cutting, Documents
 from tl_contextmix.methods.memories.topk import (
     TopK,
     first_of_each,
@@ -31,7 +32,7 @@ from tl_contextmix.methods.memories.topk import (
     pack_places,
     pack_tokens,
 )
-from tl_contextmix.results.axes import positions, require_choice, require_count, require_number
+from tl_contextmix.results.axes import positions
 
 Unit = Literal["prefix", "document"]
 Tails = Literal["positive", "both", "quadrants"]
@@ -72,7 +73,7 @@ class Miner:
 
     def chosen(self, block: Block) -> list[int]:
         """Returns the neurons of a layer that are mined."""
-        return positions("neuron", self.neurons, (), require_feed_forward(block).W_out.shape[0])
+        return positions("neuron", self.neurons, range(require_feed_forward(block).W_out.shape[0]))
 
     def describe(self, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
         """Returns what the result depends on, besides the documents: plain JSON."""
@@ -232,7 +233,7 @@ def make_miner(
     view: ModelView,
     how: Cutting,
     k: int,
-    layer: int | Sequence[int] | None,
+    layer: Layers | None,
     neurons: int | Sequence[int] | None,
     stack: StackName | None,
     unit: Unit,
@@ -244,9 +245,6 @@ def make_miner(
     Raises:
         InvalidInput: If an argument does not fit the model.
     """
-    require_choice("mine_triggers", "unit", unit, ("prefix", "document"))
-    require_choice("mine_triggers", "choice of tails", tails, tuple(TAILS))
-    require_choice("mine_triggers", "treatment of duplicates", duplicates, ("keep", "drop"))
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":
@@ -270,31 +268,5 @@ def make_miner(
     size = first.W_out.shape[0]
     chosen = None
     if neurons is not None:
-        chosen = tuple(sorted(set(positions("neuron", neurons, (), size))))
-    return Miner(view, blocks, chosen, base, require_count(k), unit, tails, duplicates, how)
-
-
-def make_cutting(
-    operation: str,
-    batch_size: int,
-    shard_size: int,
-    too_long: TooLong,
-    malformed: Malformed,
-    prepend_bos: bool | None,
-    special: bool,
-) -> Cutting:
-    """Returns how the corpus is cut up, checked.
-
-    Raises:
-        InvalidInput: If an option is none of those there are.
-    """
-    require_choice(operation, "treatment of long documents", too_long, ("cut", "skip", "error"))
-    require_choice(operation, "treatment of malformed documents", malformed, ("error", "skip"))
-    return Cutting(
-        require_number("shard_size", shard_size),
-        require_number("batch_size", batch_size),
-        too_long,
-        malformed,
-        require_flag("prepend_bos", prepend_bos, (None, True, False)),
-        require_flag("special", special),
-    )
+        chosen = tuple(sorted(set(positions("neuron", neurons, range(size)))))
+    return Miner(view, blocks, chosen, base, k, unit, tails, duplicates, how)

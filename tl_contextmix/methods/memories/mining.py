@@ -14,24 +14,20 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
-from tl_contextmix.methods.memories.corpus_arguments import (
-    COUNTS,
-    require_path,
-    require_quantity,
-    require_source,
-)
+from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
 from tl_contextmix.methods.memories.miner import (
     Duplicates,
     Miner,
     Tails,
     Unit,
-    make_cutting,
     make_miner,
 )
 from tl_contextmix.methods.memories.shards import (
+    Cutting,
     Malformed,
     TooLong,
     batches,
@@ -53,7 +49,6 @@ from tl_contextmix.methods.memories.store import (
     write_result,
 )
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
-from tl_contextmix.results.axes import require_number
 
 
 @method(cites=("geva2021transformer",), on_text=False)
@@ -61,10 +56,10 @@ def mine_triggers(
     model: object,
     corpus: object,
     *,
-    out: str | Path,
-    k: int = 25,
+    out: FilePath,
+    k: Positive = 25,
     column: str | None = None,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     neurons: int | Sequence[int] | None = None,
     stack: StackName | None = None,
     unit: Unit = "prefix",
@@ -74,11 +69,11 @@ def mine_triggers(
     prepend_bos: bool | None = None,
     too_long: TooLong = "cut",
     malformed: Malformed = "error",
-    batch_size: int = 16,
-    shard_size: int = 256,
-    checkpoint_seconds: float = 60.0,
-    rank: int = 0,
-    world_size: int = 1,
+    batch_size: Positive = 16,
+    shard_size: Positive = 256,
+    checkpoint_seconds: NotNegativeNumber = 60.0,
+    rank: NotNegative = 0,
+    world_size: Positive = 1,
     source: str | None = None,
 ) -> Triggers | None:
     r"""Finds the contexts that excite each memory most: the trigger examples of every key.
@@ -152,20 +147,23 @@ def mine_triggers(
     ``28 k`` bytes per memory (36 without duplicates).
     """
     view = as_view(model)
-    how = make_cutting(
-        "mine_triggers", batch_size, shard_size, too_long, malformed, prepend_bos, special
-    )
+    how = Cutting(shard_size, batch_size, too_long, malformed, prepend_bos, special)
     miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
-    rank, world_size = _require_rank(rank, world_size)
-    seconds = require_quantity("checkpoint_seconds", checkpoint_seconds, "a number, 0 or more")
+    if rank >= world_size:
+        raise bad(
+            "there is no such process",
+            f"rank={rank} of world_size={world_size}",
+            "0 <= rank < world_size",
+            "Number the processes from 0.",
+        )
     opened, folder = open_corpus(corpus, column), make_folder(out)
-    run = miner.describe(opened, require_source(source))
+    run = miner.describe(opened, source)
     if not (folder / MANIFEST).exists():
         path = part_path(folder, rank, world_size)
         with alone(path.with_name(f".{path.stem}.lock")):
             # Another process may have been at it until now.
             if not (folder / MANIFEST).exists():
-                part = run_part(miner, opened, folder, run, rank, world_size, seconds)
+                part = run_part(miner, opened, folder, run, rank, world_size, checkpoint_seconds)
                 if world_size > 1:
                     return None
                 finish([part], folder)
@@ -262,19 +260,7 @@ def _already(
     return load_triggers(folder, model=model, corpus=corpus)
 
 
-def _require_rank(rank: int, world_size: int) -> tuple[int, int]:
-    rank, world_size = require_number("rank", rank, 0), require_number("world_size", world_size, 0)
-    if not 0 <= rank < world_size:
-        raise bad(
-            "there is no such process",
-            f"rank={rank} of world_size={world_size}",
-            "0 <= rank < world_size",
-            "Number the processes from 0.",
-        )
-    return rank, world_size
-
-
-def merge_triggers(out: str | Path, *, parts: Sequence[str | Path] = ()) -> Path:
+def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
     """Puts together what several processes have mined; returns the folder.
 
     The files are those that one process alone would have written, byte by byte.

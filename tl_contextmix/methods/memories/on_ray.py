@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, PositiveNumber
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.memories.corpus_arguments import require_path, require_quantity
 from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
 from tl_contextmix.methods.memories.store import make_folder, part_path
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
-from tl_contextmix.results.axes import require_number
 
-_LEAST = 1e-4  # Ray counts in steps of this
 _OURS = ("model", "corpus", "out", "rank", "world_size")
 
 
@@ -48,13 +46,13 @@ class _Worker:
 @method(cites=("geva2021transformer",), on_text=False)
 def mine_on_ray(
     load: Callable[[], object],
-    corpus: str | Path,
+    corpus: FilePath,
     *,
-    out: str | Path,
-    workers: int = 1,
-    parts: int | None = None,
-    num_cpus: float = 1.0,
-    num_gpus: float = 0.0,
+    out: FilePath,
+    workers: Positive = 1,
+    parts: Positive | None = None,
+    num_cpus: PositiveNumber = 1.0,
+    num_gpus: NotNegativeNumber = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> Triggers:
     """Mines a corpus with Ray Data: the same bytes as `mine_triggers` in one process.
@@ -82,11 +80,9 @@ def mine_on_ray(
             `mine_triggers`.
     """
     options = _require_options(options)
-    workers = require_number("workers", workers)
-    count = max(2, 4 * workers if parts is None else require_number("parts", parts))
-    require_quantity("num_cpus", num_cpus, "a number of CPUs above 0", _LEAST)
+    count = max(2, 4 * workers if parts is None else parts)
     # Workers may be started in another folder than this process.
-    corpus, folder = require_path(corpus).absolute(), make_folder(out).absolute()
+    corpus, folder = Path(corpus).absolute(), make_folder(out).absolute()
     with _ray(workers * num_cpus) as ray:
         table = ray.data.from_items([{"rank": r, "world_size": count} for r in range(count)])
         done = table.repartition(count).map_batches(
@@ -104,7 +100,7 @@ def mine_on_ray(
 
 
 def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = dict(given) if isinstance(given, Mapping) else {"": given} if given else {}
+    options = dict(given or {})
     known = [n for n in inspect.signature(mine_triggers).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Cache, Given, PaddingSide, Text, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
 from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
-from tl_contextmix.engine.parts import linear_points, require_bias
+from tl_contextmix.engine.parts import linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import TokenMemory
 from tl_contextmix.results.axes import positions
@@ -21,18 +22,14 @@ from tl_contextmix.results.axes import positions
 @method(cites=("geva2021transformer", "kobayashi2024analyzing"))
 def token_memory(
     model: object,
-    input: Text | Tensor,
+    input: Input,
     *,
-    layer: int | Sequence[int] | None = None,
+    layer: Layers | None = None,
     pos: int | Sequence[int] | None = None,
     neurons: int | Sequence[int] | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
-    padding_side: PaddingSide = "right",
-    decoder_input: Text | Tensor | None = None,
-    cache: Cache | None = None,
+    **inputs: Unpack[Inputs],
 ) -> TokenMemory:
     r"""Returns the share of every source token in the coefficient of every memory.
 
@@ -53,11 +50,7 @@ def token_memory(
         stack: See `decompose`; with ``"cross"`` the sources are the decoder's and the encoder's
             tokens.
         bias: What the path starts from, see `decompose`.
-        attention_mask: 1 at real tokens, 0 at padding. Shares of padding are 0.
-        prepend_bos: Whether texts get a beginning-of-sequence token; None: the model's default.
-        padding_side: Where texts of unequal length are padded.
-        decoder_input: Decoder side of an encoder-decoder; None: its start token.
-        cache: A TransformerLens ActivationCache of the same input, instead of a forward pass.
+        **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `TokenMemory`: ``shares`` [batch layer target source neuron] and ``bias``, in units of the
@@ -72,12 +65,10 @@ def token_memory(
     ``2 d_model K (d_model + n)`` operations for what heads bring from each source to K neurons, and
     ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
     """
-    bias = require_bias(bias)
-    given = Given(input, attention_mask, prepend_bos, padding_side, decoder_input, cache)
-    done = run_pass(as_view(model), given, layer=layer, stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
-    chosen = positions("neuron", neurons, (), min(sizes))
-    rows = positions("pos", pos, (), done.target.ids.shape[1])
+    chosen = positions("neuron", neurons, range(min(sizes)))
+    rows = positions("pos", pos, done.target.labels())
     source = done.source("mlp_out")
     target = done.target.select(list(range(len(done.target.ids))), rows)
     device = done.view.device

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import FilePath
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
@@ -30,7 +31,7 @@ from tl_contextmix.results import (
     TriggerExamples,
     TriggerPatterns,
 )
-from tl_contextmix.results.axes import positions, require_count, require_number
+from tl_contextmix.results.axes import positions, require_number
 
 if TYPE_CHECKING:
     from tl_contextmix.plotting import Page
@@ -39,7 +40,7 @@ _FILES = ("text", "jsonl", "parquet")
 
 
 def load_triggers(
-    folder: str | Path,
+    folder: FilePath,
     *,
     model: object = None,
     corpus: object = None,
@@ -117,7 +118,7 @@ class Triggers(Mined):
         neuron = require_number("neuron", neuron, 0)
         frame = self.to_dataframe(block.layer, neuron, tail)
         return examples(
-            self, block, neuron, tail, frame if k is None else frame.head(require_count(k))
+            self, block, neuron, tail, frame if k is None else frame.head(require_number("k", k))
         )
 
     def show(
@@ -172,7 +173,7 @@ class Triggers(Mined):
         frame = self.to_dataframe(layer, None, tail)
         if neurons is not None:
             size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).W_out.shape[0]
-            chosen = set(positions("neuron", neurons, (), size))
+            chosen = set(positions("neuron", neurons, range(size)))
             absent = sorted(chosen.difference(*self.manifest["neurons"].values()))
             if absent:
                 raise not_mined("neuron", absent[0], "neurons that were mined")

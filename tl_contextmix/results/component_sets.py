@@ -1,0 +1,190 @@
+"""Results about components of the residual stream: one number for each of a set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_contextmix.plotting.panels import Heatmap, Table
+from tl_contextmix.results.axes import as_array, largest, require_number
+from tl_contextmix.results.base import tensor_axes
+from tl_contextmix.results.components import COLUMNS, KINDS, Components, taken
+from tl_contextmix.results.labelled_arrays import LabelledArray
+from tl_contextmix.results.labels import Tokens
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+SHOWN = 20
+S = TypeVar("S", bound="ComponentSet")
+
+
+class ComponentSet(LabelledArray):
+    """A score for each component of the residual stream, sentence by sentence.
+
+    Where a component has no score, it is NaN: an empty place, or a source that cannot be read.
+    """
+
+    LABELS = {"component": "components"}
+    ARRAY = "scores"
+
+    scores: torch.Tensor
+    components: Components
+    tokens: Tokens
+    encoder: Tokens | None
+
+    def labels(self, row: int = 0) -> tuple[str, ...]:
+        """Returns the short name of each component of a sentence."""
+        return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
+
+    def top(self: S, k: int = 10) -> S:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
+
+        Where a sentence has fewer, its last places are empty: score NaN, see `Components`. What is
+        returned can be given as ``neurons=`` to `query_contributions` (which components activated
+        those) and to `knockout`.
+
+        Raises:
+            InvalidInput: If ``k`` is not a positive integer.
+        """
+        bias = self.components.is_bias().to(self.scores.device)
+        kept = self.scores.detach().masked_fill(bias, torch.nan)
+        found = [largest(row, require_number("k", k)) for row in kept]
+        index = pad_sequence(found, batch_first=True, padding_value=-1).to(self.scores.device)
+        return self._at(index)
+
+    def _at(self: S, index: Int[torch.Tensor, "batch some"]) -> S:
+        """Returns some of the components of each sentence; empty places where the index is -1."""
+        changes: dict[str, Any] = {"components": self.components.select(index.cpu())}
+        for name, axes in tensor_axes(type(self)).items():
+            if "component" not in axes:
+                continue
+            values = getattr(self, name).movedim(axes.index("component"), -1)
+            wide = index.view(len(index), *[1] * (values.ndim - 2), -1)
+            wide = wide.expand(*values.shape[:-1], -1)
+            some = taken(values.flatten(0, -2), wide.flatten(0, -2)).view(wide.shape)
+            changes[name] = some.movedim(-1, axes.index("component"))
+        for name in self.TEXTS:
+            rows = zip(getattr(self, name), index.tolist(), strict=True)
+            changes[name] = tuple(
+                tuple(row[i] if i >= 0 else () for i in places) for row, places in rows
+            )
+        return replace(self, **changes)
+
+    def _frame(self) -> pandas.DataFrame:
+        """Returns where each component stands as a table, one row each."""
+        import numpy as np
+        import pandas
+
+        batch, count = self.components.shape
+        frame = pandas.DataFrame(
+            {
+                "batch": np.repeat(np.arange(batch), count),
+                "kind": np.array(KINDS, dtype=object)[self._column("kind")],
+                **{name: self._column(name) for name in COLUMNS},
+            }
+        )
+        words = np.full(len(frame), "", dtype=object)
+        for kind, side in self._read().items():
+            chosen = ((frame.kind == kind) & (frame.source >= 0)).to_numpy()
+            table = np.array(side.strings, dtype=object).reshape(batch, -1)
+            words[chosen] = table[frame.batch[chosen], frame.source[chosen]]
+        frame["source_token"] = words
+        return frame
+
+    def _column(self, name: str) -> Any:
+        return getattr(self.components, name).cpu().numpy().reshape(-1)
+
+    def _read(self) -> dict[str, Tokens]:
+        """Returns the tokens that each kind of attention reads."""
+        return {"attn": self.tokens, "cross_attn": self.encoder or self.tokens}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per component; those without a score are left out.
+
+        Columns: batch, kind, layer, pos, head, source, neuron (-1 where there is none),
+        source_token; the numbers, the score last.
+        """
+        frame = self._frame()
+        for name, field in self.COLUMNS.items():
+            frame[name] = as_array(getattr(self, field)).reshape(-1)
+        return frame[frame.score.notna()].reset_index(drop=True)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Returns every array of the result, with kind and place of each component."""
+        at = ("batch", "component")
+        kinds = [[KINDS[place] for place in row] for row in self.components.kind.tolist()]
+        places = {"component_kind": (at, kinds)}
+        for name in COLUMNS:
+            places[f"component_{name}"] = (at, as_array(getattr(self.components, name)))
+        return super().to_xarray().assign_coords(places)
+
+    def _word(self, one: dict[str, Any], row: int) -> str:
+        """Returns the token a component reads; empty where it reads none."""
+        side = self._read().get(one["kind"], self.tokens)
+        return "" if one["source"] is None else side.strings[row][one["source"]]
+
+    def _grids(self, row: int, by: str, title: str, caption: str, unit: str) -> list[Heatmap]:
+        """Returns layers by sublayers, by heads or by sources, a map for each kind of attention."""
+        column = {"head": "head", "position": "source"}.get(by)
+        groups = [("attn",), ("cross_attn",)] if column else [("attn", "cross_attn", "mlp")]
+        if column is None and by != "layer":
+            return []
+        components, scores, found = self.components, self.scores, []
+        for kinds in groups:
+            numbers = [KINDS.index(kind) for kind in kinds]
+            chosen = torch.isin(components.kind[row], torch.tensor(numbers))
+            chosen &= ~scores[row].isnan().cpu()
+            # Of several streams one map would draw one over another.
+            if not bool(chosen.any()) or len(components.pos[row][chosen].unique()) > 1:
+                continue
+            layer, place = components.layer[row], getattr(components, column or "kind")[row]
+            layers, rows = layer[chosen].unique(return_inverse=True)
+            places, columns = place[chosen].unique(return_inverse=True)
+            values = torch.full((1, len(layers), len(places)), torch.nan)
+            values[0, rows, columns] = scores[row].detach().float().cpu()[chosen]
+            words = self._read()[kinds[0]].strings[row]
+            names = {
+                "head": lambda index: f"head {index}",
+                "source": lambda index, words=words: words[index],
+                None: lambda index: KINDS[index],
+            }[column]
+            found.append(
+                Heatmap(
+                    title=title if len(kinds) > 1 else f"{title}, {kinds[0]}",
+                    caption=caption,
+                    values=values,
+                    sheets=(by,),
+                    rows=tuple(f"layer {number}" for number in layers.tolist()),
+                    columns=tuple(map(names, places.tolist())),
+                    unit=unit,
+                )
+            )
+        return found
+
+
+def component_table(
+    title: str,
+    caption: str,
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
+    signed: tuple[str, ...],
+) -> Table:
+    """Returns a table without the columns that have no meaning for any of its components."""
+    told = [
+        index
+        for index in range(len(columns))
+        if not rows or any(row[index] == row[index] and row[index] != "" for row in rows)
+    ]
+    names = tuple(columns[index] for index in told)
+    # Nothing is not the empty token.
+    cells = [tuple(None if row[i] == "" else row[i] for i in told) for row in rows]
+    return Table(
+        title, caption, names, tuple(cells), tuple(name for name in signed if name in names)
+    )
