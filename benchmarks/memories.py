@@ -74,6 +74,7 @@ def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
     return Documents(
         make_batch(view, Given(ids)),
         torch.arange(len(ids)) + start,
+        torch.arange(len(ids)) + start,
         torch.ones_like(ids, dtype=torch.bool),
         ids.roll(-1, 1),
     )
@@ -123,7 +124,7 @@ def merging(columns: int) -> None:
     def state() -> TopK:
         values = torch.rand(columns, K, generator=generator).sort(dim=1, descending=True).values
         places = torch.randperm(columns * K, generator=generator).view(columns, K)
-        return TopK(values, places, places)
+        return TopK(values, places, places, places)
 
     one, other = state(), state()
     found = one.merge(other)
