@@ -287,7 +287,6 @@ def test_layers_may_be_any_integers() -> None:
 
 TOKENIZED: dict[str, Any] = {
     "list": [[5, 6, 7], [8, 9, 0]],
-    "list of tensors": [torch.tensor([5, 6, 7]), torch.tensor([8, 9, 0])],
     "array": numpy.array([[5, 6, 7], [8, 9, 0]], dtype=numpy.int32),
     "tokenizer's": UserDict(input_ids=[[5, 6, 7], [8, 9, 0]], attention_mask=[[1] * 3, [1, 1, 0]]),
 }

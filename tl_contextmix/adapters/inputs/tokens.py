@@ -120,7 +120,7 @@ def _as_tensor(given: Any) -> Any:
         if isinstance(given, numpy.ndarray):
             return torch.as_tensor(given)
         first = given[0] if isinstance(given, (list, tuple)) and given else None
-        if isinstance(first, (list, tuple, int, numpy.integer, Tensor, numpy.ndarray)):
+        if isinstance(first, (list, tuple, int, numpy.integer, numpy.ndarray)):
             return torch.tensor(numpy.array(given))
     except (TypeError, ValueError, RuntimeError):
         pass  # texts, or rows of unequal length: said by what reads it
