@@ -183,7 +183,9 @@ def test_masked_models_are_asked_at_their_mask() -> None:
     text = "the keys to the cabinet [MASK] old ."
     fmap = cm.attention(masked, text, heads=False)
     assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, pos=6))
-    with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a position"):
+    with pytest.raises(
+        cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a position"
+    ):
         faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
 
@@ -217,9 +219,9 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
         ),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
         (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
-        (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
+        (lambda: agreement(fmap, fmap.select(layer=1)), r"different tokens or layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
-        (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),
+        (lambda: faithfulness(model, "the dogs near", fmap), r"of a different input"),
         (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"target is not a token id"),
         (
             lambda: faithfulness(model, TEXT, fmap, pos=[-1]),
