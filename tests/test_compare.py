@@ -67,7 +67,7 @@ def test_the_target_is_what_differs(
 
 @pytest.mark.parametrize("pair", [("a b", "a b"), ("a b c", "a c"), ("a", ""), ("", "")])
 def test_what_is_no_minimal_pair(pair: tuple[str, str]) -> None:
-    with pytest.raises(cm.InvalidInput, match="no minimal pair"):
+    with pytest.raises(cm.InvalidInput, match="not a minimal pair"):
         MinimalPair(*pair)
 
 
@@ -104,10 +104,10 @@ def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
         ("[1]", r"line 2 of .*which is not an object"),
         ('{"sentence_good": "a"}', r"line 2 of .*got the fields \['sentence_good'\]"),
         ('{"sentence_good": 1, "sentence_bad": "b"}', r"line 2 of .*got the fields"),
-        ('{"sentence_good": "a b", "sentence_bad": "a b"}', r"line 2 of .*no minimal pair"),
+        ('{"sentence_good": "a b", "sentence_bad": "a b"}', r"line 2 of .*not a minimal pair"),
         ('{"sentence_good": "a a b", "sentence_bad": "a a c", "cues": ["a"]}',
-         r"line 2 of .*'a', which is 2 of the words.*\[start, stop\]"),
-        ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": ["x"]}', r"which is 0 of"),
+         r"line 2 of .*'a', which occurs 2 times.*\[start, stop\]"),
+        ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": ["x"]}', r"which occurs 0 times"),
         ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": "a"}', r"a list of words"),
         ('{"sentence_good": "a b", "sentence_bad": "a c", "cues": [[0, 9]]}', r"\(0, 9\) in 'a b'"),
         ("\udcff", r"line 2 of .*not UTF-8"),

@@ -219,9 +219,9 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
         ),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
         (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
-        (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
+        (lambda: agreement(fmap, fmap.select(layer=1)), r"different tokens or layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
-        (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),
+        (lambda: faithfulness(model, "the dogs near", fmap), r"of a different input"),
         (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"target is not a token id"),
         (
             lambda: faithfulness(model, TEXT, fmap, pos=[-1]),
