@@ -32,6 +32,7 @@ def results() -> dict[str, Result]:
         "log_prob": cm.log_prob_contributions(model, fact, target=" paris"),
         "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
         "baselines": cm.alti(model, TEXT).normalize(),
+        "attention_flow": cm.attention_flow(model, TEXT),
     }
 
 

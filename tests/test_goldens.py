@@ -101,6 +101,9 @@ METHODS: dict[str, dict[str, Ask]] = {
         "amplified_pairs": _pairs,
         "value_zeroing": _maps(cm.value_zeroing),
         "attention": _maps(cm.attention),
+        "attention_flow": lambda model, tokens, **given: (
+            cm.attention_flow(model, tokens, **_own_stack(given)).scores
+        ),
         "globenc": _maps(cm.globenc),
         "alti": _maps(cm.alti),
         "decompx": _maps(cm.decompx),
