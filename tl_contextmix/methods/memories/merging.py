@@ -25,7 +25,7 @@ from tl_contextmix.methods.memories.store import (
 )
 
 
-def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
+def merge_triggers(out: FilePath, *, parts: FilePath | Sequence[FilePath] = ()) -> Path:
     """Puts together what several processes have mined; returns the folder.
 
     The files are those that one process alone would have written, byte by byte.
