@@ -551,18 +551,18 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ("the keys", {}, r"a str of .*a list of texts, or one of minimal pairs"),
+        ("the keys", {}, r"got 'the keys'; expected a list of texts or a list of MinimalPairs"),
         ([], {}, r"a list of texts"),
-        (["a cat", MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
-        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list of some of"),
-        (["the keys"], {"methods": []}, r"a list of some of"),
+        (["a cat", MinimalPair("a b", "a c")], {}, r"this input: got \['a cat', MinimalPair"),
+        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list out of"),
+        (["the keys"], {"methods": []}, r"a list out of"),
         (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
-        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue, positions or texts"),
-        (["the keys"], {"cues": ["keys"]}, r"got \['keys'\] for 1 sentences"),
-        (["the keys"], {"methods": {}}, r"got \{\}; expected a list of some of"),
+        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue for every"),
+        (["the keys"], {"cues": ["keys"]}, r"this cues: got \['keys'\]"),
+        (["the keys"], {"methods": {}}, r"got \{\}; expected a list out of"),
         (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
-        (None, {}, r"a NoneType of \[\]; expected a list of texts"),
-        ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list of some of"),
+        (None, {}, r"this input: got None; expected a list of texts"),
+        ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list out of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
         (
             [MinimalPair("the keys", "the key")],
@@ -578,7 +578,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
     ],
 )
 def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str) -> None:
-    ask = inspect.unwrap(cm.compare)
+    ask: Any = cm.compare
     with pytest.raises(cm.InvalidInput, match=message):
         ask(model, given, **{"methods": ["attention"], **options})
 

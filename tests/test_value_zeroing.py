@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -347,16 +346,16 @@ BAD = {
     "no such head in a group": ({"heads": [[0], [1, 99]]}, r"head axis: got 99"),
     "no heads": ({"heads": []}, r"head axis: got '?an empty list"),
     "an empty group": ({"heads": [[0], []]}, r"head axis: got '?an empty list"),
-    "truth values as heads": ({"heads": [True, False]}, r"head axis: got True"),
+    "truth values as heads": ({"heads": [True, False]}, r"this heads: got \[True, False\]"),
     "a head twice": ({"heads": [0, 0]}, r"a head cannot be zeroed twice: got \[0, 0\]; expected"),
     "no such target": ({"pos": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
     "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
-    "a truth value as target": ({"pos": [True]}, r"target axis: got True"),
+    "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),
     "span beyond the end": ({"spans": [(0, 7)]}, r"covers no token: got \(0, 7\); expected"),
     "span from the end": ({"spans": [(-2, 0)]}, r"covers no token: got \(-2, 0\); expected"),
-    "a truth value in a span": ({"spans": [(False, 2)]}, r"covers no token: got \(False, 2\)"),
+    "a truth value in a span": ({"spans": [(False, 2)]}, r"this spans: got \[\(False, 2\)\]"),
     "no spans": ({"spans": []}, r"no spans were given: got \[\]; expected"),
     "rows without spans": ({"span_rows": "mean"}, r"rows cannot be merged: got span_rows='mean'"),
     "rows and targets": (
@@ -364,7 +363,7 @@ BAD = {
         r"rows cannot be merged",
     ),
     "no cross-attention": ({"stack": "cross"}, r"has no such stack: got 'cross'; expected"),
-    "no budget": ({"max_bytes": 0}, r"max_bytes is not a budget: got 0; expected"),
+    "no budget": ({"max_bytes": 0}, r"max_bytes: got 0; expected an integer from 1"),
 }
 
 
@@ -384,8 +383,8 @@ def test_bad_input_is_refused_by_name(options: dict[str, Any], message: str) -> 
 )
 def test_what_the_annotations_exclude_is_refused(options: dict[str, Any]) -> None:
     case = case_of("gpt2")
-    ask = inspect.unwrap(cm.value_zeroing)
-    with pytest.raises(Exception, match=r"got|violates type hint|Type-check error"):
+    ask: Any = cm.value_zeroing
+    with pytest.raises(cm.InvalidInput, match=r"got "):
         ask(zoo.shared(case), zoo.inputs(case).tokens, **options)
 
 

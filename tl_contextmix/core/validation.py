@@ -235,8 +235,10 @@ def is_text(value: str) -> bool:
 
 
 def _fit_many(value: Any, kind: Any, inner: tuple[Any, ...]) -> Any:
-    if isinstance(value, (numpy.ndarray, Tensor)) and value.ndim == 1:
+    if isinstance(value, (numpy.ndarray, Tensor)) and value.ndim:
         value = value.tolist()
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
     if not isinstance(value, kind) or isinstance(value, (str, bytes)):
         return _MISFIT
     if kind is collections.abc.Callable or not inner:
@@ -281,7 +283,7 @@ def _words(hint: Any) -> list[str]:
     if kind in (Union, types.UnionType):
         words = [word for one in inner for word in _words(one)]
         # "an integer, several or None"
-        known = [f"several, each {word}" for word in words]
+        known = list(map(_several, words))
         return list(dict.fromkeys("several" if word in known else word for word in words))
     if kind is Annotated:
         rules = [rule.words for rule in inner[1:] if isinstance(rule, Rule)]
@@ -296,4 +298,10 @@ def _words(hint: Any) -> list[str]:
         return [f"({', '.join(map(_expected, inner))})"]
     if not inner or issubclass(kind, collections.abc.Mapping):
         return [f"a {kind.__name__}"]
-    return [f"several, each {_expected(next(iter(inner)))}"]
+    return [_several(_expected(next(iter(inner))))]
+
+
+def _several(word: str) -> str:
+    article, _, noun = word.partition(" ")
+    plain = article in ("a", "an") and noun.isalpha()
+    return f"a list of {noun}s" if plain else f"several, each {word}"
