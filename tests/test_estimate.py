@@ -160,7 +160,7 @@ class _Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operators += 1
-        for leaf in tree_leaves(out):
+        for leaf in () if func.is_view else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self.numbers += leaf.numel() * leaf.is_floating_point()
         return out
