@@ -25,8 +25,8 @@ from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.demo_models.grammar import Grammar
-from tl_contextmix.methods.memories.miner import Miner, make_cutting, make_miner
-from tl_contextmix.methods.memories.shards import Documents
+from tl_contextmix.methods.memories.miner import Miner, make_miner
+from tl_contextmix.methods.memories.shards import Cutting, Documents
 from tl_contextmix.methods.memories.topk import TopK
 
 BATCH, LENGTH, K = 16, 128, 25
@@ -74,6 +74,7 @@ def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
     return Documents(
         make_batch(view, Given(ids)),
         torch.arange(len(ids)) + start,
+        torch.arange(len(ids)) + start,
         torch.ones_like(ids, dtype=torch.bool),
         ids.roll(-1, 1),
     )
@@ -81,7 +82,7 @@ def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
 
 def miner_of(view: Any, rows: int) -> tuple[Miner, dict[tuple[int, str], TopK]]:
     """Returns what mines batches of so many rows, and where nothing was found yet."""
-    how = make_cutting("mining", rows, 256, "cut", "error", None, False)
+    how = Cutting(256, rows, "cut", "error", None, False)
     miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
     return miner, miner.zero()
 
@@ -123,7 +124,7 @@ def merging(columns: int) -> None:
     def state() -> TopK:
         values = torch.rand(columns, K, generator=generator).sort(dim=1, descending=True).values
         places = torch.randperm(columns * K, generator=generator).view(columns, K)
-        return TopK(values, places, places)
+        return TopK(values, places, places, places)
 
     one, other = state(), state()
     found = one.merge(other)

@@ -73,7 +73,7 @@ def test_what_is_no_minimal_pair(pair: tuple[str, str]) -> None:
 
 def test_cues_lie_in_the_sentence() -> None:
     for cue in ((3, 4), (8, 14), (6, 9), (-3, 2)):  # a space, the place itself, a part of it
-        with pytest.raises(cm.InvalidInput, match="no other part of the sentence"):
+        with pytest.raises(cm.InvalidInput, match="must be another part of the sentence"):
             MinimalPair("the cat sleeps", "the cat sleep", cues=(cue,))
     with pytest.raises(cm.InvalidInput, match=r"got \(4, 40\) in 'the cat sleeps'"):
         MinimalPair("the cat sleeps", "the cat sleep", cues=((4, 40),))
@@ -269,7 +269,7 @@ def test_cues_as_text_and_on_words(model: Any) -> None:
     assert dots == pytest.approx(pieces)
     with pytest.raises(cm.InvalidInput, match=r"'dogs', a position or token, in sentence 0"):
         cm.cue_alignment(fmap, [["dogs"]])
-    with pytest.raises(cm.InvalidInput, match=r"a list with at least one cue"):
+    with pytest.raises(cm.InvalidInput, match=r"a list of at least one cue"):
         cm.cue_alignment(fmap, ["keys"])
     with pytest.raises(cm.InvalidInput, match=r"2 for 1 sentences"):
         cm.cue_alignment(fmap, [[1]], pos=[1, 2])
@@ -449,7 +449,7 @@ def test_no_word_reaches_from_one_stack_into_another() -> None:
 
 def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
     pair = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
-    with pytest.raises(cm.InvalidInput, match="behind the place"):
+    with pytest.raises(cm.InvalidInput, match="a cue after the answer"):
         cm.compare(model, [pair], methods=["attention"])
 
 
@@ -466,7 +466,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert found.rows == alone.rows
     assert (found.sentences, found.correct) == (3, alone.correct)
     assert [text for text, _ in found.dropped] == ["the keys are old"] * 2
-    assert all("a cue behind the place" in reason for _, reason in found.dropped)
+    assert all("a cue after the answer" in reason for _, reason in found.dropped)
     assert "3 sentences (2 more were left out)" in repr(found)
     assert found.without()[0] in found.panels()
     path = tmp_path / "pairs.jsonl"
@@ -481,7 +481,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert "1 sentences (1 more were left out)" in page.read_text()
     assert main(["compare", "--pairs", str(path), "-o", str(page)]) == 2
     # Where nothing is left there is nothing to compare.
-    with pytest.raises(cm.InvalidInput, match=r"behind the place.*unusable='drop'"):
+    with pytest.raises(cm.InvalidInput, match=r"a cue after the answer.*unusable='drop'"):
         cm.compare(model, [other], methods=["attention"], unusable="drop")
 
 
@@ -494,18 +494,18 @@ def test_only_mining_is_said_to_go_on_when_interrupted(
     monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
     for words, more in (
         ("check causal-lm", ""),
-        ("mine causal-lm corpus.txt -o mined", "; the same command goes on"),
+        ("mine causal-lm corpus.txt -o mined", "; run the same command to resume"),
     ):
         assert main(words.split()) == 130
-        assert capsys.readouterr().err == f"tl-contextmix: stopped{more}\n"
+        assert capsys.readouterr().err == f"tl-contextmix: interrupted{more}\n"
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens") as caught:
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens") as caught:
         found = cm.compare(model, ["the keys"], methods=["attention"])
     assert len(caught) == 1
     assert all(math.isnan(row.value) for row in found.rows)
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has two tokens"):
+    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens"):
         cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
 
 
@@ -526,7 +526,7 @@ def test_a_model_must_tell_the_sentences_of_a_pair_apart_behind_a_token() -> Non
     for pair, message in (
         # Both are the unknown word.
         (MinimalPair("the cat xyzzy", "the cat zyxxy"), "tokens that differ"),
-        (MinimalPair("cat sat", "dog sat"), "nothing before the place"),
+        (MinimalPair("cat sat", "dog sat"), "no token before the answer"),
     ):
         model.cfg.default_prepend_bos = False
         with pytest.raises(cm.InvalidInput, match=message):
@@ -554,17 +554,21 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         ("the keys", {}, r"a str of .*a list of texts, or one of minimal pairs"),
         ([], {}, r"a list of texts"),
         (["a cat", MinimalPair("a b", "a c")], {}, r"\['MinimalPair', 'str'\]"),
-        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list out of"),
-        (["the keys"], {"methods": []}, r"a list out of"),
+        (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list of some of"),
+        (["the keys"], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
-        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue for every"),
+        (["the keys", "a cat"], {"cues": [["keys"], []]}, r"at least one cue, positions or texts"),
         (["the keys"], {"cues": ["keys"]}, r"got \['keys'\] for 1 sentences"),
-        (["the keys"], {"methods": {}}, r"got \{\}; expected a list out of"),
+        (["the keys"], {"methods": {}}, r"got \{\}; expected a list of some of"),
         (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
         (None, {}, r"a NoneType of \[\]; expected a list of texts"),
-        ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list out of"),
+        ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
-        ([MinimalPair("the keys", "the key")], {"cues": [[1]]}, r"cues were given twice"),
+        (
+            [MinimalPair("the keys", "the key")],
+            {"cues": [[1]]},
+            r"have their own cues",
+        ),
         (
             [MinimalPair("the keys", "the key", cues=((0, 3),)), MinimalPair("a b", "a c")],
             {},
@@ -580,7 +584,7 @@ def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str
 
 
 def test_other_models_than_the_demos_need_sentences() -> None:
-    with pytest.raises(cm.InvalidInput, match="which is no demo model.*Give --pairs FILE"):
+    with pytest.raises(cm.InvalidInput, match="which is not a demo model.*Pass --pairs FILE"):
         write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
 
 
@@ -592,7 +596,7 @@ def test_masked_bad_input() -> None:
     with pytest.raises(cm.InvalidInput, match=r"1 tokens for 'are' and \d for 'is being'"):
         cm.compare(model, [pair], methods=["attention"])
     model.tokenizer.mask_token = None
-    with pytest.raises(cm.InvalidInput, match="a tokenizer without a mask token"):
+    with pytest.raises(cm.InvalidInput, match="a masked model needs a mask token"):
         cm.compare(model, [pair], methods=["attention"])
 
 
@@ -603,7 +607,7 @@ def test_encoder_decoders_are_refused() -> None:
     with pytest.raises(cm.UnsupportedModel, match="two stacks"):
         cm.compare(model, ["the cat sees the dog ."])
     map = cm.attention_norms(model, "the cat sees the dog .", stack="encoder").normalize()
-    with pytest.raises(cm.UnsupportedModel, match="tokens of an encoder-decoder are not blanked"):
+    with pytest.raises(cm.UnsupportedModel, match="faithfulness does not support encoder-decoders"):
         cm.faithfulness(model, "the cat sees the dog .", map)
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 import zoo
-from asked import case_of
+from asked import case_of, view_of
 from test_mining import texts
 
 import tl_contextmix as cm
-from tl_contextmix.methods.memories import progress
+from tl_contextmix.methods.memories import shards
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
 pytestmark = pytest.mark.once
@@ -54,7 +56,7 @@ def test_lines_end_at_line_feeds_and_a_byte_order_mark_is_no_text(tmp_path: Path
     [
         (b"\xff", "no UTF-8 (invalid start byte at byte 0)"),
         (b'{"text": "\\ud800"}', "no Unicode text (surrogates not allowed at character 0)"),
-        (b"[" * 10**5, "no JSON (maximum recursion"),
+        (b'{"a":' * 10**5, "no JSON (maximum recursion"),
         (b'{"text": NaN}', "a float, no text"),
         (b'{"text": null}', "a NoneType, no text"),
         (b'["a"]', "a list, no object with columns"),
@@ -70,9 +72,8 @@ def test_what_is_no_document_says_why(data: bytes, problem: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
-        ({"a": "the cat"}, r"Give one of its parts: \['a'\]"),
+        ({"a": "the cat"}, r"Pass one of its parts: \['a'\]"),
         ({"the cat", "a dog"}, "sets have no order"),
-        (pandas.DataFrame({"text": ["the cat"]}), r"Give the column: table\['text'\]"),
         (b"the cat", "got a bytes"),
         ("a " * 4000, "which is no file"),
         ("a\0b", "which is no file"),
@@ -92,20 +93,127 @@ def test_files_of_other_formats_are_not_read_line_by_line(tmp_path: Path) -> Non
             open_corpus(write(tmp_path / name, b"the cat\n"))
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_column_that_is_not_there_is_named(model: Any, tmp_path: Path) -> None:
     import datasets
 
-    path = tmp_path / "a.parquet"
-    pandas.DataFrame({"words": ["the cat"]}).to_parquet(path)
-    for corpus in (path, datasets.Dataset.from_dict({"words": ["the cat"]})):
+    frame = pandas.DataFrame({"words": ["the cat"]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    dataset = datasets.Dataset.from_dict({"words": ["the cat"]})
+    tables = (frame, pyarrow.table(frame), dataset, dataset.to_iterable_dataset())
+    for corpus in (tmp_path / "a.parquet", *tables):
         assert read(corpus, "words") == ["the cat"]
-        with pytest.raises(cm.InvalidInput, match=r"got 'text'; expected one of \['words'\]"):
+        with pytest.raises(cm.InvalidInput, match=r"'text'; expected one of \['words'\].*column="):
             read(corpus)
+    lines = write(tmp_path / "a.jsonl", b'{"words": "the cat"}')
+    assert read(lines, "words") == ["the cat"]
+    with pytest.raises(cm.InvalidInput, match=r"It has \['words'\]: name one with column="):
+        cm.mine_triggers(model, lines, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_array_is_named(indent: int | None, tmp_path: Path) -> None:
+    rows = [{"text": "the cat sat"}] * 9
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=indent).encode())
+    with pytest.raises(cm.InvalidInput, match="a JSON array; expected a JSON object per line"):
+        open_corpus(path)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        (["paris", " "], None),
+        ([" "] * 3, "no position of the corpus counts .3 documents, 3 empty"),
+        ([5] * 3, "no position of the corpus counts .3 documents, 3 malformed"),
+        (["cat " * 100, "a dog"], r"cut off than read .2 documents, 1 too_long, \d+ cut_tokens"),
+    ],
+    ids=str,
+)
+def test_a_corpus_that_was_hardly_read_is_warned_of(
+    corpus: list[Any], message: str | None, model: Any, tmp_path: Path
+) -> None:
+    def mine(out: str, **share: Any) -> None:
+        cm.mine_triggers(model, corpus, out=tmp_path / out, k=2, malformed="skip", **share)
+
+    for rank in range(2):
+        mine("two", rank=rank, world_size=2)
+    asked: list[Callable[[], Any]] = [
+        lambda: mine("one"),
+        lambda: cm.merge_triggers(tmp_path / "two"),
+        lambda: cm.composition(model, corpus, malformed="skip"),
+    ]
+    for ask in asked:
+        if message is None:
+            ask()
+        else:
+            with pytest.warns(cm.ContextMixWarning, match=message):
+                ask()
+
+
+KINDS: dict[str, Callable[[list[Any]], Any]] = {
+    "list": list,
+    "iterator": iter,
+    "arrays": lambda rows: [np.array(row) if isinstance(row, list) else row for row in rows],
+    "tensors": lambda rows: [torch.tensor(row) if isinstance(row, list) else row for row in rows],
+    "series": pandas.Series,
+    "table of pandas": lambda rows: pandas.DataFrame({"text": rows}),
+    "table of Arrow": lambda rows: pyarrow.table({"text": rows}),
+    "column of Arrow": pyarrow.array,
+    "dataset": lambda rows: _dataset(rows),
+    "streamed": lambda rows: _dataset(rows).to_iterable_dataset(),
+    "column of a dataset": lambda rows: _dataset(rows)["text"],
+}
+
+
+def _dataset(rows: list[Any]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": rows})
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("tokenized", [False, True], ids=["texts", "ids"])
+def test_every_kind_of_corpus_is_mined_alike(
+    kind: Callable[[list[Any]], Any], tokenized: bool, model: Any, tmp_path: Path
+) -> None:
+    rows: list[Any] = texts(12)
+    options: dict[str, Any] = {"k": 3, "shard_size": 5, "batch_size": 2, "layer": 1}
+    whole = cm.mine_triggers(model, rows, out=tmp_path / "texts", **options).to_dataframe()
+    if tokenized:
+        rows = [view_of(model).encode(text, None) for text in rows]
+    found = cm.mine_triggers(model, kind(rows), out=tmp_path / "kind", **options)
+    frame = found.to_dataframe()
+    # What was tokenized before is another document, with the same triggers.
+    assert frame["hash"].equals(whole["hash"]) != tokenized
+    assert frame.drop(columns="hash").equals(whole.drop(columns="hash"))
+    if kind is not iter:
+        again = cm.load_triggers(tmp_path / "kind", model=model, corpus=kind(rows))
+        for trigger in again.examples(1, 3).triggers:
+            text = texts(12)[trigger.document].replace(" ", "")
+            assert text.startswith("".join(trigger.tokens[1:]))
+        assert again.patterns(1, 3).rows
+
+
+def test_token_ids_are_mined_as_they_are(model: Any, tmp_path: Path) -> None:
+    view = view_of(model)
+    framed = view.encode("the cat sat", None)
+    bare = framed[1:]
+    corpus = [framed, bare, [], [view.d_vocab], [-1], [2**40]]
+    found = cm.mine_triggers(model, corpus, out=tmp_path / "out", k=9, malformed="skip")
+    counts = found.manifest["counts"]
+    assert (counts["empty"], counts["malformed"]) == (1, 3)
+    # No beginning-of-sequence token is put in front, and one that is there does not count.
+    assert (counts["tokens"], counts["positions"]) == (len(framed) + len(bare), 2 * len(bare))
+    for row in found.to_dataframe().itertuples():
+        ids = corpus[row.document]
+        assert row.token == ids[row.position]
+        one = cm.ff_memories(model, torch.tensor([ids])).coefficients
+        value = float(one[0, row.layer, row.position, row.neuron])
+        assert row.value == pytest.approx(value, abs=1e-5)
 
 
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
     corpus = open_corpus(write(tmp_path / "a.txt", b"the cat\na dog\n"))
-    assert corpus.pick([1]) == {1: "a dog"}
+    assert corpus.pick([1])[1].text == "a dog"
     (tmp_path / "a.txt").unlink()
     with pytest.raises(cm.InvalidInput, match=r"a\.txt cannot be read"):
         corpus.pick([1])
@@ -133,9 +241,9 @@ def test_layers_and_neurons_count_once_and_in_order(model: Any, tmp_path: Path) 
 def test_the_bar_gives_tokens_per_second_and_the_time_left(
     known: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    screen, bar = io.StringIO(), progress.tqdm
+    screen, bar = io.StringIO(), shards.tqdm
     options = {"delay": 0, "mininterval": 0, "file": screen, "ncols": 120, "disable": False}
-    monkeypatch.setattr(progress, "tqdm", lambda **given: bar(**{**given, **options}))
+    monkeypatch.setattr(shards, "tqdm", lambda **given: bar(**{**given, **options}))
     corpus = texts(64)
     lines = [json.dumps({"text": text}) for text in corpus]
     path = write(tmp_path / "c.jsonl", "\n".join(lines).encode())

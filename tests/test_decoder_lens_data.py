@@ -344,7 +344,7 @@ ONE_STACK = [case for case in zoo.cases() if case.family in ("gpt2", "bert")]
 
 @pytest.mark.parametrize("case", ONE_STACK, ids=str)
 def test_models_with_one_stack_are_refused(case: zoo.Case) -> None:
-    with pytest.raises(cm.UnsupportedModel, match="no encoder layers for a decoder to read"):
+    with pytest.raises(cm.UnsupportedModel, match="DecoderLens needs an encoder-decoder"):
         cm.decoder_lens(zoo.build(case), "the cat")
 
 

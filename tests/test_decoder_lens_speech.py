@@ -122,8 +122,8 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"input": torch.zeros(8, 24)}, "cannot read"),
     ({"input": AUDIO.long()}, "cannot read"),
     ({"input": AUDIO[:0]}, "at least one input"),
-    ({"input": torch.zeros(1, 8, 5)}, "cannot be encoded"),
-    ({"input": torch.zeros(1, 8, 0)}, "cannot be encoded"),
+    ({"input": torch.zeros(1, 8, 5)}, "cannot encode the audio"),
+    ({"input": torch.zeros(1, 8, 0)}, "cannot encode the audio"),
     ({"input": torch.zeros(1, 5, 24)}, "8 mel bins"),
     ({"decoder_input": torch.tensor([[1]])}, "no meaning"),
     ({"attention_mask": torch.ones(1, 24)}, "no meaning"),
@@ -132,7 +132,7 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     # Token ids as numbers are no words to compare a transcript with.
     ({"references": "a", "metric": "WER"}, "tokenizer"),
     ({"mode": "scores", "target": ["a"]}, "tokenizer"),
-    ({"tokenizer": 5}, "this is no tokenizer"),
+    ({"tokenizer": 5}, "not a tokenizer"),
 ]
 
 
@@ -184,7 +184,7 @@ def test_hooks_and_settings_are_followed_or_refused() -> None:
     torch.testing.assert_close(edited.logits[:, -1], right)
     assert bool((edited.logits != plain.logits).all())
     handle = encoder.register_forward_hook(lambda module, args, output: output)
-    with pytest.raises(cm.UnsupportedModel, match="its whole encoder are not followed"):
+    with pytest.raises(cm.UnsupportedModel, match="its whole encoder have no effect"):
         ask()
     handle.remove()
     before = dict(vars(settings))

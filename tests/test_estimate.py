@@ -184,7 +184,7 @@ def test_told_to_a_reader() -> None:
         ((0, cm.attention), "n_tokens is no number"),
         ((5.0, cm.attention), "n_tokens"),
         ((5, "attention"), "method"),
-        ((5, int), "no such method"),
+        ((5, int), "unknown method"),
         ((zoo.rows.N_CTX + 1, cm.attention), "longest input of this model"),
         ((5, partial(cm.attention, layer=9)), "no such layer"),
     ],

@@ -183,7 +183,9 @@ def test_masked_models_are_asked_at_their_mask() -> None:
     text = "the keys to the cabinet [MASK] old ."
     fmap = cm.attention(masked, text, heads=False)
     assert faithfulness(masked, text, fmap).equals(faithfulness(masked, text, fmap, pos=6))
-    with pytest.raises(cm.InvalidInput, match=r"0 mask tokens; expected one, or a target"):
+    with pytest.raises(
+        cm.InvalidInput, match=r"0 mask tokens; expected exactly one, or a position"
+    ):
         faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
 
@@ -211,19 +213,25 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
     for call, message in (
         (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
         (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
-        (lambda: cue_alignment(fmap, [[]]), r"at least one cue for every sentence"),
+        (
+            lambda: cue_alignment(fmap, [[]]),
+            r"at least one cue, positions or texts",
+        ),
         (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
         (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
         (lambda: agreement(fmap, fmap.select(layer=1)), r"same tokens and layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
         (lambda: faithfulness(model, "the dogs near", fmap), r"of another input"),
-        (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"this answer is no token"),
+        (lambda: faithfulness(model, TEXT, fmap, target=[10**6]), r"target is not a token id"),
         (
-            lambda: faithfulness(model, TEXT, fmap, target=[-1]),
+            lambda: faithfulness(model, TEXT, fmap, pos=[-1]),
             r"got -1; expected an integer",
         ),
         (lambda: faithfulness(model, TEXT, fmap, target=[1, 2]), r"2 for 1 sentences"),
-        (lambda: faithfulness(model, TEXT, fmap, pos=9), r"this target is no token: got 9"),
+        (
+            lambda: faithfulness(model, TEXT, fmap, pos=9),
+            r"not a position of the sentence: got 9",
+        ),
         (lambda: agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),
         (lambda: cue_alignment(fmap, [[True]]), r"positions or texts"),
     ):
@@ -234,7 +242,7 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
 def test_without_a_tokenizer_nothing_can_be_blanked() -> None:
     model = zoo.build(case_of("gpt2"), dtype=torch.float32, tokenizer=False)
     map = cm.attention_norms(model, torch.tensor([[5, 9, 17]])).normalize()
-    with pytest.raises(cm.InvalidInput, match="Give blank=<token id>"):
+    with pytest.raises(cm.InvalidInput, match="Pass blank=<token id>"):
         faithfulness(model, torch.tensor([[5, 9, 17]]), map)
     assert faithfulness(model, torch.tensor([[5, 9, 17]]), map, blank=3).rows
 

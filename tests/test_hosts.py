@@ -207,7 +207,7 @@ def test_attention_of_a_solu_model_is_answered() -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     found = cm.attention_norms(model, given.tokens, at=["attn_out", "resid_mid", "mlp_in"])
     assert len(found) == 3
-    match = r"SoLU.*got act_fn='solu_ln'.*Ask for 'attn_out'"
+    match = r"SoLU.*got act_fn='solu_ln'.*Use 'attn_out'"
     with pytest.raises(cm.UnsupportedModel, match=match):
         cm.attention_norms(model, given.tokens, at="mlp_out")
 

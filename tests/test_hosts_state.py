@@ -199,7 +199,7 @@ def test_edits_that_a_decomposition_cannot_follow_are_refused(
         with pytest.raises(cm.UnsupportedModel, match="with hooks of your own at") as raised:
             cm.attention_norms(model, given.tokens, **keywords(given))
         assert "fails in" in str(raised.value)
-        assert "Take the others off" in str(raised.value)
+        assert "Remove other hooks" in str(raised.value)
         # The weights are read for what they are, whatever hooks do.
         assert cm.check(model).ok
     maps(model, case, given)

@@ -244,11 +244,11 @@ def test_an_unknown_activation_limits_the_model_and_no_more() -> None:
         mlp.original_component.act = Softened()
     report = cm.check(model)
     assert report.ok
-    assert "activation was not recognised: got a relative error of" in report.limits[0]
-    assert "not answered" in str(report)
+    assert "unknown feed-forward activation: got a relative error of" in report.limits[0]
+    assert "unavailable" in str(report)
     cm.attention_norms(model, given.tokens, at="mlp_in")
     cm.attention_norms(model, given.tokens, at="block_out", layer=1)
-    with pytest.raises(cm.UnsupportedModel, match=r"not recognised.*Ask for 'attn_out'"):
+    with pytest.raises(cm.UnsupportedModel, match=r"unknown feed-forward.*Use 'attn_out'"):
         cm.attention_norms(model, given.tokens, at="block_out")
 
 
@@ -348,7 +348,7 @@ def test_report_sorts_prints_tabulates_shows_and_saves(tmp_path: Any) -> None:
     assert not report.ok
     assert report.worst() is rows[1]
     assert "FAIL" in str(report)
-    assert "not answered: no readout" in str(report)
+    assert "unavailable: no readout" in str(report)
     assert list(report.to_dataframe()["ok"]) == [True, False, False]
     assert "no readout" in report.panels()[0].caption
     path = report.save(tmp_path / "report.safetensors")

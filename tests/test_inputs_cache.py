@@ -137,7 +137,7 @@ def test_a_cache_of_other_weights_or_of_an_edited_pass_is_refused(case: zoo.Case
     # Weights of W_O and the feed-forward are not in what maps are made of, and yet they matter.
     with model.hooks(fwd_hooks=[(block.attentions[0].mixed, lambda mixed, hook: mixed * 0.5)]):
         edited = cached(model, given)
-    match = r"a map would not be of this pass: .* fails in .*as the cache holds it"
+    match = r"a map would not match this pass: .* fails in .*as the cache holds it"
     with pytest.raises(cm.UnsupportedModel, match=match):
         cm.attention_norms(model, given.tokens, at="attn_out", cache=edited, **keywords(given))
     stale = cached(zoo.build(case, seed=1), given)

@@ -95,7 +95,7 @@ _REFUSED = {
     "cm.composition(model, corpus, seed='a')": "got seed='a'",
     "cm.composition(model, corpus, batch_size=0)": "got batch_size=0",
     "two[0] + two[1]": "figures cannot be added up: got {'active': 'nonzero'",
-    "ray(options=5)": "an option that mine_triggers has not",
+    "ray(options=5)": "mine_triggers does not have this option",
     "ray(workers='a')": "got workers='a'",
     "ray(parts=0)": "got parts=0",
     "ray(num_cpus=0)": "got num_cpus=0",

@@ -18,7 +18,7 @@ import pandas
 import pytest
 import torch
 import zoo
-from asked import case_of, view_of
+from asked import bound, case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
@@ -42,7 +42,7 @@ def every_coefficient(
 ) -> list[tuple[int, int, int, int, float]]:
     """One row per layer, neuron, document and position that counts: one document at a time."""
     view = view_of(model)
-    before, behind = frame_of(view, None)
+    before, behind = map(len, frame_of(view, None))
     rows = []
     for document, text in enumerate(corpus):
         trace_of = [name for b in view.stacks[stack] for name in (b.feed_forward.post,)]
@@ -76,7 +76,9 @@ def best_of_each(rows: list[Any]) -> list[Any]:
     return list(best.values())
 
 
-def check_frame(frame: pandas.DataFrame, rows: list[Any], k: int, sign: int = 1) -> None:
+def check_frame(
+    frame: pandas.DataFrame, rows: list[Any], k: int, sign: int = 1, off: float = 1e-12
+) -> None:
     """Every memory has its highest values, at places that have them."""
     expected = search(rows, k, sign)
     known = {(r[0], r[1], r[2], r[3]): r[4] for r in rows}
@@ -84,12 +86,12 @@ def check_frame(frame: pandas.DataFrame, rows: list[Any], k: int, sign: int = 1)
     assert groups.keys() == expected.keys()
     for key, group in groups.items():
         best = [-sign * entry[0] for entry in expected[key]]
-        assert group["value"].tolist() == pytest.approx(best, rel=1e-9, abs=1e-12)
+        assert group["value"].tolist() == pytest.approx(best, rel=1e-9, abs=off)
         assert group["rank"].tolist() == list(range(len(best)))
         places = list(zip(group["document"], group["position"], strict=True))
         assert len(set(places)) == len(places)
         for place, value in zip(places, group["value"], strict=True):
-            assert value == pytest.approx(known[(*key, *place)], rel=1e-9, abs=1e-12)
+            assert value == pytest.approx(known[(*key, *place)], rel=1e-9, abs=off)
 
 
 FAMILIES = [("gpt2",), ("llama", "qwen2"), ("bert",), ("t5", "flan", "bart")]
@@ -101,15 +103,19 @@ def test_mining_equals_a_search_through_everything(families: tuple[str, ...], tm
     model, corpus = zoo.build(case), texts(40)
     stack = "encoder" if case.encoder_decoder or case.family == "bert" else "decoder"
     rows = every_coefficient(model, corpus, stack)
-    mined = cm.mine_triggers(
-        model, corpus, out=tmp_path / "mined", k=4, tails="both", shard_size=16, batch_size=3
-    )
-    check_frame(mined.to_dataframe(tail="positive"), rows, 4)
-    check_frame(mined.to_dataframe(tail="negative"), rows, 4, sign=-1)
-    counts = mined.manifest["counts"]
-    assert counts["documents"] == 40
-    layers, neurons = len(mined.layers), len(mined.manifest["neurons"]["0"])
-    assert counts["positions"] * layers * neurons == len(rows)
+    # A document alone is run as in the search. In a batch it is padded, and a host's softmax in
+    # float32 then rounds differently: AVX2 adds 8 entries as a vector, the first 7 one by one.
+    largest = max(abs(row[4]) for row in rows)
+    offs = {1: 1e-12, 3: 1e-12 if bound(case) < 1e-9 else bound(case) * largest}
+    for size, off in offs.items():
+        options: dict[str, Any] = {"tails": "both", "shard_size": 16, "batch_size": size}
+        mined = cm.mine_triggers(model, corpus, out=tmp_path / str(size), k=4, **options)
+        check_frame(mined.to_dataframe(tail="positive"), rows, 4, off=off)
+        check_frame(mined.to_dataframe(tail="negative"), rows, 4, sign=-1, off=off)
+        counts = mined.manifest["counts"]
+        assert counts["documents"] == 40
+        layers, neurons = len(mined.layers), len(mined.manifest["neurons"]["0"])
+        assert counts["positions"] * layers * neurons == len(rows)
 
 
 def test_best_per_document_and_chosen_neurons(tmp_path: Path):
@@ -123,19 +129,22 @@ def test_best_per_document_and_chosen_neurons(tmp_path: Path):
 
 
 def test_quadrants_are_the_signs_of_both_branches(tmp_path: Path):
-    model, corpus = zoo.build(case_of("llama", "qwen2")), texts(20)
+    case = case_of("llama", "qwen2")
+    model, corpus = zoo.build(case), texts(20)
     view = view_of(model)
     mined = cm.mine_triggers(model, corpus, out=tmp_path, k=3, tails="quadrants", shard_size=7)
     frame = mined.to_dataframe()
     assert set(frame["tail"]) == {"++", "+-", "-+", "--"}
     signs = {"++": 1, "--": 1, "+-": -1, "-+": -1}
+    off = bound(case) * frame["value"].abs().max()  # padded, see above
     for row in frame.sample(60, random_state=0).itertuples():
         ff = view.blocks()[row.layer].feed_forward
         ids = torch.tensor([view.encode(corpus[row.document], None)])
         trace = view.run(make_batch(view, Given(ids)), [ff.pre, ff.pre_linear, ff.post])
         gate, up = (trace[n][0, row.position, row.neuron] for n in (ff.pre, ff.pre_linear))
         assert ("-" if gate < 0 else "+") + ("-" if up < 0 else "+") == row.tail
-        assert row.value == pytest.approx(float(trace[ff.post][0, row.position, row.neuron]))
+        value = float(trace[ff.post][0, row.position, row.neuron])
+        assert row.value == pytest.approx(value, rel=1e-9, abs=off)
         assert row.value * signs[row.tail] > 0
 
 
@@ -158,7 +167,7 @@ def filled(entries: list[Any], k: int, *, distinct: bool = False) -> TopK:
     counted = torch.ones(len(entries), dtype=torch.bool)
 
     def looked_up(rows: Any, *_: Any) -> Any:
-        return (places[rows], places[rows] * 7, *(key[rows] for key in keys))
+        return (places[rows], places[rows] * 7, places[rows] * 5, *(key[rows] for key in keys))
 
     top.update(scores, counted, looked_up, repeats=distinct)
     return top
@@ -170,10 +179,11 @@ def merged(parts: list[TopK], order: list[int]) -> TopK:
 
 
 def kept(top: TopK, column: int) -> list[tuple[float, int]]:
-    """What a column holds: negative values, places; the tokens belong to the places."""
+    """What a column holds: negative values, places; tokens and hashes belong to the places."""
     here = top.values[column] > -torch.inf
     values, places = top.values[column][here], top.places[column][here]
     assert torch.equal(top.tokens[column][here], places * 7)
+    assert torch.equal(top.hashes[column][here], places * 5)
     return list(zip((-values).tolist(), places.tolist(), strict=True))
 
 
@@ -528,7 +538,8 @@ def test_documents_are_picked_from_every_kind_of_corpus(shared: Any, tmp_path: P
     sizes = [shared[1].stat().st_size, (tmp_path / "c.jsonl").stat().st_size, 161, 161, 161]
     for kind, size in zip([*kinds, dataset.to_iterable_dataset()], [*sizes, None], strict=True):
         corpus = open_corpus(kind)
-        assert corpus.pick([157, 3], [8, 999]) == {n: whole[n] for n in (3, 8, 157)}
+        picked = corpus.pick([157, 3], [8, 999])
+        assert {n: d.text for n, d in picked.items()} == {n: whole[n] for n in (3, 8, 157)}
         assert corpus.size() == size
         if size is not None:
             assert sum(document.size for document in corpus.documents()) == size

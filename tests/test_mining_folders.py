@@ -15,6 +15,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from test_mining import result, texts
 
 import tl_contextmix as cm
 from tl_contextmix.errors import FileFormatError
-from tl_contextmix.methods.memories.file_lock import alone
+from tl_contextmix.methods.memories.store import alone
 
 pytestmark = pytest.mark.once
 
@@ -267,7 +268,7 @@ def test_whoever_comes_late_finds_what_was_mined(mined: Any, tmp_path: Path) -> 
     assert result(tmp_path) == result(whole)
 
 
-@pytest.mark.parametrize("locks", ["this system", "this disk", "a file removed meanwhile"])
+@pytest.mark.parametrize("locks", ["a disk without", "a file removed meanwhile"])
 def test_where_there_are_no_locks_one_is_done_without(
     locks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,20 +276,26 @@ def test_where_there_are_no_locks_one_is_done_without(
 
     def flock(handle: int, how: int) -> None:
         tries.append(handle)
-        if locks == "this disk":
+        if locks == "a disk without":
             raise OSError(errno.ENOLCK, "No locks available")
         take(handle, how)
         if len(tries) == 1:
             path.unlink()
 
-    if locks == "this system":
-        monkeypatch.setattr("tl_contextmix.methods.memories.file_lock.fcntl", None)
-    else:
-        monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with alone(path):
         assert path.exists()
+        held = locks != "a disk without"
+        with (
+            (
+                pytest.raises(cm.InvalidInput, match="another process at it")
+                if held
+                else nullcontext()
+            ),
+            alone(path),
+        ):
+            pass
     assert not path.exists()
-    assert len(tries) == ["this system", "this disk", "a file removed meanwhile"].index(locks)
 
 
 def test_a_folder_that_cannot_be_made_is_named(mined: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from asked import case_of, relative
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.weight_processing import _TOLD
+from tl_contextmix.adapters.weight_processing import _WARNED
 from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.results import LogProbContributions
@@ -131,7 +131,7 @@ def test_a_method_speaks_up_where_its_numbers_change_and_nowhere_else(step: str)
             expected -= {"fold_value_biases"} if "mean" in name else set()
         if named != expected:
             wrong[name] = (change, said)
-        _TOLD[model].clear()
+        _WARNED[model].clear()
     assert not wrong
 
 

@@ -94,9 +94,7 @@ def test_the_story_is_told_in_order(page):
         assert section.text, "how to read it"
         assert section.finding, "what is to be seen"
         assert section.citation or name == "prediction"
-    assert left_out(page) == {
-        "encoder-layers": "the model has no encoder whose layers its decoder could read"
-    }
+    assert left_out(page) == {"encoder-layers": "the model has no encoder and decoder"}
     # The headings with their findings stand at the top: the story in a few lines.
     text = " ".join(Parsed(page.html()).text.split())
     assert text.index(part(page, "comparison").finding) < text.index(part(page, "mixing").text)
@@ -125,8 +123,8 @@ def test_prediction_is_the_models_own(page, causal):
     bars = shown(section, Bars)
     assert bars.labels == tuple(causal.tokenizer.decode(one) for one in top.indices)
     torch.testing.assert_close(torch.tensor(bars.series[0][1]), top.values, rtol=1e-4, atol=1e-6)
-    assert section.finding.startswith("After “cabinet” the model says “are” (41%; then “were”")
-    way = titled(section, "On the way")
+    assert section.finding.startswith("After “cabinet” the model predicts “are” (41%; then “were”")
+    way = titled(section, "along the text")
     assert [row[3] for row in way.rows] == [" the", " keys", " to", " the", " cabinet"]
     came = causal.to_tokens(TEXT)[0, 1:]
     for place, row in enumerate(way.rows):
@@ -148,7 +146,7 @@ def test_mixing_shows_the_maps(page, causal):
         torch.testing.assert_close(shown, scores[0, :, 0], rtol=1e-3, atol=1e-6)
         assert props["maskUpperTri"] is True
     assert charts[-1]["attentionHeadNames"] == ["0 to 3", "0 to 2", "0 to 1", "0 to 0"]
-    row = titled(part(page, "mixing"), "“cabinet” is made of, layer by layer")
+    row = titled(part(page, "mixing"), "Sources of “cabinet” by layer")
     torch.testing.assert_close(row.values[0], expected[1][0, :, 0, -1])
     # The finding: in which layer the predicting token takes most from another one.
     share, layer, source = max(
@@ -161,7 +159,7 @@ def test_mixing_shows_the_maps(page, causal):
     )
     figures = cm.mixing_ratio(causal, TEXT, at="block_out")
     torch.testing.assert_close(
-        titled(part(page, "mixing"), "each token mixes").values[0], figures.values[0]
+        titled(part(page, "mixing"), "Mixing ratio").values[0], figures.values[0]
     )
 
 
@@ -215,23 +213,23 @@ def test_memories_are_named_and_triggered(page, causal):
     lasts = [values[-1] for values in samples[0].values]
     assert lasts == sorted(lasts, reverse=True)
     assert all(values[-1] == max(values) for values in samples[0].values)
-    assert "sentences of its grammar" in section.text
+    assert "sentences of the model's grammar" in section.text
 
 
 def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
     layers = cm.log_prob_contributions(causal, TEXT)
     best = layers.top(1)
-    told = f"comes most from {best.labels()[0]} ({float(best.scores[0, 0]):+.2f} nats)"
+    told = f"{best.labels()[0]} adds most to “are” ({float(best.scores[0, 0]):+.2f} nats)"
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
     neurons = cm.log_prob_contributions(causal, TEXT, by="ff_neuron", k=10)
-    assert tuple(row[0] for row in titled(section, "that raise it").rows) == neurons.labels()
+    assert tuple(row[0] for row in titled(section, "Top 10").rows) == neurons.labels()
     assert titled(section, "by position").columns == layers.tokens.strings[0]
     heads = cm.log_prob_contributions(causal, TEXT, by="head").top(3)
     out = cm.knockout(causal, TEXT, heads=heads).to_dataframe().set_index("quantity")
-    row = titled(section, "without them").rows[-1]
+    row = titled(section, "Knockout").rows[-1]
     assert row[0] == "the 3 best heads"
     assert row[1:4] == tuple(out.loc["probability", ["before", "after", "control"]])
     assert f"from {row[1]:.0%} to {row[2]:.0%} (random ones: {row[3]:.0%})" in section.finding
@@ -244,7 +242,7 @@ def test_comparison_measures_the_methods(page, causal):
     row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
     assert row[2] == expected["layer"]
-    assert section.finding.startswith("Best at the words that decide: value_zeroing at layer 2")
+    assert section.finding.startswith("Best aligned with the cue: value_zeroing at layer 2")
     rows = shown(section, Heatmap)
     torch.testing.assert_close(rows.values.sum(-1), torch.ones(1, 6), rtol=1e-4, atol=1e-4)
     rolled = cm.value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
@@ -255,7 +253,7 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components"]
     page = build_report(masked, MASKED, sections=names)
     assert [section.title for section in page.sections] == [QUESTIONS[name] for name in names]
-    assert page.sections[0].finding.startswith("At “[MASK]” the model says “")
+    assert page.sections[0].finding.startswith("At “[MASK]” the model predicts “")
     assert [panel for panel in part(page, "memories").panels if isinstance(panel, Samples)]
     charts = [c["props"] for c in Parsed(page.html()).charts() if "maskUpperTri" in c["props"]]
     assert len(charts) == 4
@@ -268,7 +266,7 @@ def test_report_without_a_mask_predicts_nothing(masked):
     page = build_report(masked, "the keys to the cabinet are old .", sections=names)
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
     assert set(left_out(page)) == {"prediction", "memories", "components", "comparison"}
-    assert set(left_out(page).values()) == {"there is no mask in the text to predict"}
+    assert set(left_out(page).values()) == {"the text has no mask token to predict"}
 
 
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
@@ -292,7 +290,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     parsed = Parsed(page.html())
     assert not any(chart["props"]["maskUpperTri"] for chart in parsed.charts())
     decoder = cm.attention_norms(model, "the bat burned .").normalize()
-    row = titled(part(page, "mixing"), "layer by layer")
+    row = titled(part(page, "mixing"), "by layer")
     torch.testing.assert_close(row.values[0], decoder.scores[0, :, 0, -1])
     assert row.columns == decoder.source.strings[0]
 
@@ -303,7 +301,7 @@ def test_a_companion_tells_what_the_model_cannot(causal):
     companion = cm.load_demo("encoder-decoder")
     page = build_report(causal, TEXT, sections=["encoder-layers"], companion=companion)
     section = part(page, "encoder-layers")
-    assert section.text.startswith("causal-lm has no encoder; this is the embedded encoder-decoder")
+    assert section.text.startswith("causal-lm has no encoder; this is the bundled encoder-decoder")
     assert "la batte brûlait ." in section.finding
 
 
@@ -331,10 +329,10 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     given = {"triggers": tmp_path / "mined", "pairs": pairs}
     path = write_report(causal, TEXT, tmp_path / "page.html", sections=asked, **given)
     text = Parsed(path.read_text(encoding="utf-8")).text
-    assert "These were mined before." in text
+    assert "These were mined beforehand." in text
     assert "95 % interval over 2 sentences" in text
     # Without cues nothing can point at them; faithfulness can still be measured.
-    assert "By blank-out: " in text
+    assert "Best by blank-out: " in text
 
 
 def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypatch):
@@ -382,7 +380,7 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
 @pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
-    with pytest.warns(cm.ContextMixWarning, match="never saw"):
+    with pytest.warns(cm.ContextMixWarning, match="was not trained on"):
         page = build_report(masked, text, sections=["prediction", "mixing", "components"])
     parsed = Parsed(page.html())
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
@@ -421,7 +419,7 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     page = build_report(causal, TEXT, sections=names)
     assert "these neurons cannot be read" in part(page, "points").text
     told = [panel.title for panel in part(page, "mixing").panels]
-    assert "What each layer's output is made of (resid_mid)" in told
+    assert "Each layer's output by source (resid_mid)" in told
     assert not any("Value Zeroing" in title for title in told)
     assert left_out(page) == dict.fromkeys(names[2:], "these neurons cannot be read")
     assert page.html()
@@ -534,18 +532,18 @@ def test_command_shows_warnings_on_one_line(run, tmp_path):
     code, out, err = run("report", "--model", "causal-lm", "--text", "the politician", *options)
     assert code == 0
     assert len(out) == len(err) == 1
-    assert err[0].startswith("tl-contextmix: warning: causal-lm never saw")
+    assert err[0].startswith("tl-contextmix: warning: causal-lm was not trained on")
     assert "test_report" not in err[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("report", "--model", "no such model"), "Cannot load the model"),
+        (("report", "--model", "no such model"), "cannot load the model"),
         (("report", "--model", "causal-lm", "--text", ""), "empty"),
         (("report", "--triggers", "no folder", "--model", "causal-lm"), "no folder"),
         (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
-        (("check", "no such model"), "Cannot load the model"),
+        (("check", "no such model"), "cannot load the model"),
     ],
 )
 def test_command_errors_are_one_line(run, arguments, message, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tl_contextmix.engine.memory_coefficients import CASES, values
 from tl_contextmix.errors import FileFormatError
 from tl_contextmix.methods.memories import Triggers
 from tl_contextmix.methods.memories.composition import draw
-from tl_contextmix.methods.memories.trigger_patterns import common
+from tl_contextmix.methods.memories.trigger_statistics import common
 from tl_contextmix.results import CompositionFigures
 
 pytestmark = pytest.mark.once
@@ -246,7 +247,7 @@ def test_exports(mined: Any, tmp_path: Path) -> None:
 
 
 def test_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
-    from tl_contextmix.methods.memories.exports import _plain
+    from tl_contextmix.methods.memories.trigger_contexts import _plain
 
     assert [_plain(text) for text in ("=1+1", "-x", "the cat")] == ["'=1+1", "'-x", "the cat"]
 
@@ -272,6 +273,35 @@ def test_tables_need_neither_model_nor_corpus(mined: Any) -> None:
             bare.to_dataframe(**bad)
     with pytest.raises(FileFormatError, match="cannot read"):
         cm.load_triggers(triggers.folder / "elsewhere")
+
+
+def test_what_is_beside_a_trigger_is_what_was_mined(tmp_path: Path) -> None:
+    """The same token may stand at a trigger, and another text before it."""
+    model, corpus = zoo.build(case_of("gpt2")), ["the cat is in paris", "a dog is on paris"]
+    found = cm.mine_triggers(model, corpus, out=tmp_path / "new", k=2, layer=0)
+    neuron = int(found.to_dataframe()["neuron"].iloc[0])
+    swapped = cm.load_triggers(tmp_path / "new", model=model, corpus=corpus[::-1])
+    asked: list[Any] = [
+        lambda: swapped.examples(0, neuron),
+        swapped.patterns,
+        swapped.removal,
+        lambda: swapped.to_jsonl(tmp_path / "a.jsonl"),
+        lambda: swapped.to_sheet(tmp_path / "a.csv"),
+    ]
+    for ask in asked:
+        with pytest.raises(cm.InvalidInput, match=r"document \d is not the one that was mined"):
+            ask()
+    # Version 0.1.0 wrote no hashes: such folders are read, and their tokens are compared.
+    old = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    frame = found.to_dataframe().drop(columns="hash")
+    frame.to_parquet(old / "triggers.parquet", index=False)
+    manifest = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    read = cm.load_triggers(old, model=model, corpus=corpus)
+    assert read.to_dataframe().equals(frame)
+    assert read.examples(0, neuron).triggers == found.examples(0, neuron).triggers
+    with pytest.raises(cm.InvalidInput, match="is not the one that was mined"):
+        cm.load_triggers(old, model=model, corpus=["a", "a"]).examples(0, neuron)
 
 
 def test_what_reads_both_ways_has_no_next_token(tmp_path: Path) -> None:
@@ -383,12 +413,12 @@ def test_the_command_line_mines_merges_and_shows(
     assert "promotes:" in capsys.readouterr().out
     # What was not mined by the command says nothing of where its model is.
     assert main(["show", str(mined[2].folder), "--layer", "1", "--neuron", "3"]) == 2
-    assert "Give it with --model" in capsys.readouterr().err
+    assert "Pass --model" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "no")]) == 2
     assert main([*show, "--layer", "1"]) == 2
     assert main(["merge", str(tmp_path / "typo")]) == 2
     assert not (tmp_path / "typo").exists()
-    assert "Give both --layer and --neuron" in capsys.readouterr().err
+    assert "Pass both --layer and --neuron" in capsys.readouterr().err
     dropped = ["--duplicates", "drop", "--neurons", "3", "5", "--layer", "1"]
     assert main(["mine", *common, *dropped, "-o", str(tmp_path / "few")]) == 0
     few = cm.load_triggers(tmp_path / "few")

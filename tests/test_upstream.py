@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import contextlib
+import importlib
 import inspect
+import itertools
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformer_lens
 import zoo
+import zoo_others
 from asked import bound, keywords, relative, stacks
 from jaxtyping import install_import_hook
 from zoo_refused import REFUSED
@@ -24,7 +29,9 @@ import tl_contextmix as cm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "docs" / "upstream" / "assemble.py"
-NAMES = ("value_zeroing", "decoder_lens")
+HOME = "transformer_lens.tools.analysis"
+TOOLS = ("value_zeroing", "decoder_lens", "log_prob_contributions")
+NAMES = ("_block_reading", *TOOLS)
 
 pytestmark = [
     pytest.mark.newest,  # which has the tools they are made for
@@ -33,6 +40,8 @@ pytestmark = [
 # LayerNorm, sandwich norms in a gated block, a parallel block, an encoder.
 ONE_STACK = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "bert")]
 TWO_STACKS = [c for c in zoo.cases() if c.family in ("t5", "bart")]
+# Norms of outputs alone, besides.
+DECODERS = [c for c in zoo.cases() if c.family in ("gpt2", "gemma2", "gptj", "olmo2")]
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +52,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@contextlib.contextmanager
+def imported(folder: Path, *, checked: bool) -> Iterator[SimpleNamespace]:
+    """The tools as parts of TransformerLens, every annotation checked at each call if asked."""
+    modules = [f"{HOME}.{name}" for name in NAMES]
+    others = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    path = importlib.import_module(HOME).__path__
+    path.append(str(folder))
+    try:
+        with install_import_hook(modules if checked else [], "beartype.beartype"):
+            found = {name: importlib.import_module(f"{HOME}.{name}") for name in TOOLS}
+        yield SimpleNamespace(**found)
+    finally:
+        path.remove(str(folder))
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(others)
+
+
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Iterator[SimpleNamespace]:
-    """The modules imported, every annotation of theirs checked at each call."""
-    sys.path.insert(0, str(folder))
-    # Benchmarks have these names, too.
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    try:
-        with install_import_hook(list(NAMES), "beartype.beartype"):
-            yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(folder))
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
+    """The tools, annotations checked."""
+    with imported(folder, checked=True) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Iterator[SimpleNamespace]:
+    """The tools as users have them: no annotation is checked before their own words."""
+    with imported(folder, checked=False) as found:
+        yield found
 
 
 def run(*command: Any, **options: Any) -> str:
@@ -78,22 +103,34 @@ def test_formatted_as_transformer_lens_is(folder: Path) -> None:
     run(sys.executable, "-m", "isort", "--check-only", *options, folder)
 
 
+def test_small_beside_what_they_share(folder: Path) -> None:
+    assert len((folder / "log_prob_contributions.py").read_text().splitlines()) <= 700
+    trees = {name: ast.parse((folder / f"{name}.py").read_text()) for name in NAMES}
+    defined = {name: {getattr(n, "name", "") for n in trees[name].body} - {""} for name in NAMES}
+    for one, other in itertools.combinations(NAMES, 2):
+        assert not defined[one] & defined[other], (one, other)
+
+
 @pytest.mark.slow
 def test_typed_as_transformer_lens_is(folder: Path, tmp_path: Path) -> None:
-    """Its own settings of mypy, against the installed package, and nothing ignored.
+    """Its own settings of mypy, inside the installed package, and nothing ignored.
 
     What TransformerLens itself imports from elsewhere is not read: that takes three times as long.
     """
+    copy = tmp_path / "transformer_lens"
+    shutil.copytree(Path(transformer_lens.__file__).parent, copy)
+    for name in NAMES:
+        path = shutil.copy(folder / f"{name}.py", copy / "tools" / "analysis")
+        assert not re.search(r"#\s*(type: ?ignore|pyright|noqa)", Path(path).read_text())
     config = tmp_path / "mypy.ini"
     settings = ["[mypy]", "check_untyped_defs = True", "ignore_missing_imports = True"]
+    settings += ["follow_imports = silent", f"mypy_path = {tmp_path}"]
     beside = "transformers datasets wandb huggingface_hub pandas numpy rich sympy networkx".split()
     settings += [f"[mypy-{','.join(f'{name}.*' for name in beside)}]", "follow_imports = skip"]
     config.write_text("\n".join(settings))
-    files = [folder / f"{name}.py" for name in NAMES]
     options = ["--config-file", config, "--cache-dir", tmp_path / "cache"]
-    assert "Success" in run(sys.executable, "-m", "mypy", *options, *files)
-    for path in files:
-        assert not re.search(r"#\s*(type: ?ignore|pyright|noqa)", path.read_text())
+    options += [part for name in NAMES for part in ("-m", f"{HOME}.{name}")]
+    assert "Success" in run(sys.executable, "-m", "mypy", *options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,10 +146,11 @@ def test_self_contained(name: str, folder: Path) -> None:
             assert top in known | set(sys.stdlib_module_names), module
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOOLS)
 def test_docstrings_say_arguments_errors_and_shapes(name: str, folder: Path, made: Any) -> None:
     isolated = ["--isolated", "--select", "D", "--config", 'lint.pydocstyle.convention="google"']
-    run(sys.executable, "-m", "ruff", "check", *isolated, folder / f"{name}.py")
+    files = [folder / f"{each}.py" for each in ("_block_reading", name)]
+    run(sys.executable, "-m", "ruff", "check", *isolated, *files)
     function = getattr(getattr(made, name), name)
     text = inspect.getdoc(function) or ""
     arguments, _, rest = text.partition("\nReturns:")
@@ -128,7 +166,7 @@ def test_docstrings_say_arguments_errors_and_shapes(name: str, folder: Path, mad
             assert re.search(rf"{field}: .*?``\[", inspect.getdoc(result) or "", re.S), field
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOOLS)
 def test_the_shape_of_a_tool(name: str, made: Any) -> None:
     function = getattr(getattr(made, name), name)
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
@@ -244,6 +282,87 @@ def test_decoder_lens_reads_texts_back(made: Any) -> None:
     assert texts[0] == model.tokenizer.decode(said.tolist(), skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("norm", ["frozen", "frozen+beta", "recompute"])
+@pytest.mark.parametrize("case", DECODERS, ids=str)
+def test_log_prob_contributions_give_the_numbers_of_this_package(
+    case: zoo.Case, norm: Any, made: Any
+) -> None:
+    model, given = zoo.build(case), zoo.inputs(case)
+    mask = torch.ones_like(given.tokens)
+    mask[1, 4:] = 0
+    ask = {"norm": norm, "attention_mask": mask}
+    count = model.cfg.n_layers * model.cfg.d_mlp
+    splits: tuple[tuple[Any, dict[str, Any]], ...]
+    splits = (("layer", {}), ("head", {}), ("position", {}), ("ff_neuron", {"top_k": 4}))
+    for by, unit in splits:
+        ours = cm.log_prob_contributions(model, given.tokens, target=[5, 8], by=by, **ask)
+        found = made.log_prob_contributions.log_prob_contributions(
+            model, given.tokens, target=[5, 8], by=by.removeprefix("ff_"), **unit, **ask
+        )
+        expected = ours.scores.T.nan_to_num(0)  # the package has no scores where nothing is read
+        if unit:  # the best of each input, and those alone
+            own = ours.components.is_bias()[0].logical_not()
+            expected = expected[own].view(count, -1)
+            best = expected.topk(4, dim=0).indices.unique()
+            names = [f"L{n // model.cfg.d_mlp}N{n % model.cfg.d_mlp}" for n in best.tolist()]
+            assert found.labels == names
+            expected = expected[best]
+        assert relative(found.scores, expected) <= bound(case)
+        assert relative(found.log_probs, ours.trajectory.T) <= bound(case)
+        assert found.positions.tolist() == [given.tokens.shape[1] - 1, 3]
+        assert found.target_ids.tolist() == [5, 8]
+        assert len(found.labels) == len(found.scores)
+        assert found.identity_error <= 1e-6
+
+
+def test_log_prob_contributions_know_factors_on_logits(made: Any) -> None:
+    model, ids = zoo_others.build("cohere"), torch.arange(3, 9)[None]
+    ours = cm.log_prob_contributions(model, ids)
+    found = made.log_prob_contributions.log_prob_contributions(model, ids)
+    assert relative(found.scores, ours.scores.T) <= 1e-9
+    assert found.target_ids.tolist() == ours.target.ids[:, 0].tolist()
+
+
+def test_log_prob_contributions_lead_to_the_log_probability_of_the_model(made: Any) -> None:
+    model, given = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0])
+    ask = made.log_prob_contributions.log_prob_contributions
+    found = ask(model, given.tokens, max_bytes=1)
+    with torch.no_grad():
+        best = model(given.tokens)[:, -1].log_softmax(-1).max(-1)
+    assert torch.equal(found.target_ids, best.indices)
+    assert relative(found.log_probs[-1], best.values) <= bound(DECODERS[0])
+    assert relative(found.log_probs[0] + found.scores.sum(0), best.values) <= bound(DECODERS[0])
+    _, cache = model.run_with_cache(given.tokens)
+    again = ask(model, cache=cache)
+    assert relative(again.scores, found.scores) <= bound(DECODERS[0])
+    texts = ask(model, ["a b c", "c b a"], target="b")
+    assert texts.target_ids.tolist() == 2 * [model.to_single_token("b")]
+    frame = found.to_dataframe()
+    first = frame[frame.batch == 1].sort_values("score", ascending=False).head(2)
+    assert found.top(2, batch=1) == [*zip(first.component, first.score, strict=True)]
+
+
+def test_log_prob_contributions_search_for_neurons_finds_the_best_of_all(
+    monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    model, given = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0])
+    module = made.log_prob_contributions
+    every = module.log_prob_contributions(model, given.tokens, by="neuron", top_k=10**6)
+    assert len(every.labels) == model.cfg.n_layers * model.cfg.d_mlp
+    scored = []
+    gains = module.Vocabulary.gains
+    monkeypatch.setattr(
+        module.Vocabulary, "gains", lambda *a: (scored.append(a[2].shape[1]), gains(*a))[1]
+    )
+    monkeypatch.setattr(module, "_BLOCK", 2)
+    some = module.log_prob_contributions(model, given.tokens, by="neuron", top_k=2)
+    assert sum(scored) < len(every.labels) / 2
+    for row in range(len(given.tokens)):
+        assert [name for name, _ in some.top(2, batch=row)] == [
+            name for name, _ in every.top(2, batch=row)
+        ]
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("value_zeroing", {"metric": "manhattan"}, "metric"),
     ("value_zeroing", {"stack": "both"}, "stack"),
@@ -253,6 +372,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("value_zeroing", {"input": None}, "input"),
     ("value_zeroing", {"input": ["a b", "a"]}, "differ in length"),
     ("value_zeroing", {"max_bytes": 0}, "max_bytes"),
+    ("log_prob_contributions", {"by": "token"}, "by must be one of"),
+    ("log_prob_contributions", {"norm": "thawed"}, "norm must be one of"),
+    ("log_prob_contributions", {"pos": 40}, "pos must be"),
+    ("log_prob_contributions", {"pos": True}, "pos must be"),
+    ("log_prob_contributions", {"top_k": 0}, "top_k"),
+    ("log_prob_contributions", {"max_bytes": 0}, "max_bytes"),
+    ("log_prob_contributions", {"input": None}, "input"),
+    ("log_prob_contributions", {"target": 10**6}, "out of range"),
+    ("log_prob_contributions", {"target": [1, 2, 3]}, "one for each input"),
+    ("log_prob_contributions", {"attention_mask": torch.ones(2, 2)}, "attention_mask"),
     ("decoder_lens", {"layers": [9]}, "layers"),
     ("decoder_lens", {"num_beams": 0}, "num_beams"),
     ("decoder_lens", {"input": torch.zeros(2, 3)}, "token ids"),
@@ -261,24 +390,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> SimpleNamespace:
-    """The modules as users have them: no annotation is checked before their own words."""
-    found = {}
-    for name in NAMES:
-        spec = importlib.util.spec_from_file_location(f"plain_{name}", folder / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        found[name] = sys.modules[f"plain_{name}"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found[name])
-    return SimpleNamespace(**found)
-
-
 @pytest.mark.parametrize(("name", "options", "match"), WRONG)
 def test_wrong_arguments_are_refused(
     name: str, options: dict[str, Any], match: str, plain: Any
 ) -> None:
-    case = ONE_STACK[0] if name == "value_zeroing" else TWO_STACKS[0]
+    case = TWO_STACKS[0] if name == "decoder_lens" else ONE_STACK[0]
     model, given = zoo.build(case), zoo.inputs(case)
     ask = {"input": given.tokens, **options}
     with pytest.raises(ValueError, match=match):
@@ -286,10 +402,14 @@ def test_wrong_arguments_are_refused(
 
 
 def test_training_mode_is_refused(made: Any) -> None:
-    for name, case in (("value_zeroing", ONE_STACK[0]), ("decoder_lens", TWO_STACKS[0])):
+    for name in TOOLS:
+        case = TWO_STACKS[0] if name == "decoder_lens" else ONE_STACK[0]
         model, given = zoo.build(case).train(), zoo.inputs(case)
         with pytest.raises(ValueError, match="evaluation mode"):
             getattr(getattr(made, name), name)(model, given.tokens)
+
+
+_REFUSAL = "support|found|reproduced|read|decoder-only|not the model's"
 
 
 # T5Gemma's encoder is reproduced, so it is answered: what the package misses is its embedding.
@@ -298,8 +418,30 @@ def test_models_are_refused_by_name(case: Any, made: Any) -> None:
     model, tokens = case.build(), torch.arange(3, 9)[None]
     pair = "decoder_blocks" in model._modules
     ask = {"decoder_input": tokens, "stack": "encoder"} if pair else {}
-    with pytest.raises((NotImplementedError, ValueError), match="support|found|reproduced|read"):
+    refused = pytest.raises((NotImplementedError, ValueError), match=_REFUSAL)
+    with refused:
         made.value_zeroing.value_zeroing(model, tokens, **ask)
+    with refused:
+        made.log_prob_contributions.log_prob_contributions(model, tokens)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_log_prob_contributions_refuse_other_readouts(family: str, made: Any) -> None:
+    case = next(case for case in ONE_STACK + TWO_STACKS if case.family == family)
+    ask, tokens = made.log_prob_contributions.log_prob_contributions, zoo.inputs(case).tokens
+    with pytest.raises((NotImplementedError, ValueError), match="decoder-only|mlm_head"):
+        ask(zoo.build(case), tokens)
+
+
+def test_log_prob_contributions_refuse_an_edited_stream(made: Any) -> None:
+    model, tokens = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0]).tokens
+    ask = made.log_prob_contributions.log_prob_contributions
+    for name in ("blocks.1.hook_in", "ln_final.hook_out"):
+        point = model.hook_dict[name]
+        point.add_hook(lambda value, hook: 2 * value)
+        with pytest.raises(NotImplementedError, match="not the model's"):
+            ask(model, tokens)
+        point.remove_hooks()
 
 
 def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:

@@ -26,14 +26,14 @@ _MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0: done. 1: `check` found an identity that does not hold. 2: the command cannot be done.
-    130: it was interrupted.
+    0: success. 1: `check` found an identity that does not hold. 2: the command failed.
+    130: interrupted.
 
     Args:
-        arguments: The words of the command; None for those of the process.
+        arguments: Command-line arguments; None for those of the process.
     """
     parsed = _parser().parse_args(arguments)
-    # What these libraries log on the way is about calls that the user did not write.
+    # These libraries log about calls that the user did not write.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     with warnings.catch_warnings():
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            kept = "; the same command goes on" if parsed.command is _mine else ""
-            print(f"tl-contextmix: stopped{kept}", file=sys.stderr)
+            kept = "; run the same command to resume" if parsed.command is _mine else ""
+            print(f"tl-contextmix: interrupted{kept}", file=sys.stderr)
             return 130
 
 
@@ -70,52 +70,51 @@ def _parser() -> argparse.ArgumentParser:
 def _add_report(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "report",
-        help="write a page on what a model's blocks do to a sentence",
-        description="Writes one HTML page that needs no network, and prints its path. Without "
-        "--model it is about the embedded causal language model, with a section on the embedded "
-        "encoder-decoder.",
+        help="write an HTML report on what a model's blocks do to a sentence",
+        description="Writes one self-contained HTML page and prints its path. Without --model, it "
+        "covers the bundled causal language model, with a section on the bundled encoder-decoder.",
     )
     command.set_defaults(command=_report)
     _add_page(command, DEFAULT_PATH, None)
-    command.add_argument("--text", help="the sentence; default: one that suits the model")
+    command.add_argument("--text", help="the sentence; default: an example")
     command.add_argument(
         "--sections",
         nargs="+",
         choices=tuple(SECTIONS),
         metavar="NAME",
-        help=f"some of: {', '.join(SECTIONS)}; default: all but points",
+        help=f"sections to include, of: {', '.join(SECTIONS)}; default: all but points",
     )
     command.add_argument(
-        "--triggers", metavar="DIR", help="triggers of the model's memories: what `mine` wrote"
+        "--triggers", metavar="DIR", help="folder of the model's triggers, written by `mine`"
     )
     command.add_argument(
-        "--pairs", metavar="FILE", help="minimal pairs to compare methods on, see `compare`"
+        "--pairs", metavar="FILE", help="minimal pairs to compare methods on; see `compare`"
     )
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compare",
-        help="find out which method's maps to believe for a model",
-        description="Runs every method on the same minimal pairs, prints how well each does and "
-        "what it costs, and writes one HTML page that needs no network.",
+        help="compare all methods on minimal pairs",
+        description="Runs every method on the same minimal pairs, prints its scores and cost, and "
+        "writes one self-contained HTML page.",
     )
     command.set_defaults(command=_compare)
     _add_page(command, COMPARISON_PATH, DEFAULT_MODEL)
     command.add_argument(
         "--pairs",
         metavar="FILE",
-        help="minimal pairs as BLiMP has them, a JSON object per line with sentence_good, "
-        "sentence_bad and optionally cues; default: a demo model's own grammar",
+        help="minimal pairs in BLiMP's format: one JSON object per line with sentence_good, "
+        "sentence_bad and optionally cues; default: pairs from a demo model's grammar",
     )
     command.add_argument(
         "--sentences",
         type=int,
         metavar="N",
-        help=f"how many; default: all of a file, {COMPARED} of the grammar",
+        help=f"number of pairs; default: all of a file, {COMPARED} from the grammar",
     )
     command.add_argument(
-        "--words", action="store_true", help="sum maps up over the pieces of words"
+        "--words", action="store_true", help="aggregate maps over the tokens of each word"
     )
     command.add_argument(
         "--drop-unusable",
@@ -123,7 +122,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         const="drop",
         default="error",
         dest="unusable",
-        help="leave out, and list, pairs that the model cannot be asked about",
+        help="skip, and list, pairs that cannot be scored on the model",
     )
 
 
@@ -131,10 +130,10 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "run",
         help="run one method on a text",
-        description="Prints what a method finds in a text, and writes it as a page if asked.",
+        description="Prints the result of a method on a text; -o also writes it as an HTML page.",
     )
     command.set_defaults(command=_run)
-    command.add_argument("method", metavar="METHOD", help="its name, for example value_zeroing")
+    command.add_argument("method", metavar="METHOD", help="a method, such as value_zeroing")
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument("text", metavar="TEXT", help="the text")
     command.add_argument("-o", "--output", metavar="PATH", help="write a page")
@@ -149,17 +148,17 @@ def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) ->
         "--output",
         metavar="PATH",
         default=path,
-        help="the page; default: %(default)s in this folder",
+        help="path of the page; default: %(default)s",
     )
-    command.add_argument("--open", action="store_true", help="open the page in the browser")
+    command.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "check",
-        help="check that a model is read correctly",
-        description="Recomputes a model's activations from a few hooks and its weights, and "
-        "prints how far they are from its own. Exit code 1: an identity does not hold.",
+        help="verify that a model is read correctly",
+        description="Recomputes a model's activations from its weights and a few hooks, and prints "
+        "the largest errors. Exits with code 1 if an identity does not hold.",
     )
     command.set_defaults(command=_check)
     command.add_argument("model", metavar="MODEL", help=_MODEL)
@@ -168,27 +167,29 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 def _add_mine(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "mine",
-        help="find the contexts of a corpus that excite each memory most",
+        help="find the contexts in a corpus that activate each memory most",
         description="Reads a corpus once and writes the triggers of every feed-forward memory to a "
-        "folder. Stopped at any moment, the same command goes on where it was.",
+        "folder. If interrupted, run the same command to resume.",
     )
     command.set_defaults(command=_mine)
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument(
-        "corpus", metavar="CORPUS", help="a text file (a document per line), jsonl or parquet file"
+        "corpus",
+        metavar="CORPUS",
+        help="a text (one document per line), jsonl or parquet file",
     )
-    command.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder")
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="output folder")
     command.add_argument("-k", type=int, default=25, help="triggers per memory; default: 25")
-    command.add_argument("--column", help="column of the texts; default: text")
+    command.add_argument("--column", help="column with the texts; default: text")
     command.add_argument("--layer", type=int, nargs="+", help="layers; default: all")
-    command.add_argument("--neurons", type=int, nargs="+", help="neurons of each; default: all")
+    command.add_argument("--neurons", type=int, nargs="+", help="neurons per layer; default: all")
     command.add_argument("--unit", choices=("prefix", "document"), default="prefix")
     command.add_argument("--tails", choices=("positive", "both", "quadrants"), default="positive")
     command.add_argument(
         "--duplicates",
         choices=("keep", "drop"),
         default="keep",
-        help="drop: a context that occurs again counts once; default: %(default)s",
+        help="drop: count repeated contexts once; default: %(default)s",
     )
     command.add_argument("--too-long", choices=("cut", "skip", "error"), default="cut")
     command.add_argument("--malformed", choices=("error", "skip"), default="error")
@@ -198,18 +199,18 @@ def _add_mine(commands: argparse._SubParsersAction) -> None:
         "--rank",
         type=int,
         default=_share(os.environ)[0],
-        help="number of this process; default: what torchrun or SLURM say, or 0",
+        help="rank of this process; default: from torchrun or SLURM, else 0",
     )
     command.add_argument(
         "--world-size",
         type=int,
         default=_share(os.environ)[1],
-        help="how many processes share the corpus; afterwards: tl-contextmix merge",
+        help="number of processes that share the corpus; then run `tl-contextmix merge`",
     )
 
 
 def _share(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Returns the number of this process and how many there are, as torchrun or SLURM say."""
+    """Returns rank and world size from the environment of torchrun or SLURM."""
     for rank, size in (
         ("RANK", "WORLD_SIZE"),
         ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
@@ -228,29 +229,30 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
 def _add_merge(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "merge",
-        help="put together what several processes have mined",
-        description="Writes the files that one process alone would have written, byte by byte.",
+        help="merge the results of several processes",
+        description="Writes the same files, byte for byte, that a single process would write.",
     )
     command.set_defaults(command=_merge)
     command.add_argument("folder", metavar="DIR", help="folder of the result")
     command.add_argument(
-        "parts", metavar="PARTS", nargs="*", help="folders of the parts; default: DIR"
+        "parts", metavar="PARTS", nargs="*", help="folders that the processes wrote; default: DIR"
     )
 
 
 def _add_show(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "show",
-        help="show what mining found",
-        description="Without a neuron: what was mined. With one: its triggers, what it promotes.",
+        help="show mined triggers",
+        description="Prints a summary, or with --layer and --neuron that memory's triggers and "
+        "promoted tokens.",
     )
     command.set_defaults(command=_show)
     command.add_argument("folder", metavar="DIR", help="folder of the result")
     command.add_argument("--layer", type=int)
     command.add_argument("--neuron", type=int)
-    command.add_argument("--tail", help="what was looked for; default: the first there is")
-    command.add_argument("--model", metavar="MODEL", help="default: the one that was mined")
-    command.add_argument("--corpus", metavar="CORPUS", help="default: the file that was mined")
+    command.add_argument("--tail", help="tail of the coefficients; default: the first mined")
+    command.add_argument("--model", metavar="MODEL", help="default: the model that was mined")
+    command.add_argument("--corpus", metavar="CORPUS", help="default: the corpus that was mined")
     command.add_argument("--column", help="column of the corpus")
     command.add_argument("-o", "--output", metavar="PATH", help="write a page")
 
@@ -301,18 +303,18 @@ def _show(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.layer is None or parsed.neuron is None:
         raise bad(
-            "this is no memory",
+            "cannot show this memory",
             f"layer {parsed.layer} and neuron {parsed.neuron}",
-            "a layer and a neuron of it",
-            "Give both --layer and --neuron, or neither for what was mined.",
+            "both a layer and a neuron",
+            "Pass both --layer and --neuron, or neither for a summary.",
         )
     source = parsed.model or bare.manifest["run"]["source"]["model"]
     if source is None:
         raise bad(
-            "the contexts cannot be shown",
-            "triggers that were mined without the command line",
-            "the name or folder of their model",
-            "Give it with --model.",
+            "cannot show the contexts",
+            "triggers that do not record their model's name",
+            "the name or folder of the model",
+            "Pass --model.",
         )
     found = load_triggers(
         parsed.folder, model=load_model(source), corpus=parsed.corpus, column=parsed.column

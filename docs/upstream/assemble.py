@@ -1,12 +1,14 @@
-"""Makes one self-contained module of an analysis, in the shape of TransformerLens' own tools.
+"""Makes modules for TransformerLens of three analyses, in the shape of its own tools.
 
     python docs/upstream/assemble.py FOLDER
 
-writes ``value_zeroing.py`` and ``decoder_lens.py``, ready for ``transformer_lens/tools/analysis``.
-Beside this script lies one module per analysis that holds what the shape asks for (the function,
-its result, its refusals) and imports the mathematics from this package. Here each such import is
+writes ``value_zeroing.py``, ``decoder_lens.py`` and ``log_prob_contributions.py``, and what two or
+more of them need as ``_block_reading.py``, ready for ``transformer_lens/tools/analysis``. Beside
+this script lies one module of each name that holds what the shape asks for (the function, its
+result, its refusals) and imports the mathematics from this package. Here each such import is
 replaced by the definitions it stands for, with all that they use in turn, as text: comments and
-docstrings are those of the source. Methods that nothing calls are left out.
+docstrings are those of the source. Methods that nothing calls are left out, and a public class that
+a tool defines itself stands in for the package's of that name.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,19 +24,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# The analyses, each with the classes of the package that its module has a smaller one for.
-MODULES: dict[str, frozenset[str]] = {
-    "value_zeroing": frozenset(),
-    "decoder_lens": frozenset({"EncoderDecoder"}),
-}
+SHARED, TOOLS = "_block_reading", ("value_zeroing", "decoder_lens", "log_prob_contributions")
+HOME = "transformer_lens.tools.analysis"
 ISORT = {"profile": "black", "line_length": 100, "known_first_party": ["transformer_lens"]}
 # This package's errors are what TransformerLens raises itself.
 ERRORS = {"InvalidInput": "ValueError", "UnsupportedModel": "NotImplementedError"}
 _PACKAGE = "tl_contextmix"
-_WORD = r"(?<![\w.]){}(?!\w)"
 
-Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
-Statement = ast.Import | ast.ImportFrom
+Reference = tuple[str, str]
+"""The module that defines a name, and the name."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Source:
     name: str
     lines: list[str]
     tree: ast.Module
-    defined: dict[str, Definition] = field(default_factory=dict)
+    defined: dict[str, ast.stmt] = field(default_factory=dict)
     imported: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
 
@@ -67,7 +66,8 @@ def read(name: str) -> Source:
             source.defined[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            source.defined.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+            names = [part for target in targets for part in ast.walk(target)]
+            source.defined.update({n.id: node for n in names if isinstance(n, ast.Name)})
         elif isinstance(node, ast.Import):
             source.imported.update({a.asname or a.name: (a.name, None) for a in node.names})
         elif isinstance(node, ast.ImportFrom):
@@ -76,161 +76,157 @@ def read(name: str) -> Source:
     return source
 
 
+def inside(module: str) -> bool:
+    """Whether definitions of a module are pasted, not imported."""
+    return module.startswith(_PACKAGE) or module == SHARED
+
+
 class Assembly:
-    """What one analysis needs of the package, found by following names from its module.
+    """What the tools need of the package, found by following names from their modules."""
 
-    Args:
-        name: The module in this folder.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.main = read(name)
-        self.kept: dict[tuple[str, str], None] = {}
-        self.outside: dict[str, tuple[str, str | None]] = {}
+    def __init__(self) -> None:
         self._attributes: set[str] = set()
-        self._seen: set[int] = set()
-        for node in self.main.tree.body:
-            if not isinstance(node, Statement):
-                self._follow(self.main, node)
+        needed: dict[str, set[Reference]] = {}
         before = -1
-        # A method is kept once something kept calls a method of its name.
-        while before != len(self._seen):
-            before = len(self._seen)
-            for module, own in list(self.kept):
-                self._keep(read(module), own)
+        # A method is kept once something kept, of any tool, calls a method of its name.
+        while before != len(self._attributes):
+            before = len(self._attributes)
+            needed = {tool: self._reach(read(tool)) for tool in TOOLS}
+        users = Counter(reference for found in needed.values() for reference in found)
+        common = {reference for reference, count in users.items() if count > 1}
+        self.kept = {SHARED: common, **{tool: needed[tool] - common for tool in TOOLS}}
+        self._renamed = self._new_names(needed)
 
-    def text(self) -> str:
-        """Returns the module."""
-        sources = [read(name) for name in self._order()]
-        pieces = ["\n\n\n".join(self._pieces(source, self._renamed())) for source in sources]
-        body = [node for node in self.main.tree.body if not isinstance(node, Statement)]
-        docstring, rest = body[0], body[1:]
-        whole = [
-            _segment(self.main, docstring),
-            "from __future__ import annotations",
-            "\n".join(self._imports()),
-            *pieces,
-            *(_segment(self.main, node) for node in rest),
-        ]
-        text = "\n\n".join(piece for piece in whole if piece) + "\n"
+    def text(self, module: str) -> str:
+        """Returns one of the modules."""
+        pieces = [piece for source in self._order() for piece in self._pieces(module, source)]
+        imports = sorted({line for _, lines in pieces for line in lines})
+        docstring = _segment(read(module), read(module).tree.body[0])
+        head = [docstring, "from __future__ import annotations", "\n".join(imports)]
+        text = "\n\n".join([*head, "\n\n\n".join(text for text, _ in pieces)]) + "\n"
+        # Constants stand together.
+        text = re.sub(
+            r"(?m)^(_?[A-Z][\w, ]* = .*)\n\n\n(?=(# .*\n)*_?[A-Z][\w, ]* = )", r"\1\n", text
+        )
         for ours, theirs in ERRORS.items():
             text = re.sub(rf"\b{ours}\b", theirs, text)
         return text
 
-    def _keep(self, source: Source, name: str) -> None:
-        node = source.defined[name]
-        self.kept.setdefault((source.name, name))
-        if not isinstance(node, ast.ClassDef):
-            self._follow(source, node)
-            return
-        for part in (*node.bases, *node.decorator_list, *self._members(node)):
-            self._follow(source, part)
+    def _reach(self, tool: Source) -> set[Reference]:
+        """Returns all definitions that a tool is made of."""
+        found = {(tool.name, name) for name in tool.defined}
+        waiting = list(found)
+        while waiting:
+            source, name = waiting.pop()
+            for used in self._names(read(source), name):
+                target = self._resolve(tool, read(source), used)
+                if target is not None and inside(target[0]) and target not in found:
+                    found.add(target)
+                    waiting.append(target)
+        return found
 
-    def _members(self, node: ast.ClassDef) -> list[ast.stmt]:
-        """Returns the fields of a class, and the methods that are called."""
+    def _names(self, source: Source, name: str) -> set[str]:
+        """Returns the names that a definition uses, and takes note of its attributes."""
+        node = source.defined[name]
+        parts: list[ast.AST] = [node]
+        if isinstance(node, ast.ClassDef):
+            parts = [*node.bases, *node.decorator_list, *self._members(source, node)]
+        walked = [inner for part in parts for inner in ast.walk(part)]
+        self._attributes |= {part.attr for part in walked if isinstance(part, ast.Attribute)}
+        return {part.id for part in walked if isinstance(part, ast.Name)}
+
+    def _members(self, source: Source, node: ast.ClassDef) -> list[ast.stmt]:
+        """Returns the fields of a class, and the methods that are called; all of a tool's own."""
         return [
             part
             for part in node.body
             if not isinstance(part, ast.FunctionDef)
+            or source.name in TOOLS
             or part.name.startswith("__")
             or part.name in self._attributes
         ]
 
-    def _follow(self, source: Source, node: ast.AST) -> None:
-        if id(node) in self._seen:
-            return
-        self._seen.add(id(node))
-        for part in ast.walk(node):
-            if isinstance(part, ast.Attribute):
-                self._attributes.add(part.attr)
-            elif isinstance(part, ast.Name):
-                self._find(source, part.id)
+    def _resolve(self, tool: Source, source: Source, name: str) -> Reference | None:
+        """Returns where a name is defined, or imported from; None of builtins and variables.
 
-    def _find(self, source: Source, name: str) -> None:
-        """Keeps what a name stands for, wherever it is defined."""
-        if source is self.main and name in self.main.defined:
-            return
-        asked_for = (source.name, name)
+        The second part is empty where it is a module that is imported.
+        """
+        asked_for = source.name, name
         while name not in source.defined:
             if name not in source.imported:
                 if asked_for != (source.name, name):
                     raise ValueError(f"{source.name} has no {name} to import any more")
-                return  # a builtin, or a variable of the function
+                return None
             module, origin = source.imported[name]
-            if not module.startswith(_PACKAGE) or origin is None:
-                self.outside[name] = (module, origin)
-                return
+            if origin is None or not inside(module):
+                return module, origin or ""
             source, name = read(module), origin
-        if name not in MODULES[self.main.name] and name not in ERRORS:
-            self._keep(source, name)
+        if name in ERRORS:
+            return None
+        own = name in tool.defined and not name.startswith("_")
+        return (tool.name if own else source.name), name
 
-    def _order(self) -> list[str]:
-        """Returns the modules, each behind those that it imports."""
+    def _order(self) -> list[Source]:
+        """Returns all modules, each behind those that it imports."""
         found: dict[str, None] = {}
-        seen: set[str] = set()
 
-        def visit(name: str) -> None:
-            if name in seen:
+        def visit(name: str, above: tuple[str, ...] = ()) -> None:
+            if name in found or name in above:
                 return
-            seen.add(name)
             for module, _ in read(name).imported.values():
-                if module.startswith(_PACKAGE):
-                    visit(module)
+                if inside(module):
+                    visit(module, (*above, name))
             found.setdefault(name)
 
-        visit(self.main.name)
-        kept = {module for module, _ in self.kept}
-        return [name for name in found if name in kept]
+        for tool in TOOLS:
+            visit(tool)
+        return [read(name) for name in found]
 
-    def _renamed(self) -> dict[tuple[str, str], str]:
+    def _new_names(self, needed: dict[str, set[Reference]]) -> dict[Reference, str]:
         """Returns new names for private ones that two modules define."""
-        owners: dict[str, list[str]] = {name: [self.main.name] for name in self.main.defined}
-        for module, name in self.kept:
-            owners.setdefault(name, []).append(module)
-        clashes = {name: modules for name, modules in owners.items() if len(modules) > 1}
-        public = [name for name in clashes if not name.startswith("_")]
-        if public:
-            raise ValueError(f"several modules define {', '.join(public)}: rename one of them")
-        return {
-            (module, name): f"_{module.rpartition('.')[2]}{name}"
-            for name, modules in clashes.items()
-            for module in modules
-            if module != self.main.name
-        }
+        renamed = {}
+        for references in needed.values():
+            count = Counter(name for _, name in references)
+            for module, name in references:
+                if count[name] > 1 and not name.startswith("_"):
+                    raise ValueError(f"several modules define {name}: rename one of them")
+                if count[name] > 1 and module.startswith(_PACKAGE):
+                    renamed[module, name] = f"_{module.rpartition('.')[2]}{name}"
+        return renamed
 
-    def _pieces(self, source: Source, renamed: dict[tuple[str, str], str]) -> Iterator[str]:
+    def _pieces(self, module: str, source: Source) -> Iterator[tuple[str, list[str]]]:
+        """Yields the definitions of a source that a module has, with the imports they need."""
         done: set[int] = set()
         for name, node in source.defined.items():
-            if (source.name, name) not in self.kept or id(node) in done:
+            if (source.name, name) not in self.kept[module] or id(node) in done:
                 continue
             done.add(id(node))
-            text = _segment(source, node, self._left_out(node))
-            for own, new in self._new_names(source, renamed).items():
-                text = re.sub(_WORD.format(re.escape(own)), new, text)
-            yield text
+            left_out = []
+            if isinstance(node, ast.ClassDef):
+                members = self._members(source, node)
+                left_out = [part for part in node.body if part not in members]
+            text, imports = _segment(source, node, left_out), []
+            for local in sorted({name, *self._names(source, name)}):
+                origin = self._resolve(read(module), source, local)
+                if origin is None:
+                    continue
+                new = self._renamed.get(origin, origin[1])
+                if not inside(origin[0]) and origin[0] not in TOOLS:
+                    imports.append(_import(local, *origin))
+                    continue
+                if new != local:
+                    text = re.sub(rf"(?<![\w.]){re.escape(local)}(?!\w)", new, text)
+                if origin not in self.kept[module]:
+                    if origin not in self.kept[SHARED]:
+                        raise ValueError(f"{SHARED} needs {origin}, which a tool replaces")
+                    imports.append(f"from {HOME}.{SHARED} import {new}")
+            yield text, imports
 
-    def _new_names(self, source: Source, renamed: dict[tuple[str, str], str]) -> dict[str, str]:
-        """Returns the new names that a module's own text needs, of imported ones too."""
-        own = {name: new for (module, name), new in renamed.items() if module == source.name}
-        for local, (module, origin) in source.imported.items():
-            if origin is not None and (module, origin) in renamed:
-                own[local] = renamed[module, origin]
-        return own
 
-    def _left_out(self, node: ast.AST) -> list[ast.stmt]:
-        if not isinstance(node, ast.ClassDef):
-            return []
-        members = self._members(node)
-        return [part for part in node.body if part not in members]
-
-    def _imports(self) -> Iterator[str]:
-        for local, (module, name) in sorted(self.outside.items()):
-            if module == "__future__":
-                continue
-            if name is None:
-                yield f"import {module}" + (f" as {local}" if local != module else "")
-            else:
-                yield f"from {module} import {name}" + (f" as {local}" if local != name else "")
+def _import(local: str, module: str, name: str) -> str:
+    if not name:
+        return f"import {module}" + (f" as {local}" if local != module else "")
+    return f"from {module} import {name}" + (f" as {local}" if local != name else "")
 
 
 def _segment(source: Source, node: ast.stmt, left_out: list[ast.stmt] | None = None) -> str:
@@ -240,42 +236,29 @@ def _segment(source: Source, node: ast.stmt, left_out: list[ast.stmt] | None = N
         first -= 1
     body = source.tree.body
     follower = body[body.index(node) + 1] if node is not body[-1] else None
-    if isinstance(node, ast.Assign | ast.AnnAssign) and follower and _is_text(follower):
+    if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(follower, ast.Expr):
         last = follower.end_lineno or last
     dropped: set[int] = set()
     for part in left_out or ():
         dropped |= set(range(_first_line(part), (part.end_lineno or 0) + 1))
-    lines = [source.lines[n - 1] for n in range(first, last + 1) if n not in dropped]
-    return "\n".join(lines)
+    return "\n".join(source.lines[n - 1] for n in range(first, last + 1) if n not in dropped)
 
 
 def _first_line(node: ast.stmt) -> int:
-    decorators = getattr(node, "decorator_list", [])
-    return min(node.lineno, *(d.lineno for d in decorators)) if decorators else node.lineno
-
-
-def _is_text(node: ast.stmt | None) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-def assemble(name: str) -> str:
-    """Returns the text of a self-contained module, formatted as TransformerLens formats its own."""
-    import black
-    import isort
-
-    text = isort.code(Assembly(name).text(), **ISORT)
-    return black.format_str(text, mode=black.Mode(line_length=100))
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
 def main(folder: str) -> None:
-    """Writes every module into a folder."""
+    """Writes every module into a folder, formatted as TransformerLens formats its own."""
+    import black
+    import isort
+
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in MODULES:
-        (Path(folder) / f"{name}.py").write_text(assemble(name))
+    assembly = Assembly()
+    for name in (SHARED, *TOOLS):
+        text = isort.code(assembly.text(name), **ISORT)
+        text = black.format_str(text, mode=black.Mode(line_length=100))
+        (Path(folder) / f"{name}.py").write_text(text)
 
 
 if __name__ == "__main__":

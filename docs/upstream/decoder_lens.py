@@ -192,7 +192,7 @@ def decoder_lens(
         raise ValueError("target_mask needs targets")
     whole = _encoder_decoder(model)
     source = Side(input, _mask("attention_mask", attention_mask, input))
-    numbers = _layer_numbers(layers, whole.n_layers)
+    numbers = _state_layers(layers, whole.n_layers)
     _require_identity(model, whole, source)
     listening = Listening(whole, source, numbers, final_norm, max_bytes)
     said = listening.generate(None, max_new_tokens, num_beams)
@@ -312,7 +312,7 @@ def _mask(name: str, mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tens
     return mask.bool()
 
 
-def _layer_numbers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+def _state_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(depth + 1))
     wrong = [layer for layer in layers if not -depth - 1 <= layer <= depth]

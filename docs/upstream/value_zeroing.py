@@ -27,29 +27,17 @@ Example::
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from _block_reading import open_bridge, read_pass, settled
 from jaxtyping import Float
 from transformer_lens.ActivationCache import ActivationCache
-from transformer_lens.tools.analysis._model_state import (
-    compute_dtype,
-    hybrid_block_types,
-    require_eval_mode,
-    require_int,
-)
+from transformer_lens.tools.analysis._model_state import require_int
 
-from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
-from tl_contextmix.adapters.verification.probe import (
-    Probe,
-    relative_error,
-    settle_block,
-    tolerance_of,
-)
-from tl_contextmix.core.blocks import Batch, Block, Side, Trace
+from tl_contextmix.adapters.reading import block_lists, candidates, final_norms
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import Metric, _How
 
@@ -168,15 +156,7 @@ def value_zeroing(
     if stack is not None and stack not in _STACK_NAMES:
         raise ValueError(f"stack must be one of {_STACK_NAMES} or None, got {stack!r}")
     max_bytes = require_int(max_bytes, "max_bytes")
-    require_eval_mode(model, operation="value_zeroing")
-    # An encoder-decoder bridge has no `blocks` to ask for their types.
-    hybrid = hybrid_block_types(model) if "blocks" in model._modules else []
-    if hybrid:
-        raise NotImplementedError(f"value_zeroing does not support block types {hybrid}")
-    first = next(model.parameters())
-    handle = Handle(
-        weakref.ref(model), "TransformerBridge", compute_dtype(first.dtype), first.device
-    )
+    handle, tolerance = open_bridge(model, "value_zeroing")
     lists = block_lists(model, encoder_only=False)
     stack = stack or "decoder"
     if stack != "decoder" and len(lists) == 1:
@@ -188,15 +168,13 @@ def value_zeroing(
         list(candidates(handle, base, prefix, layer))
         for layer in _layer_numbers(layers, len(modules))
     ]
-    names = _needed(readings)
-    trace = _trace(model, handle, input, cache, attention_mask, decoder_input, names)
-    tolerance = tolerance_of({weight.dtype for weight in model.parameters()}, first.device)
-    norm = final_norms(handle).get(base) if final_norm else None
+    trace = read_pass(handle, readings, input, cache, attention_mask, decoder_input)
+    norm = final_norms(handle, lists).get(base) if final_norm else None
     scores: list[torch.Tensor] = []
     labels: list[str] = []
     worst = 0.0
     for options in readings:
-        block, error = _settled(options, trace, tolerance)
+        block, error = settled(options, trace, tolerance)
         worst = max(worst, error)
         heads = block.attentions[0].W_O.shape[0]
         groups: list[list[int] | None] = [[h] for h in range(heads)] if per_head else [None]
@@ -207,7 +185,7 @@ def value_zeroing(
         labels += [f"{name}H{head}" for head in range(heads)] if per_head else [name]
     target = trace.batch.side(base).mask
     source = trace.batch.side("encoder" if stack == "cross" else base).mask
-    real = (target[:, :, None] & source[:, None, :]).to(first.device)
+    real = (target[:, :, None] & source[:, None, :]).to(handle.device)
     found = torch.stack(scores).masked_fill(~real, 0)
     return ValueZeroingResult(found, labels, metric, stack if len(lists) == 2 else "self", worst)
 
@@ -221,108 +199,3 @@ def _layer_numbers(layers: Sequence[int] | None, count: int) -> list[int]:
     if wrong:
         raise ValueError(f"layers {wrong} are out of range for a stack of {count} layers")
     return [layer % count for layer in layers]
-
-
-def _needed(readings: Sequence[Sequence[Block]]) -> list[str]:
-    """Hook names to cache: what blocks are recomputed from, and what they are compared with."""
-    names: list[str] = []
-    for options in readings:
-        block = options[0]
-        keys = [attention.key for attention in block.attentions if attention.kind == "cross"]
-        names += [*block.points(), *block.checkpoints(), *keys]
-    return list(dict.fromkeys(names))
-
-
-def _trace(
-    model: Any,
-    handle: Handle,
-    input: str | list[str] | torch.Tensor | None,
-    cache: ActivationCache | None,
-    attention_mask: torch.Tensor | None,
-    decoder_input: torch.Tensor | None,
-    names: list[str],
-) -> Trace:
-    """Run the model, or take the cache, and hold what it left behind by hook name."""
-    pair = "decoder_blocks" in model._modules
-    ids = None if input is None else _token_ids(model, input, pair)
-    if cache is not None:
-        held = cache
-    else:
-        if ids is None:
-            raise ValueError("value_zeroing needs an input to run or a cache to read")
-        if pair and decoder_input is None:
-            raise ValueError("an encoder-decoder bridge needs decoder_input, its decoder's ids")
-        options = {"attention_mask": attention_mask, "decoder_input": decoder_input}
-        options = {name: value for name, value in options.items() if value is not None}
-        _, held = model.run_with_cache(ids, names_filter=names, **options)
-    missing = [name for name in names if name not in held]
-    if missing:
-        raise ValueError(
-            f"the pass shows no {missing[0]} ({len(missing)} of {len(names)} activations are "
-            "missing); use eager attention, and no names_filter for a cache of your own"
-        )
-    values = {name: held[name].to(handle.device) for name in names}
-    if values[names[0]].ndim != 3:
-        raise ValueError("value_zeroing needs a cache with a batch dimension")
-
-    def side(name: str, mask: torch.Tensor | None) -> Side:
-        pattern = values[next(n for n in names if name in n and n.endswith("hook_pattern"))]
-        # Only the shape counts here: the pass is over.
-        shape = (pattern.shape[0], pattern.shape[3])
-        blank = torch.zeros(shape, dtype=torch.long, device=handle.device)
-        if mask is not None and mask.shape != shape:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the pass {shape}")
-        whole = torch.ones_like(blank, dtype=torch.bool)
-        return Side(blank, whole if mask is None else mask.to(blank.device).bool())
-
-    # A decoder's own positions have no padding here; its cross-attention reads the encoder's.
-    if not pair or not names[0].startswith("decoder_blocks"):
-        batch = Batch(side(".attn.", attention_mask))
-    else:
-        batch = Batch(side(".cross_attn.", attention_mask), side(".self_attn.", None))
-    return Trace(batch=batch, values=values, dtype=handle.dtype)
-
-
-def _token_ids(model: Any, input: str | list[str] | torch.Tensor, pair: bool) -> torch.Tensor:
-    if isinstance(input, torch.Tensor):
-        return input
-    if pair:
-        raise ValueError("an encoder-decoder bridge needs token ids as input")
-    texts = [input] if isinstance(input, str) else input
-    rows = [model.to_tokens(text)[0] for text in texts]
-    if len({len(row) for row in rows}) != 1:
-        raise ValueError("prompts differ in length; pass padded token ids and attention_mask")
-    return torch.stack(rows)
-
-
-def _settled(options: list[Block], trace: Trace, tolerance: float) -> tuple[Block, float]:
-    """The reading of a block that reproduces its output in this pass, and its error."""
-
-    def unmasked(side: Side | None) -> Side | None:
-        return None if side is None else replace(side, mask=torch.ones_like(side.mask))
-
-    main = unmasked(trace.batch.main)
-    assert main is not None
-    # The model computes rows of padding too, and they must be reproduced like all others.
-    whole = replace(trace, batch=Batch(main, unmasked(trace.batch.decoder)))
-    resid_out, path = options[0].resid_out, options[0].resid_out.rpartition(".")[0]
-    for attention in options[0].attentions:
-        shape = (trace[options[0].resid_in].shape[1], trace[attention.value].shape[1])
-        if trace[attention.pattern].shape[2:] != shape:
-            raise NotImplementedError(
-                f"{attention.pattern} is no pattern over {shape[0]} targets and {shape[1]} "
-                "sources: windowed attention is not supported"
-            )
-    try:
-        block = settle_block(options, Probe(whole, whole, tolerance), resid_out, None)
-        error = relative_error(block.output(whole), whole[resid_out])
-    except (RuntimeError, IndexError) as failure:
-        raise NotImplementedError(f"{path} cannot be read: {failure}") from failure
-    if block.feed_forward is not None and block.feed_forward.refusal:
-        raise NotImplementedError(f"{path}: {block.feed_forward.refusal}")
-    if not error <= tolerance:
-        raise NotImplementedError(
-            f"{path} is not reproduced: its recomputed output is off by {error:.3g} of the "
-            f"largest entry (tolerance {tolerance:g})"
-        )
-    return block, error

@@ -1,6 +1,6 @@
-"""Recognises a model by what it is, never by importing its class.
+"""Recognizes models without importing their classes.
 
-The Hooked classes are gone in TransformerLens 4, where even asking for them raises.
+TransformerLens 4 has no Hooked classes, and importing them raises.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Host = Literal["HookedTransformer", "HookedEncoder", "HookedEncoderDecoder", "Tr
 
 @functools.cache
 def major() -> int:
-    """Returns the major version of TransformerLens, by what it contains.
+    """Returns the major version of TransformerLens, detected from its modules.
 
-    Its number would not do: a checkout from git calls itself 0.0.0.
+    The version number does not suffice: a git checkout reports 0.0.0.
     """
     if importlib.util.find_spec("transformer_lens.HookedTransformer") is None:
         return 4
@@ -31,19 +31,19 @@ def major() -> int:
 
 @functools.cache
 def host_version() -> str:
-    """Returns the version TransformerLens gives itself."""
+    """Returns TransformerLens' version string."""
     return importlib.metadata.version("transformer-lens")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model before anything is read.
+    """What is known of a model before it is read.
 
     Attributes:
         model: The model.
-        host: The class of TransformerLens it is, or is derived from.
+        host: Its TransformerLens class, or base class.
         major: Major version of TransformerLens.
-        architecture: Name of the architecture as the host has it, or an empty string.
+        architecture: The host's name for the architecture, or an empty string.
     """
 
     model: Any
@@ -58,22 +58,22 @@ class Facts:
 
     @property
     def encoder_only(self) -> bool:
-        """Whether the one stack is an encoder: BERT and its like."""
+        """Whether the only stack is an encoder, as in BERT."""
         if self.host == "HookedEncoder":
             return True
         if self.architecture.endswith("ForMaskedLM") or self.architecture == "BertModel":
             return True
-        # A bridge's attention_dir is not to be trusted; HookedTransformer's is.
+        # attention_dir is unreliable on a bridge, reliable on HookedTransformer.
         return not self.bridge and self.model.cfg.attention_dir == "bidirectional"
 
     @property
     def t5(self) -> bool:
-        """Whether it is T5 or one of its like, with relative positions."""
+        """Whether it is T5 or a variant with relative positions."""
         relative = getattr(self.model.cfg, "positional_embedding_type", "")
         return relative == "relative_positional_bias" or "T5" in self.architecture
 
     def has_class(self, *words: str) -> str:
-        """Returns the name of the first module class that contains one of the words, or ''."""
+        """Returns the name of the first module class that contains one of the words, or ""."""
         for module in self.model.modules():
             name = type(module).__name__
             if any(word in name for word in words):
@@ -90,7 +90,7 @@ class Facts:
         ]
 
     def blocks_without_attention(self) -> str:
-        """Returns the path of a block that mixes tokens by something else, or ''."""
+        """Returns the path of the first block without attention, or ""."""
         for path, block in self.block_modules():
             if not {"attn", "self_attn"} & set(block._modules):
                 return path
@@ -105,7 +105,7 @@ def recognise(model: Any) -> Facts:
     """Returns what is known of a TransformerLens model.
 
     Raises:
-        UnsupportedModel: If it is none, or one without weights of its own.
+        UnsupportedModel: If it is not a TransformerLens model, or has no weights.
     """
     mro = {cls.__name__ for cls in type(model).__mro__}
     host = next((name for name in get_args(Host) if name in mro), None)
@@ -113,10 +113,10 @@ def recognise(model: Any) -> Facts:
     if not known or host is None:
         raise UnsupportedModel(
             four_parts(
-                "this is not a language model of TransformerLens with weights of its own",
+                "not a TransformerLens model with weights",
                 f"a {type(model).__module__}.{type(model).__name__}",
                 "a HookedTransformer, HookedEncoder, HookedEncoderDecoder or TransformerBridge",
-                "Load it with tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
+                "Use tl_contextmix.load_model(name), or wrap a Hugging Face model in a "
                 "TransformerBridge.",
             )
         )

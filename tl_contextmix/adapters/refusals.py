@@ -1,4 +1,4 @@
-"""Models whose numbers would be wrong: refused by name, with the reason and the way out."""
+"""Unsupported models, whose numbers would be wrong, with the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 
 @dataclass(frozen=True)
 class Refusal:
-    """One kind of model that is refused.
+    """One kind of unsupported model.
 
     Attributes:
-        name: What it is, in the user's words.
-        found: Returns what was seen, or an empty string where the refusal does not apply.
+        name: The kind, as users call it.
+        found: Returns what was found, or an empty string if the refusal does not apply.
         reason: Why its numbers would be wrong.
         remedy: What the user can do.
     """
@@ -50,26 +50,26 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,
-        "its decoder's self-attention attends to the future, so its maps are not T5's",
+        "its decoder's self-attention attends to the future, unlike T5's",
         "Use TransformerLens 3.x (HookedEncoderDecoder) or 4.x (TransformerBridge).",
     ),
     Refusal(
         "T5 on TransformerBridge 3.x",
         _t5_on_bridge_3,
-        "its attention pattern hooks hold the position bias instead of probabilities",
+        "its attention pattern hooks hold position biases instead of probabilities",
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
     ),
     # Before MoE: the bridge wraps even the dense layers of DeepSeek in its MoE class.
     Refusal(
         "multi-head latent attention (MLA)",
         lambda facts: facts.has_class("MLA"),
-        "its value vectors are compressed, and the hooked ones are not what the pattern mixes",
+        "its value vectors are compressed, and the pattern does not weight the hooked ones",
         "Use a model with ordinary attention heads.",
     ),
     Refusal(
         "mixture of experts (MoE)",
         lambda facts: facts.has_class("MoE", "SparseMoe", "Experts"),
-        "a token's neurons depend on a router, so there is no one feed-forward block to read",
+        "a token's neurons depend on a router, so there is no single feed-forward block",
         "Use a dense model.",
     ),
     Refusal(
@@ -78,59 +78,59 @@ REFUSALS: tuple[Refusal, ...] = (
             facts.has_class("SSM", "Mamba", "GatedDeltaNet", "RWKV", "RecurrentGemma")
             or facts.blocks_without_attention()
         ),
-        "it mixes tokens by a recurrence, not by attention patterns and values",
+        "it mixes tokens by recurrence, not by attention",
         "Use a transformer.",
     ),
     Refusal(
         "LED",
         lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
-        "its encoder attends in windows and has no attention pattern to read",
-        "Use BART or T5 (the encoder-decoders with full attention).",
+        "its encoder uses windowed attention, without a full attention pattern",
+        "Use BART or T5, which have full attention.",
     ),
     Refusal(
         "T5Gemma",
         lambda facts: facts.architecture if facts.architecture.startswith("T5Gemma") else "",
-        "its bridge shows no embedding matrix, and each block has a norm before and behind every "
-        "sublayer under names of its own",
+        "its bridge has no embedding matrix, and its blocks name the norms before and after each "
+        "sublayer differently",
         "Use T5, BART, Marian, mBART, M2M100 or Pegasus.",
     ),
     Refusal(
         "Granite's residual scale",
         _scaled_residual,
-        "its sublayers are multiplied by a constant before they are added to the residual stream",
+        "its sublayer outputs are scaled before they are added to the residual stream",
         "Use a model without a residual multiplier.",
     ),
 )
 
 
 def require_supported(facts: Facts) -> None:
-    """Checks that the model is not one that is refused by name.
+    """Checks that the model is supported.
 
     Raises:
-        UnsupportedModel: If it is.
+        UnsupportedModel: If it is not.
     """
     for refusal in REFUSALS:
         seen = refusal.found(facts)
         if seen:
             raise UnsupportedModel(
                 four_parts(
-                    f"{refusal.name} is not supported, because {refusal.reason}",
+                    f"{refusal.name} is not supported: {refusal.reason}",
                     seen,
-                    "a model whose blocks are attention and a dense feed-forward layer",
+                    "blocks of attention and a dense feed-forward layer",
                     refusal.remedy,
                 )
             )
 
 
 def solu_refusal(model: nn.Module) -> str:
-    """Returns why the feed-forward of this model cannot be decomposed, or an empty string."""
+    """Returns why the feed-forward block cannot be decomposed, or an empty string."""
     name = str(getattr(getattr(model, "cfg", None), "act_fn", ""))
     if not name.startswith("solu"):
         return ""
     return four_parts(
-        "the feed-forward block cannot be decomposed through SoLU",
+        "cannot decompose the feed-forward block through SoLU",
         f"act_fn={name!r}",
-        "an activation that acts on each neuron alone",
-        "SoLU is a softmax over the layer, so no slope per neuron exists. Ask for "
-        "'attn_out', 'resid_mid' or 'mlp_in', which do not pass it.",
+        "an elementwise activation",
+        "SoLU has a softmax over the layer. Use 'attn_out', 'resid_mid' or 'mlp_in', which do not "
+        "need it.",
     )

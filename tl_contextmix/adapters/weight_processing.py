@@ -1,4 +1,4 @@
-"""What was done to a model's weights, and a fingerprint of them."""
+"""Detects weight processing, and fingerprints weights."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from tl_contextmix.core.blocks import AttentionSublayer, Block
 from tl_contextmix.core.model_view import ModelView, Notice
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 
-# A model's parameters by name. Walking through its modules takes longer than looking at them.
+# A model's parameters by name: collecting them takes longer than reading them.
 Weights = Mapping[str, Tensor]
 
 # Mean over d_model of a row of W_O, relative to the row's size: below 1e-4 after centring (in
 # bfloat16 too), about 1 / sqrt(d_model) = 0.02 or more before.
 _CENTRED = 2e-3
 
-# What each step does to the numbers of this package where `_matters` says that it does any.
+# The effect of each step on the numbers of this package, where `_matters` says that it has one.
 _EFFECTS = {
-    "fold_ln": "what a norm puts out has lost its gain and bias to the weights behind it",
-    "center_writing_weights": "embeddings and all that a block writes have lost their mean over "
-    "d_model",
-    "center_unembed": "all logits of a position have moved by the same amount",
-    "fold_value_biases": "values have lost their bias to the output bias, which no head and no "
-    "source owns",
-    "refactor_factored_attn_matrices": "the dimensions of a head's values are other ones",
+    "fold_ln": "norms' gains and biases are folded into the next weights",
+    "center_writing_weights": "embeddings and sublayer outputs have zero mean over d_model",
+    "center_unembed": "all logits of a position are shifted by the same amount",
+    "fold_value_biases": "value biases are folded into the output bias, which belongs to no source",
+    "refactor_factored_attn_matrices": "the dimensions of a head's values are changed",
 }
-# Cuts of log_prob_contributions whose parts carry values.
+# Values of log_prob_contributions' `by` whose components carry values.
 _OF_VALUES = ("head", "position", "head_position", "attn_neuron")
 
 
@@ -57,13 +55,13 @@ def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
 def _centred(matrix: Tensor) -> bool:
     rows = matrix.flatten(0, -2)
     size = rows.pow(2).mean(-1).sqrt()
-    # Rows of zeros (a head that was switched off) say nothing.
+    # Rows of zeros (ablated heads) are ignored.
     rows, size = rows[size > 0], size[size > 0]
     return rows.numel() > 0 and bool((rows.mean(-1).abs() / size < _CENTRED).all())
 
 
 def _orthonormal(W_O: Tensor) -> bool:
-    """Whether every head has a rotation for W_O, up to rounding in half precision."""
+    """Whether every head's W_O is orthonormal, up to rounding in half precision."""
     products = W_O @ W_O.mT
     return torch.allclose(products, torch.eye(W_O.shape[-2]).to(products), atol=2e-2)
 
@@ -76,8 +74,8 @@ def _any(attentions: list[AttentionSublayer], name: str) -> bool:
 def _norms_folded(facts: Facts, blocks: list[Block]) -> bool:
     if str(getattr(facts.model.cfg, "normalization_type", "")).endswith("Pre"):
         return True
-    # A bridge keeps its norms and makes them plain. So is a norm before any training, and on the
-    # other classes, where folding changes the type.
+    # A bridge keeps its norms, with unit gain. So is an untrained norm, and one on the other
+    # classes, where folding changes the type.
     if not getattr(facts.model, "_weights_processed", False):
         return False
     norms = [
@@ -99,11 +97,11 @@ def _ff_norm(block: Block) -> Any:
 
 
 def changed_by(method: str, options: Mapping[str, Any], processing: Iterable[str]) -> list[str]:
-    """Returns the steps that change the numbers of a method; all leave predictions alone.
+    """Returns the steps that change a method's numbers; none changes predictions.
 
     Args:
         method: Name of the method.
-        options: Its options, and in ``removed`` or ``neurons`` the cut of what it was given.
+        options: Its options, with the `by` of given components in ``removed`` or ``neurons``.
         processing: The steps that were applied.
     """
     return [step for step in processing if _matters(step, method, options)]
@@ -114,19 +112,19 @@ def _matters(step: str, method: str, options: Mapping[str, Any]) -> bool:
     cuts = [options.get(name) for name in ("by", "removed", "neurons")]
     ratio = options.get("share") == "ratio"
     if method in ("attention_norms", "mixing_ratio", "decompose"):
-        # A norm removes the mean itself, and is the one place that has its gain.
+        # A norm removes the mean anyway, and only its output has its gain.
         one = "fold_ln" if at == "mlp_in" else "center_writing_weights"
         return step in (one, "fold_value_biases")
     if step == "fold_ln":
         return none or ratio or (method == "value_zeroing" and bool(options.get("final_norm")))
     if step == "center_writing_weights":
-        # Readouts behind the final norm do not see a mean; lengths do.
+        # The final norm removes the mean before a readout; lengths include it.
         lengths = str(options.get("score")).endswith("norm")
         return none or ratio or lengths or method in _CENTRED_TOO
     if step == "center_unembed":
         return options.get("of") == "logit" or method in ("component_readouts", "ff_values")
     if step == "fold_value_biases":
-        # The mean of a head's values, which may stand in for them, has the bias that they have.
+        # Mean ablation is unaffected: the mean of a head's values has the same bias.
         cut = any(cut in _OF_VALUES for cut in cuts) and options.get("replace_with") != "mean"
         return cut or method in ("globenc", "alti", "value_zeroing", "token_memory")
     return "attn_neuron" in cuts
@@ -139,34 +137,33 @@ _CENTRED_TOO = (
 
 
 def make_notice(facts: Facts, view: ModelView) -> Notice:
-    """Returns the function that speaks up, once for each method, where processing changes it."""
-    told = _TOLD.setdefault(facts.model, set())
-    # One that was configured with plain norms was trained with them, too.
+    """Returns a function that warns, once per method, if processing changes its numbers."""
+    warned = _WARNED.setdefault(facts.model, set())
+    # A model configured with plain norms was trained with them.
     trained = not facts.bridge and getattr(facts.model.cfg, "original_architecture", None) is None
     processing = [step for step in view.processing if step != "fold_ln" or not trained]
-    # Neither the model nor the view may be kept alive by what it holds.
+    # The closure must not keep the model or the view alive.
     name, remedy = view.name, _remedy(facts, view)
 
     def notice(method: str, options: Mapping[str, Any]) -> None:
         steps = changed_by(method, options, processing)
-        if not steps or (method, *steps) in told:
+        if not steps or (method, *steps) in warned:
             return
-        told.add((method, *steps))
+        warned.add((method, *steps))
         effects = "; ".join(f"{step}: {_EFFECTS[step]}" for step in steps)
         warn(
             four_parts(
-                f"{method} of {name} is not that of the weights as published",
+                f"{method} of {name} is not that of the published weights",
                 f"weights processed by TransformerLens ({effects})",
-                "unprocessed weights. By how much they differ cannot be told: weights that "
-                "give any other numbers become these same ones",
-                f"Load them with {remedy}, or tl_contextmix.load_model.",
+                "unprocessed weights",
+                f"Load the model with {remedy}, or tl_contextmix.load_model.",
             )
         )
 
     return notice
 
 
-_TOLD: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+_WARNED: weakref.WeakKeyDictionary[Any, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def _remedy(facts: Facts, view: ModelView) -> str:
@@ -179,7 +176,7 @@ def _remedy(facts: Facts, view: ModelView) -> str:
 
 
 def fingerprint(weights: Weights) -> str:
-    """Returns a hash over every norm and bias and over a sample of every matrix."""
+    """Returns a hash of all vectors and a sample of every matrix."""
     digest = hashlib.blake2b(digest_size=8)
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in weights.items():
@@ -187,13 +184,13 @@ def fingerprint(weights: Weights) -> str:
         sample = sampled(weight).flatten().to(torch.float64)
         samples.setdefault(sample.device, []).append(sample)
     for of_device in samples.values():
-        # One transfer for all of them: on a GPU each one waits for the device.
+        # One transfer for all: on a GPU, each synchronizes.
         digest.update(torch.cat(of_device).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def sampled(weight: Tensor) -> Tensor:
-    """Returns a view of a few entries along every axis of a matrix, of all of a vector."""
+    """Returns a view of all of a vector, or of a few entries along every axis of a matrix."""
     weight = weight.detach()
     if weight.ndim < 2:
         return weight
@@ -201,37 +198,37 @@ def sampled(weight: Tensor) -> Tensor:
 
 
 def require_present(weights: Weights) -> None:
-    """Checks that the weights are in memory whenever they are looked at.
+    """Checks that the weights are in memory.
 
     Raises:
-        UnsupportedModel: If one is not, naming it.
+        UnsupportedModel: If one is not.
     """
     absent = next((name for name, weight in weights.items() if weight.is_meta), None)
     if absent is not None:
         raise UnsupportedModel(
             four_parts(
-                "a model whose weights come and go cannot be read",
-                f"no numbers in {absent}: offloaded, or never loaded",
+                "cannot read a model with offloaded weights",
+                f"no data in {absent}: offloaded, or never loaded",
                 "weights in memory, on one device or several",
-                "Load it without a part of the device map on the CPU or the disk.",
+                "Load it without offloading to CPU or disk in the device map.",
             )
         )
 
 
 def require_finite(weights: Weights) -> None:
-    """Checks every weight.
+    """Checks that every weight is finite.
 
     Raises:
-        InvalidInput: If one holds NaN or infinity, naming it.
+        InvalidInput: If one contains NaN or infinity.
     """
     for name, weight in weights.items():
-        # Least and greatest are NaN where any entry is.
+        # Minimum and maximum are NaN if any entry is.
         ends = weight.detach().aminmax() if weight.numel() else ()
         if not all(bool(torch.isfinite(end)) for end in ends):
             raise bad(
                 f"the weight {name} is not finite",
-                "NaN or infinity in it",
+                "NaN or infinity",
                 "finite weights",
-                "Load the weights; HookedEncoder(cfg) and HookedEncoderDecoder(cfg) leave "
-                "theirs uninitialised.",
+                "Load the weights: HookedEncoder(cfg) and HookedEncoderDecoder(cfg) do not "
+                "initialize theirs.",
             )

@@ -72,7 +72,7 @@ class Vocabulary:
         norm = self.readout.norm
         return (x if norm is None else norm.linear(x)) * self.readout.scale
 
-    def project(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
+    def target_logits(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
         """Returns the target's logit of each vector: its before-softmax value, frozen norm.
 
         NaN behind a masked-LM head, where logits are no sums.
@@ -83,7 +83,7 @@ class Vocabulary:
         found = torch.einsum("b...d,bd->b...", self.direction(vectors), columns)
         return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
 
-    def project_shared(
+    def target_logits_shared(
         self, vectors: Float[Tensor, "neuron d_model"]
     ) -> Float[Tensor, "batch neuron"]:
         """Returns the same of vectors that all sentences share."""
@@ -100,12 +100,6 @@ class Vocabulary:
             return readout.norm(x) * readout.scale
         return self.direction(x) / self.divisor[row]
 
-    def logits(
-        self, hidden: Float[Tensor, "some d_model"], part: slice = slice(None)
-    ) -> Float[Tensor, "some part"]:
-        """Returns logits of a part of the vocabulary."""
-        return self._finish(hidden @ self.weight[:, part], part)
-
     def _finish(self, products: Tensor, tokens: Tensor | slice) -> Tensor:
         found = products + self.constants[tokens]
         cap = self.readout.soft_cap
@@ -115,7 +109,8 @@ class Vocabulary:
         self, states: Float[Tensor, "some d_model"], row: int
     ) -> Float[Tensor, "some d_vocab"]:
         """Returns the whole distribution of states of one sentence."""
-        return self.logits(self.hidden(states, row)).log_softmax(dim=-1)
+        logits = self._finish(self.hidden(states, row) @ self.weight, slice(None))
+        return logits.log_softmax(dim=-1)
 
     def target_log_probs(
         self, states: Float[Tensor, "batch step d_model"]

@@ -119,8 +119,11 @@ def checked(function: F) -> F:
         except TypeError:
             return function(*args, **kwargs)  # raises it in Python's own words
         for name, value in given.arguments.items():
-            if name in hints:
-                given.arguments[name] = _accepted(function.__name__, name, value, hints[name])
+            if name not in hints:
+                continue
+            accept = functools.partial(_accepted, function.__name__, name, hint=hints[name])
+            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            given.arguments[name] = tuple(map(accept, value)) if several else accept(value)
         return function(*given.args, **given.kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]

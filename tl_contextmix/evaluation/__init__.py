@@ -1,4 +1,4 @@
-"""Is the map right? Agreement with known cues, with what the model does, and between maps."""
+"""Evaluates maps: alignment with known cues, faithfulness to the model, agreement."""
 
 from tl_contextmix.evaluation.agreement import agreement
 from tl_contextmix.evaluation.alignment import Cues, cue_alignment

@@ -1,4 +1,4 @@
-"""What every evaluation shares: sentences of maps, rows of targets, and means with intervals."""
+"""Shared by all evaluations: iteration over sentences, target rows, means with intervals."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from tl_contextmix.results import ContextMap, ScoreRow
 
 Maps = ContextMap | Sequence[ContextMap]
 Figures = dict[tuple[str, str], list[tuple[float, float]]]
-"""By layer and metric: value and chance level of every sentence."""
+"""Value and chance level of every sentence, by layer and metric."""
 
 
 def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
-    """Yields a map and the row of its batch for every sentence.
+    """Yields each sentence's map and its row in the batch.
 
     Raises:
-        InvalidInput: If a map has several heads, or is a difference.
+        InvalidInput: If a map has several heads, or is a difference of maps.
     """
     for map in [maps] if isinstance(maps, ContextMap) else maps:
         if not isinstance(map, ContextMap):
             raise bad(
-                "these are no maps",
+                "cannot evaluate this",
                 f"a {type(map).__name__}",
                 "a ContextMap, or a list of them",
-                "Give what a method returned.",
+                "Pass what a method returned.",
             )
         if len(map.heads) != 1:
             raise bad(
                 "this map has several heads",
                 f"{len(map.heads)} heads",
                 "one map per layer",
-                "Take .mean('head'), or ask the method to sum its heads.",
+                "Use .mean('head'), or compute the map with heads=False.",
             )
         map.require_unsigned("an evaluation")
         for row in range(len(map.target.strings)):
@@ -43,7 +43,7 @@ def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
 
 
 def target_place(map: ContextMap, row: int, target: int) -> int:
-    """Returns the place of a target on the map's axis, checked.
+    """Returns the index of a target on the map's axis.
 
     Args:
         map: The map.
@@ -51,7 +51,7 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
         target: The position in the input; negative counts from the last real token.
 
     Raises:
-        InvalidInput: If it is no real token.
+        InvalidInput: If it is not a real token.
     """
     real = map.target.mask[row].nonzero()[:, 0].tolist()
     numbers = [map.target.labels()[place] for place in real]
@@ -60,17 +60,17 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
     if -len(real) <= target < 0:
         return real[target]
     raise bad(
-        "this target is no token",
+        "the target is not a token of the sentence",
         f"{target} in sentence {row}",
-        f"one of {numbers}, or a negative number that counts from the end",
+        f"one of {numbers}, or a negative index",
         "Positions count all tokens, a beginning-of-sequence token included.",
     )
 
 
 def readable(map: ContextMap, row: int, place: int) -> Tensor:
-    """Returns which sources a target can read at all [source].
+    """Returns which sources a target can attend to [source].
 
-    In a decoder those of its own stack up to itself, whatever part of the map is at hand.
+    In a decoder: those of its own stack up to itself, also for a selection of the map.
     """
     found = map.source.mask[row].cpu().clone()
     if map.stack != "encoder":
@@ -84,15 +84,15 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     """Returns one position per sentence.
 
     Raises:
-        InvalidInput: If there are more or fewer of them than sentences.
+        InvalidInput: If their number differs from that of the sentences.
     """
     found = [given] * count if isinstance(given, int) else [*given]
     if len(found) != count:
         raise bad(
-            f"{what} do not fit the sentences",
+            f"{what} do not match the sentences",
             f"{len(found)} for {count} sentences",
             "one for all, or one for each",
-            "Give an integer, or a list as long as the sentences.",
+            "Pass an integer, or a list with one per sentence.",
         )
     return found
 

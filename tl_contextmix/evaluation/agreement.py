@@ -1,4 +1,4 @@
-"""Do two maps put the sources of a target into the same order?"""
+"""Rank agreement between two maps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tl_contextmix.results import ContextMap, Score
 
 @method(cites=("mohebbi2023quantifying",), on_text=False)
 def agreement(a: Maps, b: Maps) -> Score:
-    """Returns how far two maps order the sources of a target alike.
+    """Returns how similarly two maps rank the sources of a target.
 
-    Per layer, over the rows that have at least two readable sources and an order in both maps:
+    Per layer, over the rows with at least two readable sources that are not all tied in either map:
     Spearman's rank correlation and Kendall's tau-b, averaged first over the rows of a sentence,
     then over sentences. Chance is 0 for both.
 
@@ -27,17 +27,17 @@ def agreement(a: Maps, b: Maps) -> Score:
         b: The other, over the same tokens and layers.
 
     Raises:
-        InvalidInput: If the maps are of different tokens or layers.
+        InvalidInput: If the maps cover different tokens or layers.
     """
     found: Figures = {}
     name = ""
     one, two = list(sentences(a)), list(sentences(b))
     if len(one) != len(two):
         raise bad(
-            "the maps are not of the same sentences",
+            "the maps cover different sentences",
             f"{len(one)} and {len(two)} sentences",
-            "as many of one method as of the other",
-            "Give both methods the same input.",
+            "equally many",
+            "Run both methods on the same input.",
         )
     for (first, row), (second, other) in zip(one, two, strict=True):
         _require_same(first, second)
@@ -57,10 +57,10 @@ def _require_same(a: ContextMap, b: ContextMap) -> None:
     same = a.target.equals(b.target) and a.source.equals(b.source)
     if not same or a.layers != b.layers:
         raise bad(
-            "the maps are not of the same tokens and layers",
+            "the maps cover different tokens or layers",
             f"shapes {tuple(a.scores.shape)} and {tuple(b.scores.shape)}",
             "two maps of one input",
-            "Ask both methods about the same input, layers and stack.",
+            "Run both methods on the same input, layers and stack.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Does a map point at the tokens that are known to decide a word?"""
+"""Alignment of a map with the tokens known to decide a word."""
 
 from __future__ import annotations
 
@@ -33,23 +33,22 @@ def cue_alignment(
     pos: Sequence[int] | int = -1,
     method: str | None = None,
 ) -> Score:
-    r"""Returns how much a map's target rows point at the tokens that decide the target.
+    r"""Returns how well a map's target rows align with the cues that decide the target.
 
-    Two figures per layer, means over sentences (Mohebbi et al. 2023, section 5):
+    Two metrics per layer, averaged over sentences (Mohebbi et al. 2023, section 5):
 
     * ``dot``: :math:`\sum_{j \in cues} C_{ij}` of a row that sums to 1. Chance: the share of
       readable tokens that are cues.
     * ``average precision`` of ranking the readable tokens by score. Chance: that of a random order.
 
-    For words instead of the pieces a tokenizer makes of them, give ``map.words()``: cues and
-    targets are then words.
+    For words instead of tokens, pass ``map.words()``; cues and targets then index words.
 
     Args:
         maps: One map with a row of the batch per sentence, or one map per sentence. Rows must sum
             to 1 (`ContextMap.normalize`), as they do for attention weights.
-        cues: Per sentence what decides the target, several are fine: positions on the source axis
-            (a beginning-of-sequence token counts), or tokens as text, each of which stands for
-            every readable token of that text, spaces aside.
+        cues: Per sentence, one or more cues: positions on the source axis (which include a
+            beginning-of-sequence token), or tokens as text, which match every readable token
+            with that text up to spaces.
         pos: The target position, one for all or one per sentence; negative counts from the
             last real token.
         method: Name in the table; None for the map's own.
@@ -58,7 +57,7 @@ def cue_alignment(
         A `Score`: value, 95 % bootstrap interval over sentences and chance level per layer.
 
     Raises:
-        InvalidInput: If a cue or target is no real token, or rows do not sum to 1.
+        InvalidInput: If a cue or target is not a real token, or rows do not sum to 1.
     """
     found: Figures = {}
     listed = list(sentences(maps))
@@ -83,13 +82,13 @@ def cue_alignment(
     return Score(
         rows=summarise(name, found),
         title="Alignment with the cue",
-        caption="How much of the target's row, and how high in its ranking, are the tokens that "
-        "decide it. Chance: rows without information.",
+        caption="Share of the target's row on the cue (dot), and its rank in it (average "
+        "precision). Chance: a row without information.",
     )
 
 
 def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[int]:
-    """Returns the positions a cue names, checked to be readable."""
+    """Returns the readable positions that a cue matches."""
     real = seen.nonzero()[:, 0].tolist()
     words, numbers = map.source.strings[row], [map.source.labels()[place] for place in real]
     if isinstance(cue, str):
@@ -98,12 +97,12 @@ def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[
         named = [real[numbers.index(cue)]] if cue in numbers else []
     if not named:
         raise bad(
-            "a cue names no token that can be read",
+            "a cue matches no readable token",
             f"{cue!r}, a position or token, in sentence {row}"
             if isinstance(cue, str)
             else f"position {cue} in sentence {row}",
             f"one of {numbers}, or one of {[words[place] for place in real]}",
-            "A word of several tokens is named by its positions, or on map.words().",
+            "Give a word of several tokens by its positions, or use map.words().",
         )
     return named
 
@@ -112,7 +111,7 @@ def require_cues(count: int, cues: Any) -> list[list[int | str]]:
     """Returns the cues of every sentence.
 
     Raises:
-        InvalidInput: If they are no list of positions or texts for every sentence, none empty.
+        InvalidInput: If they are not one non-empty list of positions or texts per sentence.
     """
     listed = [] if isinstance(cues, str) or not isinstance(cues, Sequence) else [*cues]
     fine = len(listed) == count and all(
@@ -124,10 +123,10 @@ def require_cues(count: int, cues: Any) -> list[list[int | str]]:
     )
     if not fine:
         raise bad(
-            "cues and sentences do not fit each other",
+            "the cues do not match the sentences",
             f"{cues!r} for {count} sentences" if count < 4 else f"{len(listed)} lists for {count}",
-            "a list with at least one cue for every sentence, positions or texts",
-            "Give [[cue, ...], ...]; leave out sentences without a cue.",
+            "a list of at least one cue, positions or texts, for every sentence",
+            "Pass [[cue, ...], ...] without the sentences that have no cue.",
         )
     return [[*one] for one in listed]
 

@@ -1,4 +1,4 @@
-"""Which map should I believe for this model? Every method on the same sentences, in one table."""
+"""Compares every method on the same sentences, in one table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Make = Callable[[Any, Sentence], ContextMap]
 
 
 def comparable() -> dict[str, Make]:
-    """Returns the methods that are compared, by the names of their rows."""
+    """Returns the methods to compare, by row name."""
     return {
         row: partial(_ask, known, options)
         for known in methods().values()
@@ -65,43 +65,43 @@ def compare(
     blank: int | None = None,
     unusable: Unusable = "error",
 ) -> Comparison:
-    """Returns how well every method's maps of the same sentences do, and what they cost.
+    """Returns how well each method's maps score on the same sentences, and their cost.
 
-    Each map is taken per layer, its rows divided by their sums, and, where it is of single
-    layers, multiplied through all of them (`rollout`). Looked at is the row of the position that
-    the answer is predicted from: the last one of a causal model, the mask of a masked one.
+    Maps are row-normalized and evaluated per layer and, if they cover single layers, as a rollout
+    through all of them. Metrics use the row of the predicting position: the last one in a causal
+    model, the mask in a masked one.
 
-    * `cue_alignment` where cues are known: ``dot`` and ``average precision``.
+    * `cue_alignment`, if cues are given: ``dot`` and ``average precision``.
     * `faithfulness`: ``blank-out``, ``comprehensiveness``, ``sufficiency``.
-    * How alike the methods are, from the input to the last layer: Spearman's correlation.
-    * Cost of one sentence: seconds (a clock on this machine) and operations.
+    * Similarity of the methods from the input to the last layer: Spearman's correlation.
+    * Cost per sentence: seconds on this machine, and FLOPs.
 
-    Every figure has a 95 % bootstrap interval over sentences and its chance level beside it. No
-    method is favoured: all get the same rows of the same sentences.
+    Every value comes with a 95 % bootstrap interval over sentences and its chance level. All
+    methods are evaluated on the same rows of the same sentences.
 
     Args:
         model: A causal or masked language model.
         input: Texts (of a masked model, with its mask token), or minimal pairs
-            (`load_minimal_pairs`, `demo_pairs`): a causal model is then given what both sentences
-            begin with, a masked one the sentence with a mask in the place.
-        cues: For texts: per sentence what decides the answer, see `cue_alignment`. None: pairs'
-            own, or alignment is left out.
+            (`load_minimal_pairs`, `demo_pairs`): a causal model then reads their common prefix, a
+            masked one the sentence with the differing word masked.
+        cues: For texts: the cues of each sentence, see `cue_alignment`. None: those of the pairs,
+            or no alignment.
         methods: Names of rows (``"alti"``, ``"attention_norms mlp_out"``), or functions of a model
-            and token ids [1, pos] that return a `ContextMap`, by name; None for all. Of all, those
-            that the model does not support are listed in the result with the reason.
-        words: Whether maps are summed up over the pieces of words first (`ContextMap.words`).
-        blank: Token id that blanks, see `faithfulness`.
-        unusable: ``"drop"`` leaves out sentences that the model cannot be asked about (words of
-            several tokens under one mask, no token before the place) and lists them with the
-            reason in `Comparison.dropped`; ``"error"`` names the first one.
+            and token ids [1, pos] that return a `ContextMap`, by name; None for all. Then methods
+            that do not support the model are skipped, and listed in the result with the reason.
+        words: Whether to aggregate maps over the tokens of each word first (`ContextMap.words`).
+        blank: Token id that replaces blanked tokens, see `faithfulness`.
+        unusable: ``"drop"`` skips sentences that cannot be scored on the model (words of several
+            tokens under one mask, no token before the differing word) and lists them with the
+            reason in `Comparison.dropped`; ``"error"`` raises on the first one.
 
     Returns:
         A `Comparison`.
 
     Raises:
         InvalidInput: If sentences, cues or methods do not fit the model.
-        UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a method
-            that was asked for does not support it.
+        UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a named
+            method does not support it.
 
     Warns:
         ContextMixWarning: If no sentence is long enough for `faithfulness`.
@@ -159,12 +159,12 @@ def _supported(
     sentences: Sequence[Sentence],
     methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None,
 ) -> tuple[dict[str, Make], dict[str, int], tuple[tuple[str, str], ...]]:
-    """Returns the methods, their operations on the middle sentence, and what is left out."""
+    """Returns the methods, their FLOPs on the middle sentence, and those skipped."""
     chosen, flops, left_out = _methods(methods), {}, []
     for name, make in chosen.items():
         ask = partial(make, model, _middle(sentences))
         try:
-            # What a first call does for all later ones does not count.
+            # One-time work of the first call does not count.
             _require_map(name, ask())
             flops[name] = count_operations(ask)
         except UnsupportedModel as error:
@@ -179,8 +179,8 @@ def _require_map(name: str, found: object) -> None:
         raise bad(
             f"the method {name!r} cannot be compared",
             f"a {type(found).__name__}",
-            "a ContextMap of the token ids it was given",
-            "Return what a method of this package returns, or build a ContextMap.",
+            "a ContextMap of the given token ids",
+            "Return the result of a method of this package, or build a ContextMap.",
         )
 
 
@@ -192,7 +192,7 @@ def _middle(sentences: Sequence[Sentence]) -> Sentence:
 def _run(
     methods: Mapping[str, Make], model: object, sentences: Sequence[Sentence]
 ) -> tuple[dict[str, list[ContextMap]], dict[str, list[float]]]:
-    """Returns every method's maps and how long each took; methods take turns."""
+    """Returns every method's maps and their run times; methods alternate."""
     maps: dict[str, list[ContextMap]] = {name: [] for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for sentence in tqdm(sentences, desc="compare", leave=False, disable=None, delay=2):
@@ -207,10 +207,7 @@ Taken = tuple[ContextMap, ContextMap | None, tuple[int, list[int | str]]]
 
 
 def _taken(map: ContextMap, sentence: Sentence, words: bool) -> Taken:
-    """Returns a map's layers, the map from the input to the last layer, and where to look.
-
-    Where: the target's row, and the cues.
-    """
+    """Returns the per-layer maps, the map from input to last layer, target row and cues."""
     if len(map.heads) > 1:
         map = map.mean("head")
     layers = map.normalize()
@@ -230,7 +227,7 @@ def _taken(map: ContextMap, sentence: Sentence, words: bool) -> Taken:
 
 
 def _holding(spans: Sequence[tuple[int, int]], place: int) -> int:
-    """Returns the word a token is in; a place that is none stays what it is, to be refused."""
+    """Returns the word that holds a token; an invalid position is returned, to be refused."""
     return next((w for w, (start, stop) in enumerate(spans) if start <= place < stop), place)
 
 
@@ -249,17 +246,17 @@ def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[S
 
 
 def _row(map: ContextMap, place: int) -> Tensor:
-    """Returns the target's row as far as it can be read."""
+    """Returns the readable part of the target's row."""
     scores = map.scores[0, -1, 0, place].cpu().double()
     return scores[readable(map, 0, place)]
 
 
 def _alike(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Returns the mean correlation of every two methods' rows, over sentences that have one."""
+    """Returns the mean rank correlation of each two methods' rows, over sentences without NaN."""
     found = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
     for a, first in enumerate(rows):
         for b, second in enumerate(rows):
-            # A causal model's gradients have no row for what comes after the target either.
+            # Gradient maps of a causal model do not extend beyond the target.
             pairs = [(x[: len(y)], y[: len(x)]) for x, y in zip(first, second, strict=True)]
             values = torch.stack([spearman(x, y) for x, y in pairs])
             found[a, b] = values[~values.isnan()].mean()
@@ -283,10 +280,10 @@ def _methods(asked: Any) -> dict[str, Make]:
     unknown = [name for name in listed if name not in known]
     if unknown or not listed:
         raise bad(
-            "there are no such methods",
+            "unknown methods",
             repr(unknown or asked),
-            f"a list out of {list(known)}",
-            "Or give functions of a model and token ids, by name.",
+            f"a list of some of {list(known)}",
+            "Or pass a dict of functions of a model and token ids.",
         )
     return {name: known[name] for name in listed}
 
@@ -298,19 +295,19 @@ def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
 def demo_pairs(
     kind: str = "agreement", count: Positive = 50, *, lures: bool = True, seed: NotNegative = 5
 ) -> tuple[MinimalPair, ...]:
-    """Returns minimal pairs of the embedded models' grammar, whose cues and lures are known.
+    """Returns minimal pairs from the demo models' grammar, with cues and lures.
 
-    They come from the test split: subjects and verbs that training never joined are preferred.
+    They are from the test split, with a preference for unseen combinations of subject and verb.
 
     Args:
         kind: ``"agreement"`` (a verb and its subject), ``"reflexive"``, ``"determiner"``,
             ``"fact"`` or ``"name"``.
-        count: How many.
-        lures: Whether to take only sentences with a word that tempts to the wrong answer.
-        seed: Of the sentences.
+        count: Number of pairs.
+        lures: Whether to take only sentences with a lure (attractor) for the wrong answer.
+        seed: Random seed.
 
     Raises:
-        InvalidInput: If there is no such kind, or none with lures.
+        InvalidInput: If there is no such kind, or it has no lures.
     """
     from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
 
@@ -319,7 +316,7 @@ def demo_pairs(
             "the grammar has no such pairs",
             f"kind={kind!r}, lures={lures}",
             f"one of {list(KINDS)}; with lures {[k for k, tempted in KINDS.items() if tempted]}",
-            "Choose one of these, or lures=False.",
+            "Choose one of these, or set lures=False.",
         )
     return tuple(MinimalPair(*pair) for pair in minimal_pairs(kind, count, lures, seed))
 

@@ -1,4 +1,4 @@
-"""Are the tokens that a map ranks high those that the prediction rests on?"""
+"""Faithfulness: does the prediction depend on the tokens that a map ranks high?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
-# Sentences of one length with other tokens blanked; so many are run together.
+# Batch size for variants of a sentence with different tokens blanked.
 _TOGETHER = 64
 # Random orders per sentence. With 5 the chance level of 50 sentences was 0.4 nats off, with 20
 # two draws agree to 0.02.
@@ -37,53 +37,52 @@ def faithfulness(
     blank: int | None = None,
     target: int | Sequence[int] | None = None,
 ) -> Score:
-    r"""Returns whether the tokens a map ranks high are those the prediction rests on.
+    r"""Returns whether the prediction depends on the tokens that a map ranks high.
 
-    Every real token but the target is replaced by a blank in turn; :math:`\Delta_j` is how much
-    the log-probability of the answer falls. Per layer:
+    Every real token but the target is blanked in turn; :math:`\Delta_j` is the drop in the
+    answer's log-probability. Per layer:
 
     * ``blank-out``: Spearman's correlation of the target's row with :math:`\Delta`.
-    * ``comprehensiveness``: mean fall (nats) when the highest-ranked tokens are blanked, one more
-      at a time (area under that curve, DeYoung et al. 2020); high for a good map. Chance: the mean
+    * ``comprehensiveness``: mean drop (nats) as the highest-ranked tokens are blanked one by one
+      (area under that curve, DeYoung et al. 2020); high for a good map. Chance: the mean
       over 20 random orders per sentence.
-    * ``sufficiency``: mean fall when only they are kept; low for a good map.
+    * ``sufficiency``: mean drop when only they are kept; low for a good map.
 
-    Tokens of the same score are ranked in random orders, of which the mean is taken. Tokens that
-    are the blank themselves (in many causal models the beginning-of-sequence token) cannot be
-    blanked and are not ranked. Rows with a NaN have no figures.
+    Ties are averaged over random orders. Tokens that equal the blank (in many causal models, the
+    beginning-of-sequence token) cannot be blanked and are not ranked. Rows with a NaN score NaN.
 
     Args:
         model: A causal or masked language model.
-        input: A text, several, or token ids: those the map is of.
-        map: A map with one score per pair and layer, of all targets or of the one looked at.
-        pos: The position whose prediction is looked at, one for all or one per sentence;
-            negative from the last real token. A masked model is asked about this position's own
-            token, a causal one about the next. None: the last real token, or the one mask.
-        blank: Token id that blanks; None for the tokenizer's mask, unknown, padding or end token.
-        target: Token ids of the answers; None for what the model itself predicts.
+        input: The text, texts or token ids of the map.
+        map: A map with one score per pair and layer, for all targets or only this one.
+        pos: The predicting position, one for all or one per sentence; negative counts from
+            the last real token. Masked models predict the token at this position, causal ones the
+            next. None: the last real token, or the mask.
+        blank: Token id that replaces blanked tokens; None for the tokenizer's mask, unknown,
+            padding or end-of-sequence token.
+        target: Token ids of the answers; None for the model's own predictions.
 
     Returns:
         A `Score` with 95 % bootstrap intervals over sentences.
 
     Raises:
-        InvalidInput: If the map is of other tokens, or an argument does not fit the model.
+        InvalidInput: If the map is of other tokens, or an argument does not match the model.
         UnsupportedModel: If the model has no trained vocabulary readout, or two stacks.
 
     Warns:
-        ContextMixWarning: If no sentence is long enough: every figure is NaN.
+        ContextMixWarning: If no sentence is long enough: every value is NaN.
 
-    Cost: per sentence of ``n`` tokens ``2 n`` forward passes per layer and ``41 n`` more at most,
-    run in batches; sets of tokens that layers share are run once.
+    Cost: per sentence of ``n`` tokens, ``2 n`` forward passes per layer and at most ``41 n`` more,
+    batched; sets of tokens shared between layers run once.
     """
     view = as_view(model)
     batch = make_batch(view, Given(input, _mask_of(map, input)))
     if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
         raise bad(
-            "the map is of another input",
+            "the map is of a different input",
             f"{map.source.ids.tolist()}" if isinstance(map, ContextMap) else type(map).__name__,
             f"a ContextMap of the tokens {batch.main.ids.tolist()}",
-            "Give the text or the token ids that the map was made of; ids where it was made "
-            "without a beginning-of-sequence token.",
+            "Pass the map's text, or its token ids if it was computed with prepend_bos=False.",
         )
     count = len(map.source.strings)
     places = [None] * count if pos is None else per_sentence(pos, count, "positions")
@@ -99,7 +98,7 @@ def faithfulness(
 
 
 def _mask_of(map: object, input: object) -> Tensor | None:
-    """Returns the mask that a map has of token ids."""
+    """Returns the map's attention mask for token ids."""
     if not isinstance(map, ContextMap) or not isinstance(input, Tensor):
         return None
     mask = map.source.mask
@@ -107,23 +106,23 @@ def _mask_of(map: object, input: object) -> Tensor | None:
 
 
 def warn_of_short(drops: Sequence[Drop]) -> None:
-    """Warns where no sentence has enough to blank."""
+    """Warns if no sentence has enough tokens to blank."""
     if drops and all(len(drop.others) < 2 for drop in drops):
         warn(
-            "faithfulness has no figures (NaN): no sentence has two tokens, or words, besides the "
-            "one that is predicted from, that blanking changes. Give longer sentences."
+            "faithfulness is NaN: no sentence has at least two tokens, or words, to blank besides "
+            "the predicting one. Use longer sentences."
         )
 
 
 def faithfulness_of(
     maps: Maps, drops: Sequence[Drop], places: Sequence[int] | None = None
 ) -> Score:
-    """Returns `faithfulness` from sentences whose blanked predictions may be known already.
+    """Returns `faithfulness`, reusing predictions on blanked sentences.
 
     Args:
         maps: One map, or one per sentence.
-        drops: The sentences; what has been measured for another map is not measured again.
-        places: The target's place on each map's axis; None: found by its position.
+        drops: The sentences, which cache what was measured for other maps.
+        places: The target's index on each map's axis; None: found by its position.
 
     Raises:
         InvalidInput: If a map has several heads or no row for the target.
@@ -140,13 +139,13 @@ def faithfulness_of(
     return Score(
         rows=summarise(listed[0][0].provenance.method if listed else "", found),
         title="Faithfulness",
-        caption="Falls of the answer's log-probability (nats) when tokens are blanked. "
+        caption="Drop in the answer's log-probability (nats) when tokens are blanked. "
         "Comprehensiveness: higher is better; sufficiency: lower is better.",
     )
 
 
 def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
-    """Returns the row of the target on a map of all targets or of some."""
+    """Returns the target's row of a map with all targets or some."""
     place = int(map.source.positions()[row, real[drop.place]])
     rows = (map.target.positions()[row] == place) & map.target.mask[row].cpu()
     if not bool(rows.any()):
@@ -154,7 +153,7 @@ def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
             "the map has no row for the target",
             f"rows for positions {map.target.positions()[row].tolist()}",
             f"one for position {place}",
-            "Ask the method about all targets, or about this one.",
+            "Compute the map for all targets, or for this one.",
         )
     return int(rows.nonzero()[0])
 
@@ -167,7 +166,7 @@ def blanked(
     answer: int | None,
     spans: Spans | None = None,
 ) -> Drop:
-    """Returns a sentence whose tokens can be blanked.
+    """Returns a sentence prepared for blanking.
 
     Args:
         model: A causal or masked language model.
@@ -175,26 +174,26 @@ def blanked(
         pos: See `faithfulness`.
         blank: See `faithfulness`.
         answer: See `faithfulness`.
-        spans: Words: what is blanked as a whole; None for single tokens.
+        spans: Words to blank as a whole; None for single tokens.
     """
     view = as_view(model)
     view.readout.require()
     if len(view.stacks) == 2:
         raise UnsupportedModel(
             four_parts(
-                "tokens of an encoder-decoder are not blanked",
-                f"{view.name}, a model of two stacks",
-                "a causal or a masked language model",
-                "Compare its maps by cue_alignment or agreement.",
+                "faithfulness does not support encoder-decoders",
+                f"{view.name}, which has two stacks",
+                "a causal or masked language model",
+                "Use cue_alignment or agreement.",
             )
         )
     ids = ids.cpu()
     place = _asked_about(model, view, ids) if pos is None else pos
-    _require_between("this target is no token", place, -len(ids), len(ids))
+    _require_between("pos is not a position of the sentence", place, -len(ids), len(ids))
     token = _blank_token(model, view) if blank is None else blank
-    _require_between("this token cannot blank another", token, 0, view.d_vocab)
+    _require_between("blank is not a token id", token, 0, view.d_vocab)
     if answer is not None:
-        _require_between("this answer is no token", answer, 0, view.d_vocab)
+        _require_between("target is not a token id", answer, 0, view.d_vocab)
     units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
     return Drop(view, ids, place % len(ids), token, answer, units)
 
@@ -202,7 +201,7 @@ def blanked(
 def _require_between(failed: str, value: Any, low: int, high: int) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not low <= value < high:
-        raise bad(failed, repr(value), f"an integer from {low} to {high - 1}", "Give another.")
+        raise bad(failed, repr(value), f"an integer from {low} to {high - 1}", "Pass another.")
 
 
 def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
@@ -212,23 +211,23 @@ def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
     places = (ids == mask).nonzero()[:, 0].tolist() if isinstance(mask, int) else []
     if len(places) != 1:
         raise bad(
-            "it is not clear which word a masked model is asked for",
+            "the predicting position is ambiguous",
             f"{len(places)} mask tokens",
-            "one, or a target",
+            "exactly one, or a position",
             "Pass pos=.",
         )
     return places[0]
 
 
 class Drop:
-    """How much an answer's log-probability falls when units of a sentence are blanked.
+    """Drops in an answer's log-probability when units of a sentence are blanked.
 
     A unit is a token, or the tokens of a word.
 
     Attributes:
-        place: The position of the prediction, among tokens.
-        unit: The unit it belongs to.
-        others: All other units that it can depend on and that blanking changes.
+        place: The predicting position.
+        unit: Its unit.
+        others: The other units that the prediction can depend on and that blanking changes.
         answer: Id of the answer.
         real: Its log-probability with nothing blanked.
     """
@@ -245,7 +244,7 @@ class Drop:
         self._view, self._ids, self._blank, self._units = view, ids, blank, units
         self.place = place
         self.unit = next(u for u, (start, stop) in enumerate(units) if start <= place < stop)
-        # What a causal model has not read yet cannot matter.
+        # A causal model's prediction cannot depend on later tokens.
         last = self.unit if "decoder" in view.stacks else len(units)
         self.others = [
             unit
@@ -264,7 +263,7 @@ class Drop:
         return float(self._real[token])
 
     def figures(self, scores: Tensor) -> list[tuple[str, float, float]]:
-        """Returns name, value and chance level of every figure about a row of scores [unit]."""
+        """Returns name, value and chance level of every metric for a row of scores [unit]."""
         names = ("blank-out", "comprehensiveness", "sufficiency")
         row = scores.double()
         if bool(row[self.others].isnan().any()) or len(self.others) < 2:
@@ -283,13 +282,13 @@ class Drop:
         return list(zip(names, values, chance, strict=True))
 
     def _ranked(self, row: Tensor) -> list[list[int]]:
-        """Returns the units from the highest score on; several orders where scores are tied."""
+        """Returns the units in descending order of score; several orders if there are ties."""
         tied = len(row[self.others].unique()) < len(self.others)
         orders = self._orders if tied else self._orders[:1]
         return [sorted(order, key=lambda unit: -float(row[unit])) for order in orders]
 
     def falls(self, sets: Iterable[Sequence[int]]) -> list[float]:
-        """Returns how much the log-probability falls for each set of blanked units."""
+        """Returns the drop in log-probability for each set of blanked units."""
         asked = [frozenset(units) for units in sets]
         new = list(dict.fromkeys(units for units in asked if units not in self._known))
         for start in range(0, len(new), _TOGETHER):
@@ -303,9 +302,9 @@ class Drop:
         return [self._known[units] for units in asked]
 
     def _random_level(self) -> float:
-        """Returns the mean fall along random orders: the chance level of both areas.
+        """Returns the mean drop over random orders, the chance level of both areas.
 
-        Blanking the first of a random order and blanking the rest are the same thing.
+        In a random order, blanking the first units and blanking the rest are equivalent.
         """
         if self._random is None:
             cuts = [(order, count) for order in self._orders for count in range(1, len(order))]
@@ -321,7 +320,7 @@ class Drop:
 
 
 def _shuffled(units: Sequence[int], seed: int) -> list[list[int]]:
-    """Returns random orders; each sentence has its own, or their errors would not average out."""
+    """Returns random orders, independent between sentences so that errors average out."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(_ORDERS):
@@ -338,12 +337,12 @@ def _blank_token(model: object, view: ModelView) -> int:
     tokenizer = getattr(model, "tokenizer", None)
     for name in ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
-        # A token that was added to the tokenizer later lies outside of the model's vocabulary.
+        # A token added to the tokenizer later is outside the model's vocabulary.
         if isinstance(value, int) and 0 <= value < view.d_vocab:
             return value
     raise bad(
-        "nothing can be blanked",
-        "a model without a tokenizer that has such a token",
-        "a mask, unknown, padding or end token",
-        "Give blank=<token id>.",
+        "there is no token to blank with",
+        "a tokenizer without special tokens, or none",
+        "a mask, unknown, padding or end-of-sequence token",
+        "Pass blank=<token id>.",
     )

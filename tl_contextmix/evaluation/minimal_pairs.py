@@ -1,4 +1,4 @@
-"""Minimal pairs: sentences of which it is known what is right, and which words decide it."""
+"""Minimal pairs: two sentences that differ in one place, and the words that decide it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[^\w\s]|_")
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """A right sentence and one that is wrong in one place, told apart by comparing them.
+    """An acceptable sentence, and one that differs in one place and is not.
 
     Attributes:
-        good: The right sentence.
-        bad: The wrong one.
-        cues: Words of the good sentence that decide the place, as stretches ``(start, stop)`` of
-            its characters; empty where they are not known.
-        lures: Words that tempt to the wrong answer, likewise.
+        good: The acceptable sentence.
+        bad: The unacceptable one.
+        cues: Words of the good sentence that decide the answer, as character spans
+            ``(start, stop)``; empty if unknown.
+        lures: Words that suggest the wrong answer, likewise.
     """
 
     good: str
@@ -49,16 +49,16 @@ class MinimalPair:
             inside = 0 <= start < stop <= len(self.good) and self.good[start:stop].strip()
             if not inside or (start < good[1] and good[0] < stop):
                 raise bad(
-                    "a cue is no other part of the sentence",
+                    "a cue must be another part of the sentence",
                     f"{span!r} in {self.good!r}",
-                    f"characters (start, stop) with 0 <= start < stop <= {len(self.good)}, apart "
-                    f"from those of {self.answer!r}",
-                    "Count characters of the good sentence.",
+                    f"characters (start, stop), 0 <= start < stop <= {len(self.good)}, outside of "
+                    f"{self.answer!r}",
+                    "Give character offsets in the good sentence.",
                 )
 
     @property
     def target(self) -> Stretch:
-        """The characters of the good sentence that differ, whole words."""
+        """The character span in which the good sentence differs, in whole words."""
         return self._difference()[0]
 
     @property
@@ -68,7 +68,7 @@ class MinimalPair:
 
     @property
     def wrong_target(self) -> Stretch:
-        """The characters of the wrong sentence that differ."""
+        """The character span in which the bad sentence differs."""
         return self._difference()[1]
 
     @property
@@ -78,11 +78,11 @@ class MinimalPair:
 
     @property
     def prefix(self) -> str:
-        """What stands before the place: what a causal model is given."""
+        """The text before the answer, as a causal model reads it."""
         return self.good[: self.target[0]].rstrip()
 
     def masked(self, mask: str) -> str:
-        """Returns the good sentence with a mask in the place: what a masked model is given."""
+        """Returns the good sentence with the answer masked, as a masked model reads it."""
         start, stop = self.target
         return self.good[:start] + mask + self.good[stop:]
 
@@ -98,22 +98,22 @@ class MinimalPair:
 
 def _no_pair(seen: str) -> InvalidInput:
     return bad(
-        "this is no minimal pair",
+        "not a minimal pair",
         seen,
-        "two sentences in one of which a word stands in the place of another",
-        "Leave the pair out.",
+        "two sentences that differ in one word",
+        "Fix the pair, or remove it.",
     )
 
 
 def _ends(span: Any) -> Stretch:
-    """Returns start and stop of a stretch, or an empty one for anything else."""
+    """Returns start and stop of a span, or an empty span for anything else."""
     ends = [*span] if isinstance(span, (tuple, list)) else []
     whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     return (ends[0], ends[1]) if whole and len(ends) == 2 else (0, 0)
 
 
 def _common(a: Sequence[str], b: Sequence[str], most: int) -> int:
-    """Returns how many entries two lists have in common at their beginning."""
+    """Returns the length of the common prefix of two lists."""
     return next((index for index in range(most) if a[index] != b[index]), most)
 
 
@@ -126,28 +126,28 @@ def _stretch(words: Sequence[Stretch]) -> Stretch:
 
 
 def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
-    """Reads minimal pairs from a local file with a JSON object per line.
+    """Reads minimal pairs from a local file with one JSON object per line.
 
-    As BLiMP (Warstadt et al. 2020) has them: ``sentence_good`` and ``sentence_bad``; which word
-    differs is found by comparing the two. Further fields may say what decides it: ``cues`` and
-    ``lures``, lists of words of the good sentence, or of ``[start, stop]`` in its characters where
-    a word occurs several times. All other fields are left alone; empty lines are skipped.
+    The format is BLiMP's (Warstadt et al. 2020): ``sentence_good`` and ``sentence_bad``, which are
+    compared to find the word that differs. Optional fields are ``cues`` and ``lures``: lists of
+    words of the good sentence, or of character spans ``[start, stop]`` for words that occur more
+    than once. All other fields are ignored, and empty lines skipped.
 
     Args:
         path: The file.
 
     Raises:
         InvalidInput: If there is no such file.
-        FileFormatError: If a line holds anything else, naming the line.
+        FileFormatError: If a line is invalid; the message has its number.
     """
     try:
         data = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
         raise bad(
-            "the minimal pairs cannot be read",
+            "cannot read the minimal pairs",
             f"{path!r} ({getattr(error, 'strerror', None) or error})",
-            "a file with a JSON object per line",
-            "Give the path of a local file, such as one of BLiMP's.",
+            "a file with one JSON object per line",
+            "Pass the path of a local file, such as one of BLiMP's.",
         ) from error
     path = Path(path)
     try:
@@ -155,7 +155,7 @@ def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise _format(path, line, "bytes that are not UTF-8 text") from error
-    # Not splitlines: a sentence may hold one of Unicode's further line ends.
+    # Not splitlines: a sentence may contain Unicode's other line separators.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise _format(path, 1, "an empty file")
@@ -177,31 +177,31 @@ def _pair(path: Path, number: int, line: str) -> MinimalPair:
             tuple(_place(good, word) for word in _listed(found.get(name, [])))
             for name in ("cues", "lures")
         )
-        # A lone half of a character cannot be tokenised.
+        # Lone surrogates cannot be tokenized.
         (good + wrong).encode()
         return MinimalPair(good, wrong, cues, lures)
     except UnicodeEncodeError as error:
-        raise _format(path, number, "a text with half of a surrogate pair") from error
+        raise _format(path, number, "a lone surrogate") from error
     except InvalidInput as error:
         raise FileFormatError(f"line {number} of {path}: {error}") from error
 
 
 def _listed(words: Any) -> list[Any]:
     if not isinstance(words, list):
-        raise bad("cues cannot be read", repr(words), "a list of words", "Write [] for none.")
+        raise bad("cues must be a list", repr(words), "a list of words", "Write [] for none.")
     return words
 
 
 def _place(text: str, word: Any) -> Stretch:
-    """Returns where a word stands in a text."""
+    """Returns the span of a word in a text."""
     if isinstance(word, list) and _ends(word) != (0, 0):
         return _ends(word)
     found = [span for span in _words(text) if text[slice(*span)] == word]
     if len(found) != 1:
         raise bad(
-            "a cue cannot be placed",
-            f"{word!r}, which is {len(found)} of the words of {text!r}",
-            "a word that occurs once, or [start, stop] in characters",
+            "a cue is ambiguous or missing",
+            f"{word!r}, which occurs {len(found)} times in {text!r}",
+            "a word that occurs once, or a character span [start, stop]",
             "Give [start, stop].",
         )
     return found[0]
@@ -210,18 +210,18 @@ def _place(text: str, word: Any) -> Stretch:
 def _format(path: Path, number: int, seen: str) -> FileFormatError:
     return FileFormatError(
         four_parts(
-            f"line {number} of {path} is no minimal pair",
+            f"line {number} of {path} is not a minimal pair",
             seen,
-            "a JSON object with the texts sentence_good and sentence_bad",
+            "a JSON object with the strings sentence_good and sentence_bad",
             "See BLiMP's files for examples.",
         )
     )
 
 
 def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None]:
-    """Returns the characters of a text that each of its tokens stands for; None for marks.
+    """Returns the character span of each token in a text; None for special tokens.
 
-    Found by walking through both: tokens are told by their text, spaces and case aside.
+    Tokens are aligned with the text from left to right, ignoring spaces and case.
 
     Args:
         text: The text.
@@ -229,12 +229,12 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         row: Row of the batch.
 
     Raises:
-        InvalidInput: If a token is no part of the text (a byte of a character, or normalised).
+        InvalidInput: If a token does not occur in the text, for example because it was normalized.
     """
     places = [index for index, char in enumerate(text) if not char.isspace()]
     plain = _lower(text[index] for index in places)
     found: list[Stretch | None] = []
-    unread: list[int] = []  # tokens that cannot be told by their text, until the next that can
+    unread: list[int] = []  # tokens without matching text, until the next that matches
     at = 0
     for piece, real in zip(tokens.strings[row], tokens.mask[row].tolist(), strict=True):
         word = _lower("".join(piece.split()))
@@ -256,32 +256,32 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         at = len(plain)
     if at < len(plain):
         raise bad(
-            "tokens cannot be placed in their text",
+            "cannot align the tokens with the text",
             f"{[*tokens.strings[row]]} for {text!r}, from {text[places[at] :][:20]!r} on",
-            "tokens whose texts, one after the other, make up the text",
-            "Leave the cues of this sentence out, or give texts with cues= as positions.",
+            "tokens that spell out the text",
+            "Remove this sentence's cues, or pass texts with cues= as positions.",
         )
     return found
 
 
 def _unreadable(piece: str) -> bool:
-    """Whether a token is a byte of a character, or stands for a word that is not known."""
+    """Whether a token is a partial character or an unknown word."""
     return "\ufffd" in piece or piece.strip().lower().strip("<[]>") == "unk"
 
 
 def _spread(found: list[Stretch | None], unread: Sequence[int], stretch: Stretch) -> None:
-    # Which of them is which part is not known: each stands for all of it.
+    # Their boundaries are unknown, so each gets the whole span.
     for index in unread:
         found[index] = stretch
 
 
 def _lower(chars: Iterable[str]) -> str:
-    # Character by character: a few become two in lower case, which would move all places.
+    # Per character: some become two in lower case, which would shift all offsets.
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in chars)
 
 
 def overlapping(places: Sequence[Stretch | None], stretch: Stretch) -> list[int]:
-    """Returns the tokens that share a character with a stretch of the text."""
+    """Returns the tokens that overlap a character span of the text."""
     return [
         index
         for index, place in enumerate(places)

@@ -1,4 +1,4 @@
-"""Sentences as every method is asked about them: tokens, the position, the answer, the cues."""
+"""Sentences in the form that every method is run on: tokens, position, answer, cues."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Unusable = Literal["error", "drop"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence as every method sees it.
+    """One sentence, as passed to every method.
 
     Attributes:
-        tokens: Its ids [1, pos], a mask in the place that a masked model is asked about.
-        place: The position whose prediction is looked at.
-        answer: Id of the right token; what the model predicts where that is not known.
+        tokens: Its ids [1, pos], with the mask for a masked model.
+        place: The predicting position.
+        answer: Id of the right token; if unknown, the model's prediction.
         wrong: Id of the wrong one, or None.
-        cues: Positions or texts of the tokens that decide the answer; empty where not known.
+        cues: Positions or texts of the cues; empty if unknown.
     """
 
     tokens: Tensor
@@ -44,7 +44,7 @@ def sentences_of(
     cues: Any,
     unusable: Unusable = "error",
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
-    """Returns texts or minimal pairs as a model is asked about them, and which it cannot be.
+    """Returns texts or minimal pairs as sentences, and those that cannot be scored.
 
     Args:
         model: The model.
@@ -54,14 +54,14 @@ def sentences_of(
         unusable: Likewise.
 
     Raises:
-        InvalidInput: If they do not fit the model or each other.
+        InvalidInput: If they do not match the model or each other.
         UnsupportedModel: If the model has two stacks.
     """
     listed = list(input) if isinstance(input, (list, tuple)) else []
     kinds = {type(one) for one in listed}
     if kinds not in ({str}, {MinimalPair}):
         raise bad(
-            "these sentences cannot be compared",
+            "cannot compare methods on this input",
             f"a {type(input).__name__} of {sorted(kind.__name__ for kind in kinds)}",
             "a list of texts, or one of minimal pairs",
             "See load_minimal_pairs and demo_pairs.",
@@ -69,9 +69,9 @@ def sentences_of(
     if len(view.stacks) == 2:
         raise UnsupportedModel(
             four_parts(
-                "maps of an encoder-decoder are not compared",
-                f"{view.name}, a model of two stacks",
-                "a causal or a masked language model",
+                "compare does not support encoder-decoders",
+                f"{view.name}, which has two stacks",
+                "a causal or masked language model",
                 "Use cue_alignment and agreement on maps of one of its stacks.",
             )
         )
@@ -83,18 +83,18 @@ def sentences_of(
         return _usable([(t, partial(_text, view, t, mask, c)) for t, c in texts], unusable)
     if cues is not None:
         raise bad(
-            "cues were given twice",
-            "cues= beside minimal pairs",
-            "pairs that have their own",
+            "minimal pairs have their own cues",
+            "cues= together with minimal pairs",
+            "cues= only for texts",
             "Put them into the pairs: MinimalPair(good, bad, cues).",
         )
     known = sum(bool(pair.cues) for pair in listed)
     if known not in (0, len(listed)):
         raise bad(
-            "the cues of some pairs are not known",
+            "only some pairs have cues",
             f"{known} of {len(listed)} pairs with cues",
-            "cues of all pairs, or of none",
-            "Compare the pairs with cues and those without on their own.",
+            "cues for all pairs, or for none",
+            "Run compare separately on pairs with and without cues.",
         )
     return _usable([(pair.good, partial(_pair, view, pair, mask)) for pair in listed], unusable)
 
@@ -102,7 +102,7 @@ def sentences_of(
 def _usable(
     asked: Iterable[tuple[str, Callable[[], Sentence]]], unusable: Unusable
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
-    """Returns the sentences that can be read, and the others' texts with the reasons."""
+    """Returns the usable sentences, and the texts of the others with the reasons."""
     found: list[Sentence] = []
     dropped: list[tuple[str, str]] = []
     first: InvalidInput | None = None
@@ -126,10 +126,10 @@ def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str
     places = (tokens[0] == mask).nonzero()[:, 0].tolist()
     if len(places) != 1:
         raise bad(
-            "it is not clear which word is asked for",
+            "the predicting position is ambiguous",
             f"{len(places)} masks in {text!r}",
-            "one mask token in every text",
-            "Put the tokenizer's mask token in the place of the word.",
+            "exactly one mask token in every text",
+            "Replace the word to predict with the tokenizer's mask token.",
         )
     return Sentence(tokens, places[0], None, None, tuple(cues))
 
@@ -137,18 +137,20 @@ def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str
 def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
-    # Where it is not asked for, nothing has to be found in the text.
+    # Alignment is needed only for cues or a mask.
     places = place_tokens(pair.good, label(view, "", good)) if pair.cues or mask else []
     cues = tuple(index for cue in pair.cues for index in overlapping(places, cue))
     if mask is None:
         pairs = enumerate(zip(ids, others, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), None)
         if first is None:
-            raise _unasked(pair, "tokens that begin the wrong sentence", "tokens that differ")
+            raise _unasked(
+                pair, "tokens that are a prefix of the wrong sentence", "tokens that differ"
+            )
         if first == 0:
-            raise _unasked(pair, "nothing before the place", "at least one token before it")
+            raise _unasked(pair, "no token before the answer", "at least one")
         if any(cue >= first for cue in cues):
-            raise _unasked(pair, "a cue behind the place", "cues that a causal model has read")
+            raise _unasked(pair, "a cue after the answer", "cues before it, for a causal model")
         return Sentence(good.ids[:, :first].cpu(), first - 1, ids[first], others[first], cues)
     target = overlapping(places, pair.target)
     theirs = overlapping(place_tokens(pair.bad, label(view, "", wrong)), pair.wrong_target)
@@ -156,7 +158,7 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
         raise _unasked(
             pair,
             f"{len(target)} tokens for {pair.answer!r} and {len(theirs)} for {pair.wrong!r}",
-            "words of one token each, for one mask",
+            "single-token words, for one mask",
         )
     tokens = good.ids.cpu().clone()
     tokens[0, target[0]] = mask
@@ -165,10 +167,10 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
 
 def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
     return bad(
-        "the model cannot be asked about this pair",
+        "this pair cannot be scored on the model",
         f"{seen} in {pair.good!r}",
         expected,
-        "Leave the pair out, or all of its kind with unusable='drop' (--drop-unusable).",
+        "Remove it, or skip such pairs with unusable='drop' (--drop-unusable).",
     )
 
 
@@ -176,9 +178,9 @@ def _mask_id(model: object) -> int:
     found = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
     if not isinstance(found, int):
         raise bad(
-            "a masked model cannot be asked",
-            "a tokenizer without a mask token",
-            "a tokenizer with one",
-            "Give the model its tokenizer.",
+            "a masked model needs a mask token",
+            "a tokenizer without one, or no tokenizer",
+            "a tokenizer with a mask token",
+            "Set model.tokenizer.",
         )
     return found

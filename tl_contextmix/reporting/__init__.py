@@ -1,4 +1,4 @@
-"""One offline page: what a model's blocks do to a sentence, or any results one wants to show."""
+"""The HTML report: what a model's blocks do to a sentence, or a page of given results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tl_contextmix.results import Provenance, Result
 
 DEFAULT_MODEL = "causal-lm"
 DEFAULT_PATH = "tl_contextmix_report.html"
-# What the report of the default model takes its section on encoder layers from.
+# Provides the section on encoder layers in the default model's report.
 COMPANION = "encoder-decoder"
 
 
@@ -34,33 +34,33 @@ def build_report(
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
 ) -> Page:
-    """Returns a page that tells what a model's blocks do to a sentence, as a story.
+    """Returns a page on what a model's blocks do to a sentence.
 
     ``prediction``: what the model predicts. ``mixing``: which tokens were mixed, and where.
     ``feed-forward``: what the feed-forward block changed. ``memories``: which memories fired and
-    what triggers them. ``components``: which components wrote the answer, and whether it falls
-    without them. ``encoder-layers``: what each encoder layer already knows. ``comparison``: which
-    map to believe. ``points``, told when asked for: the map of every point of a block.
+    what triggers them. ``components``: which components wrote the answer, tested by knockout.
+    ``encoder-layers``: what each encoder layer already knows. ``comparison``: which map to
+    believe. ``points``, only on request: the map at every point of a block.
 
-    Of an encoder-decoder, the maps are those of the encoder, and the components those of the
-    decoder. What a model or a text has no answer to is listed at the end with the reason.
+    For an encoder-decoder, maps are the encoder's and components the decoder's. Sections that do
+    not apply to the model or text are listed at the end with the reason.
 
     Args:
         model: Any model `as_view` reads.
         text: The sentence.
         title: Heading of the page.
-        sections: Which of them; None for all but ``points``. They keep their order.
-        triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None: a
-            demo model's own grammar is mined.
-        pairs: Minimal pairs to compare methods on; the first 8 are used. None: those of a demo
-            model's own grammar.
-        companion: An encoder-decoder to tell ``encoder-layers`` with where the model has none.
+        sections: Sections to include; None for all but ``points``. Their order is fixed.
+        triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None:
+            mined from the grammar of a demo model.
+        pairs: Minimal pairs to compare methods on; the first 8 are used. None: from the grammar
+            of a demo model.
+        companion: An encoder-decoder for ``encoder-layers`` if the model has no encoder.
 
     Raises:
         ContextMixError: If the model, the text or the sections cannot be used.
 
     Warns:
-        ContextMixWarning: If a demo model never saw a word of the text.
+        ContextMixWarning: If a demo model was not trained on a word of the text.
     """
     names = chosen(sections)
     given = {"triggers": triggers, "pairs": pairs, "companion": companion}
@@ -95,14 +95,14 @@ def write_report(
     """Writes `build_report` to a file; returns its path.
 
     Args:
-        model_or_name: A model, or what `load_model` takes. None: the embedded causal language
-            model, beside it the embedded encoder-decoder for what only that can tell.
-        text: The sentence; None for one that suits the model.
+        model_or_name: A model, or what `load_model` takes. None: the bundled causal language
+            model, with the bundled encoder-decoder for ``encoder-layers``.
+        text: The sentence; None for a default example.
         path: The file.
         title: Heading of the page.
         sections: See `build_report`.
-        triggers: Folder that `mine_triggers` wrote for this model, from a corpus file that is
-            still there.
+        triggers: Folder that `mine_triggers` wrote for this model; its corpus file must still
+            exist.
         pairs: File of minimal pairs, see `load_minimal_pairs`.
 
     Raises:
@@ -113,7 +113,7 @@ def write_report(
     companion = None
     if model_or_name is None:
         model_or_name = DEFAULT_MODEL
-        # TransformerLens 2 has no class that reads the embedded encoder-decoder right.
+        # No class of TransformerLens 2 computes the bundled encoder-decoder correctly.
         with suppress(UnsupportedModel):
             companion = load_model(COMPANION) if "encoder-layers" in names else None
     named = isinstance(model_or_name, (str, Path))
@@ -131,15 +131,15 @@ def write_report(
 
 
 def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "Results") -> Path:
-    """Writes any results to one page, a section each; returns its path.
+    """Writes results to one page, a section each; returns its path.
 
     Args:
-        results: One result or several, in the order they are to be shown.
+        results: One result or several, in the order to show them.
         path: The file.
         title: Heading of the page.
 
     Raises:
-        InvalidInput: If something given is no result, or the file cannot be written.
+        InvalidInput: If an item is not a result, or the file cannot be written.
     """
     listed = [results] if isinstance(results, Result) else results
     sections = tuple(_result_section(result) for result in listed)
@@ -149,10 +149,10 @@ def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "R
 def _result_section(result: object) -> Section:
     if not isinstance(result, Result):
         raise bad(
-            "the page cannot be made",
+            "cannot write this to a page",
             f"a {type(result).__name__}",
             "results of this package's methods",
-            "Give one result or a list of them.",
+            "Pass one result or a list of them.",
         )
     provenance: Provenance | None = getattr(result, "provenance", None)
     if provenance is None:
@@ -167,5 +167,5 @@ def _result_section(result: object) -> Section:
 
 
 def _progress(total: int) -> tqdm:
-    # disable=None: on a terminal only.
+    # disable=None: only on a terminal.
     return tqdm(total=total, disable=None, leave=False, unit="step")

@@ -1,4 +1,4 @@
-"""One page on which map to believe for a model."""
+"""The page that compares methods on a model, and the report's section on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SOURCES = (
     *("modarressi2022globenc", "ferrando2022measuring", "modarressi2023decompx"),
     "sundararajan2017axiomatic",
 )
-# One of each kind, none of those that take seconds a sentence.
+# One of each kind, leaving out those that take seconds per sentence.
 _SHOWN = {
     "attention": "attention",
     "attention_norms attn_out": "norms, attention",
@@ -41,11 +41,11 @@ _SHOWN = {
 _NOT_SHOWN = ("modarressi2022globenc", "sundararajan2017axiomatic")
 _FEW = 8
 _READING = (
-    "Every method looks at the same row: that of the position the answer is predicted from. "
-    "Alignment asks whether it points at the words that are known to decide the answer; "
-    "faithfulness whether the prediction falls when what it ranks high is blanked. The first "
-    "presumes that the model uses the cue; the second puts the model before sentences it "
-    "never saw. A method can be right about one layer and poor through all of them."
+    "Every method is judged on the same row: the position that predicts the answer. Alignment is "
+    "the share of that row on the cue, the words known to decide the answer; faithfulness is how "
+    "far the prediction drops when the highest-ranked words are blanked. Alignment assumes that "
+    "the model uses the cue; faithfulness runs it on out-of-distribution sentences. A method can "
+    "be accurate for one layer and poor across all of them."
 )
 
 
@@ -64,7 +64,7 @@ def write_comparison(
         model_or_name: A causal or masked model, or what `load_model` takes.
         pairs: A file as `load_minimal_pairs` reads it; None for a demo model's own grammar.
         path: The page.
-        count: How many of them, from the first; None for all of a file, or 50 of the grammar.
+        count: Use only the first so many; None for all of a file, or 50 of the grammar.
         words: See `compare`.
         unusable: Likewise.
 
@@ -72,7 +72,7 @@ def write_comparison(
         ContextMixError: If the model, the pairs or the path cannot be used.
     """
     if count is not None and count < 1:
-        raise bad("nothing can be compared", count, "at least 1 sentence", "Ask for 50.")
+        raise bad("cannot compare methods", count, "at least 1 sentence", "Use 50 or more.")
     require_writable(path)
     named = isinstance(model_or_name, (str, Path))
     model = load_model(model_or_name) if named else model_or_name
@@ -94,12 +94,12 @@ def write_comparison(
 
 
 def comparison(story: Story) -> Section | str:
-    """Returns the predicting row by every method, and how each does where the answer is known."""
+    """Returns the predicting row by every method, and how each scores on minimal pairs."""
     view, focus = story.done.view, story.focus
     if focus is None:
-        return "there is no mask in the text to predict"
+        return "the text has no mask token to predict"
     if len(view.stacks) == 2:
-        return "methods are compared on models of one stack"
+        return "the comparison does not support encoder-decoders"
     if view.readout.refusal:
         return view.readout.refusal
     pairs = story.pairs
@@ -109,8 +109,8 @@ def comparison(story: Story) -> Section | str:
     finding, tested = (
         "",
         (
-            "Which of them is right one sentence cannot say: `tl-contextmix compare --pairs` "
-            "measures it on sentences whose deciding words are known, and `--pairs` brings it here."
+            "One sentence cannot show which is right: `tl-contextmix compare --pairs` measures it "
+            "on sentences with known cues, and `--pairs` adds that to this page."
         ),
     )
     if pairs is not None:
@@ -118,10 +118,10 @@ def comparison(story: Story) -> Section | str:
         panels += [_best(found), _likeness(found), *found.without()]
         finding = _finding(found)
         tested = (
-            f"{_READING} {found.sentences} sentences leave wide intervals: `tl-contextmix compare` "
-            "takes more sentences and every method."
+            f"{_READING} With {found.sentences} sentences, intervals are wide: `tl-contextmix "
+            "compare` uses more sentences and every method."
         )
-    text = f"Methods disagree, because they ask different questions of the same blocks. {tested}"
+    text = f"Methods disagree because they answer different questions. {tested}"
     citation = sources(*(key for key in _SOURCES if key not in _NOT_SHOWN))
     return Section("Which map to believe?", text, tuple(panels), citation, finding)
 
@@ -140,12 +140,12 @@ def _best(found: Comparison) -> Table:
         for row in found.best(metric).itertuples()
     ]
     chance = found.best(metric)["chance"].iloc[0]
-    known = "" if found.correct is None else f" The model is right in {found.correct}."
+    known = "" if found.correct is None else f" The model is right on {found.correct}."
     return Table(
         title=f"Every method at its best layer: {metric}",
         caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
-        "The layer is chosen on these sentences, which flatters a little. Cost: operations over "
-        "those of a forward pass.",
+        "The best layer is selected on the same sentences, so values are slightly optimistic. "
+        "Cost: FLOPs relative to a forward pass.",
         columns=("method", metric, "layer", "cost"),
         rows=tuple(rows),
     )
@@ -163,24 +163,24 @@ def _rows(story: Story) -> Heatmap:
     assert story.focus is not None
     here = tokens.strings[0][story.focus]
     asked = Sentence(tokens.ids[:1], story.focus, None)
-    names, rows, left_out = [], [], []
+    names, rows, skipped = [], [], []
     for name in _SHOWN:
         try:
             map = comparable()[name](story.model, asked).normalize()
             whole = map if map.from_input else map.rollout()
         except ContextMixError:
-            left_out.append(_SHOWN[name])
+            skipped.append(_SHOWN[name])
             continue
         names.append(_SHOWN[name])
         rows.append(whole.normalize().scores[0, -1, 0, story.focus].detach().cpu())
-    missing = f" Not for this model: {', '.join(left_out)}." if left_out else ""
+    missing = f" Not available for this model: {', '.join(skipped)}." if skipped else ""
     return table_of(
         torch.stack(rows),
         names,
         tokens.strings[0],
-        title=f"What {quoted(here)} is made of, by every method",
-        caption="From the input tokens through all layers: rollouts of one-layer maps, and vectors "
-        f"carried through (DecompX). Each row sums to 1.{missing}",
+        title=f"Sources of {quoted(here)} by method",
+        caption="From the input through all layers: rollouts of single-layer maps, or propagated "
+        f"vectors (DecompX). Each row sums to 1.{missing}",
         unit="share of row",
     )
 
@@ -191,10 +191,10 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
     if name in DEMO_NAMES:
         return demo_pairs(count=count or COMPARED)
     raise bad(
-        "there are no sentences to compare methods on",
-        f"{name}, which is no demo model, without a file of pairs",
-        "a file of minimal pairs, a JSON object per line",
-        "Give --pairs FILE, for example one of BLiMP's.",
+        "cannot compare methods without sentences",
+        f"{name}, which is not a demo model, and no minimal pairs",
+        "a file of minimal pairs, one JSON object per line",
+        "Pass --pairs FILE, for example one of BLiMP's.",
     )
 
 
@@ -204,5 +204,5 @@ def _finding(found: Comparison) -> str:
     figures = f"{best['value']:.2f} ({best['low']:.2f} to {best['high']:.2f}; chance"
     where = f"{best['method']} at layer {best['layer']}"
     if first == "dot":
-        return f"Best at the words that decide: {where}, {figures} {best['chance']:.2f})."
-    return f"By {first}: {where}, {figures} {best['chance']:.2f})."
+        return f"Best aligned with the cue: {where}, {figures} {best['chance']:.2f})."
+    return f"Best by {first}: {where}, {figures} {best['chance']:.2f})."

@@ -19,17 +19,17 @@ _HEADS = 3
 
 
 def components(story: Story) -> Section | str:
-    """Returns which sublayers, sources and neurons wrote the answer, and a test of the best."""
+    """Returns the sublayers, sources and neurons that wrote the answer, and a knockout."""
     view, focus = story.done.view, story.focus
     if focus is None:
-        return "there is no mask in the text to predict"
+        return "the text has no mask token to predict"
     if view.readout.refusal:
         return view.readout.refusal
     layers, read = (
         log_prob_contributions(story.model, story.text, by=by, pos=focus)
         for by in ("layer", "position")
     )
-    # Where logits are no sums, finding the best neurons takes evaluating all of them.
+    # If logits are not linear in the parts, finding the best neurons means evaluating all.
     linear = view.readout.head is None and view.readout.soft_cap is None
     neurons = linear and view.blocks()[0].feed_forward is not None
     by, k = ("ff_neuron", _PARTS) if neurons else ("head", None)
@@ -46,32 +46,31 @@ def components(story: Story) -> Section | str:
     best, source = layers.top(1), read.top(1)
     word = source.to_dataframe().source_token[0]
     finding = (
-        f"{quoted(layers.target.strings[0][0])} comes most from {best.labels()[0]} "
-        f"({float(best.scores[0, 0]):+.2f} nats); of all tokens read, most from {quoted(word)} in "
-        f"layer {int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Without "
-        f"{fall.rows[-1][0]} its probability goes from {fall.rows[-1][1]:.0%} to "
+        f"{best.labels()[0]} adds most to {quoted(layers.target.strings[0][0])} "
+        f"({float(best.scores[0, 0]):+.2f} nats); the top source is {quoted(word)} in layer "
+        f"{int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Ablating "
+        f"{fall.rows[-1][0]} takes its probability from {fall.rows[-1][1]:.0%} to "
         f"{fall.rows[-1][2]:.0%} (random ones: {fall.rows[-1][3]:.0%})."
     )
     text = (
-        "How much each part of the vector that the answer is read from raises the answer's "
-        "log-probability, added to what was there before it. Scores of sublayers add up to the "
-        "log-probability exactly; those of sources and neurons are each taken alone, and depend on "
-        "what came before. A component may also act through later ones, which a score does not "
-        "see: the last table takes the best out and asks the model again, beside as many random "
-        "ones."
+        "A component's score is how much its vector raises the answer's log-probability when "
+        "added to the residual stream before it. Scores of sublayers sum to the log-probability "
+        "exactly; sources and neurons are each scored alone, given the stream before them. Scores "
+        "capture direct effects only. The last table is a causal test: it ablates the best "
+        "components and, as a control, as many random ones."
     )
     citation = sources("yu2023exploring", "yu2024neuron")
     return Section("Which components wrote the answer?", text, panels, citation, finding)
 
 
 def _speaking(readouts: ComponentReadouts, name: str) -> Panel:
-    """Returns the best components and the tokens their vectors raise."""
+    """Returns the best components and the tokens that their vectors promote."""
     panel = readouts.panels()[0]
     assert isinstance(panel, Table)
     kept = [panel.columns.index(column) for column in ("component", "score", "raises")]
     return replace(
         panel,
-        title=f"The {_PARTS} {name} that raise it most",
+        title=f"Top {_PARTS} {name}",
         columns=tuple(panel.columns[place] for place in kept),
         rows=tuple(tuple(row[place] for place in kept) for row in panel.rows),
     )
@@ -80,19 +79,22 @@ def _speaking(readouts: ComponentReadouts, name: str) -> Panel:
 def _without(
     story: Story, neurons: LogProbContributions | None, heads: LogProbContributions
 ) -> Table:
-    """Returns what is left of the answer when the best components are taken out."""
+    """Returns the answer's probability with the best components ablated."""
     found = {"heads": knockout(story.model, story.text, heads=heads)}
     if neurons is not None:
         found = {"neurons": knockout(story.model, story.text, neurons=neurons)} | found
     rows = []
     for name, out in found.items():
         frame = out.to_dataframe().set_index("quantity").loc["probability"]
-        taken = f"the {out.components.kind.shape[1]} best {name}"
-        rows.append((taken, frame["before"], frame["after"], frame["control"], frame["best_after"]))
+        ablated = f"the {out.components.kind.shape[1]} best {name}"
+        rows.append(
+            (ablated, frame["before"], frame["after"], frame["control"], frame["best_after"])
+        )
     return Table(
-        title="Does the answer fall without them?",
-        caption="Probability of the answer as it is, without them (their activations set to zero "
-        "where the answer is read), and without as many random ones; what the model then says.",
-        columns=("taken out", "before", "after", "random", "then says"),
+        title="Knockout of the best components",
+        caption="Probability of the answer before and after ablation (activations set to zero at "
+        "the predicting position), with as many random components ablated, and the model's top "
+        "prediction after ablation.",
+        columns=("ablated", "before", "after", "random", "predicts after"),
         rows=tuple(rows),
     )

@@ -1,4 +1,4 @@
-"""What several sections of the report draw and say alike."""
+"""Helpers shared by the report's sections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tl_contextmix.results import ContextMap, LayerFigures
 
 
 def shares(map: ContextMap, title: str, caption: str) -> Heatmap:
-    """Returns the picture of a map whose rows are divided by their sums."""
+    """Returns a heatmap of the row-normalized map."""
     panel = map.normalize().panels()[0]
     assert isinstance(panel, Heatmap)
     caption = f"{caption} Each row is divided by its sum."
@@ -28,7 +28,7 @@ def table_of(
     caption: str,
     unit: str,
 ) -> Heatmap:
-    """Returns one sheet of named rows over tokens."""
+    """Returns a heatmap of named rows over tokens."""
     return Heatmap(
         title=title,
         caption=caption,
@@ -46,19 +46,19 @@ def layer_names(layers: Sequence[int]) -> tuple[str, ...]:
 
 
 def only(figures: LayerFigures, quantities: tuple[str, ...]) -> LayerFigures:
-    """Returns some of the quantities, for those on one scale to share a chart."""
+    """Returns some of the quantities, so that those on one scale share a chart."""
     places = [figures.quantities.index(name) for name in quantities]
     return replace(figures, values=figures.values[:, :, places], quantities=quantities)
 
 
-def largest(values: torch.Tensor, leave_out: int | None = None) -> tuple[int, int]:
-    """Returns row and column of the largest number; NaN and one column may be left out."""
+def largest(values: torch.Tensor, skip: int | None = None) -> tuple[int, int]:
+    """Returns row and column of the largest number, ignoring NaN and, optionally, a column."""
     kept = values.detach().cpu().nan_to_num(-1.0).clone()
-    if leave_out is not None and kept.shape[1] > 1:
-        kept[:, leave_out] = -1.0
+    if skip is not None and kept.shape[1] > 1:
+        kept[:, skip] = -1.0
     return divmod(int(kept.argmax()), kept.shape[1])
 
 
 def quoted(token: str) -> str:
-    """Returns a token in quotation marks, without the space in front of it."""
+    """Returns a token in quotation marks, without its leading space."""
     return f"“{token.strip() or token}”"

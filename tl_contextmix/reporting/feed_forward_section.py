@@ -20,16 +20,16 @@ _PAIRS = 2
 
 
 def feed_forward(story: Story) -> Section | str:
-    """Returns the maps around the feed-forward block, what changed, and what was undone."""
+    """Returns what the feed-forward block changed, and what was undone after it."""
     if not story.complete:
         return story.missing
     change, undone = contextualization_change(story.maps), cancellation(story.maps)
-    # The third figure, a ratio of norms, has another scale.
+    # The third quantity, a ratio of norms, is on another scale.
     undone = replace(
         only(undone, ("cancel", "recover")),
-        caption="cancel below 0: what follows moves the map against FF's change (a cosine). "
-        "recover above 0: the block's map is nearer to the one before FF (a difference of rank "
-        "correlations).",
+        caption="cancel (a cosine): below 0, RES and LN move the map against FF's change. "
+        "recover (a difference of rank correlations): above 0, the block's map is closer to the "
+        "one before FF.",
     )
     pairs = amplified_pairs(story.maps["mlp_in"], story.maps["mlp_out"], k=_PAIRS)
     panels = (*change.panels(), *undone.panels(), _difference(story), _table(pairs))
@@ -41,12 +41,12 @@ def feed_forward(story: Story) -> Section | str:
             f"{top.layer}, from {top.before:.0%} to {top.after:.0%} of the row."
         )
     text = (
-        "FF is the feed-forward block, RES the residual sum, LN the layer norm. The first chart "
-        "compares the order of token pairs before and after each component; it does not see a "
-        "change that leaves the order alone. The second asks whether what follows undoes what FF "
-        "changed: where it does, an amplified pair is hidden again in the block's output. The map "
-        "after FF passes each neuron's activation by integrated gradients from zero, which is "
-        "exact in sum and a convention in how the sum is split."
+        "FF is the feed-forward block, RES the residual connection, LN the layer norm. The first "
+        "chart compares the ranking of token pairs before and after each component; it is blind "
+        "to changes that preserve the ranking. The second shows whether RES and LN undo FF's "
+        "change: if so, an amplified pair is masked again in the block's output. The map after FF "
+        "carries parts through each neuron's activation by integrated gradients from zero: exact "
+        "in sum, but the split is a convention."
     )
     title = "What did the feed-forward block change?"
     return Section(title, text, panels, sources("kobayashi2024analyzing"), finding)
@@ -55,32 +55,32 @@ def feed_forward(story: Story) -> Section | str:
 def _largest_change(change: LayerFigures) -> str:
     layer, quantity = largest(change.values[0])
     return (
-        f"The largest change: {change.quantities[quantity]} in layer {change.layers[layer]} "
+        f"Largest change: {change.quantities[quantity]} in layer {change.layers[layer]} "
         f"({float(change.values[0, layer, quantity]):.3f})."
     )
 
 
 def _difference(story: Story) -> Heatmap:
-    """Returns the map behind the feed-forward block minus the map in front of it."""
+    """Returns the map after the feed-forward block minus the map before it."""
     after = shares(story.maps["mlp_out"], "Share after FF minus before (mlp_out - mlp_in)", "")
     before = story.maps["mlp_in"].normalize()
     return replace(
         after,
-        caption="Blue pairs are amplified, red ones suppressed. Rows of either map sum to 1.",
+        caption="Blue: amplified; red: suppressed. Rows of both maps sum to 1.",
         values=after.values - before.scores.detach().cpu().flatten(1, 2)[0],
     )
 
 
 def _table(pairs: PairChanges) -> Table:
-    """Returns the pairs of each layer, those that grew most and those that shrank most."""
+    """Returns the most amplified and most suppressed pairs of each layer."""
     rows = [
         (pair.layer, _name(pair), pair.before, pair.after, pair.change)
         for pair in sorted((*pairs.amplified, *pairs.suppressed), key=_by_layer)
     ]
     return Table(
-        title="Pairs the feed-forward block changes most",
-        caption=f"The {_PAIRS} pairs per layer whose share of the target's row grew and shrank "
-        "most, source → target.",
+        title="Pairs changed most by the feed-forward block",
+        caption=f"Per layer, the {_PAIRS} most amplified and most suppressed pairs by share of the "
+        "target's row, source → target.",
         columns=("layer", "pair", "before", "after", "change"),
         rows=tuple(rows),
         signed=("change",),

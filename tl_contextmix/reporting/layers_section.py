@@ -1,4 +1,4 @@
-"""The report's section on encoder layers: what the decoder says after each of them."""
+"""The report's section on encoder layers: the decoder's output from each of them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood
 
 
 def encoder_layers(story: Story) -> Section | str:
-    """Returns outputs, judgements and figures by layer.
+    """Returns outputs, log-probabilities and metrics by layer.
 
-    Of a model without an encoder: those of the story's companion, if it has one.
+    For a model without an encoder, those of the story's companion, if there is one.
     """
     model, text, about = story.model, story.text, ""
     if len(story.done.view.stacks) != 2:
         if story.companion is None:
-            return "the model has no encoder whose layers its decoder could read"
+            return "the model has no encoder and decoder"
         model, text = story.companion, default_text(story.companion)
         name = as_view(model).name
-        about = f"{story.done.view.name} has no encoder; this is the embedded {name}, on “{text}”. "
+        about = f"{story.done.view.name} has no encoder; this is the bundled {name} on “{text}”. "
     said = decoder_lens(model, text)
     judged = decoder_lens(model, text, mode="teacher_forced")
     assert isinstance(said, LayerwiseDecoding)
@@ -33,29 +33,29 @@ def encoder_layers(story: Story) -> Section | str:
     assert isinstance(table, Table)
     panels: tuple[Panel, ...] = (
         replace(table, title="Output by layer"),
-        replace(map, title="How each layer judges the final output"),
+        replace(map, title="Log-probability of the final output by layer"),
         *_charts(said, judged),
     )
     stable = said.first_stable_layer()[0]
     reading = about + (
-        "The decoder reads an earlier layer of the encoder instead of the last one: it is the "
-        "model with the later encoder blocks removed. Layer 0 is the embeddings. It was trained on "
-        "the last layer only, so a layer that it cannot read may still hold the answer."
+        "DecoderLens lets the decoder read an earlier encoder layer, as if the later blocks were "
+        "removed. Layer 0 is the embeddings. The decoder was trained on the last layer only, so a "
+        "layer that it cannot read may still encode the answer."
     )
-    finding = f"The output of layer {stable} stays to the end: “{said.texts[0][-1]}”."
+    finding = f"The output is stable from layer {stable}: “{said.texts[0][-1]}”."
     if stable == said.depth:
-        finding = f"The output changes up to the last layer: “{said.texts[0][-1]}”."
+        finding = f"The output changes until the last layer: “{said.texts[0][-1]}”."
     citation = sources("langedijk2024decoderlens")
     title = "What does each encoder layer already know?"
     return Section(title, reading, panels, citation, finding)
 
 
 def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel, ...]:
-    """Returns the curves of one sentence: how far from the final output each layer is."""
+    """Returns each layer's distance from the final output."""
     captions = {
-        "edit distance": "Tokens to change, leave out or insert, from a layer's output to the "
-        "final one.",
-        "gold NLL": "Negative log-probability of the final output, nats per token.",
+        "edit distance": "Token substitutions, deletions and insertions from a layer's output to "
+        "the final one.",
+        "gold NLL": "Negative log-likelihood of the final output in nats per token.",
     }
     curves = said.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
     charts = [panel for panel in curves.panels() if isinstance(panel, Bars)]

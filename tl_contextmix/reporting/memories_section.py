@@ -23,14 +23,14 @@ _SENTENCES = 500
 
 
 def memories(story: Story) -> Section | str:
-    """Returns the memories that write most where the answer is read, and their triggers."""
+    """Returns the memories that write most at the predicting position, and their triggers."""
     view, focus = story.done.view, story.focus
     if not story.complete:
         return story.missing
     if focus is None:
-        return "there is no mask in the text to predict"
+        return "the text has no mask token to predict"
     if story.stack is not None:
-        return "the maps are those of the encoder, and the answer is the decoder's"
+        return "the maps are the encoder's, but the answer is the decoder's"
     if view.readout.refusal:
         return view.readout.refusal
     found = ff_memories(story.model, story.text)
@@ -38,10 +38,10 @@ def memories(story: Story) -> Section | str:
     here = story.done.target.strings[0][focus]
     table = Table(
         title=f"Memories that fired at {quoted(here)}",
-        caption=f"The {_MEMORIES} memories of each layer that add the longest vectors: the token "
-        "the value promotes, its coefficient, the length it adds, and the token with the largest "
-        "share in the coefficient, beside that share.",
-        columns=("memory", "promotes", "coefficient", "length", "fed most by"),
+        caption=f"Per layer, the {_MEMORIES} memories that write the longest vectors: the token "
+        "that the value promotes, the coefficient, the vector's norm, and the source with the "
+        "largest share of the coefficient.",
+        columns=("memory", "promotes", "coefficient", "norm", "top source"),
         rows=tuple((*row[:4], f"{row[4]} {row[5]:+.2f}") for row in rows),
         signed=("coefficient",),
     )
@@ -50,25 +50,25 @@ def memories(story: Story) -> Section | str:
     # Triggers are contexts of the highest coefficients, so they explain positive ones.
     triggers, origin = _triggers(story, [row[0] for row in rows if row[2] > 0])
     finding = (
-        f"The longest vector is that of {longest[0]}: it promotes {quoted(longest[1])} and is fed "
-        f"most by {quoted(longest[4])}."
+        f"{longest[0]} writes the longest vector: it promotes {quoted(longest[1])}, and its top "
+        f"source is {quoted(longest[4])}."
     )
     text = (
-        "A feed-forward block is the sum of its neurons' value vectors, each times a coefficient. "
-        "A memory is read here by what its value would say alone; the sum of hundreds may say "
-        "something else, which the chart counts over the positions of this sentence. A trigger is "
-        "a context of a corpus that excites a memory most: what it answers to at its strongest, "
-        f"not all it does. {origin}"
+        "A feed-forward block outputs the sum of its neurons' value vectors, each times a "
+        "coefficient. A promoted token is the top token of one value in isolation; the sum of "
+        "hundreds may predict another, which the chart counts over the positions of this sentence. "
+        "Triggers are the contexts in a corpus that activate a memory most: its strongest "
+        f"responses, not everything it does. {origin}"
     )
     citation = sources("geva2021transformer", "geva2022transformer")
-    cases = replace(found.figures().panels()[-1], title="How each layer's top token comes about")
+    cases = replace(found.figures().panels()[-1], title="Where each layer's top token comes from")
     panels = (table, cases, *triggers)
     title = "Which memories fired, and what triggers them?"
     return Section(title, text, panels, citation, finding)
 
 
 def _fed(story: Story, top: Any) -> list[tuple]:
-    """Returns each memory, what it promotes, how much it adds, and the token that feeds it most."""
+    """Returns each memory, its promoted token, coefficient, norm, top source and its share."""
     chosen = sorted(set(top["neuron"]))
     fed = token_memory(story.model, story.text, pos=story.focus, neurons=chosen)
     words = fed.source.strings[0]
@@ -83,19 +83,19 @@ def _fed(story: Story, top: Any) -> list[tuple]:
 
 
 def _triggers(story: Story, names: list[str]) -> tuple[list[Panel], str]:
-    """Returns the triggers of the first of these memories that have any, and where they are from.
+    """Returns triggers of the first of these memories that have any, and their origin.
 
-    Those that were mined before; else a demo model's own grammar is mined here, in a second.
+    Uses the given triggers; for a demo model without any, mines its grammar, which takes a second.
     """
     if story.triggers is not None:
-        return _samples(story.triggers, names), "These were mined before."
+        return _samples(story.triggers, names), "These were mined beforehand."
     if story.done.view.name not in DEMO_NAMES:
         return [], (
-            "None are shown: `tl-contextmix mine` finds them over a corpus of yours, and "
-            "`--triggers` brings them here."
+            "None are shown here: mine a corpus with `tl-contextmix mine` and pass the folder as "
+            "`--triggers`."
         )
     texts = _sentences()
-    # Triggers read their contexts again, so they are drawn while the folder is there.
+    # Rendering triggers reads the folder, so it happens before the folder is deleted.
     with tempfile.TemporaryDirectory() as folder:
         mined = mine_triggers(
             story.model,
@@ -107,7 +107,9 @@ def _triggers(story: Story, names: list[str]) -> tuple[list[Panel], str]:
             batch_size=64,
         )
         assert mined is not None
-        return _samples(mined, names), f"These are from {len(texts)} sentences of its grammar."
+        return _samples(
+            mined, names
+        ), f"These are from {len(texts)} sentences of the model's grammar."
 
 
 def _samples(mined: Triggers, names: list[str]) -> list[Panel]:

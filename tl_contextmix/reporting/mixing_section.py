@@ -16,17 +16,17 @@ from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import ContextMap
 
 _SCOPES = {
-    "attn_out": ("attention", "What the attention sublayer writes, before anything is added."),
-    "resid_mid": ("attention + residual", "With the token's own residual stream added."),
-    "mlp_in": ("what the feed-forward block reads", "After the layer norm in front of it."),
-    "mlp_out": ("what the feed-forward block writes", "The same split, through its neurons."),
-    "resid_post": ("feed-forward + residual", "Added back to the stream that went past it."),
-    "block_out": ("the whole block", "What the next layer gets."),
+    "attn_out": ("attention", "The output of the attention sublayer, before the residual."),
+    "resid_mid": ("attention + residual", "With the token's residual stream added."),
+    "mlp_in": ("input of the feed-forward block", "After the layer norm before it."),
+    "mlp_out": ("output of the feed-forward block", "The parts carried through its neurons."),
+    "resid_post": ("feed-forward + residual", "With the residual stream added."),
+    "block_out": ("whole block", "The input of the next layer."),
 }
 
 
 def mixing(story: Story) -> Section:
-    """Returns what the blocks' outputs are made of, by two methods, and through all layers."""
+    """Returns maps of the blocks' outputs by two methods, and rolled out over layers."""
     panels = _maps(story)
     finding = ""
     if story.focus is not None:
@@ -34,12 +34,12 @@ def mixing(story: Story) -> Section:
         panels.append(row)
     panels.append(_ratios(story))
     text = (
-        "A map of norms splits every vector exactly into parts, one per token read; a cell "
-        "is the norm of a part. Value Zeroing asks another question: how far the vector moves when "
-        "a token's values are set to zero. Its cosine distance grows with the square of a small "
-        "change, so its rows look sharper. Both look at one layer, whose tokens are mixtures "
-        "already; the rollout multiplies layers. None of them says that a token matters for the "
-        "answer: parts can be large and cancel, and what moves a vector need not move a word."
+        "Norm maps decompose every vector exactly into parts, one per source token; a cell is the "
+        "norm of a part. Value Zeroing measures instead how far the vector moves when a token's "
+        "values are set to zero. Its cosine distance is quadratic in small changes, so its rows "
+        "look sharper. Both cover one layer, whose inputs are already mixed; the rollout "
+        "multiplies layers. None of them shows that a token matters for the answer: large parts "
+        "can cancel, and moving a vector need not change the prediction."
     )
     citation = sources(
         "kobayashi2020attention",
@@ -54,7 +54,7 @@ def mixing(story: Story) -> Section:
 
 
 def points(story: Story) -> Section:
-    """Returns the map of every point of the block, in the order data flows."""
+    """Returns the map at every point of the block, in order of computation."""
     maps = dict(story.maps)
     same = {"resid_post", "block_out"} <= set(maps) and torch.equal(
         maps["resid_post"].scores, maps["block_out"].scores
@@ -66,15 +66,15 @@ def points(story: Story) -> Section:
         name, meaning = _SCOPES[point]
         title = f"{point}: {name}"
         if same and point == "resid_post":
-            title = "resid_post = block_out: the whole block"
+            title = "resid_post = block_out: whole block"
         panels.append(shares(map, title, meaning))
     text = (
-        "The same sentence at every point of a block, in the order data flows. A cell is the norm "
-        "of the part that the column's token has in the row's vector; the parts add up to the "
-        "model's own vector exactly. A norm says how much is there, not what it does."
+        "The same sentence at every point of a block, in order of computation. A cell is the norm "
+        "of the column token's part in the row token's vector; parts and bias sum to the model's "
+        "own vector exactly. A norm measures how much is there, not what it does."
     )
     if story.missing:
-        text += f" Some points are left out: {story.missing}"
+        text += f" Some points are missing: {story.missing}"
     citation = sources(
         "kobayashi2020attention", "kobayashi2021incorporating", "kobayashi2024analyzing"
     )
@@ -82,27 +82,27 @@ def points(story: Story) -> Section:
 
 
 def _maps(story: Story) -> list[Panel]:
-    """Returns the maps of one layer each, then the one through all of them."""
+    """Returns maps of single layers, then their rollout."""
     panels: list[Panel] = []
     if story.last_point != "attn_out":
-        caption = "Norms of what attention brings, before the residual stream is added."
-        panels.append(shares(story.maps["attn_out"], "What attention brings (attn_out)", caption))
+        caption = "Norms of each token's part in the attention output, before the residual."
+        panels.append(shares(story.maps["attn_out"], "Attention output (attn_out)", caption))
     panels.append(
         shares(
             story.maps[story.last_point],
-            f"What each layer's output is made of ({story.last_point})",
-            "Norms of the parts. Row: the token that is written; column: the token it is from.",
+            f"Each layer's output by source ({story.last_point})",
+            "Norms of the parts. Rows are target tokens, columns source tokens.",
         )
     )
     if story.complete:
         map = value_zeroing(story.model, story.text, stack=story.stack)
-        caption = "How far the row's output moves when the column's value is zero."
-        panels.append(shares(map, "What each layer's output loses (Value Zeroing)", caption))
+        caption = "How far the target's output moves when the source's values are set to zero."
+        panels.append(shares(map, "Value Zeroing", caption))
     return [*panels, _rolled(story)]
 
 
 def _focus(story: Story) -> tuple[Heatmap, str]:
-    """Returns the predicting token's row in every layer, and what stands out in it."""
+    """Returns the predicting token's row in every layer, and its largest entry."""
     map = _predicting(story)
     focus = story.focus
     assert focus is not None
@@ -112,11 +112,11 @@ def _focus(story: Story) -> tuple[Heatmap, str]:
         row,
         layer_names(map.layers),
         sources_,
-        title=f"What {quoted(here)} is made of, layer by layer",
-        caption=f"The row of {map.point} that the prediction is read from.",
+        title=f"Sources of {quoted(here)} by layer",
+        caption=f"The row of the predicting position at {map.point}.",
         unit="share of row",
     )
-    layer, source = largest(row, leave_out=focus)
+    layer, source = largest(row, skip=focus)
     finding = (
         f"In layer {map.layers[layer]}, {float(row[layer, source]):.0%} of {quoted(here)} comes "
         f"from {quoted(sources_[source])}."
@@ -125,7 +125,7 @@ def _focus(story: Story) -> tuple[Heatmap, str]:
 
 
 def _predicting(story: Story) -> ContextMap:
-    """Returns the map with the row that predicts; of an encoder-decoder, the decoder's."""
+    """Returns the map with the predicting row; for an encoder-decoder, the decoder's."""
     if story.stack is None:
         return story.last
     return attention_norms(story.model, story.text).normalize()
@@ -138,23 +138,23 @@ def _ratios(story: Story) -> Heatmap:
         figures.values[0],
         layer_names(figures.layers),
         figures.tokens.strings[0],
-        title="How much each token mixes",
-        caption="Norm of all that comes from others, over that and the norm of what the token "
-        "kept. 0.5: both weigh the same.",
+        title="Mixing ratio of each token",
+        caption="Norm of what comes from other tokens, relative to the sum of that and the norm of "
+        "what the token keeps. 0.5: equal.",
         unit="mixing ratio",
     )
 
 
 def _rolled(story: Story) -> Heatmap:
-    """Returns the map multiplied through the layers, all layers first."""
+    """Returns the rollouts, the one over all layers first."""
     rolled = story.last.rollout()
     panel = rolled.panels()[0]
     assert isinstance(panel, Heatmap)
     return replace(
         panel,
-        title="From the input through all layers (rollout)",
-        caption="Maps of single layers multiplied: an estimate of how much of each input token is "
-        "left. The further maps stop earlier.",
+        title="Rollout from the input",
+        caption="The product of single-layer maps: an estimate of how much of each input token "
+        "remains. The first map covers all layers, later ones fewer.",
         values=panel.values.flip(0),
         sheets=tuple(f"0 to {layer}" for layer in reversed(rolled.layers)),
         unit="share of row",

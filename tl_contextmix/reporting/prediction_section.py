@@ -1,4 +1,4 @@
-"""The report's first section: what the model predicted."""
+"""The report's first section: what the model predicts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CANDIDATES = 8
 
 
 def prediction(story: Story) -> Section | str:
-    """Returns the most probable tokens, and what the model expected at every position before."""
+    """Returns the most probable tokens, here and at every earlier position."""
     view, logits, focus = story.done.view, story.done.trace.logits, story.focus
     if focus is None:
-        return "there is no mask in the text to predict"
+        return "the text has no mask token to predict"
     if logits is None or view.readout.refusal:
         return view.readout.refusal or "the model has no logits"
     probabilities = logits[0].detach().float().softmax(-1)
@@ -28,7 +28,7 @@ def prediction(story: Story) -> Section | str:
     panels: list[Panel] = [
         Bars(
             title=f"Most probable tokens {preposition} {quoted(here)}",
-            caption="The model's own probabilities; nothing is taken apart yet.",
+            caption="Probabilities from the model's own forward pass.",
             labels=names,
             series=(("probability", tuple(found.values.tolist())),),
             unit="probability",
@@ -37,37 +37,37 @@ def prediction(story: Story) -> Section | str:
     if causal and focus > 0:
         panels.append(_expected(story, probabilities))
     share = float(found.values[0])
-    finding = f"{preposition.capitalize()} {quoted(here)} the model says {quoted(names[0])}"
+    finding = f"{preposition.capitalize()} {quoted(here)} the model predicts {quoted(names[0])}"
     if len(names) > 1:
         finding += f" ({share:.0%}; then {quoted(names[1])}, {float(found.values[1]):.0%})"
     text = (
-        "This is the answer that the rest of the page takes apart. A probability says how sure the "
-        "model is, not whether it is right, and not why: the sections that follow look at where "
-        "the information came from, what the feed-forward layers did with it, and which components "
+        "The rest of the page explains this answer. A probability is the model's confidence; it "
+        "says neither whether the answer is right nor why. The next sections trace where the "
+        "information came from, what the feed-forward layers did with it, and which components "
         "wrote the answer."
     )
     return Section("What does the model predict?", text, tuple(panels), finding=f"{finding}.")
 
 
 def _expected(story: Story, probabilities: torch.Tensor) -> Table:
-    """Returns what the model expected after each token, beside the token that came."""
+    """Returns what the model expected after each token, and the actual next token."""
     view, tokens = story.done.view, story.done.target
     rows = []
     for place, word in enumerate(tokens.strings[0][:-1]):
         best = int(probabilities[place].argmax())
-        came = int(tokens.ids[0, place + 1])
+        actual = int(tokens.ids[0, place + 1])
         rows.append(
             (
                 word,
                 view.to_string(best),
                 float(probabilities[place, best]),
                 tokens.strings[0][place + 1],
-                float(probabilities[place, came]),
+                float(probabilities[place, actual]),
             )
         )
     return Table(
-        title="On the way there",
-        caption="After each token: what the model expected, and the token that came.",
-        columns=("after", "expected", "probability", "came", "its probability"),
+        title="Predictions along the text",
+        caption="After each token: the top prediction, and the actual next token.",
+        columns=("after", "predicted", "probability", "actual", "its probability"),
         rows=tuple(rows),
     )

@@ -1,4 +1,4 @@
-"""The sections of a report, in the order they are told."""
+"""The sections of a report, in order."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ DEFAULT_SECTIONS: tuple[SectionName, ...] = tuple(name for name in SECTIONS if n
 
 
 def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
-    """Returns the sections to be told, in their order; None for those of the default.
+    """Returns the sections to include, in order; None for the default ones.
 
     Raises:
-        InvalidInput: If one does not exist, or none is left.
+        InvalidInput: If one does not exist, or none is given.
     """
     if names is None:
         return DEFAULT_SECTIONS
@@ -55,18 +55,18 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
     if unknown or not listed:
         raise bad(
             "the report has no such section",
-            ", ".join(map(repr, unknown)) or "no section at all",
+            ", ".join(map(repr, unknown)) or "an empty list",
             f"some of {', '.join(SECTIONS)}",
-            "Choose among these, or leave it out for the whole story.",
+            "Pass some of these, or None for the default ones.",
         )
     return tuple(name for name in SECTIONS if name in listed)
 
 
 def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
-    """Returns what the page does not tell, and why."""
+    """Returns the sections that were skipped, and why."""
     table = Table(
-        title="Left out",
-        caption="Parts of the story that this model or this text has no answer to.",
+        title="Skipped sections",
+        caption="Sections that do not apply to this model or text.",
         columns=("section", "reason"),
         rows=tuple(reasons),
     )
@@ -74,7 +74,7 @@ def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
 
 
 def facts(story: Story) -> tuple[tuple[str, str], ...]:
-    """Returns what the report is about, as names and values."""
+    """Returns text, model and versions as names and values."""
     view = story.done.view
     facts = [
         ("Text", story.text),

@@ -1,4 +1,4 @@
-"""What a report is made from: one forward pass and the maps of every point."""
+"""The data behind a report: one forward pass and the maps at every point."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tl_contextmix.methods.norms import attention_norms
 from tl_contextmix.results import ContextMap
 
 _TEXT = "the keys to the cabinet"
-# French has two words for a bat: the encoder must tell them apart.
+# French has two words for a bat, which the encoder must disambiguate.
 _TEXTS = {"encoder-decoder": "the bat burned ."}
 
 
 @dataclass(frozen=True)
 class Story:
-    """What every section of a report is made from.
+    """The data that the sections of a report share.
 
     Attributes:
         model: The model.
         text: The sentence.
-        done: The forward pass whose last step is looked at.
-        stack: The stack of the maps; None for the only one.
-        maps: Maps by point; some points are missing where the model has no such thing.
-        missing: Why; empty where all are there.
-        focus: The position that is predicted from, or None where there is none.
+        done: The forward pass.
+        stack: The stack of the maps; None if there is only one.
+        maps: Maps by point, without points that do not apply to the model.
+        missing: Why points are missing; empty if none are.
+        focus: The predicting position; None if there is none.
         triggers: Mined triggers of the model's memories, or None.
         pairs: Minimal pairs to compare methods on, or None.
-        companion: An encoder-decoder that stands in where the model has no encoder, or None.
+        companion: An encoder-decoder to show if the model has no encoder, or None.
     """
 
     model: object
@@ -57,12 +57,12 @@ class Story:
 
     @property
     def complete(self) -> bool:
-        """Whether the maps before and after every component are there."""
+        """Whether all points have a map."""
         return not self.missing
 
     @property
     def last_point(self) -> Point:
-        """The last point there is a map of; the block's output where nothing is missing."""
+        """The last point with a map; the block's output if none is missing."""
         return next(point for point in reversed(POINTS) if point in self.maps)
 
     @property
@@ -72,9 +72,9 @@ class Story:
 
 
 def default_text(model: object) -> str:
-    """Returns a sentence on which there is something to see.
+    """Returns an informative example sentence.
 
-    The verb must agree with "keys", not with the noun beside it; a masked model is asked for it.
+    The verb must agree with "keys", not with the nearer noun; for masked models it is masked.
     """
     view = as_view(model)
     mask = _mask_token(model)
@@ -91,7 +91,7 @@ def read(
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
 ) -> Story:
-    """Returns what there is to tell about a model and a sentence.
+    """Returns the data for a report on a model and a sentence.
 
     Args:
         model: Any model `as_view` reads.
@@ -104,15 +104,15 @@ def read(
         ContextMixError: If the model or the text cannot be used.
 
     Warns:
-        ContextMixWarning: If a demo model never saw a word of the text.
+        ContextMixWarning: If a demo model was not trained on a word of the text.
     """
     view = as_view(model)
     if not isinstance(text, str):
         raise bad(
-            "there is no report on this",
+            "cannot report on this text",
             f"a {type(text).__name__}",
             "one sentence as a str",
-            "Make a report for each sentence.",
+            "Write one report per sentence.",
         )
     _warn_about_words(view.name, text)
     done = run_pass(view, Given(text))
@@ -123,7 +123,7 @@ def read(
 
 
 def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, ContextMap], str]:
-    """Returns the maps of all points, or of those the model has and why others are missing."""
+    """Returns the maps at all points, or those that apply and why others are missing."""
     try:
         return {**attention_norms(model, text, at=POINTS, stack=stack)}, ""
     except ContextMixError as error:
@@ -140,7 +140,7 @@ def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, 
 
 
 def _focus(model: object, done: Pass) -> int | None:
-    """Returns the position whose prediction a reader wants: the last one, or the mask."""
+    """Returns the predicting position: the last one, or the mask."""
     words = done.target.strings[0]
     if "decoder" in done.view.stacks:
         return len(words) - 1
@@ -161,9 +161,9 @@ def _warn_about_words(name: str, text: str) -> None:
     if foreign:
         warn(
             four_parts(
-                f"{name} never saw some of these words, and its maps of them mean nothing",
+                f"{name} was not trained on some of these words, so its maps of them mean nothing",
                 ", ".join(map(repr, foreign)),
-                "words of its made-up grammar (tl_contextmix.demo_models.known_words)",
+                "words of its artificial grammar (tl_contextmix.demo_models.known_words)",
                 "Use other words, or a model trained on real text.",
             )
         )

@@ -136,7 +136,7 @@ class LabelledArray(Result):
         Example:
             >>> import tl_contextmix as cm
             >>> model = cm.load_demo("causal-lm")
-            >>> norms = cm.attention_norms(model, "The keys to the cabinet are")
+            >>> norms = cm.attention_norms(model, "the keys to the cabinet are")
             >>> norms.select(layer=2, target=-1, source=[" keys", " cabinet"]).scores.shape
             torch.Size([1, 1, 1, 1, 2])
         """

@@ -14,6 +14,8 @@ import os
 import types
 import typing
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,16 +83,43 @@ def save(result: object, path: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     labels = json.dumps(_pack(result, tensors)).encode()
     tensors[_LABELS] = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    with replacing(path) as part:
+        save_file(tensors, str(part), metadata={FORMAT: str(FORMAT_VERSION)})
+    return path
+
+
+@contextmanager
+def replacing(path: Path, name: str | None = None) -> Iterator[Path]:
+    """Yields where to write a file that appears, or replaces its predecessor, once it is complete.
+
+    It is on the disk by then. A link is written through, not replaced.
+
+    Args:
+        path: The file.
+        name: What it is called until then; None: a name that no other process uses.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(name or f".{uuid.uuid4().hex}.part")
     try:
         part.touch()
         mode = part.stat().st_mode  # some versions of safetensors hide the file from everyone else
-        save_file(tensors, str(part), metadata={FORMAT: str(FORMAT_VERSION)})
+        yield part
         part.chmod(mode)
+        _flush(part)
         part.replace(target)
+        with suppress(OSError):  # not every system opens folders
+            _flush(target.parent)
     finally:
-        part.unlink(missing_ok=True)
-    return path
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load(cls: type, path: str | Path) -> Any:

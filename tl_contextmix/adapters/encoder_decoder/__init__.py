@@ -1,1 +1,1 @@
-"""Encoder-decoders whose decoder reads the output of any encoder layer."""
+"""Encoder-decoders whose decoder can read the output of any encoder layer."""

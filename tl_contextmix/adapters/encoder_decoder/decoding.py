@@ -1,8 +1,8 @@
-"""Runs the decoder of an encoder-decoder on any encoder states: generation and given answers.
+"""Runs the decoder of an encoder-decoder on any encoder states: generation and teacher forcing.
 
-Hugging Face code decodes: a plain model with the weights of the one that was given (see `twins`),
-or the one inside a bridge. So what is decoded from the last encoder layer is what the model's own
-``generate`` returns, its generation settings (forced first token, suppressed tokens) included.
+Hugging Face code decodes: a plain copy of the model on the same weights (see `hf_copy`), or the
+model inside a bridge. Outputs from the last encoder layer therefore equal those of the model's own
+``generate``, including its generation settings (forced first token, suppressed tokens).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated from a batch of encoder states.
+    """Output generated from a batch of encoder states.
 
     Attributes:
-        ids: The tokens after the prompt, the end token among them; padding after it.
+        ids: The tokens after the prompt, up to and including the end token; then padding.
         mask: True up to the end token.
         log_probs: Log-probability of each token, before the model's generation settings change
             them; 0 at padding.
         finished: Whether the end token was reached.
-        prompt: What the decoder was started with.
+        prompt: The decoder's prefix.
     """
 
     ids: Int[Tensor, "row pos"]
@@ -40,16 +40,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class MemoryDecoder:
-    """The decoder of an encoder-decoder, which reads whatever encoder states it is given.
+    """The decoder of an encoder-decoder, which reads any given encoder states.
 
     Attributes:
         model: The Hugging Face model that decodes.
-        owner: The model the user gave, which is locked meanwhile.
-        dtype: Dtype of the maths, in which numbers are returned.
+        owner: The user's model, which is locked while decoding.
+        dtype: Dtype of computation and results.
         start: Token id the decoder starts with.
-        ends: Token ids that end an answer.
-        pad: Token id behind the end.
-        n_ctx: Longest decoder input, or None where there is no bound.
+        ends: End-of-sequence token ids.
+        pad: Padding token id.
+        n_ctx: Longest decoder input, or None if unlimited.
         masked: Whether there is a mask over encoder positions (Whisper has none).
         alone: Whether only this package runs ``model``: no hook sees its activations.
     """
@@ -65,7 +65,7 @@ class MemoryDecoder:
     alone: bool = False
 
     def bytes_per_row(self, source: int, target: int, *, all_logits: bool) -> int:
-        """Returns about how many bytes one row of a batch takes.
+        """Returns the approximate bytes per row of a batch.
 
         Keys and values of every decoder layer for encoder and decoder positions, the encoder
         states themselves, and logits in the model's and in single precision.
@@ -80,7 +80,7 @@ class MemoryDecoder:
 
     @property
     def d_vocab(self) -> int:
-        """Number of token ids it can say."""
+        """Size of the output vocabulary."""
         return int(self.model.config.vocab_size)
 
     def generate(
@@ -95,16 +95,16 @@ class MemoryDecoder:
     ) -> Generated:
         """Decodes every row until its end token, greedily or by beam search.
 
-        Greedy decoding keeps keys and values and drops finished rows; beam search is that of
-        transformers, which keeps all rows until the last one has ended.
+        Greedy decoding caches keys and values and drops finished rows; beam search is
+        transformers', which keeps all rows until the last one ends.
 
         Args:
-            memory: What the decoder reads.
-            mask: Which positions of it are real.
-            prompt: What the decoder has said so far; None for its start token.
-            max_new_tokens: Longest answer.
+            memory: Encoder states.
+            mask: Which of their positions are real.
+            prompt: Decoder prefix; None for its start token.
+            max_new_tokens: Longest output.
             num_beams: 1 for greedy decoding.
-            source: The tokens the states belong to, which some settings look at; None for audio.
+            source: The source tokens, which some settings need; None for audio.
         """
         from transformers import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
@@ -127,16 +127,16 @@ class MemoryDecoder:
             options["logits_processor"] = [loop.see_prompt]
         memory = self._ready(memory)
         if self.masked:
-            # Not the length of the settings, which would be warned about.
+            # Overrides the settings' length, which would cause a warning.
             options["max_length"] = None
             options["attention_mask"] = mask.to(memory.device).long()
             options["decoder_input_ids"] = prompt
         else:
-            # Whisper: without this it strips what it was started with, and may decode in pieces.
+            # Otherwise Whisper strips its prompt, and may decode in pieces.
             options["force_unique_generate_call"] = True
         states = BaseModelOutput(last_hidden_state=memory)
         inputs = None if source is None else source.to(memory.device)
-        # A step of a small model is mostly bookkeeping, 7 % of which this mode saves.
+        # Steps of small models are dominated by overhead, 7 % of which this mode saves.
         mode = torch.inference_mode() if self.alone else torch.no_grad()
         with lock_of(self.owner), mode:
             found = self.model.generate(inputs, encoder_outputs=states, **options)
@@ -147,7 +147,7 @@ class MemoryDecoder:
         if num_beams > 1:
             log_probs, best = self._judged(memory, mask, prompt, ids)
         if ids.shape[1] == max_new_tokens and self.model.generation_config.forced_eos_token_id:
-            # BART's settings put an end token where the length runs out.
+            # BART's settings force an end token at the maximum length.
             forced = real[:, -1] & (best != ids[:, -1])
             finished = finished & ~forced
         return Generated(ids, real, log_probs.masked_fill(~real, 0), finished, prompt)
@@ -175,7 +175,7 @@ class MemoryDecoder:
         return out.logits.to(self.dtype)
 
     def _ended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the tokens, which of them come up to the end token, and whether it came."""
+        """Returns the padded tokens, the mask up to the end token, and whether it was reached."""
         ended = torch.isin(ids, torch.tensor(self.ends, device=ids.device))
         real = ended.cumsum(1) - ended.long() == 0
         return ids.masked_fill(~real, self.pad), real, ended.any(1)
@@ -183,13 +183,13 @@ class MemoryDecoder:
     def _judged(
         self, memory: Tensor, mask: Tensor, prompt: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the log-probability of each token that was said, and the best last one."""
+        """Returns the log-probability of each generated token, and the top last one."""
         inputs = torch.cat([prompt, ids], dim=1)[:, :-1]
         logits = self.logits(memory, mask, inputs)[:, prompt.shape[1] - 1 :]
         return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0], logits[:, -1].argmax(-1)
 
     def _ready(self, memory: Tensor) -> Tensor:
-        """Returns encoder states where and in what the decoder computes."""
+        """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
 
@@ -197,8 +197,8 @@ class MemoryDecoder:
 class _Greedy:
     """The loop of greedy decoding, as ``custom_generate`` of transformers' ``generate``.
 
-    It is theirs (inputs, settings and criteria come prepared) but for two things: rows that have
-    ended leave the batch and its cache, and each token's log-probability is kept.
+    It differs from theirs in two ways: finished rows leave the batch and its cache, and each
+    token's log-probability is kept.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -208,7 +208,7 @@ class _Greedy:
         self.log_probs = torch.zeros(0, 0, dtype=dtype)
 
     def see_prompt(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Keeps what the decoder was started with; a logits processor that changes nothing."""
+        """Records the prompt; a logits processor that changes nothing."""
         if not self.prompt.numel():
             self.prompt = ids
         return scores
@@ -225,10 +225,10 @@ class _Greedy:
         if self.ids.numel():
             raise UnsupportedModel(
                 four_parts(
-                    "this generation takes several runs of the decoder",
+                    "generation needs several decoder runs",
                     "generation settings with fallback temperatures or timestamps",
                     "one run per input",
-                    "Reset the settings in model.generation_config.",
+                    "Reset them in model.generation_config.",
                 )
             )
         self.prompt = input_ids
@@ -248,8 +248,8 @@ class _Greedy:
                 **options,
             )
             logits = out.logits[:, -1]
-            # Some processors remember rows, so that they get all of them. In single precision, as
-            # transformers does it: a tie there must be a tie here.
+            # Some processors keep state per row, so they get all rows. float32 as in transformers,
+            # so that ties are the same.
             scores = logits.new_zeros(len(ids), logits.shape[-1], dtype=torch.float32)
             scores[alive] = logits.float()
             chosen = logits_processor(ids, scores)[alive].argmax(-1)

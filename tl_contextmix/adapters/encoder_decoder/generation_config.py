@@ -1,4 +1,4 @@
-"""How a model generates: which of transformers' generation settings are followed, and which not."""
+"""Which of transformers' generation settings are supported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from tl_contextmix.adapters.tokenizers import decoder_start
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
-# Settings that decode in another way than greedily or by beams from one encoder state, with the
-# values at which they do nothing. All others are transformers' own affair, or the caller's.
+# Settings beyond greedy or beam search from one encoder state, with their neutral values.
+# transformers, or the caller, handles all others.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
     "cache_implementation": (None,),
@@ -27,7 +27,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "token_healing": (None, False),
     "use_mtp": (None, False),
 }
-# Those that look at the tokens of the source, which audio has none of.
+# Settings that need source tokens, which audio does not have.
 _OF_SOURCE_TOKENS: dict[str, tuple[Any, ...]] = {
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -35,7 +35,7 @@ _OF_SOURCE_TOKENS: dict[str, tuple[Any, ...]] = {
 
 
 def generation_settings(model: Any) -> Any:
-    """Returns how a model generates: a bridge's own settings, or T5's as a tokenizer has them."""
+    """Returns a bridge's generation settings, or T5's defaults with the tokenizer's ids."""
     from transformers import GenerationConfig
 
     original = getattr(model, "original_model", None)
@@ -51,16 +51,16 @@ def generation_settings(model: Any) -> Any:
 
 
 def end_tokens(settings: Any) -> tuple[int, ...]:
-    """Returns the ids that end an answer."""
+    """Returns the end-of-sequence ids."""
     end = settings.eos_token_id
     return tuple(end) if isinstance(end, (list, tuple)) else (() if end is None else (end,))
 
 
 def require_followed(settings: Any, *, speech: bool) -> None:
-    """Checks that nothing is set that decoding from earlier layers would not follow.
+    """Checks that decoding from earlier layers supports all settings.
 
     Raises:
-        UnsupportedModel: If something is, by its name.
+        UnsupportedModel: If it does not.
     """
     refused = {**_REFUSED, **_OF_SOURCE_TOKENS} if speech else _REFUSED
     found = [
@@ -71,9 +71,9 @@ def require_followed(settings: Any, *, speech: bool) -> None:
     if found:
         raise UnsupportedModel(
             four_parts(
-                "these generation settings cannot be followed from every encoder layer",
+                "unsupported generation settings",
                 ", ".join(found),
-                "greedy decoding or beam search, and settings that change scores or lengths",
+                "greedy decoding or beam search, with settings that only change scores or lengths",
                 "Reset them in the model's generation_config.",
             )
         )

@@ -1,8 +1,8 @@
-"""Plain Hugging Face models with the weights of a TransformerLens model, to decode with.
+"""Plain Hugging Face copies of TransformerLens models, for decoding.
 
-A HookedEncoderDecoder cannot decode itself: its ``generate`` runs encoder and decoder anew for
-every token, without beams. A bridge's model can, but half of the time of a small model's decoding
-goes into its hook points and its eager attention, while nobody watches.
+A HookedEncoderDecoder's ``generate`` reruns encoder and decoder for every token, without beams. A
+bridge's model can decode, but for small models half of the time goes into unused hook points and
+eager attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tl_contextmix.adapters.tokenizers import decoder_start
 
-# What a bridge puts between a module and the one it wraps.
+# Path component between a bridge's module and the one it wraps.
 _WRAPPED = "_original_component."
 
 # Hugging Face's layers of a decoder block: name, and the norm before it on the other side.
@@ -23,13 +23,13 @@ _ATTENTIONS = (("SelfAttention", "attn"), ("EncDecAttention", "cross_attn"))
 
 
 def bridge_twin(model: Any) -> Any | None:
-    """Returns the Hugging Face model inside a bridge without the bridge, on the same weights.
+    """Returns the Hugging Face model inside a bridge without its hooks, sharing weights.
 
-    None where a weight has no place there. The caller compares the two: weights may have been
-    processed in ways that only the bridge knows.
+    None if a weight does not fit. The caller compares the two, because only the bridge knows how
+    weights were processed.
     """
     original = model.original_model
-    # Not the bridge's eager attention, which is there for its patterns.
+    # Not the bridge's eager attention, which it needs only for patterns.
     config = copy.deepcopy(original.config)
     config._attn_implementation = None
     with torch.device("meta"):
@@ -55,13 +55,13 @@ def bridge_twin(model: Any) -> Any | None:
 def t5_twin(model: Any) -> Any:
     """Returns a T5ForConditionalGeneration that decodes as a HookedEncoderDecoder does.
 
-    It holds a copy of the decoder's weights; its encoder has none and cannot run. The caller
-    compares the two: a HookedEncoderDecoder has biases that T5 has no place for.
+    It has a copy of the decoder's weights; its encoder has none and cannot run. The caller
+    compares the two, because a HookedEncoderDecoder has biases that T5 lacks.
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
     cfg = model.cfg
-    # A dataclass of transformers 5 takes these two, but does not declare them.
+    # transformers 5 accepts these two but does not declare them.
     further: dict[str, Any] = {
         "tie_word_embeddings": bool(cfg.tie_word_embeddings),
         "decoder_start_token_id": decoder_start(model),
@@ -81,7 +81,7 @@ def t5_twin(model: Any) -> Any:
         feed_forward_proj=cfg.act_fn,
         **further,
     )
-    # Without memory or random numbers for weights that are replaced.
+    # No memory or random numbers for weights that are replaced.
     with torch.device("meta"):
         twin = T5ForConditionalGeneration(config)
     twin.load_state_dict(_weights(model), strict=False, assign=True)

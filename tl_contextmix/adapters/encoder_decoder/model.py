@@ -1,7 +1,7 @@
-"""An encoder-decoder as one encoder of L layers and a decoder that reads any of them.
+"""An encoder of L layers and a decoder that can read any of them.
 
-A TransformerLens model is read through its view; a Hugging Face speech model, for which
-TransformerLens has no class, directly.
+TransformerLens models are read through their view. Hugging Face speech models, for which
+TransformerLens has no class, are read directly.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ _PROBE = 4
 
 @dataclass(frozen=True)
 class EncoderDecoder:
-    """An encoder-decoder, whatever class holds it.
+    """An encoder-decoder of any class.
 
     Attributes:
         name: The model's name.
         host: Class of the model object.
         host_version: Version of TransformerLens, or of transformers for its own classes.
-        processing: Weight processing that was found.
+        processing: Detected weight processing.
         fingerprint: Hash over a sample of every weight.
         n_layers: Number of encoder blocks, L.
         view: The view of a TransformerLens model; None for speech.
-        states: From what `Side` (text) or features (speech) to the raw encoder states of layers
-            0 to L, the last of which no norm has been applied to.
-        norm: The encoder's final norm, or None where the architecture has none.
+        states: Maps a `Side` (text) or features (speech) to the encoder states of layers 0 to L,
+            before the final norm.
+        norm: The encoder's final norm, or None if the architecture has none.
         decoder: Runs the decoder on encoder states.
-        encode_target: From a target text to everything the decoder is to see and say: its start,
-            the text and its end.
+        encode_target: Maps a target text to the decoder's tokens: start, text and end.
         to_string: A token id as text.
-        to_text: Token ids as one text, special tokens left out.
-        special: Ids that are no text: start, end, padding and their like.
+        to_text: Token ids as one text, without special tokens.
+        special: Ids of special tokens: start, end, padding and others.
     """
 
     name: str
@@ -74,15 +73,15 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     """Returns a TransformerLens encoder-decoder.
 
     Raises:
-        UnsupportedModel: If it has one stack, or a decoder that cannot be run alone.
+        UnsupportedModel: If it has one stack, or a decoder that cannot run alone.
     """
     if len(view.stacks) != 2:
         raise UnsupportedModel(
             four_parts(
-                "there are no encoder layers for a decoder to read",
-                f"{view.name} ({view.host}) with the stack {', '.join(view.stacks)}",
+                "DecoderLens needs an encoder-decoder",
+                f"{view.name} ({view.host}), which has only the stack {', '.join(view.stacks)}",
                 "an encoder-decoder such as T5, BART or Marian",
-                "DecoderLens is about encoders. For the layers of a decoder, use a logit lens.",
+                "For the layers of a decoder, use the logit lens.",
             )
         )
     tokenizer = getattr(model, "tokenizer", None)
@@ -115,11 +114,11 @@ def _require_decoder_text(view: ModelView) -> Callable[[str | None], list[int]]:
 
 @dataclass(frozen=True)
 class _Twin:
-    """The plain model that decodes for another one.
+    """The plain copy that decodes for a model.
 
     Attributes:
-        view: The view of the other one when it was made: a new one means new weights.
-        model: The plain model, or None where there is none that computes the same.
+        view: The model's view when the copy was made; a new view means new weights.
+        model: The copy, or None if none computes the same.
         reason: Why there is none.
     """
 
@@ -132,14 +131,14 @@ _TWINS: weakref.WeakKeyDictionary[nn.Module, _Twin] = weakref.WeakKeyDictionary(
 
 
 def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
-    """Returns what decodes: a plain twin, or the bridge's own model where hooks must see it.
+    """Returns the decoder: a plain copy, or the bridge's own model if it has hooks.
 
     Raises:
-        UnsupportedModel: If neither can.
+        UnsupportedModel: If neither can decode.
     """
     original = getattr(model, "original_model", None)
     hooked = view.hooked()
-    # Not all modules of the model inside a bridge are the bridge's own.
+    # Hooks may also be on modules that a bridge does not wrap.
     if original is not None and (hooked or hooked_places(original)):
         return _memory_decoder(model, view, original, alone=False)
     _require_no_decoder_hooks(view, hooked)
@@ -155,7 +154,7 @@ def _decoder(model: Any, view: ModelView) -> MemoryDecoder:
 
 
 def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) -> MemoryDecoder:
-    # Read at each call: the user may have changed them.
+    # Read at every call, because the user may change them.
     settings = decoding.generation_config = generation_settings(model)
     require_followed(settings, speech=False)
     return MemoryDecoder(
@@ -171,22 +170,22 @@ def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) 
 
 
 def _require_no_decoder_hooks(view: ModelView, hooked: Sequence[str]) -> None:
-    # The embedding itself is the decoder's too.
+    # The embedding is shared with the decoder.
     places = [one for one in hooked if not one.startswith("encoder") and one != "hook_embed"]
     if places:
         raise UnsupportedModel(
             four_parts(
-                f"hooks on the decoder of {view.host} are not followed while it decodes",
+                f"hooks on the decoder of {view.host} have no effect while it decodes",
                 ", ".join(places[:3]),
                 "hooks on the encoder only",
-                "Take them off, or use a TransformerBridge, whose hooks see every step.",
+                "Remove them, or use a TransformerBridge, whose hooks run at every step.",
             )
         )
 
 
 @torch.no_grad()
 def _make_twin(model: Any, view: ModelView) -> _Twin:
-    """Returns a plain model that computes what a model's decoder does, tried on a few tokens."""
+    """Returns a plain copy of a model's decoder, verified on a few tokens."""
     plain = t5_twin(model) if getattr(model, "original_model", None) is None else bridge_twin(model)
     if plain is None:
         return _Twin(view, None, "")
@@ -203,13 +202,13 @@ def _make_twin(model: Any, view: ModelView) -> _Twin:
     assert trace.logits is not None
     expected = trace.logits.to(logits.dtype)
     error = float((logits - expected).abs().max() / expected.abs().max())
-    # A float64 T5 of Hugging Face computes its norms in float32: 1e-7 measured, 0.1 where wrong.
+    # Hugging Face's float64 T5 computes norms in float32: 1e-7 measured, 0.1 if wrong.
     if error <= max(view.tolerance, 1e-5):
         return _Twin(view, plain, "")
     reason = four_parts(
-        f"the decoder of {view.name} cannot be run alone",
+        f"cannot run the decoder of {view.name} alone",
         f"a relative error of {error:.2g} against the model's logits",
-        "the weights of a T5 as published: no biases",
+        "a T5 without biases, as published",
         "Load it on a TransformerBridge of TransformerLens 4.",
     )
     return _Twin(view, None, reason)
@@ -222,7 +221,7 @@ def _view_norm(model: Any, view: ModelView) -> Callable[[Tensor], Tensor] | None
 
 
 def module_norm(model: nn.Module, module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns the encoder's final norm as the model computes it, hooks of the user's included."""
+    """Returns the encoder's final norm as the model computes it, including user hooks."""
     dtype = next(model.parameters()).dtype
 
     @torch.no_grad()
@@ -234,29 +233,29 @@ def module_norm(model: nn.Module, module: nn.Module) -> Callable[[Tensor], Tenso
 
 
 def require_no_hooks_on(outer: Sequence[nn.Module]) -> None:
-    """Checks that nothing is hooked of which only the inner modules are run.
+    """Checks that modules whose own forward is bypassed have no hooks.
 
     Raises:
-        UnsupportedModel: If something is.
+        UnsupportedModel: If one has.
     """
     hooked = [type(module).__name__ for module in outer if is_hooked(module)]
     if hooked:
         raise UnsupportedModel(
             four_parts(
-                "hooks on the whole model or its whole encoder are not followed",
+                "hooks on the whole model or its whole encoder have no effect",
                 ", ".join(hooked),
                 "hooks inside the encoder: on its blocks or its final norm",
-                "Put them on the last block or on the final norm.",
+                "Move them to the last block or the final norm.",
             )
         )
 
 
 class _Enough(Exception):
-    """Ends a forward pass: what was asked for has been seen."""
+    """Ends a forward pass once all requested activations are kept."""
 
 
 def _view_states(view: ModelView, side: Side) -> list[Tensor]:
-    """Returns the residual streams of the encoder from one pass that ends behind it."""
+    """Returns the encoder's residual streams from one pass that stops after it."""
     blocks = view.stacks["encoder"]
     names = [blocks[0].resid_in, *(block.resid_out for block in blocks)]
     kept: dict[str, Tensor] = {}
@@ -277,25 +276,25 @@ def _view_states(view: ModelView, side: Side) -> list[Tensor]:
         view.run(Batch(side, decoder), [], edits={name: keep(name) for name in names})
     except _Enough:
         return [kept[name] for name in names]
-    # The pass ended without the last name: `run` has refused by now where hooks never fired.
+    # Unreachable: `run` raises if hooks do not fire.
     raise AssertionError(names[-1])
 
 
 def whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
-    """Returns decoder input ids with the end that they lack."""
+    """Returns decoder input ids with an end token."""
     return ids if not ends or ids[-1] in ends else [*ids, ends[0]]
 
 
 def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
-    """Returns the ids that are no text."""
+    """Returns the ids of special tokens."""
     named = set(getattr(tokenizer, "all_special_ids", ()))
-    # An unknown word is a word.
+    # The unknown token stands for a word.
     named.discard(getattr(tokenizer, "unk_token_id", None))
     return frozenset({*named, *decoder.ends, decoder.start, decoder.pad})
 
 
 def to_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Returns ids as one text, as numbers where there is no tokenizer."""
+    """Returns ids as one text, or as numbers without a tokenizer."""
     if tokenizer is None:
         return " ".join(map(str, ids))
     return tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""A Hugging Face speech model as an encoder-decoder; TransformerLens has no class for one."""
+"""Hugging Face speech models as encoder-decoders; TransformerLens has no class for them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tl_contextmix.errors import InvalidInput, bad
 
 
 def is_speech(model: object) -> bool:
-    """Whether a model is a Hugging Face encoder-decoder of Whisper's shape.
+    """Whether a model is a Hugging Face encoder-decoder like Whisper.
 
-    Others read other features: Speech2Text shortens them by strides that its masks must follow.
+    Others, such as Speech2Text, downsample features by strides that masks must follow.
     """
     config = getattr(model, "config", None)
     return (
@@ -43,7 +43,7 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
     """Returns a Hugging Face speech model as an encoder-decoder.
 
     Args:
-        model: A WhisperForConditionalGeneration, or another model of its shape.
+        model: A WhisperForConditionalGeneration, or a similar model.
         tokenizer: Its tokenizer or processor; None shows token ids as numbers.
     """
     from transformers import __version__
@@ -86,7 +86,7 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
 
 @torch.no_grad()
 def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> list[Tensor]:
-    """Returns the encoder's states: convolutions and positions, then every block."""
+    """Returns the encoder's states: after convolutions and positions, then after every block."""
     encoder, kept = model.get_encoder(), []
     first = next(model.parameters())
     bins = model.config.num_mel_bins
@@ -114,10 +114,10 @@ def _speech_states(model: Any, features: Float[Tensor, "batch mel frame"]) -> li
 
 def _unfit(features: Tensor, expected: str) -> InvalidInput:
     return bad(
-        "the audio features cannot be encoded",
+        "cannot encode the audio features",
         describe(features),
-        f"features as the model was made for ({expected})",
-        "Make them with the model's own feature extractor.",
+        f"features that match the model ({expected})",
+        "Compute them with the model's own feature extractor.",
     )
 
 
@@ -125,7 +125,7 @@ def _checked(tokenizer: Any) -> Any:
     if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode")):
         return tokenizer
     raise bad(
-        "this is no tokenizer",
+        "not a tokenizer",
         describe(tokenizer),
         "the model's tokenizer, or a processor that has one",
         "Load it with the model.",
@@ -135,7 +135,7 @@ def _checked(tokenizer: Any) -> Any:
 def _require(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise bad(
-            "a text cannot be turned into tokens",
+            "cannot tokenize a text",
             "a speech model without a tokenizer",
             "tokenizer=",
             "Pass the model's tokenizer or processor.",

@@ -1,6 +1,7 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache
+from tl_contextmix.adapters.inputs.padding import pad_rows
 from tl_contextmix.adapters.inputs.passes import (
     Pass,
     fresh_trace,
@@ -34,6 +35,7 @@ __all__ = [
     "label",
     "make_batch",
     "package_version",
+    "pad_rows",
     "provenance",
     "run_pass",
     "select_blocks",

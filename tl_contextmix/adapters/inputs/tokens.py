@@ -15,6 +15,7 @@ from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
 from tl_contextmix.adapters.inputs.padding import (
     find_padding,
     find_target_padding,
+    pad_rows,
     require_safe_padding,
 )
 from tl_contextmix.core.blocks import Batch, Side
@@ -282,11 +283,4 @@ def _pad(view: ModelView, texts: Sequence[str | None], rows: list[list[int]], si
                 "at least one token in every text",
                 "Leave the text out, or let prepend_bos give it one.",
             )
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), view.pad_id(), dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        start = 0 if side == "right" else longest - len(row)
-        ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[index, start : start + len(row)] = True
-    return Side(ids=ids, mask=mask)
+    return pad_rows(rows, view.pad_id(), side)

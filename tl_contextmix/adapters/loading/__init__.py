@@ -1,9 +1,9 @@
-"""Loads models with the weights they were trained with.
+"""Loads models with unprocessed weights.
 
-TransformerLens' default loading folds and centres weights, which leaves predictions alone and
-changes the numbers of this package (see `ContextMixWarning`). The two functions here never process
-weights, choose the class that fits the model and the installed TransformerLens, and read local
-folders on every version.
+By default, TransformerLens folds and centres weights, which preserves predictions but changes the
+numbers of this package (see `ContextMixWarning`). The two functions here never process weights,
+choose the right class for the model and the installed TransformerLens, and read local folders on
+every version.
 
 | TransformerLens | causal | masked | encoder-decoder |
 |---|---|---|---|
@@ -43,8 +43,8 @@ from tl_contextmix.errors import bad, four_parts, warn
 
 __all__ = ["HostClass", "load_demo", "load_model"]
 
-# Keeping quiet swaps process-wide objects (sys.stdout, the warning filters, the random state), so
-# that only one thread may do it at a time.
+# `_quiet` swaps process-wide state (sys.stdout, warning filters, random state): one thread at a
+# time.
 _QUIET = threading.Lock()
 
 
@@ -57,7 +57,7 @@ def load_demo(
 ) -> Any:
     """Loads a demo model that ships with the package; needs no network.
 
-    Their words are made up: see `tl_contextmix.demo_models.known_words`.
+    Their vocabulary is artificial: see `tl_contextmix.demo_models.known_words`.
 
     Args:
         name: "causal-lm" (GPT-2), "masked-lm" (BERT) or "encoder-decoder" (T5, English to French).
@@ -66,7 +66,7 @@ def load_demo(
         host: As in `load_model`.
 
     Returns:
-        The model on its natural TransformerLens class, in evaluation mode, weights unprocessed.
+        The model on its default TransformerLens class, in evaluation mode, weights unprocessed.
 
     Raises:
         InvalidInput: If there is no such demo model.
@@ -100,12 +100,12 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        InvalidInput: If nothing can be found under the name.
-        UnsupportedModel: If the installed TransformerLens has no class that runs the model right.
+        InvalidInput: If no model is found.
+        UnsupportedModel: If no class of the installed TransformerLens runs the model correctly.
 
     Warns:
         ContextMixWarning: If the checkpoint is an encoder without its prediction head. Its hidden
-            states are right; logits come from a random head and mean nothing.
+            states are correct; its logits come from a random head and are meaningless.
     """
     text = str(name_or_path)
     if text in DEMO_NAMES:
@@ -134,7 +134,7 @@ def _load(
             model = build(source, placement).eval()
         except OSError as error:  # weights or tokenizer missing
             raise not_found(source.label, source.location, source.folder, error) from error
-    # A host gives such a model a random head and forgets that it did.
+    # The host initializes a random head and does not record it.
     model._tl_contextmix_headless = source.headless
     return model
 
@@ -144,27 +144,27 @@ def _device(named: str | torch.device) -> torch.device:
         return torch.device(named)
     except RuntimeError as error:
         raise bad(
-            "there is no such device",
+            "unknown device",
             repr(named),
-            "the name of a device that PyTorch knows, as 'cpu' or 'cuda:0'",
-            "Leave `device` out for the default.",
+            "a PyTorch device such as 'cpu' or 'cuda:0'",
+            "Omit device to use the default.",
         ) from error
 
 
 def _warn_about_missing_head(source: Source) -> None:
     warn(
         four_parts(
-            f"Logits of {source.label!r} mean nothing",
+            f"logits of {source.label!r} are meaningless",
             f"a checkpoint of {(source.config.architectures or ['an encoder'])[0]}",
             "one with a masked-language-model head",
-            "Use its hidden states only; the head of this model is random.",
+            "Use only its hidden states: its head is random.",
         )
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps loading from printing, warning, drawing progress bars and using up random numbers."""
+    """Silences output, warnings and progress bars while loading, and keeps the random state."""
     from transformers.utils import logging as hf_logging
 
     with contextlib.ExitStack() as stack:

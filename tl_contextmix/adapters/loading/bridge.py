@@ -12,7 +12,7 @@ from tl_contextmix.adapters.loading.source import Placement, Source, load_tokeni
 
 
 def load_bridge(source: Source, placement: Placement) -> Any:
-    """Loads a model on TransformerBridge; weights stay as they are, which is its default."""
+    """Loads a model on TransformerBridge with unprocessed weights, its default."""
     from transformer_lens.model_bridge import TransformerBridge
 
     causal = source.kind == "causal"
@@ -30,8 +30,8 @@ def load_bridge(source: Source, placement: Placement) -> Any:
         )
     bridge.cfg.model_name = source.label
     if not causal:
-        # TransformerLens would put BOS before a text that has none, and cut </s> off behind it: the
-        # reverse of what encoders were trained on.
+        # TransformerLens would prepend a BOS that the tokenizer does not, and cut off </s>: the
+        # opposite of what encoders were trained on.
         bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
         bridge.cfg.tokenizer_appends_eos = False
     return bridge
@@ -39,10 +39,10 @@ def load_bridge(source: Source, placement: Placement) -> Any:
 
 @contextlib.contextmanager
 def _kept_as_published(tokenizer: Any) -> Iterator[None]:
-    """Keeps TransformerLens from loading a tokenizer again with add_bos_token=True.
+    """Stops TransformerLens from reloading a tokenizer with add_bos_token=True.
 
-    Under transformers 5 that replaces all special tokens: the </s> of T5 and BART, [CLS] and [SEP].
-    One that has it already is left alone.
+    Under transformers 5, that replaces all special tokens: the </s> of T5 and BART, [CLS] and
+    [SEP]. A tokenizer that already has the setting is not reloaded.
     """
     kept = tokenizer.init_kwargs
     tokenizer.init_kwargs = {**kept, "add_bos_token": True}
@@ -51,12 +51,12 @@ def _kept_as_published(tokenizer: Any) -> Iterator[None]:
 
 
 def with_random_head(source: Source, placement: Placement) -> Any:
-    """Returns the masked LM around a bare encoder; its head is the same random one every time."""
+    """Returns a masked LM around a bare encoder, with a random head from a fixed seed."""
     from transformers import AutoModel, AutoModelForMaskedLM
 
     base = AutoModel.from_pretrained(source.location, dtype=placement.dtype)
     torch.default_generator.manual_seed(0)  # the caller restores its state
-    # Eager attention, because TransformerLens 3.9 sees no patterns otherwise.
+    # TransformerLens 3.9 sees patterns only with eager attention.
     model = AutoModelForMaskedLM.from_config(source.config, attn_implementation="eager")
     model.base_model.load_state_dict(base.state_dict(), strict=False)
     return model.to(placement.dtype)

@@ -1,7 +1,7 @@
 """Loads models on the Hooked classes (TransformerLens 2 and 3).
 
-Their own from_pretrained accepts official names only. A folder is converted with the functions
-that from_pretrained calls, which accept one, and the result is compared with its source.
+Their from_pretrained accepts official names only. Folders are converted with the functions that
+from_pretrained calls, and the result is compared with its source.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tl_contextmix.adapters.loading.source import (
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 _PARITY_TOLERANCE = 1e-3
-"""Log-probability by which a converted model may differ from its source in float32. Measured:
-at most 2e-5 on trained and random models of six families; a wrong conversion gives 0.1 and more."""
+"""Largest allowed difference in log-probability from the source, in float32. Correct conversions
+of six families, trained and random, measure at most 2e-5; wrong ones 0.1 or more."""
 
 
 def load_hooked(source: Source, placement: Placement) -> Any:
     """Loads a model on its Hooked class, weights unprocessed.
 
     Raises:
-        UnsupportedModel: If the weights cannot be converted without changing what they compute.
+        UnsupportedModel: If the converted model would compute something else.
     """
     if source.kind == "causal" and not source.folder and official_name(source.location):
         return _hooked_class("causal").from_pretrained_no_processing(
@@ -44,9 +44,9 @@ def load_hooked(source: Source, placement: Placement) -> Any:
     except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
         raise UnsupportedModel(
             four_parts(
-                f"Cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
+                f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
                 f"{type(error).__name__}: {error}",
-                "a model whose weights TransformerLens converts without loss",
+                "a model that TransformerLens converts correctly",
                 "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
             )
         ) from error
@@ -65,7 +65,7 @@ def _hooked_class(kind: Kind) -> Any:
 
 
 def _hf_model(source: Source, placement: Placement) -> Any:
-    """Returns the Hugging Face model in the shape that TransformerLens' converters want."""
+    """Returns the Hugging Face model in the form that TransformerLens' converters expect."""
     import transformers
 
     if source.kind == "masked":
@@ -80,8 +80,7 @@ def _hf_model(source: Source, placement: Placement) -> Any:
 def _bert_for_pretraining(source: Source, placement: Placement) -> Any:
     """Loads any BERT as BertForPreTraining, because the converter reads its pooler and NSP head.
 
-    Both are zero where the checkpoint has none. A missing language-model head is the random one
-    that a bridge gets too.
+    Both are zero if the checkpoint has none. A missing LM head is random, as on a bridge.
     """
     from transformers import BertForPreTraining
 
@@ -98,7 +97,7 @@ def _bert_for_pretraining(source: Source, placement: Placement) -> Any:
 
 
 def _convert(source: Source, hf_model: Any, placement: Placement) -> Any:
-    """Converts a Hugging Face model without asking TransformerLens whether it knows its name."""
+    """Converts a Hugging Face model, bypassing TransformerLens' list of model names."""
     loading = importlib.import_module("transformer_lens.loading_from_pretrained")
     with TemporaryDirectory(prefix="tl_contextmix_") as folder:
         _converter_config(source).save_pretrained(folder)
@@ -134,31 +133,31 @@ def _converter_config(source: Source) -> Any:
     if config.model_type == "gpt2":
         config.n_ctx = config.n_positions
     if config.model_type == "t5" and not hasattr(config, "n_positions"):
-        config.n_positions = 512  # a bound for the tokenizer only: T5 has relative positions
+        config.n_positions = 512  # only limits the tokenizer: T5 has relative positions
     return config
 
 
 def _require_complete(model: torch.nn.Module, missing: list[str]) -> None:
-    """Zeroes the biases that a family does not have; raises ValueError if weights got no value.
+    """Zeroes biases that a family lacks; raises ValueError if weights were not set.
 
-    Without this, they would be whatever was in memory.
+    Otherwise they would hold uninitialized memory.
     """
     parameters = dict(model.named_parameters())
     for name in parameters.keys() & set(missing):
         if not name.rsplit(".", 1)[-1].startswith("b_"):
-            raise ValueError(f"the conversion leaves {name} unset")
+            raise ValueError(f"the conversion does not set {name}")
         torch.nn.init.zeros_(parameters[name])
 
 
 @torch.no_grad()
 def _require_parity(source: Source, hf_model: Any, model: Any) -> None:
-    """Raises ValueError unless the converted model predicts what its source predicts.
+    """Raises ValueError unless the converted model's predictions match its source.
 
-    Some converters assume values that the configuration can override (d_mlp of GPT-2, the number
-    of decoder layers of T5) and then give a model that runs and is wrong.
+    Some converters ignore configuration values (d_mlp of GPT-2, the number of decoder layers of
+    T5) and produce a model that runs but is wrong.
     """
     if model.cfg.dtype not in (torch.float32, torch.float64):
-        return  # rounding alone can exceed the tolerance, and the conversion is the same
+        return  # rounding alone can exceed the tolerance; the conversion is the same
     vocabulary = min(model.cfg.d_vocab, source.config.vocab_size)
     tokens = torch.tensor([[7, 11, 5, 8, 6]], device=model.cfg.device) % vocabulary
     hf_model = hf_model.to(tokens.device)

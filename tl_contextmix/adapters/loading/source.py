@@ -1,4 +1,4 @@
-"""What is asked for: where a model comes from, of which kind it is, which class can run it."""
+"""Resolves a request: where a model comes from, its kind, and the class that runs it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _T5_LIKE = ("t5", "mt5", "umt5")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from and what its configuration says."""
+    """Location and configuration of a model."""
 
     label: str
-    """The name by which results mention it; never an absolute path."""
+    """The name shown in results; never an absolute path."""
     location: str
     """Folder or hub name."""
     folder: bool
@@ -41,14 +41,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights go and how precise they are."""
+    """Device and dtype of the weights."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def official_name(name: str) -> str | None:
-    """Returns the hub name behind a TransformerLens name or alias; None if it knows neither."""
+    """Returns the hub name of a TransformerLens name or alias; None if there is none."""
     for module_name in ("supported_models", "loading_from_pretrained"):
         if importlib.util.find_spec(f"transformer_lens.{module_name}") is None:
             continue
@@ -72,27 +72,26 @@ def read_source(location: str, *, label: str, folder: bool) -> Source:
 
 
 def not_found(label: str, location: str, folder: bool, error: Exception) -> InvalidInput:
-    """Returns the error for a name or folder under which there is no (complete) model."""
+    """Returns the error for a name or folder without a complete model."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if folder:
         return bad(
-            "Cannot load a model from the folder",
+            "cannot load a model from the folder",
             f"{location!r} ({reason})",
-            "a folder with config.json, weights and tokenizer, as save_pretrained writes it",
-            "Save the model and its tokenizer into the folder with save_pretrained.",
+            "a folder with config.json, weights and tokenizer",
+            "Write the model and its tokenizer to the folder with save_pretrained.",
         )
     return bad(
-        "Cannot load the model",
-        f"{label!r}, which is no folder and cannot be had from the hub ({reason})",
-        f"a demo model ({', '.join(DEMO_NAMES)}), a local folder, or a hub name that is cached"
-        " or reachable",
-        "Check the spelling and the network (HF_HUB_OFFLINE forbids downloads), or use a demo"
-        " model, which needs no network.",
+        "cannot load the model",
+        f"{label!r}, which is not a folder and not available from the hub ({reason})",
+        f"a demo model ({', '.join(DEMO_NAMES)}), a local folder, or a hub name",
+        "Check the spelling and the network (HF_HUB_OFFLINE disables downloads), or use a demo"
+        " model.",
     )
 
 
 def _kind(config: Any, label: str) -> Kind:
-    """Tells the three kinds of model apart by their configuration."""
+    """Returns the kind of model, from its configuration."""
     from transformers.models.auto import modeling_auto as auto
 
     if config.is_encoder_decoder:
@@ -106,22 +105,22 @@ def _kind(config: Any, label: str) -> Kind:
         return "causal"
     raise UnsupportedModel(
         four_parts(
-            f"Cannot load {label!r}",
+            f"cannot load {label!r}",
             f"the architecture {architecture or config.model_type!r}",
             "a causal language model, a masked language model or an encoder-decoder",
-            "Load it with TransformerLens itself and pass the object, if it is one of these.",
+            "If it is one of these, load it with TransformerLens and pass the object.",
         )
     )
 
 
 def choose_host(source: Source, host: HostClass | None) -> HostClass:
-    """Returns the class to use; raises UnsupportedModel if none runs the model right."""
+    """Returns the class to use; raises UnsupportedModel if none runs the model correctly."""
     if host is not None and host not in get_args(HostClass):
         raise bad(
-            "Cannot choose a TransformerLens class",
+            "unknown TransformerLens class",
             f"host={host!r}",
             "'hooked', 'bridge' or None",
-            "Leave host away to get the natural class of the model.",
+            "Omit host to use the model's default class.",
         )
     reasons = {candidate: _why_not(source, candidate) for candidate in ("hooked", "bridge")}
     candidates: tuple[HostClass, ...] = ("hooked", "bridge") if host is None else (host,)
@@ -131,10 +130,10 @@ def choose_host(source: Source, host: HostClass | None) -> HostClass:
     other = [candidate for candidate, reason in reasons.items() if not reason]
     raise UnsupportedModel(
         four_parts(
-            f"Cannot load {source.label!r}",
+            f"cannot load {source.label!r}",
             f"a {source.config.model_type} model, but "
             + " and ".join(reasons[candidate] for candidate in candidates),
-            "a TransformerLens class that computes what the model was trained to compute",
+            "a TransformerLens class that runs it correctly",
             f"Pass host={other[0]!r}." if other else "Install TransformerLens 3 or later.",
         )
     )
@@ -152,7 +151,7 @@ def _why_not(source: Source, host: str) -> str:
             return "on TransformerLens 3 the TransformerBridge of T5 fails or gives wrong patterns"
         return ""
     if not hooked:
-        return "TransformerLens 4 has no Hooked classes any more"
+        return "TransformerLens 4 has no Hooked classes"
     if source.kind == "encoder-decoder":
         if model_type != "t5":
             return "HookedEncoderDecoder runs T5 only"
@@ -164,7 +163,7 @@ def _why_not(source: Source, host: str) -> str:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Loads the tokenizer, never building one in memory: TransformerLens reloads it by its path."""
+    """Loads the tokenizer from its path, by which TransformerLens reloads it."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source.location)

@@ -1,8 +1,8 @@
-"""Checks a view against its model: whatever is computed later stands on these identities.
+"""Verifies a view against its model, by identities that every method relies on.
 
-Two forward passes over four tokens. The first is clean. In the second every layer's first value
-is zeroed and every neuron's input is replaced by a known grid, so that hooks which are only shown
-and not used, and activations that are not what the config says, are seen for what they are.
+Two forward passes over four tokens. The first is clean. The second zeroes every layer's first
+value vector and replaces every neuron's input by a known grid, which exposes hooks whose output
+is ignored and activations that differ from the config.
 """
 
 from tl_contextmix.adapters.verification.checks import check_rows, readout_row, require_followed

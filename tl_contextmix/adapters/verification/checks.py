@@ -1,4 +1,4 @@
-"""The identities: what is recomputed, against what the model shows."""
+"""The identities: recomputed quantities against the model's own activations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 
 
 def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:
-    """Yields every identity of a view whose blocks are settled."""
+    """Yields every identity of a view with settled blocks."""
     for stack, block in view.every_block():
         where = f"{stack} block {block.layer}"
         for attention in block.attentions:
@@ -62,12 +62,12 @@ def _block_row(
     tolerance: float,
     real: Tensor | None = None,
 ) -> CheckRow:
-    """Returns the identity of a block's output, each position measured by what the block adds.
+    """Returns the identity of a block's output, relative to the block's update per position.
 
-    A residual stream holds directions a thousand times longer than what one block adds (the first
-    token of GPT-2): measured against those, a missing bias would pass. Half precision rounds the
-    stream itself, so that there the stream is the measure; the share of it that single precision
-    needs is 16 roundings, 2e-6, over the tolerance.
+    The residual stream can be a thousand times longer than one block's update (the first token of
+    GPT-2), which would hide a missing bias. In half precision the stream itself is rounded, so
+    errors are relative to the stream; in single precision, to at least 2 % of it: 16 roundings,
+    2e-6, over the tolerance.
     """
     expected = trace[output]
     added = (expected - trace.resid_in(block)).abs().amax(dim=-1, keepdim=True)
@@ -98,7 +98,7 @@ def _activation_rows(
 
 
 def readout_row(view: ModelView, probe: Probe) -> CheckRow:
-    """Returns the identity of the readout, which vocabulary questions stand on."""
+    """Returns the identity of the readout, on which all methods with logits rely."""
     stack = view.base_stack(None)
     last = probe.clean[view.stacks[stack][-1].resid_out]
     logits = probe.clean.logits
@@ -110,17 +110,16 @@ def readout_row(view: ModelView, probe: Probe) -> CheckRow:
 def require_followed(
     tolerance: float, trace: Trace, stack: str, blocks: Sequence[Block], cause: str
 ) -> None:
-    """Checks that a pass in which something may have been edited is still what it was taken for.
+    """Checks that the identities still hold in a pass that hooks may have edited.
 
-    Edited values, patterns and streams that enter a block are followed: what is computed from them
-    is of the edited model. An edit behind them is not seen by a decomposition, and would make it
-    one of a pass that never happened.
+    Edits of values, patterns and a block's input are followed: results then describe the edited
+    model. A decomposition cannot see edits after these, and would not match the pass.
 
     Args:
         tolerance: Largest relative error that counts as equal.
-        trace: The pass, with `Block.checkpoints` as far as they are there.
+        trace: The pass, with the available `Block.checkpoints`.
         stack: The stack of the blocks.
-        blocks: The blocks that are asked for.
+        blocks: The requested blocks.
         cause: What may have edited the pass, as a clause for the message.
 
     Raises:
@@ -132,18 +131,17 @@ def require_followed(
         return
     raise UnsupportedModel(
         four_parts(
-            f"a map would not be of this pass: {worst.identity} fails in {worst.where}, {cause}",
+            f"a map would not match this pass: {worst.identity} fails in {worst.where}, {cause}",
             f"a relative error of {worst.error:.2g}",
             f"at most {worst.tolerance:.0e}",
-            "Edits of values, of attention patterns (where the host uses what a hook returns) and "
-            "of the residual stream that enters a block are followed; others are not. Take the "
-            "others off, or pass a cache that was made without them.",
+            "Hooks may edit values, attention patterns (if the host uses them) and the residual "
+            "stream entering a block. Remove other hooks, or pass a cache made without them.",
         )
     )
 
 
 def _pass_rows(trace: Trace, stack: str, block: Block, tolerance: float) -> Iterator[CheckRow]:
-    """Yields the identities of a block that a trace holds everything for."""
+    """Yields the identities of a block for which the trace is complete."""
     where = f"{stack} block {block.layer}"
     there = set(trace.values)
     mask = trace.batch.side(stack).mask

@@ -1,4 +1,4 @@
-"""What the identity check found, row by row."""
+"""Results of the identity check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CheckRow:
     Attributes:
         identity: What must be equal, for example ``"pattern @ v = z"``.
         where: Block or sublayer.
-        error: Largest difference, relative to the size of what is compared.
+        error: Largest difference, relative to the size of the compared values.
         tolerance: The bound.
     """
 
@@ -33,7 +33,7 @@ class CheckRow:
 
     @property
     def excess(self) -> float:
-        """How many times the bound the error is; infinite for NaN."""
+        """The error divided by the tolerance; infinite for NaN."""
         return self.error / self.tolerance if self.error == self.error else float("inf")
 
 
@@ -45,7 +45,7 @@ class IdentityReport(RowTable):
     Attributes:
         model: The model's name and host.
         rows: One per identity and place.
-        limits: What is not answered for this model although the identities hold, with the reason.
+        limits: What is unavailable for this model although the identities hold, with reasons.
     """
 
     ROW = CheckRow
@@ -58,8 +58,8 @@ class IdentityReport(RowTable):
         "holds": lambda row: "yes" if row.ok else "NO",
     }
     CAPTION = (
-        "Every quantity is recomputed from a few hooks and compared with the model's own; errors "
-        "are relative to the size of what is compared."
+        "Quantities recomputed from a few hooks against the model's own; errors are relative to "
+        "the size of the compared values."
     )
 
     model: str
@@ -72,7 +72,7 @@ class IdentityReport(RowTable):
         return all(row.ok for row in self.rows)
 
     def worst(self) -> CheckRow:
-        """Returns the row furthest beyond (or nearest to) its tolerance."""
+        """Returns the row with the largest error relative to its tolerance."""
         return max(self.rows, key=lambda row: row.excess)
 
     def __repr__(self) -> str:
@@ -82,10 +82,10 @@ class IdentityReport(RowTable):
             f"{row.where:28} {row.identity}"
             for row in self.rows
         ]
-        return "\n".join([*lines, *(f"  not answered: {limit}" for limit in self.limits)])
+        return "\n".join([*lines, *(f"  unavailable: {limit}" for limit in self.limits)])
 
     def _caption(self) -> str:
-        return " ".join([self.CAPTION, *(f"Not answered: {limit}" for limit in self.limits)])
+        return " ".join([self.CAPTION, *(f"Unavailable: {limit}" for limit in self.limits)])
 
     def _title(self) -> str:
         return f"Identity check of {self.model}"
@@ -95,7 +95,7 @@ def require_identities(report: IdentityReport) -> None:
     """Checks that every identity holds.
 
     Raises:
-        UnsupportedModel: If one does not, naming place, error, tolerance and what to do.
+        UnsupportedModel: If one does not; the message has place, error, tolerance and advice.
     """
     if report.ok:
         return
@@ -107,8 +107,8 @@ def require_identities(report: IdentityReport) -> None:
             f"a relative error of {worst.error:.2g} ({failed} of {len(report.rows)} identities "
             "fail)",
             f"at most {worst.tolerance:.0e}",
-            "Either this TransformerLens shows the model otherwise than it computes it, or its "
-            "blocks are of a kind that is not supported. tl_contextmix.check(model) shows every "
-            "identity; another class or version of TransformerLens may read it right.",
+            "TransformerLens' hooks may not show what the model computes, or its blocks may be "
+            "unsupported. See tl_contextmix.check(model), and try another class or version of "
+            "TransformerLens.",
         )
     )

@@ -1,4 +1,4 @@
-"""The two forward passes, and which reading of a block they speak for."""
+"""The two forward passes, and the reading of each block that they support."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tl_contextmix.core.blocks import (
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import four_parts
 
-# Right readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
-# families of the test zoo (2e-7 in float64, where hosts have float32 inside); wrong ones 0.1 to 10.
+# Correct readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
+# families of the test zoo (2e-7 in float64, where hosts compute in float32); wrong ones 0.1 to 10.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-# TF32 keeps 10 bits of every factor, as float16 does.
+# TF32 has a 10-bit mantissa, like float16.
 _TF32 = _TOLERANCE[torch.float16]
-# The grid must tell gelu from gelu_new, which differ by at most 4.7e-4, near 2.
+# The grid must distinguish gelu from gelu_new, which differ by at most 4.7e-4, near 2.
 _GRID = 8.0
 _LENGTH = 4
 
 
 def tolerance_of(dtypes: set[torch.dtype], device: torch.device) -> float:
-    """Returns the largest relative error that counts as equal, by a model's own precision.
+    """Returns the largest relative error that counts as equal at a model's precision.
 
     Args:
-        dtypes: Of its weights; the coarsest one decides.
-        device: Where it runs.
+        dtypes: Dtypes of the weights; the coarsest decides.
+        device: Device of the model.
     """
     tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
     if device.type == "cuda" and torch.float32 in dtypes and _tensor_float():
@@ -47,7 +47,7 @@ def tolerance_of(dtypes: set[torch.dtype], device: torch.device) -> float:
 def _tensor_float() -> bool:
     """Whether PyTorch multiplies float32 matrices in TF32."""
     matmul = torch.backends.cuda.matmul
-    # Newer versions raise where the old name is read after the new one was set.
+    # Newer versions raise if the old name is read after setting the new one.
     chosen = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32) if chosen is None else chosen == "tf32"
 
@@ -57,8 +57,8 @@ class Probe:
     """The two forward passes over four tokens.
 
     Attributes:
-        clean: The first.
-        edited: The second, with first values zeroed and a grid at every neuron's input.
+        clean: Without edits.
+        edited: With first values zeroed and a grid as every neuron's input.
         tolerance: Largest relative error that counts as equal.
     """
 
@@ -68,7 +68,7 @@ class Probe:
 
 
 def run_probe(view: ModelView) -> Probe:
-    """Runs the two passes over fixed tokens; the view's blocks need their names only."""
+    """Runs the two passes over fixed tokens; the view's blocks only need hook names."""
     batch = _probe_batch(view)
     names, edits = [], {}
     for _, block in view.every_block():
@@ -86,7 +86,7 @@ def run_probe(view: ModelView) -> Probe:
 
 def _probe_batch(view: ModelView) -> Batch:
     length = _LENGTH if view.n_ctx is None else min(_LENGTH, view.n_ctx)
-    # Different tokens away from the special ones at the start of most vocabularies.
+    # Distinct tokens, past the special ones at the start of most vocabularies.
     start, step = (11, 7) if view.d_vocab > 11 + 7 * _LENGTH else (0, 1)
     ids = torch.tensor([[(start + step * index) % view.d_vocab for index in range(length)]])
     side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
@@ -112,13 +112,13 @@ def _grid(pre: Tensor) -> Tensor:
 def settle_block(
     readings: Sequence[Block], probe: Probe, resid_out: str, host_activation: Activation | None
 ) -> Block:
-    """Returns the reading of a block that reproduces its output, activation filled in.
+    """Returns the reading of a block that reproduces its output, with its activation.
 
     Args:
         readings: Possible placements of the block's norms.
         probe: The two passes.
         resid_out: Name of the block's output in the probe: the next block's input, or its own.
-        host_activation: The host's own activation function, tried where no named one fits.
+        host_activation: The host's own activation function, used if no named one matches.
     """
     block = min(readings, key=lambda reading: _reading_error(reading, probe, resid_out))
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
@@ -129,10 +129,10 @@ def settle_block(
 
 
 def _reading_error(block: Block, probe: Probe, resid_out: str) -> float:
-    """Returns how far a reading is off at the block's output and at its neurons' input.
+    """Returns a reading's error at the block's output and at its neurons' input.
 
-    The neurons' input is needed too: a parallel block and a sequential one add up the same
-    three tensors and differ in what the feed-forward sublayer reads.
+    Both are needed: parallel and sequential blocks sum the same three tensors and differ only in
+    the feed-forward input.
     """
     errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
     if block.feed_forward is not None:
@@ -141,9 +141,9 @@ def _reading_error(block: Block, probe: Probe, resid_out: str) -> float:
 
 
 def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
-    """Yields the attention sublayers, cross-attention with the factor of its scores.
+    """Yields the attention sublayers, cross-attention with the scale of its scores.
 
-    T5 multiplies by 1, BART by 1 / sqrt(d_head), and no config field says so on every host.
+    It is 1 in T5 and 1 / sqrt(d_head) in BART, and no config field has it on every host.
     """
     stream = probe.clean.resid_in(block)
     for attention in block.attentions:
@@ -162,7 +162,7 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
 def pre_errors(
     block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
 ) -> Iterator[tuple[str, float]]:
-    """Yields how far each branch's recomputed pre-activation is off, with the branch's name."""
+    """Yields each branch's name and the error of its recomputed pre-activation."""
     x = block.feed_forward_input(trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
     for name, (weight, bias) in zip(ff.pre_names, ff.branches(), strict=True):
@@ -183,18 +183,18 @@ def _settle_activation(
             return settled
     error = activation_error(replace(ff, activation=best), probe.edited)
     refusal = four_parts(
-        "the feed-forward activation was not recognised",
-        f"a relative error of {error:.2g} for the nearest, {best.name}",
+        "unknown feed-forward activation",
+        f"a relative error of {error:.2g} for the closest, {best.name}",
         f"at most {probe.tolerance:.0e} for one of {[known.name for known in ACTIVATIONS]}",
-        "Ask for 'attn_out', 'resid_mid' or 'mlp_in', which do not pass it.",
+        "Use 'attn_out', 'resid_mid' or 'mlp_in', which do not need it.",
     )
     return replace(ff, refusal=refusal)
 
 
 def _mean_error(ff: FeedForward, probe: Probe) -> float:
-    """Returns the mean error of an activation, which ranks near ones where half precision rounds.
+    """Returns the mean error of an activation, to rank similar ones in half precision.
 
-    The largest error is the rounding of the largest neuron, the same for gelu and gelu_new.
+    The largest error is rounding of the largest neuron, the same for gelu and gelu_new.
     """
     post = _post(ff, probe.edited)
     error = float((post - probe.edited[ff.post]).abs().mean())
@@ -206,19 +206,19 @@ def _post(ff: FeedForward, trace: Trace) -> Tensor:
 
 
 def activation_error(ff: FeedForward, trace: Trace, real: Tensor | None = None) -> float:
-    """Returns how far the neurons are off, recomputed from their input."""
+    """Returns the error of the neurons recomputed from their input."""
     return relative_error(_post(ff, trace), trace[ff.post], real=real)
 
 
 def relative_error(
     value: Tensor, expected: Tensor, *, size: Tensor | None = None, real: Tensor | None = None
 ) -> float:
-    """Returns the largest difference, relative to the largest entry of what is expected.
+    """Returns the largest difference, relative to the largest expected entry.
 
     Args:
-        value: What was recomputed.
+        value: Recomputed values.
         expected: The model's own.
-        size: What to measure each difference by, instead.
+        size: Divisor of each difference, instead.
         real: The positions [batch, pos] that count; None for all.
     """
     if value.shape != expected.shape:

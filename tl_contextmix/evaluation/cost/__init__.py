@@ -1,1 +1,1 @@
-"""What a call costs, before it runs."""
+"""Estimates what a call costs, without running it."""

@@ -1,4 +1,4 @@
-"""What a call would take, before it is made."""
+"""Estimates the FLOPs and memory of a method call."""
 
 from __future__ import annotations
 
@@ -36,39 +36,38 @@ def estimate(
     batch: Positive = 1,
     n_decoder_tokens: Positive | None = None,
 ) -> Estimate:
-    """Returns the operations and the memory that a call would take, without making it.
+    """Returns the FLOPs and memory that a call would take, without running it.
 
-    The code of the method and of the model runs on tensors that have a shape and no numbers, so
-    what is counted is what it would do, tiles within ``max_bytes`` included.
+    The code of the method and of the model runs on tensors that have shapes but no data, so the
+    estimate covers what that code does, including tiling within ``max_bytes``.
 
-    Within 20 % of what is measured (tests; mostly within 4 %). Where the amount of work depends on
-    the numbers it is the least possible (``k`` of neurons: as if the bounds decided at once).
-    Sliding windows count as if there were none. What code allocates inside of one operator and
-    frees again is not counted.
+    Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
+    it is the minimum (``k`` of neurons: as if the bounds decided at once). Sliding windows count
+    as full attention. Memory that an operator allocates and frees internally is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
-        n_tokens: How many tokens the input would have.
-        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` where it
-            gets options:
+        n_tokens: Number of tokens of the input.
+        method: Its name (``"value_zeroing"``), or the function, with ``functools.partial`` for
+            options:
             ``partial(cm.attention_norms, at="mlp_out", max_bytes=2**28)``. Any function of a model
             and token ids that goes through this package, your own as well.
-        batch: How many inputs there would be.
-        n_decoder_tokens: How many tokens the decoder input of an encoder-decoder would have; None
-            where none would be given.
+        batch: Number of inputs.
+        n_decoder_tokens: Number of tokens of an encoder-decoder's decoder input; None for no
+            decoder input.
 
     Returns:
-        An `Estimate`. The numbers are bytes of tensors beside the weights, and operations in
-        products of matrices, as `torch.utils.flop_counter` counts them.
+        An `Estimate`: bytes of tensors in addition to the weights, and FLOPs of matrix products as
+        `torch.utils.flop_counter` counts them.
 
     Raises:
-        InvalidInput: If a number or the method is none, or the method refuses its options or an
-            input of this length.
-        UnsupportedModel: If the model is one whose numbers would be wrong.
+        InvalidInput: If an argument is invalid, or the method rejects its options or an input of
+            this length.
+        UnsupportedModel: If the model is not supported.
 
-    Cost: a fraction of a millisecond for every operator of the method and the model, whatever its
-    size. ``decoder_lens`` runs the model's own modules, one token after the other: it is called on
-    three short inputs and fitted by a polynomial of second degree.
+    Cost: a fraction of a millisecond per operator of the method and the model, of any size.
+    ``decoder_lens`` runs the model's own modules token by token, so it runs for real on three
+    short inputs, fitted by a polynomial of second degree.
     """
     decoder = () if n_decoder_tokens is None else (n_decoder_tokens,)
     if isinstance(method, str):
@@ -77,7 +76,7 @@ def estimate(
         method = known[method]
     if isinstance(method, type):
         expected = "a function of a model and token ids"
-        raise bad("there is no such method", repr(method), expected, _EXAMPLE)
+        raise bad("unknown method", repr(method), expected, _EXAMPLE)
     view = as_view(model)
     lengths = (n_tokens, *decoder)
     tokens, others = _words(view, batch, lengths)
@@ -101,13 +100,13 @@ def estimate(
 
 
 def _words(view: ModelView, batch: int, lengths: Lengths) -> tuple[Tensor, dict[str, Any]]:
-    """Returns token ids of some lengths, and the decoder's as a keyword."""
+    """Returns random token ids of these lengths, the decoder's as a keyword."""
     generator = torch.Generator().manual_seed(0)
     sides = [
         torch.randint(view.d_vocab, (batch, length), generator=generator) for length in lengths
     ]
     how = view.padding()
-    if how is not None:  # words that were drawn are no padding
+    if how is not None:  # random tokens must not be padding
         sides = [torch.where(ids == how.token, (ids + 1) % view.d_vocab, ids) for ids in sides]
     return sides[0], dict(zip(("decoder_input",), sides[1:], strict=False))
 
@@ -201,7 +200,7 @@ def _short(
     powers = torch.tensor([[1.0, n, n * n] for n in (*short, length)], dtype=torch.float64)
     fitted = torch.linalg.solve(powers[:-1], torch.tensor(rows[1:], dtype=torch.float64))
     flops, peak = (powers[-1] @ fitted).round().long().tolist()
-    return flops, peak, 0, (EstimatePart("in all", flops, peak),)
+    return flops, peak, 0, (EstimatePart("total", flops, peak),)
 
 
 def _held(result: object) -> int:

@@ -196,7 +196,7 @@ def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: 
             bias = vocabulary.gains(prediction.stream.states[:, split.step], vector)
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
-            columns["logits"].append(vocabulary.project(vector))
+            columns["logits"].append(vocabulary.target_logits(vector))
             labels.append(grid.table())
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
@@ -225,7 +225,7 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
         components = components.fill(mine.cpu(), split.grid.at(inside))
         numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
         vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
-        logits = torch.where(mine, numbers * vocabulary.project(vectors), logits)
+        logits = torch.where(mine, numbers * vocabulary.target_logits(vectors), logits)
         coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
         scores,
@@ -246,8 +246,8 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     vocabulary = prediction.vocabulary
     if split.neurons is None:
         assert split.vectors is not None
-        return vocabulary.project(split.vectors())
-    each = vocabulary.project_shared(split.neurons.vectors(slice(None)))
+        return vocabulary.target_logits(split.vectors())
+    each = vocabulary.target_logits_shared(split.neurons.vectors(slice(None)))
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 

@@ -23,14 +23,16 @@ from tl_contextmix.engine.memory_coefficients import (
 )
 from tl_contextmix.engine.registry import method
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.progress import expect, progress
 from tl_contextmix.methods.memories.shards import (
     Cutting,
     Documents,
     Malformed,
     TooLong,
     batches,
+    expect,
+    progress,
     read_shards,
+    warn_of_little,
 )
 from tl_contextmix.results import CompositionFigures
 
@@ -82,6 +84,9 @@ def composition(
         UnsupportedModel: If the model has no trained vocabulary readout, or hooks of the user's
             own edit it where the readout does not follow.
 
+    Warns:
+        ContextMixWarning: If no position counted, or more tokens were cut off than read.
+
     Cost: a forward pass over the corpus and ``6 d_model d_vocab`` operations per position and
     layer.
     """
@@ -111,6 +116,7 @@ def composition(
                 examples += int(where.sum())
                 bar.update(int(documents.batch.main.mask.sum()))
             expect(bar, read, whole)
+    warn_of_little(counts)
     options = {"positions": positions, "active": rule, "projection": projection, **counts}
     return CompositionFigures(
         sums=sums,

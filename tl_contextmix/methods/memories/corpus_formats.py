@@ -1,12 +1,17 @@
 """Documents of a corpus, numbered from 0, whatever holds them.
 
-A document that cannot be used keeps its number: it is yielded with the reason, and what becomes of
-it is up to who reads.
+A document that cannot be used keeps its number: it is yielded with the reason, and the reader
+decides what becomes of it.
+
+Files are read here and not by ``datasets.load_dataset``: its JSON reader fails on a whole block
+where one line is malformed, and it copies a corpus into a cache before the first document.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,19 +20,17 @@ from typing import Any, Literal
 
 from tl_contextmix.errors import InvalidInput, bad
 
-Kind = Literal["text", "jsonl", "parquet", "dataset", "iterable"]
-_SUFFIXES: dict[str, Kind] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
+Kind = Literal["text", "jsonl", "parquet", "dataset", "table", "iterable"]
+_SUFFIXES: dict[str, Kind] = dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
+_SUFFIXES[".parquet"] = "parquet"
 # Read line by line these would be documents, none of them anybody's text.
 _NO_TEXT = frozenset(
     (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".csv", ".tsv", ".xlsx", ".arrow", ".feather")
 )
 _BOM = b"\xef\xbb\xbf"
-_ROWS = 1024
+_ROWS, _PEEK = 1024, 2**20
+TOKEN_BITS = 31
+"""Token ids are below 2 ** 31."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,29 @@ class Document:
     """One document.
 
     Attributes:
-        text: Its text, or None where it cannot be read.
-        problem: Why; empty where it can.
+        text: Its text; None where it is token ids or cannot be read.
+        problem: Why it cannot be read; empty where it can.
         size: How much of the corpus it is, in the unit of `Corpus.size`.
+        ids: Its token ids, if it was tokenized before.
+        remedy: What could be done about the problem, where that is known.
     """
 
     text: str | None
     problem: str = ""
     size: int = 1
+    ids: tuple[int, ...] | None = None
+    remedy: str = ""
+
+    def data(self) -> bytes:
+        """Returns what it is hashed from."""
+        if self.ids is not None:
+            return f"{len(self.ids)} ids\n".encode() + array("q", self.ids).tobytes()
+        text = (self.text or "").encode("utf-8")
+        return f"{len(text)} {self.problem}\n".encode() + text
+
+    def hash(self) -> int:
+        """Returns 64 bits that tell it from other documents, as a signed integer."""
+        return int.from_bytes(hashlib.sha256(self.data()).digest()[:8], "big", signed=True)
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Corpus:
         kind: What holds them.
         name: The file, or a description.
         column: Which column of it; None where there are none.
-        held: The path, dataset or iterable.
+        held: The path, dataset, table or iterable.
     """
 
     kind: Kind
@@ -67,58 +85,53 @@ class Corpus:
         Raises:
             InvalidInput: If the corpus cannot be read.
         """
-        try:
+        with _named(self.name):
             yield from _READERS[self.kind](self)
-        except OSError as error:
-            raise _unreadable(self.name, str(error)) from error
 
     def size(self) -> int | None:
-        """Returns how much there is: bytes of lines, else documents; None where nobody knows."""
-        try:
+        """Returns how much there is: bytes of lines, else documents; None where it is unknown."""
+        with _named(self.name):
             if self.kind in ("text", "jsonl"):
                 return self.held.stat().st_size
             if self.kind == "parquet":
                 with _opened_parquet(self) as file:
                     return file.metadata.num_rows
-        except OSError as error:
-            raise _unreadable(self.name, str(error)) from error
         return len(self.held) if hasattr(self.held, "__len__") else None
 
-    def pick(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, str]:
-        """Returns the texts of some documents; none but these are decoded.
+    def pick(self, numbers: Iterable[int], spare: Iterable[int] = ()) -> dict[int, Document]:
+        """Returns some documents; no others are decoded.
 
         Args:
-            numbers: Those that must be there.
-            spare: Those that are welcome, if they can be read.
+            numbers: Those that must be there and readable.
+            spare: Those that may be missing.
 
         Raises:
             InvalidInput: If there is no such document, or the corpus can be read only once.
         """
         needed = set(numbers)
         wanted = sorted(needed.union(spare))
-        try:
+        with _named(self.name):
             picked = _picked(self, wanted) if wanted else ()
-            found = {n: d.text for n, d in picked if d.text is not None}
-        except OSError as error:
-            raise _unreadable(self.name, str(error)) from error
+            found = {number: document for number, document in picked if not document.problem}
         missing = [number for number in sorted(needed) if number not in found]
         if missing:
             raise bad(
-                f"documents of {self.name} are not there any more",
+                f"{self.name} no longer has a document",
                 f"no document {missing[0]}",
                 "the corpus that was mined",
-                "Give the corpus again; an iterator can be read only once.",
+                "Pass the corpus again; an iterator can be read only once.",
             )
         return found
 
 
-def open_corpus(corpus: object, column: str | None = None, *, default: str | None = None) -> Corpus:
-    """Returns a corpus, told from what it is.
+def open_corpus(corpus: Any, column: str | None = None, *, default: str | None = None) -> Corpus:
+    """Opens a corpus, detecting its format.
 
     Args:
         corpus: The path of a text file (a document per line), of a jsonl or a parquet file; a
-            Hugging Face dataset, map-style or streaming; or an iterable of texts.
-        column: Column of a jsonl file, parquet file or dataset; None for the default.
+            Hugging Face dataset, map-style or streaming; a pandas or Arrow table; or an iterable.
+            A document is a text, or a list of token ids.
+        column: Column of a jsonl or parquet file, dataset or table; None for the default.
         default: Its column where none is named; None for ``"text"``.
 
     Raises:
@@ -126,29 +139,29 @@ def open_corpus(corpus: object, column: str | None = None, *, default: str | Non
     """
     default = default or "text"
     if column is not None and not isinstance(column, str):
-        raise _no_corpus(f"column={column!r}", "the name of a column", "Give it as a str.")
+        raise _no_corpus(f"column={column!r}", "the name of a column", "Pass it as a str.")
     if isinstance(corpus, Corpus):
         return corpus
     if isinstance(corpus, (str, Path)):
         return _open_file(corpus, column, default)
     kind = type(corpus).__name__
     if isinstance(corpus, Mapping):
-        remedy = f"Give one of its parts: {list(corpus)[:5]}."
+        remedy = f"Pass one of its parts: {list(corpus)[:5]}."
         raise _no_corpus(f"a {kind}", "one sequence of documents", remedy)
     if hasattr(corpus, "column_names") and hasattr(corpus, "features"):
         return Corpus("dataset", f"a {kind}", column or default, corpus)
     if hasattr(corpus, "columns"):
-        # Iterated over, a table yields the names of its columns.
-        remedy = f"Give the column: table[{column or default!r}]."
-        raise _no_corpus(f"a {kind}, a table", "an iterable of texts", remedy)
+        found = Corpus("table", f"a {kind}", column or default, corpus)
+        _require_column(found, getattr(corpus, "column_names", corpus.columns))
+        return found
     if isinstance(corpus, Set) and not hasattr(corpus, "mapping"):
-        remedy = "Give sorted(corpus): documents are numbered, and sets have no order."
+        remedy = "Pass sorted(corpus): documents are numbered, and sets have no order."
         raise _no_corpus(f"a {kind}", "documents in an order", remedy)
     if isinstance(corpus, Iterable) and not isinstance(corpus, bytes):
         _require_no_column(column, f"a {kind}")
         return Corpus("iterable", f"a {kind}", None, corpus)
-    expected = "the path of a text, jsonl or parquet file, a dataset, or an iterable of texts"
-    raise _no_corpus(f"a {kind}", expected, "Give a list of texts or a path.")
+    expected = "the path of a text, jsonl or parquet file, a dataset, a table, or an iterable"
+    raise _no_corpus(f"a {kind}", expected, "Pass a list of texts or a path.")
 
 
 def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
@@ -159,17 +172,34 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
         there = False
     expected = "the path of a text, jsonl or parquet file"
     if not there:
-        remedy = "Check the path; give texts themselves as a list."
+        remedy = "Check the path; pass texts themselves as a list."
         raise _no_corpus(f"{seen}, which is no file", expected, remedy)
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
-        remedy = "Unpack it, or load it with datasets.load_dataset and give that."
+        remedy = "Unpack it, or load it with datasets.load_dataset and pass that."
         raise _no_corpus(f"{seen}, a {suffix} file", expected, remedy)
     kind = _SUFFIXES.get(suffix, "text")
     if kind == "text":
         _require_no_column(column, str(path))
         return Corpus("text", str(path), None, path)
+    if kind == "jsonl":
+        _require_lines(path)
     return Corpus(kind, str(path), column or default, path)
+
+
+def _require_lines(path: Path) -> None:
+    """Raises InvalidInput if a file is one JSON array of documents."""
+    with _named(str(path)), open(path, "rb") as file:
+        first = file.readline(_PEEK).removeprefix(_BOM).strip()
+    if not first.startswith(b"["):
+        return
+    try:
+        rows = json.loads(first)
+    except (ValueError, RecursionError):  # it goes on in the next line
+        rows = [{}]
+    if rows and isinstance(rows[0], dict):
+        remedy = "Load it with datasets.load_dataset('json', data_files=...) and pass its split."
+        raise _no_corpus(f"{path}, a JSON array", "a JSON object per line", remedy)
 
 
 def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
@@ -179,11 +209,37 @@ def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
 def _require_no_column(column: str | None, name: str) -> None:
     if column is not None:
         raise bad(
-            "a corpus without columns was asked for one",
+            "this corpus has no columns",
             f"column={column!r} of {name}",
             "None for text files and iterables",
             "Leave `column` out.",
         )
+
+
+def _require_column(corpus: Corpus, names: Iterable[Any]) -> None:
+    if corpus.column not in (known := list(names)):
+        raise bad(
+            f"there is no such column in {corpus.name}",
+            repr(corpus.column),
+            f"one of {known}",
+            "Name it with column=.",
+        )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Raises InvalidInput, naming the corpus, where a file cannot be read."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, ArrowException) as error:
+        raise bad(
+            f"the corpus {name} cannot be read",
+            str(error),
+            "a readable file",
+            "Check the file; the same command goes on where it stopped.",
+        ) from error
 
 
 def _raw_lines(corpus: Corpus) -> Iterator[bytes]:
@@ -214,16 +270,11 @@ def _lines(corpus: Corpus) -> Iterator[Document]:
 @contextmanager
 def _opened_parquet(corpus: Corpus) -> Iterator[Any]:
     """Yields a parquet file that has the column."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(corpus.held) as file:
-            if corpus.column not in file.schema_arrow.names:
-                raise _no_column(corpus, file.schema_arrow.names)
-            yield file
-    except pyarrow.ArrowException as error:
-        raise _unreadable(corpus.name, str(error)) from error
+    with pyarrow.parquet.ParquetFile(corpus.held) as file:
+        _require_column(corpus, file.schema_arrow.names)
+        yield file
 
 
 def _parquet(corpus: Corpus) -> Iterator[Document]:
@@ -233,19 +284,14 @@ def _parquet(corpus: Corpus) -> Iterator[Document]:
 
 
 def _dataset(corpus: Corpus) -> Iterator[Document]:
-    _require_column(corpus)
+    # A streaming one may not know its columns.
+    _require_column(corpus, corpus.held.column_names or [corpus.column])
     for row in corpus.held:
         yield _document(row, corpus.column)
 
 
-def _require_column(corpus: Corpus) -> None:
-    names = corpus.held.column_names
-    if names is not None and corpus.column not in names:
-        raise _no_column(corpus, list(names))
-
-
-def _iterable(corpus: Corpus) -> Iterator[Document]:
-    return map(_checked, corpus.held)
+def _values(corpus: Corpus) -> Iterator[Document]:
+    return map(_checked, corpus.held if corpus.column is None else corpus.held[corpus.column])
 
 
 def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]:
@@ -253,7 +299,7 @@ def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]
     if corpus.kind == "parquet":
         yield from _picked_rows(corpus, wanted)
     elif corpus.kind == "dataset" and hasattr(corpus.held, "__len__"):
-        _require_column(corpus)
+        _require_column(corpus, corpus.held.column_names)
         there = range(len(corpus.held))
         yield from ((n, _document(corpus.held[n], corpus.column)) for n in wanted if n in there)
     else:
@@ -274,43 +320,33 @@ def _picked_rows(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Docum
             first = rows.stop
             if some := [number for number in wanted if number in rows]:
                 column = file.read_row_group(group, columns=[corpus.column]).column(0)
-                yield from ((n, _checked(column[n - rows.start].as_py())) for n in some)
+                yield from ((n, _checked(column[n - rows.start])) for n in some)
 
 
 def _document(row: Any, column: str | None) -> Document:
     if not isinstance(row, dict):
         return Document(None, f"a {type(row).__name__}, no object with columns")
     if column not in row:
-        return Document(None, f"no column {column!r}")
+        remedy = f"It has {list(row)[:20]}: name one with column=."
+        return Document(None, f"no column {column!r}", remedy=remedy)
     return _checked(row[column])
 
 
-def _checked(text: Any) -> Document:
-    if not isinstance(text, str):
-        return Document(None, f"a {type(text).__name__}, no text")
+def _checked(value: Any) -> Document:
+    value = value.as_py() if hasattr(value, "as_py") else value  # a scalar of Arrow
+    kind = type(value).__name__
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
+    if isinstance(value, (list, tuple)) and all(type(one) is int for one in value):
+        if not all(0 <= one < 1 << TOKEN_BITS for one in value):
+            return Document(None, f"a {kind}, no token ids")
+        return Document(None, ids=tuple(value))
+    if not isinstance(value, str):
+        return Document(None, f"a {kind}, no text")
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can hold it
         return Document(None, f"no Unicode text ({error.reason} at character {error.start})")
-    return Document(text)
-
-
-def _unreadable(name: str, seen: str) -> InvalidInput:
-    return bad(
-        f"the corpus {name} cannot be read",
-        seen,
-        "a file that can be read",
-        "Check the file; the same command goes on where it stopped.",
-    )
-
-
-def _no_column(corpus: Corpus, names: list[str]) -> InvalidInput:
-    return bad(
-        f"there is no such column in {corpus.name}",
-        repr(corpus.column),
-        f"one of {names}",
-        "Name it with `column`.",
-    )
+    return Document(value)
 
 
 _READERS = {
@@ -318,5 +354,6 @@ _READERS = {
     "jsonl": _lines,
     "parquet": _parquet,
     "dataset": _dataset,
-    "iterable": _iterable,
+    "table": _values,
+    "iterable": _values,
 }

@@ -1,17 +1,19 @@
-"""What was mined of one corpus: pointers and values on disk, the model and corpus beside them."""
+"""The triggers mined from one corpus: pointers and values on disk, with their model and corpus."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.inputs import provenance
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, one_layer
 from tl_contextmix.methods.memories.corpus_formats import Corpus
-from tl_contextmix.methods.memories.store import TABLE, not_mined, read_table
+from tl_contextmix.methods.memories.shards import Frame, frame_of
+from tl_contextmix.methods.memories.store import TABLE, not_mined, read_table, unreadable
 from tl_contextmix.results import Provenance
 from tl_contextmix.results.axes import require_number
 from tl_contextmix.results.base import Shown
@@ -66,7 +68,7 @@ class Mined(Shown):
     ) -> pandas.DataFrame:
         """Returns one row per trigger: pointers, values and token ids.
 
-        Only the layer that is asked for is read from the disk.
+        Only the requested layer is read from disk.
 
         Args:
             layer: Layer; None for all.
@@ -89,7 +91,12 @@ class Mined(Shown):
             conditions.append(("tail", "=", self.known_tail(tail)))
         found = read_table(self.folder, self.manifest, conditions)
         if self.view is not None:
-            require_token(self.view, found, self.folder / TABLE)
+            most = max(
+                (int(found[n].max()) for n in ("token", "next_token") if len(found)), default=0
+            )
+            if most >= self.view.d_vocab:
+                seen = f"token {most} of a vocabulary of {self.view.d_vocab}"
+                raise unreadable(self.folder / TABLE, seen)
         return found
 
     def known_tail(self, tail: str | None) -> str:
@@ -105,7 +112,7 @@ class Mined(Shown):
 
     @property
     def both_ways(self) -> bool:
-        """Whether the model had read what is behind a trigger, too."""
+        """Whether the model had also read what follows a trigger."""
         return self.stack == "encoder"
 
     def require_view(self) -> ModelView:
@@ -119,21 +126,28 @@ class Mined(Shown):
             )
         return self.view
 
+    def require_corpus(self) -> Corpus:
+        """Returns the corpus; raises InvalidInput where it is not at hand."""
+        if self.corpus is None:
+            raise bad(
+                "contexts cannot be shown",
+                "no corpus",
+                "the corpus that was mined",
+                "Call load_triggers(folder, model=..., corpus=...).",
+            )
+        return self.corpus
+
+    @property
+    def bos(self) -> bool | None:
+        """Whether documents got a beginning-of-sequence token; None: the model's default."""
+        return self.manifest["run"]["options"]["prepend_bos"]
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The tokens that frame every text."""
+        return frame_of(self.require_view(), self.bos)
+
     def describe(self, name: str, options: dict[str, Any]) -> Provenance:
         """Returns where a result made from these triggers comes from."""
         digest = self.manifest["corpus"]["digest"]
         return provenance(self.require_view(), f"triggers.{name}", {**options, "corpus": digest})
-
-
-def require_token(view: ModelView, frame: pandas.DataFrame, path: object) -> None:
-    """Raises FileFormatError unless all tokens of a table are tokens of the model."""
-    most = max((int(frame[n].max()) for n in ("token", "next_token") if len(frame)), default=0)
-    if most >= view.d_vocab:
-        raise FileFormatError(
-            four_parts(
-                f"cannot read {path}",
-                f"token {most}",
-                f"tokens below {view.d_vocab}",
-                "Give the folder that mine_triggers wrote.",
-            )
-        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import select_blocks
+from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.validation import Layers
@@ -19,8 +20,9 @@ from tl_contextmix.engine.memory_coefficients import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.errors import InvalidInput, bad, warn
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.methods.memories.corpus_arguments import TAILS
+from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Cutting, Documents
 from tl_contextmix.methods.memories.topk import (
     TopK,
@@ -36,6 +38,8 @@ Tails = Literal["positive", "both", "quadrants"]
 Duplicates = Literal["keep", "drop"]
 # Of all triggers: no common question needs as many (k=1000 of GPT-2's 36,864 take 0.7 GiB).
 _MANY_BYTES = 4 * 2**30
+# Cases, accents, widths, white space: what tokenizers with one vocabulary treat differently.
+_PROBE = "The cat sat, didn't it?\n  3.14 na\u00efve nai\u0308ve \uff21 \u65e5\u672c \U0001f642"
 NEGATIVE = ("negative", "+-", "-+")
 """Tails of negative coefficients: the memory promotes what its value demotes."""
 
@@ -70,10 +74,38 @@ class Miner:
         """Returns the neurons of a layer that are mined."""
         return positions("neuron", self.neurons, range(require_feed_forward(block).W_out.shape[0]))
 
+    def describe(self, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
+        """Returns what the result depends on, besides the documents: plain JSON."""
+        view = self.view
+        return {
+            "model": view.name,
+            "weights": view.fingerprint,
+            "processing": list(view.processing),
+            "host": view.host,
+            "TransformerLens": view.host_version,
+            "tl_contextmix": package_version(),
+            "torch": torch.__version__,
+            "dtype": str(view.dtype),
+            "hooks": list(view.hooked()),
+            "tokenizer": tokenizer_hash(view, self.how.prepend_bos),
+            "corpus": {"kind": corpus.kind, "column": corpus.column},
+            "source": {"model": source, "corpus": corpus.name},
+            "options": {
+                "k": self.k,
+                "layers": [block.layer for block in self.blocks],
+                "neurons": {str(block.layer): self.chosen(block) for block in self.blocks},
+                "stack": self.stack,
+                "unit": self.unit,
+                "tails": self.tails,
+                "duplicates": self.duplicates,
+                **asdict(self.how),
+            },
+        }
+
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
         view, distinct = self.view, self.duplicates == "drop"
-        entry = view.dtype.itemsize + (24 if distinct else 16)
+        entry = view.dtype.itemsize + (32 if distinct else 24)
         memories = sum(len(self.chosen(block)) for block in self.blocks) * len(TAILS[self.tails])
         if entry * self.k * memories > _MANY_BYTES:
             warn(
@@ -93,7 +125,7 @@ class Miner:
             raise bad(
                 "so many triggers do not fit in memory",
                 f"k={self.k}",
-                "20 k bytes for each memory",
+                "28 k bytes for each memory",
                 "Ask for fewer, or for fewer layers or neurons.",
             ) from error
 
@@ -104,11 +136,12 @@ class Miner:
         device = self.view.device
         counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
         places = pack_places(documents.numbers.to(device), ids.shape[1])
-        entries = [places, pack_tokens(ids, documents.next_ids.to(device))]
+        hashes = documents.hashes.to(device)[:, None].expand_as(ids)
+        entries = [places, pack_tokens(ids, documents.next_ids.to(device)), hashes]
         once = counted
         if self.duplicates == "drop":
             entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
-            once = self._once(counted, places, entries[2])
+            once = self._once(counted, places, entries[3])
         for block in self.blocks:
             for tail, values in self._scores(block, trace, counted):
                 if self.unit == "document":
@@ -143,7 +176,12 @@ class Miner:
         found = ff.coefficients(trace)
         # A sum is finite where every number is; not worth a mask unless it is not.
         if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
-            raise _not_finite(block.layer)
+            raise bad(
+                "the model's own activations are not finite",
+                f"NaN or infinity among the coefficients of layer {block.layer}",
+                "finite activations",
+                "Load the model in float32 or bfloat16.",
+            )
         some = None
         if self.neurons is not None:
             some = torch.tensor(self.chosen(block), device=found.device)
@@ -179,6 +217,15 @@ class Miner:
             return tuple(entry[rows, pos] for entry in entries)
 
         top.update(masked.amax(dim=1), counted.any(dim=1), locate, repeats=top.keys is not None)
+
+
+def tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
+    """Returns a hash of the vocabulary, and of what becomes of a text."""
+    found = hashlib.sha256()
+    for token in range(view.d_vocab):
+        found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
+    found.update(repr(view.encode(_PROBE, prepend_bos)).encode())
+    return found.hexdigest()
 
 
 def make_miner(
@@ -222,12 +269,3 @@ def make_miner(
     if neurons is not None:
         chosen = tuple(sorted(set(positions("neuron", neurons, range(size)))))
     return Miner(view, blocks, chosen, base, k, unit, tails, duplicates, how)
-
-
-def _not_finite(layer: int) -> InvalidInput:
-    return bad(
-        "the model's own activations are not finite",
-        f"NaN or infinity among the coefficients of layer {layer}",
-        "finite activations",
-        "Load the model in float32 or bfloat16.",
-    )

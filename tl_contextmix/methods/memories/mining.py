@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
 from tl_contextmix.methods.memories.corpus_formats import Corpus, open_corpus
-from tl_contextmix.methods.memories.file_lock import alone
-from tl_contextmix.methods.memories.merging import finish
 from tl_contextmix.methods.memories.miner import (
     Duplicates,
     Miner,
@@ -26,29 +26,27 @@ from tl_contextmix.methods.memories.miner import (
     Unit,
     make_miner,
 )
-from tl_contextmix.methods.memories.progress import expect, progress
-from tl_contextmix.methods.memories.run_identity import (
-    as_far_as,
-    changed,
-    describe_run,
-    require_run,
-)
 from tl_contextmix.methods.memories.shards import (
     Cutting,
     Malformed,
-    Shard,
     TooLong,
     batches,
+    expect,
+    progress,
     read_shards,
+    warn_of_little,
 )
 from tl_contextmix.methods.memories.store import (
+    FORMAT_VERSION,
     MANIFEST,
     Part,
+    alone,
     load_part,
     make_folder,
     part_path,
     read_manifest,
     save_part,
+    write_result,
 )
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
@@ -98,11 +96,13 @@ def mine_triggers(
     Args:
         model: Any TransformerLens model with a tokenizer, see `tl_contextmix.check`.
         corpus: Path of a text file (a document per line), jsonl or parquet file; a Hugging Face
-            dataset, map-style or streaming; an iterable of texts. Blank documents are skipped and
-            counted.
+            dataset, map-style or streaming, or a column of one; a pandas or Arrow table; an
+            iterable. Documents are texts, or lists of token ids, which are mined exactly as they
+            are. Blank documents are skipped and counted.
         out: The folder; made if it is not there.
         k: How many triggers of each memory.
-        column: Column of the texts in a jsonl file, parquet file or dataset; None: ``"text"``.
+        column: Column of the documents in a jsonl or parquet file, dataset or table; None:
+            ``"text"``.
         layer: Layer or layers; None for all.
         neurons: Neuron or neurons of each of these layers; None for all.
         stack: Stack; an encoder-decoder's encoder is mined, its decoder reads no corpus.
@@ -113,7 +113,7 @@ def mine_triggers(
         duplicates: ``"keep"``: as in the paper every prefix counts, so that one that is frequent
             can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
             document where the model reads both ways) counts once, where its coefficient is
-            highest. Contexts are told apart by 64-bit hashes of their tokens.
+            highest. Contexts are compared by 64-bit hashes of their tokens.
         special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
             [SEP]) count.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
@@ -139,11 +139,12 @@ def mine_triggers(
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Warns:
-        ContextMixWarning: If that many triggers take more than 4 GiB.
+        ContextMixWarning: If that many triggers take more than 4 GiB, no position counted, or more
+            tokens were cut off than read.
 
     Cost: one forward pass over the corpus and a comparison per coefficient; an entry of a memory is
     replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
-    ``20 k`` bytes per memory (28 without duplicates).
+    ``28 k`` bytes per memory (36 without duplicates).
     """
     view = as_view(model)
     how = Cutting(shard_size, batch_size, too_long, malformed, prepend_bos, special)
@@ -156,7 +157,7 @@ def mine_triggers(
             "Number the processes from 0.",
         )
     opened, folder = open_corpus(corpus, column), make_folder(out)
-    run = describe_run(miner, opened, source)
+    run = miner.describe(opened, source)
     if not (folder / MANIFEST).exists():
         path = part_path(folder, rank, world_size)
         with alone(path.with_name(f".{path.stem}.lock")):
@@ -192,11 +193,16 @@ def run_part(
             own = shard.index // world_size
             digest = shard.digest()
             if own < before:
-                _require_same(part, own, digest, shard, corpus)
+                if bytes(part.digests[own].tolist()) != digest:
+                    end = shard.first + len(shard.documents) - 1
+                    where = f"among those from {shard.first} to {end}"
+                    raise changed(corpus, f"other documents {where}")
                 continue
             if part.done:
                 raise changed(corpus, f"{seen} shards where there were {part.shards}")
-            _mine_shard(miner, part, shard, corpus, bar.update)
+            for documents in batches(miner.view, shard, miner.how, corpus.name, part.counts):
+                miner.take(part.tops, documents)
+                bar.update(int(documents.batch.main.mask.sum()))
             expect(bar, read, size)
             part.take(digest)
             if time.monotonic() - last >= checkpoint_seconds:
@@ -209,15 +215,6 @@ def run_part(
         part.done, part.shards = True, seen
         save_part(part, folder)
     return part
-
-
-def _mine_shard(
-    miner: Miner, part: Part, shard: Shard, corpus: Corpus, progress: Callable[[int], object]
-) -> None:
-    counts = part.counts
-    for documents in batches(miner.view, shard, miner.how, corpus.name, counts):
-        miner.take(part.tops, documents)
-        progress(int(documents.batch.main.mask.sum()))
 
 
 def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_size: int) -> Part:
@@ -245,12 +242,6 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
     return Part(run, rank, world_size, miner.zero(), digests)
 
 
-def _require_same(part: Part, own: int, digest: bytes, shard: Shard, corpus: Corpus) -> None:
-    if bytes(part.digests[own].tolist()) != digest:
-        first, last = shard.first, shard.first + len(shard.documents) - 1
-        raise changed(corpus, f"other documents among those from {first} to {last}")
-
-
 def _already(
     folder: Path, run: dict[str, Any], corpus: Corpus, model: object, world_size: int
 ) -> Triggers:
@@ -267,3 +258,116 @@ def _already(
         with suppress(OSError):  # a result that may only be read
             part_path(folder, 0, 1).unlink(missing_ok=True)
     return load_triggers(folder, model=model, corpus=corpus)
+
+
+def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
+    """Puts together what several processes have mined; returns the folder.
+
+    The files are those that one process alone would have written, byte by byte.
+
+    Args:
+        out: Folder of the result, and of the parts unless other folders are named.
+        parts: Folders of the parts.
+
+    Raises:
+        InvalidInput: If parts are missing, unfinished, or of different runs, or the folder holds
+            the result of another run.
+        FileFormatError: If a file is no part.
+
+    Warns:
+        ContextMixWarning: If no position counted, or more tokens were cut off than read.
+    """
+    listed = [parts] if isinstance(parts, (str, Path)) else parts
+    places = [require_path(part) for part in listed] or [require_path(out)]
+    files = sorted(path for place in places for path in place.glob("part-*.safetensors"))
+    found = [load_part(path, torch.device("cpu")) for path in files]
+    _require_whole(found, places)
+    folder = make_folder(out)
+    with alone(folder / ".merge.lock"):
+        if (folder / MANIFEST).exists():
+            require_run(read_manifest(folder)["run"], found[0].run, folder)
+        finish(found, folder)
+    return folder
+
+
+def finish(parts: list[Part], folder: Path) -> None:
+    """Writes the result of the parts of all processes."""
+    parts = sorted(parts, key=lambda part: part.rank)
+    tops = dict(parts[0].tops)
+    for part in parts[1:]:
+        tops = {key: top.merge(part.tops[key]) for key, top in tops.items()}
+    counts = sum((part.counts for part in parts), start=Counter())
+    whole = hashlib.sha256()
+    for index in range(parts[0].shards):
+        whole.update(bytes(parts[index % len(parts)].digests[index // len(parts)].tolist()))
+    run = parts[0].run
+    manifest = {
+        "format": FORMAT_VERSION,
+        "run": run,
+        "neurons": run["options"]["neurons"],
+        "corpus": {"digest": whole.hexdigest(), "shards": parts[0].shards},
+        "counts": {name: counts[name] for name in COUNTS},
+    }
+    write_result(folder, tops, manifest)
+    warn_of_little(manifest["counts"])
+
+
+def _require_whole(parts: list[Part], places: list[Path]) -> None:
+    """Raises InvalidInput unless the parts of all processes are there and finished."""
+    named = ", ".join(map(str, places))
+    if not parts:
+        raise _cannot_merge("no part", f"parts of a run in {named}")
+    size = parts[0].world_size
+    ranks = sorted(part.rank for part in parts)
+    if ranks != list(range(size)):
+        raise _cannot_merge(f"the parts of processes {ranks}", f"one of each of {size}")
+    for part in parts:
+        require_run(parts[0].run, part.run, places[0])
+        if not part.done or part.shards != parts[0].shards:
+            raise _cannot_merge(f"an unfinished part of process {part.rank}", "finished parts")
+
+
+def _cannot_merge(seen: str, expected: str) -> InvalidInput:
+    remedy = "Run the processes that are missing or were stopped again: they go on."
+    return bad("the parts cannot be merged", seen, expected, remedy)
+
+
+def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises InvalidInput, naming the first difference, unless two runs are the same."""
+    # Files may have been renamed by now; their contents are compared by hashes.
+    for name in [name for name in now if name != "source"]:
+        old, new = before.get(name), now[name]
+        if isinstance(new, dict) and isinstance(old, dict):
+            changed = [key for key in new if old.get(key) != new[key]]
+            if changed:
+                name, old, new = f"{name}: {changed[0]}", old.get(changed[0]), new[changed[0]]
+        if old != new:
+            raise bad(
+                f"{folder} holds a run that differs in {name}",
+                repr(new)[:200],
+                repr(old)[:200],
+                "Pass the same again, or choose another folder.",
+            )
+
+
+def as_far_as(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns a run that was stopped, with what has made no difference to it yet as it is now.
+
+    Where documents of some kind are an error, none has been met so far: whoever was stopped by the
+    first one may leave such documents out and go on.
+    """
+    options = dict(before["options"])
+    for name in ("malformed", "too_long"):
+        if options.get(name) == "error":
+            options[name] = now["options"][name]
+    return {**before, "options": options}
+
+
+def changed(corpus: Corpus, seen: str) -> InvalidInput:
+    """Returns the error for a corpus that is another one than before."""
+    return bad(
+        f"the corpus {corpus.name} is not the one that was mined before",
+        seen,
+        "the same documents",
+        "Pass the corpus that was mined, or choose another folder.",
+    )

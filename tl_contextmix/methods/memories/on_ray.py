@@ -18,8 +18,7 @@ from typing import Any
 from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, PositiveNumber
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
-from tl_contextmix.methods.memories.merging import merge_triggers
-from tl_contextmix.methods.memories.mining import mine_triggers
+from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
 from tl_contextmix.methods.memories.store import make_folder, part_path
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
@@ -66,8 +65,8 @@ def mine_on_ray(
         load: Makes the model, on each worker.
         corpus: Path of a file every worker can read.
         out: A folder every worker can write to.
-        workers: How many actors. Leave Ray at least one CPU beside them: actors that take every
-            CPU wait for their input for ever.
+        workers: How many actors. Leave Ray at least one more CPU: if actors reserve every
+            CPU, the job deadlocks.
         parts: In how many parts the corpus is cut; None: four for each worker. At least two.
         num_cpus: CPUs of each actor.
         num_gpus: GPUs of each actor.
@@ -77,7 +76,7 @@ def mine_on_ray(
         `Triggers`, without the model: `load_triggers` takes one.
 
     Raises:
-        InvalidInput: If Ray is not installed, would wait for ever, or an option is none of
+        InvalidInput: If Ray is not installed, would deadlock, or an option is none of
             `mine_triggers`.
     """
     options = _require_options(options)
@@ -106,7 +105,7 @@ def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise bad(
-            "mine_on_ray was given an option that mine_triggers has not",
+            "mine_triggers does not have this option",
             repr(unknown[0]),
             f"some of {known}",
             "See the docstring of mine_triggers.",
@@ -136,7 +135,7 @@ def _ray(wanted: float) -> Iterator[Any]:
         there = ray.cluster_resources().get("CPU", 0.0)
         if wanted >= there:
             raise bad(
-                "the workers would wait for ever",
+                "the job would deadlock: actors reserve every CPU",
                 f"actors that take {wanted:g} of {there:g} CPUs",
                 "a share of a CPU left for reading",
                 "Ask for fewer workers, or a smaller num_cpus for each.",

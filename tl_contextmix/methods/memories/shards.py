@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
+from itertools import islice, takewhile
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput, bad, warn
 from tl_contextmix.methods.memories.corpus_formats import Corpus, Document
 from tl_contextmix.methods.memories.topk import POSITION_BITS
 
@@ -72,9 +73,7 @@ class Shard:
         """Returns a hash of every document."""
         found = hashlib.sha256()
         for document in self.documents:
-            data = b"" if document.text is None else document.text.encode("utf-8")
-            found.update(f"{len(data)} {document.problem}\n".encode())
-            found.update(data)
+            found.update(document.data())
         return found.digest()
 
 
@@ -85,31 +84,65 @@ class Documents:
     Attributes:
         batch: What the model is run on.
         numbers: Number of each document.
+        hashes: Hash of each document.
         counted: Positions whose memories count.
-        next_ids: The token behind each position, -1 at the end of a document.
+        next_ids: The token after each position, -1 at the end of a document.
     """
 
     batch: Batch
     numbers: Int[Tensor, " batch"]
+    hashes: Int[Tensor, " batch"]
     counted: Bool[Tensor, "batch pos"]
     next_ids: Int[Tensor, "batch pos"]
 
 
+class Frame(NamedTuple):
+    """The tokens that the model's own encoding puts around every text."""
+
+    first: list[int]
+    last: list[int]
+
+    def ends(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Returns how many tokens of a document frame it at either end.
+
+        All of the frame in texts; none in token ids that came without it.
+        """
+        first, last = len(self.first), len(self.last)
+        behind = last if list(ids[len(ids) - last :]) == self.last else 0
+        return first if list(ids[:first]) == self.first else 0, behind
+
+
+def frame_of(view: ModelView, prepend_bos: bool | None) -> Frame:
+    """Returns the tokens that frame every text."""
+    empty, one = view.encode("", prepend_bos), view.encode("a", prepend_bos)
+    first = _common(empty, one)
+    last = _common(empty[len(first) :][::-1], one[len(first) :][::-1])
+    return Frame(first, last[::-1])
+
+
+def _common(one: list[int], other: list[int]) -> list[int]:
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in pairs]
+
+
 def read_shards(corpus: Corpus, size: int) -> Iterator[Shard]:
-    """Yields a corpus shard by shard, the last one as long as it is."""
-    documents = corpus.documents()
-    index = 0
+    """Yields a corpus shard by shard; the last one may be shorter."""
+    documents, index = corpus.documents(), 0
     while listed := list(islice(documents, size)):
         yield Shard(index, index * size, listed)
         index += 1
 
 
-def frame_of(view: ModelView, prepend_bos: bool | None) -> tuple[int, int]:
-    """Returns how many tokens the model's own encoding puts before and behind every text."""
-    frame, one = view.encode("", prepend_bos), view.encode("a", prepend_bos)
-    pairs = enumerate(zip(frame, one, strict=False))
-    before = next((place for place, (a, b) in pairs if a != b), min(len(frame), len(one)))
-    return before, len(frame) - before
+def progress(what: str, done: int = 0) -> Any:
+    """Returns a bar with tokens per second, and the time left once the end is in sight."""
+    how = {"unit": "token", "unit_scale": True, "delay": 2, "leave": False, "disable": None}
+    return tqdm(desc=what, initial=done, **how)
+
+
+def expect(bar: Any, read: int, size: int | None) -> None:
+    """Extrapolates the bar's total from the fraction of the corpus that was read."""
+    if size is not None:
+        bar.total = max(bar.n, round(bar.n * size / max(1, read)))
 
 
 def batches(
@@ -122,45 +155,61 @@ def batches(
         shard: The shard.
         how: How it is cut up.
         name: Name of the corpus, for messages.
-        counts: What there was, by `checks.COUNTS`; added to.
+        counts: What there was, by `corpus_arguments.COUNTS`; added to.
 
     Raises:
         InvalidInput: If a document cannot be used and is not to be skipped.
     """
-    before, behind = frame_of(view, how.prepend_bos)
-    rows = []
-    for offset, document in enumerate(shard.documents):
-        label = f"document {shard.first + offset} of {name}"
-        ids = _tokens(view, document, how, behind, label, counts)
-        if ids and (how.special or len(ids) > before + behind):
-            rows.append((len(ids), shard.first + offset, ids))
+    frame, rows = frame_of(view, how.prepend_bos), []
+    for number, document in enumerate(shard.documents, shard.first):
+        ids = _tokens(view, document, how, frame, f"document {number} of {name}", counts)
+        if ids and (how.special or len(ids) > sum(frame.ends(ids))):
+            rows.append((len(ids), number, document.hash(), ids))
     rows.sort(key=lambda row: row[:2])
     for start in range(0, len(rows), how.batch_size):
-        found = _batch(view, rows[start : start + how.batch_size], how, before, behind)
+        found = _batch(view, rows[start : start + how.batch_size], None if how.special else frame)
         counts["tokens"] += int(found.batch.main.mask.sum())
         counts["positions"] += int(found.counted.sum())
         yield found
 
 
+def warn_of_little(counts: Mapping[str, int]) -> None:
+    """Warns if hardly anything of a corpus was read, with the counts.
+
+    Warns:
+        ContextMixWarning: If no position counted, or more tokens were cut off than read.
+    """
+    listed = ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+    if not counts["positions"]:
+        warn(
+            f"no position of the corpus counts ({listed or 'no documents'}). malformed='error' and "
+            "too_long='error' name the first document that was left out."
+        )
+    elif counts["cut_tokens"] > counts["tokens"]:
+        warn(
+            f"more of the corpus was cut off than read ({listed}): documents are longer than the "
+            "model's context. Split them, or leave them out with too_long='skip'."
+        )
+
+
 def _tokens(
-    view: ModelView,
-    document: Document,
-    how: Cutting,
-    behind: int,
-    name: str,
-    counts: Counter[str],
+    view: ModelView, document: Document, how: Cutting, frame: Frame, name: str, counts: Counter[str]
 ) -> list[int]:
     counts["documents"] += 1
-    if document.text is None:
+    problem, ids = document.problem, encode(view, document, how.prepend_bos)
+    if max(ids, default=0) >= view.d_vocab:
+        problem = f"token {max(ids)}, of a vocabulary of {view.d_vocab}"
+    if problem:
         if how.malformed == "error":
-            raise _unusable(name, document.problem, "a text", "malformed='skip'")
+            raise _unusable(
+                name, problem, "a text or token ids", "malformed='skip'", document.remedy
+            )
         counts["malformed"] += 1
         return []
-    if not document.text.strip():
+    if not ids:
         counts["empty"] += 1
         return []
-    ids = view.encode(document.text, how.prepend_bos)
-    kept = cut(view, ids, behind)
+    kept = cut(view, ids, frame)
     if len(kept) == len(ids):
         return ids
     if how.too_long == "error":
@@ -173,40 +222,43 @@ def _tokens(
     return kept
 
 
-def cut(view: ModelView, ids: list[int], behind: int) -> list[int]:
-    """Returns as many tokens of a document as the model's context takes.
+def encode(view: ModelView, document: Document, prepend_bos: bool | None) -> list[int]:
+    """Returns the token ids of a document; of one with nothing in it none."""
+    if document.ids is not None:
+        return list(document.ids)
+    text = document.text or ""
+    return view.encode(text, prepend_bos) if text.strip() else []
 
-    Args:
-        view: The model.
-        ids: Tokens of the document.
-        behind: How many at its end frame every text: these stay.
-    """
-    longest = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS)
+
+def cut(view: ModelView, ids: list[int], frame: Frame) -> list[int]:
+    """Returns as many tokens of a document as fit the model's context, its frame among them."""
+    longest, behind = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS), frame.ends(ids)[1]
     return ids if len(ids) <= longest else ids[: longest - behind] + ids[len(ids) - behind :]
 
 
 def _batch(
-    view: ModelView,
-    rows: list[tuple[int, int, list[int]]],
-    how: Cutting,
-    before: int,
-    behind: int,
+    view: ModelView, rows: list[tuple[int, int, int, list[int]]], frame: Frame | None
 ) -> Documents:
-    longest = rows[-1][0]
-    ids = torch.full((len(rows), longest), view.pad_id(), dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    counted = torch.zeros_like(mask)
-    next_ids = torch.full_like(ids, -1)
-    for row, (length, _, tokens) in enumerate(rows):
-        ids[row, :length] = torch.tensor(tokens)
-        mask[row, :length] = True
-        start, stop = (0, length) if how.special else (before, length - behind)
-        counted[row, start:stop] = True
-        next_ids[row, : length - 1] = ids[row, 1:length]
-    batch = make_batch(view, Given(ids, attention_mask=mask))
-    numbers = torch.tensor([number for _, number, _ in rows])
-    return Documents(batch, numbers, counted, next_ids)
+    lengths, numbers, hashes, ids = zip(*rows, strict=True)
+    side = pad_rows(ids, view.pad_id())
+    ends = [(0, 0) if frame is None else frame.ends(one) for one in ids]
+    first, last = torch.tensor(ends).T[..., None]
+    steps, stops = torch.arange(lengths[-1]), torch.tensor(lengths)[:, None]
+    next_ids = side.ids.roll(-1, 1).masked_fill(steps >= stops - 1, -1)
+    return Documents(
+        batch=make_batch(view, Given(side.ids, attention_mask=side.mask)),
+        numbers=torch.tensor(numbers),
+        hashes=torch.tensor(hashes),
+        counted=(steps >= first) & (steps < stops - last),
+        next_ids=next_ids,
+    )
 
 
-def _unusable(name: str, seen: str, expected: str, remedy: str) -> InvalidInput:
-    return bad(f"{name} cannot be used", seen, expected, f"Mend it, or leave it out with {remedy}.")
+def _unusable(name: str, seen: str, expected: str, way_out: str, remedy: str = "") -> InvalidInput:
+    remedy = remedy or "Fix the document"
+    return bad(
+        f"{name} cannot be used",
+        seen,
+        expected,
+        f"{remedy.removesuffix('.')}, or skip it with {way_out}.",
+    )

@@ -6,15 +6,18 @@ moved. The manifest comes last, so that where there is one there is a result.
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -26,18 +29,22 @@ from tl_contextmix.methods.memories.corpus_arguments import (
     require_path,
 )
 from tl_contextmix.methods.memories.topk import TopK, unpack_places, unpack_tokens
+from tl_contextmix.results.storage import replacing
 
 if TYPE_CHECKING:
     import pandas
 
 _COLUMNS = (
     *("tail", "layer", "neuron", "rank", "value"),
-    *("document", "position", "token", "next_token"),
+    *("document", "position", "token", "next_token", "hash"),
 )
 TABLE, MANIFEST = "triggers.parquet", "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = {1: list(_COLUMNS[:-1]), 2: list(_COLUMNS)}
+"""Columns of the table by version of the format; the first had no hashes of documents."""
+_FACTS = ("run", "rank", "world_size", "done", "shards")
 _SIGNS = {"negative": -1, "+-": -1, "-+": -1}
-_ENTRY = ("values", "places", "tokens", "keys")
+_ENTRY = ("values", "places", "tokens", "hashes", "keys")
 
 
 @dataclass
@@ -87,15 +94,8 @@ def save_part(part: Part, folder: Path) -> None:
     for (layer, tail), top in part.tops.items():
         for name, entry in zip(_ENTRY, top.columns(), strict=False):
             tensors[f"{layer} {tail} {name}"] = entry.cpu().contiguous()
-    facts = {
-        "format": FORMAT_VERSION,
-        "run": part.run,
-        "rank": part.rank,
-        "world_size": part.world_size,
-        "counts": dict(part.counts),
-        "done": part.done,
-        "shards": part.shards,
-    }
+    facts = {name: getattr(part, name) for name in _FACTS}
+    facts |= {"format": FORMAT_VERSION, "counts": dict(part.counts)}
     metadata = {"part": json.dumps(facts, sort_keys=True)}
     path = part_path(folder, part.rank, part.world_size)
     _write(path, lambda place: save_file(tensors, str(place), metadata=metadata))
@@ -123,18 +123,10 @@ def load_part(path: Path, device: torch.device) -> Part:
             layer, tail, name = key.split(" ")
             columns.setdefault((int(layer), tail), {})[name] = tensor.to(device)
         tops = {key: TopK(**columns[key]) for key in sorted(columns)}
-        return Part(
-            run=facts["run"],
-            rank=facts["rank"],
-            world_size=facts["world_size"],
-            tops=tops,
-            digests=digests,
-            counts=Counter(facts["counts"]),
-            done=facts["done"],
-            shards=facts["shards"],
-        )
+        known = {name: facts[name] for name in _FACTS}
+        return Part(tops=tops, digests=digests, counts=Counter(facts["counts"]), **known)
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def write_result(folder: Path, tops: Mapping[tuple[int, str], TopK], manifest: dict) -> None:
@@ -157,16 +149,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         parts = len(list(folder.glob("part-*.safetensors"))) if folder.is_dir() else 0
-        raise _unreadable(
-            path, f"no such file, and {parts} parts of a run beside it", parts=parts > 0
-        )
+        remedy = "Run the same mining again to finish it, or merge the parts of all processes."
+        seen = f"no such file, and {parts} parts of a run in its folder"
+        raise unreadable(path, seen, remedy if parts else "")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT_VERSION:
+        if found["format"] not in _READABLE:
             raise ValueError(f"format version {found['format']}")
         return check_manifest(found)
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def read_table(
@@ -182,13 +174,13 @@ def read_table(
     path = folder / TABLE
     try:
         schema = pyarrow.parquet.read_schema(path)
-        if schema.names != list(_COLUMNS):
+        if schema.names != _READABLE[manifest["format"]]:
             raise ValueError(f"columns {schema.names}")
         found = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
         check_table(found, manifest)
         return found
     except Exception as error:  # a hostile file can fail anywhere
-        raise _unreadable(path, f"{type(error).__name__}: {error}"[:300]) from error
+        raise unreadable(path, error) from error
 
 
 def _write_table(
@@ -197,22 +189,15 @@ def _write_table(
     import pyarrow
     import pyarrow.parquet
 
-    layers = sorted({layer for layer, _ in tops})
     writer = None
-    try:
-        for layer in layers:
-            parts = [
-                _rows(layer, tail, top, neurons[str(layer)])
-                for (at, tail), top in sorted(tops.items(), key=lambda item: item[0])
-                if at == layer
-            ]
-            table = pyarrow.concat_tables(parts)
+    with ExitStack() as stack:
+        for layer, keys in groupby(sorted(tops), lambda key: key[0]):
+            rows = [_rows(*key, tops[key], neurons[str(layer)]) for key in keys]
+            table = pyarrow.concat_tables(rows)
             if writer is None:
-                writer = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+                parquet = pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
+                writer = stack.enter_context(parquet)
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    finally:
-        if writer is not None:
-            writer.close()
 
 
 def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
@@ -232,6 +217,7 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
         "position": positions.int(),
         "token": tokens.int(),
         "next_token": next_tokens.int(),
+        "hash": top.hashes.cpu()[column, rank],
     }
     arrays = {name: pyarrow.array(tensor.numpy()) for name, tensor in numbers.items()}
     names = pyarrow.array([tail] * len(column), type=pyarrow.string())
@@ -239,15 +225,11 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    # One name for each file: what a killed process left is overwritten, not piled up.
-    part = path.with_name(f".{path.name}.part")
     try:
-        write(part)
-        _flush(part)
-        part.replace(path)
-        _flush(path.parent)
+        # One name for each file: what a killed process left is overwritten, not piled up.
+        with replacing(path, f".{path.name}.part") as part:
+            write(part)
     except Exception as error:  # safetensors and pyarrow have types of their own
-        part.unlink(missing_ok=True)
         raise bad(
             f"{path} cannot be written",
             f"{type(error).__name__}: {error}"[:300],
@@ -257,26 +239,49 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds a lock file, so that one process at a time mines a part into a folder.
+
+    The system releases it when the process ends, however it ends. It is taken first of all, so that
+    a folder that cannot be written to is found out before a forward pass, not after the last one.
+
+    Args:
+        path: The lock file. It is gone afterwards.
+
+    Raises:
+        InvalidInput: If another process holds it, or it cannot be made.
+    """
+    lock = FileLock(path, timeout=0.2)
     try:
-        os.fsync(handle)
+        lock.acquire(poll_interval=0.05)
+    except (Timeout, OSError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            seen, expected = str(error), "a folder with the right to write"
+            if isinstance(error, Timeout):
+                seen, expected = "another process at it", "one process for each part"
+            raise bad(
+                f"{path.parent} cannot be mined into",
+                seen,
+                expected,
+                "Wait for the other process, or choose another folder.",
+            ) from error
+        # A file system without locks: the user keeps the processes apart.
+    try:
+        yield
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _unreadable(path: Path, seen: str, *, parts: bool = False) -> FileFormatError:
-    remedy = "Give the folder that mine_triggers wrote."
-    if parts:
-        remedy = "Run the same mining again to finish it, or merge the parts of all processes."
-    return FileFormatError(
-        four_parts(
-            f"cannot read {path}",
-            seen,
-            f"a file of mine_triggers, format version {FORMAT_VERSION}",
-            remedy,
-        )
-    )
+def unreadable(path: Path, seen: str | Exception, remedy: str = "") -> FileFormatError:
+    """Returns the error for a file that is none of `mine_triggers`, or of another version."""
+    if isinstance(seen, Exception):
+        seen = f"{type(seen).__name__}: {seen}"[:300]
+    expected = f"a file of mine_triggers, format version {FORMAT_VERSION}"
+    remedy = remedy or "Pass the folder that mine_triggers wrote."
+    return FileFormatError(four_parts(f"cannot read {path}", seen, expected, remedy))
 
 
 def make_folder(out: str | Path) -> Path:

@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_contextmix.methods.memories.corpus_formats import TOKEN_BITS
+
 POSITION_BITS = 20
 """A place is a document's number times 2 ** 20, plus a position."""
 _NOWHERE = torch.iinfo(torch.int64).max
-_TOKEN_BITS = 31
 # splitmix64's constants as signed numbers.
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
@@ -32,13 +33,15 @@ class TopK:
     Attributes:
         values: Highest first; -inf where there are fewer.
         places: Where they were.
-        tokens: The token there and the one behind it, packed.
+        tokens: The token there and the one after it, packed.
+        hashes: Hashes of their documents.
         keys: Hashes of the contexts, of which each counts once; None where every entry counts.
     """
 
     values: Float[Tensor, "column k"]
     places: Int[Tensor, "column k"]
     tokens: Int[Tensor, "column k"]
+    hashes: Int[Tensor, "column k"]
     keys: Int[Tensor, "column k"] | None = None
 
     @classmethod
@@ -63,13 +66,12 @@ class TopK:
         return cls(
             torch.full((columns, k), -torch.inf, dtype=dtype, device=device),
             torch.full((columns, k), _NOWHERE, device=device),
-            torch.full((columns, k), -1, device=device),
-            torch.full((columns, k), -1, device=device) if distinct else None,
+            *(torch.full((columns, k), -1, device=device) for _ in range(3 if distinct else 2)),
         )
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Returns what an entry consists of: value, place, tokens and, where it has one, key."""
-        found = (self.values, self.places, self.tokens)
+        """Returns what an entry consists of: value, place, tokens, hash and, if it has one, key."""
+        found = (self.values, self.places, self.tokens, self.hashes)
         return found if self.keys is None else (*found, self.keys)
 
     def update(
@@ -85,8 +87,8 @@ class TopK:
         Args:
             scores: The values.
             counted: Which rows count.
-            locate: Returns places, tokens and, where there are any, keys of entries, given their
-                rows, columns and values.
+            locate: Returns places, tokens, hashes and, where there are any, keys of entries, given
+                their rows, columns and values.
             repeats: Whether several of these rows may have the same key.
         """
         k = self.values.shape[1]
@@ -116,7 +118,7 @@ class TopK:
         entries = [torch.cat([kept[touched].flatten(), one]) for kept, one in pairs]
         order = _ordered(index, entries)
         if self.keys is not None:
-            _blank(entries, _repeated(index, entries[3], order))
+            _blank(entries, _repeated(index, entries[4], order))
             order = _ordered(index, entries)
         # Each column has its k old entries (some -inf), so that its first k are there.
         starts = torch.searchsorted(index[order], torch.arange(len(touched), device=index.device))
@@ -127,26 +129,17 @@ class TopK:
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
         k = self.values.shape[1]
-        if self.keys is not None:
-            both = TopK(*(entry.clone() for entry in self.columns()))
-            columns = torch.arange(len(self.values), device=self.values.device)
-            both._insert(columns.repeat_interleave(k), [e.flatten() for e in other.columns()])
-            return both
-        pairs = zip(self.columns(), other.columns(), strict=True)
-        entries = [torch.cat(pair, dim=1) for pair in pairs]
-        order = entries[0].argsort(dim=1, descending=True, stable=True)
-        values, places, _ = found = [entry.gather(1, order) for entry in entries]
-        # Equal values are rare and keep the order of the two states: those columns are sorted by
-        # place before they are sorted by value, which takes twice the time.
-        tied = (values[:, 1:] == values[:, :-1]) & (places[:, 1:] < places[:, :-1])
-        some = tied.any(dim=1).nonzero()[:, 0]
-        if len(some):
-            order = entries[1][some].argsort(dim=1, stable=True)
-            again = entries[0][some].gather(1, order)
-            order = order.gather(1, again.argsort(dim=1, descending=True, stable=True))
-            for entry, whole in zip(found, entries, strict=True):
-                entry[some] = whole[some].gather(1, order)
-        return TopK(*(entry[:, :k].contiguous() for entry in found))
+        if self.keys is None:
+            pairs = zip(self.columns(), other.columns(), strict=True)
+            entries = [torch.cat(pair, dim=1) for pair in pairs]
+            order = entries[1].argsort(dim=1, stable=True)
+            values = entries[0].gather(1, order)
+            order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))[:, :k]
+            return TopK(*(entry.gather(1, order) for entry in entries))
+        both = TopK(*(entry.clone() for entry in self.columns()))
+        columns = torch.arange(len(self.values), device=self.values.device).repeat_interleave(k)
+        both._insert(columns, [entry.flatten() for entry in other.columns()])
+        return both
 
 
 def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:
@@ -165,7 +158,7 @@ def _repeated(column: Tensor, keys: Tensor, order: Tensor) -> Int[Tensor, " some
 
 
 def _blank(entries: list[Tensor], where: Tensor) -> None:
-    for entry, nothing in zip(entries, (-torch.inf, _NOWHERE, -1, -1), strict=True):
+    for entry, nothing in zip(entries, (-torch.inf, _NOWHERE, -1, -1, -1), strict=True):
         entry[where] = nothing
 
 
@@ -203,12 +196,12 @@ def unpack_places(places: Int[Tensor, "*some"]) -> tuple[Tensor, Tensor]:
 
 def pack_tokens(ids: Int[Tensor, "*some"], next_ids: Int[Tensor, "*some"]) -> Int[Tensor, "*some"]:
     """Returns two token ids in one number; the second may be -1."""
-    return (ids << _TOKEN_BITS) + next_ids + 1
+    return (ids << TOKEN_BITS) + next_ids + 1
 
 
 def unpack_tokens(tokens: Int[Tensor, "*some"]) -> tuple[Tensor, Tensor]:
     """Returns both token ids."""
-    return tokens >> _TOKEN_BITS, (tokens & ((1 << _TOKEN_BITS) - 1)) - 1
+    return tokens >> TOKEN_BITS, (tokens & ((1 << TOKEN_BITS) - 1)) - 1
 
 
 def _smallest(dtype: torch.dtype) -> float:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import random
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.engine.memory_coefficients import require_feed_forward
+from tl_contextmix.core.readout import unembedding
+from tl_contextmix.engine.memory_coefficients import require_feed_forward, values
 from tl_contextmix.errors import bad
+from tl_contextmix.methods.memories.corpus_formats import Document
 from tl_contextmix.methods.memories.mined import Mined
-from tl_contextmix.methods.memories.shards import cut, frame_of
+from tl_contextmix.methods.memories.miner import NEGATIVE
+from tl_contextmix.methods.memories.shards import cut, encode
+from tl_contextmix.results import Trigger, TriggerExamples
+from tl_contextmix.results.storage import replacing
 
 if TYPE_CHECKING:
     import pandas
 
-
 Place = tuple[int, int]
-_BATCH = 16
-_SAMPLE = 1000
+_BATCH, _SAMPLE, _PROMOTED = 16, 1000, 10
+_SHEET = (
+    *("layer", "neuron", "rank", "value", "document", "position"),
+    *("context", "token", "next_token"),
+    *("pattern_1", "pattern_2", "pattern_3", "pattern_4", "note"),
+)
+# What a spreadsheet would take for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def places_of(frame: pandas.DataFrame) -> list[Place]:
@@ -37,68 +52,54 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
     Those up to the trigger; where the model reads both ways the whole document.
 
     Raises:
-        InvalidInput: If model or corpus are not at hand, or the corpus has changed.
+        InvalidInput: If model or corpus are not at hand, or a document is not what was mined.
     """
-    ids = documents(triggers, frame["document"])
-    found = {}
-    for place, token in zip(places_of(frame), frame["token"], strict=True):
+    picked = _picked(triggers, set(frame["document"].tolist()))
+    ids = {number: _as_mined(triggers, document) for number, document in picked.items()}
+    found, hashes = {}, frame.get("hash", frame["document"].map(lambda _: None))
+    for place, token, mined in zip(places_of(frame), frame["token"], hashes, strict=True):
         document, position = place
         whole = ids[document]
-        if position >= len(whole) or whole[position] != token:
+        # Version 0.1.0 wrote no hashes: the token at the trigger has to do.
+        other = mined is not None and picked[document].hash() != mined
+        if other or position >= len(whole) or whole[position] != token:
             raise bad(
-                "the corpus is not the one that was mined",
-                f"another token at position {position} of document {document}",
-                f"token {token}",
-                "Give the corpus of then with load_triggers(..., corpus=...).",
+                f"document {document} is not the one that was mined",
+                f"another text in {triggers.require_corpus().name}",
+                f"the text whose token {token} is at position {position}",
+                "Pass the corpus that was mined with load_triggers(..., corpus=...).",
             )
         found[place] = whole if triggers.both_ways else whole[: position + 1]
     return found
 
 
-def documents(
-    triggers: Mined, numbers: Iterable[int], spare: Iterable[int] = ()
-) -> dict[int, list[int]]:
-    """Returns the token ids of documents, as they were mined.
-
-    Args:
-        triggers: The triggers.
-        numbers: The documents.
-        spare: Further ones, which are left out if they were.
-
-    Raises:
-        InvalidInput: If model or corpus are not at hand, or the corpus has changed.
-    """
-    view, options = triggers.require_view(), triggers.manifest["run"]["options"]
-    if triggers.corpus is None:
-        raise bad(
-            "contexts cannot be shown",
-            "no corpus",
-            "the corpus that was mined",
-            "Call load_triggers(folder, model=..., corpus=...).",
-        )
-    before, behind = frame_of(view, options["prepend_bos"])
-    needed = set(map(int, numbers))
-    found = {}
-    for number, text in triggers.corpus.pick(needed, spare).items():
-        ids = view.encode(text, options["prepend_bos"])
-        kept = cut(view, ids, behind)
-        mined = len(ids) > before + behind and (kept == ids or options["too_long"] == "cut")
-        if number in needed or mined:
-            found[number] = kept
-    return found
+def _picked(triggers: Mined, needed: set[int], spare: Iterable[int] = ()) -> dict[int, Document]:
+    triggers.require_view()
+    return triggers.require_corpus().pick(needed, spare)
 
 
-def sample(triggers: Mined) -> dict[int, list[int]]:
+def _as_mined(triggers: Mined, document: Document) -> list[int]:
+    """Returns the token ids of a document, cut off where they were."""
+    view, ids = triggers.require_view(), encode(triggers.require_view(), document, triggers.bos)
+    return cut(view, ids, triggers.frame)
+
+
+def sample(triggers: Mined) -> list[list[int]]:
     """Returns the token ids of up to a thousand documents of the corpus, always the same ones.
 
-    Without the tokens that frame every text.
+    Without the tokens that frame them, and without documents that were not mined.
     """
-    total = triggers.manifest["counts"]["documents"]
+    total, found = triggers.manifest["counts"]["documents"], []
     drawn = random.Random(0).sample(range(total), min(_SAMPLE, total))
-    prepend = triggers.manifest["run"]["options"]["prepend_bos"]
-    before, behind = frame_of(triggers.require_view(), prepend)
-    found = documents(triggers, (), drawn)
-    return {number: ids[before : len(ids) - behind] for number, ids in found.items()}
+    whole = triggers.manifest["run"]["options"]["too_long"] != "cut"
+    for document in _picked(triggers, set(), drawn).values():
+        ids = _as_mined(triggers, document)
+        before, behind = triggers.frame.ends(ids)
+        if whole and len(ids) < len(encode(triggers.require_view(), document, triggers.bos)):
+            continue
+        if len(ids) > before + behind:
+            found.append(ids[before : len(ids) - behind])
+    return found
 
 
 def coefficients_of(
@@ -116,17 +117,127 @@ def coefficients_of(
     names = [require_feed_forward(block).post for block in blocks]
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
-        longest = max(map(len, some))
-        ids = torch.full((len(some), longest), view.pad_id(), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(some):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = 1
+        side = pad_rows(some, view.pad_id())
         with torch.no_grad():
-            trace = view.run(make_batch(view, Given(ids, attention_mask=mask)), names)
+            batch = make_batch(view, Given(side.ids, attention_mask=side.mask))
+            trace = view.run(batch, names)
             layers = {b.layer: require_feed_forward(b).coefficients(trace) for b in blocks}
         found += [
             {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
             for index, row in enumerate(some)
         ]
     return found
+
+
+def examples(
+    triggers: Mined, block: Block, neuron: int, tail: str, frame: pandas.DataFrame
+) -> TriggerExamples:
+    """Returns triggers of a memory with their contexts, see `Triggers.examples`.
+
+    Args:
+        triggers: All triggers.
+        block: The memory's layer.
+        neuron: Its neuron.
+        tail: What was looked for.
+        frame: Its triggers.
+    """
+    view = triggers.require_view()
+    known = contexts(triggers, frame)
+    rows = [known[place] for place in places_of(frame)]
+    seen = coefficients_of(view, rows, [block])
+    found = [
+        Trigger(
+            rank=int(row.rank),
+            value=float(row.value),
+            document=int(row.document),
+            position=int(row.position),
+            tokens=tuple(view.to_string(one) for one in ids),
+            activations=tuple(along[block.layer][:, neuron].tolist()),
+            next_token="" if row.next_token < 0 else view.to_string(int(row.next_token)),
+        )
+        for row, ids, along in zip(frame.itertuples(), rows, seen, strict=True)
+    ]
+    words, logits = _promotes(triggers, block, neuron, tail in NEGATIVE)
+    where = triggers.describe("examples", {"tail": tail})
+    return TriggerExamples(block.layer, neuron, tail, tuple(found), words, logits, where)
+
+
+def _promotes(
+    triggers: Mined, block: Block, neuron: int, negative: bool
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    view = triggers.require_view()
+    if view.readout.refusal or triggers.stack != view.base_stack(None):
+        return (), ()
+    reader = unembedding(view.readout, None, ("folded", "head"))
+    with torch.no_grad():
+        vector = values(require_feed_forward(block))[neuron : neuron + 1]
+        vector = -vector if negative else vector
+        scan = reader.scan(reader.hidden(vector), _PROMOTED, sides=1)
+    words = tuple(view.to_string(token) for token in scan.ids[0, 0].tolist())
+    return words, tuple(scan.ends[0, 0].tolist())
+
+
+def write_jsonl(triggers: Mined, path: Path, frame: pandas.DataFrame) -> Path:
+    """Writes activations as Neuronpedia's exporter has them; see `Triggers.to_jsonl`."""
+    view = triggers.require_view()
+    name = triggers.manifest["run"]["model"]
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with _written(path) as part, opener(part, "wt", encoding="utf-8") as file:
+        for layer, group in frame.groupby("layer"):
+            block = view.stacks[triggers.stack][int(layer)]
+            known = contexts(triggers, group)
+            found = coefficients_of(view, list(known.values()), [block])
+            along = dict(zip(known, found, strict=True))
+            for place, row in zip(places_of(group), group.itertuples(), strict=True):
+                values = along[place][int(layer)][:, row.neuron].tolist()
+                record = {
+                    "modelId": name,
+                    "layer": f"{layer}-mlp",
+                    "index": str(row.neuron),
+                    "tokens": [view.to_string(token) for token in known[place]],
+                    "values": values,
+                    "maxValue": max(values),
+                    "maxValueTokenIndex": max(range(len(values)), key=values.__getitem__),
+                    "minValue": min(values),
+                    "dataIndex": str(row.document),
+                    "qualifyingTokenIndex": int(row.position),
+                    "binContains": None,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_sheet(triggers: Mined, path: Path, frame: pandas.DataFrame) -> Path:
+    """Writes an annotation sheet; see `Triggers.to_sheet`."""
+    view = triggers.require_view()
+    known = contexts(triggers, frame)
+    with _written(path) as part, open(part, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_SHEET)
+        for place, row in zip(places_of(frame), frame.itertuples(), strict=True):
+            text = "".join(view.to_string(token) for token in known[place])
+            following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
+            numbers = (row.layer, row.neuron, row.rank, row.value, row.document, row.position)
+            words = (text, view.to_string(int(row.token)), following)
+            writer.writerow([*numbers, *map(_plain, words), *[""] * 5])
+    return path
+
+
+def _plain(text: str) -> str:
+    """Returns text that a spreadsheet shows and does not run."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Yields where to write: the file takes its name once it is complete."""
+    try:
+        with replacing(path) as part:
+            yield part
+    except OSError as error:
+        raise bad(
+            f"{path} cannot be written",
+            str(error),
+            "a file in a folder that exists, with room",
+            "Choose another path.",
+        ) from error

@@ -1,4 +1,4 @@
-"""A finished mine: pointers and values on disk, contexts fetched from the corpus when asked for."""
+"""A finished mine: pointers and values on disk, contexts fetched from the corpus on demand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.exports import sampled, write_jsonl, write_sheet
 from tl_contextmix.methods.memories.mined import Mined
-from tl_contextmix.methods.memories.removal import removal
-from tl_contextmix.methods.memories.run_identity import tokenizer_hash
-from tl_contextmix.methods.memories.store import not_mined, read_manifest
-from tl_contextmix.methods.memories.trigger_agreement import agreement
-from tl_contextmix.methods.memories.trigger_examples import examples
-from tl_contextmix.methods.memories.trigger_patterns import patterns
+from tl_contextmix.methods.memories.miner import tokenizer_hash
+from tl_contextmix.methods.memories.store import not_mined, read_manifest, unreadable
+from tl_contextmix.methods.memories.trigger_contexts import examples, write_jsonl, write_sheet
+from tl_contextmix.methods.memories.trigger_statistics import (
+    agreement,
+    patterns,
+    removal,
+    sampled,
+)
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import (
     LayerFigures,
@@ -85,7 +87,7 @@ class Triggers(Mined):
     def panels(self) -> tuple[Panel, ...]:
         """Returns what was mined, how, and from how much; `show` has the triggers of a memory."""
         run = self.manifest["run"]
-        told = {
+        rows = {
             "model": run["model"],
             "layers": ", ".join(map(str, self.layers)),
             "triggers of each memory": self.k,
@@ -93,7 +95,7 @@ class Triggers(Mined):
             **self.manifest["counts"],
         }
         caption = f"In {self.folder}. show(layer, neuron) has the triggers of one memory."
-        return (Table("Mined triggers", caption, ("what", "value"), tuple(told.items())),)
+        return (Table("Mined triggers", caption, ("what", "value"), tuple(rows.items())),)
 
     def examples(
         self, layer: int, neuron: int, *, tail: str | None = None, k: int | None = None
@@ -130,7 +132,7 @@ class Triggers(Mined):
 
         .. math:: \mathrm{top}(v_i) = w_i
 
-        for the token :math:`w_i` behind the first trigger of memory ``i``, the rank of
+        for the token :math:`w_i` after the first trigger of memory ``i``, the rank of
         :math:`w_i` among the tokens the value promotes, and the share of all triggers that are
         followed by :math:`\mathrm{top}(v_i)` (precision). No forward pass: ``2 N d_model d_vocab``
         operations for N memories.
@@ -262,25 +264,18 @@ def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> M
             "the triggers are those of another model",
             f"{view.name} with weights {view.fingerprint}",
             f"{run['model']} with weights {run['weights']}",
-            "Give the model that was mined.",
+            "Pass the model that was mined.",
         )
     if tokenizer_hash(view, run["options"]["prepend_bos"]) != run["tokenizer"]:
         raise bad(
             "the triggers were mined with another tokenizer",
             f"the one of {view.name} as it is now",
-            "the tokenizer of then",
-            "Give the model the tokenizer it was mined with.",
+            "the tokenizer that mined them",
+            "Restore the tokenizer it was mined with.",
         )
     blocks = view.stacks.get(run["options"]["stack"], ())
     for layer, neurons in manifest["neurons"].items():
         known = blocks[int(layer)].feed_forward if int(layer) < len(blocks) else None
         if known is None or max(neurons) >= known.W_out.shape[0]:
-            raise FileFormatError(
-                four_parts(
-                    f"cannot read {folder}",
-                    f"layers or neurons that {view.name} does not have",
-                    "what mine_triggers wrote about this model",
-                    "Mine it again.",
-                )
-            )
+            raise unreadable(folder, f"layers or neurons that {view.name} does not have")
     return view
