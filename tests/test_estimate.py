@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import tl_contextmix as cm
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.engine.registry import methods
 
 pytestmark = pytest.mark.once
 
@@ -117,7 +118,7 @@ def test_who_reads_whom_is_known_for_long_inputs(family: str) -> None:
 def test_every_method_of_a_model_and_tokens_is_measured() -> None:
     """A new one cannot be forgotten."""
     known = {name.split()[0] for name in (*PER_METHOD, *LENS)}
-    known |= {"component_readouts", "faithfulness", "compare"}  # asked about a result, or several
+    known |= {name for name, one in methods().items() if not one.estimated}
     for name in cm.__all__:
         function = getattr(cm, name)
         if inspect.isfunction(function):
@@ -160,7 +161,7 @@ class _Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operators += 1
-        for leaf in tree_leaves(out):
+        for leaf in () if func.is_view else tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self.numbers += leaf.numel() * leaf.is_floating_point()
         return out
@@ -181,10 +182,10 @@ def test_told_to_a_reader() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, cm.attention), "n_tokens: got 0; expected an integer from 1"),
+        ((0, cm.attention), "this n_tokens"),
         ((5.0, cm.attention), "n_tokens"),
-        ((5, "attentoin"), "no such method: .*Did you mean 'attention'"),
-        ((5, int), "no such method"),
+        ((5, "attend"), "method"),
+        ((5, int), "unknown method"),
         ((zoo.rows.N_CTX + 1, cm.attention), "longest input of this model"),
         ((5, partial(cm.attention, layer=9)), "no such layer"),
     ],

@@ -36,6 +36,7 @@ class OnShapes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device, self._small = _Device(device), _SMALL
+        self._known: dict[Any, tuple[Any, list[tuple]]] = {}
 
     @contextmanager
     def throughout(self) -> Iterator[None]:
@@ -68,10 +69,10 @@ class OnShapes(TorchDispatchMode):
             return func(*args, **kwargs)
         if shapes and func in _ANSWERS:
             return _ANSWERS[func](*args, **kwargs)
-        if shapes and func._schema.is_mutable and not _is_meta(args[0]):
+        if shapes and func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
             return args[0]  # a small real tensor keeps the numbers it has
         try:
-            out = _on_meta(func, args, kwargs)
+            out = self._on_meta(func, args, kwargs)
         except RuntimeError:  # the shape of the result depends on numbers
             if shapes:
                 raise
@@ -86,6 +87,27 @@ class OnShapes(TorchDispatchMode):
         out = func(*args, **kwargs)
         # Shapes that are written to it later leave it as it is: it must not be just anything.
         return out.zero_() if func.overloadpacket in _EMPTY else out
+
+    @no_type_check
+    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the result of an operator on shapes; of those that were there before, a copy."""
+        if func in _INDEXING:
+            args = _with_places(args)
+        key = _shapes((func, args, tuple(kwargs.items())))
+        if key in self._known:
+            kind, made = self._known[key]
+            made = [torch.empty_strided(*sizes, dtype=t, device="meta") for *sizes, t in made]
+            return made[0] if kind is None else kind(made)
+        args, kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
+        if "device" in kwargs or func in _FACTORIES:
+            kwargs["device"] = "meta"
+        out = func(*args, **kwargs)
+        kind = type(out) if isinstance(out, (tuple, list)) else None
+        made = [out] if kind is None else out
+        aliases = func.is_view or func._schema.is_mutable or func is _aten._unsafe_view.default
+        if not aliases and all(isinstance(one, Tensor) for one in made):
+            self._known[key] = (kind, [(x.size(), x.stride(), x.dtype) for x in made])
+        return out
 
 
 class _Device(TorchFunctionMode):
@@ -110,13 +132,13 @@ _DEVICE = Tensor.device.__get__
 
 
 @no_type_check
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    if func in _INDEXING:
-        args = _with_places(args)
-    args, kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
-    if "device" in kwargs or func in _FACTORIES:
-        kwargs["device"] = "meta"
-    return func(*args, **kwargs)
+def _shapes(value: Any) -> Any:
+    """Returns what the shape of a result depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shapes, value))
+    return type(value), value
 
 
 @no_type_check
