@@ -22,6 +22,7 @@ from torch.nn import functional
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.value_ablation import ablate_values
 
 D, HEADS, M = 768, 12, 3072
 MAX_BYTES = 2**30

@@ -8,7 +8,7 @@ import networkx
 import numpy as np
 import pytest
 import torch
-from asked import case_of, shared
+from asked import case_of, keywords, shared
 
 import tl_contextmix as cm
 from tl_contextmix.methods.attention_flow import _flows
@@ -26,7 +26,7 @@ def literal(patterns: np.ndarray, target: int, source: int) -> float:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "bart"])
 def test_flows_are_those_of_networkx(family: str):
     model, given = shared(case_of(family))
-    options = {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens}
+    options = keywords(given)
     found = cm.attention_flow(model, given.tokens, **options)
     patterns = cm.attention(model, given.tokens, heads=False, **options).scores[:, :, 0].numpy()
     for row, depth in itertools.product(range(len(patterns)), range(len(found.layers))):

@@ -264,7 +264,7 @@ def test_an_edit_is_applied_once_whatever_the_hosts_mode(case: zoo.Case) -> None
     model, given = zoo.build(case, processed=True), zoo.inputs(case)
     view = view_of(model)
     attention = view.blocks()[0].attentions[0]
-    batch = cm.inputs.make_batch(view, cm.inputs.Given(given.tokens, **keywords(given)))
+    batch = make_batch(view, Given(given.tokens, **keywords(given)))
     calls = []
 
     def add_one(value: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ CASES = zoo.cases()
 
 def knocked(model: Any, given: zoo.Inputs, **options: Any) -> Knockout:
     """A knockout at the last position."""
-    return cm.knockout(
-        model, given.tokens, **{"controls": 0, "pos": -1, **keywords(given), **options}
-    )
+    options = {"controls": 0, "pos": -1, **keywords(given), **options}
+    return cm.knockout(model, given.tokens, **options)
 
 
 def literal(model: Any, given: zoo.Inputs, change: Any) -> Tensor:

@@ -24,9 +24,8 @@ POS = -2
 
 def asked(model: Any, given: zoo.Inputs, **options: Any) -> LogProbContributions:
     """The contributions at the last position but one."""
-    return cm.log_prob_contributions(
-        model, given.tokens, **{"pos": POS, **keywords(given), **options}
-    )
+    options = {"pos": POS, **keywords(given), **options}
+    return cm.log_prob_contributions(model, given.tokens, **options)
 
 
 def literal(model: Any, given: zoo.Inputs, row: int) -> Parts:

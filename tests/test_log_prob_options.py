@@ -186,11 +186,11 @@ def test_a_leading_space_is_part_of_a_target() -> None:
     logits = torch.zeros(1, 61)
     logits[0, 13] = 5.0
     with pytest.warns(cm.ContextMixWarning, match=r"'dog', which the model finds 148 times less"):
-        assert target_tokens(view, "dog", None, logits).ids.tolist() == [[12]]
+        assert target_tokens(view, "dog", logits).ids.tolist() == [[12]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for target in (" dog", "sun"):
-            target_tokens(view, target, None, logits)
+            target_tokens(view, target, logits)
 
 
 def test_a_mask_is_asked_for_in_masked_models() -> None:

@@ -44,16 +44,16 @@ def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> ComponentR
 
 def queries(model: Any, tokens: Tensor, **options: Any) -> QueryContributions:
     """What activates two feed-forward neurons of the second layer."""
-    return cm.query_contributions(
-        model, tokens, **{"neurons": [(1, 1), (1, 3)], "pos": -1, **options}
-    )
+    options = {"neurons": [(1, 1), (1, 3)], "pos": -1, **options}
+    return cm.query_contributions(model, tokens, **options)
 
 
 def out(model: Any, tokens: Tensor, **options: Any) -> Knockout:
     """What is left without one head, unless others are named."""
     if "neurons" not in options:
         options = {"heads": [(0, 1)], **options}
-    return cm.knockout(model, tokens, **{"controls": 0, "pos": -1, **options})
+    options = {"controls": 0, "pos": -1, **options}
+    return cm.knockout(model, tokens, **options)
 
 
 def values(model: Any, tokens: Tensor, **options: Any) -> ValueReadouts:

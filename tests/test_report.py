@@ -281,7 +281,7 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     curves = [shown(section, Curves, place) for place in range(2, len(section.panels))]
     assert [row[0] for row in table.rows] == [0, 1, 2, 3, 4]
     assert table.rows[-1][1] == "la batte brûlait ."
-    assert all(0 < float(row[2] or 0) <= 1 for row in table.rows)
+    assert all(0 < float(str(row[2])) <= 1 for row in table.rows)
     assert judged.rows[-1] == "layer 4"
     assert [curve.title for curve in curves] == ["edit distance", "gold NLL"]
     assert curves[0].series[0][1][-1] == 0, "the last layer's output is the final one"

@@ -134,3 +134,5 @@ from .reporting import (
 from .results import (
     Result as Result,
 )
+
+__all__: list[str]

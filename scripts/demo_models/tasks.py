@@ -78,6 +78,7 @@ class CausalTask(Task):
 
     def encode(self) -> None:
         end = self.tokenizer.token_to_id(tokenization.CAUSAL_END)
+        assert end is not None
         self.rows = [[end, *e.ids, end] for e in self.tokenizer.encode_batch(self.texts)]
 
     def model(self) -> Any:

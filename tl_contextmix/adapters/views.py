@@ -117,7 +117,7 @@ class Glance:
             and self._sample.same(other._sample)
         )
 
-    def _refs(self, things: Iterable[Any]) -> list[weakref.ref[Any]]:
+    def _refs(self, things: Iterable[Any]) -> list[Any]:
         return [weakref.ref(thing, self._dead.append) for thing in things]
 
     def _read_values(self, dicts: list[dict[str, Any]]) -> list[Any]:

@@ -26,7 +26,7 @@ from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
 # What a tokenizer of Hugging Face returns is a UserDict.
-Input = Annotated[Text | Ids | UserDict[str, Any], LATER]
+Input = Annotated[Text | Ids | UserDict, LATER]
 PaddingSide = Literal["right", "left"]
 
 
