@@ -204,7 +204,9 @@ class FeedForward:
         post, b_post = trace[self.post], self.weights("b_post")
         return post if b_post is None else post - b_post
 
-    def slopes(self, start: Sequence[Tensor | None], end: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def secant_slopes(
+        self, start: Sequence[Tensor | None], end: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         """Returns for each branch what a share of its pre-activation is multiplied with.
 
         Args:
@@ -228,8 +230,8 @@ class FeedForward:
             fixed: Whether the path starts from the bias rather than from zero.
         """
         if fixed:
-            return self.slopes(bias, total), self.activate(bias)
-        slopes = self.slopes([None] * len(total), total)
+            return self.secant_slopes(bias, total), self.activate(bias)
+        slopes = self.secant_slopes([None] * len(total), total)
         # The path starts at zero; what the bias adds on the way exists only where it moves.
         moved = (share * slope for share, slope in zip(bias, slopes, strict=True))
         return slopes, sum(moved, self.activate([share.new_zeros(()) for share in bias]))

@@ -185,7 +185,7 @@ def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> NeuronInput
     )
     nothing = constants[0].new_zeros(len(index))
     found = NeuronInputs(stream, norm, keys, constants, (), ff.activate([nothing] * len(keys)))
-    return replace(found, slopes=ff.slopes([None] * len(keys), found.pre))
+    return replace(found, slopes=ff.secant_slopes([None] * len(keys), found.pre))
 
 
 def _attention(
