@@ -433,7 +433,7 @@ def test_pairs_name_what_was_compared():
 
 @pytest.mark.parametrize("k", [0, -3, True])
 def test_a_number_of_pairs_is_positive(k: int):
-    with pytest.raises(InvalidInput, match="expected a positive integer"):
+    with pytest.raises(InvalidInput, match="expected an integer from 1"):
         cm.amplified_pairs(random_map(), random_map(), k=k)
 
 

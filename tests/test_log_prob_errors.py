@@ -44,15 +44,8 @@ BAD_QUESTIONS = [
     ({"k": 3}, r"no such choice by layer: got k=3"),
     ({"by": "ff_neuron", "k": 0}, r"k: got 0; expected an integer from 1"),
     ({"max_bytes": 0}, r"max_bytes: got 0; expected an integer from 1"),
-    ({"target": 5}, r"this target: got 5; expected a text, several or None"),
-    ({"target": []}, r"target cannot be read: got \[\]"),
-    ({"target": ["cat", 5]}, r"this target: got \['cat', 5\]"),
-    (
-        {"target": 3.0},
-        r"target: got 3\.0; expected an integer, several, a Ten",
-    ),
+    ({"target": 3.0}, r"this target: got 3\.0; expected a text, an integer, several"),
     ({"target": True}, r"this target: got True"),
-    ({"target": "3"}, r"this target: got '3'"),
     ({"target": []}, r"no target tokens: got \[\]"),
     (
         {"pos": torch.tensor([1, 2])},

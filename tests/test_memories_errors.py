@@ -79,7 +79,7 @@ _REFUSED = {
     "cm.load_triggers(here / 'done', corpus=5)": "got a int",
     "cm.merge_triggers(5)": "out: got 5; expected a path",
     "cm.merge_triggers(here / 'typo')": "got no part",
-    "cm.merge_triggers(here / 'typo', parts=str(here))": "got no part",
+    "cm.merge_triggers(here / 'typo', parts=str(here))": "expected a list of paths",
     "cm.ff_values(model, max_bytes='a')": "max_bytes: got 'a'",
     "cm.ff_values(model, max_bytes=0)": "max_bytes: got 0",
     "cm.ff_values(model, projection=['none'])": "projection: got ['none']",

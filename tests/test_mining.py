@@ -485,7 +485,7 @@ def test_special_positions_count_only_when_asked(tmp_path: Path):
         ("nowhere.txt", {}, "nowhere.txt, which is no file"),
         (["a"], {"column": "text"}, "column='text' of a list"),
         (["the cat", 3], {}, "document 1 of a list cannot be used: got a int, no text"),
-        (["the cat"], {"k": 0}, "got k=0"),
+        (["the cat"], {"k": 0}, "this k: got 0"),
         (["the cat"], {"rank": 2, "world_size": 2}, "rank=2 of world_size=2"),
         (["the cat"], {"layer": 9}, "no such layer"),
         (["the cat"], {"neurons": 10**6}, "neuron"),
