@@ -197,7 +197,6 @@ def ask_functions(asked: Asked, folder: Path) -> None:
     import fuzz_calls
     import zoo
 
-    import tl_contextmix as cm
     from tl_contextmix.results import Result
 
     build = zoo.build
@@ -208,7 +207,7 @@ def ask_functions(asked: Asked, folder: Path) -> None:
             del table[name]
 
         def whole(name: str, arguments: dict[str, Any]) -> None:
-            found = getattr(cm, name)(**arguments)
+            found = fuzz_calls.named(name)(**arguments)
             if isinstance(found, Result):
                 found.save(folder / "result.safetensors")
                 for read in ("to_dataframe", "__repr__", "show"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import views
+from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.running import hooked_places, without_hooks
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
