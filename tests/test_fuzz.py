@@ -171,6 +171,8 @@ def swapped(folder: Path, mark: str) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+# A corpus of which little is left is warned of.
+@pytest.mark.filterwarnings("ignore::tl_contextmix.errors.ContextMixWarning")
 def test_no_file_does_anything_but_be_read_or_refused(
     name: str, readers: dict[str, Reader], tmp_path: Path
 ) -> None:
