@@ -631,7 +631,7 @@ _SETTING = """
 import numpy as np
 import torch
 from hand_built import map_of, random_map, tokens
-from tl_contextmix.methods.norm_changes import amplified_pairs
+from tl_contextmix import amplified_pairs
 from tl_contextmix.results import *
 map = random_map(head=2)
 """
@@ -649,7 +649,7 @@ _REFUSED = {
     "map.top(2.5)": "got k=2.5; expected a positive integer",
     "map.top('3')": "got k='3'",
     "amplified_pairs(map, map, normalize='row')": "expected one of ['sum', 'max', 'none']",
-    "amplified_pairs(map, map, k=2.0)": "got k=2.0",
+    "amplified_pairs(map, map, k=2.0)": "this k: got 2.0",
     "map_of(torch.rand(2, 2), normalized='row')": "one of ['none', 'sum', 'max']",
     "random_map(layers=(0, 1))": "does not fit its labels",
     "Tokens(torch.zeros(1, 2).long(), (('a', 'b'),), torch.ones(1, 2).long(), (('encoder', 2),))":

@@ -15,6 +15,7 @@ import torch
 from hand_built import map_of, random_map, tokens
 
 import tl_contextmix as cm
+from tl_contextmix import results
 from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.results import (
@@ -362,7 +363,7 @@ def test_without_xarray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_there_is_a_file_of_every_class():
     named = {path.stem for path in FILES}
     known = {kind.__name__ for kind in storage._CLASSES.values() if issubclass(kind, Result)}
-    assert {name for name in known if hasattr(cm, name)} | {IdentityReport.__name__} == named
+    assert {name for name in known if hasattr(results, name)} | {IdentityReport.__name__} == named
     assert sum(path.stat().st_size for path in FILES) < 100_000
 
 

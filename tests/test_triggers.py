@@ -427,7 +427,7 @@ def test_the_command_line_mines_merges_and_shows(
     with monkeypatch.context() as patch:
         patch.setattr("tl_contextmix.__main__.mine_triggers", interrupt)
         assert main(["mine", *common, "-o", str(tmp_path / "x")]) == 130
-    assert "stopped" in capsys.readouterr().err
+    assert "interrupted" in capsys.readouterr().err
     assert main(["mine", "causal-lm", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x")]) == 2
     assert "tl-contextmix: error:" in capsys.readouterr().err
 
