@@ -30,6 +30,8 @@ def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
 
 
 @FOUR
+# It wants weights that are processed, as heads are then warned of.
+@pytest.mark.filterwarnings("ignore:log_prob_contributions of")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "opt"])
 def test_direct_logit_attribution_agrees(family: str) -> None:
     from transformer_lens.tools.analysis import direct_logit_attribution

