@@ -1,7 +1,6 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache
-from tl_contextmix.adapters.inputs.padding import pad_rows
 from tl_contextmix.adapters.inputs.passes import (
     Pass,
     fresh_trace,
@@ -20,6 +19,7 @@ from tl_contextmix.adapters.inputs.tokens import (
     Text,
     TokenInputs,
     make_batch,
+    pad_rows,
 )
 
 __all__ = [

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView, Padding
@@ -18,16 +17,6 @@ _REMEDY = {
     "left": "Pad on the right (padding_side='right').",
     "right": "Give texts of one length together, or each alone.",
 }
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> Side:
-    """Returns rows of token ids of any lengths as one tensor, padded on a side."""
-    ids = [torch.tensor(row) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return Side(
-        ids=pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
-        mask=pad_sequence(real, batch_first=True, padding_side=side),
-    )
 
 
 def find_padding(view: ModelView, ids: Int[Tensor, "batch pos"], asked: str) -> Side:

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
 from tl_contextmix.adapters.inputs.padding import (
     find_padding,
     find_target_padding,
-    pad_rows,
     require_safe_padding,
 )
 from tl_contextmix.core.blocks import Batch, Side
@@ -271,6 +271,16 @@ def _mask_values(mask: object, ids: Tensor) -> Tensor:
         seen,
         f"a tensor of zeros and ones of shape {tuple(ids.shape)}",
         "Give 1 for every real token and 0 for padding.",
+    )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> Side:
+    """Returns rows of token ids of any lengths as one tensor, padded on a side."""
+    ids = [torch.tensor(row) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return Side(
+        ids=pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
+        mask=pad_sequence(real, batch_first=True, padding_side=side),
     )
 
 
