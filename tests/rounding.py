@@ -19,8 +19,7 @@ import torch
 import zoo
 from asked import host_trace, keywords, relative, view_of
 from test_conformance import Method, ask
-from test_devices import methods as every_method
-from test_devices import numbers
+from test_devices import methods, numbers
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -59,11 +58,6 @@ def maths_in(dtype: torch.dtype, model: Any) -> Iterator[None]:
     with mock.patch.object(building, "_handle", lambda facts: replace(plain(facts), dtype=dtype)):
         yield
     views._KNOWN.pop(model, None)
-
-
-def methods(case: zoo.Case) -> list[Method]:
-    """Every method that computes in a dtype; attention flow's capacities are integers."""
-    return [method for method in every_method(case) if method.name != "attention_flow"]
 
 
 def answers(model: Any, case: zoo.Case) -> dict[str, Tensor]:

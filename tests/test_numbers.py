@@ -11,7 +11,7 @@ import pytest
 import rounding
 import torch
 import zoo
-from test_conformance import METHODS as EVERY
+from test_conformance import METHODS
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -21,8 +21,6 @@ import tables
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import reading
-
-METHODS = [method for method in EVERY if method.name != "attention_flow"]  # see rounding.methods
 
 pytestmark = pytest.mark.once
 CASES = {case.family: case for case in zoo.cases()}
@@ -118,5 +116,5 @@ def test_a_bias_left_out_would_be_noticed(low: Any, right: dict[str, Tensor]) ->
     with mock.patch.object(reading, "_attribute", without):
         found = noticed(low, right)
     # GlobEnc's map of a pre-LN block is of parts that no bias reaches; the others read passes.
-    passes = {"attention", "gradient_x_input", "integrated_gradients", "knockout"}
+    passes = {"attention", "attention_flow", "gradient_x_input", "integrated_gradients", "knockout"}
     assert {method.name for method in METHODS} - found == {"globenc", *passes}
