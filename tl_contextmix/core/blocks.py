@@ -343,6 +343,13 @@ class Batch:
         """Returns the tokens of a stack (``"cross"`` writes decoder positions)."""
         return self.main if self.decoder is None or stack == "encoder" else self.decoder
 
+    def select(self, rows: slice | Tensor) -> Batch:
+        """Returns some rows, without a copy where they are a slice."""
+        sides = (self.main, self.decoder)
+        main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
+        assert main is not None
+        return Batch(main, decoder)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -366,11 +373,8 @@ class Trace:
 
     def part(self, rows: slice) -> Trace:
         """Returns some rows of the pass, without a copy."""
-        sides = [self.batch.main, self.batch.decoder]
-        main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
-        assert main is not None
         values = {name: value[rows] for name, value in self.values.items()}
-        return replace(self, batch=Batch(main, decoder), values=values, logits=None)
+        return replace(self, batch=self.batch.select(rows), values=values, logits=None)
 
     def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that enters a block."""

@@ -1,4 +1,4 @@
-r"""The residual stream of one position as a sum of everything that was ever written to it.
+r"""The residual stream of a position as a sum of everything that was ever written to it.
 
 .. math:: h = M_0(e) + \sum_l \big[ M^A_l(A_l) + M^F_l(F_l) \big]
 
@@ -183,25 +183,33 @@ def needed(block: Block) -> tuple[str, ...]:
 
 
 def decompose_stream(
-    view: ModelView, trace: Trace, stack: str, rows: Tensor, *, stop: Stop | None = None
+    view: ModelView,
+    trace: Trace,
+    stack: str,
+    rows: Tensor,
+    *,
+    sentences: Tensor | None = None,
+    stop: Stop | None = None,
 ) -> Stream:
-    """Returns the residual stream of one position in each sentence as a sum.
+    """Returns the residual stream of some positions as a sum.
 
     Args:
         view: The model.
         trace: A pass over all of its blocks in this stack, with what `needed` names.
         stack: ``"encoder"`` or ``"decoder"``.
-        rows: The position in each sentence.
+        rows: The positions.
+        sentences: The sentence of each; None: one in each sentence.
         stop: Layer and kind of the sublayer that reads the stream (before its norm); None for
             the readout, behind the last block.
 
     Raises:
         UnsupportedModel: If the whole stream is not the model's own.
 
-    Cost: ``2 L d (2 d + d_mlp)`` operations per sentence, and patterns times values.
+    Cost: ``2 L d (2 d + d_mlp)`` operations per position, and patterns times values.
     """
     blocks = view.stacks[stack]
-    each = torch.arange(len(rows), device=view.device)
+    each = torch.arange(len(rows)) if sentences is None else sentences
+    each = each.to(view.device)
     rows = rows.to(view.device)
     start = x = trace.resid_in(blocks[0])[each, rows]
     steps: list[_Step] = []
@@ -242,10 +250,10 @@ def _step(
     if isinstance(sublayer, AttentionSublayer):
         parts = {
             "pattern": trace.pattern(sublayer)[at[0], :, at[1]],
-            "value": trace.value(sublayer),
+            "value": _of_sentences(trace.value(sublayer), at[0]),
             "weight": sublayer.W_O,
         }
-        parts["read"] = _readable(sublayer, trace, at[1], parts["pattern"])
+        parts["read"] = _readable(sublayer, trace, at, parts["pattern"])
         mixed = torch.einsum("bhs,bshd->bhd", parts["pattern"], parts["value"])
         raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
         b_O = sublayer.b_O
@@ -262,17 +270,23 @@ def _step(
     return step, norm_after.affine(x)
 
 
+def _of_sentences(values: Tensor, sentences: Tensor) -> Tensor:
+    """Returns the values of sentences, without a copy where it is each of them once."""
+    each = torch.arange(len(values), device=sentences.device)
+    return values if sentences.equal(each) else values[sentences]
+
+
 def _readable(
-    sublayer: AttentionSublayer, trace: Trace, rows: Tensor, pattern: Tensor
+    sublayer: AttentionSublayer, trace: Trace, at: tuple[Tensor, Tensor], pattern: Tensor
 ) -> Bool[Tensor, "batch source"]:
     """Returns which sources can be read.
 
     Not simply those with a weight: weights of real tokens underflow.
     """
     cross = sublayer.kind == "cross"
-    real = trace.batch.side("encoder" if cross else sublayer.stack).mask.to(pattern.device)
+    real = trace.batch.side("encoder" if cross else sublayer.stack).mask.to(pattern.device)[at[0]]
     if not cross and sublayer.stack == "decoder":
-        real = real & (torch.arange(real.shape[1], device=pattern.device) <= rows[:, None])
+        real = real & (torch.arange(real.shape[1], device=pattern.device) <= at[1][:, None])
     return real | (pattern != 0).any(dim=1)
 
 

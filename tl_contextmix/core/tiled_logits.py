@@ -10,6 +10,14 @@ with :math:`b(v)` the logits of :math:`v` and :math:`g` the gradient of :math:`\
 bound costs one inner product of d_model numbers where the score costs a product with W_U. The
 left-hand side is what is computed everywhere here: it keeps the digits that a difference of two
 log-probabilities loses.
+
+Asked for one of several tokens :math:`T` rather than one of :math:`F` (`contrast`), the change is
+
+.. math:: \log E_{u \sim p(\cdot|h, T)}\, e^{b_u(v)} - \log E_{u \sim p(\cdot|h, F)}\, e^{b_u(v)}
+          \le \max_{w \in T} b_w(v) - E_{u \sim p(\cdot|h, F)}\, b_u(v)
+
+with :math:`F` the vocabulary where there is no foil. For two single tokens it is
+:math:`b_w(v) - b_f(v)` at every state: linear, and its own bound.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import require_weight, shift
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Scan, scan, tile_sizes
 from tl_contextmix.core.token_sums import blocks
@@ -42,7 +51,9 @@ class Vocabulary:
         divisor: The real scale of the final norm.
         weight: W_U.
         constants: Logits of the zero vector, under the rule.
-        target: The token asked about in each sentence.
+        asked: The tokens asked about, and their foils, in each sentence.
+        columns: Columns of W_U that `target_logits` multiplies: the target's less the foil's;
+            of several tokens their mean, each as likely as the model finds it among them.
         max_bytes: Workspace.
     """
 
@@ -51,7 +62,8 @@ class Vocabulary:
     divisor: Float[Tensor, "batch 1"]
     weight: Float[Tensor, "d_model d_vocab"]
     constants: Float[Tensor, " d_vocab"]
-    target: Int[Tensor, " batch"]
+    asked: Contrast
+    columns: Float[Tensor, "batch d_model"]
     max_bytes: int
 
     @property
@@ -73,14 +85,13 @@ class Vocabulary:
         return (x if norm is None else norm.linear(x)) * self.readout.scale
 
     def target_logits(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
-        """Returns the target's logit of each vector: its before-softmax value, frozen norm.
+        """Returns the target's logit, less the foil's, of each vector, the norm's scale frozen.
 
         NaN behind a masked-LM head, where logits are no sums.
         """
         if self.readout.head is not None:
             return torch.full_like(vectors[..., 0], torch.nan)
-        columns = self.weight[:, self.target].T
-        found = torch.einsum("b...d,bd->b...", self.direction(vectors), columns)
+        found = torch.einsum("b...d,bd->b...", self.direction(vectors), self.columns)
         return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
 
     def target_logits_shared(
@@ -88,8 +99,8 @@ class Vocabulary:
     ) -> Float[Tensor, "batch neuron"]:
         """Returns the same of vectors that all sentences share."""
         if self.readout.head is not None:
-            return vectors.new_full((len(self.target), len(vectors)), torch.nan)
-        return (self.direction(vectors) @ self.weight[:, self.target]).T / self.divisor
+            return vectors.new_full((len(self.asked), len(vectors)), torch.nan)
+        return (self.direction(vectors) @ self.columns.T).T / self.divisor
 
     def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:
         """Returns what W_U multiplies, of states of one sentence."""
@@ -115,18 +126,21 @@ class Vocabulary:
     def target_log_probs(
         self, states: Float[Tensor, "batch step d_model"]
     ) -> Float[Tensor, "batch step"]:
-        """Returns the target's log-probability at states."""
+        """Returns the target's log-probability, less the foil's, at states."""
         found = states.new_empty(states.shape[:2])
         rows, _ = self._tiles(states.shape[1], whole=True)
-        for row, target in enumerate(self.target.tolist()):
+        for row, target in enumerate(self.asked.target):
             for part in blocks(states.shape[1], rows):
-                found[row, part] = self.log_probs(states[row, part], row)[:, target]
+                log_probs = self.log_probs(states[row, part], row)
+                found[row, part] = log_probs[:, target].logsumexp(dim=1)
+                if self.asked.foil is not None:
+                    found[row, part] -= log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
         return found
 
     def gains(
         self, base: Float[Tensor, "batch d_model"], vectors: Float[Tensor, "batch some d_model"]
     ) -> Float[Tensor, "batch some"]:
-        """Returns the increase of the target's log-probability by each vector, added alone.
+        """Returns the increase of `target_log_probs` by each vector, added alone.
 
         Args:
             base: The state it is added to.
@@ -134,18 +148,36 @@ class Vocabulary:
         """
         found = vectors.new_empty(vectors.shape[:2])
         rows, tile = self._tiles(vectors.shape[1])
-        for row, target in enumerate(self.target.tolist()):
+        for row in range(len(base)):
             before = self.log_probs(base[row : row + 1], row)
             start = self.hidden(base[row : row + 1], row)
             for part in blocks(vectors.shape[1], rows):
                 shift = self._shift(start, base[row], vectors[row, part], row)
-                log_mean = self._log_mean(before, shift, vectors[row, part, 0], tile)
-                found[row, part] = shift(slice(target, target + 1))[:, 0] - log_mean
+                found[row, part] = self._gained(before, shift, row, tile)
         return found
+
+    def _gained(
+        self, before: Tensor, shift: Callable[[slice | Tensor], Tensor], row: int, tile: int
+    ) -> Float[Tensor, " some"]:
+        """Returns the increases of one sentence by changes of its logits.
+
+        Args:
+            before: Distributions (one, or one for each change).
+            shift: Returns the changes of some tokens' logits.
+            row: The sentence.
+            tile: How many tokens at once.
+        """
+        gained = _log_mean_of(self.asked.target[row], before, shift)
+        if self.asked.foil is not None:
+            return gained - _log_mean_of(self.asked.foil[row], before, shift)
+        found = _LogMean(gained)
+        for part in blocks(before.shape[1], tile):
+            found.add(..., before[:, part], shift(part))
+        return gained - found.value()
 
     def _shift(
         self, start: Tensor, base: Tensor, vectors: Tensor, row: int
-    ) -> Callable[[slice], Tensor]:
+    ) -> Callable[[slice | Tensor], Tensor]:
         """Returns the function that gives the change of a part of the logits.
 
         Never a difference of two logits, which has lost the digits of a small change.
@@ -156,7 +188,7 @@ class Vocabulary:
             moved = self.hidden(base + vectors, row) - start
         cap = self.readout.soft_cap
 
-        def shift(part: slice) -> Tensor:
+        def shift(part: slice | Tensor) -> Tensor:
             change = moved @ self.weight[:, part]
             if cap is None:
                 return change
@@ -166,15 +198,6 @@ class Vocabulary:
             return cap * (change / cap).tanh() * (1 - before * after)
 
         return shift
-
-    def _log_mean(
-        self, before: Tensor, shift: Callable[[slice], Tensor], like: Tensor, tile: int
-    ) -> Float[Tensor, " some"]:
-        """Returns log E exp(shift) under distributions (one, or one for each shift)."""
-        found = _LogMean(like)
-        for part in blocks(before.shape[1], tile):
-            found.add(..., before[:, part], shift(part))
-        return found.value()
 
     def neuron_gains(
         self,
@@ -202,15 +225,33 @@ class Vocabulary:
         for part in blocks(count, rows):
             moved = self.direction(vectors(part))
             some = scaled[:, :, part]
-            log_mean = _LogMean(some)
-            for columns in blocks(self.weight.shape[1], tile):
-                shift = moved @ self.weight[:, columns]
-                for row in each:
-                    for source in range(some.shape[1]):
-                        change = some[row, source, :, None] * shift
-                        log_mean.add((row, source), before[row, columns], change)
-            gained = moved @ self.weight[:, self.target]
-            found[:, :, part] = some * gained.T[:, None] - log_mean.value()
+            if self.asked.foil is None:
+                log_mean = _LogMean(some)
+                for columns in blocks(self.weight.shape[1], tile):
+                    shift = moved @ self.weight[:, columns]
+                    for row in each:
+                        for source in range(some.shape[1]):
+                            change = some[row, source, :, None] * shift
+                            log_mean.add((row, source), before[row, columns], change)
+                rest = log_mean.value()
+            else:
+                rest = self._alternatives(self.asked.foil, before, moved, some)
+            gained = self._alternatives(self.asked.target, before, moved, some)
+            found[:, :, part] = gained - rest
+        return found
+
+    def _alternatives(
+        self, sets: tuple[Tensor, ...], before: Tensor, moved: Tensor, scaled: Tensor
+    ) -> Float[Tensor, "batch source some"]:
+        """Returns what neurons add to the log-sum-exp of each sentence's tokens."""
+        found = torch.empty_like(scaled)
+        for row, ids in enumerate(sets):
+            shift = moved @ self.weight[:, ids]
+            for source, numbers in enumerate(scaled[row]):
+                changes = numbers[:, None] * shift
+                found[row, source] = _log_mean_of(
+                    ids, before[row : row + 1], lambda _, changes=changes: changes
+                )
         return found
 
     def _each_neuron(
@@ -239,38 +280,39 @@ class Vocabulary:
         Linear readouts only.
         """
         _, tile = self._tiles(len(vectors))
-        target = int(self.target[row])
         moved = self.direction(vectors) / self.divisor[row]
-        log_mean = self._log_mean(
-            before, lambda part: moved @ self.weight[:, part], moved[:, 0], tile
-        )
-        return moved @ self.weight[:, target] - log_mean
+        return self._gained(before, lambda part: moved @ self.weight[:, part], row, tile)
 
     def slopes(
-        self, before: Float[Tensor, "some d_vocab"], row: int
-    ) -> Float[Tensor, "some d_model"]:
-        """Returns the gradient of the target's log-probability at states of one sentence.
+        self, before: Float[Tensor, " d_vocab"], row: int
+    ) -> Float[Tensor, "alternative d_model"]:
+        """Returns gradients at a state of one sentence, one for each alternative of the target.
 
-        ``vector @ slope`` is at least what the vector gains. Linear readouts only.
+        The largest of ``vector @ slope`` is at least what the vector gains. Linear readouts only.
 
         Args:
-            before: The distributions at the states.
+            before: The distribution at the state.
             row: The sentence.
         """
-        target = int(self.target[row])
-        found = self.weight[:, target] - before.exp() @ self.weight.T
+        if self.asked.foil is None:
+            mean = self.weight @ before.exp()
+        else:
+            ids = self.asked.foil[row]
+            mean = self.weight[:, ids] @ before[ids].softmax(dim=0)
+        found = self.weight[:, self.asked.target[row]].T - mean
         norm = self.readout.norm
         if norm is not None:
             found = norm.centre(found if norm.weight is None else found * norm.weight)
         return found * self.readout.scale / self.divisor[row]
 
     def ranks(self, vectors: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, " some"]:
-        """Returns the rank of the target among all tokens in the logits of vectors alone; from 1.
+        """Returns the rank of the target's best alternative in the logits of vectors alone; from 1.
 
         Constants are left out where logits are linear: they are no part of the vector.
         """
         # The scale of the norm makes no rank.
-        return self._scan(vectors, row, 1).rank[:, 0].to(vectors)
+        ranks = [self._scan(vectors, row, 1, token).rank[:, 0] for token in self.asked.target[row]]
+        return torch.stack(ranks).amin(dim=0).to(vectors)
 
     def extremes(
         self, vectors: Float[Tensor, "some d_model"], row: int, k: int
@@ -282,9 +324,9 @@ class Vocabulary:
         found = self._scan(vectors, row, k)
         return found.ends[:, 0], found.ids[:, 0], found.ends[:, 1], found.ids[:, 1]
 
-    def _scan(self, vectors: Tensor, row: int, k: int) -> Scan:
-        """Returns what vectors alone say, and the rank of the target."""
-        targets = self.target[row].expand(len(vectors))
+    def _scan(self, vectors: Tensor, row: int, k: int, token: Tensor | None = None) -> Scan:
+        """Returns what vectors alone say, and the rank of a token."""
+        targets = None if token is None else token.expand(len(vectors))
         if self.readout.head is None:
             hidden, finish = self.direction(vectors) / self.divisor[row], _as_it_is
         else:
@@ -333,6 +375,20 @@ class _LogMean:
         return torch.where(self.reach <= 1, self.excess.log1p(), self.log_sum)
 
 
+def _log_mean_of(
+    ids: Int[Tensor, " alternative"],
+    before: Float[Tensor, "some d_vocab"],
+    shift: Callable[[slice | Tensor], Tensor],
+) -> Tensor:
+    """Returns what changes of logits add to the log-sum-exp of some tokens."""
+    changes = shift(ids)
+    if len(ids) == 1:
+        return changes[..., 0]
+    found = _LogMean(changes[..., 0])
+    found.add(..., before[:, ids].log_softmax(dim=-1), changes)
+    return found.value()
+
+
 def _as_it_is(products: Tensor, tokens: Tensor | slice) -> Tensor:
     return products
 
@@ -341,7 +397,7 @@ def read_vocabulary(
     readout: Readout,
     rule: NormRule,
     final: Float[Tensor, "batch d_model"],
-    target: Int[Tensor, " batch"],
+    asked: Contrast,
     max_bytes: int,
 ) -> Vocabulary:
     """Returns the readout of a position under a rule for its norm.
@@ -350,7 +406,7 @@ def read_vocabulary(
         readout: The model's.
         rule: The rule.
         final: The stream behind the last block: its norm's scale is the one that is frozen.
-        target: The token asked about in each sentence.
+        asked: The tokens asked about, and their foils, in each sentence.
         max_bytes: Workspace, besides W_U in the dtype of the maths.
 
     Raises:
@@ -364,6 +420,18 @@ def read_vocabulary(
         if rule == "frozen+beta" and norm is not None and norm.bias is not None:
             constants = constants + norm.bias * readout.scale @ weight
     divisor = final.new_ones(len(final), 1) if norm is None else norm.scale(final)
-    return Vocabulary(
-        readout, rule, divisor, weight, constants, target.to(weight.device), max_bytes
-    )
+    logits = None if asked.single else readout(final)
+    columns = _columns(weight, asked.target, logits)
+    if asked.foil is not None:
+        columns = columns - _columns(weight, asked.foil, logits)
+    return Vocabulary(readout, rule, divisor, weight, constants, asked, columns, max_bytes)
+
+
+def _columns(
+    weight: Tensor, sets: tuple[Tensor, ...], logits: Tensor | None
+) -> Float[Tensor, "batch d_model"]:
+    """Returns a column of W_U for each sentence; of several tokens, their mean by likelihood."""
+    if logits is None:
+        return weight[:, torch.cat(sets)].T
+    each = zip(sets, logits, strict=True)
+    return torch.stack([weight[:, ids] @ row[ids].softmax(dim=0) for ids, row in each])

@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, Pass, run_pass
-from tl_contextmix.adapters.inputs.targets import answer_of, predicting_rows, target_tokens
+from tl_contextmix.adapters.inputs import Given, Pass, make_batch, run_pass
+from tl_contextmix.adapters.inputs.answers import Answer, Question, ask, label_sets
+from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
     AttentionComponent,
@@ -38,28 +39,56 @@ _SLACK = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """Why does the model give this token, at this position?
+    """Why does the model give this token, rather than that one, at this position?
+
+    What it holds has a row for each prediction; a sentence may be asked about at several positions.
 
     Attributes:
-        view: The model.
         forward_pass: The pass.
-        stream: The residual stream that the answer is read from.
+        question: What was asked.
+        stream: The residual stream that each answer is read from.
         vocabulary: How it is read.
-        target: The token asked about, in each sentence.
-        log_prob: Its log-probability as the model itself gives it.
+        log_prob: The target's log-probability, less the foil's, as the model itself gives it.
     """
 
-    view: ModelView
     forward_pass: Pass
+    question: Question
     stream: Stream
     vocabulary: Vocabulary
-    target: Tokens
     log_prob: Float[Tensor, " batch"]
+
+    @property
+    def view(self) -> ModelView:
+        """The model."""
+        return self.forward_pass.view
+
+    @property
+    def target(self) -> Tokens:
+        """The token asked about in each row, or the alternatives side by side."""
+        return label_sets(self.view, self.vocabulary.asked.target)
+
+    @property
+    def foil(self) -> Tokens | None:
+        """What it is contrasted with, or None."""
+        foil = self.vocabulary.asked.foil
+        return None if foil is None else label_sets(self.view, foil)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the stack that writes the answer, of each row's sentence."""
+        return self._of_rows(self.forward_pass.target)
 
     @property
     def encoder(self) -> Tokens | None:
         """The tokens that cross-attention reads, or None."""
-        return self.forward_pass.tokens.get("encoder") if self.stream.stack == "decoder" else None
+        if self.stream.stack != "decoder" or "encoder" not in self.forward_pass.tokens:
+            return None
+        return self._of_rows(self.forward_pass.tokens["encoder"])
+
+    def _of_rows(self, tokens: Tokens) -> Tokens:
+        if self.question.plain:
+            return tokens
+        return tokens.select(self.question.sentences.tolist(), [*range(tokens.shape[1])])
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -68,34 +97,70 @@ class Prediction:
         return ("nothing", *names)
 
 
-def run_prediction(
+@dataclass(frozen=True)
+class AskedPass:
+    """A pass, and the predictions of it that are asked about."""
+
+    forward_pass: Pass
+    question: Question
+
+    def predictions(self, norm: NormRule, max_bytes: int) -> Iterator[Prediction]:
+        """Yields the predictions, as many at a time as fit.
+
+        Args:
+            norm: Rule for the final norm.
+            max_bytes: Workspace.
+
+        Raises:
+            UnsupportedModel: If the stream is no sum, or hooks of the user's own change what is
+                read from it.
+        """
+        view, batch = self.forward_pass.view, self.question.batch
+        count, fit = len(self.question.rows), len(self.question.rows)
+        if not self.question.plain:
+            # What attention reads, of all layers, and a distribution.
+            d_model = self.forward_pass.trace.resid_in(view.blocks()[0]).shape[-1]
+            sources = sum(side.ids.shape[1] for side in (batch.main, batch.decoder) if side)
+            numbers = len(view.blocks()) * sources * d_model + view.d_vocab
+            fit = max(1, max_bytes // (numbers * view.dtype.itemsize))
+        for some in blocks(count, fit):
+            yield self.prediction(norm, max_bytes, self.question.part(some))
+
+    def prediction(
+        self, norm: NormRule, max_bytes: int, question: Question | None = None
+    ) -> Prediction:
+        """Returns all predictions at once, or those of a part of the question."""
+        question = question or self.question
+        view, trace = self.forward_pass.view, self.forward_pass.trace
+        stream = decompose_stream(
+            view, trace, question.stack, question.rows, sentences=question.sentences
+        )
+        logits = _logits(question, trace, stream)
+        asked = question.contrast(logits)
+        vocabulary = read_vocabulary(view.readout, norm, stream.total, asked, max_bytes)
+        return Prediction(self.forward_pass, question, stream, vocabulary, asked.score(logits))
+
+
+def run_question(
     view: ModelView,
     given: Given,
+    answer: Answer,
     *,
     about: object = None,
-    target: object = None,
-    pos: object = None,
-    norm: NormRule,
-    max_bytes: int,
     both_stacks: bool = False,
-) -> Prediction:
+) -> AskedPass:
     """Runs the model once and returns what it was asked.
 
     Args:
         view: The model.
         given: Its input.
-        about: Components that the prediction is about. Where they are contributions, target and
-            position are theirs unless others are given.
-        target: The token, as text or id.
-        pos: Position that predicts.
-        norm: Rule for the final norm.
-        max_bytes: Workspace.
+        answer: Which predictions.
+        about: Components that the predictions are about, see `ask`.
         both_stacks: Whether the encoder's activations are needed, too, where there are two.
 
     Raises:
         InvalidInput: If an argument does not fit the model, or the components another input.
-        UnsupportedModel: If it has no vocabulary readout, its stream is no sum, or hooks of the
-            user's own change what is read from it.
+        UnsupportedModel: If it has no vocabulary readout.
     """
     view.readout.require()
     stack = view.base_stack(None)
@@ -106,30 +171,19 @@ def run_prediction(
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    forward_pass = run_pass(view, given, also=lambda block: () if block.layer else names)
-    batch = forward_pass.trace.batch
-    found = answer_of(batch, view, about)
-    if found is not None and target is None:
-        target = found.target.ids[:, 0]
-    if pos is not None or found is None:
-        rows = predicting_rows(view, batch, stack, pos)
-    else:
-        rows = found.pos
-    stream = decompose_stream(view, forward_pass.trace, stack, rows)
-    logits = _logits(view, forward_pass, stream)
-    tokens = target_tokens(view, target, logits)
-    ids = tokens.ids[:, 0].to(view.device)
-    vocabulary = read_vocabulary(view.readout, norm, stream.total, ids, max_bytes)
-    log_prob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-    return Prediction(view, forward_pass, stream, vocabulary, tokens, log_prob)
+    question = ask(view, make_batch(view, given), answer, about)
+    forward_pass = run_pass(
+        view, given, also=lambda block: () if block.layer else names, batch=question.batch
+    )
+    return AskedPass(forward_pass, question)
 
 
-def _logits(view: ModelView, forward_pass: Pass, stream: Stream) -> Float[Tensor, "batch d_vocab"]:
+def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "row d_vocab"]:
     """Returns what the model says at the positions asked about."""
-    if forward_pass.trace.logits is None:  # a cache keeps none
+    view = question.view
+    if trace.logits is None:  # a cache keeps none
         return view.readout(stream.total)
-    each, rows = torch.arange(len(stream.rows)), stream.rows.to(forward_pass.trace.logits.device)
-    logits = forward_pass.trace.logits[each.to(rows.device), rows].to(view.device, view.dtype)
+    logits = question.read(trace.logits)
     hooked = view.hooked()
     if hooked:
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())
@@ -317,9 +371,11 @@ def _bounds(
 ) -> Float[Tensor, " component"]:
     """Returns what the neurons of a sentence gain at most; -inf of those that are not there."""
     assert split.neurons is not None
-    slope = vocabulary.slopes(vocabulary.log_probs(states[split.step, None], row), row)[0]
-    along = split.neurons.vectors(slice(None)) @ slope
-    bound = split.neurons.coefficients[row] * along
+    slopes = vocabulary.slopes(vocabulary.log_probs(states[split.step, None], row)[0], row)
+    along = split.neurons.vectors(slice(None)) @ slopes.T
+    numbers = split.neurons.coefficients[row]
+    # Of several alternatives the one that gains most bounds what they gain together.
+    bound = torch.maximum(numbers * along.amax(dim=1), numbers * along.amin(dim=1))
     if split.read is not None:
         bound[~split.read[row]] = -torch.inf
     return bound.flatten()

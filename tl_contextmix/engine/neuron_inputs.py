@@ -134,13 +134,12 @@ def neuron_inputs_at(
 
     Args:
         view: The model.
-        trace: The pass.
+        trace: The pass over the sentence.
         place: The place.
         chosen: Neurons.
-        row: The sentence.
+        row: Their row.
         some: Which of them read there.
     """
-    trace = trace.part(slice(row, row + 1))
     pos = torch.tensor([place.pos])
     stream = decompose_stream(view, trace, place.stack, pos, stop=place.stop)
     kind, layer = chosen.at(row, some[0])["kind"], int(chosen.layer[row, some[0]])

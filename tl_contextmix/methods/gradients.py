@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -12,28 +12,23 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    TokenInputs,
-    label,
-    make_batch,
-    provenance,
+from tl_contextmix.adapters.inputs import Given, Input, label, make_batch, provenance
+from tl_contextmix.adapters.inputs.answers import (
+    Answer,
+    Question,
+    TokenAnswerInputs,
+    apart,
+    ask,
 )
-from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.contrast import Contrast, Of
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import (
-    UnsupportedModel,
-    bad,
-    warn,
-)
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.results import ContextMap, Tokens
 
-Of = Literal["logit", "log_prob"]
 Score = Literal["l2", "l1", "sum"]
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
 # the embeddings changes only where alpha is of the order of 1e-3: 50 points in alpha miss that.
@@ -55,48 +50,46 @@ def gradient_x_input(
     model: object,
     input: Input,
     *,
-    target: int | Sequence[int] | None = None,
-    pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
-    **inputs: Unpack[TokenInputs],
+    **inputs: Unpack[TokenAnswerInputs],
 ) -> ContextMap:
     r"""Returns how strongly a prediction depends on each input token, to first order.
 
     .. math:: C_j = \Big|\Big| x_j \odot \frac{\partial f}{\partial x_j} \Big|\Big|_2
 
-    with :math:`f` the logit of a token at one position and :math:`x_j` the residual stream that
+    with :math:`f` the logit of a token at a position (with a foil: less the foil's) and :math:`x_j` the residual stream that
     enters the first block (token, position and segment embeddings together; past the embedding
     norm where there is one). Denil et al. 2014, Shrikumar et al. 2017 ("input x gradient").
 
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
-        target: Id of the token that is predicted, one for all sentences or one for each; None:
-            the token with the largest logit.
-        pos: Where it is predicted: the position whose logits are taken, of the decoder in an
-            encoder-decoder. Negative ones count from the last real token of each sentence.
-        of: ``"logit"``, or ``"log_prob"`` for the logarithm of its probability.
+        of: ``"logit"``, ``"log_prob"`` or ``"prob"``: what of the target is asked about; with a foil
+            the target's less the foil's. A set counts as one token, whose probability is the sum.
         score: What a token's vector becomes: its length (``"l2"``), the sum of its entries' sizes
             (``"l1"``), or the size of its sum (``"sum"``: of the dot product; its sign is lost,
             as a map holds no negative scores).
-        **inputs: Mask, padding and the like, see `TokenInputs`.
+        **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
+            `TokenInputs`.
 
     Returns:
-        A `ContextMap` with one layer and one target, in units of ``of``. The sources of an
+        A `ContextMap` with one layer, in units of ``of``; its targets are the positions that predict,
+        usually one. The sources of an
         encoder-decoder are the decoder's tokens followed by the encoder's.
 
     Raises:
         InvalidInput: If an argument does not fit the model, or gradients overflow its precision.
         UnsupportedModel: If the model has no vocabulary readout, or its numbers would be wrong.
 
-    Cost: a forward and a backward pass.
+    Cost: a forward pass, and a backward pass for each position.
     """
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score, grad=True)
-        parts = asked.joined(_slopes(asked.value, asked.inputs))
-        return asked.map("gradient_x_input", parts, None, {})
+        given, answer = apart(input, inputs)
+        asked = _ask(as_view(model), given, answer, of, grad=True)
+        parts = [one.joined(_slopes(one.value, one.inputs)) for one in asked]
+        return _map("gradient_x_input", asked, parts, None, {"of": of, "score": score})
 
 
 @method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
@@ -105,12 +98,10 @@ def integrated_gradients(
     input: Input,
     *,
     steps: Positive = 50,
-    target: int | Sequence[int] | None = None,
-    pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[TokenInputs],
+    **inputs: Unpack[TokenAnswerInputs],
 ) -> ContextMap:
     r"""Returns integrated gradients of a prediction for each input token.
 
@@ -131,16 +122,15 @@ def integrated_gradients(
         model: Any TransformerLens model with a vocabulary readout.
         input: A text, several, or token ids [batch, pos].
         steps: Points of the path.
-        target: See `gradient_x_input`.
-        pos: See `gradient_x_input`.
         of: See `gradient_x_input`.
         score: See `gradient_x_input`.
         max_bytes: Bound on what points of the path take that are computed as one batch. One at
             least is; and one after the other where hooks of your own look on.
-        **inputs: Mask, padding and the like, see `TokenInputs`.
+        **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
+            `TokenInputs`.
 
     Returns:
-        A `ContextMap` with one layer and one target, in units of ``of``. Its bias is
+        A `ContextMap` with one layer, in units of ``of``, see `gradient_x_input`. Its bias is
         ``|f(x) - f(0) - sum of attributions|``: the change that no token got.
 
     Raises:
@@ -150,14 +140,16 @@ def integrated_gradients(
     Warns:
         ContextMixWarning: If the steps miss more than a tenth of a sentence's change.
 
-    Cost: ``steps`` forward and backward passes, and two forward passes more.
+    Cost: for each position ``steps`` forward and backward passes and one more; and a forward pass.
     """
     with torch.inference_mode(False), torch.no_grad():
-        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score)
-        parts, missed, change = _integrate(asked, steps, max_bytes)
-        _warn_if_missed(missed, change, parts, steps)
-        options = {"steps": steps, "baseline": "zero"}
-        return asked.map("integrated_gradients", parts, missed, options)
+        given, answer = apart(input, inputs)
+        asked = _ask(as_view(model), given, answer, of)
+        each = [_integrate(one, steps, max_bytes) for one in asked]
+        parts, missed, changes = map(list, zip(*each, strict=True))
+        _warn_if_missed(torch.stack(missed), torch.stack(changes), torch.stack(parts), steps)
+        options = {"steps": steps, "baseline": "zero", "of": of, "score": score}
+        return _map("integrated_gradients", asked, parts, missed, options)
 
 
 def _own(side: Side) -> Side:
@@ -168,7 +160,7 @@ def _own(side: Side) -> Side:
 
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
     # Attributions that cancel may leave a change of the size of their rounding.
-    rounding = 1e-5 * parts.abs().sum(dim=(1, 2))
+    rounding = 1e-5 * parts.abs().sum(dim=(-2, -1))
     if bool((missed.abs() > _MISSED * change.abs() + rounding).any()):
         warn(
             f"integrated gradients in {steps} steps miss more than a tenth of the change "
@@ -193,7 +185,7 @@ def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tenso
 
 def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients of predictions, each of its own sentence's."""
-    found = torch.autograd.grad(value.sum(), [*inputs.values()])
+    found = torch.autograd.grad(value.sum(), [*inputs.values()], retain_graph=True)
     if not all(bool(gradient.isfinite().all()) for gradient in found):
         raise bad(
             "the model's gradients cannot be held in its precision",
@@ -206,28 +198,39 @@ def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prediction and the residual streams that it is traced back to.
+    """A prediction of each sentence and the residual streams that it is traced back to.
 
     Attributes:
-        view: The model.
-        batch: The tokens.
+        question: The predictions, one for each sentence.
+        there: Which sentences are asked; the others have been asked about fewer positions.
         inputs: What enters the first block of each stack, by the name of the activation; the
             decoder's first.
-        rows: Position of the prediction in each sentence.
-        target: Id of the predicted token in each sentence.
-        of: What of it is taken.
-        score: What a token's vector becomes.
+        contrast: The tokens that are asked about.
+        of: What of them is taken.
         value: The prediction [batch], in the graph of ``inputs`` if gradients were recorded.
     """
 
-    view: ModelView
-    batch: Batch
+    question: Question
+    there: Tensor
     inputs: Mapping[str, Tensor]
-    rows: Tensor
-    target: Tensor
+    contrast: Contrast
     of: Of
-    score: Score
     value: Tensor
+
+    @property
+    def view(self) -> ModelView:
+        """The model."""
+        return self.question.view
+
+    @property
+    def batch(self) -> Batch:
+        """The tokens."""
+        return self.question.batch
+
+    @property
+    def rows(self) -> Tensor:
+        """Position of the prediction in each sentence."""
+        return self.question.rows
 
     @property
     def dtype(self) -> torch.dtype:
@@ -238,9 +241,12 @@ class _Asked:
         """Returns the predictions [row] at other inputs, as many times the sentences."""
         edits = {name: _instead(x) for name, x in inputs.items()}
         times = len(next(iter(inputs.values()))) // len(self.rows)
-        logits = self.view.run(_repeated(self.batch, times), [], edits=edits, grad=grad).logits
-        rows, target = self.rows.repeat(times), self.target.repeat(times)
-        return _predicted(logits, rows, target, self.of, self.dtype)
+        again = torch.arange(len(self.rows)).repeat(times)
+        logits = self.view.run(self.batch.select(again), [], edits=edits, grad=grad).logits
+        assert logits is not None
+        each = torch.arange(len(again))
+        read = replace(self.question, sentences=each, rows=self.rows.repeat(times)).read(logits)
+        return self.contrast.repeat(times).score(read, self.of)
 
     def slopes_along(self, points: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """Returns gradients at points of the way from zero, times shares and summed over points.
@@ -287,34 +293,64 @@ class _Asked:
             found.append(part.masked_fill(~real[:, :, None], 0))
         return torch.cat(found, dim=1)
 
-    def map(
-        self, method: str, parts: Tensor, missed: Tensor | None, options: dict[str, object]
-    ) -> ContextMap:
-        """Returns the map of gradient times input."""
-        sides = [*_entries(self.view).values()]
-        tokens = [label(self.view, side, self.batch.side(side)) for side in sides]
-        source = tokens[0] if len(tokens) == 1 else tokens[0].cat(tokens[1])
-        options = {
-            **options,
-            "of": self.of,
-            "score": self.score,
-            "pos": self.rows.tolist(),
-            "target": self.target.tolist(),
-        }
-        return ContextMap(
-            scores=_SCORES[self.score](parts)[:, None, None, None],
-            layers=(0,),
-            heads=("all",),
-            point="resid_in",
-            stack=sides[0],
-            target=_one_each(tokens[0], self.rows.tolist()),
-            source=source,
-            unit=self.of.replace("_", " "),
-            includes_residual=True,
-            bias=None if missed is None else missed.abs()[:, None, None, None],
-            from_input=True,
-            provenance=provenance(self.view, method, options),
-        )
+
+def _map(
+    method: str,
+    asked: list[_Asked],
+    parts: list[Tensor],
+    missed: list[Tensor] | None,
+    options: dict[str, Any],
+) -> ContextMap:
+    """Returns the map of gradient times input, its targets the positions that predict."""
+    view, batch = asked[0].view, asked[0].batch
+    sides = [*_entries(view).values()]
+    tokens = [label(view, side, batch.side(side)) for side in sides]
+    there = torch.stack([one.there for one in asked], dim=1)
+    rows = torch.stack([one.rows for one in asked], dim=1)
+    target = Tokens(
+        ids=tokens[0].ids.gather(1, rows),
+        strings=tuple(
+            tuple(words[place] for place in places)
+            for words, places in zip(tokens[0].strings, rows.tolist(), strict=True)
+        ),
+        mask=tokens[0].mask.gather(1, rows) & there,
+        sides=((tokens[0].sides[0][0], len(asked)),),
+        places=rows,
+    )
+    scores = torch.stack([_SCORES[options["score"]](some) for some in parts], dim=1)
+    there = there.to(scores.device)
+    bias = None if missed is None else torch.stack(missed, dim=1).abs() * there
+    return ContextMap(
+        scores=(scores * there[:, :, None])[:, None, None],
+        layers=(0,),
+        heads=("all",),
+        point="resid_in",
+        stack=sides[0],
+        target=target,
+        source=tokens[0] if len(tokens) == 1 else tokens[0].cat(tokens[1]),
+        unit=options["of"].replace("_", " "),
+        includes_residual=True,
+        bias=None if bias is None else bias[:, None, None],
+        from_input=True,
+        provenance=provenance(view, method, {**options, **_said(asked)}),
+    )
+
+
+def _said(asked: list[_Asked]) -> dict[str, Any]:
+    """Returns positions and ids of the predictions, as options that a file can hold."""
+
+    def listed(values: list[list[Any]]) -> list[Any]:
+        return values[0] if len(values) == 1 else [*map(list, zip(*values, strict=True))]
+
+    def ids(sets: tuple[Tensor, ...]) -> list[Any]:
+        return [int(some[0]) if len(some) == 1 else some.tolist() for some in sets]
+
+    found = {
+        "pos": listed([one.rows.tolist() for one in asked]),
+        "target": listed([ids(one.contrast.target) for one in asked]),
+    }
+    foils = [ids(one.contrast.foil) for one in asked if one.contrast.foil is not None]
+    return {**found, "foil": listed(foils)} if foils else found
 
 
 def _instead(leaf: Tensor) -> Callable[[Tensor], Tensor]:
@@ -328,20 +364,14 @@ def _entries(view: ModelView) -> dict[str, str]:
 
 
 def _ask(
-    view: ModelView,
-    given: Given,
-    target: int | Sequence[int] | None,
-    pos: int,
-    of: Of,
-    score: Score,
-    *,
-    grad: bool = False,
-) -> _Asked:
-    if view.readout.refusal:
-        raise UnsupportedModel(view.readout.refusal)
-    batch = make_batch(view, given)
-    said = batch.decoder
-    batch = Batch(_own(batch.main), None if said is None else _own(said))
+    view: ModelView, given: Given, answer: Answer, of: Of, *, grad: bool = False
+) -> list[_Asked]:
+    """Returns the predictions asked about, one of each sentence at a time."""
+    view.readout.require()
+    question = ask(view, make_batch(view, given), answer)
+    said = question.batch.decoder
+    batch = Batch(_own(question.batch.main), None if said is None else _own(said))
+    question = replace(question, batch=batch)
     entries = _entries(view)
     leaves: dict[str, Tensor] = {}
 
@@ -354,42 +384,10 @@ def _ask(
 
     logits = view.run(batch, [], edits={name: enter(name) for name in entries}, grad=grad).logits
     assert logits is not None
-    rows = rows_at(pos, batch.side(next(iter(entries.values()))).mask)
-    best = logits.detach().cpu()[torch.arange(len(rows)), rows].argmax(dim=-1)
-    ids = ids_of(target, best, view.d_vocab)
-    value = _predicted(logits, rows, ids, of, view.dtype)
     inputs = {name: leaves[name] for name in entries}
-    return _Asked(view, batch, inputs, rows, ids, of, score, value)
-
-
-def _predicted(
-    logits: Tensor | None, rows: Tensor, target: Tensor, of: Of, dtype: torch.dtype
-) -> Tensor:
-    """Returns what is asked of each sentence's logits [batch]."""
-    assert logits is not None
-    each = torch.arange(len(rows), device=logits.device)
-    row = logits[each, rows.to(logits.device)].to(dtype)
-    row = row.log_softmax(dim=-1) if of == "log_prob" else row
-    return row[each, target.to(logits.device)]
-
-
-def _repeated(batch: Batch, times: int) -> Batch:
-    """Returns sentences one after the other, as often as asked."""
-    sides = (batch.main, batch.decoder)
-    main, decoder = (
-        side and Side(side.ids.repeat(times, 1), side.mask.repeat(times, 1)) for side in sides
-    )
-    assert main is not None
-    return Batch(main, decoder)
-
-
-def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:
-    """Returns one token per sentence, not the same position in each."""
-    at = torch.tensor(rows)[:, None]
-    return Tokens(
-        ids=tokens.ids.gather(1, at),
-        strings=tuple((words[row],) for words, row in zip(tokens.strings, rows, strict=True)),
-        mask=tokens.mask.gather(1, at),
-        sides=((tokens.sides[0][0], 1),),
-        places=at,
-    )
+    found = []
+    for some, there in question.rounds():
+        read = some.read(logits)
+        contrast = some.contrast(read.detach())
+        found.append(_Asked(some, there, inputs, contrast, of, contrast.score(read, of)))
+    return found

@@ -28,14 +28,16 @@ class Knockout(Result):
     """A token's probability before and after components were taken out, and with random ones.
 
     Attributes:
-        before: Log-probability, probability and reciprocal rank of the target, model as it is.
+        before: Log-probability, probability and reciprocal rank of the target, model as it is; with
+            a foil each less the foil's.
         after: The same with the chosen components taken out.
         controls: The same with as many random ones of the same kinds taken out.
         components: What was taken out: heads and neurons, each once. Sentences may have different
             numbers of them, see `Components`.
-        target: The token of each sentence.
+        target: The token of each row, or alternatives.
         best: The most probable token of each sentence once they are out.
         provenance: Where the numbers come from.
+        foil: What the target is contrasted with, or None.
     """
 
     LABELS = {"component": "components", "quantity": QUANTITIES}
@@ -47,6 +49,7 @@ class Knockout(Result):
     target: Tokens
     best: Tokens
     provenance: Provenance
+    foil: Tokens | None = None
 
     def __repr__(self) -> str:
         return f"Knockout of {self._count()} components\n{as_text(self.summary())}"
@@ -62,15 +65,14 @@ class Knockout(Result):
         import pandas
 
         found = []
-        for row, (target, best) in enumerate(
-            zip(self.target.strings, self.best.strings, strict=True)
-        ):
+        for row, best in enumerate(self.best.strings):
             for index, name in enumerate(QUANTITIES):
                 when = {w: float(values[row, index]) for w, values in self._times().items()}
                 found.append(
                     {
                         "batch": row,
-                        "target": target[0],
+                        "target": self.target.alternatives(row),
+                        **({} if self.foil is None else {"foil": self.foil.alternatives(row)}),
                         "quantity": name,
                         **when,
                         "best_after": best[0],

@@ -39,6 +39,11 @@ class ComponentSet(LabelledArray):
     tokens: Tokens
     encoder: Tokens | None
 
+    def __post_init__(self) -> None:
+        if vars(self).get("sentence", 0) is None:  # rows are sentences: all that files of 0.1.0 hold
+            object.__setattr__(self, "sentence", torch.arange(len(self.scores)))
+        super().__post_init__()
+
     def labels(self, row: int = 0) -> tuple[str, ...]:
         """Returns the short name of each component of a sentence."""
         return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
@@ -167,6 +172,32 @@ class ComponentSet(LabelledArray):
                 )
             )
         return found
+
+
+def join_rows(parts: Sequence[S]) -> S:
+    """Returns the rows of several results one after the other; the rest is that of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.scores.shape[1] for part in parts)
+    places = torch.arange(width)
+    padded = []
+    for part in parts:
+        count = part.scores.shape[1]
+        index = places.where(places < count, -1).expand(len(part.scores), -1)
+        padded.append(part if count == width else part._at(index.to(part.scores.device)))
+    first, changes = padded[0], dict[str, Any]()
+    for name, axes in tensor_axes(type(first)).items():
+        if "batch" in axes:
+            changes[name] = torch.cat([getattr(part, name) for part in padded])
+    for name, value in vars(first).items():
+        listed = [getattr(part, name) for part in padded]
+        if isinstance(value, Components):
+            changes[name] = Components(
+                **{n: torch.cat([getattr(one, n) for one in listed]) for n in vars(value)}
+            )
+        elif isinstance(value, Tokens):
+            changes[name] = Tokens.stack(listed)
+    return replace(first, **changes)
 
 
 def component_table(

@@ -191,6 +191,32 @@ class Tokens:
             ),
         )
 
+    def alternatives(self, row: int) -> str:
+        """Returns the real tokens of a row as alternatives: ``a`` or ``a | b``."""
+        pairs = zip(self.strings[row], self.mask[row].tolist(), strict=True)
+        return " | ".join(word for word, real in pairs if real)
+
+    @staticmethod
+    def stack(parts: Sequence[Tokens]) -> Tokens:
+        """Returns the rows of several axes one after the other, shorter ones padded."""
+        width = max(part.shape[1] for part in parts)
+
+        def wide(values: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+        first = max(parts, key=lambda part: part.shape[1])
+        return replace(
+            first,
+            ids=torch.cat([wide(part.ids) for part in parts]),
+            strings=tuple(
+                (*row, *[""] * (width - len(row))) for part in parts for row in part.strings
+            ),
+            mask=torch.cat([wide(part.mask) for part in parts]),
+            places=None
+            if first.places is None
+            else torch.cat([wide(part.positions()) for part in parts]),
+        )
+
     def positions(self) -> Int[torch.Tensor, "batch pos"]:
         """Returns the position of each token in its stack; of joined tokens, that of the last."""
         if self.places is not None:

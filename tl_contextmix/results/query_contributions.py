@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results import storage
@@ -40,6 +40,7 @@ class QueryContributions(ComponentSet):
         tokens: The tokens of the stack that writes the answer.
         encoder: The tokens of the encoder, or None.
         provenance: Where the numbers come from.
+        sentence: Row of the input that each row is about.
     """
 
     LABELS = {"component": "components", "neuron": "neurons"}
@@ -60,6 +61,7 @@ class QueryContributions(ComponentSet):
     tokens: Tokens
     encoder: Tokens | None
     provenance: Provenance
+    sentence: Int[torch.Tensor, " batch"] = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         batch, neurons, count = self.inner.shape

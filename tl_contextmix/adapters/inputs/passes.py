@@ -162,6 +162,7 @@ def run_pass(
     layer: Layers | None = None,
     stack: StackName | None = None,
     also: Callable[[Block], Sequence[str]] | None = None,
+    batch: Batch | None = None,
 ) -> Pass:
     """Runs the model once over what was given (or takes the cache) and labels the axes.
 
@@ -173,6 +174,7 @@ def run_pass(
         layer: Layer or layers; None for all of the stack, negative from the end.
         stack: Which stack; None for the only one, or the decoder of an encoder-decoder.
         also: Names of further activations that the caller needs of each block.
+        batch: The tokens, where they are not simply those of the input.
 
     Raises:
         InvalidInput: If something given does not fit the model, or the model's own activations
@@ -181,7 +183,7 @@ def run_pass(
     """
     base = view.base_stack(stack)
     blocks = select_blocks(view.stacks[base], layer)
-    batch = make_batch(view, given)
+    batch = make_batch(view, given) if batch is None else batch
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
     if given.cache is None:
         trace = fresh_trace(view, batch, base, blocks, names)

@@ -129,7 +129,7 @@ def _as_tensor(given: Any) -> Any:
 
 def _main_side(view: ModelView, given: Given) -> Side:
     if isinstance(given.input, Tensor):
-        ids = _token_ids(view, given.input, "input")
+        ids = require_ids(view, given.input, "input")
         if given.attention_mask is None:
             return find_padding(view, ids, given.padding_side or "right")
         return Side(ids=ids, mask=_mask(given.attention_mask, ids))
@@ -137,7 +137,7 @@ def _main_side(view: ModelView, given: Given) -> Side:
     rows = [view.encode(text, given.prepend_bos) for text in texts]
     padded = given.padding_side or "right"
     side = _pad(view, texts, rows, padded)
-    _token_ids(view, side.ids, "input")
+    require_ids(view, side.ids, "input")
     if given.attention_mask is None:
         return side
     mask = _mask(given.attention_mask, side.ids)
@@ -163,12 +163,12 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
             )
         return None
     if isinstance(asked, Tensor):
-        ids = _token_ids(view, asked, "decoder_input")
+        ids = require_ids(view, asked, "decoder_input")
         side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
         texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
-        _token_ids(view, side.ids, "decoder_input")
+        require_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
         raise bad(
             "input and decoder_input do not fit each other",
@@ -212,7 +212,7 @@ def _describe_items(given: object) -> str:
     return describe(given)
 
 
-def _token_ids(view: ModelView, ids: Tensor, name: str) -> Tensor:
+def require_ids(view: ModelView, ids: Tensor, name: str) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise _bad_tokens(name, describe(ids), "integer token ids", "Residuals are not accepted.")
     ids = ids[None] if ids.ndim == 1 else ids

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs
-from tl_contextmix.adapters.inputs.targets import Target
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.inputs.answers import AnswerInputs, apart
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
@@ -22,13 +22,14 @@ from tl_contextmix.engine.log_prob_scores import (
     best_neurons,
     log_prob_increases,
     progress,
-    run_prediction,
+    run_question,
     split_stream,
 )
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results.component_sets import join_rows
 from tl_contextmix.results.components import Components, join, padding
 
 Score = Literal[
@@ -49,14 +50,12 @@ def log_prob_contributions(
     model: object,
     input: Input,
     *,
-    target: Target | None = None,
     by: By = "layer",
-    pos: int | None = None,
     norm: NormRule = "frozen+beta",
     score: Score = "log_prob_increase",
     k: Positive | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> LogProbContributions:
     r"""Returns how much each component of the residual stream raised a token's log-probability.
 
@@ -74,6 +73,16 @@ def log_prob_contributions(
     `gaps` says by how much. Their vectors do: b_O, b_out, b_post and the biases of norms on the
     way are a component of their own (``attn bias``, ``mlp bias``).
 
+    With a foil :math:`f`, :math:`\log p(w) - \log p(f)` takes the place of :math:`\log p(w)`. The
+    softmax cancels: with the norm frozen and single tokens, scores are then differences of logits,
+    linear in the stream, and those of heads, sources and neurons do add up, with the biases, to
+    their layer's; all of them and the first entry of the trajectory (the logits of no stream at
+    all, biases alone) to the model's own difference of logits. For sets
+    :math:`p(w) = \sum_{u \in T} p(u)`. A soft cap of the logits or a masked-LM head is no linear
+    map: sums by layer stay exact, those of heads and neurons have gaps.
+
+    Several predictions, as of an answer of several tokens, take one pass; `summed` adds them up.
+
     In post-LN models (BERT, BART) the stream passes a norm after every sublayer. A part is then
     taken as it arrives behind the last block, through the norms that follow it with their scales
     frozen; the state after a sublayer is the sum of what arrives of all parts so far.
@@ -81,16 +90,12 @@ def log_prob_contributions(
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
-        target: The predicted token as text, one for all sentences or one for each. It has to be
-            one token of the vocabulary, its leading space included. None: the model's best.
         by: Into what the stream is split: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
             all heads of a layer read from one source), ``"head_position"`` (the paper's
             value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
             of W_O: one neuron is a component for each source). Padding and, in a causal model,
             later positions are no sources.
-        pos: Position that predicts; negative ones count from the last real token. None: that
-            token, or the mask of a masked language model.
         norm: Rule for the final norm. ``"frozen"``: scale of the whole stream, no norm bias and
             no b_U (the authors' code). ``"frozen+beta"``: with both, so that the last state has
             the model's own log-probability. ``"recompute"``: the norm of each state, as the logit
@@ -104,14 +109,15 @@ def log_prob_contributions(
             ones that computing all would give. None: all components.
         max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
             W_U.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
+            `Inputs`.
 
     Returns:
-        `LogProbContributions`, scores [batch component] in nats.
+        `LogProbContributions`, scores [batch component] in nats; one row for each prediction.
 
     Raises:
-        InvalidInput: If an argument does not fit the model: a target of several tokens (named)
-            or an unknown one, a position that is not there.
+        InvalidInput: If an argument does not fit the model: an unknown target, a foil of several
+            tokens, a position that is not there.
         UnsupportedModel: If the model has no vocabulary readout.
 
     Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source. All
@@ -121,24 +127,37 @@ def log_prob_contributions(
     neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
     """
     _require_neurons(by, score, k)
-    with torch.no_grad():
-        prediction = run_prediction(
-            as_view(model),
-            Given(input, **inputs),
-            target=target,
-            pos=pos,
-            norm=norm,
-            max_bytes=max_bytes,
+    given, answer = apart(input, inputs)
+    if answer.foil is not None and score in ("prob_increase", "rank", "coefficient_rank"):
+        raise bad(
+            "this score knows no foil",
+            f"score={score!r} with a foil",
+            "'log_prob_increase', 'log_prob' or a score of the neuron alone",
+            "Leave the foil out, or ask for the increase of the log-odds.",
         )
-        trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
-        splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
-        bounded = score == "log_prob_increase" and k is not None
-        if k is not None and bounded and not prediction.vocabulary.nonlinear:
-            found = _best(prediction, splits, k)
-        else:
-            found = _all(prediction, splits, score, trajectory)
+    with torch.no_grad():
+        asked = run_question(as_view(model), given, answer)
+        parts = [
+            _part(some, answer.pos, by, norm, score, k)
+            for some in asked.predictions(norm, max_bytes)
+        ]
+    result = join_rows(parts)
+    return result if k is None else result.top(k)
+
+
+def _part(
+    prediction: Prediction, pos: object, by: By, norm: NormRule, score: Score, k: int | None
+) -> LogProbContributions:
+    """Returns the contributions to some predictions; of neurons at least the ``k`` best."""
+    trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
+    splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
+    bounded = score == "log_prob_increase" and k is not None
+    if k is not None and bounded and not prediction.vocabulary.nonlinear:
+        found = _best(prediction, splits, k)
+    else:
+        found = _all(prediction, splits, score, trajectory)
     note = prediction.vocabulary.nonlinear if bounded else ""
-    result = LogProbContributions(
+    return LogProbContributions(
         scores=found.scores,
         coefficients=found.coefficients,
         logits=found.logits,
@@ -155,14 +174,15 @@ def log_prob_contributions(
         note=f"All of them, as there is no bound: {note}." if note else "",
         pos=prediction.stream.rows.cpu(),
         target=prediction.target,
-        tokens=prediction.forward_pass.target,
+        foil=prediction.foil,
+        sentence=prediction.question.sentences,
+        tokens=prediction.tokens,
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "log_prob_contributions",
             {"by": by, "pos": pos, "norm": norm, "score": score, "k": k},
         ),
     )
-    return result if k is None else result.top(k)
 
 
 @dataclass(frozen=True)

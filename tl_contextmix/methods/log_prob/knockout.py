@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,20 +12,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    TokenInputs,
-    make_batch,
-    provenance,
-)
-from tl_contextmix.adapters.inputs.targets import (
-    Target,
-    answer_of,
-    predicting_rows,
-    target_tokens,
+from tl_contextmix.adapters.inputs import Input, make_batch, provenance
+from tl_contextmix.adapters.inputs.answers import (
+    Question,
+    TokenAnswerInputs,
+    apart,
+    ask,
+    label_sets,
 )
 from tl_contextmix.core.blocks import Batch, Trace
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import Edit, ModelView
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
@@ -36,7 +33,7 @@ from tl_contextmix.engine.selection import (
     every_sublayer,
     without_sources,
 )
-from tl_contextmix.results import Knockout, Tokens
+from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import Components, finest
 
 Positions = Literal["last", "all"]
@@ -50,13 +47,11 @@ def knockout(
     *,
     neurons: Chosen | None = None,
     heads: Chosen | None = None,
-    target: Target | None = None,
-    pos: int | None = None,
     positions: Positions = "last",
     replace_with: Replacement = "zero",
     controls: NotNegative = 10,
     seed: int = 0,
-    **inputs: Unpack[TokenInputs],
+    **inputs: Unpack[TokenAnswerInputs],
 ) -> Knockout:
     """Returns how probable a token is with and without some heads and neurons.
 
@@ -74,10 +69,6 @@ def knockout(
             whose components are neurons or heads (each sentence has its own), or a list of
             ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
         heads: The same, or a list of ``(layer, head)``.
-        target: The token, see `log_prob_contributions`. None: that of the contributions given, or
-            the model's best.
-        pos: Position that predicts; None: that of the contributions given, or else the last token,
-            or the mask.
         positions: Where they are taken out: ``"last"``, only at the position whose stream they
             were found to write to (the predicting one, unless they come from
             `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
@@ -86,11 +77,13 @@ def knockout(
             ``"mean"`` of its values over the real tokens of the input.
         controls: How many random sets.
         seed: Of the random sets.
-        **inputs: Mask, padding and the like, see `TokenInputs`.
+        **inputs: ``target``, ``foil`` and ``pos``, see `Asked` (None: what was asked where the
+            components were found); mask, padding and the like, see `TokenInputs`.
 
     Returns:
         `Knockout`: log-probability, probability and reciprocal rank (its mean is the MRR) of the
-        target, before, after, and with each random set.
+        target, before, after, and with each random set; with a foil each less the foil's. Of
+        several alternatives it is their probability together, and the rank of the best.
 
     Raises:
         InvalidInput: If an argument does not fit the model, or nothing was chosen.
@@ -100,37 +93,32 @@ def knockout(
     """
     view = as_view(model)
     view.readout.require()
-    batch = make_batch(view, Given(input, **inputs))
-    found = answer_of(batch, view, neurons, heads)
-    if found is not None and target is None:
-        target = found.target.ids[:, 0]
-    if pos is not None or found is None:
-        rows = predicting_rows(view, batch, view.base_stack(None), pos)
-    else:
-        rows = found.pos
-    chosen = chosen_components(view, neurons, heads, rows)
+    given, answer = apart(input, inputs)
+    question = ask(view, make_batch(view, given), answer, neurons, heads)
+    chosen = chosen_components(view, neurons, heads, question.rows)
     chosen = without_sources(chosen, per_position=positions == "last")
     drawn = Controls(view, chosen, seed)
     sets = [chosen, *(drawn.draw() for _ in range(controls))]
     with torch.no_grad():
-        ablation = _Ablation(view, batch, rows, positions == "all")
+        ablation = _Ablation(question, positions == "all")
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
-        tokens = target_tokens(view, target, logits)
+        asked = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
-    before = _figures(logits, tokens)
-    random = [_figures(one, tokens) for one in others]
+    before = _figures(logits, asked)
+    random = [_figures(one, asked) for one in others]
     return Knockout(
         before=before,
-        after=_figures(after, tokens),
+        after=_figures(after, asked),
         controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
         components=chosen,
-        target=tokens,
-        best=target_tokens(view, None, after),
+        target=label_sets(view, asked.target),
+        foil=None if asked.foil is None else label_sets(view, asked.foil),
+        best=label_sets(view, [*after.argmax(dim=-1)[:, None]]),
         provenance=provenance(
             view,
             "knockout",
             {
-                "pos": pos,
+                "pos": answer.pos,
                 "positions": positions,
                 "replace_with": replace_with,
                 "controls": controls,
@@ -145,10 +133,19 @@ def knockout(
 class _Ablation:
     """Runs of the model with components replaced."""
 
-    view: ModelView
-    batch: Batch
-    rows: Tensor
+    question: Question
     everywhere: bool
+
+    @property
+    def view(self) -> ModelView:
+        """The model."""
+        return self.question.view
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The sentence of each prediction."""
+        batch = self.question.batch
+        return batch if self.question.plain else batch.select(self.question.sentences)
 
     def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the logits of the model as it is, and the means of what is to be replaced.
@@ -178,12 +175,10 @@ class _Ablation:
         return self._read(self.view.run(self.batch, [], edits=edits))
 
     def _read(self, trace: Trace) -> Tensor:
-        """Returns the logits of the predicting position, in the dtype of the maths."""
-        logits = trace.logits
-        assert logits is not None
-        each = torch.arange(len(self.rows), device=logits.device)
-        found = logits[each, self.rows.to(logits.device)]
-        return found.to(self.view.device, self.view.dtype)
+        """Returns the logits of each prediction, in the dtype of the maths."""
+        assert trace.logits is not None
+        each = torch.arange(len(self.question.rows))
+        return replace(self.question, sentences=each).read(trace.logits)
 
     def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
         mine = one.holds(some)
@@ -206,9 +201,8 @@ class _Ablation:
         return edit
 
 
-def _figures(logits: Tensor, target: Tokens) -> Tensor:
-    """Returns log-probability, probability and reciprocal rank of the targets."""
-    ids = target.ids.to(logits.device)
-    log_prob = logits.log_softmax(dim=-1).gather(1, ids)[:, 0]
-    rank = 1 + (logits > logits.gather(1, ids)).sum(dim=-1)
-    return torch.stack([log_prob, log_prob.exp(), 1 / rank.to(log_prob)], dim=-1)
+def _figures(logits: Tensor, asked: Contrast) -> Tensor:
+    """Returns log-probability, probability and reciprocal rank of target less foil."""
+    ranks = 1 / asked.best(logits).to(logits)
+    rank = ranks[:, 0] if asked.foil is None else ranks[:, 0] - ranks[:, 1]
+    return torch.stack([asked.score(logits), asked.score(logits, "prob"), rank], dim=-1)

@@ -11,12 +11,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs
-from tl_contextmix.adapters.inputs.targets import Target
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.inputs.answers import AnswerInputs, apart
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
-from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_question, split_stream
 from tl_contextmix.engine.neuron_inputs import NeuronInputs, Place, neuron_inputs_at, place_of
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
@@ -46,11 +46,9 @@ def query_contributions(
     by: By = "layer",
     share: Share = "exact",
     k: Positive | None = None,
-    target: Target | None = None,
-    pos: int | None = None,
     norm: NormRule = "frozen+beta",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> QueryContributions:
     r"""Returns which components of the residual stream activate some neurons.
 
@@ -84,12 +82,10 @@ def query_contributions(
         share: ``"exact"`` or ``"ratio"``.
         k: Only so many components, those with the largest scores; None: all. All neurons as
             components of many neurons are a large table.
-        target: The token, for neurons given as a list; see `log_prob_contributions`.
-        pos: Position that predicts; None: that of the contributions given, or else the last, or
-            the mask.
         norm: Rule for the final norm, for neurons given as a list.
         max_bytes: Workspace.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``foil`` and ``pos``, for neurons given as a list (None: what was asked
+            where they were found), see `Asked`; mask, padding and the like, see `Inputs`.
 
     Returns:
         `QueryContributions`.
@@ -105,16 +101,9 @@ def query_contributions(
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
-        prediction = run_prediction(
-            view,
-            Given(input, **inputs),
-            about=neurons,
-            target=target,
-            pos=pos,
-            norm=norm,
-            max_bytes=max_bytes,
-            both_stacks=True,
-        )
+        given, answer = apart(input, inputs)
+        asked = run_question(view, given, answer, about=neurons, both_stacks=True)
+        prediction = asked.prediction(norm, max_bytes)
         chosen = chosen_components(view, neurons, None, prediction.stream.rows.cpu())
         _require_sources(chosen)
         weights = _weights(prediction, neurons, chosen)
@@ -145,11 +134,12 @@ def query_contributions(
         pre=stacked("pre"),
         activation=stacked("activation"),
         constant=stacked("constant"),
-        tokens=prediction.forward_pass.target,
+        tokens=prediction.tokens,
         encoder=prediction.encoder,
+        sentence=prediction.question.sentences,
         provenance=prediction.forward_pass.provenance(
             "query_contributions",
-            {"by": by, "share": share, "k": k, "pos": pos},
+            {"by": by, "share": share, "k": k, "pos": answer.pos},
             neurons=finest(chosen),
         ),
     )
@@ -242,7 +232,9 @@ def _group(
     share: Share,
 ) -> _Group:
     view = prediction.view
-    inputs = neuron_inputs_at(view, prediction.forward_pass.trace, place, chosen, row, some)
+    sentence = int(prediction.question.sentences[row])
+    trace = prediction.forward_pass.trace.part(slice(sentence, sentence + 1))
+    inputs = neuron_inputs_at(view, trace, place, chosen, row, some)
     splits = list(split_stream(inputs.stream, by))
     labels = join([padding(1, 0), *(label for split in splits for label in _labels(split))])
     if place.stack != view.base_stack(None):

@@ -11,9 +11,10 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.inputs.answers import Answer
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
-from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_prediction, split_stream
+from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_question, split_stream
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
@@ -67,13 +68,8 @@ def component_readouts(
         )
     view = as_view(model)
     with torch.no_grad():
-        prediction = run_prediction(
-            view,
-            Given(input, **inputs),
-            about=components,
-            norm="frozen",
-            max_bytes=max_bytes,
-        )
+        asked = run_question(view, Given(input, **inputs), Answer(), about=components)
+        prediction = asked.prediction("frozen", max_bytes)
         k = min(k, prediction.vocabulary.weight.shape[1])
         there = ~components.scores.isnan().cpu()
         vectors = _vectors(prediction, cast(By, components.by), components.components, there)
@@ -92,7 +88,7 @@ def component_readouts(
         components=components.components,
         scores=components.scores,
         unit=components.unit,
-        tokens=prediction.forward_pass.target,
+        tokens=prediction.tokens,
         encoder=prediction.encoder,
         provenance=prediction.forward_pass.provenance(
             "component_readouts", {"k": k, "by": components.by}

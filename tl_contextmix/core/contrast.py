@@ -1,0 +1,87 @@
+r"""What is asked of the vocabulary: a token, one of several, or one rather than another.
+
+.. math:: f(l) = \log\sum_{u \in T} e^{l_u} - \log\sum_{u \in F} e^{l_u}
+
+for logits :math:`l`, target tokens :math:`T` and foil tokens :math:`F`. Without a foil, :math:`F` is
+the whole vocabulary and :math:`f` the log-probability of the target. With one, the softmax cancels:
+for two tokens :math:`f` is the difference of their logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Of = Literal["logit", "log_prob", "prob"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The tokens that each prediction is asked about.
+
+    Attributes:
+        target: Ids of the alternatives, for each prediction.
+        foil: Ids they are compared with; None for the whole vocabulary.
+    """
+
+    target: tuple[Int[Tensor, " alternative"], ...]
+    foil: tuple[Int[Tensor, " alternative"], ...] | None = None
+
+    @staticmethod
+    def of(ids: Int[Tensor, " row"]) -> Contrast:
+        """Returns the question after one token for each prediction."""
+        return Contrast(tuple(ids[:, None]))
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def single(self) -> bool:
+        """Whether every target and every foil is one token."""
+        return all(len(ids) == 1 for ids in (*self.target, *(self.foil or ())))
+
+    def rows(self, index: slice) -> Contrast:
+        """Returns the same of some predictions."""
+        return Contrast(self.target[index], None if self.foil is None else self.foil[index])
+
+    def repeat(self, times: int) -> Contrast:
+        """Returns the predictions one after the other, as often as asked."""
+        return Contrast(self.target * times, None if self.foil is None else self.foil * times)
+
+    def score(
+        self, logits: Float[Tensor, "row d_vocab"], of: Of = "log_prob"
+    ) -> Float[Tensor, " row"]:
+        """Returns what is asked of logits, one row for each prediction.
+
+        Args:
+            logits: The logits.
+            of: ``"log_prob"``: the log-odds of target and foil above. ``"logit"``: without a foil
+                the target's logit instead of its log-probability; with one the same.
+                ``"prob"``: the target's probability, less the foil's.
+        """
+        log_probs = logits.log_softmax(dim=-1)
+        target = self._sums(logits if of == "logit" else log_probs, self.target)
+        foil = None if self.foil is None else self._sums(log_probs, self.foil)
+        if of == "prob":
+            return target.exp() - (0 if foil is None else foil.exp())
+        if foil is None:
+            return target
+        return (self._sums(log_probs, self.target) if of == "logit" else target) - foil
+
+    @staticmethod
+    def _sums(logits: Tensor, sets: tuple[Tensor, ...]) -> Tensor:
+        pairs = zip(logits, sets, strict=True)
+        return torch.stack([row[ids.to(row.device)].logsumexp(dim=-1) for row, ids in pairs])
+
+    def best(self, logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, "row side"]:
+        """Returns the rank of the best alternative of target, and of foil where there is one."""
+        sides = [self.target] if self.foil is None else [self.target, self.foil]
+        found = []
+        for row, values in enumerate(logits):
+            tops = [values[side[row].to(values.device)].max() for side in sides]
+            found.append(torch.stack([1 + (values > top).sum() for top in tops]))
+        return torch.stack(found)
