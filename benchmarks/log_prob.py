@@ -15,6 +15,7 @@ from meters import Memory, WithoutProducts, command_line, flops, row, say
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.residual_stream import Neurons
 from tl_contextmix.core.statistics import bootstrap_interval
@@ -76,7 +77,9 @@ class Sizes:
 
     def vocabulary(self, max_bytes: int = MAX_BYTES) -> Vocabulary:
         """Returns the readout with the scale of the norm frozen."""
-        return read_vocabulary(self.readout, "frozen", self.states[:, -1], self.target, max_bytes)
+        return read_vocabulary(
+            self.readout, "frozen", self.states[:, -1], Contrast.of(self.target), max_bytes
+        )
 
     def best(self, k: int, max_bytes: int = MAX_BYTES) -> TopNeurons:
         """Returns the best neurons."""

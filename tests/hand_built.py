@@ -165,6 +165,8 @@ def contributions(words: Tokens | None = None) -> list[Any]:
             pos=torch.tensor([2, 3]),
             target=target,
             provenance=PROVENANCE,
+            foil=target,
+            sentence=torch.tensor([0, 1]),
             **both,
         ),
         QueryContributions(
@@ -181,6 +183,7 @@ def contributions(words: Tokens | None = None) -> list[Any]:
             activation=torch.rand(2, 2),
             constant=torch.rand(2, 2),
             provenance=PROVENANCE,
+            sentence=torch.tensor([0, 1]),
             **both,
         ),
         ComponentReadouts(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs.answers import Answer
 from tl_contextmix.core.counters import Memory
 from tl_contextmix.methods import gradients
 from tl_contextmix.methods.alti import alti
@@ -318,16 +319,18 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
         "sum": expected.sum(-1).abs(),
     }
     for score, value in scores.items():
-        found = gradient_x_input(zoo.shared(case), tokens, target=targets, score=score)
+        found = gradient_x_input(
+            zoo.shared(case), tokens, target=targets, pos=-1, score=score
+        )
         # Hugging Face's Llama computes norms and rotary angles in float32.
         limit = 1e-5 if name in ("llama", "neox") else 1e-10
         assert relative(found.scores[:, 0, 0, 0], value) <= limit
 
 
 def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
-    options = {"target": None, "pos": -1, "of": "logit", "score": "l2", **options}
     inputs = Given(given.tokens, decoder_input=given.decoder_tokens)
-    return gradients._ask(view_of(model), inputs, *options.values())
+    (asked,) = gradients._ask(view_of(model), inputs, Answer(pos=-1), options.get("of", "logit"))
+    return asked
 
 
 @pytest.mark.parametrize("of", ["logit", "log_prob"])
@@ -476,7 +479,7 @@ def test_everything_given_may_come_from_inference_mode() -> None:
 @pytest.mark.parametrize("name", SALIENCY)
 def test_saliency_labels_rows_padding_and_the_model(case: zoo.Case, name: str) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
-    options = {"steps": 3} if name == "integrated_gradients" else {}
+    options = {"pos": -1, **({"steps": 3} if name == "integrated_gradients" else {})}
     method = SALIENCY[name]
     found = method(model, given.tokens, **options, **keywords(given))
     main = given.tokens if given.decoder_tokens is None else given.decoder_tokens

@@ -110,8 +110,8 @@ METHODS = [
         Method(ask.func.__name__, ask, lambda r: r.scores, ContextMap, pointed=False, stacked=False)
         for ask in (
             functools.partial(cm.attention_flow),
-            functools.partial(cm.gradient_x_input),
-            functools.partial(cm.integrated_gradients, steps=4),
+            functools.partial(cm.gradient_x_input, pos=-1),
+            functools.partial(cm.integrated_gradients, steps=4, pos=-1),
         )
     ),
     Method(

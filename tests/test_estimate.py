@@ -39,8 +39,8 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "alti": cm.alti,
     "decompx": cm.decompx,
     "decompx_vectors": cm.decompx_vectors,
-    "gradient_x_input": cm.gradient_x_input,
-    "integrated_gradients": partial(cm.integrated_gradients, steps=3),
+    "gradient_x_input": partial(cm.gradient_x_input, pos=-1),
+    "integrated_gradients": partial(cm.integrated_gradients, steps=3, pos=-1),
     "log_prob_contributions": partial(cm.log_prob_contributions, pos=-1),
     **{
         f"log_prob_contributions {by}": partial(cm.log_prob_contributions, by=by, pos=-1)

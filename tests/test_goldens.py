@@ -6,6 +6,7 @@ that are there already are never replaced: delete what is meant to change.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable
@@ -110,9 +111,9 @@ METHODS: dict[str, dict[str, Ask]] = {
         "decompx_vectors": lambda model, tokens, **given: (
             cm.decompx_vectors(model, tokens, **given).parts
         ),
-        "gradient_x_input": _maps(cm.gradient_x_input),
+        "gradient_x_input": _maps(functools.partial(cm.gradient_x_input, pos=-1)),
         "integrated_gradients": lambda model, tokens, **given: (
-            cm.integrated_gradients(model, tokens, steps=4, **given).scores
+            cm.integrated_gradients(model, tokens, steps=4, pos=-1, **given).scores
         ),
     },
     "FF maps": {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.tiled_logits import read_vocabulary
 from tl_contextmix.results import LogProbContributions
@@ -171,7 +172,9 @@ def test_small_gains_keep_their_digits_in_float32(family: str) -> None:
     for dtype in (torch.float32, torch.float64):
         model = zoo.build(case_of(family), dtype=dtype)
         x, ids = base.to(dtype), torch.tensor([7, 9])
-        vocabulary = read_vocabulary(view_of(model).readout, "frozen+beta", x, ids, 2**30)
+        vocabulary = read_vocabulary(
+            view_of(model).readout, "frozen+beta", x, Contrast.of(ids), 2**30
+        )
         found.append(vocabulary.gains(x, vectors.to(dtype)))
     assert 1e-5 < float(found[1].abs().max()) < 1e-3
     # A logarithm of a sum that is close to 1 keeps 1e-7 nats, a thousandth of these.

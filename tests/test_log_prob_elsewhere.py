@@ -11,22 +11,17 @@ from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.adapters.inputs.answers import Answer
 from tl_contextmix.core.tiled_logits import NormRule
-from tl_contextmix.engine.log_prob_scores import By, run_prediction
+from tl_contextmix.engine.log_prob_scores import By, run_question
 
 FOUR = pytest.mark.skipif(zoo.major() < 4, reason="TransformerLens 4 has these tools")
 
 
 def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
     """The engine's view of a prediction."""
-    return run_prediction(
-        view_of(model),
-        Given(tokens),
-        target=9,
-        pos=-1,
-        norm=norm,
-        max_bytes=2**30,
-    )
+    asked = run_question(view_of(model), Given(tokens), Answer(target=9, pos=-1))
+    return asked.prediction(norm, 2**30)
 
 
 @FOUR

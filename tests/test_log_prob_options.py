@@ -14,7 +14,9 @@ from oracles_log_prob import log_probs
 from test_log_prob import KEPT, POS, asked, layers_of, literal
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs.targets import single_token, target_tokens
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs.answers import Answer, ask, single_token
+from tl_contextmix.core.contrast import Contrast
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
@@ -170,7 +172,7 @@ def test_targets_as_text() -> None:
     both = cm.log_prob_contributions(model, [text, text], target=[" paris", " rome"])
     assert float(both.log_prob[0]) > float(both.log_prob[1])
     with pytest.raises(cm.InvalidInput, match=r"' paris rome', which is 2: ' paris', ' rome'"):
-        cm.log_prob_contributions(model, text, target=" paris rome")
+        cm.log_prob_contributions(model, text, target={" paris rome"})
 
 
 def test_a_leading_space_is_part_of_a_target() -> None:
@@ -185,12 +187,17 @@ def test_a_leading_space_is_part_of_a_target() -> None:
     assert single_token(view, " cat") == 11
     logits = torch.zeros(1, 61)
     logits[0, 13] = 5.0
+    batch = make_batch(view, Given(torch.tensor([[1, 2]])))
+
+    def contrast(target: str) -> Contrast:
+        return ask(view, batch, Answer(target=target)).contrast(logits)
+
     with pytest.warns(cm.ContextMixWarning, match=r"'dog', which the model finds 148 times less"):
-        assert target_tokens(view, "dog", logits).ids.tolist() == [[12]]
+        assert contrast("dog").target[0].tolist() == [12]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for target in (" dog", "sun"):
-            target_tokens(view, target, logits)
+            contrast(target)
 
 
 def test_a_mask_is_asked_for_in_masked_models() -> None:

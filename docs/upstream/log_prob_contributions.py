@@ -43,6 +43,7 @@ from transformer_lens.tools.analysis.logit_lens import _require_direct_readout
 from tl_contextmix.adapters.reading import Handle, candidates, read_norm
 from tl_contextmix.adapters.verification.probe import relative_error
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
 
@@ -223,7 +224,7 @@ def log_prob_contributions(
         errors.append(_error("logits", logits, own, tolerance))
         logits = own
     ids = _target_ids(model, target, logits)
-    vocabulary = read_vocabulary(readout, norm, states[-1], ids, max_bytes)
+    vocabulary = read_vocabulary(readout, norm, states[-1], Contrast.of(ids), max_bytes)
     if by == "layer":
         vectors = [start, *(write.total for write in writes)]
         pairs = zip(states, vectors, strict=False)

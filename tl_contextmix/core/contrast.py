@@ -2,9 +2,9 @@ r"""What is asked of the vocabulary: a token, one of several, or one rather than
 
 .. math:: f(l) = \log\sum_{u \in T} e^{l_u} - \log\sum_{u \in F} e^{l_u}
 
-for logits :math:`l`, target tokens :math:`T` and foil tokens :math:`F`. Without a foil, :math:`F` is
-the whole vocabulary and :math:`f` the log-probability of the target. With one, the softmax cancels:
-for two tokens :math:`f` is the difference of their logits.
+for logits :math:`l`, target tokens :math:`T` and foil tokens :math:`F`. Without a foil, :math:`F`
+is the whole vocabulary and :math:`f` the log-probability of the target. With one, the softmax
+cancels: for two tokens :math:`f` is the difference of their logits.
 """
 
 from __future__ import annotations

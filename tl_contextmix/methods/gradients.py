@@ -58,15 +58,16 @@ def gradient_x_input(
 
     .. math:: C_j = \Big|\Big| x_j \odot \frac{\partial f}{\partial x_j} \Big|\Big|_2
 
-    with :math:`f` the logit of a token at a position (with a foil: less the foil's) and :math:`x_j` the residual stream that
-    enters the first block (token, position and segment embeddings together; past the embedding
-    norm where there is one). Denil et al. 2014, Shrikumar et al. 2017 ("input x gradient").
+    with :math:`f` the logit of a token at a position (with a foil: less the foil's) and :math:`x_j`
+    the residual stream that enters the first block (token, position and segment embeddings
+    together; past the embedding norm where there is one). Denil et al. 2014, Shrikumar et al. 2017 ("input x gradient").
 
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
-        of: ``"logit"``, ``"log_prob"`` or ``"prob"``: what of the target is asked about; with a foil
-            the target's less the foil's. A set counts as one token, whose probability is the sum.
+        of: What of the target is asked about: ``"logit"``, ``"log_prob"`` or ``"prob"``; with a
+            foil the target's less the foil's. A set counts as one token, with their probabilities'
+            sum.
         score: What a token's vector becomes: its length (``"l2"``), the sum of its entries' sizes
             (``"l1"``), or the size of its sum (``"sum"``: of the dot product; its sign is lost,
             as a map holds no negative scores).
@@ -74,8 +75,8 @@ def gradient_x_input(
             `TokenInputs`.
 
     Returns:
-        A `ContextMap` with one layer, in units of ``of``; its targets are the positions that predict,
-        usually one. The sources of an
+        A `ContextMap` with one layer, in units of ``of``; its targets are the positions that
+        predict, usually one. The sources of an
         encoder-decoder are the decoder's tokens followed by the encoder's.
 
     Raises:

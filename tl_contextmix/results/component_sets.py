@@ -40,7 +40,7 @@ class ComponentSet(LabelledArray):
     encoder: Tokens | None
 
     def __post_init__(self) -> None:
-        if vars(self).get("sentence", 0) is None:  # rows are sentences: all that files of 0.1.0 hold
+        if getattr(self, "sentence", 0) is None:  # files of 0.1.0: each row is a sentence
             object.__setattr__(self, "sentence", torch.arange(len(self.scores)))
         super().__post_init__()
 

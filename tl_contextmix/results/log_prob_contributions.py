@@ -102,11 +102,10 @@ class LogProbContributions(ComponentSet):
     def asked(self, row: int = 0) -> str:
         """Returns what a row is about, such as ``' are' rather than ' is'``."""
         sides = [self.target] if self.foil is None else [self.target, self.foil]
-        listed = [
-            " or ".join(repr(w) for w, real in zip(s.strings[row], s.mask[row], strict=True) if real)
-            for s in sides
-        ]
-        return " rather than ".join(listed)
+        listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
+        return " rather than ".join(
+            " or ".join(repr(word) for word, real in pairs if real) for pairs in listed
+        )
 
     def summed(self) -> LogProbContributions:
         """Returns the contributions to all predictions of a sentence together, such as an answer.

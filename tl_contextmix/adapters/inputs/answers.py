@@ -74,8 +74,8 @@ def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
     """Returns what is given and what is asked, out of the options of one call."""
     names = [field.name for field in fields(Answer)]
     asked = {name: inputs[name] for name in names if name in inputs}
-    if _items(asked.get("pos")) is not None:
-        asked["pos"] = _items(asked["pos"])
+    if "pos" in asked:  # kept with the result: a number of Python, or a list of them
+        asked["pos"] = _plain(_items(asked["pos"]) or asked["pos"])
     return Given(input, **{n: v for n, v in inputs.items() if n not in asked}), Answer(**asked)
 
 
@@ -289,9 +289,7 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
         masks.append(torch.cat([mask[text], mask.new_ones(len(steps))]))
         ends.append(text.stop - text.start - 1)
     where = "right" if bool(side.mask[:, 0].all()) else "left"
-    together = pad_sequence(
-        rows, batch_first=True, padding_value=view.pad_id(), padding_side=where
-    )
+    together = pad_sequence(rows, batch_first=True, padding_value=view.pad_id(), padding_side=where)
     mask = pad_sequence(masks, batch_first=True, padding_value=False, padding_side=where)
     width = together.shape[1]
     moved = [width - len(row) if where == "left" else 0 for row in rows]
@@ -334,9 +332,7 @@ def label_sets(view: ModelView, sets: Sequence[Tensor]) -> Tokens:
 # Positions
 
 
-def predicting_rows(
-    view: ModelView, batch: Batch, stack: str, pos: object
-) -> list[list[int]]:
+def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> list[list[int]]:
     """Returns the positions of each sentence that predictions are read from.
 
     Args:
@@ -422,6 +418,14 @@ def _items(asked: Any) -> list[Any] | None:
     asked = asked.tolist() if hasattr(asked, "tolist") else asked
     several = isinstance(asked, Iterable) and not isinstance(asked, (str, AbstractSet, Mapping))
     return list(asked) if several else None
+
+
+def _plain(number: Any) -> Any:
+    """Returns NumPy's whole numbers, or those in a list, as Python's; anything else as it is."""
+    if isinstance(number, list):
+        return [_plain(one) for one in number]
+    found = whole_number(number)
+    return number if found is None else found
 
 
 def _names(target: object, count: int) -> list[str | None]:
@@ -569,7 +573,8 @@ def _answer_of(
     """
     results = [g for g in given if isinstance(g, (LogProbContributions, QueryContributions))]
     for result in results:
-        batch = _with_answer(batch, result, view)
+        if isinstance(result, LogProbContributions):
+            batch = _with_answer(batch, result, view)
         sides = [(result.tokens, batch.side(view.base_stack(None)))]
         if result.encoder is not None:
             sides.append((result.encoder, batch.main))
@@ -592,18 +597,18 @@ def _sentences(result: LogProbContributions | QueryContributions) -> Int[Tensor,
     return result.sentence.cpu().unique(return_inverse=True)[1]
 
 
-def _with_answer(
-    batch: Batch, result: LogProbContributions | QueryContributions, view: ModelView
-) -> Batch:
-    """Returns a batch with the answers that a result was asked about, where it has them."""
+def _with_answer(batch: Batch, result: LogProbContributions, view: ModelView) -> Batch:
+    """Returns a batch with the answers of several tokens that a result is about."""
     side, sentence = batch.side(view.base_stack(None)), _sentences(result).tolist()
     if result.tokens.shape[1] <= side.ids.shape[1] or max(sentence) + 1 != len(side.ids):
         return batch
     first = [sentence.index(row) for row in range(len(side.ids))]
     ids, mask = result.tokens.ids[first].cpu(), result.tokens.mask[first].cpu()
-    for row in range(len(first)):
+    for row, place in enumerate(first):
         text = side.ids[row][side.mask[row]].cpu()
-        if not torch.equal(ids[row][mask[row]][: len(text)], text):
+        before = mask[row].clone()
+        before[int(result.pos[place]) + 1 :] = False  # an answer begins where it is predicted first
+        if not torch.equal(ids[row][before], text):
             return batch
     longer = Side(ids.to(side.ids.device), mask.to(side.mask.device))
     return replace(batch, **{"main" if batch.decoder is None else "decoder": longer})

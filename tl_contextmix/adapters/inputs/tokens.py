@@ -213,6 +213,7 @@ def _describe_items(given: object) -> str:
 
 
 def require_ids(view: ModelView, ids: Tensor, name: str) -> Tensor:
+    """Returns token ids [batch, pos] that the model can run; raises InvalidInput otherwise."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise _bad_tokens(name, describe(ids), "integer token ids", "Residuals are not accepted.")
     ids = ids[None] if ids.ndim == 1 else ids

@@ -84,8 +84,8 @@ def query_contributions(
             components of many neurons are a large table.
         norm: Rule for the final norm, for neurons given as a list.
         max_bytes: Workspace.
-        **inputs: ``target``, ``foil`` and ``pos``, for neurons given as a list (None: what was asked
-            where they were found), see `Asked`; mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``foil`` and ``pos`` for neurons given as a list, see `Asked` (None:
+            what was asked where they were found); mask, padding and the like, see `Inputs`.
 
     Returns:
         `QueryContributions`.
