@@ -319,9 +319,7 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
         "sum": expected.sum(-1).abs(),
     }
     for score, value in scores.items():
-        found = gradient_x_input(
-            zoo.shared(case), tokens, target=targets, pos=-1, score=score
-        )
+        found = gradient_x_input(zoo.shared(case), tokens, target=targets, pos=-1, score=score)
         # Hugging Face's Llama computes norms and rotary angles in float32.
         limit = 1e-5 if name in ("llama", "neox") else 1e-10
         assert relative(found.scores[:, 0, 0, 0], value) <= limit

@@ -16,6 +16,7 @@ from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
+from tl_contextmix.adapters.inputs.answers import Answer
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.errors import FileFormatError
@@ -424,13 +425,15 @@ def test_words_are_blanked_as_a_whole(model: Any) -> None:
     text = "the unbelievable keys to the cabinet"
     fmap = cm.attention(model, text, heads=False)
     ids, words = fmap.source.ids[0], fmap.source.words()[0]
-    drop = blanked(model, ids, -1, 7, None, words)
+    drop = blanked(model, ids, Answer(pos=-1), 7, words)
     long = next(unit for unit, (start, stop) in enumerate(words) if stop - start > 1)
     changed = ids.clone()
     changed[slice(*words[long])] = 7
     with torch.no_grad():
         before, after = (model(one[None])[0, -1].log_softmax(-1) for one in (ids, changed))
-    expected = float(before[drop.answer] - after[drop.answer])
+    answer = int(before.argmax())
+    assert drop.answer.target[0].tolist() == [answer]
+    expected = float(before[answer] - after[answer])
     assert drop.falls([[long]])[0] == pytest.approx(expected, abs=1e-4)
 
 

@@ -27,8 +27,9 @@ def question(model: Any, tokens: torch.Tensor, norm: NormRule) -> Any:
 @FOUR
 # It wants weights that are processed, as heads are then warned of.
 @pytest.mark.filterwarnings("ignore:log_prob_contributions of")
+@pytest.mark.parametrize("wrong", [None, 7])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "opt"])
-def test_direct_logit_attribution_agrees(family: str) -> None:
+def test_direct_logit_attribution_agrees(family: str, wrong: int | None) -> None:
     from transformer_lens.tools.analysis import direct_logit_attribution
 
     case = case_of(family)
@@ -40,9 +41,13 @@ def test_direct_logit_attribution_agrees(family: str) -> None:
     for unit, by in units:
         if unit == "head" and family == "opt":
             continue  # its bridge shows no results per head
-        theirs = direct_logit_attribution(model, tokens, answer_tokens=9, unit=unit)
+        theirs = direct_logit_attribution(
+            model, tokens, answer_tokens=9, incorrect_tokens=wrong, unit=unit
+        )
         names = dict(zip(theirs.labels, theirs.attribution.flatten().tolist(), strict=True))
-        ours = cm.log_prob_contributions(model, tokens, target=9, by=by, norm="frozen")
+        ours = cm.log_prob_contributions(model, tokens, target=9, foil=wrong, by=by, norm="frozen")
+        if wrong is not None:  # no softmax is left: an increase is a difference of logits
+            torch.testing.assert_close(ours.scores, ours.logits, atol=1e-5, rtol=0)
         seen = 0
         for place in range(ours.scores.shape[1]):
             one = ours.components.at(0, place)

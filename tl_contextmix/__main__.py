@@ -9,7 +9,9 @@ import warnings
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import tl_contextmix
 from tl_contextmix.adapters import check
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.adapters.loading import load_model
@@ -77,6 +79,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(command=_report)
     _add_page(command, DEFAULT_PATH, None)
     command.add_argument("--text", help="the sentence; default: an example")
+    _add_asked(command)
     command.add_argument(
         "--sections",
         nargs="+",
@@ -114,6 +117,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help=f"number of pairs; default: all of a file, {COMPARED} from the grammar",
     )
     command.add_argument(
+        "--contrast",
+        action="store_true",
+        help="ask for the right word rather than the wrong one of each pair",
+    )
+    command.add_argument(
         "--words", action="store_true", help="aggregate maps over the tokens of each word"
     )
     command.add_argument(
@@ -136,7 +144,38 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument("method", metavar="METHOD", help="a method, such as value_zeroing")
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument("text", metavar="TEXT", help="the text")
+    _add_asked(command)
     command.add_argument("-o", "--output", metavar="PATH", help="write a page")
+
+
+def _add_asked(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--target",
+        metavar="TOKEN",
+        nargs="+",
+        help="the predicted token, its leading space included; several are alternatives; "
+        "default: the model's best",
+    )
+    command.add_argument(
+        "--foil", metavar="TOKEN", nargs="+", help="the token that the target is contrasted with"
+    )
+    command.add_argument(
+        "--position",
+        type=int,
+        metavar="N",
+        help="the predicting position, from the end if negative; default: the last, or the mask",
+    )
+
+
+def _asked(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Returns what is asked of a prediction, as options of a method."""
+    sides = {"target": parsed.target, "foil": parsed.foil}
+    found = {
+        name: given[0] if len(given) == 1 else set(given)
+        for name, given in sides.items()
+        if given is not None
+    }
+    return found if parsed.position is None else {**found, "pos": parsed.position}
 
 
 def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
@@ -260,7 +299,8 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     known = {name: method for name, method in methods().items() if method.on_text}
     require_choice("METHOD", parsed.method, tuple(known))
-    found = known[parsed.method].function(load_model(parsed.model), parsed.text)
+    method = getattr(tl_contextmix, parsed.method)  # with its checks of what it is given
+    found = method(load_model(parsed.model), parsed.text, **_asked(parsed))
     print(found)
     if parsed.output is not None:
         print(found.show().save(parsed.output))
@@ -333,6 +373,7 @@ def _report(parsed: argparse.Namespace) -> int:
         sections=parsed.sections,
         triggers=parsed.triggers,
         pairs=parsed.pairs,
+        **_asked(parsed),
     )
     return _written(path, parsed.open)
 
@@ -345,6 +386,7 @@ def _compare(parsed: argparse.Namespace) -> int:
         count=parsed.sentences,
         words=parsed.words,
         unusable=parsed.unusable,
+        contrast=parsed.contrast,
     )
     print(found)
     return _written(path, parsed.open)

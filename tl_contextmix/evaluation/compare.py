@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, label, provenance, run_pass
+from tl_contextmix.adapters.inputs.answers import Answer, Target
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
@@ -50,7 +51,7 @@ def comparable() -> dict[str, Make]:
 
 
 def _ask(known: Method, options: Mapping[str, Any], model: Any, sentence: Sentence) -> ContextMap:
-    about = {"pos": sentence.place, "target": sentence.answer} if known.of_prediction else {}
+    about = vars(sentence.answer) if known.of_prediction else {}
     return known.function(model, sentence.tokens, **options, **about)
 
 
@@ -64,6 +65,9 @@ def compare(
     words: bool = False,
     blank: int | None = None,
     unusable: Unusable = "error",
+    target: Target | None = None,
+    foil: Target | None = None,
+    contrast: bool = False,
 ) -> Comparison:
     """Returns how well each method's maps score on the same sentences, and their cost.
 
@@ -94,6 +98,10 @@ def compare(
         unusable: ``"drop"`` skips sentences that cannot be scored on the model (words of several
             tokens under one mask, no token before the differing word) and lists them with the
             reason in `Comparison.dropped`; ``"error"`` raises on the first one.
+        target: For texts: what is asked about, see `Asked`. None: the model's best.
+        foil: For texts: what it is contrasted with, see `Asked`.
+        contrast: For minimal pairs: whether the wrong word is the right one's foil. Faithfulness
+            then is that of the model's choice between the two, and maps of a prediction explain it.
 
     Returns:
         A `Comparison`.
@@ -110,9 +118,11 @@ def compare(
     """
     view = as_view(model)
     view.readout.require()
-    sentences, dropped = sentences_of(model, view, input, cues, unusable)
+    sentences, dropped = sentences_of(
+        model, view, input, cues, unusable, answer=Answer(target, foil), contrast=contrast
+    )
     drops = [_blanked(model, view, s, blank, words) for s in sentences]
-    known = [replace(s, answer=drop.answer) for s, drop in zip(sentences, drops, strict=True)]
+    known = [_answered(s, drop) for s, drop in zip(sentences, drops, strict=True)]
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
     middle = _middle(known)
@@ -139,7 +149,9 @@ def compare(
         sentences=len(known),
         dropped=dropped,
         provenance=provenance(
-            view, "compare", {"words": words, "blank": blank, "unusable": unusable}
+            view,
+            "compare",
+            {"words": words, "blank": blank, "unusable": unusable, "contrast": contrast},
         ),
     )
 
@@ -151,7 +163,14 @@ def _blanked(
     if words:
         side = Side(sentence.tokens, torch.ones_like(sentence.tokens, dtype=torch.bool))
         spans = label(view, "", side).words()[0]
-    return blanked(model, sentence.tokens[0], sentence.place, blank, sentence.answer, spans)
+    return blanked(model, sentence.tokens[0], sentence.answer, blank, spans)
+
+
+def _answered(sentence: Sentence, drop: Drop) -> Sentence:
+    """Returns the sentence with the model's own prediction where no answer is asked for."""
+    if sentence.answer.target is not None:
+        return sentence
+    return replace(sentence, answer=replace(sentence.answer, target=int(drop.answer.target[0])))
 
 
 def _supported(
@@ -267,7 +286,7 @@ def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None
     if any(s.wrong is None for s in sentences):
         return None
     pairs = zip(sentences, drops, strict=True)
-    return sum(drop.real > drop.log_prob(s.wrong) for s, drop in pairs if s.wrong is not None)
+    return sum(drop.prefers(s.wrong) for s, drop in pairs if s.wrong is not None)
 
 
 def _methods(asked: Any) -> dict[str, Make]:

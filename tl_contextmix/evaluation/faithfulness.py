@@ -11,9 +11,12 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, make_batch
+from tl_contextmix.adapters.inputs.answers import Answer, Question, Target, ask, one_each
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.validation import whole_number
 from tl_contextmix.core.words import Spans
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
@@ -35,12 +38,13 @@ def faithfulness(
     *,
     pos: int | Sequence[int] | None = None,
     blank: int | None = None,
-    target: int | Sequence[int] | None = None,
+    target: Target | None = None,
+    foil: Target | None = None,
 ) -> Score:
     r"""Returns whether the prediction depends on the tokens that a map ranks high.
 
     Every real token but the target is blanked in turn; :math:`\Delta_j` is the drop in the
-    answer's log-probability. Per layer:
+    answer's log-probability, with a foil in that less the foil's. Per layer:
 
     * ``blank-out``: Spearman's correlation of the target's row with :math:`\Delta`.
     * ``comprehensiveness``: mean drop (nats) as the highest-ranked tokens are blanked one by one
@@ -60,7 +64,8 @@ def faithfulness(
             next. None: the last real token, or the mask.
         blank: Token id that replaces blanked tokens; None for the tokenizer's mask, unknown,
             padding or end-of-sequence token.
-        target: Token ids of the answers; None for the model's own predictions.
+        target: The answer, a token or a set, see `Asked`; None for the model's own predictions.
+        foil: What it is contrasted with, see `Asked`.
 
     Returns:
         A `Score` with 95 % bootstrap intervals over sentences.
@@ -86,11 +91,11 @@ def faithfulness(
         )
     count = len(map.source.strings)
     places = [None] * count if pos is None else per_sentence(pos, count, "positions")
-    answers = [None] * count if target is None else per_sentence(target, count, "answers")
+    targets, foils = one_each(target, count, "target"), one_each(foil, count, "foil")
     drops = [
-        blanked(model, ids[mask], place, blank, asked)
-        for ids, mask, place, asked in zip(
-            map.source.ids, map.source.mask, places, answers, strict=True
+        blanked(model, ids[mask], Answer(*asked), blank)
+        for ids, mask, *asked in zip(
+            map.source.ids, map.source.mask, targets, foils, places, strict=True
         )
     ]
     warn_of_short(drops)
@@ -161,9 +166,8 @@ def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
 def blanked(
     model: Any,
     ids: Tensor,
-    pos: int | None,
+    answer: Answer,
     blank: int | None,
-    answer: int | None,
     spans: Spans | None = None,
 ) -> Drop:
     """Returns a sentence prepared for blanking.
@@ -171,9 +175,8 @@ def blanked(
     Args:
         model: A causal or masked language model.
         ids: Its tokens [pos], no padding.
-        pos: See `faithfulness`.
+        answer: What is asked about it.
         blank: See `faithfulness`.
-        answer: See `faithfulness`.
         spans: Words to blank as a whole; None for single tokens.
     """
     view = as_view(model)
@@ -188,61 +191,40 @@ def blanked(
             )
         )
     ids = ids.cpu()
-    place = _asked_about(model, view, ids) if pos is None else pos
-    _require_between("pos is not a position of the sentence", place, -len(ids), len(ids))
-    token = _blank_token(model, view) if blank is None else blank
-    _require_between("blank is not a token id", token, 0, view.d_vocab)
-    if answer is not None:
-        _require_between("target is not a token id", answer, 0, view.d_vocab)
-    units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
-    return Drop(view, ids, place % len(ids), token, answer, units)
-
-
-def _require_between(failed: str, value: Any, low: int, high: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not low <= value < high:
-        raise bad(failed, repr(value), f"an integer from {low} to {high - 1}", "Pass another.")
-
-
-def _asked_about(model: Any, view: ModelView, ids: Tensor) -> int:
-    if "decoder" in view.stacks:
-        return len(ids) - 1
-    mask = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
-    places = (ids == mask).nonzero()[:, 0].tolist() if isinstance(mask, int) else []
-    if len(places) != 1:
+    side = Side(ids[None], torch.ones(1, len(ids), dtype=torch.bool))
+    question = ask(view, Batch(side), answer)
+    if len(question.rows) != 1:
         raise bad(
-            "the predicting position is ambiguous",
-            f"{len(places)} mask tokens",
-            "exactly one, or a position",
-            "Pass pos=.",
+            "faithfulness is of one prediction in each sentence",
+            f"{len(question.rows)} predictions",
+            "one position, and a target of one token",
+            "Ask about one token of the answer: give it the text before, and that token.",
         )
-    return places[0]
+    token = _blank_token(model, view) if blank is None else blank
+    if whole_number(token) is None or not 0 <= token < view.d_vocab:
+        expected = f"an integer from 0 to {view.d_vocab - 1}"
+        raise bad("blank is not a token id", repr(token), expected, "Pass another.")
+    units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
+    return Drop(question, token, units)
 
 
 class Drop:
     """Drops in an answer's log-probability when units of a sentence are blanked.
 
-    A unit is a token, or the tokens of a word.
+    With a foil they are drops of the answer's log-odds. A unit is a token, or the tokens of a word.
 
     Attributes:
         place: The predicting position.
         unit: Its unit.
         others: The other units that the prediction can depend on and that blanking changes.
-        answer: Id of the answer.
-        real: Its log-probability with nothing blanked.
+        answer: What is asked of the logits.
+        real: What they say with nothing blanked.
     """
 
-    def __init__(
-        self,
-        view: ModelView,
-        ids: Tensor,
-        place: int,
-        blank: int,
-        answer: int | None,
-        units: Spans,
-    ) -> None:
+    def __init__(self, question: Question, blank: int, units: Spans) -> None:
+        view, ids = question.view, question.batch.main.ids[0]
         self._view, self._ids, self._blank, self._units = view, ids, blank, units
-        self.place = place
+        self.place = place = int(question.rows[0])
         self.unit = next(u for u, (start, stop) in enumerate(units) if start <= place < stop)
         # A causal model's prediction cannot depend on later tokens.
         last = self.unit if "decoder" in view.stacks else len(units)
@@ -251,16 +233,17 @@ class Drop:
             for unit, (start, stop) in enumerate(units[:last])
             if unit != self.unit and bool((ids[start:stop] != blank).any())
         ]
-        self._real = self._log_probs(ids[None])[0]
-        self.answer = int(self._real.argmax()) if answer is None else answer
-        self.real = self.log_prob(self.answer)
+        self._real = self._log_probs(ids[None])
+        self.answer = question.contrast(self._real)
+        self.real = float(self.answer.score(self._real)[0])
         self._known: dict[frozenset[int], float] = {frozenset(): 0.0}
         self._orders = _shuffled(self.others, zlib.crc32(bytes(str(ids.tolist()), "ascii")))
         self._random: float | None = None
 
-    def log_prob(self, token: int) -> float:
-        """Returns the log-probability of a token with nothing blanked."""
-        return float(self._real[token])
+    def prefers(self, token: int) -> bool:
+        """Returns whether the model finds the answer more probable than another token."""
+        other = (torch.tensor([token]),)
+        return bool(Contrast(self.answer.target, other).score(self._real)[0] > 0)
 
     def figures(self, scores: Tensor) -> list[tuple[str, float, float]]:
         """Returns name, value and chance level of every metric for a row of scores [unit]."""
@@ -297,7 +280,7 @@ class Drop:
             for row, units in enumerate(part):
                 for unit in units:
                     ids[row, slice(*self._units[unit])] = self._blank
-            found = self.real - self._log_probs(ids)[:, self.answer]
+            found = self.real - self.answer.repeat(len(part)).score(self._log_probs(ids))
             self._known.update(zip(part, found.tolist(), strict=True))
         return [self._known[units] for units in asked]
 

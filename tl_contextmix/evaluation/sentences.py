@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given, label, make_batch
+from tl_contextmix.adapters.inputs.answers import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 from tl_contextmix.evaluation.alignment import require_cues
@@ -25,14 +26,14 @@ class Sentence:
     Attributes:
         tokens: Its ids [1, pos], with the mask for a masked model.
         place: The predicting position.
-        answer: Id of the right token; if unknown, the model's prediction.
+        answer: What is asked there; if no target is known, the model's prediction.
         wrong: Id of the wrong one, or None.
         cues: Positions or texts of the cues; empty if unknown.
     """
 
     tokens: Tensor
     place: int
-    answer: int | None
+    answer: Answer
     wrong: int | None = None
     cues: tuple[int | str, ...] = ()
 
@@ -43,6 +44,9 @@ def sentences_of(
     input: Any,
     cues: Any,
     unusable: Unusable = "error",
+    *,
+    answer: Answer,
+    contrast: bool = False,
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
     """Returns texts or minimal pairs as sentences, and those that cannot be scored.
 
@@ -52,6 +56,8 @@ def sentences_of(
         input: See `tl_contextmix.evaluation.compare`.
         cues: Likewise.
         unusable: Likewise.
+        answer: Target and foil of texts.
+        contrast: Whether the wrong words of pairs are foils.
 
     Raises:
         InvalidInput: If they do not match the model or each other.
@@ -79,8 +85,19 @@ def sentences_of(
     mask = None if causal else _mask_id(model)
     if kinds == {str}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
-        texts = zip(listed, asked, strict=True)
-        return _usable([(t, partial(_text, view, t, mask, c)) for t, c in texts], unusable)
+        _require_no_contrast(contrast)
+        targets = one_each(answer.target, len(listed), "target")
+        foils = one_each(answer.foil, len(listed), "foil")
+        answers = map(Answer, targets, foils)
+        texts = zip(listed, asked, answers, strict=True)
+        return _usable([(t, partial(_text, view, t, mask, c, a)) for t, c, a in texts], unusable)
+    if answer != Answer():
+        raise bad(
+            "minimal pairs have their own targets",
+            "target= or foil= together with minimal pairs",
+            "target= and foil= only for texts",
+            "Pass contrast=True for the wrong words as foils.",
+        )
     if cues is not None:
         raise bad(
             "minimal pairs have their own cues",
@@ -96,7 +113,19 @@ def sentences_of(
             "cues for all pairs, or for none",
             "Run compare separately on pairs with and without cues.",
         )
-    return _usable([(pair.good, partial(_pair, view, pair, mask)) for pair in listed], unusable)
+    return _usable(
+        [(pair.good, partial(_pair, view, pair, mask, contrast)) for pair in listed], unusable
+    )
+
+
+def _require_no_contrast(contrast: bool) -> None:
+    if contrast:
+        raise bad(
+            "texts have no wrong word to contrast with",
+            "contrast=True and texts",
+            "contrast=True with minimal pairs",
+            "Pass target= and foil=.",
+        )
 
 
 def _usable(
@@ -119,10 +148,13 @@ def _usable(
     return found, tuple(dropped)
 
 
-def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str]) -> Sentence:
+def _text(
+    view: ModelView, text: str, mask: int | None, cues: Iterable[int | str], answer: Answer
+) -> Sentence:
     tokens = make_batch(view, Given(text)).main.ids.cpu()
     if mask is None:
-        return Sentence(tokens, tokens.shape[1] - 1, None, None, tuple(cues))
+        last = tokens.shape[1] - 1
+        return Sentence(tokens, last, replace(answer, pos=last), None, tuple(cues))
     places = (tokens[0] == mask).nonzero()[:, 0].tolist()
     if len(places) != 1:
         raise bad(
@@ -131,10 +163,10 @@ def _text(view: ModelView, text: str, mask: int | None, cues: Iterable[int | str
             "exactly one mask token in every text",
             "Replace the word to predict with the tokenizer's mask token.",
         )
-    return Sentence(tokens, places[0], None, None, tuple(cues))
+    return Sentence(tokens, places[0], replace(answer, pos=places[0]), None, tuple(cues))
 
 
-def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
+def _pair(view: ModelView, pair: MinimalPair, mask: int | None, contrast: bool) -> Sentence:
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
     # Alignment is needed only for cues or a mask.
@@ -151,7 +183,7 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
             raise _unasked(pair, "no token before the answer", "at least one")
         if any(cue >= first for cue in cues):
             raise _unasked(pair, "a cue after the answer", "cues before it, for a causal model")
-        return Sentence(good.ids[:, :first].cpu(), first - 1, ids[first], others[first], cues)
+        return _sentence(good.ids[:, :first], first - 1, ids[first], others[first], cues, contrast)
     target = overlapping(places, pair.target)
     theirs = overlapping(place_tokens(pair.bad, label(view, "", wrong)), pair.wrong_target)
     if len(target) != 1 or len(theirs) != 1:
@@ -162,7 +194,14 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None) -> Sentence:
         )
     tokens = good.ids.cpu().clone()
     tokens[0, target[0]] = mask
-    return Sentence(tokens, target[0], ids[target[0]], others[theirs[0]], cues)
+    return _sentence(tokens, target[0], ids[target[0]], others[theirs[0]], cues, contrast)
+
+
+def _sentence(
+    tokens: Tensor, place: int, right: int, wrong: int, cues: tuple[int, ...], contrast: bool
+) -> Sentence:
+    answer = Answer(right, wrong if contrast else None, place)
+    return Sentence(tokens.cpu(), place, answer, wrong, cues)
 
 
 def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:

@@ -60,7 +60,8 @@ def gradient_x_input(
 
     with :math:`f` the logit of a token at a position (with a foil: less the foil's) and :math:`x_j`
     the residual stream that enters the first block (token, position and segment embeddings
-    together; past the embedding norm where there is one). Denil et al. 2014, Shrikumar et al. 2017 ("input x gradient").
+    together; past the embedding norm where there is one). Denil et al. 2014, Shrikumar et al. 2017
+    ("input x gradient").
 
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.

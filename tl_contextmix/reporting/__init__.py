@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tl_contextmix.adapters.inputs.answers import Answer, Target
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
@@ -33,6 +34,9 @@ def build_report(
     triggers: Triggers | None = None,
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
+    target: Target | None = None,
+    foil: Target | None = None,
+    pos: int | None = None,
 ) -> Page:
     """Returns a page on what a model's blocks do to a sentence.
 
@@ -55,6 +59,9 @@ def build_report(
         pairs: Minimal pairs to compare methods on; the first 8 are used. None: from the grammar
             of a demo model.
         companion: An encoder-decoder for ``encoder-layers`` if the model has no encoder.
+        target: The predicted token that the page explains, see `Asked`; None: the model's best.
+        foil: What it is contrasted with, see `Asked`.
+        pos: The predicting position; None: the last, or the mask.
 
     Raises:
         ContextMixError: If the model, the text or the sections cannot be used.
@@ -66,7 +73,7 @@ def build_report(
     given = {"triggers": triggers, "pairs": pairs, "companion": companion}
     with _progress(len(names) + 1) as bar:
         bar.set_description("maps")
-        story = read(model, text, **given)
+        story = read(model, text, answer=Answer(target, foil, pos), **given)
         bar.update()
         told, missing = [], []
         for name in names:
@@ -91,6 +98,9 @@ def write_report(
     sections: Sequence[SectionName] | None = None,
     triggers: str | Path | None = None,
     pairs: str | Path | None = None,
+    target: Target | None = None,
+    foil: Target | None = None,
+    pos: int | None = None,
 ) -> Path:
     """Writes `build_report` to a file; returns its path.
 
@@ -104,6 +114,9 @@ def write_report(
         triggers: Folder that `mine_triggers` wrote for this model; its corpus file must still
             exist.
         pairs: File of minimal pairs, see `load_minimal_pairs`.
+        target: See `build_report`.
+        foil: See `build_report`.
+        pos: See `build_report`.
 
     Raises:
         ContextMixError: If the model, the text, a file or the path cannot be used.
@@ -126,6 +139,9 @@ def write_report(
         triggers=None if triggers is None else load_triggers(triggers, model=model),
         pairs=None if pairs is None else load_minimal_pairs(pairs),
         companion=companion,
+        target=target,
+        foil=foil,
+        pos=pos,
     )
     return page.save(path)
 

@@ -57,6 +57,7 @@ def write_comparison(
     count: int | None = None,
     words: bool = False,
     unusable: Unusable = "error",
+    contrast: bool = False,
 ) -> tuple[Path, Comparison]:
     """Writes `compare` of minimal pairs to one page; returns its path and the comparison.
 
@@ -67,6 +68,7 @@ def write_comparison(
         count: Use only the first so many; None for all of a file, or 50 of the grammar.
         words: See `compare`.
         unusable: Likewise.
+        contrast: Likewise.
 
     Raises:
         ContextMixError: If the model, the pairs or the path cannot be used.
@@ -78,7 +80,7 @@ def write_comparison(
     model = load_model(model_or_name) if named else model_or_name
     view = as_view(model)
     listed = _listed(view.name, pairs, count)
-    found = compare(model, listed, words=words, unusable=unusable)
+    found = compare(model, listed, words=words, unusable=unusable, contrast=contrast)
     facts = (
         ("Model", view.name),
         ("Class", f"{view.host}, TransformerLens {view.host_version}"),
@@ -162,7 +164,7 @@ def _rows(story: Story) -> Heatmap:
     tokens = story.done.target
     assert story.focus is not None
     here = tokens.strings[0][story.focus]
-    asked = Sentence(tokens.ids[:1], story.focus, None)
+    asked = Sentence(tokens.ids[:1], story.focus, story.answer)
     names, rows, skipped = [], [], []
     for name in _SHOWN:
         try:

@@ -25,16 +25,17 @@ def components(story: Story) -> Section | str:
         return "the text has no mask token to predict"
     if view.readout.refusal:
         return view.readout.refusal
+    asked = vars(story.answer)
     layers, read = (
-        log_prob_contributions(story.model, story.text, by=by, pos=focus)
+        log_prob_contributions(story.model, story.text, by=by, **asked)
         for by in ("layer", "position")
     )
     # If logits are not linear in the parts, finding the best neurons means evaluating all.
     linear = view.readout.head is None and view.readout.soft_cap is None
     neurons = linear and view.blocks()[0].feed_forward is not None
     by, k = ("ff_neuron", _PARTS) if neurons else ("head", None)
-    parts = log_prob_contributions(story.model, story.text, by=by, pos=focus, k=k)
-    heads = log_prob_contributions(story.model, story.text, by="head", pos=focus).top(_HEADS)
+    parts = log_prob_contributions(story.model, story.text, by=by, k=k, **asked)
+    heads = log_prob_contributions(story.model, story.text, by="head", **asked).top(_HEADS)
     readouts = component_readouts(story.model, story.text, components=parts.top(_PARTS))
     fall = _without(story, parts.top(_PARTS) if neurons else None, heads)
     panels = (
@@ -46,10 +47,10 @@ def components(story: Story) -> Section | str:
     best, source = layers.top(1), read.top(1)
     word = source.to_dataframe().source_token[0]
     finding = (
-        f"{best.labels()[0]} adds most to {quoted(layers.target.strings[0][0])} "
+        f"{best.labels()[0]} adds most to {layers.asked()} "
         f"({float(best.scores[0, 0]):+.2f} nats); the top source is {quoted(word)} in layer "
         f"{int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Ablating "
-        f"{fall.rows[-1][0]} takes its probability from {fall.rows[-1][1]:.0%} to "
+        f"{fall.rows[-1][0]} takes {_what(layers)} from {fall.rows[-1][1]:.0%} to "
         f"{fall.rows[-1][2]:.0%} (random ones: {fall.rows[-1][3]:.0%})."
     )
     text = (
@@ -61,6 +62,12 @@ def components(story: Story) -> Section | str:
     )
     citation = sources("yu2023exploring", "yu2024neuron")
     return Section("Which components wrote the answer?", text, panels, citation, finding)
+
+
+def _what(layers: LogProbContributions) -> str:
+    """Returns what a knockout measures, in words."""
+    contrasted = layers.foil is not None
+    return "its lead in probability" if contrasted else "its probability"
 
 
 def _speaking(readouts: ComponentReadouts, name: str) -> Panel:

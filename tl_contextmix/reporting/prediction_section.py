@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Bars, Panel, Table
 from tl_contextmix.reporting.drawing import quoted
@@ -40,6 +43,8 @@ def prediction(story: Story) -> Section | str:
     finding = f"{preposition.capitalize()} {quoted(here)} the model predicts {quoted(names[0])}"
     if len(names) > 1:
         finding += f" ({share:.0%}; then {quoted(names[1])}, {float(found.values[1]):.0%})"
+    if story.answer.foil is not None:
+        finding += f". {_lead(story)}"
     text = (
         "The rest of the page explains this answer. A probability is the model's confidence; it "
         "says neither whether the answer is right nor why. The next sections trace where the "
@@ -47,6 +52,16 @@ def prediction(story: Story) -> Section | str:
         "wrote the answer."
     )
     return Section("What does the model predict?", text, tuple(panels), finding=f"{finding}.")
+
+
+def _lead(story: Story) -> str:
+    """Returns how far the target is ahead of its foil, in words."""
+    layers = log_prob_contributions(story.model, story.text, **vars(story.answer))
+    odds = float(layers.log_prob[0])
+    return (
+        f"The page asks why {layers.asked()}: the first is {math.exp(abs(odds)):.3g} times "
+        f"{'more' if odds >= 0 else 'less'} probable than the second ({odds:+.2f} nats)"
+    )
 
 
 def _expected(story: Story, probabilities: torch.Tensor) -> Table:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.inputs.answers import Answer, ask
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
 from tl_contextmix.engine.parts import POINTS, Point
@@ -39,6 +40,7 @@ class Story:
         maps: Maps by point, without points that do not apply to the model.
         missing: Why points are missing; empty if none are.
         focus: The predicting position; None if there is none.
+        answer: What is asked there.
         triggers: Mined triggers of the model's memories, or None.
         pairs: Minimal pairs to compare methods on, or None.
         companion: An encoder-decoder to show if the model has no encoder, or None.
@@ -51,6 +53,7 @@ class Story:
     maps: Mapping[str, ContextMap]
     missing: str
     focus: int | None
+    answer: Answer
     triggers: Triggers | None = None
     pairs: Sequence[MinimalPair] | None = None
     companion: object = None
@@ -90,6 +93,7 @@ def read(
     triggers: Triggers | None = None,
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
+    answer: Answer,
 ) -> Story:
     """Returns the data for a report on a model and a sentence.
 
@@ -99,6 +103,7 @@ def read(
         triggers: See `Story`.
         pairs: Likewise.
         companion: Likewise.
+        answer: What is asked; None for the last position or the mask, and the model's best token.
 
     Raises:
         ContextMixError: If the model or the text cannot be used.
@@ -118,8 +123,22 @@ def read(
     done = run_pass(view, Given(text))
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, text, stack)
-    focus = _focus(model, done)
-    return Story(model, text, done, stack, maps, missing, focus, triggers, pairs, companion)
+    focus = _focus(model, done) if answer == Answer() else _asked(done, answer)
+    answer = replace(answer, pos=focus)
+    return Story(model, text, done, stack, maps, missing, focus, answer, triggers, pairs, companion)
+
+
+def _asked(done: Pass, answer: Answer) -> int:
+    """Returns the position of the one prediction that is asked about."""
+    question = ask(done.view, done.trace.batch, answer)
+    if len(question.rows) != 1:
+        raise bad(
+            "a report is on one prediction",
+            f"{len(question.rows)} predictions",
+            "one position, and a target of one token or a set of alternatives",
+            "Ask about one token of the answer: give the text before it, and that token.",
+        )
+    return int(question.rows[0])
 
 
 def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, ContextMap], str]:

@@ -430,8 +430,27 @@ def _plain(number: Any) -> Any:
 
 def _names(target: object, count: int) -> list[str | None]:
     """Returns the text of each sentence's target, where it is one."""
-    listed = _items(target) or [target] * count
+    listed = one_each(target, count, "target")
     return [one if isinstance(one, str) else None for one in listed]
+
+
+def one_each(asked: object, count: int, name: str) -> list[Any]:
+    """Returns what each of some sentences is asked about, out of one for all or one for each.
+
+    Raises:
+        InvalidInput: If a list has another length.
+    """
+    listed = _items(asked)
+    if listed is None:
+        return [asked] * count
+    if len(listed) != count:
+        raise bad(
+            f"there is not one {name} for each text",
+            repr(asked),
+            f"one for all, or a list of {count}",
+            "Pass one for all texts, or one for each.",
+        )
+    return listed
 
 
 def _each(view: ModelView, asked: object, count: int, name: str) -> list[Steps] | None:
@@ -442,12 +461,7 @@ def _each(view: ModelView, asked: object, count: int, name: str) -> list[Steps] 
     """
     if asked is None:
         return None
-    listed = _items(asked)
-    if listed is None:
-        return [_steps(view, asked, name)] * count
-    if len(listed) != count:
-        raise _no_target(view, asked, name, f"or {count} of them")
-    return [_steps(view, one, name) for one in listed]
+    return [_steps(view, one, name) for one in one_each(asked, count, name)]
 
 
 def _steps(view: ModelView, one: object, name: str) -> Steps:
@@ -527,11 +541,11 @@ def _require_one_token(foil: list[Steps] | None) -> None:
         )
 
 
-def _no_target(view: ModelView, asked: object, name: str, more: str = "") -> InvalidInput:
+def _no_target(view: ModelView, asked: object, name: str) -> InvalidInput:
     return bad(
         f"this is no {name}",
         repr(asked),
-        f"{_TARGETS}, ids from 0 to {view.d_vocab - 1}" + (f", {more}" if more else ""),
+        f"{_TARGETS}; ids from 0 to {view.d_vocab - 1}",
         "Pass one for all texts, or one for each.",
     )
 
