@@ -14,7 +14,9 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.inputs.answers import Answer, ask
+from tl_contextmix.adapters.inputs.answers import Answer
+from tl_contextmix.engine.log_prob_scores import run_question
+from tl_contextmix.evaluation import blanked
 from tl_contextmix.results import LogProbContributions
 
 TEXT = "the keys to the cabinet"
@@ -72,15 +74,12 @@ def test_alternatives_are_a_difference_of_log_sum_exps(case: zoo.Case) -> None:
     assert relative(total, odds) <= bound(case)
     # One attention sublayer, head by head, literally.
     view = view_of(model)
-    batch = make_batch(view, Given(given.tokens, decoder_input=given.decoder_tokens))
-    question = ask(view, batch, Answer(**SETS, pos=-2))
-    from tl_contextmix.engine.log_prob_scores import run_question
-
-    given_ = Given(given.tokens, decoder_input=given.decoder_tokens)
-    prediction = run_question(view, given_, Answer(**SETS, pos=-2)).prediction("frozen+beta", 2**30)
+    asked = Given(given.tokens, decoder_input=given.decoder_tokens)
+    run = run_question(view, asked, Answer(**SETS, pos=-2))
+    prediction = run.prediction("frozen+beta", 2**30)
     step = next(i for i, w in enumerate(prediction.stream.components) if w.kind == "attn")
     component: Any = prediction.stream.components[step]
-    for row in range(len(question.rows)):
+    for row in range(len(prediction.log_prob)):
         before = prediction.stream.states[row, step]
         after = before + component.heads()[row]
         logits = prediction.vocabulary.log_probs(torch.cat([before[None], after]), row)
@@ -294,15 +293,10 @@ def test_faithfulness_and_compare_ask_for_a_contrast() -> None:
     odds = cm.faithfulness(model, TEXT, fmap, target=" are", foil={" is", " was"})
     assert [row.value for row in plain.rows] != [row.value for row in odds.rows]
     ids = fmap.source.ids[0]
-    blank = model.tokenizer.unk_token_id
-    # Sufficiency of the last layer's best token alone, literally, is among the drops.
     with torch.no_grad():
         logits = model(ids[None])[0, -1]
     a, i, w = (model.to_single_token(word) for word in (" are", " is", " was"))
-    assert blank is not None
     real = float(log_odds(logits, [a], [i, w]))
-    from tl_contextmix.evaluation import blanked
-
     drop = blanked(model, ids, Answer(" are", {" is", " was"}), None)
     assert drop.real == pytest.approx(real, abs=1e-4)
     pairs = cm.demo_pairs(count=3)
