@@ -91,7 +91,7 @@ def sentences_of(
         answers = map(Answer, targets, foils)
         texts = zip(listed, asked, answers, strict=True)
         return _usable([(t, partial(_text, view, t, mask, c, a)) for t, c, a in texts], unusable)
-    if answer != Answer():
+    if not answer.empty:
         raise bad(
             "minimal pairs have their own targets",
             "target= or foil= together with minimal pairs",

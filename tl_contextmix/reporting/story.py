@@ -123,7 +123,7 @@ def read(
     done = run_pass(view, Given(text))
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, text, stack)
-    focus = _focus(model, done) if answer == Answer() else _asked(done, answer)
+    focus = _focus(model, done) if answer.empty else _asked(done, answer)
     answer = replace(answer, pos=focus)
     return Story(model, text, done, stack, maps, missing, focus, answer, triggers, pairs, companion)
 

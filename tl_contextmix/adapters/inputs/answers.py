@@ -16,8 +16,8 @@ from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInpu
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import InvalidInput, bad, four_parts, warn
+from tl_contextmix.core.validation import is_text, whole_number
+from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 
 Token = str | int
@@ -68,6 +68,11 @@ class Answer:
     target: object = None
     foil: object = None
     pos: object = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked but the default."""
+        return self.target is None and self.foil is None and self.pos is None
 
 
 def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
@@ -170,7 +175,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
     """
     stack = view.base_stack(None)
     found, batch = _answer_of(batch, view, *about)
-    if found is not None and answer == Answer():
+    if found is not None and answer.empty:
         return _again(view, batch, stack, found)
     count = batch.main.ids.shape[0]
     if found is not None and len(found.pos) != count:
@@ -191,7 +196,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
     if foil is not None and target is None:
         raise bad(
             "a foil needs a target",
-            f"foil={answer.foil!r} and no target",
+            f"foil={seen(answer.foil)} and no target",
             "both",
             "Pass target=, the token that the foil is contrasted with.",
         )
@@ -235,7 +240,7 @@ def _several(
     if answer.pos is not None:
         raise bad(
             "an answer of several tokens has its own positions",
-            f"pos={answer.pos!r} and an answer of {max(map(len, target))} tokens",
+            f"pos={seen(answer.pos)} and an answer of {max(map(len, target))} tokens",
             "no pos",
             "Leave pos out: the answer follows the text, or stands where its masks are.",
         )
@@ -404,7 +409,7 @@ def rows_at(pos: object, mask: Tensor) -> Int[Tensor, " batch"]:
 def _no_position(pos: object, length: int) -> InvalidInput:
     return bad(
         "there is no such position",
-        repr(pos),
+        seen(pos),
         f"an integer from {-length} to {length - 1}, several, or 'all'",
         "Positions are the same for all sentences; negative ones count from each one's last token.",
     )
@@ -446,7 +451,7 @@ def one_each(asked: object, count: int, name: str) -> list[Any]:
     if len(listed) != count:
         raise bad(
             f"there is not one {name} for each text",
-            repr(asked),
+            seen(asked),
             f"one for all, or a list of {count}",
             "Pass one for all texts, or one for each.",
         )
@@ -485,7 +490,7 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
     Raises:
         InvalidInput: If there are none, or one is unknown.
     """
-    found = view.pieces(text)
+    found = view.pieces(text) if is_text(text) else []
     if not found:
         raise _no_target(view, text, name)
     unknown = view.special_ids().get("unknown")
@@ -544,7 +549,7 @@ def _require_one_token(foil: list[Steps] | None) -> None:
 def _no_target(view: ModelView, asked: object, name: str) -> InvalidInput:
     return bad(
         f"this is no {name}",
-        repr(asked),
+        seen(asked),
         f"{_TARGETS}; ids from 0 to {view.d_vocab - 1}",
         "Pass one for all texts, or one for each.",
     )
