@@ -139,7 +139,9 @@ ROWS = [
     Row(cm.token_memory, "neurons", (0, 1), "shares"),
     # Predictions
     Row(cm.log_prob_contributions, "target", (7, 9), given={"pos": -1}, only=SINGLE),
+    Row(cm.log_prob_contributions, "foil", (8, 9), given={"pos": -1, "target": 7}, only=SINGLE),
     Row(queries, "target", (7, 9), only=SINGLE),
+    Row(queries, "foil", (8, 9), given={"target": 7}, only=SINGLE),
     Row(queries, "neurons", ([(1, 1)], [(1, 3)]), only=SINGLE),
     Row(queries, "pos", (1, 2), given={"target": 7}, only=SINGLE),
     Row(cm.log_prob_contributions, "by", ("layer", "head"), given={"pos": -1}, only=SINGLE),
@@ -186,6 +188,7 @@ ROWS = [
     Row(out, "heads", ([(0, 1)], [(1, 0)]), "after", only=SINGLE),
     Row(out, "neurons", ([(0, 1)], [(1, 0)]), "after", only=SINGLE),
     Row(out, "target", (7, 9), "after", only=SINGLE),
+    Row(out, "foil", (8, 9), "after", {"target": 7}, only=SINGLE),
     Row(out, "pos", (1, 2), "after", {"target": 7}, only=SINGLE),
     Row(out, "positions", ("last", "all"), "after", only=SINGLE),
     Row(out, "replace_with", ("zero", "mean"), "after", only=SINGLE),
@@ -195,14 +198,15 @@ ROWS = [
         row
         for ask in (cm.gradient_x_input, cm.integrated_gradients)
         for row in (
-            Row(ask, "target", (7, 9), only=SINGLE),
+            Row(ask, "target", (7, 9), given={"pos": -1}, only=SINGLE),
+            Row(ask, "foil", (8, 9), given={"pos": -1, "target": 7}, only=SINGLE),
             Row(ask, "pos", (1, 2), given={"target": 7}, only=SINGLE),
-            Row(ask, "of", ("logit", "log_prob"), only=SINGLE),
-            Row(ask, "score", ("l2", "l1"), only=SINGLE),
-            Row(ask, "score", ("l2", "sum"), only=SINGLE),
+            Row(ask, "of", ("logit", "log_prob"), given={"pos": -1}, only=SINGLE),
+            Row(ask, "score", ("l2", "l1"), given={"pos": -1}, only=SINGLE),
+            Row(ask, "score", ("l2", "sum"), given={"pos": -1}, only=SINGLE),
         )
     ),
-    Row(cm.integrated_gradients, "steps", (40, 60), only=SINGLE),
+    Row(cm.integrated_gradients, "steps", (40, 60), given={"pos": -1}, only=SINGLE),
     Row(cm.ff_memories, "layer", LAYERS, "probability", only=SINGLE),
     # T5's ReLU has no negative coefficients.
     Row(
