@@ -38,8 +38,7 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     were trained on the ids that their tokenizers give, which to_tokens of a bridge puts special
     tokens in front of and cuts some off, so there the tokenizer is asked.
     """
-    pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
-    framed = pair or (facts.encoder_only and facts.host != "HookedTransformer")
+    framed = _is_framed(facts)
 
     def encode(text: str, prepend_bos: bool | None) -> list[int]:
         model = handle.get()
@@ -60,6 +59,36 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     return encode
 
 
+def _is_framed(facts: Facts) -> bool:
+    """Whether texts get the special tokens of their tokenizer, not those of TransformerLens."""
+    pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
+    return pair or (facts.encoder_only and facts.host != "HookedTransformer")
+
+
+def make_encode_pair(
+    handle: Handle, facts: Facts
+) -> Callable[[str, str], tuple[list[int], list[int] | None]]:
+    """Returns the function that turns two texts into the token ids and segments of one row."""
+    framed = _is_framed(facts)
+
+    def encode_pair(first: str, second: str) -> tuple[list[int], list[int] | None]:
+        tokenizer = require_tokenizer(handle.get())
+        if not framed:
+            raise bad(
+                "a pair of texts has no meaning for this model",
+                f"({first!r}, {second!r})",
+                "one text a row: a decoder has no segments",
+                "Join the two into one text.",
+            )
+        before, _, after = _split(tokenizer, {"text": first})
+        if _lost_frame(tokenizer, before, after):
+            tokenizer = _published(tokenizer)
+        found = tokenizer(first, second)
+        return list(found["input_ids"]), found.get("token_type_ids")
+
+    return encode_pair
+
+
 def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int]]:
     """Returns a text's ids between the special tokens that its tokenizer puts around them.
 
@@ -72,13 +101,16 @@ def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int
         text: One text by its name, ``text`` or ``text_target``.
     """
     before, words, after = _split(tokenizer, text)
-    # NLLB's tokenizer puts its own back, in the language that is set now.
-    if tokenizer.init_kwargs.get("add_bos_token") and [*before, *after] in (
-        [],
-        [tokenizer.bos_token_id],
-    ):
+    if _lost_frame(tokenizer, before, after):
         before, _, after = _split(_published(tokenizer), text)
     return before, words, after
+
+
+def _lost_frame(tokenizer: Any, before: list[int], after: list[int]) -> bool:
+    """Whether a text has at most a BOS around it and its tokenizer was loaded again for that."""
+    # NLLB's tokenizer puts its own back, in the language that is set now.
+    bare = [*before, *after] in ([], [tokenizer.bos_token_id])
+    return bool(tokenizer.init_kwargs.get("add_bos_token")) and bare
 
 
 def _split(tokenizer: Any, text: dict[str, str]) -> tuple[list[int], list[int], list[int]]:
@@ -166,11 +198,13 @@ def make_pieces(handle: Handle) -> Callable[[str], list[int]]:
 
 
 def special_ids(model: Any) -> dict[str, int]:
-    """Returns the ids of the tokens that stand for a word: ``"mask"`` and ``"unknown"``."""
+    """Returns the ids of special tokens by their role; see `ModelView.special_ids`."""
     tokenizer = getattr(model, "tokenizer", None)
+    segmented = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
     found = {
         "mask": getattr(tokenizer, "mask_token_id", None),
         "unknown": getattr(tokenizer, "unk_token_id", None),
+        "separator": getattr(tokenizer, "sep_token_id", None) if segmented else None,
     }
     return {name: int(token) for name, token in found.items() if token is not None}
 

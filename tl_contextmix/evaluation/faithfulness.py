@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, make_batch
+from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
@@ -84,15 +86,16 @@ def faithfulness(
             f"a ContextMap of the tokens {batch.main.ids.tolist()}",
             "Pass the map's text, or its token ids if it was computed with prepend_bos=False.",
         )
+    require_same_arguments(view, map.provenance.options, batch)
     count = len(map.source.strings)
     places = [None] * count if pos is None else per_sentence(pos, count, "positions")
     answers = [None] * count if target is None else per_sentence(target, count, "answers")
-    drops = [
-        blanked(model, ids[mask], place, blank, asked)
-        for ids, mask, place, asked in zip(
-            map.source.ids, map.source.mask, places, answers, strict=True
-        )
-    ]
+    drops = []
+    for row, (place, asked) in enumerate(zip(places, answers, strict=True)):
+        real = map.source.mask[row]
+        further = {name: value[row].cpu()[real] for name, value in batch.further.items()}
+        ids = map.source.ids[row][real]
+        drops.append(blanked(model, ids, place, blank, asked, further=further))
     warn_of_short(drops)
     return faithfulness_of(map, drops)
 
@@ -165,6 +168,7 @@ def blanked(
     blank: int | None,
     answer: int | None,
     spans: Spans | None = None,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Drop:
     """Returns a sentence prepared for blanking.
 
@@ -175,6 +179,7 @@ def blanked(
         blank: See `faithfulness`.
         answer: See `faithfulness`.
         spans: Words to blank as a whole; None for single tokens.
+        further: What the model is given of each token besides its id [pos].
     """
     view = as_view(model)
     view.readout.require()
@@ -195,7 +200,7 @@ def blanked(
     if answer is not None:
         _require_between("target is not a token id", answer, 0, view.d_vocab)
     units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
-    return Drop(view, ids, place % len(ids), token, answer, units)
+    return Drop(view, ids, place % len(ids), token, answer, units, further)
 
 
 def _require_between(failed: str, value: Any, low: int, high: int) -> None:
@@ -240,7 +245,9 @@ class Drop:
         blank: int,
         answer: int | None,
         units: Spans,
+        further: Mapping[str, Tensor],
     ) -> None:
+        self._further = further
         self._view, self._ids, self._blank, self._units = view, ids, blank, units
         self.place = place
         self.unit = next(u for u, (start, stop) in enumerate(units) if start <= place < stop)
@@ -314,7 +321,8 @@ class Drop:
 
     def _log_probs(self, ids: Tensor) -> Tensor:
         side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
-        trace = self._view.run(Batch(main=side), [self._view.blocks()[0].resid_in])
+        further = {name: value.expand_as(ids) for name, value in self._further.items()}
+        trace = self._view.run(Batch(side, None, further), [self._view.blocks()[0].resid_in])
         assert trace.logits is not None
         return trace.logits[:, self.place].float().cpu().log_softmax(-1)
 

@@ -21,7 +21,7 @@ from tl_contextmix.adapters.inputs import (
     provenance,
 )
 from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
-from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
@@ -160,12 +160,6 @@ def integrated_gradients(
         return asked.map("integrated_gradients", parts, missed, options)
 
 
-def _own(side: Side) -> Side:
-    """Returns tokens that a gradient's graph may keep: not those made in inference mode."""
-    with torch.inference_mode(False):
-        return Side(side.ids.clone(), side.mask.clone())
-
-
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
     # Attributions that cancel may leave a change of the size of their rounding.
     rounding = 1e-5 * parts.abs().sum(dim=(1, 2))
@@ -238,7 +232,8 @@ class _Asked:
         """Returns the predictions [row] at other inputs, as many times the sentences."""
         edits = {name: _instead(x) for name, x in inputs.items()}
         times = len(next(iter(inputs.values()))) // len(self.rows)
-        logits = self.view.run(_repeated(self.batch, times), [], edits=edits, grad=grad).logits
+        batch = self.batch.each(lambda tensor: tensor.repeat(times, 1))
+        logits = self.view.run(batch, [], edits=edits, grad=grad).logits
         rows, target = self.rows.repeat(times), self.target.repeat(times)
         return _predicted(logits, rows, target, self.of, self.dtype)
 
@@ -313,7 +308,7 @@ class _Asked:
             includes_residual=True,
             bias=None if missed is None else missed.abs()[:, None, None, None],
             from_input=True,
-            provenance=provenance(self.view, method, options),
+            provenance=provenance(self.view, method, options, further=self.batch.further),
         )
 
 
@@ -339,9 +334,8 @@ def _ask(
 ) -> _Asked:
     if view.readout.refusal:
         raise UnsupportedModel(view.readout.refusal)
-    batch = make_batch(view, given)
-    said = batch.decoder
-    batch = Batch(_own(batch.main), None if said is None else _own(said))
+    # Copies, which a gradient's graph may keep: what is given may be made in inference mode.
+    batch = make_batch(view, given).each(Tensor.clone)
     entries = _entries(view)
     leaves: dict[str, Tensor] = {}
 
@@ -371,16 +365,6 @@ def _predicted(
     row = logits[each, rows.to(logits.device)].to(dtype)
     row = row.log_softmax(dim=-1) if of == "log_prob" else row
     return row[each, target.to(logits.device)]
-
-
-def _repeated(batch: Batch, times: int) -> Batch:
-    """Returns sentences one after the other, as often as asked."""
-    sides = (batch.main, batch.decoder)
-    main, decoder = (
-        side and Side(side.ids.repeat(times, 1), side.mask.repeat(times, 1)) for side in sides
-    )
-    assert main is not None
-    return Batch(main, decoder)
 
 
 def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:

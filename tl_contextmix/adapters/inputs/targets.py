@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
@@ -95,6 +96,7 @@ def answer_of(batch: Batch, view: ModelView, *given: object) -> LogProbContribut
     """
     results = [g for g in given if isinstance(g, (LogProbContributions, QueryContributions))]
     for result in results:
+        require_same_arguments(view, result.provenance.options, batch)
         sides = [(result.tokens, batch.side(view.base_stack(None)))]
         if result.encoder is not None:
             sides.append((result.encoder, batch.main))

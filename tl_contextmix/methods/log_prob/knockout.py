@@ -136,6 +136,7 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
+            further=batch.further,
             removed=finest(chosen),
         ),
     )
