@@ -183,7 +183,7 @@ def _try(view: ModelView, where: str, placed: bool) -> str:
 def _streams(view: ModelView, side: Side, placed: bool) -> dict[str, Tensor]:
     decoder = None
     if view.encode_decoder is not None:
-        ids = torch.tensor([view.encode_decoder(None)])
+        ids = torch.tensor([view.encode_decoder(None)[:1]])
         decoder = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     last = {stack: blocks[-1] for stack, blocks in view.stacks.items()}
     names = [block.resid_out for block in last.values()]

@@ -24,7 +24,7 @@ from tl_contextmix.adapters.inputs.padding import (
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, is_text
-from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
+from tl_contextmix.errors import InvalidInput, bad, require_choice, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -49,7 +49,8 @@ class TokenInputs(TypedDict, total=False):
     """Where texts of unequal length are padded; None: on the right."""
 
     decoder_input: Input | None
-    """Text, texts or token ids of an encoder-decoder's decoder side; None: its start token."""
+    """Text, texts or token ids of an encoder-decoder's decoder side; None: what ``generate`` starts
+    the decoder with. A text follows that, ids are taken as they are."""
 
     token_type_ids: Ids | None
     """Segment of each token, for models that take segments; None: what a tokenizer's result or
@@ -128,14 +129,14 @@ def _tokenized(given: Given) -> Given:
         said = said["input_ids"]
     return replace(
         given,
-        input=_as_tensor(main),
-        attention_mask=_as_tensor(mask),
-        decoder_input=_as_tensor(said),
-        further={name: _as_tensor(one) for name, one in further.items() if one is not None},
+        input=as_tensor(main),
+        attention_mask=as_tensor(mask),
+        decoder_input=as_tensor(said),
+        further={name: as_tensor(one) for name, one in further.items() if one is not None},
     )
 
 
-def _as_tensor(given: Any) -> Any:
+def as_tensor(given: Any) -> Any:
     """Returns an array or a list of numbers, or of lists of them, as a tensor; else what it is."""
     try:
         if isinstance(given, numpy.ndarray):
@@ -218,6 +219,8 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
         texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
+        if caution := view.prompt_caution():
+            warn(caution)
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
         _token_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
