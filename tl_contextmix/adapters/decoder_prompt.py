@@ -89,9 +89,11 @@ def make_encode_decoder(handle: Handle) -> Callable[[str | None], list[int]]:
         prompt = decoder_prompt(model).ids
         if text is None:
             return list(prompt)
-        own, rest = _target(model, require_tokenizer(model), text)
-        if len(prompt) == 1:  # what the tokenizer puts before a text is said if it is not forced
-            rest = [*(token for token in own[1:] if token not in prompt), *rest]
+        tokenizer = require_tokenizer(model)
+        own, rest = _target(model, tokenizer, text)
+        if len(prompt) == 1 and _target_language(tokenizer) not in prompt:
+            # What the tokenizer puts before a text is the text's where nothing is forced.
+            rest = own[1:] + rest
         return [*prompt, *rest]
 
     return encode

@@ -70,7 +70,7 @@ def warn_of_lost_segments(view: ModelView, main: Side) -> None:
             and a row has two separators.
     """
     separator = view.special_ids().get("separator")
-    if separator is None or (view.takes["token_type_ids"] or 0) < 2:
+    if separator is None or (view.takes.get("token_type_ids") or 0) < 2:
         return
     counts = ((main.ids == separator) & main.mask).sum(dim=1)
     rows = (counts > 1).nonzero()[:, 0].tolist()

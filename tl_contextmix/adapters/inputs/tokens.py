@@ -106,7 +106,8 @@ def make_batch(view: ModelView, given: Given) -> Batch:
     further = {**segments, **given.further}
     if further:
         further = further_arguments(view, further, main)
-    if "token_type_ids" in view.takes and "token_type_ids" not in further:
+    # GPT-2, too, takes segments, but was not trained with any.
+    if "decoder" not in view.stacks and "token_type_ids" not in further:
         warn_of_lost_segments(view, main)
     if not bool(main.mask.all()):
         require_safe_padding(view, main, placed="position_ids" in further)
