@@ -68,7 +68,7 @@ def second_only(case: zoo.Case) -> Any:
 @EACH_BERT
 def test_attention_is_the_models_own_on_a_pair(case: zoo.Case) -> None:
     hf = zoo.hf_model("bert")
-    options = {"token_type_ids": SEGMENTS, "attention_mask": REAL}
+    options: dict[str, Any] = {"token_type_ids": SEGMENTS, "attention_mask": REAL}
     with torch.no_grad():
         out = hf(IDS, output_attentions=True, **options)
     real = REAL[:, None, None, :, None] * REAL[:, None, None, None]
@@ -205,16 +205,18 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "match"), UNFIT)
 def test_what_does_not_fit_is_refused(options: dict[str, Any], match: str) -> None:
+    given: dict[str, Any] = {"input": IDS, "attention_mask": REAL, **options}
     with pytest.raises(cm.InvalidInput, match=match):
-        cm.attention(zoo.shared(BERTS[0]), **{"input": IDS, "attention_mask": REAL, **options})
+        cm.attention(zoo.shared(BERTS[0]), **given)
 
 
 def test_what_a_model_does_not_take_is_refused() -> None:
     case = case_of("gptj", host="HookedTransformer") if zoo.major() < 4 else case_of("bart")
     model, ids = zoo.shared(case), zoo.inputs(case).tokens
     for name in ("token_type_ids", "position_ids"):
+        options: dict[str, Any] = {name: torch.ones_like(ids)}
         with pytest.raises(cm.InvalidInput, match=f"takes no {name}"):
-            cm.attention(model, ids, **{name: torch.ones_like(ids)})
+            cm.attention(model, ids, **options)
     # Many tokenizers give segments to every model: one says nothing.
     given = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
     assert cm.attention(model, given).equals(cm.attention(model, ids))
@@ -249,7 +251,10 @@ def test_padding_in_front_is_right_where_positions_are_given() -> None:
     ids, short = IDS.clone(), IDS[1:, :4]
     ids[1] = torch.cat([ids.new_zeros(3), short[0]])
     real = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
-    options = {"token_type_ids": SEGMENTS, "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+    options: dict[str, Any] = {
+        "token_type_ids": SEGMENTS,
+        "position_ids": (real.cumsum(1) - 1).clamp(min=0),
+    }
     found = cm.attention(model, ids, attention_mask=real, **options)
     alone = cm.attention(model, short, token_type_ids=SEGMENTS[1:, 3:])
     torch.testing.assert_close(found.scores[1, ..., 3:, 3:], alone.scores[0])

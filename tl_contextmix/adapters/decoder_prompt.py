@@ -53,7 +53,7 @@ def decoder_start(model: Any) -> int:
 
 def decoder_prompt(model: Any) -> Prompt:
     """Returns what the decoder of a TransformerLens model is told before a text."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     settings = getattr(getattr(model, "original_model", None), "generation_config", None)
     start, forced = decoder_start(model), getattr(settings, "forced_bos_token_id", None)
     ids = (start,) if forced is None else (start, int(forced))
