@@ -255,7 +255,8 @@ def hand_made(
     other = replace(attention, kind="cross", pattern="cross_pattern", value="cross_v")
     attentions = (attention, other) if cross else (attention,)
     block = Block(0, "x", "out", attentions, ff if feed_forward else None, parallel=parallel)
-    return block, Trace(Batch(*sides), values, torch.float64)
+    batch = Batch(sides[0], sides[1] if cross else None)
+    return block, Trace(batch, values, torch.float64)
 
 
 def row(

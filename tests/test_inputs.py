@@ -313,7 +313,8 @@ def test_a_text_is_what_its_tokenizer_makes_of_it(case: zoo.Case, tmp_path: Path
             labels = expected if ending else [*expected, start]
             shifted = [start, *labels[:-1]]
             if shift is not None:
-                shifted = shift(labels=torch.tensor([labels]))[0].tolist()
+                # mBART's would start with what ends the labels; generate starts as set.
+                shifted = [start, *shift(labels=torch.tensor([labels]))[0].tolist()[1:]]
             assert view.encode_decoder("the x cat y") == shifted, (frame, bos, by_name)
             assert [token for token in shifted if token in words] == words
 

@@ -196,15 +196,19 @@ UNCHECKED: dict[str, tuple[str, str]] = {
     "None": ("None, {}", r"input cannot be read: got a NoneType; .*a str, a list of str"),
     "int": ("5, {}", r"input cannot be read: got a int; .*token ids \[batch, pos\]"),
     "bytes": ("b'cat', {}", r"got a bytes;"),
-    "dict": ("{'input_ids': [1]}, {}", r"got a dict; .*what a tokenizer returns"),
+    "dict": ("{'ids': [1]}, {}", r"got a dict; .*what a tokenizer returns"),
     "rows of unequal length": ("[[5, 6], [7]], {}", r"got a list of list; .*Give rows of ids one"),
     "list with a None": ("['cat', None], {}", r"got a list of NoneType, str;"),
     "list of ids and texts": ("[5, 'cat'], {}", r"got a list of int, str;"),
     "generator": ("(t for t in ['cat']), {}", r"got a generator;"),
     "array of texts": ("numpy.array('cat'), {}", r"got a ndarray;"),
-    "two segments": (
-        "collections.UserDict(input_ids=[[5, 6]], token_type_ids=[[0, 1]]), {}",
-        r"got token_type_ids of a second segment; .*Give each text alone",
+    "an argument of no model": (
+        "collections.UserDict(input_ids=[[5, 6]], offset_mapping=[[0, 1]]), {}",
+        r"takes no offset_mapping: got a torch.int64 tensor.*besides its id: .*Leave it out",
+    ),
+    "a pair for a decoder": (
+        "[('the cat', 'a dog')], {}",
+        r"pair of texts has no meaning.*got \('the cat', 'a dog'\); .*Join the two",
     ),
     "half a character": ("'\\ud800', {}", r"input .* read: got '\\ud800'; expected characters"),
     "mask as text": ("TOKENS, {'attention_mask': '111'}", r"attention_mask .*got a str;"),

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.cache_names import cache_reader
+from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_decoder
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
-from tl_contextmix.adapters.running import make_hooked, make_runner, without_hooks
+from tl_contextmix.adapters.running import arguments_taken, make_hooked, make_runner, without_hooks
 from tl_contextmix.adapters.tokenizers import (
     make_encode,
-    make_encode_decoder,
+    make_encode_pair,
     make_pad_id,
     make_pieces,
     make_to_string,
@@ -226,8 +227,11 @@ def _unsettled(
         d_vocab=int(model.W_E.shape[0]),
         tolerance=tolerance,
         limits=(),
+        takes=arguments_taken(facts),
         encode=make_encode(handle, facts),
+        encode_pair=make_encode_pair(handle, facts),
         encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
+        prompt_caution=lambda: decoder_prompt(handle.get()).caution,
         pieces=make_pieces(handle),
         special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),

@@ -20,6 +20,7 @@ _OTHER_ENDINGS = {
     ".hook_v": ".v.hook_out",
     ".hook_z": ".o.hook_in",
 }
+_SEGMENTS = ("token_type_embed.hook_out", "embed.hook_token_type_embed")
 _BRIDGE = {"main": ("embed.hook_out",), "decoder": ("decoder_embed.hook_out",)}
 
 
@@ -39,6 +40,7 @@ def cache_reader(
     else:
         # A bridge's hook_embed may be behind the embeddings' norm; these are not.
         embedded = {"main": ("embed.hook_embed", "hook_embed")}
+    embedded = {**embedded, "token_type_ids": _SEGMENTS}
     return CacheReader(
         other_names=_other_names if facts.bridge else lambda name: (),
         embedded=embedded,
@@ -54,9 +56,15 @@ def _other_names(name: str) -> tuple[str, ...]:
     )
 
 
-def _embedding(handle: Handle) -> Callable[[Tensor], Tensor]:
-    def embedding(ids: Tensor) -> Tensor:
-        weight = handle.get().W_E.detach()
-        return weight[ids.to(weight.device)].to(torch.float32)
+def _embedding(handle: Handle) -> Callable[..., Tensor]:
+    def embedding(ids: Tensor, name: str = "main") -> Tensor:
+        model = handle.get()
+        if name != "token_type_ids":
+            weight = model.W_E
+        elif handle.bridge:
+            weight = model.token_type_embed.original_component.weight
+        else:
+            weight = model.embed.token_type_embed.W_token_type
+        return weight.detach()[ids.to(weight.device)].to(torch.float32)
 
     return embedding

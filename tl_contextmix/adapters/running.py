@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Runner
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -178,7 +180,28 @@ def _arguments(model: nn.Module, handle: Handle, batch: Batch) -> dict[str, Any]
         arguments["attention_mask"] = mask
     if batch.decoder is not None:
         arguments["decoder_input"] = batch.decoder.ids.to(handle.device)
+    for name, value in batch.further.items():
+        arguments[name] = value.to(handle.device)
     return arguments
+
+
+def arguments_taken(facts: Facts) -> dict[str, int | None]:
+    """Returns what a model's own forward may be given of each token; see `ModelView.takes`."""
+    host = facts.model
+    if facts.host == "HookedEncoder":
+        return {"token_type_ids": len(host.embed.token_type_embed.W_token_type)}
+    config = facts.hf_config()
+    if config is None:  # other Hooked classes, and models that a bridge has made itself
+        return {}
+    table = "pos_embed" in host._modules and "decoder_blocks" not in host._modules
+    bounds = {
+        # GPT-2 looks segments up among its tokens.
+        "token_type_ids": getattr(config, "type_vocab_size", int(host.W_E.shape[0])),
+        "position_ids": getattr(config, "max_position_embeddings", None) if table else None,
+    }
+    named = inspect.signature(host.original_model.forward).parameters
+    taken = [name for name in named if name.endswith("_ids") or name == "langs"]
+    return {name: bounds.get(name) for name in taken if not name.endswith("input_ids")}
 
 
 def require_no_dropout(model: nn.Module) -> None:

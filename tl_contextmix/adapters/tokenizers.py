@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
@@ -38,8 +37,7 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     were trained on the ids that their tokenizers give, which to_tokens of a bridge puts special
     tokens in front of and cuts some off, so there the tokenizer is asked.
     """
-    pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
-    framed = pair or (facts.encoder_only and facts.host != "HookedTransformer")
+    framed = _isframed(facts)
 
     def encode(text: str, prepend_bos: bool | None) -> list[int]:
         model = handle.get()
@@ -54,13 +52,43 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
                 "None",
                 "Leave it out: the tokenizer adds the model's own special tokens.",
             )
-        before, words, after = _framed(tokenizer, text=text)
+        before, words, after = in_frame(tokenizer, text=text)
         return [*before, *words, *after]
 
     return encode
 
 
-def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int]]:
+def _isframed(facts: Facts) -> bool:
+    """Whether texts get the special tokens of their tokenizer, not those of TransformerLens."""
+    pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
+    return pair or (facts.encoder_only and facts.host != "HookedTransformer")
+
+
+def make_encode_pair(
+    handle: Handle, facts: Facts
+) -> Callable[[str, str], tuple[list[int], list[int] | None]]:
+    """Returns the function that turns two texts into the token ids and segments of one row."""
+    framed = _isframed(facts)
+
+    def encode_pair(first: str, second: str) -> tuple[list[int], list[int] | None]:
+        tokenizer = require_tokenizer(handle.get())
+        if not framed:
+            raise bad(
+                "a pair of texts has no meaning for this model",
+                f"({first!r}, {second!r})",
+                "one text a row: a decoder has no segments",
+                "Join the two into one text.",
+            )
+        before, _, after = _split(tokenizer, {"text": first})
+        if _lost_frame(tokenizer, before, after):
+            tokenizer = _published(tokenizer)
+        found = tokenizer(first, second)
+        return list(found["input_ids"]), found.get("token_type_ids")
+
+    return encode_pair
+
+
+def in_frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int]]:
     """Returns a text's ids between the special tokens that its tokenizer puts around them.
 
     They are the ones of the tokenizer as published. TransformerLens loads one that has a BOS token
@@ -72,13 +100,16 @@ def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int
         text: One text by its name, ``text`` or ``text_target``.
     """
     before, words, after = _split(tokenizer, text)
-    # NLLB's tokenizer puts its own back, in the language that is set now.
-    if tokenizer.init_kwargs.get("add_bos_token") and [*before, *after] in (
-        [],
-        [tokenizer.bos_token_id],
-    ):
+    if _lost_frame(tokenizer, before, after):
         before, _, after = _split(_published(tokenizer), text)
     return before, words, after
+
+
+def _lost_frame(tokenizer: Any, before: list[int], after: list[int]) -> bool:
+    """Whether a text has at most a BOS around it and its tokenizer was loaded again for that."""
+    # NLLB's tokenizer puts its own back, in the language that is set now.
+    bare = [*before, *after] in ([], [getattr(tokenizer, "bos_token_id", None)])
+    return bool(getattr(tokenizer, "init_kwargs", {}).get("add_bos_token")) and bare
 
 
 def _split(tokenizer: Any, text: dict[str, str]) -> tuple[list[int], list[int], list[int]]:
@@ -115,32 +146,20 @@ def _published(tokenizer: Any) -> Any:
     return found
 
 
-def make_encode_decoder(handle: Handle) -> Callable[[str | None], list[int]]:
-    """Returns the function that turns a target text into decoder input ids.
+@contextmanager
+def target_mode(tokenizer: Any) -> Iterator[None]:
+    """Lets a tokenizer without a target language read target texts, and forget it again.
 
-    As in training: the start token comes first and the end token is left off, so that position
-    ``t`` predicts token ``t`` of the text. None gives the start token alone.
+    M2M100's raises, others take the source language for one from then on.
     """
-
-    def encode(text: str | None) -> list[int]:
-        model = handle.get()
-        start = decoder_start(model)
-        if text is None:
-            return [start]
-        tokenizer = require_tokenizer(model)
-        # Marian has a vocabulary of its own for the target language.
-        before, words, after = _framed(tokenizer, text_target=text)
-        # The last one is dropped, so there is one to drop.
-        labels = [*before, *words, *(after or [start])]
-        # A bridge's model does it the way of its family: mBART moves the
-        # language code from the end to the front.
-        original = getattr(model, "original_model", None)
-        shift = getattr(original, "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
-            return [start, *labels[:-1]]
-        return shift(labels=torch.tensor([labels], device="cpu"))[0].tolist()
-
-    return encode
+    unset = getattr(tokenizer, "tgt_lang", "") is None
+    if unset:
+        tokenizer.tgt_lang = tokenizer.src_lang
+    try:
+        yield
+    finally:
+        if unset:
+            tokenizer.tgt_lang = None
 
 
 def make_pieces(handle: Handle) -> Callable[[str], list[int]]:
@@ -154,37 +173,32 @@ def make_pieces(handle: Handle) -> Callable[[str], list[int]]:
         tokenizer = require_tokenizer(handle.get())
         pair = getattr(handle.get(), "_modules", {})
         name = "text_target" if "decoder" in pair or "decoder_blocks" in pair else "text"
-        found = list(tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
+
+        def bare(text: str) -> list[int]:
+            with target_mode(tokenizer):
+                return list(tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
+
+        found = bare(text)
         if len(found) > 1 and text.startswith(" "):
             first = tokenizer.convert_ids_to_tokens(found[0])
             if isinstance(first, str) and first and not first.strip("\u2581"):
-                bare = tokenizer(**{name: text[1:]}, add_special_tokens=False)["input_ids"]
-                found = list(bare) if len(bare) < len(found) else found
+                fewer = bare(text[1:])
+                found = fewer if len(fewer) < len(found) else found
         return found
 
     return pieces
 
 
 def special_ids(model: Any) -> dict[str, int]:
-    """Returns the ids of the tokens that stand for a word: ``"mask"`` and ``"unknown"``."""
+    """Returns the ids of special tokens by their role; see `ModelView.special_ids`."""
     tokenizer = getattr(model, "tokenizer", None)
+    segmented = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
     found = {
         "mask": getattr(tokenizer, "mask_token_id", None),
         "unknown": getattr(tokenizer, "unk_token_id", None),
+        "separator": getattr(tokenizer, "sep_token_id", None) if segmented else None,
     }
     return {name: int(token) for name, token in found.items() if token is not None}
-
-
-def decoder_start(model: Any) -> int:
-    """Returns the id that starts the decoder of an encoder-decoder."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    for holder in (config, model.cfg):
-        start = getattr(holder, "decoder_start_token_id", None)
-        if start is not None:
-            return int(start)
-    # As T5, whose decoder starts with padding.
-    start = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-    return 0 if start is None else int(start)
 
 
 def make_pad_id(handle: Handle, facts: Facts) -> Callable[[], int]:

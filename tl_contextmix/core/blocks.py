@@ -326,6 +326,10 @@ class Side:
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Side:
+        """Returns the side with its tensors changed."""
+        return Side(change(self.ids), change(self.mask))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -334,21 +338,25 @@ class Batch:
     Attributes:
         main: The tokens; an encoder-decoder's encoder side.
         decoder: The decoder side of an encoder-decoder, else None.
+        further: What else the model's own forward is given of each token of the main side, by
+            the name of the argument: segment ids, position ids.
     """
 
     main: Side
     decoder: Side | None = None
+    further: Mapping[str, Int[Tensor, "batch pos"]] = field(default_factory=dict)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Returns the batch with all of its tensors changed: rows taken, repeated, copied."""
+        return Batch(
+            main=self.main.each(change),
+            decoder=None if self.decoder is None else self.decoder.each(change),
+            further={name: change(value) for name, value in self.further.items()},
+        )
 
     def side(self, stack: str) -> Side:
         """Returns the tokens of a stack (``"cross"`` writes decoder positions)."""
         return self.main if self.decoder is None or stack == "encoder" else self.decoder
-
-    def select(self, rows: slice | Tensor) -> Batch:
-        """Returns some rows, without a copy where they are a slice."""
-        sides = (self.main, self.decoder)
-        main, decoder = (side and Side(side.ids[rows], side.mask[rows]) for side in sides)
-        assert main is not None
-        return Batch(main, decoder)
 
 
 @dataclass(frozen=True)
@@ -374,7 +382,8 @@ class Trace:
     def part(self, rows: slice) -> Trace:
         """Returns some rows of the pass, without a copy."""
         values = {name: value[rows] for name, value in self.values.items()}
-        return replace(self, batch=self.batch.select(rows), values=values, logits=None)
+        batch = self.batch.each(lambda tensor: tensor[rows])
+        return replace(self, batch=batch, values=values, logits=None)
 
     def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that enters a block."""

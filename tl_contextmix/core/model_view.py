@@ -35,13 +35,14 @@ class CacheReader:
 
     Attributes:
         other_names: Returns the other names under which an activation may be kept.
-        embedded: By side (``"main"``, ``"decoder"``): names of the token embeddings, best first.
-        embedding: Returns the embeddings of token ids.
+        embedded: By side (``"main"``, ``"decoder"``): names of the token embeddings, best first;
+            by ``"token_type_ids"``, those of the embeddings of segments.
+        embedding: Returns the embeddings of token ids, or of those of a further argument.
     """
 
     other_names: Callable[[str], tuple[str, ...]]
     embedded: Mapping[str, tuple[str, ...]]
-    embedding: Callable[[Tensor], Tensor]
+    embedding: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,15 @@ class ModelView:
         d_vocab: Number of token ids.
         tolerance: Largest relative error that counts as equal, by the model's own precision.
         limits: What is not answered for this model, each with its reason.
+        takes: What the model's own forward takes of each token besides its id, by the argument's
+            name (``token_type_ids``), each with the number of values there are, or None.
         encode: Text to token ids of the main side.
-        encode_decoder: Text to token ids of the decoder side, or None.
+        encode_pair: Two texts to the ids of one row, and its segments where the tokenizer has any.
+        encode_decoder: Text to token ids of the decoder side, its prompt first; or None.
+        prompt_caution: Returns what a user should know of that prompt; empty for nothing.
         pieces: A word to token ids, without special tokens, as the model predicts them.
-        special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
+        special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, and of the
+            ``"separator"`` of segments, where there are.
         to_string: A token id as text.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
         padding: Returns how the model's tokenizer pads; None without one.
@@ -157,8 +163,11 @@ class ModelView:
     d_vocab: int
     tolerance: float
     limits: tuple[str, ...]
+    takes: Mapping[str, int | None]
     encode: Callable[[str, bool | None], list[int]] = field(repr=False)
+    encode_pair: Callable[[str, str], tuple[list[int], list[int] | None]] = field(repr=False)
     encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
+    prompt_caution: Callable[[], str] = field(repr=False)
     pieces: Callable[[str], list[int]] = field(repr=False)
     special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, make_batch
 from tl_contextmix.adapters.inputs.answers import Answer, Question, Target, ask, one_each
+from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.model_view import ModelView
@@ -89,15 +91,16 @@ def faithfulness(
             f"a ContextMap of the tokens {batch.main.ids.tolist()}",
             "Pass the map's text, or its token ids if it was computed with prepend_bos=False.",
         )
+    require_same_arguments(view, map.provenance.options, batch)
     count = len(map.source.strings)
     places = [None] * count if pos is None else per_sentence(pos, count, "positions")
     targets, foils = one_each(target, count, "target"), one_each(foil, count, "foil")
-    drops = [
-        blanked(model, ids[mask], Answer(*asked), blank)
-        for ids, mask, *asked in zip(
-            map.source.ids, map.source.mask, targets, foils, places, strict=True
-        )
-    ]
+    drops = []
+    for row, asked in enumerate(zip(targets, foils, places, strict=True)):
+        real = map.source.mask[row]
+        further = {name: value[row].cpu()[real] for name, value in batch.further.items()}
+        ids = map.source.ids[row][real]
+        drops.append(blanked(model, ids, Answer(*asked), blank, further=further))
     warn_of_short(drops)
     return faithfulness_of(map, drops)
 
@@ -169,6 +172,7 @@ def blanked(
     answer: Answer,
     blank: int | None,
     spans: Spans | None = None,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Drop:
     """Returns a sentence prepared for blanking.
 
@@ -178,6 +182,7 @@ def blanked(
         answer: What is asked about it.
         blank: See `faithfulness`.
         spans: Words to blank as a whole; None for single tokens.
+        further: What the model is given of each token besides its id [pos].
     """
     view = as_view(model)
     view.readout.require()
@@ -192,7 +197,8 @@ def blanked(
         )
     ids = ids.cpu()
     side = Side(ids[None], torch.ones(1, len(ids), dtype=torch.bool))
-    question = ask(view, Batch(side), answer)
+    alone = Batch(side, None, {name: value[None] for name, value in further.items()})
+    question = ask(view, alone, answer)
     if len(question.rows) != 1:
         raise bad(
             "faithfulness is of one prediction in each sentence",
@@ -223,7 +229,8 @@ class Drop:
 
     def __init__(self, question: Question, blank: int, units: Spans) -> None:
         view, ids = question.view, question.batch.main.ids[0]
-        self._view, self._ids, self._blank, self._units = view, ids, blank, units
+        self._question, self._view, self._ids = question, view, ids
+        self._blank, self._units = blank, units
         self.place = place = int(question.rows[0])
         self.unit = next(u for u, (start, stop) in enumerate(units) if start <= place < stop)
         # A causal model's prediction cannot depend on later tokens.
@@ -297,7 +304,9 @@ class Drop:
 
     def _log_probs(self, ids: Tensor) -> Tensor:
         side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
-        trace = self._view.run(Batch(main=side), [self._view.blocks()[0].resid_in])
+        given = self._question.batch.further
+        further = {name: value.expand_as(ids) for name, value in given.items()}
+        trace = self._view.run(Batch(side, None, further), [self._view.blocks()[0].resid_in])
         assert trace.logits is not None
         return trace.logits[:, self.place].float().cpu().log_softmax(-1)
 

@@ -20,7 +20,7 @@ from tl_contextmix.adapters.inputs.answers import (
     apart,
     ask,
 )
-from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
@@ -154,12 +154,6 @@ def integrated_gradients(
         return _map("integrated_gradients", asked, parts, missed, options)
 
 
-def _own(side: Side) -> Side:
-    """Returns tokens that a gradient's graph may keep: not those made in inference mode."""
-    with torch.inference_mode(False):
-        return Side(side.ids.clone(), side.mask.clone())
-
-
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
     # Attributions that cancel may leave a change of the size of their rounding.
     rounding = 1e-5 * parts.abs().sum(dim=(-2, -1))
@@ -243,10 +237,10 @@ class _Asked:
         """Returns the predictions [row] at other inputs, as many times the sentences."""
         edits = {name: _instead(x) for name, x in inputs.items()}
         times = len(next(iter(inputs.values()))) // len(self.rows)
-        again = torch.arange(len(self.rows)).repeat(times)
-        logits = self.view.run(self.batch.select(again), [], edits=edits, grad=grad).logits
+        batch = self.batch.each(lambda tensor: tensor.repeat(times, 1))
+        logits = self.view.run(batch, [], edits=edits, grad=grad).logits
         assert logits is not None
-        each = torch.arange(len(again))
+        each = torch.arange(len(self.rows) * times)
         read = replace(self.question, sentences=each, rows=self.rows.repeat(times)).read(logits)
         return self.contrast.repeat(times).score(read, self.of)
 
@@ -334,7 +328,7 @@ def _map(
         includes_residual=True,
         bias=None if bias is None else bias[:, None, None],
         from_input=True,
-        provenance=provenance(view, method, {**options, **_said(asked)}),
+        provenance=provenance(view, method, {**options, **_said(asked)}, further=batch.further),
     )
 
 
@@ -371,8 +365,8 @@ def _ask(
     """Returns the predictions asked about, one of each sentence at a time."""
     view.readout.require()
     question = ask(view, make_batch(view, given), answer)
-    said = question.batch.decoder
-    batch = Batch(_own(question.batch.main), None if said is None else _own(said))
+    # Copies, which a gradient's graph may keep: what is given may be made in inference mode.
+    batch = question.batch.each(Tensor.clone)
     question = replace(question, batch=batch)
     entries = _entries(view)
     leaves: dict[str, Tensor] = {}

@@ -29,6 +29,8 @@ class Generated:
             them; 0 at padding.
         finished: Whether the end token was reached.
         prompt: The decoder's prefix.
+        forced: How many of the first tokens the model's settings force; their log-probability is
+            zero.
     """
 
     ids: Int[Tensor, "row pos"]
@@ -36,6 +38,7 @@ class Generated:
     log_probs: Float[Tensor, "row pos"]
     finished: Bool[Tensor, " row"]
     prompt: Int[Tensor, "row prompt"]
+    forced: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class MemoryDecoder:
         model: The Hugging Face model that decodes.
         owner: The user's model, which is locked while decoding.
         dtype: Dtype of computation and results.
-        start: Token id the decoder starts with.
+        start: What the decoder starts with: its start token, and the one that is forced after it.
         ends: End-of-sequence token ids.
         pad: Padding token id.
         n_ctx: Longest decoder input, or None if unlimited.
@@ -57,7 +60,7 @@ class MemoryDecoder:
     model: Any = field(repr=False)
     owner: nn.Module = field(repr=False)
     dtype: torch.dtype
-    start: int
+    start: tuple[int, ...]
     ends: tuple[int, ...]
     pad: int
     n_ctx: int | None
@@ -101,7 +104,7 @@ class MemoryDecoder:
         Args:
             memory: Encoder states.
             mask: Which of their positions are real.
-            prompt: Decoder prefix; None for its start token.
+            prompt: Decoder prefix; None for its start token alone. Whisper's is always given.
             max_new_tokens: Longest output.
             num_beams: 1 for greedy decoding.
             source: The source tokens, which some settings need; None for audio.
@@ -130,10 +133,15 @@ class MemoryDecoder:
             # Overrides the settings' length, which would cause a warning.
             options["max_length"] = None
             options["attention_mask"] = mask.to(memory.device).long()
-            options["decoder_input_ids"] = prompt
+            # Of a prefix the first token, which transformers would put in front of others.
+            first = self.start[0] if prompt is None else int(prompt[0, 0])
+            options["decoder_start_token_id"] = first
+            options["forced_bos_token_id"] = self.start[1] if len(self.start) > 1 else None
         else:
             # Otherwise Whisper strips its prompt, and may decode in pieces.
             options["force_unique_generate_call"] = True
+        if prompt is not None:
+            options["decoder_input_ids"] = prompt
         states = BaseModelOutput(last_hidden_state=memory)
         inputs = None if source is None else source.to(memory.device)
         # Steps of small models are dominated by overhead, 7 % of which this mode saves.
@@ -150,7 +158,31 @@ class MemoryDecoder:
             # BART's settings force an end token at the maximum length.
             forced = real[:, -1] & (best != ids[:, -1])
             finished = finished & ~forced
-        return Generated(ids, real, log_probs.masked_fill(~real, 0), finished, prompt)
+        log_probs = log_probs.masked_fill(~real, 0)
+        forced = int(self.masked and prompt.shape[1] == 1 < len(self.start))
+        log_probs[:, :forced] = 0
+        return Generated(ids, real, log_probs, finished, prompt, forced)
+
+    def told(self, memory: Float[Tensor, "row source d_model"]) -> Int[Tensor, "row prompt"]:
+        """Returns what ``generate`` gives Whisper's decoder before it says anything.
+
+        Args:
+            memory: Encoder states, from which an open language is heard.
+        """
+        from transformers.modeling_outputs import BaseModelOutput
+
+        def stop(model: Any, input_ids: Tensor, *_: Any, **__: Any) -> None:
+            raise _Told(input_ids)
+
+        states = BaseModelOutput(last_hidden_state=self._ready(memory))
+        with lock_of(self.owner), torch.no_grad():
+            try:
+                self.model.generate(
+                    encoder_outputs=states, custom_generate=stop, num_beams=1, do_sample=False
+                )
+            except _Told as told:
+                return told.ids.cpu()
+        raise AssertionError("generate() without decoding")
 
     @torch.no_grad()
     def logits(
@@ -192,6 +224,13 @@ class MemoryDecoder:
         """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
+
+
+class _Told(Exception):
+    """Ends ``generate`` where the decoder would begin; holds what it is given."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
 
 
 class _Greedy:

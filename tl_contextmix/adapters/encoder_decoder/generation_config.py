@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tl_contextmix.adapters.tokenizers import decoder_start
+from tl_contextmix.adapters.decoder_prompt import decoder_start
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 # Settings beyond greedy or beam search from one encoder state, with their neutral values.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.tokenizers import decoder_start
+from tl_contextmix.adapters.decoder_prompt import decoder_start
 
 # Path component between a bridge's module and the one it wraps.
 _WRAPPED = "_original_component."

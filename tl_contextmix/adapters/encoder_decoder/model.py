@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.decoder_prompt import decoder_prompt, decoder_start
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.adapters.encoder_decoder.generation_config import (
     end_tokens,
@@ -23,7 +24,6 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
-from tl_contextmix.adapters.tokenizers import decoder_start
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -47,7 +47,9 @@ class EncoderDecoder:
             before the final norm.
         norm: The encoder's final norm, or None if the architecture has none.
         decoder: Runs the decoder on encoder states.
-        encode_target: Maps a target text to the decoder's tokens: start, text and end.
+        prompt: Returns what the decoder is told first, for every row of a source.
+        encode_target: Maps a target text to the decoder's tokens behind the prompt, with or
+            without an end token.
         to_string: A token id as text.
         to_text: Token ids as one text, without special tokens.
         special: Ids of special tokens: start, end, padding and others.
@@ -63,7 +65,8 @@ class EncoderDecoder:
     states: Callable[[Any], list[Tensor]] = field(repr=False)
     norm: Callable[[Tensor], Tensor] | None = field(repr=False)
     decoder: MemoryDecoder = field(repr=False)
-    encode_target: Callable[[str], list[int]] = field(repr=False)
+    prompt: Callable[[Any], Tensor] = field(repr=False)
+    encode_target: Callable[[str, bool], list[int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
     to_text: Callable[[Sequence[int]], str] = field(repr=False)
     special: frozenset[int] = field(repr=False)
@@ -89,6 +92,12 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
     decoder = _decoder(model, view)
     owner = weakref.ref(model)
+    encode = _require_decoder_text(view)
+
+    def encode_target(text: str, end: bool) -> list[int]:
+        ids = encode(text)[len(decoder.start) :]
+        return whole(ids, decoder.ends) if end else ids
+
     return EncoderDecoder(
         name=view.name,
         host=view.host,
@@ -100,7 +109,8 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         states=lambda side: _view_states(view, side),
         norm=_view_norm(model, view),
         decoder=decoder,
-        encode_target=lambda text: whole(_require_decoder_text(view)(text), decoder.ends),
+        prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
+        encode_target=encode_target,
         to_string=view.to_string,
         to_text=lambda ids: to_text(getattr(owner(), "tokenizer", None), ids),
         special=special_ids(decoder, tokenizer),
@@ -161,7 +171,7 @@ def _memory_decoder(model: Any, view: ModelView, decoding: Any, *, alone: bool) 
         model=decoding,
         owner=model,
         dtype=view.dtype,
-        start=decoder_start(model),
+        start=decoder_prompt(model).ids,
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=view.n_ctx,
@@ -282,7 +292,7 @@ def _view_states(view: ModelView, side: Side) -> list[Tensor]:
 
 def whole(ids: list[int], ends: tuple[int, ...]) -> list[int]:
     """Returns decoder input ids with an end token."""
-    return ids if not ends or ids[-1] in ends else [*ids, ends[0]]
+    return ids if not ends or (ids[-1:] and ids[-1] in ends) else [*ids, ends[0]]
 
 
 def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
@@ -290,7 +300,7 @@ def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
     named = set(getattr(tokenizer, "all_special_ids", ()))
     # The unknown token stands for a word.
     named.discard(getattr(tokenizer, "unk_token_id", None))
-    return frozenset({*named, *decoder.ends, decoder.start, decoder.pad})
+    return frozenset({*named, *decoder.ends, decoder.start[0], decoder.pad})
 
 
 def to_text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.decoder_prompt import caution
 from tl_contextmix.adapters.encoder_decoder.decoding import MemoryDecoder
 from tl_contextmix.adapters.encoder_decoder.generation_config import end_tokens, require_followed
 from tl_contextmix.adapters.encoder_decoder.model import (
@@ -16,12 +18,12 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     require_no_hooks_on,
     special_ids,
     to_text,
-    whole,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.tokenizers import in_frame
 from tl_contextmix.adapters.weight_processing import fingerprint
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput, bad, warn
 
 
 def is_speech(model: object) -> bool:
@@ -55,17 +57,28 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
     encoder, settings, config = model.get_encoder(), model.generation_config, model.config
     require_followed(settings, speech=True)
     require_no_hooks_on([encoder])
+    start = settings.decoder_start_token_id
     decoder = MemoryDecoder(
         model=model,
         owner=model,
         dtype=first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32,
-        start=int(config.decoder_start_token_id),
+        start=(int(config.decoder_start_token_id if start is None else start),),
         ends=end_tokens(settings),
         pad=settings.pad_token_id or 0,
         n_ctx=getattr(config, "max_target_positions", None),
         masked=False,
     )
     norm = getattr(encoder, "layer_norm", None)
+    norm = None if norm is None else module_norm(model, norm)
+
+    def encode_target(text: str, end: bool) -> list[int]:
+        _, words, after = in_frame(_require(tokenizer), text=text)
+        return [*words, *(after or decoder.ends[:1])] if end else words
+
+    def memory(features: Float[Tensor, "batch mel frame"]) -> Tensor:
+        last = _speech_states(model, features)[-1]
+        return last if norm is None else norm(last)
+
     return EncoderDecoder(
         name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
         host=type(model).__name__,
@@ -75,13 +88,46 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
         n_layers=len(encoder.layers),
         view=None,
         states=lambda features: _speech_states(model, features),
-        norm=None if norm is None else module_norm(model, norm),
+        norm=norm,
         decoder=decoder,
-        encode_target=lambda text: whole(list(_require(tokenizer)(text)["input_ids"]), ()),
+        prompt=lambda features: _prompt(decoder, tokenizer, features, memory),
+        encode_target=encode_target,
         to_string=lambda token: _piece(tokenizer, token),
         to_text=lambda ids: to_text(tokenizer, ids),
         special=special_ids(decoder, tokenizer),
     )
+
+
+def _prompt(
+    decoder: MemoryDecoder,
+    tokenizer: Any,
+    features: Float[Tensor, "batch mel frame"],
+    memory: Callable[[Tensor], Tensor],
+) -> Int[Tensor, "batch prompt"]:
+    """Returns what Whisper's decoder is told: start, language, task and timestamps.
+
+    By the settings; a language they leave open is the tokenizer's, and else the one that Whisper
+    hears from its last encoder layer.
+
+    Warns:
+        ContextMixWarning: If the tokenizer was told a language that the settings do not force.
+    """
+    settings = decoder.model.generation_config
+    named = ("language", "task", "forced_decoder_ids")
+    is_open = all(getattr(settings, name, None) is None for name in named)
+    language = getattr(tokenizer, "language", None)
+    if is_open and language is not None:
+        ids = [int(token) for token in tokenizer.prefix_tokens]
+        warn(caution(language, tokenizer.convert_ids_to_tokens(ids)))
+        return torch.tensor([ids] * len(features))
+    # Without a language to be heard any memory will do.
+    heard = hasattr(settings, "lang_to_id") and getattr(settings, "language", None) is None
+    config = decoder.model.config
+    size = (len(features), config.max_source_positions, config.d_model)
+    found = decoder.told(memory(features) if heard else torch.zeros(size))
+    if language is not None and not set(tokenizer.prefix_tokens[1:2]) <= set(found[0].tolist()):
+        warn(caution(language, tokenizer.convert_ids_to_tokens(found[0].tolist())))
+    return found
 
 
 @torch.no_grad()

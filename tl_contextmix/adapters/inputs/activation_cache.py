@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Batch, Block, Trace
+from tl_contextmix.core.blocks import Batch, Block, Side, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, bad
 
@@ -142,12 +142,20 @@ def _require_masked(
 
 
 def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
-    for name, side in (("main", batch.main), ("decoder", batch.decoder)):
+    main, segments = batch.main, batch.further.get("token_type_ids")
+    sides = {"main": main, "decoder": batch.decoder}
+    kept = [name for name in view.cached.embedded["token_type_ids"] if name in reader]
+    if kept:
+        ids = torch.zeros_like(main.ids) if segments is None else segments
+        sides["token_type_ids"] = Side(ids, main.mask)
+    elif segments is not None:
+        del sides["main"]  # GPT-2 looks segments up in the same table, after the tokens
+    for name, side in sides.items():
         found = [key for key in view.cached.embedded.get(name, ()) if key in reader]
         if side is None or not found:
             continue
         cached = reader.read(found[0]).to(torch.float32)
-        own = view.cached.embedding(side.ids).to(cached.device)
+        own = view.cached.embedding(side.ids, name).to(cached.device)
         if cached.shape != own.shape:
             continue
         along = (cached * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(
@@ -157,10 +165,11 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
         wrong = (off & side.mask.to(off.device)).nonzero()
         if len(wrong):
             row, pos = wrong[0].tolist()
+            what = name if name == "token_type_ids" else "tokens"
             raise _other_input(
-                f"{len(wrong)} positions with the embedding of another token, the first in row "
-                f"{row} at position {pos}",
-                f"the embeddings of the input's tokens ({found[0]})",
+                f"{len(wrong)} positions with another embedding, the first in row {row} at "
+                f"position {pos}",
+                f"the embeddings of the input's {what} ({found[0]})",
             )
 
 
@@ -169,7 +178,8 @@ def _other_input(seen: str, expected: str) -> InvalidInput:
         "the cache is of another input",
         seen,
         expected,
-        "Pass the same tokens that made the cache (prepend_bos included), all positions. Where "
+        "Pass the same tokens that made the cache (prepend_bos included), all positions, and their "
+        "token_type_ids. Where "
         "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
     )
 

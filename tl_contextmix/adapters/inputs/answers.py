@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs, require_ids
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
@@ -257,6 +258,13 @@ def _several(
                     "Put as many of the tokenizer's mask tokens there, or give a shorter answer.",
                 )
     else:
+        if batch.decoder is None and batch.further:
+            raise bad(
+                "an answer of several tokens cannot follow this text",
+                f"{' and '.join(batch.further)} of the text alone",
+                "a text and its mask",
+                "Give text and answer together as the input, and ask with pos=.",
+            )
         side, first = _continued(view, batch.side(stack), target)
         batch = replace(batch, **{"main" if batch.decoder is None else "decoder": side})
         rows = [
@@ -592,6 +600,7 @@ def _answer_of(
     """
     results = [g for g in given if isinstance(g, (LogProbContributions, QueryContributions))]
     for result in results:
+        require_same_arguments(view, result.provenance.options, batch)
         if isinstance(result, LogProbContributions):
             batch = _with_answer(batch, result, view)
         sides = [(result.tokens, batch.side(view.base_stack(None)))]

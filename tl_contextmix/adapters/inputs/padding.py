@@ -126,7 +126,7 @@ def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, rem
         )
 
 
-def require_safe_padding(view: ModelView, side: Side) -> None:
+def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -> None:
     """Checks that padding changes nothing about the text.
 
     Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
@@ -134,20 +134,25 @@ def require_safe_padding(view: ModelView, side: Side) -> None:
     before the text and behind it is tried once per model, on a few tokens with and without, and
     without hooks of the user's own.
 
+    Args:
+        view: The model.
+        side: The tokens.
+        placed: Whether their positions are given.
+
     Raises:
         InvalidInput: If there is padding and it does.
     """
     for where, edge in (("left", 0), ("right", -1)):
         if bool(side.mask[:, edge].all()):
             continue
-        fact = f"padding on the {where}"
+        fact = f"padding on the {where}{', positions given' if placed else ''}"
         if fact not in view.facts:
-            view.facts[fact] = _try(view, where)
+            view.facts[fact] = _try(view, where, placed)
         if view.facts[fact]:
             raise InvalidInput(view.facts[fact])
 
 
-def _try(view: ModelView, where: str) -> str:
+def _try(view: ModelView, where: str, placed: bool) -> str:
     length = _LENGTH if view.n_ctx is None else min(_LENGTH, view.n_ctx - _PADS)
     if length < 1:
         return ""  # no text fits beside the padding
@@ -160,8 +165,9 @@ def _try(view: ModelView, where: str) -> str:
         ids=torch.cat([ids, pads][order], dim=1),
         mask=torch.cat([real, torch.zeros_like(pads, dtype=torch.bool)][order], dim=1),
     )
+    sides = Side(ids=ids, mask=real), padded
     with view.without_hooks():
-        plain, found = _streams(view, Side(ids=ids, mask=real)), _streams(view, padded)
+        plain, found = (_streams(view, side, placed) for side in sides)
     error = max(_error(found[name], stream) for name, stream in plain.items())
     if error <= view.tolerance:
         return ""
@@ -174,14 +180,16 @@ def _try(view: ModelView, where: str) -> str:
     )
 
 
-def _streams(view: ModelView, side: Side) -> dict[str, Tensor]:
+def _streams(view: ModelView, side: Side, placed: bool) -> dict[str, Tensor]:
     decoder = None
     if view.encode_decoder is not None:
-        ids = torch.tensor([view.encode_decoder(None)])
+        ids = torch.tensor([view.encode_decoder(None)[:1]])
         decoder = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     last = {stack: blocks[-1] for stack, blocks in view.stacks.items()}
     names = [block.resid_out for block in last.values()]
-    trace = view.run(Batch(main=side, decoder=decoder), names)
+    positions = (side.mask.cumsum(dim=1) - 1).clamp(min=0)
+    further = {"position_ids": positions} if placed else {}
+    trace = view.run(Batch(main=side, decoder=decoder, further=further), names)
     return {
         block.resid_out: trace[block.resid_out][:, trace.batch.side(stack).mask[0]]
         for stack, block in last.items()

@@ -116,11 +116,17 @@ class Pass:
 
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""
-        return provenance(self.view, method, options, **given)
+        further = self.trace.batch.further
+        return provenance(self.view, method, options, further=further, **given)
 
 
 def provenance(
-    view: ModelView, method: str, options: Mapping[str, Any], **given: str
+    view: ModelView,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
+    **given: str,
 ) -> Provenance:
     """Returns where the results of a method on a model come from.
 
@@ -130,13 +136,14 @@ def provenance(
         view: The model.
         method: Name of the method.
         options: What it was asked for.
+        further: What the pass was given of each token besides its id.
         given: What else decides whether processing matters; see `weight_processing.changed_by`.
     """
     if view.processing:
         view.notice(method, {**options, **given})
     return Provenance(
         method=method,
-        options=dict(options),
+        options={**options, **{name: value.tolist() for name, value in further.items()}},
         model=view.name,
         host=view.host,
         host_version=view.host_version,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy
@@ -13,6 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
+from tl_contextmix.adapters.inputs.model_arguments import (
+    further_arguments,
+    warn_of_lost_segments,
+)
 from tl_contextmix.adapters.inputs.padding import (
     find_padding,
     find_target_padding,
@@ -21,12 +24,13 @@ from tl_contextmix.adapters.inputs.padding import (
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, is_text
-from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
+from tl_contextmix.errors import InvalidInput, bad, require_choice, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
-# What a tokenizer of Hugging Face returns is a UserDict.
-Input = Annotated[Text | Ids | UserDict, LATER]
+TextPairs = Sequence[tuple[str, str]]
+# What a tokenizer of Hugging Face returns is a mapping.
+Input = Annotated[Text | TextPairs | Ids | Mapping[str, Any], LATER]
 PaddingSide = Literal["right", "left"]
 
 
@@ -45,7 +49,15 @@ class TokenInputs(TypedDict, total=False):
     """Where texts of unequal length are padded; None: on the right."""
 
     decoder_input: Input | None
-    """Text, texts or token ids of an encoder-decoder's decoder side; None: its start token."""
+    """Text, texts or token ids of an encoder-decoder's decoder side; None: what ``generate`` starts
+    the decoder with. A text follows that, ids are taken as they are."""
+
+    token_type_ids: Ids | None
+    """Segment of each token, for models that take segments; None: what a tokenizer's result or
+    pairs of texts say, else one segment."""
+
+    position_ids: Ids | None
+    """Position of each token, for models that take positions; None: the model's own."""
 
 
 class Inputs(TokenInputs, total=False):
@@ -57,14 +69,21 @@ class Inputs(TokenInputs, total=False):
 
 @dataclass(frozen=True)
 class Given:
-    """An input: a text, several, or token ids [batch, pos] or [pos], and what `Inputs` has."""
+    """An input and what `Inputs` has.
+
+    A text, several, pairs of texts, token ids [batch, pos] or [pos], or all that the model's own
+    forward takes, by name, as a tokenizer returns it.
+    """
 
     input: Input
     attention_mask: Ids | None = None
     prepend_bos: bool | None = None
     padding_side: PaddingSide | None = None
     decoder_input: Input | None = None
+    token_type_ids: Ids | None = None
+    position_ids: Ids | None = None
     cache: Cache | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_batch(view: ModelView, given: Given) -> Batch:
@@ -83,38 +102,42 @@ def make_batch(view: ModelView, given: Given) -> Batch:
             "Leave it out for the model's default.",
         )
     given = _tokenized(given)
-    main = _main_side(view, given)
+    main, segments = _main_side(view, given)
+    further = {**segments, **given.further}
+    if further:
+        further = further_arguments(view, further, main)
+    # GPT-2, too, takes segments, but was not trained with any.
+    if "decoder" not in view.stacks and "token_type_ids" not in further:
+        warn_of_lost_segments(view, main)
     if not bool(main.mask.all()):
-        require_safe_padding(view, main)
-    return Batch(main=main, decoder=_decoder_side(view, given, main.ids.shape[0]))
+        require_safe_padding(view, main, placed="position_ids" in further)
+    decoder = _decoder_side(view, given, main.ids.shape[0])
+    return Batch(main=main, decoder=decoder, further=further)
 
 
 def _tokenized(given: Given) -> Given:
     """Returns what is given with ids and masks as tensors, a tokenizer's result taken apart."""
-    main = given.input
-    if isinstance(main, UserDict) and "input_ids" in main:
-        if torch.as_tensor(main.get("token_type_ids", 0)).any():
-            raise bad(
-                "the input cannot be run",
-                "token_type_ids of a second segment",
-                "one segment",
-                "Give each text alone.",
-            )
-        mask = given.attention_mask
-        mask = main.get("attention_mask") if mask is None else mask
-        given = replace(given, input=main["input_ids"], attention_mask=mask)
-    said = given.decoder_input
-    if isinstance(said, UserDict) and "input_ids" in said:
+    main, mask, said = given.input, given.attention_mask, given.decoder_input
+    further = {"token_type_ids": given.token_type_ids, "position_ids": given.position_ids}
+    if isinstance(main, Mapping) and "input_ids" in main:
+        held = dict(main)
+        main = held.pop("input_ids")
+        own, told = (held.pop(name, None) for name in ("attention_mask", "decoder_input_ids"))
+        mask = own if mask is None else mask
+        said = told if said is None else said
+        further = {**held, **{name: one for name, one in further.items() if one is not None}}
+    if isinstance(said, Mapping) and "input_ids" in said:
         said = said["input_ids"]
     return replace(
         given,
-        input=_as_tensor(given.input),
-        attention_mask=_as_tensor(given.attention_mask),
-        decoder_input=_as_tensor(said),
+        input=as_tensor(main),
+        attention_mask=as_tensor(mask),
+        decoder_input=as_tensor(said),
+        further={name: as_tensor(one) for name, one in further.items() if one is not None},
     )
 
 
-def _as_tensor(given: Any) -> Any:
+def as_tensor(given: Any) -> Any:
     """Returns an array or a list of numbers, or of lists of them, as a tensor; else what it is."""
     try:
         if isinstance(given, numpy.ndarray):
@@ -127,19 +150,23 @@ def _as_tensor(given: Any) -> Any:
     return given
 
 
-def _main_side(view: ModelView, given: Given) -> Side:
+def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
+    """Returns the tokens of the main side, and the segments of pairs of texts."""
     if isinstance(given.input, Tensor):
         ids = require_ids(view, given.input, "input")
         if given.attention_mask is None:
-            return find_padding(view, ids, given.padding_side or "right")
-        return Side(ids=ids, mask=_mask(given.attention_mask, ids))
-    texts = _texts(given.input, "input")
-    rows = [view.encode(text, given.prepend_bos) for text in texts]
+            return find_padding(view, ids, given.padding_side or "right"), {}
+        return Side(ids=ids, mask=_mask(given.attention_mask, ids)), {}
     padded = given.padding_side or "right"
-    side = _pad(view, texts, rows, padded)
+    if _are_pairs(given.input):
+        side, segments = _pairs(view, given, padded)
+    else:
+        texts, segments = _texts(given.input, "input"), {}
+        rows = [view.encode(text, given.prepend_bos) for text in texts]
+        side = _pad(view, texts, rows, padded)
     require_ids(view, side.ids, "input")
     if given.attention_mask is None:
-        return side
+        return side, segments
     mask = _mask(given.attention_mask, side.ids)
     if bool((mask & ~side.mask.to(mask.device)).any()):
         raise bad(
@@ -148,7 +175,33 @@ def _main_side(view: ModelView, given: Given) -> Side:
             f"zeros at the padding on the {padded}",
             "Leave the mask out: the padding of texts is known.",
         )
-    return Side(ids=side.ids, mask=mask)
+    return Side(ids=side.ids, mask=mask), segments
+
+
+def _are_pairs(given: object) -> bool:
+    return (
+        isinstance(given, (list, tuple))
+        and bool(given)
+        and all(isinstance(one, tuple) and len(one) == 2 for one in given)
+    )
+
+
+def _pairs(view: ModelView, given: Given, padded: str) -> tuple[Side, dict[str, Tensor]]:
+    """Returns pairs of texts as their tokenizer joins them, and their segments."""
+    firsts, seconds = (_texts(list(texts), "input") for texts in zip(*given.input, strict=True))
+    if given.prepend_bos is not None:
+        raise bad(
+            "prepend_bos has no meaning for pairs of texts",
+            f"prepend_bos={given.prepend_bos}",
+            "None",
+            "Leave it out: the tokenizer adds the model's own special tokens.",
+        )
+    rows = [view.encode_pair(one, other) for one, other in zip(firsts, seconds, strict=True)]
+    side = _pad(view, firsts, [ids for ids, _ in rows], padded)
+    segments = [segments for _, segments in rows if segments is not None]
+    if "token_type_ids" not in view.takes or len(segments) < len(rows):
+        return side, {}
+    return side, {"token_type_ids": pad_rows(segments, 0, padded).ids}
 
 
 def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
@@ -167,6 +220,8 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
         texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
+        if caution := view.prompt_caution():
+            warn(caution)
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
         require_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
@@ -180,12 +235,13 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
 
 
 def _texts(given: object, name: str) -> list[str]:
-    texts = [given] if isinstance(given, str) else given
+    texts: Any = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise bad(
             f"the {name} cannot be read",
             _describe_items(texts),
-            "a str, a list of str, token ids [batch, pos], or what a tokenizer returns",
+            "a str, a list of str or of pairs of them, token ids [batch, pos], or what a "
+            "tokenizer returns",
             "Give rows of ids one length.",
         )
     if not all(map(is_text, texts)):

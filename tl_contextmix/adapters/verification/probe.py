@@ -92,7 +92,7 @@ def _probe_batch(view: ModelView) -> Batch:
     side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     decoder = None
     if view.encode_decoder is not None:
-        first = torch.tensor([view.encode_decoder(None)])
+        first = torch.tensor([view.encode_decoder(None)[:1]])
         decoder_ids = torch.cat([first, ids.flip(1)[:, : length - 1]], dim=1)
         decoder = Side(ids=decoder_ids, mask=torch.ones_like(decoder_ids, dtype=torch.bool))
     return Batch(main=side, decoder=decoder)

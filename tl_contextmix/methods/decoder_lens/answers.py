@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import EncoderDecoder
+from tl_contextmix.adapters.inputs import pad_rows
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.decoder_lens.layerwise_decoder import Listening
-from tl_contextmix.methods.decoder_lens.references import start_tokens
 from tl_contextmix.results import (
     LayerwiseDecoding,
     LayerwiseLikelihood,
@@ -31,7 +31,8 @@ class Lens:
     Attributes:
         listening: What is decoded from which layers.
         inputs: The inputs as text.
-        prompt: What the decoder has said so far, or None.
+        prompt: What the decoder is told first.
+        told: Whether it was given, or is Whisper's: nothing is then forced after it.
         references: The right answers, or None.
         max_new_tokens: Longest answer, or None.
         num_beams: 1 for greedy decoding.
@@ -40,7 +41,8 @@ class Lens:
 
     listening: Listening
     inputs: tuple[str, ...]
-    prompt: Side | None
+    prompt: Side
+    told: bool
     references: tuple[str, ...] | None
     max_new_tokens: int | None
     num_beams: int
@@ -102,7 +104,7 @@ class Lens:
 
     def scores(self, wanted: list[int]) -> LayerwiseScores:
         """Scores a few next tokens from every layer."""
-        prompt = self.prompt or start_tokens(self.model, len(self.inputs))
+        prompt = self.prompt
         _require_length(self.model, prompt.ids.shape[1], "decoder_input")
         last = prompt.mask.sum(1) - 1
         logits = torch.cat(
@@ -124,21 +126,24 @@ class Lens:
     def _answers(self) -> tuple[Tensor, Tensor, int]:
         """Returns what the decoder is to see and say, its mask, and where the answer begins."""
         if self.references is not None:
-            rows = [torch.tensor(self.model.encode_target(text)) for text in self.references]
-            ids = torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=self.model.decoder.pad
-            )
-            lengths = torch.tensor([len(row) for row in rows])
-            return ids, torch.arange(ids.shape[1]) < lengths[:, None], 1
+            rows = [
+                [*told, *self.model.encode_target(text, True)]
+                for told, text in zip(self.prompt.ids.tolist(), self.references, strict=True)
+            ]
+            side = pad_rows(rows, self.model.decoder.pad)
+            return side.ids, side.mask, self.prompt.ids.shape[1]
         last = replace(self.listening, layers=(self.model.n_layers,))
         said = last.generate(self._even_prompt(), self._length(), self.num_beams)
         ids = torch.cat([said.prompt, said.ids], dim=1)
         mask = torch.cat([torch.ones_like(said.prompt, dtype=torch.bool), said.mask], dim=1)
-        return ids, mask, said.prompt.shape[1]
+        return ids, mask, said.prompt.shape[1] + said.forced
 
     def _even_prompt(self) -> Tensor | None:
-        """Returns what the decoder has said so far, the same number of tokens in every row."""
-        if self.prompt is None:
+        """Returns what the decoder has said so far, the same number of tokens in every row.
+
+        None where the model's settings say it, which count what they force as said.
+        """
+        if not self.told:
             return None
         if not bool(self.prompt.mask.all()):
             raise bad(
@@ -151,9 +156,8 @@ class Lens:
 
     def _length(self) -> int:
         """Returns how many tokens may be said."""
-        bound, used = self.model.decoder.n_ctx, 1
-        if self.prompt is not None:
-            used = self.prompt.ids.shape[1]
+        bound = self.model.decoder.n_ctx
+        used = self.prompt.ids.shape[1] if self.told else 1
         room = None if bound is None else bound - used
         wanted = self.max_new_tokens
         if wanted is None:

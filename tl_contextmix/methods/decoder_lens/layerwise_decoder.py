@@ -184,4 +184,5 @@ def _joined(pieces: Sequence[Generated], pad: int) -> Generated:
         log_probs=rows("log_probs", 0.0)[:, :used],
         finished=torch.cat([piece.finished for piece in pieces]).cpu(),
         prompt=torch.cat([piece.prompt for piece in pieces]).cpu(),
+        forced=pieces[0].forced,
     )

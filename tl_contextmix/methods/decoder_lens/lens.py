@@ -154,6 +154,10 @@ def decoder_lens(
     the model with the encoder blocks behind ``l`` removed; at ``l = L`` it is the model itself
     (Langedijk et al. 2024). Nothing is trained.
 
+    The decoder is told what ``generate`` tells it: its start token and the token that is forced
+    after it (a language code), Whisper's language, task and no-timestamps tokens. They are no
+    predictions: judged answers and scores begin behind them.
+
     Args:
         model: A HookedEncoderDecoder (TransformerLens 3), an encoder-decoder on a
             TransformerBridge, or a Hugging Face Whisper model, which TransformerLens has no class
@@ -183,7 +187,8 @@ def decoder_lens(
         tokenizer: Tokenizer or processor of a speech model.
         max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
             pieces that fit.
-        **inputs: Mask, padding and the like, see `TokenInputs`.
+        **inputs: Mask, padding and the like, see `TokenInputs`. A speech model takes
+            ``decoder_input`` alone.
 
     Returns:
         By mode a `LayerwiseDecoding`, `LayerwiseLikelihood` or `LayerwiseScores`; with ``metric`` a
@@ -194,6 +199,10 @@ def decoder_lens(
             carries hooks, or generation settings, that would not be followed.
         InvalidInput: If something given does not fit the model, or would change nothing.
         ContextMixError: If a metric's package is not installed.
+
+    Warns:
+        ContextMixWarning: If the tokenizer was told a target language that ``generate`` would not
+            use.
 
     Cost: one pass through the encoder and, per layer, one decoding with cached keys and values:
     at most enc + (L+1) dec operations; finished rows are dropped (greedy decoding).
@@ -227,6 +236,7 @@ def decoder_lens(
         listening=Listening(found, source, numbers, final_norm, max_bytes),
         inputs=sources,
         prompt=prompt,
+        told=found.view is None or inputs.get("decoder_input") is not None,
         references=read_references(found, references, len(sources)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import EncoderDecoder
-from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
 from tl_contextmix.core.validation import whole_number
@@ -19,18 +20,24 @@ from tl_contextmix.errors import bad
 from tl_contextmix.results.curves import as_texts
 
 
-def read_source(
-    model: EncoderDecoder, given: Given
-) -> tuple[Side | Tensor, Side | None, tuple[str, ...]]:
-    """Returns what the encoder reads, what the decoder has said, and the inputs as text."""
+def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Side, tuple[str, ...]]:
+    """Returns what the encoder reads, what the decoder is told, and the inputs as text."""
     if model.view is not None:
         batch = make_batch(model.view, given)
+        if batch.further:
+            raise bad(
+                "an encoder that is read layer by layer takes tokens only",
+                " and ".join(batch.further),
+                "token ids and a mask",
+                "Leave it out.",
+            )
         listed = [given.input] if isinstance(given.input, str) else given.input
         inputs = tuple(text for text in listed if isinstance(text, str))
         if len(inputs) != len(batch.main.ids):
             rows = zip(batch.main.ids, batch.main.mask, strict=True)
             inputs = tuple(model.to_text(ids[mask].tolist()) for ids, mask in rows)
-        return batch.main, None if given.decoder_input is None else batch.decoder, inputs
+        assert batch.decoder is not None
+        return batch.main, batch.decoder, inputs
     features = given.input
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
     if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
@@ -40,14 +47,49 @@ def read_source(
             "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
-    if replace(given, input="") != Given(""):
+    if replace(given, input="", decoder_input=None) != Given(""):
         raise bad(
             "this has no meaning for a speech model",
-            "decoder_input, attention_mask, prepend_bos or padding_side",
+            "attention_mask, prepend_bos, padding_side, token_type_ids or position_ids",
             "none of them",
             "Set language and task in model.generation_config.",
         )
-    return features, None, ("",) * len(features)
+    return features, _told(model, given.decoder_input, features), ("",) * len(features)
+
+
+def _told(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
+    """Returns what a speech model's decoder is told: ids as they are, a text behind its prompt."""
+    if isinstance(given, Mapping) and "input_ids" in given:
+        given = given["input_ids"]
+    ids = as_tensor(given)
+    if isinstance(ids, Tensor):
+        ids = ids[None] if ids.ndim == 1 else ids
+        d_vocab, rows = model.decoder.d_vocab, len(features)
+        fits = ids.dtype == torch.long and ids.ndim == 2 and len(ids) == rows and ids.numel() > 0
+        if not fits or not bool(((ids >= 0) & (ids < d_vocab)).all()):
+            raise bad(
+                "the decoder_input cannot be run",
+                describe(ids),
+                f"ids from 0 to {d_vocab - 1} of shape [{rows}, pos]",
+                "Give one row for every input.",
+            )
+        return Side(ids, torch.ones_like(ids, dtype=torch.bool))
+    prompt = model.prompt(features)
+    if given is None:
+        return Side(prompt, torch.ones_like(prompt, dtype=torch.bool))
+    texts = as_texts(given, "decoder_input")
+    if len(texts) != len(features):
+        raise bad(
+            "input and decoder_input do not fit each other",
+            f"{len(features)} and {len(texts)} rows",
+            "as many decoder inputs as inputs",
+            "Give one decoder input per input.",
+        )
+    rows = [
+        [*told, *model.encode_target(text, False)]
+        for told, text in zip(prompt.tolist(), texts, strict=True)
+    ]
+    return pad_rows(rows, model.decoder.pad)
 
 
 def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[str, ...] | None:
@@ -75,7 +117,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
 
 def _content(model: EncoderDecoder, text: str) -> list[int]:
     """Returns the tokens of a text without special ones."""
-    return [token for token in model.encode_target(text) if token not in model.special]
+    return [token for token in model.encode_target(text, False) if token not in model.special]
 
 
 def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
@@ -101,9 +143,3 @@ def _token(model: EncoderDecoder, one: object) -> int:
         f"words of one token each, or ids from 0 to {model.decoder.d_vocab - 1}",
         "Score the first token of longer words.",
     )
-
-
-def start_tokens(model: EncoderDecoder, count: int) -> Side:
-    """Returns what a decoder starts with, for so many rows."""
-    ids = torch.full((count, 1), model.decoder.start)
-    return Side(ids, torch.ones_like(ids, dtype=torch.bool))

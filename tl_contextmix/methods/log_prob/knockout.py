@@ -124,6 +124,7 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
+            further=question.batch.further,
             removed=finest(chosen),
         ),
     )
@@ -145,7 +146,7 @@ class _Ablation:
     def batch(self) -> Batch:
         """The sentence of each prediction."""
         batch = self.question.batch
-        return batch if self.question.plain else batch.select(self.question.sentences)
+        return batch if self.question.plain else batch.each(lambda x: x[self.question.sentences])
 
     def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the logits of the model as it is, and the means of what is to be replaced.
