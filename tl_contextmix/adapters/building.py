@@ -22,9 +22,12 @@ from tl_contextmix.adapters.tokenizers import (
     make_encode_decoder,
     make_pad_id,
     make_pieces,
+    make_spaced,
     make_to_string,
+    make_to_text,
     padding_of,
     special_ids,
+    special_tokens,
 )
 from tl_contextmix.adapters.verification import (
     CheckRow,
@@ -231,6 +234,10 @@ def _unsettled(
         pieces=make_pieces(handle),
         special_ids=lambda: special_ids(handle.get()),
         to_string=make_to_string(handle),
+        to_text=make_to_text(handle),
+        spaced=make_spaced(handle),
+        special_tokens=lambda: special_tokens(handle.get()),
+        reads_text=lambda: getattr(handle.get(), "tokenizer", None) is not None,
         pad_id=pad_id,
         padding=lambda: padding_of(handle.get()),
         hooked=make_hooked(handle),

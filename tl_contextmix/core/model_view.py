@@ -130,7 +130,11 @@ class ModelView:
         encode_decoder: Text to token ids of the decoder side, or None.
         pieces: A word to token ids, without special tokens, as the model predicts them.
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, where there are.
-        to_string: A token id as text.
+        to_string: A token id as text; parts of characters as bytes, see `core.pieces`.
+        to_text: Token ids as one text, special tokens included.
+        spaced: Returns whether words begin with their space, see `Tokens.spaced`.
+        special_tokens: Returns the ids of special tokens, that of unknown words left out.
+        reads_text: Returns whether there is a tokenizer.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
         padding: Returns how the model's tokenizer pads; None without one.
         hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
@@ -162,6 +166,10 @@ class ModelView:
     pieces: Callable[[str], list[int]] = field(repr=False)
     special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
+    to_text: Callable[[Sequence[int]], str] = field(repr=False)
+    spaced: Callable[[], bool] = field(repr=False)
+    special_tokens: Callable[[], frozenset[int]] = field(repr=False)
+    reads_text: Callable[[], bool] = field(repr=False)
     pad_id: Callable[[], int] = field(repr=False)
     padding: Callable[[], Padding | None] = field(repr=False)
     hooked: Callable[..., tuple[str, ...]] = field(repr=False)

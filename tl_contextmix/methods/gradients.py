@@ -392,4 +392,5 @@ def _one_each(tokens: Tokens, rows: list[int]) -> Tokens:
         mask=tokens.mask.gather(1, at),
         sides=((tokens.sides[0][0], 1),),
         places=at,
+        spaced=tokens.spaced,
     )

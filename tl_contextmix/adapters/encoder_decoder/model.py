@@ -23,7 +23,7 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
-from tl_contextmix.adapters.tokenizers import decoder_start
+from tl_contextmix.adapters.tokenizers import decoder_start, text_of
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -102,7 +102,9 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         decoder=decoder,
         encode_target=lambda text: whole(_require_decoder_text(view)(text), decoder.ends),
         to_string=view.to_string,
-        to_text=lambda ids: to_text(getattr(owner(), "tokenizer", None), ids),
+        to_text=lambda ids: text_of(
+            getattr(owner(), "tokenizer", None), ids, skip_special_tokens=True
+        ),
         special=special_ids(decoder, tokenizer),
     )
 
@@ -291,10 +293,3 @@ def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
     # The unknown token stands for a word.
     named.discard(getattr(tokenizer, "unk_token_id", None))
     return frozenset({*named, *decoder.ends, decoder.start, decoder.pad})
-
-
-def to_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Returns ids as one text, or as numbers without a tokenizer."""
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -15,11 +15,11 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     module_norm,
     require_no_hooks_on,
     special_ids,
-    to_text,
     whole,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.tokenizers import piece_of, text_of
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad
 
@@ -78,8 +78,8 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
         norm=None if norm is None else module_norm(model, norm),
         decoder=decoder,
         encode_target=lambda text: whole(list(_require(tokenizer)(text)["input_ids"]), ()),
-        to_string=lambda token: _piece(tokenizer, token),
-        to_text=lambda ids: to_text(tokenizer, ids),
+        to_string=lambda token: piece_of(tokenizer, token),
+        to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
     )
 
@@ -141,7 +141,3 @@ def _require(tokenizer: Any) -> Any:
             "Pass the model's tokenizer or processor.",
         )
     return tokenizer
-
-
-def _piece(tokenizer: Any, token: int) -> str:
-    return str(token) if tokenizer is None else tokenizer.decode([token])

@@ -285,4 +285,5 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Each token is decoded once: long inputs repeat theirs.
     texts = {token: view.to_string(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=((name, ids.shape[1]),))
+    sides = ((name, ids.shape[1]),)
+    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())

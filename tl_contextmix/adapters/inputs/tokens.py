@@ -21,7 +21,7 @@ from tl_contextmix.adapters.inputs.padding import (
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, is_text
-from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
+from tl_contextmix.errors import InvalidInput, bad, four_parts, require_choice, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -38,8 +38,9 @@ class TokenInputs(TypedDict, total=False):
     tokenizer's result or texts of unequal length say."""
 
     prepend_bos: bool | None
-    """Whether texts get a beginning-of-sequence token; None: the model's default. Token ids are
-    taken as they are, as everywhere in TransformerLens."""
+    """Whether texts get a beginning-of-sequence token; None: the model's default. A text that
+    brings its own (a chat template's output) gets no second one, with a warning unless this is
+    False. Token ids are taken as they are, as everywhere in TransformerLens."""
 
     padding_side: PaddingSide | None
     """Where texts of unequal length are padded; None: on the right."""
@@ -130,10 +131,19 @@ def _as_tensor(given: Any) -> Any:
 def _main_side(view: ModelView, given: Given) -> Side:
     if isinstance(given.input, Tensor):
         ids = _token_ids(view, given.input, "input")
+        if given.prepend_bos:
+            warn(
+                four_parts(
+                    "no beginning-of-sequence token is put before token ids",
+                    "prepend_bos=True with ids",
+                    "prepend_bos=True with a text",
+                    "Pass a text, put the token before the ids, or leave prepend_bos out.",
+                )
+            )
         if given.attention_mask is None:
             return find_padding(view, ids, given.padding_side or "right")
         return Side(ids=ids, mask=_mask(given.attention_mask, ids))
-    texts = _texts(given.input, "input")
+    texts = _texts(view, given.input, "input")
     rows = [view.encode(text, given.prepend_bos) for text in texts]
     padded = given.padding_side or "right"
     side = _pad(view, texts, rows, padded)
@@ -166,7 +176,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         ids = _token_ids(view, asked, "decoder_input")
         side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
-        texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
+        texts = [None] * rows if asked is None else _texts(view, asked, "decoder_input")
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
         _token_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
@@ -179,7 +189,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
     return side
 
 
-def _texts(given: object, name: str) -> list[str]:
+def _texts(view: ModelView, given: object, name: str) -> list[str]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise bad(
@@ -202,7 +212,31 @@ def _texts(given: object, name: str) -> list[str]:
             "at least one character in every text",
             "Leave empty texts out.",
         )
+    if len(texts) > 1 and view.reads_text() and _are_pieces(view, texts):
+        raise bad(
+            f"the {name} is the tokens of one text, not a list of texts",
+            f"{len(texts)} strings that are one token each, such as to_str_tokens returns: "
+            f"{list(texts[:4])}{', ...' if len(texts) > 4 else ''}",
+            "texts, or token ids",
+            "Pass the text itself, or to_tokens(text). Give texts of one token each in calls of "
+            "their own.",
+        )
     return list(texts)
+
+
+def _are_pieces(view: ModelView, texts: Sequence[str]) -> bool:
+    """Whether these are the tokens of a text rather than texts of one token each.
+
+    They are where they begin or end with a special token, or where the first of three or more
+    begins without a space (or ``##``) and others with one.
+    """
+    continued = [text[0].isspace() or text.startswith("##") for text in texts]
+    like_one_text = len(texts) > 2 and not continued[0] and any(continued)
+    if not like_one_text:
+        special = {view.to_string(token).strip() for token in view.special_tokens()}
+        if not special.intersection((texts[0].strip(), texts[-1].strip())):
+            return False
+    return all("\ufffd" in text or len(view.pieces(text)) == 1 for text in texts)
 
 
 def _describe_items(given: object) -> str:
