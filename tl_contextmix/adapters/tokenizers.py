@@ -12,7 +12,7 @@ import torch
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
-from tl_contextmix.core.model_view import ModelView, Padding
+from tl_contextmix.core.model_view import Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
 from tl_contextmix.errors import bad, four_parts, warn
 
@@ -67,11 +67,12 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
 def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
     """Returns a text's ids without the BOS in front of one that the text brings itself."""
     bos = tokenizer.bos_token_id
-    if bos is None or ids[:2] != [bos, bos]:
+    # An unknown word may have the same id.
+    if ids[:2] != [bos, bos] or not text.lstrip().startswith(str(tokenizer.bos_token)):
         return ids
     own = _leading(list(tokenizer(text, add_special_tokens=False)["input_ids"]), bos)
     added = _leading(ids, bos) - own
-    if not own or added < 1:
+    if own < 1 or added < 1:
         return ids
     warn(
         four_parts(
@@ -106,16 +107,21 @@ def _framed(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int
         [tokenizer.bos_token_id],
     ):
         before, _, after = _split(_published(tokenizer), text)
-    return before, _without_frame(tokenizer, before, words, after), after
+    plain = next(iter(text.values())).strip()
+    return before, _without_frame(tokenizer, plain, before, words, after), after
 
 
 def _without_frame(
-    tokenizer: Any, before: list[int], words: list[int], after: list[int]
+    tokenizer: Any, text: str, before: list[int], words: list[int], after: list[int]
 ) -> list[int]:
     """Returns the ids of a text without the special tokens that are put around it anyway."""
-    start = len(before) if words[: len(before)] == before else 0
-    stop = len(words) - len(after)
-    stop = stop if stop >= start and words[stop:] == after else len(words)
+    start, stop = 0, len(words)
+    # The text must have them, too: an unknown word may have the same id.
+    if before and text.startswith(piece_of(tokenizer, before[0]).strip()):
+        start = len(before) if words[: len(before)] == before else 0
+    if after and text.endswith(piece_of(tokenizer, after[-1]).strip()):
+        first = stop - len(after)
+        stop = first if first >= start and words[first:] == after else stop
     own = [*words[:start], *words[stop:]]
     if own:
         warn(

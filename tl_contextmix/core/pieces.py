@@ -43,6 +43,11 @@ def has_parts(piece: str) -> bool:
     return "\ufffd" in piece or bool(_PARTS.search(piece))
 
 
+def replace_parts(piece: str) -> str:
+    """Returns a label with U+FFFD in place of parts of characters."""
+    return _PARTS.sub(lambda found: _read(found[0]).decode("utf-8", "replace"), piece)
+
+
 def whole_characters(pieces: Sequence[str]) -> list[tuple[int, int]]:
     """Returns the shortest stretches ``(start, stop)`` of labels that share no character."""
     if not any("⟨" in piece for piece in pieces):

@@ -114,8 +114,8 @@ def mine_triggers(
             can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
             document where the model reads both ways) counts once, where its coefficient is
             highest. Contexts are compared by 64-bit hashes of their tokens.
-        special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
-            [SEP]) count.
+        special: Whether positions of special tokens (beginning-of-sequence, [CLS], [SEP], turns of
+            a chat) count, wherever they stand. Those left out are counted in the manifest.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
         too_long: Documents longer than the model's context are ``"cut"``, left out (``"skip"``) or
             an ``"error"``; the manifest counts them and the tokens cut off.
