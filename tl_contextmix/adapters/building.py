@@ -212,7 +212,7 @@ def _unsettled(
     model = facts.model
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
-    pad_id = make_pad_id(handle, facts)
+    pad_id, to_string = make_pad_id(handle, facts), make_to_string(handle)
     return ModelView(
         name=_name(facts),
         host=type(model).__name__,
@@ -233,7 +233,8 @@ def _unsettled(
         encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
         pieces=make_pieces(handle),
         special_ids=lambda: special_ids(handle.get()),
-        to_string=make_to_string(handle),
+        to_string=to_string,
+        to_output=to_string if _predicts_tokens(facts) else str,
         to_text=make_to_text(handle),
         spaced=make_spaced(handle),
         special_tokens=lambda: special_tokens(handle.get()),
@@ -246,6 +247,12 @@ def _unsettled(
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id),
     )
+
+
+def _predicts_tokens(facts: Facts) -> bool:
+    """Whether outputs are tokens, and not classes of a toy model's own."""
+    outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
+    return facts.bridge or outputs in (None, -1, int(facts.model.W_E.shape[0]))
 
 
 def _longest_input(facts: Facts) -> int | None:

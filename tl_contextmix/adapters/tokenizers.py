@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import dropwhile
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
-from tl_contextmix.core.model_view import Padding
+from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
+from tl_contextmix.core.validation import LATER
 from tl_contextmix.errors import bad, four_parts, warn
+
+Names = Sequence[str] | Callable[[int], str]
+Labels = Annotated[Names | tuple[Names, Names], LATER]
+"""Names of token ids: a list, or a function of the id. Where a model's outputs are not its tokens
+(``d_vocab_out``): of the tokens and of the outputs."""
 
 
 def require_tokenizer(model: Any) -> Any:
@@ -383,3 +391,82 @@ def special_tokens(model: Any) -> frozenset[int]:
     if unknown not in [getattr(tokenizer, f"{role}_token_id", None) for role in roles]:
         found.discard(unknown)
     return frozenset(found)
+
+
+def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
+    """Returns a view that shows tokens, and knows targets, by names of the user's own.
+
+    Raises:
+        InvalidInput: If they are not one name for each token.
+    """
+    if labels is None or view.labelled:
+        return view
+    pair = isinstance(labels, tuple) and len(labels) == 2
+    pair = pair and not any(isinstance(one, str) for one in labels)
+    to_string = _namer(labels[0] if pair else labels, view.d_vocab, "token")
+    # A bare list names what is read; what is predicted, too, where that is the same.
+    to_output = to_string if view.to_output == view.to_string else view.to_output
+    if pair:
+        to_output = _namer(labels[1], _outputs(view), "output")
+    known: dict[str, list[int]] = {}
+
+    def pieces(text: str) -> list[int]:
+        if not known:
+            for token in range(_outputs(view)):
+                known.setdefault(to_output(token), []).append(token)
+        found = known.get(text, [])
+        if len(found) > 1:
+            raise bad(
+                "a label does not say which token is meant",
+                f"{text!r}, of the ids {found[:5]}",
+                "a label that is given once",
+                "Pass the id.",
+            )
+        return found
+
+    @cache
+    def spaced() -> bool:
+        return any(to_string(token)[:1].isspace() for token in range(view.d_vocab))
+
+    return replace(
+        view,
+        to_string=to_string,
+        to_output=to_output,
+        to_text=lambda ids: ("" if spaced() else " ").join(map(to_string, ids)),
+        pieces=pieces,
+        spaced=spaced,
+        labelled=True,
+    )
+
+
+def _outputs(view: ModelView) -> int:
+    weight = view.readout.weights("W_U")
+    return view.d_vocab if weight is None else weight.shape[1]
+
+
+def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
+    """Returns the function that names ids."""
+    if not callable(labels):
+        listed = [] if isinstance(labels, str) else [*labels]
+        if len(listed) != count or not all(isinstance(label, str) for label in listed):
+            kinds = sorted({type(label).__name__ for label in listed})
+            raise bad(
+                "the labels do not name the vocabulary",
+                f"{len(listed)} of {', '.join(kinds) or type(labels).__name__}",
+                f"{count} of str, one for each {what} id",
+                "Name all of them, or pass a function of the id.",
+            )
+        return listed.__getitem__
+
+    def name(token: int) -> str:
+        label = labels(token)
+        if not isinstance(label, str):
+            raise bad(
+                "the labels do not name the vocabulary",
+                f"labels({token}) = {label!r}",
+                "a function that returns a str for every id",
+                "Convert it.",
+            )
+        return label
+
+    return name

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, run_pass
 from tl_contextmix.adapters.inputs.targets import answer_of, predicting_rows, target_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
@@ -97,6 +97,7 @@ def run_prediction(
         UnsupportedModel: If it has no vocabulary readout, its stream is no sum, or hooks of the
             user's own change what is read from it.
     """
+    view = name_tokens(view, given.labels)
     view.readout.require()
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,10 @@ from tl_contextmix.adapters.inputs import (
     TokenInputs,
     label,
     make_batch,
+    name_tokens,
     provenance,
 )
-from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
+from tl_contextmix.adapters.inputs.targets import Target, rows_at, target_tokens
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
@@ -55,7 +56,7 @@ def gradient_x_input(
     model: object,
     input: Input,
     *,
-    target: int | Sequence[int] | None = None,
+    target: Target | None = None,
     pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
@@ -72,8 +73,8 @@ def gradient_x_input(
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
-        target: Id of the token that is predicted, one for all sentences or one for each; None:
-            the token with the largest logit.
+        target: The token that is predicted, as text or id, one for all sentences or one for each;
+            None: the token with the largest logit.
         pos: Where it is predicted: the position whose logits are taken, of the decoder in an
             encoder-decoder. Negative ones count from the last real token of each sentence.
         of: ``"logit"``, or ``"log_prob"`` for the logarithm of its probability.
@@ -105,7 +106,7 @@ def integrated_gradients(
     input: Input,
     *,
     steps: Positive = 50,
-    target: int | Sequence[int] | None = None,
+    target: Target | None = None,
     pos: int = -1,
     of: Of = "logit",
     score: Score = "l2",
@@ -330,7 +331,7 @@ def _entries(view: ModelView) -> dict[str, str]:
 def _ask(
     view: ModelView,
     given: Given,
-    target: int | Sequence[int] | None,
+    target: Target | None,
     pos: int,
     of: Of,
     score: Score,
@@ -339,6 +340,7 @@ def _ask(
 ) -> _Asked:
     if view.readout.refusal:
         raise UnsupportedModel(view.readout.refusal)
+    view = name_tokens(view, given.labels)
     batch = make_batch(view, given)
     said = batch.decoder
     batch = Batch(_own(batch.main), None if said is None else _own(said))
@@ -355,8 +357,8 @@ def _ask(
     logits = view.run(batch, [], edits={name: enter(name) for name in entries}, grad=grad).logits
     assert logits is not None
     rows = rows_at(pos, batch.side(next(iter(entries.values()))).mask)
-    best = logits.detach().cpu()[torch.arange(len(rows)), rows].argmax(dim=-1)
-    ids = ids_of(target, best, view.d_vocab)
+    there = logits.detach()[torch.arange(len(rows)), rows.to(logits.device)]
+    ids = target_tokens(view, target, there).ids[:, 0]
     value = _predicted(logits, rows, ids, of, view.dtype)
     inputs = {name: leaves[name] for name in entries}
     return _Asked(view, batch, inputs, rows, ids, of, score, value)

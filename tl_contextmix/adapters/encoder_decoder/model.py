@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
-from tl_contextmix.adapters.tokenizers import decoder_start, text_of
+from tl_contextmix.adapters.tokenizers import Labels, decoder_start, name_tokens, text_of
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -67,6 +67,13 @@ class EncoderDecoder:
     to_string: Callable[[int], str] = field(repr=False)
     to_text: Callable[[Sequence[int]], str] = field(repr=False)
     special: frozenset[int] = field(repr=False)
+
+    def named(self, labels: Labels | None) -> EncoderDecoder:
+        """Returns the model with names of the user's own for its tokens; see `name_tokens`."""
+        if labels is None or self.view is None:
+            return self
+        view = name_tokens(self.view, labels)
+        return replace(self, view=view, to_string=view.to_string, to_text=view.to_text)
 
 
 def from_view(model: Any, view: ModelView) -> EncoderDecoder:

@@ -168,7 +168,7 @@ def target_tokens(
     _warn_about_spaces(view, named, ids.tolist(), logits)
     return Tokens(
         ids=ids[:, None],
-        strings=tuple((view.to_string(token),) for token in ids.tolist()),
+        strings=tuple((view.to_output(token),) for token in ids.tolist()),
         mask=torch.ones(len(ids), 1, dtype=torch.bool),
         sides=(("target", 1),),
     )
@@ -181,8 +181,15 @@ def single_token(view: ModelView, text: str) -> int:
         InvalidInput: If it is several, naming them, or a word the model does not know.
     """
     found = view.pieces(text)
+    if view.labelled and not found:
+        raise bad(
+            "no label is called that",
+            repr(text),
+            "one of the labels",
+            "Name the target as labels= does, or pass an id.",
+        )
     if len(found) != 1:
-        pieces = ", ".join(repr(view.to_string(token)) for token in found)
+        pieces = ", ".join(repr(view.to_output(token)) for token in found)
         spaced = " " + text
         fits = not text.startswith(" ") and len(view.pieces(spaced)) == 1
         hint = f"{spaced!r}, with its space, is one token. " if fits else ""
@@ -192,11 +199,11 @@ def single_token(view: ModelView, text: str) -> int:
             "a text that is one token of this model's vocabulary",
             f"{hint}Ask for one of the pieces, or pass an id.",
         )
-    unknown = found[0] == view.special_ids().get("unknown")
-    if unknown and view.to_string(found[0]).strip() != text.strip():
+    unknown = not view.labelled and found[0] == view.special_ids().get("unknown")
+    if unknown and view.to_output(found[0]).strip() != text.strip():
         raise bad(
             "the target is not in the vocabulary",
-            f"{text!r}, which becomes {view.to_string(found[0])!r}",
+            f"{text!r}, which becomes {view.to_output(found[0])!r}",
             "a word of this model's vocabulary",
             "Use another word, or pass an id.",
         )

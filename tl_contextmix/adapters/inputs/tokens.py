@@ -18,6 +18,7 @@ from tl_contextmix.adapters.inputs.padding import (
     find_target_padding,
     require_safe_padding,
 )
+from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, is_text
@@ -48,6 +49,11 @@ class TokenInputs(TypedDict, total=False):
     decoder_input: Input | None
     """Text, texts or token ids of an encoder-decoder's decoder side; None: its start token."""
 
+    labels: Labels | None
+    """Names of the token ids, for all displays and for ``target``, of a model without a tokenizer
+    (a board game's moves): a list, or a function of the id. Where outputs are not tokens
+    (``d_vocab_out``), a pair: names of the tokens and of the outputs."""
+
 
 class Inputs(TokenInputs, total=False):
     """What methods that only look at a forward pass take besides."""
@@ -65,6 +71,7 @@ class Given:
     prepend_bos: bool | None = None
     padding_side: PaddingSide | None = None
     decoder_input: Input | None = None
+    labels: Labels | None = None
     cache: Cache | None = None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.targets import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
 from tl_contextmix.core.validation import whole_number
@@ -43,7 +44,7 @@ def read_source(
     if replace(given, input="") != Given(""):
         raise bad(
             "this has no meaning for a speech model",
-            "decoder_input, attention_mask, prepend_bos or padding_side",
+            "decoder_input, attention_mask, prepend_bos, padding_side or labels",
             "none of them",
             "Set language and task in model.generation_config.",
         )
@@ -92,6 +93,8 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
 
 
 def _token(model: EncoderDecoder, one: object) -> int:
+    if isinstance(one, str) and model.view is not None and model.view.labelled:
+        one = single_token(model.view, one)
     ids = _content(model, one) if isinstance(one, str) else [whole_number(one)]
     if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
         return ids[0]

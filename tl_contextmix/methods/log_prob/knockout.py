@@ -16,6 +16,7 @@ from tl_contextmix.adapters.inputs import (
     Input,
     TokenInputs,
     make_batch,
+    name_tokens,
     provenance,
 )
 from tl_contextmix.adapters.inputs.targets import (
@@ -98,7 +99,7 @@ def knockout(
 
     Cost: ``2 + controls`` forward passes.
     """
-    view = as_view(model)
+    view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
     batch = make_batch(view, Given(input, **inputs))
     found = answer_of(batch, view, neurons, heads)

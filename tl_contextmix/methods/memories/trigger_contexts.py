@@ -174,7 +174,7 @@ def _promotes(
         vector = values(require_feed_forward(block))[neuron : neuron + 1]
         vector = -vector if negative else vector
         scan = reader.scan(reader.hidden(vector), _PROMOTED, sides=1)
-    words = tuple(view.to_string(token) for token in scan.ids[0, 0].tolist())
+    words = tuple(view.to_output(token) for token in scan.ids[0, 0].tolist())
     return words, tuple(scan.ends[0, 0].tolist())
 
 
