@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tl_contextmix.core.pieces import join_pieces, whole_characters
+from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.errors import bad
 
 Spans = Sequence[tuple[int, int]]
@@ -70,6 +70,8 @@ def _extends(char: str) -> bool:
 
 
 def _inside(piece: str) -> bool:
+    if has_parts(piece):
+        return False  # a character that is cut off may be anything
     return any(char.isalnum() for char in piece) or set(piece) <= _JOINS
 
 
