@@ -344,9 +344,9 @@ def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
     demo = cm.load_demo("causal-lm")
     bos, text = demo.tokenizer.bos_token, "the capital of france is"
     expected = cm.attention_norms(demo, text, at="block_out")
-    for given in ({}, {"prepend_bos": True}):
+    for prepend in (None, True):
         with pytest.warns(ContextMixWarning, match="brings its own .*prepend_bos=False"):
-            found = cm.attention_norms(demo, f"{bos} {text}", at="block_out", **given)
+            found = cm.attention_norms(demo, f"{bos} {text}", at="block_out", prepend_bos=prepend)
         assert torch.equal(found.source.ids, expected.source.ids)
         assert torch.equal(found.scores, expected.scores)
     # Said: no warning.

@@ -401,13 +401,12 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
     """
     if labels is None or view.labelled:
         return view
-    pair = isinstance(labels, tuple) and len(labels) == 2
-    pair = pair and not any(isinstance(one, str) for one in labels)
-    to_string = _namer(labels[0] if pair else labels, view.d_vocab, "token")
+    read, predicted = _as_pair(labels)
+    to_string = _namer(read, view.d_vocab, "token")
     # A bare list names what is read; what is predicted, too, where that is the same.
     to_output = to_string if view.to_output == view.to_string else view.to_output
-    if pair:
-        to_output = _namer(labels[1], _outputs(view), "output")
+    if predicted is not None:
+        to_output = _namer(predicted, _outputs(view), "output")
     known: dict[str, list[int]] = {}
 
     def pieces(text: str) -> list[int]:
@@ -437,6 +436,13 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
         spaced=spaced,
         labelled=True,
     )
+
+
+def _as_pair(labels: Any) -> tuple[Names, Names | None]:
+    two = isinstance(labels, tuple) and len(labels) == 2
+    if two and not any(isinstance(one, str) for one in labels):
+        return labels
+    return labels, None
 
 
 def _outputs(view: ModelView) -> int:
