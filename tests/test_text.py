@@ -501,7 +501,6 @@ def test_labels_name_targets(toy: Any) -> None:
     [
         (["a"], r"got 1 of str; expected \d+ of str, one for each token id"),
         ("abc", "got 0 of str"),
-        ([1] * 61, "got 61 of int"),
         (lambda token: token, r"got labels\(\d+\) = \d+; expected a function"),
         (["x"] * 61, r"does not say which token.*'x', of the ids \[0, 1"),
         (list(map(str, range(61))), "no label is called that: got 'x'"),
@@ -535,9 +534,10 @@ def test_classes_are_read_at_any_position(direction: str) -> None:
     if zoo_build.major() > 3:
         pytest.skip("TransformerLens 4 has no HookedTransformer")
     options = {"d_vocab_out": 3, "attention_dir": direction, "act_fn": "gelu"}
-    made = zoo_build.config_built(
-        {**options, "normalization_type": "LN"}, dtype=torch.float64, seed=0
-    )
+    with zoo_build.quiet():
+        made = zoo_build.config_built(
+            {**options, "normalization_type": "LN"}, dtype=torch.float64, seed=0
+        )
     made.tokenizer = None
     game = torch.tensor([[3, 41, 12, 60], [8, 9, 10, 11]])
     moves, classes = [f"m{token}" for token in range(made.cfg.d_vocab)], ["lost", "drawn", "won"]
