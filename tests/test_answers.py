@@ -20,9 +20,9 @@ from tl_contextmix.evaluation import blanked
 from tl_contextmix.results import LogProbContributions
 
 TEXT = "the keys to the cabinet"
-ONES = {"target": 9, "foil": 7}
-SETS = {"target": {9, 5}, "foil": {7, 8, 11}}
-SPLITS = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+ONES: dict[str, Any] = {"target": 9, "foil": 7}
+SETS: dict[str, Any] = {"target": {9, 5}, "foil": {7, 8, 11}}
+SPLITS: tuple[Any, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
 
 
 def log_odds(logits: Tensor, target: Sequence[int], foil: Sequence[int]) -> Tensor:
@@ -32,9 +32,8 @@ def log_odds(logits: Tensor, target: Sequence[int], foil: Sequence[int]) -> Tens
 
 def contributions(model: Any, given: zoo.Inputs, **options: Any) -> LogProbContributions:
     """Contributions to a prediction in the middle."""
-    return cm.log_prob_contributions(
-        model, given.tokens, **{"pos": -2, **keywords(given), **options}
-    )
+    options = {"pos": -2, **keywords(given), **options}
+    return cm.log_prob_contributions(model, given.tokens, **options)
 
 
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
@@ -167,7 +166,7 @@ def test_masks_are_an_answer_of_several_tokens() -> None:
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_every_position_at_once_is_each_alone(case: zoo.Case) -> None:
     model, given = shared(case)
-    asked = {**keywords(given), "by": "head", "target": 9, "foil": {7, 8}}
+    asked: dict[str, Any] = {**keywords(given), "by": "head", "target": 9, "foil": {7, 8}}
     every = cm.log_prob_contributions(model, given.tokens, pos="all", **asked)
     small = cm.log_prob_contributions(model, given.tokens, pos="all", max_bytes=1, **asked)
     assert every.pos.tolist() == small.pos.tolist()
@@ -191,8 +190,10 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
         pytest.skip("TransformerLens 2 has no encoder-decoder that works")
     model, given = shared(case_of(family))
     prompt = given.tokens[:1]
-    start = {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens[:1, :1]}
-    asked = {"target": [[11, 6]], "foil": 7, **start}
+    start: dict[str, Any] = (
+        {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens[:1, :1]}
+    )
+    asked: dict[str, Any] = {"target": [[11, 6]], "foil": 7, **start}
     neurons = cm.log_prob_contributions(model, prompt, by="ff_neuron", k=2, **asked)
     assert neurons.scores.shape == (2, 2)
     fallen = cm.knockout(model, prompt, neurons=neurons, controls=1, **start)
@@ -202,7 +203,9 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
     view = view_of(model)
     whole = neurons.tokens.ids[1:2]
     kind = "main" if given.decoder_tokens is None else "decoder"
-    inputs = {"input": prompt, "decoder_input": whole} if kind == "decoder" else {"input": whole}
+    inputs: dict[str, Any] = (
+        {"input": prompt, "decoder_input": whole} if kind == "decoder" else {"input": whole}
+    )
     batch = make_batch(view, Given(**inputs))
     edits = {}
     for layer in range(len(view.blocks())):
@@ -236,8 +239,9 @@ def test_saliency_of_a_contrast_is_the_gradient_of_it(family: str) -> None:
     if family == "bart" and zoo.major() == 2:
         pytest.skip("TransformerLens 2 has no encoder-decoder that works")
     model, given = shared(case_of(family))
-    plain = {**keywords(given), "pos": -1}
-    for of in ("logit", "log_prob"):
+    plain: dict[str, Any] = {**keywords(given), "pos": -1}
+    ofs: tuple[Any, ...] = ("logit", "log_prob")
+    for of in ofs:
         both = cm.gradient_x_input(model, given.tokens, of=of, score="sum", **ONES, **plain)
         parts = [signed(model, given, token, of) for token in (ONES["target"], ONES["foil"])]
         assert relative(both.scores[:, 0, 0, 0], (parts[0] - parts[1]).abs()) <= 1e-8
@@ -273,7 +277,8 @@ def signed(model: Any, given: zoo.Inputs, token: int, of: str) -> Tensor:
 def test_saliency_of_an_answer_is_that_of_each_token() -> None:
     model, given = shared(case_of("gpt2"))
     answers = [[11, 6], [13]]
-    for method, options in ((cm.gradient_x_input, {}), (cm.integrated_gradients, {"steps": 8})):
+    methods: list[Any] = [(cm.gradient_x_input, {}), (cm.integrated_gradients, {"steps": 8})]
+    for method, options in methods:
         found = method(model, given.tokens, target=answers, **options)
         assert found.scores.shape[:4] == (2, 1, 1, 2)
         assert found.target.mask.tolist() == [[True, True], [True, False]]
@@ -300,7 +305,7 @@ def test_faithfulness_and_compare_ask_for_a_contrast() -> None:
     drop = blanked(model, ids, Answer(" are", {" is", " was"}), None)
     assert drop.real == pytest.approx(real, abs=1e-4)
     pairs = cm.demo_pairs(count=3)
-    asked = {"methods": ["gradient_x_input", "value_zeroing"]}
+    asked: dict[str, Any] = {"methods": ["gradient_x_input", "value_zeroing"]}
     right, contrast = (cm.compare(model, pairs, contrast=c, **asked) for c in (False, True))
     assert right.correct == contrast.correct
     assert {r.value for r in right.rows} != {r.value for r in contrast.rows}

@@ -216,6 +216,7 @@ UNCHECKED: dict[str, tuple[str, str]] = {
         "'cat', {'prepend_bos': 'no'}",
         r"prepend_bos cannot be read: got 'no'; expected True, False or None",
     ),
+    "labels of numbers": ("TOKENS, {'labels': [1]}", r"labels do not name .*: got 1 of int;"),
     "unknown side": (
         "['cat', 'a cat'], {'padding_side': 'lft'}",
         r"no such padding side: got 'lft'; expected one of .*Did you mean 'left'\?",

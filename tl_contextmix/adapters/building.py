@@ -23,9 +23,12 @@ from tl_contextmix.adapters.tokenizers import (
     make_encode_pair,
     make_pad_id,
     make_pieces,
+    make_spaced,
     make_to_string,
+    make_to_text,
     padding_of,
     special_ids,
+    special_tokens,
 )
 from tl_contextmix.adapters.verification import (
     CheckRow,
@@ -210,7 +213,7 @@ def _unsettled(
     model = facts.model
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
-    pad_id = make_pad_id(handle, facts)
+    pad_id, to_string = make_pad_id(handle, facts), make_to_string(handle)
     return ModelView(
         name=_name(facts),
         host=type(model).__name__,
@@ -234,7 +237,12 @@ def _unsettled(
         prompt_caution=lambda: decoder_prompt(handle.get()).caution,
         pieces=make_pieces(handle),
         special_ids=lambda: special_ids(handle.get()),
-        to_string=make_to_string(handle),
+        to_string=to_string,
+        to_output=to_string if _predicts_tokens(facts) else str,
+        to_text=make_to_text(handle),
+        spaced=make_spaced(handle),
+        special_tokens=lambda: special_tokens(handle.get()),
+        reads_text=lambda: getattr(handle.get(), "tokenizer", None) is not None,
         pad_id=pad_id,
         padding=lambda: padding_of(handle.get()),
         hooked=make_hooked(handle),
@@ -243,6 +251,12 @@ def _unsettled(
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id),
     )
+
+
+def _predicts_tokens(facts: Facts) -> bool:
+    """Whether outputs are tokens, and not classes of a toy model's own."""
+    outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
+    return facts.bridge or outputs in (None, -1, int(facts.model.W_E.shape[0]))
 
 
 def _longest_input(facts: Facts) -> int | None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import cache
+from itertools import dropwhile
+from typing import Annotated, Any
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
-from tl_contextmix.core.model_view import Padding
-from tl_contextmix.errors import bad
+from tl_contextmix.core.model_view import ModelView, Padding
+from tl_contextmix.core.pieces import join_pieces, show_bytes
+from tl_contextmix.core.validation import LATER
+from tl_contextmix.errors import bad, four_parts, warn
+
+Names = Sequence[str] | Callable[[int], str]
+Labels = Annotated[Names | tuple[Names, Names], LATER]
+"""Names of token ids: a list, or a function of the id. Where a model's outputs are not its tokens
+(``d_vocab_out``): of the tokens and of the outputs."""
 
 
 def require_tokenizer(model: Any) -> Any:
@@ -37,14 +48,15 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     were trained on the ids that their tokenizers give, which to_tokens of a bridge puts special
     tokens in front of and cuts some off, so there the tokenizer is asked.
     """
-    framed = _isframed(facts)
+    framed = _is_framed(facts)
 
     def encode(text: str, prepend_bos: bool | None) -> list[int]:
         model = handle.get()
         tokenizer = require_tokenizer(model)
         if not framed:
             options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-            return model.to_tokens(text, truncate=False, **options)[0].tolist()
+            ids = model.to_tokens(text, truncate=False, **options)[0].tolist()
+            return ids if prepend_bos is False else _with_one_bos(tokenizer, text, ids)
         if prepend_bos is not None:
             raise bad(
                 "prepend_bos has no meaning for an encoder",
@@ -58,7 +70,7 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
     return encode
 
 
-def _isframed(facts: Facts) -> bool:
+def _is_framed(facts: Facts) -> bool:
     """Whether texts get the special tokens of their tokenizer, not those of TransformerLens."""
     pair = facts.host == "HookedEncoderDecoder" or "decoder_blocks" in facts.model._modules
     return pair or (facts.encoder_only and facts.host != "HookedTransformer")
@@ -68,7 +80,7 @@ def make_encode_pair(
     handle: Handle, facts: Facts
 ) -> Callable[[str, str], tuple[list[int], list[int] | None]]:
     """Returns the function that turns two texts into the token ids and segments of one row."""
-    framed = _isframed(facts)
+    framed = _is_framed(facts)
 
     def encode_pair(first: str, second: str) -> tuple[list[int], list[int] | None]:
         tokenizer = require_tokenizer(handle.get())
@@ -88,6 +100,31 @@ def make_encode_pair(
     return encode_pair
 
 
+def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Returns a text's ids without the BOS in front of one that the text brings itself."""
+    bos = tokenizer.bos_token_id
+    # An unknown word may have the same id.
+    if ids[:2] != [bos, bos] or not text.lstrip().startswith(str(tokenizer.bos_token)):
+        return ids
+    own = _leading(list(tokenizer(text, add_special_tokens=False)["input_ids"]), bos)
+    added = _leading(ids, bos) - own
+    if own < 1 or added < 1:
+        return ids
+    warn(
+        four_parts(
+            "a text brings its own beginning-of-sequence token",
+            repr(tokenizer.bos_token),
+            "a text without it, or prepend_bos=False",
+            "It gets no second one. Pass prepend_bos=False to say that it has one.",
+        )
+    )
+    return ids[added:]
+
+
+def _leading(ids: list[int], token: int) -> int:
+    return len(ids) - len([*dropwhile(lambda one: one == token, ids)])
+
+
 def in_frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[int]]:
     """Returns a text's ids between the special tokens that its tokenizer puts around them.
 
@@ -102,7 +139,32 @@ def in_frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int], list[in
     before, words, after = _split(tokenizer, text)
     if _lost_frame(tokenizer, before, after):
         before, _, after = _split(_published(tokenizer), text)
-    return before, words, after
+    plain = next(iter(text.values())).strip()
+    return before, _without_frame(tokenizer, plain, before, words, after), after
+
+
+def _without_frame(
+    tokenizer: Any, text: str, before: list[int], words: list[int], after: list[int]
+) -> list[int]:
+    """Returns the ids of a text without the special tokens that are put around it anyway."""
+    start, stop = 0, len(words)
+    # The text must have them, too: an unknown word may have the same id.
+    if before and text.startswith(piece_of(tokenizer, before[0]).strip()):
+        start = len(before) if words[: len(before)] == before else 0
+    if after and text.endswith(piece_of(tokenizer, after[-1]).strip()):
+        first = stop - len(after)
+        stop = first if first >= start and words[first:] == after else stop
+    own = [*words[:start], *words[stop:]]
+    if own:
+        warn(
+            four_parts(
+                "a text brings special tokens that its tokenizer puts around every text",
+                ", ".join(repr(piece_of(tokenizer, one)) for one in own),
+                "a text without them",
+                "It gets no second ones. Leave them out of the text.",
+            )
+        )
+    return words[start:stop]
 
 
 def _lost_frame(tokenizer: Any, before: list[int], after: list[int]) -> bool:
@@ -236,18 +298,195 @@ def padding_of(model: Any) -> Padding | None:
 
 def make_to_string(handle: Handle) -> Callable[[int], str]:
     """Returns the function that shows one token id, leading spaces kept."""
+    return lambda token: piece_of(getattr(handle.get(), "tokenizer", None), token)
 
-    def to_string(token: int) -> str:
+
+def piece_of(tokenizer: Any, token: int) -> str:
+    """Returns one token as text, its leading space kept, parts of characters as `show_bytes` does.
+
+    Args:
+        tokenizer: The tokenizer; None shows the id.
+        token: The id.
+    """
+    if tokenizer is None:
+        return str(token)
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:
+        # Vocabularies are padded to round numbers, and no token stands behind the last ids.
+        return f"[{token}]"
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    # ByT5 decodes parts of a character as nothing.
+    data = _bytes_of(piece) if "\ufffd" in text or not text else None
+    if data is not None:
+        return show_bytes(data)
+    # SentencePiece marks a leading space that decoding a single token drops.
+    starts_word = isinstance(piece, str) and piece.startswith("\u2581")
+    return " " + text.lstrip() if starts_word else text
+
+
+_PRINTED = frozenset((*range(33, 127), *range(161, 173), *range(174, 256)))
+_OTHERS = sorted(frozenset(range(256)) - _PRINTED)
+# As in GPT-2's byte-level vocabulary, whose own characters are the first; ByT5's are the bytes.
+_ALPHABET = {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_ALPHABET |= {chr(byte): byte for byte in range(33, 256) if byte != 127}
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _bytes_of(piece: str | bytes) -> bytes | None:
+    """Returns what a piece of a byte-level vocabulary stands for, or one by which others fall back.
+
+    Args:
+        piece: As the vocabulary has it; None is returned for one that is no bytes.
+    """
+    if isinstance(piece, bytes):
+        return piece
+    if (fallback := _BYTE.fullmatch(piece)) is not None:
+        return bytes.fromhex(fallback[1])
+    known = all(character in _ALPHABET for character in piece)
+    return bytes(_ALPHABET[character] for character in piece) if known else None
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], **options: Any) -> str:
+    """Returns token ids decoded as one text, without U+FFFD for characters that are cut off.
+
+    Args:
+        tokenizer: The tokenizer; None gives the ids.
+        ids: The ids.
+        **options: Of its ``decode``.
+    """
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    text = tokenizer.decode(list(ids), **options)
+    if "\ufffd" not in text:
+        return text
+    skipped = tokenizer.all_special_ids if options.get("skip_special_tokens") else ()
+    pieces = join_pieces([piece_of(tokenizer, one) for one in ids if one not in skipped])
+    # Decoders of SentencePiece drop the space of the first word.
+    return pieces if text.startswith(" ") else pieces.removeprefix(" ")
+
+
+def make_to_text(handle: Handle) -> Callable[[Sequence[int]], str]:
+    """Returns the function that shows token ids as one text, special tokens included."""
+
+    def to_text(ids: Sequence[int]) -> str:
+        tokenizer = getattr(handle.get(), "tokenizer", None)
+        return text_of(tokenizer, ids, clean_up_tokenization_spaces=False)
+
+    return to_text
+
+
+_SPACED: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def make_spaced(handle: Handle) -> Callable[[], bool]:
+    """Returns the function that says whether words begin with their space."""
+
+    def spaced() -> bool:
         tokenizer = getattr(handle.get(), "tokenizer", None)
         if tokenizer is None:
-            return str(token)
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            # Vocabularies are padded to round numbers, and no token stands behind the last ids.
-            return f"[{token}]"
-        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        # SentencePiece marks a leading space that decoding a single token drops.
-        starts_word = isinstance(piece, str) and piece.startswith("\u2581")
-        return " " + text.lstrip() if starts_word else text
+            return False
+        if tokenizer not in _SPACED:
+            ids = tokenizer("a a", add_special_tokens=False)["input_ids"]
+            _SPACED[tokenizer] = any(piece_of(tokenizer, one)[:1].isspace() for one in ids)
+        return _SPACED[tokenizer]
 
-    return to_string
+    return spaced
+
+
+def special_tokens(model: Any) -> frozenset[int]:
+    """Returns the ids of special tokens; that of unknown words, which stands for words, is none."""
+    tokenizer = getattr(model, "tokenizer", None)
+    found = set(getattr(tokenizer, "all_special_ids", ()))
+    # Those of a chat template may be special and have no role.
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    found.update(token for token, about in added.items() if about.special)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    roles = ("bos", "eos", "pad", "cls", "sep", "mask")
+    if unknown not in [getattr(tokenizer, f"{role}_token_id", None) for role in roles]:
+        found.discard(unknown)
+    return frozenset(found)
+
+
+def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
+    """Returns a view that shows tokens, and knows targets, by names of the user's own.
+
+    Raises:
+        InvalidInput: If they are not one name for each token.
+    """
+    if labels is None or view.labelled:
+        return view
+    read, predicted = _as_pair(labels)
+    to_string = _namer(read, view.d_vocab, "token")
+    # A bare list names what is read; what is predicted, too, where that is the same.
+    to_output = to_string if view.to_output == view.to_string else view.to_output
+    if predicted is not None:
+        to_output = _namer(predicted, _outputs(view), "output")
+    known: dict[str, list[int]] = {}
+
+    def pieces(text: str) -> list[int]:
+        if not known:
+            for token in range(_outputs(view)):
+                known.setdefault(to_output(token), []).append(token)
+        found = known.get(text, [])
+        if len(found) > 1:
+            raise bad(
+                "a label does not say which token is meant",
+                f"{text!r}, of the ids {found[:5]}",
+                "a label that is given once",
+                "Pass the id.",
+            )
+        return found
+
+    @cache
+    def spaced() -> bool:
+        return any(to_string(token)[:1].isspace() for token in range(view.d_vocab))
+
+    return replace(
+        view,
+        to_string=to_string,
+        to_output=to_output,
+        to_text=lambda ids: ("" if spaced() else " ").join(map(to_string, ids)),
+        pieces=pieces,
+        spaced=spaced,
+        labelled=True,
+    )
+
+
+def _as_pair(labels: Any) -> tuple[Names, Names | None]:
+    two = isinstance(labels, tuple) and len(labels) == 2
+    if two and not any(isinstance(one, str) for one in labels):
+        return labels
+    return labels, None
+
+
+def _outputs(view: ModelView) -> int:
+    weight = view.readout.weights("W_U")
+    return view.d_vocab if weight is None else weight.shape[1]
+
+
+def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
+    """Returns the function that names ids."""
+    if not callable(labels):
+        listed = [] if isinstance(labels, str) else [*labels]
+        if len(listed) != count or not all(isinstance(label, str) for label in listed):
+            kinds = sorted({type(label).__name__ for label in listed})
+            raise bad(
+                "the labels do not name the vocabulary",
+                f"{len(listed)} of {', '.join(kinds) or type(labels).__name__}",
+                f"{count} of str, one for each {what} id",
+                "Name all of them, or pass a function of the id.",
+            )
+        return listed.__getitem__
+
+    def name(token: int) -> str:
+        label = labels(token)
+        if not isinstance(label, str):
+            raise bad(
+                "the labels do not name the vocabulary",
+                f"labels({token}) = {label!r}",
+                "a function that returns a str for every id",
+                "Convert it.",
+            )
+        return label
+
+    return name

@@ -136,7 +136,13 @@ class ModelView:
         pieces: A word to token ids, without special tokens, as the model predicts them.
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, and of the
             ``"separator"`` of segments, where there are.
-        to_string: A token id as text.
+        to_string: A token id as text; parts of characters as bytes, see `core.pieces`.
+        to_output: What the model predicts as text, by its id: a token, or a class where its
+            outputs are not its tokens.
+        to_text: Token ids as one text, special tokens included.
+        spaced: Returns whether words begin with their space, see `Tokens.spaced`.
+        special_tokens: Returns the ids of special tokens, that of unknown words left out.
+        reads_text: Returns whether there is a tokenizer.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
         padding: Returns how the model's tokenizer pads; None without one.
         hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
@@ -147,6 +153,7 @@ class ModelView:
         cached: How an ActivationCache of this host holds activations.
         runner: Runs the model; see `run`.
         notice: Warns, once, where the processing of the weights changes a method with its options.
+        labelled: Whether tokens have names of the user's own.
     """
 
     name: str
@@ -171,6 +178,11 @@ class ModelView:
     pieces: Callable[[str], list[int]] = field(repr=False)
     special_ids: Callable[[], dict[str, int]] = field(repr=False)
     to_string: Callable[[int], str] = field(repr=False)
+    to_output: Callable[[int], str] = field(repr=False)
+    to_text: Callable[[Sequence[int]], str] = field(repr=False)
+    spaced: Callable[[], bool] = field(repr=False)
+    special_tokens: Callable[[], frozenset[int]] = field(repr=False)
+    reads_text: Callable[[], bool] = field(repr=False)
     pad_id: Callable[[], int] = field(repr=False)
     padding: Callable[[], Padding | None] = field(repr=False)
     hooked: Callable[..., tuple[str, ...]] = field(repr=False)
@@ -179,6 +191,7 @@ class ModelView:
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
+    labelled: bool = False
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.errors import bad
 
 Spans = Sequence[tuple[int, int]]
 """Stretches ``(start, stop)`` of positions."""
 
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_JOINS = frozenset("'\u2019-")
+# Apostrophes, hyphens and dots inside of words: typewriter's, typographic, wide, Hebrew, Catalan.
+_JOINS = frozenset("'\u2019\uff07\u05f3\u05f4-\u2010\u2011\u00ad\u00b7")
+# Emoji of several characters: joiners, skin tones, tags.
+_JOINER = "\u200d"
+_EXTENDS = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
+_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
 _REMEDY = "Count positions from 0, special tokens included."
 
 
@@ -28,31 +35,44 @@ def find_words(pieces: Sequence[str], real: Sequence[bool], spaced: bool) -> lis
         spaced: Whether a word begins with a space; else pieces that continue one with ``##``.
     """
     found: list[tuple[int, int]] = []
-    before = ""
-    for place, piece in enumerate(pieces):
-        if not real[place]:
-            before = ""
-            continue
-        continues = _joins(before, piece) if spaced else bool(before) and piece.startswith("##")
-        if continues:
-            found[-1] = (found[-1][0], place + 1)
-        else:
-            found.append((place, place + 1))
-        before = piece
+    word, before = "", ""
+    for start, stop in whole_characters(pieces):
+        piece = join_pieces(pieces[start:stop]) if real[start] else ""
+        joins = _joins(word, before, piece) if spaced else word and piece.startswith("##")
+        if joins:
+            found[-1] = (found[-1][0], stop)
+        elif real[start]:
+            found.append((start, stop))
+        # What is drawn on a character leaves it what it is: a letter or not.
+        before = before + piece if joins and _extends(piece[0]) else piece
+        word = word + piece if joins else piece
     return found
 
 
-def _joins(before: str, piece: str) -> bool:
-    """Whether a piece without a mark of its own continues the word before it."""
-    if not before or piece[:1].isspace() or before[-1:].isspace():
+def _joins(word: str, before: str, piece: str) -> bool:
+    """Whether a piece without a mark of its own continues the word, whose last piece is given."""
+    if not before or not piece or piece[0].isspace():
         return False
     if _MARK.fullmatch(before) or _MARK.fullmatch(piece):
         return False
+    if before[-1].isspace():
+        return word == " "  # a space that is a token belongs to what follows
+    if _extends(piece[0]) or before[-1] == _JOINER:
+        return True
+    if _FLAG.match(piece) and _FLAG.match(before[-1]):
+        return len(_FLAG.findall(word)) % 2 == 1
     return _inside(before.strip()) and _inside(piece)
 
 
+def _extends(char: str) -> bool:
+    """Whether a character is drawn on the one before it, or joined to it."""
+    return unicodedata.category(char).startswith("M") or bool(_EXTENDS.match(char))
+
+
 def _inside(piece: str) -> bool:
-    return any(char.isalnum() for char in piece) or (bool(piece) and set(piece) <= _JOINS)
+    if has_parts(piece):
+        return False  # a character that is cut off may be anything
+    return any(char.isalnum() for char in piece) or set(piece) <= _JOINS
 
 
 def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:

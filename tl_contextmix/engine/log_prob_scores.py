@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, Pass, make_batch, run_pass
+from tl_contextmix.adapters.inputs import Given, Pass, make_batch, name_tokens, run_pass
 from tl_contextmix.adapters.inputs.answers import Answer, Question, ask, label_sets
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.model_view import ModelView
@@ -162,6 +162,7 @@ def run_question(
         InvalidInput: If an argument does not fit the model, or the components another input.
         UnsupportedModel: If it has no vocabulary readout.
     """
+    view = name_tokens(view, given.labels)
     view.readout.require()
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from tl_contextmix.core.blocks import Block, FeedForward, Trace
 from tl_contextmix.core.model_view import ModelView
@@ -20,6 +21,8 @@ from tl_contextmix.core.readout import Scan, Unembedding, unembedding
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
 Active = Literal["positive", "nonzero"]
+# Values read at once: a second or so of a processor's time.
+_TOGETHER = 512
 CASES = ("residual", "ffn", "agreement", "composition", "conflict")
 """Which of residual stream and feed-forward output has the top token of their sum: one of them,
 both, none; or both the same one, which the sum has not. The last cannot be where logits are
@@ -106,23 +109,26 @@ def values(ff: FeedForward) -> Float[Tensor, "neuron d_model"]:
 def promoted(view: ModelView, block: Block, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
     """Returns the token each value promotes most, and the one it promotes times -1.
 
-    Computed once for each model: it depends on weights alone.
+    Computed once for each model: it depends on weights alone. Large layers take minutes, with a
+    progress bar.
     """
     key = f"promoted, {unembedding.projection}, layer {block.layer}"
     if key not in view.tables:
-        vectors = values(require_feed_forward(block))
-        if unembedding.linear:
-            found = unembedding.scan(unembedding.hidden(vectors)).ids[:, :, 0]
-        else:
-            found = torch.cat(
-                [
-                    unembedding.scan(unembedding.hidden(vectors * sign), sides=1).ids[:, :, 0]
-                    for sign in (1, -1)
-                ],
-                dim=1,
-            )
-        view.tables[key] = found
+        parts = values(require_feed_forward(block)).split(_TOGETHER)
+        what = f"what values of layer {block.layer} promote"
+        bar = tqdm(parts, desc=what, unit="part", delay=2, leave=False, disable=None)
+        view.tables[key] = torch.cat([_promoted(part, unembedding) for part in bar])
     return view.tables[key]
+
+
+def _promoted(vectors: Tensor, unembedding: Unembedding) -> Int[Tensor, "neuron side"]:
+    if unembedding.linear:
+        return unembedding.scan(unembedding.hidden(vectors)).ids[:, :, 0]
+    sides = [
+        unembedding.scan(unembedding.hidden(vectors * sign), sides=1).ids[:, :, 0]
+        for sign in (1, -1)
+    ]
+    return torch.cat(sides, dim=1)
 
 
 @dataclass(frozen=True)

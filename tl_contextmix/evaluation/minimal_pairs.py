@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.results import Tokens
@@ -236,21 +237,24 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
     found: list[Stretch | None] = []
     unread: list[int] = []  # tokens without matching text, until the next that matches
     at = 0
-    for piece, real in zip(tokens.strings[row], tokens.mask[row].tolist(), strict=True):
+    strings, mask = tokens.strings[row], tokens.mask[row].tolist()
+    # Tokens that share a character share its place.
+    for first, last in whole_characters(strings):
+        piece, real = join_pieces(strings[first:last]), mask[first]
         word = _lower("".join(piece.split()))
         if at and not plain.startswith(word, at):
             word = word.removeprefix("##")
         start = plain.find(word, at) if unread else at
         if real and _unreadable(piece) and not plain.startswith(word, at):
-            unread.append(len(found))
-            found.append(None)
+            unread += range(first, last)
+            found += [None] * (last - first)
         elif not real or not word or start < 0 or not plain.startswith(word, start):
-            found.append(None)
+            found += [None] * (last - first)
         else:
             if start > at:
                 _spread(found, unread, (places[at], places[start - 1] + 1))
             unread, at = [], start + len(word)
-            found.append((places[start], places[at - 1] + 1))
+            found += [(places[start], places[at - 1] + 1)] * (last - first)
     if unread and at < len(plain):
         _spread(found, unread, (places[at], places[-1] + 1))
         at = len(plain)
@@ -266,7 +270,7 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
 
 def _unreadable(piece: str) -> bool:
     """Whether a token is a partial character or an unknown word."""
-    return "\ufffd" in piece or piece.strip().lower().strip("<[]>") == "unk"
+    return has_parts(piece) or piece.strip().lower().strip("<[]>") == "unk"
 
 
 def _spread(found: list[Stretch | None], unread: Sequence[int], stretch: Stretch) -> None:

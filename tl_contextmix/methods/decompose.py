@@ -44,9 +44,10 @@ def decompose(
 
     Points, in the order data flows: ``attn_out`` what attention adds to the residual stream (2020),
     ``resid_mid`` with the residual (2021; before LN1 in post-LN models), ``mlp_in`` what the
-    feed-forward block reads (after LN1 or LN2), ``mlp_out`` what it adds, ``resid_post`` with the
-    residual, ``block_out`` the block's output (after LN2 in post-LN models). In a parallel block
-    (GPT-J, Pythia) the feed-forward block reads its own token only.
+    feed-forward block reads (after LN1 or LN2, gain and bias included, unlike ``hook_normalized``),
+    ``mlp_out`` what it adds, ``resid_post`` with the residual, ``block_out`` the block's output
+    (after LN2 in post-LN models). In a parallel block (GPT-J, Pythia) the feed-forward block reads
+    its own token only.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.

@@ -12,7 +12,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, label, make_batch, provenance
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Input,
+    label,
+    make_batch,
+    name_tokens,
+    provenance,
+)
 from tl_contextmix.adapters.inputs.answers import (
     Answer,
     Question,
@@ -312,6 +319,7 @@ def _map(
         mask=tokens[0].mask.gather(1, rows) & there,
         sides=((tokens[0].sides[0][0], len(asked)),),
         places=rows,
+        spaced=tokens[0].spaced,
     )
     scores = torch.stack([_SCORES[options["score"]](some) for some in parts], dim=1)
     there = there.to(scores.device)
@@ -363,6 +371,7 @@ def _ask(
     view: ModelView, given: Given, answer: Answer, of: Of, *, grad: bool = False
 ) -> list[_Asked]:
     """Returns the predictions asked about, one of each sentence at a time."""
+    view = name_tokens(view, given.labels)
     view.readout.require()
     question = ask(view, make_batch(view, given), answer)
     # Copies, which a gradient's graph may keep: what is given may be made in inference mode.

@@ -101,6 +101,9 @@ def attention_norms(
     ``block_out``  ATB + FF + RES + LN          as ``resid_post``
     ============== ============================ ==================================
 
+    ``mlp_in`` is what the feed-forward block reads, the norm's gain and bias included, unlike
+    TransformerLens' ``hook_normalized``, which is in front of them.
+
     Norms are of the sum over heads unless ``heads`` is asked for. Nothing is normalised: use
     `ContextMap.normalize`. Biases (value biases apart, which travel with their token) belong to no
     source; their norm is in `ContextMap.bias`.

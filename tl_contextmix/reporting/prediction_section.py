@@ -24,7 +24,7 @@ def prediction(story: Story) -> Section | str:
         return view.readout.refusal or "the model has no logits"
     probabilities = logits[0].detach().float().softmax(-1)
     found = probabilities[focus].topk(min(_CANDIDATES, probabilities.shape[-1]))
-    names = tuple(view.to_string(token) for token in found.indices.tolist())
+    names = tuple(view.to_output(token) for token in found.indices.tolist())
     here = story.done.target.strings[0][focus]
     causal = "decoder" in view.stacks
     preposition = "after" if causal else "at"
@@ -74,7 +74,7 @@ def _expected(story: Story, probabilities: torch.Tensor) -> Table:
         rows.append(
             (
                 word,
-                view.to_string(best),
+                view.to_output(best),
                 float(probabilities[place, best]),
                 tokens.strings[0][place + 1],
                 float(probabilities[place, actual]),

@@ -93,7 +93,7 @@ def read(
     triggers: Triggers | None = None,
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
-    answer: Answer,
+    answer: Answer | None = None,
 ) -> Story:
     """Returns the data for a report on a model and a sentence.
 
@@ -123,6 +123,7 @@ def read(
     done = run_pass(view, Given(text))
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, text, stack)
+    answer = answer or Answer()
     focus = _focus(model, done) if answer.empty else _asked(done, answer)
     answer = replace(answer, pos=focus)
     return Story(model, text, done, stack, maps, missing, focus, answer, triggers, pairs, companion)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 
+from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.words import Spans, find_words
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import storage
@@ -34,6 +35,8 @@ class Tokens:
             those of each side counted from 0.
         numbers: Number of each entry on the whole axis that `select` took it from; None: counted
             from 0.
+        spaced: Whether a word begins with its space (GPT-2, T5), or the tokens that continue one
+            with ``##`` (BERT); None: not known.
     """
 
     ids: Int[torch.Tensor, "batch pos"]
@@ -42,6 +45,7 @@ class Tokens:
     sides: tuple[tuple[str, int], ...]
     places: Int[torch.Tensor, "batch pos"] | None = None
     numbers: tuple[int, ...] | None = None
+    spaced: bool | None = None
 
     def __post_init__(self) -> None:
         batch, pos = self.ids.shape
@@ -93,6 +97,7 @@ class Tokens:
             sides=tuple((name, len([*run])) for name, run in groupby(names[i] for i in pos))
             or ((self.sides[0][0], 0),),
             numbers=None if numbers == (*range(len(pos)),) else numbers,
+            spaced=self.spaced,
         )
         places = self.positions()[batch][:, pos]
         return part if places.equal(part.positions()) else replace(part, places=places)
@@ -189,6 +194,7 @@ class Tokens:
                 *self.labels(),
                 *(1 + max(self.labels(), default=-1) + i for i in other.labels()),
             ),
+            spaced=self.spaced,
         )
 
     def alternatives(self, row: int) -> str:
@@ -227,17 +233,19 @@ class Tokens:
     def words(self) -> list[list[tuple[int, int]]]:
         """Returns the stretches ``(start, stop)`` of tokens that are words, per row; no padding.
 
-        Told from the text of the tokens. Where some of them begin with a space (GPT-2, T5), those
-        that do not continue the word before, apostrophes and hyphens inside of a word included;
-        elsewhere those that begin with ``##`` (BERT). Marks such as ``<s>`` or ``[MASK]`` and
-        other punctuation stand alone. No word reaches from one stack into another.
+        Told from the text of the tokens. Where words begin with their space (GPT-2, T5; see
+        `spaced`), tokens that do not continue the word before, apostrophes and hyphens inside of a
+        word included; elsewhere those that begin with ``##`` (BERT). Tokens that share a character
+        are never parted; a space that is a token of its own belongs to what follows. Marks such as
+        ``<s>`` or ``[MASK]`` and other punctuation stand alone. No word reaches from one stack into
+        another, and none depends on the other rows.
         """
-        spaced = any(
-            piece[:1].isspace() and piece.strip() for words in self.strings for piece in words
-        )
         found: list[list[tuple[int, int]]] = [[] for _ in self.strings]
         for start, stop in self._stretches():
             for row, (words, mask) in enumerate(zip(self.strings, self.mask, strict=True)):
+                spaced = self.spaced
+                if spaced is None:
+                    spaced = any(word[:1].isspace() and word.strip() for word in words)
                 part = find_words(words[start:stop], mask[start:stop].tolist(), spaced)
                 found[row] += [(start + first, start + last) for first, last in part]
         return found
@@ -292,10 +300,11 @@ class Tokens:
                 kept = real or [*range(start, stop)]
                 ids[row, index], mask[row, index] = self.ids[row, kept[0]], bool(real)
                 places[row, index] = positions[row, kept[-1]]
-                pieces = [self.strings[row][place] for place in kept]
-                texts.append(pieces[0] + "".join(p.removeprefix("##") for p in pieces[1:]))
+                first, *rest = (self.strings[row][place] for place in kept)
+                texts.append(join_pieces([first, *(piece.removeprefix("##") for piece in rest)]))
             strings.append((*texts, *[""] * (longest - len(found))))
-        return Tokens(ids, tuple(strings), mask, ((side, longest),), places)
+        sides = ((side, longest),)
+        return Tokens(ids, tuple(strings), mask, sides, places, spaced=self.spaced)
 
     def _stretches(self) -> list[tuple[int, int]]:
         ends = [*accumulate(length for _, length in self.sides)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 
+from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.plotting.panels import Bars, Panel, Samples, Table
 from tl_contextmix.results import storage
@@ -37,6 +38,7 @@ class Trigger:
             of them where it reads both ways.
         activations: The memory's coefficient at each of them; NaN where it is not known.
         next_token: The token behind it; empty at the end of a document.
+        spaced: Whether a word begins with its space, see `Tokens`.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class Trigger:
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
     next_token: str
+    spaced: bool | None = None
 
     @property
     def token(self) -> str:
@@ -55,12 +58,12 @@ class Trigger:
     @property
     def context(self) -> str:
         """The text up to the trigger."""
-        return "".join(self.tokens[: self.position + 1])
+        return join_pieces(self.tokens[: self.position + 1], self.spaced)
 
     @property
     def behind(self) -> str:
         """The text behind it that the model had read."""
-        return "".join(self.tokens[self.position + 1 :])
+        return join_pieces(self.tokens[self.position + 1 :], self.spaced)
 
 
 @storage.storable

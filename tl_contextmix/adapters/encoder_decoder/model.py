@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tl_contextmix.adapters.encoder_decoder.generation_config import (
 from tl_contextmix.adapters.encoder_decoder.hf_copy import bridge_twin, t5_twin
 from tl_contextmix.adapters.reading import final_norm_modules
 from tl_contextmix.adapters.running import hooked_places, is_hooked, lock_of, without_hooks
+from tl_contextmix.adapters.tokenizers import Labels, name_tokens, text_of
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -71,6 +72,13 @@ class EncoderDecoder:
     to_text: Callable[[Sequence[int]], str] = field(repr=False)
     special: frozenset[int] = field(repr=False)
 
+    def named(self, labels: Labels | None) -> EncoderDecoder:
+        """Returns the model with names of the user's own for its tokens; see `name_tokens`."""
+        if labels is None or self.view is None:
+            return self
+        view = name_tokens(self.view, labels)
+        return replace(self, view=view, to_string=view.to_string, to_text=view.to_text)
+
 
 def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     """Returns a TransformerLens encoder-decoder.
@@ -112,7 +120,9 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
         prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
         encode_target=encode_target,
         to_string=view.to_string,
-        to_text=lambda ids: to_text(getattr(owner(), "tokenizer", None), ids),
+        to_text=lambda ids: text_of(
+            getattr(owner(), "tokenizer", None), ids, skip_special_tokens=True
+        ),
         special=special_ids(decoder, tokenizer),
     )
 
@@ -301,10 +311,3 @@ def special_ids(decoder: MemoryDecoder, tokenizer: Any) -> frozenset[int]:
     # The unknown token stands for a word.
     named.discard(getattr(tokenizer, "unk_token_id", None))
     return frozenset({*named, *decoder.ends, decoder.start[0], decoder.pad})
-
-
-def to_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Returns ids as one text, or as numbers without a tokenizer."""
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(list(ids), skip_special_tokens=True)

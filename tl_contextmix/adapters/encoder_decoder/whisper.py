@@ -17,11 +17,10 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     module_norm,
     require_no_hooks_on,
     special_ids,
-    to_text,
 )
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
-from tl_contextmix.adapters.tokenizers import in_frame
+from tl_contextmix.adapters.tokenizers import in_frame, piece_of, text_of
 from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.errors import InvalidInput, bad, warn
 
@@ -92,8 +91,8 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
         decoder=decoder,
         prompt=lambda features: _prompt(decoder, tokenizer, features, memory),
         encode_target=encode_target,
-        to_string=lambda token: _piece(tokenizer, token),
-        to_text=lambda ids: to_text(tokenizer, ids),
+        to_string=lambda token: piece_of(tokenizer, token),
+        to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
     )
 
@@ -187,7 +186,3 @@ def _require(tokenizer: Any) -> Any:
             "Pass the model's tokenizer or processor.",
         )
     return tokenizer
-
-
-def _piece(tokenizer: Any, token: int) -> str:
-    return str(token) if tokenizer is None else tokenizer.decode([token])

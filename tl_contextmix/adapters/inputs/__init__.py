@@ -21,12 +21,14 @@ from tl_contextmix.adapters.inputs.tokens import (
     make_batch,
     pad_rows,
 )
+from tl_contextmix.adapters.tokenizers import Labels, name_tokens
 
 __all__ = [
     "Cache",
     "Given",
     "Input",
     "Inputs",
+    "Labels",
     "PaddingSide",
     "Pass",
     "Text",
@@ -34,6 +36,7 @@ __all__ = [
     "fresh_trace",
     "label",
     "make_batch",
+    "name_tokens",
     "package_version",
     "pad_rows",
     "provenance",

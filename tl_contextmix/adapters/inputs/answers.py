@@ -152,6 +152,10 @@ class Question:
                 far more probable.
         """
         target = self.target or tuple((token,) for token in logits.argmax(dim=-1).tolist())
+        for name, sets in (("target", target), ("foil", self.foil or ())):
+            highest = max((max(ids) for ids in sets), default=0)
+            if highest >= logits.shape[1]:
+                raise _no_target(highest, name, logits.shape[1])
         _warn_about_spaces(self.view, self.named, target, logits)
 
         def tensors(sets: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
@@ -336,7 +340,7 @@ def label_sets(view: ModelView, sets: Sequence[Tensor]) -> Tokens:
     lengths = torch.tensor([len(some) for some in sets])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     strings = tuple(
-        tuple(view.to_string(token) if real else "" for token, real in zip(row, there, strict=True))
+        tuple(view.to_output(token) if real else "" for token, real in zip(row, there, strict=True))
         for row, there in zip(ids.tolist(), mask.tolist(), strict=True)
     )
     return Tokens(ids=ids, strings=strings, mask=mask, sides=(("target", ids.shape[1]),))
@@ -483,7 +487,7 @@ def _steps(view: ModelView, one: object, name: str) -> Steps:
         return tuple((token,) for token in _pieces(view, one, name))
     if isinstance(one, AbstractSet):
         if not one:
-            raise _no_target(view, one, name)
+            raise _no_target(one, name)
         each = [single_token(view, token, name) for token in one]
         return (tuple(sorted(set(each))),)
     listed = _items(one)
@@ -499,14 +503,21 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
         InvalidInput: If there are none, or one is unknown.
     """
     found = view.pieces(text) if is_text(text) else []
+    if not found and view.labelled:
+        raise bad(
+            "no label is called that",
+            repr(text),
+            "one of the labels",
+            f"Name the {name} as labels= does, or pass an id.",
+        )
     if not found:
-        raise _no_target(view, text, name)
-    unknown = view.special_ids().get("unknown")
+        raise _no_target(text, name)
+    unknown = None if view.labelled else view.special_ids().get("unknown")
     for token in found:
-        if token == unknown and view.to_string(token).strip() != text.strip():
+        if token == unknown and view.to_output(token).strip() != text.strip():
             raise bad(
                 f"the {name} is not in the vocabulary",
-                f"{text!r}, which becomes {''.join(map(view.to_string, found))!r}",
+                f"{text!r}, which becomes {''.join(map(view.to_output, found))!r}",
                 "words of this model's vocabulary",
                 "Use another word, or pass an id.",
             )
@@ -524,14 +535,14 @@ def single_token(view: ModelView, one: object, name: str = "target") -> int:
         if len(found) != 1:
             raise _not_one(view, one, found, name)
         return found[0]
-    number = whole_number(one)
-    if number is None or not 0 <= number < view.d_vocab:
-        raise _no_target(view, one, name)
+    number = whole_number(one)  # how many there are, the logits say: outputs may be no tokens
+    if number is None or number < 0:
+        raise _no_target(one, name)
     return number
 
 
 def _not_one(view: ModelView, text: str, found: list[int], name: str) -> InvalidInput:
-    pieces = ", ".join(repr(view.to_string(token)) for token in found)
+    pieces = ", ".join(repr(view.to_output(token)) for token in found)
     spaced = " " + text
     fits = not text.startswith(" ") and len(view.pieces(spaced)) == 1
     hint = f"{spaced!r}, with its space, is one token. " if fits else ""
@@ -554,11 +565,11 @@ def _require_one_token(foil: list[Steps] | None) -> None:
         )
 
 
-def _no_target(view: ModelView, asked: object, name: str) -> InvalidInput:
+def _no_target(asked: object, name: str, count: int | None = None) -> InvalidInput:
     return bad(
         f"this is no {name}",
         seen(asked),
-        f"{_TARGETS}; ids from 0 to {view.d_vocab - 1}",
+        _TARGETS if count is None else f"{_TARGETS}; ids from 0 to {count - 1}",
         "Pass one for all texts, or one for each.",
     )
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.tokens import Given, make_batch
+from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.validation import Layers
@@ -188,6 +189,7 @@ def run_pass(
             are not finite.
         UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
     """
+    view = name_tokens(view, given.labels)
     base = view.base_stack(stack)
     blocks = select_blocks(view.stacks[base], layer)
     batch = make_batch(view, given) if batch is None else batch
@@ -282,9 +284,9 @@ def _layer_number(number: int, count: int) -> int:
 
 
 def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
-    """Returns the text of every token that occurs, by its id as text (as files hold them)."""
+    """Returns the text of all that is predicted, by its id as text (as files hold them)."""
     known = torch.cat([some.flatten().cpu() for some in ids]).unique().tolist()
-    return {str(token): view.to_string(token) for token in known}
+    return {str(token): view.to_output(token) for token in known}
 
 
 def label(view: ModelView, name: str, side: Side) -> Tokens:
@@ -294,4 +296,5 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Each token is decoded once: long inputs repeat theirs.
     texts = {token: view.to_string(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=((name, ids.shape[1]),))
+    sides = ((name, ids.shape[1]),)
+    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())

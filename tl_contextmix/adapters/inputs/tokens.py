@@ -21,10 +21,11 @@ from tl_contextmix.adapters.inputs.padding import (
     find_target_padding,
     require_safe_padding,
 )
+from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, is_text
-from tl_contextmix.errors import InvalidInput, bad, require_choice, seen, warn
+from tl_contextmix.errors import InvalidInput, bad, four_parts, require_choice, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -42,8 +43,9 @@ class TokenInputs(TypedDict, total=False):
     tokenizer's result or texts of unequal length say."""
 
     prepend_bos: bool | None
-    """Whether texts get a beginning-of-sequence token; None: the model's default. Token ids are
-    taken as they are, as everywhere in TransformerLens."""
+    """Whether texts get a beginning-of-sequence token; None: the model's default. A text that
+    brings its own (a chat template's output) gets no second one, with a warning unless this is
+    False. Token ids are taken as they are, as everywhere in TransformerLens."""
 
     padding_side: PaddingSide | None
     """Where texts of unequal length are padded; None: on the right."""
@@ -58,6 +60,11 @@ class TokenInputs(TypedDict, total=False):
 
     position_ids: Ids | None
     """Position of each token, for models that take positions; None: the model's own."""
+
+    labels: Labels | None
+    """Names of the token ids, for all displays and for ``target``, of a model without a tokenizer
+    (a board game's moves): a list, or a function of the id. Where outputs are not tokens
+    (``d_vocab_out``), a pair: names of the tokens and of the outputs."""
 
 
 class Inputs(TokenInputs, total=False):
@@ -82,6 +89,7 @@ class Given:
     decoder_input: Input | None = None
     token_type_ids: Ids | None = None
     position_ids: Ids | None = None
+    labels: Labels | None = None
     cache: Cache | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
 
@@ -154,6 +162,15 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
     """Returns the tokens of the main side, and the segments of pairs of texts."""
     if isinstance(given.input, Tensor):
         ids = require_ids(view, given.input, "input")
+        if given.prepend_bos:
+            warn(
+                four_parts(
+                    "no beginning-of-sequence token is put before token ids",
+                    "prepend_bos=True with ids",
+                    "prepend_bos=True with a text",
+                    "Pass a text, put the token before the ids, or leave prepend_bos out.",
+                )
+            )
         if given.attention_mask is None:
             return find_padding(view, ids, given.padding_side or "right"), {}
         return Side(ids=ids, mask=_mask(given.attention_mask, ids)), {}
@@ -161,7 +178,7 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
     if _are_pairs(given.input):
         side, segments = _pairs(view, given, padded)
     else:
-        texts, segments = _texts(given.input, "input"), {}
+        texts, segments = _texts(view, given.input, "input"), {}
         rows = [view.encode(text, given.prepend_bos) for text in texts]
         side = _pad(view, texts, rows, padded)
     require_ids(view, side.ids, "input")
@@ -188,7 +205,8 @@ def _are_pairs(given: object) -> bool:
 
 def _pairs(view: ModelView, given: Given, padded: str) -> tuple[Side, dict[str, Tensor]]:
     """Returns pairs of texts as their tokenizer joins them, and their segments."""
-    firsts, seconds = (_texts(list(texts), "input") for texts in zip(*given.input, strict=True))
+    sides = zip(*given.input, strict=True)
+    firsts, seconds = (_texts(view, list(texts), "input") for texts in sides)
     if given.prepend_bos is not None:
         raise bad(
             "prepend_bos has no meaning for pairs of texts",
@@ -219,7 +237,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
         ids = require_ids(view, asked, "decoder_input")
         side = find_target_padding(view, ids, view.encode_decoder(None))
     else:
-        texts = [None] * rows if asked is None else _texts(asked, "decoder_input")
+        texts = [None] * rows if asked is None else _texts(view, asked, "decoder_input")
         if caution := view.prompt_caution():
             warn(caution)
         side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
@@ -234,7 +252,7 @@ def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
     return side
 
 
-def _texts(given: object, name: str) -> list[str]:
+def _texts(view: ModelView, given: object, name: str) -> list[str]:
     texts: Any = [given] if isinstance(given, str) else given
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise bad(
@@ -258,7 +276,31 @@ def _texts(given: object, name: str) -> list[str]:
             "at least one character in every text",
             "Leave empty texts out.",
         )
+    if len(texts) > 1 and view.reads_text() and _are_pieces(view, texts):
+        raise bad(
+            f"the {name} is the tokens of one text, not a list of texts",
+            f"{len(texts)} strings that are one token each, such as to_str_tokens returns: "
+            f"{list(texts[:4])}{', ...' if len(texts) > 4 else ''}",
+            "texts, or token ids",
+            "Pass the text itself, or to_tokens(text). Give texts of one token each in calls of "
+            "their own.",
+        )
     return list(texts)
+
+
+def _are_pieces(view: ModelView, texts: Sequence[str]) -> bool:
+    """Whether these are the tokens of a text rather than texts of one token each.
+
+    They are where they begin or end with a special token, or where the first of three or more
+    begins without a space (or ``##``) and others with one.
+    """
+    continued = [text[0].isspace() or text.startswith("##") for text in texts]
+    like_one_text = len(texts) > 2 and not continued[0] and any(continued)
+    if not like_one_text:
+        special = {view.to_string(token).strip() for token in view.special_tokens()}
+        if not special.intersection((texts[0].strip(), texts[-1].strip())):
+            return False
+    return all("\ufffd" in text or len(view.pieces(text)) == 1 for text in texts)
 
 
 def _describe_items(given: object) -> str:

@@ -192,4 +192,6 @@ def _strings(
 
 def _tokens(model: EncoderDecoder, ids: Tensor, mask: Tensor) -> Tokens:
     strings = _strings(model.to_string, ids[None])[0]
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=(("decoder", ids.shape[1]),))
+    spaced = None if model.view is None else model.view.spaced()
+    sides = (("decoder", ids.shape[1]),)
+    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=spaced)

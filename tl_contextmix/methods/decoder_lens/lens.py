@@ -222,6 +222,7 @@ def decoder_lens(
     )
     found = as_encoder_decoder(model, tokenizer)
     _require_used(("tokenizer", tokenizer, found.view is None))
+    found = found.named(inputs.get("labels"))
     # Each once and in order, which is what "the first layer that" counts on.
     numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
     source, prompt, sources = read_source(found, Given(input, **inputs))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.inputs.answers import single_token
 from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
@@ -50,7 +51,7 @@ def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Sid
     if replace(given, input="", decoder_input=None) != Given(""):
         raise bad(
             "this has no meaning for a speech model",
-            "attention_mask, prepend_bos, padding_side, token_type_ids or position_ids",
+            "attention_mask, prepend_bos, padding_side, token_type_ids, position_ids or labels",
             "none of them",
             "Set language and task in model.generation_config.",
         )
@@ -134,6 +135,8 @@ def read_tokens(model: EncoderDecoder, given: Any) -> list[int]:
 
 
 def _token(model: EncoderDecoder, one: object) -> int:
+    if isinstance(one, str) and model.view is not None and model.view.labelled:
+        one = single_token(model.view, one)
     ids = _content(model, one) if isinstance(one, str) else [whole_number(one)]
     if len(ids) == 1 and ids[0] is not None and 0 <= ids[0] < model.decoder.d_vocab:
         return ids[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, make_batch, provenance
+from tl_contextmix.adapters.inputs import Input, make_batch, name_tokens, provenance
 from tl_contextmix.adapters.inputs.answers import (
     Question,
     TokenAnswerInputs,
@@ -91,7 +91,7 @@ def knockout(
 
     Cost: ``2 + controls`` forward passes.
     """
-    view = as_view(model)
+    view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
     given, answer = apart(input, inputs)
     question = ask(view, make_batch(view, given), answer, neurons, heads)

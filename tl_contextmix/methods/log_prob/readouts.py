@@ -81,10 +81,10 @@ def component_readouts(
     return ComponentReadouts(
         top_logits=top,
         top_ids=top_ids,
-        top_words=_words(view, top_ids),
+        top_words=_words(prediction.view, top_ids),
         bottom_logits=low,
         bottom_ids=low_ids,
-        bottom_words=_words(view, low_ids),
+        bottom_words=_words(prediction.view, low_ids),
         components=components.components,
         scores=components.scores,
         unit=components.unit,
@@ -139,6 +139,6 @@ def _vectors_of(split: Split, row: Tensor, place: Tensor) -> Float[Tensor, "some
 
 
 def _words(view: ModelView, ids: Tensor) -> tuple:
-    texts = {token: view.to_string(token) for token in ids.unique().tolist() if token >= 0}
+    texts = {token: view.to_output(token) for token in ids.unique().tolist() if token >= 0}
     texts[-1] = ""
     return tuple(tuple(tuple(texts[t] for t in one) for one in row) for row in ids.tolist())

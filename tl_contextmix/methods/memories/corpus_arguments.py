@@ -18,9 +18,13 @@ TAILS: dict[str, tuple[str, ...]] = {
     "both": ("positive", "negative"),
     "quadrants": QUADRANTS,
 }
-COUNTS = ("documents", "empty", "malformed", "too_long", "cut_tokens", "tokens", "positions")
+COUNTS = (
+    *("documents", "empty", "malformed", "too_long", "cut_tokens", "tokens", "positions"),
+    "special",
+)
 """What a manifest counts: documents of any kind, those that are empty, unreadable or too long, the
-tokens that were cut off, the tokens the model read, and the positions whose memories counted."""
+tokens that were cut off, the tokens the model read, the positions whose memories counted, and those
+left out because a special token stands there."""
 
 _NUMBER, _SIZE = range(MOST), range(1, MOST)
 _TEXT, _DICT = (str,), (dict,)
@@ -47,7 +51,7 @@ _RUN = {
 _MANIFEST = {
     "run": _RUN,
     "corpus": {"digest": _TEXT, "shards": _NUMBER},
-    "counts": dict.fromkeys(COUNTS, _NUMBER),
+    "counts": dict.fromkeys(COUNTS[:-1], _NUMBER),
 }
 _PART = {
     "run": _RUN,
@@ -77,6 +81,8 @@ def one_layer(layer: Any, layers: tuple[int, ...]) -> int:
 def check_manifest(found: Any) -> dict[str, Any]:
     """Returns a manifest; raises ValueError, naming the first thing, unless it is one."""
     _require(found, _MANIFEST, "the manifest")
+    # Not counted by earlier versions.
+    _require(found["counts"].setdefault("special", 0), _NUMBER, "counts: special")
     if found["counts"].keys() != set(COUNTS):
         raise ValueError("counts of something else")
     _require_neurons(found["run"])

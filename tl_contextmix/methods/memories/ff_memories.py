@@ -129,7 +129,7 @@ def ff_memories(
         layers=done.layers,
         cases=CASES,
         tokens=done.target,
-        words=word_table(view, *tops, final, tables),
+        words=word_table(done.view, *tops, final, tables),
         provenance=done.provenance("ff_memories", {"active": rule, "projection": projection}),
     )
 

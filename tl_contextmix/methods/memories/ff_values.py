@@ -11,7 +11,9 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
     Given,
     Input,
+    Labels,
     make_batch,
+    name_tokens,
     provenance,
     select_blocks,
     word_table,
@@ -45,6 +47,7 @@ def ff_values(
     k: Positive = 10,
     projection: ValueProjection | None = None,
     text: Input | None = None,
+    labels: Labels | None = None,
     max_bytes: Positive = TILE_BYTES,
 ) -> ValueReadouts:
     r"""Returns the tokens that feed-forward values promote and demote.
@@ -69,6 +72,7 @@ def ff_values(
             b_U and the norm's bias are no part of a value and left out, except by ``"head"``.
             A norm of the sublayer's output (Gemma 2, OLMo 2) is folded in.
         text: What the scale is taken from, for ``"frozen"`` only.
+        labels: Names of the token ids, see `Inputs`.
         max_bytes: Workspace for a tile of logits, besides W_U, the values and the result.
 
     Returns:
@@ -81,7 +85,7 @@ def ff_values(
     Cost: ``2 N d_model d_vocab`` operations for N values, twice that with ``"head"``; no tensor
     as long as the vocabulary is made.
     """
-    view = as_view(model)
+    view = name_tokens(as_view(model), labels)
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
     chosen = [

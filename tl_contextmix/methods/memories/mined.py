@@ -147,6 +147,12 @@ class Mined(Shown):
         """The tokens that frame every text."""
         return frame_of(self.require_view(), self.bos)
 
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Tokens whose positions did not count."""
+        counted = self.manifest["run"]["options"].get("special", False)
+        return frozenset() if counted else self.require_view().special_tokens()
+
     def describe(self, name: str, options: dict[str, Any]) -> Provenance:
         """Returns where a result made from these triggers comes from."""
         digest = self.manifest["corpus"]["digest"]

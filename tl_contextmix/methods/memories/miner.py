@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.pieces import replace_parts
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
     QUADRANTS,
@@ -223,8 +224,11 @@ def tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:
     """Returns a hash of the vocabulary, and of what becomes of a text."""
     found = hashlib.sha256()
     for token in range(view.d_vocab):
-        found.update(view.to_string(token).encode("utf-8", "surrogatepass") + b"\0")
-    found.update(repr(view.encode(_PROBE, prepend_bos)).encode())
+        # As version 0.1.0 wrote tokens, so that its folders are still known.
+        text = replace_parts(view.to_string(token))
+        found.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    if view.reads_text():
+        found.update(repr(view.encode(_PROBE, prepend_bos)).encode())
     return found.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Labels
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
 from tl_contextmix.engine.registry import method
@@ -75,6 +76,7 @@ def mine_triggers(
     rank: NotNegative = 0,
     world_size: Positive = 1,
     source: str | None = None,
+    labels: Labels | None = None,
 ) -> Triggers | None:
     r"""Finds the contexts that excite each memory most: the trigger examples of every key.
 
@@ -94,7 +96,8 @@ def mine_triggers(
     with the same arguments; documents read before are read again and held against their hashes.
 
     Args:
-        model: Any TransformerLens model with a tokenizer, see `tl_contextmix.check`.
+        model: Any TransformerLens model, see `tl_contextmix.check`; without a tokenizer, documents
+            are token ids.
         corpus: Path of a text file (a document per line), jsonl or parquet file; a Hugging Face
             dataset, map-style or streaming, or a column of one; a pandas or Arrow table; an
             iterable. Documents are texts, or lists of token ids, which are mined exactly as they
@@ -114,8 +117,8 @@ def mine_triggers(
             can fill the list. ``"drop"``: the same context (tokens up to the trigger; the whole
             document where the model reads both ways) counts once, where its coefficient is
             highest. Contexts are compared by 64-bit hashes of their tokens.
-        special: Whether positions of tokens that frame a text (beginning-of-sequence, [CLS],
-            [SEP]) count.
+        special: Whether positions of special tokens (beginning-of-sequence, [CLS], [SEP], turns of
+            a chat) count, wherever they stand. Those left out are counted in the manifest.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
         too_long: Documents longer than the model's context are ``"cut"``, left out (``"skip"``) or
             an ``"error"``; the manifest counts them and the tokens cut off.
@@ -128,6 +131,7 @@ def mine_triggers(
         rank: Number of this process; it takes every ``world_size``-th shard.
         world_size: How many processes share the corpus; `merge_triggers` puts their parts together.
         source: What `load_model` makes the same model from, for the command line to show contexts.
+        labels: Names of the token ids, for what the result shows; see `Inputs`.
 
     Returns:
         `Triggers`; None where there are other processes.
@@ -168,8 +172,8 @@ def mine_triggers(
                     return None
                 finish([part], folder)
                 path.unlink(missing_ok=True)
-                return load_triggers(folder, model=model, corpus=opened)
-    return _already(folder, run, opened, model, world_size)
+                return load_triggers(folder, model=model, corpus=opened, labels=labels)
+    return _already(folder, run, opened, model, world_size, labels)
 
 
 def run_part(
@@ -243,7 +247,12 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
 
 
 def _already(
-    folder: Path, run: dict[str, Any], corpus: Corpus, model: object, world_size: int
+    folder: Path,
+    run: dict[str, Any],
+    corpus: Corpus,
+    model: object,
+    world_size: int,
+    labels: Labels | None,
 ) -> Triggers:
     """Returns the result of a finished run, once its corpus is known to be this one."""
     manifest = read_manifest(folder)
@@ -257,7 +266,7 @@ def _already(
     if world_size == 1:
         with suppress(OSError):  # a result that may only be read
             part_path(folder, 0, 1).unlink(missing_ok=True)
-    return load_triggers(folder, model=model, corpus=corpus)
+    return load_triggers(folder, model=model, corpus=corpus, labels=labels)
 
 
 def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
@@ -39,7 +40,7 @@ class Cutting:
         too_long: What becomes of documents that are longer than the model's context.
         malformed: What becomes of documents that cannot be read.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
-        special: Whether positions of tokens that frame a document count.
+        special: Whether positions of special tokens count.
     """
 
     shard_size: int
@@ -111,9 +112,20 @@ class Frame(NamedTuple):
         behind = last if list(ids[len(ids) - last :]) == self.last else 0
         return first if list(ids[:first]) == self.first else 0, behind
 
+    def own(self, ids: Sequence[int], special: frozenset[int]) -> list[bool]:
+        """Returns which tokens of a document are neither of its frame nor special."""
+        first, last = self.ends(ids)
+        inside = ids[first : len(ids) - last]
+        own = [True] * len(inside)
+        if not special.isdisjoint(inside):
+            own = [token not in special for token in inside]
+        return [False] * first + own + [False] * (len(ids) - first - len(inside))
+
 
 def frame_of(view: ModelView, prepend_bos: bool | None) -> Frame:
-    """Returns the tokens that frame every text."""
+    """Returns the tokens that frame every text; without a tokenizer none."""
+    if not view.reads_text():
+        return Frame([], [])
     empty, one = view.encode("", prepend_bos), view.encode("a", prepend_bos)
     first = _common(empty, one)
     last = _common(empty[len(first) :][::-1], one[len(first) :][::-1])
@@ -160,16 +172,21 @@ def batches(
     Raises:
         InvalidInput: If a document cannot be used and is not to be skipped.
     """
-    frame, rows = frame_of(view, how.prepend_bos), []
+    frame, special, rows = frame_of(view, how.prepend_bos), view.special_tokens(), []
     for number, document in enumerate(shard.documents, shard.first):
         ids = _tokens(view, document, how, frame, f"document {number} of {name}", counts)
-        if ids and (how.special or len(ids) > sum(frame.ends(ids))):
-            rows.append((len(ids), number, document.hash(), ids))
+        counted = [True] * len(ids) if how.special else frame.own(ids, special)
+        if any(counted):
+            rows.append((len(ids), number, document.hash(), ids, counted))
+        elif ids:
+            counts["empty"] += 1
     rows.sort(key=lambda row: row[:2])
     for start in range(0, len(rows), how.batch_size):
-        found = _batch(view, rows[start : start + how.batch_size], None if how.special else frame)
-        counts["tokens"] += int(found.batch.main.mask.sum())
-        counts["positions"] += int(found.counted.sum())
+        found = _batch(view, rows[start : start + how.batch_size])
+        tokens, positions = int(found.batch.main.mask.sum()), int(found.counted.sum())
+        counts["tokens"] += tokens
+        counts["positions"] += positions
+        counts["special"] += tokens - positions
         yield found
 
 
@@ -236,20 +253,16 @@ def cut(view: ModelView, ids: list[int], frame: Frame) -> list[int]:
     return ids if len(ids) <= longest else ids[: longest - behind] + ids[len(ids) - behind :]
 
 
-def _batch(
-    view: ModelView, rows: list[tuple[int, int, int, list[int]]], frame: Frame | None
-) -> Documents:
-    lengths, numbers, hashes, ids = zip(*rows, strict=True)
+def _batch(view: ModelView, rows: list[tuple[int, int, int, list[int], list[bool]]]) -> Documents:
+    lengths, numbers, hashes, ids, counted = zip(*rows, strict=True)
     side = pad_rows(ids, view.pad_id())
-    ends = [(0, 0) if frame is None else frame.ends(one) for one in ids]
-    first, last = torch.tensor(ends).T[..., None]
     steps, stops = torch.arange(lengths[-1]), torch.tensor(lengths)[:, None]
     next_ids = side.ids.roll(-1, 1).masked_fill(steps >= stops - 1, -1)
     return Documents(
         batch=make_batch(view, Given(side.ids, attention_mask=side.mask)),
         numbers=torch.tensor(numbers),
         hashes=torch.tensor(hashes),
-        counted=(steps >= first) & (steps < stops - last),
+        counted=pad_sequence(list(map(torch.tensor, counted)), batch_first=True),
         next_ids=next_ids,
     )
 

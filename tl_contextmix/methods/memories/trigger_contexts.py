@@ -154,6 +154,7 @@ def examples(
             tokens=tuple(view.to_string(one) for one in ids),
             activations=tuple(along[block.layer][:, neuron].tolist()),
             next_token="" if row.next_token < 0 else view.to_string(int(row.next_token)),
+            spaced=view.spaced(),
         )
         for row, ids, along in zip(frame.itertuples(), rows, seen, strict=True)
     ]
@@ -173,7 +174,7 @@ def _promotes(
         vector = values(require_feed_forward(block))[neuron : neuron + 1]
         vector = -vector if negative else vector
         scan = reader.scan(reader.hidden(vector), _PROMOTED, sides=1)
-    words = tuple(view.to_string(token) for token in scan.ids[0, 0].tolist())
+    words = tuple(view.to_output(token) for token in scan.ids[0, 0].tolist())
     return words, tuple(scan.ends[0, 0].tolist())
 
 
@@ -215,7 +216,7 @@ def write_sheet(triggers: Mined, path: Path, frame: pandas.DataFrame) -> Path:
         writer = csv.writer(file)
         writer.writerow(_SHEET)
         for place, row in zip(places_of(frame), frame.itertuples(), strict=True):
-            text = "".join(view.to_string(token) for token in known[place])
+            text = view.to_text(known[place])
             following = "" if row.next_token < 0 else view.to_string(int(row.next_token))
             numbers = (row.layer, row.neuron, row.rank, row.value, row.document, row.position)
             words = (text, view.to_string(int(row.token)), following)

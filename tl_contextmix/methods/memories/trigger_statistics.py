@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters.inputs import word_table
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.readout import Unembedding, unembedding
 from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
@@ -110,7 +112,8 @@ def patterns(triggers: Mined, tail: str, frame: pandas.DataFrame) -> TriggerPatt
     """Returns what triggers of memories have in common, see `Triggers.patterns`."""
     view = triggers.require_view()
     known = contexts(triggers, frame)
-    base, rows = Base(sample(triggers)), []
+    left_out, spaced = triggers.left_out, view.spaced()
+    base, rows = Base(sample(triggers), left_out), []
     for (layer, neuron), group in frame.groupby(["layer", "neuron"]):
         # Up to the trigger, even where the model had read on.
         some = [
@@ -118,13 +121,13 @@ def patterns(triggers: Mined, tail: str, frame: pandas.DataFrame) -> TriggerPatt
             for place in places_of(group)
         ]
         some = [context for context in some if context]  # at a beginning-of-sequence token
-        for kind, tokens, share in common(some):
+        for kind, tokens, share in common(some, left_out):
             rows.append(
                 Pattern(
                     layer=int(layer),
                     neuron=int(neuron),
                     kind=kind,
-                    text="".join(view.to_string(token) for token in tokens),
+                    text=join_pieces([view.to_string(token) for token in tokens], spaced),
                     length=len(tokens),
                     share=share,
                     chance=base.share(kind, tokens),
@@ -136,24 +139,30 @@ def patterns(triggers: Mined, tail: str, frame: pandas.DataFrame) -> TriggerPatt
 
 
 class Base:
-    """How often patterns occur among all prefixes of some documents."""
+    """How often patterns occur among all prefixes of some documents.
 
-    def __init__(self, documents: list[list[int]]) -> None:
+    Args:
+        documents: Their token ids.
+        left_out: Tokens at which no prefix ends that counts.
+    """
+
+    def __init__(self, documents: list[list[int]], left_out: frozenset[int] = frozenset()) -> None:
         self.endings: Counter[tuple[int, ...]] = Counter()
         self.containing: Counter[int] = Counter()
         self.total = 0
         for text in documents:
-            self.total += len(text)
+            ends = [place for place, token in enumerate(text, 1) if token not in left_out]
+            self.total += len(ends)
             for length in _ENDINGS:
                 self.endings.update(
-                    tuple(text[end - length : end]) for end in range(length, len(text) + 1)
+                    tuple(text[end - length : end]) for end in ends if end >= length
                 )
             firsts: dict[int, int] = {}
-            for place, token in enumerate(text):
+            for place, token in enumerate(text, 1):
                 firsts.setdefault(token, place)
             # A token is before the last one of every prefix that ends after it.
             for token, place in firsts.items():
-                self.containing[token] += len(text) - place - 1
+                self.containing[token] += len(ends) - bisect_right(ends, place)
 
     def share(self, kind: str, tokens: tuple[int, ...]) -> float:
         """Returns the share of prefixes with a pattern."""
@@ -161,8 +170,10 @@ class Base:
         return found / max(1, self.total)
 
 
-def common(contexts: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...], float]]:
-    """Returns the patterns of contexts: kind, tokens, share."""
+def common(
+    contexts: list[tuple[int, ...]], left_out: frozenset[int] = frozenset()
+) -> list[tuple[str, tuple[int, ...], float]]:
+    """Returns the patterns of contexts: kind, tokens, share; none but an ending is `left_out`."""
     found = []
     for length in _ENDINGS:
         endings = Counter(c[-length:] for c in contexts if len(c) >= length)
@@ -170,7 +181,7 @@ def common(contexts: list[tuple[int, ...]]) -> list[tuple[str, tuple[int, ...], 
         if length == 1 or count >= _KEPT * len(contexts):
             found.append(("ends with", tokens, count / len(contexts)))
             break
-    before = Counter(token for c in contexts for token in set(c[:-1]))
+    before = Counter(token for c in contexts for token in set(c[:-1]) - left_out)
     if before:
         token, count = before.most_common(1)[0]
         found.append(("contains", (token,), count / len(contexts)))

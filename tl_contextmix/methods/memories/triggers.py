@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Labels, name_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import FilePath
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
@@ -45,6 +46,7 @@ def load_triggers(
     model: object = None,
     corpus: object = None,
     column: str | None = None,
+    labels: Labels | None = None,
 ) -> Triggers:
     """Reads what `mine_triggers` wrote.
 
@@ -55,6 +57,7 @@ def load_triggers(
         corpus: The corpus, as `mine_triggers` takes it; None: the file it was, if it was a file
             and is still there.
         column: Column of the corpus; None: the one that was mined.
+        labels: Names of the token ids, see `Inputs`.
 
     Raises:
         FileFormatError: If the folder holds no finished run.
@@ -68,7 +71,9 @@ def load_triggers(
         opened = open_corpus(corpus, column, default=run["corpus"]["column"])
     elif run["corpus"]["kind"] in _FILES and Path(run["source"]["corpus"]).is_file():
         opened = open_corpus(run["source"]["corpus"], column, default=run["corpus"]["column"])
-    view = None if model is None else _require_mined(as_view(model), manifest, folder)
+    view = None
+    if model is not None:
+        view = name_tokens(_require_mined(as_view(model), manifest, folder), labels)
     return Triggers(folder, manifest, view, opened, model)
 
 
