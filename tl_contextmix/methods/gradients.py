@@ -15,10 +15,9 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
     Given,
     Input,
+    Pass,
     TokenInputs,
-    label,
-    make_batch,
-    provenance,
+    run_pass,
 )
 from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
@@ -27,13 +26,13 @@ from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (
-    UnsupportedModel,
     bad,
     warn,
 )
 from tl_contextmix.results import ContextMap, Tokens
 
 Of = Literal["logit", "log_prob"]
+Found = dict[str, tuple[str, Tensor]]
 Score = Literal["l2", "l1", "sum"]
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
 # the embeddings changes only where alpha is of the order of 1e-3: 50 points in alpha miss that.
@@ -94,9 +93,14 @@ def gradient_x_input(
     """
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score, grad=True)
-        parts = asked.joined(_slopes(asked.value, asked.inputs))
-        return asked.map("gradient_x_input", parts, None, {})
+        question = _question(as_view(model), Given(input, **inputs), target, pos, of, score)
+
+        def attribute(part: Pass) -> Found:
+            asked = question.ask(part, grad=True)
+            parts = asked.joined(_slopes(asked.value, asked.inputs))
+            return {**asked.about(), "parts": ("batch source:block_out", parts)}
+
+        return question.map("gradient_x_input", question.whole.together(attribute), {})
 
 
 @method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
@@ -153,11 +157,22 @@ def integrated_gradients(
     Cost: ``steps`` forward and backward passes, and two forward passes more.
     """
     with torch.inference_mode(False), torch.no_grad():
-        asked = _ask(as_view(model), Given(input, **inputs), target, pos, of, score)
-        parts, missed, change = _integrate(asked, steps, max_bytes)
-        _warn_if_missed(missed, change, parts, steps)
+        question = _question(as_view(model), Given(input, **inputs), target, pos, of, score)
+
+        def attribute(part: Pass) -> Found:
+            asked = question.ask(part)
+            parts, missed, change = _integrate(asked, steps, max_bytes)
+            return {
+                **asked.about(),
+                "parts": ("batch source:block_out", parts),
+                "missed": ("batch", missed),
+                "change": ("batch", change),
+            }
+
+        found = question.whole.together(attribute)
+        _warn_if_missed(found["missed"], found["change"], found["parts"], steps)
         options = {"steps": steps, "baseline": "zero"}
-        return asked.map("integrated_gradients", parts, missed, options)
+        return question.map("integrated_gradients", found, options)
 
 
 def _own(side: Side) -> Side:
@@ -205,6 +220,78 @@ def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class _Question:
+    """Which prediction is asked about.
+
+    Attributes:
+        whole: The pass over all sentences.
+        rows: Position of the prediction in each of them.
+        target: Id of the predicted token in each; None: the one with the largest logit.
+        of: What of it is taken.
+        score: What a token's vector becomes.
+    """
+
+    whole: Pass
+    rows: Tensor
+    target: Tensor | None
+    of: Of
+    score: Score
+
+    def ask(self, part: Pass, *, grad: bool = False) -> _Asked:
+        """Returns the predictions of a part, and what enters its first blocks."""
+        view, said = part.view, part.batch.decoder
+        batch = Batch(_own(part.batch.main), None if said is None else _own(said))
+        entries = _entries(view)
+        leaves: dict[str, Tensor] = {}
+
+        def enter(name: str) -> Callable[[Tensor], Tensor]:
+            def edit(tensor: Tensor) -> Tensor:
+                leaves[name] = tensor.detach().clone().requires_grad_(grad)
+                return leaves[name]
+
+            return edit
+
+        edits = {name: enter(name) for name in entries}
+        logits = view.run(batch, [], edits=edits, grad=grad).logits
+        assert logits is not None
+        rows = part.own_positions(self.rows)
+        if self.target is None:
+            target = logits.detach().cpu()[torch.arange(len(rows)), rows].argmax(dim=-1)
+        else:
+            target = part.own_rows(self.target)
+        value = _predicted(logits, rows, target, self.of, view.dtype)
+        inputs = {name: leaves[name] for name in entries}
+        return _Asked(view, batch, inputs, rows, target, self.of, value)
+
+    def map(
+        self, method: str, found: Mapping[str, Tensor], options: dict[str, object]
+    ) -> ContextMap:
+        """Returns the map of gradient times input."""
+        missed = found.get("missed")
+        options = {
+            **options,
+            "of": self.of,
+            "score": self.score,
+            "pos": self.rows.tolist(),
+            "target": found["target"].tolist(),
+        }
+        return ContextMap(
+            scores=_SCORES[self.score](found["parts"])[:, None, None, None],
+            layers=(0,),
+            heads=("all",),
+            point="resid_in",
+            stack=self.whole.stack,
+            target=_one_each(self.whole.target, self.rows.tolist()),
+            source=self.whole.source("block_out"),
+            unit=self.of.replace("_", " "),
+            includes_residual=True,
+            bias=None if missed is None else missed.abs()[:, None, None, None],
+            from_input=True,
+            provenance=self.whole.provenance(method, options),
+        )
+
+
+@dataclass(frozen=True)
 class _Asked:
     """A prediction and the residual streams that it is traced back to.
 
@@ -216,7 +303,6 @@ class _Asked:
         rows: Position of the prediction in each sentence.
         target: Id of the predicted token in each sentence.
         of: What of it is taken.
-        score: What a token's vector becomes.
         value: The prediction [batch], in the graph of ``inputs`` if gradients were recorded.
     """
 
@@ -226,8 +312,11 @@ class _Asked:
     rows: Tensor
     target: Tensor
     of: Of
-    score: Score
     value: Tensor
+
+    def about(self) -> Found:
+        """Returns what has to be known of the predictions to label them."""
+        return {"target": ("batch", self.target)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,35 +376,6 @@ class _Asked:
             found.append(part.masked_fill(~real[:, :, None], 0))
         return torch.cat(found, dim=1)
 
-    def map(
-        self, method: str, parts: Tensor, missed: Tensor | None, options: dict[str, object]
-    ) -> ContextMap:
-        """Returns the map of gradient times input."""
-        sides = [*_entries(self.view).values()]
-        tokens = [label(self.view, side, self.batch.side(side)) for side in sides]
-        source = tokens[0] if len(tokens) == 1 else tokens[0].cat(tokens[1])
-        options = {
-            **options,
-            "of": self.of,
-            "score": self.score,
-            "pos": self.rows.tolist(),
-            "target": self.target.tolist(),
-        }
-        return ContextMap(
-            scores=_SCORES[self.score](parts)[:, None, None, None],
-            layers=(0,),
-            heads=("all",),
-            point="resid_in",
-            stack=sides[0],
-            target=_one_each(tokens[0], self.rows.tolist()),
-            source=source,
-            unit=self.of.replace("_", " "),
-            includes_residual=True,
-            bias=None if missed is None else missed.abs()[:, None, None, None],
-            from_input=True,
-            provenance=provenance(self.view, method, options),
-        )
-
 
 def _instead(leaf: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda tensor: leaf
@@ -327,39 +387,19 @@ def _entries(view: ModelView) -> dict[str, str]:
     return {view.stacks[stack][0].resid_in: stack for stack in order}
 
 
-def _ask(
+def _question(
     view: ModelView,
     given: Given,
     target: int | Sequence[int] | None,
     pos: int,
     of: Of,
     score: Score,
-    *,
-    grad: bool = False,
-) -> _Asked:
-    if view.readout.refusal:
-        raise UnsupportedModel(view.readout.refusal)
-    batch = make_batch(view, given)
-    said = batch.decoder
-    batch = Batch(_own(batch.main), None if said is None else _own(said))
-    entries = _entries(view)
-    leaves: dict[str, Tensor] = {}
-
-    def enter(name: str) -> Callable[[Tensor], Tensor]:
-        def edit(tensor: Tensor) -> Tensor:
-            leaves[name] = tensor.detach().clone().requires_grad_(grad)
-            return leaves[name]
-
-        return edit
-
-    logits = view.run(batch, [], edits={name: enter(name) for name in entries}, grad=grad).logits
-    assert logits is not None
-    rows = rows_at(pos, batch.side(next(iter(entries.values()))).mask)
-    best = logits.detach().cpu()[torch.arange(len(rows)), rows].argmax(dim=-1)
-    ids = ids_of(target, best, view.d_vocab)
-    value = _predicted(logits, rows, ids, of, view.dtype)
-    inputs = {name: leaves[name] for name in entries}
-    return _Asked(view, batch, inputs, rows, ids, of, score, value)
+) -> _Question:
+    view.readout.require()
+    whole = run_pass(view, given)
+    rows = rows_at(pos, whole.target.mask)
+    ids = None if target is None else ids_of(target, torch.zeros(len(rows)), view.d_vocab)
+    return _Question(whole, rows, ids, of, score)
 
 
 def _predicted(

@@ -68,7 +68,19 @@ class Given:
 
 
 def make_batch(view: ModelView, given: Given) -> Batch:
-    """Returns the tokens of both sides, checked against the model.
+    """Returns the tokens of both sides, for one pass over all rows.
+
+    Raises:
+        InvalidInput: If they do not fit the model, or padding changes what it makes of them.
+    """
+    batch = read_batch(view, given)
+    if not bool(batch.main.mask.all()):
+        require_safe_padding(view, batch.main)
+    return batch
+
+
+def read_batch(view: ModelView, given: Given) -> Batch:
+    """Returns the tokens of both sides, checked against the model; padding is not.
 
     Raises:
         InvalidInput: If they do not fit.
@@ -84,8 +96,6 @@ def make_batch(view: ModelView, given: Given) -> Batch:
         )
     given = _tokenized(given)
     main = _main_side(view, given)
-    if not bool(main.mask.all()):
-        require_safe_padding(view, main)
     return Batch(main=main, decoder=_decoder_side(view, given, main.ids.shape[0]))
 
 
