@@ -327,7 +327,8 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
 def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
     options = {"target": None, "pos": -1, "of": "logit", "score": "l2", **options}
     inputs = Given(given.tokens, decoder_input=given.decoder_tokens)
-    return gradients._ask(view_of(model), inputs, *options.values())
+    question = gradients._question(view_of(model), inputs, *options.values())
+    return question.ask(question.whole)
 
 
 @pytest.mark.parametrize("of", ["logit", "log_prob"])

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -20,7 +21,7 @@ from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
-from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.model_view import Edit, ModelView, StackName
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, Provenance, Tokens
@@ -28,6 +29,9 @@ from tl_contextmix.results import ContextMap, Provenance, Tokens
 K = TypeVar("K", bound=str)
 _LOGITS = "the logits"
 _ALL = (slice(None), slice(None))
+# The length of an axis, and which stretches of it are which of a part's.
+Place = tuple[int, list[tuple[slice, slice]]]
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,54 @@ class Pass:
     @functools.cached_property
     def trace(self) -> Trace:
         """What the model left behind; where it ran in groups, all of it, with zeros at padding."""
+        return self._joined(lambda part: part.run(part.batch))
+
+    def again(self, names: Sequence[str] = (), edits: Mapping[str, Edit] | None = None) -> Trace:
+        """Runs the model once more, without a look at its activations.
+
+        Args:
+            names: Activations to keep.
+            edits: Functions that replace an activation of the whole batch, number by number.
+        """
+
+        def run(part: Pass) -> Trace:
+            own = {name: partial(self._edited, part, name, edit) for name, edit in given.items()}
+            return self.view.run(part.batch, names, edits=own if self.crops else given)
+
+        given = edits or {}
+        return self._joined(run)
+
+    def _joined(self, run: Callable[[Pass], Trace]) -> Trace:
+        """Returns what runs of all parts left behind."""
         if not self.crops:
-            return self.run(self.batch)
-        axes = _axes_of_activations(self.view)
+            return run(self)
 
         def activations(part: Pass) -> dict[str, tuple[str, Tensor]]:
-            values, logits = part.trace.values, part.trace.logits
-            found = values if logits is None else {**values, _LOGITS: logits}
-            return {name: (axes.get(name, axes[""]), value) for name, value in found.items()}
+            trace = run(part)
+            logits = {} if trace.logits is None else {_LOGITS: trace.logits}
+            values = {**trace.values, **logits}
+            return {name: (self._axes_of(name), value) for name, value in values.items()}
 
         values = self.together(activations)
         logits = values.pop(_LOGITS, None)
         return Trace(batch=self.batch, values=values, dtype=self.view.dtype, logits=logits)
+
+    def _edited(self, part: Pass, name: str, edit: Edit, value: Tensor) -> Tensor:
+        """Returns a part of an activation as an edit of the whole leaves it."""
+        places = self._places(self._axes_of(name), part, value)
+        whole = edit(self._put(None, part, places, value))
+        found = value.clone()
+        for row, one in zip(_rows(part), found, strict=True):
+            for to, at in _stretches(places):
+                one[at] = whole[(row, *to)]
+        return found
+
+    @functools.cached_property
+    def _activation_axes(self) -> dict[str, str]:
+        return _axes_of_activations(self.view)
+
+    def _axes_of(self, name: str) -> str:
+        return self._activation_axes.get(name) or f"batch {self.view.base_stack(None)}"
 
     def parts(self) -> Iterator[Pass]:
         """Yields what it runs in: itself, or groups of rows of like length."""
@@ -106,17 +146,8 @@ class Pass:
                 if part.crop is None:
                     found[name] = value
                     continue
-                places = [self._places(axis, part.crop, rows) for axis in axes.split()[1:]]
-                places += [None] * (value.ndim - 1 - len(places))
-                if name not in found:
-                    given = zip(places, value.shape[1:], strict=True)
-                    sizes = [size if place is None else place[0] for place, size in given]
-                    found[name] = value.new_zeros(len(self.batch.main.ids), *sizes)
-                pairs = [[_ALL] if place is None else place[1] for place in places]
-                for row, one in zip(part.crop.rows, value, strict=True):
-                    for stretches in itertools.product(*pairs):
-                        at = tuple(own for _, own in stretches)
-                        found[name][(row, *(to for to, _ in stretches))] = one[at]
+                places = self._places(axes, part, value, rows)
+                found[name] = self._put(found.get(name), part, places, value)
         return found
 
     def _without_padding(self, axes: str, value: Tensor, rows: list[int] | None) -> Tensor:
@@ -178,10 +209,29 @@ class Pass:
         crop = self.crop
         return 0 if crop is None else crop.columns(self.view.base_stack(self.stack)).start
 
+    def _put(
+        self, whole: Tensor | None, part: Pass, places: Sequence[Place | None], value: Tensor
+    ) -> Tensor:
+        """Writes what was computed of a part where it belongs; None: into zeros."""
+        if whole is None:
+            given = zip(places, value.shape[1:], strict=True)
+            sizes = [size if place is None else place[0] for place, size in given]
+            whole = value.new_zeros(len(self.batch.main.ids), *sizes)
+        for row, one in zip(_rows(part), value, strict=True):
+            for to, at in _stretches(places):
+                whole[(row, *to)] = one[at]
+        return whole
+
     def _places(
-        self, axis: str, crop: Crop, rows: Sequence[int] | None
-    ) -> tuple[int, list[tuple[slice, slice]]] | None:
-        """Returns the length of an axis, and which stretches of it are which of a part's."""
+        self, axes: str, part: Pass, value: Tensor, rows: Sequence[int] | None = None
+    ) -> list[Place | None]:
+        """Returns where the axes of a part's tensor, behind the batch, are in that of the whole."""
+        found = [self._place(axis, part, rows) for axis in axes.split()[1:]]
+        return found + [None] * (value.ndim - 1 - len(found))
+
+    def _place(self, axis: str, part: Pass, rows: Sequence[int] | None) -> Place | None:
+        crop = part.crop
+        assert crop is not None
         if axis == "rows" and rows is not None:
             columns = crop.columns(self.view.base_stack(self.stack))
             mine = [i for i, row in enumerate(rows) if columns.start <= row < columns.stop]
@@ -189,14 +239,14 @@ class Pass:
         sides = self._sides_of(axis)
         if not sides:
             return None
-        whole = part = 0
+        whole = own = 0
         pairs = []
         for side in sides:
             columns = crop.columns(side)
             width = columns.stop - columns.start
             to = slice(whole + columns.start, whole + columns.stop)
-            pairs.append((to, slice(part, part + width)))
-            whole, part = whole + self.tokens[side].shape[1], part + width
+            pairs.append((to, slice(own, own + width)))
+            whole, own = whole + self.tokens[side].shape[1], own + width
         return whole, pairs
 
     def _sides_of(self, axis: str) -> tuple[str, ...]:
@@ -385,14 +435,23 @@ def _labels(view: ModelView, batch: Batch) -> dict[str, Tokens]:
     return {name: label(view, name, side) for name, side in sides.items() if side is not None}
 
 
-def _axes_of_activations(view: ModelView) -> dict[str, str]:
-    """Returns the axes of activations by name: batch, heads, and positions of a side.
+def _rows(part: Pass) -> tuple[int, ...]:
+    assert part.crop is not None
+    return part.crop.rows
 
-    Under an empty name: of all that are not listed, the logits among them.
-    """
-    found = {"": f"batch {view.base_stack(None)}"}
+
+def _stretches(places: Sequence[Place | None]) -> Iterator[tuple[Index, Index]]:
+    """Yields the indices of one row's numbers in the whole, and in the part."""
+    pairs = [[_ALL] if place is None else place[1] for place in places]
+    for stretches in itertools.product(*pairs):
+        yield tuple(to for to, _ in stretches), tuple(at for _, at in stretches)
+
+
+def _axes_of_activations(view: ModelView) -> dict[str, str]:
+    """Returns the axes of activations by name: batch, heads, and positions of a side."""
+    found: dict[str, str] = {}
     for stack, block in view.every_block():
-        found |= dict.fromkeys([*_names(block)], f"batch {stack}")
+        found |= dict.fromkeys(_names(block), f"batch {stack}")
         for attention in block.attentions:
             read = "encoder" if attention.kind == "cross" else stack
             found |= dict.fromkeys((attention.key, attention.value), f"batch {read}")

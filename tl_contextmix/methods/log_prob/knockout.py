@@ -11,21 +11,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    TokenInputs,
-    make_batch,
-    provenance,
-)
+from tl_contextmix.adapters.inputs import Given, Input, Pass, TokenInputs, run_pass
 from tl_contextmix.adapters.inputs.targets import (
     Target,
     answer_of,
     predicting_rows,
     target_tokens,
 )
-from tl_contextmix.core.blocks import Batch, Trace
-from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.core.blocks import Trace
+from tl_contextmix.core.model_view import Edit
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
@@ -100,7 +94,8 @@ def knockout(
     """
     view = as_view(model)
     view.readout.require()
-    batch = make_batch(view, Given(input, **inputs))
+    done = run_pass(view, Given(input, **inputs))
+    batch = done.batch
     found = answer_of(batch, view, neurons, heads)
     if found is not None and target is None:
         target = found.target.ids[:, 0]
@@ -113,7 +108,7 @@ def knockout(
     drawn = Controls(view, chosen, seed)
     sets = [chosen, *(drawn.draw() for _ in range(controls))]
     with torch.no_grad():
-        ablation = _Ablation(view, batch, rows, positions == "all")
+        ablation = _Ablation(done, rows, positions == "all")
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         tokens = target_tokens(view, target, logits)
         after, *others = (ablation.run(some, filling) for some in sets)
@@ -126,8 +121,7 @@ def knockout(
         components=chosen,
         target=tokens,
         best=target_tokens(view, None, after),
-        provenance=provenance(
-            view,
+        provenance=done.provenance(
             "knockout",
             {
                 "pos": pos,
@@ -145,8 +139,7 @@ def knockout(
 class _Ablation:
     """Runs of the model with components replaced."""
 
-    view: ModelView
-    batch: Batch
+    done: Pass
     rows: Tensor
     everywhere: bool
 
@@ -157,25 +150,25 @@ class _Ablation:
         """
         touched = [
             one
-            for one in every_sublayer(self.view)
+            for one in every_sublayer(self.done.view)
             if any(bool(one.holds(some).any()) for some in sets)
         ]
-        trace = self.view.run(self.batch, [one.name for one in touched])
+        trace = self.done.again([one.name for one in touched])
         means = {}
         for one in touched:
-            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
+            stack = "encoder" if one.kind.startswith("encoder ") else self.done.stack
             values = trace.values[one.name]
-            means[one.name] = values[self.batch.side(stack).mask.to(values.device)].mean(dim=0)
+            means[one.name] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
         return self._read(trace), means
 
     def run(self, some: Components, filling: Mapping[str, Tensor]) -> Tensor:
         """Returns the logits with components replaced by means, or by zero where there are none."""
         edits = {
             one.name: self._edit(one, some, filling.get(one.name, one.constant))
-            for one in every_sublayer(self.view)
+            for one in every_sublayer(self.done.view)
             if bool(one.holds(some).any())
         }
-        return self._read(self.view.run(self.batch, [], edits=edits))
+        return self._read(self.done.again(edits=edits))
 
     def _read(self, trace: Trace) -> Tensor:
         """Returns the logits of the predicting position, in the dtype of the maths."""
@@ -183,7 +176,7 @@ class _Ablation:
         assert logits is not None
         each = torch.arange(len(self.rows), device=logits.device)
         found = logits[each, self.rows.to(logits.device)]
-        return found.to(self.view.device, self.view.dtype)
+        return found.to(self.done.view.device, self.done.view.dtype)
 
     def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
         mine = one.holds(some)
