@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, Pass, run_pass
 from tl_contextmix.adapters.inputs.targets import answer_of, predicting_rows, target_tokens
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
     AttentionComponent,
@@ -129,7 +130,9 @@ def _logits(view: ModelView, forward_pass: Pass, stream: Stream) -> Float[Tensor
     if forward_pass.trace.logits is None:  # a cache keeps none
         return view.readout(stream.total)
     each, rows = torch.arange(len(stream.rows)), stream.rows.to(forward_pass.trace.logits.device)
-    logits = forward_pass.trace.logits[each.to(rows.device), rows].to(view.device, view.dtype)
+    said = forward_pass.trace.logits[each.to(rows.device), rows]
+    require_predictions(said, padded=not bool(forward_pass.batch.main.mask.all()))
+    logits = said.to(view.device, view.dtype)
     hooked = view.hooked()
     if hooked:
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, make_batch
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.words import Spans
@@ -316,7 +317,9 @@ class Drop:
         side = Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
         trace = self._view.run(Batch(main=side), [self._view.blocks()[0].resid_in])
         assert trace.logits is not None
-        return trace.logits[:, self.place].float().cpu().log_softmax(-1)
+        logits = trace.logits[:, self.place]
+        require_predictions(logits)
+        return logits.float().cpu().log_softmax(-1)
 
 
 def _shuffled(units: Sequence[int], seed: int) -> list[list[int]]:

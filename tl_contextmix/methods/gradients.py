@@ -21,12 +21,13 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.adapters.inputs.targets import ids_of, rows_at
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.finite import require_predictions, why_not_finite
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import (
-    bad,
+    InvalidInput,
     warn,
 )
 from tl_contextmix.results import ContextMap, Tokens
@@ -210,12 +211,7 @@ def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients of predictions, each of its own sentence's."""
     found = torch.autograd.grad(value.sum(), [*inputs.values()])
     if not all(bool(gradient.isfinite().all()) for gradient in found):
-        raise bad(
-            "the model's gradients cannot be held in its precision",
-            f"gradients in {found[0].dtype} that are not finite",
-            "finite numbers",
-            "Load the model in bfloat16 or in float32.",
-        )
+        raise InvalidInput(why_not_finite("the gradients", found[0].dtype))
     return dict(zip(inputs, found, strict=True))
 
 
@@ -408,7 +404,9 @@ def _predicted(
     """Returns what is asked of each sentence's logits [batch]."""
     assert logits is not None
     each = torch.arange(len(rows), device=logits.device)
-    row = logits[each, rows.to(logits.device)].to(dtype)
+    row = logits[each, rows.to(logits.device)]
+    require_predictions(row)
+    row = row.to(dtype)
     row = row.log_softmax(dim=-1) if of == "log_prob" else row
     return row[each, target.to(logits.device)]
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.errors import InvalidInput, bad, four_parts, warn
 
@@ -193,9 +194,12 @@ def _try(view: ModelView, where: str) -> str:
     error = max(_error(found[name], stream) for name, stream in plain.items())
     if error <= view.tolerance:
         return ""
+    place = "before" if where == "left" else "behind"
+    if error == float("inf"):
+        kind = next(iter(found.values())).dtype
+        return why_not_finite(f"tokens with padding {place} them", kind, padded=True)
     return four_parts(
-        f"padding {'before' if where == 'left' else 'behind'} the text gives wrong numbers with "
-        f"this model on {view.host}",
+        f"padding {place} the text gives wrong numbers with this model on {view.host}",
         f"a relative error of {error:.2g} at the tokens themselves, against the same text alone",
         f"at most {view.tolerance:.0e}",
         _REMEDY[where],

@@ -21,9 +21,10 @@ from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
+from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import Edit, ModelView, StackName
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, Provenance, Tokens
 
 K = TypeVar("K", bound=str)
@@ -499,14 +500,8 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
             value = trace.values.get(name)
             if value is None or bool(value[mask.to(value.device)].isfinite().all()):
                 continue
-            raise bad(
-                "the model's own activations are not finite",
-                f"NaN or infinity at a real token in {name}",
-                "finite activations",
-                "Load the model in float32 or bfloat16: float16 overflows in T5 and others, "
-                "and in float64 some Hugging Face code makes NaN of padding. Look at hooks of "
-                "your own, too.",
-            )
+            where = f"{name}, at a real token"
+            raise InvalidInput(why_not_finite(where, value.dtype, padded=not bool(mask.all())))
 
 
 def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:

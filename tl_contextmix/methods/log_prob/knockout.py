@@ -19,6 +19,7 @@ from tl_contextmix.adapters.inputs.targets import (
     target_tokens,
 )
 from tl_contextmix.core.blocks import Trace
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import Edit
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
@@ -176,6 +177,7 @@ class _Ablation:
         assert logits is not None
         each = torch.arange(len(self.rows), device=logits.device)
         found = logits[each, self.rows.to(logits.device)]
+        require_predictions(found)
         return found.to(self.done.view.device, self.done.view.dtype)
 
     def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
