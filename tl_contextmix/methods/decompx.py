@@ -59,7 +59,9 @@ def decompx(
     included. Biases are carried on their own and belong to no token (the paper's variant without
     biases; it also describes dividing them among tokens, which is not done here). Those of values
     and of the norm before them are among them, while in `decompose` they travel with their token:
-    the first layer of this map differs from the one-layer map in that alone.
+    the first layer of this map differs from the one-layer map in that alone. The published code
+    lets the value bias of the first layer alone travel with its token: its maps differ from these
+    by 2e-3 where that bias is not zero (5e-7, rounding in float32, where it is).
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
