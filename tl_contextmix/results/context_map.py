@@ -248,8 +248,8 @@ class ContextMap(LabelledArray):
         Both axes are the same tokens (but for an encoder's), heads are averaged or summed, and all
         layers are there from the first. Rows are not scaled here: `normalize` first for weights
         that sum to 1, as every published rollout does. Products of raw rows hang on their sizes,
-        which differ by token and layer, and rank the inputs otherwise. `bias` is dropped; what enters through
-        biases is followed by no rollout.
+        which differ by token and layer, and rank the inputs otherwise. `bias` is dropped; what
+        enters through biases is followed by no rollout.
 
         Args:
             add_identity: Whether to add the residual connection; None: where the map lacks it.
