@@ -327,7 +327,9 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
 
 def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
     inputs = Given(given.tokens, decoder_input=given.decoder_tokens)
-    (asked,) = gradients._ask(view_of(model), inputs, Answer(pos=-1), options.get("of", "logit"))
+    question, whole = gradients._question(view_of(model), inputs, Answer(pos=-1))
+    ((turn, _),) = question.rounds()
+    (asked,) = gradients._ask(whole, [turn], options.get("of", "logit"))
     return asked
 
 

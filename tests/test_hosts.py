@@ -196,6 +196,9 @@ def test_refusals_name_what_they_saw(case: zoo.RefusedCase) -> None:
         "t5gemma": "got T5GemmaForConditionalGeneration",
         "olmo2": "got a relative error of",
         "t5": "HookedEncoderDecoder",
+        "vit": "got ViTForImageClassification",
+        "wav2vec2": "got Wav2Vec2ForCTC",
+        "hubert": "got HubertForCTC",
     }
     with pytest.raises(cm.UnsupportedModel) as raised:
         as_view(case.build())

@@ -76,7 +76,9 @@ def test_a_padded_cache_gives_the_same_maps(case: zoo.Case) -> None:
             continue
         fresh = cm.attention_norms(model, tokens, **options)
         found = cm.attention_norms(model, tokens, cache=cache, **options)
-        torch.testing.assert_close(found.scores, fresh.scores, rtol=1e-12, atol=1e-12)
+        # The fresh pass leaves the padding out, so that sums in float32 inside of the host differ.
+        limit = 1e-6 if (case.family, case.host) in zoo.FLOAT32_INSIDE else 1e-12
+        torch.testing.assert_close(found.scores, fresh.scores, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -176,3 +177,21 @@ def test_maps_of_a_model_roll_out(demo: Any, at: Any, identity: bool):
     # float32; measured 2e-7 over its layers.
     assert torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
     assert bool((rolled.scores[0, :, 0, 0, 0] > 0.999).all())
+
+
+@pytest.mark.once
+def test_rows_that_do_not_sum_to_1_are_warned_of():
+    """Raw Value Zeroing peaks far below 1 and ranks the inputs otherwise; rows of 1 say nothing."""
+    model, text = cm.load_demo("causal-lm"), "the keys to the cabinet are"
+    zeroed = cm.value_zeroing(model, text)
+    with pytest.warns(cm.ContextMixWarning, match=r"rows that sum to .* up to .*\.normalize\(\)"):
+        raw = zeroed.rollout()
+    shares = zeroed.normalize().rollout()
+    first, last = (map.scores[0, -1, 0, -1] for map in (raw, shares))
+    assert float(first.max()) < 0.01 < float(last.max())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zeroed.normalize().select(layer=[0, 1]).rollout()
+        zeroed.normalize("max").rollout()
+        cm.attention(model, text, heads=False).rollout()
+        dataclasses.replace(zeroed, scores=zeroed.normalize().scores).rollout()

@@ -88,6 +88,26 @@ _T5GEMMA = {
     name: value for name, value in rows.LLAMA_LIKE.items() if name != "tie_word_embeddings"
 } | {"head_dim": rows.D_HEAD, "query_pre_attn_scalar": 16, "sliding_window": 4}
 
+_VIT: dict[str, Any] = {
+    "hidden_size": rows.D_MODEL,
+    "num_hidden_layers": 2,
+    "num_attention_heads": rows.N_HEADS,
+    "intermediate_size": rows.D_MLP,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_SPEECH: dict[str, Any] = {
+    "hidden_size": rows.D_MODEL,
+    "num_hidden_layers": 2,
+    "num_attention_heads": rows.N_HEADS,
+    "intermediate_size": rows.D_MLP,
+    "vocab_size": rows.D_VOCAB,
+    "conv_dim": (32, 32),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
 _ROWS = [
     RefusedCase(
         "mixtral",
@@ -162,6 +182,14 @@ _ROWS = [
         "T5GemmaForConditionalGeneration",
         "T5GemmaConfig",
         {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": rows.D_VOCAB},
+    ),
+    *(
+        RefusedCase(family, _BRIDGE, match, (4,), model, config, options)
+        for family, match, model, config, options in (
+            ("vit", "reads images", "ViTForImageClassification", "ViTConfig", _VIT),
+            ("wav2vec2", "reads sound", "Wav2Vec2ForCTC", "Wav2Vec2Config", _SPEECH),
+            ("hubert", "reads sound", "HubertForCTC", "HubertConfig", _SPEECH),
+        )
     ),
     # The decoder attends to the future; no check against the model itself can see it.
     RefusedCase(

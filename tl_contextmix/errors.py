@@ -82,6 +82,12 @@ def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
         )
 
 
+def reason(error: BaseException) -> str:
+    """Returns the class of an error and the first line of what it says, for a message."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line if len(line) <= 200 else f'{line[:200]}...'}"
+
+
 def seen(value: Any) -> str:
     """Returns a value for a message, whatever it is."""
     try:

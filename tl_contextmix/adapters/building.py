@@ -40,12 +40,16 @@ from tl_contextmix.adapters.verification import (
     run_probe,
     settle_block,
     tolerance_of,
+    why_overflown,
 )
 from tl_contextmix.adapters.weight_processing import find_processing, make_notice
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts
+from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, reason
+
+# What a host raises that is asked for what a model does not have, or that cannot run it.
+_FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
@@ -77,33 +81,45 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
         view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
-        rows = (*check_rows(view, probe), *last)
+        rows, cause = (*check_rows(view, probe), *last), why_overflown(probe)
     name = f"{view.name} ({view.host})"
-    return view, IdentityReport(model=name, rows=rows, limits=view.limits)
+    report = IdentityReport(model=name, rows=rows, limits=view.limits, cause=cause)
+    return view, report
 
 
 @contextmanager
 def _unreadable(facts: Facts) -> Iterator[None]:
     """Turns shapes that do not fit what a block was taken for into a refusal.
 
-    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4), and a module
-    that was put in another's place may lack what that one had.
+    Hosts, too, raise when asked for heads that their layers do not have (Gemma 4), or to run on
+    tokens what reads images, and a module that was put in another's place may lack what that one
+    had.
     """
     try:
         yield
     except (ContextMixError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, RuntimeError, IndexError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        what = (
+            f"the blocks of {_name(facts)} cannot be read",
+            "attention with values per head and a dense feed-forward layer",
+            "This kind of block is not supported.",
+        )
         if not _in_reading(error):
-            raise
-        raise UnsupportedModel(
-            four_parts(
-                f"the blocks of {_name(facts)} cannot be read",
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                "attention with values per head and a dense feed-forward layer",
-                "This kind of block is not supported.",
+            what = (
+                f"{_name(facts)} does not run on token ids",
+                f"a {type(facts.model).__name__} that returns the logits of a few tokens",
+                "Mend its forward pass, or load it anew; models of images and sound are not "
+                "supported.",
             )
-        ) from error
+        raise UnsupportedModel(four_parts(what[0], reason(error), *what[1:])) from error
 
 
 def _in_reading(error: BaseException) -> bool:
@@ -191,7 +207,7 @@ def _settle_readout(view: ModelView, probe: Probe) -> tuple[ModelView, tuple[Che
     row = readout_row(view, probe)
     if row.ok:
         return view, (row,)
-    refusal = four_parts(
+    refusal = why_overflown(probe) or four_parts(
         f"the vocabulary readout of {view.name} is not read correctly",
         f"a relative error of {row.error:.2g} against the model's logits",
         f"at most {row.tolerance:.0e}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from tl_contextmix.adapters.recognition import Facts
@@ -46,7 +47,48 @@ def _scaled_residual(facts: Facts) -> str:
     return ""
 
 
+def _quantized(facts: Facts) -> str:
+    for name, module in facts.model.named_modules():
+        kind = type(module)
+        place = f"{kind.__name__} in {name or 'the model itself'}"
+        if any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS):
+            return place
+        for own, weight in {**module._buffers, **module._parameters}.items():
+            packed = weight is not None and weight.dtype in _PACKED and "weight" in own
+            if packed or type(weight).__module__.startswith("torchao"):
+                return f"{own} of {weight.dtype} in a {place}"
+    return ""
+
+
+# Libraries that quantize, and their layers, as their modules' paths and names have them.
+_QUANTIZERS = (
+    *("quantized", "bitsandbytes", "linear4bit", "linear8bit", "quantlinear", "gptq", "awq"),
+    *("hqq", "quanto", "aqlm", "eetq", "torchao", "compressed_tensors"),
+)
+_PACKED = (torch.int8, torch.uint8, torch.int32, torch.qint8, torch.quint8)
+
+
+def _no_tokens(facts: Facts) -> str:
+    """Returns what a model reads that is no text."""
+    name = getattr(getattr(facts.model, "original_model", None), "main_input_name", "input_ids")
+    read = {"pixel_values": "images", "input_values": "sound", "input_features": "sound"}.get(name)
+    return f"{facts.architecture}, which reads {read} ({name})" if read else ""
+
+
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "a model of images or sound",
+        _no_tokens,
+        "its positions are no tokens of a text",
+        "Use a model of text; for Whisper, decoder_lens takes the Hugging Face model itself.",
+    ),
+    Refusal(
+        "a quantized model",
+        _quantized,
+        "its weights are packed with scales of their own, and what is recomputed needs them dense",
+        "Load the model without quantization, in bfloat16 or float32, or dequantize it first "
+        "(model.dequantize() in Hugging Face).",
+    ),
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,

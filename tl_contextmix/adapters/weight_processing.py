@@ -229,6 +229,8 @@ def require_finite(weights: Weights) -> None:
                 f"the weight {name} is not finite",
                 "NaN or infinity",
                 "finite weights",
-                "Load the weights: HookedEncoder(cfg) and HookedEncoderDecoder(cfg) do not "
+                "float16 holds numbers up to 65504: load the model in float32 or bfloat16."
+                if weight.dtype == torch.float16
+                else "Load the weights: HookedEncoder(cfg) and HookedEncoderDecoder(cfg) do not "
                 "initialize theirs.",
             )

@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, Pass, make_batch, name_tokens, run_pass
+from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
 from tl_contextmix.adapters.inputs.answers import Answer, Question, ask, label_sets
 from tl_contextmix.core.blocks import Trace
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
     AttentionComponent,
@@ -172,7 +173,7 @@ def run_question(
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    question = ask(view, make_batch(view, given), answer, about)
+    question = ask(view, read_batch(view, given), answer, about)
     forward_pass = run_pass(
         view, given, also=lambda block: () if block.layer else names, batch=question.batch
     )
@@ -185,6 +186,7 @@ def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "
     if trace.logits is None:  # a cache keeps none
         return view.readout(stream.total)
     logits = question.read(trace.logits)
+    require_predictions(logits, padded=not bool(question.batch.main.mask.all()))
     hooked = view.hooked()
     if hooked:
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())

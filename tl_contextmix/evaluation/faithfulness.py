@@ -16,6 +16,7 @@ from tl_contextmix.adapters.inputs.answers import Answer, Question, Target, ask,
 from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import whole_number
@@ -308,7 +309,9 @@ class Drop:
         further = {name: value.expand_as(ids) for name, value in given.items()}
         trace = self._view.run(Batch(side, None, further), [self._view.blocks()[0].resid_in])
         assert trace.logits is not None
-        return trace.logits[:, self.place].float().cpu().log_softmax(-1)
+        logits = trace.logits[:, self.place]
+        require_predictions(logits)
+        return logits.float().cpu().log_softmax(-1)
 
 
 def _shuffled(units: Sequence[int], seed: int) -> list[list[int]]:

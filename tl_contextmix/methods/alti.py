@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum, blocks
 from tl_contextmix.core.validation import Layers, Positive
@@ -58,14 +58,15 @@ def alti(
     Cost per layer: ``2 n^2 H d`` operations within ``max_bytes``; L1 needs every part.
     """
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
-    scores = []
-    with torch.no_grad():
-        for block in done.progress("alti"):
-            stream = linear_points(block, done.trace, done.stack)["stream"]
-            scores.append(_closer(stream, max_bytes)[:, None])
+
+    def closer(part: Pass, block: Block) -> Tensor:
+        stream = linear_points(block, part.trace, part.stack)["stream"]
+        return _closer(stream, max_bytes)[:, None]
+
+    scores = done.by_block("alti", "batch head target source:block_out", closer)
     after_norm = done.blocks[0].attentions[-1].norm_after is not None
     point = "mlp_in" if after_norm else "resid_mid"
-    return done.map("alti", torch.stack(scores, dim=1), "block_out", "L1 distance", point=point)
+    return done.map("alti", scores, "block_out", "L1 distance", point=point)
 
 
 def _closer(stream: TokenSum, max_bytes: int) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.registry import method
@@ -53,17 +54,17 @@ def attention(
     """
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
     kind = "cross" if done.stack == "cross" else "self"
-    patterns = [
-        done.trace.pattern(sublayer).detach()
-        for block in done.blocks
-        for sublayer in block.attentions
-        if sublayer.kind == kind
-    ]
-    scores = torch.stack(patterns, dim=1)
+
+    def pattern(part: Pass, block: Block) -> Tensor:
+        sublayer = next(one for one in block.attentions if one.kind == kind)
+        found = part.trace.pattern(sublayer).detach()
+        return found if heads else found.mean(dim=1, keepdim=True)
+
+    scores = done.by_block("attention", "batch head target source:attn_out", pattern)
     labels = [str(head) for head in range(scores.shape[2])]
     return done.map(
         "attention",
-        scores if heads else scores.mean(dim=2, keepdim=True),
+        scores,
         "attn_out",
         "attention weight",
         heads=labels if heads else ["mean"],

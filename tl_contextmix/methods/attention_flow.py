@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
@@ -64,19 +65,23 @@ def attention_flow(
             "For both, roll out a map of the decoder with encoder=.",
         )
     done = run_pass(as_view(model), Given(input, **inputs), stack=stack)
-    weights = [
-        done.trace.pattern(sublayer).detach().mean(1)
-        for block in done.blocks
-        for sublayer in block.attentions
-        if sublayer.kind == "self"
-    ]
-    patterns = torch.stack(weights, dim=1).double().cpu().numpy()
-    capacities = (patterns + np.eye(patterns.shape[-1])) / 2
-    flows = np.stack([_flows(sentence) for sentence in capacities])
-    scores = torch.from_numpy(flows).to(weights[0])[:, :, None]
+
+    def flows(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        weights = [
+            part.trace.pattern(sublayer).detach().mean(1)
+            for block in part.blocks
+            for sublayer in block.attentions
+            if sublayer.kind == "self"
+        ]
+        patterns = torch.stack(weights, dim=1).double().cpu().numpy()
+        capacities = (patterns + np.eye(patterns.shape[-1])) / 2
+        found = np.stack([_flows(sentence) for sentence in capacities])
+        scores = torch.from_numpy(found).to(weights[0])[:, :, None]
+        return {"scores": ("batch layer head target source:attn_out", scores)}
+
     return done.map(
         "attention_flow",
-        scores,
+        done.together(flows)["scores"],
         "attn_out",
         "attention flow",
         heads=["mean"],

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
@@ -78,21 +78,28 @@ def decompose(
     feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
     """
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
-    parts, biases = torch.empty(0), []
-    with torch.no_grad():
-        for index, block in enumerate(done.progress("decompose")):
-            linear = linear_points(block, done.trace, done.stack, (at,))
+
+    def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        parts, biases = torch.empty(0), []
+        for index, block in enumerate(part.progress("decompose")):
+            linear = linear_points(block, part.trace, part.stack, (at,))
             found = parts_at(block, linear, at, bias, max_bytes)
             dense = _dense(found, max_bytes)
             if not index:
                 # The largest result there is: never twice in memory.
-                parts = dense.new_empty(len(dense), len(done.blocks), *dense.shape[1:])
+                parts = dense.new_empty(len(dense), len(part.blocks), *dense.shape[1:])
             parts[:, index] = dense
             del dense
             biases.append(found.bias)
+        return {
+            "parts": (f"batch layer target source:{at}", parts),
+            "bias": ("batch layer target", torch.stack(biases, dim=1)),
+        }
+
+    with torch.no_grad():
+        found = done.together(vectors)
     return Decomposition(
-        parts=parts,
-        bias=torch.stack(biases, dim=1),
+        **found,
         layers=done.layers,
         point=at,
         stack=done.stack,

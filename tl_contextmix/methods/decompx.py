@@ -59,7 +59,9 @@ def decompx(
     included. Biases are carried on their own and belong to no token (the paper's variant without
     biases; it also describes dividing them among tokens, which is not done here). Those of values
     and of the norm before them are among them, while in `decompose` they travel with their token:
-    the first layer of this map differs from the one-layer map in that alone.
+    the first layer of this map differs from the one-layer map in that alone. The published code
+    lets the value bias of the first layer alone travel with its token: its maps differ from these
+    by 2e-3 where that bias is not zero (5e-7, rounding in float32, where it is).
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
@@ -86,15 +88,25 @@ def decompx(
     Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
     for more than a hundred tokens of which none reads a later one.
     """
-    done = _carry(as_view(model), Given(input, **inputs), layer, stack, bias, max_bytes)
-    scores = [torch.cat(norms, dim=2) for norms in done.collect(lambda parts: parts.norm(dim=-1))]
-    return done.asked.map(
+    done, asked = _passes(as_view(model), Given(input, **inputs), layer, stack)
+
+    def norms(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        carried = _carry(part, asked.blocks, bias, max_bytes)
+        found = carried.collect(lambda parts: parts.norm(dim=-1))
+        scores = torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
+        return {
+            "scores": ("batch layer target source:block_out", scores),
+            "bias": ("batch layer target", carried.bias().norm(dim=-1)),
+        }
+
+    found = done.together(norms)
+    return asked.map(
         "decompx",
-        torch.stack(scores, dim=1)[:, :, None],
+        found["scores"][:, :, None],
         "block_out",
         "norm, from the input",
         options={"bias": bias},
-        bias=done.bias().norm(dim=-1)[:, :, None],
+        bias=found["bias"][:, :, None],
         from_input=True,
     )
 
@@ -136,17 +148,25 @@ def decompx_vectors(
 
     Cost: that of `decompx`, and ``n^2 d_model`` numbers per layer for the result.
     """
-    done = _carry(as_view(model), Given(input, **inputs), layer, stack, bias, max_bytes)
-    parts = [torch.cat(some, dim=2) for some in done.collect(lambda parts: parts)]
+    done, asked = _passes(as_view(model), Given(input, **inputs), layer, stack)
+
+    def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        carried = _carry(part, asked.blocks, bias, max_bytes)
+        found = carried.collect(lambda parts: parts)
+        parts = torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
+        return {
+            "parts": ("batch layer target source:block_out", parts),
+            "bias": ("batch layer target", carried.bias()),
+        }
+
     return Decomposition(
-        parts=torch.stack(parts, dim=1),
-        bias=done.bias(),
-        layers=done.asked.layers,
+        **done.together(vectors),
+        layers=asked.layers,
         point="block_out",
-        stack=done.asked.stack,
-        target=done.asked.target,
-        source=done.asked.source("block_out"),
-        provenance=done.asked.provenance("decompx", {"bias": bias}),
+        stack=asked.stack,
+        target=asked.target,
+        source=asked.source("block_out"),
+        provenance=asked.provenance("decompx", {"bias": bias}),
     )
 
 
@@ -155,35 +175,37 @@ class _Carried:
     """A pass whose input tokens can be carried through its layers, a few at a time.
 
     Attributes:
-        asked: The pass, its blocks being the layers to return.
+        done: The pass.
+        asked: Blocks of the layers to return.
         own: Frozen blocks of the stack, up to the last layer asked for.
         encoder: Frozen encoder that the stack reads, or None.
         size: Number of tokens to carry at a time.
     """
 
-    asked: Pass
+    done: Pass
+    asked: tuple[Block, ...]
     own: FrozenStack
     encoder: FrozenStack | None
     size: int
 
     def bias(self) -> Tensor:
         """Returns what belongs to no token [batch layer target d_model]."""
-        return torch.stack([self.own.biases[layer] for layer in self.asked.layers], dim=1)
+        return torch.stack([self.own.biases[block.layer] for block in self.asked], dim=1)
 
     def collect(self, read: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
         """Returns ``read(parts)`` per layer asked for and chunk of sources, and checks the sums."""
-        found: list[list[Tensor]] = [[] for _ in self.asked.layers]
+        found: list[list[Tensor]] = [[] for _ in self.asked]
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             for first, parts, memory in self._starts():
                 for layer, block in enumerate(self.own.blocks):
                     parts = block.since(first)(parts, memory)
-                    for index, asked in enumerate(self.asked.layers):
-                        if asked == layer:
+                    for index, asked in enumerate(self.asked):
+                        if asked.layer == layer:
                             found[index].append(_after_zeros(first, read(parts)))
                             totals[index][:, first:] += parts.sum(dim=2)
-        for block, total in zip(self.asked.blocks, totals, strict=True):
-            _require_complete(self.asked, block, total)
+        for block, total in zip(self.asked, totals, strict=True):
+            _require_complete(self.done, block, total)
         return found
 
     def _starts(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -191,7 +213,7 @@ class _Carried:
 
         And the first target that these tokens reach: in front of it, parts are zero.
         """
-        trace = self.asked.trace
+        trace = self.done.trace
         x = trace.resid_in(self.own.blocks[0].block)
         causal = all(block.causal for block in self.own.blocks)
         for chunk in blocks(x.shape[1], min(self.size, _few(x.shape[1])) if causal else self.size):
@@ -220,18 +242,12 @@ def _after_zeros(first: int, rows: Tensor) -> Tensor:
     return torch.cat([rows.new_zeros(len(rows), first, *rows.shape[2:]), rows], dim=1)
 
 
-def _carry(
-    view: ModelView,
-    given: Given,
-    layer: Layers | None,
-    stack: StackName | None,
-    bias: Bias,
-    max_bytes: int,
-) -> _Carried:
-    base = view.base_stack(stack)
-    selected = select_blocks(view.stacks[base], layer)
-    reads_encoder = base == "decoder" and "encoder" in view.stacks
-    encoder = view.stacks["encoder"] if reads_encoder else ()
+def _passes(
+    view: ModelView, given: Given, layer: Layers | None, stack: StackName | None
+) -> tuple[Pass, Pass]:
+    """Returns a pass of all layers, and the same as one of the layers asked for."""
+    selected = select_blocks(view.blocks(stack), layer)
+    encoder = _encoder(view, stack)
 
     def also(block: Block) -> list[str]:
         names = [block.resid_out]
@@ -240,15 +256,24 @@ def _carry(
         return names
 
     done = run_pass(view, given, stack=stack, also=also)
-    last = max(block.layer for block in selected)
+    return done, replace(done, blocks=selected)
+
+
+def _encoder(view: ModelView, stack: StackName | None) -> tuple[Block, ...]:
+    """Returns the blocks of the encoder that a stack reads."""
+    return view.stacks.get("encoder", ()) if view.base_stack(stack) == "decoder" else ()
+
+
+def _carry(done: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: int) -> _Carried:
+    encoder = _encoder(done.view, done.stack)
+    last = max(block.layer for block in asked)
     with torch.no_grad():
         frozen = None
         if encoder:
-            norm = view.final_norms.get("encoder")
+            norm = done.view.final_norms.get("encoder")
             frozen = freeze_stack(encoder, done.trace, bias == "fixed", final_norm=norm)
         own = freeze_stack(done.blocks[: last + 1], done.trace, bias == "fixed", encoder=frozen)
-    asked = replace(done, blocks=selected)
-    return _Carried(asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))
+    return _Carried(done, asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))
 
 
 def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
@@ -64,12 +64,13 @@ def globenc(
     [target, source, d_model] tensor is never built.
     """
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, also=_neurons)
-    scores = []
-    with torch.no_grad():
-        for block in done.progress("globenc"):
-            stream = linear_points(block, done.trace, done.stack)["stream"]
-            scores.append(_without_output(block, stream, done.trace).norms(max_bytes)[:, None])
-    return done.map("globenc", torch.stack(scores, dim=1), "block_out", "norm")
+
+    def norms(part: Pass, block: Block) -> Tensor:
+        stream = linear_points(block, part.trace, part.stack)["stream"]
+        return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
+
+    scores = done.by_block("globenc", "batch head target source:block_out", norms)
+    return done.map("globenc", scores, "block_out", "norm")
 
 
 def _neurons(block: Block) -> list[str]:

@@ -15,10 +15,10 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
     Given,
     Input,
-    label,
-    make_batch,
+    Pass,
     name_tokens,
-    provenance,
+    read_batch,
+    run_pass,
 )
 from tl_contextmix.adapters.inputs.answers import (
     Answer,
@@ -29,14 +29,17 @@ from tl_contextmix.adapters.inputs.answers import (
 )
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
+from tl_contextmix.core.finite import require_predictions, why_not_finite
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, warn
 from tl_contextmix.results import ContextMap, Tokens
 
+Found = dict[str, tuple[str, Tensor]]
 Score = Literal["l2", "l1", "sum"]
+_PARTS = "batch turn source:block_out"
 # The path is walked as alpha = u ** 4, u in [0, 1]. The integral is the same; but a LayerNorm of
 # the embeddings changes only where alpha is of the order of 1e-3: 50 points in alpha miss that.
 _CLOSE = 4
@@ -96,9 +99,16 @@ def gradient_x_input(
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
         given, answer = apart(input, inputs)
-        asked = _ask(as_view(model), given, answer, of, grad=True)
-        parts = [one.joined(_slopes(one.value, one.inputs)) for one in asked]
-        return _map("gradient_x_input", asked, parts, None, {"of": of, "score": score})
+        question, whole = _question(as_view(model), given, answer)
+        turns = [*question.rounds()]
+
+        def attribute(part: Pass) -> Found:
+            asked = _ask(part, [turn for turn, _ in turns], of, grad=True)
+            parts = [one.joined(_slopes(one.value, one.inputs)) for one in asked]
+            return {**_best(asked), "parts": (_PARTS, torch.stack(parts, dim=1))}
+
+        found = whole.together(attribute)
+        return _map("gradient_x_input", whole, turns, found, {"of": of, "score": score})
 
 
 @method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
@@ -153,12 +163,24 @@ def integrated_gradients(
     """
     with torch.inference_mode(False), torch.no_grad():
         given, answer = apart(input, inputs)
-        asked = _ask(as_view(model), given, answer, of)
-        each = [_integrate(one, steps, max_bytes) for one in asked]
-        parts, missed, changes = map(list, zip(*each, strict=True))
-        _warn_if_missed(torch.stack(missed), torch.stack(changes), torch.stack(parts), steps)
+        question, whole = _question(as_view(model), given, answer)
+        turns = [*question.rounds()]
+
+        def attribute(part: Pass) -> Found:
+            asked = _ask(part, [turn for turn, _ in turns], of)
+            each = [_integrate(one, steps, max_bytes) for one in asked]
+            parts, missed, change = (torch.stack(some, dim=1) for some in zip(*each, strict=True))
+            return {
+                **_best(asked),
+                "parts": (_PARTS, parts),
+                "missed": ("batch turn", missed),
+                "change": ("batch turn", change),
+            }
+
+        found = whole.together(attribute)
+        _warn_if_missed(found["missed"], found["change"], found["parts"], steps)
         options = {"steps": steps, "baseline": "zero", "of": of, "score": score}
-        return _map("integrated_gradients", asked, parts, missed, options)
+        return _map("integrated_gradients", whole, turns, found, options)
 
 
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
@@ -190,12 +212,7 @@ def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients of predictions, each of its own sentence's."""
     found = torch.autograd.grad(value.sum(), [*inputs.values()], retain_graph=True)
     if not all(bool(gradient.isfinite().all()) for gradient in found):
-        raise bad(
-            "the model's gradients cannot be held in its precision",
-            f"gradients in {found[0].dtype} that are not finite",
-            "finite numbers",
-            "Load the model in bfloat16 or in float32.",
-        )
+        raise InvalidInput(why_not_finite("the gradients", found[0].dtype))
     return dict(zip(inputs, found, strict=True))
 
 
@@ -205,7 +222,6 @@ class _Asked:
 
     Attributes:
         question: The predictions, one for each sentence.
-        there: Which sentences are asked; the others have been asked about fewer positions.
         inputs: What enters the first block of each stack, by the name of the activation; the
             decoder's first.
         contrast: The tokens that are asked about.
@@ -214,7 +230,6 @@ class _Asked:
     """
 
     question: Question
-    there: Tensor
     inputs: Mapping[str, Tensor]
     contrast: Contrast
     of: Of
@@ -249,6 +264,7 @@ class _Asked:
         assert logits is not None
         each = torch.arange(len(self.rows) * times)
         read = replace(self.question, sentences=each, rows=self.rows.repeat(times)).read(logits)
+        require_predictions(read)
         return self.contrast.repeat(times).score(read, self.of)
 
     def slopes_along(self, points: Tensor, shares: Tensor) -> dict[str, Tensor]:
@@ -299,62 +315,60 @@ class _Asked:
 
 def _map(
     method: str,
-    asked: list[_Asked],
-    parts: list[Tensor],
-    missed: list[Tensor] | None,
+    whole: Pass,
+    turns: list[tuple[Question, Tensor]],
+    found: Mapping[str, Tensor],
     options: dict[str, Any],
 ) -> ContextMap:
     """Returns the map of gradient times input, its targets the positions that predict."""
-    view, batch = asked[0].view, asked[0].batch
-    sides = [*_entries(view).values()]
-    tokens = [label(view, side, batch.side(side)) for side in sides]
-    there = torch.stack([one.there for one in asked], dim=1)
-    rows = torch.stack([one.rows for one in asked], dim=1)
+    tokens = whole.target
+    there = torch.stack([there for _, there in turns], dim=1)
+    rows = torch.stack([turn.rows for turn, _ in turns], dim=1)
     target = Tokens(
-        ids=tokens[0].ids.gather(1, rows),
+        ids=tokens.ids.gather(1, rows),
         strings=tuple(
             tuple(words[place] for place in places)
-            for words, places in zip(tokens[0].strings, rows.tolist(), strict=True)
+            for words, places in zip(tokens.strings, rows.tolist(), strict=True)
         ),
-        mask=tokens[0].mask.gather(1, rows) & there,
-        sides=((tokens[0].sides[0][0], len(asked)),),
+        mask=tokens.mask.gather(1, rows) & there,
+        sides=((tokens.sides[0][0], len(turns)),),
         places=rows,
-        spaced=tokens[0].spaced,
+        spaced=tokens.spaced,
     )
-    scores = torch.stack([_SCORES[options["score"]](some) for some in parts], dim=1)
+    scores = _SCORES[options["score"]](found["parts"])
     there = there.to(scores.device)
-    bias = None if missed is None else torch.stack(missed, dim=1).abs() * there
+    missed = found.get("missed")
+    said = {
+        "pos": rows.tolist(),
+        "target": _ids([turn.target for turn, _ in turns]) or found["best"].tolist(),
+        "foil": _ids([turn.foil for turn, _ in turns]),
+    }
+    if len(turns) == 1:  # as one number for each sentence
+        said = {name: value and [row[0] for row in value] for name, value in said.items()}
     return ContextMap(
         scores=(scores * there[:, :, None])[:, None, None],
         layers=(0,),
         heads=("all",),
         point="resid_in",
-        stack=sides[0],
+        stack=whole.stack,
         target=target,
-        source=tokens[0] if len(tokens) == 1 else tokens[0].cat(tokens[1]),
+        source=whole.source("block_out"),
         unit=options["of"].replace("_", " "),
         includes_residual=True,
-        bias=None if bias is None else bias[:, None, None],
+        bias=None if missed is None else (missed.abs() * there)[:, None, None],
         from_input=True,
-        provenance=provenance(view, method, {**options, **_said(asked)}, further=batch.further),
+        provenance=whole.provenance(
+            method, {**options, **{name: value for name, value in said.items() if value}}
+        ),
     )
 
 
-def _said(asked: list[_Asked]) -> dict[str, Any]:
-    """Returns positions and ids of the predictions, as options that a file can hold."""
-
-    def listed(values: list[list[Any]]) -> list[Any]:
-        return values[0] if len(values) == 1 else [*map(list, zip(*values, strict=True))]
-
-    def ids(sets: tuple[Tensor, ...]) -> list[Any]:
-        return [int(some[0]) if len(some) == 1 else some.tolist() for some in sets]
-
-    found = {
-        "pos": listed([one.rows.tolist() for one in asked]),
-        "target": listed([ids(one.contrast.target) for one in asked]),
-    }
-    foils = [ids(one.contrast.foil) for one in asked if one.contrast.foil is not None]
-    return {**found, "foil": listed(foils)} if foils else found
+def _ids(turns: list[Any]) -> list[list[Any]]:
+    """Returns ids of each sentence, turn by turn; alternatives as a list; nothing for None."""
+    if any(sets is None for sets in turns):
+        return []
+    each = [[ids[0] if len(ids) == 1 else [*ids] for ids in sets] for sets in turns]
+    return [*map(list, zip(*each, strict=True))]
 
 
 def _instead(leaf: Tensor) -> Callable[[Tensor], Tensor]:
@@ -367,16 +381,19 @@ def _entries(view: ModelView) -> dict[str, str]:
     return {view.stacks[stack][0].resid_in: stack for stack in order}
 
 
-def _ask(
-    view: ModelView, given: Given, answer: Answer, of: Of, *, grad: bool = False
-) -> list[_Asked]:
-    """Returns the predictions asked about, one of each sentence at a time."""
+def _question(view: ModelView, given: Given, answer: Answer) -> tuple[Question, Pass]:
+    """Returns what is asked, and the pass over all sentences."""
     view = name_tokens(view, given.labels)
     view.readout.require()
-    question = ask(view, make_batch(view, given), answer)
+    question = ask(view, read_batch(view, given), answer)
+    return question, run_pass(view, given, batch=question.batch)
+
+
+def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> list[_Asked]:
+    """Returns the predictions of a part, one of each sentence at a time."""
+    view = part.view
     # Copies, which a gradient's graph may keep: what is given may be made in inference mode.
-    batch = question.batch.each(Tensor.clone)
-    question = replace(question, batch=batch)
+    batch = part.batch.each(Tensor.clone)
     entries = _entries(view)
     leaves: dict[str, Tensor] = {}
 
@@ -391,8 +408,16 @@ def _ask(
     assert logits is not None
     inputs = {name: leaves[name] for name in entries}
     found = []
-    for some, there in question.rounds():
-        read = some.read(logits)
-        contrast = some.contrast(read.detach())
-        found.append(_Asked(some, there, inputs, contrast, of, contrast.score(read, of)))
+    for turn in turns:
+        own = replace(turn.within(part), batch=batch)
+        read = own.read(logits)
+        require_predictions(read)
+        contrast = own.contrast(read.detach())
+        found.append(_Asked(own, inputs, contrast, of, contrast.score(read, of)))
     return found
+
+
+def _best(asked: list[_Asked]) -> Found:
+    """Returns the first token asked about in each sentence: the best, where none is given."""
+    ids = [torch.stack([ids[0] for ids in one.contrast.target]) for one in asked]
+    return {"best": ("batch turn", torch.stack(ids, dim=1))}

@@ -21,6 +21,7 @@ from tl_contextmix.adapters.inputs import (
     Pass,
     run_pass,
 )
+from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.core.validation import Layers, Positive
@@ -151,34 +152,42 @@ def _require_heads(heads: bool, points: list[Point]) -> None:
 def _maps(
     done: Pass, points: list[Point], heads: bool, bias: Bias, max_bytes: int
 ) -> dict[Point, ContextMap]:
-    scores: dict[Point, list[Tensor]] = {point: [] for point in points}
-    biases: dict[Point, list[Tensor]] = {point: [] for point in points}
-    with torch.no_grad():
-        for block in done.progress("attention_norms"):
-            linear = linear_points(block, done.trace, done.stack, points)
+    def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        scores: dict[str, list[Tensor]] = {point: [] for point in points}
+        biases: dict[str, list[Tensor]] = {point: [] for point in points}
+        for block in part.progress("attention_norms"):
+            linear = linear_points(block, part.trace, part.stack, points)
             parts = parts_at_all(block, linear, points, bias, max_bytes)
             norms = {} if heads else norms_at(parts, max_bytes)
-            for point, part in parts.items():
-                biases[point].append(part.bias.norm(dim=-1)[:, None])
+            for point, terms in parts.items():
+                biases[point].append(terms.bias.norm(dim=-1)[:, None])
                 if heads:
-                    assert isinstance(part, TokenSum)
-                    scores[point].append(part.terms[0].head_norms())
+                    assert isinstance(terms, TokenSum)
+                    scores[point].append(terms.terms[0].head_norms())
                 else:
                     scores[point].append(norms[point][:, None])
+        found = {}
+        for point in points:
+            axes = f"batch layer head target source:{point}"
+            found[point] = axes, torch.stack(scores[point], dim=1)
+            found[f"{point} bias"] = "batch layer head target", torch.stack(biases[point], dim=1)
+        return found
+
+    with torch.no_grad():
+        numbers = done.together(norms_of)
     found = {}
     for point in points:
-        stacked = torch.stack(scores[point], dim=1)
-        labels = [str(head) for head in range(stacked.shape[2])]
+        labels = [str(head) for head in range(numbers[point].shape[2])]
         found[point] = done.map(
             "attention_norms",
-            stacked,
+            numbers[point],
             point,
             "norm",
             heads=labels if heads else ["all"],
             options={"at": point, "heads": heads, "bias": bias},
             includes_residual=point != "attn_out",
             # The output bias belongs to no head.
-            bias=None if heads else torch.stack(biases[point], dim=1),
+            bias=None if heads else numbers[f"{point} bias"],
         )
     return found
 
@@ -232,17 +241,17 @@ def mixing_ratio(
             "a point at which a token can come from itself",
             "Ask for 'resid_mid' or later.",
         )
-    ratios = []
-    with torch.no_grad():
-        for block in done.progress("mixing_ratio"):
-            linear = linear_points(block, done.trace, done.stack, (at,))
-            parts = parts_at(block, linear, at, bias, max_bytes)
-            own = parts.diagonal()
-            others = parts.total - parts.bias - own
-            mixing, preserving = others.norm(dim=-1), own.norm(dim=-1)
-            both = mixing + preserving
-            ratios.append(torch.where(both > 0, mixing / both, torch.zeros_like(both)))
-    values = torch.stack(ratios, dim=1)
+
+    def ratios(part: Pass, block: Block) -> Tensor:
+        linear = linear_points(block, part.trace, part.stack, (at,))
+        parts = parts_at(block, linear, at, bias, max_bytes)
+        own = parts.diagonal()
+        others = parts.total - parts.bias - own
+        mixing, preserving = others.norm(dim=-1), own.norm(dim=-1)
+        both = mixing + preserving
+        return torch.where(both > 0, mixing / both, torch.zeros_like(both))
+
+    values = done.by_block("mixing_ratio", "batch target", ratios)
     return TokenFigures(
         values=values * done.target.mask.to(values.device)[:, None],
         layers=done.layers,

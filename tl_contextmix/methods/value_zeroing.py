@@ -29,7 +29,7 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
-from tl_contextmix.results.axes import positions
+from tl_contextmix.results.axes import positions, real_pairs
 
 Metric = Literal["cosine", "euclidean"]
 SpanRows = Literal["keep", "mean", "max"]
@@ -102,16 +102,20 @@ def value_zeroing(
     view = as_view(model)
     kind = "cross" if stack == "cross" else "self"
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
-    done = run_pass(view, Given(input, **inputs), layer=layer, stack=stack, also=also)
+    # Spans are stretches of the whole axis.
+    given, whole = Given(input, **inputs), spans is not None
+    done = run_pass(view, given, layer=layer, stack=stack, also=also, whole=whole)
     groups, labels = _groups(heads, done, kind)
     rows = None if pos is None else positions("target", pos, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
-    scores = []
-    with torch.no_grad():
-        for block in done.progress("value_zeroing"):
-            norm = _final_norm(done, block) if final_norm else None
-            how = _How(kind, rows, groups, spans, metric, norm, max_bytes)
-            scores.append(how.scores(block, done.trace))
+
+    def distances(part: Pass, block: Block) -> Tensor:
+        norm = _final_norm(part, block) if final_norm else None
+        how = _How(kind, part.own(rows), groups, spans, metric, norm, max_bytes)
+        return how.scores(block, part.trace)
+
+    source = "source:attn_out" if spans is None else "span"
+    scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
     options = {
         "heads": list(labels),
         "pos": rows,
@@ -120,7 +124,7 @@ def value_zeroing(
         "metric": metric,
         "final_norm": final_norm,
     }
-    return _label(done, torch.stack(scores, dim=1), labels, options)
+    return _label(done, scores, labels, options)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,10 @@ class _How:
     def scores(self, block: Block, trace: Trace) -> Tensor:
         """Returns distances [batch head target source] of one block."""
         batch = trace.resid_in(block).shape[0]
+        if self.rows == []:
+            read = next(one for one in block.attentions if one.kind == self.kind)
+            sources = trace.values[read.pattern].shape[3]
+            return trace.resid_in(block).new_zeros(batch, len(self.groups), 0, sources)
         size = batch_rows(block, trace, self.kind, self.max_bytes)
         parts = [trace] if size >= batch else [trace.part(p) for p in blocks(batch, size)]
         return torch.cat([self._scores(block, part) for part in parts])
@@ -178,14 +186,13 @@ def _label(
         each = [spans] * scores.shape[0]
         source = source.join(each)
         if how != "keep":
-            # Rows of padding hold whatever the model makes of it.
-            scores = scores.masked_fill(~target.mask[:, None, None, :, None].to(scores.device), 0)
             merged = "mean" if how == "mean" else "max"
             scores = merge(scores.transpose(3, 4), each, merged, target.mask).transpose(3, 4)
             target = source
-    real = (target.mask[:, :, None] & source.mask[:, None, :]).to(scores.device)
+        real = real_pairs(target.mask, source.mask).to(scores.device)
+        scores = scores.masked_fill(~real[:, None, None], 0)
     return ContextMap(
-        scores=scores.masked_fill(~real[:, None, None], 0),
+        scores=scores,
         layers=done.layers,
         heads=labels,
         point="block_out",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from tl_contextmix.core.rollout import roll_out
 from tl_contextmix.core.words import Spans, merge, require_spans
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad, four_parts, require_choice, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import real_pairs
@@ -20,6 +20,8 @@ from tl_contextmix.results.labels import Provenance, Tokens
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
+# What rounding leaves of a row that sums to 1, in half precision too.
+_SUM = 1e-2
 
 
 @storage.storable
@@ -245,8 +247,9 @@ class ContextMap(LabelledArray):
 
         Both axes are the same tokens (but for an encoder's), heads are averaged or summed, and all
         layers are there from the first. Rows are not scaled here: `normalize` first for weights
-        that sum to 1, as every published rollout does. `bias` is dropped; what enters through
-        biases is followed by no rollout.
+        that sum to 1, as every published rollout does. Products of raw rows hang on their sizes,
+        which differ by token and layer, and rank the inputs otherwise. `bias` is dropped; what
+        enters through biases is followed by no rollout.
 
         Args:
             add_identity: Whether to add the residual connection; None: where the map lacks it.
@@ -261,10 +264,14 @@ class ContextMap(LabelledArray):
                 and target are different tokens, the encoder's map is missing or of other tokens, or
                 a map is a rollout or a difference.
 
+        Warns:
+            ContextMixWarning: If rows do not sum to 1 and were not normalised.
+
         Cost: ``2 n^3`` operations per layer and sentence, ``2 t (t + s)^2`` for ``t`` target and
         ``s`` source tokens.
         """
         _require_rollable(self, encoder)
+        _warn_of_raw_rows(self)
         memory = None
         if encoder is not None:
             memory = encoder.rollout(add_identity=add_identity).scores[:, -1, 0]
@@ -345,7 +352,9 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor, signed: bool) -> N
     Sums, ranks and products over the source axis count on there being none.
     """
     scores = scores.detach()
-    lowest = scores.new_zeros(()) if signed or not scores.numel() else scores.amin()
+    if not scores.numel():
+        return
+    lowest = scores.new_zeros(()) if signed else scores.amin()
     # A NaN hides what is below zero; the comparison costs memory and is left for that case.
     if bool(lowest < 0) or (bool(lowest.isnan()) and bool((scores < 0).any())):
         raise bad(
@@ -354,14 +363,18 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor, signed: bool) -> N
             "numbers from 0",
             "Clamp what rounding leaves below zero; take the size of what has a sign.",
         )
-    for row in (~real).flatten(1).any(dim=1).nonzero()[:, 0].tolist():
-        if bool(scores[row][..., ~real[row].to(scores.device)].any()):
-            raise bad(
-                "ContextMap.scores are not zero at padding",
-                f"scores of tokens that the mask of sentence {row} leaves out",
-                "0 wherever source or target is padding",
-                "Fill them with 0 before building the map.",
-            )
+    if bool(real.all()):
+        return
+    # Not the scores at padding alone: a batch of unequal texts is padding for the most part.
+    sizes = scores.amax((1, 2)) if not signed else scores.abs().amax((1, 2))
+    wrong = (sizes != 0) & ~real.to(scores.device)
+    for row in wrong.flatten(1).any(dim=1).nonzero()[:, 0].tolist()[:1]:
+        raise bad(
+            "ContextMap.scores are not zero at padding",
+            f"scores of tokens that the mask of sentence {row} leaves out",
+            "0 wherever source or target is padding",
+            "Fill them with 0 before building the map.",
+        )
 
 
 def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
@@ -379,6 +392,24 @@ def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
         )
     if map.from_input:
         _refuse(map.unit, "maps of single layers", "Roll the map out once.")
+
+
+def _warn_of_raw_rows(map: ContextMap) -> None:
+    # Of a softmax with a sink, rows that sum to less are the model's own.
+    if map.normalized != "none" or map.point == "pattern":
+        return
+    sums = map.scores.detach().sum(-1)[:, :, 0]
+    sums = sums[(sums != 0) & map.target.mask.to(sums.device)[:, None]]
+    if sums.numel() and bool(((sums - 1).abs() > _SUM).any()):
+        warn(
+            four_parts(
+                "the rollout of a map that was not normalised depends on the size of its rows",
+                f"rows that sum to {float(sums.min()):.2g} up to {float(sums.max()):.2g} "
+                f"({map.unit})",
+                "rows that sum to 1, as in every published rollout",
+                "Call .normalize() first: map.normalize().rollout().",
+            )
+        )
 
 
 def _require_tokens(map: ContextMap, encoder: ContextMap | None) -> None:

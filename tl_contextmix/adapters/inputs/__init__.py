@@ -20,6 +20,7 @@ from tl_contextmix.adapters.inputs.tokens import (
     TokenInputs,
     make_batch,
     pad_rows,
+    read_batch,
 )
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens
 
@@ -40,6 +41,7 @@ __all__ = [
     "package_version",
     "pad_rows",
     "provenance",
+    "read_batch",
     "run_pass",
     "select_blocks",
     "word_table",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
+from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs, require_ids
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
@@ -128,6 +129,18 @@ class Question:
         for turn in range(max(map(len, places))):
             chosen = [some[min(turn, len(some) - 1)] for some in places]
             yield self._at(chosen), torch.tensor([turn < len(some) for some in places])
+
+    def within(self, part: Pass) -> Question:
+        """Returns the same of the sentences of a part of a pass, each asked about once."""
+        if part.crop is None:
+            return self
+        own = self._at([*part.crop.rows])
+        return replace(
+            own,
+            batch=part.batch,
+            sentences=torch.arange(len(own.rows)),
+            rows=part.own_positions(self.rows),
+        )
 
     def _at(self, places: list[int]) -> Question:
         return replace(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.errors import InvalidInput, bad, four_parts, warn
 
@@ -32,22 +33,45 @@ def find_padding(view: ModelView, ids: Int[Tensor, "batch pos"], asked: str) -> 
     Warns:
         ContextMixWarning: If there is padding.
     """
-    how = view.padding()
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    if how is None:
-        return Side(ids=ids, mask=mask)
-    text = ids != how.token
-    if bool(text[:, [0, -1]].all()) or not bool(text.any()):
-        return Side(ids=ids, mask=mask)
-    declared = {asked, how.side}
-    mask &= _inside(text, how.begins, "left" in declared, keep_one=True)
-    mask &= _inside(text.flip(1), how.ends, "right" in declared, keep_one=False).flip(1)
-    # Of a row of nothing else one token is left: the BOS of a text without words.
-    empty = ~text.any(dim=1)
-    mask[empty] = False
-    mask[empty, -1 if how.side == "left" else 0] = True
+
+    def real(how: Padding, text: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        mask = torch.ones_like(text)
+        if bool(text[:, [0, -1]].all()) or not bool(text.any()):
+            return mask
+        declared = {asked, how.side}
+        mask &= _inside(text, how.begins, "left" in declared, keep_one=True)
+        mask &= _inside(text.flip(1), how.ends, "right" in declared, keep_one=False).flip(1)
+        # Of a row of nothing else one token is left: the BOS of a text without words.
+        empty = ~text.any(dim=1)
+        mask[empty] = False
+        mask[empty, -1 if how.side == "left" else 0] = True
+        return mask
+
     remedy = "Pass attention_mask: zeros there, or ones if it is text."
-    _warn_of_padding(view, how, mask, "input", remedy)
+    return _without(view, ids, real, "input", remedy)
+
+
+def _without(
+    view: ModelView,
+    ids: Int[Tensor, "batch pos"],
+    real: Callable[[Padding, Tensor], Tensor],
+    name: str,
+    remedy: str,
+) -> Side:
+    """Returns ids with what the tokenizer pads with masked, and warns of it.
+
+    Args:
+        view: The model.
+        ids: The ids.
+        real: Returns the positions that are not padding, from where there is another token.
+        name: Of the ids, for the warning.
+        remedy: What to do about it.
+    """
+    how = view.padding()
+    if how is None:
+        return Side(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+    mask = real(how, ids != how.token)
+    _warn_of_padding(view, how, mask, name, remedy)
     return Side(ids=ids, mask=mask)
 
 
@@ -88,27 +112,23 @@ def find_target_padding(
     Warns:
         ContextMixWarning: If there is padding.
     """
-    how = view.padding()
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    if how is None:
-        return Side(ids=ids, mask=mask)
-    text = ids != how.token
-    first = 1 if how.token in start else 0
-    before = text.int().argmax(dim=1) > first
-    if bool(before.any()):
-        row = int(before.nonzero()[0])
-        raise bad(
-            "the decoder_input is padded before its text",
-            f"{how.token} ({view.to_string(how.token)!r}), which the tokenizer pads with, at the "
-            f"beginning of row {row}",
-            "padding behind the text: no mask hides it from a decoder",
-            "Pad the decoder's ids on the right.",
-        )
-    text[:, 0] = True
-    mask &= _inside(text.flip(1), how.ends, declared=True, keep_one=False).flip(1)
+
+    def real(how: Padding, text: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        before = text.int().argmax(dim=1) > (1 if how.token in start else 0)
+        if bool(before.any()):
+            row = int(before.nonzero()[0])
+            raise bad(
+                "the decoder_input is padded before its text",
+                f"{how.token} ({view.to_string(how.token)!r}), which the tokenizer pads with, at "
+                f"the beginning of row {row}",
+                "padding behind the text: no mask hides it from a decoder",
+                "Pad the decoder's ids on the right.",
+            )
+        text[:, 0] = True
+        return _inside(text.flip(1), how.ends, declared=True, keep_one=False).flip(1)
+
     remedy = "Cut it off where it is common to all rows, or give texts."
-    _warn_of_padding(view, how, mask, "decoder_input", remedy)
-    return Side(ids=ids, mask=mask)
+    return _without(view, ids, real, "decoder_input", remedy)
 
 
 def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, remedy: str) -> None:
@@ -129,6 +149,22 @@ def _warn_of_padding(view: ModelView, how: Padding, mask: Tensor, name: str, rem
 def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -> None:
     """Checks that padding changes nothing about the text.
 
+    Args:
+        view: The model.
+        side: The tokens.
+        placed: Whether their positions are given.
+
+    Raises:
+        InvalidInput: If there is padding and it does, see `unsafe_padding`.
+    """
+    reason = unsafe_padding(view, side, placed=placed)
+    if reason:
+        raise InvalidInput(reason)
+
+
+def unsafe_padding(view: ModelView, side: Side, *, placed: bool = False) -> str:
+    """Returns why padding changes something about the text; empty where it does not.
+
     Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
     drop the mask, others turn rows of padding into NaN, by version, family and dtype. So padding
     before the text and behind it is tried once per model, on a few tokens with and without, and
@@ -138,9 +174,6 @@ def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -
         view: The model.
         side: The tokens.
         placed: Whether their positions are given.
-
-    Raises:
-        InvalidInput: If there is padding and it does.
     """
     for where, edge in (("left", 0), ("right", -1)):
         if bool(side.mask[:, edge].all()):
@@ -149,7 +182,8 @@ def require_safe_padding(view: ModelView, side: Side, *, placed: bool = False) -
         if fact not in view.facts:
             view.facts[fact] = _try(view, where, placed)
         if view.facts[fact]:
-            raise InvalidInput(view.facts[fact])
+            return view.facts[fact]
+    return ""
 
 
 def _try(view: ModelView, where: str, placed: bool) -> str:
@@ -171,9 +205,12 @@ def _try(view: ModelView, where: str, placed: bool) -> str:
     error = max(_error(found[name], stream) for name, stream in plain.items())
     if error <= view.tolerance:
         return ""
+    place = "before" if where == "left" else "behind"
+    if error == float("inf"):
+        kind = next(iter(found.values())).dtype
+        return why_not_finite(f"tokens with padding {place} them", kind, padded=True)
     return four_parts(
-        f"padding {'before' if where == 'left' else 'behind'} the text gives wrong numbers with "
-        f"this model on {view.host}",
+        f"padding {place} the text gives wrong numbers with this model on {view.host}",
         f"a relative error of {error:.2g} at the tokens themselves, against the same text alone",
         f"at most {view.tolerance:.0e}",
         _REMEDY[where],

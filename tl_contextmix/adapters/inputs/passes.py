@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -15,33 +17,247 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
-from tl_contextmix.adapters.inputs.tokens import Given, make_batch
+from tl_contextmix.adapters.inputs.crops import Crop, crops
+from tl_contextmix.adapters.inputs.padding import require_safe_padding
+from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.blocks import Batch, Block, Side, Trace
-from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.finite import why_not_finite
+from tl_contextmix.core.model_view import Edit, ModelView, StackName
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import ContextMap, Provenance, Tokens
-from tl_contextmix.results.axes import real_pairs
+
+K = TypeVar("K", bound=str)
+_LOGITS = "the logits"
+_ALL = (slice(None), slice(None))
+# The length of an axis, and which stretches of it are which of a part's.
+Place = tuple[int, list[tuple[slice, slice]]]
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass that happened, and what was asked of it.
+    """A forward pass and what is asked of it; the model runs when it is looked at.
+
+    Rows of unlike length run in groups (`parts`), so that nothing is computed of padding.
 
     Attributes:
         view: The model.
-        trace: What the pass left behind.
+        batch: The tokens.
         stack: The stack that was asked for.
         blocks: The blocks that were asked for.
         tokens: Labels of each side: ``"encoder"`` and/or ``"decoder"``.
+        run: Runs the model over a batch.
+        crops: The groups that it runs in; empty where it runs as a whole.
+        crop: What it is of a larger pass, or None.
     """
 
     view: ModelView
-    trace: Trace
+    batch: Batch
     stack: StackName
     blocks: tuple[Block, ...]
     tokens: Mapping[str, Tokens]
+    run: Callable[[Batch], Trace] = field(repr=False)
+    crops: tuple[Crop, ...] = ()
+    crop: Crop | None = None
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """What the model left behind; where it ran in groups, all of it, with zeros at padding."""
+        return self._joined(lambda part: part.run(part.batch))
+
+    def again(self, names: Sequence[str] = (), edits: Mapping[str, Edit] | None = None) -> Trace:
+        """Runs the model once more, without a look at its activations.
+
+        Args:
+            names: Activations to keep.
+            edits: Functions that replace an activation of the whole batch, number by number.
+        """
+
+        def run(part: Pass) -> Trace:
+            own = {name: partial(self._edited, part, name, edit) for name, edit in given.items()}
+            return self.view.run(part.batch, names, edits=own if self.crops else given)
+
+        given = edits or {}
+        return self._joined(run)
+
+    def _joined(self, run: Callable[[Pass], Trace]) -> Trace:
+        """Returns what runs of all parts left behind."""
+        if not self.crops:
+            return run(self)
+
+        def activations(part: Pass) -> dict[str, tuple[str, Tensor]]:
+            trace = run(part)
+            logits = {} if trace.logits is None else {_LOGITS: trace.logits}
+            values = {**trace.values, **logits}
+            return {name: (self._axes_of(name), value) for name, value in values.items()}
+
+        values = self.together(activations)
+        logits = values.pop(_LOGITS, None)
+        return Trace(batch=self.batch, values=values, dtype=self.view.dtype, logits=logits)
+
+    def _edited(self, part: Pass, name: str, edit: Edit, value: Tensor) -> Tensor:
+        """Returns a part of an activation as an edit of the whole leaves it."""
+        places = self._places(self._axes_of(name), part, value)
+        whole = edit(self._put(None, part, places, value))
+        found = value.clone()
+        for row, one in zip(_rows(part), found, strict=True):
+            for to, at in _stretches(places):
+                one[at] = whole[(row, *to)]
+        return found
+
+    @functools.cached_property
+    def _activation_axes(self) -> dict[str, str]:
+        return _axes_of_activations(self.view)
+
+    def _axes_of(self, name: str) -> str:
+        return self._activation_axes.get(name) or f"batch {self.view.base_stack(None)}"
+
+    def parts(self) -> Iterator[Pass]:
+        """Yields what it runs in: itself, or groups of rows of like length."""
+        if not self.crops:
+            yield self
+        for crop in self.crops:
+            batch = crop.of(self.batch)
+            tokens = _labels(self.view, batch)
+            yield replace(self, batch=batch, tokens=tokens, crops=(), crop=crop)
+
+    def together(
+        self,
+        compute: Callable[[Pass], Mapping[K, tuple[str, Tensor]]],
+        rows: Sequence[int] | None = None,
+    ) -> dict[K, Tensor]:
+        """Returns what is computed of every part, put together.
+
+        Args:
+            compute: Returns tensors of a part by name, each with its axes. The first is the batch;
+                ``"target"``, ``"encoder"`` and ``"decoder"`` are positions of a stack,
+                ``"source:mlp_in"`` what is read up to a point, ``"rows"`` the targets asked for
+                that are in this part (`own`). Others, and those that are not named, have one
+                length in every part.
+            rows: Targets asked for; None: all.
+
+        Returns:
+            The tensors of the whole batch, 0 where there is padding.
+        """
+        found: dict[K, Tensor] = {}
+        for part in self.parts():
+            for name, (axes, value) in compute(part).items():
+                value = part._without_padding(axes, value, part.own(rows))
+                if part.crop is None:
+                    found[name] = value
+                    continue
+                places = self._places(axes, part, value, rows)
+                found[name] = self._put(found.get(name), part, places, value)
+        return found
+
+    def _without_padding(self, axes: str, value: Tensor, rows: list[int] | None) -> Tensor:
+        """Returns what was computed of a part with 0 at its padding."""
+        for place, axis in enumerate(axes.split()):
+            sides = self._sides_of(axis)
+            masks = [self.tokens[side].mask for side in sides]
+            if not masks or all(bool(mask.all()) for mask in masks):
+                continue
+            mask = torch.cat(masks, dim=1)
+            mask = mask if axis != "rows" or rows is None else mask[:, rows]
+            shape = [len(mask), *[1] * (value.ndim - 1)]
+            shape[place] = mask.shape[1]
+            value = value.masked_fill(~mask.view(shape).to(value.device), 0)
+        return value
+
+    def by_block(
+        self,
+        what: str,
+        axes: str,
+        compute: Callable[[Pass, Block], Tensor],
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Returns a tensor of every block, stacked behind the batch; without gradients.
+
+        Args:
+            what: Name of the method, for the progress bar.
+            axes: Names of the axes of the tensor of one block, see `together`.
+            compute: Returns it for a block of a part.
+            rows: See `together`.
+        """
+        batch, others = axes.split(maxsplit=1)
+
+        def blocks(part: Pass) -> dict[str, tuple[str, Tensor]]:
+            found = [compute(part, block) for block in part.progress(what)]
+            return {what: (f"{batch} layer {others}", torch.stack(found, dim=1))}
+
+        with torch.no_grad():
+            return self.together(blocks, rows)[what]
+
+    def own(self, rows: Sequence[int] | None) -> list[int] | None:
+        """Returns the positions in this part of some targets of the whole pass; None: all."""
+        if rows is None or self.crop is None:
+            return None if rows is None else [*rows]
+        length = self.target.shape[1]
+        return [row - self._start for row in rows if 0 <= row - self._start < length]
+
+    def own_rows(self, values: Tensor) -> Tensor:
+        """Returns those of some values, one for each sentence of the whole pass, of this part."""
+        return values if self.crop is None else values[[*self.crop.rows]]
+
+    def own_positions(self, values: Tensor) -> Tensor:
+        """Returns a target of each sentence as a position in this part, see `own_rows`."""
+        return self.own_rows(values) - self._start
+
+    @property
+    def _start(self) -> int:
+        """The position of the first target in the whole pass."""
+        crop = self.crop
+        return 0 if crop is None else crop.columns(self.view.base_stack(self.stack)).start
+
+    def _put(
+        self, whole: Tensor | None, part: Pass, places: Sequence[Place | None], value: Tensor
+    ) -> Tensor:
+        """Writes what was computed of a part where it belongs; None: into zeros."""
+        if whole is None:
+            given = zip(places, value.shape[1:], strict=True)
+            sizes = [size if place is None else place[0] for place, size in given]
+            whole = value.new_zeros(len(self.batch.main.ids), *sizes)
+        for row, one in zip(_rows(part), value, strict=True):
+            for to, at in _stretches(places):
+                whole[(row, *to)] = one[at]
+        return whole
+
+    def _places(
+        self, axes: str, part: Pass, value: Tensor, rows: Sequence[int] | None = None
+    ) -> list[Place | None]:
+        """Returns where the axes of a part's tensor, behind the batch, are in that of the whole."""
+        found = [self._place(axis, part, rows) for axis in axes.split()[1:]]
+        return found + [None] * (value.ndim - 1 - len(found))
+
+    def _place(self, axis: str, part: Pass, rows: Sequence[int] | None) -> Place | None:
+        crop = part.crop
+        assert crop is not None
+        if axis == "rows" and rows is not None:
+            columns = crop.columns(self.view.base_stack(self.stack))
+            mine = [i for i, row in enumerate(rows) if columns.start <= row < columns.stop]
+            return len(rows), [(slice(i, i + 1), slice(n, n + 1)) for n, i in enumerate(mine)]
+        sides = self._sides_of(axis)
+        if not sides:
+            return None
+        whole = own = 0
+        pairs = []
+        for side in sides:
+            columns = crop.columns(side)
+            width = columns.stop - columns.start
+            to = slice(whole + columns.start, whole + columns.stop)
+            pairs.append((to, slice(own, own + width)))
+            whole, own = whole + self.tokens[side].shape[1], own + width
+        return whole, pairs
+
+    def _sides_of(self, axis: str) -> tuple[str, ...]:
+        """Returns the sides whose positions an axis is; none where it is something else."""
+        if axis in ("target", "rows"):
+            return (self.view.base_stack(self.stack),)
+        if axis.startswith("source:"):
+            return self._sides(axis.removeprefix("source:"))
+        return (axis,) if axis in self.tokens else ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -64,13 +280,18 @@ class Pass:
         Past its cross-attention a decoder block has read its own tokens and the encoder's: the
         source axis is then both, the decoder's first.
         """
+        first, *more = (self.tokens[side] for side in self._sides(point))
+        return first.cat(more[0]) if more else first
+
+    def _sides(self, point: str) -> tuple[str, ...]:
+        """Returns the sides that are read, up to a point of the block."""
         if len(self.view.stacks) == 1 or self.stack == "encoder":
-            return self.target
+            return (self.view.base_stack(self.stack),)
         if self.stack == "decoder" and point in ("attn_out", "resid_mid"):
-            return self.tokens["decoder"]
+            return ("decoder",)
         if self.stack == "cross" and point == "attn_out":
-            return self.tokens["encoder"]
-        return self.tokens["decoder"].cat(self.tokens["encoder"])
+            return ("encoder",)
+        return ("decoder", "encoder")
 
     def map(
         self,
@@ -83,24 +304,17 @@ class Pass:
         options: Mapping[str, Any] = MappingProxyType({}),
         **facts: Any,
     ) -> ContextMap:
-        """Returns a method's map, labelled, with its padding at exactly zero.
+        """Returns a method's map, labelled.
 
         Args:
             method: Name of the method.
-            scores: Its scores, of the blocks that were asked for.
+            scores: Its scores of the blocks that were asked for, 0 at padding (`together`).
             at: The point up to which sources were read, see `source`.
             unit: Of the scores.
             heads: Labels of the heads.
             options: What the method was asked for.
             **facts: Further fields of `ContextMap`, and those that differ.
         """
-        source = self.source(at)
-        real = real_pairs(self.target.mask, source.mask)
-        if not bool(real.all()):
-            scores = scores.masked_fill(~real.to(scores.device)[:, None, None], 0)
-        if facts.get("bias") is not None:
-            real_targets = self.target.mask.to(scores.device)
-            facts["bias"] = facts["bias"] * real_targets[:, None, None]
         fields: dict[str, Any] = {
             "scores": scores,
             "layers": self.layers,
@@ -108,7 +322,7 @@ class Pass:
             "point": at,
             "stack": self.stack,
             "target": self.target,
-            "source": source,
+            "source": self.source(at),
             "unit": unit,
             "includes_residual": True,
             "provenance": self.provenance(method, options),
@@ -171,10 +385,12 @@ def run_pass(
     stack: StackName | None = None,
     also: Callable[[Block], Sequence[str]] | None = None,
     batch: Batch | None = None,
+    whole: bool = False,
 ) -> Pass:
-    """Runs the model once over what was given (or takes the cache) and labels the axes.
+    """Returns a pass of the model over what was given (or of the cache), its axes labelled.
 
-    Hooks of the user's own stay on and are part of the pass.
+    It runs when its trace, or that of a part, is asked for, and once. Hooks of the user's own stay
+    on and are part of the pass.
 
     Args:
         view: The model.
@@ -183,29 +399,81 @@ def run_pass(
         stack: Which stack; None for the only one, or the decoder of an encoder-decoder.
         also: Names of further activations that the caller needs of each block.
         batch: The tokens, where they are not simply those of the input.
+        whole: Whether all rows have to run together, whatever their lengths.
 
     Raises:
-        InvalidInput: If something given does not fit the model, or the model's own activations
-            are not finite.
-        UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
+        InvalidInput: If something given does not fit the model. When the model runs: if its own
+            activations are not finite.
+        UnsupportedModel: When the model runs, if the user's hooks edit the pass where a
+            decomposition cannot follow.
     """
     view = name_tokens(view, given.labels)
     base = view.base_stack(stack)
     blocks = select_blocks(view.stacks[base], layer)
-    batch = make_batch(view, given) if batch is None else batch
+    batch = read_batch(view, given) if batch is None else batch
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
-    if given.cache is None:
-        trace = fresh_trace(view, batch, base, blocks, names)
-    else:
-        trace = trace_of(view, given.cache, batch, blocks, names)
+
+    def run(some: Batch) -> Trace:
+        return fresh_trace(view, some, base, blocks, names)
+
+    def read(some: Batch) -> Trace:
+        assert given.cache is not None
+        trace = trace_of(view, given.cache, some, blocks, names)
         _require_finite(trace, base, blocks)
         view.recheck(trace, base, blocks, "as the cache holds it")
+        return trace
+
+    groups = ()
+    if given.cache is None and not whole and len(batch.main.ids) > 1:
+        groups = crops(view, batch)
+    if not groups and not bool(batch.main.mask.all()):
+        require_safe_padding(view, batch.main, placed="position_ids" in batch.further)
+    return Pass(
+        view=view,
+        batch=batch,
+        stack=cast("StackName", base if stack is None else stack),
+        blocks=blocks,
+        tokens=_labels(view, batch),
+        run=run if given.cache is None else read,
+        crops=groups,
+    )
+
+
+def _labels(view: ModelView, batch: Batch) -> dict[str, Tokens]:
+    """Returns the labels of each side of a batch."""
     sides = {"decoder": batch.decoder, "encoder": batch.main}
     if batch.decoder is None:
-        sides = {base: batch.main}
-    tokens = {name: label(view, name, side) for name, side in sides.items() if side is not None}
-    asked: Any = base if stack is None else stack
-    return Pass(view=view, trace=trace, stack=asked, blocks=blocks, tokens=tokens)
+        sides = dict.fromkeys(view.stacks, batch.main)
+    return {name: label(view, name, side) for name, side in sides.items() if side is not None}
+
+
+def _rows(part: Pass) -> tuple[int, ...]:
+    assert part.crop is not None
+    return part.crop.rows
+
+
+def _stretches(places: Sequence[Place | None]) -> Iterator[tuple[Index, Index]]:
+    """Yields the indices of one row's numbers in the whole, and in the part."""
+    pairs = [[_ALL] if place is None else place[1] for place in places]
+    for stretches in itertools.product(*pairs):
+        yield tuple(to for to, _ in stretches), tuple(at for _, at in stretches)
+
+
+def _axes_of_activations(view: ModelView) -> dict[str, str]:
+    """Returns the axes of activations by name: batch, heads, and positions of a side."""
+    found: dict[str, str] = {}
+    for stack, block in view.every_block():
+        found |= dict.fromkeys(_names(block), f"batch {stack}")
+        for attention in block.attentions:
+            read = "encoder" if attention.kind == "cross" else stack
+            found |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
+            found[attention.pattern] = f"batch head {stack} {read}"
+    return found
+
+
+def _names(block: Block) -> Iterator[str]:
+    """Yields the names of a block's activations; those of its keys and values are not all its."""
+    yield from (block.resid_in, block.resid_out, *block.spared(), *block.checkpoints())
 
 
 def fresh_trace(
@@ -243,14 +511,8 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
             value = trace.values.get(name)
             if value is None or bool(value[mask.to(value.device)].isfinite().all()):
                 continue
-            raise bad(
-                "the model's own activations are not finite",
-                f"NaN or infinity at a real token in {name}",
-                "finite activations",
-                "Load the model in float32 or bfloat16: float16 overflows in T5 and others, "
-                "and in float64 some Hugging Face code makes NaN of padding. Look at hooks of "
-                "your own, too.",
-            )
+            where = f"{name}, at a real token"
+            raise InvalidInput(why_not_finite(where, value.dtype, padded=not bool(mask.all())))
 
 
 def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:

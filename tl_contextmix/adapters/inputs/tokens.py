@@ -95,7 +95,19 @@ class Given:
 
 
 def make_batch(view: ModelView, given: Given) -> Batch:
-    """Returns the tokens of both sides, checked against the model.
+    """Returns the tokens of both sides, for one pass over all rows.
+
+    Raises:
+        InvalidInput: If they do not fit the model, or padding changes what it makes of them.
+    """
+    batch = read_batch(view, given)
+    if not bool(batch.main.mask.all()):
+        require_safe_padding(view, batch.main)
+    return batch
+
+
+def read_batch(view: ModelView, given: Given) -> Batch:
+    """Returns the tokens of both sides, checked against the model; padding is not.
 
     Raises:
         InvalidInput: If they do not fit.
@@ -117,8 +129,6 @@ def make_batch(view: ModelView, given: Given) -> Batch:
     # GPT-2, too, takes segments, but was not trained with any.
     if "decoder" not in view.stacks and "token_type_ids" not in further:
         warn_of_lost_segments(view, main)
-    if not bool(main.mask.all()):
-        require_safe_padding(view, main, placed="position_ids" in further)
     decoder = _decoder_side(view, given, main.ids.shape[0])
     return Batch(main=main, decoder=decoder, further=further)
 

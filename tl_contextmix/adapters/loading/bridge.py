@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters.loading.source import Placement, Source, load_tokenizer
+from tl_contextmix.errors import UnsupportedModel, four_parts, reason
 
 
 def load_bridge(source: Source, placement: Placement) -> Any:
@@ -20,14 +21,26 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     hf_model = None
     if source.headless:
         hf_model = with_random_head(source, placement).to(placement.device)
-    with contextlib.nullcontext() if causal else _kept_as_published(tokenizer):
-        bridge = TransformerBridge.boot_transformers(
-            source.location,
-            device=str(placement.device),
-            dtype=placement.dtype,
-            tokenizer=tokenizer,
-            hf_model=hf_model,
-        )
+    try:
+        with contextlib.nullcontext() if causal else _kept_as_published(tokenizer):
+            bridge = TransformerBridge.boot_transformers(
+                source.location,
+                device=str(placement.device),
+                dtype=placement.dtype,
+                tokenizer=tokenizer,
+                hf_model=hf_model,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise UnsupportedModel(
+            four_parts(
+                f"cannot load {source.label!r} on TransformerBridge",
+                f"{(source.config.architectures or [source.config.model_type])[0]}: {reason(e)}",
+                "an architecture that this version of TransformerLens knows",
+                "Use another version of TransformerLens or its Hooked classes, or another model.",
+            )
+        ) from e
     bridge.cfg.model_name = source.label
     if not causal:
         # TransformerLens would prepend a BOS that the tokenizer does not, and cut off </s>: the

@@ -20,7 +20,7 @@ from tl_contextmix.adapters.loading.source import (
     load_tokenizer,
     official_name,
 )
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, four_parts, reason
 
 _PARITY_TOLERANCE = 1e-3
 """Largest allowed difference in log-probability from the source, in float32. Correct conversions
@@ -45,7 +45,7 @@ def load_hooked(source: Source, placement: Placement) -> Any:
         raise UnsupportedModel(
             four_parts(
                 f"cannot convert {source.label!r} for {_hooked_class(source.kind).__name__}",
-                f"{type(error).__name__}: {error}",
+                reason(error),
                 "a model that TransformerLens converts correctly",
                 "Pass host='bridge' under TransformerLens 3, or use TransformerLens 4.",
             )

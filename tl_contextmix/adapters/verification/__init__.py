@@ -11,7 +11,13 @@ from tl_contextmix.adapters.verification.identity_report import (
     IdentityReport,
     require_identities,
 )
-from tl_contextmix.adapters.verification.probe import Probe, run_probe, settle_block, tolerance_of
+from tl_contextmix.adapters.verification.probe import (
+    Probe,
+    run_probe,
+    settle_block,
+    tolerance_of,
+    why_overflown,
+)
 
 __all__ = [
     "CheckRow",
@@ -24,4 +30,5 @@ __all__ = [
     "run_probe",
     "settle_block",
     "tolerance_of",
+    "why_overflown",
 ]

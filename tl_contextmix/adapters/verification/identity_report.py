@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.results import storage
 from tl_contextmix.results.row_tables import RowTable
 
@@ -46,6 +46,7 @@ class IdentityReport(RowTable):
         model: The model's name and host.
         rows: One per identity and place.
         limits: What is unavailable for this model although the identities hold, with reasons.
+        cause: Why the model's own numbers are not finite; empty where they are.
     """
 
     ROW = CheckRow
@@ -65,6 +66,7 @@ class IdentityReport(RowTable):
     model: str
     rows: tuple[CheckRow, ...]
     limits: tuple[str, ...] = ()
+    cause: str = ""
 
     @property
     def ok(self) -> bool:
@@ -82,10 +84,13 @@ class IdentityReport(RowTable):
             f"{row.where:28} {row.identity}"
             for row in self.rows
         ]
+        lines += [f"  cause: {self.cause}"] if self.cause else []
         return "\n".join([*lines, *(f"  unavailable: {limit}" for limit in self.limits)])
 
     def _caption(self) -> str:
-        return " ".join([self.CAPTION, *(f"Unavailable: {limit}" for limit in self.limits)])
+        cause = [f"Cause: {self.cause}"] if self.cause else []
+        limits = (f"Unavailable: {limit}" for limit in self.limits)
+        return " ".join([self.CAPTION, *cause, *limits])
 
     def _title(self) -> str:
         return f"Identity check of {self.model}"
@@ -95,10 +100,13 @@ def require_identities(report: IdentityReport) -> None:
     """Checks that every identity holds.
 
     Raises:
+        InvalidInput: If the model's own numbers are not finite; the message says why.
         UnsupportedModel: If one does not; the message has place, error, tolerance and advice.
     """
     if report.ok:
         return
+    if report.cause:
+        raise InvalidInput(report.cause)
     worst = report.worst()
     failed = sum(not row.ok for row in report.rows)
     raise UnsupportedModel(

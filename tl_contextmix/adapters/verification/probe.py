@@ -18,6 +18,7 @@ from tl_contextmix.core.blocks import (
     Trace,
     affine,
 )
+from tl_contextmix.core.finite import says_nothing, why_not_finite
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import four_parts
 
@@ -82,6 +83,17 @@ def run_probe(view: ModelView) -> Probe:
         edited=view.run(batch, names, edits=edits),
         tolerance=view.tolerance,
     )
+
+
+def why_overflown(probe: Probe) -> str:
+    """Returns why the model's own numbers are not finite, first of all where; empty: they are."""
+    for name, value in probe.clean.values.items():
+        if not bool(value.isfinite().all()):
+            return why_not_finite(f"{name}, of four tokens", value.dtype)
+    logits = probe.clean.logits
+    if logits is not None and says_nothing(logits):
+        return why_not_finite("the logits of four tokens", logits.dtype)
+    return ""
 
 
 def _probe_batch(view: ModelView) -> Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, make_batch, name_tokens, provenance
+from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
 from tl_contextmix.adapters.inputs.answers import (
     Question,
     TokenAnswerInputs,
@@ -20,9 +19,10 @@ from tl_contextmix.adapters.inputs.answers import (
     ask,
     label_sets,
 )
-from tl_contextmix.core.blocks import Batch, Trace
+from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.contrast import Contrast
-from tl_contextmix.core.model_view import Edit, ModelView
+from tl_contextmix.core.finite import require_predictions
+from tl_contextmix.core.model_view import Edit
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
@@ -94,13 +94,17 @@ def knockout(
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
     given, answer = apart(input, inputs)
-    question = ask(view, make_batch(view, given), answer, neurons, heads)
+    question = ask(view, read_batch(view, given), answer, neurons, heads)
     chosen = chosen_components(view, neurons, heads, question.rows)
     chosen = without_sources(chosen, per_position=positions == "last")
     drawn = Controls(view, chosen, seed)
     sets = [chosen, *(drawn.draw() for _ in range(controls))]
     with torch.no_grad():
-        ablation = _Ablation(question, positions == "all")
+        batch = question.batch
+        if not question.plain:  # a run of its own for each prediction
+            batch = batch.each(lambda x: x[question.sentences])
+        done = run_pass(view, given, batch=batch)
+        ablation = _Ablation(done, question, positions == "all")
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         asked = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
@@ -114,8 +118,7 @@ def knockout(
         target=label_sets(view, asked.target),
         foil=None if asked.foil is None else label_sets(view, asked.foil),
         best=label_sets(view, [*after.argmax(dim=-1)[:, None]]),
-        provenance=provenance(
-            view,
+        provenance=done.provenance(
             "knockout",
             {
                 "pos": answer.pos,
@@ -124,7 +127,6 @@ def knockout(
                 "controls": controls,
                 "seed": seed,
             },
-            further=question.batch.further,
             removed=finest(chosen),
         ),
     )
@@ -134,19 +136,9 @@ def knockout(
 class _Ablation:
     """Runs of the model with components replaced."""
 
+    done: Pass
     question: Question
     everywhere: bool
-
-    @property
-    def view(self) -> ModelView:
-        """The model."""
-        return self.question.view
-
-    @cached_property
-    def batch(self) -> Batch:
-        """The sentence of each prediction."""
-        batch = self.question.batch
-        return batch if self.question.plain else batch.each(lambda x: x[self.question.sentences])
 
     def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the logits of the model as it is, and the means of what is to be replaced.
@@ -155,31 +147,33 @@ class _Ablation:
         """
         touched = [
             one
-            for one in every_sublayer(self.view)
+            for one in every_sublayer(self.done.view)
             if any(bool(one.holds(some).any()) for some in sets)
         ]
-        trace = self.view.run(self.batch, [one.name for one in touched])
+        trace = self.done.again([one.name for one in touched])
         means = {}
         for one in touched:
-            stack = "encoder" if one.kind.startswith("encoder ") else self.view.base_stack(None)
+            stack = "encoder" if one.kind.startswith("encoder ") else self.done.stack
             values = trace.values[one.name]
-            means[one.name] = values[self.batch.side(stack).mask.to(values.device)].mean(dim=0)
+            means[one.name] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
         return self._read(trace), means
 
     def run(self, some: Components, filling: Mapping[str, Tensor]) -> Tensor:
         """Returns the logits with components replaced by means, or by zero where there are none."""
         edits = {
             one.name: self._edit(one, some, filling.get(one.name, one.constant))
-            for one in every_sublayer(self.view)
+            for one in every_sublayer(self.done.view)
             if bool(one.holds(some).any())
         }
-        return self._read(self.view.run(self.batch, [], edits=edits))
+        return self._read(self.done.again(edits=edits))
 
     def _read(self, trace: Trace) -> Tensor:
         """Returns the logits of each prediction, in the dtype of the maths."""
         assert trace.logits is not None
         each = torch.arange(len(self.question.rows))
-        return replace(self.question, sentences=each).read(trace.logits)
+        logits = replace(self.question, sentences=each).read(trace.logits)
+        require_predictions(logits)
+        return logits
 
     def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
         mine = one.holds(some)

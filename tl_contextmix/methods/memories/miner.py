@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.pieces import replace_parts
 from tl_contextmix.core.validation import Layers
@@ -21,7 +22,7 @@ from tl_contextmix.engine.memory_coefficients import (
     quadrants,
     require_feed_forward,
 )
-from tl_contextmix.errors import bad, warn
+from tl_contextmix.errors import InvalidInput, bad, warn
 from tl_contextmix.methods.memories.corpus_arguments import TAILS
 from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Cutting, Documents
@@ -177,12 +178,8 @@ class Miner:
         found = ff.coefficients(trace)
         # A sum is finite where every number is; not worth a mask unless it is not.
         if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
-            raise bad(
-                "the model's own activations are not finite",
-                f"NaN or infinity among the coefficients of layer {block.layer}",
-                "finite activations",
-                "Load the model in float32 or bfloat16.",
-            )
+            where = f"the coefficients of layer {block.layer}"
+            raise InvalidInput(why_not_finite(where, trace.values[ff.post].dtype))
         some = None
         if self.neurons is not None:
             some = torch.tensor(self.chosen(block), device=found.device)

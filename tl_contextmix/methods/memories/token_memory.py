@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import Layers
@@ -73,20 +74,29 @@ def token_memory(
     target = done.target.select(list(range(len(done.target.ids))), rows)
     device = done.view.device
     columns = torch.tensor(chosen, device=device)
-    # The result is what takes memory here: there is one of it.
-    shape = (len(target.ids), len(done.blocks), len(rows), len(chosen))
-    rest = torch.empty(shape, dtype=done.trace.dtype, device=device)
-    shares = rest.new_empty(*shape[:3], source.ids.shape[1], len(chosen))
-    with torch.no_grad():
-        for index, block in enumerate(done.progress("token_memory")):
-            read = linear_points(block, done.trace, done.stack, ("mlp_in",))["mlp_in"]
+
+    def memories(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        mine = part.own(rows) or []
+        # The result is what takes memory here: there is one of it.
+        shape = (len(part.batch.main.ids), len(part.blocks), len(mine), len(chosen))
+        rest = torch.empty(shape, dtype=part.trace.dtype, device=device)
+        shares = rest.new_empty(*shape[:3], part.source("mlp_out").shape[1], len(chosen))
+        for index, block in enumerate(part.progress("token_memory")):
+            read = linear_points(block, part.trace, part.stack, ("mlp_in",))["mlp_in"]
             ff, own = require_feed_forward(block), shares[:, index]
-            rest[:, index] = neuron_shares(ff, read, bias, rows, columns, own)
+            rest[:, index] = neuron_shares(ff, read, bias, mine, columns, own)
+        return {
+            "shares": ("batch layer rows source:mlp_out", shares),
+            "bias": ("batch layer rows", rest),
+        }
+
+    with torch.no_grad():
+        found = done.together(memories, rows)
     padding = ~target.mask.to(device), ~source.mask.to(device)
     unread = padding[0][:, :, None] | padding[1][:, None, :]
     return TokenMemory(
-        shares=shares.masked_fill_(unread[:, None, :, :, None], 0),
-        bias=rest.masked_fill_(padding[0][:, None, :, None], 0),
+        shares=found["shares"].masked_fill_(unread[:, None, :, :, None], 0),
+        bias=found["bias"].masked_fill_(padding[0][:, None, :, None], 0),
         neurons=tuple(chosen),
         layers=done.layers,
         stack=done.stack,

@@ -1,0 +1,144 @@
+"""NaN has a cause: it is named with the remedy that works, whatever was asked."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import case_of, view_of
+from torch import nn
+
+import tl_contextmix as cm
+from tl_contextmix.core.finite import why_not_finite
+
+IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+
+def model_of(family: str, dtype: torch.dtype) -> Any:
+    return zoo.build(case_of(family), dtype=dtype)
+
+
+def overflowing(dtype: torch.dtype) -> Any:
+    """A model of two blocks that write more than float16 can hold together, on every text."""
+    model = model_of("gpt2", dtype)
+    named = [(name.rpartition("mlp")[2], weight) for name, weight in model.named_parameters()]
+    biases = [w for n, w in named if n == ".b_out" or ("c_proj" in n and n.endswith("bias"))]
+    assert len(biases) > 1
+    with torch.no_grad():
+        for bias in biases:
+            bias.fill_(6e4)
+    return model
+
+
+ASKED = {
+    "attention": lambda model: cm.attention(model, IDS),
+    "attention_norms": lambda model: cm.attention_norms(model, IDS),
+    "value_zeroing": lambda model: cm.value_zeroing(model, IDS),
+    "log_prob_contributions": lambda model: cm.log_prob_contributions(model, IDS),
+    "gradient_x_input": lambda model: cm.gradient_x_input(model, IDS),
+    "knockout": lambda model: cm.knockout(model, IDS, heads=[(0, 0)], controls=0),
+    "ff_memories": lambda model: cm.ff_memories(model, IDS),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_float16_that_overflows_on_every_text(name: str) -> None:
+    model = overflowing(torch.float16)
+    match = r"float16 overflows.*65504: got NaN or infinity in .*Load the model in float32 or bfl"
+    with pytest.raises(cm.InvalidInput, match=match):
+        ASKED[name](model)
+    report = cm.check(model)
+    assert not report.ok
+    assert "float16 overflows" in str(report)
+    assert "float16 overflows" in report.cause
+    assert "float16" not in cm.check(overflowing(torch.float32)).cause
+
+
+@pytest.mark.once
+def test_float16_that_overflows_on_some_texts() -> None:
+    """The check's four tokens are fine, the text is not."""
+    model = model_of("gpt2", torch.float16)
+    table = next(w for name, w in model.named_parameters() if "wte" in name or name == "embed.W_E")
+    with torch.no_grad():
+        table[IDS[0, 1]] = 6e4
+        table[IDS[0, 1], ::2] *= -1
+    view = view_of(model)
+    name = view.blocks()[0].resid_in
+    with model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor * 8)]):
+        for ask in (cm.attention, cm.decompx):
+            with pytest.raises(cm.InvalidInput, match=f"float16 overflows.*{name}, at a real tok"):
+                ask(model, IDS)
+
+
+@pytest.mark.once
+def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
+    model = model_of("gpt2", torch.float16)
+    view = view_of(model)
+    names = [f"{name}" for name in ("ln_final.hook_normalized",) if name in model.hook_dict]
+    with model.hooks(fwd_hooks=[(names[0], lambda tensor, hook: tensor * torch.inf)]):
+        cm.attention(model, IDS)
+        for ask in (
+            lambda: cm.log_prob_contributions(model, IDS),
+            lambda: cm.gradient_x_input(model, IDS),
+            lambda: cm.knockout(model, IDS, heads=[(0, 0)], controls=0),
+        ):
+            with pytest.raises(cm.InvalidInput, match="float16 overflows.*in the logits"):
+                ask()
+    assert view.readout.refusal == ""
+
+
+@pytest.mark.once
+def test_weights_that_float16_cannot_hold() -> None:
+    model = model_of("gpt2", torch.float16)
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(1e6)
+    with pytest.raises(cm.InvalidInput, match="weight .* is not finite.*65504.*float32 or bfl"):
+        cm.check(model)
+
+
+@pytest.mark.newest
+def test_masks_in_float64_that_turn_into_nan() -> None:
+    """Where rows have to run as they are; else padding on the left is left out."""
+    model = model_of("llama", torch.float64)
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    name = view_of(model).blocks()[0].resid_in
+    cm.attention(model, IDS, attention_mask=mask)
+    match = r"a mask in float64 turns into NaN.*Load the model in float32, pad on the right"
+    with model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor)]):
+        with pytest.raises(cm.InvalidInput, match=match):
+            cm.attention(model, IDS, attention_mask=mask)
+        cm.attention(model, IDS, attention_mask=mask.flip(1))
+    alone = model_of("llama", torch.float32)
+    with alone.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor)]):
+        cm.attention(alone, IDS, attention_mask=mask)
+
+
+def test_each_precision_has_its_remedy() -> None:
+    half = why_not_finite("x", torch.bfloat16)
+    assert "in float32 instead of torch.bfloat16" in half
+    assert "hooks of your own" in why_not_finite("x", torch.float32)
+    assert "hooks of your own" in why_not_finite("x", torch.float64)
+
+
+# Quantized weights, and what reads no tokens
+
+
+@pytest.mark.newest
+def test_quantized_weights_are_named() -> None:
+    model = model_of("gpt2", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.ao.quantization.quantize_dynamic(
+            model.original_model, {nn.Linear}, dtype=torch.qint8, inplace=True
+        )
+    packed = model_of("llama", torch.float32)
+    weight = next(w for n, w in packed.named_parameters() if "gate_proj" in n)
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.int8)
+    for one in (model, packed):
+        for ask in (cm.check, lambda model: cm.attention(model, IDS)):
+            with pytest.raises(cm.UnsupportedModel, match=r"quantized.*without quantization, in b"):
+                ask(one)
