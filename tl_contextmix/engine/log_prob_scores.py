@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, Pass, run_pass
 from tl_contextmix.adapters.inputs.targets import answer_of, predicting_rows, target_tokens
+from tl_contextmix.core.blocks import Identity
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
     AttentionComponent,
@@ -32,6 +33,16 @@ from tl_contextmix.results.components import Grid
 
 By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
 SPLITS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+# What has to hold of a pass that hooks edited for components to add up to their sublayer.
+_HEADS: frozenset[Identity] = frozenset({"block", "attn"})
+_NEEDS: dict[By, frozenset[Identity]] = {
+    "layer": frozenset({"block"}),
+    "head": _HEADS,
+    "position": _HEADS | {"mixing"},
+    "head_position": _HEADS | {"mixing"},
+    "attn_neuron": _HEADS | {"mixing"},
+    "ff_neuron": frozenset({"block", "mlp"}),
+}
 # A score that lies within a few roundings of a bound is not decided by it.
 _SLACK = 64
 
@@ -72,6 +83,8 @@ def run_prediction(
     view: ModelView,
     given: Given,
     *,
+    by: By,
+    needs: frozenset[Identity] = frozenset(),
     about: object = None,
     target: object = None,
     pos: object = None,
@@ -84,6 +97,8 @@ def run_prediction(
     Args:
         view: The model.
         given: Its input.
+        by: Into what the stream is to be split.
+        needs: What else has to hold of a pass that hooks edited.
         about: Components that the prediction is about. Where they are contributions, target and
             position are theirs unless others are given.
         target: The token, as text or id.
@@ -106,7 +121,9 @@ def run_prediction(
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    forward_pass = run_pass(view, given, also=lambda block: () if block.layer else names)
+    forward_pass = run_pass(
+        view, given, also=lambda block: () if block.layer else names, needs=_NEEDS[by] | needs
+    )
     batch = forward_pass.trace.batch
     found = answer_of(batch, view, about)
     if found is not None and target is None:
@@ -211,7 +228,7 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
 
     if by == "layer":
         yield Split(step, grid(), lambda: component.total[:, None])
-    if by == "layer" or component.kind == "embed":
+    if by == "layer" or component.whole:
         return
     bias = grid(f"{component.kind} bias"), component.bias[:, None]
     if by == "ff_neuron" and isinstance(component, FeedForwardComponent):

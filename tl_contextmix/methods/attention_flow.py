@@ -63,7 +63,7 @@ def attention_flow(
             "'encoder' or 'decoder'",
             "For both, roll out a map of the decoder with encoder=.",
         )
-    done = run_pass(as_view(model), Given(input, **inputs), stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), stack=stack, needs={"pattern"})
     weights = [
         done.trace.pattern(sublayer).detach().mean(1)
         for block in done.blocks

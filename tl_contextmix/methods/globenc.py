@@ -63,11 +63,18 @@ def globenc(
     Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
     [target, source, d_model] tensor is never built.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, also=_neurons)
+    done = run_pass(
+        as_view(model),
+        Given(input, **inputs),
+        layer=layer,
+        stack=stack,
+        also=_neurons,
+        needs={"mixing", "attn", "read", "mlp", "block"},
+    )
     scores = []
     with torch.no_grad():
         for block in done.progress("globenc"):
-            stream = linear_points(block, done.trace, done.stack)["stream"]
+            stream = linear_points(block, done.trace, done.stack)["residual"]
             scores.append(_without_output(block, stream, done.trace).norms(max_bytes)[:, None])
     return done.map("globenc", torch.stack(scores, dim=1), "block_out", "norm")
 

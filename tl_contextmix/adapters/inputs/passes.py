@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.tokens import Given, make_batch
-from tl_contextmix.core.blocks import Batch, Block, Side, Trace
+from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Side, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import bad
@@ -162,6 +162,7 @@ def run_pass(
     layer: Layers | None = None,
     stack: StackName | None = None,
     also: Callable[[Block], Sequence[str]] | None = None,
+    needs: Collection[Identity] = IDENTITIES,
 ) -> Pass:
     """Runs the model once over what was given (or takes the cache) and labels the axes.
 
@@ -173,22 +174,23 @@ def run_pass(
         layer: Layer or layers; None for all of the stack, negative from the end.
         stack: Which stack; None for the only one, or the decoder of an encoder-decoder.
         also: Names of further activations that the caller needs of each block.
+        needs: What the caller needs to hold of each block where hooks edited the pass.
 
     Raises:
         InvalidInput: If something given does not fit the model, or the model's own activations
             are not finite.
-        UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
+        UnsupportedModel: If the user's hooks edit the pass so that this does not hold.
     """
     base = view.base_stack(stack)
     blocks = select_blocks(view.stacks[base], layer)
     batch = make_batch(view, given)
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
     if given.cache is None:
-        trace = fresh_trace(view, batch, base, blocks, names)
+        trace = fresh_trace(view, batch, base, blocks, names, needs)
     else:
         trace = trace_of(view, given.cache, batch, blocks, names)
         _require_finite(trace, base, blocks)
-        view.recheck(trace, base, blocks, "as the cache holds it")
+        trace = view.follow(trace, base, blocks, frozenset(needs), None)
     sides = {"decoder": batch.decoder, "encoder": batch.main}
     if batch.decoder is None:
         sides = {base: batch.main}
@@ -198,7 +200,12 @@ def run_pass(
 
 
 def fresh_trace(
-    view: ModelView, batch: Batch, stack: str, blocks: tuple[Block, ...], names: Sequence[str]
+    view: ModelView,
+    batch: Batch,
+    stack: str,
+    blocks: tuple[Block, ...],
+    names: Sequence[str],
+    needs: Collection[Identity] = IDENTITIES,
 ) -> Trace:
     """Runs the model on a batch, the user's own hooks included.
 
@@ -208,21 +215,19 @@ def fresh_trace(
         stack: The stack that is asked about.
         blocks: Its blocks that are asked about.
         names: Activations to keep.
+        needs: See `run_pass`.
 
     Raises:
         InvalidInput: If the model's own activations are not finite.
-        UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
+        UnsupportedModel: If the user's hooks edit the pass so that this does not hold.
     """
     hooked = view.hooked()
     more = [
         name for block in blocks for name in (block.checkpoints() if hooked else block.spared())
     ]
-    trace = view.run(batch, [*names, *more])
-    places = ", ".join(hooked[:3]) + (", ..." if len(hooked) > 3 else "")
+    trace = view.run(batch, [*names, *more], watch=bool(hooked))
     _require_finite(trace, stack, blocks)
-    if hooked:
-        view.recheck(trace, stack, blocks, f"with hooks of your own at {places}")
-    return trace
+    return view.follow(trace, stack, blocks, frozenset(needs), hooked) if hooked else trace
 
 
 def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None:

@@ -125,6 +125,7 @@ def log_prob_contributions(
         prediction = run_prediction(
             as_view(model),
             Given(input, **inputs),
+            by=by,
             target=target,
             pos=pos,
             norm=norm,

@@ -108,6 +108,8 @@ def query_contributions(
         prediction = run_prediction(
             view,
             Given(input, **inputs),
+            by=by,
+            needs=frozenset({"mixing"}),
             about=neurons,
             target=target,
             pos=pos,

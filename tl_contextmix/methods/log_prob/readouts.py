@@ -70,6 +70,7 @@ def component_readouts(
         prediction = run_prediction(
             view,
             Given(input, **inputs),
+            by=cast(By, components.by),
             about=components,
             norm="frozen",
             max_bytes=max_bytes,
