@@ -46,6 +46,8 @@ class IdentityReport(RowTable):
         model: The model's name and host.
         rows: One per identity and place.
         limits: What is unavailable for this model although the identities hold, with reasons.
+        hooked: Where hooks of your own are, or SAEs: the identities are of the model without them.
+            What they do to a pass is checked in the pass.
     """
 
     ROW = CheckRow
@@ -65,6 +67,7 @@ class IdentityReport(RowTable):
     model: str
     rows: tuple[CheckRow, ...]
     limits: tuple[str, ...] = ()
+    hooked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -82,10 +85,22 @@ class IdentityReport(RowTable):
             f"{row.where:28} {row.identity}"
             for row in self.rows
         ]
-        return "\n".join([*lines, *(f"  unavailable: {limit}" for limit in self.limits)])
+        lines += [f"  unavailable: {limit}" for limit in self.limits]
+        return "\n".join([*lines, *(f"  {line}" for line in self._seen())])
+
+    def _seen(self) -> list[str]:
+        """Returns what was looked at, where that is not the model with all that is on it."""
+        if not self.hooked:
+            return []
+        return [
+            f"looked at without your hooks at {', '.join(self.hooked)}: what they edit is checked "
+            "in each pass, by what each method needs of it."
+        ]
 
     def _caption(self) -> str:
-        return " ".join([self.CAPTION, *(f"Unavailable: {limit}" for limit in self.limits)])
+        seen = [line[0].upper() + line[1:] for line in self._seen()]
+        limits = [f"Unavailable: {limit}" for limit in self.limits]
+        return " ".join([self.CAPTION, *limits, *seen])
 
     def _title(self) -> str:
         return f"Identity check of {self.model}"
