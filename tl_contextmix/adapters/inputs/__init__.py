@@ -1,6 +1,6 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
-from tl_contextmix.adapters.inputs.activation_cache import Cache
+from tl_contextmix.adapters.inputs.activation_cache import Cache, names_read
 from tl_contextmix.adapters.inputs.passes import (
     Pass,
     fresh_trace,
@@ -34,6 +34,7 @@ __all__ = [
     "fresh_trace",
     "label",
     "make_batch",
+    "names_read",
     "package_version",
     "pad_rows",
     "provenance",
