@@ -173,7 +173,7 @@ def _watched(model: nn.Module, points: dict[str, Any]) -> list[tuple[nn.Module, 
     """Returns the hook points that hooks of the user's own may edit, with all of their names."""
     found = {
         id(point): (point, [name])
-        for name, point in model.named_modules()
+        for name, point in named(model)
         if isinstance(point, _hook_point()) and (is_hooked(point) or isinstance(point, _around()))
     }
     for name, point in points.items():
@@ -321,8 +321,8 @@ def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...
         backward: Whether hooks of backward passes count, too.
     """
     return tuple(
-        _path(model, name, module) or type(model).__name__
-        for name, module in model.named_modules()
+        name or type(model).__name__
+        for name, module in named(model)
         if is_hooked(module)
         or (backward and _any_own((module._backward_hooks, module._backward_pre_hooks)))
     )
@@ -374,24 +374,31 @@ def find_splices(model: nn.Module) -> tuple[str, ...]:
     """Returns the paths of modules where hook points were: SAEs that SAELens attached."""
     found: list[str] = []
     seen: list[nn.Module] = []  # and what is inside of them
-    for path, parent in model.named_modules():
+    for path, parent in named(model):
         if isinstance(parent, _hook_point()) or any(parent is one for one in seen):
             continue
         for name, child in parent._modules.items():
             plain = child is None or isinstance(child, _hook_point())
             if name.startswith("hook_") and not plain:
-                found.append(_path(model, f"{path}.{name}" if path else name, child))
+                found.append(f"{path}.{name}" if path else name)
                 seen += child.modules()
     return tuple(found)
 
 
-def _path(model: nn.Module, found: str, module: nn.Module) -> str:
-    """Returns the path of a module as hook names have it: a bridge's not through what it wraps."""
-    short = found.replace("._original_component", "")
-    try:
-        return short if model.get_submodule(short) is module else found
-    except AttributeError:
-        return found
+def named(
+    module: nn.Module, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module under the name that hooks have for it.
+
+    A bridge's modules are those of the model it wraps, too, under other names: its own come first.
+    """
+    seen = set() if seen is None else seen
+    seen.add(id(module))
+    yield path, module
+    children = module._modules.items()
+    for name, child in sorted(children, key=lambda pair: pair[0] == "_original_component"):
+        if child is not None and id(child) not in seen:
+            yield from named(child, f"{path}.{name}" if path else name, seen)
 
 
 @contextmanager

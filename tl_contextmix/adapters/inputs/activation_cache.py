@@ -99,8 +99,9 @@ def trace_of(
             "the cache lacks activations that are read",
             f"{len(reader.names)} activations without {', '.join(missing)}",
             f"all {len(needed)} that are read",
-            "Cache with names_filter=tl_contextmix.hook_names(model, method) or names_filter=None, "
-            "or leave `cache` out. Where an SAE is attached, a cache has other names: leave it out.",
+            "Cache with names_filter=tl_contextmix.hook_names(model, method) or "
+            "names_filter=None, or leave `cache` out. Where an SAE is attached, a cache has other "
+            "names: leave it out.",
         )
     values = {name: reader.read(name) for name in [*needed, *checks] if name in reader}
     _require_shapes(values, batch, blocks)

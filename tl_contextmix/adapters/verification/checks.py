@@ -159,8 +159,11 @@ def follow(
         attention.mixed
         for block in blocks
         for attention in block.attentions
-        if attention.mixed in trace.values
-        and not _mixing_error(attention, trace, _real(trace, stack)) <= tolerance
+        if attention.mixed in trace.edits
+        or (
+            attention.mixed in trace.values
+            and not _mixing_error(attention, trace, _real(trace, stack)) <= tolerance
+        )
     )
     trace = replace(trace, changed=changed, edited=True)
     rows = [row for block in blocks for row in _pass_rows(trace, stack, block, needs, tolerance)]
