@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import keywords, relative, shared, view_of
+from asked import case_of, keywords, relative, shared, view_of
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import POINTS
 
 GPT2 = [pytest.param(case, id=case.id) for case in zoo.cases() if case.family == "gpt2"]
-CASE = next(case for case in zoo.cases() if case.family == "gpt2")
 EXACT = 1e-10
-SPLITS = ("layer", "head", "position", "head_position", "attn_neuron", "ff_neuron")
+SPLITS = ("layer", "head", "position", "attn_neuron", "ff_neuron")
 Edit = Callable[[Tensor, Any], Tensor]
 
 
@@ -68,7 +68,7 @@ def by(*splits: str) -> set[str]:
     return {f"log_prob by {split}" for split in splits}
 
 
-SOURCES = by("position", "head_position", "attn_neuron")
+SOURCES = by("position", "attn_neuron")
 BEHIND = of_points("mlp_out", "resid_post", "block_out")
 MAPS = {"value_zeroing", "decompx", "alti", "globenc", "token_memory", *of_points(*POINTS)}
 READING = MAPS - of_points("attn_out")
@@ -464,8 +464,7 @@ class Sae(nn.Module):
         self.W_enc, self.W_dec = (nn.Parameter(0.2 * weight) for weight in weights)
         self.b_dec = nn.Parameter(torch.linspace(-1, 1, width, dtype=torch.float64))
         self.error = error
-        point = type(next(m for m in zoo.build(CASE).modules() if type(m).__name__ == "HookPoint"))
-        self.hook_sae_acts_post, self.hook_sae_output = point(), point()
+        self.hook_sae_acts_post, self.hook_sae_output = HookPoint(), HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstructs activations, all heads of a position at once, and may add what is missed."""
@@ -513,12 +512,10 @@ SAES = {
 
 
 @pytest.mark.parametrize("error", [True, False], ids=["with its error", "without"])
-@pytest.mark.parametrize("name", SAES)
 @pytest.mark.parametrize("case", GPT2)
-def test_an_sae_is_a_hook_that_does_what_it_does(case: zoo.Case, name: str, error: bool) -> None:
+def test_an_sae_is_a_hook_that_does_what_it_does(case: zoo.Case, error: bool) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
-    width = view_of(model).blocks()[0].attentions[0].W_O.shape[2]
-    sae = Sae(width, error)
+    sae = Sae(view_of(model).blocks()[0].attentions[0].W_O.shape[2], error)
     chosen = ("attention", "value_zeroing", "globenc", "decompose mlp_out", "log_prob by layer")
     chosen += ("log_prob by head", "log_prob by position", "log_prob by ff_neuron")
     asks = {what: ask for what, ask in asked(model, given.tokens).items() if what in chosen}
@@ -535,20 +532,101 @@ def test_an_sae_is_a_hook_that_does_what_it_does(case: zoo.Case, name: str, erro
         return found
 
     plain = answers()
-    with attached(model, name, sae):
-        spliced, report = answers(), cm.check(model)
-    with model.hooks(fwd_hooks=[(name, lambda x, hook: sae(x))]):
-        hooked = answers()
-    assert report.ok
-    assert [place.split(" ")[0] for place in report.hooked] == [name]
-    refused = {what for what, scores in spliced.items() if isinstance(scores, str)}
-    assert refused == (set() if error else SAES[name] & asks.keys())
-    assert all(f"hooks of your own at {name}" in str(spliced[what]) for what in refused)
-    for what, scores in spliced.items():
-        if not isinstance(scores, str):
-            assert relative(scores.nan_to_num(), hooked[what].nan_to_num()) <= EXACT
-            if error and "log_prob" not in what:
-                assert relative(scores, plain[what]) <= 1e-8
+    for name, broken in SAES.items():
+        with attached(model, name, sae):
+            spliced, report = answers(), cm.check(model)
+        with model.hooks(fwd_hooks=[(name, lambda x, hook: sae(x))]):
+            hooked = answers()
+        assert report.ok
+        assert [place.split(" ")[0] for place in report.hooked] == [name]
+        refused = {what for what, scores in spliced.items() if isinstance(scores, str)}
+        assert refused == (set() if error else broken & asks.keys())
+        assert all(f"hooks of your own at {name}" in str(spliced[what]) for what in refused)
+        for what, scores in spliced.items():
+            if not isinstance(scores, str):
+                assert relative(scores.nan_to_num(), hooked[what].nan_to_num()) <= EXACT
+                if error and "log_prob" not in what:
+                    assert relative(scores, plain[what]) <= 1e-8
     # And off again.
     assert torch.equal(answers()["attention"], plain["attention"])
     assert not cm.check(model).hooked
+
+
+# circuit-tracer
+
+
+class ReplacementMlp(nn.Module):
+    """As circuit-tracer's: the model's own feed-forward sublayer with more hook points."""
+
+    def __init__(self, old_mlp: nn.Module) -> None:
+        super().__init__()
+        self.old_mlp, self.hook_in, self.hook_out = old_mlp, HookPoint(), HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes what it did."""
+        return self.hook_out(self.old_mlp(self.hook_in(x)))
+
+
+class ReplacementUnembed(nn.Module):
+    """As circuit-tracer's."""
+
+    def __init__(self, old_unembed: Any) -> None:
+        super().__init__()
+        self.old_unembed, self.hook_pre, self.hook_post = old_unembed, HookPoint(), HookPoint()
+        self.W_U, self.b_U = old_unembed.W_U, old_unembed.b_U
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes what it did."""
+        return self.hook_post(self.old_unembed(self.hook_pre(x)))
+
+
+def replace_modules(model: Any) -> None:
+    """Makes of a HookedTransformer what `ReplacementModel` is, its permanent hooks included."""
+
+    def skip(acts: Tensor, hook: Any, grad_hook: Any) -> Tensor:
+        nothing = acts * 0
+        return grad_hook(nothing + (acts - nothing).detach())
+
+    def stop_gradient(acts: Tensor, hook: Any) -> Tensor:
+        return acts.detach()
+
+    def enable_gradient(acts: Tensor, hook: Any) -> Tensor:
+        acts.requires_grad = True
+        return acts
+
+    for block in model.blocks:
+        block.mlp = ReplacementMlp(block.mlp)
+        block.mlp.hook_out.hook_out_grad = HookPoint()
+        edit = partial(skip, grad_hook=block.mlp.hook_out.hook_out_grad)
+        block.mlp.hook_out.add_hook(edit, is_permanent=True)
+        for point in (block.attn.hook_pattern, block.ln1.hook_scale, block.ln2.hook_scale):
+            point.add_hook(stop_gradient, is_permanent=True)
+    model.unembed = ReplacementUnembed(model.unembed)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.hook_embed.add_hook(enable_gradient, is_permanent=True)
+    model.setup()
+
+
+def test_replacement_modules_are_read_through() -> None:
+    case = case_of("gpt2", host="HookedTransformer")
+    model, given = zoo.build(case), zoo.inputs(case)
+    plain, logits = asked(zoo.build(case), given.tokens), zoo.logits(model, given)
+    replace_modules(model)
+    assert torch.equal(zoo.logits(model, given), logits)
+    report = cm.check(model)
+    assert report.ok
+    assert "blocks.0.mlp.hook_out" in report.hooked
+    for what, ask in asked(model, given.tokens).items():
+        found, expected = ask(), plain[what]()
+        if hasattr(found, "scores"):
+            same = relative(found.scores.nan_to_num(), expected.scores.nan_to_num())
+            assert same <= EXACT, what
+    slopes = cm.gradient_x_input(model, given.tokens, pos=-1)
+    assert bool(slopes.scores.isfinite().all())
+    with model.hooks(fwd_hooks=[("blocks.0.mlp.hook_out", steer)]):
+        found = cm.log_prob_contributions(model, given.tokens, by="layer")
+        own = zoo.logits(model, given)[:, -1].log_softmax(-1).gather(1, found.target.ids)
+        assert relative(found.trajectory[:, -1], own[:, 0]) <= EXACT
+        with pytest.raises(cm.UnsupportedModel, match=r"neurons \+ bias = feed-forward output"):
+            cm.log_prob_contributions(model, given.tokens, by="ff_neuron")
