@@ -378,8 +378,7 @@ def find_splices(model: nn.Module) -> tuple[str, ...]:
         if isinstance(parent, _hook_point()) or any(parent is one for one in seen):
             continue
         for name, child in parent._modules.items():
-            plain = child is None or isinstance(child, _hook_point())
-            if name.startswith("hook_") and not plain:
+            if name.startswith("hook_") and not isinstance(child, (_hook_point(), type(None))):
                 found.append(f"{path}.{name}" if path else name)
                 seen += child.modules()
     return tuple(found)

@@ -34,13 +34,13 @@ from tl_contextmix.results.components import Grid
 By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
 SPLITS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
 # What has to hold of a pass that hooks edited for components to add up to their sublayer.
-_HEADS: frozenset[Identity] = frozenset({"block", "attn"})
+_SOURCES: frozenset[Identity] = frozenset({"block", "attn", "mixing"})
 _NEEDS: dict[By, frozenset[Identity]] = {
     "layer": frozenset({"block"}),
-    "head": _HEADS,
-    "position": _HEADS | {"mixing"},
-    "head_position": _HEADS | {"mixing"},
-    "attn_neuron": _HEADS | {"mixing"},
+    "head": frozenset({"block", "attn"}),
+    "position": _SOURCES,
+    "head_position": _SOURCES,
+    "attn_neuron": _SOURCES,
     "ff_neuron": frozenset({"block", "mlp"}),
 }
 # A score that lies within a few roundings of a bound is not decided by it.
@@ -83,7 +83,7 @@ def run_prediction(
     view: ModelView,
     given: Given,
     *,
-    by: By,
+    by: By = "layer",
     needs: frozenset[Identity] = frozenset(),
     about: object = None,
     target: object = None,

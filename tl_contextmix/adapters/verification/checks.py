@@ -167,7 +167,7 @@ def follow(
     )
     trace = replace(trace, changed=changed, edited=True)
     rows = [row for block in blocks for row in _pass_rows(trace, stack, block, needs, tolerance)]
-    failed = [(identity, row) for identity, row in rows if not row.ok]
+    failed: list[tuple[Identity, CheckRow]] = [pair for pair in rows if not pair[1].ok]
     if not failed:
         return trace
     identity, worst = max(failed, key=lambda pair: pair[1].excess)
@@ -226,10 +226,11 @@ def _pass_rows(
         return
     name = f"{where} feed-forward"
     if "read" in needs and set(ff.pre_names) <= there:
-        yield from (("read", row) for row in _pre_rows(name, block, ff, trace, tolerance, real))
+        for row in _pre_rows(name, block, ff, trace, tolerance, real):
+            yield "read", row
     if "activation" in needs and {*ff.pre_names, ff.post} <= there:
-        rows = _activation_rows(name, ff, trace, tolerance, real)
-        yield from (("activation", row) for row in rows)
+        for row in _activation_rows(name, ff, trace, tolerance, real):
+            yield "activation", row
     if "mlp" in needs:
         error = _edit_error(trace, ff, real)
         yield "mlp", CheckRow("neurons + bias = feed-forward output", name, error, tolerance)

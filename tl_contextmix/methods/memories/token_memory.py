@@ -65,7 +65,7 @@ def token_memory(
     ``2 d_model K (d_model + n)`` operations for what heads bring from each source to K neurons, and
     ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
     """
-    needs = identities(("mlp_in",)) | {"activation"}
+    needs = identities(("mlp_out",)) - {"mlp"}
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
     chosen = positions("neuron", neurons, range(min(sizes)))
