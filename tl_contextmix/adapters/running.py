@@ -394,8 +394,10 @@ def named(
     seen = set() if seen is None else seen
     seen.add(id(module))
     yield path, module
-    children = module._modules.items()
-    for name, child in sorted(children, key=lambda pair: pair[0] == "_original_component"):
+    children = [*module._modules.items()]
+    if "_original_component" in module._modules:
+        children.sort(key=lambda pair: pair[0] == "_original_component")
+    for name, child in children:
         if child is not None and id(child) not in seen:
             yield from named(child, f"{path}.{name}" if path else name, seen)
 

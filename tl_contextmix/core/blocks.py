@@ -343,16 +343,16 @@ class Block:
         """Returns the residual stream after the attention sublayers and their norms."""
         stream = trace.resid_in(self)
         for attention in self.attentions:
-            stream = _joined(attention, stream, trace)
+            stream = _behind(attention, stream, trace)
         return stream
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the block's output, recomputed from its input, patterns, values and neurons."""
         stream, ff = self.middle(trace), self.feed_forward
-        return stream if ff is None else _joined(ff, stream, trace)
+        return stream if ff is None else _behind(ff, stream, trace)
 
 
-def _joined(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
+def _behind(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
     """Returns the residual stream behind a sublayer of a pass, steering included."""
     stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
     return stream if sublayer.norm_after is None else sublayer.norm_after(stream)
