@@ -268,6 +268,7 @@ def test_layers_and_steering_telescope_to_the_edited_log_probability(case: zoo.C
     assert relative(found.trajectory, expected) <= EXACT
     assert relative(found.scores, expected.diff(dim=1)) <= EXACT
     assert not bool(found.components.is_bias().any())
+    assert "resid_post steering" in found._repr_html_()
 
 
 @pytest.mark.parametrize("case", GPT2)

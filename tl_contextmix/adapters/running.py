@@ -129,11 +129,11 @@ class _Pass:
         before: list[Tensor] = []
 
         def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
-            if not self._passes_by:
+            if not self._passes_by and given and isinstance(given[0], Tensor):
                 before[:] = [given[0].detach().clone()]  # hooks may edit it in place
 
         def leave(module: nn.Module, given: tuple[Any, ...], found: Tensor) -> None:
-            if self._passes_by:
+            if self._passes_by or not before:
                 return
             old, new = before.pop(), found.detach()
             if old.shape == new.shape and not torch.equal(old, new):

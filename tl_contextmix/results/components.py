@@ -16,13 +16,20 @@ from tl_contextmix.results.axes import require_shape
 _WRITERS = ("attn", "cross_attn", "mlp")
 _ENCODER = ("encoder attn", "encoder mlp")
 _BIASES = tuple(f"{name} bias" for name in (*_WRITERS, *_ENCODER))
-_STEERING = tuple(
-    f"{stack}{place} steering"
-    for stack in ("", "encoder ")
-    for place in ("resid_pre", "resid_mid", "resid_mid_cross", "resid_post")
+STEERING = tuple(
+    f"{place} steering" for place in ("resid_pre", "resid_mid", "resid_mid_cross", "resid_post")
 )
+"""What hooks of the user's own add to the residual stream, by where."""
 # In the order of files: what is new comes last.
-KINDS = ("embed", "encoder embed", *_WRITERS, *_ENCODER, *_BIASES, *_STEERING)
+KINDS = (
+    "embed",
+    "encoder embed",
+    *_WRITERS,
+    *_ENCODER,
+    *_BIASES,
+    *STEERING,
+    *(f"encoder {name}" for name in STEERING),
+)
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")
 # What stands in front of the numbers of a head or neuron.
