@@ -188,7 +188,7 @@ EDITS: dict[str, Callable[[Any], str]] = {
 @pytest.mark.parametrize("known", [False, True], ids=["first look", "known model"])
 @pytest.mark.parametrize("place", EDITS)
 @pytest.mark.parametrize("case", SOME)
-def test_edits_that_a_decomposition_cannot_follow_are_refused(
+def test_edits_that_a_method_cannot_follow_are_refused(
     case: zoo.Case, place: str, known: bool
 ) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
@@ -198,7 +198,7 @@ def test_edits_that_a_decomposition_cannot_follow_are_refused(
         view_of(model)
     with model.hooks(fwd_hooks=[(name, halve)]):
         with pytest.raises(cm.UnsupportedModel, match="with hooks of your own at") as raised:
-            cm.attention_norms(model, given.tokens, **keywords(given))
+            cm.value_zeroing(model, given.tokens, **keywords(given))
         assert "fails in" in str(raised.value)
         assert "Remove other hooks" in str(raised.value)
         # The weights are read for what they are, whatever hooks do.
@@ -211,8 +211,8 @@ def test_edits_of_a_submodule_are_seen_too() -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     view_of(model)
     handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.raises(cm.UnsupportedModel, match=r"hooks of your own at blocks.0.*mlp"):
-        cm.attention_norms(model, given.tokens)
+    with pytest.raises(cm.UnsupportedModel, match=r"hooks of your own at blocks.0.mlp"):
+        cm.attention_norms(model, given.tokens, at="block_out")
     handle.remove()
     cm.attention_norms(model, given.tokens)
 

@@ -10,7 +10,6 @@ import torch
 import zoo
 
 import tl_contextmix as cm
-from tl_contextmix.adapters import as_view
 from tl_contextmix.results import LogProbContributions
 
 CASES = zoo.cases()
@@ -104,19 +103,6 @@ def test_no_predictions_without_a_vocabulary_readout(monkeypatch: pytest.MonkeyP
     for call in calls:
         with pytest.raises(cm.UnsupportedModel, match=r"without a masked-LM head"):
             call()
-
-
-def test_a_stream_that_hooks_of_the_user_edit_is_no_sum(model: Any) -> None:
-    blocks = as_view(model).blocks()
-
-    def shift(tensor: Any, hook: Any) -> Any:
-        return tensor + 1.0 + tensor.flip(-1)
-
-    with (
-        model.hooks(fwd_hooks=[(blocks[1].resid_in, shift)]),
-        pytest.raises(cm.UnsupportedModel, match=r"stream of .* is not the sum.*hooks"),
-    ):
-        cm.log_prob_contributions(model, TOKENS)
 
 
 @pytest.mark.parametrize("named", [[(0, -1)], [(1, -1, 0)], [(-1, 0)]])

@@ -254,18 +254,19 @@ def test_the_constants_share_is_what_is_missing() -> None:
     torch.testing.assert_close(found.scores.nansum(-1) + rest[:, 0], neurons.scores[:, 0])
 
 
-def test_streams_that_hooks_edit_where_they_are_read() -> None:
-    """The stream of the predicting position is still a sum; that of a source is none any more."""
+def test_values_that_hooks_edit_are_no_sum_of_what_was_written() -> None:
+    """Those of other sources are; and what is added to the stream was written to it."""
     model, given = shared(case_of("gpt2"))
     block = view_of(model).blocks()[1]
 
     def edit(stream: torch.Tensor, hook: Any) -> torch.Tensor:
         return torch.cat([stream[:, :1], stream[:, 1:2].flip(-1), stream[:, 2:]], dim=1)
 
-    with model.hooks(fwd_hooks=[(block.resid_in, edit)]):
-        every = found_by(model, given, "attn_neuron")
-        table = every.components
-        for source, refused in ((1, True), (2, False)):
+    value = block.attentions[0].value
+    for name, source, refused in ((value, 1, True), (value, 2, False), (block.resid_in, 1, False)):
+        with model.hooks(fwd_hooks=[(name, edit)]):
+            every = found_by(model, given, "attn_neuron")
+            table = every.components
             own = (table.layer == 1) & (table.source == source)
             neurons = replace(every, scores=every.scores.masked_fill(~own, torch.nan)).top(3)
             if not refused:

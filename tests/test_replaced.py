@@ -206,8 +206,9 @@ def test_what_is_replaced_is_seen_and_what_is_put_back_too(
         undo_fresh = undo if way is forward_of_a_class else way(fresh)
         # As a model that was never asked before.
         assert (answer(fresh, case) is None, report_ok(fresh)) == (found is None, ok)
-        # Read right, but one of its blocks has no answer.
-        assert found is not None or not ok or cm.check(model).limits
+        # Read right, but one of its blocks has no answer, or what is spliced in was left out.
+        report = cm.check(model) if ok else None
+        assert found is not None or report is None or report.limits or report.hooked
     finally:
         undo()
     assert torch.equal(zoo.logits(model, given), logits)

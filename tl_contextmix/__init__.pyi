@@ -44,6 +44,9 @@ from .evaluation.compare import (
 from .evaluation.cost.estimate import (
     estimate as estimate,
 )
+from .evaluation.hook_names import (
+    hook_names as hook_names,
+)
 from .methods.alti import (
     alti as alti,
 )

@@ -17,7 +17,13 @@ from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
-from tl_contextmix.adapters.running import arguments_taken, make_hooked, make_runner, without_hooks
+from tl_contextmix.adapters.running import (
+    arguments_taken,
+    find_splices,
+    make_hooked,
+    make_runner,
+    without_hooks,
+)
 from tl_contextmix.adapters.tokenizers import (
     make_encode,
     make_encode_pair,
@@ -35,8 +41,8 @@ from tl_contextmix.adapters.verification import (
     IdentityReport,
     Probe,
     check_rows,
+    follow,
     readout_row,
-    require_followed,
     run_probe,
     settle_block,
     tolerance_of,
@@ -60,6 +66,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
     """
     model = facts.model
     handle = _handle(facts)
+    splices = find_splices(model)
     # A host's own activation may have trained parameters (xIELU).
     with without_hooks(model), _unreadable(facts), torch.no_grad():
         lists = block_lists(model, facts.encoder_only)
@@ -70,7 +77,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         first = {
             stack: tuple(options[0] for options in blocks) for stack, blocks in readings.items()
         }
-        view = _unsettled(facts, handle, first, fingerprint)
+        view = _unsettled(facts, handle, first, fingerprint, splices)
         probe = run_probe(view)
         stacks = {
             stack: _settle(handle, lists[stack][0], blocks, probe)
@@ -224,7 +231,11 @@ def _limits(view: ModelView) -> tuple[str, ...]:
 
 
 def _unsettled(
-    facts: Facts, handle: Handle, stacks: dict[str, tuple[Block, ...]], fingerprint: str
+    facts: Facts,
+    handle: Handle,
+    stacks: dict[str, tuple[Block, ...]],
+    fingerprint: str,
+    splices: tuple[str, ...],
 ) -> ModelView:
     model = facts.model
     dtypes = {weight.dtype for weight in model.parameters()}
@@ -261,11 +272,11 @@ def _unsettled(
         reads_text=lambda: getattr(handle.get(), "tokenizer", None) is not None,
         pad_id=pad_id,
         padding=lambda: padding_of(handle.get()),
-        hooked=make_hooked(handle),
+        hooked=make_hooked(handle, splices),
         without_hooks=lambda: without_hooks(handle.get()),
-        recheck=partial(require_followed, tolerance),
+        follow=partial(follow, tolerance),
         cached=cache_reader(handle, facts, stacks),
-        runner=make_runner(handle, pad_id),
+        runner=make_runner(handle, pad_id, splices),
     )
 
 

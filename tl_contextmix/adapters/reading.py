@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.recognition import Host
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Weights
+from tl_contextmix.core.blocks import AttentionSublayer, Block, EditPoints, FeedForward, Weights
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -145,14 +145,79 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     path = f"{prefix}.{layer}"
     norms = _norms(handle, block)
     attentions = [(name, kind) for name, kind in _ATTENTIONS if name in block._modules]
+    edits = _edit_points(handle, path, [name for name, _ in attentions], block)
     bare = Block(
         layer=layer,
         resid_in=f"{path}.{'hook_in' if handle.bridge else 'hook_resid_pre'}",
         resid_out=f"{path}.{_resid_out(handle, block)}",
-        attentions=tuple(_attention(handle, stack, path, name, kind) for name, kind in attentions),
-        feed_forward=_feed_forward(handle, path, block),
+        attentions=tuple(
+            replace(_attention(handle, stack, path, name, kind), edits=edits[name])
+            for name, kind in attentions
+        ),
+        feed_forward=_feed_forward(handle, path, block, edits["mlp"]),
     )
-    yield from _placements(bare, norms)
+    for reading in _placements(bare, norms):
+        yield _with_placed_edits(reading) if handle.bridge else reading
+
+
+def _with_placed_edits(block: Block) -> Block:
+    """Returns a reading of a bridge's block that knows which hook points are on its stream.
+
+    What a norm reads is the stream in a post-LN block. In others the stream goes past the norm, and
+    an edit in front of it (a bridge's hook_resid_mid) is one of what the sublayer reads; there the
+    block's output is the stream.
+    """
+
+    def placed(sublayer: Any) -> Any:
+        post = sublayer.norm_after is not None
+        names = (n for n in sublayer.edits.stream if n.endswith(".hook_out") is not post)
+        return replace(sublayer, edits=replace(sublayer.edits, stream=tuple(names)))
+
+    ff = None if block.feed_forward is None else placed(block.feed_forward)
+    return replace(block, attentions=tuple(map(placed, block.attentions)), feed_forward=ff)
+
+
+def _edit_points(
+    handle: Handle, path: str, attentions: list[str], block: nn.Module
+) -> dict[str, EditPoints]:
+    """Returns where hooks may edit what each sublayer writes; see `_with_placed_edits`."""
+    if not handle.bridge:
+        cross = {"cross_attn": "_cross"}
+        outs = {"cross_attn": ("hook_cross_attn_out",)}
+        found = {
+            name: EditPoints(
+                out=_under(path, outs.get(name, ("hook_attn_out",))),
+                stream=_under(path, (f"hook_resid_mid{cross.get(name, '')}",)),
+            )
+            for name in attentions
+        }
+        found["mlp"] = EditPoints(
+            raw=_under(path, ("mlp.hook_out",)),
+            out=_under(path, ("hook_mlp_out",)),
+            stream=_under(path, ("hook_resid_post",)),
+        )
+    else:
+        found = {
+            name: EditPoints(
+                raw=_under(path, (f"{name}.o.hook_out", f"{name}.hook_out")),
+                out=_under(path, ("ln1_post.hook_out",)) if "ln1_post" in block._modules else (),
+                stream=_under(path, (f"ln{index + 1}.hook_in",)),
+            )
+            for index, name in enumerate(attentions)
+        }
+        found["mlp"] = EditPoints(
+            raw=_under(path, ("mlp.out.hook_out", "mlp.hook_out")),
+            out=_under(path, ("ln2_post.hook_out",)) if "ln2_post" in block._modules else (),
+            stream=_under(path, (f"ln{len(attentions) + 1}.hook_in", "hook_out")),
+        )
+    if "mlp" not in block._modules and attentions:
+        last = found[attentions[-1]]
+        found[attentions[-1]] = replace(last, stream=last.stream + found["mlp"].stream)
+    return found
+
+
+def _under(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" for name in names)
 
 
 def _resid_out(handle: Handle, block: nn.Module) -> str:
@@ -209,11 +274,19 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
     )
 
 
-def _feed_forward(handle: Handle, path: str, block: nn.Module) -> FeedForward | None:
+def _feed_forward(
+    handle: Handle, path: str, block: nn.Module, edits: EditPoints
+) -> FeedForward | None:
     mlp = block._modules.get("mlp")
     if mlp is None:
         return None
     here = f"{path}.mlp"
+    if _attribute(mlp, "W_in") is None:
+        # circuit-tracer puts a module of its own around it, with more hook points.
+        inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
+        if len(inner) == 1:
+            here, mlp = f"{here}.{inner[0]}", mlp.get_submodule(inner[0])
+            edits = replace(edits, raw=(f"{here}.hook_out", *edits.raw))
     gated = _attribute(mlp, "W_gate") is not None
     after: dict[str, str | None] = {"b_post": None}
     if gated and not handle.bridge:
@@ -224,6 +297,7 @@ def _feed_forward(handle: Handle, path: str, block: nn.Module) -> FeedForward | 
         post=f"{here}.hook_post",
         pre_linear=f"{here}.hook_pre_linear" if gated else None,
         weights=handle.weights(here, after),
+        edits=edits,
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,17 +37,31 @@ def lock_of(model: nn.Module) -> AbstractContextManager[Any]:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
-    """Returns the function that runs the model once with hooks at the given names."""
+def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str] = ()) -> Runner:
+    """Returns the function that runs the model once with hooks at the given names.
+
+    Args:
+        handle: The model.
+        pad_id: Returns the id that pads.
+        splices: Paths of modules where hook points were, see `find_splices`.
+    """
     under_way: list[_Pass] = []
 
     def run(
-        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool, watch: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         model = handle.get()
         require_no_dropout(model)
         require_no_autocast(handle.device)
-        own = _Pass(under_way, grad, model, hooks)
+        if not splices:
+            return run_hooked(model, batch, hooks, grad, watch)
+        with lock_of(model), stand_ins(model, splices, around=True):
+            return run_hooked(model, batch, hooks, grad, watch)
+
+    def run_hooked(
+        model: Any, batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool, watch: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        own = _Pass(under_way, grad, model, hooks, watch)
         # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
         # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
         fwd_hooks: list[tuple[Callable[..., bool], Callable[..., Any]]] = [
@@ -60,7 +77,11 @@ def make_runner(handle: Handle, pad_id: Callable[[], int]) -> Runner:
                 ids, fwd_hooks=fwd_hooks, **_arguments(model, handle, batch)
             )
         _require_all(model, own.kept, [name for name, _ in hooks])
-        return logits, {name: value.to(handle.device) for name, value in own.kept.items()}
+        kept, added = (
+            {name: value.to(handle.device) for name, value in some.items()}
+            for some in (own.kept, own.added)
+        )
+        return logits, kept, added
 
     return run
 
@@ -79,23 +100,51 @@ class _Pass:
         grad: bool,
         model: Any,
         hooks: Sequence[tuple[str, Edit | None]],
+        watch: bool,
     ) -> None:
         self.under_way, self.grad = under_way, grad
         self.thread = threading.get_ident()
         self.edits = dict(hooks)
         self.kept: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
         # By point, never by hook.name: compatibility mode renames hook points.
         self.names: dict[int, list[str]] = {}
         points = model.hook_dict
         for name in self.edits:
             if name in points:
                 self.names.setdefault(id(points[name]), []).append(name)
+        self.watched = _watched(model, points) if watch else []
 
     def __enter__(self) -> None:
         self.under_way.append(self)
+        for point, names in self.watched:
+            self._watch(point, names)
 
     def __exit__(self, *error: object) -> None:
         self.under_way.remove(self)
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, point: nn.Module, names: Sequence[str]) -> None:
+        """Records what hooks of the user's own, or a module in its place, add at a point."""
+        before: list[Tensor] = []
+
+        def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if not self._passes_by and given and isinstance(given[0], Tensor):
+                before[:] = [given[0].detach().clone()]  # hooks may edit it in place
+
+        def leave(module: nn.Module, given: tuple[Any, ...], found: Tensor) -> None:
+            if self._passes_by or not before:
+                return
+            old, new = before.pop(), found.detach()
+            if old.shape == new.shape and not torch.equal(old, new):
+                exact = torch.promote_types(new.dtype, torch.float32)
+                self.added |= dict.fromkeys(names, new.to(exact) - old.to(exact))
+
+        # Around those of the user's own: hooks are called in the order in which they were put on.
+        self.handles.append(point.register_forward_pre_hook(enter, prepend=True))
+        self.handles.append(point.register_forward_hook(leave))
 
     @property
     def _passes_by(self) -> bool:
@@ -116,9 +165,23 @@ class _Pass:
             edit = self.edits[name]
             if edit is not None:
                 tensor, edited = edit(tensor), True
-            self.kept[name] = tensor
+            # What is kept may be edited in place at a later point.
+            self.kept[name] = tensor.clone() if self.watched else tensor
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
         return tensor if self.grad or edited else None
+
+
+def _watched(model: nn.Module, points: dict[str, Any]) -> list[tuple[nn.Module, list[str]]]:
+    """Returns the hook points that hooks of the user's own may edit, with all of their names."""
+    found = {
+        id(point): (point, [name])
+        for name, point in named(model)
+        if isinstance(point, _hook_point()) and (is_hooked(point) or isinstance(point, _around()))
+    }
+    for name, point in points.items():
+        if id(point) in found:
+            found[id(point)][1].append(name)
+    return list(found.values())
 
 
 def _is_scores(name: str) -> bool:
@@ -242,13 +305,35 @@ def require_no_autocast(device: torch.device) -> None:
         )
 
 
-def make_hooked(handle: Handle) -> Callable[..., tuple[str, ...]]:
-    """Returns the function that tells which modules carry hooks of the user's own."""
+def make_hooked(handle: Handle, splices: Sequence[str] = ()) -> Callable[..., tuple[str, ...]]:
+    """Returns the function that tells which modules carry hooks of the user's own.
+
+    Args:
+        handle: The model.
+        splices: Paths of modules where hook points were: they count.
+    """
 
     def hooked(*, backward: bool = False) -> tuple[str, ...]:
-        return hooked_places(handle.get(), backward=backward)
+        model = handle.get()
+        found = dict.fromkeys([*splices, *hooked_places(model, backward=backward)])
+        return tuple(_spoken(model, found)) if found else ()
 
     return hooked
+
+
+def _spoken(model: Any, places: Iterable[str]) -> Iterator[str]:
+    """Yields names of places as users write them, a bridge's with its own name for it.
+
+    A bridge has HookedTransformer's names for its hook points, too.
+    """
+    points = getattr(model, "hook_dict", {})
+    names: dict[int, str] = {}
+    for name, point in points.items():
+        if name.rpartition(".")[2] not in ("hook_in", "hook_out"):
+            names.setdefault(id(point), name)
+    for place in places:
+        alias = names.get(id(points.get(place)), place)
+        yield place if alias == place else f"{alias} ({place})"
 
 
 def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...]:
@@ -260,7 +345,7 @@ def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...
     """
     return tuple(
         name or type(model).__name__
-        for name, module in model.named_modules()
+        for name, module in named(model)
         if is_hooked(module)
         or (backward and _any_own((module._backward_hooks, module._backward_pre_hooks)))
     )
@@ -275,9 +360,115 @@ def _any_own(tables: Iterable[dict[int, Callable[..., Any]]]) -> bool:
     return any(not _of_host(hook) for table in tables for hook in table.values())
 
 
+@functools.cache
+def _hook_point() -> type[nn.Module]:
+    """Returns TransformerLens' class, which is imported with the first model."""
+    return importlib.import_module("transformer_lens.hook_points").HookPoint
+
+
+@functools.cache
+def _around() -> type[nn.Module]:
+    """Returns the class of hook points that compute what a spliced module does."""
+
+    class Around(_hook_point()):
+        def forward(self, *given: Any, **named: Any) -> Any:
+            return self.__dict__["spliced"](*given, **named)
+
+    return Around
+
+
+class _Heads:
+    """How a bridge shows activations of all heads side by side: head by head."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.flat = width, False
+
+    def convert(self, activation: Tensor) -> Tensor:
+        """Returns it by head."""
+        self.flat = activation.ndim == 3
+        return activation.unflatten(-1, (-1, self.width)) if self.flat else activation
+
+    def revert(self, activation: Tensor) -> Tensor:
+        """Returns it as the host computes with it."""
+        return activation.flatten(2) if self.flat else activation
+
+
+def find_splices(model: nn.Module) -> tuple[str, ...]:
+    """Returns the paths of modules where hook points were: SAEs that SAELens attached."""
+    found: list[str] = []
+    seen: list[nn.Module] = []  # and what is inside of them
+    for path, parent in named(model):
+        if isinstance(parent, _hook_point()) or any(parent is one for one in seen):
+            continue
+        for name, child in parent._modules.items():
+            if name.startswith("hook_") and not isinstance(child, (_hook_point(), type(None))):
+                found.append(f"{path}.{name}" if path else name)
+                seen += child.modules()
+    return tuple(found)
+
+
+def named(
+    module: nn.Module, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module under the name that hooks have for it.
+
+    A bridge's modules are those of the model it wraps, too, under other names: its own come first.
+    """
+    seen = set() if seen is None else seen
+    seen.add(id(module))
+    yield path, module
+    children = [*module._modules.items()]
+    if "_original_component" in module._modules:
+        children.sort(key=lambda pair: pair[0] == "_original_component")
+    for name, child in children:
+        if child is not None and id(child) not in seen:
+            yield from named(child, f"{path}.{name}" if path else name, seen)
+
+
+@contextmanager
+def stand_ins(model: Any, splices: Sequence[str], *, around: bool) -> Iterator[None]:
+    """Puts hook points where modules are spliced in, for a while.
+
+    Args:
+        model: The model.
+        splices: Their paths.
+        around: Whether the hook points compute what the modules do, or are plain ones.
+    """
+    registry = model.__dict__.get("_hook_registry")
+    table: dict[str, Any] = model.hook_dict if registry is None else registry
+    before = {path: table.get(path) for path in splices}
+    places = []
+    for path in splices:
+        parent, _, name = path.rpartition(".")
+        places.append((model.get_submodule(parent)._modules, name))
+    modules = [own[name] for own, name in places]
+    try:
+        for path, module, (own, name) in zip(splices, modules, places, strict=True):
+            point: Any = _around()() if around else _hook_point()()
+            point.name = path
+            if around:
+                point.__dict__["spliced"] = module
+            found = re.fullmatch(r"(.+)\.(?:[qkv]\.hook_out|o\.hook_in)", path)
+            if registry is not None and found is not None:
+                point.hook_conversion = _Heads(model.get_submodule(found[1]).W_O.shape[1])
+            own[name] = table[path] = point
+        yield
+    finally:
+        for path, module, (own, name) in zip(splices, modules, places, strict=True):
+            own[name] = module
+            table[path] = before[path]
+            if before[path] is None:
+                del table[path]
+
+
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes the user's own hooks off for a while; their order is kept."""
+    """Takes the user's own hooks off for a while, and SAEs; their order is kept."""
+    splices = find_splices(model)
+    if splices:
+        with stand_ins(model, splices, around=False), without_hooks(model):
+            yield
+        return
     taken = [
         (table, dict(table))
         for module in model.modules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -272,7 +272,8 @@ def check(model: Any) -> IdentityReport:
     Each row compares something recomputed from a few hooks and the weights with the model's own
     activation: pattern @ v with z, the recomputed block with the block's output, the activation of
     the pre-activation with the neurons, the readout with the logits. A failed identity is a row,
-    not an error. Cost: two forward passes over four tokens, without hooks of your own.
+    not an error. Cost: two forward passes over four tokens, without hooks of your own and SAEs:
+    where they are is in `IdentityReport.hooked`, and what they do is checked in each pass.
 
     Args:
         model: As in `as_view`.
@@ -283,7 +284,8 @@ def check(model: Any) -> IdentityReport:
         InvalidInput: If a weight is not finite, the model is in train mode with dropout, or
             autocast is on.
     """
-    return _examine(model).report
+    known = _examine(model)
+    return replace(known.report, hooked=known.view.hooked())
 
 
 def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import einsum
@@ -22,6 +22,34 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 FOLD_BYTES = 2**28
 """Memory for products of weights that are kept with a view, in all."""
 Weights = Callable[[str], Tensor | None]
+Identity = Literal[
+    "pattern", "z", "mixing", "attn", "read", "activation", "mlp", "block", "unsteered"
+]
+"""What a method may need of a block in a pass that hooks edited.
+
+``pattern``: the patterns are those that the host mixed values with. ``z``: heads are pattern times
+value. ``mixing``: so they are up to a factor of each head and target. ``attn``, ``mlp``: what a
+sublayer writes is what its heads, or its neurons, write. ``read``: the feed-forward sublayer reads
+the stream. ``activation``: neurons are the activation of their input. ``block``: the block's output
+is the sum of its input, its sublayers' outputs and steering. ``unsteered``: nothing else was added
+to the stream inside of it.
+"""
+IDENTITIES: frozenset[Identity] = frozenset(get_args(Identity))
+
+
+@dataclass(frozen=True)
+class EditPoints:
+    """Names of hook points behind a sublayer, by what an edit there changes.
+
+    Attributes:
+        raw: The sublayer's output before a norm of it.
+        out: What is added to the residual stream.
+        stream: The residual sum, before a norm of it (post-LN).
+    """
+
+    raw: tuple[str, ...] = ()
+    out: tuple[str, ...] = ()
+    stream: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +68,7 @@ class AttentionSublayer:
         norm_in: Norm before it (pre-LN), or None.
         norm_out: Norm of its output before the residual sum (sandwich), or None.
         norm_after: Norm of the residual sum (post-LN), or None.
+        edits: Where hooks may edit what it writes.
     """
 
     stack: str
@@ -53,6 +82,7 @@ class AttentionSublayer:
     norm_in: Norm | None = None
     norm_out: Norm | None = None
     norm_after: Norm | None = None
+    edits: EditPoints = EditPoints()
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -101,12 +131,14 @@ class AttentionSublayer:
             self.W_O,
             "batch target head d_head, head d_head d_model -> batch target d_model",
         )
-        return shift(out, self.b_O)
+        edit = trace.edit(self.edits.raw)
+        return shift(shift(out, self.b_O), None if edit is None else edit[:, rows])
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns what the sublayer adds to the residual stream."""
         out = self.raw_output(trace)
-        return out if self.norm_out is None else self.norm_out(out)
+        out = out if self.norm_out is None else self.norm_out(out)
+        return shift(out, trace.edit(self.edits.out))
 
     def join(
         self, stream: Float[Tensor, "*batch target d_model"], raw: Tensor
@@ -132,6 +164,7 @@ class FeedForward:
         norm_in: Norm before it (pre-LN), or None.
         norm_out: Norm of its output before the residual sum (sandwich), or None.
         norm_after: Norm of the residual sum (post-LN), or None.
+        edits: Where hooks may edit what it writes.
     """
 
     pre: str
@@ -143,6 +176,7 @@ class FeedForward:
     norm_in: Norm | None = None
     norm_out: Norm | None = None
     norm_after: Norm | None = None
+    edits: EditPoints = EditPoints()
 
     @property
     def gated(self) -> bool:
@@ -241,6 +275,16 @@ class FeedForward:
         out = affine(post, self.W_out, self.weights("b_out"))
         return out if self.norm_out is None else self.norm_out(out)
 
+    def output(
+        self, trace: Trace, where: slice | Tensor = slice(None)
+    ) -> Float[Tensor, "*some d_model"]:
+        """Returns what the sublayer adds to the residual stream at some places, edits included."""
+        raw, out = trace.edit(self.edits.raw), trace.edit(self.edits.out)
+        found = affine(trace[self.post][where], self.W_out, self.weights("b_out"))
+        found = shift(found, None if raw is None else raw[where])
+        found = found if self.norm_out is None else self.norm_out(found)
+        return shift(found, None if out is None else out[where])
+
 
 @dataclass(frozen=True)
 class Block:
@@ -299,19 +343,19 @@ class Block:
         """Returns the residual stream after the attention sublayers and their norms."""
         stream = trace.resid_in(self)
         for attention in self.attentions:
-            stream = stream + attention.output(trace)
-            if attention.norm_after is not None:
-                stream = attention.norm_after(stream)
+            stream = _behind(attention, stream, trace)
         return stream
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the block's output, recomputed from its input, patterns, values and neurons."""
-        stream = self.middle(trace)
-        ff = self.feed_forward
-        if ff is None:
-            return stream
-        stream = stream + ff.project(trace[ff.post])
-        return stream if ff.norm_after is None else ff.norm_after(stream)
+        stream, ff = self.middle(trace), self.feed_forward
+        return stream if ff is None else _behind(ff, stream, trace)
+
+
+def _behind(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
+    """Returns the residual stream behind a sublayer of a pass, steering included."""
+    stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
+    return stream if sublayer.norm_after is None else sublayer.norm_after(stream)
 
 
 @dataclass(frozen=True)
@@ -368,12 +412,19 @@ class Trace:
         values: Activations by name.
         dtype: Dtype of the maths: the model's, but at least float32.
         logits: The model's output, or None when the trace was made from a cache.
+        edits: What hooks of the user's own added, by the name of the hook point; nothing where a
+            hook left everything as it was.
+        changed: Names of `AttentionSublayer.mixed` that are not pattern times value.
+        edited: Whether hooks may have edited the pass.
     """
 
     batch: Batch
     values: Mapping[str, Tensor]
     dtype: torch.dtype
     logits: Tensor | None = None
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
+    edited: bool = False
 
     def __getitem__(self, name: str) -> Tensor:
         """Returns one activation in the dtype of the maths."""
@@ -383,7 +434,13 @@ class Trace:
         """Returns some rows of the pass, without a copy."""
         values = {name: value[rows] for name, value in self.values.items()}
         batch = self.batch.each(lambda tensor: tensor[rows])
-        return replace(self, batch=batch, values=values, logits=None)
+        edits = {name: edit[rows] for name, edit in self.edits.items()}
+        return replace(self, batch=batch, values=values, logits=None, edits=edits)
+
+    def edit(self, names: Sequence[str]) -> Tensor | None:
+        """Returns what hooks added at some points, in the dtype of the maths; None if nothing."""
+        found = [self.edits[name] for name in names if name in self.edits]
+        return sum(found[1:], found[0]).to(self.dtype) if found else None
 
     def resid_in(self, block: Block) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that enters a block."""
@@ -413,16 +470,33 @@ class Trace:
     def mixed(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head d_head"]:
         """Returns pattern-weighted values: the model's own where they are exact, else recomputed.
 
-        A half-precision model has rounded them.
+        A half-precision model has rounded them. Those that hooks changed are taken as they are.
         """
         kept = self.values.get(attention.mixed)
-        if kept is not None and kept.dtype == self.dtype:
-            return kept
+        if kept is not None and (kept.dtype == self.dtype or attention.mixed in self.changed):
+            return kept.to(self.dtype)
+        return self.mix(attention)
+
+    def mix(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head d_head"]:
+        """Returns pattern times value."""
         return einsum(
             self.pattern(attention),
             self.value(attention),
             "batch head target source, batch source head d_head -> batch target head d_head",
         )
+
+    def mixing(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target source"]:
+        """Returns what values are weighted with: the pattern, times what hooks scaled heads with.
+
+        A head that is ablated at its z is scaled with zero. The factor is that of the projection
+        on pattern times value; the identity ``mixing`` says whether there is one.
+        """
+        pattern = self.pattern(attention)
+        if attention.mixed not in self.changed:
+            return pattern
+        plain, found = self.mix(attention), self[attention.mixed]
+        factor = (found * plain).sum(-1) / plain.square().sum(-1).clamp(min=1e-30)
+        return pattern * factor.transpose(1, 2)[..., None]
 
 
 def require_weight(weights: Weights, name: str) -> Tensor:

@@ -244,7 +244,7 @@ def feed_forward_points(
     ff = block.feed_forward
     assert ff is not None
     added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
-    stream = points["stream"]
+    stream = points["residual"]
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
     summed = replace(added, residual=stream, bias=parts_bias, total=total)
     normed = summed

@@ -200,7 +200,7 @@ def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor)
     raw = sublayer.raw_output(trace)
     return FrozenAttention(
         sublayer=sublayer,
-        pattern=trace.pattern(sublayer),
+        pattern=trace.mixing(sublayer),
         norm_in=FrozenNorm.at(sublayer.norm_in, stream),
         norm_out=FrozenNorm.at(sublayer.norm_out, raw),
         norm_after=FrozenNorm.at(sublayer.norm_after, stream + sublayer.output(trace)),
@@ -270,6 +270,9 @@ def freeze_stack(
     memory_bias = None if encoder is None else encoder.memory_bias()
     frozen, biases = [], []
     for block in blocks:
+        if trace.edited and block.layer:
+            # What hooks added between blocks is no token's; exactly zero without.
+            bias = bias + (trace.resid_in(block) - trace[blocks[block.layer - 1].resid_out])
         one, bias = freeze(block, trace, bias, memory_bias, fixed)
         frozen.append(one)
         biases.append(bias)

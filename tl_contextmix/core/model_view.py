@@ -14,14 +14,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Batch, Block, Trace, Weights, affine, require_weight
+from tl_contextmix.core.blocks import (
+    Batch,
+    Block,
+    Identity,
+    Trace,
+    Weights,
+    affine,
+    require_weight,
+)
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, bad
 
 StackName = Literal["encoder", "decoder", "cross"]
 Edit = Callable[[Tensor], Tensor]
 Hooks = Sequence[tuple[str, Edit | None]]
-Runner = Callable[[Batch, Hooks, bool], tuple[Tensor, dict[str, Tensor]]]
+Runner = Callable[[Batch, Hooks, bool, bool], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
+Follow = Callable[[Trace, str, Sequence[Block], frozenset[Identity], Sequence[str] | None], Trace]
 Notice = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -148,8 +157,9 @@ class ModelView:
         hooked: Returns where the model carries hooks of the user's own; with ``backward=True``
             those of backward passes, too.
         without_hooks: Takes them off, within a ``with`` block.
-        recheck: Raises where a pass (trace, stack, blocks, cause) was edited in a way that a
-            decomposition does not see.
+        follow: Returns a pass that hooks may have edited (trace, stack, blocks, what has to hold
+            of it, where hooks are, or None for a cache), knowing which heads they changed; raises
+            where what has to hold does not.
         cached: How an ActivationCache of this host holds activations.
         runner: Runs the model; see `run`.
         notice: Warns, once, where the processing of the weights changes a method with its options.
@@ -187,7 +197,7 @@ class ModelView:
     padding: Callable[[], Padding | None] = field(repr=False)
     hooked: Callable[..., tuple[str, ...]] = field(repr=False)
     without_hooks: Callable[[], AbstractContextManager[None]] = field(repr=False)
-    recheck: Callable[[Trace, str, Sequence[Block], str], None] = field(repr=False)
+    follow: Follow = field(repr=False)
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
@@ -204,6 +214,7 @@ class ModelView:
         *,
         edits: Mapping[str, Edit] | None = None,
         grad: bool = False,
+        watch: bool = False,
     ) -> Trace:
         """Runs the model once and returns what was asked for.
 
@@ -213,12 +224,13 @@ class ModelView:
             edits: Functions that replace an activation as it is computed, by name; an edited
                 activation that is also asked for is kept as edited.
             grad: Whether to record gradients.
+            watch: Whether to record what hooks of the user's own add.
         """
         edits = edits or {}
         wanted = dict.fromkeys([*names, *edits])
         hooks = [(name, edits.get(name)) for name in wanted]
-        logits, values = self.runner(batch, hooks, grad)
-        return Trace(batch=batch, values=values, dtype=self.dtype, logits=logits)
+        logits, values, added = self.runner(batch, hooks, grad, watch)
+        return Trace(batch, values, self.dtype, logits, added)
 
     def blocks(self, stack: StackName | None = None) -> tuple[Block, ...]:
         """Returns the blocks of a stack; None picks the only one, or the decoder of two.

@@ -12,26 +12,44 @@ component, frozen likewise.
 
 Each sublayer's output is itself a sum: of its heads, of what its heads read from each source, of
 single neurons times their value vectors, and of its biases.
+
+What hooks of the user's own add to the stream is a component of its own where they add it: in front
+of a block, between its sublayers, or behind them (``resid_pre steering``, ...). What they add to a
+sublayer's output is the sublayer's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
-Kind = Literal["embed", "attn", "cross_attn", "mlp"]
+Kind = Literal[
+    "embed",
+    "attn",
+    "cross_attn",
+    "mlp",
+    "resid_pre steering",
+    "resid_mid steering",
+    "resid_mid_cross steering",
+    "resid_post steering",
+]
 Stop = tuple[int, Kind]
+_STEERING: dict[str, Kind] = {
+    "attn": "resid_mid steering",
+    "cross_attn": "resid_mid_cross steering",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,11 @@ class Component:
     total: Float[Tensor, "batch d_model"]
     bias: Float[Tensor, "batch d_model"]
 
+    @property
+    def whole(self) -> bool:
+        """Whether it has no parts: what enters the first block, and steering."""
+        return self.kind == "embed" or self.kind.endswith("steering")
+
 
 @dataclass(frozen=True)
 class AttentionComponent(Component):
@@ -84,7 +107,8 @@ class AttentionComponent(Component):
 
     Attributes:
         weight: W_O.
-        pattern: What the position attends to.
+        pattern: What the position attends to, times what hooks scaled heads with.
+        mixed: What each head read, where hooks changed it; None for pattern times value.
         value: Value vectors of the sources.
         read: Which sources can be read: no padding, and nothing that comes later in a causal model.
         path: From the sublayer's output to where the stream is read.
@@ -95,10 +119,13 @@ class AttentionComponent(Component):
     value: Float[Tensor, "batch source head d_head"]
     read: Bool[Tensor, "batch source"]
     path: FrozenNorm
+    mixed: Float[Tensor, "batch head d_head"] | None = None
 
     def heads(self) -> Float[Tensor, "batch head d_model"]:
         """Returns what each head writes."""
-        mixed = torch.einsum("bhs,bshd->bhd", self.pattern, self.value)
+        mixed = self.mixed
+        if mixed is None:
+            mixed = torch.einsum("bhs,bshd->bhd", self.pattern, self.value)
         return self.path.linear(torch.einsum("bhd,hdm->bhm", mixed, self.weight))
 
     def sources(self) -> Float[Tensor, "batch source d_model"]:
@@ -165,15 +192,37 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Step:
-    """A sublayer at the positions that are looked at, before it is known what follows."""
+    """A sublayer at the positions that are looked at, before it is known what follows.
+
+    Attributes:
+        kind: Of the component.
+        layer: Its layer.
+        constant: What it adds whatever its parts are, before a norm of its output.
+        added: What hooks added to its output behind that norm, or None.
+        steering: Kind of steering behind it, and what was added to the stream; None without.
+        parts: Of the component.
+        raw: Its output before that norm.
+        norm_out: That norm.
+        norm_after: The norm of the sum.
+    """
 
     kind: Kind
     layer: int
     constant: Tensor
-    parts: dict[str, Tensor]
+    added: Tensor | None
+    steering: tuple[Kind, Tensor] | None
+    parts: dict[str, Any]
     raw: Tensor
     norm_out: FrozenNorm
     norm_after: FrozenNorm
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What hooks added to the stream in front of a block."""
+
+    layer: int
+    added: Tensor
 
 
 def needed(block: Block) -> tuple[str, ...]:
@@ -212,15 +261,19 @@ def decompose_stream(
     each = each.to(view.device)
     rows = rows.to(view.device)
     start = x = trace.resid_in(blocks[0])[each, rows]
-    steps: list[_Step] = []
+    steps: list[_Step | _Entry] = []
     for block in blocks:
         kinds = _kinds(block)
+        entered = _entering(block, blocks, trace, (each, rows))
+        if entered is not None:
+            start, x = (start - entered, x) if block is blocks[0] else (start, x + entered)
+            steps.append(_Entry(block.layer, entered))
         if stop is not None and block.layer == stop[0] and block.parallel:
             break  # a parallel block's sublayers read what enters it
         for kind, sublayer in kinds:
             if stop == (block.layer, kind):
                 break
-            step, x = _step(kind, block.layer, sublayer, trace, (each, rows), x)
+            step, x = _step(kind, block, sublayer, trace, (each, rows), x)
             steps.append(step)
         if stop is not None and block.layer == stop[0]:
             break
@@ -238,23 +291,44 @@ def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | FeedForward]]:
     return found if block.feed_forward is None else [*found, ("mlp", block.feed_forward)]
 
 
+def _entering(
+    block: Block, blocks: Sequence[Block], trace: Trace, at: tuple[Tensor, Tensor]
+) -> Tensor | None:
+    """Returns what hooks added in front of a block; None for nothing."""
+    if block is blocks[0]:
+        added = trace.edit((block.resid_in,))
+        return None if added is None else added[at]
+    if not trace.edited:
+        return None
+    added = trace.resid_in(block)[at] - trace[blocks[block.layer - 1].resid_out][at]
+    return added if bool(added.any()) else None
+
+
 def _step(
     kind: Kind,
-    layer: int,
+    block: Block,
     sublayer: AttentionSublayer | FeedForward,
     trace: Trace,
     at: tuple[Tensor, Tensor],
     x: Tensor,
 ) -> tuple[_Step, Tensor]:
     """Returns a sublayer's parts and the stream behind it."""
+
+    def edit(names: tuple[str, ...]) -> Tensor | None:
+        added = trace.edit(names)
+        return None if added is None else added[at]
+
     if isinstance(sublayer, AttentionSublayer):
-        parts = {
-            "pattern": trace.pattern(sublayer)[at[0], :, at[1]],
+        pattern = trace.mixing(sublayer)[at[0], :, at[1]]
+        parts: dict[str, Any] = {
+            "pattern": pattern,
             "value": _of_sentences(trace.value(sublayer), at[0]),
             "weight": sublayer.W_O,
+            "read": _readable(sublayer, trace, at, pattern),
         }
-        parts["read"] = _readable(sublayer, trace, at, parts["pattern"])
         mixed = torch.einsum("bhs,bshd->bhd", parts["pattern"], parts["value"])
+        if sublayer.mixed in trace.changed:
+            parts["mixed"] = mixed = trace.mixed(sublayer)[at]
         raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
         b_O = sublayer.b_O
         constant = raw.new_zeros(raw.shape[1]) if b_O is None else b_O
@@ -262,11 +336,16 @@ def _step(
         parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
         raw = parts["post"] @ parts["weight"]
         constant = sublayer.constant()
+    constant = shift(constant, edit(sublayer.edits.raw))
     raw = raw + constant
     norm_out = FrozenNorm.at(sublayer.norm_out, raw)
-    x = x + norm_out.affine(raw)
+    added, steered = edit(sublayer.edits.out), edit(sublayer.edits.stream)
+    x = shift(shift(x + norm_out.affine(raw), added), steered)
     norm_after = FrozenNorm.at(sublayer.norm_after, x)
-    step = _Step(kind, layer, constant, parts, raw, norm_out, norm_after)
+    last = kind == "mlp" or block.feed_forward is None
+    behind = "resid_post steering" if last else _STEERING[kind]
+    steering = None if steered is None else (behind, steered)
+    step = _Step(kind, block.layer, constant, added, steering, parts, raw, norm_out, norm_after)
     return step, norm_after.affine(x)
 
 
@@ -290,14 +369,23 @@ def _readable(
     return real | (pattern != 0).any(dim=1)
 
 
-def _components(start: Tensor, steps: list[_Step]) -> list[Component]:
+def _components(start: Tensor, steps: list[_Step | _Entry]) -> list[Component]:
     """Returns the components; what follows each of them is known from the end."""
     path = FrozenNorm((), start.new_ones(start.shape[0], 1))
     found: list[Component] = []
     for step in reversed(steps):
+        if isinstance(step, _Entry):
+            entered = path.linear(step.added)
+            nothing = torch.zeros_like(entered)
+            found.append(Component("resid_pre steering", step.layer, entered, nothing))
+            continue
         onto = step.norm_after.then(path)
         within = step.norm_out.then(onto)
-        constant = step.norm_out.affine(step.constant.expand_as(step.raw))
+        if step.steering is not None:
+            steering, added = step.steering
+            steered = onto.linear(added)
+            found.append(Component(steering, step.layer, steered, torch.zeros_like(steered)))
+        constant = shift(step.norm_out.affine(step.constant.expand_as(step.raw)), step.added)
         bias = path.linear(step.norm_after.affine(constant))
         total = within.linear(step.raw - step.constant) + bias
         kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent

@@ -340,6 +340,13 @@ class TokenSum:
             sum_up=lambda: self.total + other.total,
         )
 
+    def shifted(self, constant: Float[Tensor, "batch target d_out"] | None) -> TokenSum:
+        """Returns the token sum with something added that belongs to no source."""
+        if constant is None:
+            return self
+        sum_up = lambda: self.total + constant  # noqa: E731
+        return replace(self, bias=self.bias + constant, sum_up=sum_up)
+
     def row(self, batch: slice) -> TokenSum:
         """Returns the token sum of some rows of the batch."""
         return TokenSum(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
 from tl_contextmix.adapters.inputs.answers import Answer, Question, ask, label_sets
-from tl_contextmix.core.blocks import Trace
+from tl_contextmix.core.blocks import Identity, Trace
 from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
@@ -34,6 +34,16 @@ from tl_contextmix.results.components import Grid
 
 By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
 SPLITS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+# What has to hold of a pass that hooks edited for components to add up to their sublayer.
+_SOURCES: frozenset[Identity] = frozenset({"block", "attn", "mixing"})
+_NEEDS: dict[By, frozenset[Identity]] = {
+    "layer": frozenset({"block"}),
+    "head": frozenset({"block", "attn"}),
+    "position": _SOURCES,
+    "head_position": _SOURCES,
+    "attn_neuron": _SOURCES,
+    "ff_neuron": frozenset({"block", "mlp"}),
+}
 # A score that lies within a few roundings of a bound is not decided by it.
 _SLACK = 64
 
@@ -147,6 +157,8 @@ def run_question(
     given: Given,
     answer: Answer,
     *,
+    by: By = "layer",
+    needs: frozenset[Identity] = frozenset(),
     about: object = None,
     both_stacks: bool = False,
 ) -> AskedPass:
@@ -156,6 +168,8 @@ def run_question(
         view: The model.
         given: Its input.
         answer: Which predictions.
+        by: Into what the stream is to be split.
+        needs: What else has to hold of a pass that hooks edited.
         about: Components that the predictions are about, see `ask`.
         both_stacks: Whether the encoder's activations are needed, too, where there are two.
 
@@ -175,7 +189,11 @@ def run_question(
     ]
     question = ask(view, read_batch(view, given), answer, about)
     forward_pass = run_pass(
-        view, given, also=lambda block: () if block.layer else names, batch=question.batch
+        view,
+        given,
+        also=lambda block: () if block.layer else names,
+        needs=_NEEDS[by] | needs,
+        batch=question.batch,
     )
     return AskedPass(forward_pass, question)
 
@@ -268,7 +286,7 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
 
     if by == "layer":
         yield Split(step, grid(), lambda: component.total[:, None])
-    if by == "layer" or component.kind == "embed":
+    if by == "layer" or component.whole:
         return
     bias = grid(f"{component.kind} bias"), component.bias[:, None]
     if by == "ff_neuron" and isinstance(component, FeedForwardComponent):

@@ -8,14 +8,14 @@ a property of the model; with it, whether a memory agrees with an output is a lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.core.blocks import Block, FeedForward, Trace
+from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -184,6 +184,8 @@ class LayerReadout:
         final: The model's top token at them.
     """
 
+    NEEDS: ClassVar[frozenset[Identity]] = frozenset({"mlp", "block"})
+
     view: ModelView
     states: Unembedding
     table: Unembedding
@@ -231,8 +233,9 @@ class LayerReadout:
         ff = require_feed_forward(block)
         found = ff.coefficients(trace)[self.where]
         residual = block.middle(trace)[self.where]
-        added = ff.project(trace[ff.post][self.where])
-        output = residual + added
+        added = ff.output(trace, self.where)
+        steering = trace.edit(ff.edits.stream)
+        output = shift(residual + added, None if steering is None else steering[self.where])
         output = output if ff.norm_after is None else ff.norm_after(output)
         first = self._scan(residual, self.final)
         residual_top, ff_top, top = (

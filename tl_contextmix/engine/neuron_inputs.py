@@ -207,7 +207,7 @@ def _attention(
     norm = FrozenNorm.at(norm_in, stream.total)
     constant = _constant(norm, key, None if bias is None else bias[heads, index])
     target = chosen.pos[row][some].to(view.device)
-    slope = trace.pattern(sublayer)[0, heads, target, place.pos]
+    slope = trace.mixing(sublayer)[0, heads, target, place.pos]
     value = trace.value(sublayer)[0, place.pos, heads, index]
     found = NeuronInputs(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
     return found, value

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace, shift
+from tl_contextmix.core.blocks import AttentionSublayer, Block, Identity, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
     Bias,
@@ -37,13 +37,26 @@ POINTS: tuple[Point, ...] = (
 )
 
 
+def identities(asked: Sequence[Point]) -> frozenset[Identity]:
+    """Returns what has to hold of a pass for a block's parts to add up at some points."""
+    found: set[Identity] = {"mixing", "attn"}
+    if any(at != "attn_out" for at in asked):
+        found.add("read")
+    if any(at in ("mlp_out", "resid_post", "block_out") for at in asked):
+        found |= {"activation", "mlp"}
+    if any(at in ("resid_post", "block_out") for at in asked):
+        found.add("block")
+    return frozenset(found)
+
+
 def linear_points(
     block: Block, trace: Trace, stack: StackName, asked: Sequence[Point] = POINTS
 ) -> dict[str, TokenSum]:
     """Returns the token sums of a block up to the input of its feed-forward sublayer.
 
     Besides the points before the feed-forward sublayer: ``"stream"``, the residual stream that
-    the feed-forward output is added to.
+    the feed-forward output is added to, and ``"residual"``, that with what hooks added behind the
+    feed-forward sublayer. What hooks added belongs to no source: it is in the bias.
 
     Args:
         block: The block.
@@ -57,16 +70,17 @@ def linear_points(
     found: dict[str, TokenSum] = {}
     for attention in block.attentions:
         out = _attention_sum(attention, trace)
-        stream = stream.join(out)
+        stream = stream.join(out).shifted(trace.edit(attention.edits.stream))
         if attention.kind == kind:
             found |= {"attn_out": out, "resid_mid": stream}
             if set(asked) <= set(found):
                 return found
         if attention.norm_after is not None:
             stream = stream.linear(attention.norm_after)
-    found["stream"] = stream
+    found["stream"] = found["residual"] = stream
     ff = block.feed_forward
     if ff is not None:
+        found["residual"] = stream.shifted(trace.edit(ff.edits.stream))
         read = stream
         if block.parallel:
             silent = tuple(read.silent() for read in stream.terms)
@@ -76,7 +90,7 @@ def linear_points(
 
 
 def _attention_sum(attention: AttentionSublayer, trace: Trace) -> TokenSum:
-    pattern, value = trace.pattern(attention), trace.value(attention)
+    pattern, value = trace.mixing(attention), trace.value(attention)
     scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
     read = AttentionTerm(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
     bias = pattern.new_zeros(*scale.shape[:2], read.weight.shape[2])
@@ -129,7 +143,7 @@ def parts_at_all(
             expanded = expanded or feed_forward_points(block, points, bias, max_bytes)
             found[at] = expanded[at]
         elif at in ("resid_post", "block_out"):
-            found[at] = points["stream"]
+            found[at] = points["residual"]
         else:
             raise bad(
                 f"there is no {at} in layer {block.layer}",

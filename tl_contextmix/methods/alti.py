@@ -11,7 +11,7 @@ from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum, blocks
 from tl_contextmix.core.validation import Layers, Positive
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, linear_points
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, identities, linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
@@ -57,7 +57,8 @@ def alti(
 
     Cost per layer: ``2 n^2 H d`` operations within ``max_bytes``; L1 needs every part.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    needs = identities(("resid_mid",))
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
 
     def closer(part: Pass, block: Block) -> Tensor:
         stream = linear_points(block, part.trace, part.stack)["stream"]

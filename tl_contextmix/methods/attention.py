@@ -52,7 +52,9 @@ def attention(
 
     Cost: a forward pass.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    done = run_pass(
+        as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs={"pattern"}
+    )
     kind = "cross" if done.stack == "cross" else "self"
 
     def pattern(part: Pass, block: Block) -> Tensor:

@@ -64,7 +64,7 @@ def attention_flow(
             "'encoder' or 'decoder'",
             "For both, roll out a map of the decoder with encoder=.",
         )
-    done = run_pass(as_view(model), Given(input, **inputs), stack=stack)
+    done = run_pass(as_view(model), Given(input, **inputs), stack=stack, needs={"pattern"})
 
     def flows(part: Pass) -> dict[str, tuple[str, Tensor]]:
         weights = [

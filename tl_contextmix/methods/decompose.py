@@ -15,6 +15,7 @@ from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     Point,
+    identities,
     linear_points,
     parts_at,
 )
@@ -77,7 +78,8 @@ def decompose(
     Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer behind the
     feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    needs = identities((at,))
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
 
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
         parts, biases = torch.empty(0), []

@@ -18,7 +18,7 @@ from tl_contextmix.adapters.inputs import (
     run_pass,
     select_blocks,
 )
-from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.token_sums import blocks
@@ -255,7 +255,7 @@ def _passes(
             names += [name for one in encoder for name in (*one.points(), one.resid_out)]
         return names
 
-    done = run_pass(view, given, stack=stack, also=also)
+    done = run_pass(view, given, stack=stack, also=also, needs=IDENTITIES - {"pattern", "z"})
     return done, replace(done, blocks=selected)
 
 
@@ -297,7 +297,7 @@ def _require_complete(done: Pass, block: Block, total: Tensor) -> None:
                 f"the vectors of {done.view.name} do not add up at layer {block.layer}",
                 f"a relative error of {error:.2g} against the model's own residual stream",
                 f"at most {tolerance:.0e}",
-                "Its values or its norms are not the plain ones; one-layer maps "
-                "(attention_norms) do not need W_V and still hold.",
+                "Its values or its norms are not the plain ones, or hooks of your own edit them; "
+                "one-layer maps (attention_norms) do not need W_V and still hold.",
             )
         )

@@ -63,10 +63,17 @@ def globenc(
     Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
     [target, source, d_model] tensor is never built.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, also=_neurons)
+    done = run_pass(
+        as_view(model),
+        Given(input, **inputs),
+        layer=layer,
+        stack=stack,
+        also=_neurons,
+        needs={"mixing", "attn", "read", "mlp", "block"},
+    )
 
     def norms(part: Pass, block: Block) -> Tensor:
-        stream = linear_points(block, part.trace, part.stack)["stream"]
+        stream = linear_points(block, part.trace, part.stack)["residual"]
         return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
 
     scores = done.by_block("globenc", "batch head target source:block_out", norms)

@@ -31,6 +31,7 @@ from tl_contextmix.engine.parts import (
     POINTS,
     Bias,
     Point,
+    identities,
     linear_points,
     norms_at,
     parts_at,
@@ -134,7 +135,8 @@ def attention_norms(
     """
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    needs = identities(points)
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
     found = _maps(done, list(dict.fromkeys(points)), heads, bias, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 
@@ -233,7 +235,8 @@ def mixing_ratio(
     Cost: ``O(n d_model H)`` up to ``mlp_in``, from the diagonal and the total alone; behind the
     feed-forward block also one row of neurons per token, never all pairs.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    needs = identities((at,))
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
     if at == "attn_out" and done.stack == "cross":
         raise bad(
             "there is no mixing ratio of cross-attention alone",

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.results.axes import as_array, largest, require_number
 from tl_contextmix.results.base import tensor_axes
-from tl_contextmix.results.components import COLUMNS, KINDS, Components, taken
+from tl_contextmix.results.components import COLUMNS, KINDS, STEERING, Components, taken
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Tokens
 
@@ -138,7 +138,8 @@ class ComponentSet(LabelledArray):
     def _grids(self, row: int, by: str, title: str, caption: str, unit: str) -> list[Heatmap]:
         """Returns layers by sublayers, by heads or by sources, a map for each kind of attention."""
         column = {"head": "head", "position": "source"}.get(by)
-        groups = [("attn",), ("cross_attn",)] if column else [("attn", "cross_attn", "mlp")]
+        every = ("attn", "cross_attn", "mlp", *STEERING)
+        groups = [("attn",), ("cross_attn",)] if column else [every]
         if column is None and by != "layer":
             return []
         components, scores, found = self.components, self.scores, []

@@ -16,7 +16,20 @@ from tl_contextmix.results.axes import require_shape
 _WRITERS = ("attn", "cross_attn", "mlp")
 _ENCODER = ("encoder attn", "encoder mlp")
 _BIASES = tuple(f"{name} bias" for name in (*_WRITERS, *_ENCODER))
-KINDS = ("embed", "encoder embed", *_WRITERS, *_ENCODER, *_BIASES)
+STEERING = tuple(
+    f"{place} steering" for place in ("resid_pre", "resid_mid", "resid_mid_cross", "resid_post")
+)
+"""What hooks of the user's own add to the residual stream, by where."""
+# In the order of files: what is new comes last.
+KINDS = (
+    "embed",
+    "encoder embed",
+    *_WRITERS,
+    *_ENCODER,
+    *_BIASES,
+    *STEERING,
+    *(f"encoder {name}" for name in STEERING),
+)
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")
 # What stands in front of the numbers of a head or neuron.
@@ -26,7 +39,7 @@ _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encode
 @storage.storable
 @dataclass(frozen=True, eq=False)
 class Components:
-    """What writes to the residual stream: sublayers, heads, sources, neurons, biases.
+    """What writes to the residual stream: sublayers, heads, sources, neurons, biases, hooks.
 
     Every field has one number for each component; -1 where it has no meaning. Sentences may have
     different numbers of components: the last places of those with fewer are empty (`is_empty`).
@@ -129,7 +142,8 @@ class Components:
 
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
-        return self.kind >= KINDS.index(_BIASES[0])
+        first = KINDS.index(_BIASES[0])
+        return (self.kind >= first) & (self.kind < first + len(_BIASES))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
-from tl_contextmix.adapters.inputs.activation_cache import Cache
+from tl_contextmix.adapters.inputs.activation_cache import Cache, names_read
 from tl_contextmix.adapters.inputs.passes import (
     Pass,
     fresh_trace,
@@ -38,6 +38,7 @@ __all__ = [
     "label",
     "make_batch",
     "name_tokens",
+    "names_read",
     "package_version",
     "pad_rows",
     "provenance",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +30,41 @@ class Cache(Protocol):
         ...
 
 
+class NamesRead(Exception):
+    """What a method reads of a pass, raised where it would be read.
+
+    Attributes:
+        needed: Names without which there is no answer.
+        checked: Names by which a cache is checked where it holds them.
+    """
+
+    def __init__(self, needed: list[str], checked: list[str]) -> None:
+        super().__init__()
+        self.needed, self.checked = needed, checked
+
+
+class NamesOnly(dict[str, Tensor]):
+    """Stands in for a cache to learn which names are read: see `names_read`."""
+
+
+def names_read(model: Any, call: Callable[[NamesOnly], Any]) -> list[str] | None:
+    """Returns the names that a call reads of a cache, and those it checks it by.
+
+    Args:
+        model: The model.
+        call: Calls a method with a cache.
+
+    Returns:
+        The names; None if the call read no cache.
+    """
+    try:
+        call(NamesOnly())
+    except NamesRead as found:
+        more = [name for name in found.checked if name in model.hook_dict]
+        return list(dict.fromkeys([*found.needed, *more]))
+    return None
+
+
 def trace_of(
     view: ModelView, cache: Cache, batch: Batch, blocks: Sequence[Block], needed: list[str]
 ) -> Trace:
@@ -53,18 +88,22 @@ def trace_of(
             "activations by name, as TransformerLens' caching run returns them",
             "Pass the second of its results; the first are the logits.",
         )
+    needed, checks = list(dict.fromkeys(needed)), [n for b in blocks for n in b.checkpoints()]
+    if isinstance(cache, NamesOnly):
+        embedded = [name for names in view.cached.embedded.values() for name in names]
+        raise NamesRead(needed, [*checks, *embedded])
     reader = _Reader(view, cache, blocks[0].resid_in)
     missing = [name for name in needed if name not in reader]
     if missing:
         raise bad(
-            f"the cache lacks {missing[0]}",
-            f"{len(reader.names)} activations without {len(missing)} that are needed",
-            f"{len(needed)} activations, among them stream, pattern and values of each "
-            "layer asked for",
-            "Cache with names_filter=None, or leave `cache` out.",
+            "the cache lacks activations that are read",
+            f"{len(reader.names)} activations without {', '.join(missing)}",
+            f"all {len(needed)} that are read",
+            "Cache with names_filter=tl_contextmix.hook_names(model, method) or "
+            "names_filter=None, or leave `cache` out. Where an SAE is attached, a cache has other "
+            "names: leave it out.",
         )
-    more = [name for block in blocks for name in block.checkpoints() if name in reader]
-    values = {name: reader.read(name) for name in [*needed, *more]}
+    values = {name: reader.read(name) for name in [*needed, *checks] if name in reader}
     _require_shapes(values, batch, blocks)
     _require_masked(view, values, batch, blocks)
     _require_tokens(view, reader, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.adapters.tokenizers import name_tokens
-from tl_contextmix.core.blocks import Batch, Block, Side, Trace
+from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Side, Trace
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import Edit, ModelView, StackName
 from tl_contextmix.core.validation import Layers
@@ -384,6 +384,7 @@ def run_pass(
     layer: Layers | None = None,
     stack: StackName | None = None,
     also: Callable[[Block], Sequence[str]] | None = None,
+    needs: Collection[Identity] = IDENTITIES,
     batch: Batch | None = None,
     whole: bool = False,
 ) -> Pass:
@@ -398,14 +399,15 @@ def run_pass(
         layer: Layer or layers; None for all of the stack, negative from the end.
         stack: Which stack; None for the only one, or the decoder of an encoder-decoder.
         also: Names of further activations that the caller needs of each block.
+        needs: What the caller needs to hold of each block where hooks edited the pass.
         batch: The tokens, where they are not simply those of the input.
         whole: Whether all rows have to run together, whatever their lengths.
 
     Raises:
         InvalidInput: If something given does not fit the model. When the model runs: if its own
             activations are not finite.
-        UnsupportedModel: When the model runs, if the user's hooks edit the pass where a
-            decomposition cannot follow.
+        UnsupportedModel: When the model runs, if the user's hooks edit the pass so that what is
+            needed does not hold.
     """
     view = name_tokens(view, given.labels)
     base = view.base_stack(stack)
@@ -414,14 +416,13 @@ def run_pass(
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
 
     def run(some: Batch) -> Trace:
-        return fresh_trace(view, some, base, blocks, names)
+        return fresh_trace(view, some, base, blocks, names, needs)
 
     def read(some: Batch) -> Trace:
         assert given.cache is not None
         trace = trace_of(view, given.cache, some, blocks, names)
         _require_finite(trace, base, blocks)
-        view.recheck(trace, base, blocks, "as the cache holds it")
-        return trace
+        return view.follow(trace, base, blocks, frozenset(needs), None)
 
     groups = ()
     if given.cache is None and not whole and len(batch.main.ids) > 1:
@@ -477,7 +478,12 @@ def _names(block: Block) -> Iterator[str]:
 
 
 def fresh_trace(
-    view: ModelView, batch: Batch, stack: str, blocks: tuple[Block, ...], names: Sequence[str]
+    view: ModelView,
+    batch: Batch,
+    stack: str,
+    blocks: tuple[Block, ...],
+    names: Sequence[str],
+    needs: Collection[Identity] = IDENTITIES,
 ) -> Trace:
     """Runs the model on a batch, the user's own hooks included.
 
@@ -487,21 +493,19 @@ def fresh_trace(
         stack: The stack that is asked about.
         blocks: Its blocks that are asked about.
         names: Activations to keep.
+        needs: See `run_pass`.
 
     Raises:
         InvalidInput: If the model's own activations are not finite.
-        UnsupportedModel: If the user's hooks edit the pass where a decomposition cannot follow.
+        UnsupportedModel: If the user's hooks edit the pass so that this does not hold.
     """
     hooked = view.hooked()
     more = [
         name for block in blocks for name in (block.checkpoints() if hooked else block.spared())
     ]
-    trace = view.run(batch, [*names, *more])
-    places = ", ".join(hooked[:3]) + (", ..." if len(hooked) > 3 else "")
+    trace = view.run(batch, [*names, *more], watch=bool(hooked))
     _require_finite(trace, stack, blocks)
-    if hooked:
-        view.recheck(trace, stack, blocks, f"with hooks of your own at {places}")
-    return trace
+    return view.follow(trace, stack, blocks, frozenset(needs), hooked) if hooked else trace
 
 
 def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None:

@@ -5,7 +5,7 @@ value vector and replaces every neuron's input by a known grid, which exposes ho
 is ignored and activations that differ from the config.
 """
 
-from tl_contextmix.adapters.verification.checks import check_rows, readout_row, require_followed
+from tl_contextmix.adapters.verification.checks import check_rows, follow, readout_row
 from tl_contextmix.adapters.verification.identity_report import (
     CheckRow,
     IdentityReport,
@@ -24,8 +24,8 @@ __all__ = [
     "IdentityReport",
     "Probe",
     "check_rows",
+    "follow",
     "readout_row",
-    "require_followed",
     "require_identities",
     "run_probe",
     "settle_block",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from einops import einsum
@@ -15,7 +16,7 @@ from tl_contextmix.adapters.verification.probe import (
     pre_errors,
     relative_error,
 )
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Identity, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -45,13 +46,14 @@ def _probe_rows(where: str, attention: AttentionSublayer, probe: Probe) -> Itera
         yield CheckRow(f"pattern @ v = z{name}", where, error, probe.tolerance)
 
 
-def _mixing_error(attention: AttentionSublayer, trace: Trace, real: Tensor | None) -> float:
-    mixed = einsum(
-        trace.pattern(attention),
-        trace.value(attention),
-        "batch head target source, batch source head d_head -> batch target head d_head",
-    )
-    return relative_error(mixed, trace[attention.mixed], real=real)
+def _mixing_error(
+    attention: AttentionSublayer, trace: Trace, real: Tensor | None, edit: Tensor | None = None
+) -> float:
+    """Returns the error of pattern @ v, against z or z before an edit of it."""
+    expected = trace[attention.mixed]
+    if edit is not None:
+        expected = expected - edit.reshape_as(expected)
+    return relative_error(trace.mix(attention), expected, real=real)
 
 
 def _block_row(
@@ -107,54 +109,169 @@ def readout_row(view: ModelView, probe: Probe) -> CheckRow:
     return CheckRow("readout(last residual) = logits", stack, error, probe.tolerance)
 
 
-def require_followed(
-    tolerance: float, trace: Trace, stack: str, blocks: Sequence[Block], cause: str
-) -> None:
-    """Checks that the identities still hold in a pass that hooks may have edited.
+# What to do where something does not hold of a pass that hooks edited.
+_VALUES = (
+    "Edit hook_v instead of hook_z: zeroed values ablate a head, and what is read is then known "
+    "source by source. log_prob_contributions by 'layer' and 'head' follow a z that is edited"
+)
+_REMEDIES: dict[Identity, str] = {
+    "pattern": "Edits of attention patterns are followed where the host uses them. "
+    "With hooks on z, leave `cache` out and the hooks on the model",
+    "z": _VALUES,
+    "mixing": _VALUES,
+    "attn": "Edit hook_v, or the stream (hook_resid_pre, hook_resid_mid), not hook_attn_out. "
+    "log_prob_contributions by 'layer' follow edits of a sublayer's output",
+    "read": "Steer at hook_resid_pre, where the stream itself is edited: a hook on a norm, or a "
+    "bridge's hook_resid_mid (ln2.hook_in), edits what the neurons read and not the stream. "
+    "log_prob_contributions follow both",
+    "activation": "Ask for a point in front of the neurons (at='mlp_in'), or "
+    "log_prob_contributions, which take neurons as they are edited",
+    "mlp": "Edit hook_post, or the stream (hook_resid_pre, hook_resid_post), instead of "
+    "hook_mlp_out. log_prob_contributions by 'layer' follow edits of a sublayer's output",
+    "block": "Hooks may edit values, attention patterns (if the host uses them), heads, neurons, "
+    "sublayers' outputs and the residual stream",
+    "unsteered": "Steer at hook_resid_pre: what enters the block is then as the hook leaves it",
+}
 
-    Edits of values, patterns and a block's input are followed: results then describe the edited
-    model. A decomposition cannot see edits after these, and would not match the pass.
+
+def follow(
+    tolerance: float,
+    trace: Trace,
+    stack: str,
+    blocks: Sequence[Block],
+    needs: frozenset[Identity],
+    hooked: Sequence[str] | None,
+) -> Trace:
+    """Returns a pass that hooks may have edited, knowing which heads they changed.
 
     Args:
         tolerance: Largest relative error that counts as equal.
         trace: The pass, with the available `Block.checkpoints`.
         stack: The stack of the blocks.
         blocks: The requested blocks.
-        cause: What may have edited the pass, as a clause for the message.
+        needs: What the method needs of each of them.
+        hooked: Where hooks are; None if the pass was made from a cache.
 
     Raises:
-        UnsupportedModel: If an identity does not hold.
+        UnsupportedModel: If one of these does not hold of the pass.
     """
-    rows = [row for block in blocks for row in _pass_rows(trace, stack, block, tolerance)]
-    worst = max(rows, key=lambda row: row.excess, default=None)
-    if worst is None or worst.ok:
-        return
+    changed = frozenset(
+        attention.mixed
+        for block in blocks
+        for attention in block.attentions
+        if attention.mixed in trace.edits
+        or (
+            attention.mixed in trace.values
+            and not _mixing_error(attention, trace, _real(trace, stack)) <= tolerance
+        )
+    )
+    trace = replace(trace, changed=changed, edited=True)
+    rows = [row for block in blocks for row in _pass_rows(trace, stack, block, needs, tolerance)]
+    failed: list[tuple[Identity, CheckRow]] = [pair for pair in rows if not pair[1].ok]
+    if not failed:
+        return trace
+    identity, worst = max(failed, key=lambda pair: pair[1].excess)
+    cause = "as the cache holds it"
+    if hooked is not None:
+        # Those that were seen to edit come first; of modules that are no hook points it is unknown.
+        edits = [one for one in hooked if set(_names(one)) & trace.edits.keys()]
+        places = edits or [*hooked]
+        cause = f"with hooks of your own at {', '.join(places[:3])}"
+        cause += ", ..." if len(places) > 3 else ""
     raise UnsupportedModel(
         four_parts(
-            f"a map would not match this pass: {worst.identity} fails in {worst.where}, {cause}",
+            f"this would not match the pass: {worst.identity} fails in {worst.where}, {cause}",
             f"a relative error of {worst.error:.2g}",
             f"at most {worst.tolerance:.0e}",
-            "Hooks may edit values, attention patterns (if the host uses them) and the residual "
-            "stream entering a block. Remove other hooks, or pass a cache made without them.",
+            f"{_REMEDIES[identity]}. Remove other hooks, or pass a cache made without them.",
         )
     )
 
 
-def _pass_rows(trace: Trace, stack: str, block: Block, tolerance: float) -> Iterator[CheckRow]:
-    """Yields the identities of a block for which the trace is complete."""
-    where = f"{stack} block {block.layer}"
-    there = set(trace.values)
+def _names(place: str) -> list[str]:
+    """Returns the names by which a message calls a hook point."""
+    return place.replace(")", "").split(" (")
+
+
+def _real(trace: Trace, stack: str) -> Tensor | None:
     mask = trace.batch.side(stack).mask
-    real = None if bool(mask.all()) else mask
+    return None if bool(mask.all()) else mask
+
+
+def _pass_rows(
+    trace: Trace, stack: str, block: Block, needs: frozenset[Identity], tolerance: float
+) -> Iterator[tuple[Identity, CheckRow]]:
+    """Yields what is needed of a block, as far as the trace has what it takes."""
+    where, real, there = f"{stack} block {block.layer}", _real(trace, stack), set(trace.values)
     for attention in block.attentions:
+        place = f"{where} {attention.kind}-attention"
         if attention.mixed in there:
-            error = _mixing_error(attention, trace, real)
-            place = f"{where} {attention.kind}-attention"
-            yield CheckRow("pattern @ v = z", place, error, tolerance)
+            yield from _head_rows(place, attention, trace, needs, tolerance, real)
+        if "attn" in needs:
+            error = _edit_error(trace, attention, real)
+            yield "attn", CheckRow("heads + bias = attention output", place, error, tolerance)
     ff = block.feed_forward
-    if block.resid_out in there and (ff is None or ff.post in there):
-        yield _block_row(where, block, trace, block.resid_out, tolerance, real)
-    if ff is not None and {*ff.pre_names, ff.post} <= there:
-        name = f"{where} feed-forward"
-        yield from _pre_rows(name, block, ff, trace, tolerance, real)
-        yield from _activation_rows(name, ff, trace, tolerance, real)
+    sublayers = [*block.attentions, *([] if ff is None else [ff])]
+    if "unsteered" in needs:
+        for sublayer in sublayers:
+            added = trace.edit(sublayer.edits.stream)
+            error = 0.0 if added is None else _size(added, trace.resid_in(block), real)
+            yield (
+                "unsteered",
+                CheckRow("nothing else on the stream", where, error, tolerance),
+            )
+    if "block" in needs and block.resid_out in there and (ff is None or ff.post in there):
+        yield "block", _block_row(where, block, trace, block.resid_out, tolerance, real)
+    if ff is None:
+        return
+    name = f"{where} feed-forward"
+    if "read" in needs and set(ff.pre_names) <= there:
+        for row in _pre_rows(name, block, ff, trace, tolerance, real):
+            yield "read", row
+    if "activation" in needs and {*ff.pre_names, ff.post} <= there:
+        for row in _activation_rows(name, ff, trace, tolerance, real):
+            yield "activation", row
+    if "mlp" in needs:
+        error = _edit_error(trace, ff, real)
+        yield "mlp", CheckRow("neurons + bias = feed-forward output", name, error, tolerance)
+
+
+def _head_rows(
+    place: str,
+    attention: AttentionSublayer,
+    trace: Trace,
+    needs: frozenset[Identity],
+    tolerance: float,
+    real: Tensor | None,
+) -> Iterator[tuple[Identity, CheckRow]]:
+    changed = attention.mixed in trace.changed
+    if "pattern" in needs:
+        edit = trace.edit((attention.mixed,)) if changed else None
+        error = _mixing_error(attention, trace, real, edit)
+        yield "pattern", CheckRow("pattern @ v = z before hooks", place, error, tolerance)
+    if "z" in needs:
+        error = _mixing_error(attention, trace, real)
+        yield "z", CheckRow("pattern @ v = z", place, error, tolerance)
+    if "mixing" in needs and changed:
+        mixed = einsum(
+            trace.mixing(attention),
+            trace.value(attention),
+            "batch head target source, batch source head d_head -> batch target head d_head",
+        )
+        expected = trace[attention.mixed]
+        # Beside the heads before the edit: of all of them ablated nothing is left.
+        size = torch.maximum(expected.abs().max(), trace.mix(attention).abs().max())
+        error = relative_error(mixed, expected, size=size, real=real)
+        yield "mixing", CheckRow("a factor * pattern @ v = z", place, error, tolerance)
+
+
+def _edit_error(
+    trace: Trace, sublayer: AttentionSublayer | FeedForward, real: Tensor | None
+) -> float:
+    """Returns how large what hooks added to a sublayer's output is, beside that."""
+    added = trace.edit((*sublayer.edits.raw, *sublayer.edits.out))
+    return 0.0 if added is None else _size(added, sublayer.output(trace) - added, real)
+
+
+def _size(added: Tensor, beside: Tensor, real: Tensor | None) -> float:
+    return relative_error(beside + added, beside, real=real)

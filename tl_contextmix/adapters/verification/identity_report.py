@@ -47,6 +47,8 @@ class IdentityReport(RowTable):
         rows: One per identity and place.
         limits: What is unavailable for this model although the identities hold, with reasons.
         cause: Why the model's own numbers are not finite; empty where they are.
+        hooked: Where hooks of your own are, or SAEs: the identities are of the model without them.
+            What they do to a pass is checked in the pass.
     """
 
     ROW = CheckRow
@@ -67,6 +69,7 @@ class IdentityReport(RowTable):
     rows: tuple[CheckRow, ...]
     limits: tuple[str, ...] = ()
     cause: str = ""
+    hooked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -85,12 +88,23 @@ class IdentityReport(RowTable):
             for row in self.rows
         ]
         lines += [f"  cause: {self.cause}"] if self.cause else []
-        return "\n".join([*lines, *(f"  unavailable: {limit}" for limit in self.limits)])
+        lines += [f"  unavailable: {limit}" for limit in self.limits]
+        return "\n".join([*lines, *(f"  {line}" for line in self._seen())])
+
+    def _seen(self) -> list[str]:
+        """Returns what was looked at, where that is not the model with all that is on it."""
+        if not self.hooked:
+            return []
+        return [
+            f"looked at without your hooks at {', '.join(self.hooked)}: what they edit is checked "
+            "in each pass, by what each method needs of it."
+        ]
 
     def _caption(self) -> str:
+        seen = [line[0].upper() + line[1:] for line in self._seen()]
         cause = [f"Cause: {self.cause}"] if self.cause else []
-        limits = (f"Unavailable: {limit}" for limit in self.limits)
-        return " ".join([self.CAPTION, *cause, *limits])
+        limits = [f"Unavailable: {limit}" for limit in self.limits]
+        return " ".join([self.CAPTION, *cause, *limits, *seen])
 
     def _title(self) -> str:
         return f"Identity check of {self.model}"

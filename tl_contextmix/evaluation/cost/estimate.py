@@ -147,16 +147,18 @@ class _Counted:
             notice=lambda method, options: None,
         )
 
-    def _counted(self, batch: Batch, hooks: Hooks, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _counted(
+        self, batch: Batch, hooks: Hooks, grad: bool, watch: bool
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         before = self._counter.total
         with self._shapes.throughout():
-            logits, values = self._run(batch, hooks, grad)
+            logits, values, added = self._run(batch, hooks, grad, watch)
         self.passes += 1
         self.operations += self._counter.total - before
         self.kept += logits.nbytes + sum(value.nbytes for value in values.values())
         for name in self._causal.keys() & values.keys():
             values[name] = _reading(values[name], self._causal[name])
-        return logits, values
+        return logits, values, added
 
 
 def _reading(pattern: Tensor, causal: bool) -> Tensor:

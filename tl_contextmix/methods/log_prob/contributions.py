@@ -136,7 +136,7 @@ def log_prob_contributions(
             "Leave the foil out, or ask for the increase of the log-odds.",
         )
     with torch.no_grad():
-        asked = run_question(as_view(model), given, answer)
+        asked = run_question(as_view(model), given, answer, by=by)
         parts = [
             _part(some, answer.pos, by, norm, score, k)
             for some in asked.predictions(norm, max_bytes)

@@ -102,7 +102,15 @@ def query_contributions(
     view = as_view(model)
     with torch.no_grad():
         given, answer = apart(input, inputs)
-        asked = run_question(view, given, answer, about=neurons, both_stacks=True)
+        asked = run_question(
+            view,
+            given,
+            answer,
+            by=by,
+            needs=frozenset({"mixing"}),
+            about=neurons,
+            both_stacks=True,
+        )
         prediction = asked.prediction(norm, max_bytes)
         chosen = chosen_components(view, neurons, None, prediction.stream.rows.cpu())
         _require_sources(chosen)

@@ -68,7 +68,9 @@ def component_readouts(
         )
     view = as_view(model)
     with torch.no_grad():
-        asked = run_question(view, Given(input, **inputs), Answer(), about=components)
+        by = cast(By, components.by)
+        given = Given(input, **inputs)
+        asked = run_question(view, given, Answer(), by=by, about=components)
         prediction = asked.prediction("frozen", max_bytes)
         k = min(k, prediction.vocabulary.weight.shape[1])
         there = ~components.scores.isnan().cpu()

@@ -109,7 +109,7 @@ def composition(
             read += shard.size
             for documents in batches(view, shard, cutting, opened.name, counts):
                 where = documents.counted if positions == "all" else _draw(documents, seed)
-                trace = fresh_trace(view, documents.batch, stack, blocks, names)
+                trace = fresh_trace(view, documents.batch, stack, blocks, names, LayerReadout.NEEDS)
                 readout = LayerReadout.of(view, trace, how, rule, where)
                 rows = [readout.read(block, trace).sums(readout.final).cpu() for block in blocks]
                 sums += torch.stack(rows)

@@ -99,6 +99,7 @@ def ff_memories(
         Given(input, **inputs),
         layer=layer,
         also=lambda block: LayerReadout.names(view, block),
+        needs=LayerReadout.NEEDS,
     )
     ffs = [require_feed_forward(block) for block in done.blocks]
     rule = active_rule(active, ffs[0].gated)

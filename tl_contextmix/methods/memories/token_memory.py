@@ -14,7 +14,7 @@ from tl_contextmix.core.feed_forward_parts import Bias, neuron_shares
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
-from tl_contextmix.engine.parts import linear_points
+from tl_contextmix.engine.parts import identities, linear_points
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import TokenMemory
 from tl_contextmix.results.axes import positions
@@ -66,7 +66,8 @@ def token_memory(
     ``2 d_model K (d_model + n)`` operations for what heads bring from each source to K neurons, and
     ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
     """
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack)
+    needs = identities(("mlp_out",)) - {"mlp"}
+    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
     sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
     chosen = positions("neuron", neurons, range(min(sizes)))
     rows = positions("pos", pos, done.target.labels())
