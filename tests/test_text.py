@@ -529,6 +529,21 @@ def test_games_are_mined_without_a_tokenizer(toy: Any, tmp_path: Path) -> None:
     assert mined.manifest["counts"]["special"] == 0
 
 
+def test_labels_name_what_a_decoder_says() -> None:
+    case = case_of("t5", "bart", host="TransformerBridge")
+    made = zoo.build(case, tokenizer=False)
+    moves = [f"m{token}" for token in range(view_of(made).d_vocab)]
+    game = torch.tensor([[13, 41, 12, 60]])
+    scored = cm.decoder_lens(made, game, mode="scores", target=["m7", "m9"], labels=moves)
+    by_id = cm.decoder_lens(made, game, mode="scores", target=[7, 9])
+    assert torch.equal(scored.logits, by_id.logits)
+    assert scored.strings == ("m7", "m9")
+    said = cm.decoder_lens(made, game, max_new_tokens=3, labels=moves)
+    row = said.ids[0, -1][said.content[0, -1]].tolist()
+    assert said.texts[0][-1] == " ".join(moves[token] for token in row)
+    assert said.inputs == (" ".join(moves[token] for token in game[0].tolist()),)
+
+
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 def test_classes_are_read_at_any_position(direction: str) -> None:
     if zoo_build.major() > 3:
