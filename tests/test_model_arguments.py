@@ -82,7 +82,8 @@ def test_attention_is_the_models_own_on_a_pair(case: zoo.Case) -> None:
     ):
         assert found.equals(cm.attention(model, given))
     assert found.provenance.options["token_type_ids"] == SEGMENTS.tolist()
-    off = cm.attention(model, IDS, attention_mask=REAL)
+    zeros = torch.zeros_like(IDS)
+    off = cm.attention(model, IDS, attention_mask=REAL, token_type_ids=zeros)
     assert float((off.scores - right).abs().max()) > 0.01
 
 

@@ -211,7 +211,7 @@ def decoder_lens(
     if used == 0:
         raise ValueError("targets hold no token")
     answers, real = answers[:, :used], real[:, :used]
-    start = torch.full_like(answers[:, :1], whole.decoder.start)
+    start = torch.full_like(answers[:, :1], whole.decoder.start[0])
     inputs = torch.cat([start, answers[:, :-1]], dim=1)
     log_probs, kl, ranks, _ = listening.judge(inputs, answers)
 
@@ -249,12 +249,12 @@ def _encoder_decoder(model: Any) -> EncoderDecoder:
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise NotImplementedError("decoder_lens needs config.decoder_start_token_id")
-    end = settings.eos_token_id
+    end, forced = settings.eos_token_id, settings.forced_bos_token_id
     decoder = MemoryDecoder(
         model=original,
         owner=model,
         dtype=compute_dtype(next(model.parameters()).dtype),
-        start=int(start),
+        start=(int(start),) if forced is None else (int(start), int(forced)),
         ends=() if end is None else tuple(end) if isinstance(end, (list, tuple)) else (int(end),),
         pad=settings.pad_token_id or 0,
         n_ctx=None,
@@ -288,7 +288,7 @@ def _states(model: Any, n_layers: int, start: int, side: Side) -> list[torch.Ten
 
 def _require_identity(model: Any, whole: EncoderDecoder, source: Side) -> None:
     """Refuse a model whose logits are not its decoder's on the last encoder layer."""
-    start = torch.full_like(source.ids[:, :1], whole.decoder.start)
+    start = torch.full_like(source.ids[:, :1], whole.decoder.start[0])
     logits = model(source.ids, attention_mask=source.mask.long(), decoder_input=start)
     state = whole.states(source)[-1]
     memory = state if whole.norm is None else whole.norm(state)

@@ -159,9 +159,9 @@ class MemoryDecoder:
             forced = real[:, -1] & (best != ids[:, -1])
             finished = finished & ~forced
         log_probs = log_probs.masked_fill(~real, 0)
-        forced = int(self.masked and prompt.shape[1] == 1 < len(self.start))
-        log_probs[:, :forced] = 0
-        return Generated(ids, real, log_probs, finished, prompt, forced)
+        unasked = int(self.masked and prompt.shape[1] == 1 < len(self.start))
+        log_probs[:, :unasked] = 0
+        return Generated(ids, real, log_probs, finished, prompt, unasked)
 
     def told(self, memory: Float[Tensor, "row source d_model"]) -> Int[Tensor, "row prompt"]:
         """Returns what ``generate`` gives Whisper's decoder before it says anything.
