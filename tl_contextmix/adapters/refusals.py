@@ -54,7 +54,9 @@ def _quantized(facts: Facts) -> str:
         if any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS):
             return place
         for own, weight in {**module._buffers, **module._parameters}.items():
-            packed = weight is not None and weight.dtype in _PACKED and "weight" in own
+            if weight is None:
+                continue
+            packed = weight.dtype in _PACKED and "weight" in own
             if packed or type(weight).__module__.startswith("torchao"):
                 return f"{own} of {weight.dtype} in a {place}"
     return ""
