@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import gc
 import random
 import socket
 from pathlib import Path
@@ -34,6 +35,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Reads no other file for `-m fast`: that alone would take a third of its time."""
     other = collection_path.suffix == ".py" and collection_path.stem not in FAST
     return True if config.option.markexpr == "fast" and other else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keeps the garbage collector from looking through thousands of tests again and again."""
+    gc.freeze()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

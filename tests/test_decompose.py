@@ -28,7 +28,7 @@ from tl_contextmix.engine.parts import (
     parts_at_all,
 )
 
-CASES = zoo.cases()
+CASES = zoo.spread()
 BIASES = ("contributor", "fixed")
 
 

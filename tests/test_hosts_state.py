@@ -19,7 +19,7 @@ from tl_contextmix.adapters import views
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.running import hooked_places, without_hooks
 
-CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
+CASES = [pytest.param(case, id=case.id) for case in zoo.spread()]
 # A family of each class, attention computed by TransformerLens (gpt2, llama) and by Hugging Face.
 SOME = [
     pytest.param(case, id=case.id)

@@ -23,7 +23,7 @@ from tl_contextmix.core.blocks import Side
 from tl_contextmix.engine.parts import POINTS, Point
 from tl_contextmix.results import ContextMap
 
-CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
+CASES = [pytest.param(case, id=case.id) for case in zoo.spread()]
 PAIRS = [pytest.param(case, id=case.id) for case in zoo.cases() if case.encoder_decoder]
 SINGLE = [pytest.param(case, id=case.id) for case in zoo.cases() if not case.encoder_decoder]
 TEXTS = ["the cat sat", "a dog ran to the small house", "paris"]

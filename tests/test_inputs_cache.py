@@ -12,7 +12,7 @@ from test_inputs import padded, points
 
 import tl_contextmix as cm
 
-CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
+CASES = [pytest.param(case, id=case.id) for case in zoo.spread()]
 
 
 def cached(model: Any, given: zoo.Inputs, **options: Any) -> Any:

@@ -257,6 +257,7 @@ def answers() -> dict[str, list[str]]:
     return unchecked.answers(SETTING, *(f"ask({given})" for given, _ in UNCHECKED.values()))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", UNCHECKED)
 def test_what_annotations_exclude_is_refused_by_the_code_too(
     name: str, answers: dict[str, list[str]]

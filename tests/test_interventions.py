@@ -21,7 +21,7 @@ import tl_contextmix as cm
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.token_sums import Norm
 
-CASES = zoo.cases()
+CASES = zoo.spread()
 SOURCE = 1
 
 

@@ -18,7 +18,7 @@ from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.tiled_logits import read_vocabulary
 from tl_contextmix.results import LogProbContributions
 
-CASES = zoo.cases()
+CASES = zoo.spread()
 RULES = ("frozen", "frozen+beta", "recompute")
 POS = -2
 

@@ -56,6 +56,7 @@ def test_a_case_that_is_no_longer_collected_fails(full: Matrix) -> None:
     assert any("y-H" in line for line in full.lost())
 
 
+@pytest.mark.once
 def test_fast_tests_ask_every_method_on_every_class_and_show_every_result() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "fast", "--collect-only", "-q", "-p"]
     command += ["no:cacheprovider", "--jaxtyping-packages="]

@@ -120,18 +120,21 @@ def distances(block: Block, trace: Trace, **options: Any) -> Tensor:
     return (changed - kept[:, :, None]).norm(dim=-1)
 
 
+@pytest.mark.once
 def test_a_parallel_block_moves_by_the_term_itself() -> None:
     block, trace = made(5, parallel=True)
     changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
 
+@pytest.mark.once
 def test_a_block_without_feed_forward_moves_by_the_term_itself() -> None:
     block, trace = made(5, feed_forward=None)
     changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
 
+@pytest.mark.once
 def test_nothing_moves_where_attention_writes_nothing() -> None:
     block, trace = made(5, weights={"W_O": torch.zeros(4, 8, 32, dtype=torch.float64)})
     assert not bool(distances(block, trace).any())
@@ -139,6 +142,7 @@ def test_nothing_moves_where_attention_writes_nothing() -> None:
     assert not bool(distances(block, trace).any())
 
 
+@pytest.mark.once
 def test_tokens_that_read_themselves_alone_move_themselves_alone() -> None:
     eye = torch.eye(5, dtype=torch.float64).expand(1, 4, 5, 5)
     block, trace = made(5, causal=False, values={"p": eye})
@@ -146,6 +150,7 @@ def test_tokens_that_read_themselves_alone_move_themselves_alone() -> None:
     assert torch.equal(found != 0, eye[0, 0] != 0)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("where", ["before", "after", "sandwich", "nowhere"])
 def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: str) -> None:
@@ -169,6 +174,7 @@ def test_folded_and_direct_agree_at_every_place_of_a_norm(gated: bool, where: st
                 torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: bool) -> None:
@@ -188,6 +194,7 @@ def test_pre_activations_that_the_pass_kept_spare_a_product(gated: bool, norms: 
     assert ablate_values(*made(6, **sizes), "self").pre is None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
     """So that `test_equals_zeroing_hook_v` sees both ways."""
@@ -241,6 +248,7 @@ def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal
     assert not short.folds
 
 
+@pytest.mark.once
 def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     case = next(c for c in zoo.cases() if c.family == "llama")  # gated: two folds per block
     model = zoo.build(case)
@@ -261,6 +269,7 @@ def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.once
 def test_every_edit_of_a_weight_is_seen() -> None:
     """Edits that neither version counters nor the fingerprint of a sample of entries see."""
     model = cm.load_demo("causal-lm")
@@ -277,6 +286,7 @@ def test_every_edit_of_a_weight_is_seen() -> None:
         torch.testing.assert_close(found, fresh, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in zoo.cases() if c.family == "gpt2")
     model = zoo.build(case)
@@ -290,6 +300,7 @@ def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPat
         assert [block.folds is not None for block in blocks] == [kept] * len(blocks)
 
 
+@pytest.mark.once
 def test_few_targets_cost_few_operations() -> None:
     block, trace = made(64, d=192, heads=12, m=768, dtype=torch.float32)
     whole = flops(block, trace)
@@ -326,6 +337,7 @@ class Peak(TorchDispatchMode):
         return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("megabytes", [4, 16, 64])
 def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
@@ -340,6 +352,7 @@ def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
     assert budget / 8 <= meter.peak <= budget
 
 
+@pytest.mark.once
 def test_float32_keeps_the_digits_of_tiny_effects() -> None:
     """``1 - cos`` of the same outputs has none left."""
     block, trace = made(6, weights={"b_O": torch.zeros(32).double()})
@@ -378,6 +391,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
     assert float((found - exact).abs().max()) < 0.1 * float(wrong)
 
 
+@pytest.mark.once
 def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
     case = next(case for case in zoo.cases() if case.family == "gpt2")
     model, given = zoo.shared(case), zoo.inputs(case)

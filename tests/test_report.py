@@ -86,6 +86,7 @@ def left_out(page: Page) -> dict[str, str]:
 # ---- the story
 
 
+@pytest.mark.once
 def test_the_story_is_told_in_order(page):
     told = ["prediction", "mixing", "feed-forward", "memories", "components", "comparison"]
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
@@ -100,6 +101,7 @@ def test_the_story_is_told_in_order(page):
     assert text.index(part(page, "comparison").finding) < text.index(part(page, "mixing").text)
 
 
+@pytest.mark.once
 def test_facts_say_what_it_is_about(page, causal):
     facts = dict(page.facts)
     assert facts["Text"] == TEXT
@@ -108,6 +110,7 @@ def test_facts_say_what_it_is_about(page, causal):
     assert type(causal).__name__ in facts["Class"]
 
 
+@pytest.mark.once
 def test_citations_are_those_of_cite(page):
     told = " ".join(section.citation for section in page.sections)
     for key in ("kobayashi2024analyzing", "mohebbi2023quantifying", "geva2021transformer"):
@@ -115,6 +118,7 @@ def test_citations_are_those_of_cite(page):
     assert sources("yu2024neuron") in part(page, "components").citation
 
 
+@pytest.mark.once
 def test_prediction_is_the_models_own(page, causal):
     section = part(page, "prediction")
     logits = causal(causal.to_tokens(TEXT))[0]
@@ -131,6 +135,7 @@ def test_prediction_is_the_models_own(page, causal):
         assert row[4] == pytest.approx(float(probabilities[place, came[place]]), rel=1e-3)
 
 
+@pytest.mark.once
 def test_mixing_shows_the_maps(page, causal):
     parsed = Parsed(build_report(causal, TEXT, sections=["mixing"]).html())
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
@@ -175,6 +180,7 @@ def test_points_are_told_when_asked_for(causal):
         torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
 
 
+@pytest.mark.once
 def test_feed_forward_shows_what_changes(page, causal):
     section = part(page, "feed-forward")
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
@@ -194,6 +200,7 @@ def test_feed_forward_shows_what_changes(page, causal):
     assert f"layer {top.layer}, from {top.before:.0%} to {top.after:.0%}" in section.finding
 
 
+@pytest.mark.once
 def test_memories_are_named_and_triggered(page, causal):
     section = part(page, "memories")
     table = shown(section, Table)
@@ -216,6 +223,7 @@ def test_memories_are_named_and_triggered(page, causal):
     assert "sentences of the model's grammar" in section.text
 
 
+@pytest.mark.once
 def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
     layers = cm.log_prob_contributions(causal, TEXT)
@@ -235,6 +243,7 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     assert f"from {row[1]:.0%} to {row[2]:.0%} (random ones: {row[3]:.0%})" in section.finding
 
 
+@pytest.mark.once
 def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
     found = cm.compare(causal, cm.demo_pairs(count=8), methods=["value_zeroing"])
@@ -249,6 +258,7 @@ def test_comparison_measures_the_methods(page, causal):
     torch.testing.assert_close(rows.values[0, rows.rows.index("Value Zeroing")], rolled)
 
 
+@pytest.mark.once
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components"]
     page = build_report(masked, MASKED, sections=names)
@@ -305,6 +315,7 @@ def test_a_companion_tells_what_the_model_cannot(causal):
     assert "la batte brûlait ." in section.finding
 
 
+@pytest.mark.once
 def test_sections_keep_their_order_and_must_exist(causal):
     page = build_report(causal, TEXT, sections=["mixing", "prediction"])
     told = [section.title for section in page.sections]
@@ -335,6 +346,7 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     assert "Best by blank-out: " in text
 
 
+@pytest.mark.once
 def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypatch):
     for module in ("memories", "comparison"):
         module = importlib.import_module(f"tl_contextmix.reporting.{module}_section")
@@ -347,6 +359,7 @@ def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypa
     assert len(part(page, "comparison").panels) == 1
 
 
+@pytest.mark.once
 def test_both_schemes_and_paper_are_provided_for(page):
     html = page.html()
     for query in ("prefers-color-scheme: dark", "@media print"):
@@ -387,6 +400,7 @@ def test_findings_survive_text_that_is_markup(masked):
     assert len(parsed.programs()) == 2
 
 
+@pytest.mark.once
 def test_default_texts_suit_the_models(causal, masked):
     assert default_text(causal) == TEXT
     assert default_text(masked) == MASKED
@@ -396,11 +410,13 @@ def test_default_texts_suit_the_models(causal, masked):
             read(model, default_text(model))
 
 
+@pytest.mark.once
 def test_foreign_words_are_named(causal):
     with pytest.warns(cm.ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
         read(causal, "the politician sneezed , the sneezed <s> keys")
 
 
+@pytest.mark.once
 def test_report_takes_one_text(causal):
     with pytest.raises(cm.InvalidInput, match="one sentence"):
         read(causal, [TEXT, TEXT])
@@ -425,6 +441,7 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
     assert page.html()
 
 
+@pytest.mark.once
 def test_a_model_without_any_map_is_refused(causal, monkeypatch):
     def refuse(*args: Any, **options: Any) -> Any:
         raise cm.UnsupportedModel("nothing can be read")
@@ -434,6 +451,7 @@ def test_a_model_without_any_map_is_refused(causal, monkeypatch):
         build_report(causal, TEXT)
 
 
+@pytest.mark.once
 def test_a_model_without_readout_predicts_nothing(causal):
     told = read(causal, TEXT)
     view = told.done.view
@@ -477,6 +495,7 @@ def test_report_shows_any_results(causal, tmp_path):
     assert len(Parsed(alone.read_text(encoding="utf-8")).charts()) == 1
 
 
+@pytest.mark.once
 def test_report_of_no_result_is_refused(tmp_path):
     with pytest.raises(cm.InvalidInput, match="a str; expected results"):
         cm.report(["text"], tmp_path / "page.html")
@@ -513,6 +532,7 @@ def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeyp
     assert ("la batte brûlait ." in text) == (zoo.major() != 2)
 
 
+@pytest.mark.once
 def test_command_report_options(run, tmp_path, monkeypatch):
     opened: list[str] = []
     monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
@@ -527,6 +547,7 @@ def test_command_report_options(run, tmp_path, monkeypatch):
     assert "masked-lm" in parsed.text
 
 
+@pytest.mark.once
 def test_command_shows_warnings_on_one_line(run, tmp_path):
     options = ("--sections", "prediction", "-o", tmp_path / "page.html")
     code, out, err = run("report", "--model", "causal-lm", "--text", "the politician", *options)
@@ -570,6 +591,7 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     assert "FAIL" in "".join(out)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "arguments",
     [[], ["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]],
@@ -581,6 +603,7 @@ def test_command_mistakes_exit_with_the_usage(arguments, capsys):
     assert "usage: tl-contextmix" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "tl_contextmix", "--version"],
