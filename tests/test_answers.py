@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -232,6 +233,54 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
     assert total.shape == share.shape == (2,)
     speaking = cm.component_readouts(model, prompt, components=neurons, **start)
     assert speaking.scores.shape == (2, 2)
+
+
+SAYING = [case for case in zoo.kinds() if case.family in ("gpt2", "t5", "bart")]
+
+
+@pytest.mark.parametrize("case", SAYING, ids=str)
+def test_what_a_model_says_is_its_answer(case: zoo.Case) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    start: dict[str, Any] = {}
+    if given.decoder_tokens is not None:
+        start = {"decoder_input": given.decoder_tokens[:, :1]}
+    found = cm.log_prob_contributions(model, given.tokens, generate=4, **start)
+    assert 4 < len(found.pos) <= 8
+    said: dict[int, list[int]] = {0: [], 1: []}
+    for row, sentence in enumerate(found.sentence.tolist()):
+        said[sentence].append(int(found.target.ids[row, 0]))
+    named = cm.log_prob_contributions(model, given.tokens, target=[said[0], said[1]], **start)
+    assert named.equals(replace(found, provenance=named.provenance))
+    original = getattr(model, "original_model", None)
+    for row, answer in said.items():
+        text = given.tokens[row : row + 1]
+        if original is None:  # the most probable token each time
+            alone = cm.log_prob_contributions(
+                model, text, target=[answer], **{n: ids[row : row + 1] for n, ids in start.items()}
+            )
+            best = (
+                cm.log_prob_contributions(model, alone.tokens.ids[:1], pos=alone.pos.tolist())
+                if given.decoder_tokens is None
+                else alone
+            )
+            assert best.target.ids[:, 0].tolist() == answer
+            continue
+        first = {n.replace("_input", "_input_ids"): ids[row : row + 1] for n, ids in start.items()}
+        with torch.no_grad():
+            whole = original.generate(text, max_new_tokens=4, do_sample=False, **first)[0]
+        before = 1 if first else text.shape[1]
+        assert whole[before:].tolist() == answer
+    saliency = cm.gradient_x_input(model, given.tokens, generate=4, **start)
+    assert saliency.target.mask.sum(dim=1).tolist() == [len(said[0]), len(said[1])]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"generate": 0}, "an integer from 1"),
+        ({"generate": 2, "target": 5}, "a target of its own"),
+        ({"generate": 10**6}, "too long: got"),
+    ]
+    for options, message in wrong:
+        if "long" not in message or view_of(model).n_ctx is not None:
+            with pytest.raises(cm.InvalidInput, match=message):
+                cm.log_prob_contributions(model, given.tokens, **start, **options)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "bart"])

@@ -145,6 +145,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument("text", metavar="TEXT", help="the text")
     _add_asked(command)
+    _add_generate(command)
     command.add_argument("-o", "--output", metavar="PATH", help="write a page")
 
 
@@ -167,6 +168,15 @@ def _add_asked(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="explain what the model itself says next, at most N tokens",
+    )
+
+
 def _asked(parsed: argparse.Namespace) -> dict[str, Any]:
     """Returns what is asked of a prediction, as options of a method."""
     sides = {"target": parsed.target, "foil": parsed.foil}
@@ -175,7 +185,8 @@ def _asked(parsed: argparse.Namespace) -> dict[str, Any]:
         for name, given in sides.items()
         if given is not None
     }
-    return found if parsed.position is None else {**found, "pos": parsed.position}
+    numbers = {"pos": parsed.position, "generate": getattr(parsed, "generate", None)}
+    return found | {name: number for name, number in numbers.items() if number is not None}
 
 
 def _add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:

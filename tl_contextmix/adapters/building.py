@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_contextmix.adapters.cache_names import cache_reader
 from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_decoder
+from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
@@ -277,6 +278,7 @@ def _unsettled(
         follow=partial(follow, tolerance),
         cached=cache_reader(handle, facts, stacks),
         runner=make_runner(handle, pad_id, splices),
+        generate=make_generate(handle),
     )
 
 

@@ -162,6 +162,7 @@ class ModelView:
             where what has to hold does not.
         cached: How an ActivationCache of this host holds activations.
         runner: Runs the model; see `run`.
+        generate: Continues each text of a batch by at most so many tokens, as the model does.
         notice: Warns, once, where the processing of the weights changes a method with its options.
         labelled: Whether tokens have names of the user's own.
     """
@@ -200,6 +201,7 @@ class ModelView:
     follow: Follow = field(repr=False)
     cached: CacheReader = field(repr=False)
     runner: Runner = field(repr=False)
+    generate: Callable[[Batch, int], list[list[int]]] = field(repr=False)
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     labelled: bool = False
     # Facts measured when first asked for, such as whether padding on the left is safe.

@@ -54,6 +54,10 @@ class Asked(TypedDict, total=False):
     """Position that predicts, several, or ``"all"``; negative ones count from the last real token.
     None: that token, or the mask of a masked language model."""
 
+    generate: int | None
+    """The answer is what the model itself says next, at most so many tokens (without sampling; by
+    the generation settings of a bridge's Hugging Face model)."""
+
 
 class AnswerInputs(Inputs, Asked, total=False):
     """What methods take that look at a forward pass and explain a prediction."""
@@ -70,11 +74,12 @@ class Answer:
     target: object = None
     foil: object = None
     pos: object = None
+    generate: object = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing is asked but the default."""
-        return self.target is None and self.foil is None and self.pos is None
+        return all(asked is None for asked in vars(self).values())
 
 
 def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
@@ -203,6 +208,8 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             "the same predictions",
             "Leave target, foil and pos out, or select one prediction: .select(batch=0).",
         )
+    if answer.generate is not None:
+        answer = _generated(view, batch, stack, answer)
     named, target = None, _each(view, answer.target, count, "target")
     if found is not None and target is None:
         target = [(ids,) for ids in _sets(found.target)]
@@ -243,6 +250,36 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             None if named is None else named[i] for i, some in enumerate(rows) for _ in some
         ),
     )
+
+
+def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Answer:
+    """Returns the question after what the model itself says next."""
+    count = whole_number(answer.generate)
+    if count is None or count < 1:
+        raise bad(
+            "generate= is how many tokens the model may say",
+            seen(answer.generate),
+            "an integer from 1",
+            "Leave it out to ask about one token.",
+        )
+    if answer.target is not None or answer.pos is not None or stack == "encoder":
+        what = "target= or pos=" if stack == "decoder" else "a masked language model"
+        raise bad(
+            "what a model generates is a target of its own",
+            f"generate={count} with {what}",
+            "a causal model or an encoder-decoder, and neither target= nor pos=",
+            "Leave one of them out.",
+        )
+    longest = int(batch.side(stack).mask.sum(dim=1).max()) + count
+    if view.n_ctx is not None and longest > view.n_ctx:
+        raise bad(
+            "the text and what is to be generated are too long",
+            f"{longest} tokens",
+            f"at most {view.n_ctx}, the longest input of this model",
+            "Ask for fewer tokens, or shorten the text.",
+        )
+    said = view.generate(batch, count)
+    return replace(answer, target=said, generate=None)
 
 
 def _several(

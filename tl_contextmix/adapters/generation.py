@@ -1,0 +1,77 @@
+"""What a model says next: its own continuation of a text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.running import lock_of
+from tl_contextmix.core.blocks import Batch
+
+Generate = Callable[[Batch, int], list[list[int]]]
+
+
+def make_generate(handle: Handle) -> Generate:
+    """Returns the function that continues each text of a batch by at most so many tokens.
+
+    A bridge's Hugging Face model generates by its own settings (beams, suppressed tokens), without
+    sampling; on other classes the most probable token follows each time. An end-of-sequence token
+    ends a text and is part of it. Texts are continued one by one, so that none is padded.
+    """
+
+    def generate(batch: Batch, count: int) -> list[list[int]]:
+        model: Any = handle.get()
+        original = getattr(model, "original_model", None)
+        rows = range(len(batch.main.ids))
+        alone = [batch.each(lambda tensor, row=row: tensor[row : row + 1]) for row in rows]
+        with torch.no_grad(), lock_of(model):
+            if hasattr(original, "generate"):
+                return [_by_hugging_face(original, one, count, handle.device) for one in alone]
+            return [_greedy(model, one, count, handle.device) for one in alone]
+
+    return generate
+
+
+def _real(ids: Tensor, mask: Tensor, device: torch.device) -> Tensor:
+    """Returns the tokens of the only row."""
+    return ids[:, mask[0]].to(device)
+
+
+def _by_hugging_face(original: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
+    text = _real(batch.main.ids, batch.main.mask, device)
+    settings = copy.deepcopy(original.generation_config)
+    settings.do_sample, settings.max_new_tokens = False, count
+    settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50  # else it warns of them
+    settings.max_length = settings.min_length = settings.min_new_tokens = None
+    settings.return_dict_in_generate = False
+    given = {"attention_mask": torch.ones_like(text)}
+    given |= {name: _real(value, batch.main.mask, device) for name, value in batch.further.items()}
+    start = text
+    if batch.decoder is not None:
+        start = _real(batch.decoder.ids, batch.decoder.mask, device)
+        given["decoder_input_ids"] = start
+    found = original.generate(text, generation_config=settings, **given)
+    return found[0, start.shape[1] :].tolist()
+
+
+def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
+    text = _real(batch.main.ids, batch.main.mask, device)
+    said = None
+    if batch.decoder is not None:
+        said = _real(batch.decoder.ids, batch.decoder.mask, device)
+    end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
+    found: list[int] = []
+    while len(found) < count and (not found or found[-1] != end):
+        logits = model(text) if said is None else model(text, said)
+        token = logits[:, -1:].argmax(dim=-1)
+        if said is None:
+            text = torch.cat([text, token], dim=1)
+        else:
+            said = torch.cat([said, token], dim=1)
+        found.append(int(token))
+    return found
