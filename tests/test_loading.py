@@ -291,8 +291,9 @@ def test_model_of_another_kind_is_refused(tmp_path):
 def test_architecture_that_transformer_lens_does_not_know(tmp_path):
     import transformers
 
-    options = {"n_embd": 32, "n_layer": 1, "n_head": 4, "dff": 64, "n_positions": 32}
-    config = transformers.CTRLConfig(vocab_size=64, **options)
+    config = transformers.CTRLConfig(
+        vocab_size=64, n_embd=32, n_layer=1, n_head=4, dff=64, n_positions=32
+    )
     transformers.CTRLLMHeadModel(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(demo_folder("causal-lm")).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="CTRLLMHeadModel: ValueError: Could not determine"):
