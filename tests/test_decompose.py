@@ -354,7 +354,7 @@ def test_no_norm_is_applied_that_nobody_asks_for() -> None:
     further: list[tuple[Point, ...]] = [("mlp_in",), ("attn_out", "block_out"), POINTS]
     for asked in further:
         every = linear_points(block, trace, "decoder", asked)
-        assert set(every) == {"attn_out", "resid_mid", "mlp_in", "stream"}
+        assert set(every) == {"attn_out", "resid_mid", "mlp_in", "stream", "residual"}
 
 
 @pytest.mark.parametrize("norm", [None, Norm("rms", None, None, 0.0)], ids=["pre", "post"])
@@ -392,5 +392,6 @@ def _zero_at_padding(done: Pass, point: Point) -> None:
     kept = done.target.mask[:, :, None] & done.source(point).mask[:, None]
     for heads in (1, 3):
         shape = (2, len(done.blocks), heads, *kept.shape[1:])
-        found = done.map("a method", torch.full(shape, 7.0), point, "norm", heads=["a"] * heads)
-        assert torch.equal(found.scores, 7.0 * kept[:, None, None].expand(shape))
+        axes = f"batch layer head target source:{point}"
+        found = done.together(lambda part, shape=shape: {"map": (axes, torch.full(shape, 7.0))})
+        assert torch.equal(found["map"], 7.0 * kept[:, None, None].expand(shape))

@@ -210,6 +210,7 @@ def test_every_method_has_goldens() -> None:
         "mine_on_ray": "the same search",
         "report": "a page",
         "estimate": "operations and bytes",
+        "hook_names": "names of activations",
     }
     for name in cm.__all__:
         function = getattr(cm, name)

@@ -466,7 +466,7 @@ def test_activations_that_are_not_finite_are_named() -> None:
         stream[:, 1] *= float("inf")
         return stream
 
-    match = rf"not finite: got NaN or infinity at a real token in {block.resid_in}; .*float32 or"
+    match = rf"not finite: got NaN or infinity in {block.resid_in}, at a real token; .*float32"
     with (
         model.hooks(fwd_hooks=[(block.resid_in, overflow)]),
         pytest.raises(cm.InvalidInput, match=match) as raised,

@@ -47,7 +47,7 @@ def components(story: Story) -> Section | str:
     best, source = layers.top(1), read.top(1)
     word = source.to_dataframe().source_token[0]
     finding = (
-        f"{best.labels()[0]} adds most to {layers.asked()} "
+        f"{best.labels()[0]} adds most to {layers.asked(quote=quoted)} "
         f"({float(best.scores[0, 0]):+.2f} nats); the top source is {quoted(word)} in layer "
         f"{int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Ablating "
         f"{fall.rows[-1][0]} takes {_what(layers)} from {fall.rows[-1][1]:.0%} to "

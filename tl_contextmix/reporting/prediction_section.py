@@ -59,7 +59,7 @@ def _lead(story: Story) -> str:
     layers = log_prob_contributions(story.model, story.text, **vars(story.answer))
     odds = float(layers.log_prob[0])
     return (
-        f"The page asks why {layers.asked()}: the first is {math.exp(abs(odds)):.3g} times "
+        f"The page asks why {layers.asked(quote=quoted)}: the first is {math.exp(abs(odds)):.3g} times "
         f"{'more' if odds >= 0 else 'less'} probable than the second ({odds:+.2f} nats)"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,12 +100,17 @@ class LogProbContributions(ComponentSet):
                 expected = (len(self.scores), tokens.shape[1])
                 require_shape(f"Tokens of the {name}", tuple(tokens.shape), expected)
 
-    def asked(self, row: int = 0) -> str:
-        """Returns what a row is about, such as ``' are' rather than ' is'``."""
+    def asked(self, row: int = 0, quote: Callable[[str], str] = repr) -> str:
+        """Returns what a row is about, such as ``' are' rather than ' is'``.
+
+        Args:
+            row: The row.
+            quote: Puts a token in quotes.
+        """
         sides = [self.target] if self.foil is None else [self.target, self.foil]
         listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
         return " rather than ".join(
-            " or ".join(repr(word) for word, real in pairs if real) for pairs in listed
+            " or ".join(quote(word) for word, real in pairs if real) for pairs in listed
         )
 
     def summed(self) -> LogProbContributions:

@@ -331,8 +331,7 @@ class Pass:
 
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""
-        further = self.trace.batch.further
-        return provenance(self.view, method, options, further=further, **given)
+        return provenance(self.view, method, options, further=self.batch.further, **given)
 
 
 def provenance(
