@@ -392,6 +392,6 @@ def _zero_at_padding(done: Pass, point: Point) -> None:
     kept = done.target.mask[:, :, None] & done.source(point).mask[:, None]
     for heads in (1, 3):
         shape = (2, len(done.blocks), heads, *kept.shape[1:])
-        axes = f"batch layer head target source:{point}"
-        found = done.together(lambda part, shape=shape: {"map": (axes, torch.full(shape, 7.0))})
+        scores = (f"batch layer head target source:{point}", torch.full(shape, 7.0))
+        found = done.together(lambda part, scores=scores: {"map": scores})
         assert torch.equal(found["map"], 7.0 * kept[:, None, None].expand(shape))

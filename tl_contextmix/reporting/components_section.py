@@ -90,6 +90,7 @@ def _without(
     found = {"heads": knockout(story.model, story.text, heads=heads)}
     if neurons is not None:
         found = {"neurons": knockout(story.model, story.text, neurons=neurons)} | found
+    lead = "" if story.answer.foil is None else ", less that of its foil,"
     rows = []
     for name, out in found.items():
         frame = out.to_dataframe().set_index("quantity").loc["probability"]
@@ -99,7 +100,7 @@ def _without(
         )
     return Table(
         title="Knockout of the best components",
-        caption="Probability of the answer before and after ablation (activations set to zero at "
+        caption=f"Probability of the answer{lead} before and after ablation (activations set to zero at "
         "the predicting position), with as many random components ablated, and the model's top "
         "prediction after ablation.",
         columns=("ablated", "before", "after", "random", "predicts after"),

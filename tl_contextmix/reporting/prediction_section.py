@@ -58,8 +58,9 @@ def _lead(story: Story) -> str:
     """Returns how far the target is ahead of its foil, in words."""
     layers = log_prob_contributions(story.model, story.text, **vars(story.answer))
     odds = float(layers.log_prob[0])
+    asked, times = layers.asked(quote=quoted), math.exp(abs(odds))
     return (
-        f"The page asks why {layers.asked(quote=quoted)}: the first is {math.exp(abs(odds)):.3g} times "
+        f"The page asks why {asked}: the first is {times:.3g} times "
         f"{'more' if odds >= 0 else 'less'} probable than the second ({odds:+.2f} nats)"
     )
 
