@@ -379,7 +379,7 @@ def test_integrated_gradients_equal_a_riemann_sum() -> None:
     asked = asked_of(model, given, target=3)
     ((name, x),) = asked.inputs.items()
     total = asked.slopes_along((torch.arange(400) + 0.5) / 400, torch.full((400,), 1 / 400))[name]
-    found = integrated_gradients(model, given.tokens, target=3)
+    found = integrated_gradients(model, given.tokens, target=3, pos=-1)
     assert relative(found.scores[:, 0, 0, 0], (total * x).norm(dim=-1)) <= 1e-4
     assert found.bias is not None
     assert float(found.bias.max()) <= 1e-7
@@ -422,7 +422,7 @@ def test_what_the_steps_miss_is_said(
 ) -> None:
     warnings.simplefilter("always")
     case = family("bert")
-    found = integrated_gradients(zoo.shared(case), zoo.inputs(case).tokens, steps=steps)
+    found = integrated_gradients(zoo.shared(case), zoo.inputs(case).tokens, steps=steps, pos=-1)
     assert found.bias is not None
     said = [str(one.message) for one in recwarn if one.category is cm.ContextMixWarning]
     assert bool(said) == warned
@@ -444,7 +444,7 @@ def test_hooks_see_the_sentences_that_were_given(direction: Any) -> None:
         "bwd": lambda gradient, hook: (gradient * kept,),
     }
     model.add_hook(point, hooks[direction], dir=direction)
-    found = integrated_gradients(model, given.tokens, steps=5)
+    found = integrated_gradients(model, given.tokens, steps=5, pos=-1)
     assert found.bias is not None
     assert bool(found.scores.any())
 
@@ -458,7 +458,7 @@ def test_a_prediction_that_never_changes_has_nothing_to_miss(
     model, given = zoo.build(case), zoo.inputs(case)
     last = view_of(model).blocks()[-1].resid_out
     model.add_hook(last, lambda activation, hook: activation * 0)
-    found = integrated_gradients(model, given.tokens, steps=3)
+    found = integrated_gradients(model, given.tokens, steps=3, pos=-1)
     assert found.bias is not None
     assert not bool(found.scores.any() or found.bias.any())
     assert not [one for one in recwarn if one.category is cm.ContextMixWarning]

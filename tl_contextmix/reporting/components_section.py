@@ -100,9 +100,9 @@ def _without(
         )
     return Table(
         title="Knockout of the best components",
-        caption=f"Probability of the answer{lead} before and after ablation (activations set to zero at "
-        "the predicting position), with as many random components ablated, and the model's top "
-        "prediction after ablation.",
+        caption=f"Probability of the answer{lead} before and after ablation (activations set to "
+        "zero at the predicting position), with as many random components ablated, and the model's "
+        "top prediction after ablation.",
         columns=("ablated", "before", "after", "random", "predicts after"),
         rows=tuple(rows),
     )
