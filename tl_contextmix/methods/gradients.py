@@ -20,7 +20,7 @@ from tl_contextmix.adapters.inputs import (
     read_batch,
     run_pass,
 )
-from tl_contextmix.adapters.inputs.answers import (
+from tl_contextmix.adapters.inputs.questions import (
     Answer,
     Question,
     TokenAnswerInputs,
