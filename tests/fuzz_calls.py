@@ -102,6 +102,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "decoder_lens": {"model": lens, "input": IDS, "max_new_tokens": 3},
         "demo_pairs": {"count": 2},
         "estimate": {"model": model, "n_tokens": 5, "method": cm.attention},
+        "hook_names": {"model": model, "method": "attention"},
         "faithfulness": {**on_ids, "map": cm.gradient_x_input(model, IDS)},
         "ff_values": {"model": model},
         "integrated_gradients": {**on_ids, "steps": 2},

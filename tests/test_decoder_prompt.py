@@ -313,8 +313,10 @@ class Words:
         """Returns letters."""
         return "".join(chr(int(token) - 5 + ord("a")) for token in ids if 5 <= int(token) < 31)
 
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """Returns the names of ids."""
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+        """Returns the names of ids, or that of one."""
+        if isinstance(ids, int):
+            return f"<{ids}>"
         return [f"<{token}>" for token in ids]
 
 

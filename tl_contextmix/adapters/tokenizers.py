@@ -468,7 +468,8 @@ def _outputs(view: ModelView) -> int:
 def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
     """Returns the function that names ids."""
     if not callable(labels):
-        listed = [] if isinstance(labels, str) else [*labels]
+        several = getattr(labels, "ndim", int(isinstance(labels, Sequence))) == 1
+        listed = [*labels] if several and not isinstance(labels, str) else []
         if len(listed) != count or not all(isinstance(label, str) for label in listed):
             kinds = sorted({type(label).__name__ for label in listed})
             raise bad(

@@ -36,17 +36,10 @@ class Contrast:
         """Returns the question after one token for each prediction."""
         return Contrast(tuple(ids[:, None]))
 
-    def __len__(self) -> int:
-        return len(self.target)
-
     @property
     def single(self) -> bool:
         """Whether every target and every foil is one token."""
         return all(len(ids) == 1 for ids in (*self.target, *(self.foil or ())))
-
-    def rows(self, index: slice) -> Contrast:
-        """Returns the same of some predictions."""
-        return Contrast(self.target[index], None if self.foil is None else self.foil[index])
 
     def repeat(self, times: int) -> Contrast:
         """Returns the predictions one after the other, as often as asked."""
@@ -77,7 +70,7 @@ class Contrast:
         pairs = zip(logits, sets, strict=True)
         return torch.stack([row[ids.to(row.device)].logsumexp(dim=-1) for row, ids in pairs])
 
-    def best(self, logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, "row side"]:
+    def best_ranks(self, logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, "row side"]:
         """Returns the rank of the best alternative of target, and of foil where there is one."""
         sides = [self.target] if self.foil is None else [self.target, self.foil]
         found = []

@@ -53,4 +53,4 @@ def require_predictions(logits: Tensor, *, padded: bool = False) -> None:
 def says_nothing(logits: Tensor) -> bool:
     """Returns whether some logit is NaN or +inf."""
     # The largest of numbers and NaN is NaN.
-    return bool(logits.numel()) and not bool(logits.detach().amax() < torch.inf)
+    return bool(logits.numel()) and not bool((logits.detach().amax(dim=-1) < torch.inf).all())

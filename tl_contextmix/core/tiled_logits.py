@@ -99,7 +99,7 @@ class Vocabulary:
     ) -> Float[Tensor, "batch neuron"]:
         """Returns the same of vectors that all sentences share."""
         if self.readout.head is not None:
-            return vectors.new_full((len(self.asked), len(vectors)), torch.nan)
+            return vectors.new_full((len(self.asked.target), len(vectors)), torch.nan)
         return (self.direction(vectors) @ self.columns.T).T / self.divisor
 
     def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
 from tl_contextmix.adapters.inputs.questions import Answer, Question, ask, label_sets
 from tl_contextmix.core.blocks import Identity, Trace
-from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
     AttentionComponent,
@@ -204,7 +203,6 @@ def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "
     if trace.logits is None:  # a cache keeps none
         return view.readout(stream.total)
     logits = question.read(trace.logits)
-    require_predictions(logits, padded=not bool(question.batch.main.mask.all()))
     hooked = view.hooked()
     if hooked:
         error = float((view.readout(stream.total) - logits).abs().max() / logits.abs().max())

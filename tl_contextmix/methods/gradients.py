@@ -29,7 +29,7 @@ from tl_contextmix.adapters.inputs.questions import (
 )
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
-from tl_contextmix.core.finite import require_predictions, why_not_finite
+from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
@@ -104,7 +104,10 @@ def gradient_x_input(
 
         def attribute(part: Pass) -> Found:
             asked = _ask(part, [turn for turn, _ in turns], of, grad=True)
-            parts = [one.joined(_slopes(one.value, one.inputs)) for one in asked]
+            parts = [
+                one.joined(_slopes(one.value, one.inputs, again=one is not asked[-1]))
+                for one in asked
+            ]
             return {**_best(asked), "parts": (_PARTS, torch.stack(parts, dim=1))}
 
         found = whole.together(attribute)
@@ -208,9 +211,17 @@ def _integrate(asked: _Asked, steps: int, max_bytes: int) -> tuple[Tensor, Tenso
     return parts, change - parts.sum(dim=(1, 2)), change
 
 
-def _slopes(value: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of predictions, each of its own sentence's."""
-    found = torch.autograd.grad(value.sum(), [*inputs.values()], retain_graph=True)
+def _slopes(
+    value: Tensor, inputs: Mapping[str, Tensor], *, again: bool = False
+) -> dict[str, Tensor]:
+    """Returns the gradients of predictions, each of its own sentence's.
+
+    Args:
+        value: The predictions.
+        inputs: What they depend on.
+        again: Whether their graph is needed once more.
+    """
+    found = torch.autograd.grad(value.sum(), [*inputs.values()], retain_graph=again)
     if not all(bool(gradient.isfinite().all()) for gradient in found):
         raise InvalidInput(why_not_finite("the gradients", found[0].dtype))
     return dict(zip(inputs, found, strict=True))
@@ -264,7 +275,6 @@ class _Asked:
         assert logits is not None
         each = torch.arange(len(self.rows) * times)
         read = replace(self.question, sentences=each, rows=self.rows.repeat(times)).read(logits)
-        require_predictions(read)
         return self.contrast.repeat(times).score(read, self.of)
 
     def slopes_along(self, points: Tensor, shares: Tensor) -> dict[str, Tensor]:
@@ -411,7 +421,6 @@ def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> li
     for turn in turns:
         own = replace(turn.within(part), batch=batch)
         read = own.read(logits)
-        require_predictions(read)
         contrast = own.contrast(read.detach())
         found.append(_Asked(own, inputs, contrast, of, contrast.score(read, of)))
     return found

@@ -30,7 +30,7 @@ def further_arguments(
     """
     found = {}
     for name, value in given.items():
-        value = torch.as_tensor(value) if isinstance(value, (int, float)) else value
+        value = torch.tensor(0.5) if isinstance(value, (int, float)) else value  # fits no tokens
         whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
         if name not in view.takes:
             # Many tokenizers give them to every model.

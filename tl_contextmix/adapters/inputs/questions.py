@@ -17,6 +17,7 @@ from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs, require_ids
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
+from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import is_text, whole_number
 from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
@@ -158,9 +159,15 @@ class Question:
         )
 
     def read(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "row d_vocab"]:
-        """Returns the logits of each prediction, in the dtype of the maths."""
+        """Returns the logits of each prediction, in the dtype of the maths.
+
+        Raises:
+            InvalidInput: If one is NaN or +inf.
+        """
         at = (self.sentences.to(logits.device), self.rows.to(logits.device))
-        return logits[at].to(self.view.device, self.view.dtype)
+        found = logits[at]
+        require_predictions(found, padded=not bool(self.batch.main.mask.all()))
+        return found.to(self.view.device, self.view.dtype)
 
     def contrast(self, logits: Float[Tensor, "row d_vocab"]) -> Contrast:
         """Returns what is asked of the logits of each prediction.

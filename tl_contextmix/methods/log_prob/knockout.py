@@ -21,7 +21,6 @@ from tl_contextmix.adapters.inputs.questions import (
 )
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.contrast import Contrast
-from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import Edit
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.registry import method
@@ -171,9 +170,7 @@ class _Ablation:
         """Returns the logits of each prediction, in the dtype of the maths."""
         assert trace.logits is not None
         each = torch.arange(len(self.question.rows))
-        logits = replace(self.question, sentences=each).read(trace.logits)
-        require_predictions(logits)
-        return logits
+        return replace(self.question, sentences=each).read(trace.logits)
 
     def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
         mine = one.holds(some)
@@ -198,6 +195,6 @@ class _Ablation:
 
 def _figures(logits: Tensor, asked: Contrast) -> Tensor:
     """Returns log-probability, probability and reciprocal rank of target less foil."""
-    ranks = 1 / asked.best(logits).to(logits)
+    ranks = 1 / asked.best_ranks(logits).to(logits)
     rank = ranks[:, 0] if asked.foil is None else ranks[:, 0] - ranks[:, 1]
     return torch.stack([asked.score(logits), asked.score(logits, "prob"), rank], dim=-1)
