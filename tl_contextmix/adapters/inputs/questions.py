@@ -232,30 +232,40 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             "both",
             "Pass target=, the token that the foil is contrasted with.",
         )
-    if target is not None and any(len(steps) > 1 for steps in target):
-        return _several(view, batch, stack, answer, target, foil, named)
     _require_one_token(foil)
-    if answer.pos is None and found is not None:
+    if target is not None and any(len(steps) > 1 for steps in target):
+        batch, rows = _rows_of_answers(view, batch, stack, answer, target)
+    elif answer.pos is None and found is not None:
         rows = [[row] for row in found.pos.tolist()]
     else:
         rows = predicting_rows(view, batch, stack, answer.pos)
 
     def at_each(sets: list[Steps] | None) -> tuple[tuple[int, ...], ...] | None:
+        """Returns the tokens of each prediction: one after the other, or one for all positions."""
         if sets is None:
             return None
-        return tuple(steps[0] for steps, some in zip(sets, rows, strict=True) for _ in some)
+        pairs = zip(sets, rows, strict=True)
+        return tuple(
+            steps[place if len(steps) > 1 else 0]
+            for steps, some in pairs
+            for place in range(len(some))
+        )
 
+    def name(sentence: int, place: int) -> str | None:
+        """Returns the text of a target where its first token is predicted."""
+        first = place == 0 or target is None or len(target[sentence]) == 1
+        return named[sentence] if named is not None and first else None
+
+    places = [(i, place) for i, some in enumerate(rows) for place in range(len(some))]
     return Question(
         view=view,
         batch=batch,
         stack=stack,
-        sentences=torch.tensor([i for i, some in enumerate(rows) for _ in some]),
+        sentences=torch.tensor([i for i, _ in places]),
         rows=torch.tensor([row for some in rows for row in some]),
         target=at_each(target),
         foil=at_each(foil),
-        named=tuple(
-            None if named is None else named[i] for i, some in enumerate(rows) for _ in some
-        ),
+        named=tuple(name(i, place) for i, place in places),
     )
 
 
@@ -289,16 +299,10 @@ def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Ans
     return replace(answer, target=said, generate=None)
 
 
-def _several(
-    view: ModelView,
-    batch: Batch,
-    stack: str,
-    answer: Answer,
-    target: list[Steps],
-    foil: list[Steps] | None,
-    named: list[str | None] | None,
-) -> Question:
-    """Returns the predictions of answers of several tokens, given to the model token by token."""
+def _rows_of_answers(
+    view: ModelView, batch: Batch, stack: str, answer: Answer, target: list[Steps]
+) -> tuple[Batch, list[list[int]]]:
+    """Returns texts with their answers of several tokens, and where each token is predicted."""
     if answer.pos is not None:
         raise bad(
             "an answer of several tokens has its own positions",
@@ -306,7 +310,6 @@ def _several(
             "no pos",
             "Leave pos out: the answer follows the text, or stands where its masks are.",
         )
-    _require_one_token(foil)
     lengths = [len(steps) for steps in target]
     if stack == "encoder":
         rows = _masks(view, batch.side(stack))
@@ -318,38 +321,18 @@ def _several(
                     "one mask for each token of the answer",
                     "Put as many of the tokenizer's mask tokens there, or give a shorter answer.",
                 )
-    else:
-        if batch.decoder is None and batch.further:
-            raise bad(
-                "an answer of several tokens cannot follow this text",
-                f"{' and '.join(batch.further)} of the text alone",
-                "a text and its mask",
-                "Give text and answer together as the input, and ask with pos=.",
-            )
-        side, first = _continued(view, batch.side(stack), target)
-        batch = replace(batch, **{"main" if batch.decoder is None else "decoder": side})
-        rows = [
-            [start + step for step in range(length)]
-            for start, length in zip(first, lengths, strict=True)
-        ]
-    foils = None
-    if foil is not None:
-        foils = tuple(steps[0] for steps, n in zip(foil, lengths, strict=True) for _ in range(n))
-    names = named or [None] * len(target)
-    return Question(
-        view=view,
-        batch=batch,
-        stack=stack,
-        sentences=torch.tensor([i for i, some in enumerate(rows) for _ in some]),
-        rows=torch.tensor([row for some in rows for row in some]),
-        target=tuple(ids for steps in target for ids in steps),
-        foil=foils,
-        named=tuple(
-            name if step == 0 else None
-            for name, length in zip(names, lengths, strict=True)
-            for step in range(length)
-        ),
-    )
+        return batch, rows
+    if batch.decoder is None and batch.further:
+        raise bad(
+            "an answer of several tokens cannot follow this text",
+            f"{' and '.join(batch.further)} of the text alone",
+            "a text and its mask",
+            "Give text and answer together as the input, and ask with pos=.",
+        )
+    side, first = _continued(view, batch.side(stack), target)
+    batch = replace(batch, **{"main" if batch.decoder is None else "decoder": side})
+    pairs = zip(first, lengths, strict=True)
+    return batch, [[start + step for step in range(length)] for start, length in pairs]
 
 
 def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side, list[int]]:
