@@ -16,7 +16,7 @@ from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.errors import FileFormatError

@@ -20,7 +20,7 @@ from tl_contextmix.adapters.inputs import (
     read_batch,
     run_pass,
 )
-from tl_contextmix.adapters.inputs.questions import (
+from tl_contextmix.adapters.questions import (
     Answer,
     Question,
     TokenAnswerInputs,

@@ -12,8 +12,8 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.inputs.questions import single_token
 from tl_contextmix.adapters.inputs.tokens import as_tensor
+from tl_contextmix.adapters.questions import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
 from tl_contextmix.core.validation import whole_number
