@@ -1,4 +1,4 @@
-"""The data behind a report: one forward pass and the maps at every point."""
+"""What a report shows: one forward pass and the maps at every point."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def _rows_of_answers(
 
 
 def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side, list[int]]:
-    """Returns texts with their answers behind them, and the position that predicts the first."""
+    """Returns texts with their answers after them, and the position that predicts the first."""
     rows, masks, ends = [], [], []
     for ids, mask, steps in zip(side.ids, side.mask, answers, strict=True):
         real = mask.nonzero()[:, 0]
