@@ -241,9 +241,7 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
         return torch.stack(columns, dim=-1)[0].float()
 
     def before_and_after() -> Tensor:
-        found = cm.knockout(
-            model, ids, heads=[(0, 1)], pos=-1, positions="last", controls=0, target=target
-        )
+        found = cm.knockout(model, ids, heads=[(0, 1)], pos=-1, controls=0, target=target)
         return torch.stack([found.before[0, 0], found.after[0, 0]])
 
     def brought() -> Tensor:

@@ -24,7 +24,6 @@ from tl_contextmix.core.token_sums import FrozenNorm, Norm
 from tl_contextmix.demo_models.lexicon import FACTS
 from tl_contextmix.engine.log_prob_scores import Split, TopNeurons, best_neurons
 from tl_contextmix.methods.log_prob.contributions import Score
-from tl_contextmix.methods.log_prob.knockout import Positions
 from tl_contextmix.results.components import Grid
 
 GPT2 = (12, 3072, 768, 50257)
@@ -168,7 +167,7 @@ def evaluated_table(model: object, facts_each: int | None) -> None:
 
 
 def knockout_table(
-    model: object, facts_each: int | None, *, count: int = 10, positions: Positions = "all"
+    model: object, facts_each: int | None, *, count: int = 10, everywhere: bool = True
 ) -> dict[str, Tensor]:
     """Prints MRR and probability once the neurons that each score finds are set to zero."""
     row("score", "MRR", "95 % interval", "probability", "95 % interval")
@@ -185,7 +184,7 @@ def knockout_table(
                 texts,
                 target=answers,
                 neurons=best,
-                positions=positions,
+                everywhere=everywhere,
                 controls=10 if first else 0,
             )
             found.setdefault(score, []).append(done.after)
@@ -216,9 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
         say()
         facts_each = 4 if quick else None
         evaluated_table(model, facts_each)
-        for positions in ("all", "last"):
-            say(f"\nTen neurons set to zero at {positions} positions\n")
-            knockout_table(model, facts_each, positions=positions)
+        for everywhere in (True, False):
+            where = "all positions" if everywhere else "the predicting position"
+            say(f"\nTen neurons set to zero at {where}\n")
+            knockout_table(model, facts_each, everywhere=everywhere)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def ask_options(asked: Asked, family: str) -> None:
             "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),
             "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), k=4),
             "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),
-            "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron"), positions="last"),
+            "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron")),
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
             "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),
         }

@@ -195,6 +195,18 @@ def test_heads_of_attn_out_are_pattern_times_value_norm_and_sum_to_the_whole(
             values = torch.einsum("bshd,hdm->bshm", trace.value(attention), attention.W_O)
             expected = trace.pattern(attention) * values.norm(dim=-1).permute(0, 2, 1)[:, :, None]
             assert relative(heads.scores[:, 0], expected) <= 1e-12
+            groups = [[1, 0], [1]]
+            some = cm.attention_norms(model, given.tokens, heads=groups, **kwargs)
+            assert some.heads == ("1+0", "1")
+            assert some.bias is None
+            parts = torch.einsum(
+                "bhts,bshm->bhtsm", trace.pattern(attention)[:, :2], values[:, :, :2]
+            )
+            assert relative(some.scores[:, 0, 0], parts.sum(1).norm(dim=-1)) <= 1e-9
+            assert relative(some.scores[:, 0, 1], expected[:, 1]) <= 1e-12
+        weights = cm.attention(model, given.tokens, stack=stack, **keywords(given)).scores
+        some = cm.attention(model, given.tokens, heads=[0, 1], stack=stack, **keywords(given))
+        assert relative(some.scores[:, :, 0], weights[:, :, :2].mean(2)) <= 1e-12
 
 
 def hand_made(

@@ -137,7 +137,7 @@ def test_what_is_knocked_out_of_some_rows_and_the_mean_over_all(
         def ask(ids: Tensor = ids, mask: Tensor = mask) -> Any:
             best = cm.log_prob_contributions(model, ids, by="attn_neuron", k=2, attention_mask=mask)
             assert isinstance(best, LogProbContributions)
-            options: dict[str, Any] = {"replace_with": "mean", "positions": "last", "controls": 2}
+            options: dict[str, Any] = {"replace_with": "mean", "controls": 2}
             return cm.knockout(model, ids, neurons=best, attention_mask=mask, **options)
 
         require_equal(ask(), as_one(monkeypatch, ask))

@@ -80,13 +80,13 @@ def test_heads_and_neurons_vanish(case: zoo.Case) -> None:
     torch.testing.assert_close(found.after[:, 2], 1 / rank.double())
     assert torch.equal(found.best.ids[:, 0], expected.argmax(dim=-1))
     everywhere = knocked(
-        model, given, neurons=neurons, heads=found_heads, target=9, positions="all"
+        model, given, neurons=neurons, heads=found_heads, target=9, everywhere=True
     )
     torch.testing.assert_close(everywhere.after, found.after)  # nothing reads the last block
     if last:
         first = [
-            knocked(model, given, heads=[(0, 1)], target=9, positions=p).after
-            for p in ("last", "all")
+            knocked(model, given, heads=[(0, 1)], target=9, everywhere=p).after
+            for p in (False, True)
         ]
         assert float((first[0] - first[1]).abs().max()) > 1e-6
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_knocked_out() -> None:
         ({}, r"nothing was chosen"),
         ({"heads": [(0, 4)]}, r"no such component: got L0H4"),
         ({"heads": [(0, 1, 2)]}, r"the heads cannot be read: got \(0, 1, 2\)"),
-        ({"heads": [(0, 1)], "positions": "first"}, r"positions: got 'first'; expected one of"),
+        ({"heads": [(0, 1)], "everywhere": "first"}, r"cannot use this everywhere: got 'first'"),
         ({"heads": [(0, 1)], "replace_with": "noise"}, r"replace_with: got 'noise'; expected"),
         ({"heads": [(0, 1)], "controls": -1}, r"controls: got -1; expected an integer from 0"),
     ):
@@ -220,7 +220,7 @@ def test_a_neuron_that_reads_several_sources_is_one() -> None:
 
 
 def test_as_many_positions_as_are_chosen() -> None:
-    """A neuron found at two positions goes out at both; so does what stands for it."""
+    """A neuron found at two positions is ablated at both; so is its control."""
     model, given = shared(case_of("gpt2"))
     view = view_of(model)
     one = chosen(view, [(1, 3)])
@@ -231,7 +231,8 @@ def test_as_many_positions_as_are_chosen() -> None:
     best = cm.log_prob_contributions(model, given.tokens, by="attn_neuron").top(6)
     queries = cm.query_contributions(model, given.tokens, neurons=best, by="ff_neuron", k=60)
     last, everywhere = (
-        knocked(model, given, neurons=queries, positions=positions) for positions in ("last", "all")
+        knocked(model, given, neurons=queries, everywhere=everywhere)
+        for everywhere in (False, True)
     )
     assert bool((~last.components.is_empty()).sum() >= (~everywhere.components.is_empty()).sum())
     for row in range(2):

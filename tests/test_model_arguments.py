@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     ),
     "ff_memories": cm.ff_memories,
     "token_memory": cm.token_memory,
-    "knockout": functools.partial(cm.knockout, pos=2, neurons=[(1, 3)], positions="all"),
+    "knockout": functools.partial(cm.knockout, pos=2, neurons=[(1, 3)], everywhere=True),
 }
 CACHED = set(METHODS) - {"gradient_x_input", "integrated_gradients", "knockout"}
 

@@ -81,7 +81,7 @@ def methods() -> dict[str, Method]:
         name = "heads" if cut == "head" else "neurons"
         for instead in ("zero", "mean"):
             found[f"knockout {cut} {instead}"] = lambda m, x, n=name, c=chosen, i=instead: (
-                cm.knockout(m, x, **{n: c}, replace_with=i, positions="all", **GOLD).after
+                cm.knockout(m, x, **{n: c}, replace_with=i, everywhere=True, **GOLD).after
             )
     for projection in ("none", "folded", "frozen"):
         text = "the cat" if projection == "frozen" else None

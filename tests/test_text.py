@@ -330,7 +330,7 @@ def test_special_tokens_are_left_out_wherever_they_stand(tmp_path: Path) -> None
     assert every.manifest["counts"]["special"] == 0
     assert every.manifest["counts"]["positions"] == 12
     assert bos in set(every.to_dataframe()["token"])
-    assert cm.composition(made, corpus, positions="all").examples == 7
+    assert cm.composition(made, corpus, pos="all").examples == 7
 
 
 # Special tokens in a text

@@ -186,7 +186,7 @@ def test_removal_is_a_run_without_the_token(mined: Any) -> None:
 
 def test_figures_over_a_corpus_are_those_of_its_texts(tmp_path: Path) -> None:
     model, corpus = zoo.build(case_of("gpt2")), texts(21)
-    found = cm.composition(model, corpus, positions="all", batch_size=4)
+    found = cm.composition(model, corpus, pos="all", batch_size=4)
     total = None
     for text in corpus:
         one = cm.ff_memories(model, text)
@@ -348,18 +348,18 @@ def test_figures_over_a_corpus_do_not_follow_hooks_they_cannot_follow() -> None:
         names = [name for name in model.hook_dict if name.endswith(end)]
         if not names:  # TransformerLens 2 has hook_attn_out
             names = [name for name in model.hook_dict if name.endswith(f"hook_{kind}_out")]
-        plain = cm.composition(model, corpus, positions="all")
+        plain = cm.composition(model, corpus, pos="all")
         assert plain.sums.dtype == torch.float64
         model.add_hook(names[0], lambda x, hook: x + torch.linspace(-9, 9, x.shape[-1]).to(x))
         if kind == "attn":  # memories add up all the same, of what they read now
-            assert not cm.composition(model, corpus, positions="all").equals(plain)
+            assert not cm.composition(model, corpus, pos="all").equals(plain)
         else:
             with pytest.raises(cm.UnsupportedModel, match="hooks of your own"):
-                cm.composition(model, corpus, positions="all")
+                cm.composition(model, corpus, pos="all")
             with pytest.raises(cm.UnsupportedModel, match="hooks of your own"):
                 cm.ff_memories(model, corpus)
         model.reset_hooks()
-        assert cm.composition(model, corpus, positions="all").equals(plain)
+        assert cm.composition(model, corpus, pos="all").equals(plain)
 
 
 def test_jsonl_holds_the_tail_that_is_asked_for(mined: Any, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import tl_contextmix
 from tl_contextmix.adapters import check
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.core.validation import require_choice
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad, require_choice
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, bad
 from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.reporting import DEFAULT_MODEL, DEFAULT_PATH, write_report
 from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison

@@ -71,17 +71,6 @@ def did_you_mean(name: object, known: Sequence[Any]) -> str:
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
-def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raises InvalidInput unless a value is one of the choices."""
-    if not isinstance(value, str) or value not in known:
-        raise bad(
-            f"there is no such {name}",
-            seen(value),
-            f"one of {list(known)}",
-            did_you_mean(value, known) + "Choose one of these.",
-        )
-
-
 def reason(error: BaseException) -> str:
     """Returns the class of an error and the first line of what it says, for a message."""
     line = next(iter(str(error).strip().splitlines()), "")

@@ -310,6 +310,10 @@ class Block:
     parallel: bool = False
     folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
+    def attention(self, kind: str) -> AttentionSublayer:
+        """Returns its attention sublayer of a kind: ``"self"`` or ``"cross"``."""
+        return next(one for one in self.attentions if one.kind == kind)
+
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""
         reads = [name for a in self.attentions for name in (a.pattern, a.value)]

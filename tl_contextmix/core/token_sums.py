@@ -15,7 +15,7 @@ No model, no tokens, no input or output here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -239,6 +239,19 @@ class AttentionTerm:
             value=self.value[:, :, :0],
             weight=self.weight[:0],
             scale=torch.ones_like(self.scale),
+        )
+
+    def heads(self, group: Sequence[int]) -> AttentionTerm:
+        """Returns the read of some heads alone."""
+        index = list(group)
+        # Where all heads share one matrix it is not copied for each of them.
+        shared = self.weight.stride(0) == 0
+        return replace(
+            self,
+            pattern=self.pattern[:, index],
+            value=self.value[:, :, index],
+            weight=self.weight[: len(index)] if shared else self.weight[index],
+            kept=None,
         )
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:

@@ -26,6 +26,8 @@ from typing_extensions import is_typeddict
 
 from tl_contextmix.errors import UnknownOption, bad, did_you_mean, four_parts, seen
 
+MOST = 2**62
+"""Upper bound for counts and document numbers."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 RENAMED: dict[str, str] = {
@@ -56,10 +58,12 @@ RENAMED: dict[str, str] = {
     "Triggers": "tl_contextmix.methods.memories.Triggers",
     "ValueReadouts": "tl_contextmix.results.ValueReadouts",
     "rollout": "ContextMap.rollout",
+    "composition.positions": "pos",
     "cue_alignment.targets": "pos",
     "decoder_lens.layers": "layer",
     "decoder_lens.tokens": "target",
     "faithfulness.answer": "target",
+    "knockout.positions": "everywhere",
     "knockout.target_ids": "target",
     "log_prob_contributions.target_ids": "target",
     "log_prob_contributions.top_k": "k",
@@ -160,6 +164,17 @@ def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOp
     )
 
 
+def require_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raises InvalidInput unless a value is one of the choices."""
+    if not isinstance(value, str) or value not in known:
+        raise bad(
+            f"there is no such {name}",
+            seen(value),
+            f"one of {list(known)}",
+            did_you_mean(value, known) + "Choose one of these.",
+        )
+
+
 def whole_number(value: Any) -> int | None:
     """Returns an integer, NumPy's and tensors without axes included; None for anything else."""
     # True would be position 1, and a mask of booleans a list of ones and zeros.
@@ -171,6 +186,30 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+    """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
+    if shape != expected:
+        raise bad(
+            f"{name} does not fit its labels",
+            f"shape {shape}",
+            f"shape {expected}",
+            "Give every axis as many labels as it has entries.",
+        )
+
+
+def require_number(name: str, value: Any, least: int = 1) -> int:
+    """Returns a whole number that is given; raises InvalidInput unless it is at least so large."""
+    found = whole_number(value)
+    if found is None or not least <= found < MOST:
+        raise bad(
+            f"{name} must be a whole number",
+            f"{name}={value!r}"[:200],
+            "a positive integer" if least == 1 else f"an integer from {least} on",
+            "Leave it out for the default.",
+        )
+    return found
 
 
 def _accepted(function: str, name: str, value: Any, hint: Any) -> Any:

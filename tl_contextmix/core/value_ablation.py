@@ -91,21 +91,8 @@ class ValueAblation:
 
     def heads(self, group: Sequence[int]) -> ValueAblation:
         """Returns the replay in which only some heads' values are zeroed."""
-        index = list(group)
-
-        def narrow(read: AttentionTerm) -> AttentionTerm:
-            # Where all heads share one matrix it is not copied for each of them.
-            shared = read.weight.stride(0) == 0
-            return replace(
-                read,
-                pattern=read.pattern[:, index],
-                value=read.value[:, :, index],
-                weight=read.weight[: len(index)] if shared else read.weight[index],
-                kept=None,
-            )
-
-        found = tuple(replace(branch, read=narrow(branch.read)) for branch in self.branches)
-        return replace(self, read=narrow(self.read), branches=found)
+        found = tuple(replace(branch, read=branch.read.heads(group)) for branch in self.branches)
+        return replace(self, read=self.read.heads(group), branches=found)
 
     def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
@@ -315,7 +302,7 @@ def ablate_values(
 
 def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
     """Returns how many rows of the batch to look at together: their sources' view has to fit."""
-    attention = next(a for a in block.attentions if a.kind == kind)
+    attention = block.attention(kind)
     batch, heads, _, source = trace.values[attention.pattern].shape
     ff, width = block.feed_forward, attention.W_O.shape[2]
     neurons = 0 if ff is None else len(ff.branches()) * ff.W_out.shape[0]

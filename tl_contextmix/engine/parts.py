@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_contextmix.adapters.inputs import Pass
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Identity, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
@@ -25,6 +26,7 @@ from tl_contextmix.core.feed_forward_parts import (
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.errors import bad
+from tl_contextmix.results.axes import positions
 
 Point = Literal["attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out"]
 POINTS: tuple[Point, ...] = (
@@ -35,6 +37,9 @@ POINTS: tuple[Point, ...] = (
     "resid_post",
     "block_out",
 )
+Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
+"""False: all heads together. True: each alone, one map per head. A number or a list of numbers:
+these together. A list of lists: one map per group."""
 
 
 def identities(asked: Sequence[Point]) -> frozenset[Identity]:
@@ -175,3 +180,47 @@ def norms_at(
         # Where no norm follows, block_out is resid_post.
         found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in after}
     return found
+
+
+def head_groups(done: Pass, heads: Heads) -> list[list[int]] | None:
+    """Returns the heads of each map; None for all of them together, in one map.
+
+    Args:
+        done: A pass.
+        heads: What was asked for.
+
+    Raises:
+        InvalidInput: If there is no such head, or one is named twice in a group.
+    """
+    if heads is False:
+        return None
+    if heads is None:
+        raise bad(
+            "no heads were named",
+            "None",
+            "a truth value, a head, or a list of them",
+            "Give heads=False for all of them together, heads=True for each alone.",
+        )
+    count = done.blocks[0].attention(done.kind).W_O.shape[0]
+    if heads is True:
+        return [[head] for head in range(count)]
+    asked: list[Any] = [heads]
+    if isinstance(heads, Sequence) and not isinstance(heads, str):
+        asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
+    groups = [positions("head", group, range(count)) for group in asked]
+    for group in groups:
+        if len(set(group)) < len(group):
+            raise bad(
+                "a head cannot be in a group twice",
+                repr(heads),
+                "different heads in a group",
+                "Name each once.",
+            )
+    return groups
+
+
+def group_labels(groups: list[list[int]] | None, together: str = "all") -> tuple[str, ...]:
+    """Returns a label per map: ``"3"``, ``"0+3"``, or what all heads together are called."""
+    if groups is None:
+        return (together,)
+    return tuple("+".join(map(str, group)) for group in groups)

@@ -9,8 +9,9 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import names_read
+from tl_contextmix.core.validation import require_choice
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad
 
 
 def hook_names(model: object, method: Callable[..., Any] | str) -> list[str]:

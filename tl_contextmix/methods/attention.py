@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -10,6 +11,7 @@ from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import Layers
+from tl_contextmix.engine.parts import Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import ContextMap
 
@@ -19,7 +21,7 @@ def attention(
     model: object,
     input: Input,
     *,
-    heads: bool = True,
+    heads: Heads = True,
     layer: Layers | None = None,
     stack: StackName | None = None,
     **inputs: Unpack[Inputs],
@@ -36,7 +38,8 @@ def attention(
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
-        heads: One map per head; False for their mean.
+        heads: True: one map per head. False: their mean. A number or a list of numbers: the mean of
+            these. A list of lists: one map per group.
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
             decoder's self-attention).
@@ -55,21 +58,23 @@ def attention(
     done = run_pass(
         as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs={"pattern"}
     )
-    kind = "cross" if done.stack == "cross" else "self"
+    groups = head_groups(done, heads)
 
     def pattern(part: Pass, block: Block) -> Tensor:
-        sublayer = next(one for one in block.attentions if one.kind == kind)
-        found = part.trace.pattern(sublayer).detach()
-        return found if heads else found.mean(dim=1, keepdim=True)
+        found = part.trace.pattern(block.attention(part.kind)).detach()
+        if heads is True:
+            return found
+        if groups is None:
+            return found.mean(dim=1, keepdim=True)
+        return torch.stack([found[:, group].mean(dim=1) for group in groups], dim=1)
 
     scores = done.by_block("attention", "batch head target source:attn_out", pattern)
-    labels = [str(head) for head in range(scores.shape[2])]
     return done.map(
         "attention",
         scores,
         "attn_out",
         "attention weight",
-        heads=labels if heads else ["mean"],
+        heads=group_labels(groups, "mean"),
         options={"heads": heads},
         point="pattern",
         includes_residual=False,

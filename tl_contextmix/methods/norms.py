@@ -23,14 +23,17 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import TokenSum
+from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
     DEFAULT_MAX_BYTES,
     POINTS,
     Bias,
+    Heads,
     Point,
+    group_labels,
+    head_groups,
     identities,
     linear_points,
     norms_at,
@@ -48,7 +51,7 @@ def attention_norms(
     input: Input,
     *,
     at: Point = ...,
-    heads: bool = ...,
+    heads: Heads = ...,
     layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
@@ -63,7 +66,7 @@ def attention_norms(
     input: Input,
     *,
     at: Sequence[Point],
-    heads: bool = ...,
+    heads: Heads = ...,
     layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
@@ -78,7 +81,7 @@ def attention_norms(
     input: Input,
     *,
     at: Point | Sequence[Point] = "block_out",
-    heads: bool = False,
+    heads: Heads = False,
     layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
@@ -114,7 +117,9 @@ def attention_norms(
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
         at: Point or points; several share one forward pass.
-        heads: One map per head (2020, eq. 4) instead of the norm of their sum; ``attn_out`` only.
+        heads: True: one map per head (2020, eq. 4) instead of the norm of their sum. A number or a
+            list of numbers: the norm of the sum of these. A list of lists: one map per group. All
+            but False at ``attn_out`` only.
         layer: Layer or layers; None for all.
         stack: See `decompose`.
         bias: See `decompose`; it changes the points after the feed-forward block.
@@ -141,33 +146,35 @@ def attention_norms(
     return found[points[0]] if isinstance(at, str) else found
 
 
-def _require_heads(heads: bool, points: list[Point]) -> None:
-    if not points or (heads and points != ["attn_out"]):
+def _require_heads(heads: Heads, points: list[Point]) -> None:
+    if not points or (heads is not False and points != ["attn_out"]):
         raise bad(
             "these maps cannot be computed",
             f"heads={heads} at {points}",
-            "at least one point; heads=True at 'attn_out' only",
+            "at least one point; heads at 'attn_out' only",
             "Past the residual sum a head has no part of its own.",
         )
 
 
 def _maps(
-    done: Pass, points: list[Point], heads: bool, bias: Bias, max_bytes: int
+    done: Pass, points: list[Point], heads: Heads, bias: Bias, max_bytes: int
 ) -> dict[Point, ContextMap]:
+    groups = head_groups(done, heads)
+
     def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
         scores: dict[str, list[Tensor]] = {point: [] for point in points}
         biases: dict[str, list[Tensor]] = {point: [] for point in points}
         for block in part.progress("attention_norms"):
             linear = linear_points(block, part.trace, part.stack, points)
             parts = parts_at_all(block, linear, points, bias, max_bytes)
-            norms = {} if heads else norms_at(parts, max_bytes)
+            norms = norms_at(parts, max_bytes) if groups is None else {}
             for point, terms in parts.items():
                 biases[point].append(terms.bias.norm(dim=-1)[:, None])
-                if heads:
-                    assert isinstance(terms, TokenSum)
-                    scores[point].append(terms.terms[0].head_norms())
-                else:
+                if groups is None:
                     scores[point].append(norms[point][:, None])
+                else:
+                    assert isinstance(terms, TokenSum)
+                    scores[point].append(_grouped(terms.terms[0], groups, max_bytes))
         found = {}
         for point in points:
             axes = f"batch layer head target source:{point}"
@@ -179,19 +186,25 @@ def _maps(
         numbers = done.together(norms_of)
     found = {}
     for point in points:
-        labels = [str(head) for head in range(numbers[point].shape[2])]
         found[point] = done.map(
             "attention_norms",
             numbers[point],
             point,
             "norm",
-            heads=labels if heads else ["all"],
+            heads=group_labels(groups),
             options={"at": point, "heads": heads, "bias": bias},
             includes_residual=point != "attn_out",
             # The output bias belongs to no head.
-            bias=None if heads else numbers[f"{point} bias"],
+            bias=numbers[f"{point} bias"] if groups is None else None,
         )
     return found
+
+
+def _grouped(read: AttentionTerm, groups: list[list[int]], max_bytes: int) -> Tensor:
+    """Returns the norms of the parts that groups of heads read [batch group target source]."""
+    if all(len(group) == 1 for group in groups):
+        return read.head_norms()[:, [head for (head,) in groups]]
+    return torch.stack([read.heads(group).norms(max_bytes) for group in groups], dim=1)
 
 
 @method(cites=("kobayashi2021incorporating", "kobayashi2024analyzing"))

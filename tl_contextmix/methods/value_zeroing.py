@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,15 +25,14 @@ from tl_contextmix.core.token_sums import Norm, blocks
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_names
 from tl_contextmix.core.words import Spans, merge, require_spans
-from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
-from tl_contextmix.results.axes import positions, real_pairs
+from tl_contextmix.results.axes import positions
 
 Metric = Literal["cosine", "euclidean"]
 SpanRows = Literal["keep", "mean", "max"]
-Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 
 
 @method(cites=("mohebbi2023quantifying",), compared=True)
@@ -105,13 +104,14 @@ def value_zeroing(
     # Spans are stretches of the whole axis.
     given, whole = Given(input, **inputs), spans is not None
     done = run_pass(view, given, layer=layer, stack=stack, also=also, whole=whole)
-    groups, labels = _groups(heads, done, kind)
+    groups = head_groups(done, heads)
+    labels = group_labels(groups)
     rows = None if pos is None else positions("target", pos, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
 
     def distances(part: Pass, block: Block) -> Tensor:
         norm = _final_norm(part, block) if final_norm else None
-        how = _How(kind, part.own(rows), groups, spans, metric, norm, max_bytes)
+        how = _How(kind, part.own(rows), groups or [None], spans, metric, norm, max_bytes)
         return how.scores(block, part.trace)
 
     source = "source:attn_out" if spans is None else "span"
@@ -133,7 +133,7 @@ class _How:
 
     kind: str
     rows: list[int] | None
-    groups: list[list[int] | None]
+    groups: Sequence[list[int] | None]
     spans: list[tuple[int, int]] | None
     metric: Metric
     norm: Norm | None
@@ -143,7 +143,7 @@ class _How:
         """Returns distances [batch head target source] of one block."""
         batch = trace.resid_in(block).shape[0]
         if self.rows == []:
-            read = next(one for one in block.attentions if one.kind == self.kind)
+            read = block.attention(self.kind)
             sources = trace.values[read.pattern].shape[3]
             return trace.resid_in(block).new_zeros(batch, len(self.groups), 0, sources)
         size = batch_rows(block, trace, self.kind, self.max_bytes)
@@ -189,7 +189,7 @@ def _label(
             merged = "mean" if how == "mean" else "max"
             scores = merge(scores.transpose(3, 4), each, merged, target.mask).transpose(3, 4)
             target = source
-        real = real_pairs(target.mask, source.mask).to(scores.device)
+        real = target.real_pairs(source).to(scores.device)
         scores = scores.masked_fill(~real[:, None, None], 0)
     return ContextMap(
         scores=scores,
@@ -209,34 +209,6 @@ def _final_norm(done: Pass, block: Block) -> Norm | None:
     base = done.view.base_stack(done.stack)
     last = block.layer == len(done.view.stacks[base]) - 1
     return done.view.final_norms.get(base) if last else None
-
-
-def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None], tuple[str, ...]]:
-    if heads is False:
-        return [None], ("all",)
-    if heads is None:
-        raise bad(
-            "no heads were named",
-            "None",
-            "a truth value, a head, or a list of them",
-            "Give heads=False for all of them together, heads=True for each alone.",
-        )
-    count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
-    if heads is True:
-        return [[head] for head in range(count)], tuple(map(str, range(count)))
-    asked: list[Any] = [heads]
-    if isinstance(heads, Sequence) and not isinstance(heads, str):
-        asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
-    groups = [positions("head", group, range(count)) for group in asked]
-    for group in groups:
-        if len(set(group)) < len(group):
-            raise bad(
-                "a head cannot be zeroed twice",
-                repr(heads),
-                "different heads in a group",
-                "Name each once.",
-            )
-    return list(groups), tuple("+".join(map(str, group)) for group in groups)
 
 
 def _require_spans(

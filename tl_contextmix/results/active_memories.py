@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, positions, require_number
+from tl_contextmix.results.axes import as_array, positions
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.memory_composition import CompositionFigures

@@ -1,4 +1,4 @@
-"""Axes and their labels: checking that they fit, finding places on them, ranking."""
+"""Axes and their labels: finding places on them, ranking."""
 
 from __future__ import annotations
 
@@ -6,38 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import InvalidInput, bad
 
-MOST = 2**62
-"""Upper bound for counts and document numbers."""
 _LISTED = 40
-
-
-def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
-    """Raises InvalidInput unless a tensor has as many entries per axis as there are labels."""
-    if shape != expected:
-        raise bad(
-            f"{name} does not fit its labels",
-            f"shape {shape}",
-            f"shape {expected}",
-            "Give every axis as many labels as it has entries.",
-        )
-
-
-def require_number(name: str, value: Any, least: int = 1) -> int:
-    """Returns a whole number that is given; raises InvalidInput unless it is at least so large."""
-    found = whole_number(value)
-    if found is None or not least <= found < MOST:
-        raise bad(
-            f"{name} must be a whole number",
-            f"{name}={value!r}"[:200],
-            "a positive integer" if least == 1 else f"an integer from {least} on",
-            "Leave it out for the default.",
-        )
-    return found
 
 
 def positions(axis: str, wanted: Any, labels: Sequence[int] | Sequence[str]) -> list[int]:
@@ -120,13 +94,6 @@ def largest(values: torch.Tensor, k: int) -> Int[torch.Tensor, " found"]:
     places = ((flat >= least) & (flat > -torch.inf)).nonzero()[:, 0]
     order = flat[places].sort(descending=True, stable=True).indices
     return places[order[:k]].cpu()
-
-
-def real_pairs(
-    target: Bool[torch.Tensor, "batch target"], source: Bool[torch.Tensor, "batch source"]
-) -> Bool[torch.Tensor, "batch target source"]:
-    """Returns which pairs are of two real tokens, from the masks of both axes."""
-    return target[:, :, None] & source[:, None, :]
 
 
 def as_array(tensor: torch.Tensor) -> Any:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
+from tl_contextmix.core.validation import require_shape
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import require_shape
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Tokens
 

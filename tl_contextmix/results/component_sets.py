@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.plotting.panels import Heatmap, Table
-from tl_contextmix.results.axes import as_array, largest, require_number
+from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import tensor_axes
 from tl_contextmix.results.components import COLUMNS, KINDS, STEERING, Components, taken
 from tl_contextmix.results.labelled_arrays import LabelledArray

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int, Num
 
+from tl_contextmix.core.validation import require_shape
 from tl_contextmix.errors import bad
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import require_shape
 
 _WRITERS = ("attn", "cross_attn", "mlp")
 _ENCODER = ("encoder attn", "encoder mlp")

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 
 from tl_contextmix.core.rollout import roll_out
+from tl_contextmix.core.validation import require_choice
 from tl_contextmix.core.words import Spans, merge, require_spans
-from tl_contextmix.errors import bad, four_parts, require_choice, warn
+from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import real_pairs
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
 from tl_contextmix.results.labels import Provenance, Tokens
 
@@ -71,7 +71,7 @@ class ContextMap(LabelledArray):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("scaling", self.normalized, ("none", "sum", "max"))
-        real = real_pairs(self.target.mask.cpu(), self.source.mask.cpu())
+        real = self.target.real_pairs(self.source).cpu()
         _require_scores(self.scores, real, self.signed)
 
     def _heading(self) -> str:

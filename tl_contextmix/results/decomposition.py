@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import real_pairs
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
@@ -61,10 +60,11 @@ class Decomposition(LabelledArray):
 
     def norms(self) -> ContextMap:
         """Returns the Euclidean norm of every part, as a map; 0 at padding."""
-        target, source = self.target.mask, self.source.mask
-        real = real_pairs(target, source)[:, None].to(self.parts.device)
+        real = self.target.real_pairs(self.source)[:, None].to(self.parts.device)
         scores = self.parts.norm(dim=-1).masked_fill(~real, 0)
-        bias = self.bias.norm(dim=-1).masked_fill(~target[:, None].to(self.bias.device), 0)
+        bias = self.bias.norm(dim=-1).masked_fill(
+            ~self.target.mask[:, None].to(self.bias.device), 0
+        )
         return ContextMap(
             scores=scores[:, :, None],
             layers=self.layers,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Bool
 
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.errors import ContextMixError, InvalidInput, bad, four_parts, warn
-from tl_contextmix.results.axes import as_array, largest, positions, require_number
+from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.base import Result, axes_of, tensor_axes
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Provenance, Tokens

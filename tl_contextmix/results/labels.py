@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Int
 
 from tl_contextmix.core.pieces import join_pieces
+from tl_contextmix.core.validation import require_shape
 from tl_contextmix.core.words import Spans, find_words
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import positions, require_shape
+from tl_contextmix.results.axes import positions
 
 
 @storage.storable
@@ -222,6 +223,10 @@ class Tokens:
             if first.places is None
             else torch.cat([wide(part.positions()) for part in parts]),
         )
+
+    def real_pairs(self, source: Tokens) -> Bool[torch.Tensor, "batch target source"]:
+        """Returns which pairs of these and the tokens of a source axis have no padding."""
+        return self.mask[:, :, None] & source.mask[:, None, :]
 
     def positions(self) -> Int[torch.Tensor, "batch pos"]:
         """Returns the position of each token in its stack; of joined tokens, that of the last."""

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 
 from tl_contextmix.core.text_metrics import metric_items, ratio
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.core.validation import require_choice
+from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Bars, Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import positions

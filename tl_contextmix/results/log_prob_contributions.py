@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.core.validation import require_choice, require_shape
+from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Curves, Panel, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import largest, require_shape
+from tl_contextmix.results.axes import largest
 from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
 from tl_contextmix.results.components import COLUMNS, Components
 from tl_contextmix.results.labels import Provenance, Tokens

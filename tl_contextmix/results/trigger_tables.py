@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.statistics import bootstrap_interval
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.plotting.panels import Bars, Panel, Samples, Table
 from tl_contextmix.results import storage
-from tl_contextmix.results.axes import as_array, require_number
+from tl_contextmix.results.axes import as_array
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import RowTable, as_text, frame_of, memory_name, table_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,11 @@ class Pass:
     run: Callable[[Batch], Trace] = field(repr=False)
     crops: tuple[Crop, ...] = ()
     crop: Crop | None = None
+
+    @property
+    def kind(self) -> Literal["self", "cross"]:
+        """The kind of attention that was asked for."""
+        return "cross" if self.stack == "cross" else "self"
 
     @functools.cached_property
     def trace(self) -> Trace:

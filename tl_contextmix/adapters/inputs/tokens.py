@@ -24,8 +24,8 @@ from tl_contextmix.adapters.inputs.padding import (
 from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.validation import LATER, is_text
-from tl_contextmix.errors import InvalidInput, bad, four_parts, require_choice, seen, warn
+from tl_contextmix.core.validation import LATER, is_text, require_choice
+from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]

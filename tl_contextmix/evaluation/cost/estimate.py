@@ -17,9 +17,9 @@ from tl_contextmix.adapters.inputs import Given, make_batch, provenance
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel
-from tl_contextmix.core.validation import Positive
+from tl_contextmix.core.validation import Positive, require_choice
 from tl_contextmix.engine.registry import methods
-from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.cost.meta_tensors import OnShapes
 from tl_contextmix.results import Estimate, EstimatePart, Result
 

@@ -35,7 +35,6 @@ from tl_contextmix.engine.selection import (
 from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import Components, finest
 
-Positions = Literal["last", "all"]
 Replacement = Literal["zero", "mean"]
 
 
@@ -46,7 +45,7 @@ def knockout(
     *,
     neurons: Chosen | None = None,
     heads: Chosen | None = None,
-    positions: Positions = "last",
+    everywhere: bool = False,
     replace_with: Replacement = "zero",
     controls: NotNegative = 10,
     seed: int = 0,
@@ -68,10 +67,9 @@ def knockout(
             whose components are neurons or heads (each sentence has its own), or a list of
             ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
         heads: The same, or a list of ``(layer, head)``.
-        positions: Where they are ablated: ``"last"``, only at the position whose stream they
-            were found to write to (the predicting one, unless they come from
-            `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
-            ``"all"``.
+        everywhere: Whether they are ablated at every position, as by setting parameters to zero,
+            which the authors do; else only at the position whose stream they were found to write
+            to: the predicting one, unless they come from `query_contributions`.
         replace_with: ``"zero"`` (a neuron's part of the stream vanishes; b_post stays), or the
             ``"mean"`` of its values over the real tokens of the input.
         controls: How many random sets.
@@ -95,7 +93,7 @@ def knockout(
     given, answer = apart(input, inputs)
     question = ask(view, read_batch(view, given), answer, neurons, heads)
     chosen = chosen_components(view, neurons, heads, question.rows)
-    chosen = without_sources(chosen, per_position=positions == "last")
+    chosen = without_sources(chosen, per_position=not everywhere)
     drawn = Controls(view, chosen, seed)
     sets = [chosen, *(drawn.draw() for _ in range(controls))]
     with torch.no_grad():
@@ -103,7 +101,7 @@ def knockout(
         if not question.plain:  # a run of its own for each prediction
             batch = batch.each(lambda x: x[question.sentences])
         done = run_pass(view, given, batch=batch)
-        ablation = _Ablation(done, question, positions == "all")
+        ablation = _Ablation(done, question, everywhere)
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         asked = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
@@ -121,7 +119,7 @@ def knockout(
             "knockout",
             {
                 "pos": answer.pos,
-                "positions": positions,
+                "everywhere": everywhere,
                 "replace_with": replace_with,
                 "controls": controls,
                 "seed": seed,

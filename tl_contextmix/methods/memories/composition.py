@@ -36,8 +36,6 @@ from tl_contextmix.methods.memories.shards import (
 )
 from tl_contextmix.results import CompositionFigures
 
-Positions = Literal["random", "all"]
-
 
 @method(cites=("geva2021transformer",), on_text=False)
 def composition(
@@ -46,7 +44,7 @@ def composition(
     *,
     column: str | None = None,
     layer: Layers | None = None,
-    positions: Positions = "random",
+    pos: Literal["random", "all"] = "random",
     seed: NotNegative = 0,
     active: Active | None = None,
     projection: Literal["model", "frozen", "none"] = "model",
@@ -65,7 +63,7 @@ def composition(
         corpus: As `mine_triggers` takes it.
         column: Column of the texts, see `mine_triggers`.
         layer: Layer or layers; None for all.
-        positions: ``"random"``: one position of each document, as in the paper, drawn by its
+        pos: ``"random"``: one position of each document, as in the paper, drawn by its
             number and ``seed``; ``"all"`` of them.
         seed: Of the draw.
         active: See `ff_memories`.
@@ -108,7 +106,7 @@ def composition(
         for shard in read_shards(opened, cutting.shard_size):
             read += shard.size
             for documents in batches(view, shard, cutting, opened.name, counts):
-                where = documents.counted if positions == "all" else _draw(documents, seed)
+                where = documents.counted if pos == "all" else _draw(documents, seed)
                 trace = fresh_trace(view, documents.batch, stack, blocks, names, LayerReadout.NEEDS)
                 readout = LayerReadout.of(view, trace, how, rule, where)
                 rows = [readout.read(block, trace).sums(readout.final).cpu() for block in blocks]
@@ -117,7 +115,7 @@ def composition(
                 bar.update(int(documents.batch.main.mask.sum()))
             expect(bar, read, whole)
     warn_of_little(counts)
-    options = {"positions": positions, "active": rule, "projection": projection, **counts}
+    options = {"pos": pos, "active": rule, "projection": projection, **counts}
     return CompositionFigures(
         sums=sums,
         examples=examples,

@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tl_contextmix.core.validation import MOST
 from tl_contextmix.engine.memory_coefficients import QUADRANTS
 from tl_contextmix.errors import bad
-from tl_contextmix.results.axes import MOST, positions
+from tl_contextmix.results.axes import positions
 
 TAILS: dict[str, tuple[str, ...]] = {
     "positive": ("positive",),

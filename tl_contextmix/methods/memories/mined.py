@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.inputs import provenance
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import TAILS, one_layer
 from tl_contextmix.methods.memories.corpus_formats import Corpus
 from tl_contextmix.methods.memories.shards import Frame, frame_of
 from tl_contextmix.methods.memories.store import TABLE, not_mined, read_table, unreadable
 from tl_contextmix.results import Provenance
-from tl_contextmix.results.axes import require_number
 from tl_contextmix.results.base import Shown
 
 if TYPE_CHECKING:

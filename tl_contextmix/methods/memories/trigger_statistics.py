@@ -13,6 +13,7 @@ from tl_contextmix.adapters.inputs import word_table
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.readout import Unembedding, unembedding
+from tl_contextmix.core.validation import require_number
 from tl_contextmix.engine.memory_coefficients import (
     require_feed_forward,
     require_predicting,
@@ -30,7 +31,6 @@ from tl_contextmix.methods.memories.trigger_contexts import (
     sample,
 )
 from tl_contextmix.results import LayerFigures, Pattern, TriggerAgreement, TriggerPatterns
-from tl_contextmix.results.axes import require_number
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Labels, name_tokens
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.validation import FilePath
+from tl_contextmix.core.validation import FilePath, require_number
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.corpus_arguments import one_layer, require_path
@@ -32,7 +32,7 @@ from tl_contextmix.results import (
     TriggerExamples,
     TriggerPatterns,
 )
-from tl_contextmix.results.axes import positions, require_number
+from tl_contextmix.results.axes import positions
 
 if TYPE_CHECKING:
     from tl_contextmix.plotting import Page
