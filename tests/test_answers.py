@@ -15,7 +15,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.engine.log_prob_scores import run_question
 from tl_contextmix.evaluation import blanked
 from tl_contextmix.results import LogProbContributions

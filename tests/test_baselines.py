@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import Memory
 from tl_contextmix.methods import gradients
 from tl_contextmix.methods.alti import alti

@@ -16,7 +16,7 @@ from test_value_zeroing import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.errors import FileFormatError
@@ -470,7 +470,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert (found.sentences, found.correct) == (3, alone.correct)
     assert [text for text, _ in found.dropped] == ["the keys are old"] * 2
     assert all("a cue after the answer" in reason for _, reason in found.dropped)
-    assert "3 sentences (2 more were left out)" in repr(found)
+    assert "3 sentences (2 more were skipped)" in repr(found)
     assert found.without()[0] in found.panels()
     path = tmp_path / "pairs.jsonl"
     lines = [
@@ -480,8 +480,8 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     path.write_text("\n".join(map(json.dumps, lines)))
     page = tmp_path / "page.html"
     assert main(["compare", "--pairs", str(path), "--drop-unusable", "-o", str(page)]) == 0
-    assert "Sentences left out" in page.read_text()
-    assert "1 sentences (1 more were left out)" in page.read_text()
+    assert "Sentences skipped" in page.read_text()
+    assert "1 sentences (1 more were skipped)" in page.read_text()
     assert main(["compare", "--pairs", str(path), "-o", str(page)]) == 2
     # Where nothing is left there is nothing to compare.
     with pytest.raises(cm.InvalidInput, match=r"a cue after the answer.*unusable='drop'"):

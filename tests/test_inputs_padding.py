@@ -199,7 +199,7 @@ def test_a_host_that_drops_masks_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     alone = cm.attention(model, tokens[:1, :-2])
     assert relative(found.scores[:1, ..., :-2, :-2], alone.scores) <= bound(case_of("both_ways"))
     name = view_of(model).blocks()[0].resid_in
-    match = r"padding behind the text gives wrong numbers .*relative error of .*one length together"
+    match = r"padding after the text gives wrong numbers .*relative error of .*one length together"
     with model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor)]):
         for _ in range(2):
             with pytest.raises(cm.InvalidInput, match=match):

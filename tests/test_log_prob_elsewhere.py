@@ -11,7 +11,7 @@ from asked import case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.engine.log_prob_scores import By, run_question
 

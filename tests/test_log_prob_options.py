@@ -15,7 +15,7 @@ from test_log_prob import KEPT, POS, asked, layers_of, literal
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.inputs.questions import Answer, ask, single_token
+from tl_contextmix.adapters.questions import Answer, ask, single_token
 from tl_contextmix.core.contrast import Contrast
 
 

@@ -333,7 +333,7 @@ def test_where_both_ways_are_read_the_whole_document_is_run(family: str, tmp_pat
         frame = examples.to_dataframe()
         assert frame["token"].tolist() == [t.tokens[t.position] for t in examples.triggers]
         behind = [" ".join(t.tokens[t.position + 1 :]) for t in examples.triggers]
-        assert frame["behind"].tolist() == behind
+        assert frame["after"].tolist() == behind
     found = records(triggers.to_jsonl(tmp_path / "a.jsonl", layer=1, neuron=3))
     values = triggers.to_dataframe(1, 3)["value"].tolist()
     places = [record["values"][record["qualifyingTokenIndex"]] for record in found]

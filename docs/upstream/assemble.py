@@ -167,7 +167,7 @@ class Assembly:
         return (tool.name if own else source.name), name
 
     def _order(self) -> list[Source]:
-        """Returns all modules, each behind those that it imports."""
+        """Returns all modules, each after those that it imports."""
         found: dict[str, None] = {}
 
         def visit(name: str, above: tuple[str, ...] = ()) -> None:

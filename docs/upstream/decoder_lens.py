@@ -73,7 +73,7 @@ class DecoderLensResult:
     """Result of :func:`decoder_lens`.
 
     Attributes:
-        ids: What the decoder says from each layer, padding behind its end, ``[layer, batch, pos]``.
+        ids: What the decoder says from each layer, padding after its end, ``[layer, batch, pos]``.
         mask: True up to and including the end token, ``[layer, batch, pos]``.
         finished: Whether the end token was reached, ``[layer, batch]``.
         target_ids: The answer that every layer judges, ``[batch, target_pos]``.
@@ -84,7 +84,7 @@ class DecoderLensResult:
         kl: KL divergence of each layer's next-token distribution from the last layer's, in nats,
             ``[layer, batch, target_pos]``; 0 at padding.
         labels: Name of each layer, as in ``accumulated_resid``: ``"0_pre"`` the embeddings,
-            ``"1_pre"`` behind the first block, ``"final_post"`` behind the last.
+            ``"1_pre"`` after the first block, ``"final_post"`` after the last.
     """
 
     ids: Int[torch.Tensor, "layer batch pos"]
@@ -274,7 +274,7 @@ def _encoder_decoder(model: Any) -> EncoderDecoder:
 
 
 def _states(model: Any, n_layers: int, start: int, side: Side) -> list[torch.Tensor]:
-    """The encoder's residual stream before its first block and behind every block."""
+    """The encoder's residual stream before its first block and after every block."""
     names = ["encoder_blocks.0.hook_in"]
     names += [f"encoder_blocks.{layer}.hook_out" for layer in range(n_layers)]
     _, cache = model.run_with_cache(

@@ -98,7 +98,7 @@ class LogProbContributionsResult:
         norm: Rule for the final norm.
         target_ids: The token asked about, ``[batch]``.
         positions: The position that predicts it, ``[batch]``.
-        log_probs: Its log-probability behind nothing, behind the embedding and behind each
+        log_probs: Its log-probability after nothing, after the embedding and after each
             sublayer, ``[step, batch]``.
         identity_error: Largest relative error of the recomputed block outputs and logits.
     """
@@ -217,7 +217,7 @@ def log_prob_contributions(
     readout = _readout(model, handle)
     errors = [error for _, error in found]
     behind = trace[blocks[-1].resid_out][each, rows]
-    errors.append(_error("streams behind the last block", states[-1], behind, tolerance))
+    errors.append(_error("streams after the last block", states[-1], behind, tolerance))
     logits = readout(states[-1])
     if trace.logits is not None:
         own = trace.logits[each, rows].to(logits)

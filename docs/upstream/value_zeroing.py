@@ -138,7 +138,7 @@ def value_zeroing(
         layers: Layers, negative ones from the end; ``None`` for all.
         per_head: Whether each head is zeroed alone (one component per head) or all together.
         metric: ``"cosine"`` distance (computed without cancellation) or ``"euclidean"``.
-        final_norm: Whether the last layer is compared behind the model's final norm.
+        final_norm: Whether the last layer is compared after the model's final norm.
         max_bytes: Bound on the workspace beside the pass and the result.
 
     Returns:

@@ -38,7 +38,7 @@ def cache_reader(
     elif facts.bridge:
         embedded = _BRIDGE
     else:
-        # A bridge's hook_embed may be behind the embeddings' norm; these are not.
+        # A bridge's hook_embed may be after the embeddings' norm; these are not.
         embedded = {"main": ("embed.hook_embed", "hook_embed")}
     embedded = {**embedded, "token_type_ids": _SEGMENTS}
     return CacheReader(

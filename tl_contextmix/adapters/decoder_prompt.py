@@ -1,4 +1,4 @@
-"""What an encoder-decoder's decoder is told before it says anything, as in ``generate``.
+"""The prompt of an encoder-decoder's decoder, as in ``generate``.
 
 Hugging Face's ``generate`` starts a decoder with ``decoder_start_token_id`` (or the BOS token) of
 the generation config and makes it say ``forced_bos_token_id`` first, the code of the target
@@ -21,7 +21,7 @@ from tl_contextmix.errors import four_parts
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a decoder is told first.
+    """A decoder's prompt.
 
     Attributes:
         ids: The start token, and the one that is forced after it.
@@ -52,7 +52,7 @@ def decoder_start(model: Any) -> int:
 
 
 def decoder_prompt(model: Any) -> Prompt:
-    """Returns what the decoder of a TransformerLens model is told before a text."""
+    """Returns the prompt that the decoder of a TransformerLens model is given before a text."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     settings = getattr(getattr(model, "original_model", None), "generation_config", None)
     start, forced = decoder_start(model), getattr(settings, "forced_bos_token_id", None)

@@ -308,7 +308,7 @@ _FINAL_NORMS = {
 
 
 def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the module of the norm behind the last block of each stack that has one.
+    """Returns the module of the norm after the last block of each stack that has one.
 
     A masked-LM bridge calls the norm inside its head `ln_final`; that is not one of them.
     """
@@ -322,7 +322,7 @@ def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def final_norms(handle: Handle, stacks: Collection[str]) -> dict[str, Norm]:
-    """Returns the norm behind the last block of each of the stacks that has one."""
+    """Returns the norm after the last block of each of the stacks that has one."""
     modules = final_norm_modules(handle.get())
     if list(stacks) == ["encoder"]:
         # A bidirectional HookedTransformer calls its norm as a causal one does.

@@ -102,7 +102,7 @@ def make_encode_pair(
 
 
 def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
-    """Returns a text's ids without the BOS in front of one that the text brings itself."""
+    """Returns a text's ids without the BOS in front of one that the text itself has."""
     bos = tokenizer.bos_token_id
     # An unknown word may have the same id.
     if ids[:2] != [bos, bos] or not text.lstrip().startswith(str(tokenizer.bos_token)):
@@ -113,7 +113,7 @@ def _with_one_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
         return ids
     warn(
         four_parts(
-            "a text brings its own beginning-of-sequence token",
+            "a text has its own beginning-of-sequence token",
             repr(tokenizer.bos_token),
             "a text without it, or prepend_bos=False",
             "It gets no second one. Pass prepend_bos=False to say that it has one.",
@@ -159,7 +159,7 @@ def _without_frame(
     if own:
         warn(
             four_parts(
-                "a text brings special tokens that its tokenizer puts around every text",
+                "a text has special tokens that its tokenizer puts around every text",
                 ", ".join(repr(piece_of(tokenizer, one)) for one in own),
                 "a text without them",
                 "It gets no second ones. Leave them out of the text.",
@@ -313,7 +313,7 @@ def piece_of(tokenizer: Any, token: int) -> str:
         return str(token)
     piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None:
-        # Vocabularies are padded to round numbers, and no token stands behind the last ids.
+        # Vocabularies are padded to round numbers, and the last ids name no token.
         return f"[{token}]"
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     # ByT5 decodes parts of a character as nothing.

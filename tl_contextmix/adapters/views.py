@@ -44,11 +44,11 @@ _held, _version, _forward = attrgetter("__dict__"), attrgetter("_version"), attr
 
 
 class Glance:
-    """What the numbers of a model hang on, as it was when it was made.
+    """What the numbers of a model depend on, as it was when it was made.
 
     Modules, their classes, the ``forward`` of each, their plain public attributes and those of
     their configs (values by value, functions and other objects by identity), weights and buffers.
-    Not containers, nor attributes with an underscore, where hosts keep what passes leave behind.
+    Not containers, nor attributes with an underscore, where hosts keep state of their passes.
 
     Nothing of the model is kept alive but small weights: an object is its id, which counts as long
     as none of them has died.
@@ -85,7 +85,7 @@ class Glance:
         self._sample = _Sample(weights)
 
     def still(self) -> bool:
-        """Whether nothing has changed, be it an attribute that a pass left behind; see `same`."""
+        """Whether nothing has changed, be it an attribute that a pass has set; see `same`."""
         if self._dead:
             return False
         # All there are: none is new where the children of each are the same.
@@ -323,6 +323,6 @@ def _examine(model: Any) -> _Known:
         require_finite(weights)
         require_no_dropout(model)
         view, report = build(facts, fingerprint(weights))
-        # Now, when passes have left behind what they leave.
+        # Now, when passes have stored what they store.
         known = _KNOWN[model] = _Known(Glance(model), view, report, report.ok)
     return known

@@ -1,4 +1,4 @@
-"""One shape for every transformer block: sublayers, and what a forward pass left behind.
+"""One shape for every transformer block: its sublayers, and the activations of a pass.
 
 Blocks hold no activations and copy no weights: weights are read from the model each time they are
 used, in the dtype of the maths. Nothing here knows a host, or how a model is run.
@@ -39,7 +39,7 @@ IDENTITIES: frozenset[Identity] = frozenset(get_args(Identity))
 
 @dataclass(frozen=True)
 class EditPoints:
-    """Names of hook points behind a sublayer, by what an edit there changes.
+    """Names of hook points after a sublayer, by what an edit there changes.
 
     Attributes:
         raw: The sublayer's output before a norm of it.
@@ -343,17 +343,17 @@ class Block:
         """Returns the residual stream after the attention sublayers and their norms."""
         stream = trace.resid_in(self)
         for attention in self.attentions:
-            stream = _behind(attention, stream, trace)
+            stream = _after(attention, stream, trace)
         return stream
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the block's output, recomputed from its input, patterns, values and neurons."""
         stream, ff = self.middle(trace), self.feed_forward
-        return stream if ff is None else _behind(ff, stream, trace)
+        return stream if ff is None else _after(ff, stream, trace)
 
 
-def _behind(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
-    """Returns the residual stream behind a sublayer of a pass, steering included."""
+def _after(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
+    """Returns the residual stream after a sublayer of a pass, steering included."""
     stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
     return stream if sublayer.norm_after is None else sublayer.norm_after(stream)
 
@@ -405,7 +405,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a forward pass left behind, in the dtype of the maths.
+    """The activations of a forward pass, in the dtype of the maths.
 
     Attributes:
         batch: The tokens that went in.

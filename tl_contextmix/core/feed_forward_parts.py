@@ -198,7 +198,7 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     What they hold already (folded weights, slopes, the targets' own shares) counts; a
     quarter of the budget is used even where that leaves less. A tile holds one share per branch
     and four vectors of width d_model per pair, and what the neurons and the residual stream see
-    of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed in vain.
+    of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed for nothing.
     """
     batch, target, width = parts.bias.shape
     source, neuron = parts.sources, parts.W_out.shape[0]

@@ -9,7 +9,7 @@ from tl_contextmix.errors import InvalidInput, four_parts
 
 
 def why_not_finite(where: str, dtype: torch.dtype, *, padded: bool = False) -> str:
-    """Returns what is told of numbers of a model that are not finite.
+    """Returns the message about a model's numbers that are not finite.
 
     Args:
         where: Where they are.

@@ -1,4 +1,4 @@
-"""The feed-forward pre-activation as a linear image of what an attention sublayer brings.
+"""The feed-forward pre-activation as a linear image of what an attention sublayer writes.
 
 Up to its activation, what the feed-forward sublayer makes of a sum of attention terms is linear but
 for the scales of norms, so W_O and W_in become one matrix per head. It is kept with the block.
@@ -22,9 +22,9 @@ class Branch:
     """One branch of the feed-forward sublayer, seen from the attention sublayer that changes.
 
     Attributes:
-        read: The sublayer's terms up to the branch's pre-activation, scales left out.
+        read: The sublayer's terms up to the branch's pre-activation, without scales.
         base: What enters it besides the sublayer's output, where that has a scale of its own.
-        changed: The sublayer's output, scales left out, and what enters besides where there is no
+        changed: The sublayer's output, without scales, and what enters besides where there is no
             ``base``.
         constant: What no scale divides.
     """
@@ -86,7 +86,7 @@ def branches(
 
 
 def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor) -> Tensor | None:
-    """Returns W_O, the linear parts of norms behind it included, folded into W_in; None: not kept.
+    """Returns W_O, the linear parts of norms after it included, folded into W_in; None: not kept.
 
     Kept with a weighted sum of every column of the two: edits through ``.data`` leave no other
     trace. That costs as much as W_in at one vector.

@@ -129,7 +129,7 @@ class ModelView:
         fingerprint: Hash over a sample of every weight.
         stacks: Blocks by stack: ``"decoder"``, ``"encoder"`` or both.
         readout: From the last residual stream to logits.
-        final_norms: Norm behind the last block of each stack that has one.
+        final_norms: Norm after the last block of each stack that has one.
         dtype: Dtype of the maths.
         device: Where the first weights are.
         n_ctx: Longest input, or None where there is no bound.
@@ -150,7 +150,7 @@ class ModelView:
             outputs are not its tokens.
         to_text: Token ids as one text, special tokens included.
         spaced: Returns whether words begin with their space, see `Tokens.spaced`.
-        special_tokens: Returns the ids of special tokens, that of unknown words left out.
+        special_tokens: Returns the ids of special tokens, except that of unknown words.
         reads_text: Returns whether there is a tokenizer.
         pad_id: Returns the id that pads; a tokenizer may be given to the model at any time.
         padding: Returns how the model's tokenizer pads; None without one.

@@ -14,7 +14,7 @@ Each sublayer's output is itself a sum: of its heads, of what its heads read fro
 single neurons times their value vectors, and of its biases.
 
 What hooks of the user's own add to the stream is a component of its own where they add it: in front
-of a block, between its sublayers, or behind them (``resid_pre steering``, ...). What they add to a
+of a block, between its sublayers, or after them (``resid_pre steering``, ...). What they add to a
 sublayer's output is the sublayer's.
 """
 
@@ -198,8 +198,8 @@ class _Step:
         kind: Of the component.
         layer: Its layer.
         constant: What it adds whatever its parts are, before a norm of its output.
-        added: What hooks added to its output behind that norm, or None.
-        steering: Kind of steering behind it, and what was added to the stream; None without.
+        added: What hooks added to its output after that norm, or None.
+        steering: Kind of steering after it, and what was added to the stream; None without.
         parts: Of the component.
         raw: Its output before that norm.
         norm_out: That norm.
@@ -249,7 +249,7 @@ def decompose_stream(
         rows: The positions.
         sentences: The sentence of each; None: one in each sentence.
         stop: Layer and kind of the sublayer that reads the stream (before its norm); None for
-            the readout, behind the last block.
+            the readout, after the last block.
 
     Raises:
         UnsupportedModel: If the whole stream is not the model's own.
@@ -312,7 +312,7 @@ def _step(
     at: tuple[Tensor, Tensor],
     x: Tensor,
 ) -> tuple[_Step, Tensor]:
-    """Returns a sublayer's parts and the stream behind it."""
+    """Returns a sublayer's parts and the stream after it."""
 
     def edit(names: tuple[str, ...]) -> Tensor | None:
         added = trace.edit(names)
@@ -343,8 +343,8 @@ def _step(
     x = shift(shift(x + norm_out.affine(raw), added), steered)
     norm_after = FrozenNorm.at(sublayer.norm_after, x)
     last = kind == "mlp" or block.feed_forward is None
-    behind = "resid_post steering" if last else _STEERING[kind]
-    steering = None if steered is None else (behind, steered)
+    after = "resid_post steering" if last else _STEERING[kind]
+    steering = None if steered is None else (after, steered)
     step = _Step(kind, block.layer, constant, added, steering, parts, raw, norm_out, norm_after)
     return step, norm_after.affine(x)
 
@@ -403,7 +403,7 @@ def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:
         raise UnsupportedModel(
             four_parts(
                 f"the residual stream of {view.name} is not the sum of what its sublayers write",
-                f"a relative error of {error:.2g} behind the last block",
+                f"a relative error of {error:.2g} after the last block",
                 f"at most {view.tolerance:.0e}",
                 "Take off hooks of your own that edit the stream between blocks.",
             )

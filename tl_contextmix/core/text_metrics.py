@@ -30,7 +30,7 @@ class Output:
 
     Attributes:
         text: The output.
-        tokens: Its tokens, special ones left out.
+        tokens: Its tokens, without special ones.
         finished: Whether it came to its end.
         final: Tokens of the last layer's output.
         reference: The right answer, or None.

@@ -87,7 +87,7 @@ class Vocabulary:
     def target_logits(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
         """Returns the target's logit, less the foil's, of each vector, the norm's scale frozen.
 
-        NaN behind a masked-LM head, where logits are no sums.
+        NaN with a masked-LM head, where logits are no sums.
         """
         if self.readout.head is not None:
             return torch.full_like(vectors[..., 0], torch.nan)
@@ -308,7 +308,7 @@ class Vocabulary:
     def ranks(self, vectors: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, " some"]:
         """Returns the rank of the target's best alternative in the logits of vectors alone; from 1.
 
-        Constants are left out where logits are linear: they are no part of the vector.
+        Constants are omitted where logits are linear: they are no part of the vector.
         """
         # The scale of the norm makes no rank.
         ranks = [self._scan(vectors, row, 1, token).rank[:, 0] for token in self.asked.target[row]]
@@ -405,7 +405,7 @@ def read_vocabulary(
     Args:
         readout: The model's.
         rule: The rule.
-        final: The stream behind the last block: its norm's scale is the one that is frozen.
+        final: The stream after the last block: its norm's scale is the one that is frozen.
         asked: The tokens asked about, and their foils, in each sentence.
         max_bytes: Workspace, besides W_U in the dtype of the maths.
 

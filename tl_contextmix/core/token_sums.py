@@ -130,7 +130,7 @@ class FrozenNorm:
 
 @dataclass(frozen=True)
 class AttentionTerm:
-    """What one attention sublayer brings: ``sum_h pattern[h,i,j] value[j,h] weight[h] / scale[i]``.
+    """What one attention sublayer writes: ``sum_h pattern[h,i,j] value[j,h] weight[h] / scale[i]``.
 
     Attributes:
         pattern: Attention probabilities; exactly 0 where nothing is read.
@@ -233,7 +233,7 @@ class AttentionTerm:
         return replace(self, kept=self.vectors(sources), first=first)
 
     def silent(self) -> AttentionTerm:
-        """Returns a read of the same sources through no head: it brings and costs nothing."""
+        """Returns a read of the same sources through no head: it writes and costs nothing."""
         return AttentionTerm(
             pattern=self.pattern[:, :0],
             value=self.value[:, :, :0],
@@ -242,7 +242,7 @@ class AttentionTerm:
         )
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
-        """Returns the norm each head brings from each source: pattern times the value's norm."""
+        """Returns the norm each head reads from each source: pattern times the value's norm."""
         norms = rearrange(self.vectors().norm(dim=-1), "batch source head -> batch head 1 source")
         return self.pattern.abs() * norms / self.scale[:, None]
 
@@ -289,7 +289,7 @@ class TokenSum:
 
     Attributes:
         reads: One per attention sublayer passed; the source axis is theirs, one after the other.
-        own: What the target position itself brings besides attention. It belongs to the source
+        own: What the target position itself contributes besides attention. It belongs to the source
             ``target`` of the first read. None after an attention sublayer alone.
         bias: What belongs to no token.
         sum_up: Computes `total`.

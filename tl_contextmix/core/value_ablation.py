@@ -1,4 +1,4 @@
-r"""What a block puts out when one source's value is taken out of one attention sublayer.
+r"""A block's output when one source's value is zeroed in one attention sublayer.
 
 Zeroing value ``j`` changes the sublayer's output at position ``i`` by exactly
 :math:`-T_{ij} = -\sum_h A_{hij} v_{hj} W_O^h` and nothing else, so no forward pass is needed: the
@@ -57,7 +57,7 @@ class Later:
 
 @dataclass(frozen=True)
 class ValueAblation:
-    """A block and the attention sublayer whose values are taken out.
+    """A block and the attention sublayer whose values are zeroed.
 
     Attributes:
         block: The block.
@@ -90,7 +90,7 @@ class ValueAblation:
         return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
 
     def heads(self, group: Sequence[int]) -> ValueAblation:
-        """Returns the replay in which only some heads' values are taken out."""
+        """Returns the replay in which only some heads' values are zeroed."""
         index = list(group)
 
         def narrow(read: AttentionTerm) -> AttentionTerm:
@@ -111,7 +111,7 @@ class ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
         Args:
-            spans: The spans that are taken out, or None.
+            spans: The spans that are zeroed, or None.
             repeats: How often all pairs are gone through (groups of heads).
             max_bytes: Workspace.
         """
@@ -142,7 +142,7 @@ class ValueAblation:
         their output is the kept one, to the last bit.
 
         Args:
-            spans: The spans that are taken out, or None for each source alone.
+            spans: The spans that are zeroed, or None for each source alone.
             max_bytes: Workspace.
         """
         plan = _plan(self, spans, max_bytes)
@@ -165,7 +165,7 @@ class ValueAblation:
                     )
                 same = ~removed.any(dim=-1, keepdim=True)
                 among = touched[rows, columns].T
-                # Products with W_out are what costs: pairs that read nothing are left out of them.
+                # Products with W_out are what costs: pairs that read nothing are skipped.
                 if self.block.feed_forward is None or self.fixed is not None or among.all():
                     changed = self._output(rows, removed, images)
                 else:
@@ -174,7 +174,7 @@ class ValueAblation:
                 yield rows, columns, torch.where(same, kept, changed), kept
 
     def _alone(self, spans: Spans | None) -> Bool[Tensor, "batch source target"] | None:
-        """Returns which sources (or spans) are all that a target reads; None where it is no matter.
+        """Returns which sources (or spans) are all that a target reads; None if none are.
 
         What is left without them is nothing, exactly: a norm of the sublayer's output would make
         something of the rounding of a difference (1e-4 of a score in float32).
@@ -198,7 +198,7 @@ class ValueAblation:
         images: list[Tensor] | None = None,
         among: Tensor | None = None,
     ) -> Tensor:
-        """Returns the block's output [batch source target d_model] with terms taken out.
+        """Returns the block's output [batch source target d_model] with terms zeroed.
 
         Args:
             rows: The targets.
@@ -369,7 +369,7 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
 
     The view of the sources through W_O and W_in is kept over all rows where it fits into a
     quarter, else rebuilt in every tile. Sixteen tiles of rows leave 1/32 of a causal map's square
-    computed in vain; finer ones, or fewer than eight rows, would read W_out too often.
+    computed for nothing; finer ones, or fewer than eight rows, would read W_out too often.
     """
     batch, targets, width = found.before.shape
     _, sources, heads, _ = found.read.value.shape

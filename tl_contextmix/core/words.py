@@ -1,4 +1,4 @@
-"""Words: told from the text of a tokenizer's pieces, and numbers of pieces as those of words."""
+"""Groups sub-word tokens into words, and aggregates their scores."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.inputs.questions import Answer, Question, ask, label_sets
+from tl_contextmix.adapters.questions import Answer, Question, ask, label_sets
 from tl_contextmix.core.blocks import Identity, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (

@@ -101,7 +101,7 @@ def quadrants(ff: FeedForward, trace: Trace) -> Int[Tensor, "batch pos neuron"]:
 def values(ff: FeedForward) -> Float[Tensor, "neuron d_model"]:
     """Returns the value vectors as the residual stream gets them, up to a positive factor.
 
-    A norm of the sublayer's output (Gemma 2, OLMo 2) is applied with its scale left out.
+    A norm of the sublayer's output (Gemma 2, OLMo 2) is applied without its scale.
     """
     return ff.W_out if ff.norm_out is None else ff.norm_out.linear(ff.W_out)
 
@@ -219,7 +219,7 @@ class LayerReadout:
             where: Positions to read.
 
         Raises:
-            UnsupportedModel: If hooks of the user's own edit what is behind the last block.
+            UnsupportedModel: If hooks of the user's own edit what follows the last block.
         """
         where = where.to(view.device)
         last = trace[view.blocks()[-1].resid_out][where]

@@ -55,7 +55,7 @@ def linear_points(
     """Returns the token sums of a block up to the input of its feed-forward sublayer.
 
     Besides the points before the feed-forward sublayer: ``"stream"``, the residual stream that
-    the feed-forward output is added to, and ``"residual"``, that with what hooks added behind the
+    the feed-forward output is added to, and ``"residual"``, that with what hooks added after the
     feed-forward sublayer. What hooks added belongs to no source: it is in the bias.
 
     Args:
@@ -121,7 +121,7 @@ def parts_at(
 
     Raises:
         InvalidInput: If the block has no feed-forward sublayer and the point is inside of one.
-        UnsupportedModel: If the point lies behind an activation that is not elementwise.
+        UnsupportedModel: If the point lies after an activation that is not elementwise.
     """
     return parts_at_all(block, points, (at,), bias, max_bytes)[at]
 
@@ -159,7 +159,7 @@ def norms_at(
 ) -> dict[Point, Float[Tensor, "batch target source"]]:
     """Returns the norms of the parts at several points of one block.
 
-    The points behind the feed-forward sublayer are three looks at the same tiles: all of them
+    The points after the feed-forward sublayer are three looks at the same tiles: all of them
     cost what the last one costs.
     """
     found: dict[Point, Tensor] = {
@@ -167,11 +167,11 @@ def norms_at(
         for at, token_sum in parts.items()
         if isinstance(token_sum, TokenSum)
     }
-    behind: list[Point] = [at for at in POINTS if isinstance(parts.get(at), FeedForwardParts)]
-    if behind:
-        last = parts[behind[-1]]
+    after: list[Point] = [at for at in POINTS if isinstance(parts.get(at), FeedForwardParts)]
+    if after:
+        last = parts[after[-1]]
         assert isinstance(last, FeedForwardParts)
         stages = last.stage_norms(max_bytes)
         # Where no norm follows, block_out is resid_post.
-        found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in behind}
+        found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in after}
     return found

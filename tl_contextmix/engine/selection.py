@@ -237,7 +237,7 @@ class Controls:
 
     def _others(self, chosen: Tensor, taken: Tensor, kind: str) -> Tensor:
         """Returns as many numbers that are not taken, the same one for the same."""
-        # A neuron that is chosen at several positions goes out at all of them; so does its control.
+        # A neuron selected at several positions is ablated at each; so is its control.
         once, again = chosen.unique(return_inverse=True)
         pool = (~taken).nonzero()[:, 0]
         if len(pool) < len(once):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, label, provenance, run_pass
-from tl_contextmix.adapters.inputs.questions import Answer, Target
+from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, make_batch
 from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
-from tl_contextmix.adapters.inputs.questions import Answer, Question, Target, ask, one_each
+from tl_contextmix.adapters.questions import Answer, Question, Target, ask, one_each
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.finite import require_predictions

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given, label, make_batch
-from tl_contextmix.adapters.inputs.questions import Answer, one_each
+from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 from tl_contextmix.evaluation.alignment import require_cues

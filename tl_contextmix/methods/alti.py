@@ -1,4 +1,4 @@
-"""ALTI: how much closer each token's part brings a position to what it becomes."""
+"""ALTI: how much closer each token's part moves a position to its output."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _closer(stream: TokenSum, max_bytes: int) -> Tensor:
             for targets in blocks(target, rows):
                 y = one.total[:, None, targets]
                 parts = one.dense(targets, sources)
-                # Term by term: what brings nothing scores exactly 0, in any order of the sum.
+                # Term by term: what contributes nothing scores exactly 0, in any order of the sum.
                 gain = (y.abs() - (y - parts).abs()).sum(dim=-1).clamp(min=0)
                 out[row, targets, sources] = gain[0].T
     return out

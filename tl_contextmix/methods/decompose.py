@@ -75,7 +75,7 @@ def decompose(
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
-    Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer behind the
+    Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer after the
     feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
     """
     needs = identities((at,))

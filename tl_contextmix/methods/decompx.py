@@ -46,7 +46,7 @@ def decompx(
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[Inputs],
 ) -> ContextMap:
-    r"""Returns the norm of what each input token brings to each position, through all layers.
+    r"""Returns the norm of what each input token contributes to each position, through all layers.
 
     .. math:: C^l_{ik} = || x^l_{i \leftarrow k} ||_2, \qquad
               x^l_i = \sum_k x^l_{i \leftarrow k} + b^l_i
@@ -122,7 +122,7 @@ def decompx_vectors(
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[Inputs],
 ) -> Decomposition:
-    r"""Returns what each input token brings to each position through all layers, as vectors.
+    r"""Returns what each input token contributes to each position through all layers, as vectors.
 
     .. math:: x^l_i = \sum_k x^l_{i \leftarrow k} + b^l_i
 
@@ -236,7 +236,7 @@ def _few(count: int) -> int:
 
 
 def _after_zeros(first: int, rows: Tensor) -> Tensor:
-    """Returns rows [batch target ...] behind those in front of the first target."""
+    """Returns rows [batch target ...] after those before the first target."""
     if first == 0:
         return rows
     return torch.cat([rows.new_zeros(len(rows), first, *rows.shape[2:]), rows], dim=1)

@@ -32,7 +32,7 @@ def globenc(
 
     .. math:: C_{ij} = || L^{(2)}_i ( L^{(1)}_i ( T_{ij} + \delta_{ij} x_i ) ) ||_2
 
-    (Modarressi et al. 2022, "GlobEnc", N-Enc), with :math:`T_{ij}` what attention brings from
+    (Modarressi et al. 2022, "GlobEnc", N-Enc), with :math:`T_{ij}` what attention carries from
     ``j`` and :math:`L^{(1)}, L^{(2)}` the linear parts of the norms that follow the two residual
     sums. Their scales are frozen at the model's own sums, the second one's with the feed-forward
     output in it; the output itself is skipped, which the paper justifies by the residual around

@@ -20,7 +20,7 @@ from tl_contextmix.adapters.inputs import (
     read_batch,
     run_pass,
 )
-from tl_contextmix.adapters.inputs.questions import (
+from tl_contextmix.adapters.questions import (
     Answer,
     Question,
     TokenAnswerInputs,
@@ -280,7 +280,7 @@ class _Asked:
     def slopes_along(self, points: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """Returns gradients at points of the way from zero, times shares and summed over points.
 
-        The shares go in before the backward pass: close to zero gradients behind a norm are larger
+        The shares go in before the backward pass: close to zero gradients after a norm are larger
         than float16 can hold, and their share of the path is small.
         """
         with torch.enable_grad():

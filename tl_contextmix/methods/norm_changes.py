@@ -37,7 +37,7 @@ _COMPONENTS: dict[Layout, dict[str, tuple[str, str]]] = {
     "parallel": {"FF+RES": ("resid_mid", "resid_post")},
 }
 _POINTS = ("resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out")
-# The norm behind a post-LN block divides by a standard deviation, so it moves norms by far more
+# The norm after a post-LN block divides by a standard deviation, so it moves norms by far more
 # than this; what is computed twice differs by rounding, 1e-6 of the largest norm in float32.
 _EQUAL = 1e-4
 # Below this many roundings of the map itself, a difference of maps is noise.
@@ -51,7 +51,7 @@ def contextualization_change(maps: Maps) -> LayerFigures:
     .. math:: 1 - \rho(\mathrm{flatten}(C^{before}), \mathrm{flatten}(C^{after}))
 
     with Spearman's rank correlation over the pairs of a sentence, ties sharing their mean rank.
-    Pairs that are zero both before and after are left out: they are those that a mask, a window or
+    Pairs that are zero both before and after are omitted: they are those that a mask, a window or
     padding forbids. 0: the component leaves the order of pairs alone; 1: the order after has
     nothing to do with the one before; 2: it is turned round. NaN where there is no order, such as
     for a sentence of one token. Only orders are compared: a component that scales a map, or moves
@@ -60,7 +60,7 @@ def contextualization_change(maps: Maps) -> LayerFigures:
     The components depend on the block, which the maps show:
 
     ======== ============== ======================================================================
-    post-LN  FF RES LN      LN is the norm behind the feed-forward block
+    post-LN  FF RES LN      LN is the norm after the feed-forward block
     pre-LN   LN FF RES      LN is the norm in front of it; where FF has a norm of its output
                             (sandwich, Gemma 2), that is part of FF
     parallel FF+RES         FF reads its own token and not the map (GPT-J, Pythia): it changes it
@@ -99,7 +99,7 @@ def cancellation(maps: Maps) -> LayerFigures:
 
     Three maps are compared: :math:`C^{in}` of the residual stream that FF's output is added to
     (``mlp_in`` in post-LN blocks, ``resid_mid`` in pre-LN ones, where the norm in front of FF
-    counts as part of it), :math:`C^{ff}` behind FF (``mlp_out``) and :math:`C^{out}` of the block.
+    counts as part of it), :math:`C^{ff}` after FF (``mlp_out``) and :math:`C^{out}` of the block.
     With :math:`N` for rows that sum to 1, :math:`D = N^{ff} - N^{in}` for what FF changes and
     :math:`E = N^{out} - N^{ff}` for what follows, four figures per layer:
 
@@ -183,7 +183,7 @@ def amplified_pairs(
             not at all. The paper does not say; by their sum by default.
 
     Returns:
-        `PairChanges`. Pairs that are NaN in one of the maps are left out.
+        `PairChanges`. Pairs that are NaN in one of the maps are omitted.
 
     Raises:
         InvalidInput: If the maps are not of the same tokens and layers, or ``k`` is not positive.

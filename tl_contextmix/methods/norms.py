@@ -85,7 +85,7 @@ def attention_norms(
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[Inputs],
 ) -> ContextMap | dict[Point, ContextMap]:
-    r"""Returns the norm of what each source token brings to each target token.
+    r"""Returns the norm of what each source token contributes to each target token.
 
     .. math:: C_{ij} = || F_{ij} ||_2
 
@@ -117,7 +117,7 @@ def attention_norms(
         heads: One map per head (2020, eq. 4) instead of the norm of their sum; ``attn_out`` only.
         layer: Layer or layers; None for all.
         stack: See `decompose`.
-        bias: See `decompose`; it changes the points behind the feed-forward block.
+        bias: See `decompose`; it changes the points after the feed-forward block.
         max_bytes: Workspace, see `decompose`.
         **inputs: Mask, padding and the like, see `Inputs`.
 
@@ -130,7 +130,7 @@ def attention_norms(
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Cost per layer: up to ``mlp_in`` ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers;
-    behind the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
+    after the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
     ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
     """
     points: list[Point] = [at] if isinstance(at, str) else [*at]
@@ -232,7 +232,7 @@ def mixing_ratio(
             (cross-attention alone).
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
-    Cost: ``O(n d_model H)`` up to ``mlp_in``, from the diagonal and the total alone; behind the
+    Cost: ``O(n d_model H)`` up to ``mlp_in``, from the diagonal and the total alone; after the
     feed-forward block also one row of neurons per token, never all pairs.
     """
     needs = identities((at,))

@@ -78,7 +78,7 @@ def value_zeroing(
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
             ``"mean"`` or ``"max"`` over the rows of each span, for a map of words by words
-            (padding left out).
+            (padding omitted).
         metric: ``"cosine"`` distance, or ``"euclidean"``.
         final_norm: Whether the last layer's output is compared after the model's final norm, as
             Hugging Face's hidden states are, or raw.

@@ -85,7 +85,7 @@ def attention_heads(panel: Heatmap) -> dict[str, object]:
         "minValue": -bound,
         "positiveColor": colors.POSITIVE,
         "negativeColor": colors.NEGATIVE,
-        # Never left out: the default hides what an encoder reads from later tokens.
+        # Never omitted: the default hides what an encoder reads from later tokens.
         "maskUpperTri": panel.causal,
     }
 

@@ -13,7 +13,7 @@ NEGATIVE = "#b2182b"
 NOTHING = "#d0d4d9"
 INFINITE = "#e69f00"
 MASKED = "#e9ebee"
-# Okabe and Ito's colours, told apart by everybody; black is left to the text.
+# Okabe and Ito's colours, distinguishable with any colour vision; black is left to the text.
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 LEVELS = 20
 # Of drawings that also stand alone, without the stylesheet of the page.

@@ -24,7 +24,7 @@ _SIDE = (1.1, 4.5)  # smallest and largest side of a map, in inches
 _LABELLED = 48  # tokens on an axis; of more, only some are named
 _MESH = 20_000  # cells that are drawn as vectors; more are drawn as one picture
 _TURNED: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-# What files say about when they were written; left out, so that they are always the same.
+# What files say about when they were written; omitted, so that they are always the same.
 _UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "svgz": {"Date": None}}
 
 

@@ -21,7 +21,7 @@ _NOTHING = 255
 def data_uri(values: Float[torch.Tensor, "row column"], largest: float, side: int = 1) -> str:
     """Returns the picture of a matrix as a ``data:`` address.
 
-    The colour is linear in the number, but the steps are not: small numbers are told apart, too.
+    The colour is linear in the number, but the steps are not: small numbers differ visibly, too.
 
     Args:
         values: The matrix. NaN and infinities have colours of their own.

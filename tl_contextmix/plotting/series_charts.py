@@ -41,7 +41,7 @@ class Axis:
 
     @classmethod
     def of(cls, chart: Bars) -> Axis:
-        """Returns the axis of a chart; what is not finite is left out."""
+        """Returns the axis of a chart; what is not finite is omitted."""
         values = [value for _, series in chart.series for value in series]
         if isinstance(chart, Curves):
             values += [end for series in chart.intervals for ends in series for end in ends]

@@ -95,7 +95,7 @@ def _sheet(
 ) -> str:
     x, y = corner
     rows, columns = names
-    every = math.ceil(11 / cell)  # labels that would overlap are left out
+    every = math.ceil(11 / cell)  # labels that would overlap are omitted
     pieces = [
         f'<text x="{x}" y="{y - 5}" font-weight="600">{escape(name, 30)}</text>',
         f'<image x="{x}" y="{y}" {size} href="{source}"/>',

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs.questions import Answer, Target
 from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
 from tl_contextmix.methods.memories import Triggers, load_triggers

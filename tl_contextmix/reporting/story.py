@@ -1,4 +1,4 @@
-"""The data behind a report: one forward pass and the maps at every point."""
+"""What a report shows: one forward pass and the maps at every point."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Pass, run_pass
-from tl_contextmix.adapters.inputs.questions import Answer, ask
+from tl_contextmix.adapters.questions import Answer, ask
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
 from tl_contextmix.engine.parts import POINTS, Point

@@ -1,4 +1,4 @@
-"""Whether a prediction falls when components are taken out of the model."""
+"""Whether a prediction falls when components are ablated."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ QUANTITIES = ("log_prob", "probability", "reciprocal_rank")
 @storage.storable
 @dataclass(frozen=True, eq=False)
 class Knockout(Result):
-    """A token's probability before and after components were taken out, and with random ones.
+    """A token's probability before and after components were ablated, and with random ones.
 
     Attributes:
         before: Log-probability, probability and reciprocal rank of the target, model as it is; with
             a foil each less the foil's.
-        after: The same with the chosen components taken out.
-        controls: The same with as many random ones of the same kinds taken out.
-        components: What was taken out: heads and neurons, each once. Sentences may have different
+        after: The same with the chosen components ablated.
+        controls: The same with as many random ones of the same kinds ablated.
+        components: What was ablated: heads and neurons, each once. Sentences may have different
             numbers of them, see `Components`.
         target: The token of each row, or alternatives.
         best: The most probable token of each sentence once they are out.
@@ -55,7 +55,7 @@ class Knockout(Result):
         return f"Knockout of {self._count()} components\n{as_text(self.summary())}"
 
     def _count(self) -> str:
-        """Returns how many were taken out of a sentence."""
+        """Returns how many were ablated in a sentence."""
         counts = (~self.components.is_empty()).sum(dim=1)
         least, most = int(counts.min()), int(counts.max())
         return str(most) if least == most else f"{least} to {most}"
@@ -104,9 +104,9 @@ class Knockout(Result):
         frame = self.to_dataframe()
         return (
             Table(
-                title=f"{self._count()} components taken out",
+                title=f"{self._count()} components ablated",
                 caption="The target before, after, and with as many random components of the same "
-                f"kinds taken out (mean of {self.controls.shape[1]} draws).",
+                f"kinds ablated (mean of {self.controls.shape[1]} draws).",
                 columns=("sentence", *frame.columns[1:]),
                 rows=tuple(map(tuple, frame.to_numpy().tolist())),
             ),

@@ -125,7 +125,7 @@ class Memories(LabelledArray):
                 "there are no memories at padding",
                 f"pos={pos} of row {row}",
                 f"one of {numbers}",
-                "Count from the end: padding is left out.",
+                "Count from the end: padding is omitted.",
             )
         place = real[numbers.index(wanted)]
         found = []

@@ -110,7 +110,7 @@ def _absent(axis: str, seen: object, expected: str) -> InvalidInput:
 def largest(values: torch.Tensor, k: int) -> Int[torch.Tensor, " found"]:
     """Returns the places of the ``k`` largest numbers in a flattened tensor, largest first.
 
-    Equal numbers come in the order of their places, whatever the device; NaN and -inf are left out.
+    Equal numbers come in the order of their places, whatever the device; NaN and -inf are omitted.
     """
     flat = values.flatten().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if not flat.numel():

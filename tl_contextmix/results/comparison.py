@@ -61,7 +61,7 @@ class Comparison(RowTable):
         left_out: Methods that the model does not support, each with the reason.
         correct: In how many sentences the model prefers the right word; None where it is not known.
         sentences: How many sentences.
-        dropped: Sentences that were left out, each with the reason.
+        dropped: Sentences that were skipped, each with the reason.
         provenance: Where it comes from.
     """
 
@@ -89,8 +89,8 @@ class Comparison(RowTable):
 
     @property
     def counted(self) -> str:
-        """How many sentences, and how many were left out, in words."""
-        left_out = f" ({len(self.dropped)} more were left out)" if self.dropped else ""
+        """How many sentences, and how many were skipped, in words."""
+        left_out = f" ({len(self.dropped)} more were skipped)" if self.dropped else ""
         return f"{self.sentences} sentences{left_out}"
 
     @property
@@ -218,12 +218,12 @@ class Comparison(RowTable):
         )
 
     def without(self) -> tuple[Table, ...]:
-        """Returns the table of sentences that were left out, if any were."""
+        """Returns the table of sentences that were skipped, if any were."""
         if not self.dropped:
             return ()
         return (
             Table(
-                title="Sentences left out",
+                title="Sentences skipped",
                 caption="The model cannot be asked about these.",
                 columns=("sentence", "reason"),
                 rows=self.dropped,

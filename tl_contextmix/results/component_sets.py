@@ -49,7 +49,7 @@ class ComponentSet(LabelledArray):
         return tuple(self.components.label(row, i) for i in range(self.scores.shape[1]))
 
     def top(self: S, k: int = 10) -> S:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns the ``k`` largest scores of each sentence, largest first, biases left out.
+        """Returns the ``k`` largest scores of each sentence, largest first, without biases.
 
         Where a sentence has fewer, its last places are empty: score NaN, see `Components`. What is
         returned can be given as ``neurons=`` to `query_contributions` (which components activated
@@ -111,7 +111,7 @@ class ComponentSet(LabelledArray):
         return {"attn": self.tokens, "cross_attn": self.encoder or self.tokens}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per component; those without a score are left out.
+        """Returns one row per component; those without a score are omitted.
 
         Columns: batch, kind, layer, pos, head, source, neuron (-1 where there is none),
         source_token; the numbers, the score last.

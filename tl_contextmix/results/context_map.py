@@ -236,7 +236,7 @@ class ContextMap(LabelledArray):
 
         A decoder block that attends to an encoder reads both: its map is :math:`[S_l | C_l]`, the
         decoder's tokens followed by the encoder's. What it reads of the encoder has been mixed
-        there, so the encoder's own rollout :math:`E` comes behind it, as in ALTI+ (Ferrando et al.
+        there, so the encoder's own rollout :math:`E` comes after it, as in ALTI+ (Ferrando et al.
         2022, "Towards Opening the Black Box of Neural Machine Translation"):
 
         .. math::
@@ -247,7 +247,7 @@ class ContextMap(LabelledArray):
 
         Both axes are the same tokens (but for an encoder's), heads are averaged or summed, and all
         layers are there from the first. Rows are not scaled here: `normalize` first for weights
-        that sum to 1, as every published rollout does. Products of raw rows hang on their sizes,
+        that sum to 1, as every published rollout does. Products of raw rows depend on their sizes,
         which differ by token and layer, and rank the inputs otherwise. `bias` is dropped; what
         enters through biases is followed by no rollout.
 
@@ -288,7 +288,7 @@ class ContextMap(LabelledArray):
         )
 
     def panels(self) -> tuple[Panel, ...]:
-        """Returns one heatmap per sentence, a sheet per layer and head; padding is left out."""
+        """Returns one heatmap per sentence, a sheet per layer and head; padding is omitted."""
         found = []
         for row in range(len(self.target.strings)):
             places = {

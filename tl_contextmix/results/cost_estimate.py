@@ -31,7 +31,7 @@ class EstimatePart:
 @storage.storable
 @dataclass(frozen=True, eq=False)
 class Estimate(RowTable):
-    """Operations and memory of a question, told before it is asked.
+    """Operations and memory of a call, estimated before it runs.
 
     Attributes:
         method: What would be asked.

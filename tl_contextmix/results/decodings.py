@@ -122,14 +122,14 @@ class LayerwiseDecoding(LabelledArray):
         The first of the layers that were decoded.
 
         Raises:
-            InvalidInput: If the last layer is not among the layers, or one before it is left out:
+            InvalidInput: If the last layer is not among the layers, or one before it is missing:
                 its output may be another one.
         """
         if not self._complete:
             raise _no_final_output()
         if self.layers != tuple(range(self.layers[0], self.depth + 1)):
             raise bad(
-                "where the output stays the same cannot be told",
+                "it is not known from which layer on the output stays the same",
                 f"layers {list(self.layers)}",
                 f"every layer from the first of them to {self.depth}",
                 "Decode those between them too (layers=None decodes all).",

@@ -95,7 +95,7 @@ class LabelledArray(Result):
         return "minus" in vars(self)["provenance"].options
 
     def _heading(self) -> str:
-        """Returns what stands behind the class's name in its text."""
+        """Returns what its text says after the class's name."""
         return ""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
@@ -240,7 +240,7 @@ class LabelledArray(Result):
         return {name: getattr(self, field) for name, field in self.COLUMNS.items()}
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per number, with labels; positions that are padding are left out.
+        """Returns one row per number, with labels; padding is omitted.
 
         Columns: the axes, positions being those of the input; the tokens there; the numbers.
         """

@@ -31,7 +31,7 @@ class Tokens:
         sides: Which stack each stretch of the axis belongs to, with its length. One entry, except
             where a decoder block reads its own tokens and the encoder's: the source axis is then
             ``(("decoder", n), ("encoder", m))``.
-        places: Position of each token in its stack, where some have been left out or joined; None:
+        places: Position of each token in its stack, where some have been omitted or joined; None:
             those of each side counted from 0.
         numbers: Number of each entry on the whole axis that `select` took it from; None: counted
             from 0.

@@ -94,7 +94,7 @@ class TokenFigures(LabelledArray):
         return f" {self.title!r}"
 
     def panels(self) -> tuple[Panel, ...]:
-        """Returns the coloured sentence, once per layer; padding is left out."""
+        """Returns the coloured sentence, once per layer; padding is omitted."""
         found = []
         for row, strings in enumerate(self.tokens.strings):
             real = self.tokens.mask[row].cpu()

@@ -221,7 +221,7 @@ def _token_categories(categories: Any, target: Tokens) -> dict[str, torch.Tensor
             "categories do not fit the answers",
             f"{len(rows)} lists, of {[len(row) for row in rows][:5]} categories",
             f"{len(real)} lists, of at most {lengths[:5]}",
-            "Give a category per token from the first one; the end token may be left out.",
+            "Give a category per token from the first one; the end token is optional.",
         )
     chosen = {"all": real}
     for row, names in enumerate(rows):

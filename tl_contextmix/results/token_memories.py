@@ -52,7 +52,7 @@ class TokenMemory(LabelledArray):
     def panels(self) -> tuple[Panel, ...]:
         """Returns a table per layer: the largest memories of the last target, source by source."""
         last = int(self.target.mask[0].nonzero()[-1])
-        # Two sources may be the same word, and columns are told apart by their names.
+        # Two sources may be the same word, and columns need different names.
         tokens = zip(self.source.strings[0], self.source.labels(), strict=True)
         heads = [token_at(word, place) for word, place in tokens]
         heads += ["no token", "coefficient"]

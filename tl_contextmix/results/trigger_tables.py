@@ -37,7 +37,7 @@ class Trigger:
         tokens: The document's tokens that the model had read there: those up to the trigger; all
             of them where it reads both ways.
         activations: The memory's coefficient at each of them; NaN where it is not known.
-        next_token: The token behind it; empty at the end of a document.
+        next_token: The token after it; empty at the end of a document.
         spaced: Whether a word begins with its space, see `Tokens`.
     """
 
@@ -61,8 +61,8 @@ class Trigger:
         return join_pieces(self.tokens[: self.position + 1], self.spaced)
 
     @property
-    def behind(self) -> str:
-        """The text behind it that the model had read."""
+    def after(self) -> str:
+        """The text after the trigger, as far as the model read it."""
         return join_pieces(self.tokens[self.position + 1 :], self.spaced)
 
 
@@ -99,7 +99,7 @@ class TriggerExamples(Result):
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per trigger."""
-        computed = ("context", "behind", "token", "next_token")
+        computed = ("context", "after", "token", "next_token")
         frame = frame_of(Trigger, self.triggers, computed[:-1])
         return frame[["rank", "value", "document", "position", *computed]]
 
@@ -140,13 +140,13 @@ class TriggerExamples(Result):
 class TriggerAgreement(Result):
     """Whether the token a value promotes is the one that follows its triggers.
 
-    Memories without a trigger that has a next token are left out, and counted.
+    Memories without a trigger that has a next token are omitted, and counted.
 
     Attributes:
         layer: Layer of each memory.
         neuron: Its neuron.
         top: Token its value promotes.
-        next_token: Token behind its first trigger that has one.
+        next_token: Token after its first trigger that has one.
         rank: Rank of that token among all that the value promotes, the first being 1.
         max_prob: Probability of the promoted token.
         precision: Share of its triggers, of those with a next token, that are followed by `top`.
@@ -171,12 +171,12 @@ class TriggerAgreement(Result):
     provenance: Provenance
 
     def __repr__(self) -> str:
-        head = f"TriggerAgreement of {len(self.layer)} memories, {self.left_out} left out"
+        head = f"TriggerAgreement of {len(self.layer)} memories, {self.left_out} skipped"
         return f"{head}\n{as_text(self.by_layer(), 4)}"
 
     @property
     def agree(self) -> torch.Tensor:
-        """Where the promoted token is the one behind the first trigger."""
+        """Where the promoted token is the one after the first trigger."""
         return self.top == self.next_token
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -274,7 +274,7 @@ class TriggerAgreement(Result):
         return (
             Bars(
                 "Values agree with their triggers",
-                "Share of memories whose value promotes the token behind their first trigger; "
+                "Share of memories whose value promotes the token after their first trigger; "
                 "chance: had the layer's next tokens been dealt out at random; precision: share "
                 "of all their triggers that are followed by it.",
                 labels,
@@ -283,7 +283,7 @@ class TriggerAgreement(Result):
             ),
             Bars(
                 "Rank of the next token",
-                "Among all tokens a value promotes, where the one behind its first trigger is: "
+                "Among all tokens a value promotes, where the one after its first trigger is: "
                 "quantiles over memories.",
                 labels,
                 ranks,

@@ -48,8 +48,8 @@ class EncoderDecoder:
             before the final norm.
         norm: The encoder's final norm, or None if the architecture has none.
         decoder: Runs the decoder on encoder states.
-        prompt: Returns what the decoder is told first, for every row of a source.
-        encode_target: Maps a target text to the decoder's tokens behind the prompt, with or
+        prompt: Returns the decoder's prompt, for every row of a source.
+        encode_target: Maps a target text to the decoder's tokens after the prompt, with or
             without an end token.
         to_string: A token id as text.
         to_text: Token ids as one text, without special tokens.

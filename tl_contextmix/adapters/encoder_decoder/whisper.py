@@ -103,7 +103,7 @@ def _prompt(
     features: Float[Tensor, "batch mel frame"],
     memory: Callable[[Tensor], Tensor],
 ) -> Int[Tensor, "batch prompt"]:
-    """Returns what Whisper's decoder is told: start, language, task and timestamps.
+    """Returns Whisper's decoder prompt: start, language, task and timestamps.
 
     By the settings; a language they leave open is the tokenizer's, and else the one that Whisper
     hears from its last encoder layer.

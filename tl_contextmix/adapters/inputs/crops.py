@@ -82,10 +82,10 @@ def crops(view: ModelView, batch: Batch) -> tuple[Crop, ...]:
 
 
 def _bounds(mask: Bool[Tensor, "batch pos"]) -> list[tuple[int, int]]:
-    """Returns the columns from the first real token of each row to behind its last."""
+    """Returns the columns of each row from its first real token to its last."""
     first = mask.int().argmax(dim=1).tolist()
-    behind = mask.flip(1).int().argmax(dim=1).tolist()
-    return [(start, mask.shape[1] - rest) for start, rest in zip(first, behind, strict=True)]
+    after = mask.flip(1).int().argmax(dim=1).tolist()
+    return [(start, mask.shape[1] - rest) for start, rest in zip(first, after, strict=True)]
 
 
 def _longest_first(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -118,7 +118,7 @@ class _Group:
     def fits(self, exact: bool, layers: int) -> bool:
         """Whether the rows are of like length, and of one where it has to be exact."""
         widths = [stop - start for start, stop in self.bounds]
-        # Padding behind the text of a decoder is hidden by causality from all that is real.
+        # Padding after the text of a decoder is hidden by causality from all that is real.
         if exact and widths[0] > self.shortest[0]:
             return False
         like = all(

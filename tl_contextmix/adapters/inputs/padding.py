@@ -99,7 +99,7 @@ def _inside(
 def find_target_padding(
     view: ModelView, ids: Int[Tensor, "batch pos"], start: Sequence[int]
 ) -> Side:
-    """Returns ids of the decoder side, with the padding behind them masked.
+    """Returns ids of the decoder side, with the padding after them masked.
 
     Args:
         view: The model.
@@ -121,7 +121,7 @@ def find_target_padding(
                 "the decoder_input is padded before its text",
                 f"{how.token} ({view.to_string(how.token)!r}), which the tokenizer pads with, at "
                 f"the beginning of row {row}",
-                "padding behind the text: no mask hides it from a decoder",
+                "padding after the text: no mask hides it from a decoder",
                 "Pad the decoder's ids on the right.",
             )
         text[:, 0] = True
@@ -167,7 +167,7 @@ def unsafe_padding(view: ModelView, side: Side, *, placed: bool = False) -> str:
 
     Some hosts leave positions where they are (HookedEncoder, BART and Marian on the bridge) or
     drop the mask, others turn rows of padding into NaN, by version, family and dtype. So padding
-    before the text and behind it is tried once per model, on a few tokens with and without, and
+    before the text and after it is tried once per model, on a few tokens with and without, and
     without hooks of the user's own.
 
     Args:
@@ -205,7 +205,7 @@ def _try(view: ModelView, where: str, placed: bool) -> str:
     error = max(_error(found[name], stream) for name, stream in plain.items())
     if error <= view.tolerance:
         return ""
-    place = "before" if where == "left" else "behind"
+    place = "before" if where == "left" else "after"
     if error == float("inf"):
         kind = next(iter(found.values())).dtype
         return why_not_finite(f"tokens with padding {place} them", kind, padded=True)

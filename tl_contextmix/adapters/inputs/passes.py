@@ -64,7 +64,7 @@ class Pass:
 
     @functools.cached_property
     def trace(self) -> Trace:
-        """What the model left behind; where it ran in groups, all of it, with zeros at padding."""
+        """Its activations; where it ran in groups, all of it, with zeros at padding."""
         return self._joined(lambda part: part.run(part.batch))
 
     def again(self, names: Sequence[str] = (), edits: Mapping[str, Edit] | None = None) -> Trace:
@@ -83,7 +83,7 @@ class Pass:
         return self._joined(run)
 
     def _joined(self, run: Callable[[Pass], Trace]) -> Trace:
-        """Returns what runs of all parts left behind."""
+        """Returns the activations of all parts."""
         if not self.crops:
             return run(self)
 
@@ -173,7 +173,7 @@ class Pass:
         compute: Callable[[Pass, Block], Tensor],
         rows: Sequence[int] | None = None,
     ) -> Tensor:
-        """Returns a tensor of every block, stacked behind the batch; without gradients.
+        """Returns a tensor of every block, stacked after the batch; without gradients.
 
         Args:
             what: Name of the method, for the progress bar.
@@ -227,7 +227,7 @@ class Pass:
     def _places(
         self, axes: str, part: Pass, value: Tensor, rows: Sequence[int] | None = None
     ) -> list[Place | None]:
-        """Returns where the axes of a part's tensor, behind the batch, are in that of the whole."""
+        """Returns where the axes of a part's tensor, after the batch, are in that of the whole."""
         found = [self._place(axis, part, rows) for axis in axes.split()[1:]]
         return found + [None] * (value.ndim - 1 - len(found))
 
@@ -266,7 +266,7 @@ class Pass:
 
     def progress(self, what: str) -> Iterator[Block]:
         """Yields the blocks, with a progress bar on a terminal once two seconds have passed."""
-        # tqdm's own switches: silent where nobody looks, and until it has taken `delay` seconds.
+        # tqdm's own switches: silent without a terminal, and until it has taken `delay` seconds.
         yield from tqdm(self.blocks, desc=what, unit="layer", delay=2, leave=False, disable=None)
 
     @property

@@ -45,7 +45,7 @@ class TokenInputs(TypedDict, total=False):
 
     prepend_bos: bool | None
     """Whether texts get a beginning-of-sequence token; None: the model's default. A text that
-    brings its own (a chat template's output) gets no second one, with a warning unless this is
+    has its own (a chat template's output) gets no second one, with a warning unless this is
     False. Token ids are taken as they are, as everywhere in TransformerLens."""
 
     padding_side: PaddingSide | None

@@ -121,7 +121,7 @@ class _Counted:
         view: The view.
         passes: Forward passes it was asked for.
         operations: What they took.
-        kept: Bytes of what they left behind.
+        kept: Bytes of the activations they keep.
     """
 
     def __init__(self, view: ModelView, shapes: OnShapes, counter: Operations) -> None:

@@ -31,7 +31,7 @@ class Lens:
     Attributes:
         listening: What is decoded from which layers.
         inputs: The inputs as text.
-        prompt: What the decoder is told first.
+        prompt: The decoder's prompt.
         told: Whether it was given, or is Whisper's: nothing is then forced after it.
         references: The right answers, or None.
         max_new_tokens: Longest answer, or None.
@@ -165,7 +165,7 @@ class Lens:
         if room is not None and not 0 < wanted <= room:
             raise bad(
                 "the decoder cannot say as much",
-                f"max_new_tokens={self.max_new_tokens} behind {used} tokens",
+                f"max_new_tokens={self.max_new_tokens} after {used} tokens",
                 f"at most {bound} tokens together, the longest text of this model",
                 "Lower max_new_tokens.",
             )

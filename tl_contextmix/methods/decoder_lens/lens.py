@@ -151,12 +151,12 @@ def decoder_lens(
     with :math:`e^0` the embeddings, :math:`e^l` the encoder's residual stream after block ``l`` and
     :math:`\mathrm{LN}_f` its final norm, where the architecture has one (T5, mBART, M2M100,
     Pegasus, Whisper; BART and Marian have none). Every decoder layer reads this one state. It is
-    the model with the encoder blocks behind ``l`` removed; at ``l = L`` it is the model itself
+    the model with the encoder blocks after ``l`` removed; at ``l = L`` it is the model itself
     (Langedijk et al. 2024). Nothing is trained.
 
-    The decoder is told what ``generate`` tells it: its start token and the token that is forced
+    The decoder is given the prompt of ``generate``: its start token and the token that is forced
     after it (a language code), Whisper's language, task and no-timestamps tokens. They are no
-    predictions: judged answers and scores begin behind them.
+    predictions: judged answers and scores begin after them.
 
     Args:
         model: A HookedEncoderDecoder (TransformerLens 3), an encoder-decoder on a

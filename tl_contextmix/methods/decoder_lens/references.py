@@ -12,8 +12,8 @@ from torch import Tensor
 from tl_contextmix.adapters import EncoderDecoder
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.inputs.questions import single_token
 from tl_contextmix.adapters.inputs.tokens import as_tensor
+from tl_contextmix.adapters.questions import single_token
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.text_metrics import words
 from tl_contextmix.core.validation import whole_number
@@ -22,7 +22,7 @@ from tl_contextmix.results.curves import as_texts
 
 
 def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Side, tuple[str, ...]]:
-    """Returns what the encoder reads, what the decoder is told, and the inputs as text."""
+    """Returns what the encoder reads, the decoder's prompt, and the inputs as text."""
     if model.view is not None:
         batch = make_batch(model.view, given)
         if batch.further:
@@ -59,7 +59,7 @@ def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Sid
 
 
 def _told(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
-    """Returns what a speech model's decoder is told: ids as they are, a text behind its prompt."""
+    """Returns a speech model's decoder prompt: ids as they are, a text after its prompt."""
     if isinstance(given, Mapping) and "input_ids" in given:
         given = given["input_ids"]
     ids = as_tensor(given)

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.inputs.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, apart
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
@@ -62,7 +62,7 @@ def log_prob_contributions(
     .. math:: \mathrm{Imp}(v) = \log p(w \mid h + v) - \log p(w \mid h)
 
     (2024, section 3.3), with :math:`h` the stream as the component's sublayer found it: before the
-    attention sublayer for what attention writes, behind it for the feed-forward sublayer.
+    attention sublayer for what attention writes, after it for the feed-forward sublayer.
 
     The stream at the predicting position is a sum of everything written to it, which is added up
     in the order of the sublayers, starting from nothing: what enters the first block (``embed``),
@@ -84,7 +84,7 @@ def log_prob_contributions(
     Several predictions, as of an answer of several tokens, take one pass; `summed` adds them up.
 
     In post-LN models (BERT, BART) the stream passes a norm after every sublayer. A part is then
-    taken as it arrives behind the last block, through the norms that follow it with their scales
+    taken as it arrives after the last block, through the norms that follow it with their scales
     frozen; the state after a sublayer is the sum of what arrives of all parts so far.
 
     Args:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.inputs.questions import (
+from tl_contextmix.adapters.questions import (
     Question,
     TokenAnswerInputs,
     apart,
@@ -56,19 +56,19 @@ def knockout(
 
     A feed-forward neuron's activation (``hook_post``), an attention neuron's (one dimension of a
     head's ``hook_z``, whatever source it was read from) or a head's whole ``hook_z`` is replaced
-    while the model runs; everything behind it follows. One that a result names for several
-    sources is one neuron and goes out once. As many components of the same kinds, drawn at random
-    from the whole model, are taken out for comparison; none of them is, or is part of, a chosen
+    while the model runs; everything after it follows. One that a result names for several
+    sources is one neuron and is ablated once. As many components of the same kinds, drawn at random
+    from the whole model, are ablated for comparison; none of them is, or is part of, a chosen
     one. What an attribution calls important should do more than they.
 
     Args:
         model: Any TransformerLens model with a vocabulary readout.
         input: A text, several, or token ids [batch, pos].
-        neurons: What to take out: a result of `log_prob_contributions` or `query_contributions`
+        neurons: What to ablate: a result of `log_prob_contributions` or `query_contributions`
             whose components are neurons or heads (each sentence has its own), or a list of
             ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
         heads: The same, or a list of ``(layer, head)``.
-        positions: Where they are taken out: ``"last"``, only at the position whose stream they
+        positions: Where they are ablated: ``"last"``, only at the position whose stream they
             were found to write to (the predicting one, unless they come from
             `query_contributions`), or ``"all"``. Setting parameters to zero, as the authors do, is
             ``"all"``.

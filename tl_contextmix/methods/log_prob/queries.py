@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.inputs.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, apart
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive

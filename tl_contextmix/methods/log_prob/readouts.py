@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs
-from tl_contextmix.adapters.inputs.questions import Answer
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import By, Prediction, Split, run_question, split_stream

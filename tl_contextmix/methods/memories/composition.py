@@ -76,7 +76,7 @@ def composition(
         batch_size: Documents in a batch.
 
     Returns:
-        `CompositionFigures`; special tokens do not count. What was left out is among
+        `CompositionFigures`; special tokens do not count. What was skipped is among
         the options of its provenance.
 
     Raises:

@@ -24,7 +24,7 @@ COUNTS = (
 )
 """What a manifest counts: documents of any kind, those that are empty, unreadable or too long, the
 tokens that were cut off, the tokens the model read, the positions whose memories counted, and those
-left out because a special token stands there."""
+skipped because a special token stands there."""
 
 _NUMBER, _SIZE = range(MOST), range(1, MOST)
 _TEXT, _DICT = (str,), (dict,)

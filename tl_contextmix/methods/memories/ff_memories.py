@@ -62,7 +62,7 @@ def ff_memories(
       :math:`\mathrm{top}(o^L)` read from :math:`r^\ell`;
     * the case: :math:`\mathrm{top}(o)` is that of :math:`r` alone (residual), of :math:`y` alone
       (ffn), of both (agreement), of neither (composition). Conflict: both have the same top token
-      and the sum has another; impossible where logits are linear, possible behind a final norm.
+      and the sum has another; impossible where logits are linear, possible after a final norm.
 
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
@@ -74,14 +74,14 @@ def ff_memories(
             ``"positive"``.
         projection: How r, y and o are read: ``"model"``: as the model reads its last stream, norm
             and biases included. ``"frozen"``: the final norm's scale held at its real value,
-            biases left out: logits are linear and there is no conflict. ``"none"``: W_U alone.
+            without biases: logits are linear and there is no conflict. ``"none"``: W_U alone.
             Values are read by W_U with the norm's gain folded in (W_U alone with ``"none"``, the
             whole head of a masked LM).
         **inputs: Mask, padding and the like, see `Inputs`.
 
     Returns:
         `Memories` [batch layer pos]. In a post-LN block, r is the normed sum in front of the
-        feed-forward sublayer and o is behind the last norm.
+        feed-forward sublayer and o is after the last norm.
 
     Raises:
         InvalidInput: If an argument does not fit the model.

@@ -69,7 +69,7 @@ def ff_values(
             logits. ``"frozen"``: that, divided by the mean scale the final norm has on ``text``:
             only then are probabilities those of a coefficient of 1. ``"head"``: the masked-LM
             head in full, biases included. None: ``"head"`` where there is one, else ``"folded"``.
-            b_U and the norm's bias are no part of a value and left out, except by ``"head"``.
+            b_U and the norm's bias are no part of a value and are omitted, except by ``"head"``.
             A norm of the sublayer's output (Gemma 2, OLMo 2) is folded in.
         text: What the scale is taken from, for ``"frozen"`` only.
         labels: Names of the token ids, see `Inputs`.
@@ -123,20 +123,20 @@ def _read(
         if reader.linear:
             parts.append(reader.scan(hidden, k, max_bytes=max_bytes))
             continue
-        ahead, behind = (
+        ahead, after = (
             reader.scan(reader.hidden(vectors[part] * sign), k, sides=1, max_bytes=max_bytes)
             for sign in (1, -1)
         )
-        parts.append(_beside(ahead, behind))
+        parts.append(_beside(ahead, after))
     return Scan.join(parts), vectors.norm(dim=-1)
 
 
-def _beside(ahead: Scan, behind: Scan) -> Scan:
+def _beside(ahead: Scan, after: Scan) -> Scan:
     """Returns the scans of vectors and of the same times -1 as the two sides of one."""
     names = ("ids", "log_sum", "entropy", "rank")
-    both = {name: torch.cat([getattr(s, name) for s in (ahead, behind)], dim=1) for name in names}
+    both = {name: torch.cat([getattr(s, name) for s in (ahead, after)], dim=1) for name in names}
     # Side 1 of a scan holds logits whose sign is turned when probabilities are read from it.
-    ends = torch.cat([ahead.ends, -behind.ends], dim=1)
+    ends = torch.cat([ahead.ends, -after.ends], dim=1)
     return Scan(ends=ends, target=ahead.target, **both)
 
 

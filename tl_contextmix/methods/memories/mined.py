@@ -28,7 +28,7 @@ class Mined(Shown):
 
     Attributes:
         folder: Where they are; ``triggers.parquet`` in it is for any reader of Parquet.
-        manifest: What was mined, how, and what was left out.
+        manifest: What was mined, how, and what was skipped.
         view: The model, or None.
         corpus: The corpus, or None.
         model: The model of the view, which does not keep it alive.

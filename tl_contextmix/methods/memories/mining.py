@@ -118,11 +118,11 @@ def mine_triggers(
             document where the model reads both ways) counts once, where its coefficient is
             highest. Contexts are compared by 64-bit hashes of their tokens.
         special: Whether positions of special tokens (beginning-of-sequence, [CLS], [SEP], turns of
-            a chat) count, wherever they stand. Those left out are counted in the manifest.
+            a chat) count, wherever they stand. Those skipped are counted in the manifest.
         prepend_bos: Whether documents get a beginning-of-sequence token; None: model's default.
-        too_long: Documents longer than the model's context are ``"cut"``, left out (``"skip"``) or
+        too_long: Documents longer than the model's context are ``"cut"``, skipped (``"skip"``) or
             an ``"error"``; the manifest counts them and the tokens cut off.
-        malformed: Documents that cannot be read are an ``"error"`` or left out (``"skip"``) and
+        malformed: Documents that cannot be read are an ``"error"`` or skipped (``"skip"``) and
             counted. A run that such an error stopped, or one of ``too_long``, goes on with another
             choice.
         batch_size: Documents in a batch.

@@ -109,8 +109,8 @@ class Frame(NamedTuple):
         All of the frame in texts; none in token ids that came without it.
         """
         first, last = len(self.first), len(self.last)
-        behind = last if list(ids[len(ids) - last :]) == self.last else 0
-        return first if list(ids[:first]) == self.first else 0, behind
+        after = last if list(ids[len(ids) - last :]) == self.last else 0
+        return first if list(ids[:first]) == self.first else 0, after
 
     def own(self, ids: Sequence[int], special: frozenset[int]) -> list[bool]:
         """Returns which tokens of a document are neither of its frame nor special."""
@@ -200,12 +200,12 @@ def warn_of_little(counts: Mapping[str, int]) -> None:
     if not counts["positions"]:
         warn(
             f"no position of the corpus counts ({listed or 'no documents'}). malformed='error' and "
-            "too_long='error' name the first document that was left out."
+            "too_long='error' name the first document that was skipped."
         )
     elif counts["cut_tokens"] > counts["tokens"]:
         warn(
             f"more of the corpus was cut off than read ({listed}): documents are longer than the "
-            "model's context. Split them, or leave them out with too_long='skip'."
+            "model's context. Split them, or skip them with too_long='skip'."
         )
 
 
@@ -249,8 +249,8 @@ def encode(view: ModelView, document: Document, prepend_bos: bool | None) -> lis
 
 def cut(view: ModelView, ids: list[int], frame: Frame) -> list[int]:
     """Returns as many tokens of a document as fit the model's context, its frame among them."""
-    longest, behind = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS), frame.ends(ids)[1]
-    return ids if len(ids) <= longest else ids[: longest - behind] + ids[len(ids) - behind :]
+    longest, after = min(view.n_ctx or 1 << POSITION_BITS, 1 << POSITION_BITS), frame.ends(ids)[1]
+    return ids if len(ids) <= longest else ids[: longest - after] + ids[len(ids) - after :]
 
 
 def _batch(view: ModelView, rows: list[tuple[int, int, int, list[int], list[bool]]]) -> Documents:

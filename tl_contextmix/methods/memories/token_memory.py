@@ -36,7 +36,7 @@ def token_memory(
 
     .. math:: \phi_{ijk} = q_{ijk}\, r_{ik}, \qquad m_k(i) = \sum_j \phi_{ijk} + \phi_{ik}
 
-    where :math:`q_{ijk}` is what source ``j`` brings to the pre-activation of neuron ``k`` at
+    where :math:`q_{ijk}` is what source ``j`` contributes to the pre-activation of neuron ``k`` at
     ``i`` through attention and the residual connection (patterns and norm scales frozen) and
     :math:`r_{ik}` the neuron's secant slope: integrated gradients in closed form (Kobayashi et al.
     2024, eq. 12), before W_out is applied. The same feed-forward output is
@@ -55,7 +55,7 @@ def token_memory(
 
     Returns:
         `TokenMemory`: ``shares`` [batch layer target source neuron] and ``bias``, in units of the
-        activation. A constant added behind a gate (b_in of gated HookedTransformers) is no part
+        activation. A constant added after a gate (b_in of gated HookedTransformers) is no part
         of the coefficient.
 
     Raises:

@@ -94,11 +94,11 @@ def sample(triggers: Mined) -> list[list[int]]:
     whole = triggers.manifest["run"]["options"]["too_long"] != "cut"
     for document in _picked(triggers, set(), drawn).values():
         ids = _as_mined(triggers, document)
-        before, behind = triggers.frame.ends(ids)
+        before, after = triggers.frame.ends(ids)
         if whole and len(ids) < len(encode(triggers.require_view(), document, triggers.bos)):
             continue
-        if len(ids) > before + behind:
-            found.append(ids[before : len(ids) - behind])
+        if len(ids) > before + after:
+            found.append(ids[before : len(ids) - after])
     return found
 
 

@@ -83,7 +83,7 @@ class Triggers(Mined):
 
     Attributes:
         folder: Where they are; ``triggers.parquet`` in it is for any reader of Parquet.
-        manifest: What was mined, how, and what was left out.
+        manifest: What was mined, how, and what was skipped.
         view: The model, or None.
         corpus: The corpus, or None.
         model: The model of the view, which does not keep it alive.
@@ -192,7 +192,7 @@ class Triggers(Mined):
 
         The relative change ``(m' - m) / m`` at the end of a prefix without its first, last or a
         random token, per layer. Causal models; without its last token a prefix has been computed
-        already, so that takes no pass of its own. Prefixes of one token are left out.
+        already, so that takes no pass of its own. Prefixes of one token are omitted.
 
         Args:
             per_layer: Memories of each layer, drawn by their numbers and the seed.

@@ -1,0 +1,32 @@
+"""What is asked of a model: which token, rather than which other, at which position."""
+
+from tl_contextmix.adapters.questions.asked import (
+    Answer,
+    AnswerInputs,
+    Asked,
+    Pos,
+    Target,
+    TokenAnswerInputs,
+    apart,
+)
+from tl_contextmix.adapters.questions.earlier import label_sets
+from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
+from tl_contextmix.adapters.questions.question import Question, ask
+from tl_contextmix.adapters.questions.targets import one_each, single_token
+
+__all__ = [
+    "Answer",
+    "AnswerInputs",
+    "Asked",
+    "Pos",
+    "Question",
+    "Target",
+    "TokenAnswerInputs",
+    "apart",
+    "ask",
+    "label_sets",
+    "one_each",
+    "predicting_rows",
+    "rows_at",
+    "single_token",
+]
