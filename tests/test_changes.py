@@ -468,7 +468,7 @@ def _cases(*families: str) -> list[Any]:
 
 @functools.cache
 def _model_maps(case: zoo.Case, stack: StackName | None = None) -> Maps:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[0, -1] = 0
     return dict(

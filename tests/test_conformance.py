@@ -151,11 +151,18 @@ def ask(method: Method, model: Any, case: zoo.Case, given: zoo.Inputs, **options
     return method.ask(model, given.tokens, **keywords(given), **options)
 
 
+@functools.cache
+def answer(method: Method, case: zoo.Case) -> Any:
+    """What a method says about the words for a case, with the defaults of everything."""
+    return ask(method, zoo.shared(case), case, zoo.inputs(case))
+
+
 @pytest.mark.parametrize(("method", "case"), STACKED)
 def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
     for stack in stacks(case):
-        found: Any = ask(method, model, case, given, stack=stack)
+        named = stack is not None
+        found: Any = ask(method, model, case, given, stack=stack) if named else answer(method, case)
         values = method.values(found)
         blocks = view_of(model).blocks(stack)
         decoder = None if stack == "encoder" else given.decoder_tokens
@@ -175,7 +182,7 @@ def test_shapes_labels_and_dtype(method: Method, case: zoo.Case) -> None:
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
-    whole = method.values(ask(method, model, case, given))
+    whole = method.values(answer(method, case))
     assert torch.equal(whole, method.values(ask(method, model, case, given)))
     for row in range(2):
         decoder = None if given.decoder_tokens is None else given.decoder_tokens[row : row + 1]
@@ -188,7 +195,7 @@ def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo
 def test_the_model_is_left_as_it_was(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
     # TransformerLens leaves hooks of its own behind the first time a bridge runs.
-    ask(method, model, case, given)
+    answer(method, case)
     before = state(model)
     ask(method, model, case, given)
     assert state(model) == before
@@ -223,8 +230,7 @@ def state(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("method", "case"), ASKED)
 def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_path: Path) -> None:
-    model, given = shared(case)
-    found = ask(method, model, case, given)
+    found = answer(method, case)
     again = method.kind.load(found.save(tmp_path / "result.safetensors"))
     assert torch.equal(method.values(again), method.values(found))
     assert again.provenance == found.provenance
@@ -258,7 +264,7 @@ def test_processed_weights_are_detected_and_named_once(case: zoo.Case) -> None:
     for step in changes_norms:
         assert step in told[0]
         assert "no_processing" in told[0]
-    raw = cm.attention_norms(zoo.build(case), given.tokens, at=_OPEN, **keywords(given))
+    raw = cm.attention_norms(zoo.shared(case), given.tokens, at=_OPEN, **keywords(given))
     assert raw.provenance.processing == ()
     # What is called processed changes the map, and what changes the map is called processed.
     changed = relative(first.scores, raw.scores) > 1e-4

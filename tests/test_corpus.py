@@ -203,11 +203,10 @@ def test_token_ids_are_mined_as_they_are(model: Any, tmp_path: Path) -> None:
     assert (counts["empty"], counts["malformed"]) == (1, 3)
     # No beginning-of-sequence token is put in front, and one that is there does not count.
     assert (counts["tokens"], counts["positions"]) == (len(framed) + len(bare), 2 * len(bare))
+    alone = [cm.ff_memories(model, torch.tensor([ids])).coefficients[0] for ids in corpus[:2]]
     for row in found.to_dataframe().itertuples():
-        ids = corpus[row.document]
-        assert row.token == ids[row.position]
-        one = cm.ff_memories(model, torch.tensor([ids])).coefficients
-        value = float(one[0, row.layer, row.position, row.neuron])
+        assert row.token == corpus[row.document][row.position]
+        value = float(alone[row.document][row.layer, row.position, row.neuron])
         assert row.value == pytest.approx(value, abs=1e-5)
 
 

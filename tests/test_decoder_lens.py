@@ -32,12 +32,6 @@ def reference(family: str) -> Any:
 
 
 @functools.cache
-def plain(case: zoo.Case) -> Any:
-    """A model that no test changes."""
-    return zoo.build(case)
-
-
-@functools.cache
 def untouched(case: zoo.Case) -> Any:
     """Another one, which ends its answers early."""
     model = zoo.build(case)
@@ -172,7 +166,7 @@ def test_without_references_the_model_judges_its_own_output(case: zoo.Case) -> N
 
 @EACH
 def test_scores_are_the_logits_of_the_model_without_later_blocks(case: zoo.Case) -> None:
-    model, given, whole = plain(case), zoo.inputs(case), reference(case.family)
+    model, given, whole = zoo.shared(case), zoo.inputs(case), reference(case.family)
     found = cm.decoder_lens(
         model,
         given.tokens,
@@ -353,7 +347,7 @@ def test_the_models_generation_settings_are_followed(case: zoo.Case) -> None:
 
 @EACH
 def test_saved_loaded_tabulated_and_shown(case: zoo.Case, tmp_path: Path) -> None:
-    model, texts = plain(case), ["the cat sat", "a <b>dog</b>"]
+    model, texts = zoo.shared(case), ["the cat sat", "a <b>dog</b>"]
     results = [
         cm.decoder_lens(model, texts, texts, max_new_tokens=LENGTH),
         cm.decoder_lens(model, texts, texts, mode="teacher_forced"),

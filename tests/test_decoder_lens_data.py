@@ -262,7 +262,7 @@ def test_metrics_that_have_no_answer() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_data_set_call_gives_the_curves_of_the_results(case: zoo.Case) -> None:
-    model, texts, right = zoo.build(case), ["the cat sat", "a dog ran"], ["a cat", "the dog ran"]
+    model, texts, right = zoo.shared(case), ["the cat sat", "a dog ran"], ["a cat", "the dog ran"]
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 2}
     curves = cm.decoder_lens(
         model, texts, right, metric=["token accuracy", "KL"], categories=["x", "y"], **options
@@ -322,12 +322,12 @@ def test_what_cannot_be_decoded(options: dict[str, Any], match: str) -> None:
     asked = {"input": "the cat", **options}
     ask: Any = cm.decoder_lens
     with pytest.raises(cm.InvalidInput, match=match):
-        ask(zoo.build(CASES[0]), **asked)
+        ask(zoo.shared(CASES[0]), **asked)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.family in ("bart", "pegasus")], ids=str)
 def test_what_does_not_fit_the_context(case: zoo.Case) -> None:
-    model, long = zoo.build(case), torch.full((1, 33), 7)
+    model, long = zoo.shared(case), torch.full((1, 33), 7)
     with pytest.raises(cm.InvalidInput, match="at most 32"):
         cm.decoder_lens(model, long)
     with pytest.raises(cm.InvalidInput, match="at most 32"):
@@ -345,7 +345,7 @@ ONE_STACK = [case for case in zoo.cases() if case.family in ("gpt2", "bert")]
 @pytest.mark.parametrize("case", ONE_STACK, ids=str)
 def test_models_with_one_stack_are_refused(case: zoo.Case) -> None:
     with pytest.raises(cm.UnsupportedModel, match="DecoderLens needs an encoder-decoder"):
-        cm.decoder_lens(zoo.build(case), "the cat")
+        cm.decoder_lens(zoo.shared(case), "the cat")
 
 
 @pytest.mark.parametrize("case", [c for c in REFUSED if c.family in ("t5", "led")], ids=str)
@@ -379,7 +379,7 @@ def test_categories_that_are_none(categories: Any, message: str) -> None:
 
 def test_layers_are_asked_once_and_in_order() -> None:
     for case in CASES[:1]:
-        model, given = zoo.build(case), zoo.inputs(case)
+        model, given = zoo.shared(case), zoo.inputs(case)
         found = cm.decoder_lens(model, given.tokens, layer=[2, 0, 2], max_new_tokens=2)
         assert found.layers == (0, 2)
         assert found.equals(cm.decoder_lens(model, given.tokens, layer=[0, 2], max_new_tokens=2))

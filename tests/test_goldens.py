@@ -172,7 +172,7 @@ def fingerprint(values: Tensor) -> list[float]:
 
 def fingerprints(case: zoo.Case, names: set[str] | None = None) -> dict[str, list[float]]:
     """The fingerprints of some methods' answers about a case."""
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     return {
         name: fingerprint(ask(model, given.tokens, **_keywords(name, given)))
         for name, ask in asked(case).items()

@@ -27,12 +27,12 @@ REFUSED = [pytest.param(case, id=case.id) for case in zoo.REFUSED]
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_identity_holds_with_room(case: zoo.Case) -> None:
-    report = cm.check(zoo.build(case))
+    report = cm.check(zoo.shared(case))
     assert report.ok, str(report)
     # Measured: 1e-14 at most in float64, 4e-7 where the host has float32 inside; the check itself
     # allows 1e-5.
     assert report.worst().error <= bound(case), report.worst()
-    blocks = view_of(zoo.build(case)).every_block()
+    blocks = view_of(zoo.shared(case)).every_block()
     names = {row.where for row in report.rows}
     for stack, block in blocks:
         assert {f"{stack} block {block.layer}"} <= names
@@ -91,7 +91,7 @@ NAMED = [case for case in zoo.cases() if not case.encoder_decoder]
 
 @pytest.mark.parametrize("case", NAMED, ids=str)
 def test_every_point_is_the_hosts_own_tensor(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     _, cache = model.run_with_cache(given.tokens)
     for point, name in named_points(case).items():
         found = cm.decompose(model, given.tokens, at=point)
@@ -103,7 +103,7 @@ def test_every_point_is_the_hosts_own_tensor(case: zoo.Case) -> None:
 
 def test_aliases_of_the_bridge_are_not_what_they_say() -> None:
     case = case_of("bert", host="TransformerBridge")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     _, cache = model.run_with_cache(given.tokens)
     for point in ("attn_out", "resid_mid"):
         found = cm.decompose(model, given.tokens, at=point, layer=0)
@@ -114,7 +114,7 @@ def test_aliases_of_the_bridge_are_not_what_they_say() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_map_is_made_of_the_stream_patterns_and_values(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
     for stack in stacks(case):
         done = run_pass(view, Given(given.tokens, **keywords(given)), stack=stack)
@@ -130,7 +130,7 @@ def test_half_precision_models_give_single_precision_maps(
     at = "resid_mid" if case.family in zoo.OPAQUE_FEED_FORWARD else "block_out"
     given = zoo.inputs(case)
     found = cm.attention_norms(zoo.build(case, dtype=dtype), given.tokens, at=at, **keywords(given))
-    whole = zoo.build(case, dtype=torch.float32)
+    whole = zoo.shared(case, torch.float32)
     expected = cm.attention_norms(whole, given.tokens, at=at, **keywords(given))
     assert found.scores.dtype == torch.float32
     # Measured over the zoo: 8e-3 in float16 and 6e-2 in bfloat16, whose own layer outputs are as

@@ -152,7 +152,7 @@ def halve(tensor: Tensor, hook: Any) -> Tensor:
 
 @pytest.mark.parametrize("case", SOME)
 def test_edited_values_are_followed(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     name = view_of(model).blocks()[0].attentions[0].value
     found = cm.attention_norms(model, given.tokens, at="attn_out", layer=0, **keywords(given))
     with model.hooks(fwd_hooks=[(name, halve)]):
@@ -164,7 +164,7 @@ def test_edited_values_are_followed(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", SOME)
 def test_a_map_is_of_the_edited_model_where_the_stream_was_edited(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     block = view_of(model).blocks()[-1]
     with model.hooks(fwd_hooks=[(block.resid_in, halve)]):
         found = cm.decompose(model, given.tokens, at="block_out", layer=-1, **keywords(given))
@@ -193,7 +193,7 @@ def test_edits_that_a_method_cannot_follow_are_refused(
 ) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     # Names come from another model: the one that is asked about may have been edited before.
-    name = EDITS[place](view_of(zoo.build(case)).blocks()[0])
+    name = EDITS[place](view_of(zoo.shared(case)).blocks()[0])
     if known:
         view_of(model)
     with model.hooks(fwd_hooks=[(name, halve)]):
@@ -253,7 +253,7 @@ def test_hooks_are_taken_off_and_put_back_in_their_order() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_hooks_of_the_hosts_own_are_not_the_users(case: zoo.Case) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     model.run_with_cache(given.tokens, **keywords(given))
     assert hooked_places(model) == ()
 
@@ -309,7 +309,7 @@ def test_modes_that_gate_hooks_change_no_number(case: zoo.Case) -> None:
 def test_threads_do_not_fill_each_others_traces(case: zoo.Case) -> None:
     model = zoo.build(case)
     given = [zoo.inputs(case, batch=batch) for batch in (1, 2, 3)]
-    expected = [maps(zoo.build(case), case, one) for one in given]
+    expected = [maps(zoo.shared(case), case, one) for one in given]
     found: list[list[Tensor]] = [[] for _ in given]
     failed: list[BaseException] = []
 
@@ -381,7 +381,7 @@ def test_calls_from_a_hook_of_the_users_own_are_calls_like_others(
     model, given, inner = zoo.build(case), zoo.inputs(case), zoo.inputs(case, batch=1)
     asked = {"input": given.tokens, **keywords(given)}
     one = {"input": inner.tokens, **keywords(inner)}
-    other = zoo.build(case)
+    other = zoo.shared(case)
     plain = {name: ask(other, **asked) for name, ask in METHODS.items()}
     nested = {name: ask(other, **one) for name, ask in METHODS.items()}
     value = view_of(other).blocks()[-1].attentions[0].value

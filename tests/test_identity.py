@@ -124,7 +124,7 @@ def _with_block(view: ModelView, stack: str, block: Block) -> ModelView:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_wrong_reading_is_seen_and_placed(case: zoo.Case) -> None:
-    model = zoo.build(case)
+    model = zoo.shared(case)
     view = view_of(model)
     probe = run_probe(view)
     assert all(row.ok for row in check_rows(view, probe))
@@ -147,7 +147,7 @@ def test_every_wrong_reading_is_seen_and_placed(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrong_readout_is_seen(case: zoo.Case) -> None:
-    model = zoo.build(case)
+    model = zoo.shared(case)
     view = view_of(model)
     probe = run_probe(view)
     assert readout_row(view, probe).ok

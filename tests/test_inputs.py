@@ -112,7 +112,7 @@ def left_is_wrong(model: Any, case: zoo.Case) -> bool:
 @pytest.mark.parametrize("case", CASES)
 def test_padding_on_the_left_changes_nothing(case: zoo.Case, pad: int) -> None:
     """Where the host is wrong, rows run without it."""
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.shared(case, torch.float32)
     # Measured: 1.2e-6 at most.
     padded_maps(model, case, "left", pad, 1e-5)
     assert left_is_wrong(model, case) == (case.id in UNMOVED)
@@ -129,7 +129,7 @@ def test_left_padding_in_double_precision_is_right(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in zoo.cases() if case.id in UNMOVED], ids=str)
 def test_left_padding_is_refused_where_rows_have_to_run_as_they_are(case: zoo.Case) -> None:
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.shared(case, torch.float32)
     name = view_of(model).blocks()[0].resid_in
     match = f"padding before the text gives wrong numbers .*{case.host}.* relative error of"
     refused = pytest.raises(cm.InvalidInput, match=f"{match}.*Pad on the right")
@@ -158,7 +158,7 @@ def test_texts_of_unequal_length_equal_each_text_alone(case: zoo.Case) -> None:
 def test_decompose_rows_of_a_padded_batch_equal_singles(case: zoo.Case) -> None:
     # In float64, Hugging Face code with float32 inside makes NaN of long padding, see below.
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE
-    model = zoo.build(case, dtype=torch.float32 if inside else torch.float64)
+    model = zoo.shared(case, dtype=torch.float32 if inside else torch.float64)
     at, limit = points(case)[-1], 1e-5 if inside else bound(case)
     found = cm.decompose(model, TEXTS[:2], at=at)
     for row, text in enumerate(TEXTS[:2]):
@@ -219,7 +219,7 @@ def test_a_text_and_its_tokens_give_the_same_map(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_beginning_of_sequence_is_as_the_model_has_it(case: zoo.Case) -> None:
-    model, view = zoo.build(case), None
+    model, view = zoo.shared(case), None
     view = view_of(model)
     if case.host == "HookedEncoder" or case.family in ("bert", "roberta"):
         with pytest.raises(cm.InvalidInput, match=r"prepend_bos .* encoder: got prepend_bos=True"):
@@ -404,7 +404,7 @@ def _without_frame(tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_longest_input_is_the_models_own(case: zoo.Case) -> None:
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.shared(case, dtype=torch.float32)
     view = view_of(model)
     length = view.n_ctx or 3 * zoo.rows.N_CTX
     if length > 3 * zoo.rows.N_CTX:
@@ -485,7 +485,7 @@ def test_labels_keep_the_marks_of_real_tokenizers(kind: str, expected: tuple[str
 
 def test_what_was_given_is_not_changed() -> None:
     case = case_of("gpt2")
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     tokens, mask = padded(given, "right", 17)
     kept = tokens.clone(), mask.clone()
     found = cm.attention_norms(model, tokens, attention_mask=mask)
@@ -496,7 +496,7 @@ def test_what_was_given_is_not_changed() -> None:
 
 def test_batches_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("gpt2")
-    model = zoo.build(case)
+    model = zoo.shared(case)
     view = view_of(model)
     monkeypatch.setattr(type(model), "run_with_hooks", None)
     make_batch(view, Given(TEXTS[0]))

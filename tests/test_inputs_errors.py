@@ -146,7 +146,7 @@ def test_bad_input_is_refused_with_value_and_remedy(
     given: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(cm.InvalidInput, match=message) as raised:
-        cm.attention_norms(zoo.build(case_of("gpt2")), given, **options)
+        cm.attention_norms(zoo.shared(case_of("gpt2")), given, **options)
     require_four_parts(str(raised.value))
 
 
@@ -184,7 +184,7 @@ BAD_PAIRS: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_bad_input_of_two_sides_is_refused(
     given: Any, options: dict[str, Any], message: str
 ) -> None:
-    model = zoo.build(next((c for c in zoo.cases() if c.encoder_decoder), None) or case_of("t5"))
+    model = zoo.shared(next((c for c in zoo.cases() if c.encoder_decoder), None) or case_of("t5"))
     with pytest.raises(cm.InvalidInput, match=message) as raised:
         cm.attention_norms(model, given, **options)
     require_four_parts(str(raised.value))
@@ -276,17 +276,17 @@ def test_a_block_without_neurons_has_no_point_inside_of_them() -> None:
     found = [case for case in zoo.cases() if case.family == "attn_only"]
     for case in found:
         with pytest.raises(cm.InvalidInput, match=r"no mlp_out in layer 0.*'resid_post'"):
-            cm.attention_norms(zoo.build(case), TOKENS, at="mlp_out")
+            cm.attention_norms(zoo.shared(case), TOKENS, at="mlp_out")
     assert bool(found) == (zoo.major() < 4)
 
 
 def test_layers_may_be_any_integers() -> None:
-    blocks = view_of(zoo.build(case_of("gpt2"))).blocks()
+    blocks = view_of(zoo.shared(case_of("gpt2"))).blocks()
     assert [block.layer for block in select_blocks(blocks, range(2))] == [0, 1]
     assert [block.layer for block in select_blocks(blocks, (2, -3))] == [2, 0]
     ask: Any = cm.attention
     for layer in (numpy.int64(-1), numpy.array([2]), torch.tensor(2), torch.tensor([2])):
-        found = ask(zoo.build(case_of("gpt2")), TOKENS, layer=layer)
+        found = ask(zoo.shared(case_of("gpt2")), TOKENS, layer=layer)
         assert found.layers == (2,)
         assert type(found.layers[0]) is int
 
@@ -300,7 +300,7 @@ TOKENIZED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", TOKENIZED)
 def test_ids_may_be_arrays_lists_and_what_a_tokenizer_returns(name: str) -> None:
-    model, mask = zoo.build(case_of("gpt2")), [[True] * 3, [True, True, False]]
+    model, mask = zoo.shared(case_of("gpt2")), [[True] * 3, [True, True, False]]
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     expected = cm.attention_norms(model, ids, attention_mask=torch.tensor(mask))
     options: Any = {} if name == "tokenizer's" else {"attention_mask": numpy.array(mask)}
@@ -310,7 +310,7 @@ def test_ids_may_be_arrays_lists_and_what_a_tokenizer_returns(name: str) -> None
 
 
 def test_a_mask_that_is_given_counts_more_than_the_tokenizers() -> None:
-    model, mask = zoo.build(case_of("gpt2")), [[1, 1, 1], [1, 0, 0]]
+    model, mask = zoo.shared(case_of("gpt2")), [[1, 1, 1], [1, 0, 0]]
     found = cm.attention(model, TOKENIZED["tokenizer's"], attention_mask=mask)
     assert found.target.mask.tolist() == [[True] * 3, [True, False, False]]
 
@@ -319,7 +319,7 @@ def test_a_decoders_ids_may_be_lists_too() -> None:
     case = next((c for c in zoo.cases() if c.encoder_decoder), None)
     if case is None:
         pytest.skip("no encoder-decoder under this version")
-    model, said = zoo.build(case), torch.tensor([[0, 6]])
+    model, said = zoo.shared(case), torch.tensor([[0, 6]])
     expected = cm.attention(model, TOKENS, decoder_input=said, stack="cross")
     for decoder_input in (said.tolist(), said.numpy(), UserDict(input_ids=said)):
         found = cm.attention(model, TOKENS.tolist(), decoder_input=decoder_input, stack="cross")
@@ -428,10 +428,9 @@ BRIDGES = [
 @pytest.mark.parametrize("case", BRIDGES)
 def test_a_model_that_drops_activations_is_refused(case: zoo.Case) -> None:
     given = zoo.inputs(case)
-    model = zoo.build(case)
     rates = [
         rate
-        for module in model.modules()
+        for module in zoo.shared(case).modules()
         for rate in (getattr(module, "p", 0.0), module.__dict__.get("dropout", 0.0))
         if isinstance(rate, float)
     ]

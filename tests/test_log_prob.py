@@ -131,7 +131,7 @@ def test_layers_telescope_to_the_model_s_own_log_probability(case: zoo.Case) -> 
         assert torch.equal(found.target.ids[:, 0], logits.argmax(-1))
         if rule != "frozen":
             torch.testing.assert_close(steps[:, -1], own, atol=max(1e-9, bound(case)), rtol=0)
-    single = zoo.build(case, dtype=torch.float32)
+    single = zoo.shared(case, dtype=torch.float32)
     found = asked(single, given, target=17)
     assert float((found.trajectory[:, -1] - found.log_prob).abs().max()) <= 1e-5
 

@@ -70,7 +70,7 @@ def test_the_logit_lens_agrees(family: str) -> None:
     from transformer_lens.tools.analysis import logit_lens
 
     case = case_of(family)
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.shared(case, dtype=torch.float32)
     tokens = zoo.inputs(case).tokens
     ours = cm.log_prob_contributions(model, tokens, target=9, norm="recompute")
     mid = family in ("gpt2", "llama", "gemma2", "olmo2")
@@ -84,7 +84,7 @@ def test_logit_readout_agrees() -> None:
     from transformer_lens.tools.analysis import logit_readout
 
     case = case_of("gpt2")
-    model = zoo.build(case, dtype=torch.float32)
+    model = zoo.shared(case, dtype=torch.float32)
     tokens = zoo.inputs(case).tokens
     neurons = cm.log_prob_contributions(model, tokens, target=9, by="ff_neuron", k=6)
     ours = cm.component_readouts(model, tokens, components=neurons, k=5)

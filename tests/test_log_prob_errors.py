@@ -82,7 +82,7 @@ def test_question_that_cannot_be_asked(options: dict[str, Any], message: str, mo
 
 def test_a_mask_is_needed_once() -> None:
     case = next(case for case in CASES if case.family == "bert")
-    model = zoo.build(case)
+    model = zoo.shared(case)
     for tokens, seen in ((TOKENS * 0 + 9, "0 masks in sentence 0"), (TOKENS * 0 + 4, "3 masks")):
         with pytest.raises(cm.InvalidInput, match=f"{seen}.*give pos="):
             cm.log_prob_contributions(model, tokens)

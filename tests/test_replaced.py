@@ -163,15 +163,19 @@ def answer(model: Any, case: zoo.Case) -> list[Tensor] | None:
     given, found = zoo.inputs(case), []
     try:
         for stack in stacks(case):
-            for layer, block in enumerate(view_of(model).blocks(stack)):
-                asked = {"layer": layer, "stack": stack, **keywords(given)}
-                parts = cm.decompose(model, given.tokens, at="block_out", **asked)
-                kept: list[Tensor] = []
-                keep = [(block.resid_out, lambda value, hook, kept=kept: kept.append(value))]
-                with torch.no_grad():
-                    model.run_with_hooks(given.tokens, fwd_hooks=keep, **keywords(given))
-                assert relative(parts.total()[:, 0], kept[0]) <= TOLERANCE
-                found.append(parts.parts)
+            blocks = view_of(model).blocks(stack)
+            asked = {"stack": stack, **keywords(given)}
+            parts = cm.decompose(model, given.tokens, at="block_out", **asked)
+            kept: list[Tensor] = []
+
+            def keep(value: Tensor, hook: Any, kept: list[Tensor] = kept) -> None:
+                kept.append(value)
+
+            hooks = [(block.resid_out, keep) for block in blocks]
+            with torch.no_grad():
+                model.run_with_hooks(given.tokens, fwd_hooks=hooks, **keywords(given))
+            assert relative(parts.total(), torch.stack(kept, dim=1)) <= TOLERANCE
+            found.append(parts.parts)
     except cm.UnsupportedModel:
         return None
     return found

@@ -305,7 +305,7 @@ def test_what_is_beside_a_trigger_is_what_was_mined(tmp_path: Path) -> None:
 
 
 def test_what_reads_both_ways_has_no_next_token(tmp_path: Path) -> None:
-    model = zoo.build(case_of("bert"))
+    model = zoo.shared(case_of("bert"))
     triggers = cm.mine_triggers(model, texts(8), out=tmp_path, k=2)
     with pytest.raises(cm.InvalidInput, match="predicts the next token"):
         triggers.agreement()
@@ -314,7 +314,7 @@ def test_what_reads_both_ways_has_no_next_token(tmp_path: Path) -> None:
     first = triggers.to_dataframe().iloc[0]
     assert triggers.examples(int(first["layer"]), int(first["neuron"])).triggers
     with pytest.raises(cm.InvalidInput, match="one stack|no token is read"):
-        cm.composition(zoo.build(case_of("t5", "flan", "bart")), texts(3))
+        cm.composition(zoo.shared(case_of("t5", "flan", "bart")), texts(3))
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
@@ -322,7 +322,7 @@ def test_where_both_ways_are_read_the_whole_document_is_run(family: str, tmp_pat
     """A coefficient of such a model is no function of what is in front of the trigger."""
     if not any(case.family == family for case in zoo.cases()):
         pytest.skip(f"no {family} on this TransformerLens")
-    model, corpus = zoo.build(case_of(family)), texts(12)
+    model, corpus = zoo.shared(case_of(family)), texts(12)
     triggers = cm.mine_triggers(model, corpus, out=tmp_path / "out", k=3, tails="both")
     for tail in ("positive", "negative"):
         examples = triggers.examples(1, 3, tail=tail)

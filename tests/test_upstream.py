@@ -176,7 +176,7 @@ def test_the_shape_of_a_tool(name: str, made: Any) -> None:
 
 @pytest.mark.parametrize("case", ONE_STACK + TWO_STACKS, ids=str)
 def test_value_zeroing_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     for stack in stacks(case):
         ask = {"stack": stack, **keywords(given)}
         ours = cm.value_zeroing(model, given.tokens, **ask).scores
@@ -202,7 +202,7 @@ def test_value_zeroing_gives_the_numbers_of_this_package(case: zoo.Case, made: A
 
 def test_value_zeroing_of_a_cache_and_of_padding(made: Any) -> None:
     case = ONE_STACK[0]
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     ask = made.value_zeroing.value_zeroing
     _, cache = model.run_with_cache(given.tokens)
     assert torch.equal(ask(model, cache=cache).scores, ask(model, given.tokens).scores)
@@ -216,7 +216,7 @@ def test_value_zeroing_of_a_cache_and_of_padding(made: Any) -> None:
 
 
 def test_value_zeroing_ranks_and_tabulates(made: Any) -> None:
-    model = zoo.build(ONE_STACK[0])
+    model = zoo.shared(ONE_STACK[0])
     found = made.value_zeroing.value_zeroing(model, "a b c d")
     frame = found.to_dataframe()
     assert len(frame) == found.scores.numel()
@@ -230,7 +230,7 @@ def test_value_zeroing_ranks_and_tabulates(made: Any) -> None:
 
 @pytest.mark.parametrize("case", TWO_STACKS, ids=str)
 def test_decoder_lens_gives_the_numbers_of_this_package(case: zoo.Case, made: Any) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[1, 5:] = 0
     for beams in (1, 2):
@@ -251,7 +251,7 @@ def test_decoder_lens_gives_the_numbers_of_this_package(case: zoo.Case, made: An
 
 def test_decoder_lens_of_some_layers_and_given_answers(made: Any) -> None:
     case = TWO_STACKS[0]
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     ask = made.decoder_lens.decoder_lens
     whole = ask(model, given.tokens, max_new_tokens=4)
     some = ask(model, given.tokens, max_new_tokens=4, layers=[1, 0], max_bytes=1)
@@ -275,7 +275,7 @@ def test_decoder_lens_of_some_layers_and_given_answers(made: Any) -> None:
 
 def test_decoder_lens_reads_texts_back(made: Any) -> None:
     case = TWO_STACKS[0]
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     found = made.decoder_lens.decoder_lens(model, given.tokens, max_new_tokens=3)
     texts = found.to_dataframe(model.tokenizer).text
     said = found.ids[0, 0][found.mask[0, 0]]
@@ -287,7 +287,7 @@ def test_decoder_lens_reads_texts_back(made: Any) -> None:
 def test_log_prob_contributions_give_the_numbers_of_this_package(
     case: zoo.Case, norm: Any, made: Any
 ) -> None:
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[1, 4:] = 0
     ask = {"norm": norm, "attention_mask": mask}
@@ -395,7 +395,7 @@ def test_wrong_arguments_are_refused(
     name: str, options: dict[str, Any], match: str, plain: Any
 ) -> None:
     case = TWO_STACKS[0] if name == "decoder_lens" else ONE_STACK[0]
-    model, given = zoo.build(case), zoo.inputs(case)
+    model, given = zoo.shared(case), zoo.inputs(case)
     ask = {"input": given.tokens, **options}
     with pytest.raises(ValueError, match=match):
         getattr(getattr(plain, name), name)(model, **ask)
@@ -434,7 +434,7 @@ def test_log_prob_contributions_refuse_other_readouts(family: str, made: Any) ->
     case = next(case for case in ONE_STACK + TWO_STACKS if case.family == family)
     ask, tokens = made.log_prob_contributions.log_prob_contributions, zoo.inputs(case).tokens
     with pytest.raises((NotImplementedError, ValueError), match="decoder-only|mlm_head"):
-        ask(zoo.build(case), tokens)
+        ask(zoo.shared(case), tokens)
 
 
 def test_log_prob_contributions_refuse_an_edited_stream(made: Any) -> None:
@@ -451,4 +451,4 @@ def test_log_prob_contributions_refuse_an_edited_stream(made: Any) -> None:
 def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:
     case = ONE_STACK[0]
     with pytest.raises(NotImplementedError, match="logit_lens"):
-        made.decoder_lens.decoder_lens(zoo.build(case), zoo.inputs(case).tokens)
+        made.decoder_lens.decoder_lens(zoo.shared(case), zoo.inputs(case).tokens)

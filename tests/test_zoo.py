@@ -55,7 +55,7 @@ def test_every_host_class_is_covered():
 
 @pytest.mark.parametrize("case", CASES)
 def test_build_gives_the_named_class_in_eval_mode_and_float64(case: zoo.Case):
-    model = zoo.build(case)
+    model = zoo.shared(case)
     assert _class_name(model) == case.host
     assert not any(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
@@ -71,13 +71,13 @@ def test_logits_are_those_of_hugging_face(case: zoo.Case):
     decoder = {} if given.decoder_tokens is None else {"decoder_input_ids": given.decoder_tokens}
     with torch.no_grad():
         theirs = zoo.hf_model(case.family)(given.tokens, **decoder).logits.log_softmax(-1)
-    ours = zoo.logits(zoo.build(case), given).log_softmax(-1)
+    ours = zoo.logits(zoo.shared(case), given).log_softmax(-1)
     assert (ours - theirs).abs().max() < PARITY
 
 
 @pytest.mark.parametrize("case", PROCESSABLE)
 def test_processing_changes_weights_and_keeps_log_probs(case: zoo.Case):
-    raw, processed = zoo.build(case), zoo.build(case, processed=True)
+    raw, processed = zoo.shared(case), zoo.build(case, processed=True)
     given = zoo.inputs(case)
     before = zoo.logits(raw, given).log_softmax(-1)
     after = zoo.logits(processed, given).log_softmax(-1)
@@ -101,8 +101,8 @@ def test_build_is_deterministic_and_depends_on_the_seed(case: zoo.Case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_float32_model_holds_the_same_numbers(case: zoo.Case):
-    double = dict(zoo.build(case).named_parameters())
-    single = dict(zoo.build(case, dtype=torch.float32).named_parameters())
+    double = dict(zoo.shared(case).named_parameters())
+    single = dict(zoo.shared(case, torch.float32).named_parameters())
     assert double.keys() == single.keys()
     for name, value in double.items():
         assert single[name].dtype == torch.float32, name
@@ -112,7 +112,7 @@ def test_float32_model_holds_the_same_numbers(case: zoo.Case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_learned_tensor_is_left_at_a_default(case: zoo.Case):
-    for name, parameter in zoo.build(case).named_parameters():
+    for name, parameter in zoo.shared(case).named_parameters():
         assert parameter.std() > 0.05 or not parameter.any(), name
 
 
@@ -134,7 +134,7 @@ def test_inputs_are_words_of_the_stated_lengths():
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokenizer_reads_words_and_can_be_left_out(case: zoo.Case):
-    tokenizer = zoo.build(case).tokenizer
+    tokenizer = zoo.shared(case).tokenizer
     ids = tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["the", "cat", "sat"]
     assert len(tokenizer) == 61

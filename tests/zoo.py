@@ -146,8 +146,8 @@ def build(
 
 
 @functools.cache
-def _kept(case: Case) -> tuple[Any, list[int]]:
-    model = build(case)
+def _kept(case: Case, dtype: torch.dtype) -> tuple[Any, list[int]]:
+    model = build(case, dtype=dtype)
     return model, _versions(model)
 
 
@@ -155,12 +155,12 @@ def _versions(model: Any) -> list[int]:
     return [model.training, *(weight._version for weight in model.parameters())]
 
 
-def shared(case: Case) -> Any:
+def shared(case: Case, dtype: torch.dtype = torch.float64) -> Any:
     """A model of the case that no test changes.
 
     Building one and examining it takes longer than most questions.
     """
-    model, versions = _kept(case)
+    model, versions = _kept(case, dtype)
     assert _versions(model) == versions, f"a test has changed the shared model {case}"
     return model
 
