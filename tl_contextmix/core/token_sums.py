@@ -232,14 +232,10 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def silent(self) -> AttentionTerm:
-        """Returns a read of the same sources through no head: it writes and costs nothing."""
-        return AttentionTerm(
-            pattern=self.pattern[:, :0],
-            value=self.value[:, :, :0],
-            weight=self.weight[:0],
-            scale=torch.ones_like(self.scale),
-        )
+    def through(self, heads: slice) -> AttentionTerm:
+        """Returns a read of the same sources through some of its heads; none costs nothing."""
+        pattern, value = self.pattern[:, heads], self.value[:, :, heads]
+        return AttentionTerm(pattern, value, self.weight[heads], self.scale)
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
         """Returns the norm each head reads from each source: pattern times the value's norm."""
@@ -346,6 +342,14 @@ class TokenSum:
             return self
         sum_up = lambda: self.total + constant  # noqa: E731
         return replace(self, bias=self.bias + constant, sum_up=sum_up)
+
+    def of_head(self, term: int | None, head: int) -> TokenSum:
+        """Returns the parts that one head of one read brings; None: what no head does (`own`)."""
+        terms = tuple(
+            read.through(slice(head, head + 1) if place == term else slice(0))
+            for place, read in enumerate(self.terms)
+        )
+        return replace(self, terms=terms, own=self.own if term is None else None)
 
     def row(self, batch: slice) -> TokenSum:
         """Returns the token sum of some rows of the batch."""

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, Direction, apart
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
@@ -135,6 +135,13 @@ def log_prob_contributions(
             "'log_prob_increase', 'log_prob' or a score of the neuron alone",
             "Leave the foil out, or ask for the increase of the log-odds.",
         )
+    if isinstance(answer.target, Direction) and score != "log_prob_increase":
+        raise bad(
+            "this score is one of tokens",
+            f"score={score!r} of a direction",
+            "the default: inner products with the direction",
+            "Leave score out.",
+        )
     with torch.no_grad():
         asked = run_question(as_view(model), given, answer, by=by)
         parts = [
@@ -163,7 +170,7 @@ def _part(
         logits=found.logits,
         components=found.components,
         by=by,
-        score=score,
+        score=score if prediction.reading is None else "projection",
         norm=norm,
         steps=prediction.steps,
         trajectory=trajectory,
@@ -309,10 +316,11 @@ def _require_neurons(by: str, score: str, k: int | None) -> None:
 
 def _require_some(splits: list[Split], by: str, prediction: Prediction) -> list[Split]:
     if not splits:
+        ff = prediction.view.blocks()[0].feed_forward
         raise bad(
             f"{prediction.view.name} has no components by {by}",
-            "blocks without a feed-forward sublayer",
-            "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
-            "Ask for one of these.",
+            "blocks without a feed-forward sublayer" if ff is None else "none before this point",
+            "another `by`, or a later point of the stream",
+            "By 'layer' there is always the embedding.",
         )
     return splits

@@ -33,6 +33,7 @@ VANISHING = (
     "coefficient",
     "coefficient_norm",
     "coefficient_rank",
+    "projection",
 )
 """Scores that a neuron without an activation does not have."""
 
@@ -321,9 +322,15 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
     states, components = prediction.stream.states, prediction.stream.components
     for index in range(found.shape[1]):
         one = chosen.at(0, index)
-        step = next(
-            i for i, w in enumerate(components) if (w.kind, w.layer) == (one["kind"], one["layer"])
-        )
+        sublayers = [(component.kind, component.layer) for component in components]
+        if (one["kind"], one["layer"]) not in sublayers:
+            raise bad(
+                "these neurons write nothing along the direction",
+                f"{chosen.label(0, index)}, which does not come before this point",
+                "neurons before it",
+                "Ask about neurons of earlier layers.",
+            )
+        step = sublayers.index((one["kind"], one["layer"]))
         component = components[step]
         assert isinstance(component, (AttentionComponent, FeedForwardComponent))
         vectors = component.neurons()
