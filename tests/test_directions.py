@@ -165,7 +165,7 @@ def test_models_without_logits_have_directions_and_later_layers_may_be_hooked() 
     view = view_of(model)
 
     def add(stream: Tensor, hook: Any) -> Tensor:
-        return stream + 0.5
+        return stream + 0.5 * stream.flip(-1)
 
     def spoil(pattern: Tensor, hook: Any) -> Tensor:
         return pattern + torch.rand_like(pattern)

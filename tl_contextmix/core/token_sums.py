@@ -344,7 +344,7 @@ class TokenSum:
         return replace(self, bias=self.bias + constant, sum_up=sum_up)
 
     def of_head(self, term: int | None, head: int) -> TokenSum:
-        """Returns the parts that one head of one read brings; None: what no head does (`own`)."""
+        """Returns the parts that come through one head of a read; None: through no head (`own`)."""
         terms = tuple(
             read.through(slice(head, head + 1) if place == term else slice(0))
             for place, read in enumerate(self.terms)

@@ -157,9 +157,9 @@ def parts_at_all(
 def parts_of_heads(
     parts: TokenSum | FeedForwardParts,
 ) -> dict[str, TokenSum | FeedForwardParts]:
-    """Returns the parts that each head brings, by its label, and those that come past all heads.
+    """Returns the parts that come through each head, by its label, and through no head.
 
-    They add up to the parts. A feed-forward sublayer's slopes are those of all heads together.
+    They add up to the parts.
     """
     whole = parts
     if isinstance(parts, FeedForwardParts):

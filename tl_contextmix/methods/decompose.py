@@ -58,9 +58,10 @@ def decompose(
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
         at: The point.
-        heads: Each head's parts for themselves. What comes to a token past all heads, on its own
-            residual stream, is one entry more (``"residual"``); heads of cross-attention are
-            called ``"cross 0"`` and so on where those of self-attention are there, too.
+        heads: Parts of each head. What reaches a token through no head, along its own residual
+            stream, is one more entry (``"residual"``). After both attention sublayers of a decoder
+            block, heads of cross-attention are called ``"cross 0"`` and so on. The feed-forward
+            activation is passed with the slopes of all heads together.
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
             decoder). ``"cross"`` is the decoder block seen at its cross-attention. From there on

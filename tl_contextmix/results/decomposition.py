@@ -104,7 +104,7 @@ class HeadDecomposition(Decomposition):
     it belongs to no head.
 
     Attributes:
-        parts: What each head brought from each source token, and what came past all heads.
+        parts: What came from each source token through each head, and through none.
         heads: Label of each head; ``"residual"`` is the token's own residual stream.
     """
 
