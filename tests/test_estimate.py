@@ -46,6 +46,10 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
         f"log_prob_contributions {by}": partial(cm.log_prob_contributions, by=by, pos=-1)
         for by in ("head", "position", "head_position", "ff_neuron", "attn_neuron")
     },
+    "log_prob_contributions direction": partial(
+        cm.log_prob_contributions, by="head", target=cm.Direction(layer=1, neuron=3), pos=-1
+    ),
+    "decompose heads": partial(cm.decompose, heads=True),
     "query_contributions": partial(cm.query_contributions, neurons=[(1, 3)], pos=-1),
     "knockout": partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
     "token_memory": cm.token_memory,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from asked import case_of, stacks, view_of
-from test_conformance import METHODS, Method
+from test_conformance import METHODS, QUESTIONS, Method
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -64,7 +64,7 @@ def require_equal(found: Any, expected: Any, limit: float = 1e-12) -> None:
         assert found.provenance == expected.provenance
 
 
-EVERY = [pytest.param(method, id=method.name) for method in METHODS]
+EVERY = [pytest.param(method, id=method.name) for method in METHODS + QUESTIONS]
 
 
 @pytest.mark.once
