@@ -99,18 +99,18 @@ def decompose(
         for index, block in enumerate(part.progress("decompose")):
             linear = linear_points(block, part.trace, part.stack, (at,))
             found = parts_at(block, linear, at, bias, max_bytes)
-            if heads:
-                each = parts_of_heads(found)
-                labels = (*each,)
-                dense = torch.stack([_dense(one, max_bytes) for one in each.values()], dim=1)
-            else:
-                dense = _dense(found, max_bytes)
-            if not index:
-                # The largest result there is: never twice in memory.
-                parts = dense.new_empty(len(dense), len(part.blocks), *dense.shape[1:])
-            parts[:, index] = dense
-            del dense
+            each = parts_of_heads(found) if heads else {"all": found}
+            labels = (*each,)
+            for place, one in enumerate(each.values()):
+                dense = _dense(one, max_bytes)
+                if not index and not place:
+                    # The largest result there is: never twice in memory.
+                    shape = (len(dense), len(part.blocks), len(each), *dense.shape[1:])
+                    parts = dense.new_empty(shape)
+                parts[:, index, place] = dense
+                del dense
             biases.append(found.bias)
+        parts = parts if heads else parts[:, :, 0]
         return {
             "parts": (f"batch layer {'head ' * heads}target source:{at}", parts),
             "bias": ("batch layer target", torch.stack(biases, dim=1)),

@@ -81,6 +81,10 @@ def log_prob_contributions(
     :math:`p(w) = \sum_{u \in T} p(u)`. A soft cap of the logits or a masked-LM head is no linear
     map: sums by layer stay exact, those of heads and neurons have gaps.
 
+    A `Direction` :math:`u` as the target takes the place of the tokens: scores are inner products
+    :math:`\langle u, v \rangle` of what arrives at its point, after a norm with that norm frozen.
+    All of them and the first entry of the trajectory add up to the model's own, at every split.
+
     Several predictions, as of an answer of several tokens, take one pass; `summed` adds them up.
 
     In post-LN models (BERT, BART) the stream passes a norm after every sublayer. A part is then
@@ -113,14 +117,16 @@ def log_prob_contributions(
             `Inputs`.
 
     Returns:
-        `LogProbContributions`, scores [batch component] in nats; one row for each prediction.
+        `LogProbContributions`, scores [batch component] in nats; one row for each prediction. Of a
+        direction, its ``score`` is ``"projection"`` and log-probabilities are inner products.
 
     Raises:
         InvalidInput: If an argument does not fit the model: an unknown target, a foil of several
             tokens, a position that is not there.
-        UnsupportedModel: If the model has no vocabulary readout.
+        UnsupportedModel: If the model has no vocabulary readout and a token is asked about.
 
-    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source. All
+    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source, of a
+    direction ``4 d``. All
     feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``k``, where logits are linear in the
     stream (frozen norm, no masked-LM head, no soft cap), ``2 L d_mlp d`` and ``2 d d_vocab`` for
     each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention

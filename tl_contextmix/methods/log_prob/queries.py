@@ -78,7 +78,7 @@ def query_contributions(
         neurons: The neurons: a result of `log_prob_contributions` (by ``"ff_neuron"`` or
             ``"attn_neuron"``) or of this function (a chain: what activates what activates),
             usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
-            log-probability increase of the target.
+            log-probability increase of the target, or by what they write along a direction.
         by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
         k: Only so many components, those with the largest scores; None: all. All neurons as
