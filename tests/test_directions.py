@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -55,14 +56,16 @@ def own(model: Any, given: zoo.Inputs, layer: int, at: str) -> Tensor:
 def test_everything_adds_up_to_the_model_s_own_activation(case: zoo.Case) -> None:
     model, given = shared(case)
     ff = view_of(model).blocks()[0].feed_forward
-    for at in AT if ff is not None else ("resid_pre", "attn_in", "resid_mid", "resid_post"):
-        target = cm.Direction(vector(model), layer=-1, at=at)
+    target = cm.Direction(vector(model), layer=-1, at="block_out")
+    layers = toward(model, given, target)
+    for at in AT:
+        if ff is None and at == "mlp_in":
+            continue
         expected = own(model, given, -1, at)[:, POS] @ vector(model)
-        found = toward(model, given, target)
+        found = toward(model, given, cm.Direction(vector(model), layer=-1, at=at))
         assert relative(found.log_prob, expected) <= bound(case), at
         total = found.scores.nansum(dim=1) + found.trajectory[:, 0]
         assert relative(total, expected) <= bound(case), at
-    layers = found
     for by in SPLITS:
         if by == "ff_neuron" and ff is None:
             continue
@@ -227,26 +230,31 @@ def test_vectors_of_any_kind_and_what_is_no_direction() -> None:
     model = cm.load_demo("causal-lm")
     numbers = vector(model).tolist()
     asked = [
-        cm.log_prob_contributions(model, TEXT, target=cm.Direction(given, layer=np.int64(1)))
+        cm.log_prob_contributions(
+            model,
+            TEXT,
+            target=cm.Direction(given, layer=np.int64(1)),  # type: ignore[arg-type]
+        )
         for given in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float16))
     ]
     assert torch.equal(asked[0].scores, asked[1].scores)
     assert relative(asked[0].scores, asked[2].scores) <= 1e-2
     direction = cm.Direction(numbers, layer=1)
+    half, mlp_out = cast("Any", (1.5, "mlp_out"))
     for make, match in (
         (lambda: cm.Direction(layer=1), "not clear which direction"),
         (lambda: cm.Direction(numbers, layer=1, neuron=2), "not clear which direction"),
         (lambda: cm.Direction(layer=1, neuron=2, at="resid_pre"), "a key at another point"),
-        (lambda: cm.Direction(numbers, layer=1, at="mlp_out"), "no such point.*'mlp_out'"),
+        (lambda: cm.Direction(numbers, layer=1, at=mlp_out), "no such point.*'mlp_out'"),
         (lambda: cm.Direction([numbers], layer=1), "no direction.*one vector"),
         (lambda: cm.Direction([1, True], layer=1), "no direction"),
         (lambda: cm.Direction([float("nan")], layer=1), "no direction"),
         (lambda: cm.Direction("keys", layer=1), "no direction"),
-        (lambda: cm.Direction(numbers, layer=1.5), "no layer: got 1.5"),
+        (lambda: cm.Direction(numbers, layer=half), "no layer: got 1.5"),
     ):
         with pytest.raises(cm.InvalidInput, match=match):
             make()
-    for target, options, match in (
+    wrong: tuple[tuple[Any, dict[str, Any], str], ...] = (
         (cm.Direction(numbers, layer=9), {}, "no such layer.*9"),
         (cm.Direction(numbers[:5], layer=1), {}, "a vector of 5 numbers; expected 128"),
         (cm.Direction(layer=1, neuron=512), {}, "neuron 512; expected a number from 0 to 511"),
@@ -255,9 +263,10 @@ def test_vectors_of_any_kind_and_what_is_no_direction() -> None:
         (direction, {"generate": 2}, "target of its own"),
         (cm.Direction(layer=0, neuron=1), {"by": "ff_neuron"}, "none before this point"),
         ([direction], {}, "direction.*log_prob_contributions"),
-    ):
+    )
+    for target, options, match in wrong:
         with pytest.raises(cm.InvalidInput, match=match):
             cm.log_prob_contributions(model, TEXT, target=target, **options)
-    for ask, more in ((cm.gradient_x_input, {}), (cm.knockout, {"heads": [(0, 1)]})):
+    for ask in (cm.gradient_x_input, partial(cm.knockout, heads=[(0, 1)])):
         with pytest.raises(cm.InvalidInput, match=r"direction is no target here.*log_prob_contrib"):
-            ask(model, TEXT, target=direction, **more)
+            ask(model, TEXT, target=direction)

@@ -120,7 +120,8 @@ def decompose(
         found = done.together(vectors)
     made = partial(HeadDecomposition, heads=labels) if heads else Decomposition
     return made(
-        **found,
+        parts=found["parts"],
+        bias=found["bias"],
         layers=done.layers,
         point=at,
         stack=done.stack,

@@ -7,6 +7,7 @@ of a vocabulary of two: the direction, and nothing. So it is read as a token wit
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
@@ -83,13 +84,10 @@ class Direction:
 
 
 def _numbers(vector: Any) -> Tensor:
-    try:
+    with suppress(TypeError, ValueError, RuntimeError):
         found = torch.as_tensor(vector).detach().clone()
-        fits = found.ndim == 1 and found.is_floating_point() and bool(found.isfinite().all())
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if fits:
-        return found
+        if found.ndim == 1 and found.is_floating_point() and bool(found.isfinite().all()):
+            return found
     raise bad(
         "this is no direction",
         seen(vector),
