@@ -211,7 +211,7 @@ BUDGETED = [
     and name not in ("attention_norms small", "value_zeroing small")
 ]
 # While a result of vectors is put together, one layer of it (chunk by chunk: two) is there twice.
-TWICE = {"decompose": 1, "decompx_vectors": 4}
+TWICE = {"decompose": 1, "decompose heads": 1, "decompx_vectors": 4}
 
 
 @pytest.fixture(scope="module")

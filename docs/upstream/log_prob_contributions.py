@@ -231,12 +231,12 @@ def log_prob_contributions(
         own = trace.logits[each, rows].to(logits)
         errors.append(_error("logits", logits, own, tolerance))
         logits = own
-    ids = logits.argmax(dim=-1) if target is None else _token_ids(model, target, logits)
+    ids = logits.argmax(dim=-1) if target is None else _target_ids(model, target, logits)
     foil = None
     if incorrect_tokens is not None:
         if target is None:
             raise ValueError("incorrect_tokens need a target that they are contrasted with")
-        foil = _token_ids(model, incorrect_tokens, logits)
+        foil = _target_ids(model, incorrect_tokens, logits)
     asked = Contrast(tuple(ids[:, None]), None if foil is None else tuple(foil[:, None]))
     vocabulary = read_vocabulary(readout, norm, states[-1], asked, max_bytes)
     if by == "layer":
@@ -298,7 +298,7 @@ def _error(name: str, value: torch.Tensor, expected: torch.Tensor, tolerance: fl
     return error
 
 
-def _token_ids(model: Any, tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+def _target_ids(model: Any, tokens: Any, logits: torch.Tensor) -> torch.Tensor:
     ids = to_token_ids(model, tokens)
     if len(ids) not in (1, len(logits)):
         raise ValueError(f"one token is needed, or one for each input, got {len(ids)}")
