@@ -244,7 +244,7 @@ def ask_options(asked: Asked, family: str) -> None:
             "padding": lambda: cm.decompx(**padded),
             "norm rule": lambda: cm.log_prob_contributions(**padded, by="head", norm="recompute"),
             "direction": lambda: cm.log_prob_contributions(
-                **padded, by="head", target=cm.Direction(torch.linspace(-1, 2, 16), layer=1)
+                **padded, by="head", target=cm.Direction(torch.linspace(-1, 2, 32), layer=1)
             ),
             "heads": lambda: cm.decompose(**padded, heads=True),
             "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),

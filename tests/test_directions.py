@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -187,6 +188,10 @@ def test_models_without_logits_have_directions_and_later_layers_may_be_hooked() 
         pytest.raises(cm.UnsupportedModel, match="hook"),
     ):
         toward(model, given, target)
+    silent = replace(view, readout=replace(view.readout, refusal="no logits"))
+    with pytest.raises(cm.UnsupportedModel, match="no logits"):
+        cm.log_prob_contributions(silent, given.tokens, target=9)
+    assert torch.equal(toward(silent, given, target).scores, plain.scores)
     _, cache = model.run_with_cache(given.tokens)
     kept = toward(model, given, target, cache=cache)
     assert relative(kept.scores, plain.scores) <= 1e-10

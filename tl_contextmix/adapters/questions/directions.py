@@ -39,7 +39,8 @@ class Direction:
         at: A point of that block. The stream itself: ``"resid_pre"``, ``"resid_mid"``,
             ``"resid_post"`` (in post-LN models before the norm of the sum, as `decompose` has
             them) or ``"block_out"``. What a sublayer reads, after its norm, gain and bias included:
-            ``"attn_in"`` or ``"mlp_in"``. None: ``"resid_post"``, or ``"mlp_in"`` for a key.
+            ``"attn_in"`` (hooks on that norm are not followed) or ``"mlp_in"``. None:
+            ``"resid_post"``, or ``"mlp_in"`` for a key.
         neuron: The feed-forward neuron whose key it is (a column of W_in; gated: of W_gate).
         name: What results call it.
 
