@@ -48,7 +48,8 @@ class LogProbContributions(ComponentSet):
         coefficients: What a neuron's vector is multiplied with; NaN for other components.
         logits: The component's own logit of the target, less the foil's, norm scale frozen at the
             real value (the before-softmax value); of several alternatives their mean, each as
-            likely as the model finds it among them. NaN with a masked-LM head.
+            likely as the model finds it among them. NaN with a masked-LM head or a
+            direction.
         components: What they belong to.
         by: Into what the stream was cut.
         score: What a score is, one of `SCORES`.

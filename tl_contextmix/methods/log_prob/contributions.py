@@ -173,7 +173,7 @@ def _part(
     return LogProbContributions(
         scores=found.scores,
         coefficients=found.coefficients,
-        logits=found.logits,
+        logits=found.logits if prediction.reading is None else found.logits * torch.nan,
         components=found.components,
         by=by,
         score=score if prediction.reading is None else "projection",
