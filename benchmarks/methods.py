@@ -130,6 +130,21 @@ METHODS: dict[str, Method] = {
     "log_prob_contributions, best 10 attn_neurons": Method(
         _call(cm.log_prob_contributions, by="attn_neuron", k=10), 1
     ),
+    "log_prob_contributions, head, foil": Method(
+        _call(cm.log_prob_contributions, by="head", target=5, foil=7), 1
+    ),
+    "log_prob_contributions, head, two tokens": Method(
+        _call(cm.log_prob_contributions, by="head", target=[[5, 7]]), 1
+    ),
+    "log_prob_contributions, layer, all positions": Method(
+        _call(cm.log_prob_contributions, pos="all"), 1, _readouts(lambda n: n * (2 * LAYERS + 1))
+    ),
+    "log_prob_contributions, head, direction": Method(
+        _call(cm.log_prob_contributions, by="head", target=cm.Direction(layer=-1, neuron=3)), 1
+    ),
+    "decompose, heads at resid_mid of the last layer": Method(
+        _call(cm.decompose, at="resid_mid", heads=True, layer=-1), 1
+    ),
     "query_contributions, head": Method(
         _call(cm.query_contributions, neurons=[(1, 3)], by="head"), 1
     ),

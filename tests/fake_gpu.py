@@ -243,6 +243,10 @@ def ask_options(asked: Asked, family: str) -> None:
             "fixed bias": lambda: cm.decompose(**padded, bias="fixed"),
             "padding": lambda: cm.decompx(**padded),
             "norm rule": lambda: cm.log_prob_contributions(**padded, by="head", norm="recompute"),
+            "direction": lambda: cm.log_prob_contributions(
+                **padded, by="head", target=cm.Direction(torch.linspace(-1, 2, 32), layer=1)
+            ),
+            "heads": lambda: cm.decompose(**padded, heads=True),
             "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),
             "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), k=4),
             "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),

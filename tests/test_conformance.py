@@ -22,6 +22,7 @@ from tl_contextmix.engine.parts import Point
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
+    HeadDecomposition,
     Knockout,
     LogProbContributions,
     Memories,
@@ -71,6 +72,41 @@ def queried(
     numbers = {name: getattr(found, name).gather(1, place) for name in names}
     some = dataclasses.replace(found, components=found.components.select(index), **numbers)
     return cm.query_contributions(model, tokens, neurons=some, pos=-1, **options)
+
+
+def answered(model: Any, tokens: Tensor, **options: Any) -> LogProbContributions:
+    """Contributions to an answer of two tokens, at masks where a model fills these."""
+    view, answer = view_of(model), [[9, 5]] * len(tokens)
+    if view.base_stack(None) == "encoder":
+        mask = view.special_ids().get("mask")
+        if mask is None:
+            return cm.log_prob_contributions(model, tokens, target=9, pos=1, **options)
+        tokens = torch.cat([torch.full_like(tokens[:, :2], mask), tokens[:, 2:]], dim=1)
+    return cm.log_prob_contributions(model, tokens, target=answer, **options)
+
+
+def toward(model: Any, tokens: Tensor, **options: Any) -> LogProbContributions:
+    """Contributions of heads to a direction of the second layer's output."""
+    width = view_of(model).blocks()[0].attentions[0].W_O.shape[2]
+    target = cm.Direction(torch.linspace(-1, 2, width), layer=1, at="block_out")
+    return cm.log_prob_contributions(model, tokens, target=target, pos=-1, by="head", **options)
+
+
+def by_sentence(found: LogProbContributions) -> Tensor:
+    """Scores, those of all predictions of a sentence in its row."""
+    return found.scores.unflatten(0, (len(found.sentence.unique()), -1))
+
+
+def asked(name: str, ask: Callable[..., Any]) -> Method:
+    """A question about predictions, or a direction, as a row of its own."""
+    return Method(
+        f"log_prob_contributions, {name}",
+        ask,
+        by_sentence,
+        LogProbContributions,
+        pointed=False,
+        stacked=False,
+    )
 
 
 METHODS = [
@@ -127,6 +163,24 @@ METHODS = [
 ]
 
 
+# The same methods with other options: one family of each kind is enough.
+QUESTIONS = [
+    Method(
+        "decompose, heads",
+        functools.partial(cm.decompose, heads=True),
+        lambda r: r.parts,
+        HeadDecomposition,
+    ),
+    asked(
+        "foil",
+        functools.partial(cm.log_prob_contributions, by="head", pos=-1, target={9, 5}, foil={7, 8}),
+    ),
+    asked("several tokens", answered),
+    asked("all positions", functools.partial(cm.log_prob_contributions, by="head", pos="all")),
+    asked("direction", toward),
+]
+
+
 def answers(method: Method, family: str) -> bool:
     """Whether a method has an answer about the models of a family."""
     if family == "attn_only":
@@ -134,7 +188,12 @@ def answers(method: Method, family: str) -> bool:
     return method.pointed or not method.stacked or family not in zoo.OPAQUE_FEED_FORWARD
 
 
-PAIRS = [(method, case) for case in CASES for method in METHODS if answers(method, case.family)]
+PAIRS = [
+    (method, case)
+    for case in CASES
+    for method in (METHODS + QUESTIONS if case in zoo.kinds() else METHODS)
+    if answers(method, case.family)
+]
 ASKED = [pytest.param(method, case, id=f"{method.name}-{case}") for method, case in PAIRS]
 STACKED = [param for param, (method, _) in zip(ASKED, PAIRS, strict=True) if method.stacked]
 
@@ -236,7 +295,7 @@ def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_pa
     assert again.provenance == found.provenance
     frame = found.to_dataframe()
     numbers = method.values(found)
-    numbers = numbers.norm(dim=-1) if method.name == "decompose" else numbers
+    numbers = numbers.norm(dim=-1) if "decompose" in method.name else numbers
     column = "value" if method.name == "mixing_ratio" else method.column
     assert frame[column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9)
     page = found.show()._repr_html_()

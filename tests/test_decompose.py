@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from asked import bound, host_trace, host_value, keywords, points, relative, stacks, view_of
+from asked import (
+    bound,
+    case_of,
+    host_trace,
+    host_value,
+    keywords,
+    points,
+    relative,
+    stacks,
+    view_of,
+)
 from oracles import Position
 
 import tl_contextmix as cm
@@ -27,6 +38,7 @@ from tl_contextmix.engine.parts import (
     parts_at,
     parts_at_all,
 )
+from tl_contextmix.results import HeadDecomposition
 
 CASES = zoo.spread()
 BIASES = ("contributor", "fixed")
@@ -93,6 +105,56 @@ def test_equals_a_literal_loop_over_tokens_and_heads(case: zoo.Case) -> None:
         parts = torch.stack(expected)
         assert relative(found.parts[0, 0, target], parts) <= limit, point
         assert relative(found.bias[0, 0, target], expected_bias) <= limit, point
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_heads_and_the_residual_add_up_to_the_parts(case: zoo.Case) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    view = view_of(model)
+    for stack in stacks(case):
+        trace, blocks = host_trace(view, given, stack)
+        kind = "cross" if stack == "cross" else "self"
+        attention = next(a for a in blocks[0].attentions if a.kind == kind)
+        for point in points(blocks[0]):
+            asked = {"at": point, "stack": stack, "layer": [0], **keywords(given)}
+            whole = cm.decompose(model, given.tokens, **asked)
+            found = cm.decompose(model, given.tokens, heads=True, **asked)
+            assert isinstance(found, HeadDecomposition)
+            assert relative(found.parts.sum(dim=2), whole.parts) <= 1e-10, (stack, point)
+            assert torch.equal(found.bias, whole.bias)
+            assert relative(found.total(), whole.total()) <= 1e-10
+            last = f"{len(attention.W_O) - 1}" if point == "attn_out" else "residual"
+            assert found.heads[-1] == last
+        # By hand: pattern times value times W_O, of each head alone.
+        found = cm.decompose(model, given.tokens, heads=True, **{**asked, "at": "attn_out"})
+        read = torch.einsum("bsHd,Hdm->bHsm", trace.value(attention), attention.W_O)
+        expected = trace.pattern(attention)[..., None] * read[:, :, None]
+        if attention.norm_out is not None:
+            norm, raw = attention.norm_out, attention.raw_output(trace)
+            expected = norm.linear(expected) / norm.scale(raw)[:, None, :, None]
+        assert relative(found.parts[:, 0], expected) <= 1e-10
+        maps = cm.attention_norms(model, given.tokens, heads=True, **{**asked, "at": "attn_out"})
+        assert relative(found.norms().scores, maps.scores) <= 1e-10
+        assert found.norms().heads == maps.heads
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_heads_of_a_selection_and_of_cross_attention(family: str, tmp_path: Path) -> None:
+    case = case_of(family, *(["t5"] if family == "bart" else []))
+    model, given = zoo.shared(case), zoo.inputs(case)
+    found = cm.decompose(model, given.tokens, heads=True, **keywords(given))
+    crossed = [label for label in found.heads if label.startswith("cross ")]
+    assert len(crossed) == (len(found.heads) // 2 if case.encoder_decoder else 0)
+    one = found.select(head="residual", target=-1)
+    assert one.heads == ("residual",)
+    # What comes past all heads comes from the token itself.
+    own = one.parts[..., : given.tokens.shape[1] if not crossed else 5, :]
+    assert float(own[:, :, :, :, :-1].abs().max()) == 0
+    assert float(own[:, :, :, :, -1].abs().max()) > 0
+    again = HeadDecomposition.load(found.save(tmp_path / "heads.safetensors"))
+    assert again.equals(found)
+    tight = cm.decompose(model, given.tokens, heads=True, max_bytes=60_000, **keywords(given))
+    assert relative(tight.parts, found.parts) <= 1e-12
 
 
 def _activation(block: Block) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import keywords
+from asked import keywords, view_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,6 +46,10 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
         f"log_prob_contributions {by}": partial(cm.log_prob_contributions, by=by, pos=-1)
         for by in ("head", "position", "head_position", "ff_neuron", "attn_neuron")
     },
+    "log_prob_contributions direction": partial(
+        cm.log_prob_contributions, by="head", target=cm.Direction(layer=1, neuron=3), pos=-1
+    ),
+    "decompose heads": partial(cm.decompose, heads=True),
     "query_contributions": partial(cm.query_contributions, neurons=[(1, 3)], pos=-1),
     "knockout": partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
     "token_memory": cm.token_memory,
@@ -100,6 +104,20 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
     assert told.peak_bytes == pytest.approx(memory.peak, rel=WITHIN)
     assert sum(part.flops for part in told.parts) == told.flops
     assert sum(part.bytes for part in told.parts) == told.peak_bytes
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_sliding_windows_are_known(family: str) -> None:
+    case = next(case for case in zoo.cases() if case.family == family)
+    model, tokens = model_of(case), torch.arange(60).view(2, 30) % 40 + 15
+    windows = [block.attentions[0].window for block in view_of(model).blocks()]
+    assert windows == ([4, 4] if family == "mistral" else [4, None])
+    ask = partial(cm.attention_norms, at="mlp_out", layer=0)
+    told = cm.estimate(model, 30, ask, batch=2)
+    with Operations() as counter:
+        ask(model, tokens)
+    assert told.flops == pytest.approx(counter.total, rel=0.02)
 
 
 @pytest.mark.once
@@ -207,7 +225,7 @@ BUDGETED = [
     and name not in ("attention_norms small", "value_zeroing small")
 ]
 # While a result of vectors is put together, one layer of it (chunk by chunk: two) is there twice.
-TWICE = {"decompose": 1, "decompx_vectors": 4}
+TWICE = {"decompose": 1, "decompose heads": 1, "decompx_vectors": 4}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import torch
 import zoo
 from asked import keywords, points, view_of
-from test_conformance import queried
+from test_conformance import queried, toward
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -35,9 +35,9 @@ def _maps(ask: Callable[..., ContextMap]) -> Ask:
     return lambda model, tokens, **given: ask(model, tokens, **given).scores
 
 
-def _by(by: Any) -> Ask:
+def _by(by: Any, **asked: Any) -> Ask:
     def ask(model: Any, tokens: Tensor, **given: Any) -> Tensor:
-        return cm.log_prob_contributions(model, tokens, by=by, pos=-1, **given).scores
+        return cm.log_prob_contributions(model, tokens, by=by, pos=-1, **asked, **given).scores
 
     return ask
 
@@ -92,6 +92,9 @@ def _figures(ask: Callable[..., LayerFigures]) -> Ask:
 METHODS: dict[str, dict[str, Ask]] = {
     "maps": {
         "decompose": lambda model, tokens, **given: cm.decompose(model, tokens, **given).parts,
+        "decompose by head": lambda model, tokens, **given: (
+            cm.decompose(model, tokens, at="resid_mid", heads=True, **given).parts
+        ),
         "attention_norms": _maps(cm.attention_norms),
         "mixing_ratio": lambda model, tokens, **given: (
             cm.mixing_ratio(model, tokens, at="resid_mid", **given).values
@@ -132,6 +135,10 @@ METHODS: dict[str, dict[str, Ask]] = {
         "log_prob_contributions by head": _by("head"),
         "log_prob_contributions by position": _by("position"),
         "log_prob_contributions by ff_neuron": _by("ff_neuron"),
+        "log_prob_contributions with a foil": _by("head", target=9, foil=7),
+        "log_prob_contributions to a direction": lambda model, tokens, **given: (
+            toward(model, tokens, **given).scores
+        ),
         "query_contributions": lambda model, tokens, **given: (
             queried(model, tokens, **given).scores
         ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from asked import case_of, stacks, view_of
-from test_conformance import METHODS, Method
+from test_conformance import METHODS, QUESTIONS, Method
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -19,6 +19,7 @@ from tl_contextmix.adapters.inputs.tokens import read_batch
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results.base import axes_of
 
 LENGTHS = [3, 10, 2, 13, 3]
 DECODED = [2, 1, 9, 3, 1]
@@ -47,7 +48,10 @@ def numbers(result: Any) -> dict[str, Tensor]:
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if isinstance(result, cm.results.Decomposition):  # rows of padding are not the model's
         for name, value in found.items():
-            real = result.target.mask.view(len(value), 1, -1, *[1] * (value.ndim - 3))
+            place = axes_of(type(result), name).index("target")
+            shape = [len(value), *[1] * (value.ndim - 1)]
+            shape[place] = -1
+            real = result.target.mask.view(shape)
             found[name] = value * real
     return found
 
@@ -64,7 +68,7 @@ def require_equal(found: Any, expected: Any, limit: float = 1e-12) -> None:
         assert found.provenance == expected.provenance
 
 
-EVERY = [pytest.param(method, id=method.name) for method in METHODS]
+EVERY = [pytest.param(method, id=method.name) for method in METHODS + QUESTIONS]
 
 
 @pytest.mark.once

@@ -173,7 +173,7 @@ def test_small_gains_keep_their_digits_in_float32(family: str) -> None:
         model = zoo.build(case_of(family), dtype=dtype)
         x, ids = base.to(dtype), torch.tensor([7, 9])
         vocabulary = read_vocabulary(
-            view_of(model).readout, "frozen+beta", x, Contrast.of(ids), 2**30
+            view_of(model).readout, "frozen+beta", x, Contrast(tuple(ids[:, None])), 2**30
         )
         found.append(vocabulary.gains(x, vectors.to(dtype)))
     assert 1e-5 < float(found[1].abs().max()) < 1e-3

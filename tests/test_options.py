@@ -140,6 +140,13 @@ ROWS = [
     # Predictions
     Row(cm.log_prob_contributions, "target", (7, 9), given={"pos": -1}, only=SINGLE),
     Row(cm.log_prob_contributions, "foil", (8, 9), given={"pos": -1, "target": 7}, only=SINGLE),
+    Row(
+        cm.log_prob_contributions,
+        "target",
+        (cm.Direction(layer=1, neuron=1), cm.Direction(layer=1, neuron=3)),
+        given={"pos": -1},
+        only=SINGLE,
+    ),
     Row(queries, "target", (7, 9), only=SINGLE),
     Row(queries, "foil", (8, 9), given={"target": 7}, only=SINGLE),
     Row(queries, "neurons", ([(1, 1)], [(1, 3)]), only=SINGLE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from test_log_prob import POS
 
 import tl_contextmix as cm
 from tl_contextmix.engine.log_prob_scores import By
+from tl_contextmix.methods.log_prob.contributions import Score
 from tl_contextmix.plotting.panels import Table
-from tl_contextmix.results.log_prob_contributions import SCORES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
@@ -231,7 +231,7 @@ def named(neurons: Any) -> list[tuple[int, int]]:
 
 def test_scores_of_silent_neurons_cannot_be_shared_out() -> None:
     model, given = shared(case_of("gpt2"))
-    for score in SCORES:
+    for score in get_args(Score):
         neurons = found_by(model, given, "ff_neuron", score=score).top(3)
         if score not in ("log_prob", "norm", "rank"):
             found = queried(model, given, neurons)

@@ -187,8 +187,8 @@ def test_a_matrix_that_is_folded_already_is_used() -> None:
     assert mapped.value is read.value
 
 
-def test_a_silent_read_brings_nothing_from_the_same_sources() -> None:
-    read = read_of().silent()
+def test_a_read_through_no_head_brings_nothing_from_the_same_sources() -> None:
+    read = read_of().through(slice(0))
     assert torch.equal(read.norms(1), torch.zeros(BATCH, TARGETS, SOURCES).double())
     assert torch.equal(written_out(read), torch.zeros(BATCH, TARGETS, SOURCES, OUT).double())
     assert torch.equal(read.dense(ALL, slice(1, 3)), torch.zeros(BATCH, 2, TARGETS, OUT).double())

@@ -104,7 +104,7 @@ def test_formatted_as_transformer_lens_is(folder: Path) -> None:
 
 
 def test_small_beside_what_they_share(folder: Path) -> None:
-    assert len((folder / "log_prob_contributions.py").read_text().splitlines()) <= 760
+    assert len((folder / "log_prob_contributions.py").read_text().splitlines()) <= 770
     trees = {name: ast.parse((folder / f"{name}.py").read_text()) for name in NAMES}
     defined = {name: {getattr(n, "name", "") for n in trees[name].body} - {""} for name in NAMES}
     for one, other in itertools.combinations(NAMES, 2):
@@ -313,6 +313,28 @@ def test_log_prob_contributions_give_the_numbers_of_this_package(
         assert found.target_ids.tolist() == [5, 8]
         assert len(found.labels) == len(found.scores)
         assert found.identity_error <= 1e-6
+
+
+def test_log_prob_contributions_contrast_with_incorrect_tokens(made: Any) -> None:
+    model, given = zoo.build(DECODERS[0]), zoo.inputs(DECODERS[0])
+    ask = made.log_prob_contributions.log_prob_contributions
+    asked = {"target": [5, 8], "incorrect_tokens": [9, 7]}
+    for by in ("layer", "head", "neuron"):
+        of = {"top_k": 10**6} if by == "neuron" else {}
+        found = ask(model, given.tokens, by=by, **asked, **of)
+        ours = cm.log_prob_contributions(
+            model,
+            given.tokens,
+            target=[5, 8],
+            foil=[9, 7],
+            by="ff_neuron" if by == "neuron" else by,  # type: ignore[arg-type]
+        )
+        own = ours.components.is_bias()[0].logical_not() if of else slice(None)
+        assert relative(found.scores, ours.scores.T[own]) <= 1e-10
+        assert relative(found.log_probs, ours.trajectory.T) <= 1e-10
+    assert found.incorrect_ids.tolist() == [9, 7]
+    with pytest.raises(ValueError, match="incorrect_tokens need a target"):
+        ask(model, given.tokens, incorrect_tokens=7)
 
 
 def test_log_prob_contributions_know_factors_on_logits(made: Any) -> None:

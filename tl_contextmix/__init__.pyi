@@ -8,6 +8,9 @@ from .adapters.loading import (
 from .adapters.loading import (
     load_model as load_model,
 )
+from .adapters.questions.directions import (
+    Direction as Direction,
+)
 from .engine.citations import (
     cite as cite,
 )

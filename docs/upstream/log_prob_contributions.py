@@ -90,13 +90,15 @@ class LogProbContributionsResult:
     """Result of :func:`log_prob_contributions`.
 
     Attributes:
-        scores: Increase of the target's log-probability in nats, ``[component, batch]``.
+        scores: Increase of the target's log-probability in nats, ``[component, batch]``; with
+            ``incorrect_tokens`` less that of the incorrect one's, as are ``log_probs``.
         labels: Name of each component: ``"embed"``, ``"3_attn_out"``, ``"3_mlp_out"`` by layer,
             ``"L3H1"``, ``"L3P4"`` (read from position 4) or ``"L3N70"`` else, and for the biases
             that none of these writes ``"3_attn_bias"`` and ``"3_mlp_bias"``.
         by: What the components are.
         norm: Rule for the final norm.
         target_ids: The token asked about, ``[batch]``.
+        incorrect_ids: The token it is contrasted with, ``[batch]``, or None.
         positions: The position that predicts it, ``[batch]``.
         log_probs: Its log-probability after nothing, after the embedding and after each
             sublayer, ``[step, batch]``.
@@ -111,6 +113,7 @@ class LogProbContributionsResult:
     positions: Int[torch.Tensor, " batch"]
     log_probs: Float[torch.Tensor, "step batch"]
     identity_error: float
+    incorrect_ids: Int[torch.Tensor, " batch"] | None = None
 
     def top(self, k: int = 5, *, batch: int = 0) -> list[tuple[str, float]]:
         """Return the ``k`` components of an input that raise the target most.
@@ -140,6 +143,7 @@ def log_prob_contributions(
     input: str | list[str] | torch.Tensor | None = None,
     *,
     target: str | int | Sequence[str | int] | torch.Tensor | None = None,
+    incorrect_tokens: str | int | Sequence[str | int] | torch.Tensor | None = None,
     by: Unit = "layer",
     pos: int = -1,
     norm: NormRule = "frozen+beta",
@@ -165,6 +169,10 @@ def log_prob_contributions(
             Optional when ``cache`` is given.
         target: The token asked about, as a single-token string or an id, one for all inputs or one
             for each; ``None`` for the model's best.
+        incorrect_tokens: A token, or one for each input, that the target is contrasted with, as in
+            ``direct_logit_attribution``. Scores are then increases of ``log p(target) -
+            log p(incorrect)``: with the norm frozen, and no soft cap, differences of logits, which
+            add up to their layer's.
         by: Into what the stream is split: ``"layer"`` (the embedding and every sublayer),
             ``"head"``, ``"position"`` (what all heads of a layer read from one source; zero where
             nothing is read) or ``"neuron"`` (of feed-forward sublayers, an activation times a row
@@ -223,8 +231,14 @@ def log_prob_contributions(
         own = trace.logits[each, rows].to(logits)
         errors.append(_error("logits", logits, own, tolerance))
         logits = own
-    ids = _target_ids(model, target, logits)
-    vocabulary = read_vocabulary(readout, norm, states[-1], Contrast.of(ids), max_bytes)
+    ids = logits.argmax(dim=-1) if target is None else _target_ids(model, target, logits)
+    foil = None
+    if incorrect_tokens is not None:
+        if target is None:
+            raise ValueError("incorrect_tokens need a target that they are contrasted with")
+        foil = _target_ids(model, incorrect_tokens, logits)
+    asked = Contrast(tuple(ids[:, None]), None if foil is None else tuple(foil[:, None]))
+    vocabulary = read_vocabulary(readout, norm, states[-1], asked, max_bytes)
     if by == "layer":
         vectors = [start, *(write.total for write in writes)]
         pairs = zip(states, vectors, strict=False)
@@ -243,6 +257,7 @@ def log_prob_contributions(
         positions=rows,
         log_probs=vocabulary.target_log_probs(torch.stack(states, dim=1)).T,
         identity_error=max(errors),
+        incorrect_ids=foil,
     )
 
 
@@ -283,12 +298,10 @@ def _error(name: str, value: torch.Tensor, expected: torch.Tensor, tolerance: fl
     return error
 
 
-def _target_ids(model: Any, target: Any, logits: torch.Tensor) -> torch.Tensor:
-    if target is None:
-        return logits.argmax(dim=-1)
-    ids = to_token_ids(model, target)
+def _target_ids(model: Any, tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+    ids = to_token_ids(model, tokens)
     if len(ids) not in (1, len(logits)):
-        raise ValueError(f"target needs one token, or one for each input, got {len(ids)}")
+        raise ValueError(f"one token is needed, or one for each input, got {len(ids)}")
     return torch.tensor(ids, device=logits.device).expand(len(logits))
 
 

@@ -151,7 +151,11 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
         resid_in=f"{path}.{'hook_in' if handle.bridge else 'hook_resid_pre'}",
         resid_out=f"{path}.{_resid_out(handle, block)}",
         attentions=tuple(
-            replace(_attention(handle, stack, path, name, kind), edits=edits[name])
+            replace(
+                _attention(handle, stack, path, name, kind),
+                edits=edits[name],
+                window=_window(handle, layer) if kind == "self" else None,
+            )
             for name, kind in attentions
         ),
         feed_forward=_feed_forward(handle, path, block, edits["mlp"]),
@@ -272,6 +276,22 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         key=f"{here}.hook_k",
         weights=handle.weights(here),
     )
+
+
+def _window(handle: Handle, layer: int) -> int | None:
+    """Returns how many tokens a layer's self-attention reads, where a sliding window limits it.
+
+    Estimates alone rest on it: patterns are the model's own.
+    """
+    model = handle.get()
+    if handle.bridge:
+        config = getattr(getattr(model, "original_model", None), "config", None)
+        kinds = getattr(config, "layer_types", None)
+        slides = kinds is None or kinds[layer] == "sliding_attention"
+        return getattr(config, "sliding_window", None) if slides else None
+    kinds = getattr(model.cfg, "attn_types", None)
+    slides = getattr(model.cfg, "use_local_attn", False) and kinds and kinds[layer] == "local"
+    return model.cfg.window_size if slides else None
 
 
 def _feed_forward(

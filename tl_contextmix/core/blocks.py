@@ -69,6 +69,7 @@ class AttentionSublayer:
         norm_out: Norm of its output before the residual sum (sandwich), or None.
         norm_after: Norm of the residual sum (post-LN), or None.
         edits: Where hooks may edit what it writes.
+        window: How many tokens it reads at most, its own included, by the host's config; or None.
     """
 
     stack: str
@@ -83,6 +84,7 @@ class AttentionSublayer:
     norm_out: Norm | None = None
     norm_after: Norm | None = None
     edits: EditPoints = EditPoints()
+    window: int | None = None
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:

@@ -31,11 +31,6 @@ class Contrast:
     target: tuple[Int[Tensor, " alternative"], ...]
     foil: tuple[Int[Tensor, " alternative"], ...] | None = None
 
-    @staticmethod
-    def of(ids: Int[Tensor, " row"]) -> Contrast:
-        """Returns the question after one token for each prediction."""
-        return Contrast(tuple(ids[:, None]))
-
     @property
     def single(self) -> bool:
         """Whether every target and every foil is one token."""

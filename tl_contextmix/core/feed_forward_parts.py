@@ -110,6 +110,11 @@ class FeedForwardParts:
             out = out + self.residual.diagonal()
         return out if self.norm_after is None else self.norm_after.linear(out)
 
+    def of_head(self, term: int | None, head: int) -> FeedForwardParts:
+        """Returns the parts that come through one head, with the slopes of all heads together."""
+        residual = None if self.residual is None else self.residual.of_head(term, head)
+        return replace(self, read=self.read.of_head(term, head), residual=residual)
+
     def row(self, batch: slice) -> FeedForwardParts:
         """Returns the parts of some rows of the batch."""
         return replace(

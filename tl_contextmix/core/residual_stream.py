@@ -21,10 +21,10 @@ sublayer's output is the sublayer's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,11 +45,31 @@ Kind = Literal[
     "resid_mid_cross steering",
     "resid_post steering",
 ]
-Stop = tuple[int, Kind]
 _STEERING: dict[str, Kind] = {
     "attn": "resid_mid steering",
     "cross_attn": "resid_mid_cross steering",
 }
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where the stream is read, if not after the last block.
+
+    Attributes:
+        layer: Number of the block.
+        sublayers: How many of its sublayers have written by then.
+        normed: Whether the norm of the last one's sum is passed, too (post-LN).
+    """
+
+    layer: int
+    sublayers: int
+    normed: bool = True
+
+    @classmethod
+    def before(cls, block: Block, kind: str) -> Stop:
+        """Returns where a sublayer reads; those of a parallel block read what enters it."""
+        kinds = [one for one, _ in _kinds(block)]
+        return cls(block.layer, 0 if block.parallel else kinds.index(cast("Kind", kind)))
 
 
 @dataclass(frozen=True)
@@ -248,38 +268,35 @@ def decompose_stream(
         stack: ``"encoder"`` or ``"decoder"``.
         rows: The positions.
         sentences: The sentence of each; None: one in each sentence.
-        stop: Layer and kind of the sublayer that reads the stream (before its norm); None for
-            the readout, after the last block.
+        stop: Where it is read; None for the readout, after the last block.
 
     Raises:
         UnsupportedModel: If the whole stream is not the model's own.
 
     Cost: ``2 L d (2 d + d_mlp)`` operations per position, and patterns times values.
     """
-    blocks = view.stacks[stack]
+    every = view.stacks[stack]
+    blocks = every if stop is None else every[: stop.layer + 1]
     each = torch.arange(len(rows)) if sentences is None else sentences
     each = each.to(view.device)
     rows = rows.to(view.device)
     start = x = trace.resid_in(blocks[0])[each, rows]
     steps: list[_Step | _Entry] = []
     for block in blocks:
-        kinds = _kinds(block)
         entered = _entering(block, blocks, trace, (each, rows))
         if entered is not None:
             start, x = (start - entered, x) if block is blocks[0] else (start, x + entered)
             steps.append(_Entry(block.layer, entered))
-        if stop is not None and block.layer == stop[0] and block.parallel:
-            break  # a parallel block's sublayers read what enters it
-        for kind, sublayer in kinds:
-            if stop == (block.layer, kind):
-                break
+        written = None if stop is None or block.layer < stop.layer else stop.sublayers
+        for kind, sublayer in _kinds(block)[:written]:
             step, x = _step(kind, block, sublayer, trace, (each, rows), x)
             steps.append(step)
-        if stop is not None and block.layer == stop[0]:
-            break
+    if stop is not None and not stop.normed and isinstance(step := steps[-1], _Step):
+        steps[-1] = replace(step, norm_after=FrozenNorm.at(None, x))
     stream = Stream(stack, rows, tuple(_components(start, steps)))
-    if stop is None:
-        _require_whole(view, trace[blocks[-1].resid_out][each, rows], stream.total)
+    if stop is None or not stop.sublayers:
+        name = blocks[-1].resid_out if stop is None else blocks[-1].resid_in
+        _require_whole(view, trace[name][each, rows], stream.total)
     return stream
 
 
@@ -403,7 +420,7 @@ def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:
         raise UnsupportedModel(
             four_parts(
                 f"the residual stream of {view.name} is not the sum of what its sublayers write",
-                f"a relative error of {error:.2g} after the last block",
+                f"a relative error of {error:.2g} where it is read",
                 f"at most {view.tolerance:.0e}",
                 "Take off hooks of your own that edit the stream between blocks.",
             )

@@ -232,14 +232,10 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def silent(self) -> AttentionTerm:
-        """Returns a read of the same sources through no head: it writes and costs nothing."""
-        return AttentionTerm(
-            pattern=self.pattern[:, :0],
-            value=self.value[:, :, :0],
-            weight=self.weight[:0],
-            scale=torch.ones_like(self.scale),
-        )
+    def through(self, heads: slice) -> AttentionTerm:
+        """Returns a read of the same sources through some of its heads; none costs nothing."""
+        pattern, value = self.pattern[:, heads], self.value[:, :, heads]
+        return AttentionTerm(pattern, value, self.weight[heads], self.scale)
 
     def heads(self, group: Sequence[int]) -> AttentionTerm:
         """Returns the read of some heads alone."""
@@ -359,6 +355,14 @@ class TokenSum:
             return self
         sum_up = lambda: self.total + constant  # noqa: E731
         return replace(self, bias=self.bias + constant, sum_up=sum_up)
+
+    def of_head(self, term: int | None, head: int) -> TokenSum:
+        """Returns the parts that come through one head of a read; None: through no head (`own`)."""
+        terms = tuple(
+            read.through(slice(head, head + 1) if place == term else slice(0))
+            for place, read in enumerate(self.terms)
+        )
+        return replace(self, terms=terms, own=self.own if term is None else None)
 
     def row(self, batch: slice) -> TokenSum:
         """Returns the token sum of some rows of the batch."""

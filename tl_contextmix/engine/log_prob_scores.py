@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -13,7 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.questions import Answer, Question, ask, label_sets
+from tl_contextmix.adapters.questions import (
+    Answer,
+    Direction,
+    Question,
+    Reading,
+    ask,
+    label_sets,
+    read_direction,
+)
 from tl_contextmix.core.blocks import Identity, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
@@ -27,7 +35,7 @@ from tl_contextmix.core.residual_stream import (
 )
 from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
 
@@ -58,7 +66,9 @@ class Prediction:
         question: What was asked.
         stream: The residual stream that each answer is read from.
         vocabulary: How it is read.
-        log_prob: The target's log-probability, less the foil's, as the model itself gives it.
+        log_prob: The target's log-probability, less the foil's, as the model itself gives it; of a
+            direction, its inner product with the stream.
+        reading: The direction, where that is the target.
     """
 
     forward_pass: Pass
@@ -66,6 +76,7 @@ class Prediction:
     stream: Stream
     vocabulary: Vocabulary
     log_prob: Float[Tensor, " batch"]
+    reading: Reading | None = None
 
     @property
     def view(self) -> ModelView:
@@ -74,14 +85,16 @@ class Prediction:
 
     @property
     def target(self) -> Tokens:
-        """The token asked about in each row, or the alternatives side by side."""
+        """The token asked about in each row, or the alternatives side by side; or a direction."""
+        if self.reading is not None:
+            return self.reading.label(len(self.log_prob))
         return label_sets(self.view, self.vocabulary.asked.target)
 
     @property
     def foil(self) -> Tokens | None:
         """What it is contrasted with, or None."""
         foil = self.vocabulary.asked.foil
-        return None if foil is None else label_sets(self.view, foil)
+        return None if foil is None or self.reading is not None else label_sets(self.view, foil)
 
     @property
     def tokens(self) -> Tokens:
@@ -109,10 +122,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class AskedPass:
-    """A pass, and the predictions of it that are asked about."""
+    """A pass, and the predictions of it, or positions, that are asked about."""
 
     forward_pass: Pass
     question: Question
+    reading: Reading | None = None
 
     def predictions(self, norm: NormRule, max_bytes: int) -> Iterator[Prediction]:
         """Yields the predictions, as many at a time as fit.
@@ -141,14 +155,21 @@ class AskedPass:
     ) -> Prediction:
         """Returns all predictions at once, or those of a part of the question."""
         question = question or self.question
-        view, trace = self.forward_pass.view, self.forward_pass.trace
+        view, trace, reading = self.forward_pass.view, self.forward_pass.trace, self.reading
         stream = decompose_stream(
-            view, trace, question.stack, question.rows, sentences=question.sentences
+            view,
+            trace,
+            question.stack,
+            question.rows,
+            sentences=question.sentences,
+            stop=None if reading is None else reading.stop,
         )
-        logits = _logits(question, trace, stream)
+        readout = view.readout if reading is None else reading.readout
+        logits = _logits(question, trace, stream) if reading is None else readout(stream.total)
         asked = question.contrast(logits)
-        vocabulary = read_vocabulary(view.readout, norm, stream.total, asked, max_bytes)
-        return Prediction(self.forward_pass, question, stream, vocabulary, asked.score(logits))
+        vocabulary = read_vocabulary(readout, norm, stream.total, asked, max_bytes)
+        score = asked.score(logits)
+        return Prediction(self.forward_pass, question, stream, vocabulary, score, reading)
 
 
 def run_question(
@@ -174,12 +195,24 @@ def run_question(
 
     Raises:
         InvalidInput: If an argument does not fit the model, or the components another input.
-        UnsupportedModel: If it has no vocabulary readout.
+        UnsupportedModel: If it has no vocabulary readout and a token is asked about.
     """
     view = name_tokens(view, given.labels)
-    view.readout.require()
-    stack = view.base_stack(None)
-    read = view.stacks if both_stacks else {stack: view.stacks[stack]}
+    stack, reading = view.base_stack(None), None
+    read = dict(view.stacks) if both_stacks else {stack: view.stacks[stack]}
+    if isinstance(answer.target, Direction):
+        reading = read_direction(view, answer.target)
+        if answer.foil is not None:
+            raise bad(
+                "a direction has no foil",
+                f"foil={seen(answer.foil)}",
+                "no foil",
+                "Ask for the difference of two directions: subtract their vectors.",
+            )
+        answer = replace(answer, target=0, foil=1)
+        read[stack] = read[stack][: reading.stop.layer + 1]
+    else:
+        view.readout.require()
     names = [
         name
         for each in read.values()
@@ -190,11 +223,12 @@ def run_question(
     forward_pass = run_pass(
         view,
         given,
+        layer=range(len(read[stack])),
         also=lambda block: () if block.layer else names,
-        needs=_NEEDS[by] | needs,
+        needs=_NEEDS[by] | needs | (frozenset() if reading is None else reading.needs),
         batch=question.batch,
     )
-    return AskedPass(forward_pass, question)
+    return AskedPass(forward_pass, question, reading)
 
 
 def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "row d_vocab"]:

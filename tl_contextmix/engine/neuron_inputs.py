@@ -36,7 +36,7 @@ class Place:
     Attributes:
         stack: The stack.
         pos: The position whose stream is read.
-        stop: The sublayer that reads it; None for cross-attention, which reads the whole encoder.
+        stop: Where; None for cross-attention, which reads the whole encoder.
     """
 
     stack: str
@@ -124,7 +124,8 @@ def place_of(view: ModelView, chosen: Components, row: int, index: int) -> Place
     if kind == "cross_attn":
         return Place("encoder", one["source"], None)
     kind = kind.removeprefix("encoder ")
-    return Place(stack, one["pos"] if kind == "mlp" else one["source"], (layer, kind))
+    stop = Stop.before(view.stacks[stack][layer], kind)
+    return Place(stack, one["pos"] if kind == "mlp" else one["source"], stop)
 
 
 def neuron_inputs_at(

@@ -88,7 +88,7 @@ def linear_points(
         found["residual"] = stream.shifted(trace.edit(ff.edits.stream))
         read = stream
         if block.parallel:
-            silent = tuple(read.silent() for read in stream.terms)
+            silent = tuple(read.through(slice(0)) for read in stream.terms)
             read = replace(stream, terms=silent, own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
         found["mlp_in"] = read if ff.norm_in is None else read.linear(ff.norm_in)
     return found
@@ -157,6 +157,27 @@ def parts_at_all(
                 "Ask for one of these.",
             )
     return found
+
+
+def parts_of_heads(
+    parts: TokenSum | FeedForwardParts,
+) -> dict[str, TokenSum | FeedForwardParts]:
+    """Returns the parts that come through each head, by its label, and through no head.
+
+    They add up to the parts.
+    """
+    whole = parts
+    if isinstance(parts, FeedForwardParts):
+        whole = parts.read if parts.residual is None else parts.residual
+    assert isinstance(whole, TokenSum)
+    places: dict[str, tuple[int | None, int]] = {
+        f"cross {head}" if term else str(head): (term, head)
+        for term, read in enumerate(whole.terms)
+        for head in range(read.pattern.shape[1])
+    }
+    if whole.own is not None:
+        places["residual"] = None, 0
+    return {label: parts.of_head(*place) for label, place in places.items()}
 
 
 def norms_at(

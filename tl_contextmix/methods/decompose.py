@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,9 +20,10 @@ from tl_contextmix.engine.parts import (
     identities,
     linear_points,
     parts_at,
+    parts_of_heads,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.results import Decomposition
+from tl_contextmix.results import Decomposition, HeadDecomposition
 
 
 @method(cites=norm_papers)
@@ -29,6 +32,7 @@ def decompose(
     input: Input,
     *,
     at: Point = "resid_post",
+    heads: bool = False,
     layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
@@ -54,6 +58,10 @@ def decompose(
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
         at: The point.
+        heads: Parts of each head. What reaches a token through no head, along its own residual
+            stream, is one more entry (``"residual"``). After both attention sublayers of a decoder
+            block, heads of cross-attention are called ``"cross 0"`` and so on. The feed-forward
+            activation is passed with the slopes of all heads together.
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
             decoder). ``"cross"`` is the decoder block seen at its cross-attention. From there on
@@ -69,45 +77,57 @@ def decompose(
 
     Returns:
         A `Decomposition`: ``parts`` [batch layer target source d_model] in units of the residual
-        stream, ``bias`` [batch layer target d_model]. Rows of padding are not the model's.
+        stream, ``bias`` [batch layer target d_model]. Rows of padding are not the model's. With
+        ``heads`` a `HeadDecomposition`, whose parts have a head axis after the layer.
 
     Raises:
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model is one whose numbers would be wrong.
 
     Cost: a forward pass, ``2 n^2 d_mlp (d_model + H)`` operations per layer after the
-    feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result.
+    feed-forward block (half if causal), ``n^2 d_model`` numbers per layer for the result. With
+    ``heads``, that for each of them.
     """
     needs = identities((at,))
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
 
+    labels: tuple[str, ...] = ()
+
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        nonlocal labels
         parts, biases = torch.empty(0), []
         for index, block in enumerate(part.progress("decompose")):
             linear = linear_points(block, part.trace, part.stack, (at,))
             found = parts_at(block, linear, at, bias, max_bytes)
-            dense = _dense(found, max_bytes)
-            if not index:
-                # The largest result there is: never twice in memory.
-                parts = dense.new_empty(len(dense), len(part.blocks), *dense.shape[1:])
-            parts[:, index] = dense
-            del dense
+            each = parts_of_heads(found) if heads else {"all": found}
+            labels = (*each,)
+            for place, one in enumerate(each.values()):
+                dense = _dense(one, max_bytes)
+                if not index and not place:
+                    # The largest result there is: never twice in memory.
+                    shape = (len(dense), len(part.blocks), len(each), *dense.shape[1:])
+                    parts = dense.new_empty(shape)
+                parts[:, index, place] = dense
+                del dense
             biases.append(found.bias)
+        parts = parts if heads else parts[:, :, 0]
         return {
-            "parts": (f"batch layer target source:{at}", parts),
+            "parts": (f"batch layer {'head ' * heads}target source:{at}", parts),
             "bias": ("batch layer target", torch.stack(biases, dim=1)),
         }
 
     with torch.no_grad():
         found = done.together(vectors)
-    return Decomposition(
-        **found,
+    made = partial(HeadDecomposition, heads=labels) if heads else Decomposition
+    return made(
+        parts=found["parts"],
+        bias=found["bias"],
         layers=done.layers,
         point=at,
         stack=done.stack,
         target=done.target,
         source=done.source(at),
-        provenance=done.provenance("decompose", {"at": at, "bias": bias}),
+        provenance=done.provenance("decompose", {"at": at, "heads": heads, "bias": bias}),
     )
 
 

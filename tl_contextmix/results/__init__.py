@@ -19,7 +19,7 @@ from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.cost_estimate import Estimate, EstimatePart
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.decodings import LayerwiseDecoding
-from tl_contextmix.results.decomposition import Decomposition
+from tl_contextmix.results.decomposition import Decomposition, HeadDecomposition
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.layer_metrics import LayerFigures, TokenFigures
 from tl_contextmix.results.likelihoods import (
@@ -54,6 +54,7 @@ __all__ = [
     "Decomposition",
     "Estimate",
     "EstimatePart",
+    "HeadDecomposition",
     "Knockout",
     "LayerCurves",
     "LayerFigures",

@@ -56,19 +56,22 @@ class Decomposition(LabelledArray):
 
     def total(self) -> Float[torch.Tensor, "batch layer target d_model"]:
         """Returns the sum of all parts and the bias: the model's activation at this point."""
-        return self.parts.sum(dim=3) + self.bias
+        summed = [self.axes.index(axis) for axis in ("head", "source") if axis in self.axes]
+        return self.parts.sum(dim=summed) + self.bias
 
     def norms(self) -> ContextMap:
         """Returns the Euclidean norm of every part, as a map; 0 at padding."""
-        real = self.target.real_pairs(self.source)[:, None].to(self.parts.device)
-        scores = self.parts.norm(dim=-1).masked_fill(~real, 0)
+        real = self.target.real_pairs(self.source)[:, None, None].to(self.parts.device)
+        scores = self.parts.norm(dim=-1)
+        by_head = "head" in self.axes
+        scores = scores if by_head else scores[:, :, None]
         bias = self.bias.norm(dim=-1).masked_fill(
             ~self.target.mask[:, None].to(self.bias.device), 0
         )
         return ContextMap(
-            scores=scores[:, :, None],
+            scores=scores.masked_fill(~real, 0),
             layers=self.layers,
-            heads=("all",),
+            heads=self._labels("head") if by_head else ("all",),
             point=self.point,
             stack=self.stack,
             target=self.target,
@@ -76,7 +79,7 @@ class Decomposition(LabelledArray):
             unit="norm of a difference" if self.is_difference else "norm",
             includes_residual=self.point != "attn_out",
             provenance=self.provenance,
-            bias=bias[:, :, None],
+            bias=None if by_head else bias[:, :, None],
         )
 
     def top(self, k: int = 10) -> list[dict[str, Any]]:
@@ -90,3 +93,22 @@ class Decomposition(LabelledArray):
     def panels(self) -> tuple[Panel, ...]:
         """Returns the heatmaps of the norms."""
         return self.norms().panels()
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadDecomposition(Decomposition):
+    """A block's activation as a sum over heads and source tokens plus a bias.
+
+    ``parts.sum((head, source)) + bias`` is the model's own activation. Norms per head have no bias:
+    it belongs to no head.
+
+    Attributes:
+        parts: What came from each source token through each head, and through none.
+        heads: Label of each head; ``"residual"`` is the token's own residual stream.
+    """
+
+    LABELS = {**Decomposition.LABELS, "head": "heads"}
+
+    parts: Float[torch.Tensor, "batch layer head target source d_model"]
+    heads: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which components of the residual stream made a token more probable."""
+"""Which components of the residual stream made a token more probable, or wrote a direction."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SCORES: dict[str, str] = {
     "rank": "1 / rank",
     "coefficient_norm": "|coefficient| times norm",
     "coefficient_rank": "coefficient / rank",
+    "projection": "inner product",
 }
 """What a component may be scored by, and the unit."""
 
@@ -40,13 +41,16 @@ class LogProbContributions(ComponentSet):
     predictions: one for each sentence, or several where more positions, or an answer of several
     tokens, were asked about (`sentence`, `pos`); `summed` adds those of a sentence up.
 
+    Of a direction (score ``"projection"``) all log-probabilities are inner products with it.
+
     Attributes:
         scores: The scores; NaN at sources that cannot be read (padding, and later positions in a
             causal model), which are no components of that sentence.
         coefficients: What a neuron's vector is multiplied with; NaN for other components.
         logits: The component's own logit of the target, less the foil's, norm scale frozen at the
             real value (the before-softmax value); of several alternatives their mean, each as
-            likely as the model finds it among them. NaN with a masked-LM head.
+            likely as the model finds it among them. NaN with a masked-LM head or a
+            direction.
         components: What they belong to.
         by: Into what the stream was cut.
         score: What a score is, one of `SCORES`.
@@ -60,7 +64,8 @@ class LogProbContributions(ComponentSet):
         possible: How many there are in each sentence, biases apart.
         note: Why all had to be evaluated, where a bound would have spared work; else empty.
         pos: Position of each prediction.
-        target: The predicted token of each row; alternatives side by side.
+        target: The predicted token of each row; alternatives side by side. A direction has its
+            name here, and the id -1.
         tokens: The tokens of the stack that writes the answer.
         encoder: The tokens of the encoder that it reads, or None.
         provenance: Where the numbers come from.
@@ -101,6 +106,11 @@ class LogProbContributions(ComponentSet):
                 expected = (len(self.scores), tokens.shape[1])
                 require_shape(f"Tokens of the {name}", tuple(tokens.shape), expected)
 
+    @property
+    def of_direction(self) -> bool:
+        """Whether a direction was asked about, not a token."""
+        return self.score == "projection"
+
     def asked(self, row: int = 0, quote: Callable[[str], str] = repr) -> str:
         """Returns what a row is about, such as ``' are' rather than ' is'``.
 
@@ -108,6 +118,8 @@ class LogProbContributions(ComponentSet):
             row: The row.
             quote: Puts a token in quotes.
         """
+        if self.of_direction:
+            return self.target.strings[row][0]
         sides = [self.target] if self.foil is None else [self.target, self.foil]
         listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
         return " rather than ".join(
@@ -160,7 +172,7 @@ class LogProbContributions(ComponentSet):
             log_prob=added(self.log_prob),
             evaluated=torch.zeros_like(rows.evaluated).index_add_(0, group, self.evaluated.cpu()),
             possible=torch.zeros_like(rows.possible).index_add_(0, group, self.possible.cpu()),
-            target=rows.target if once else self._whole(group, last),
+            target=rows.target if once or self.of_direction else self._whole(group, last),
         )
 
     def _whole(self, group: torch.Tensor, last: list[int]) -> Tokens:
@@ -201,6 +213,8 @@ class LogProbContributions(ComponentSet):
             caption = "Blue raises the log-probability of the token, red lowers it."
             if self.foil is not None:
                 caption = "Blue speaks for the first, red for the second."
+            if self.of_direction:
+                caption = "Blue writes along the direction, red against it."
             found += self._grids(row, self.by, title, caption, self.unit)
             found += [self._table(row), self._trajectory(row)]
         return tuple(found)
@@ -229,12 +243,13 @@ class LogProbContributions(ComponentSet):
 
     def _trajectory(self, row: int) -> Curves:
         steps = self.trajectory[row].detach().cpu()
+        what = "Inner product with" if self.of_direction else "Log-probability of"
         return Curves(
-            title=f"Log-probability of {self.asked(row)} through the layers",
+            title=f"{what} {self.asked(row)} through the layers",
             caption="From no stream at all to the whole of it, after each sublayer. Neighbours "
             f"differ by the sublayer's own increase. Norm: {self.norm}; the model itself says "
             f"{float(self.log_prob[row]):.3f}.",
             labels=self.steps,
-            series=(("log p", tuple(steps.tolist())),),
-            unit="nats",
+            series=(("value" if self.of_direction else "log p", tuple(steps.tolist())),),
+            unit=self.unit if self.of_direction else "nats",
         )

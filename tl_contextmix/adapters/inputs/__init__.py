@@ -1,16 +1,13 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, names_read
-from tl_contextmix.adapters.inputs.passes import (
-    Pass,
-    fresh_trace,
+from tl_contextmix.adapters.inputs.labelling import (
     label,
     package_version,
     provenance,
-    run_pass,
-    select_blocks,
     word_table,
 )
+from tl_contextmix.adapters.inputs.passes import Pass, fresh_trace, run_pass, select_blocks
 from tl_contextmix.adapters.inputs.tokens import (
     Given,
     Input,

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
@@ -18,10 +17,11 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.crops import Crop, crops
+from tl_contextmix.adapters.inputs.labelling import label_sides, provenance
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.adapters.tokenizers import name_tokens
-from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Side, Trace
+from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Trace
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import Edit, ModelView, StackName
 from tl_contextmix.core.validation import Layers
@@ -125,7 +125,7 @@ class Pass:
             yield self
         for crop in self.crops:
             batch = crop.of(self.batch)
-            tokens = _labels(self.view, batch)
+            tokens = label_sides(self.view, batch)
             yield replace(self, batch=batch, tokens=tokens, crops=(), crop=crop)
 
     def together(
@@ -339,48 +339,6 @@ class Pass:
         return provenance(self.view, method, options, further=self.batch.further, **given)
 
 
-def provenance(
-    view: ModelView,
-    method: str,
-    options: Mapping[str, Any],
-    *,
-    further: Mapping[str, Tensor] = MappingProxyType({}),
-    **given: str,
-) -> Provenance:
-    """Returns where the results of a method on a model come from.
-
-    Warns where the processing of the weights changes them.
-
-    Args:
-        view: The model.
-        method: Name of the method.
-        options: What it was asked for.
-        further: What the pass was given of each token besides its id.
-        given: What else decides whether processing matters; see `weight_processing.changed_by`.
-    """
-    if view.processing:
-        view.notice(method, {**options, **given})
-    return Provenance(
-        method=method,
-        options={**options, **{name: value.tolist() for name, value in further.items()}},
-        model=view.name,
-        host=view.host,
-        host_version=view.host_version,
-        version=package_version(),
-        processing=view.processing,
-        fingerprint=view.fingerprint,
-    )
-
-
-@functools.cache
-def package_version() -> str:
-    """Returns the installed version of this package."""
-    try:
-        return version("tl-contextmix")
-    except PackageNotFoundError:
-        return "0+source"
-
-
 def run_pass(
     view: ModelView,
     given: Given,
@@ -438,18 +396,10 @@ def run_pass(
         batch=batch,
         stack=cast("StackName", base if stack is None else stack),
         blocks=blocks,
-        tokens=_labels(view, batch),
+        tokens=label_sides(view, batch),
         run=run if given.cache is None else read,
         crops=groups,
     )
-
-
-def _labels(view: ModelView, batch: Batch) -> dict[str, Tokens]:
-    """Returns the labels of each side of a batch."""
-    sides = {"decoder": batch.decoder, "encoder": batch.main}
-    if batch.decoder is None:
-        sides = dict.fromkeys(view.stacks, batch.main)
-    return {name: label(view, name, side) for name, side in sides.items() if side is not None}
 
 
 def _rows(part: Pass) -> tuple[int, ...]:
@@ -551,20 +501,3 @@ def _layer_number(number: int, count: int) -> int:
             f"This stack has {count} layers; the first is 0.",
         )
     return number
-
-
-def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
-    """Returns the text of all that is predicted, by its id as text (as files hold them)."""
-    known = torch.cat([some.flatten().cpu() for some in ids]).unique().tolist()
-    return {str(token): view.to_output(token) for token in known}
-
-
-def label(view: ModelView, name: str, side: Side) -> Tokens:
-    """Returns the labels of one side of a batch."""
-    # Copies: the caller may write on what was given, or on a result.
-    ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
-    # Each token is decoded once: long inputs repeat theirs.
-    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
-    strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    sides = ((name, ids.shape[1]),)
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())

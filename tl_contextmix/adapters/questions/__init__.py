@@ -9,6 +9,7 @@ from tl_contextmix.adapters.questions.asked import (
     TokenAnswerInputs,
     apart,
 )
+from tl_contextmix.adapters.questions.directions import Direction, Reading, read_direction
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
 from tl_contextmix.adapters.questions.question import Question, ask
@@ -18,8 +19,10 @@ __all__ = [
     "Answer",
     "AnswerInputs",
     "Asked",
+    "Direction",
     "Pos",
     "Question",
+    "Reading",
     "Target",
     "TokenAnswerInputs",
     "apart",
@@ -27,6 +30,7 @@ __all__ = [
     "label_sets",
     "one_each",
     "predicting_rows",
+    "read_direction",
     "rows_at",
     "single_token",
 ]

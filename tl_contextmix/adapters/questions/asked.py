@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs
+from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.adapters.questions.targets import items, plain_numbers
 
 Token = str | int
@@ -19,6 +20,7 @@ Target = (
     | AbstractSet[Token]
     | Sequence[Token | AbstractSet[Token] | Sequence[Token]]
     | Int[Tensor, "..."]
+    | Direction
 )
 Pos = int | Sequence[int] | Literal["all"]
 
@@ -30,7 +32,7 @@ class Asked(TypedDict, total=False):
     """The predicted token as text (its leading space included) or id. A text of several tokens, or
     a list of ids, is an answer that the model is given token by token: each of its tokens is asked
     about. A set holds alternatives, of which any will do. A list has one for each text. None: the
-    model's own best."""
+    model's own best. `log_prob_contributions` and `query_contributions` take a `Direction`, too."""
 
     foil: Target | None
     """The token, or the set, that the target is contrasted with: the score is then

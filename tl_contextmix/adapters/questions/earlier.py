@@ -16,6 +16,9 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
 
+# The alternatives of each prediction.
+Sets = tuple[tuple[int, ...], ...]
+
 
 def earlier_answer(
     batch: Batch, view: ModelView, *given: object
@@ -71,10 +74,15 @@ def sentence_rows(result: LogProbContributions | QueryContributions) -> Int[Tens
     return result.sentence.cpu().unique(return_inverse=True)[1]
 
 
-def token_sets(tokens: Tokens) -> tuple[tuple[int, ...], ...]:
-    """Returns the alternatives that labels name."""
-    pairs = zip(tokens.ids, tokens.mask, strict=True)
-    return tuple(tuple(ids[mask].tolist()) for ids, mask in pairs)
+def earlier_sets(result: LogProbContributions) -> tuple[Sets | None, Sets | None]:
+    """Returns the target's tokens and the foil's that a result is about; None for a direction."""
+
+    def sets(tokens: Tokens) -> Sets:
+        pairs = zip(tokens.ids, tokens.mask, strict=True)
+        return tuple(tuple(ids[mask].tolist()) for ids, mask in pairs)
+
+    target = None if result.of_direction else sets(result.target)
+    return target, None if result.foil is None else sets(result.foil)
 
 
 def label_sets(view: ModelView, sets: Sequence[Tensor]) -> Tokens:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import require_ids
 from tl_contextmix.adapters.questions.asked import Answer
-from tl_contextmix.adapters.questions.earlier import earlier_answer, sentence_rows, token_sets
+from tl_contextmix.adapters.questions.earlier import earlier_answer, earlier_sets, sentence_rows
 from tl_contextmix.adapters.questions.positions import masks, predicting_rows
 from tl_contextmix.adapters.questions.targets import (
     Steps,
@@ -158,13 +158,14 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
     if answer.generate is not None:
         answer = _generated(view, batch, stack, answer)
     named, target = None, steps_of_each(view, answer.target, count, "target")
-    if found is not None and target is None:
-        target = [(ids,) for ids in token_sets(found.target)]
+    earlier = (None, None) if found is None else earlier_sets(found)
+    if earlier[0] is not None and target is None:
+        target = [(ids,) for ids in earlier[0]]
     else:
         named = names_of_each(answer.target, count)
     foil = steps_of_each(view, answer.foil, count, "foil")
-    if found is not None and foil is None and found.foil is not None and answer.target is None:
-        foil = [(ids,) for ids in token_sets(found.foil)]
+    if earlier[1] is not None and foil is None and answer.target is None:
+        foil = [(ids,) for ids in earlier[1]]
     if foil is not None and target is None:
         raise bad(
             "a foil needs a target",
@@ -296,13 +297,14 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
 
 def _again(view: ModelView, batch: Batch, stack: str, found: LogProbContributions) -> Question:
     """Returns the predictions that contributions are of."""
+    target, foil = earlier_sets(found)
     return Question(
         view=view,
         batch=batch,
         stack=stack,
         sentences=sentence_rows(found),
         rows=found.pos.cpu(),
-        target=token_sets(found.target),
-        foil=None if found.foil is None else token_sets(found.foil),
+        target=target,
+        foil=foil,
         named=(None,) * len(found.pos),
     )

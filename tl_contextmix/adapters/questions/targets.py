@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import is_text, whole_number
 from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
@@ -157,6 +158,13 @@ def require_one_token(foil: list[Steps] | None) -> None:
 
 def no_target(asked: object, name: str, count: int | None = None) -> InvalidInput:
     """Returns the error for what is no token, or is not in a vocabulary of so many."""
+    if isinstance(asked, Direction):
+        return bad(
+            f"a direction is no {name} here",
+            "a Direction",
+            _TARGETS,
+            "log_prob_contributions and query_contributions take a direction, one at a time.",
+        )
     return bad(
         f"this is no {name}",
         seen(asked),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
-from tl_contextmix.core.blocks import Batch
+from tl_contextmix.core.blocks import AttentionSublayer, Batch
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel
 from tl_contextmix.core.validation import Positive, require_choice
@@ -42,8 +42,8 @@ def estimate(
     estimate covers what that code does, including tiling within ``max_bytes``.
 
     Tests hold it within 20 % of measurements (mostly within 4 %). Where work depends on the data,
-    it is the minimum (``k`` of neurons: as if the bounds decided at once). Sliding windows count
-    as full attention. Memory that an operator allocates and frees internally is not counted.
+    it is the minimum (``k`` of neurons: as if the bounds decided at once). Memory that an operator
+    allocates and frees internally is not counted.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
@@ -128,7 +128,7 @@ class _Counted:
         self.passes = self.operations = self.kept = 0
         self._run, self._shapes, self._counter = view.runner, shapes, counter
         attentions = [one for _, block in view.every_block() for one in block.attentions]
-        self._causal = {a.pattern: (a.kind, a.stack) == ("self", "decoder") for a in attentions}
+        self._attentions = {one.pattern: one for one in attentions}
         stacks = {
             # Products of weights that are kept for the next call must not be kept from here.
             name: tuple(
@@ -156,16 +156,20 @@ class _Counted:
         self.passes += 1
         self.operations += self._counter.total - before
         self.kept += logits.nbytes + sum(value.nbytes for value in values.values())
-        for name in self._causal.keys() & values.keys():
-            values[name] = _reading(values[name], self._causal[name])
+        for name in self._attentions.keys() & values.keys():
+            values[name] = _reading(values[name], self._attentions[name])
         return logits, values, added
 
 
-def _reading(pattern: Tensor, causal: bool) -> Tensor:
+def _reading(pattern: Tensor, attention: AttentionSublayer) -> Tensor:
     """Returns a pattern that reads what can be read: which tiles are computed depends on that."""
     with _disable_current_modes():
         reading = torch.ones(pattern.shape[2:], dtype=pattern.dtype)
-        reading = (reading.tril_() if causal else reading).expand(pattern.shape)
+        if attention.kind == "self" and attention.stack == "decoder":
+            reading.tril_()
+            if attention.window is not None:
+                reading.triu_(1 - attention.window)
+        reading = reading.expand(pattern.shape)
     reading.counted = pattern  # type: ignore[attr-defined] # its bytes live as long
     return reading
 

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, Direction, apart
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
@@ -81,6 +81,10 @@ def log_prob_contributions(
     :math:`p(w) = \sum_{u \in T} p(u)`. A soft cap of the logits or a masked-LM head is no linear
     map: sums by layer stay exact, those of heads and neurons have gaps.
 
+    A `Direction` :math:`u` as the target takes the place of the tokens: scores are inner products
+    :math:`\langle u, v \rangle` of what arrives at its point, after a norm with that norm frozen.
+    All of them and the first entry of the trajectory add up to the model's own, at every split.
+
     Several predictions, as of an answer of several tokens, take one pass; `summed` adds them up.
 
     In post-LN models (BERT, BART) the stream passes a norm after every sublayer. A part is then
@@ -113,14 +117,16 @@ def log_prob_contributions(
             `Inputs`.
 
     Returns:
-        `LogProbContributions`, scores [batch component] in nats; one row for each prediction.
+        `LogProbContributions`, scores [batch component] in nats; one row for each prediction. Of a
+        direction, its ``score`` is ``"projection"`` and log-probabilities are inner products.
 
     Raises:
         InvalidInput: If an argument does not fit the model: an unknown target, a foil of several
             tokens, a position that is not there.
-        UnsupportedModel: If the model has no vocabulary readout.
+        UnsupportedModel: If the model has no vocabulary readout and a token is asked about.
 
-    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source. All
+    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source, of a
+    direction ``4 d``. All
     feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``k``, where logits are linear in the
     stream (frozen norm, no masked-LM head, no soft cap), ``2 L d_mlp d`` and ``2 d d_vocab`` for
     each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention
@@ -134,6 +140,13 @@ def log_prob_contributions(
             f"score={score!r} with a foil",
             "'log_prob_increase', 'log_prob' or a score of the neuron alone",
             "Leave the foil out, or ask for the increase of the log-odds.",
+        )
+    if isinstance(answer.target, Direction) and score != "log_prob_increase":
+        raise bad(
+            "this score is one of tokens",
+            f"score={score!r} of a direction",
+            "the default: inner products with the direction",
+            "Leave score out.",
         )
     with torch.no_grad():
         asked = run_question(as_view(model), given, answer, by=by)
@@ -160,10 +173,10 @@ def _part(
     return LogProbContributions(
         scores=found.scores,
         coefficients=found.coefficients,
-        logits=found.logits,
+        logits=found.logits if prediction.reading is None else found.logits * torch.nan,
         components=found.components,
         by=by,
-        score=score,
+        score=score if prediction.reading is None else "projection",
         norm=norm,
         steps=prediction.steps,
         trajectory=trajectory,
@@ -309,10 +322,11 @@ def _require_neurons(by: str, score: str, k: int | None) -> None:
 
 def _require_some(splits: list[Split], by: str, prediction: Prediction) -> list[Split]:
     if not splits:
+        ff = prediction.view.blocks()[0].feed_forward
         raise bad(
             f"{prediction.view.name} has no components by {by}",
-            "blocks without a feed-forward sublayer",
-            "'layer', 'head', 'position', 'head_position' or 'attn_neuron'",
-            "Ask for one of these.",
+            "blocks without a feed-forward sublayer" if ff is None else "none before this point",
+            "another `by`, or a later point of the stream",
+            "By 'layer' there is always the embedding.",
         )
     return splits

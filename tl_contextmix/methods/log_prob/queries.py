@@ -33,6 +33,7 @@ VANISHING = (
     "coefficient",
     "coefficient_norm",
     "coefficient_rank",
+    "projection",
 )
 """Scores that a neuron without an activation does not have."""
 
@@ -77,7 +78,7 @@ def query_contributions(
         neurons: The neurons: a result of `log_prob_contributions` (by ``"ff_neuron"`` or
             ``"attn_neuron"``) or of this function (a chain: what activates what activates),
             usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
-            log-probability increase of the target.
+            log-probability increase of the target, or by what they write along a direction.
         by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
         k: Only so many components, those with the largest scores; None: all. All neurons as
@@ -321,9 +322,15 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
     states, components = prediction.stream.states, prediction.stream.components
     for index in range(found.shape[1]):
         one = chosen.at(0, index)
-        step = next(
-            i for i, w in enumerate(components) if (w.kind, w.layer) == (one["kind"], one["layer"])
-        )
+        sublayers = [(component.kind, component.layer) for component in components]
+        if (one["kind"], one["layer"]) not in sublayers:
+            raise bad(
+                "these neurons write nothing along the direction",
+                f"{chosen.label(0, index)}, which does not come before this point",
+                "neurons before it",
+                "Ask about neurons of earlier layers.",
+            )
+        step = sublayers.index((one["kind"], one["layer"]))
         component = components[step]
         assert isinstance(component, (AttentionComponent, FeedForwardComponent))
         vectors = component.neurons()

@@ -1,0 +1,83 @@
+"""Labels of what goes in and comes out: tokens of each side, and where a result comes from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.results import Provenance, Tokens
+
+
+def provenance(
+    view: ModelView,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
+    **given: str,
+) -> Provenance:
+    """Returns where the results of a method on a model come from.
+
+    Warns where the processing of the weights changes them.
+
+    Args:
+        view: The model.
+        method: Name of the method.
+        options: What it was asked for.
+        further: What the pass was given of each token besides its id.
+        given: What else decides whether processing matters; see `weight_processing.changed_by`.
+    """
+    if view.processing:
+        view.notice(method, {**options, **given})
+    return Provenance(
+        method=method,
+        options={**options, **{name: value.tolist() for name, value in further.items()}},
+        model=view.name,
+        host=view.host,
+        host_version=view.host_version,
+        version=package_version(),
+        processing=view.processing,
+        fingerprint=view.fingerprint,
+    )
+
+
+@functools.cache
+def package_version() -> str:
+    """Returns the installed version of this package."""
+    try:
+        return version("tl-contextmix")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def label_sides(view: ModelView, batch: Batch) -> dict[str, Tokens]:
+    """Returns the labels of each side of a batch."""
+    sides = {"decoder": batch.decoder, "encoder": batch.main}
+    if batch.decoder is None:
+        sides = dict.fromkeys(view.stacks, batch.main)
+    return {name: label(view, name, side) for name, side in sides.items() if side is not None}
+
+
+def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
+    """Returns the text of all that is predicted, by its id as text (as files hold them)."""
+    known = torch.cat([some.flatten().cpu() for some in ids]).unique().tolist()
+    return {str(token): view.to_output(token) for token in known}
+
+
+def label(view: ModelView, name: str, side: Side) -> Tokens:
+    """Returns the labels of one side of a batch."""
+    # Copies: the caller may write on what was given, or on a result.
+    ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
+    # Each token is decoded once: long inputs repeat theirs.
+    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
+    strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
+    sides = ((name, ids.shape[1]),)
+    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())
