@@ -348,7 +348,7 @@ BAD = {
     "no heads": ({"heads": []}, r"head axis: got '?an empty list"),
     "an empty group": ({"heads": [[0], []]}, r"head axis: got '?an empty list"),
     "truth values as heads": ({"heads": [True, False]}, r"this heads: got \[True, False\]"),
-    "a head twice": ({"heads": [0, 0]}, r"a head cannot be zeroed twice: got \[0, 0\]; expected"),
+    "a head twice": ({"heads": [0, 0]}, r"a head is named twice: got \[0, 0\]; expected"),
     "no such target": ({"pos": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
     "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
     "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),

@@ -56,6 +56,9 @@ from .methods.attention import (
 from .methods.attention_flow import (
     attention_flow as attention_flow,
 )
+from .methods.attention_knockout import (
+    attention_knockout as attention_knockout,
+)
 from .methods.decoder_lens.lens import (
     decoder_lens as decoder_lens,
 )

@@ -20,9 +20,11 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.components import Components, Grid, join
 
 Named = Sequence[Sequence[int]]
+Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 Chosen = LogProbContributions | QueryContributions | Named
 _REMEDY = "Take them from a result's .top(k)."
 _NAMED = {
@@ -275,3 +277,40 @@ class _Numbers:
         """Returns the numbers of heads; any number for components of other kinds."""
         place = torch.searchsorted(self._layers, layer).clamp(max=len(self._layers) - 1)
         return (self._first[place] + head.clamp(min=0)).clamp(max=len(self.layer) - 1)
+
+
+def head_groups(heads: Heads, count: int) -> tuple[list[list[int] | None], tuple[str, ...]]:
+    """Returns groups of heads with their labels; None stands for all heads together.
+
+    Args:
+        heads: False: all at once. True: each alone. A number or a list: these together. A list of
+            lists: one group per list.
+        count: How many heads there are.
+
+    Raises:
+        InvalidInput: If there is no such head, or a group has one twice.
+    """
+    if heads is False:
+        return [None], ("all",)
+    if heads is None:
+        raise bad(
+            "no heads were named",
+            "None",
+            "a truth value, a head, or a list of them",
+            "Give heads=False for all of them together, heads=True for each alone.",
+        )
+    if heads is True:
+        return [[head] for head in range(count)], tuple(map(str, range(count)))
+    asked: list[Any] = [heads]
+    if isinstance(heads, Sequence) and not isinstance(heads, str):
+        asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
+    groups = [positions("head", group, range(count)) for group in asked]
+    for group in groups:
+        if len(set(group)) < len(group):
+            raise bad(
+                "a head is named twice",
+                repr(heads),
+                "different heads in a group",
+                "Name each once.",
+            )
+    return list(groups), tuple("+".join(map(str, group)) for group in groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
+from tl_contextmix.engine.selection import Heads, head_groups
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions, real_pairs
 
 Metric = Literal["cosine", "euclidean"]
 SpanRows = Literal["keep", "mean", "max"]
-Heads = bool | int | Sequence[int] | Sequence[Sequence[int]]
 
 
 @method(cites=("mohebbi2023quantifying",), compared=True)
@@ -105,7 +105,8 @@ def value_zeroing(
     # Spans are stretches of the whole axis.
     given, whole = Given(input, **inputs), spans is not None
     done = run_pass(view, given, layer=layer, stack=stack, also=also, whole=whole)
-    groups, labels = _groups(heads, done, kind)
+    heads_of = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O
+    groups, labels = head_groups(heads, len(heads_of))
     rows = None if pos is None else positions("target", pos, done.target.labels())
     spans = _require_spans(spans, span_rows, rows, done)
 
@@ -209,34 +210,6 @@ def _final_norm(done: Pass, block: Block) -> Norm | None:
     base = done.view.base_stack(done.stack)
     last = block.layer == len(done.view.stacks[base]) - 1
     return done.view.final_norms.get(base) if last else None
-
-
-def _groups(heads: Heads, done: Pass, kind: str) -> tuple[list[list[int] | None], tuple[str, ...]]:
-    if heads is False:
-        return [None], ("all",)
-    if heads is None:
-        raise bad(
-            "no heads were named",
-            "None",
-            "a truth value, a head, or a list of them",
-            "Give heads=False for all of them together, heads=True for each alone.",
-        )
-    count = next(a for a in done.blocks[0].attentions if a.kind == kind).W_O.shape[0]
-    if heads is True:
-        return [[head] for head in range(count)], tuple(map(str, range(count)))
-    asked: list[Any] = [heads]
-    if isinstance(heads, Sequence) and not isinstance(heads, str):
-        asked = list(heads) if any(isinstance(head, Sequence) for head in heads) else asked
-    groups = [positions("head", group, range(count)) for group in asked]
-    for group in groups:
-        if len(set(group)) < len(group):
-            raise bad(
-                "a head cannot be zeroed twice",
-                repr(heads),
-                "different heads in a group",
-                "Name each once.",
-            )
-    return list(groups), tuple("+".join(map(str, group)) for group in groups)
 
 
 def _require_spans(

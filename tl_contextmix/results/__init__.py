@@ -11,6 +11,7 @@ out of rankings.
 
 from tl_contextmix.results.ablation import Knockout
 from tl_contextmix.results.active_memories import Memories
+from tl_contextmix.results.attention_knockout import AttentionKnockout
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
@@ -44,6 +45,7 @@ from tl_contextmix.results.value_readouts import ValueReadouts
 
 __all__ = [
     "LIKELIHOOD_METRICS",
+    "AttentionKnockout",
     "Comparison",
     "ComponentReadouts",
     "Components",
