@@ -198,9 +198,7 @@ class _Softmax(TorchFunctionMode):
 
     edit: Edit | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         edit = self.edit
         if edit is not None and func.__name__ == "softmax" and found.ndim == 4:

@@ -147,9 +147,7 @@ def _attentions(done: Pass) -> list[AttentionSublayer]:
     return [next(a for a in block.attentions if a.kind == kind) for block in blocks]
 
 
-def _windows(
-    layers: Sequence[int], window: int | None, count: int
-) -> dict[int, tuple[int, ...]]:
+def _windows(layers: Sequence[int], window: int | None, count: int) -> dict[int, tuple[int, ...]]:
     """Returns the layers that are cut together, by the layer in the middle."""
     if window is None:
         return {layers[len(layers) // 2]: tuple(layers)}

@@ -128,9 +128,7 @@ class AttentionKnockout(LabelledArray):
             if len(labels) == 1 or len(groups) > _CURVES:
                 caption = f"{text} Rows: the layers that are cut together; columns: sources."
                 sheets = tuple("all heads" if h == "all" else f"head {h}" for h in self.heads)
-                found.append(
-                    Heatmap(title, caption, lines, sheets, labels, names, unit=unit)
-                )
+                found.append(Heatmap(title, caption, lines, sheets, labels, names, unit=unit))
                 continue
             for head, some in zip(self.heads, lines, strict=True):
                 which = "" if len(self.heads) == 1 else f", head {head}"
