@@ -41,6 +41,9 @@ from .evaluation.compare import (
 from .evaluation.compare import (
     demo_pairs as demo_pairs,
 )
+from .evaluation.context_reliance import (
+    context_reliance as context_reliance,
+)
 from .evaluation.cost.estimate import (
     estimate as estimate,
 )

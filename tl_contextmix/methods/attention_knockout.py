@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.inputs.questions import (
+from tl_contextmix.adapters.questions import (
     Question,
     TokenAnswerInputs,
     apart,

@@ -17,6 +17,7 @@ from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.context_reliance import ContextReliance
 from tl_contextmix.results.cost_estimate import Estimate, EstimatePart
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.decodings import LayerwiseDecoding
@@ -51,6 +52,7 @@ __all__ = [
     "Components",
     "CompositionFigures",
     "ContextMap",
+    "ContextReliance",
     "Cost",
     "CurvePoint",
     "Decomposition",

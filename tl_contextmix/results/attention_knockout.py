@@ -95,11 +95,13 @@ class AttentionKnockout(LabelledArray):
             one = best[0]
             window = some.windows[some.layers.index(int(one["layer"]))]
             heads = "" if one["head"] == "all" else f", head {one['head']}"
+            what = f"attention to {one['source_token']!r} in {_layers(window)}{heads}"
+            of = f"the {self._quantity} of {self.asked(row)}"
             verb = "lowers" if one["change"] < 0 else "raises"
-            found.append(
-                f"Cutting attention to {one['source_token']!r} in {_layers(window)}{heads} {verb} "
-                f"the {self._quantity} of {self.asked(row)} most: {one['change']:+.2f} nats."
-            )
+            text = f"Cutting {what} {verb} {of} most"
+            if self.is_difference:
+                text = f"The effect of cutting {what} on {of} differs most"
+            found.append(f"{text}: {one['change']:+.2f} nats.")
         return tuple(found)
 
     @property

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool
-from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.validation import LATER, whole_number
@@ -41,17 +40,18 @@ class TokenGroups:
         """Returns the groups of a row as stretches ``(start, stop)``.
 
         Raises:
-            InvalidInput: If one has gaps.
+            InvalidInput: If one has gaps, or does not come after the one before.
         """
-        found = []
+        found: list[tuple[int, int]] = []
         for label, chosen in zip(self.labels.strings[row], self.members[row], strict=True):
             places = chosen.nonzero()[:, 0].tolist()
-            if not places or places[-1] - places[0] >= len(places):
+            behind = found[-1][1] if found else 0
+            if places[0] < behind or places[-1] - places[0] >= len(places):
                 raise bad(
-                    "a group of tokens is not one stretch",
-                    f"{label!r}, at {places}",
-                    "neighbouring tokens",
-                    "Name the stretches one by one, each as (start, stop).",
+                    "these groups of tokens are not stretches one after the other",
+                    f"{label!r}, at {places}" + f", after one up to {behind - 1}" * bool(found),
+                    "neighbouring tokens, in the order of the text",
+                    "Name each stretch on its own, as (start, stop), in order.",
                 )
             found.append((places[0], places[-1] + 1))
         return found
@@ -140,20 +140,17 @@ def _occurrences(tokens: Tokens, row: int, text: str) -> list[tuple[int, int]]:
 
 def _label(tokens: Tokens, members: torch.Tensor, names: Sequence[str]) -> Tokens:
     """Returns the labels of groups: their names, or their text; the id of the first token."""
-    strings, ids, places = [], [], []
-    positions = tokens.positions()
+    strings, ids = [], []
     for row, groups in enumerate(members):
         chosen = [group.nonzero()[:, 0].tolist() for group in groups]
         strings.append(tuple(names) or tuple(_text(tokens, row, some) for some in chosen))
         ids.append(tokens.ids[row].cpu()[[some[0] for some in chosen]])
-        places.append(positions[row][[some[-1] for some in chosen]])
     count = members.shape[1]
     return Tokens(
-        ids=pad_sequence(ids, batch_first=True),
+        ids=torch.stack(ids),
         strings=tuple(strings),
         mask=torch.ones(len(ids), count, dtype=torch.bool),
         sides=((tokens.sides[0][0], count),),
-        places=pad_sequence(places, batch_first=True),
         spaced=tokens.spaced,
     )
 
