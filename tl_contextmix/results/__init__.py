@@ -11,13 +11,13 @@ out of rankings.
 
 from tl_contextmix.results.ablation import Knockout
 from tl_contextmix.results.active_memories import Memories
-from tl_contextmix.results.attention_knockout import AttentionKnockout
+from tl_contextmix.results.attention_cuts import AttentionKnockout
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
-from tl_contextmix.results.context_reliance import ContextReliance
+from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.cost_estimate import Estimate, EstimatePart
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.decodings import LayerwiseDecoding
