@@ -1,6 +1,6 @@
 """How well `context_reliance` finds the passage that contradicts what the demo model knows.
 
-``python benchmarks/context_reliance.py [--facts N]`` gives the model facts about countries after three
+``python benchmarks/context_reliance.py [--facts N]`` asks about facts of countries after three
 passages in random order: one says that the capital is another city, two are about other countries.
 The answer is that city and a full stop. Printed, each with a 95 % bootstrap interval over facts:
 

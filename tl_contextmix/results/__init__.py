@@ -17,7 +17,6 @@ from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
 from tl_contextmix.results.components import Components
 from tl_contextmix.results.context_map import ContextMap
-from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.cost_estimate import Estimate, EstimatePart
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.decodings import LayerwiseDecoding
@@ -33,6 +32,7 @@ from tl_contextmix.results.log_prob_contributions import LogProbContributions
 from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.pair_changes import Pair, PairChanges
 from tl_contextmix.results.query_contributions import QueryContributions
+from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.scores import Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
