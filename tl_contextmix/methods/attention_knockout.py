@@ -100,20 +100,22 @@ def attention_knockout(
     attentions = _attentions(done)
     groups, names = head_groups(heads, len(attentions[0].W_O))
     windows = _windows(done.layers, window, len(attentions))
-    edges = found.members[:, :, None] & readers[:, None, :, None]
-    cuts = [*product(windows.values(), groups, range(edges.shape[1]))]
+    members = found.members
+    cuts = [*product(windows.values(), groups, range(members.shape[1]))]
     scores = []
     with torch.no_grad():
         logits = _read(done, question)
         asked = question.contrast(logits)
-        at_once = max(1, max_bytes // _run_bytes(done))
+        # Hooks may count on the sentences that were given.
+        at_once = 1 if view.hooked() else max(1, max_bytes // _run_bytes(done))
         parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
         for part in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
             several = _repeated(question, len(part))
             run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
-            read, contrast = _read(run, several, _edits(run, edges, part)), asked.repeat(len(part))
+            read = _read(run, several, _edits(run, members, readers, part))
+            contrast = asked.repeat(len(part))
             scores.append(torch.stack([contrast.score(read), contrast.score(read, "prob")]))
-    sizes = (2, len(windows), len(groups), edges.shape[1], len(logits))
+    sizes = (2, len(windows), len(groups), members.shape[1], len(logits))
     log_probs, probs = torch.cat(scores, dim=1).view(sizes).movedim(-1, 1)
     options = {
         "sources": _plain(sources),
@@ -130,7 +132,7 @@ def attention_knockout(
         layers=tuple(windows),
         windows=tuple(windows.values()),
         heads=names,
-        source=found.labels.select(question.sentences.tolist(), [*range(edges.shape[1])]),
+        source=found.labels.select(question.sentences.tolist(), [*range(members.shape[1])]),
         stack=done.stack,
         pos=question.rows,
         target=label_sets(view, asked.target),
@@ -161,7 +163,7 @@ def _readers(done: Pass, question: Question, to: object) -> Bool[Tensor, "batch 
         found = torch.zeros_like(done.target.mask)
         found[question.sentences, question.rows] = True
         return found
-    if to is None or to == "all":
+    if to is None or (isinstance(to, str) and to == "all"):
         return done.target.mask
     return find_groups("to", done.target, {"": to}).members[:, 0]
 
@@ -186,38 +188,42 @@ def _read(done: Pass, question: Question, edits: Mapping[str, Edit] | None = Non
 
 
 def _edits(
-    done: Pass, edges: Bool[Tensor, "batch group target source"], cuts: Sequence[_Cut]
+    done: Pass,
+    members: Bool[Tensor, "batch group source"],
+    readers: Bool[Tensor, "batch target"],
+    cuts: Sequence[_Cut],
 ) -> dict[str, Edit]:
     """Returns the edits of attention patterns that make one cut in each copy of a batch."""
     found = {}
     for layer, attention in enumerate(_attentions(done)):
         mine = [cut if layer in cut[0] else None for cut in cuts]
         if any(mine):
-            found[attention.pattern] = partial(_cut, edges, mine)
+            found[attention.pattern] = partial(_without_edges, members, readers, mine)
     return found
 
 
-def _cut(edges: Tensor, cuts: Sequence[_Cut | None], pattern: Tensor) -> Tensor:
+def _without_edges(
+    members: Tensor, readers: Tensor, cuts: Sequence[_Cut | None], pattern: Tensor
+) -> Tensor:
     """Returns patterns as they are with scores of -inf at some edges, row sums as they were.
 
     Args:
-        edges: The edges of each group of sources [batch group target source].
+        members: The tokens of each group of sources [batch group source].
+        readers: The targets that are cut off from them [batch target].
         cuts: The cut in each copy of the batch, or None.
         pattern: The patterns [row head target source].
     """
-    gone = torch.zeros(len(cuts), len(edges), *pattern.shape[1:], dtype=torch.bool)
+    heads = 1 if all(cut is None or cut[1] is None for cut in cuts) else pattern.shape[1]
+    gone = torch.zeros(len(cuts), len(members), heads, *pattern.shape[2:], dtype=torch.bool)
     for copy, cut in zip(gone, cuts, strict=True):
         if cut is not None:
-            _, heads, group = cut
-            copy[:, slice(None) if heads is None else heads] = edges[:, None, group]
+            edges = readers[:, None, :, None] & members[:, None, None, cut[2]]
+            copy[:, slice(None) if cut[1] is None else cut[1]] = edges
     kept = pattern.masked_fill(gone.flatten(0, 1).to(pattern.device), 0)
     # In half precision a sum of many small numbers is far off.
-    before, after = (x.sum(-1, keepdim=True, dtype=_sum_dtype(x)) for x in (pattern, kept))
+    wide = torch.promote_types(pattern.dtype, torch.float32)
+    before, after = (x.sum(-1, keepdim=True, dtype=wide) for x in (pattern, kept))
     return torch.where(after == 0, 0, kept * (before / after)).to(pattern)
-
-
-def _sum_dtype(pattern: Tensor) -> torch.dtype:
-    return torch.promote_types(pattern.dtype, torch.float32)
 
 
 def _run_bytes(done: Pass) -> int:
