@@ -53,7 +53,7 @@ def attention_knockout(
 
     .. math:: M^{\ell, h}_{rc} = -\infty \quad \text{for } r \in \text{to},\ c \in \text{sources}
 
-    is added to the attention scores before the softmax (2023, eq. 6), in every layer of a window,
+    is added to the attention scores before the softmax (Geva et al. 2023), in every layer of a window,
     while the model runs; everything after it follows. What is left of a row is thereby renormalised
     over the sources that remain. A row that has none left attends to nothing: its heads write zero.
 
