@@ -50,7 +50,8 @@ def test_metrics_are_those_of_two_passes(model: Any) -> None:
     first, *others = PASSAGES
     assert found.source.strings == ((first, *(f" {text}" for text in others)),)
     every = rely(model, threshold=0.0, metric="pcxmi")
-    assert every.metric == "pcxmi" and every.flagged.tolist() == [[True, False]]
+    assert every.metric == "pcxmi"
+    assert every.flagged.tolist() == [[True, False]]
 
 
 def test_cues_are_what_the_methods_say(model: Any) -> None:
@@ -83,7 +84,8 @@ def test_other_stacks(name: str, way: str) -> None:
     }
     found = cm.context_reliance(model, PASSAGES[:2], prompt[name], by=way)
     assert found.scores.shape == (1, 1, 2)
-    assert bool(found.scores.isfinite().all()) and float(found.scores.abs().max()) > 0
+    assert bool(found.scores.isfinite().all())
+    assert float(found.scores.abs().max()) > 0
     assert float(found.kl) >= 0
     words = [text.split() for text in found.source.strings[0]]
     assert words == [text.split() for text in PASSAGES[:2]]

@@ -15,6 +15,7 @@ import torch
 import unchecked
 from hand_built import PROVENANCE, map_of, random_map, tokens
 
+import tl_contextmix as cm
 from tl_contextmix.errors import ContextMixWarning, InvalidInput
 from tl_contextmix.plotting.panels import Bars, ColoredText, Heatmap, Table
 from tl_contextmix.results import (
@@ -693,7 +694,8 @@ def test_maps_of_two_prompts_are_subtracted_by_stretches() -> None:
             expected = one.scores[..., slice(*a), slice(*c)].sum(-1).mean(-1)
             expected = expected - other.scores[..., slice(*b), slice(*d)].sum(-1).mean(-1)
             torch.testing.assert_close(found.scores[..., row, column], expected)
-    assert found.signed and found.is_difference
+    assert found.signed
+    assert found.is_difference
     assert found.target.strings[0][1] == " the keys| the key"
     # Equal tokens: as a - b.
     same = one.minus(one, mine, mine)

@@ -53,9 +53,10 @@ def attention_knockout(
 
     .. math:: M^{\ell, h}_{rc} = -\infty \quad \text{for } r \in \text{to},\ c \in \text{sources}
 
-    is added to the attention scores before the softmax (Geva et al. 2023), in every layer of a window,
-    while the model runs; everything after it follows. What is left of a row is thereby renormalised
-    over the sources that remain. A row that has none left attends to nothing: its heads write zero.
+    is added to the attention scores before the softmax (Geva et al. 2023), in every layer of a
+    window, while the model runs; everything after it follows. What is left of a row is thereby
+    renormalised over the sources that remain. A row that has none left attends to nothing: its
+    heads write zero.
 
     One result is a sweep over windows, groups of heads and groups of sources, each cut on its own.
 
