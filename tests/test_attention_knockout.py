@@ -345,7 +345,7 @@ def test_what_it_shows() -> None:
     }
     found = cm.attention_knockout(model, "the keys to the cabinet", window=3, heads=True, **options)
     assert isinstance(found, AttentionKnockout)
-    curves = found.panels()
+    curves: Any = found.panels()
     assert [panel.title[-6:] for panel in curves] == ["head 0", "head 1", "head 2", "head 3"]
     assert curves[0].labels[:2] == ("layers 0-1", "layers 0-2")
     assert curves[0].unit == "change of probability, %"
@@ -354,7 +354,8 @@ def test_what_it_shows() -> None:
     once = cm.attention_knockout(
         model, "the keys to the cabinet", window=None, foil=" is", **options
     )
-    (panel,) = once.panels()
+    panels: Any = once.panels()
+    (panel,) = panels
     assert (panel.rows, panel.columns) == (("layers 0-3",), ("subject", "rest"))
     assert "lowers the log-odds of ' are' rather than ' is' most" in repr(once)
     frame = found.to_dataframe()
@@ -363,13 +364,9 @@ def test_what_it_shows() -> None:
     part = found.select(layer=2, head=1, source="subject")
     assert part.windows == ((1, 2, 3),)
     assert float(part.changes) == float(found.changes[0, 2, 1, 0])
-    both = cm.attention_knockout(
-        model,
-        "the key to the cabinet",
-        window=3,
-        heads=True,
-        **{**options, "sources": {"subject": " key", "rest": [0, (3, 6)]}},
-    )
+    options["sources"] = {"subject": " key", "rest": [0, (3, 6)]}
+    both = cm.attention_knockout(model, "the key to the cabinet", window=3, heads=True, **options)
     difference = found - both
     torch.testing.assert_close(difference.changes, found.changes - both.changes)
-    assert difference.panels()[0].unit == "change of log-probability, nats"
+    first: Any = difference.panels()[0]
+    assert first.unit == "change of log-probability, nats"

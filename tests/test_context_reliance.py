@@ -27,7 +27,8 @@ def model() -> Any:
 
 
 def rely(model: Any, **options: Any) -> ContextReliance:
-    return cm.context_reliance(model, PASSAGES, PROMPT, **{"target": " rome .", **options})
+    asked: dict[str, Any] = {"target": " rome .", **options}
+    return cm.context_reliance(model, PASSAGES, PROMPT, **asked)
 
 
 def test_metrics_are_those_of_two_passes(model: Any) -> None:
@@ -76,7 +77,7 @@ def test_cues_are_what_the_methods_say(model: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["masked-lm", "encoder-decoder"])
-def test_other_stacks(name: str, way: str) -> None:
+def test_other_stacks(name: str, way: Any) -> None:
     model = cm.load_demo(name)
     prompt = {
         "masked-lm": "the capital of france is [MASK] .",
@@ -98,7 +99,8 @@ def test_what_the_model_says_itself(model: Any, tmp_path: Any) -> None:
     assert len(found.target.strings[0]) == 3
     assert found.flagged.sum() == 1
     assert "depends on the context" in repr(found)
-    colored, table, map = found.panels()
+    panels: Any = found.panels()
+    colored, table, map = panels
     assert colored.values == pytest.approx(found.kl[0].tolist())
     assert [row[5] for row in table.rows].count("yes") == 1
     assert (map.rows, map.columns) == (found.target.strings[0], found.source.strings[0])

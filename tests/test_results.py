@@ -708,11 +708,12 @@ def test_maps_of_two_prompts_are_subtracted_by_stretches() -> None:
     saliency = last[0].minus(last[1], [" keys"], [" keys"])
     expected = last[0].scores[..., -1] - last[1].scores[..., -1]
     torch.testing.assert_close(saliency.scores[..., 0], expected)
-    for wrong, words in (
+    refused: list[tuple[Any, str]] = [
         ((other, mine, theirs[:2]), "rows and tokens of the target axis"),
         ((other, [(1, 3), (0, 1)], theirs[:2]), "not stretches one after the other"),
         ((other.normalize(), mine, theirs), "normalized"),
         ((3, mine, theirs), "type: int"),
-    ):
+    ]
+    for wrong, words in refused:
         with pytest.raises(cm.InvalidInput, match=words):
             one.minus(*wrong)

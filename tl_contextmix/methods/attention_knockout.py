@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -239,7 +240,7 @@ def _run_bytes(done: Pass) -> int:
     return len(batch.main.ids) * (logits + largest) * view.dtype.itemsize
 
 
-def _plain(groups: object) -> object:
+def _plain(groups: Any) -> Any:
     """Returns groups as a result keeps them: numbers, text, lists and dictionaries."""
     if isinstance(groups, Mapping):
         return {str(name): _plain(group) for name, group in groups.items()}
