@@ -109,7 +109,7 @@ METHODS = [
     ),
     Method(
         "attention_knockout",
-        functools.partial(cm.attention_knockout, sources=[0, 1], pos=-1),
+        functools.partial(cm.attention_knockout, sources=[-2, -1], pos=-1),
         lambda r: r.log_probs,
         AttentionKnockout,
         pointed=False,

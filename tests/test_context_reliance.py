@@ -48,8 +48,7 @@ def test_metrics_are_those_of_two_passes(model: Any) -> None:
     torch.testing.assert_close(found.pcxmi, found.log_prob - found.log_prob_without)
     assert found.without == ((" paris", " ."),)
     assert found.flagged.tolist() == [[True, False]]
-    first, *others = PASSAGES
-    assert found.source.strings == ((first, *(f" {text}" for text in others)),)
+    assert found.source.strings == (tuple(f" {text}" for text in PASSAGES),)
     every = rely(model, threshold=0.0, metric="pcxmi")
     assert every.metric == "pcxmi"
     assert every.flagged.tolist() == [[True, False]]
@@ -91,7 +90,9 @@ def test_other_stacks(name: str, way: Any) -> None:
     words = [text.split() for text in found.source.strings[0]]
     assert words == [text.split() for text in PASSAGES[:2]]
     tokens = cm.context_reliance(model, PASSAGES[1], prompt[name], by=way)
-    assert [word.strip() for word in tokens.source.strings[0]] == PASSAGES[1].split()
+    pieces = tokens.source.strings[0]
+    joined = (" " if name == "masked-lm" else "").join(pieces)
+    assert joined.split() == PASSAGES[1].split()
 
 
 def test_what_the_model_says_itself(model: Any, tmp_path: Any) -> None:
@@ -117,7 +118,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an empty one": ({"context": ["a", " "]}, "the context cannot be read"),
     "no text": ({"prompt": 3}, "prompt"),
     "a way": ({"by": "magic"}, "by"),
-    "alternatives": ({"target": [{" rome", " paris"}]}, "the answer has alternatives"),
+    "alternatives": ({"target": {" rome", " paris"}}, "cannot use this target"),
     "nothing between": (
         {"context": ["the capital of fr", "ance is rome ."], "joiner": ""},
         "run into what follows",
@@ -133,7 +134,7 @@ def test_what_cannot_be_asked(model: Any, why: str) -> None:
         cm.context_reliance(model, **asked)
 
 
-def test_a_passage_that_contradicts_a_fact_is_found(model: Any) -> None:
+def test_a_city_that_contradicts_a_fact_is_flagged(model: Any) -> None:
     import sys
     from pathlib import Path
 
@@ -141,6 +142,6 @@ def test_a_passage_that_contradicts_a_fact_is_found(model: Any) -> None:
     import context_reliance as benchmark
 
     found = benchmark.measured(model, 8)
-    assert sum(found["value_zeroing"]["contradiction"]) >= 6
     for way in WAYS:
-        assert sum(found[way]["flagged"]) >= 6
+        assert found[way]["flagged"] == [1.0] * 8
+    assert sum(found["attention_knockout"]["removal"]) > 8 / 3

@@ -99,7 +99,7 @@ def context_reliance(
     question = ask(view, read_batch(view, given), Answer(target=target, generate=generate))
     with torch.no_grad():
         logits = _logits(view, given, question)
-        ids = _answer(question, logits)
+        ids = [int(token[0]) for token in question.contrast(logits).target]
         alone = Given(prompt, **inputs)
         repeated = ask(view, read_batch(view, alone), Answer(target=[ids]))
         without = _logits(view, alone, repeated)
@@ -163,23 +163,6 @@ def _logits(view: ModelView, given: Given, question: Question) -> Tensor:
     logits = run_pass(view, given, batch=question.batch).again().logits
     assert logits is not None
     return question.read(logits)
-
-
-def _answer(question: Question, logits: Tensor) -> list[int]:
-    """Returns the tokens of the answer.
-
-    Raises:
-        InvalidInput: If there are alternatives.
-    """
-    found = [ids.tolist() for ids in question.contrast(logits).target]
-    if any(len(ids) > 1 for ids in found):
-        raise bad(
-            "the answer has alternatives",
-            f"{max(map(len, found))} tokens in one place",
-            "one text, which can be given to the model",
-            "Ask about each alternative.",
-        )
-    return [ids[0] for ids in found]
 
 
 def _stretches(
