@@ -30,6 +30,16 @@ def results() -> dict[str, Result]:
         "value_zeroing": cm.value_zeroing(model, TEXT).normalize(),
         "memories": cm.ff_memories(model, TEXT).figures(),
         "log_prob": cm.log_prob_contributions(model, fact, target=" paris"),
+        "attention_knockout": cm.attention_knockout(
+            model,
+            fact,
+            target=" paris",
+            sources={"subject": " france", "last": -1, "rest": (0, 4)},
+            window=3,
+        ),
+        "context_reliance": cm.context_reliance(
+            model, "the capital of france is rome .", fact, generate=3
+        ),
         "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
         "baselines": cm.alti(model, TEXT).normalize(),
         "attention_flow": cm.attention_flow(model, TEXT),

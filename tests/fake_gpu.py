@@ -251,6 +251,9 @@ def ask_options(asked: Asked, family: str) -> None:
             "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), k=4),
             "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),
             "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron")),
+            "edges": lambda: cm.attention_knockout(
+                **padded, sources=[0, (1, 3)], heads=[[0], [1, 2]]
+            ),
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
             "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),
         }

@@ -97,6 +97,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "component_readouts": {**on_ids, "components": found},
         "cite": {},
         "composition": {"model": model, "corpus": corpus},
+        "context_reliance": {"model": model, "context": "the dog", "prompt": "the cat"},
         "contextualization_change": {"maps": maps},
         "cue_alignment": {"maps": [one], "cues": [[1], [2]]},
         "decoder_lens": {"model": lens, "input": IDS, "max_new_tokens": 3},

@@ -20,6 +20,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import Point
 from tl_contextmix.results import (
+    AttentionKnockout,
     ContextMap,
     Decomposition,
     HeadDecomposition,
@@ -141,6 +142,15 @@ METHODS = [
         pointed=False,
         stacked=False,
         column="after",
+    ),
+    Method(
+        "attention_knockout",
+        functools.partial(cm.attention_knockout, sources=[-2, -1], pos=-1),
+        lambda r: r.log_probs,
+        AttentionKnockout,
+        pointed=False,
+        stacked=False,
+        column="log_prob",
     ),
     *(
         Method(ask.func.__name__, ask, lambda r: r.scores, ContextMap, pointed=False, stacked=False)

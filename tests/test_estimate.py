@@ -52,6 +52,7 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "decompose heads": partial(cm.decompose, heads=True),
     "query_contributions": partial(cm.query_contributions, neurons=[(1, 3)], pos=-1),
     "knockout": partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
+    "attention_knockout": partial(cm.attention_knockout, pos=-1),
     "token_memory": cm.token_memory,
     "ff_memories": cm.ff_memories,
 }

@@ -145,6 +145,9 @@ METHODS: dict[str, dict[str, Ask]] = {
         "knockout": lambda model, tokens, **given: (
             cm.knockout(model, tokens, heads=[(0, 1)], pos=-1, controls=0, **given).after
         ),
+        "attention_knockout": lambda model, tokens, **given: (
+            cm.attention_knockout(model, tokens, pos=-1, window=2, **given).log_probs
+        ),
         "component_readouts": lambda model, tokens, **given: (
             cm.component_readouts(
                 model, tokens, components=_heads(model, tokens, **given), k=3, **given
@@ -212,6 +215,7 @@ def test_every_method_has_goldens() -> None:
         "cue_alignment": "a figure of maps",
         "agreement": "a figure of maps",
         "faithfulness": "a figure of maps",
+        "context_reliance": "two texts; its passes and maps are of methods here",
         "composition": "sums of ff_memories over a corpus",
         "mine_triggers": "a search through coefficients of ff_memories",
         "mine_on_ray": "the same search",

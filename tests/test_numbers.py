@@ -117,4 +117,5 @@ def test_a_bias_left_out_would_be_noticed(low: Any, right: dict[str, Tensor]) ->
         found = noticed(low, right)
     # GlobEnc's map of a pre-LN block is of parts that no bias reaches; the others read passes.
     passes = {"attention", "attention_flow", "gradient_x_input", "integrated_gradients", "knockout"}
+    passes |= {"attention_knockout"}
     assert {method.name for method in METHODS} - found == {"globenc", *passes}

@@ -15,6 +15,7 @@ import torch
 import unchecked
 from hand_built import PROVENANCE, map_of, random_map, tokens
 
+import tl_contextmix as cm
 from tl_contextmix.errors import ContextMixWarning, InvalidInput
 from tl_contextmix.plotting.panels import Bars, ColoredText, Heatmap, Table
 from tl_contextmix.results import (
@@ -677,3 +678,42 @@ def test_wrong_types_end_in_invalid_input(answers: dict[str, list[str]], code: s
 @pytest.mark.parametrize("code", _ACCEPTED)
 def test_arrays_and_their_scalars_are_numbers_too(answers: dict[str, list[str]], code: str):
     assert answers[code] == ["", _ACCEPTED[code]]
+
+
+@pytest.mark.once
+def test_maps_of_two_prompts_are_subtracted_by_stretches() -> None:
+    model = cm.load_demo("causal-lm")
+    one, other = (
+        cm.attention_norms(model, text, at="mlp_out")
+        for text in ("the keys to the cabinet", "the key near the old cabinet")
+    )
+    mine, theirs = [(0, 1), (1, 3), (3, 6)], [(0, 1), (1, 3), (3, 7)]
+    found = one.minus(other, mine, theirs)
+    for row, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        for column, (c, d) in enumerate(zip(mine, theirs, strict=True)):
+            expected = one.scores[..., slice(*a), slice(*c)].sum(-1).mean(-1)
+            expected = expected - other.scores[..., slice(*b), slice(*d)].sum(-1).mean(-1)
+            torch.testing.assert_close(found.scores[..., row, column], expected)
+    assert found.signed
+    assert found.is_difference
+    assert found.target.strings[0][1] == " the keys| the key"
+    # Equal tokens: as a - b.
+    same = one.minus(one, mine, mine)
+    assert float(same.scores.abs().max()) == 0
+    named = one.minus(other, {"noun": " cabinet"}, {"noun": " cabinet"}, rows="max", columns="max")
+    assert named.source.strings == (("noun",),)
+    last = [
+        cm.gradient_x_input(model, text, target=" are") for text in ("the keys", "the old keys")
+    ]
+    saliency = last[0].minus(last[1], [" keys"], [" keys"])
+    expected = last[0].scores[..., -1] - last[1].scores[..., -1]
+    torch.testing.assert_close(saliency.scores[..., 0], expected)
+    refused: list[tuple[Any, str]] = [
+        ((other, mine, theirs[:2]), "rows and tokens of the target axis"),
+        ((other, [(1, 3), (0, 1)], theirs[:2]), "not stretches one after the other"),
+        ((other.normalize(), mine, theirs), "normalized"),
+        ((3, mine, theirs), "type: int"),
+    ]
+    for wrong, words in refused:
+        with pytest.raises(cm.InvalidInput, match=words):
+            one.minus(*wrong)

@@ -44,6 +44,9 @@ from .evaluation.compare import (
 from .evaluation.compare import (
     demo_pairs as demo_pairs,
 )
+from .evaluation.context_reliance import (
+    context_reliance as context_reliance,
+)
 from .evaluation.cost.estimate import (
     estimate as estimate,
 )
@@ -58,6 +61,9 @@ from .methods.attention import (
 )
 from .methods.attention_flow import (
     attention_flow as attention_flow,
+)
+from .methods.attention_knockout import (
+    attention_knockout as attention_knockout,
 )
 from .methods.decoder_lens.lens import (
     decoder_lens as decoder_lens,

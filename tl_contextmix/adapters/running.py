@@ -8,13 +8,14 @@ import inspect
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
@@ -72,7 +73,8 @@ def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str
             fwd_hooks.append((_is_scores, partial(own.hide, padding)))
         ids = _ids(batch.main, pad_id()).to(handle.device)
         # Hooks sit on the model: two passes at once would fill each other's traces.
-        with lock_of(model), own, torch.set_grad_enabled(grad):
+        late = own.softmax if own.late else nullcontext()
+        with lock_of(model), own, late, torch.set_grad_enabled(grad):
             logits = model.run_with_hooks(
                 ids, fwd_hooks=fwd_hooks, **_arguments(model, handle, batch)
             )
@@ -115,9 +117,13 @@ class _Pass:
             if name in points:
                 self.names.setdefault(id(points[name]), []).append(name)
         self.watched = _watched(model, points) if watch else []
+        self.late = _late_patterns(model, self.edits)
+        self.softmax = _Softmax()
 
     def __enter__(self) -> None:
         self.under_way.append(self)
+        for name, module in self.late.items():
+            self._edit_late(name, module)
         for point, names in self.watched:
             self._watch(point, names)
 
@@ -146,6 +152,22 @@ class _Pass:
         self.handles.append(point.register_forward_pre_hook(enter, prepend=True))
         self.handles.append(point.register_forward_hook(leave))
 
+    def _edit_late(self, name: str, module: nn.Module) -> None:
+        """Edits a pattern where it arises: in the softmax of an attention module."""
+
+        def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if not self._passes_by:
+                self.softmax.edit = self.edits[name]
+
+        def leave(module: nn.Module, given: tuple[Any, ...], found: Any) -> None:
+            if self._passes_by:
+                return
+            if self.softmax.edit is not None:
+                raise _no_softmax(name)
+
+        self.handles.append(module.register_forward_pre_hook(enter))
+        self.handles.append(module.register_forward_hook(leave))
+
     @property
     def _passes_by(self) -> bool:
         """Whether the pass that meets a hook is another one."""
@@ -163,12 +185,52 @@ class _Pass:
         # In compatibility mode a point without a name is seen through an alias of it.
         for name in self.names[id(getattr(hook, "_target", hook))]:
             edit = self.edits[name]
-            if edit is not None:
+            if edit is not None and name not in self.late:
                 tensor, edited = edit(tensor), True
             # What is kept may be edited in place at a later point.
             self.kept[name] = tensor.clone() if self.watched else tensor
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
         return tensor if self.grad or edited else None
+
+
+class _Softmax(TorchFunctionMode):
+    """Edits what the next softmax over the sources of an attention sublayer returns."""
+
+    edit: Edit | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        edit = self.edit
+        if edit is not None and func.__name__ == "softmax" and found.ndim == 4:
+            self.edit, found = None, edit(found)
+        return found
+
+
+def _late_patterns(model: Any, edits: Mapping[str, Edit | None]) -> dict[str, nn.Module]:
+    """Returns the attention modules that use a pattern before they show it, by its name.
+
+    A bridge that leaves attention to Hugging Face's module shows the pattern after the output, and
+    discards what hooks make of it.
+    """
+    found = {}
+    for name, edit in edits.items():
+        path, _, point = name.rpartition(".")
+        if edit is not None and point == "hook_pattern":
+            module = model.get_submodule(path)
+            if type(module).forward.__qualname__ == "AttentionBridge.forward":
+                found[name] = module
+    return found
+
+
+def _no_softmax(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            "an attention pattern cannot be edited",
+            f"{name}, of a module that calls no softmax",
+            "eager attention",
+            'Call set_attn_implementation("eager") on the Hugging Face model before wrapping it.',
+        )
+    )
 
 
 def _watched(model: nn.Module, points: dict[str, Any]) -> list[tuple[nn.Module, list[str]]]:

@@ -11,6 +11,7 @@ out of rankings.
 
 from tl_contextmix.results.ablation import Knockout
 from tl_contextmix.results.active_memories import Memories
+from tl_contextmix.results.attention_cuts import AttentionKnockout
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
@@ -31,6 +32,7 @@ from tl_contextmix.results.log_prob_contributions import LogProbContributions
 from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.pair_changes import Pair, PairChanges
 from tl_contextmix.results.query_contributions import QueryContributions
+from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.scores import Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
@@ -44,11 +46,13 @@ from tl_contextmix.results.value_readouts import ValueReadouts
 
 __all__ = [
     "LIKELIHOOD_METRICS",
+    "AttentionKnockout",
     "Comparison",
     "ComponentReadouts",
     "Components",
     "CompositionFigures",
     "ContextMap",
+    "ContextReliance",
     "Cost",
     "CurvePoint",
     "Decomposition",

@@ -17,6 +17,7 @@ from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.token_groups import Groups, find_groups
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
@@ -209,6 +210,16 @@ class ContextMap(LabelledArray):
             else [require_spans(spans, tokens.ids.shape[1])] * len(tokens.strings)
             for tokens in (self.target, self.source)
         )
+        return self._joined(target, source, rows, columns)
+
+    def _joined(
+        self,
+        target: Sequence[Spans],
+        source: Sequence[Spans],
+        rows: Literal["mean", "max"],
+        columns: Literal["sum", "max"],
+    ) -> ContextMap:
+        """Returns the map of stretches of targets by stretches of sources."""
         scores = _merged(self.scores, self.source, source, columns)
         scores = _merged(scores.transpose(3, 4), self.target, target, rows).transpose(3, 4)
         bias = None if self.bias is None else _merged(self.bias, self.target, target, rows)
@@ -218,6 +229,67 @@ class ContextMap(LabelledArray):
             target=self.target.join(target),
             source=self.source.join(source),
             bias=bias,
+        )
+
+    def minus(
+        self,
+        other: ContextMap,
+        spans: Groups,
+        other_spans: Groups,
+        *,
+        rows: Literal["mean", "max"] = "mean",
+        columns: Literal["sum", "max"] = "sum",
+    ) -> ContextMap:
+        """Returns the difference to the map of another prompt, whose tokens are not the same.
+
+        Both maps become maps of the stretches that are named, the first of one against the first of
+        the other, and so on; what is not named is not part of the difference. For prompts of equal
+        tokens and length ``a - b`` is enough.
+
+        Args:
+            other: The map that is subtracted.
+            spans: Stretches of this map's tokens in their order: ``(start, stop)``, positions or
+                texts, as a list or a dictionary of names. Where targets are other tokens than
+                sources, as in the map of one prediction, all rows are kept, in order.
+            other_spans: As many of the other's.
+            rows: What becomes of the rows of a stretch.
+            columns: What becomes of its columns.
+
+        Raises:
+            InvalidInput: If stretches are not there, are not as many, or overlap, or the maps are
+                not of one kind.
+
+        Example:
+            >>> import tl_contextmix as cm
+            >>> model = cm.load_demo("causal-lm")
+            >>> one, other = (
+            ...     cm.attention_norms(model, text, at="mlp_out")
+            ...     for text in ("the keys to the cabinet", "the key near the old cabinet")
+            ... )
+            >>> names = {"subject": (1, 3), "noun": " cabinet"}
+            >>> one.minus(other, names, names).target.strings
+            (('subject', 'noun'),)
+        """
+        if not isinstance(other, ContextMap):
+            raise unlike("type", type(other).__name__, "ContextMap")
+        return self._aligned(spans, rows, columns) - other._aligned(other_spans, rows, columns)
+
+    def _aligned(
+        self, spans: Groups, rows: Literal["mean", "max"], columns: Literal["sum", "max"]
+    ) -> ContextMap:
+        """Returns the map of named stretches, its labels without positions."""
+        require_choice("way to merge rows", rows, ("mean", "max"))
+        require_choice("way to merge columns", columns, ("sum", "max"))
+        groups = find_groups("spans", self.source, spans)
+        source = [groups.spans(row) for row in range(len(self.source.strings))]
+        both = self.target.equals(self.source)
+        whole = [[(at, at + 1) for at in range(self.target.shape[1])]] * len(source)
+        found = self._joined(source if both else whole, source, rows, columns)
+        labels = replace(found.source, strings=groups.labels.strings, places=None)
+        return replace(
+            found,
+            source=labels,
+            target=labels if both else replace(found.target, places=None, numbers=None),
         )
 
     def rollout(

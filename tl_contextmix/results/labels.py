@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
@@ -318,6 +318,24 @@ class Tokens:
     def names(self) -> list[str]:
         """Returns the stack of each token."""
         return [side for side, length in self.sides for _ in range(length)]
+
+
+def contrasted(
+    target: Tokens, foil: Tokens | None, row: int, quote: Callable[[str], str] = repr
+) -> str:
+    """Returns what a prediction is asked about, such as ``' are' rather than ' is'``.
+
+    Args:
+        target: The alternatives of each prediction.
+        foil: What they are contrasted with, or None.
+        row: The prediction.
+        quote: Puts a token in quotes.
+    """
+    sides = [target] if foil is None else [target, foil]
+    listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
+    return " rather than ".join(
+        " or ".join(quote(word) for word, real in pairs if real) for pairs in listed
+    )
 
 
 @storage.storable

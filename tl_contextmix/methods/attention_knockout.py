@@ -1,0 +1,249 @@
+"""Attention knockout (Geva, Bastings, Filippova, Globerson 2023, EMNLP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm import tqdm
+from typing_extensions import Unpack
+
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
+from tl_contextmix.adapters.questions import (
+    Question,
+    TokenAnswerInputs,
+    apart,
+    ask,
+    label_sets,
+)
+from tl_contextmix.core.blocks import AttentionSublayer
+from tl_contextmix.core.model_view import Edit, StackName
+from tl_contextmix.core.validation import Layers, Positive, whole_number
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
+from tl_contextmix.engine.registry import method
+from tl_contextmix.results import AttentionKnockout
+from tl_contextmix.results.token_groups import Group, Groups, find_groups
+
+# The layers that are cut, the heads (None: all), and the group of sources.
+_Cut = tuple[tuple[int, ...], list[int] | None, int]
+
+
+@method(cites=("geva2023dissecting",))
+def attention_knockout(
+    model: object,
+    input: Input,
+    *,
+    sources: Groups | None = None,
+    to: Group | None = None,
+    layer: Layers | None = None,
+    window: Positive | None = 1,
+    heads: Heads = False,
+    stack: StackName | None = None,
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[TokenAnswerInputs],
+) -> AttentionKnockout:
+    r"""Returns how probable an answer is when positions cannot attend to some source tokens.
+
+    .. math:: M^{\ell, h}_{rc} = -\infty \quad \text{for } r \in \text{to},\ c \in \text{sources}
+
+    is added to the attention scores before the softmax (Geva et al. 2023), in every layer of a
+    window, while the model runs; everything after it follows. What is left of a row is thereby
+    renormalised over the sources that remain. A row that has none left attends to nothing: its
+    heads write zero.
+
+    One result is a sweep over windows, groups of heads and groups of sources, each cut on its own.
+
+    Args:
+        model: Any TransformerLens model with a vocabulary readout.
+        input: A text, several, or token ids [batch, pos].
+        sources: The tokens that are cut off: a position, a stretch ``(start, stop)`` or a text;
+            a list of such groups, a dictionary of groups with names; None: every token alone. A
+            list inside of a list or dictionary is one group.
+        to: The positions that can no longer attend to them, as one group, or ``"all"``; None: the
+            positions that predict, all of a sentence's together (in the encoder of an
+            encoder-decoder: all). Where one of them is a source as well, its attention to itself is
+            cut, too.
+        layer: The layers around which windows are cut; None for all.
+        window: How many layers a window has: those around a layer as far as there are any, of an
+            even number one more before it than after it. None: one window of the layers asked for.
+        heads: False: all heads at once. True: each alone. A number or a list of numbers: these
+            together. A list of lists: each list together.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` attention of an encoder-decoder; None for
+            the self-attention of the stack that writes the answer.
+        max_bytes: Workspace: as many cuts run as one batch as fit.
+        **inputs: ``target``, ``foil``, ``pos`` and ``generate``, see `Asked`; mask, padding and the
+            like, see `TokenInputs`.
+
+    Returns:
+        `AttentionKnockout` [batch layer head source]: log-probability and probability of the
+        target, less the foil's where there is one, with the edges cut and without.
+
+    Raises:
+        InvalidInput: If an argument does not fit the model or the text.
+        UnsupportedModel: If the model has no vocabulary readout, or its patterns cannot be edited.
+
+    Cost: a forward pass, and one for each window, group of heads and group of sources, batched.
+    """
+    view = name_tokens(as_view(model), inputs.get("labels"))
+    view.readout.require()
+    given, answer = apart(input, inputs)
+    question = ask(view, read_batch(view, given), answer)
+    done = run_pass(view, given, layer=layer, stack=stack, batch=question.batch)
+    found = find_groups("sources", done.source("attn_out"), sources)
+    readers = _readers(done, question, to)
+    attentions = _attentions(done)
+    groups = head_groups(done, heads)
+    windows = _windows(done.layers, window, len(attentions))
+    names, members = group_labels(groups), found.members
+    cuts = [*product(windows.values(), groups or [None], range(members.shape[1]))]
+    scores = []
+    with torch.no_grad():
+        logits = _read(done, question)
+        asked = question.contrast(logits)
+        # Hooks may count on the sentences that were given.
+        at_once = 1 if view.hooked() else max(1, max_bytes // _run_bytes(done))
+        parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
+        for part in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
+            several = _repeated(question, len(part))
+            run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
+            read = _read(run, several, _edits(run, members, readers, part))
+            contrast = asked.repeat(len(part))
+            scores.append(torch.stack([contrast.score(read), contrast.score(read, "prob")]))
+    sizes = (2, len(windows), len(names), members.shape[1], len(logits))
+    log_probs, probs = torch.cat(scores, dim=1).view(sizes).movedim(-1, 1)
+    options = {
+        "sources": _plain(sources),
+        "to": _plain(to),
+        "window": window,
+        "heads": [*names],
+        "pos": answer.pos,
+    }
+    return AttentionKnockout(
+        log_probs=log_probs,
+        probs=probs,
+        log_prob=asked.score(logits),
+        prob=asked.score(logits, "prob"),
+        layers=tuple(windows),
+        windows=tuple(windows.values()),
+        heads=names,
+        source=found.labels.select(question.sentences.tolist(), [*range(members.shape[1])]),
+        stack=done.stack,
+        pos=question.rows,
+        target=label_sets(view, asked.target),
+        foil=None if asked.foil is None else label_sets(view, asked.foil),
+        sentence=question.sentences,
+        provenance=done.provenance("attention_knockout", options),
+    )
+
+
+def _attentions(done: Pass) -> list[AttentionSublayer]:
+    """Returns the sublayers of all layers whose edges may be cut."""
+    kind = "cross" if done.stack == "cross" else "self"
+    blocks = done.view.blocks(done.stack)
+    return [next(a for a in block.attentions if a.kind == kind) for block in blocks]
+
+
+def _windows(layers: Sequence[int], window: int | None, count: int) -> dict[int, tuple[int, ...]]:
+    """Returns the layers that are cut together, by the layer in the middle."""
+    if window is None:
+        return {layers[len(layers) // 2]: tuple(layers)}
+    before, after = window // 2, (window + 1) // 2
+    return {n: tuple(range(max(0, n - before), min(count, n + after))) for n in layers}
+
+
+def _readers(done: Pass, question: Question, to: object) -> Bool[Tensor, "batch target"]:
+    """Returns the positions that can no longer attend to the sources."""
+    if to is None and done.view.base_stack(done.stack) == question.stack:
+        found = torch.zeros_like(done.target.mask)
+        found[question.sentences, question.rows] = True
+        return found
+    if to is None or (isinstance(to, str) and to == "all"):
+        return done.target.mask
+    return find_groups("to", done.target, {"": to}).members[:, 0]
+
+
+def _repeated(question: Question, times: int) -> Question:
+    """Returns the predictions of as many copies of the batch, one after the other."""
+    count, predictions = len(question.batch.main.ids), len(question.rows)
+    copy = torch.arange(times).repeat_interleave(predictions)
+    return replace(
+        question,
+        batch=question.batch.each(lambda tensor: tensor.repeat(times, 1)),
+        sentences=question.sentences.repeat(times) + count * copy,
+        rows=question.rows.repeat(times),
+    )
+
+
+def _read(done: Pass, question: Question, edits: Mapping[str, Edit] | None = None) -> Tensor:
+    """Returns the logits of each prediction in a run of the model."""
+    logits = done.again(edits=edits).logits
+    assert logits is not None
+    return question.read(logits)
+
+
+def _edits(
+    done: Pass,
+    members: Bool[Tensor, "batch group source"],
+    readers: Bool[Tensor, "batch target"],
+    cuts: Sequence[_Cut],
+) -> dict[str, Edit]:
+    """Returns the edits of attention patterns that make one cut in each copy of a batch."""
+    found = {}
+    for layer, attention in enumerate(_attentions(done)):
+        mine = [cut if layer in cut[0] else None for cut in cuts]
+        if any(mine):
+            found[attention.pattern] = partial(_without_edges, members, readers, mine)
+    return found
+
+
+def _without_edges(
+    members: Tensor, readers: Tensor, cuts: Sequence[_Cut | None], pattern: Tensor
+) -> Tensor:
+    """Returns patterns as they are with scores of -inf at some edges, row sums as they were.
+
+    Args:
+        members: The tokens of each group of sources [batch group source].
+        readers: The targets that are cut off from them [batch target].
+        cuts: The cut in each copy of the batch, or None.
+        pattern: The patterns [row head target source].
+    """
+    heads = 1 if all(cut is None or cut[1] is None for cut in cuts) else pattern.shape[1]
+    gone = torch.zeros(len(cuts), len(members), heads, *pattern.shape[2:], dtype=torch.bool)
+    for copy, cut in zip(gone, cuts, strict=True):
+        if cut is not None:
+            edges = readers[:, None, :, None] & members[:, None, None, cut[2]]
+            copy[:, slice(None) if cut[1] is None else cut[1]] = edges
+    kept = pattern.masked_fill(gone.flatten(0, 1).to(pattern.device), 0)
+    # In half precision a sum of many small numbers is far off.
+    wide = torch.promote_types(pattern.dtype, torch.float32)
+    before, after = (x.sum(-1, keepdim=True, dtype=wide) for x in (pattern, kept))
+    return torch.where(after == 0, 0, kept * (before / after)).to(pattern)
+
+
+def _run_bytes(done: Pass) -> int:
+    """Returns about how much memory a run of the batch takes."""
+    view, batch = done.view, done.batch
+    longest = max(tokens.shape[1] for tokens in done.tokens.values())
+    logits, largest = 2 * longest * view.d_vocab, 0
+    for _, block in view.every_block():
+        pairs = sum(4 * len(a.W_O) * longest for a in block.attentions)
+        neurons = 0 if block.feed_forward is None else 4 * len(block.feed_forward.W_out)
+        largest = max(largest, longest * (pairs + neurons))
+    return len(batch.main.ids) * (logits + largest) * view.dtype.itemsize
+
+
+def _plain(groups: Any) -> Any:
+    """Returns groups as a result keeps them: numbers, text, lists and dictionaries."""
+    if isinstance(groups, Mapping):
+        return {str(name): _plain(group) for name, group in groups.items()}
+    if isinstance(groups, (str, type(None))):
+        return groups
+    number = whole_number(groups)
+    return [*map(_plain, groups)] if number is None else number
