@@ -178,6 +178,27 @@ def run_question(
     """
     view = name_tokens(view, given.labels)
     view.readout.require()
+    question = ask(view, read_batch(view, given), answer, about)
+    return run_asked(question, given, by, needs=needs, both_stacks=both_stacks)
+
+
+def run_asked(
+    question: Question,
+    given: Given,
+    *by: By,
+    needs: frozenset[Identity] = frozenset(),
+    both_stacks: bool = False,
+) -> AskedPass:
+    """Runs the model once on a question.
+
+    Args:
+        question: The question.
+        given: The input that it was asked of.
+        *by: Into what the stream is to be split.
+        needs: See `run_question`.
+        both_stacks: Likewise.
+    """
+    view = question.view
     stack = view.base_stack(None)
     read = view.stacks if both_stacks else {stack: view.stacks[stack]}
     names = [
@@ -186,12 +207,11 @@ def run_question(
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    question = ask(view, read_batch(view, given), answer, about)
     forward_pass = run_pass(
         view,
         given,
         also=lambda block: () if block.layer else names,
-        needs=_NEEDS[by] | needs,
+        needs=needs.union(*(_NEEDS[one] for one in by)),
         batch=question.batch,
     )
     return AskedPass(forward_pass, question)

@@ -31,6 +31,7 @@ from tl_contextmix.results.log_prob_contributions import LogProbContributions
 from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.pair_changes import Pair, PairChanges
 from tl_contextmix.results.query_contributions import QueryContributions
+from tl_contextmix.results.scanned import Scan
 from tl_contextmix.results.scores import Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
@@ -68,6 +69,7 @@ __all__ = [
     "Provenance",
     "QueryContributions",
     "Result",
+    "Scan",
     "Score",
     "ScoreRow",
     "TokenFigures",
