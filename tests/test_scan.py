@@ -28,7 +28,7 @@ ROWS: list[Any] = [
     {"prompt": [5, 9, 17, 3], "target": 9, "foil": 7, "category": "a"},
     {"prompt": [5, 8], "target": [9, 4], "foil": [7, 3], "category": "b"},
     {"prompt": [6, 8, 11], "target": 9, "category": "a"},
-    {"prompt": [5, 9, 4, 12, 3], "target": None, "category": "a"},
+    {"prompt": [5, 9, 13, 12, 3], "target": None, "category": "a"},
     {"prompt": [7, 7, 3], "target": 5, "foil": 7, "category": "b"},
 ]
 
@@ -41,7 +41,7 @@ def alone(model: Any, row: dict[str, Any], by: Any) -> Any:
     return cm.log_prob_contributions(model, given, by=by, **asked)
 
 
-@pytest.mark.parametrize("case", zoo.spread(), ids=str)
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_means_are_those_of_each_prompt_alone(case: zoo.Case) -> None:
     model, _ = shared(case)
     view = view_of(model)
@@ -61,11 +61,9 @@ def test_means_are_those_of_each_prompt_alone(case: zoo.Case) -> None:
             each = [alone(model, row, by) for row in rows if row["category"] == name]
             scores = torch.cat([one.scores for one in each]).double()
             assert torch.allclose(part.mean[place], scores.mean(0), rtol=0, atol=1e-9)
-            spread = stats.t.interval(
-                0.95, len(scores) - 1, scores.mean(0).numpy(), stats.sem(scores.numpy())
-            )
-            ends = torch.stack([part.low[place], part.high[place]])
-            assert torch.allclose(ends, torch.tensor(spread), rtol=0, atol=1e-8)
+            reach = stats.t.ppf(0.975, len(scores) - 1) * scores.std(0) / len(scores) ** 0.5
+            assert torch.allclose(part.high[place] - scores.mean(0), reach, rtol=0, atol=1e-8)
+            assert torch.allclose(scores.mean(0) - part.low[place], reach, rtol=0, atol=1e-8)
             own = ~each[0].components.is_bias()[0]
             order = [stats.rankdata(-row.numpy(), method="ordinal") for row in scores[:, own]]
             if by == "head":  # neurons that are silent are equal, and in some order
@@ -101,27 +99,27 @@ def test_an_answer_of_several_tokens_is_added_up() -> None:
 
 
 @pytest.mark.once
-def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = shared(case_of("gpt2"))
     sizes, ahead = [], []
+    pulled = [0]
+
+    class Counted(scanning._Scanner):
+        def take(self, shard: Any, name: str) -> None:
+            super().take(shard, name)
+            ahead.append(pulled[0] - self.read)
+
+    def prompts(count: int) -> Iterator[Any]:
+        for number in range(count):
+            pulled[0] = number + 1
+            yield {"prompt": [5, 9, number % 7], "target": 3, "foil": 4, "category": number % 2}
+
+    monkeypatch.setattr(scanning, "_Scanner", Counted)
     for count in (8, 64):
-        pulled = 0
-
-        def prompts(count: int = count) -> Iterator[Any]:
-            nonlocal pulled
-            for number in range(count):
-                pulled += 1
-                yield {"prompt": [5, 9, number % 7], "target": 3, "foil": 4, "category": number % 2}
-
-        class Counted(scanning._Scanner):
-            def take(self, shard: Any, name: str) -> None:
-                super().take(shard, name)
-                ahead.append(pulled - self.read)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scanning, "_Scanner", Counted)
-            out = tmp_path / f"{count}.safetensors"
-            found = cm.scan(model, prompts(), out=out, shard_size=4, batch_size=4, by=LEVELS)
+        out = tmp_path / f"{count}.safetensors"
+        found = cm.scan(model, prompts(count), out=out, shard_size=4, batch_size=4, by=LEVELS)
         assert found.read == int(found.prompts.sum()) == count
         tensors = [v for v in vars(found).values() if isinstance(v, torch.Tensor)]
         sizes.append((sum(one.numel() for one in tensors), found.components.shape))
@@ -193,13 +191,15 @@ def test_another_scan_is_not_mixed_with_the_first(stopped: tuple[Any, list[Any],
 
 
 @pytest.mark.once
-def test_rows_that_cannot_be_used_stop_it_or_are_counted(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_used_stop_it_or_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = cm.load_demo("causal-lm")
     rows: list[Any] = [
         ("the keys to the cabinet", " are", " is"),
         ("the keys", " are red", " is red"),
         {"question": "the keys"},
-        ("the keys", " aardvark", " is"),
+        ("the keys", " are", [" is", " aardvark"]),
         ("", " are"),
         object(),
     ]
@@ -220,8 +220,9 @@ def test_rows_that_cannot_be_used_stop_it_or_are_counted(tmp_path: Path) -> None
         cm.scan(model, rows, out=out, shard_size=1, checkpoint_seconds=0)
     again = cm.scan(model, rows, out=out, shard_size=1, unusable="drop")
     assert again.prompts.tolist() == [1]
-    with pytest.raises(cm.InvalidInput, match="too many categories"):
-        cm.scan(model, [("the keys", " are", " is", str(n)) for n in range(1001)], by="head")
+    monkeypatch.setattr(scanning, "_MOST_CATEGORIES", 2)
+    with pytest.raises(cm.InvalidInput, match="too many categories: got more than 2"):
+        cm.scan(model, [("the keys", " are", " is", n) for n in range(3)], by="head")
 
 
 PAIR = {"sentence_good": "the keys are old .", "sentence_bad": "the keys is old ."}
@@ -339,19 +340,20 @@ def grammar() -> Scan:
 @pytest.mark.once
 def test_the_heads_it_finds_are_those_that_knockout_confirms(grammar: Scan) -> None:
     model = cm.load_demo("causal-lm")
-    pairs = [*minimal_pairs("agreement", 40, lures=False, seed=9)]
-    best = [(one["layer"], one["head"]) for one in grammar.top(2, category="agreement")]
-    worst = [(one["layer"], one["head"]) for one in grammar.top(16, category="agreement")[-2:]]
-    drops: dict[str, list[Any]] = {"best": [], "worst": [], "random": []}
-    for good, bad, _, _ in pairs:
-        pair = cm.evaluation.MinimalPair(good, bad)
-        asked = {"target": f" {pair.answer}", "foil": f" {pair.wrong}"}
-        for name, heads in (("best", best), ("worst", worst)):
-            out = cm.knockout(model, pair.prefix, heads=heads, controls=8, **asked)
-            drops[name].append(float(out.before[0, 0] - out.after[0, 0]))
-            if name == "best":
-                drops["random"].append(float(out.before[0, 0] - out.controls[0, :, 0].mean()))
-    means = {name: sum(values) / len(values) for name, values in drops.items()}
+    pairs = [
+        cm.evaluation.MinimalPair(*pair[:2]) for pair in minimal_pairs("agreement", 24, False, 9)
+    ]
+    asked = {
+        "target": [f" {pair.answer}" for pair in pairs],
+        "foil": [f" {pair.wrong}" for pair in pairs],
+    }
+    texts = [pair.prefix for pair in pairs]
+    ranked = [(one["layer"], one["head"]) for one in grammar.top(16, category="agreement")]
+    means = {}
+    for name, heads in (("best", ranked[:2]), ("worst", ranked[-2:])):
+        out = cm.knockout(model, texts, heads=heads, controls=4, **asked)
+        means[name] = float((out.before - out.after)[:, 0].mean())
+        means["random"] = float((out.before[:, None] - out.controls)[..., 0].mean())
     assert means["best"] > 3 * max(means["random"], means["worst"], 0.5)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, pad_rows, provenance, read_batch
-from tl_contextmix.adapters.inputs.questions import Answer, Question, ask
+from tl_contextmix.adapters.questions import Answer, Question, ask
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import Moments
