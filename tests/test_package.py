@@ -33,7 +33,7 @@ LAYERS = [
     {"engine"},
     {"methods"},
     {"evaluation"},
-    {"reporting", "__init__", "__main__"},
+    {"reporting", "commands", "__init__", "__main__"},
 ]
 
 
