@@ -15,6 +15,7 @@ from asked import case_of, shared, view_of
 from scipy import stats
 
 import tl_contextmix as cm
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.statistics import Moments, common_tail, t_quantile
 from tl_contextmix.demo_models.pairs import minimal_pairs
 from tl_contextmix.evaluation import scan as scanning
@@ -86,9 +87,7 @@ def test_an_answer_of_several_tokens_is_added_up() -> None:
     found = cm.scan(model, [([5, 9, 17], 4), ([5, 9], 9)], by="head", unusable="drop")
     assert found.prompts.tolist() == [2]
     answer = cm.log_prob_contributions(model, text, target=[[4, 6]], by="head").summed()
-    question = scanning.ask(
-        view, scanning.read_batch(view, scanning.Given(text)), scanning.Answer([[4, 6]])
-    )
+    question = scanning.ask(view, scanning.read_batch(view, scanning.Given(text)), Answer([[4, 6]]))
     together = scanning._together([question, question])
     done = scanning.run_asked(together, scanning.Given(text), "head")
     parts = [

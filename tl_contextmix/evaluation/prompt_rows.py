@@ -167,7 +167,8 @@ _FORMATS: dict[tuple[str, ...], Callable[[Row], Prompt]] = {
     ("prompt", "target_true", "target_false"): _tracing,
     ("prompt", "subject", "attribute"): _known,
     ("prompt", "choices", "answerKey"): _choices,
+    ("messages",): lambda row: Prompt(row["messages"]),
     ("text", "IO", "S"): _names,
     ("ioi_sentences",): _sentence,
 }
-"""How rows with some fields are read: BLiMP's, facts, and indirect objects."""
+"""How rows with some fields are read: BLiMP's, facts, indirect objects, chats."""

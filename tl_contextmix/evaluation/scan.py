@@ -15,7 +15,7 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, pad_rows, provenance, read_batch
-from tl_contextmix.adapters.questions import Answer, Question, ask
+from tl_contextmix.adapters.questions import Question, apart, ask
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import Moments
@@ -224,8 +224,10 @@ class _Scanner:
     def _question(self, prompt: Prompt) -> Question:
         """Returns what a prompt asks, and of what tokens."""
         if not isinstance(prompt.text, MinimalPair):
-            given = Given(prompt.text, prepend_bos=self.options["prepend_bos"])
-            answer = Answer(prompt.target, prompt.foil)
+            asked = {name: getattr(prompt, name) for name in ("target", "foil")}
+            given, answer = apart(
+                prompt.text, {"prepend_bos": self.options["prepend_bos"], **asked}
+            )
         else:
             mask = None if "decoder" in self.view.stacks else mask_id(self.model)
             sentence = pair_sentence(self.view, prompt.text, mask, True, one_token=True)

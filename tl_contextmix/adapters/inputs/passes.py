@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_contextmix.adapters.chats import ROLES
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
@@ -561,5 +562,9 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Each token is decoded once: long inputs repeat theirs.
     texts = {token: view.to_string(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    sides = ((name, ids.shape[1]),)
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())
+    sides, places = ((name, ids.shape[1]),), None
+    if side.roles is not None and bool((side.roles == side.roles[0]).all()):
+        runs = itertools.groupby(side.roles[0].tolist())
+        sides = tuple((ROLES[role], len([*run])) for role, run in runs)
+        places = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    return Tokens(ids, strings, mask, sides, places=places, spaced=view.spaced())
