@@ -16,7 +16,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' and messages[loop.index0 - 1]['role'] == 'user' "
     "and loop.index0 %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ message['content'] }} . {% endfor %}{% if add_generation_prompt %}the{% endif %}"
+    "{{ '' if loop.first else ' ' }}{{ 'the ' if message['role'] == 'assistant' }}"
+    "{{ message['content'] }} .{% endfor %}{% if add_generation_prompt %} the{% endif %}"
 )
 SYSTEM = {"role": "system", "content": "people in kyiv speak ukrainian"}
 USER = {"role": "user", "content": "the keys are old"}
@@ -50,21 +51,21 @@ def test_a_chat_is_what_the_template_writes(model: Any) -> None:
     assert torch.equal(found.scores, same.scores)
     whole = cm.attention(model, [USER, ASSISTANT])
     assert whole.source.ids.tolist() == [
-        ids(model, f"{bos}the keys are old . keys to the cabinet .")
+        ids(model, f"{bos}the keys are old . the keys to the cabinet .")
     ]
 
 
 def test_roles_are_sides_of_the_axes(model: Any) -> None:
     found = cm.attention(model, [SYSTEM, USER, ASSISTANT, USER])
-    lengths = {"system": 7, "user": 5, "assistant": 5}
+    lengths = {"system": 7, "user": 5, "assistant": 6}
     turns = [(one["role"], lengths[one["role"]]) for one in (SYSTEM, USER, ASSISTANT, USER)]
     assert found.source.sides == (*turns, ("assistant", 1))
     assert found.target.sides == found.source.sides
-    assert found.source.positions().tolist() == [list(range(23))]
+    assert found.source.positions().tolist() == [list(range(24))]
     system = found.select(source="system", target="assistant")
-    assert system.scores.shape[-2:] == (6, 7)
+    assert system.scores.shape[-2:] == (7, 7)
     assert torch.equal(
-        system.scores, found.select(source=[*range(7)], target=[*range(12, 17), 22]).scores
+        system.scores, found.select(source=[*range(7)], target=[*range(12, 18), 23]).scores
     )
     words = found.words()
     assert words.source.sides[0][0] == "system"
@@ -87,7 +88,7 @@ def test_an_assistants_last_message_is_the_answer(model: Any) -> None:
     assert torch.allclose(out.before[:, 0], found.log_prob)
     # What is asked besides goes on in the message.
     more = cm.log_prob_contributions(model, [USER, ASSISTANT], target=" are", foil=" is")
-    whole = ids(model, f"{prompt[:-4]} keys to the cabinet")
+    whole = ids(model, f"{prompt} keys to the cabinet")
     assert more.tokens.ids[0].tolist() == whole
     saliency = cm.gradient_x_input(model, [USER, ASSISTANT])
     assert saliency.scores.shape[3] == len(found.target.strings)
@@ -134,6 +135,10 @@ def test_what_is_no_chat_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch)
             cm.attention(model, given)
     with pytest.raises(cm.InvalidInput, match="prepend_bos has no meaning for a chat"):
         cm.attention(model, [USER], prepend_bos=True)
+    opened = TEMPLATE.replace(" the{% endif %}", " is{% endif %}")
+    monkeypatch.setattr(model.tokenizer, "chat_template", opened)
+    with pytest.raises(cm.InvalidInput, match="no answer to the chat before it"):
+        cm.log_prob_contributions(model, [USER, ASSISTANT])
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
     with pytest.raises(cm.InvalidInput, match="Set model.tokenizer.chat_template"):
         cm.attention(model, [USER])

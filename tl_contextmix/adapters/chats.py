@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.tokenizers import require_tokenizer
+from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import bad, reason, seen
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -35,6 +37,30 @@ def chats_of(given: object) -> list[list[Message]] | None:
                 "Give every message its role and content.",
             )
     return rows
+
+
+@dataclass(frozen=True)
+class LastMessage:
+    """The last message of a chat as the answer to those before it."""
+
+    chat: Sequence[Message]
+
+    def tokens(self, view: ModelView) -> list[int]:
+        """Returns its tokens after what opens the assistant's turn.
+
+        Raises:
+            InvalidInput: If the template writes a turn otherwise than it opens one.
+        """
+        before, _ = view.encode_chat(self.chat[:-1], False)
+        whole, _ = view.encode_chat(self.chat, True)
+        if len(whole) <= len(before) or whole[: len(before)] != before:
+            raise bad(
+                "the assistant's last message is no answer to the chat before it",
+                seen(self.chat[-1]),
+                "a message that continues the opening of the assistant's turn",
+                "End the chat with the user's message, and pass the answer as target=.",
+            )
+        return whole[len(before) :]
 
 
 def make_encode_chat(

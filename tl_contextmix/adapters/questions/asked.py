@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_contextmix.adapters.chats import chats_of
+from tl_contextmix.adapters.chats import LastMessage, chats_of
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs
 from tl_contextmix.adapters.questions.targets import items, plain_numbers
 
@@ -92,4 +92,4 @@ def _within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
     if not answer.empty:
         return replace(given, open_ended=True), answer
     given = replace(given, input=[chat[:-1] for chat in chats])
-    return given, replace(answer, target=[message["content"] for message in last])
+    return given, replace(answer, target=[*map(LastMessage, chats)])
