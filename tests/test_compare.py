@@ -498,7 +498,8 @@ def test_only_what_resumes_is_said_to_go_on_when_interrupted(
         monkeypatch.setattr(f"tl_contextmix.commands.{module}.load_model", interrupt)
     for words, more in (
         ("check causal-lm", ""),
-        ("scan causal-lm rows.csv", "; run the same command to resume"),
+        ("scan causal-lm rows.csv", ""),
+        ("scan causal-lm rows.csv -o heads", "; run the same command to resume"),
         ("mine causal-lm corpus.txt -o mined", "; run the same command to resume"),
     ):
         assert main(words.split()) == 130

@@ -213,6 +213,15 @@ def test_rows_that_cannot_be_used_stop_it_or_are_counted(
         cm.scan(model, rows[1:], unusable="drop")
     with pytest.raises(cm.InvalidInput, match="no prompt to explain: got 0 rows"):
         cm.scan(model, [])
+    text = tmp_path / "a.txt"
+    text.write_text("the keys\n")
+    with pytest.raises(cm.InvalidInput, match="a text; expected the path of a jsonl"):
+        cm.scan(model, text)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(f"\n{json.dumps(rows[0])}\n\nno JSON\n")
+    blank = cm.scan(model, lines, unusable="drop", out=tmp_path / "b", shard_size=1, by="head")
+    assert (blank.read, blank.skipped, blank.prompts.tolist()) == (4, 1, [1])
+    assert "no JSON" in blank.reasons[0]
     # Whom the first such row stopped may go on without it.
     out = tmp_path / "a.safetensors"
     with pytest.raises(cm.InvalidInput):

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            kept = "; run the same command to resume" if "resumes" in parsed else ""
+            resumes = "resumes" in parsed and parsed.output is not None
+            kept = "; run the same command to resume" if resumes else ""
             print(f"tl-contextmix: interrupted{kept}", file=sys.stderr)
             return 130
 

@@ -106,8 +106,8 @@ def scan(
         UnsupportedModel: If the model has no vocabulary readout.
 
     Cost: one forward pass per prompt, and that of `log_prob_contributions` for each of ``by``:
-    neurons without a foil take ``2 L d_mlp d d_vocab`` operations per prompt, with a foil, under a
-    frozen norm, ``4 L d_mlp d``. Memory: 24 bytes for each component and category.
+    neurons without a foil take ``2 L d_mlp d d_vocab`` operations per prompt, and a multiple of
+    ``L d_mlp d`` with one under a frozen norm. Memory: 32 bytes for each component and category.
     """
     view = as_view(model)
     view.readout.require()
@@ -148,7 +148,8 @@ def scan(
             scanner.take(shard, corpus.name)
             bar.update(scanner.prompts - bar.n)
             expect(bar, read, size)
-            if path is not None and time.monotonic() - last >= checkpoint_seconds:
+            due = time.monotonic() - last >= checkpoint_seconds
+            if path is not None and due and scanner.prompts:
                 scanner.result(done.hexdigest(), finished=False).save(path)
                 last = time.monotonic()
         if known:
@@ -198,6 +199,8 @@ class _Scanner:
         """Takes in the prompts of a shard, those of like length together."""
         asked = []
         for number, document in enumerate(shard.documents, shard.first):
+            if document.text is not None and not document.text.strip():
+                continue  # a blank line
             try:
                 prompt = self._prompt(document)
                 asked.append((prompt.category or EVERY, self._question(prompt)))

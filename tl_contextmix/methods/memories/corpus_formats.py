@@ -150,7 +150,11 @@ def open_corpus(
     if isinstance(corpus, Corpus):
         return corpus
     if rows:
-        return replace(_open(corpus, None, ""), rows=True)
+        found = replace(_open(corpus, None, ""), rows=True)
+        if found.kind == "text":
+            expected = "the path of a jsonl, JSON, CSV, TSV or parquet file"
+            raise _no_corpus(f"{found.name}, a text", expected, "Give the file its suffix.")
+        return found
     found = _open(corpus, column, default or "text")
     if found.kind == "table":
         _require_column(found, getattr(corpus, "column_names", corpus.columns))
