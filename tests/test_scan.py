@@ -15,6 +15,7 @@ from asked import case_of, shared, view_of
 from scipy import stats
 
 import tl_contextmix as cm
+from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.statistics import Moments, common_tail, t_quantile
 from tl_contextmix.demo_models.pairs import minimal_pairs
@@ -407,6 +408,40 @@ def test_a_scan_is_a_result_like_others(grammar: Scan, tmp_path: Path) -> None:
         grammar.of("head").of("ff_neuron")
     with pytest.raises(cm.InvalidInput, match="category axis"):
         grammar.top(category="nothing")
+
+
+@pytest.mark.once
+def test_the_command_line_scans_and_explains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out, page = (tmp_path / name for name in ("rows.csv", "scan.safetensors", "page.html"))
+    rows.write_text(
+        "question,target,foil,number\n"
+        "the keys to the cabinet, are, is,plural\n"
+        "the key to the cabinets, is, are,singular\n"
+        "the key, is red, are,singular\n"
+        "the key, is, is red,singular\n"
+    )
+    words = ["scan", "causal-lm", str(rows), "--by", "head", "-o", str(out), "--page", str(page)]
+    columns = ["--columns", "prompt=question", "category=number"]
+    assert main([*words, *columns]) == 2
+    assert "row 3 of" in capsys.readouterr().err
+    assert main([*words, *columns, "--drop-unusable"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 prompts in 2 categories, 1 of 4 rows skipped" in printed
+    assert "L3H0 adds most" in printed
+    assert printed.splitlines()[-1] == str(page)
+    assert Scan.load(out).prompts.tolist() == [1, 2]
+    assert main([*words, "--columns", "prompt"]) == 2
+    assert "this names no column: got 'prompt'; expected NAME=COLUMN" in capsys.readouterr().err
+    text = ["explain", "causal-lm", "the keys to the cabinet", "--target", " are", "--foil", " is"]
+    assert main([*text, "-o", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "L3 attn adds most to \u201care\u201d rather than \u201cis\u201d" in printed
+    assert "Knockout of the best components" in printed
+    assert "Which components wrote the answer?" in page.read_text()
+    assert main(["explain", "masked-lm", "the keys are old ."]) == 0
+    assert "no mask" in capsys.readouterr().out
 
 
 @pytest.mark.once
