@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import reduce
+from itertools import combinations, starmap
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +60,6 @@ class Scan(LabelledArray):
     LABELS = {"category": "categories", "component": "components"}
     COLUMNS = {"mean": "mean"}
     ARRAY = "mean"
-    BY_SIZE = False
 
     mean: Float[torch.Tensor, "category component"]
     squares: Float[torch.Tensor, "category component"]
@@ -98,7 +98,7 @@ class Scan(LabelledArray):
 
     @property
     def rank(self) -> Float[torch.Tensor, "category component"]:
-        """Rank of each mean among the components of its level, from 1; NaN for biases."""
+        """Rank of each mean among those of its level that are here, from 1; NaN for biases."""
         return ranks(self.mean, self.components)
 
     @property
@@ -119,7 +119,8 @@ class Scan(LabelledArray):
     def pooled(self) -> Scan:
         """Returns the scan with all categories as one."""
         counts, total = self.prompts.double(), self.prompts.sum()
-        moments = self._moments(range(len(self.categories)))
+        each = zip(self.prompts.tolist(), self.mean, self.squares, strict=True)
+        moments = reduce(Moments.merge, starmap(Moments, each))
         share = (counts / total)[:, None]
         return replace(
             self,
@@ -130,14 +131,6 @@ class Scan(LabelledArray):
             log_prob=(self.log_prob * share[:, 0]).sum()[None],
             categories=(EVERY,),
         )
-
-    def _moments(self, rows: Sequence[int]) -> Moments:
-        first, *others = (
-            Moments(int(self.prompts[row]), self.mean[row], self.squares[row]) for row in rows
-        )
-        for other in others:
-            first = first.merge(other)
-        return first
 
     # Rankings and tables
 
@@ -272,7 +265,7 @@ class Scan(LabelledArray):
         unused = f", {self.skipped:,} of {self.read:,} rows skipped" if self.skipped else ""
         unfinished = "" if self.finished else ", not finished"
         lines = [f"Scan by {', '.join(self.levels)}: {counts}{unused}{unfinished}"]
-        for level in self.levels if int(self.prompts.sum()) else ():
+        for level in self.levels:
             best = self.top(5, level=level)
             listed = ", ".join(f"{one['component']} {one['mean']:+.3f}" for one in best)
             lines.append(f"  {level}: {listed}")
