@@ -352,7 +352,7 @@ def test_the_heads_it_finds_are_those_that_knockout_confirms(grammar: Scan) -> N
     pairs = [
         cm.evaluation.MinimalPair(*pair[:2]) for pair in minimal_pairs("agreement", 24, False, 9)
     ]
-    asked = {
+    asked: dict[str, Any] = {
         "target": [f" {pair.answer}" for pair in pairs],
         "foil": [f" {pair.wrong}" for pair in pairs],
     }

@@ -111,7 +111,7 @@ def scan(
     """
     view = as_view(model)
     view.readout.require()
-    listed = [by] if isinstance(by, str) else [*dict.fromkeys(by)]
+    listed: list[Any] = [by] if isinstance(by, str) else [*dict.fromkeys(by)]
     for one in listed:
         require_choice("by", one, LEVELS)
     for name in columns or {}:
