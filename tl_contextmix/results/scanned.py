@@ -137,7 +137,7 @@ class Scan(LabelledArray):
     def top(
         self, k: int = 10, *, level: Level | None = None, category: str | None = None
     ) -> list[dict[str, Any]]:
-        """Returns the components with the largest means, largest first; biases left out.
+        """Returns the components with the largest means, largest first; biases are skipped.
 
         Each has its name, level, layer, head and neuron (None where it has no meaning), mean,
         interval and mean rank.

@@ -310,7 +310,7 @@ def _array(corpus: Corpus) -> Iterator[Document]:
 
 
 def _past(text: str, at: int) -> int:
-    """Returns the place behind white space and commas."""
+    """Returns the place after white space and commas."""
     while text[at : at + 1] and text[at] in ", \t\r\n":
         at += 1
     return at
