@@ -37,7 +37,7 @@ ROWS: list[Any] = [
 
 def alone(model: Any, row: dict[str, Any], by: Any) -> Any:
     """The contributions to one prompt."""
-    asked = {n: frozenset(v) if isinstance(v, list) else v for n, v in row.items()}
+    asked: dict[str, Any] = {n: frozenset(v) if isinstance(v, list) else v for n, v in row.items()}
     given = torch.tensor([row["prompt"]])
     del asked["prompt"], asked["category"]
     return cm.log_prob_contributions(model, given, by=by, **asked)
@@ -47,7 +47,7 @@ def alone(model: Any, row: dict[str, Any], by: Any) -> Any:
 def test_means_are_those_of_each_prompt_alone(case: zoo.Case) -> None:
     model, _ = shared(case)
     view = view_of(model)
-    levels = [by for by in LEVELS if by != "ff_neuron" or view.blocks()[0].feed_forward]
+    levels: Any = [by for by in LEVELS if by != "ff_neuron" or view.blocks()[0].feed_forward]
     rows = ROWS
     if view.base_stack(None) == "encoder":
         mask = view.special_ids().get("mask")
