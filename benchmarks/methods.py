@@ -62,6 +62,10 @@ def _mining(model: Any, ids: Tensor) -> Work:
     return partial(miner.take, tops, documents_of(view, ids))
 
 
+def _scanning(model: Any, ids: Tensor) -> Work:
+    return partial(cm.scan, model, [{"prompt": ids[0].tolist(), "target": 3, "foil": 4}])
+
+
 def _readouts(components: Callable[[int], int]) -> Callable[[int], int]:
     """Returns the operations of reading some components as distributions, 2 d V each."""
     return lambda n: 2 * components(n) * 768 * VOCABULARY
@@ -154,6 +158,7 @@ METHODS: dict[str, Method] = {
     "knockout, one head and one control": Method(
         _call(cm.knockout, heads=[(0, 1)], pos=-1, controls=1), 3
     ),
+    "scan, one prompt by layer and head": Method(_scanning, 1),
     "ff_memories": Method(_call(cm.ff_memories), 1, _readouts(lambda n: (3 * LAYERS - 1) * n)),
     "token_memory": Method(
         _call(cm.token_memory), 1, lambda n: LAYERS * _pairs(n) * 2 * 12 * 4 * 768

@@ -117,6 +117,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "mine_triggers": {"model": model, "corpus": corpus, "out": folder / "again", "k": 2},
         "query_contributions": {**on_ids, "neurons": [(1, 3)]},
         "report": {"results": one, "path": folder / "page.html"},
+        "scan": {"model": model, "rows": [([5, 6, 7], 3, 4, "a"), ([5, 6], 3, 4, "b")]},
     }
     public = [name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))]
     plain = {name: on_ids for name in public if name not in special}

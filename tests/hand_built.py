@@ -24,9 +24,11 @@ from tl_contextmix.results import (
     PairChanges,
     Provenance,
     QueryContributions,
+    Scan,
     TokenFigures,
     Tokens,
 )
+from tl_contextmix.results.components import Grid, join
 
 PROVENANCE = Provenance(
     method="by_hand",
@@ -214,6 +216,30 @@ def contributions(words: Tokens | None = None) -> list[Any]:
     ]
 
 
+def scan() -> Scan:
+    """Means of two heads, their bias and three neurons in two categories."""
+    place = torch.zeros(1, dtype=torch.long)
+    heads = Grid("attn", 0, place, (("head", range(2)),))
+    neurons = Grid("mlp", 1, place, (("neuron", range(3)),))
+    table = join([heads.table(), Grid("attn bias", 0, place).table(), neurons.table()])
+    numbers = torch.rand(2, 6, dtype=torch.float64)
+    return Scan(
+        mean=numbers - 0.5,
+        squares=numbers,
+        mean_rank=torch.where(table.is_bias(), torch.nan, numbers + 1),
+        prompts=torch.tensor([3, 1]),
+        log_prob=torch.tensor([1.5, -0.5], dtype=torch.float64),
+        components=table,
+        categories=("<b>", "d\u00e9j\u00e0"),
+        read=5,
+        skipped=1,
+        reasons=("row 4 of a list: <i>",),
+        finished=True,
+        digest="00",
+        provenance=PROVENANCE,
+    )
+
+
 def one_of_each() -> list[Any]:
     """One result of every class, with padding, None, NaN, other dtypes and shared tensors."""
     words = tokens(2, 4, padding=1)
@@ -296,4 +322,5 @@ def one_of_each() -> list[Any]:
             metric="kl",
             provenance=PROVENANCE,
         ),
+        scan(),
     ]

@@ -488,15 +488,18 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
         cm.compare(model, [other], methods=["attention"], unusable="drop")
 
 
-def test_only_mining_is_said_to_go_on_when_interrupted(
+def test_only_what_resumes_is_said_to_go_on_when_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_contextmix.__main__.load_model", interrupt)
+    for module in ("on_texts", "on_corpora"):
+        monkeypatch.setattr(f"tl_contextmix.commands.{module}.load_model", interrupt)
     for words, more in (
         ("check causal-lm", ""),
+        ("scan causal-lm rows.csv", ""),
+        ("scan causal-lm rows.csv -o heads", "; run the same command to resume"),
         ("mine causal-lm corpus.txt -o mined", "; run the same command to resume"),
     ):
         assert main(words.split()) == 130

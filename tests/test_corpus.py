@@ -19,7 +19,7 @@ from asked import case_of, view_of
 from test_mining import texts
 
 import tl_contextmix as cm
-from tl_contextmix.methods.memories import shards
+from tl_contextmix.methods.memories import corpus_formats, shards
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
 pytestmark = pytest.mark.once
@@ -88,7 +88,7 @@ def test_what_is_no_corpus_is_refused(corpus: Any, message: str) -> None:
 
 
 def test_files_of_other_formats_are_not_read_line_by_line(tmp_path: Path) -> None:
-    for name in ("a.jsonl.gz", "a.csv", "a.ZST"):
+    for name in ("a.jsonl.gz", "a.xlsx", "a.ZST"):
         with pytest.raises(cm.InvalidInput, match="Unpack it, or load it with datasets"):
             open_corpus(write(tmp_path / name, b"the cat\n"))
 
@@ -110,12 +110,69 @@ def test_a_column_that_is_not_there_is_named(model: Any, tmp_path: Path) -> None
         cm.mine_triggers(model, lines, out=tmp_path / "out")
 
 
+ROWS = [{"text": "the cat, sat"}, {"text": 'a "dog"\n'}, {"text": "\u00e9"}] * 3
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_named(indent: int | None, tmp_path: Path) -> None:
-    rows = [{"text": "the cat sat"}] * 9
-    path = write(tmp_path / "a.json", json.dumps(rows, indent=indent).encode())
-    with pytest.raises(cm.InvalidInput, match="a JSON array; expected a JSON object per line"):
-        open_corpus(path)
+def test_a_json_array_is_read_block_by_block(
+    indent: int | None, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.json", json.dumps(ROWS, indent=indent).encode())
+    found = open_corpus(path)
+    assert found.kind == "array"
+    monkeypatch.setattr(corpus_formats, "_PEEK", block)
+    assert [one.text for one in found.documents()] == [row["text"] for row in ROWS]
+
+
+def test_a_json_array_that_breaks_off_says_where(tmp_path: Path) -> None:
+    whole = json.dumps(ROWS).encode()
+    path = write(tmp_path / "a.json", whole[: whole.index(b"dog")])
+    with pytest.raises(cm.InvalidInput, match=r"'\{\"text\": \"a .*entry 1; expected a JSON array"):
+        read(path)
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.TSV", "\t")])
+def test_tables_of_text_are_read_by_column(name: str, separator: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    pandas.DataFrame(ROWS).assign(n=1).to_csv(path, sep=separator, index=False)
+    assert read(path) == [row["text"] for row in ROWS]
+    corpus = open_corpus(path, "text")
+    head = len(f"text{separator}n\n")
+    assert corpus.size() == path.stat().st_size
+    assert sum(one.size for one in corpus.documents()) == corpus.size() >= head
+    with pytest.raises(cm.InvalidInput, match=r"'words'; expected one of \['text', 'n'\]"):
+        read(path, "words")
+    ragged = write(tmp_path / "b.csv", b"text,n\nthe cat\na dog,1,2\n\xff,1\n")
+    assert [one.problem for one in read(ragged)] == [
+        "cells for other columns than ['text', 'n']",
+        "cells for other columns than ['text', 'n']",
+        "no Unicode text (surrogates not allowed at character 0)",
+    ]
+    quoted = write(tmp_path / "c.csv", b'text\n"the cat\n')
+    with pytest.raises(cm.InvalidInput, match="unexpected end of data"):
+        read(quoted)
+
+
+def test_whole_rows_are_read_from_everything(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": "the cat", "n": 1}, {"prompt": "\u00e9", "n": 2}]
+    frame = pandas.DataFrame(rows)
+    frame.to_parquet(tmp_path / "a.parquet")
+    write(tmp_path / "a.json", json.dumps(rows).encode())
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    paths = [tmp_path / f"a.{suffix}" for suffix in ("parquet", "json", "jsonl")]
+    dataset = datasets.Dataset.from_pandas(frame)
+    for held in (*paths, frame, pyarrow.table(frame), dataset, dataset.to_iterable_dataset(), rows):
+        found = [json.loads(one.text or "") for one in open_corpus(held, rows=True).documents()]
+        assert found == rows
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    (first, _) = open_corpus(tmp_path / "a.csv", rows=True).documents()
+    assert first.text == '{"prompt": "the cat", "n": "1"}'
+    (one, other) = open_corpus([("a", {2, 1}), (object(),)], rows=True).documents()
+    assert one.text == '["a", [1, 2]]'
+    assert other.problem == "a tuple, which is no JSON (a object in it)"
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,7 @@ def test_every_method_has_goldens() -> None:
         "mine_triggers": "a search through coefficients of ff_memories",
         "mine_on_ray": "the same search",
         "report": "a page",
+        "scan": "means of log_prob_contributions",
         "estimate": "operations and bytes",
         "hook_names": "names of activations",
     }

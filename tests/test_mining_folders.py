@@ -349,7 +349,7 @@ def test_a_folder_without_the_right_to_write_is_found_out_first(
         return opened(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(cm.InvalidInput, match="cannot be mined into: got .*Permission denied"):
+    with pytest.raises(cm.InvalidInput, match="cannot be written to: got .*Permission denied"):
         cm.mine_triggers(model, corpus, out=tmp_path / "new", **OPTIONS)
     assert passes == []
     # What is finished may be read.

@@ -21,6 +21,7 @@ from test_render import Parsed
 import tl_contextmix as cm
 from tl_contextmix import __main__ as command_line
 from tl_contextmix.adapters import as_view
+from tl_contextmix.commands import on_texts, shared_options
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.plotting import Page, Section, colors
@@ -535,7 +536,7 @@ def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeyp
 @pytest.mark.once
 def test_command_report_options(run, tmp_path, monkeypatch):
     opened: list[str] = []
-    monkeypatch.setattr(command_line.webbrowser, "open", opened.append)
+    monkeypatch.setattr(shared_options.webbrowser, "open", opened.append)
     path = tmp_path / "page.html"
     text = "the author that the senators admire"
     options = ("--sections", "mixing", "-o", path, "--open")
@@ -585,7 +586,7 @@ def test_command_check_prints_the_identities(run, causal):
 def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     found = cm.check(causal)
     broken = replace(found, rows=(replace(found.rows[0], error=1.0), *found.rows[1:]))
-    monkeypatch.setattr(command_line, "check", lambda model: broken)
+    monkeypatch.setattr(on_texts, "check", lambda model: broken)
     code, out, _ = run("check", "causal-lm")
     assert code == 1
     assert "FAIL" in "".join(out)

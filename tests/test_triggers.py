@@ -373,7 +373,7 @@ def test_jsonl_holds_the_tail_that_is_asked_for(mined: Any, tmp_path: Path) -> N
 
 
 def test_shares_of_processes_are_read_from_one_launcher() -> None:
-    from tl_contextmix.__main__ import _share
+    from tl_contextmix.commands.on_corpora import _share
 
     numbers = {"ID": "5", "COUNT": "4", "MIN": "1", "STEP": "2"}
     array = {f"SLURM_ARRAY_TASK_{name}": number for name, number in numbers.items()}
@@ -428,7 +428,7 @@ def test_the_command_line_mines_merges_and_shows(
     assert few.manifest["run"]["options"]["neurons"] == {"1": [3, 5]}
     assert few.manifest["run"]["options"]["duplicates"] == "drop"
     with monkeypatch.context() as patch:
-        patch.setattr("tl_contextmix.__main__.mine_triggers", interrupt)
+        patch.setattr("tl_contextmix.commands.on_corpora.mine_triggers", interrupt)
         assert main(["mine", *common, "-o", str(tmp_path / "x")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert main(["mine", "causal-lm", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x")]) == 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.cache_names import cache_reader
+from tl_contextmix.adapters.chats import make_encode_chat
 from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_decoder
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
@@ -261,6 +262,7 @@ def _unsettled(
         takes=arguments_taken(facts),
         encode=make_encode(handle, facts),
         encode_pair=make_encode_pair(handle, facts),
+        encode_chat=make_encode_chat(handle),
         encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
         prompt_caution=lambda: decoder_prompt(handle.get()).caution,
         pieces=make_pieces(handle),

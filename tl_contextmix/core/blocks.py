@@ -371,14 +371,17 @@ class Side:
     Attributes:
         ids: Token ids, padding included.
         mask: True at real tokens.
+        roles: Of a chat, whose message each token is of; -1 at padding.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
+    roles: Int[Tensor, "batch pos"] | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """Returns the side with its tensors changed."""
-        return Side(change(self.ids), change(self.mask))
+        roles = None if self.roles is None else change(self.roles)
+        return Side(change(self.ids), change(self.mask), roles)
 
 
 @dataclass(frozen=True)

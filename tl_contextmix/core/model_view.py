@@ -140,6 +140,7 @@ class ModelView:
             name (``token_type_ids``), each with the number of values there are, or None.
         encode: Text to token ids of the main side.
         encode_pair: Two texts to the ids of one row, and its segments where the tokenizer has any.
+        encode_chat: Messages to the ids of one row, and the role of each, see `adapters.chats`.
         encode_decoder: Text to token ids of the decoder side, its prompt first; or None.
         prompt_caution: Returns what a user should know of that prompt; empty for nothing.
         pieces: A word to token ids, without special tokens, as the model predicts them.
@@ -184,6 +185,9 @@ class ModelView:
     takes: Mapping[str, int | None]
     encode: Callable[[str, bool | None], list[int]] = field(repr=False)
     encode_pair: Callable[[str, str], tuple[list[int], list[int] | None]] = field(repr=False)
+    encode_chat: Callable[[Sequence[Mapping[str, Any]], bool], tuple[list[int], list[int]]] = field(
+        repr=False
+    )
     encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
     prompt_caution: Callable[[], str] = field(repr=False)
     pieces: Callable[[str], list[int]] = field(repr=False)

@@ -1,8 +1,11 @@
-"""Statistics of orders: rank correlations, average precision, and their intervals."""
+"""Statistics: rank correlations, average precision, running means, and their intervals."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb
 
 import torch
 from jaxtyping import Bool, Float
@@ -112,3 +115,71 @@ def bootstrap_interval(
         figures, torch.tensor([tail, 1 - tail], dtype=torch.float64)
     ).tolist()
     return low, high
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and spread of columns of numbers, of which none is kept.
+
+    Attributes:
+        count: How many rows there were.
+        mean: Mean of each column.
+        squares: Sum of the squared differences from the mean.
+    """
+
+    count: int
+    mean: Float[Tensor, " column"]
+    squares: Float[Tensor, " column"]
+
+    @staticmethod
+    def of(rows: Float[Tensor, "row column"]) -> Moments:
+        """Returns those of some rows, in double precision."""
+        rows = rows.to(torch.float64)
+        mean = rows.mean(dim=0)
+        return Moments(len(rows), mean, (rows - mean).square().sum(dim=0))
+
+    def merge(self, other: Moments) -> Moments:
+        """Returns those of the rows of both (Chan et al. 1983)."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + apart * (other.count / count),
+            self.squares + other.squares + apart.square() * (self.count * other.count / count),
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """Returns how far a two-sided interval of Student's t reaches; NaN without a degree of freedom.
+
+    By integration over the angle: with t = sqrt(freedom) tan(a), the density is cos(a) to the power
+    of freedom - 1. Nine digits.
+    """
+    if freedom < 1:
+        return float("nan")
+    # What lies beyond ten standard deviations does not show.
+    wide = min(torch.pi / 2, 10 * freedom**-0.5)
+    angle = torch.linspace(0, wide if freedom > 100 else torch.pi / 2, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    place = int(torch.searchsorted(mass, wanted := level * float(mass[-1])))
+    low, high = (float(mass[place - 1]) if place else 0.0), float(mass[place])
+    at = angle[place] + (wanted - low) / (high - low) * (angle[place + 1] - angle[place])
+    return float(freedom**0.5 * at.tan())
+
+
+def common_tail(items: int, chosen: int, sets: int, found: int) -> float:
+    """Returns the chance that so many items, or more, are in all of some sets.
+
+    Each is ``chosen`` of the same ``items``, drawn at random and without the others.
+    """
+    # How likely the sets so far have so many in common.
+    shared = {chosen: 1.0}
+    for _ in range(sets - 1):
+        after: dict[int, float] = {}
+        for held, chance in shared.items():
+            for both in range(max(0, held + chosen - items), min(held, chosen) + 1):
+                ways = comb(held, both) * comb(items - held, chosen - both)
+                after[both] = after.get(both, 0.0) + chance * (ways / comb(items, chosen))
+        shared = after
+    return min(1.0, sum(chance for both, chance in shared.items() if both >= found))

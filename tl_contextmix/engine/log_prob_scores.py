@@ -198,8 +198,7 @@ def run_question(
         UnsupportedModel: If it has no vocabulary readout and a token is asked about.
     """
     view = name_tokens(view, given.labels)
-    stack, reading = view.base_stack(None), None
-    read = dict(view.stacks) if both_stacks else {stack: view.stacks[stack]}
+    reading = None
     if isinstance(answer.target, Direction):
         reading = read_direction(view, answer.target)
         if answer.foil is not None:
@@ -210,22 +209,49 @@ def run_question(
                 "Ask for the difference of two directions: subtract their vectors.",
             )
         answer = replace(answer, target=0, foil=1)
-        read[stack] = read[stack][: reading.stop.layer + 1]
     else:
         view.readout.require()
+    question = ask(view, read_batch(view, given), answer, about)
+    return run_asked(question, given, by, needs=needs, both_stacks=both_stacks, reading=reading)
+
+
+def run_asked(
+    question: Question,
+    given: Given,
+    *by: By,
+    needs: frozenset[Identity] = frozenset(),
+    both_stacks: bool = False,
+    reading: Reading | None = None,
+) -> AskedPass:
+    """Runs the model once on a question.
+
+    Args:
+        question: The question.
+        given: The input that it was asked of.
+        *by: Into what the stream is to be split.
+        needs: See `run_question`.
+        both_stacks: Likewise.
+        reading: How a direction is read from the stream; None for tokens.
+    """
+    view = question.view
+    stack = view.base_stack(None)
+    read = dict(view.stacks) if both_stacks else {stack: view.stacks[stack]}
+    needs = needs.union(*(_NEEDS[one] for one in by))
+    if reading is not None:
+        read[stack] = read[stack][: reading.stop.layer + 1]
+        needs |= reading.needs
     names = [
         name
         for each in read.values()
         for block in each
         for name in (*block.points(), *needed(block))
     ]
-    question = ask(view, read_batch(view, given), answer, about)
     forward_pass = run_pass(
         view,
         given,
         layer=range(len(read[stack])),
         also=lambda block: () if block.layer else names,
-        needs=_NEEDS[by] | needs | (frozenset() if reading is None else reading.needs),
+        needs=needs,
         batch=question.batch,
     )
     return AskedPass(forward_pass, question, reading)

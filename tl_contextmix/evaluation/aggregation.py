@@ -74,7 +74,7 @@ def readable(map: ContextMap, row: int, place: int) -> Tensor:
     """
     found = map.source.mask[row].cpu().clone()
     if map.stack != "encoder":
-        own = torch.tensor([name == "decoder" for name in map.source.names()])
+        own = torch.tensor([name != "encoder" for name in map.source.names()])
         later = map.source.positions()[row] > map.target.positions()[row, place]
         found &= ~(own & later)
     return found

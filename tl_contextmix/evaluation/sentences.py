@@ -82,7 +82,7 @@ def sentences_of(
             )
         )
     causal = "decoder" in view.stacks
-    mask = None if causal else _mask_id(model)
+    mask = None if causal else mask_id(model)
     if kinds == {str}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
         _require_no_contrast(contrast)
@@ -114,7 +114,8 @@ def sentences_of(
             "Run compare separately on pairs with and without cues.",
         )
     return _usable(
-        [(pair.good, partial(_pair, view, pair, mask, contrast)) for pair in listed], unusable
+        [(pair.good, partial(pair_sentence, view, pair, mask, contrast)) for pair in listed],
+        unusable,
     )
 
 
@@ -166,7 +167,21 @@ def _text(
     return Sentence(tokens, places[0], replace(answer, pos=places[0]), None, tuple(cues))
 
 
-def _pair(view: ModelView, pair: MinimalPair, mask: int | None, contrast: bool) -> Sentence:
+def pair_sentence(
+    view: ModelView, pair: MinimalPair, mask: int | None, contrast: bool, *, one_token: bool = False
+) -> Sentence:
+    """Returns a minimal pair as what comes before the word that differs, or masks it.
+
+    Args:
+        view: The model.
+        pair: The pair.
+        mask: The mask token of a masked model.
+        contrast: Whether the wrong word is a foil.
+        one_token: Whether the sentences have to differ in a single token.
+
+    Raises:
+        InvalidInput: If the model cannot be asked for the word.
+    """
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
     # Alignment is needed only for cues or a mask.
@@ -179,6 +194,8 @@ def _pair(view: ModelView, pair: MinimalPair, mask: int | None, contrast: bool) 
             raise _unasked(
                 pair, "tokens that are a prefix of the wrong sentence", "tokens that differ"
             )
+        if one_token and ids[first + 1 :] != others[first + 1 :]:
+            raise _unasked(pair, "more than one token that differs", "one critical token")
         if first == 0:
             raise _unasked(pair, "no token before the answer", "at least one")
         if any(cue >= first for cue in cues):
@@ -213,7 +230,12 @@ def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
     )
 
 
-def _mask_id(model: object) -> int:
+def mask_id(model: object) -> int:
+    """Returns the id of a masked model's mask token.
+
+    Raises:
+        InvalidInput: If its tokenizer has none.
+    """
     found = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
     if not isinstance(found, int):
         raise bad(

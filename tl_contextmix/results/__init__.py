@@ -33,6 +33,7 @@ from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.pair_changes import Pair, PairChanges
 from tl_contextmix.results.query_contributions import QueryContributions
 from tl_contextmix.results.reliance import ContextReliance
+from tl_contextmix.results.scanned import Scan
 from tl_contextmix.results.scores import Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
@@ -73,6 +74,7 @@ __all__ = [
     "Provenance",
     "QueryContributions",
     "Result",
+    "Scan",
     "Score",
     "ScoreRow",
     "TokenFigures",

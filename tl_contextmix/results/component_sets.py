@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -138,42 +138,67 @@ class ComponentSet(LabelledArray):
 
     def _grids(self, row: int, by: str, title: str, caption: str, unit: str) -> list[Heatmap]:
         """Returns layers by sublayers, by heads or by sources, a map for each kind of attention."""
-        column = {"head": "head", "position": "source"}.get(by)
-        every = ("attn", "cross_attn", "mlp", *STEERING)
-        groups = [("attn",), ("cross_attn",)] if column else [every]
-        if column is None and by != "layer":
-            return []
-        components, scores, found = self.components, self.scores, []
-        for kinds in groups:
-            numbers = [KINDS.index(kind) for kind in kinds]
-            chosen = torch.isin(components.kind[row], torch.tensor(numbers))
-            chosen &= ~scores[row].isnan().cpu()
-            # Of several streams one map would draw one over another.
-            if not bool(chosen.any()) or len(components.pos[row][chosen].unique()) > 1:
-                continue
-            layer, place = components.layer[row], getattr(components, column or "kind")[row]
-            layers, rows = layer[chosen].unique(return_inverse=True)
-            places, columns = place[chosen].unique(return_inverse=True)
-            values = torch.full((1, len(layers), len(places)), torch.nan)
-            values[0, rows, columns] = scores[row].detach().float().cpu()[chosen]
-            words = self._read()[kinds[0]].strings[row]
-            names = {
-                "head": lambda index: f"head {index}",
-                "source": lambda index, words=words: words[index],
-                None: lambda index: KINDS[index],
-            }[column]
-            found.append(
-                Heatmap(
-                    title=title if len(kinds) > 1 else f"{title}, {kinds[0]}",
-                    caption=caption,
-                    values=values,
-                    sheets=(by,),
-                    rows=tuple(f"layer {number}" for number in layers.tolist()),
-                    columns=tuple(map(names, places.tolist())),
-                    unit=unit,
-                )
+        words = {kind: side.strings[row] for kind, side in self._read().items()}
+        return component_grids(self.components, self.scores, row, by, words, title, caption, unit)
+
+
+def component_grids(
+    components: Components,
+    scores: torch.Tensor,
+    row: int,
+    by: str,
+    words: Mapping[str, Sequence[str]],
+    title: str,
+    caption: str,
+    unit: str,
+) -> list[Heatmap]:
+    """Returns the scores of a row by layers and sublayers, heads or sources.
+
+    Args:
+        components: The components.
+        scores: Their scores.
+        row: The row.
+        by: What they are; nothing is returned for neurons.
+        words: The sources of each kind of attention.
+        title: Heading.
+        caption: See `Heatmap`.
+        unit: Likewise.
+    """
+    column = {"head": "head", "position": "source"}.get(by)
+    every = ("attn", "cross_attn", "mlp", *STEERING)
+    groups = [("attn",), ("cross_attn",)] if column else [every]
+    if column is None and by != "layer":
+        return []
+    found = []
+    for kinds in groups:
+        numbers = [KINDS.index(kind) for kind in kinds]
+        chosen = torch.isin(components.kind[row], torch.tensor(numbers))
+        chosen &= ~scores[row].isnan().cpu()
+        # Of several streams one map would draw one over another.
+        if not bool(chosen.any()) or len(components.pos[row][chosen].unique()) > 1:
+            continue
+        layer, place = components.layer[row], getattr(components, column or "kind")[row]
+        layers, rows = layer[chosen].unique(return_inverse=True)
+        places, columns = place[chosen].unique(return_inverse=True)
+        values = torch.full((1, len(layers), len(places)), torch.nan)
+        values[0, rows, columns] = scores[row].detach().float().cpu()[chosen]
+        names = {
+            "head": lambda index: f"head {index}",
+            "source": lambda index, kind=kinds[0]: words[kind][index],
+            None: lambda index: KINDS[index],
+        }[column]
+        found.append(
+            Heatmap(
+                title=title if len(kinds) > 1 else f"{title}, {kinds[0]}",
+                caption=caption,
+                values=values,
+                sheets=(by,),
+                rows=tuple(f"layer {number}" for number in layers.tolist()),
+                columns=tuple(map(names, places.tolist())),
+                unit=unit,
             )
-        return found
+        )
+    return found
 
 
 def join_rows(parts: Sequence[S]) -> S:

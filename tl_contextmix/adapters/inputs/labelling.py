@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_contextmix.adapters.chats import ROLES
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.results import Provenance, Tokens
@@ -79,5 +81,9 @@ def label(view: ModelView, name: str, side: Side) -> Tokens:
     # Each token is decoded once: long inputs repeat theirs.
     texts = {token: view.to_string(token) for token in ids.unique().tolist()}
     strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
-    sides = ((name, ids.shape[1]),)
-    return Tokens(ids=ids, strings=strings, mask=mask, sides=sides, spaced=view.spaced())
+    sides, places = ((name, ids.shape[1]),), None
+    if side.roles is not None and bool((side.roles == side.roles[0]).all()):
+        runs = itertools.groupby(side.roles[0].tolist())
+        sides = tuple((ROLES[role], len([*run])) for role, run in runs)
+        places = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    return Tokens(ids, strings, mask, sides, places=places, spaced=view.spaced())

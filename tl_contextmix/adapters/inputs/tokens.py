@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_contextmix.adapters.chats import chats_of
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
 from tl_contextmix.adapters.inputs.model_arguments import (
     further_arguments,
@@ -29,9 +30,10 @@ from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
+Chat = Sequence[Mapping[str, Any]]
 TextPairs = Sequence[tuple[str, str]]
 # What a tokenizer of Hugging Face returns is a mapping.
-Input = Annotated[Text | TextPairs | Ids | Mapping[str, Any], LATER]
+Input = Annotated[Text | TextPairs | Chat | Sequence[Chat] | Ids | Mapping[str, Any], LATER]
 PaddingSide = Literal["right", "left"]
 
 
@@ -79,8 +81,9 @@ class Inputs(TokenInputs, total=False):
 class Given:
     """An input and what `Inputs` has.
 
-    A text, several, pairs of texts, token ids [batch, pos] or [pos], or all that the model's own
-    forward takes, by name, as a tokenizer returns it.
+    A text, several, pairs of texts, a chat or several, token ids [batch, pos] or [pos], or all that
+    the model's own forward takes, by name, as a tokenizer returns it. A chat may be open: its last
+    message then goes on.
     """
 
     input: Input
@@ -93,6 +96,7 @@ class Given:
     labels: Labels | None = None
     cache: Cache | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
+    open_ended: bool = False
 
 
 def make_batch(view: ModelView, given: Given) -> Batch:
@@ -185,8 +189,11 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
         if given.attention_mask is None:
             return find_padding(view, ids, given.padding_side or "right"), {}
         return Side(ids=ids, mask=_mask(given.attention_mask, ids)), {}
-    padded = given.padding_side or "right"
-    if _are_pairs(given.input):
+    padded: PaddingSide = given.padding_side or "right"
+    chats = chats_of(given.input)
+    if chats is not None:
+        side, segments = _chats(view, chats, given, padded), {}
+    elif _are_pairs(given.input):
         side, segments = _pairs(view, given, padded)
     else:
         texts, segments = _texts(view, given.input, "input"), {}
@@ -203,7 +210,23 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
             f"zeros at the padding on the {padded}",
             "Leave the mask out: the padding of texts is known.",
         )
-    return Side(ids=side.ids, mask=mask), segments
+    return replace(side, mask=mask), segments
+
+
+def _chats(view: ModelView, chats: Sequence[Chat], given: Given, padded: PaddingSide) -> Side:
+    """Returns chats as their tokenizer's template puts them."""
+    if given.prepend_bos is not None:
+        raise bad(
+            "prepend_bos has no meaning for a chat",
+            f"prepend_bos={given.prepend_bos}",
+            "None",
+            "Leave it out: the chat template writes the model's own special tokens.",
+        )
+    ids, roles = zip(*(view.encode_chat(chat, given.open_ended) for chat in chats), strict=True)
+    # An encoder-decoder's sides are its stacks.
+    alone = len(view.stacks) == 1
+    side = pad_rows(ids, view.pad_id(), padded)
+    return replace(side, roles=pad_rows(roles, -1, padded).ids if alone else None)
 
 
 def _are_pairs(given: object) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_contextmix.adapters.chats import LastMessage, chats_of
 from tl_contextmix.adapters.inputs.tokens import Given, Input, Inputs, TokenInputs
 from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.adapters.questions.targets import items, plain_numbers
@@ -76,4 +77,21 @@ def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
     asked = {name: inputs[name] for name in names if name in inputs}
     if "pos" in asked:  # kept with the result: a number of Python, or a list of them
         asked["pos"] = plain_numbers(items(asked["pos"]) or asked["pos"])
-    return Given(input, **{n: v for n, v in inputs.items() if n not in asked}), Answer(**asked)
+    given = Given(input, **{n: v for n, v in inputs.items() if n not in asked})
+    return _within_chats(given, Answer(**asked))
+
+
+def _within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
+    """Returns chats with what is asked in the assistant's turn.
+
+    Where nothing else is asked, an assistant's last message is the answer; where a token is, the
+    message is the beginning of the turn that the token goes on.
+    """
+    chats = chats_of(given.input)
+    last = [] if chats is None else [chat[-1] for chat in chats]
+    if chats is None or answer.pos is not None or not all(m["role"] == "assistant" for m in last):
+        return given, answer
+    if not answer.empty:
+        return replace(given, open_ended=True), answer
+    given = replace(given, input=[chat[:-1] for chat in chats])
+    return given, replace(answer, target=[*map(LastMessage, chats)])

@@ -19,8 +19,8 @@ from tl_contextmix.core.blocks import Block, Identity
 from tl_contextmix.core.model_view import ModelView, Readout
 from tl_contextmix.core.residual_stream import Stop
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.core.validation import whole_number
-from tl_contextmix.errors import InvalidInput, bad, require_choice, seen
+from tl_contextmix.core.validation import require_choice, whole_number
+from tl_contextmix.errors import InvalidInput, bad, seen
 from tl_contextmix.results import Tokens
 
 StreamPoint = Literal["resid_pre", "attn_in", "resid_mid", "mlp_in", "resid_post", "block_out"]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_contextmix.adapters.chats import ROLES
 from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import require_ids
 from tl_contextmix.adapters.questions.asked import Answer
@@ -292,7 +293,15 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
     width = together.shape[1]
     moved = [width - len(row) if where == "left" else 0 for row in rows]
     together = require_ids(view, together, "input and its answer")
-    return Side(together, mask), [end + by for end, by in zip(ends, moved, strict=True)]
+    roles = None
+    if side.roles is not None:
+        said = ROLES.index("assistant")
+        listed = [
+            torch.cat([own[real], own.new_full((len(steps),), said)])
+            for own, real, steps in zip(side.roles, side.mask, answers, strict=True)
+        ]
+        roles = pad_sequence(listed, batch_first=True, padding_value=-1, padding_side=where)
+    return Side(together, mask, roles), [end + by for end, by in zip(ends, moved, strict=True)]
 
 
 def _again(view: ModelView, batch: Batch, stack: str, found: LogProbContributions) -> Question:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_contextmix.adapters.chats import LastMessage
 from tl_contextmix.adapters.questions.directions import Direction
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import is_text, whole_number
@@ -75,6 +76,8 @@ def _steps(view: ModelView, one: object, name: str) -> Steps:
     """Returns the tokens of an answer, each with its alternatives."""
     if isinstance(one, str):
         return tuple((token,) for token in _pieces(view, one, name))
+    if isinstance(one, LastMessage):
+        return tuple((token,) for token in one.tokens(view))
     if isinstance(one, AbstractSet):
         if not one:
             raise no_target(one, name)

@@ -151,15 +151,20 @@ def log_prob_contributions(
     with torch.no_grad():
         asked = run_question(as_view(model), given, answer, by=by)
         parts = [
-            _part(some, answer.pos, by, norm, score, k)
+            contributions_to(some, by, answer.pos, norm, score, k)
             for some in asked.predictions(norm, max_bytes)
         ]
     result = join_rows(parts)
     return result if k is None else result.top(k)
 
 
-def _part(
-    prediction: Prediction, pos: object, by: By, norm: NormRule, score: Score, k: int | None
+def contributions_to(
+    prediction: Prediction,
+    by: By,
+    pos: object = None,
+    norm: NormRule = "frozen+beta",
+    score: Score = "log_prob_increase",
+    k: int | None = None,
 ) -> LogProbContributions:
     """Returns the contributions to some predictions; of neurons at least the ``k`` best."""
     trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)

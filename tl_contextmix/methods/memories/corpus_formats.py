@@ -1,4 +1,4 @@
-"""Documents of a corpus, numbered from 0, whatever holds them.
+"""Documents or rows of a corpus, numbered from 0, whatever holds them.
 
 A document that cannot be used keeps its number: it is yielded with the reason, and the reader
 decides what becomes of it.
@@ -9,26 +9,29 @@ where one line is malformed, and it copies a corpus into a cache before the firs
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tl_contextmix.errors import InvalidInput, bad
 
-Kind = Literal["text", "jsonl", "parquet", "dataset", "table", "iterable"]
+Kind = Literal["text", "jsonl", "array", "csv", "parquet", "dataset", "table", "iterable"]
 _SUFFIXES: dict[str, Kind] = dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
-_SUFFIXES[".parquet"] = "parquet"
+_SUFFIXES |= {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 # Read line by line these would be documents, none of them anybody's text.
-_NO_TEXT = frozenset(
-    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".csv", ".tsv", ".xlsx", ".arrow", ".feather")
-)
+_NO_TEXT = frozenset((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".xlsx", ".arrow", ".feather"))
+_FILES = "the path of a text, jsonl, JSON, CSV or parquet file"
 _BOM = b"\xef\xbb\xbf"
 _ROWS, _PEEK = 1024, 2**20
+_END = re.compile(r"\s*[,\]]")
+_ESCAPED = ("utf-8", "surrogateescape")
 TOKEN_BITS = 31
 """Token ids are below 2 ** 31."""
 
@@ -38,7 +41,7 @@ class Document:
     """One document.
 
     Attributes:
-        text: Its text; None where it is token ids or cannot be read.
+        text: Its text, or a row as JSON; None where it is token ids or cannot be read.
         problem: Why it cannot be read; empty where it can.
         size: How much of the corpus it is, in the unit of `Corpus.size`.
         ids: Its token ids, if it was tokenized before.
@@ -72,12 +75,14 @@ class Corpus:
         name: The file, or a description.
         column: Which column of it; None where there are none.
         held: The path, dataset, table or iterable.
+        rows: Whether a document is a whole row rather than one column of it.
     """
 
     kind: Kind
     name: str
     column: str | None
     held: Any
+    rows: bool = False
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents.
@@ -91,7 +96,7 @@ class Corpus:
     def size(self) -> int | None:
         """Returns how much there is: bytes of lines, else documents; None where it is unknown."""
         with _named(self.name):
-            if self.kind in ("text", "jsonl"):
+            if self.kind in ("text", "jsonl", "array", "csv"):
                 return self.held.stat().st_size
             if self.kind == "parquet":
                 with _opened_parquet(self) as file:
@@ -124,24 +129,39 @@ class Corpus:
         return found
 
 
-def open_corpus(corpus: Any, column: str | None = None, *, default: str | None = None) -> Corpus:
+def open_corpus(
+    corpus: Any, column: str | None = None, *, default: str | None = None, rows: bool = False
+) -> Corpus:
     """Opens a corpus, detecting its format.
 
     Args:
-        corpus: The path of a text file (a document per line), of a jsonl or a parquet file; a
-            Hugging Face dataset, map-style or streaming; a pandas or Arrow table; or an iterable.
-            A document is a text, or a list of token ids.
-        column: Column of a jsonl or parquet file, dataset or table; None for the default.
+        corpus: The path of a text file (a document per line), of a jsonl, JSON (one array), CSV,
+            TSV or parquet file; a Hugging Face dataset, map-style or streaming; a pandas or Arrow
+            table; or an iterable. A document is a text, or a list of token ids.
+        column: Column of a file, dataset or table; None for the default.
         default: Its column where none is named; None for ``"text"``.
+        rows: Whether whole rows are read, each as a JSON object.
 
     Raises:
         InvalidInput: If it is none of these.
     """
-    default = default or "text"
     if column is not None and not isinstance(column, str):
         raise _no_corpus(f"column={column!r}", "the name of a column", "Pass it as a str.")
     if isinstance(corpus, Corpus):
         return corpus
+    if rows:
+        found = replace(_open(corpus, None, ""), rows=True)
+        if found.kind == "text":
+            expected = "the path of a jsonl, JSON, CSV, TSV or parquet file"
+            raise _no_corpus(f"{found.name}, a text", expected, "Give the file its suffix.")
+        return found
+    found = _open(corpus, column, default or "text")
+    if found.kind == "table":
+        _require_column(found, getattr(corpus, "column_names", corpus.columns))
+    return found
+
+
+def _open(corpus: Any, column: str | None, default: str) -> Corpus:
     if isinstance(corpus, (str, Path)):
         return _open_file(corpus, column, default)
     kind = type(corpus).__name__
@@ -151,16 +171,14 @@ def open_corpus(corpus: Any, column: str | None = None, *, default: str | None =
     if hasattr(corpus, "column_names") and hasattr(corpus, "features"):
         return Corpus("dataset", f"a {kind}", column or default, corpus)
     if hasattr(corpus, "columns"):
-        found = Corpus("table", f"a {kind}", column or default, corpus)
-        _require_column(found, getattr(corpus, "column_names", corpus.columns))
-        return found
+        return Corpus("table", f"a {kind}", column or default, corpus)
     if isinstance(corpus, Set) and not hasattr(corpus, "mapping"):
         remedy = "Pass sorted(corpus): documents are numbered, and sets have no order."
         raise _no_corpus(f"a {kind}", "documents in an order", remedy)
     if isinstance(corpus, Iterable) and not isinstance(corpus, bytes):
         _require_no_column(column, f"a {kind}")
         return Corpus("iterable", f"a {kind}", None, corpus)
-    expected = "the path of a text, jsonl or parquet file, a dataset, a table, or an iterable"
+    expected = f"{_FILES}, a dataset, a table, or an iterable"
     raise _no_corpus(f"a {kind}", expected, "Pass a list of texts or a path.")
 
 
@@ -170,7 +188,7 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
         there = path.is_file()
     except (OSError, ValueError):  # a text instead of a path
         there = False
-    expected = "the path of a text, jsonl or parquet file"
+    expected = _FILES
     if not there:
         remedy = "Check the path; pass texts themselves as a list."
         raise _no_corpus(f"{seen}, which is no file", expected, remedy)
@@ -182,24 +200,22 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
     if kind == "text":
         _require_no_column(column, str(path))
         return Corpus("text", str(path), None, path)
-    if kind == "jsonl":
-        _require_lines(path)
+    if kind == "jsonl" and _is_array(path):
+        kind = "array"
     return Corpus(kind, str(path), column or default, path)
 
 
-def _require_lines(path: Path) -> None:
-    """Raises InvalidInput if a file is one JSON array of documents."""
+def _is_array(path: Path) -> bool:
+    """Whether a file is one JSON array of objects, not a document per line."""
     with _named(str(path)), open(path, "rb") as file:
         first = file.readline(_PEEK).removeprefix(_BOM).strip()
     if not first.startswith(b"["):
-        return
+        return False
     try:
         rows = json.loads(first)
     except (ValueError, RecursionError):  # it goes on in the next line
-        rows = [{}]
-    if rows and isinstance(rows[0], dict):
-        remedy = "Load it with datasets.load_dataset('json', data_files=...) and pass its split."
-        raise _no_corpus(f"{path}, a JSON array", "a JSON object per line", remedy)
+        return True
+    return bool(rows) and isinstance(rows[0], dict)
 
 
 def _no_corpus(seen: str, expected: str, remedy: str) -> InvalidInput:
@@ -233,7 +249,7 @@ def _named(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, csv.Error) as error:
         raise bad(
             f"the corpus {name} cannot be read",
             str(error),
@@ -257,7 +273,7 @@ def _decoded(corpus: Corpus, line: bytes) -> Document:
     if corpus.kind == "text" or not text.strip():
         return Document(text, size=len(line))
     try:
-        found = _document(json.loads(text), corpus.column)
+        found = _document(json.loads(text), corpus)
     except (ValueError, RecursionError) as error:
         found = Document(None, f"no JSON ({error})"[:200])
     return replace(found, size=len(line))
@@ -267,31 +283,98 @@ def _lines(corpus: Corpus) -> Iterator[Document]:
     return (_decoded(corpus, line) for line in _raw_lines(corpus))
 
 
+def _array(corpus: Corpus) -> Iterator[Document]:
+    """Yields the entries of a JSON array, without the whole of it in memory."""
+    decoder, number = json.JSONDecoder(), 0
+    with open(corpus.held, encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read(_PEEK)
+        at = text.index("[") + 1
+        while not text.startswith("]", at := _past(text, at)):
+            found, end = None, at
+            with suppress(ValueError, RecursionError):
+                found, end = decoder.raw_decode(text, at)
+            # Without what follows, a number may go on in the next block.
+            if end > at and _END.match(text, end):
+                size = len(text[at:end].encode(*_ESCAPED))
+                yield replace(_document(found, corpus), size=size)
+                at, number = end, number + 1
+            elif block := file.read(_PEEK):
+                text, at = text[at:] + block, 0
+            else:
+                raise bad(
+                    f"the corpus {corpus.name} cannot be read",
+                    f"{text[at : at + 40]!r}, entry {number}",
+                    "a JSON array",
+                    "Fix the file.",
+                )
+
+
+def _past(text: str, at: int) -> int:
+    """Returns the place after white space and commas."""
+    while text[at : at + 1] and text[at] in ", \t\r\n":
+        at += 1
+    return at
+
+
+def _csv(corpus: Corpus) -> Iterator[Document]:
+    sizes: list[int] = []
+    with open(corpus.held, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+
+        def lines() -> Iterator[str]:
+            for line in file:
+                sizes.append(len(line.encode(*_ESCAPED)))
+                yield line
+
+        tabs = corpus.held.suffix.lower() == ".tsv"
+        rows = csv.DictReader(lines(), dialect="excel-tab" if tabs else "excel", strict=True)
+        if not corpus.rows:
+            _require_column(corpus, rows.fieldnames or ())
+        for row in rows:
+            found = _document(row, corpus)
+            if None in row or None in row.values():
+                found = Document(
+                    None, f"cells for other columns than {list(rows.fieldnames or ())}"
+                )
+            yield replace(found, size=sum(sizes))
+            sizes.clear()
+
+
 @contextmanager
 def _opened_parquet(corpus: Corpus) -> Iterator[Any]:
     """Yields a parquet file that has the column."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(corpus.held) as file:
-        _require_column(corpus, file.schema_arrow.names)
+        if not corpus.rows:
+            _require_column(corpus, file.schema_arrow.names)
         yield file
 
 
 def _parquet(corpus: Corpus) -> Iterator[Document]:
     with _opened_parquet(corpus) as file:
-        for batch in file.iter_batches(_ROWS, columns=[corpus.column]):
-            yield from map(_checked, batch.column(0).to_pylist())
+        for batch in file.iter_batches(_ROWS, columns=None if corpus.rows else [corpus.column]):
+            if corpus.rows:
+                yield from map(_row, batch.to_pylist())
+            else:
+                yield from map(_checked, batch.column(0).to_pylist())
 
 
 def _dataset(corpus: Corpus) -> Iterator[Document]:
-    # A streaming one may not know its columns.
-    _require_column(corpus, corpus.held.column_names or [corpus.column])
+    if not corpus.rows:  # a streaming one may not know its columns
+        _require_column(corpus, corpus.held.column_names or [corpus.column])
     for row in corpus.held:
-        yield _document(row, corpus.column)
+        yield _document(row, corpus)
 
 
 def _values(corpus: Corpus) -> Iterator[Document]:
-    return map(_checked, corpus.held if corpus.column is None else corpus.held[corpus.column])
+    held = corpus.held
+    if not corpus.rows:
+        return map(_checked, held if corpus.column is None else held[corpus.column])
+    if corpus.kind == "iterable":
+        return map(_row, held)
+    names = list(getattr(held, "column_names", held.columns))
+    columns = zip(*map(held.__getitem__, names), strict=True)
+    return (_row(dict(zip(names, row, strict=True))) for row in columns)
 
 
 def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]:
@@ -301,7 +384,7 @@ def _picked(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Document]]
     elif corpus.kind == "dataset" and hasattr(corpus.held, "__len__"):
         _require_column(corpus, corpus.held.column_names)
         there = range(len(corpus.held))
-        yield from ((n, _document(corpus.held[n], corpus.column)) for n in wanted if n in there)
+        yield from ((n, _document(corpus.held[n], corpus)) for n in wanted if n in there)
     else:
         keep, by_line = set(wanted), corpus.kind in ("text", "jsonl")
         each: Iterator[Any] = _raw_lines(corpus) if by_line else _READERS[corpus.kind](corpus)
@@ -323,13 +406,36 @@ def _picked_rows(corpus: Corpus, wanted: list[int]) -> Iterator[tuple[int, Docum
                 yield from ((n, _checked(column[n - rows.start])) for n in some)
 
 
-def _document(row: Any, column: str | None) -> Document:
+def _document(row: Any, corpus: Corpus) -> Document:
+    if corpus.rows:
+        return _row(row)
+    column = corpus.column
     if not isinstance(row, dict):
         return Document(None, f"a {type(row).__name__}, no object with columns")
     if column not in row:
         remedy = f"It has {list(row)[:20]}: name one with column=."
         return Document(None, f"no column {column!r}", remedy=remedy)
     return _checked(row[column])
+
+
+def _row(row: Any) -> Document:
+    """Returns a whole row, as JSON."""
+    try:
+        return Document(json.dumps(row, default=_plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        return Document(None, f"a {type(row).__name__}, which is no JSON ({error})"[:200])
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON has no word for in the words it has."""
+    if isinstance(value, Set):
+        return sorted(value, key=str)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    for name in ("as_py", "tolist"):  # scalars of Arrow; of NumPy and PyTorch
+        if hasattr(value, name):
+            return getattr(value, name)()
+    raise TypeError(f"a {type(value).__name__} in it")
 
 
 def _checked(value: Any) -> Document:
@@ -352,6 +458,8 @@ def _checked(value: Any) -> Document:
 _READERS = {
     "text": _lines,
     "jsonl": _lines,
+    "array": _array,
+    "csv": _csv,
     "parquet": _parquet,
     "dataset": _dataset,
     "table": _values,

@@ -366,7 +366,7 @@ def as_far_as(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     first one may leave such documents out and go on.
     """
     options = dict(before["options"])
-    for name in ("malformed", "too_long"):
+    for name in ("malformed", "too_long", "unusable"):
         if options.get(name) == "error":
             options[name] = now["options"][name]
     return {**before, "options": options}

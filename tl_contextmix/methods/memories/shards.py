@@ -145,9 +145,9 @@ def read_shards(corpus: Corpus, size: int) -> Iterator[Shard]:
         index += 1
 
 
-def progress(what: str, done: int = 0) -> Any:
-    """Returns a bar with tokens per second, and the time left once the end is in sight."""
-    how = {"unit": "token", "unit_scale": True, "delay": 2, "leave": False, "disable": None}
+def progress(what: str, done: int = 0, unit: str = "token") -> Any:
+    """Returns a bar with units per second, and the time left once the end is in sight."""
+    how = {"unit": unit, "unit_scale": True, "delay": 2, "leave": False, "disable": None}
     return tqdm(desc=what, initial=done, **how)
 
 

@@ -241,7 +241,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Holds a lock file, so that one process at a time mines a part into a folder.
+    """Holds a lock file, so that one process at a time writes a part, or a scan.
 
     The system releases it when the process ends, however it ends. It is taken first of all, so that
     a folder that cannot be written to is found out before a forward pass, not after the last one.
@@ -261,7 +261,7 @@ def alone(path: Path) -> Iterator[None]:
             if isinstance(error, Timeout):
                 seen, expected = "another process at it", "one process for each part"
             raise bad(
-                f"{path.parent} cannot be mined into",
+                f"{path.parent} cannot be written to",
                 seen,
                 expected,
                 "Wait for the other process, or choose another folder.",
