@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from asked import view_of
 from test_value_zeroing import case_of
 
 import tl_contextmix as cm
@@ -425,7 +426,7 @@ def test_words_are_blanked_as_a_whole(model: Any) -> None:
     text = "the unbelievable keys to the cabinet"
     fmap = cm.attention(model, text, heads=False)
     ids, words = fmap.source.ids[0], fmap.source.words()[0]
-    drop = blanked(model, ids, Answer(pos=-1), 7, words)
+    drop = blanked(view_of(model), ids, Answer(pos=-1), 7, words)
     long = next(unit for unit, (start, stop) in enumerate(words) if stop - start > 1)
     changed = ids.clone()
     changed[slice(*words[long])] = 7

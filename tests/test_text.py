@@ -27,6 +27,7 @@ from tl_contextmix.core.pieces import join_pieces, show_bytes, whole_characters
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.evaluation.minimal_pairs import place_tokens
+from tl_contextmix.reporting import build_report
 from tl_contextmix.results import Tokens
 
 APART = "they don\u2019t know the caf\u00e9 \U0001f642 \u6cb3"
@@ -511,6 +512,23 @@ def test_labels_that_do_not_name_the_vocabulary(toy: Any, given: Any, message: s
     made, game, _ = toy
     with pytest.raises(cm.InvalidInput, match=message):
         cm.log_prob_contributions(made, game, target="x", labels=given)
+
+
+def test_games_are_evaluated_and_reported_without_a_tokenizer(toy: Any) -> None:
+    made, game, moves = toy
+    fmap = cm.value_zeroing(made, game, labels=moves).normalize()
+    options: dict[str, Any] = {"blank": 1, "labels": moves}
+    named = cm.faithfulness(made, game, fmap, target=moves[9], foil=moves[7], **options)
+    by_id = cm.faithfulness(made, game, fmap, target=9, foil=7, blank=1)
+    assert [row.value for row in named.rows] == [row.value for row in by_id.rows]
+    games: list[Any] = [game[0].tolist(), torch.tensor([5, 6, 7])]
+    asked = {"methods": ["value_zeroing", "gradient_x_input"]}
+    compared = cm.compare(made, games, target=moves[9], **asked, **options)
+    plain = cm.compare(made, games, target=9, blank=1, **asked)
+    assert [row.value for row in compared.rows] == [row.value for row in plain.rows]
+    page = build_report(made, game, labels=moves, target=moves[9])
+    assert all(moves[token] in page.html() for token in game[0].tolist())
+    assert "Mixing" in page.html()
 
 
 def test_games_are_mined_without_a_tokenizer(toy: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tl_contextmix.adapters.inputs.passes import (
 )
 from tl_contextmix.adapters.inputs.tokens import (
     Given,
+    Ids,
     Input,
     Inputs,
     PaddingSide,
@@ -27,6 +28,7 @@ from tl_contextmix.adapters.tokenizers import Labels, name_tokens
 __all__ = [
     "Cache",
     "Given",
+    "Ids",
     "Input",
     "Inputs",
     "Labels",
