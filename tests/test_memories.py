@@ -367,4 +367,4 @@ def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch
     assert re.search(rf"ff_memories: 100%\|.*\| {count}/{count} ", shown["again"])
     assert "composition" in shown["composition"]
     assert "token/s" in shown["composition"]
-    assert f"/{2 * count} [" in shown["log_prob_contributions"]
+    assert f"/{1 + 2 * count} [" in shown["log_prob_contributions"]
