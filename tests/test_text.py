@@ -564,13 +564,11 @@ def test_labels_name_what_a_decoder_says() -> None:
 
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 def test_classes_are_read_at_any_position(direction: str) -> None:
-    if zoo_build.major() > 3:
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
     options = {"d_vocab_out": 3, "attention_dir": direction, "act_fn": "gelu"}
+    options["normalization_type"] = "LN"
+    build = zoo_build.config_built if zoo_build.major() < 4 else zoo_build.native
     with zoo_build.quiet():
-        made = zoo_build.config_built(
-            {**options, "normalization_type": "LN"}, dtype=torch.float64, seed=0
-        )
+        made = build(options, dtype=torch.float64, seed=0)
     made.tokenizer = None
     game = torch.tensor([[3, 41, 12, 60], [8, 9, 10, 11]])
     moves, classes = [f"m{token}" for token in range(made.cfg.d_vocab)], ["lost", "drawn", "won"]

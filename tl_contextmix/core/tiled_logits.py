@@ -143,12 +143,9 @@ class Vocabulary:
         vectors: Float[Tensor, "batch some d_model"],
         there: Bool[Tensor, "batch some"] | None = None,
     ) -> Float[Tensor, "batch some"]:
-        """Returns the increase of `target_log_probs` by each vector, added alone.
+        """Returns the increase of `target_log_probs` by each vector, added to a state alone.
 
-        Args:
-            base: The state it is added to.
-            vectors: The vectors.
-            there: Which of them are asked about; others gain 0. None: all.
+        Where ``there`` is given, the others gain 0.
         """
         found = vectors.new_zeros(vectors.shape[:2])
         rows, tile = self._tiles(vectors.shape[1])
