@@ -555,9 +555,13 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ("the keys", {}, r"got 'the keys'; expected a list of texts or a list of MinimalPairs"),
+        (
+            "the keys",
+            {},
+            r"got a str; expected a list of texts, of rows of token ids",
+        ),
         ([], {}, r"a list of texts"),
-        (["a cat", MinimalPair("a b", "a c")], {}, r"this input: got \['a cat', MinimalPair"),
+        (["a cat", MinimalPair("a b", "a c")], {}, r"this input: got a list of MinimalPair, str"),
         (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list of some of"),
         (["the keys"], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
@@ -565,7 +569,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         (["the keys"], {"cues": ["keys"]}, r"this cues: got \['keys'\]"),
         (["the keys"], {"methods": {}}, r"got \{\}; expected a list of some of"),
         (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
-        (None, {}, r"this input: got None; expected a list of texts"),
+        (None, {}, r"this input: got a NoneType; expected a list of texts"),
         ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
         (

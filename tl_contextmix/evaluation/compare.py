@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.core.validation import NotNegative, Positive
+from tl_contextmix.core.validation import LATER, NotNegative, Positive
 from tl_contextmix.engine.registry import Method, method, methods
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (
@@ -48,6 +48,7 @@ from tl_contextmix.evaluation.aggregation import readable
 from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow
 
 Make = Callable[[Any, Sentence], ContextMap]
+Sentences = Annotated[Sequence[str] | Sequence[Ids] | Ids | Sequence[MinimalPair], LATER]
 
 
 def comparable() -> dict[str, Make]:
@@ -68,7 +69,7 @@ def _ask(known: Method, options: Mapping[str, Any], model: Any, sentence: Senten
 @method(cites=("mohebbi2023quantifying", "deyoung2020eraser"), on_text=False)
 def compare(
     model: object,
-    input: Sequence[str] | Sequence[Ids] | Ids | Sequence[MinimalPair],
+    input: Sentences,
     *,
     cues: Cues | None = None,
     methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None = None,

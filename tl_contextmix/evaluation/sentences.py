@@ -73,7 +73,8 @@ def sentences_of(
     if kinds not in ({str}, {Tensor}, {MinimalPair}):
         raise bad(
             "cannot compare methods on this input",
-            f"a {type(input).__name__} of {sorted(kind.__name__ for kind in kinds)}",
+            f"a {type(input).__name__}{' of ' * bool(kinds)}"
+            + ", ".join(sorted(kind.__name__ for kind in kinds)),
             "a list of texts, of rows of token ids, or of minimal pairs",
             "See load_minimal_pairs and demo_pairs.",
         )
