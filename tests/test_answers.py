@@ -351,7 +351,7 @@ def test_faithfulness_and_compare_ask_for_a_contrast() -> None:
         logits = model(ids[None])[0, -1]
     a, i, w = (model.to_single_token(word) for word in (" are", " is", " was"))
     real = float(log_odds(logits, [a], [i, w]))
-    drop = blanked(model, ids, Answer(" are", {" is", " was"}), None)
+    drop = blanked(view_of(model), ids, Answer(" are", {" is", " was"}), 7)
     assert drop.real == pytest.approx(real, abs=1e-4)
     pairs = cm.demo_pairs(count=3)
     asked: dict[str, Any] = {"methods": ["gradient_x_input", "value_zeroing"]}

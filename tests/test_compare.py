@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from asked import view_of
 from test_value_zeroing import case_of
 
 import tl_contextmix as cm
@@ -425,7 +426,7 @@ def test_words_are_blanked_as_a_whole(model: Any) -> None:
     text = "the unbelievable keys to the cabinet"
     fmap = cm.attention(model, text, heads=False)
     ids, words = fmap.source.ids[0], fmap.source.words()[0]
-    drop = blanked(model, ids, Answer(pos=-1), 7, words)
+    drop = blanked(view_of(model), ids, Answer(pos=-1), 7, words)
     long = next(unit for unit, (start, stop) in enumerate(words) if stop - start > 1)
     changed = ids.clone()
     changed[slice(*words[long])] = 7
@@ -557,9 +558,13 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ("the keys", {}, r"got 'the keys'; expected a list of texts or a list of MinimalPairs"),
+        (
+            "the keys",
+            {},
+            r"got a str; expected a list of texts, of rows of token ids",
+        ),
         ([], {}, r"a list of texts"),
-        (["a cat", MinimalPair("a b", "a c")], {}, r"this input: got \['a cat', MinimalPair"),
+        (["a cat", MinimalPair("a b", "a c")], {}, r"this input: got a list of MinimalPair, str"),
         (["the keys"], {"methods": ["lime"]}, r"got \['lime'\]; expected a list of some of"),
         (["the keys"], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[1], [2]]}, r"got \[\[1\], \[2\]\] for 1 sentences"),
@@ -567,7 +572,7 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         (["the keys"], {"cues": ["keys"]}, r"this cues: got \['keys'\]"),
         (["the keys"], {"methods": {}}, r"got \{\}; expected a list of some of"),
         (["the keys"], {"methods": {"mine": lambda m, t: 3}}, r"'mine' cannot be .*got a int"),
-        (None, {}, r"this input: got None; expected a list of texts"),
+        (None, {}, r"this input: got a NoneType; expected a list of texts"),
         ([MinimalPair("these dogs", "this dogs")], {"methods": []}, r"a list of some of"),
         (["the keys"], {"cues": [[7]]}, r"position 7 in sentence 0"),
         (

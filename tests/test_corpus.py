@@ -267,6 +267,27 @@ def test_token_ids_are_mined_as_they_are(model: Any, tmp_path: Path) -> None:
         assert row.value == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_of_token_ids_is_not_read(side: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    model = cm.load_demo("masked-lm")
+    rows = ["the keys to the cabinet are here", "the cat"]
+    padded = model.tokenizer(rows, padding=True, padding_side=side)
+    dataset = datasets.Dataset.from_dict(dict(padded))
+    frames = []
+    for name, corpus, column in (("texts", rows, None), ("ids", dataset, "input_ids")):
+        found = cm.mine_triggers(model, corpus, out=tmp_path / name, k=3, column=column)
+        frames.append(found.to_dataframe().drop(columns="hash"))
+    assert frames[0].equals(frames[1])
+    padding = [mask.count(0) for mask in padded["attention_mask"]]
+    assert found.manifest["counts"]["padding"] == sum(padding) > 0
+    # Contexts are read without it, too.
+    again = cm.load_triggers(tmp_path / "ids", model=model, corpus=dataset)
+    contexts = again.examples(0, int(frames[1]["neuron"][0])).to_dataframe()["context"]
+    assert not contexts.str.contains("PAD").any()
+
+
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
     corpus = open_corpus(write(tmp_path / "a.txt", b"the cat\na dog\n"))
     assert corpus.pick([1])[1].text == "a dog"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +85,39 @@ def log_probs(family: str, ids: Tensor, decoder: list[int]) -> Tensor:
     return out.logits[0].log_softmax(-1)
 
 
-def require_prompt(model: Any, family: str, prompt: list[int], **options: Any) -> None:
+def require_prompt(
+    model: Any, family: str, prompt: list[int], language: str | None = None, **options: Any
+) -> None:
     """Checks every mode of the lens and a map against a prompt."""
+    lens = functools.partial(cm.decoder_lens, model, "a b c", language=language)
     tokenizer = model.tokenizer
     ids = torch.tensor([tokenizer("a b c").input_ids])
     a, c = tokenizer.convert_tokens_to_ids(["a", "c"])
     said = generate(family, ids, max_new_tokens=5, **options)
     assert said[: len(prompt)] == prompt
-    free = cm.decoder_lens(model, "a b c", max_new_tokens=5)
+    free = lens(max_new_tokens=5)
     assert free.ids[0, -1].tolist() == said[1:]
     forced = len(prompt) - 1
     right = log_probs(family, ids, said[:-1])[torch.arange(5), said[1:]]
     torch.testing.assert_close(free.log_probs[0, -1, forced:], right[forced:])
     assert not bool(free.log_probs[0, :, :forced].any())
 
-    own = cm.decoder_lens(model, "a b c", mode="teacher_forced", max_new_tokens=5)
+    own = lens(mode="teacher_forced", max_new_tokens=5)
     assert own.target.ids[0].tolist() == said[len(prompt) :]
     assert not bool(own.ranks[0, -1].any())
     words = tokenizer(text_target="a c", add_special_tokens=False)["input_ids"]
-    judged = cm.decoder_lens(model, "a b c", "a c", mode="teacher_forced")
+    judged = lens("a c", mode="teacher_forced")
     answer = judged.target.ids[0].tolist()
     assert answer[: len(words)] == words
     right = log_probs(family, ids, [*prompt, *answer[:-1]])[forced:]
     torch.testing.assert_close(judged.log_probs[0, -1], right[torch.arange(len(answer)), answer])
-    scores = cm.decoder_lens(model, "a b c", mode="scores", target=[a, c])
+    scores = lens(mode="scores", target=[a, c])
     torch.testing.assert_close(scores.log_probs[0, -1], log_probs(family, ids, prompt)[-1, [a, c]])
-    map = cm.attention(model, "a b c")
+    map = cm.attention(model, "a b c", language=language)
     assert map.target.ids.tolist() == [prompt]
-    map = cm.attention(model, "a b c", decoder_input="a c")
+    map = cm.attention(model, "a b c", decoder_input="a c", language=language)
     assert map.target.ids[0, : len(prompt) + len(words)].tolist() == [*prompt, *words]
-    found = cm.gradient_x_input(model, "a b c", of="log_prob")
+    found = cm.gradient_x_input(model, "a b c", of="log_prob", language=language)
     best = log_probs(family, ids, prompt)[-1].argmax()
     assert found.provenance.options["target"] == [int(best)]
     assert found.provenance.options["pos"] == [len(prompt) - 1]
@@ -145,6 +151,111 @@ def test_a_language_that_generation_forces_comes_first(
         tokenizer.tgt_lang = None
         start_of(model, "a c")
         assert tokenizer.tgt_lang is None
+
+
+@pytest.mark.parametrize("known", [None, "deu_Latn"])
+def test_a_language_of_the_call_comes_before_all(known: str | None, tmp_path: Path) -> None:
+    tokenizer = nllb_tokenizer(tmp_path, tgt_lang=known)
+    french, german = tokenizer.convert_tokens_to_ids(["fra_Latn", "deu_Latn"])
+    for forced in (None, german):
+        model = bridge("m2m100", tokenizer, forced_bos_token_id=forced)
+        before = tokenizer.tgt_lang
+        require_prompt(
+            model, "m2m100", [2, french], language="fra_Latn", forced_bos_token_id=french
+        )
+        assert tokenizer.tgt_lang == before
+    with pytest.raises(cm.InvalidInput, match="knows no such language: got language='fr'"):
+        cm.attention(model, "a b c", language="fr")
+    with pytest.raises(cm.InvalidInput, match="is told no language"):
+        cm.decoder_lens(bridge("bart"), "the cat", language="fra_Latn")
+    with pytest.raises(cm.InvalidInput, match="language has no meaning for this model"):
+        cm.attention(zoo.shared(case_of("gpt2")), "the cat", language="fra_Latn")
+    with pytest.raises(cm.InvalidInput, match="task has no meaning for this model"):
+        cm.decoder_lens(model, "a b c", task="translate")
+
+
+def test_a_text_with_the_prompt_gets_no_second_one(tmp_path: Path) -> None:
+    for forced in (None, 0):
+        model = bridge("bart", forced_bos_token_id=forced)
+        plain = start_of(model, "the dog")
+        assert plain[:2] == [2, 0]
+        with pytest.warns(cm.ContextMixWarning, match="has its prompt: got '</s><s>'"):
+            assert start_of(model, "</s><s>the dog") == plain
+    model = bridge("m2m100", nllb_tokenizer(tmp_path, tgt_lang="fra_Latn"))
+    plain = start_of(model, "a b")
+    # Of these the code frames every text of the tokenizer's.
+    with pytest.warns(cm.ContextMixWarning, match="has special tokens .* got 'fra_Latn'"):
+        assert start_of(model, "fra_Latna b") == plain
+    assert start_of(model, "deu_Latna b") != plain
+
+
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "forced_bos_token_id"])
+def test_settings_may_name_a_token_for_each_row(name: str) -> None:
+    prompt = {"decoder_start_token_id": [7], "forced_bos_token_id": [2, 7]}[name]
+    assert start_of(bridge("bart", **{name: [7, 7]}), None) == prompt
+    with pytest.raises(cm.UnsupportedModel, match=rf"same for every text: got {name}=\[7, 8\]"):
+        start_of(bridge("bart", **{name: [7, 8]}), None)
+
+
+def test_a_language_of_the_call_starts_mbarts_decoder(tmp_path: Path) -> None:
+    tokenizer = mbart_tokenizer(tmp_path)
+    romanian = tokenizer.convert_tokens_to_ids("ro_RO")
+    require_prompt(
+        bridge("mbart", tokenizer),
+        "mbart",
+        [romanian],
+        language="ro_RO",
+        decoder_start_token_id=romanian,
+    )
+
+
+@pytest.mark.once
+def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from transformers import M2M100Tokenizer
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c ab bc cab", "abc cba bac"] * 9),
+        model_writer=written,
+        vocab_size=14,
+        minloglevel=9,
+    )
+    (tmp_path / "model.spm").write_bytes(written.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    words = [pieces.id_to_piece(token) for token in range(3, pieces.get_piece_size())]
+    vocabulary = {piece: n for n, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    files = [str(tmp_path / name) for name in ("vocab.json", "model.spm")]
+    M2M100Tokenizer(*files, src_lang="en").save_pretrained(tmp_path / "tokenizer")
+    tokenizer = M2M100Tokenizer.from_pretrained(tmp_path / "tokenizer", src_lang="en")
+    french, german = map(tokenizer.get_lang_id, ("fr", "de"))
+    sizes = {**zoo_configs.BART_LIKE, "vocab_size": max(tokenizer.lang_code_to_id.values()) + 1}
+    hf = zoo_build.hugging_face(
+        "M2M100ForConditionalGeneration", "M2M100Config", sizes, dtype=torch.float64, seed=0
+    )
+    model = zoo_build.bridge(copy.deepcopy(hf), "bart", dtype=torch.float64, processed=False)
+    model.tokenizer = tokenizer
+    tokenizer = model.tokenizer  # loaded again
+    ids = torch.tensor([tokenizer("ab c").input_ids])
+    assert ids[0, 0] == tokenizer.get_lang_id("en")
+
+    def prompt_of(**options: Any) -> list[int]:
+        return cm.attention(model, "ab c", stack="decoder", **options).target.ids[0].tolist()
+
+    assert prompt_of() == [2]
+    assert prompt_of(language="fr") == [2, french]
+    answer = tokenizer("c ab", add_special_tokens=False)["input_ids"]
+    assert prompt_of(language="fr", decoder_input="c ab") == [2, french, *answer]
+    said = hf.generate(ids, forced_bos_token_id=french, max_new_tokens=5, do_sample=False)
+    free = cm.decoder_lens(model, "ab c", language="fr", max_new_tokens=5, layer=-1)
+    assert free.ids[0, -1].tolist() == said[0, 1:].tolist()
+    tokenizer.tgt_lang = "de"
+    with pytest.warns(cm.ContextMixWarning, match="'de', and a decoder that is told </s> __de__"):
+        assert prompt_of() == [2, german]
+    assert prompt_of(language="fr") == [2, french]
+    with pytest.raises(cm.InvalidInput, match="knows no such language: got language='fra_Latn'"):
+        prompt_of(language="fra_Latn")
 
 
 def test_the_decoders_start_is_that_of_the_generation_config(tmp_path: Path) -> None:
@@ -295,6 +406,34 @@ def test_whisper_is_told_what_its_generate_tells_it(name: str) -> None:
         assert [t for t in answer if t != 2] == [t for t in said[row] if t not in (2, 60)][-4:]
         assert own.target.ids[row][own.target.mask[row]].tolist() == answer
     assert not bool(own.ranks[:, -1].any())
+
+
+@pytest.mark.once
+def test_whisper_is_told_language_and_task_of_the_call() -> None:
+    model = whisper(**SETTINGS["language"])  # German
+    with zoo_build.quiet():
+        for asked in (
+            {"language": "en"},
+            {"task": "translate"},
+            {"language": "en", "task": "translate"},
+        ):
+            prompt, _ = told(model, **asked)
+            found = cm.decoder_lens(model, features(), mode="scores", target=[7], **asked)
+            with torch.no_grad():
+                right = model(features(), decoder_input_ids=prompt).logits[:, -1].log_softmax(-1)
+            torch.testing.assert_close(found.log_probs[:, -1], right[:, [7]])
+        assert prompt.tolist() == [[START, ENGLISH, TRANSLATE, PLAIN]] * 2
+        tokenizer = Words()
+        tokenizer.language = "english"
+        with pytest.raises(cm.InvalidInput, match="cannot be told this: got language='klingon'"):
+            cm.decoder_lens(
+                model,
+                features(),
+                mode="scores",
+                target=[7],
+                language="klingon",
+                tokenizer=tokenizer,
+            )
 
 
 class Words:

@@ -86,8 +86,8 @@ READING = MAPS - of_points("attn_out")
 # Where a hook is, what it does, and which methods say that what they need no longer holds.
 TABLE: dict[str, tuple[str, Edit, set[str]]] = {
     "values": ("blocks.0.attn.hook_v", ablate_head, {"decompx"}),
-    "a head ablated": ("blocks.0.attn.hook_z", ablate_head, {"value_zeroing"}),
-    "heads scaled": ("blocks.0.attn.hook_z", halve_heads, {"value_zeroing"}),
+    "a head ablated": ("blocks.0.attn.hook_z", ablate_head, set()),
+    "heads scaled": ("blocks.0.attn.hook_z", halve_heads, set()),
     "heads replaced": ("blocks.0.attn.hook_z", mean_heads, MAPS | SOURCES),
     "patterns": ("blocks.0.attn.hook_pattern", lambda x, hook: x.flip(1), set()),
     "attention output": ("blocks.0.hook_attn_out", steer, MAPS | SOURCES | by("head")),
@@ -101,10 +101,10 @@ TABLE: dict[str, tuple[str, Edit, set[str]]] = {
         steer,
         {"value_zeroing", "decompx", "globenc", "ff_memories", *BEHIND, *by("ff_neuron")},
     ),
-    "stream behind a block": ("blocks.0.hook_resid_post", steer, {"value_zeroing", "decompx"}),
+    "stream behind a block": ("blocks.0.hook_resid_post", steer, {"decompx"}),
     "stream in front of a block": ("blocks.1.hook_resid_pre", steer_in_place, set()),
     "stream in front of the first": ("blocks.0.hook_resid_pre", steer, set()),
-    "stream in the middle": ("blocks.0.hook_resid_mid", steer, {"value_zeroing", "decompx"}),
+    "stream in the middle": ("blocks.0.hook_resid_mid", steer, {"decompx"}),
 }
 
 
@@ -313,6 +313,51 @@ def test_what_neurons_read_of_steering_is_a_share_of_its_own(case: zoo.Case) -> 
     assert relative(total, pre[:, -1, 5]) <= EXACT
 
 
+def replace_stream(x: Tensor, hook: Any) -> Tensor:
+    return torch.ones_like(x)
+
+
+@pytest.mark.parametrize("case", [*GPT2, *OTHERS])
+def test_values_are_zeroed_in_the_edited_pass(case: zoo.Case) -> None:
+    """Against the host itself, with a value zeroed and the hooks on."""
+    model, given = shared(case)
+    tokens = {"input": given.tokens, **keywords(given)}
+    view = view_of(model)
+    block = view.blocks()[0]
+    attention, ff = block.attentions[0], block.feed_forward
+    assert ff is not None
+    bridge = hasattr(model, "original_model")
+    edits: list[tuple[str, Edit]] = [(attention.mixed, ablate_head)]
+    for sublayer in (attention, ff):
+        # What a bridge's pre-LN norm reads is not the stream.
+        points = [name for name in sublayer.edits.stream if name in model.hook_dict]
+        if points and not (bridge and sublayer is attention and ff.norm_in):
+            edits.append((points[0], steer))
+    bound = 1e-6 if (case.family, case.host) in zoo.FLOAT32_INSIDE else EXACT
+    with model.hooks(fwd_hooks=edits):
+        found = cm.value_zeroing(model, layer=0, metric="euclidean", **tokens).scores[:, 0, 0]
+        whole = recorded(model, given, [block.resid_out])[block.resid_out]
+        for source in range(found.shape[-1]):
+
+            def zero(x: Tensor, hook: Any, source: int = source) -> Tensor:
+                x = x.clone()
+                x[:, source] = 0
+                return x
+
+            with model.hooks(fwd_hooks=[(attention.value, zero)]):
+                without = recorded(model, given, [block.resid_out])[block.resid_out]
+            off = found[..., source] - (without - whole).norm(dim=-1)
+            assert float(off.abs().max()) <= bound * float(whole.norm(dim=-1).max())
+    assert float(found.abs().max()) > 1e-3
+    assert relative(cm.value_zeroing(model, layer=0, **tokens).scores[:, 0, 0], found) > 1e-2
+    for name in (attention.mixed, ff.edits.stream[0]):
+        with (
+            model.hooks(fwd_hooks=[(name, replace_stream)]),
+            pytest.raises(cm.UnsupportedModel, match=r"something else in layer 0|a factor \*"),
+        ):
+            cm.value_zeroing(model, layer=0, **tokens)
+
+
 # Messages, check and caches
 
 
@@ -323,7 +368,7 @@ def test_messages_name_the_hook_and_the_way_out(case: zoo.Case) -> None:
         "heads replaced": (cm.alti, {}, "Edit hook_v instead of hook_z"),
         "attention output": (cm.decompose, {"at": "attn_out"}, "Edit hook_v, or the stream"),
         "neurons": (cm.decompose, {"at": "mlp_out"}, "Ask for a point in front of the neurons"),
-        "stream behind a block": (cm.value_zeroing, {}, "Steer at hook_resid_pre"),
+        "stream behind a block": (cm.decompx, {}, "Steer at hook_resid_pre"),
     }
     for place, (method, options, way) in ways.items():
         name, edit, _ = TABLE[place]
@@ -522,26 +567,30 @@ SAES = {
 }
 
 
+SCORED = {"attention", "value_zeroing", "globenc", "decompose mlp_out"}
+SCORED |= by("layer", "head", "position", "ff_neuron")
+
+
+def answers_to(asks: dict[str, Callable[[], Any]]) -> dict[str, Tensor | str]:
+    """What methods find, or why they refuse."""
+    found: dict[str, Tensor | str] = {}
+    for what, ask in asks.items():
+        try:
+            result = ask()
+        except cm.UnsupportedModel as refusal:
+            found[what] = str(refusal)
+        else:
+            found[what] = result.parts if what.startswith("decompose") else result.scores
+    return found
+
+
 @pytest.mark.parametrize("error", [True, False], ids=["with its error", "without"])
 @pytest.mark.parametrize("case", GPT2)
 def test_an_sae_is_a_hook_that_does_what_it_does(case: zoo.Case, error: bool) -> None:
     model, given = zoo.build(case), zoo.inputs(case)
     sae = Sae(view_of(model).blocks()[0].attentions[0].W_O.shape[2], error)
-    chosen = ("attention", "value_zeroing", "globenc", "decompose mlp_out", "log_prob by layer")
-    chosen += ("log_prob by head", "log_prob by position", "log_prob by ff_neuron")
-    asks = {what: ask for what, ask in asked(model, given.tokens).items() if what in chosen}
-
-    def answers() -> dict[str, Tensor | str]:
-        found: dict[str, Tensor | str] = {}
-        for what, ask in asks.items():
-            try:
-                result = ask()
-            except cm.UnsupportedModel as refusal:
-                found[what] = str(refusal)
-            else:
-                found[what] = result.parts if what.startswith("decompose") else result.scores
-        return found
-
+    asks = {what: ask for what, ask in asked(model, given.tokens).items() if what in SCORED}
+    answers = partial(answers_to, asks)
     plain = answers()
     for name, broken in SAES.items():
         with attached(model, name, sae):
@@ -565,6 +614,61 @@ def test_an_sae_is_a_hook_that_does_what_it_does(case: zoo.Case, error: bool) ->
     assert isinstance(after, Tensor)
     assert isinstance(before, Tensor)
     assert torch.equal(after, before)
+    assert not cm.check(model).hooked
+
+
+def with_saelens(model: Any) -> Any:
+    """The model as SAELens loads it."""
+    if hasattr(model, "original_model"):
+        analysis = pytest.importorskip("sae_lens.analysis.sae_transformer_bridge")
+        model.__class__ = analysis.SAETransformerBridge
+        model._acts_to_saes, model._transcoder_output_hooks = {}, {}
+        return model
+    lens = pytest.importorskip("sae_lens")
+    found = lens.HookedSAETransformer(model.cfg, tokenizer=model.tokenizer).to(torch.float64)
+    found.load_state_dict(model.state_dict())
+    return found.eval()
+
+
+@pytest.mark.parametrize("error", [True, False], ids=["with its error", "without"])
+@pytest.mark.parametrize("case", GPT2)
+def test_saelens_itself_attaches_what_a_hook_does(case: zoo.Case, error: bool) -> None:
+    """Where SAELens is installed, which pins versions of its own."""
+    lens = pytest.importorskip("sae_lens")
+    wrapper = pytest.importorskip("sae_lens.analysis.hooked_sae_transformer")._SAEWrapper
+    model, given = with_saelens(zoo.build(case)), zoo.inputs(case)
+    bridge, width = hasattr(model, "original_model"), model.cfg.d_model
+    asks = {what: ask for what, ask in asked(model, given.tokens).items() if what in SCORED}
+    for name in ("blocks.1.hook_resid_pre", "blocks.0.attn.hook_z", "blocks.0.hook_mlp_out"):
+        sae = lens.StandardSAE(
+            lens.StandardSAEConfig(
+                d_in=width,
+                d_sae=2 * width,
+                dtype="float64",
+                reshape_activations="hook_z" if name.endswith("z") else "none",
+            )
+        )
+        sae.cfg.metadata.hook_name = name
+        with torch.no_grad():
+            for number, weight in enumerate(sae.parameters()):
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=torch.manual_seed(number)))
+
+        def edit(x: Tensor, hook: Any, sae: Any = sae) -> Tensor:
+            flat = x.flatten(2)
+            return wrapper(sae, use_error_term=error)(flat if bridge else x).view_as(x)
+
+        with model.saes([sae], use_error_term=error):
+            spliced, report = answers_to(asks), cm.check(model)
+        if bridge and name.endswith("z"):
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        with model.hooks(fwd_hooks=[(name, edit)]):
+            hooked = answers_to(asks)
+        assert [place.split(" ")[0] for place in report.hooked] == [name]
+        for what, found in spliced.items():
+            by_hook = hooked[what]
+            assert isinstance(found, str) is isinstance(by_hook, str), what
+            if isinstance(found, Tensor) and isinstance(by_hook, Tensor):
+                assert relative(found.nan_to_num(), by_hook.nan_to_num()) <= EXACT, what
     assert not cm.check(model).hooked
 
 
@@ -624,11 +728,40 @@ def replace_modules(model: Any) -> None:
     model.setup()
 
 
-def test_replacement_modules_are_read_through() -> None:
+def replaced_by_circuit_tracer(model: Any) -> Any:
+    """What circuit-tracer makes of a model with transcoders."""
+    replacement = pytest.importorskip(
+        "circuit_tracer.replacement_model.replacement_model_transformerlens"
+    )
+    transcoders = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    width, layers = model.cfg.d_model, range(model.cfg.n_layers)
+    each = {
+        layer: transcoders.SingleLayerTranscoder(
+            width, 2 * width, torch.relu, layer, dtype=torch.float64
+        )
+        for layer in layers
+    }
+    found = replacement.TransformerLensReplacementModel.from_config(
+        model.cfg, transcoders.TranscoderSet(each, "hook_mlp_in", "hook_mlp_out")
+    ).to(torch.float64)
+    # Its feed-forward sublayers and unembedding are a module further down.
+    weights = {
+        name.replace(".mlp.", ".mlp.old_mlp.").replace("unembed.", "unembed.old_unembed."): weight
+        for name, weight in model.state_dict().items()
+    }
+    found.load_state_dict({**found.state_dict(), **weights})
+    return found.eval()
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["imitated", "circuit-tracer"])
+def test_replacement_modules_are_read_through(real: bool) -> None:
     case = case_of("gpt2", host="HookedTransformer")
     model, given = zoo.build(case), zoo.inputs(case)
     plain, logits = asked(zoo.build(case), given.tokens), zoo.logits(model, given)
-    replace_modules(model)
+    if real:
+        model = replaced_by_circuit_tracer(model)
+    else:
+        replace_modules(model)
     assert torch.equal(zoo.logits(model, given), logits)
     report = cm.check(model)
     assert report.ok

@@ -161,8 +161,8 @@ def test_a_long_text_among_short_ones_costs_what_they_cost_alone(method: Method)
     together = count_operations(lambda: method.ask(model, ids, attention_mask=mask))
     alone = count_operations(lambda: method.ask(model, long))
     alone += 30 * count_operations(lambda: method.ask(model, short))
-    # By source, every sentence has a score for each of the longest one's.
-    limit = 8 if method.name == "log_prob_contributions" else 1.5
+    # Of a model as small as this one, what attention brings to W_O counts, padding included.
+    limit = 2 if method.name == "log_prob_contributions" else 1.5
     assert together <= limit * alone, together / alone
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
+from tl_contextmix.adapters.inputs import passes
 from tl_contextmix.core import readout as unembed
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine import log_prob_scores
 from tl_contextmix.engine import memory_coefficients as memories
 from tl_contextmix.engine.memory_coefficients import CASES, cases
 from tl_contextmix.engine.memory_coefficients import values as value_vectors
+from tl_contextmix.methods.memories import shards
 
 ALL = [case for case in zoo.cases() if case.family != "attn_only"]
 READ = [case for case in ALL if case.family not in zoo.OPAQUE_FEED_FORWARD]
@@ -324,3 +331,40 @@ def test_a_model_without_memories_is_refused() -> None:
         cm.ff_values(model)
     with pytest.raises(cm.InvalidInput, match="no memories in layer 0"):
         cm.token_memory(model, torch.tensor([[5, 6]]))
+
+
+@pytest.mark.once
+def test_bars_show_on_a_terminal_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = zoo.build(case_of("gpt2"), dtype=torch.float32), "the cat sat"
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    # Where nobody looks nothing is shown, and nothing before two seconds have passed.
+    monkeypatch.setattr(sys, "stderr", screen)
+    cm.ff_memories(model, text)
+    assert not screen.getvalue()
+    at_once = {"delay": 0, "mininterval": 0, "miniters": 1, "file": screen, "ncols": 120}
+    for module in (memories, passes, log_prob_scores, shards):
+        bar = module.tqdm
+        monkeypatch.setattr(
+            module, "tqdm", lambda *rows, bar=bar, **given: bar(*rows, **{**given, **at_once})
+        )
+    fresh = zoo.build(case_of("gpt2"), dtype=torch.float32)
+    shown = {}
+    for name, ask in {
+        "ff_memories": partial(cm.ff_memories, fresh, text),
+        "again": partial(cm.ff_memories, fresh, text),
+        "composition": partial(cm.composition, fresh, [text]),
+        "log_prob_contributions": partial(cm.log_prob_contributions, fresh, text),
+    }.items():
+        screen.seek(0)
+        screen.truncate()
+        ask()
+        shown[name] = screen.getvalue()
+    count = len(view_of(fresh).blocks())
+    assert f"what values of layer {count - 1} promote: 100%" in shown["ff_memories"]
+    # What depends on weights alone is computed once.
+    assert "promote" not in shown["again"]
+    assert re.search(rf"ff_memories: 100%\|.*\| {count}/{count} ", shown["again"])
+    assert "composition" in shown["composition"]
+    assert "token/s" in shown["composition"]
+    assert f"/{1 + 2 * count} [" in shown["log_prob_contributions"]

@@ -126,6 +126,37 @@ def test_a_cache_of_other_segments_is_refused(case: zoo.Case) -> None:
     cm.attention(model, ids, cache=cache, token_type_ids=segments)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "roberta", "bert"])
+def test_a_cache_of_other_positions_is_refused(family: str) -> None:
+    case = case_of(family, host="TransformerBridge")
+    model, ids = zoo.shared(case), zoo.inputs(case).tokens
+    there = torch.arange(2, 2 + ids.shape[1]).expand_as(ids)
+    _, plain = model.run_with_cache(ids)
+    _, moved = model.run_with_cache(ids, position_ids=there)
+    found = cm.attention(model, ids, cache=moved, position_ids=there)
+    assert torch.equal(found.scores, cm.attention(model, ids, position_ids=there).scores)
+    cm.attention(model, ids, cache=plain)
+    first = as_view(model).cached.first_position
+    own = torch.arange(first, first + ids.shape[1]).expand_as(ids)
+    assert torch.equal(
+        cm.attention(model, ids, cache=plain, position_ids=own).scores,
+        cm.attention(model, ids).scores,
+    )
+    refused = pytest.raises(cm.InvalidInput, match=r"at position 0; .*input's position_ids")
+    with refused:
+        cm.attention(model, ids, cache=plain, position_ids=there + (first == 2))
+    if first != 2:
+        with pytest.raises(cm.InvalidInput, match=r"at position 0; .*input's position_ids"):
+            cm.attention(model, ids, cache=moved)
+
+
+def test_a_cache_that_shows_no_positions_is_refused_with_position_ids() -> None:
+    model, ids = zoo.shared(case_of("llama", host="TransformerBridge")), torch.tensor([[5, 6, 7]])
+    _, cache = model.run_with_cache(ids)
+    with pytest.raises(cm.InvalidInput, match="the positions of this cache are not known"):
+        cm.attention(model, ids, cache=cache, position_ids=torch.tensor([[1, 2, 5]]))
+
+
 @EACH_BERT
 def test_faithfulness_and_knockout_want_what_the_map_was_given(case: zoo.Case) -> None:
     model, ids = zoo.shared(case), IDS[:1, :4]

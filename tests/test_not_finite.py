@@ -91,6 +91,21 @@ def test_logits_alone_that_overflow_refuse_predictions_and_keep_maps() -> None:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"mode": "teacher_forced"}, {"mode": "scores", "target": [7]}]
+)
+def test_a_decoder_whose_numbers_are_not_finite_says_so(options: dict[str, Any]) -> None:
+    model = zoo.build(case_of("bart", "t5", host="TransformerBridge"), dtype=torch.float32)
+    name = view_of(model).stacks["decoder"][-1].resid_out
+    cm.decoder_lens(model, IDS + 5, **options)
+    with (
+        model.hooks(fwd_hooks=[(name, lambda tensor, hook: tensor * torch.inf)]),
+        pytest.raises(cm.InvalidInput, match="NaN or infinity in the logits"),
+    ):
+        cm.decoder_lens(model, IDS + 5, **options)
+
+
+@pytest.mark.once
 def test_weights_that_float16_cannot_hold() -> None:
     model = model_of("gpt2", torch.float16)
     with torch.no_grad():

@@ -27,6 +27,7 @@ from tl_contextmix.core.pieces import join_pieces, show_bytes, whole_characters
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.evaluation.minimal_pairs import place_tokens
+from tl_contextmix.reporting import build_report
 from tl_contextmix.results import Tokens
 
 APART = "they don\u2019t know the caf\u00e9 \U0001f642 \u6cb3"
@@ -513,6 +514,23 @@ def test_labels_that_do_not_name_the_vocabulary(toy: Any, given: Any, message: s
         cm.log_prob_contributions(made, game, target="x", labels=given)
 
 
+def test_games_are_evaluated_and_reported_without_a_tokenizer(toy: Any) -> None:
+    made, game, moves = toy
+    fmap = cm.value_zeroing(made, game, labels=moves).normalize()
+    options: dict[str, Any] = {"blank": 1, "labels": moves}
+    named = cm.faithfulness(made, game, fmap, target=moves[9], foil=moves[7], **options)
+    by_id = cm.faithfulness(made, game, fmap, target=9, foil=7, blank=1)
+    assert [row.value for row in named.rows] == [row.value for row in by_id.rows]
+    games: list[Any] = [game[0].tolist(), torch.tensor([5, 6, 7])]
+    asked = {"methods": ["value_zeroing", "gradient_x_input"]}
+    compared = cm.compare(made, games, target=moves[9], **asked, **options)
+    plain = cm.compare(made, games, target=9, blank=1, **asked)
+    assert [row.value for row in compared.rows] == [row.value for row in plain.rows]
+    page = build_report(made, game, labels=moves, target=moves[9])
+    assert all(moves[token] in page.html() for token in game[0].tolist())
+    assert "Mixing" in page.html()
+
+
 def test_games_are_mined_without_a_tokenizer(toy: Any, tmp_path: Path) -> None:
     made, game, moves = toy
     games = [game[0].tolist(), [5, 6, 7]]
@@ -546,13 +564,11 @@ def test_labels_name_what_a_decoder_says() -> None:
 
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 def test_classes_are_read_at_any_position(direction: str) -> None:
-    if zoo_build.major() > 3:
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
     options = {"d_vocab_out": 3, "attention_dir": direction, "act_fn": "gelu"}
+    options["normalization_type"] = "LN"
+    build = zoo_build.config_built if zoo_build.major() < 4 else zoo_build.native
     with zoo_build.quiet():
-        made = zoo_build.config_built(
-            {**options, "normalization_type": "LN"}, dtype=torch.float64, seed=0
-        )
+        made = build(options, dtype=torch.float64, seed=0)
     made.tokenizer = None
     game = torch.tensor([[3, 41, 12, 60], [8, 9, 10, 11]])
     moves, classes = [f"m{token}" for token in range(made.cfg.d_vocab)], ["lost", "drawn", "won"]

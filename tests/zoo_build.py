@@ -104,22 +104,32 @@ def _transformer_lens(module: str = "") -> Any:
     return importlib.import_module(f"transformer_lens.{module}".rstrip("."))
 
 
+_SIZES = {
+    "d_model": rows.D_MODEL,
+    "n_heads": rows.N_HEADS,
+    "d_head": rows.D_HEAD,
+    "n_layers": rows.N_LAYERS,
+    "d_mlp": rows.D_MLP,
+    "d_vocab": rows.D_VOCAB,
+    "n_ctx": rows.N_CTX,
+}
+
+
 def config_built(options: dict[str, Any], *, dtype: torch.dtype, seed: int) -> Any:
     """A random HookedTransformer from a HookedTransformerConfig."""
     lens = _transformer_lens()
-    sizes = {
-        "d_model": rows.D_MODEL,
-        "n_heads": rows.N_HEADS,
-        "d_head": rows.D_HEAD,
-        "n_layers": rows.N_LAYERS,
-        "d_mlp": rows.D_MLP,
-        "d_vocab": rows.D_VOCAB,
-        "n_ctx": rows.N_CTX,
-    }
-    config = lens.HookedTransformerConfig(device="cpu", dtype=dtype, **(sizes | options))
+    config = lens.HookedTransformerConfig(device="cpu", dtype=dtype, **(_SIZES | options))
     model = lens.HookedTransformer(config, tokenizer=load_tokenizer("gpt"))
     randomize(model, seed=seed)
     return model
+
+
+def native(options: dict[str, Any], *, dtype: torch.dtype, seed: int) -> Any:
+    """A random bridge from a TransformerBridgeConfig, without a Hugging Face model."""
+    config = _transformer_lens("config").TransformerBridgeConfig(**(_SIZES | options))
+    model = _transformer_lens("model_bridge").TransformerBridge.boot_native(config).to(dtype)
+    randomize(model, seed=seed)
+    return model.eval()
 
 
 def load_tokenizer(kind: rows.TokenizerKind) -> Any:

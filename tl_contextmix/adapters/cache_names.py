@@ -20,6 +20,7 @@ _OTHER_ENDINGS = {
     ".hook_v": ".v.hook_out",
     ".hook_z": ".o.hook_in",
 }
+_POSITIONS = ("pos_embed.hook_out", "hook_pos_embed")
 _SEGMENTS = ("token_type_embed.hook_out", "embed.hook_token_type_embed")
 _BRIDGE = {"main": ("embed.hook_out",), "decoder": ("decoder_embed.hook_out",)}
 
@@ -41,10 +42,19 @@ def cache_reader(
         # A bridge's hook_embed may be after the embeddings' norm; these are not.
         embedded = {"main": ("embed.hook_embed", "hook_embed")}
     embedded = {**embedded, "token_type_ids": _SEGMENTS}
+    pos_embed = facts.model._modules.get("pos_embed") if facts.bridge else None
+    table = getattr(pos_embed, "original_component", None)
+    # An encoder-decoder takes no positions, and sinusoids are in no table.
+    if getattr(table, "weight", None) is not None and len(stacks) == 1:
+        embedded = {**embedded, "position_ids": _POSITIONS}
+    padding = getattr(table, "padding_idx", None)
     return CacheReader(
         other_names=_other_names if facts.bridge else lambda name: (),
         embedded=embedded,
-        embedding=_embedding(handle),
+        # OPT's table has two rows before that of position 0.
+        embedding=_embedding(handle, getattr(table, "offset", 0)),
+        # RoBERTa counts from after its padding's.
+        first_position=0 if padding is None else padding + 1,
     )
 
 
@@ -56,10 +66,12 @@ def _other_names(name: str) -> tuple[str, ...]:
     )
 
 
-def _embedding(handle: Handle) -> Callable[..., Tensor]:
+def _embedding(handle: Handle, first: int) -> Callable[..., Tensor]:
     def embedding(ids: Tensor, name: str = "main") -> Tensor:
         model = handle.get()
-        if name != "token_type_ids":
+        if name == "position_ids":
+            weight, ids = model.pos_embed.original_component.weight, ids + first
+        elif name != "token_type_ids":
             weight = model.W_E
         elif handle.bridge:
             weight = model.token_type_embed.original_component.weight

@@ -25,6 +25,7 @@ from tl_contextmix.adapters.weight_processing import (
     sampled,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
+from tl_contextmix.errors import bad
 
 # What every module has is watched otherwise, or changes no number.
 _STANDARD = frozenset(vars(nn.Module()))
@@ -288,12 +289,16 @@ def check(model: Any) -> IdentityReport:
     return replace(known.report, hooked=known.view.hooked())
 
 
-def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
+def as_encoder_decoder(
+    model: Any, tokenizer: Any = None, language: str | None = None, task: str | None = None
+) -> EncoderDecoder:
     """Returns an encoder-decoder as one encoder of L layers and a decoder that reads any of them.
 
     Args:
         model: As in `as_view`, or a Hugging Face speech model (Whisper).
         tokenizer: Tokenizer or processor of a speech model.
+        language: Target language, see `TokenInputs`; a speech model's as ``generate`` takes it.
+        task: ``"transcribe"`` or ``"translate"``, of a speech model.
 
     Raises:
         UnsupportedModel: As `as_view`, or if the model has one stack.
@@ -301,7 +306,11 @@ def as_encoder_decoder(model: Any, tokenizer: Any = None) -> EncoderDecoder:
     """
     if isinstance(model, ModelView):
         raise NeedsModel
-    return from_speech(model, tokenizer) if is_speech(model) else from_view(model, as_view(model))
+    if is_speech(model):
+        return from_speech(model, tokenizer, language, task)
+    if task is not None:
+        raise bad("task has no meaning for this model", repr(task), "None", "Leave it out.")
+    return from_view(model, as_view(model), language)
 
 
 def _examine(model: Any) -> _Known:

@@ -316,6 +316,11 @@ class Block:
         """Returns its attention sublayer of a kind: ``"self"`` or ``"cross"``."""
         return next(one for one in self.attentions if one.kind == kind)
 
+    @property
+    def sublayers(self) -> tuple[AttentionSublayer | FeedForward, ...]:
+        """Its sublayers in order."""
+        return (*self.attentions, *([] if self.feed_forward is None else [self.feed_forward]))
+
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""
         reads = [name for a in self.attentions for name in (a.pattern, a.value)]
@@ -500,12 +505,15 @@ class Trace:
         A head that is ablated at its z is scaled with zero. The factor is that of the projection
         on pattern times value; the identity ``mixing`` says whether there is one.
         """
-        pattern = self.pattern(attention)
+        pattern, factor = self.pattern(attention), self.factor(attention)
+        return pattern if factor is None else pattern * factor.transpose(1, 2)[..., None]
+
+    def factor(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head"] | None:
+        """Returns what hooks scaled heads with, see `mixing`; None where they did not."""
         if attention.mixed not in self.changed:
-            return pattern
+            return None
         plain, found = self.mix(attention), self[attention.mixed]
-        factor = (found * plain).sum(-1) / plain.square().sum(-1).clamp(min=1e-30)
-        return pattern * factor.transpose(1, 2)[..., None]
+        return (found * plain).sum(-1) / plain.square().sum(-1).clamp(min=1e-30)
 
 
 def require_weight(weights: Weights, name: str) -> Tensor:

@@ -45,13 +45,16 @@ class CacheReader:
     Attributes:
         other_names: Returns the other names under which an activation may be kept.
         embedded: By side (``"main"``, ``"decoder"``): names of the token embeddings, best first;
-            by ``"token_type_ids"``, those of the embeddings of segments.
+            by ``"token_type_ids"`` and ``"position_ids"``, those of the embeddings of segments and
+            of positions.
         embedding: Returns the embeddings of token ids, or of those of a further argument.
+        first_position: The position of a text's first token.
     """
 
     other_names: Callable[[str], tuple[str, ...]]
     embedded: Mapping[str, tuple[str, ...]]
     embedding: Callable[..., Tensor]
+    first_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ class ModelView:
         encode: Text to token ids of the main side.
         encode_pair: Two texts to the ids of one row, and its segments where the tokenizer has any.
         encode_chat: Messages to the ids of one row, and the role of each, see `adapters.chats`.
-        encode_decoder: Text to token ids of the decoder side, its prompt first; or None.
+        encode_decoder: Text, and the target language where it is named, to token ids of the decoder
+            side, its prompt first; or None.
         prompt_caution: Returns what a user should know of that prompt; empty for nothing.
         pieces: A word to token ids, without special tokens, as the model predicts them.
         special_ids: Returns the ids of the ``"mask"`` and of ``"unknown"`` words, and of the
@@ -188,7 +192,7 @@ class ModelView:
     encode_chat: Callable[[Sequence[Mapping[str, Any]], bool], tuple[list[int], list[int]]] = field(
         repr=False
     )
-    encode_decoder: Callable[[str | None], list[int]] | None = field(repr=False)
+    encode_decoder: Callable[..., list[int]] | None = field(repr=False)
     prompt_caution: Callable[[], str] = field(repr=False)
     pieces: Callable[[str], list[int]] = field(repr=False)
     special_ids: Callable[[], dict[str, int]] = field(repr=False)

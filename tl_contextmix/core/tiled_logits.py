@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import require_weight, shift
@@ -138,20 +138,22 @@ class Vocabulary:
         return found
 
     def gains(
-        self, base: Float[Tensor, "batch d_model"], vectors: Float[Tensor, "batch some d_model"]
+        self,
+        base: Float[Tensor, "batch d_model"],
+        vectors: Float[Tensor, "batch some d_model"],
+        there: Bool[Tensor, "batch some"] | None = None,
     ) -> Float[Tensor, "batch some"]:
-        """Returns the increase of `target_log_probs` by each vector, added alone.
+        """Returns the increase of `target_log_probs` by each vector, added to a state alone.
 
-        Args:
-            base: The state it is added to.
-            vectors: The vectors.
+        Where ``there`` is given, the others gain 0.
         """
-        found = vectors.new_empty(vectors.shape[:2])
+        found = vectors.new_zeros(vectors.shape[:2])
         rows, tile = self._tiles(vectors.shape[1])
+        every = torch.arange(vectors.shape[1])
         for row in range(len(base)):
             before = self.log_probs(base[row : row + 1], row)
             start = self.hidden(base[row : row + 1], row)
-            for part in blocks(vectors.shape[1], rows):
+            for part in (every if there is None else every[there[row].cpu()]).split(rows):
                 shift = self._shift(start, base[row], vectors[row, part], row)
                 found[row, part] = self._gained(before, shift, row, tile)
         return found

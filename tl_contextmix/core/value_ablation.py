@@ -3,7 +3,8 @@ r"""A block's output when one source's value is zeroed in one attention sublayer
 Zeroing value ``j`` changes the sublayer's output at position ``i`` by exactly
 :math:`-T_{ij} = -\sum_h A_{hij} v_{hj} W_O^h` and nothing else, so no forward pass is needed: the
 term is subtracted, norms are taken anew (their scales are not frozen here) and the feed-forward
-sublayer is recomputed. Its pre-activation needs no product with the :math:`n^2` changed vectors:
+sublayer is recomputed. What hooks of the user's own scale heads with, and add to the stream, stays
+as it is. Its pre-activation needs no product with the :math:`n^2` changed vectors:
 
 .. math:: z_{ij} = \frac{1}{s^{(2)}_{ij}} \Big(B_i + \frac{R_i - q_{ij}}{s^{(1)}_{ij}}\Big) + c
 
@@ -38,12 +39,16 @@ class Later:
         seen: Which sources each target reads at all.
         key: Its keys, which do not change.
         value: Its values, which do not change.
+        factor: What hooks scaled its heads with, or None.
+        added: What hooks added to the residual sum after it, or None.
     """
 
     attention: AttentionSublayer
     seen: Bool[Tensor, "batch target head source"]
     key: Float[Tensor, "batch source head d_head"]
     value: Float[Tensor, "batch source head d_head"]
+    factor: Float[Tensor, "batch target head"] | None = None
+    added: Float[Tensor, "batch target d_model"] | None = None
 
     def add(
         self, stream: Float[Tensor, "batch source target d_model"], rows: slice
@@ -51,8 +56,11 @@ class Later:
         """Returns changed residual streams after the sublayer."""
         pattern = self.attention.cross_pattern(stream, self.key[:, None], self.seen[:, None, rows])
         mixed = torch.einsum("bsthk,bkhd->bsthd", pattern, self.value)
+        if self.factor is not None:
+            mixed = mixed * self.factor[:, None, rows, :, None]
         out = torch.einsum("bsthd,hdm->bstm", mixed, self.attention.W_O)
-        return self.attention.join(stream, shift(out, self.attention.b_O))
+        added = None if self.added is None else self.added[:, None, rows]
+        return self.attention.join(shift(stream, added), shift(out, self.attention.b_O))
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,14 @@ class ValueAblation:
         block: The block.
         attention: The sublayer.
         read: Its terms.
-        before: The residual stream it adds to.
+        before: The residual stream it adds to, and what hooks add to their sum.
         raw: Its output, before a norm of it.
         branches: The feed-forward sublayer's branches; empty where it is not changed or is
             recomputed from its input.
         later: Attention sublayers after it.
         fixed: The feed-forward output where it does not see the change (parallel), else None.
         pre: The model's own pre-activations by branch where the pass kept them, else None.
+        added: What hooks add to the residual sum after the feed-forward sublayer, or None.
     """
 
     block: Block
@@ -81,6 +90,7 @@ class ValueAblation:
     later: tuple[Later, ...]
     fixed: Float[Tensor, "batch target d_model"] | None
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None = None
+    added: Float[Tensor, "batch target d_model"] | None = None
 
     def touched(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
         """Returns which targets read which sources (or spans) in any row of the batch."""
@@ -212,6 +222,7 @@ class ValueAblation:
             return stream
         if self.fixed is not None:
             stream = stream + self.fixed[:, None, rows]
+            stream = shift(stream, None if self.added is None else self.added[:, None, rows])
             return stream if ff.norm_after is None else ff.norm_after(stream)
         if self.branches:
             second = second if ff.norm_in is None else ff.norm_in.scale(stream)
@@ -222,6 +233,10 @@ class ValueAblation:
             stream = stream if among is None else stream[:, among]
             pre = _direct(ff, stream)
         stream = stream + ff.project(ff.post_activation(pre))
+        if self.added is not None:
+            added = self.added[:, None, rows]
+            added = added if among is None else added.expand(-1, *among.shape, -1)[:, among]
+            stream = stream + added
         return stream if ff.norm_after is None else ff.norm_after(stream)
 
     def _pre(
@@ -273,9 +288,10 @@ def ablate_values(
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for attention in block.attentions[:position]:
+        stream = shift(stream, _added(attention, trace, picked))
         stream = attention.join(stream, attention.raw_output(trace, picked))
     attention = block.attentions[position]
-    pattern = trace.pattern(attention)[:, :, picked]
+    pattern = trace.mixing(attention)[:, :, picked]
     read = AttentionTerm(
         pattern=pattern,
         value=trace.value(attention),
@@ -291,13 +307,22 @@ def ablate_values(
         block=block,
         attention=attention,
         read=read,
-        before=stream,
+        before=shift(stream, _added(attention, trace, picked)),
         raw=attention.raw_output(trace, picked),
         branches=(),
         later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,
         pre=pre,
+        added=None if ff is None else _added(ff, trace, picked),
     )
+
+
+def _added(
+    sublayer: AttentionSublayer | FeedForward, trace: Trace, rows: slice | list[int]
+) -> Tensor | None:
+    """Returns what hooks added to the residual sum after a sublayer."""
+    found = trace.edit(sublayer.edits.stream)
+    return None if found is None else found[:, rows]
 
 
 def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
@@ -316,7 +341,15 @@ def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) 
     shape = trace.pattern(attention)[:, :, rows].permute(0, 2, 1, 3).shape
     real = trace.batch.main.mask.to(trace.values[attention.pattern].device)
     seen = real[:, None, None, :].expand(shape)
-    return Later(attention, seen, trace.key(attention), trace.value(attention))
+    factor = trace.factor(attention)
+    return Later(
+        attention,
+        seen,
+        trace.key(attention),
+        trace.value(attention),
+        None if factor is None else factor[:, rows],
+        _added(attention, trace, rows),
+    )
 
 
 def _terms(read: AttentionTerm, rows: slice, columns: slice, spans: Spans | None) -> Tensor:

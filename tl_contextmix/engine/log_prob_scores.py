@@ -374,7 +374,8 @@ def log_prob_increases(prediction: Prediction, split: Split) -> Float[Tensor, "b
     base = prediction.stream.states[:, split.step]
     if split.neurons is None:
         assert split.vectors is not None
-        return prediction.vocabulary.gains(base, split.vectors())
+        there = None if split.read is None else split.there
+        return prediction.vocabulary.gains(base, split.vectors(), there)
     neurons = split.neurons
     found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     # Exactly: rounding would put silent neurons in some order.

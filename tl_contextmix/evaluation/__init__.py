@@ -4,6 +4,7 @@ from tl_contextmix.evaluation.agreement import agreement
 from tl_contextmix.evaluation.alignment import Cues, cue_alignment
 from tl_contextmix.evaluation.faithfulness import (
     Drop,
+    blank_token,
     blanked,
     faithfulness,
     faithfulness_of,
@@ -24,6 +25,7 @@ __all__ = [
     "Sentence",
     "Unusable",
     "agreement",
+    "blank_token",
     "blanked",
     "cue_alignment",
     "faithfulness",

@@ -7,20 +7,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, label, provenance, run_pass
+from tl_contextmix.adapters.inputs import (
+    Given,
+    Ids,
+    Labels,
+    label,
+    name_tokens,
+    provenance,
+    run_pass,
+)
 from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.core.validation import NotNegative, Positive
+from tl_contextmix.core.validation import LATER, NotNegative, Positive
 from tl_contextmix.engine.registry import Method, method, methods
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (
@@ -29,6 +37,7 @@ from tl_contextmix.evaluation import (
     MinimalPair,
     Sentence,
     Unusable,
+    blank_token,
     blanked,
     cue_alignment,
     faithfulness_of,
@@ -39,6 +48,7 @@ from tl_contextmix.evaluation.aggregation import readable
 from tl_contextmix.results import Comparison, ContextMap, Cost, ScoreRow
 
 Make = Callable[[Any, Sentence], ContextMap]
+Sentences = Annotated[Sequence[str] | Sequence[Ids] | Ids | Sequence[MinimalPair], LATER]
 
 
 def comparable() -> dict[str, Make]:
@@ -52,13 +62,14 @@ def comparable() -> dict[str, Make]:
 
 def _ask(known: Method, options: Mapping[str, Any], model: Any, sentence: Sentence) -> ContextMap:
     about = vars(sentence.answer) if known.of_prediction else {}
-    return known.function(model, sentence.tokens, **options, **about)
+    named = {"labels": sentence.labels} if sentence.labels is not None else {}
+    return known.function(model, sentence.tokens, **options, **about, **named)
 
 
 @method(cites=("mohebbi2023quantifying", "deyoung2020eraser"), on_text=False)
 def compare(
     model: object,
-    input: Sequence[str] | Sequence[MinimalPair],
+    input: Sentences,
     *,
     cues: Cues | None = None,
     methods: Sequence[str] | Mapping[str, Callable[[Any, Tensor], ContextMap]] | None = None,
@@ -68,6 +79,7 @@ def compare(
     target: Target | None = None,
     foil: Target | None = None,
     contrast: bool = False,
+    labels: Labels | None = None,
 ) -> Comparison:
     """Returns how well each method's maps score on the same sentences, and their cost.
 
@@ -85,11 +97,11 @@ def compare(
 
     Args:
         model: A causal or masked language model.
-        input: Texts (of a masked model, with its mask token), or minimal pairs
+        input: Texts or rows of token ids (of a masked model, with its mask token), or minimal pairs
             (`load_minimal_pairs`, `demo_pairs`): a causal model then reads their common prefix, a
             masked one the sentence with the differing word masked.
-        cues: For texts: the cues of each sentence, see `cue_alignment`. None: those of the pairs,
-            or no alignment.
+        cues: For texts and ids: the cues of each sentence, see `cue_alignment`. None: those of the
+            pairs, or no alignment.
         methods: Names of rows (``"alti"``, ``"attention_norms mlp_out"``), or functions of a model
             and token ids [1, pos] that return a `ContextMap`, by name; None for all. Then methods
             that do not support the model are skipped, and listed in the result with the reason.
@@ -102,6 +114,8 @@ def compare(
         foil: For texts: what it is contrasted with, see `Asked`.
         contrast: For minimal pairs: whether the wrong word is the right one's foil. Faithfulness
             then is that of the model's choice between the two, and maps of a prediction explain it.
+        labels: Names of the token ids, for ``target`` and ``foil``, see `Inputs`. A model without
+            a tokenizer needs ``blank``, too.
 
     Returns:
         A `Comparison`.
@@ -116,13 +130,16 @@ def compare(
 
     Cost: every method once per sentence, and `faithfulness` of every map.
     """
-    view = as_view(model)
+    view = name_tokens(as_view(model), labels)
     view.readout.require()
     sentences, dropped = sentences_of(
         model, view, input, cues, unusable, answer=Answer(target, foil), contrast=contrast
     )
-    drops = [_blanked(model, view, s, blank, words) for s in sentences]
-    known = [_answered(s, drop) for s, drop in zip(sentences, drops, strict=True)]
+    token = blank_token(model, view) if blank is None else blank
+    drops = [_blanked(view, s, token, words) for s in sentences]
+    known = [
+        replace(_answered(s, drop), labels=labels) for s, drop in zip(sentences, drops, strict=True)
+    ]
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
     middle = _middle(known)
@@ -156,14 +173,12 @@ def compare(
     )
 
 
-def _blanked(
-    model: object, view: ModelView, sentence: Sentence, blank: int | None, words: bool
-) -> Drop:
+def _blanked(view: ModelView, sentence: Sentence, blank: int, words: bool) -> Drop:
     spans = None
     if words:
         side = Side(sentence.tokens, torch.ones_like(sentence.tokens, dtype=torch.bool))
         spans = label(view, "", side).words()[0]
-    return blanked(model, sentence.tokens[0], sentence.answer, blank, spans)
+    return blanked(view, sentence.tokens[0], sentence.answer, blank, spans)
 
 
 def _answered(sentence: Sentence, drop: Drop) -> Sentence:

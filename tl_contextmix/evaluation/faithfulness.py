@@ -5,13 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, make_batch
+from tl_contextmix.adapters.inputs import Given, Input, Labels, make_batch, name_tokens
 from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.adapters.questions import Answer, Question, Target, ask, one_each
 from tl_contextmix.core.blocks import Batch, Side
@@ -43,6 +42,7 @@ def faithfulness(
     blank: int | None = None,
     target: Target | None = None,
     foil: Target | None = None,
+    labels: Labels | None = None,
 ) -> Score:
     r"""Returns whether the prediction depends on the tokens that a map ranks high.
 
@@ -69,6 +69,7 @@ def faithfulness(
             padding or end-of-sequence token.
         target: The answer, a token or a set, see `Asked`; None for the model's own predictions.
         foil: What it is contrasted with, see `Asked`.
+        labels: Names of the token ids, for ``target`` and ``foil``, see `Inputs`.
 
     Returns:
         A `Score` with 95 % bootstrap intervals over sentences.
@@ -83,7 +84,7 @@ def faithfulness(
     Cost: per sentence of ``n`` tokens, ``2 n`` forward passes per layer and at most ``41 n`` more,
     batched; sets of tokens shared between layers run once.
     """
-    view = as_view(model)
+    view = name_tokens(as_view(model), labels)
     batch = make_batch(view, Given(input, _mask_of(map, input)))
     if not isinstance(map, ContextMap) or not torch.equal(batch.main.ids.cpu(), map.source.ids):
         raise bad(
@@ -96,12 +97,13 @@ def faithfulness(
     count = len(map.source.strings)
     places = [None] * count if pos is None else per_sentence(pos, count, "positions")
     targets, foils = one_each(target, count, "target"), one_each(foil, count, "foil")
+    blank = blank_token(model, view) if blank is None else blank
     drops = []
     for row, asked in enumerate(zip(targets, foils, places, strict=True)):
         real = map.source.mask[row]
         further = {name: value[row].cpu()[real] for name, value in batch.further.items()}
         ids = map.source.ids[row][real]
-        drops.append(blanked(model, ids, Answer(*asked), blank, further=further))
+        drops.append(blanked(view, ids, Answer(*asked), blank, further=further))
     warn_of_short(drops)
     return faithfulness_of(map, drops)
 
@@ -168,24 +170,23 @@ def _row_of(map: ContextMap, row: int, drop: Drop, real: Tensor) -> int:
 
 
 def blanked(
-    model: Any,
+    view: ModelView,
     ids: Tensor,
     answer: Answer,
-    blank: int | None,
+    blank: int,
     spans: Spans | None = None,
     further: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Drop:
     """Returns a sentence prepared for blanking.
 
     Args:
-        model: A causal or masked language model.
+        view: A causal or masked language model.
         ids: Its tokens [pos], no padding.
         answer: What is asked about it.
-        blank: See `faithfulness`.
+        blank: The token that replaces others.
         spans: Words to blank as a whole; None for single tokens.
         further: What the model is given of each token besides its id [pos].
     """
-    view = as_view(model)
     view.readout.require()
     if len(view.stacks) == 2:
         raise UnsupportedModel(
@@ -207,12 +208,11 @@ def blanked(
             "one position, and a target of one token",
             "Ask about one token of the answer: give it the text before, and that token.",
         )
-    token = _blank_token(model, view) if blank is None else blank
-    if whole_number(token) is None or not 0 <= token < view.d_vocab:
+    if whole_number(blank) is None or not 0 <= blank < view.d_vocab:
         expected = f"an integer from 0 to {view.d_vocab - 1}"
-        raise bad("blank is not a token id", repr(token), expected, "Pass another.")
+        raise bad("blank is not a token id", repr(blank), expected, "Pass another.")
     units = [(i, i + 1) for i in range(len(ids))] if spans is None else [*spans]
-    return Drop(question, token, units)
+    return Drop(question, blank, units)
 
 
 class Drop:
@@ -328,7 +328,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _blank_token(model: object, view: ModelView) -> int:
+def blank_token(model: object, view: ModelView) -> int:
+    """Returns the token that replaces blanked ones where none is named, see `faithfulness`."""
     tokenizer = getattr(model, "tokenizer", None)
     for name in ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Given, label, make_batch
+from tl_contextmix.adapters.inputs import Given, Labels, label, make_batch, read_batch
+from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
@@ -29,6 +31,7 @@ class Sentence:
         answer: What is asked there; if no target is known, the model's prediction.
         wrong: Id of the wrong one, or None.
         cues: Positions or texts of the cues; empty if unknown.
+        labels: Names of the token ids, see `Inputs`.
     """
 
     tokens: Tensor
@@ -36,6 +39,7 @@ class Sentence:
     answer: Answer
     wrong: int | None = None
     cues: tuple[int | str, ...] = ()
+    labels: Labels | None = None
 
 
 def sentences_of(
@@ -48,7 +52,7 @@ def sentences_of(
     answer: Answer,
     contrast: bool = False,
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
-    """Returns texts or minimal pairs as sentences, and those that cannot be scored.
+    """Returns texts, token ids or minimal pairs as sentences, and those that cannot be scored.
 
     Args:
         model: The model.
@@ -63,13 +67,15 @@ def sentences_of(
         InvalidInput: If they do not match the model or each other.
         UnsupportedModel: If the model has two stacks.
     """
-    listed = list(input) if isinstance(input, (list, tuple)) else []
+    rows = list(input) if isinstance(input, (list, tuple, Tensor, numpy.ndarray)) else []
+    listed = [*map(as_tensor, rows)]
     kinds = {type(one) for one in listed}
-    if kinds not in ({str}, {MinimalPair}):
+    if kinds not in ({str}, {Tensor}, {MinimalPair}):
         raise bad(
             "cannot compare methods on this input",
-            f"a {type(input).__name__} of {sorted(kind.__name__ for kind in kinds)}",
-            "a list of texts, or one of minimal pairs",
+            f"a {type(input).__name__}{' of ' * bool(kinds)}"
+            + ", ".join(sorted(kind.__name__ for kind in kinds)),
+            "a list of texts, of rows of token ids, or of minimal pairs",
             "See load_minimal_pairs and demo_pairs.",
         )
     if len(view.stacks) == 2:
@@ -83,14 +89,16 @@ def sentences_of(
         )
     causal = "decoder" in view.stacks
     mask = None if causal else mask_id(model)
-    if kinds == {str}:
+    if kinds != {MinimalPair}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
         _require_no_contrast(contrast)
         targets = one_each(answer.target, len(listed), "target")
         foils = one_each(answer.foil, len(listed), "foil")
         answers = map(Answer, targets, foils)
         texts = zip(listed, asked, answers, strict=True)
-        return _usable([(t, partial(_text, view, t, mask, c, a)) for t, c, a in texts], unusable)
+        return _usable(
+            [(_words(view, t), partial(_text, view, t, mask, c, a)) for t, c, a in texts], unusable
+        )
     if not answer.empty:
         raise bad(
             "minimal pairs have their own targets",
@@ -149,10 +157,19 @@ def _usable(
     return found, tuple(dropped)
 
 
+def _words(view: ModelView, given: str | Tensor) -> str:
+    return given if isinstance(given, str) else view.to_text(given.flatten().tolist())
+
+
 def _text(
-    view: ModelView, text: str, mask: int | None, cues: Iterable[int | str], answer: Answer
+    view: ModelView,
+    text: str | Tensor,
+    mask: int | None,
+    cues: Iterable[int | str],
+    answer: Answer,
 ) -> Sentence:
-    tokens = make_batch(view, Given(text)).main.ids.cpu()
+    side = read_batch(view, Given(text)).main
+    tokens = side.ids[side.mask][None].cpu()
     if mask is None:
         last = tokens.shape[1] - 1
         return Sentence(tokens, last, replace(answer, pos=last), None, tuple(cues))
@@ -160,7 +177,7 @@ def _text(
     if len(places) != 1:
         raise bad(
             "the predicting position is ambiguous",
-            f"{len(places)} masks in {text!r}",
+            f"{len(places)} masks in {_words(view, text)!r}",
             "exactly one mask token in every text",
             "Replace the word to predict with the tokenizer's mask token.",
         )

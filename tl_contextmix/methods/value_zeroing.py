@@ -19,7 +19,7 @@ from tl_contextmix.adapters.inputs import (
     Pass,
     run_pass,
 )
-from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.blocks import IDENTITIES, Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
 from tl_contextmix.core.validation import Layers, Positive
@@ -27,10 +27,12 @@ from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap
 from tl_contextmix.results.axes import positions
 
+# What heads are scaled with and what is added to the stream is known, and held.
+_FOLLOWED = IDENTITIES - {"pattern", "z", "unsteered"}
 Metric = Literal["cosine", "euclidean"]
 SpanRows = Literal["keep", "mean", "max"]
 
@@ -90,7 +92,11 @@ def value_zeroing(
 
     Raises:
         InvalidInput: If an argument does not fit the model.
-        UnsupportedModel: If the model is one whose numbers would be wrong.
+        UnsupportedModel: If the model is one whose numbers would be wrong, or hooks of your own
+            replace what a zeroed value changes.
+
+    Where hooks of your own scale heads at ``hook_z`` or add to the stream, they do so with a value
+    zeroed, too; a pass of the model for each of these blocks says whether.
 
     Cost per layer: ``2 n^2 d_mlp d + 2 n^2 H (d_mlp + d)`` operations (half if causal) and
     ``2 n d_mlp d`` for the sources' view of the neurons; gated: twice all but the first term. The
@@ -103,7 +109,9 @@ def value_zeroing(
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
     # Spans are stretches of the whole axis.
     given, whole = Given(input, **inputs), spans is not None
-    done = run_pass(view, given, layer=layer, stack=stack, also=also, whole=whole)
+    # A cache does not show what its pass would have done with a value zeroed.
+    needs = _FOLLOWED if given.cache is None else IDENTITIES
+    done = run_pass(view, given, layer=layer, stack=stack, also=also, needs=needs, whole=whole)
     groups = head_groups(done, heads)
     labels = group_labels(groups)
     rows = None if pos is None else positions("target", pos, done.target.labels())
@@ -116,6 +124,9 @@ def value_zeroing(
 
     source = "source:attn_out" if spans is None else "span"
     scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
+    if view.hooked() and given.cache is None:
+        for block in done.blocks:
+            _require_followed(done, block, kind)
     options = {
         "heads": list(labels),
         "pos": rows,
@@ -125,6 +136,48 @@ def value_zeroing(
         "final_norm": final_norm,
     }
     return _label(done, scores, labels, options)
+
+
+@torch.no_grad()
+def _require_followed(done: Pass, block: Block, kind: str) -> None:
+    """Checks that hooks do the same in a pass of the model with a value zeroed.
+
+    They do where they scale heads and add to the stream, not where they replace either.
+
+    Raises:
+        UnsupportedModel: If they do not.
+    """
+    trace = done.trace
+    read = next(one for one in block.attentions if one.kind == kind)
+    scaled = any(one.mixed in trace.changed for one in block.attentions)
+    if not scaled and all(trace.edit(one.edits.stream) is None for one in block.sublayers):
+        return
+    # The source that is read most: of one that nobody reads there is nothing to see.
+    place = int(trace.mixing(read).abs().sum(dim=(0, 1, 2)).argmax())
+
+    def zero(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, place] = 0
+        return value
+
+    found = done.again([block.resid_out], {read.value: zero})[block.resid_out]
+    replay, span = ablate_values(block, trace, kind), [(place, place + 1)]
+    expected = trace[block.resid_out].clone()
+    for rows, _, changed, _ in replay.tiles(span, DEFAULT_MAX_BYTES):
+        expected[:, rows] = changed[:, 0]
+    real = done.target.mask.to(found.device)
+    error = float((found - expected)[real].abs().max() / expected[real].abs().max())
+    if error <= done.view.tolerance:
+        return
+    raise UnsupportedModel(
+        four_parts(
+            f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
+            f"a relative error of {error:.2g}, at {', '.join(done.view.hooked()[:3])}",
+            f"at most {done.view.tolerance:.0e}: hooks that scale heads or add to the stream, "
+            "whatever is there",
+            "Take off hooks that replace what is there.",
+        )
+    )
 
 
 @dataclass(frozen=True)

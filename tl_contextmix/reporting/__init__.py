@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tl_contextmix.adapters.inputs import Ids, Labels
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.errors import UnsupportedModel, bad
@@ -27,7 +28,7 @@ COMPANION = "encoder-decoder"
 
 def build_report(
     model: object,
-    text: str,
+    text: str | Ids,
     *,
     title: str | None = None,
     sections: Sequence[SectionName] | None = None,
@@ -37,6 +38,7 @@ def build_report(
     target: Target | None = None,
     foil: Target | None = None,
     pos: int | None = None,
+    labels: Labels | None = None,
 ) -> Page:
     """Returns a page on what a model's blocks do to a sentence.
 
@@ -51,7 +53,7 @@ def build_report(
 
     Args:
         model: Any model `as_view` reads.
-        text: The sentence.
+        text: The sentence, or its token ids.
         title: Heading of the page.
         sections: Sections to include; None for all but ``points``. Their order is fixed.
         triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None:
@@ -62,6 +64,7 @@ def build_report(
         target: The predicted token that the page explains, see `Asked`; None: the model's best.
         foil: What it is contrasted with, see `Asked`.
         pos: The predicting position; None: the last, or the mask.
+        labels: Names of the token ids, see `Inputs`.
 
     Raises:
         ContextMixError: If the model, the text or the sections cannot be used.
@@ -70,7 +73,7 @@ def build_report(
         ContextMixWarning: If a demo model was not trained on a word of the text.
     """
     names = chosen(sections)
-    given = {"triggers": triggers, "pairs": pairs, "companion": companion}
+    given = {"triggers": triggers, "pairs": pairs, "companion": companion, "labels": labels}
     with _progress(len(names) + 1) as bar:
         bar.set_description("maps")
         story = read(model, text, answer=Answer(target, foil, pos), **given)

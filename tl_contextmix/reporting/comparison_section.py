@@ -105,7 +105,7 @@ def comparison(story: Story) -> Section | str:
     if view.readout.refusal:
         return view.readout.refusal
     pairs = story.pairs
-    if pairs is None and view.name in DEMO_NAMES:
+    if pairs is None and view.name in DEMO_NAMES and view.reads_text():
         pairs = demo_pairs(count=_FEW)
     panels: list[Panel] = [_rows(story)]
     finding, tested = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.methods.decoder_lens.lens import decoder_lens
 from tl_contextmix.plotting import Section
@@ -19,6 +20,8 @@ def encoder_layers(story: Story) -> Section | str:
     For a model without an encoder, those of the story's companion, if there is one.
     """
     model, text, about = story.model, story.text, ""
+    if isinstance(model, ModelView):
+        return "with labels, ask decoder_lens itself"
     if len(story.done.view.stacks) != 2:
         if story.companion is None:
             return "the model has no encoder and decoder"

@@ -89,7 +89,7 @@ def _triggers(story: Story, names: list[str]) -> tuple[list[Panel], str]:
     """
     if story.triggers is not None:
         return _samples(story.triggers, names), "These were mined beforehand."
-    if story.done.view.name not in DEMO_NAMES:
+    if story.done.view.name not in DEMO_NAMES or not story.done.view.reads_text():
         return [], (
             "None are shown here: mine a corpus with `tl-contextmix mine` and pass the folder as "
             "`--triggers`."

@@ -75,9 +75,11 @@ def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
 
 def facts(story: Story) -> tuple[tuple[str, str], ...]:
     """Returns text, model and versions as names and values."""
-    view = story.done.view
+    view, text = story.done.view, story.text
+    if not isinstance(text, str):
+        text = view.to_text(text.flatten().tolist())
     facts = [
-        ("Text", story.text),
+        ("Text", text),
         ("Model", view.name),
         ("Class", f"{view.host}, TransformerLens {view.host_version}"),
         ("Weights", ", ".join(view.processing) or "as published"),

@@ -6,8 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.inputs import Given, Labels, Pass, name_tokens, run_pass
+from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, ask
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.demo_models import DEMO_NAMES, known_words
@@ -33,8 +36,8 @@ class Story:
     """The data that the sections of a report share.
 
     Attributes:
-        model: The model.
-        text: The sentence.
+        model: The model; where labels name its tokens, its view with these names.
+        text: The sentence, or its token ids.
         done: The forward pass.
         stack: The stack of the maps; None if there is only one.
         maps: Maps by point, without points that do not apply to the model.
@@ -47,7 +50,7 @@ class Story:
     """
 
     model: object
-    text: str
+    text: str | Tensor
     done: Pass
     stack: StackName | None
     maps: Mapping[str, ContextMap]
@@ -94,16 +97,18 @@ def read(
     pairs: Sequence[MinimalPair] | None = None,
     companion: object = None,
     answer: Answer | None = None,
+    labels: Labels | None = None,
 ) -> Story:
     """Returns the data for a report on a model and a sentence.
 
     Args:
         model: Any model `as_view` reads.
-        text: The sentence.
+        text: The sentence, or its token ids.
         triggers: See `Story`.
         pairs: Likewise.
         companion: Likewise.
         answer: What is asked; None for the last position or the mask, and the model's best token.
+        labels: Names of the token ids, see `Inputs`.
 
     Raises:
         ContextMixError: If the model or the text cannot be used.
@@ -111,22 +116,28 @@ def read(
     Warns:
         ContextMixWarning: If a demo model was not trained on a word of the text.
     """
-    view = as_view(model)
-    if not isinstance(text, str):
+    view = name_tokens(as_view(model), labels)
+    asked = as_tensor(text)
+    if not isinstance(asked, str) and not (isinstance(asked, Tensor) and asked.squeeze().ndim < 2):
         raise bad(
             "cannot report on this text",
             f"a {type(text).__name__}",
-            "one sentence as a str",
+            "one sentence as a str, or its token ids",
             "Write one report per sentence.",
         )
-    _warn_about_words(view.name, text)
-    done = run_pass(view, Given(text))
+    if isinstance(asked, str):
+        _warn_about_words(view.name, asked)
+    if labels is not None:
+        model = view  # every method takes it for the model, with its names
+    done = run_pass(view, Given(asked))
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
-    maps, missing = _maps(model, text, stack)
+    maps, missing = _maps(model, asked, stack)
     answer = answer or Answer()
     focus = _focus(model, done) if answer.empty else _asked(done, answer)
     answer = replace(answer, pos=focus)
-    return Story(model, text, done, stack, maps, missing, focus, answer, triggers, pairs, companion)
+    return Story(
+        model, asked, done, stack, maps, missing, focus, answer, triggers, pairs, companion
+    )
 
 
 def _asked(done: Pass, answer: Answer) -> int:
@@ -142,7 +153,9 @@ def _asked(done: Pass, answer: Answer) -> int:
     return int(question.rows[0])
 
 
-def _maps(model: object, text: str, stack: StackName | None) -> tuple[dict[str, ContextMap], str]:
+def _maps(
+    model: object, text: str | Tensor, stack: StackName | None
+) -> tuple[dict[str, ContextMap], str]:
     """Returns the maps at all points, or those that apply and why others are missing."""
     try:
         return {**attention_norms(model, text, at=POINTS, stack=stack)}, ""

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.running import lock_of
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.core.finite import require_predictions
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,21 @@ class MemoryDecoder:
         log_probs[:, :unasked] = 0
         return Generated(ids, real, log_probs, finished, prompt, unasked)
 
-    def told(self, memory: Float[Tensor, "row source d_model"]) -> Int[Tensor, "row prompt"]:
+    def told(
+        self,
+        memory: Float[Tensor, "row source d_model"],
+        language: str | None = None,
+        task: str | None = None,
+    ) -> Int[Tensor, "row prompt"]:
         """Returns what ``generate`` gives Whisper's decoder before it says anything.
 
         Args:
             memory: Encoder states, from which an open language is heard.
+            language: An argument of ``generate``; None: by the settings.
+            task: Likewise.
+
+        Raises:
+            InvalidInput: If ``generate`` takes no such language or task.
         """
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -175,13 +186,23 @@ class MemoryDecoder:
             raise _Told(input_ids)
 
         states = BaseModelOutput(last_hidden_state=self._ready(memory))
+        given = {"language": language, "task": task}
+        named = {name: one for name, one in given.items() if one is not None}
+        options: dict[str, Any] = {"num_beams": 1, "do_sample": False, **named}
         with lock_of(self.owner), torch.no_grad():
             try:
-                self.model.generate(
-                    encoder_outputs=states, custom_generate=stop, num_beams=1, do_sample=False
-                )
+                self.model.generate(encoder_outputs=states, custom_generate=stop, **options)
             except _Told as told:
                 return told.ids.cpu()
+            except ValueError as error:
+                if not named:
+                    raise
+                raise bad(
+                    "the decoder cannot be told this",
+                    ", ".join(f"{name}={one!r}" for name, one in named.items()),
+                    f"what generate() takes ({error})",
+                    "Name another.",
+                ) from error
         raise AssertionError("generate() without decoding")
 
     @torch.no_grad()
@@ -204,6 +225,7 @@ class MemoryDecoder:
                 use_cache=False,
                 **options,
             )
+        require_predictions(out.logits, padded=not bool(mask.all()))
         return out.logits.to(self.dtype)
 
     def _ended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,6 +299,7 @@ class _Greedy:
         alive = torch.arange(len(ids), device=ids.device)
         kept, best = [], torch.full_like(ids[:, 0], pad)
         said, last = alive, memory.new_zeros(0, 1)
+        padded = mask is not None and not bool(mask.all())
         while len(alive):
             options = {} if mask is None else {"attention_mask": mask}
             out = model(
@@ -287,6 +310,7 @@ class _Greedy:
                 **options,
             )
             logits = out.logits[:, -1]
+            require_predictions(logits, padded=padded)
             # Some processors keep state per row, so they get all rows. float32 as in transformers,
             # so that ties are the same.
             scores = logits.new_zeros(len(ids), logits.shape[-1], dtype=torch.float32)

@@ -80,8 +80,13 @@ class EncoderDecoder:
         return replace(self, view=view, to_string=view.to_string, to_text=view.to_text)
 
 
-def from_view(model: Any, view: ModelView) -> EncoderDecoder:
+def from_view(model: Any, view: ModelView, language: str | None = None) -> EncoderDecoder:
     """Returns a TransformerLens encoder-decoder.
+
+    Args:
+        model: The model.
+        view: Its view.
+        language: What its decoder is told, see `TokenInputs`.
 
     Raises:
         UnsupportedModel: If it has one stack, or a decoder that cannot run alone.
@@ -98,12 +103,12 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     tokenizer = getattr(model, "tokenizer", None)
     original = getattr(model, "original_model", None)
     require_no_hooks_on([model] if original is None else [model, original.get_encoder()])
-    decoder = _decoder(model, view)
+    decoder = replace(_decoder(model, view), start=decoder_prompt(model, language).ids)
     owner = weakref.ref(model)
     encode = _require_decoder_text(view)
 
     def encode_target(text: str, end: bool) -> list[int]:
-        ids = encode(text)[len(decoder.start) :]
+        ids = encode(text, language)[len(decoder.start) :]
         return whole(ids, decoder.ends) if end else ids
 
     return EncoderDecoder(
@@ -127,7 +132,7 @@ def from_view(model: Any, view: ModelView) -> EncoderDecoder:
     )
 
 
-def _require_decoder_text(view: ModelView) -> Callable[[str | None], list[int]]:
+def _require_decoder_text(view: ModelView) -> Callable[..., list[int]]:
     assert view.encode_decoder is not None
     return view.encode_decoder
 

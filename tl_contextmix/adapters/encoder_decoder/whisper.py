@@ -40,12 +40,16 @@ def is_speech(model: object) -> bool:
     )
 
 
-def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
+def from_speech(
+    model: Any, tokenizer: Any, language: str | None = None, task: str | None = None
+) -> EncoderDecoder:
     """Returns a Hugging Face speech model as an encoder-decoder.
 
     Args:
         model: A WhisperForConditionalGeneration, or a similar model.
         tokenizer: Its tokenizer or processor; None shows token ids as numbers.
+        language: What its decoder is told, as ``generate`` takes it; None: by the settings.
+        task: Likewise.
     """
     from transformers import __version__
 
@@ -89,7 +93,7 @@ def from_speech(model: Any, tokenizer: Any) -> EncoderDecoder:
         states=lambda features: _speech_states(model, features),
         norm=norm,
         decoder=decoder,
-        prompt=lambda features: _prompt(decoder, tokenizer, features, memory),
+        prompt=lambda features: _prompt(decoder, tokenizer, features, memory, language, task),
         encode_target=encode_target,
         to_string=lambda token: piece_of(tokenizer, token),
         to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
@@ -102,6 +106,8 @@ def _prompt(
     tokenizer: Any,
     features: Float[Tensor, "batch mel frame"],
     memory: Callable[[Tensor], Tensor],
+    language: str | None,
+    task: str | None,
 ) -> Int[Tensor, "batch prompt"]:
     """Returns Whisper's decoder prompt: start, language, task and timestamps.
 
@@ -114,18 +120,19 @@ def _prompt(
     settings = decoder.model.generation_config
     named = ("language", "task", "forced_decoder_ids")
     is_open = all(getattr(settings, name, None) is None for name in named)
-    language = getattr(tokenizer, "language", None)
-    if is_open and language is not None:
+    known = getattr(tokenizer, "language", None) if language is None else None
+    if is_open and task is None and known is not None:
         ids = [int(token) for token in tokenizer.prefix_tokens]
-        warn(caution(language, tokenizer.convert_ids_to_tokens(ids)))
+        warn(caution(known, tokenizer.convert_ids_to_tokens(ids)))
         return torch.tensor([ids] * len(features))
     # Without a language to be heard any memory will do.
-    heard = hasattr(settings, "lang_to_id") and getattr(settings, "language", None) is None
+    unnamed = language is None and getattr(settings, "language", None) is None
+    heard = hasattr(settings, "lang_to_id") and unnamed
     config = decoder.model.config
     size = (len(features), config.max_source_positions, config.d_model)
-    found = decoder.told(memory(features) if heard else torch.zeros(size))
-    if language is not None and not set(tokenizer.prefix_tokens[1:2]) <= set(found[0].tolist()):
-        warn(caution(language, tokenizer.convert_ids_to_tokens(found[0].tolist())))
+    found = decoder.told(memory(features) if heard else torch.zeros(size), language, task)
+    if known is not None and not set(tokenizer.prefix_tokens[1:2]) <= set(found[0].tolist()):
+        warn(caution(known, tokenizer.convert_ids_to_tokens(found[0].tolist())))
     return found
 
 

@@ -10,6 +10,7 @@ from tl_contextmix.adapters.inputs.labelling import (
 from tl_contextmix.adapters.inputs.passes import Pass, fresh_trace, run_pass, select_blocks
 from tl_contextmix.adapters.inputs.tokens import (
     Given,
+    Ids,
     Input,
     Inputs,
     PaddingSide,
@@ -24,6 +25,7 @@ from tl_contextmix.adapters.tokenizers import Labels, name_tokens
 __all__ = [
     "Cache",
     "Given",
+    "Ids",
     "Input",
     "Inputs",
     "Labels",

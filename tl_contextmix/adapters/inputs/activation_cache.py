@@ -13,8 +13,8 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, bad
 
 # Embeddings of the same token differ by a factor (Gemma) and by rounding, 4e-3 in bfloat16; those
-# of two tokens point elsewhere.
-_SAME_TOKEN = 0.1
+# of two tokens point elsewhere. Those of neighbouring positions are alike, and no factor is theirs.
+_SAME_TOKEN, _SAME_POSITION = 0.1, 0.01
 
 
 @runtime_checkable
@@ -189,22 +189,40 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
         sides["token_type_ids"] = Side(ids, main.mask)
     elif segments is not None:
         del sides["main"]  # GPT-2 looks segments up in the same table, after the tokens
+    positions = batch.further.get("position_ids")
+    if any(name in reader for name in view.cached.embedded.get("position_ids", ())):
+        # How a host counts padding is its own matter.
+        if positions is None and bool(main.mask.all()):
+            counted = torch.arange(main.ids.shape[1]) + view.cached.first_position
+            positions = counted.expand_as(main.ids)
+        sides["position_ids"] = None if positions is None else Side(positions, main.mask)
+    elif positions is not None:
+        raise bad(
+            "the positions of this cache are not known",
+            "position_ids, and a cache that does not hold what is embedded of them",
+            "embeddings of positions, where the model has such a table",
+            "Leave `cache` out, or the filter of names that it was made with.",
+        )
     for name, side in sides.items():
         found = [key for key in view.cached.embedded.get(name, ()) if key in reader]
         if side is None or not found:
             continue
         cached = reader.read(found[0]).to(torch.float32)
         own = view.cached.embedding(side.ids, name).to(cached.device)
+        if name == "position_ids":
+            cached = cached.expand_as(own) if cached.shape[1:] == own.shape[1:] else cached
         if cached.shape != own.shape:
             continue
         along = (cached * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(
             min=1e-30
         )
-        off = (cached - along * own).norm(dim=-1) > _SAME_TOKEN * cached.norm(dim=-1)
+        # Embeddings of positions are added as they are.
+        most, along = (_SAME_POSITION, 1) if name == "position_ids" else (_SAME_TOKEN, along)
+        off = (cached - along * own).norm(dim=-1) > most * cached.norm(dim=-1)
         wrong = (off & side.mask.to(off.device)).nonzero()
         if len(wrong):
             row, pos = wrong[0].tolist()
-            what = name if name == "token_type_ids" else "tokens"
+            what = name if name in ("token_type_ids", "position_ids") else "tokens"
             raise _other_input(
                 f"{len(wrong)} positions with another embedding, the first in row {row} at "
                 f"position {pos}",
@@ -218,7 +236,7 @@ def _other_input(seen: str, expected: str) -> InvalidInput:
         seen,
         expected,
         "Pass the same tokens that made the cache (prepend_bos included), all positions, and their "
-        "token_type_ids. Where "
+        "token_type_ids and position_ids. Where "
         "hooks of your own changed the embeddings, leave `cache` out and the hooks on.",
     )
 

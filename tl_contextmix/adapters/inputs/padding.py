@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
@@ -33,22 +34,32 @@ def find_padding(view: ModelView, ids: Int[Tensor, "batch pos"], asked: str) -> 
     Warns:
         ContextMixWarning: If there is padding.
     """
-
-    def real(how: Padding, text: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        mask = torch.ones_like(text)
-        if bool(text[:, [0, -1]].all()) or not bool(text.any()):
-            return mask
-        declared = {asked, how.side}
-        mask &= _inside(text, how.begins, "left" in declared, keep_one=True)
-        mask &= _inside(text.flip(1), how.ends, "right" in declared, keep_one=False).flip(1)
-        # Of a row of nothing else one token is left: the BOS of a text without words.
-        empty = ~text.any(dim=1)
-        mask[empty] = False
-        mask[empty, -1 if how.side == "left" else 0] = True
-        return mask
-
     remedy = "Pass attention_mask: zeros there, or ones if it is text."
-    return _without(view, ids, real, "input", remedy)
+    return _without(view, ids, partial(_real, asked), "input", remedy)
+
+
+def _real(asked: str, how: Padding, text: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Returns which positions of ids are no padding, see `find_padding`."""
+    mask = torch.ones_like(text)
+    if bool(text[:, [0, -1]].all()) or not bool(text.any()):
+        return mask
+    declared = {asked, how.side}
+    mask &= _inside(text, how.begins, "left" in declared, keep_one=True)
+    mask &= _inside(text.flip(1), how.ends, "right" in declared, keep_one=False).flip(1)
+    # Of a row of nothing else one token is left: the BOS of a text without words.
+    empty = ~text.any(dim=1)
+    mask[empty] = False
+    mask[empty, -1 if how.side == "left" else 0] = True
+    return mask
+
+
+def without_padding(view: ModelView, ids: Sequence[int]) -> list[int]:
+    """Returns one row of ids without the padding at its ends, see `find_padding`."""
+    how = view.padding()
+    if how is None or not ids or how.token not in (ids[0], ids[-1]):
+        return list(ids)
+    row = torch.tensor([ids])
+    return row[_real("right", how, row != how.token)].tolist()
 
 
 def _without(

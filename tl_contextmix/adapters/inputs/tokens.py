@@ -57,6 +57,11 @@ class TokenInputs(TypedDict, total=False):
     """Text, texts or token ids of an encoder-decoder's decoder side; None: what ``generate`` starts
     the decoder with. A text follows that, ids are taken as they are."""
 
+    language: str | None
+    """Target language that an encoder-decoder's decoder is told, as its tokenizer names it; None:
+    what ``generate`` tells it by the generation config, or else the tokenizer's. Ids of
+    ``decoder_input`` are taken as they are."""
+
     token_type_ids: Ids | None
     """Segment of each token, for models that take segments; None: what a tokenizer's result or
     pairs of texts say, else one segment."""
@@ -91,6 +96,7 @@ class Given:
     prepend_bos: bool | None = None
     padding_side: PaddingSide | None = None
     decoder_input: Input | None = None
+    language: str | None = None
     token_type_ids: Ids | None = None
     position_ids: Ids | None = None
     labels: Labels | None = None
@@ -257,24 +263,26 @@ def _pairs(view: ModelView, given: Given, padded: str) -> tuple[Side, dict[str, 
 
 
 def _decoder_side(view: ModelView, given: Given, rows: int) -> Side | None:
-    asked = given.decoder_input
+    asked, language = given.decoder_input, given.language
     if view.encode_decoder is None:
-        if asked is not None:
-            raise bad(
-                "decoder_input has no meaning for this model",
-                describe(asked),
-                "None: the model has one stack",
-                "Leave it out.",
-            )
+        for name, one in (("decoder_input", asked), ("language", language)):
+            if one is not None:
+                raise bad(
+                    f"{name} has no meaning for this model",
+                    describe(one),
+                    "None: the model has one stack",
+                    "Leave it out.",
+                )
         return None
     if isinstance(asked, Tensor):
         ids = require_ids(view, asked, "decoder_input")
-        side = find_target_padding(view, ids, view.encode_decoder(None))
+        side = find_target_padding(view, ids, view.encode_decoder(None, language))
     else:
         texts = [None] * rows if asked is None else _texts(view, asked, "decoder_input")
-        if caution := view.prompt_caution():
+        if language is None and (caution := view.prompt_caution()):
             warn(caution)
-        side = _pad(view, texts, [view.encode_decoder(text) for text in texts], "right")
+        encoded = [view.encode_decoder(text, language) for text in texts]
+        side = _pad(view, texts, encoded, "right")
         require_ids(view, side.ids, "decoder_input")
     if side.ids.shape[0] != rows:
         raise bad(

@@ -211,9 +211,8 @@ def _pass_rows(
             error = _edit_error(trace, attention, real)
             yield "attn", CheckRow("heads + bias = attention output", place, error, tolerance)
     ff = block.feed_forward
-    sublayers = [*block.attentions, *([] if ff is None else [ff])]
     if "unsteered" in needs:
-        for sublayer in sublayers:
+        for sublayer in block.sublayers:
             added = trace.edit(sublayer.edits.stream)
             error = 0.0 if added is None else _size(added, trace.resid_in(block), real)
             yield (

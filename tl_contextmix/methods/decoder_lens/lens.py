@@ -60,6 +60,7 @@ def decoder_lens(
     final_norm: bool = ...,
     target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
+    task: str | None = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
 ) -> LayerwiseDecoding: ...
@@ -80,6 +81,7 @@ def decoder_lens(
     final_norm: bool = ...,
     target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
+    task: str | None = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
 ) -> LayerwiseLikelihood: ...
@@ -100,6 +102,7 @@ def decoder_lens(
     final_norm: bool = ...,
     target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
+    task: str | None = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
 ) -> LayerwiseScores: ...
@@ -120,6 +123,7 @@ def decoder_lens(
     final_norm: bool = ...,
     target: Sequence[int] | Sequence[str] | None = ...,
     tokenizer: Any = ...,
+    task: str | None = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[TokenInputs],
 ) -> LayerCurves: ...
@@ -140,6 +144,7 @@ def decoder_lens(
     final_norm: bool = True,
     target: Sequence[int] | Sequence[str] | None = None,
     tokenizer: Any = None,
+    task: str | None = None,
     max_bytes: Positive = 2**30,
     **inputs: Unpack[TokenInputs],
 ) -> Layerwise:
@@ -185,10 +190,12 @@ def decoder_lens(
             on it take part; they see one layer after the other.
         target: Ids, or words of one token each, to score; with ``mode="scores"``.
         tokenizer: Tokenizer or processor of a speech model.
+        task: ``"transcribe"`` or ``"translate"``, which a speech model's decoder is told; None: by
+            the generation config.
         max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
             pieces that fit.
         **inputs: Mask, padding and the like, see `TokenInputs`. A speech model takes
-            ``decoder_input`` alone.
+            ``decoder_input`` and ``language`` alone.
 
     Returns:
         By mode a `LayerwiseDecoding`, `LayerwiseLikelihood` or `LayerwiseScores`; with ``metric`` a
@@ -220,7 +227,7 @@ def decoder_lens(
         ("max_new_tokens", max_new_tokens, plan.decodes_freely),
         ("decoder_input", inputs.get("decoder_input"), not (plan.judges and plan.referenced)),
     )
-    found = as_encoder_decoder(model, tokenizer)
+    found = as_encoder_decoder(model, tokenizer, inputs.get("language"), task)
     _require_used(("tokenizer", tokenizer, found.view is None))
     found = found.named(inputs.get("labels"))
     # Each once and in order, which is what "the first layer that" counts on.

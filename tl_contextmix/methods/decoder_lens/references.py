@@ -48,12 +48,12 @@ def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Sid
             "features of shape [batch, mel, frame], at least one input",
             "Make them with the model's feature extractor.",
         )
-    if replace(given, input="", decoder_input=None) != Given(""):
+    if replace(given, input="", decoder_input=None, language=None) != Given(""):
         raise bad(
             "this has no meaning for a speech model",
             "attention_mask, prepend_bos, padding_side, token_type_ids, position_ids or labels",
             "none of them",
-            "Set language and task in model.generation_config.",
+            "Pass language and task, or set them in model.generation_config.",
         )
     return features, _told(model, given.decoder_input, features), ("",) * len(features)
 

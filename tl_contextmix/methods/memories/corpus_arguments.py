@@ -21,11 +21,11 @@ TAILS: dict[str, tuple[str, ...]] = {
 }
 COUNTS = (
     *("documents", "empty", "malformed", "too_long", "cut_tokens", "tokens", "positions"),
-    "special",
+    *("special", "padding"),
 )
 """What a manifest counts: documents of any kind, those that are empty, unreadable or too long, the
-tokens that were cut off, the tokens the model read, the positions whose memories counted, and those
-skipped because a special token stands there."""
+tokens that were cut off, the tokens the model read, the positions whose memories counted, those
+skipped because a special token stands there, and the padding that token ids came with."""
 
 _NUMBER, _SIZE = range(MOST), range(1, MOST)
 _TEXT, _DICT = (str,), (dict,)
@@ -52,7 +52,7 @@ _RUN = {
 _MANIFEST = {
     "run": _RUN,
     "corpus": {"digest": _TEXT, "shards": _NUMBER},
-    "counts": dict.fromkeys(COUNTS[:-1], _NUMBER),
+    "counts": dict.fromkeys(COUNTS[:-2], _NUMBER),
 }
 _PART = {
     "run": _RUN,
@@ -83,7 +83,8 @@ def check_manifest(found: Any) -> dict[str, Any]:
     """Returns a manifest; raises ValueError, naming the first thing, unless it is one."""
     _require(found, _MANIFEST, "the manifest")
     # Not counted by earlier versions.
-    _require(found["counts"].setdefault("special", 0), _NUMBER, "counts: special")
+    for name in COUNTS[-2:]:
+        _require(found["counts"].setdefault(name, 0), _NUMBER, f"counts: {name}")
     if found["counts"].keys() != set(COUNTS):
         raise ValueError("counts of something else")
     _require_neurons(found["run"])

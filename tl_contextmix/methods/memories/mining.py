@@ -101,7 +101,8 @@ def mine_triggers(
         corpus: Path of a text file (a document per line), jsonl or parquet file; a Hugging Face
             dataset, map-style or streaming, or a column of one; a pandas or Arrow table; an
             iterable. Documents are texts, or lists of token ids, which are mined exactly as they
-            are. Blank documents are skipped and counted.
+            are, without the tokenizer's padding at their ends (as in ids given to any method).
+            Blank documents are skipped, and they and the padding counted.
         out: The folder; made if it is not there.
         k: How many triggers of each memory.
         column: Column of the documents in a jsonl or parquet file, dataset or table; None:

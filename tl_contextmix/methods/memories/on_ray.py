@@ -73,7 +73,7 @@ def mine_on_ray(
         options: Further arguments of `mine_triggers`.
 
     Returns:
-        `Triggers`, without the model: `load_triggers` takes one.
+        `Triggers`, without the model: `load_triggers` takes one, and ``labels``.
 
     Raises:
         InvalidInput: If Ray is not installed, would deadlock, or an option is none of

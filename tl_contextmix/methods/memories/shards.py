@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs import Given, make_batch, pad_rows
+from tl_contextmix.adapters.inputs.padding import without_padding
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, bad, warn
@@ -223,6 +224,7 @@ def _tokens(
             )
         counts["malformed"] += 1
         return []
+    counts["padding"] += len(document.ids or ids) - len(ids)
     if not ids:
         counts["empty"] += 1
         return []
@@ -240,9 +242,9 @@ def _tokens(
 
 
 def encode(view: ModelView, document: Document, prepend_bos: bool | None) -> list[int]:
-    """Returns the token ids of a document; of one with nothing in it none."""
+    """Returns the token ids of a document, without padding; of one with nothing in it none."""
     if document.ids is not None:
-        return list(document.ids)
+        return without_padding(view, document.ids)
     text = document.text or ""
     return view.encode(text, prepend_bos) if text.strip() else []
 
