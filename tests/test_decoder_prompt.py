@@ -420,7 +420,7 @@ def test_whisper_is_told_language_and_task_of_the_call() -> None:
             with torch.no_grad():
                 right = model(features(), decoder_input_ids=prompt).logits[:, -1].log_softmax(-1)
             torch.testing.assert_close(found.log_probs[:, -1], right[:, [7]])
-        assert prompt.tolist() == [[START, ENGLISH, TRANSLATE, PLAIN]] * 2
+        assert told(model, **both)[0].tolist() == [[START, ENGLISH, TRANSLATE, PLAIN]] * 2
         tokenizer = Words()
         tokenizer.language = "english"
         with pytest.raises(cm.InvalidInput, match="cannot be told this: got language='klingon'"):
