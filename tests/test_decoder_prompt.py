@@ -412,17 +412,15 @@ def test_whisper_is_told_what_its_generate_tells_it(name: str) -> None:
 def test_whisper_is_told_language_and_task_of_the_call() -> None:
     model = whisper(**SETTINGS["language"])  # German
     with zoo_build.quiet():
-        for asked in (
-            {"language": "en"},
-            {"task": "translate"},
-            {"language": "en", "task": "translate"},
-        ):
+        both = {"language": "en", "task": "translate"}
+        each: list[dict[str, Any]] = [{"language": "en"}, {"task": "translate"}, both]
+        for asked in each:
             prompt, _ = told(model, **asked)
             found = cm.decoder_lens(model, features(), mode="scores", target=[7], **asked)
             with torch.no_grad():
                 right = model(features(), decoder_input_ids=prompt).logits[:, -1].log_softmax(-1)
             torch.testing.assert_close(found.log_probs[:, -1], right[:, [7]])
-        assert prompt.tolist() == [[START, ENGLISH, TRANSLATE, PLAIN]] * 2
+        assert told(model, **both)[0].tolist() == [[START, ENGLISH, TRANSLATE, PLAIN]] * 2
         tokenizer = Words()
         tokenizer.language = "english"
         with pytest.raises(cm.InvalidInput, match="cannot be told this: got language='klingon'"):

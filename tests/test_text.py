@@ -522,7 +522,7 @@ def test_games_are_evaluated_and_reported_without_a_tokenizer(toy: Any) -> None:
     by_id = cm.faithfulness(made, game, fmap, target=9, foil=7, blank=1)
     assert [row.value for row in named.rows] == [row.value for row in by_id.rows]
     games: list[Any] = [game[0].tolist(), torch.tensor([5, 6, 7])]
-    asked = {"methods": ["value_zeroing", "gradient_x_input"]}
+    asked: dict[str, Any] = {"methods": ["value_zeroing", "gradient_x_input"]}
     compared = cm.compare(made, games, target=moves[9], **asked, **options)
     plain = cm.compare(made, games, target=9, blank=1, **asked)
     assert [row.value for row in compared.rows] == [row.value for row in plain.rows]

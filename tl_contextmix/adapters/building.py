@@ -287,7 +287,9 @@ def _unsettled(
 def _predicts_tokens(facts: Facts) -> bool:
     """Whether outputs are tokens, and not classes of a toy model's own."""
     outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
-    return facts.bridge or outputs in (None, -1, int(facts.model.W_E.shape[0]))
+    # A bridge of a Hugging Face model says nothing about it.
+    wraps = facts.bridge and facts.hf_config() is not None
+    return wraps or outputs in (None, -1, int(facts.model.W_E.shape[0]))
 
 
 def _longest_input(facts: Facts) -> int | None:
