@@ -12,13 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Inputs,
-    Pass,
-    run_pass,
-)
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
@@ -43,14 +38,13 @@ def value_zeroing(
     *,
     heads: Heads = False,
     layer: Layers | None = None,
-    pos: int | Sequence[int] | None = None,
     spans: Spans | None = None,
     span_rows: SpanRows = "keep",
     metric: Metric = "cosine",
     final_norm: bool = True,
     stack: StackName | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns how far each block's output moves when one token's value is set to zero.
 
@@ -73,7 +67,6 @@ def value_zeroing(
         heads: False: all heads at once. True: each alone, one map per head. A number or a list of
             numbers: these together. A list of lists: one map per group.
         layer: Layer or layers; None for all.
-        pos: Position or positions of the rows to compute; None for all. Fewer rows cost less.
         spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
@@ -84,7 +77,8 @@ def value_zeroing(
             Hugging Face's hidden states are, or raw.
         stack: ``"cross"`` zeroes encoder values in cross-attention; see `decompose`.
         max_bytes: Workspace, besides the pass and the result.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``pos``, ``target`` or ``generate`` for some rows (fewer cost less), see `Asked`;
+            mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source] of distances.
@@ -102,11 +96,10 @@ def value_zeroing(
     view = as_view(model)
     kind = "cross" if stack == "cross" else "self"
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
-    # Spans are stretches of the whole axis.
-    given, whole = Given(input, **inputs), spans is not None
-    done = run_pass(view, given, layer=layer, stack=stack, also=also, whole=whole)
+    whole = spans is not None  # stretches of the whole axis
+    done = run_asked(view, input, inputs, layer=layer, stack=stack, also=also, whole=whole)
     groups, labels = _groups(heads, done, kind)
-    rows = None if pos is None else positions("target", pos, done.target.labels())
+    rows = None if done.asked is None else done.asked.rows
     spans = _require_spans(spans, span_rows, rows, done)
 
     def distances(part: Pass, block: Block) -> Tensor:
@@ -118,13 +111,34 @@ def value_zeroing(
     scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
     options = {
         "heads": list(labels),
-        "pos": rows,
         "spans": spans,
         "span_rows": span_rows,
         "metric": metric,
         "final_norm": final_norm,
     }
-    return _label(done, scores, labels, options)
+    target = done.target
+    if rows is not None:
+        target = target.select([*range(len(scores))], rows)
+    labelled = {"target": target}
+    if spans is not None:
+        each = [spans] * len(scores)
+        source = done.source("attn_out").join(each)
+        if span_rows != "keep":
+            scores = merge(scores.transpose(3, 4), each, span_rows, target.mask).transpose(3, 4)
+            target = source
+        labelled = {"target": target, "source": source}
+        real = real_pairs(target.mask, source.mask).to(scores.device)
+        scores = scores.masked_fill(~real[:, None, None], 0)
+    return done.map(
+        "value_zeroing",
+        scores,
+        "attn_out",
+        f"{metric} distance",
+        heads=labels,
+        options=options,
+        point="block_out",
+        **labelled,
+    )
 
 
 @dataclass(frozen=True)
@@ -173,36 +187,6 @@ class _How:
             found = (changed - kept).norm(dim=-1)
         # Sums over tensors of unlike shapes may round differently: equal vectors are at zero.
         return found.masked_fill(same, 0)
-
-
-def _label(
-    done: Pass, scores: Tensor, labels: tuple[str, ...], options: dict[str, object]
-) -> ContextMap:
-    target, source = done.target, done.source("attn_out")
-    rows, spans, how = (options[name] for name in ("pos", "spans", "span_rows"))
-    if isinstance(rows, list):
-        target = target.select(list(range(scores.shape[0])), rows)
-    if isinstance(spans, list):
-        each = [spans] * scores.shape[0]
-        source = source.join(each)
-        if how != "keep":
-            merged = "mean" if how == "mean" else "max"
-            scores = merge(scores.transpose(3, 4), each, merged, target.mask).transpose(3, 4)
-            target = source
-        real = real_pairs(target.mask, source.mask).to(scores.device)
-        scores = scores.masked_fill(~real[:, None, None], 0)
-    return ContextMap(
-        scores=scores,
-        layers=done.layers,
-        heads=labels,
-        point="block_out",
-        stack=done.stack,
-        target=target,
-        source=source,
-        unit=f"{options['metric']} distance",
-        includes_residual=True,
-        provenance=done.provenance("value_zeroing", options),
-    )
 
 
 def _final_norm(done: Pass, block: Block) -> Norm | None:

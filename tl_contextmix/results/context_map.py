@@ -16,7 +16,7 @@ from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import real_pairs
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
-from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.labels import Groups, Provenance, Tokens
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
@@ -220,6 +220,49 @@ class ContextMap(LabelledArray):
             bias=bias,
         )
 
+    def by_span(self, spans: Groups = "sentences") -> ContextMap:
+        """Returns the map with the columns of each stretch of source tokens added up.
+
+        Which passage made this answer? Rows stay as they are, and so do their sums.
+
+        Args:
+            spans: ``"words"``, ``"sentences"``, ``"sides"`` (of a generated text: the prompt and
+                what was generated), or a list of texts and of stretches ``(start, stop)`` of the
+                source axis; tokens between those of a list are stretches of their own. See
+                `Tokens.spans`.
+
+        Raises:
+            InvalidInput: If a text is not there, a stretch covers no token, or stretches overlap.
+        """
+        source = self.source.spans(spans)
+        scores = _merged(self.scores, self.source, source, "sum")
+        return replace(self, scores=scores, source=self.source.join(source))
+
+    def at(self, target: Tokens, source: Tokens) -> ContextMap:
+        """Returns the rows and columns at the positions of other labels, with these labels.
+
+        A rollout takes whole maps; this takes out of it the rows that predict what a model said:
+        ``alti(model, said.source.ids).normalize().rollout().at(said.target, said.source)``, with
+        ``said`` the map of what was generated.
+
+        Raises:
+            InvalidInput: If this map has other sentences, or lacks one of the positions.
+        """
+        device, (_, layers, heads, *_) = self.scores.device, self.scores.shape
+        rows = _places(self.target, target).to(device)[:, None, None].expand(-1, layers, heads, -1)
+        columns = _places(self.source, source, sides=True).to(device)[:, None, None, None]
+        found = self.scores.gather(3, rows[..., None].expand(-1, -1, -1, -1, self.scores.shape[4]))
+        found = found.gather(4, columns.expand(*found.shape[:4], -1))
+        real = real_pairs(target.mask, source.mask).to(device)[:, None, None]
+        bias = None if self.bias is None else self.bias.gather(3, rows)
+        return replace(
+            self,
+            scores=found.masked_fill(~real, 0),
+            bias=None if bias is None else bias * target.mask.to(device)[:, None, None],
+            target=target,
+            source=source,
+        )
+
     def rollout(
         self, *, add_identity: bool | None = None, encoder: ContextMap | None = None
     ) -> ContextMap:
@@ -336,6 +379,25 @@ class ContextMap(LabelledArray):
             if whole.numbers is not None:
                 scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
         return f"Row: the token being written. Column: the token it comes from.{scale}"
+
+
+def _places(have: Tokens, wanted: Tokens, *, sides: bool = False) -> torch.Tensor:
+    """Returns where on an axis the tokens of another one are, by position and stack."""
+    if len(wanted.ids) != len(have.ids):
+        raise unlike("sentences", len(wanted.ids), len(have.ids))
+    same = wanted.positions()[:, :, None] == have.positions()[:, None]
+    same &= have.mask.cpu()[:, None]
+    if sides:
+        theirs, mine = (torch.tensor([n == "encoder" for n in t.names()]) for t in (wanted, have))
+        same &= theirs[:, None] == mine
+    if not bool((same.any(dim=2) | ~wanted.mask.cpu()).all()):
+        raise bad(
+            "the map lacks some of these positions",
+            f"positions {have.positions().tolist()[0]} of {have.sides}",
+            f"those of {wanted.sides}: {wanted.positions().tolist()[0]}",
+            "Ask for the map of the whole text.",
+        )
+    return same.int().argmax(dim=2)
 
 
 def _merged(

@@ -9,6 +9,7 @@ from tl_contextmix.adapters.questions.asked import (
     TokenAnswerInputs,
     apart,
 )
+from tl_contextmix.adapters.questions.asked_passes import predictions, run_asked
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
 from tl_contextmix.adapters.questions.question import Question, ask
@@ -27,6 +28,8 @@ __all__ = [
     "label_sets",
     "one_each",
     "predicting_rows",
+    "predictions",
     "rows_at",
+    "run_asked",
     "single_token",
 ]

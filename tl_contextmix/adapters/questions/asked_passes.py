@@ -1,0 +1,137 @@
+"""A pass whose maps have the rows asked about: those that predict an answer, or the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tl_contextmix.adapters.inputs.passes import Pass, run_pass
+from tl_contextmix.adapters.inputs.predictions import Predictions
+from tl_contextmix.adapters.inputs.tokens import Input, read_batch
+from tl_contextmix.adapters.questions.asked import apart
+from tl_contextmix.adapters.questions.earlier import label_sets
+from tl_contextmix.adapters.questions.positions import predicting_rows
+from tl_contextmix.adapters.questions.question import Question, ask
+from tl_contextmix.adapters.tokenizers import name_tokens
+from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.errors import bad, seen
+from tl_contextmix.results import Tokens
+
+
+def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **options: Any) -> Pass:
+    """Returns a pass over an input and the answer to it, whose maps have the rows asked about.
+
+    Args:
+        view: The model.
+        input: The input.
+        inputs: What `AnswerInputs` has.
+        **options: Those of `run_pass`.
+
+    Raises:
+        InvalidInput: If there is a foil, on which no such map depends, or the stack asked for
+            predicts nothing.
+    """
+    given, answer = apart(input, inputs)
+    if answer.empty:
+        return run_pass(view, given, **options)
+    if answer.foil is not None:
+        raise bad(
+            "this map is the same whatever the foil",
+            f"foil={seen(answer.foil)}",
+            "target=, pos= or generate=, which say which rows are wanted",
+            "Ask decompx, gradient_x_input or log_prob_contributions why it is this token rather "
+            "than that one.",
+        )
+    view = name_tokens(view, given.labels)
+    stack, batch = view.base_stack(options.get("stack")), read_batch(view, given)
+    if answer.target is None and answer.generate is None:
+        rows = predicting_rows(view, batch, stack, answer.pos)
+        done = run_pass(view, given, batch=batch, **options)
+        return replace(done, asked=_at_positions(done.target, rows, answer.pos))
+    if stack != view.base_stack(None):
+        raise bad(
+            "this stack predicts no tokens",
+            f"stack={stack!r} with {'target' if answer.generate is None else 'generate'}=",
+            "stack='decoder' or 'cross'",
+            "Leave stack out, or ask for rows of the encoder with pos=.",
+        )
+    view.readout.require()
+    question = ask(view, batch, answer)
+    done = run_pass(view, given, batch=question.batch, **options)
+    assert question.target is not None
+    return replace(done, asked=predictions(question, done.target, question.target))
+
+
+def _at_positions(tokens: Tokens, rows: list[list[int]], pos: object) -> Predictions:
+    """Returns the rows of some positions, labelled with the tokens there."""
+    options = {"pos": pos if isinstance(pos, (int, str)) or pos is None else [*pos]}
+    if all(some == rows[0] for some in rows):
+        return Predictions(tokens.select([*range(len(rows))], rows[0]), None, options)
+    index, mask = _side_by_side([torch.tensor(some) for some in rows])
+    return Predictions(tokens.gather(index, mask, tokens.sides[0][0]), None, options)
+
+
+def predictions(
+    question: Question, tokens: Tokens, predicted: Sequence[Sequence[int]]
+) -> Predictions:
+    """Returns the rows of what is asked, labelled with what each predicts.
+
+    Args:
+        question: What is asked.
+        tokens: Labels of the stack that writes the answer.
+        predicted: Ids of the alternatives of each prediction.
+    """
+    count = len(tokens.ids)
+    places = [(question.sentences == row).nonzero()[:, 0] for row in range(count)]
+    order, mask = _side_by_side(places)
+    rows = question.rows[order]
+    labels = label_sets(question.view, [torch.tensor(ids) for ids in predicted])
+    words = [labels.alternatives(row) for row in range(len(predicted))]
+    listed = order.tolist()
+    target = replace(
+        tokens.gather(rows, mask, "prediction"),
+        ids=labels.ids[:, 0][order],
+        strings=tuple(
+            tuple(words[place] if real else "" for place, real in zip(some, there, strict=True))
+            for some, there in zip(listed, mask.tolist(), strict=True)
+        ),
+    )
+    options: dict[str, Any] = {"pos": rows.tolist()}
+    for name, sets in (("target", predicted), ("foil", question.foil)):
+        if sets is not None:
+            each = [[*one] if len(one) > 1 else one[0] for one in sets]
+            options[name] = [[each[place] for place in some] for some in listed]
+    if order.shape[1] == 1:  # as one number for each sentence
+        options = {name: [row[0] for row in value] for name, value in options.items()}
+    return Predictions(target, _written(question, tokens), options)
+
+
+def _written(question: Question, tokens: Tokens) -> Tokens | None:
+    """Returns a text's tokens followed by those of its answer, each a side of its own."""
+    if not question.continued:
+        return None
+    sides = {"decoder" if question.batch.decoder else "prompt": [], "output": []}
+    for row, mask in enumerate(tokens.mask):
+        real = mask.nonzero()[:, 0]
+        first = int(question.rows[question.sentences == row][0]) + 1
+        for some, part in zip(sides.values(), (real < first, real >= first), strict=True):
+            some.append(real[part])
+    parts = [tokens.gather(*_side_by_side(rows), name) for name, rows in sides.items()]
+    return parts[0].cat(parts[1])
+
+
+def _side_by_side(
+    rows: Sequence[Int[Tensor, " some"]],
+) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
+    """Returns rows of unlike length as one tensor, their last number repeated, and a mask."""
+    lengths = torch.tensor([len(row) for row in rows])
+    index = pad_sequence([*rows], batch_first=True)
+    mask = torch.arange(index.shape[1]) < lengths[:, None]
+    last = index.gather(1, lengths[:, None] - 1)
+    return torch.where(mask, index, last), mask
