@@ -13,19 +13,14 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
-    Given,
     Input,
     Pass,
-    name_tokens,
-    read_batch,
-    run_pass,
 )
 from tl_contextmix.adapters.questions import (
-    Answer,
     Question,
     TokenAnswerInputs,
     apart,
-    ask,
+    ask_in_pass,
     predictions,
 )
 from tl_contextmix.core.blocks import Batch
@@ -100,7 +95,7 @@ def gradient_x_input(
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
         given, answer = apart(input, inputs)
-        question, whole = _question(as_view(model), given, answer)
+        question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 
         def attribute(part: Pass) -> Found:
@@ -167,7 +162,7 @@ def integrated_gradients(
     """
     with torch.inference_mode(False), torch.no_grad():
         given, answer = apart(input, inputs)
-        question, whole = _question(as_view(model), given, answer)
+        question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 
         def attribute(part: Pass) -> Found:
@@ -361,14 +356,6 @@ def _entries(view: ModelView) -> dict[str, str]:
     """Returns the stack by the name of what enters its first block, the decoder's first."""
     order = sorted(view.stacks, key=lambda stack: stack != "decoder")
     return {view.stacks[stack][0].resid_in: stack for stack in order}
-
-
-def _question(view: ModelView, given: Given, answer: Answer) -> tuple[Question, Pass]:
-    """Returns what is asked, and the pass over all sentences."""
-    view = name_tokens(view, given.labels)
-    view.readout.require()
-    question = ask(view, read_batch(view, given), answer)
-    return question, run_pass(view, given, batch=question.batch)
 
 
 def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> list[_Asked]:

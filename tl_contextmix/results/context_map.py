@@ -46,7 +46,8 @@ class ContextMap(LabelledArray):
         from_input: Whether a layer's map reaches back to the tokens of the input (a rollout,
             DecompX, gradients) and not to those of the layer's own input.
         provenance: Where the numbers come from.
-        signed: Whether it is the difference of two maps, ``a - b``, whose scores may be negative.
+        signed: Whether scores may be negative: those of a difference of two maps, ``a - b``, and
+            contributions to a prediction, which add up.
     """
 
     LABELS = {"layer": "layers", "head": "heads", "target": "target", "source": "source"}
@@ -101,7 +102,7 @@ class ContextMap(LabelledArray):
     @property
     def layer_names(self) -> tuple[str, ...]:
         """What each layer's map is of, as text: ``"2"``, ``"input to 2"``, or ``"prediction"``."""
-        if self.point == "resid_in":
+        if self.point in ("resid_in", "prediction"):
             return ("prediction",) * len(self.layers)
         return tuple(f"input to {n}" if self.from_input else str(n) for n in self.layers)
 
@@ -147,13 +148,15 @@ class ContextMap(LabelledArray):
         return replace(self, scores=self.scores.mean(2, keepdim=True), bias=bias, heads=("mean",))
 
     def require_unsigned(self, operation: str) -> None:
-        """Raises InvalidInput if this is a difference, which the operation has no use for."""
+        """Raises InvalidInput if scores have a sign, which the operation has no use for."""
         if self.signed:
             raise bad(
                 f"{operation} needs a map of scores from 0",
                 f"a {self.unit}, whose scores have a sign",
                 "the map of one method",
-                f"Ask for {operation} of both maps, and subtract what comes of it.",
+                f"Ask for {operation} of both maps, and subtract what comes of it."
+                if self.is_difference
+                else "Scores of a prediction add up as they are.",
             )
 
     def _difference(self, other: Any) -> dict[str, Any]:
@@ -371,14 +374,18 @@ class ContextMap(LabelledArray):
             "sum": " Each row is divided by its sum.",
             "max": " Each row is divided by its maximum.",
         }[self.normalized]
-        scale += " Blue is more than in the other map, red less." if self.signed else ""
+        if self.signed:
+            other = "is more than in the other map, red less"
+            scale += f" Blue {other if self.is_difference else 'speaks for it, red against it'}."
         for name, whole, some in (
             ("Rows", self.target, part.target),
             ("Columns", self.source, part.source),
         ):
             if whole.numbers is not None:
                 scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
-        return f"Row: the token being written. Column: the token it comes from.{scale}"
+        predicts = self.target.sides[0][0] == "prediction"
+        row = "the predicted token" if predicts else "the token being written"
+        return f"Row: {row}. Column: the token it comes from.{scale}"
 
 
 def _places(have: Tokens, wanted: Tokens, *, sides: bool = False) -> torch.Tensor:

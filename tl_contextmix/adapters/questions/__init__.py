@@ -9,7 +9,7 @@ from tl_contextmix.adapters.questions.asked import (
     TokenAnswerInputs,
     apart,
 )
-from tl_contextmix.adapters.questions.asked_passes import predictions, run_asked
+from tl_contextmix.adapters.questions.asked_passes import ask_in_pass, predictions, run_asked
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
 from tl_contextmix.adapters.questions.question import Question, ask
@@ -25,6 +25,7 @@ __all__ = [
     "TokenAnswerInputs",
     "apart",
     "ask",
+    "ask_in_pass",
     "label_sets",
     "one_each",
     "predicting_rows",

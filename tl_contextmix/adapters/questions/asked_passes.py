@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.inputs.passes import Pass, run_pass
 from tl_contextmix.adapters.inputs.predictions import Predictions
-from tl_contextmix.adapters.inputs.tokens import Input, read_batch
-from tl_contextmix.adapters.questions.asked import apart
+from tl_contextmix.adapters.inputs.tokens import Given, Input, read_batch
+from tl_contextmix.adapters.questions.asked import Answer, apart
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows
 from tl_contextmix.adapters.questions.question import Question, ask
@@ -61,11 +61,26 @@ def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **option
             "stack='decoder' or 'cross'",
             "Leave stack out, or ask for rows of the encoder with pos=.",
         )
-    view.readout.require()
-    question = ask(view, batch, answer)
-    done = run_pass(view, given, batch=question.batch, **options)
+    question, done = ask_in_pass(view, given, answer, **options)
     assert question.target is not None
     return replace(done, asked=predictions(question, done.target, question.target))
+
+
+def ask_in_pass(
+    view: ModelView, given: Given, answer: Answer, **options: Any
+) -> tuple[Question, Pass]:
+    """Returns what is asked, and a pass over the input and the answer.
+
+    Args:
+        view: The model.
+        given: The input.
+        answer: What is asked.
+        **options: Those of `run_pass`.
+    """
+    view = name_tokens(view, given.labels)
+    view.readout.require()
+    question = ask(view, read_batch(view, given), answer)
+    return question, run_pass(view, given, batch=question.batch, **options)
 
 
 def _at_positions(tokens: Tokens, rows: list[list[int]], pos: object) -> Predictions:
