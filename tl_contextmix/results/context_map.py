@@ -353,9 +353,20 @@ class ContextMap(LabelledArray):
                     causal=part.causal,
                     unit=self.unit,
                     groups=self._groups(),
+                    masked=part._later(),
+                    sides=part.source.sides if len(part.source.sides) > 1 else (),
                 )
             )
         return tuple(found)
+
+    def _later(self) -> torch.Tensor | None:
+        """Returns the columns of the first sentence that come after what its rows predict from."""
+        if self.target.sides[0][0] != "prediction" or self.stack == "encoder":
+            return None
+        own = torch.tensor([name != "encoder" for name in self.source.names()])
+        found = own & (self.source.positions()[0] > self.target.positions()[0][:, None])
+        # Joined tokens have the position of the last.
+        return found & (self.scores[0] == 0).flatten(0, 1).all(dim=0).cpu()
 
     def _sheet_names(self) -> tuple[str, ...]:
         if len(self.heads) == 1:

@@ -7,9 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.inputs.passes import Pass, run_pass
 from tl_contextmix.adapters.inputs.predictions import Predictions
@@ -22,6 +19,7 @@ from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import bad, seen
 from tl_contextmix.results import Tokens
+from tl_contextmix.results.predicted_rows import PredictedRows, split_at
 
 
 def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **options: Any) -> Pass:
@@ -88,8 +86,11 @@ def _at_positions(tokens: Tokens, rows: list[list[int]], pos: object) -> Predict
     options = {"pos": pos if isinstance(pos, (int, str)) or pos is None else [*pos]}
     if all(some == rows[0] for some in rows):
         return Predictions(tokens.select([*range(len(rows))], rows[0]), None, options)
-    index, mask = _side_by_side([torch.tensor(some) for some in rows])
-    return Predictions(tokens.gather(index, mask, tokens.sides[0][0]), None, options)
+    sentences = [row for row, some in enumerate(rows) for _ in some]
+    found = PredictedRows.of(torch.tensor(sentences))
+    flat = torch.tensor([row for some in rows for row in some])
+    target = tokens.gather(flat[found.order], found.mask, tokens.sides[0][0])
+    return Predictions(target, None, options)
 
 
 def predictions(
@@ -102,51 +103,18 @@ def predictions(
         tokens: Labels of the stack that writes the answer.
         predicted: Ids of the alternatives of each prediction.
     """
-    count = len(tokens.ids)
-    places = [(question.sentences == row).nonzero()[:, 0] for row in range(count)]
-    order, mask = _side_by_side(places)
-    rows = question.rows[order]
+    rows = PredictedRows.of(question.sentences)
     labels = label_sets(question.view, [torch.tensor(ids) for ids in predicted])
-    words = [labels.alternatives(row) for row in range(len(predicted))]
-    listed = order.tolist()
-    target = replace(
-        tokens.gather(rows, mask, "prediction"),
-        ids=labels.ids[:, 0][order],
-        strings=tuple(
-            tuple(words[place] if real else "" for place, real in zip(some, there, strict=True))
-            for some, there in zip(listed, mask.tolist(), strict=True)
-        ),
-    )
-    options: dict[str, Any] = {"pos": rows.tolist()}
+    target, listed = rows.label(tokens, question.rows, labels), rows.order.tolist()
+    options: dict[str, Any] = {"pos": question.rows[rows.order].tolist()}
     for name, sets in (("target", predicted), ("foil", question.foil)):
         if sets is not None:
             each = [[*one] if len(one) > 1 else one[0] for one in sets]
             options[name] = [[each[place] for place in some] for some in listed]
-    if order.shape[1] == 1:  # as one number for each sentence
+    if rows.order.shape[1] == 1:  # as one number for each sentence
         options = {name: [row[0] for row in value] for name, value in options.items()}
-    return Predictions(target, _written(question, tokens), options)
-
-
-def _written(question: Question, tokens: Tokens) -> Tokens | None:
-    """Returns a text's tokens followed by those of its answer, each a side of its own."""
     if not question.continued:
-        return None
-    sides = {"decoder" if question.batch.decoder else "prompt": [], "output": []}
-    for row, mask in enumerate(tokens.mask):
-        real = mask.nonzero()[:, 0]
-        first = int(question.rows[question.sentences == row][0]) + 1
-        for some, part in zip(sides.values(), (real < first, real >= first), strict=True):
-            some.append(real[part])
-    parts = [tokens.gather(*_side_by_side(rows), name) for name, rows in sides.items()]
-    return parts[0].cat(parts[1])
-
-
-def _side_by_side(
-    rows: Sequence[Int[Tensor, " some"]],
-) -> tuple[Int[Tensor, "batch most"], Bool[Tensor, "batch most"]]:
-    """Returns rows of unlike length as one tensor, their last number repeated, and a mask."""
-    lengths = torch.tensor([len(row) for row in rows])
-    index = pad_sequence([*rows], batch_first=True)
-    mask = torch.arange(index.shape[1]) < lengths[:, None]
-    last = index.gather(1, lengths[:, None] - 1)
-    return torch.where(mask, index, last), mask
+        return Predictions(target, None, options)
+    prompt = "prompt" if question.batch.decoder is None else "decoder"
+    first = (question.rows[rows.order[:, 0]] + 1).tolist()
+    return Predictions(target, split_at(tokens, first, (prompt, "output")), options)
