@@ -218,10 +218,12 @@ class LogProbContributions(ComponentSet):
         order, mask = rows.order.to(device), rows.mask.to(device)[:, None, None]
         first = rows.order[:, 0].tolist()
         own = self.tokens.select(first, [*range(count)])
-        read_too = (
-            None if self.encoder is None else self.encoder.select(first, [*range(width - count)])
-        )
-        source = own if read_too is None else own.cat(read_too)
+
+        def source(written: Tokens) -> Tokens:
+            if self.encoder is None:
+                return written
+            return written.cat(self.encoder.select(first, [*range(width - count)]))
+
         found = ContextMap(
             scores=parts[order].permute(0, 2, 3, 1, 4) * mask[..., None],
             layers=tuple(numbers.tolist()) if layers else (0,),
