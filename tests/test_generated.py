@@ -15,6 +15,7 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.results import ContextMap
 
 MAPS: dict[str, Any] = {
     "attention": lambda *given, **asked: cm.attention(*given, heads=False, **asked),
@@ -36,6 +37,10 @@ def padded(rows: Any) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
 
+def started(case: zoo.Case) -> dict[str, Any]:
+    return {"decoder_input": torch.tensor([[2], [2]])} if case.encoder_decoder else {}
+
+
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("case", WRITERS, ids=str)
 def test_rows_of_an_answer_are_those_of_the_whole_text(case: zoo.Case, name: str) -> None:
@@ -43,7 +48,7 @@ def test_rows_of_an_answer_are_those_of_the_whole_text(case: zoo.Case, name: str
         pytest.skip("the same for all; it is slow")
     model, make = zoo.shared(case), MAPS[name]
     ids, mask = padded(PROMPTS)
-    start: dict[str, Any] = {"decoder_input": torch.tensor([[2], [2]])} * case.encoder_decoder
+    start = started(case)
     found = make(model, ids, attention_mask=mask, target=[*ANSWERS], **start)
     assert found.target.ids.tolist() == [[11, 6, 6], [13, 7, 12]]
     assert found.target.mask.tolist() == [[True, True, False], [True] * 3]
@@ -132,7 +137,7 @@ def test_contributions_by_position_are_a_map(family: str) -> None:
     case = case_of(family)
     model = zoo.shared(case)
     ids, mask = padded(PROMPTS)
-    start: dict[str, Any] = {"decoder_input": torch.tensor([[2], [2]])} * case.encoder_decoder
+    start = started(case)
     asked: dict[str, Any] = {"target": [*ANSWERS], "attention_mask": mask, **start}
     for by in ("position", "head_position"):
         found = cm.log_prob_contributions(model, ids, by=by, **asked)
@@ -161,17 +166,13 @@ def test_contributions_by_position_are_a_map(family: str) -> None:
             seen += 1
         assert seen > 20
         assert layered.source.sides[:2] == (
-            ("decoder" if encoder_decoder(case) else "prompt", 1 if encoder_decoder(case) else 4),
+            ("decoder", 1) if case.encoder_decoder else ("prompt", 4),
             ("output", 3),
         )
     with pytest.raises(cm.InvalidInput, match="no map of source tokens"):
         cm.log_prob_contributions(model, ids, **asked).as_map()
     with pytest.raises(cm.InvalidInput, match="no map of source tokens"):
         found.top(3).as_map()
-
-
-def encoder_decoder(case: zoo.Case) -> bool:
-    return case.encoder_decoder
 
 
 @pytest.mark.once
@@ -238,8 +239,8 @@ def test_sentences_end_where_they_end() -> None:
     for kind, text, expected in (
         (
             "causal-lm",
-            'the dog sees it . " the cat runs ! " the old man',
-            ["the dog sees it .", '" the cat runs ! "', "the old man"],
+            "the dog sees it . the cat runs ! the old man",
+            ["the dog sees it .", "the cat runs !", "the old man"],
         ),
         ("masked-lm", "the dog runs . the [MASK] is red .", ["the dog runs .", "the"]),
     ):
@@ -311,7 +312,7 @@ def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) 
     text = "the keys to the cabinet are red ."
     said = cm.decompx(translator, text, generate=20)
     said.save(tmp_path / "said.safetensors")
-    again = cm.load(tmp_path / "said.safetensors")
+    again = ContextMap.load(tmp_path / "said.safetensors")
     assert said.equals(again)
     assert said.provenance.options["of"] == "logit"
     (panel,) = said.panels()

@@ -349,7 +349,10 @@ BAD = {
     "an empty group": ({"heads": [[0], []]}, r"head axis: got '?an empty list"),
     "truth values as heads": ({"heads": [True, False]}, r"this heads: got \[True, False\]"),
     "a head twice": ({"heads": [0, 0]}, r"a head cannot be zeroed twice: got \[0, 0\]; expected"),
-    "no such target": ({"pos": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
+    "no such target": (
+        {"pos": [6]},
+        r"there is no such position: got 6; expected an integer from -6 to 5",
+    ),
     "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
     "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
@@ -403,7 +406,7 @@ def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
     assert found.provenance.method == "value_zeroing"
     assert found.provenance.options == {
         "heads": ["0+1"],
-        "pos": [5],
+        "pos": [-1],
         "spans": [(0, 3)],
         "span_rows": "keep",
         "metric": "cosine",
