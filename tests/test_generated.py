@@ -242,7 +242,11 @@ def test_sentences_end_where_they_end() -> None:
             "the dog sees it . the cat runs ! the old man",
             ["the dog sees it .", "the cat runs !", "the old man"],
         ),
-        ("masked-lm", "the dog runs . the [MASK] is red .", ["the dog runs .", "the"]),
+        (
+            "masked-lm",
+            "the dog runs . the [MASK] is red .",
+            ["the dog runs .", "[MASK]", "is red ."],
+        ),
     ):
         model = cm.load_demo(kind)
         tokens = cm.attention(model, text, heads=False).by_span("sentences").source
@@ -318,12 +322,12 @@ def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) 
     (panel,) = said.panels()
     assert panel.sides == (
         ("decoder", 1),
-        ("output", 7),
+        ("output", 6),
         ("encoder", len(said.source.side("encoder"))),
     )
     assert panel.hidden is not None
-    assert panel.hidden[:, 1:8].tolist() == torch.ones(7, 7).triu().bool().tolist()
-    assert not bool(panel.hidden[:, 8:].any())
+    assert panel.hidden[:, 1:7].tolist() == torch.ones(6, 6).triu().bool().tolist()
+    assert not bool(panel.hidden[:, 7:].any())
     page = said._repr_html_()
     assert "later token, cannot be read" in page
     best = {row["target_token"]: row["source_token"] for row in reversed(said.top(30))}

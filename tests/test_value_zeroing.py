@@ -351,9 +351,9 @@ BAD = {
     "a head twice": ({"heads": [0, 0]}, r"a head cannot be zeroed twice: got \[0, 0\]; expected"),
     "no such target": (
         {"pos": [6]},
-        r"there is no such position: got 6; expected an integer from -6 to 5",
+        r"such position: got 6; expected an integer from -6 to 5",
     ),
-    "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
+    "no targets": ({"pos": []}, r"there is no such position: got \[\]"),
     "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),

@@ -389,7 +389,9 @@ class Tokens:
                 ids[row, index], mask[row, index] = self.ids[row, kept[0]], bool(real)
                 places[row, index] = positions[row, kept[-1]]
                 first, *rest = (self.strings[row][place] for place in kept)
-                texts.append(join_pieces([first, *(piece.removeprefix("##") for piece in rest)]))
+                if self.spaced is not False:
+                    rest = [piece.removeprefix("##") for piece in rest]
+                texts.append(join_pieces([first, *rest], self.spaced))
             strings.append((*texts, *[""] * (longest - len(found))))
         sides = ((side, longest),)
         return Tokens(ids, tuple(strings), mask, sides, places, spaced=self.spaced)
