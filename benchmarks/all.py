@@ -18,7 +18,7 @@ import tables
 import torch
 from meters import command_line, machine, show
 
-PARTS = ("counts", "growth", "against", "inseq")
+PARTS = ("counts", "growth", "against", "inseq", "generated")
 
 
 def comparisons(quick: bool) -> list[dict[str, Any]]:
@@ -51,6 +51,16 @@ def beside_inseq(pythons: list[str], quick: bool) -> dict[str, Any]:
     }
 
 
+def generated_text(pythons: list[str], quick: bool) -> dict[str, Any]:
+    """Returns how far saliency of a written text is apart here and in inseq, and what it takes."""
+    import inseq
+
+    with inseq.working(pythons) as (workers, folder):
+        subjects = inseq.without_positions(folder)[-1 if quick else 0 :]
+        rows = [inseq.generated(one, workers, 16 if quick else 64) for one in subjects]
+    return {"columns": inseq.WRITTEN, "rows": rows}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, and stores if asked to."""
     parser = command_line(__doc__)
@@ -70,11 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
         "growth": lambda: methods.growth(lengths, 1 if given.quick else 3, width=width),
         "against": lambda: comparisons(given.quick),
         "inseq": lambda: beside_inseq(given.python, given.quick),
+        "generated": lambda: generated_text(given.python, given.quick),
     }
     found: dict[str, Any] = {"machine": machine()}
     with torch.no_grad():
         for name in given.only or PARTS:
-            if name == "inseq" and not given.python:
+            if name in ("inseq", "generated") and not given.python:
                 continue
             found[name] = parts[name]()
             if given.write:

@@ -246,6 +246,60 @@ def times(
         ]
 
 
+def generated(subject: Subject, workers: list[Worker], n: int) -> list[object]:
+    """Returns a row of the table of generated text: saliency of both, and Value Zeroing's cost.
+
+    The second half of the text (of an encoder-decoder: the other text) is what was written. One of
+    its words is contrasted with another one.
+    """
+    model, worker = load(subject), first_that_runs(subject, workers)
+    texts, tokenizer = subject.texts(n), subject.tokenizer
+    two, words = "target" in texts, texts["text"].split(" ")
+    cut = len(words) // 2
+    prompt = texts["text"] if two else " ".join(words[:cut])
+    written = texts["target"].split(" ") if two else words[cut:]
+    place = len(written) // 2
+    other = next(word for word in words if word not in (written[place], written[place - 1]))
+    contrast = " ".join([*written[:place], other, *written[place + 1 :]])
+    asked = {"text": prompt, "target": " ".join(written)}
+    # First: after another method inseq's Value Zeroing is lost.
+    counted = worker.ask("flops", **(texts if two else {"text": f"{prompt} {asked['target']}"}))
+    ids = tokenizer(prompt).input_ids
+    before = "" if two else f"{prompt} "
+    whole = [tokenizer(before + text).input_ids for text in (asked["target"], contrast)]
+    answer, foil = (some[0 if two else len(ids) :] for some in whole)
+    given: dict[str, Any] = {"input": torch.tensor([ids]), "target": [answer]}
+    pairs = enumerate(zip(answer, foil, strict=True))
+    (place,) = (row for row, (one, another) in pairs if one != another)
+
+    def apart(step: str, row: slice, theirs: dict[str, Any], **options: Any) -> float:
+        found = cm.gradient_x_input(model, **given, **options).scores[0, 0, 0]
+        sides = [torch.tensor(side) for side in theirs["rows"]]
+        expected = torch.cat([side[:, : found.shape[1]] for side in sides], dim=1)
+        return gap(found[row], expected[row]) / float(expected[row].abs().max())
+
+    logits = apart("logit", slice(None), worker.ask("saliency", **asked, step="logit"))
+    step = "contrast_prob_diff"
+    there = worker.ask("saliency", **asked, step=step, contrast=contrast)
+    differences = apart(step, slice(place, place + 1), there, of="prob", foil=foil[place])
+    here = partial(cm.value_zeroing, model, **given)
+    here()  # what the first call keeps
+    mine = flops(here, elementwise=False)
+    if two:
+        encoder = partial(cm.value_zeroing, model, given["input"], stack="encoder")
+        for more in (partial(here, stack="cross"), encoder):
+            mine += flops(more, elementwise=False)
+    return [
+        subject.name,
+        len(answer),
+        f"{logits:.0e}",
+        f"{differences:.0e}",
+        f"{mine / 1e9:.3g}",
+        f"{counted['flops'] / 1e9:.3g}",
+        f"{counted['flops'] / mine:.1f}",
+    ]
+
+
 def first_that_runs(subject: Subject, workers: list[Worker]) -> Worker:
     """Returns the first worker that can do it, with the model loaded."""
     for worker in workers:
@@ -275,11 +329,23 @@ def small_models(folder: Path) -> list[Subject]:
     return [*(saved(family, family, {}, folder / family) for family in FAMILIES), *demos()]
 
 
+def without_positions(folder: Path) -> list[Subject]:
+    """Returns models without position embeddings, which inseq leaves out of what it multiplies."""
+    names = ("GPT-NeoX", "Llama")
+    return [*(saved(name, *WIDE[name], folder / name) for name in names), demos()[1]]
+
+
 COLUMNS = (
     "model, n, passes, difference, ours (s), method (s), call (s), method / ours, "
     "call / ours, ours (GFLOP), inseq (GFLOP), inseq / ours"
 ).split(", ")
 """Of the table of `times`."""
+
+WRITTEN = (
+    "model, generated tokens, input x gradient, contrast_prob_diff, ours (GFLOP), inseq (GFLOP), "
+    "inseq / ours"
+).split(", ")
+"""Of the table of `generated`."""
 
 
 def main() -> None:
@@ -299,6 +365,8 @@ def main() -> None:
         wide = [saved(name, *made, folder / name) for name, made in WIDE.items()]
         for subject in [*wide, *demos()]:
             show(markdown(COLUMNS, times(subject, workers, sizes, runs)))
+        rows = [generated(subject, workers, sizes[-1]) for subject in without_positions(folder)]
+        show(markdown(WRITTEN, rows))
 
 
 if __name__ == "__main__":

@@ -124,12 +124,46 @@ def flops(text, target=None):
     return {"flops": counter.get_total_flops()}
 
 
+def saliency(text, target, step, contrast=None):
+    """Returns input x gradient of each token that follows a text, as lengths of vectors.
+
+    Args:
+        text: The text; of models of one stack the target goes on from it.
+        target: What is written.
+        step: Name of the function of a step that is attributed.
+        contrast: What might be written instead.
+    """
+    one = not MODEL.is_encoder_decoder
+    written = [f"{text} {some}" if one else some for some in (target, contrast) if some]
+    options = {"contrast_targets": written[1]} if contrast else {}
+    found = MODEL.attribute(
+        text,
+        written[0],
+        method="input_x_gradient",
+        attributed_fn=step,
+        attribute_target=not one,
+        show_progress=False,
+        pretty_progress=False,
+        **options,
+    ).sequence_attributions[0]
+    sides = (
+        [found.target_attributions]
+        if one
+        else [found.target_attributions, found.source_attributions]
+    )
+    # inseq's order is [source target d_model].
+    return {
+        "rows": [side.norm(dim=-1).nan_to_num(0).T.tolist() for side in sides],
+        "start": found.attr_pos_start,
+    }
+
+
 def main():
     """Answers requests until standard input ends."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    known = {f.__name__: f for f in (versions, load, maps, seconds, flops)}
+    known = {f.__name__: f for f in (versions, load, maps, seconds, flops, saliency)}
     answers = sys.stdout
     for line in sys.stdin:
         request = json.loads(line)

@@ -132,6 +132,11 @@ def inseq(found: Mapping[str, Any]) -> str:
     return f"{inseq_outputs(found)}\n{inseq_times(found)}"
 
 
+def generated(found: Mapping[str, Any]) -> str:
+    """Returns the table of generated text here and in inseq."""
+    return markdown(found["generated"]["columns"], iter(found["generated"]["rows"]))
+
+
 def speed(found: Mapping[str, Any]) -> str:
     """Returns README's table: what a method takes, and how much less than what it replaces."""
     rows = found["growth"]
@@ -227,6 +232,7 @@ _MAKERS = {
     "numbers": ("numbers", numbers),
     "inseq outputs": ("inseq", inseq_outputs),
     "inseq times": ("inseq", inseq_times),
+    "generated": ("generated", generated),
 }
 
 

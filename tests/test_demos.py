@@ -44,7 +44,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_there_is_a_notebook_for_each_question() -> None:
-    assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"123456", "in"]
+    assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"1234567", "in"]
 
 
 @pytest.mark.newest
@@ -68,6 +68,17 @@ def test_comparison_notebook_finds_what_it_says() -> None:
     assert len(names["tied"]) == len(names["methods"])
     assert names["whole"].value.idxmax() != "value_zeroing"
     assert names["whole"].value["value_zeroing"] < names["aligned"].value["value_zeroing"] / 2
+
+
+@pytest.mark.newest
+def test_contrast_notebook_finds_what_it_says() -> None:
+    names, printed = _run(DEMOS / "7_why_this_word.ipynb")
+    assert names["odds"]["after"] < names["odds"]["before"] / 2 < names["odds"]["control"]
+    assert names["error"] < 1e-4
+    pairs = {"clés": "keys", "sont": "are", "rouges": "red"}
+    assert {word: names["aligned"][word] for word in pairs} == pairs
+    assert names["strongest"] == " are"
+    assert "clés from keys, sont from are" in printed
 
 
 def test_workflow_notebook_finds_what_it_says() -> None:

@@ -116,7 +116,7 @@ def test_positions_are_those_of_the_whole_axis(monkeypatch: pytest.MonkeyPatch) 
         ids, mask = rows([3, 11, 2, 30, 4], side)
         given = {"attention_mask": mask}
         for ask in (
-            lambda given=given, ids=ids: cm.value_zeroing(model, ids, pos=[29, 0, -3], **given),
+            lambda given=given, ids=ids: cm.value_zeroing(model, ids, pos=[-1, -2], **given),
             lambda given=given, ids=ids: cm.token_memory(
                 model, ids, pos=[0, 28], neurons=[1, 2], **given
             ),

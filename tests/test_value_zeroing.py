@@ -352,8 +352,11 @@ BAD = {
         {"heads": [0, 0]},
         r"a head cannot be in a group twice: got \[0, 0\]; expected",
     ),
-    "no such target": ({"pos": [6]}, r"target axis: got 6; expected an integer from -6 to 5"),
-    "no targets": ({"pos": []}, r"target axis: got '?an empty list"),
+    "no such target": (
+        {"pos": [6]},
+        r"such position: got 6; expected an integer from -6 to 5",
+    ),
+    "no targets": ({"pos": []}, r"there is no such position: got \[\]"),
     "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),
@@ -406,7 +409,7 @@ def test_provenance_says_what_was_asked(tmp_path: Path) -> None:
     assert found.provenance.method == "value_zeroing"
     assert found.provenance.options == {
         "heads": ["0+1"],
-        "pos": [5],
+        "pos": [-1],
         "spans": [(0, 3)],
         "span_rows": "keep",
         "metric": "cosine",

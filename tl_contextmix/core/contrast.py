@@ -65,6 +65,16 @@ class Contrast:
         pairs = zip(logits, sets, strict=True)
         return torch.stack([row[ids.to(row.device)].logsumexp(dim=-1) for row, ids in pairs])
 
+    def mean_logits(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+        """Returns the target's logit less the foil's; of a set their mean by likelihood."""
+
+        def mean(sets: tuple[Tensor, ...]) -> Tensor:
+            pairs = zip(logits, sets, strict=True)
+            some = [row[ids.to(row.device)] for row, ids in pairs]
+            return torch.stack([one @ one.softmax(dim=-1) for one in some])
+
+        return mean(self.target) if self.foil is None else mean(self.target) - mean(self.foil)
+
     def best_ranks(self, logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, "row side"]:
         """Returns the rank of the best alternative of target, and of foil where there is one."""
         sides = [self.target] if self.foil is None else [self.target, self.foil]

@@ -23,6 +23,8 @@ _JOINS = frozenset("'\u2019\uff07\u05f3\u05f4-\u2010\u2011\u00ad\u00b7")
 _JOINER = "\u200d"
 _EXTENDS = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
 _FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
+_TERMINAL = frozenset(".!?\u2026\u3002\uff01\uff1f\u061f\u0964")
+_CLOSERS = " \"')]}\u2019\u201d\u00bb\u300d"
 _REMEDY = "Count positions from 0, special tokens included."
 
 
@@ -73,6 +75,45 @@ def _inside(piece: str) -> bool:
     if has_parts(piece):
         return False  # a character that is cut off may be anything
     return any(char.isalnum() for char in piece) or set(piece) <= _JOINS
+
+
+def find_sentences(
+    pieces: Sequence[str], words: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Returns the stretches of pieces that make up a sentence; see `Tokens.spans`.
+
+    Args:
+        pieces: Text of each token.
+        words: Stretches that are words, as `find_words` returns them.
+    """
+    found: list[tuple[int, int]] = []
+    ends = True
+    for start, stop in words:
+        text = join_pieces(pieces[start:stop])
+        bare = text.strip(_CLOSERS)
+        mark = bool(_MARK.fullmatch(text.strip()))
+        closes = not mark and not bare and "\n" not in text and ends and bool(found)
+        if (ends and not closes) or mark:
+            found.append((start, stop))
+        else:
+            found[-1] = (found[-1][0], stop)
+        ends = mark or closes or bare[-1:] in _TERMINAL or "\n" in text
+    return found
+
+
+def find_text(pieces: Sequence[str], text: str) -> tuple[int, int] | None:
+    """Returns the first stretch of pieces that holds a text, case and spaces apart; or None."""
+    wanted = _letters(text)
+    letters, of = "", []
+    for place, piece in enumerate(pieces):
+        some = _letters(piece.removeprefix("##"))
+        letters, of = letters + some, of + [place] * len(some)
+    at = letters.find(wanted) if wanted else -1
+    return None if at < 0 else (of[at], of[at + len(wanted) - 1] + 1)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.replace("\u2581", " ").lower().split())
 
 
 def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:

@@ -212,10 +212,12 @@ def run_question(
     else:
         view.readout.require()
     question = ask(view, read_batch(view, given), answer, about)
-    return run_asked(question, given, by, needs=needs, both_stacks=both_stacks, reading=reading)
+    return run_predictions(
+        question, given, by, needs=needs, both_stacks=both_stacks, reading=reading
+    )
 
 
-def run_asked(
+def run_predictions(
     question: Question,
     given: Given,
     *by: By,

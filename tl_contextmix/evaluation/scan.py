@@ -21,7 +21,7 @@ from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import Moments
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, require_choice
-from tl_contextmix.engine.log_prob_scores import run_asked
+from tl_contextmix.engine.log_prob_scores import run_predictions
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
@@ -240,7 +240,7 @@ class _Scanner:
     def _add(self, asked: Sequence[tuple[str, Question]]) -> None:
         """Runs the model on a batch and adds its scores."""
         question = _together([one for _, one in asked])
-        done = run_asked(question, Given(question.batch.main.ids), *self.by)
+        done = run_predictions(question, Given(question.batch.main.ids), *self.by)
         norm: NormRule = self.options["norm"]
         parts = [
             [contributions_to(some, by, norm=norm) for by in self.by]

@@ -6,7 +6,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum, blocks
@@ -24,7 +25,7 @@ def alti(
     layer: Layers | None = None,
     stack: StackName | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns ALTI's contributions of one layer; roll them out for the method itself.
 
@@ -46,7 +47,8 @@ def alti(
             encoder's, whichever of its names is given (this is not ALTI+, which treats the two
             attentions as two layers).
         max_bytes: Workspace of a block of targets and sources.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
+            padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source], in units of the residual stream's L1 norm.
@@ -58,7 +60,7 @@ def alti(
     Cost per layer: ``2 n^2 H d`` operations within ``max_bytes``; L1 needs every part.
     """
     needs = identities(("resid_mid",))
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
+    done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
 
     def closer(part: Pass, block: Block) -> Tensor:
         stream = linear_points(block, part.trace, part.stack)["stream"]

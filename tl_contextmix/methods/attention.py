@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import Layers
@@ -24,7 +25,7 @@ def attention(
     heads: Heads = True,
     layer: Layers | None = None,
     stack: StackName | None = None,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns the attention weights.
 
@@ -43,7 +44,8 @@ def attention(
         layer: Layer or layers; None for all. Negative counts from the end.
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder (default: the
             decoder's self-attention).
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
+            padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source] of probabilities; rows sum to 1, except
@@ -55,9 +57,7 @@ def attention(
 
     Cost: a forward pass.
     """
-    done = run_pass(
-        as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs={"pattern"}
-    )
+    done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs={"pattern"})
     groups = head_groups(done, heads)
 
     def pattern(part: Pass, block: Block) -> Tensor:

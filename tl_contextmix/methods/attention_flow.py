@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
@@ -26,7 +27,7 @@ def attention_flow(
     input: Input,
     *,
     stack: StackName | None = None,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns the attention flow from each input token to each position after every layer.
 
@@ -44,7 +45,8 @@ def attention_flow(
         input: A text, several, or token ids [batch, pos].
         stack: ``"encoder"`` or ``"decoder"`` of an encoder-decoder (default: the decoder's
             self-attention).
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
+            padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] from the input to each layer: flows between 0
@@ -64,7 +66,7 @@ def attention_flow(
             "'encoder' or 'decoder'",
             "For both, roll out a map of the decoder with encoder=.",
         )
-    done = run_pass(as_view(model), Given(input, **inputs), stack=stack, needs={"pattern"})
+    done = run_asked(as_view(model), input, inputs, stack=stack, needs={"pattern"})
 
     def flows(part: Pass) -> dict[str, tuple[str, Tensor]]:
         weights = [
@@ -75,7 +77,8 @@ def attention_flow(
         ]
         patterns = torch.stack(weights, dim=1).double().cpu().numpy()
         capacities = (patterns + np.eye(patterns.shape[-1])) / 2
-        found = np.stack([_flows(sentence) for sentence in capacities])
+        rows = part.own(None if part.asked is None else part.asked.rows)
+        found = np.stack([_flows(sentence, rows) for sentence in capacities])
         scores = torch.from_numpy(found).to(weights[0])[:, :, None]
         return {"scores": ("batch layer head target source:attn_out", scores)}
 
@@ -90,9 +93,13 @@ def attention_flow(
     )
 
 
-def _flows(capacities: np.ndarray) -> np.ndarray:
-    """Returns the maximum flows [layer target source] of one sentence's [layer target source]."""
+def _flows(capacities: np.ndarray, rows: list[int] | None) -> np.ndarray:
+    """Returns the maximum flows [layer target source] of one sentence's [layer target source].
+
+    Of targets that are not among the rows they are 0.
+    """
     layers, length, _ = capacities.shape
+    wanted = np.isin(np.arange(length), range(length) if rows is None else rows)
     whole = np.rint(capacities * _UNIT).astype(np.int32)
     flows = np.zeros(capacities.shape)
     reach = np.eye(length, dtype=bool)
@@ -102,6 +109,6 @@ def _flows(capacities: np.ndarray) -> np.ndarray:
         layer, target, source = whole[:depth].nonzero()
         ends = (layer * length + source, (layer + 1) * length + target)
         graph = csr_array((whole[layer, target, source], ends), shape=(nodes, nodes))
-        for i, j in zip(*reach.nonzero(), strict=True):
+        for i, j in zip(*(reach & wanted[:, None]).nonzero(), strict=True):
             flows[depth - 1, i, j] = maximum_flow(graph, j, depth * length + i).flow_value
     return flows / _UNIT

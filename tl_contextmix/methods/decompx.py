@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,9 +20,18 @@ from tl_contextmix.adapters.inputs import (
     run_pass,
     select_blocks,
 )
+from tl_contextmix.adapters.questions import (
+    AnswerInputs,
+    Question,
+    apart,
+    ask_in_pass,
+    predictions,
+    run_asked,
+)
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.parts import (
@@ -28,7 +39,7 @@ from tl_contextmix.engine.parts import (
     Bias,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
 
 # Largest relative error of the sums, by the model's own dtype: rounding over all layers.
@@ -42,9 +53,10 @@ def decompx(
     *,
     layer: Layers | None = None,
     stack: StackName | None = None,
+    of: Literal["norm", "logit"] | None = None,
     bias: Bias = "contributor",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns the norm of what each input token contributes to each position, through all layers.
 
@@ -63,6 +75,15 @@ def decompx(
     lets the value bias of the first layer alone travel with its token: its maps differ from these
     by 2e-3 where that bias is not zero (5e-7, rounding in float32, where it is).
 
+    To a prediction (``of="logit"``, the paper's classification head) the vectors go on through the
+    final norm, its scale frozen, and the unembedding:
+
+    .. math:: l_w - l_f = \sum_k (x^L_{i \leftarrow k} \to w) - (x^L_{i \leftarrow k} \to f) + b
+
+    with :math:`l` the model's own logits. A score then has a sign, and the scores of a row and its
+    bias add up to the difference, without a foil to the target's logit. Of a set the logits' mean
+    is meant, each token as likely as the model finds it among them.
+
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].
@@ -70,29 +91,39 @@ def decompx(
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder. Both names of the
             decoder mean the same: the sources are the decoder's input tokens followed by the
             encoder's, carried through the encoder and its final norm too.
+        of: ``"norm"`` of the vectors or the ``"logit"`` of a prediction; None: the logit where a
+            target or a foil is given or the model generates.
         bias: ``"contributor"`` (the paper) or ``"fixed"``, see `decompose`.
         max_bytes: Workspace: so many input tokens are carried at a time, at least one.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``foil``, ``pos`` and ``generate``, see `Asked`; mask, padding and the
+            like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] at ``"block_out"``: norms in units of the
         residual stream after each layer, the source axis being the *input* tokens; `bias` is the
         norm of what belongs to none. Each layer's map reaches back to the input, so it is marked
-        as rolled out, and `rollout` refuses to do it twice.
+        as rolled out, and `rollout` refuses to do it twice. Of logits: one signed map, a row for
+        each prediction.
 
     Raises:
         InvalidInput: If an argument does not fit the model.
         UnsupportedModel: If the model is one whose numbers would be wrong; among them those whose
-            vectors do not add up to the model's own residual stream.
+            vectors do not add up to the model's own residual stream, and for logits those that cap
+            them or have a masked-LM head, which is not linear.
 
     Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
     for more than a hundred tokens of which none reads a later one.
     """
-    done, asked = _passes(as_view(model), Given(input, **inputs), layer, stack)
+    view, names = as_view(model), ("target", "foil", "generate")
+    wanted = any(inputs.get(name) is not None for name in names)
+    if of == "logit" or (of is None and wanted):
+        return _to_prediction(view, input, inputs, layer, stack, bias, max_bytes)
+    done = run_asked(view, input, inputs, **_needed(view, stack))
+    asked = replace(done, blocks=select_blocks(done.blocks, layer))
 
     def norms(part: Pass) -> dict[str, tuple[str, Tensor]]:
         carried = _carry(part, asked.blocks, bias, max_bytes)
-        found = carried.collect(lambda parts: parts.norm(dim=-1))
+        found = carried.collect(lambda first, parts: _after_zeros(first, parts.norm(dim=-1)))
         scores = torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
         return {
             "scores": ("batch layer target source:block_out", scores),
@@ -108,6 +139,115 @@ def decompx(
         options={"bias": bias},
         bias=found["bias"][:, :, None],
         from_input=True,
+    )
+
+
+def _to_prediction(
+    view: ModelView,
+    input: Input,
+    inputs: AnswerInputs,
+    layer: Layers | None,
+    stack: StackName | None,
+    bias: Bias,
+    max_bytes: int,
+) -> ContextMap:
+    """Returns what each input token brings to the logits asked about."""
+    if layer is not None or view.base_stack(stack) != view.base_stack(None):
+        raise bad(
+            "a prediction is read behind the last layer",
+            f"layer={layer}, stack={stack!r}",
+            "all layers of the stack that predicts",
+            "Leave layer and stack out, or ask with of='norm'.",
+        )
+    if why := _not_linear(view):
+        raise UnsupportedModel(
+            four_parts(
+                "no logit is a sum over input tokens",
+                f"{view.name}: {why}",
+                "a final norm and an unembedding",
+                "Ask with of='norm' and pos=, or gradient_x_input.",
+            )
+        )
+    given, answer = apart(input, inputs)
+    question, done = ask_in_pass(view, given, answer, **_needed(view, stack))
+    last = done.blocks[-1:]
+    turns = [*question.rounds()]
+
+    def logits(part: Pass) -> dict[str, tuple[str, Tensor]]:
+        stream = part.trace[last[0].resid_out]
+        each = [_read(part, turn.within(part), stream, max_bytes) for turn, _ in turns]
+
+        def read(first: int, parts: Tensor) -> Tensor:
+            return torch.stack([one.logits(first, parts) for one in each], dim=1)
+
+        (found,) = _carry(part, last, bias, max_bytes).collect(read)
+        return {
+            "scores": ("batch turn source:block_out", torch.cat(found, dim=2)),
+            "total": ("batch turn", torch.stack([one.total for one in each], dim=1)),
+            "best": ("batch turn", torch.stack([one.first for one in each], dim=1)),
+        }
+
+    found = done.together(logits)
+    there = torch.stack([there for _, there in turns], dim=1)
+    predicted = question.target or [[token] for token in found["best"][there].tolist()]
+    rows = predictions(question, done.target, predicted)
+    there = there.to(found["scores"].device)
+    return replace(done, asked=rows).map(
+        "decompx",
+        (found["scores"] * there[..., None])[:, None, None],
+        "block_out",
+        "logit" if question.foil is None else "difference of logits",
+        options={"bias": bias, "of": "logit"},
+        layers=(0,),
+        point="prediction",
+        target=rows.target,
+        bias=((found["total"] - found["scores"].sum(-1)) * there)[:, None, None],
+        from_input=True,
+        signed=True,
+    )
+
+
+def _not_linear(view: ModelView) -> str:
+    if view.readout.head is not None:
+        return "its masked-LM head is not linear"
+    return "it caps its logits" if view.readout.soft_cap is not None else ""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """How a prediction of each sentence is read from the stream.
+
+    Attributes:
+        rows: Its positions.
+        vocabulary: The readout there, the norm's scale frozen.
+        total: The target's logit, less the foil's, as the model itself has it.
+        first: The first token asked about.
+    """
+
+    rows: Int[Tensor, " batch"]
+    vocabulary: Vocabulary
+    total: Float[Tensor, " batch"]
+    first: Int[Tensor, " batch"]
+
+    def logits(self, first: int, parts: Tensor) -> Float[Tensor, "batch part"]:
+        """Returns the logits of parts of the stream from a position on; before it they are zero."""
+        place = (self.rows - first).to(parts.device)
+        each = torch.arange(len(place), device=parts.device)
+        found = self.vocabulary.target_logits(parts[each, place.clamp(min=0)])
+        return found * (place >= 0)[:, None]
+
+
+def _read(part: Pass, question: Question, stream: Tensor, max_bytes: int) -> _Read:
+    rows = question.rows.to(stream.device)
+    final = stream[torch.arange(len(rows), device=rows.device), rows]
+    logits = part.trace.logits
+    own = part.view.readout(final) if logits is None else question.read(logits)
+    contrast = question.contrast(own)
+    return _Read(
+        rows=question.rows,
+        vocabulary=read_vocabulary(part.view.readout, "frozen+beta", final, contrast, max_bytes),
+        total=contrast.mean_logits(own),
+        first=torch.stack([ids[0] for ids in contrast.target]),
     )
 
 
@@ -148,11 +288,13 @@ def decompx_vectors(
 
     Cost: that of `decompx`, and ``n^2 d_model`` numbers per layer for the result.
     """
-    done, asked = _passes(as_view(model), Given(input, **inputs), layer, stack)
+    view = as_view(model)
+    done = run_pass(view, Given(input, **inputs), **_needed(view, stack))
+    asked = replace(done, blocks=select_blocks(done.blocks, layer))
 
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
         carried = _carry(part, asked.blocks, bias, max_bytes)
-        found = carried.collect(lambda parts: parts)
+        found = carried.collect(_after_zeros)
         parts = torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
         return {
             "parts": ("batch layer target source:block_out", parts),
@@ -192,8 +334,12 @@ class _Carried:
         """Returns what belongs to no token [batch layer target d_model]."""
         return torch.stack([self.own.biases[block.layer] for block in self.asked], dim=1)
 
-    def collect(self, read: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
-        """Returns ``read(parts)`` per layer asked for and chunk of sources, and checks the sums."""
+    def collect(self, read: Callable[[int, Tensor], Tensor]) -> list[list[Tensor]]:
+        """Returns what is read per layer asked for and chunk of sources, and checks the sums.
+
+        Args:
+            read: Reads parts [batch target part d_model], given the first of their targets.
+        """
         found: list[list[Tensor]] = [[] for _ in self.asked]
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
@@ -202,7 +348,7 @@ class _Carried:
                     parts = block.since(first)(parts, memory)
                     for index, asked in enumerate(self.asked):
                         if asked.layer == layer:
-                            found[index].append(_after_zeros(first, read(parts)))
+                            found[index].append(read(first, parts))
                             totals[index][:, first:] += parts.sum(dim=2)
         for block, total in zip(self.asked, totals, strict=True):
             _require_complete(self.done, block, total)
@@ -242,11 +388,8 @@ def _after_zeros(first: int, rows: Tensor) -> Tensor:
     return torch.cat([rows.new_zeros(len(rows), first, *rows.shape[2:]), rows], dim=1)
 
 
-def _passes(
-    view: ModelView, given: Given, layer: Layers | None, stack: StackName | None
-) -> tuple[Pass, Pass]:
-    """Returns a pass of all layers, and the same as one of the layers asked for."""
-    selected = select_blocks(view.blocks(stack), layer)
+def _needed(view: ModelView, stack: StackName | None) -> dict[str, Any]:
+    """Returns the options of a pass whose input tokens can be carried through all layers."""
     encoder = _encoder(view, stack)
 
     def also(block: Block) -> list[str]:
@@ -255,8 +398,7 @@ def _passes(
             names += [name for one in encoder for name in (*one.points(), one.resid_out)]
         return names
 
-    done = run_pass(view, given, stack=stack, also=also, needs=IDENTITIES - {"pattern", "z"})
-    return done, replace(done, blocks=selected)
+    return {"stack": stack, "also": also, "needs": IDENTITIES - {"pattern", "z"}}
 
 
 def _encoder(view: ModelView, stack: StackName | None) -> tuple[Block, ...]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
@@ -26,7 +27,7 @@ def globenc(
     layer: Layers | None = None,
     stack: StackName | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns GlobEnc's map of one layer; roll it out for the method itself.
 
@@ -50,7 +51,8 @@ def globenc(
         stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder; both names of the
             decoder mean the same here, the source axis being its tokens, then the encoder's.
         max_bytes: Workspace.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
+            padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer 1 target source] of norms, in units of the block's output. It
@@ -63,9 +65,10 @@ def globenc(
     Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
     [target, source, d_model] tensor is never built.
     """
-    done = run_pass(
+    done = run_asked(
         as_view(model),
-        Given(input, **inputs),
+        input,
+        inputs,
         layer=layer,
         stack=stack,
         also=_neurons,

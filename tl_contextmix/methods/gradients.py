@@ -13,19 +13,15 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import (
-    Given,
     Input,
     Pass,
-    name_tokens,
-    read_batch,
-    run_pass,
 )
 from tl_contextmix.adapters.questions import (
-    Answer,
     Question,
     TokenAnswerInputs,
     apart,
-    ask,
+    ask_in_pass,
+    predictions,
 )
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
@@ -35,7 +31,7 @@ from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, warn
-from tl_contextmix.results import ContextMap, Tokens
+from tl_contextmix.results import ContextMap
 
 Found = dict[str, tuple[str, Tensor]]
 Score = Literal["l2", "l1", "sum"]
@@ -99,7 +95,7 @@ def gradient_x_input(
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
         given, answer = apart(input, inputs)
-        question, whole = _question(as_view(model), given, answer)
+        question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 
         def attribute(part: Pass) -> Found:
@@ -111,7 +107,7 @@ def gradient_x_input(
             return {**_best(asked), "parts": (_PARTS, torch.stack(parts, dim=1))}
 
         found = whole.together(attribute)
-        return _map("gradient_x_input", whole, turns, found, {"of": of, "score": score})
+        return _map("gradient_x_input", question, whole, turns, found, {"of": of, "score": score})
 
 
 @method(cites=("sundararajan2017axiomatic",), compared=True, of_prediction=True)
@@ -166,7 +162,7 @@ def integrated_gradients(
     """
     with torch.inference_mode(False), torch.no_grad():
         given, answer = apart(input, inputs)
-        question, whole = _question(as_view(model), given, answer)
+        question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 
         def attribute(part: Pass) -> Found:
@@ -183,7 +179,7 @@ def integrated_gradients(
         found = whole.together(attribute)
         _warn_if_missed(found["missed"], found["change"], found["parts"], steps)
         options = {"steps": steps, "baseline": "zero", "of": of, "score": score}
-        return _map("integrated_gradients", whole, turns, found, options)
+        return _map("integrated_gradients", question, whole, turns, found, options)
 
 
 def _warn_if_missed(missed: Tensor, change: Tensor, parts: Tensor, steps: int) -> None:
@@ -325,60 +321,31 @@ class _Asked:
 
 def _map(
     method: str,
+    question: Question,
     whole: Pass,
     turns: list[tuple[Question, Tensor]],
     found: Mapping[str, Tensor],
     options: dict[str, Any],
 ) -> ContextMap:
-    """Returns the map of gradient times input, its targets the positions that predict."""
-    tokens = whole.target
+    """Returns the map of gradient times input, its targets what is predicted."""
     there = torch.stack([there for _, there in turns], dim=1)
-    rows = torch.stack([turn.rows for turn, _ in turns], dim=1)
-    target = Tokens(
-        ids=tokens.ids.gather(1, rows),
-        strings=tuple(
-            tuple(words[place] for place in places)
-            for words, places in zip(tokens.strings, rows.tolist(), strict=True)
-        ),
-        mask=tokens.mask.gather(1, rows) & there,
-        sides=((tokens.sides[0][0], len(turns)),),
-        places=rows,
-        spaced=tokens.spaced,
-    )
     scores = _SCORES[options["score"]](found["parts"])
-    there = there.to(scores.device)
     missed = found.get("missed")
-    said = {
-        "pos": rows.tolist(),
-        "target": _ids([turn.target for turn, _ in turns]) or found["best"].tolist(),
-        "foil": _ids([turn.foil for turn, _ in turns]),
-    }
-    if len(turns) == 1:  # as one number for each sentence
-        said = {name: value and [row[0] for row in value] for name, value in said.items()}
-    return ContextMap(
-        scores=(scores * there[:, :, None])[:, None, None],
+    predicted = question.target or [[token] for token in found["best"][there].tolist()]
+    asked = predictions(question, whole.target, predicted)
+    there = there.to(scores.device)
+    return replace(whole, asked=asked).map(
+        method,
+        (scores * there[:, :, None])[:, None, None],
+        "block_out",
+        options["of"].replace("_", " "),
+        options=options,
         layers=(0,),
-        heads=("all",),
         point="resid_in",
-        stack=whole.stack,
-        target=target,
-        source=whole.source("block_out"),
-        unit=options["of"].replace("_", " "),
-        includes_residual=True,
+        target=asked.target,
         bias=None if missed is None else (missed.abs() * there)[:, None, None],
         from_input=True,
-        provenance=whole.provenance(
-            method, {**options, **{name: value for name, value in said.items() if value}}
-        ),
     )
-
-
-def _ids(turns: list[Any]) -> list[list[Any]]:
-    """Returns ids of each sentence, turn by turn; alternatives as a list; nothing for None."""
-    if any(sets is None for sets in turns):
-        return []
-    each = [[ids[0] if len(ids) == 1 else [*ids] for ids in sets] for sets in turns]
-    return [*map(list, zip(*each, strict=True))]
 
 
 def _instead(leaf: Tensor) -> Callable[[Tensor], Tensor]:
@@ -389,14 +356,6 @@ def _entries(view: ModelView) -> dict[str, str]:
     """Returns the stack by the name of what enters its first block, the decoder's first."""
     order = sorted(view.stacks, key=lambda stack: stack != "decoder")
     return {view.stacks[stack][0].resid_in: stack for stack in order}
-
-
-def _question(view: ModelView, given: Given, answer: Answer) -> tuple[Question, Pass]:
-    """Returns what is asked, and the pass over all sentences."""
-    view = name_tokens(view, given.labels)
-    view.readout.require()
-    question = ask(view, read_batch(view, given), answer)
-    return question, run_pass(view, given, batch=question.batch)
 
 
 def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> list[_Asked]:

@@ -21,6 +21,7 @@ from tl_contextmix.adapters.inputs import (
     Pass,
     run_pass,
 )
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
@@ -56,7 +57,7 @@ def attention_norms(
     stack: StackName | None = ...,
     bias: Bias = ...,
     max_bytes: Positive = ...,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap: ...
 
 
@@ -71,7 +72,7 @@ def attention_norms(
     stack: StackName | None = ...,
     bias: Bias = ...,
     max_bytes: Positive = ...,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> dict[Point, ContextMap]: ...
 
 
@@ -86,7 +87,7 @@ def attention_norms(
     stack: StackName | None = None,
     bias: Bias = "contributor",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap | dict[Point, ContextMap]:
     r"""Returns the norm of what each source token contributes to each target token.
 
@@ -124,7 +125,8 @@ def attention_norms(
         stack: See `decompose`.
         bias: See `decompose`; it changes the points after the feed-forward block.
         max_bytes: Workspace, see `decompose`.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
+            padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source], or one per point where several are asked.
@@ -141,7 +143,7 @@ def attention_norms(
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
     needs = identities(points)
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
+    done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
     found = _maps(done, list(dict.fromkeys(points)), heads, bias, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 

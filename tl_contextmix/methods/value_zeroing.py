@@ -12,13 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Inputs,
-    Pass,
-    run_pass,
-)
+from tl_contextmix.adapters.inputs import Input, Pass
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block, Trace
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
@@ -29,7 +24,6 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, h
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap
-from tl_contextmix.results.axes import positions
 
 # What heads are scaled with and what is added to the stream is known, and held.
 _FOLLOWED = IDENTITIES - {"pattern", "z", "unsteered"}
@@ -44,14 +38,13 @@ def value_zeroing(
     *,
     heads: Heads = False,
     layer: Layers | None = None,
-    pos: int | Sequence[int] | None = None,
     spans: Spans | None = None,
     span_rows: SpanRows = "keep",
     metric: Metric = "cosine",
     final_norm: bool = True,
     stack: StackName | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[AnswerInputs],
 ) -> ContextMap:
     r"""Returns how far each block's output moves when one token's value is set to zero.
 
@@ -74,7 +67,6 @@ def value_zeroing(
         heads: False: all heads at once. True: each alone, one map per head. A number or a list of
             numbers: these together. A list of lists: one map per group.
         layer: Layer or layers; None for all.
-        pos: Position or positions of the rows to compute; None for all. Fewer rows cost less.
         spans: Zero these stretches ``(start, stop)`` of source tokens, each as a whole (words).
             A span is labelled with its text and its first token's id.
         span_rows: What becomes of the rows when spans are given: ``"keep"`` one per token;
@@ -85,7 +77,8 @@ def value_zeroing(
             Hugging Face's hidden states are, or raw.
         stack: ``"cross"`` zeroes encoder values in cross-attention; see `decompose`.
         max_bytes: Workspace, besides the pass and the result.
-        **inputs: Mask, padding and the like, see `Inputs`.
+        **inputs: ``pos``, ``target`` or ``generate`` for some rows (fewer cost less), see `Asked`;
+            mask, padding and the like, see `Inputs`.
 
     Returns:
         A `ContextMap` [batch layer head target source] of distances.
@@ -107,14 +100,15 @@ def value_zeroing(
     view = as_view(model)
     kind = "cross" if stack == "cross" else "self"
     also = partial(needed_names, kind=kind, spare=inputs.get("cache") is None)
-    # Spans are stretches of the whole axis.
-    given, whole = Given(input, **inputs), spans is not None
+    whole = spans is not None  # stretches of the whole axis
     # A cache does not show what its pass would have done with a value zeroed.
-    needs = _FOLLOWED if given.cache is None else IDENTITIES
-    done = run_pass(view, given, layer=layer, stack=stack, also=also, needs=needs, whole=whole)
+    needs = _FOLLOWED if inputs.get("cache") is None else IDENTITIES
+    done = run_asked(
+        view, input, inputs, layer=layer, stack=stack, also=also, needs=needs, whole=whole
+    )
     groups = head_groups(done, heads)
     labels = group_labels(groups)
-    rows = None if pos is None else positions("target", pos, done.target.labels())
+    rows = None if done.asked is None else done.asked.rows
     spans = _require_spans(spans, span_rows, rows, done)
 
     def distances(part: Pass, block: Block) -> Tensor:
@@ -124,18 +118,39 @@ def value_zeroing(
 
     source = "source:attn_out" if spans is None else "span"
     scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
-    if view.hooked() and given.cache is None:
+    if view.hooked() and inputs.get("cache") is None:
         for block in done.blocks:
             _require_followed(done, block, kind)
     options = {
         "heads": list(labels),
-        "pos": rows,
         "spans": spans,
         "span_rows": span_rows,
         "metric": metric,
         "final_norm": final_norm,
     }
-    return _label(done, scores, labels, options)
+    target = done.target
+    if rows is not None:
+        target = target.select([*range(len(scores))], rows)
+    labelled = {"target": target}
+    if spans is not None:
+        each = [spans] * len(scores)
+        source = done.source("attn_out").join(each)
+        if span_rows != "keep":
+            scores = merge(scores.transpose(3, 4), each, span_rows, target.mask).transpose(3, 4)
+            target = source
+        labelled = {"target": target, "source": source}
+        real = target.real_pairs(source).to(scores.device)
+        scores = scores.masked_fill(~real[:, None, None], 0)
+    return done.map(
+        "value_zeroing",
+        scores,
+        "attn_out",
+        f"{metric} distance",
+        heads=labels,
+        options=options,
+        point="block_out",
+        **labelled,
+    )
 
 
 @torch.no_grad()
@@ -226,36 +241,6 @@ class _How:
             found = (changed - kept).norm(dim=-1)
         # Sums over tensors of unlike shapes may round differently: equal vectors are at zero.
         return found.masked_fill(same, 0)
-
-
-def _label(
-    done: Pass, scores: Tensor, labels: tuple[str, ...], options: dict[str, object]
-) -> ContextMap:
-    target, source = done.target, done.source("attn_out")
-    rows, spans, how = (options[name] for name in ("pos", "spans", "span_rows"))
-    if isinstance(rows, list):
-        target = target.select(list(range(scores.shape[0])), rows)
-    if isinstance(spans, list):
-        each = [spans] * scores.shape[0]
-        source = source.join(each)
-        if how != "keep":
-            merged = "mean" if how == "mean" else "max"
-            scores = merge(scores.transpose(3, 4), each, merged, target.mask).transpose(3, 4)
-            target = source
-        real = target.real_pairs(source).to(scores.device)
-        scores = scores.masked_fill(~real[:, None, None], 0)
-    return ContextMap(
-        scores=scores,
-        layers=done.layers,
-        heads=labels,
-        point="block_out",
-        stack=done.stack,
-        target=target,
-        source=source,
-        unit=f"{options['metric']} distance",
-        includes_residual=True,
-        provenance=done.provenance("value_zeroing", options),
-    )
 
 
 def _final_norm(done: Pass, block: Block) -> Norm | None:

@@ -107,7 +107,7 @@ def _legend(panel: Heatmap) -> str:
     if panel.unit:
         pieces.append(f'<span class="unit">{prose(panel.unit)}</span>')
     for shown, kind, told in (
-        (panel.causal, "masked", "later token, cannot be read"),
+        (panel.hidden is not None, "masked", "later token, cannot be read"),
         (seen.nan, "nothing", "no number"),
         (seen.infinite, "infinite", "infinite"),
     ):
@@ -150,7 +150,13 @@ def _tables(panel: Heatmap) -> str:
 def _table(panel: Heatmap, sheet: torch.Tensor) -> str:
     rows, columns = (cells(panel.names(axis), label) for axis in ("rows", "columns"))
     head = "".join(f'<th scope="col">{token}</th>' for token in columns)
-    lines = [f"<thead><tr><td></td>{head}</tr></thead>"]
+    sides = "".join(
+        f'<th scope="colgroup" colspan="{length}">{prose(name)}</th>'
+        for name, length in panel.sides
+        if length
+    )
+    above = f'<tr class="sides"><td></td>{sides}</tr>' if sides else ""
+    lines = [f"<thead>{above}<tr><td></td>{head}</tr></thead>"]
     hidden = torch.zeros(sheet.shape) if panel.hidden is None else panel.hidden
     for token, values, masked in zip(rows, sheet.tolist(), hidden.tolist(), strict=True):
         row = "".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,7 +118,7 @@ def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize) -> Any:
     ends = ["white", colors.POSITIVE]
     ends = [colors.NEGATIVE, *ends] if panel.survey.signed else ends
     shades = LinearSegmentedColormap.from_list("tl_contextmix", ends).with_extremes(
-        bad=colors.MASKED if panel.causal else colors.NOTHING,
+        bad=colors.MASKED if panel.hidden is not None else colors.NOTHING,
         over=colors.INFINITE,
         under=colors.INFINITE,
     )
@@ -129,6 +130,8 @@ def _sheet(axes: Axes, panel: Heatmap, sheet: Any, scale: Normalize) -> Any:
     mesh = axes.pcolormesh(
         sheet.numpy(), cmap=shades, norm=scale, rasterized=sheet.numel() > _MESH, linewidth=0
     )
+    for edge in accumulate(length for _, length in panel.sides[:-1]):
+        axes.axvline(edge, color="black", linewidth=0.6)
     axes.set_aspect("equal" if 0.2 < sheet.shape[0] / sheet.shape[1] < 5 else "auto")
     axes.tick_params(length=0, pad=2)
     return mesh

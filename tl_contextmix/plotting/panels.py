@@ -61,6 +61,9 @@ class Heatmap(Panel):
         row_positions: Position of each row in the input, which its token is shown with; empty:
             from 0.
         column_positions: The same of the columns.
+        masked: Cells that there is no number for, where rows and columns are not the same tokens.
+        sides: Names of stretches of columns and their lengths, such as a prompt and an output;
+            empty: there is but one.
     """
 
     values: Float[torch.Tensor, "sheet row column"]
@@ -72,6 +75,8 @@ class Heatmap(Panel):
     groups: tuple[str, ...] = ()
     row_positions: tuple[int, ...] = ()
     column_positions: tuple[int, ...] = ()
+    masked: Bool[torch.Tensor, "row column"] | None = None
+    sides: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name, tokens in (("row_positions", self.rows), ("column_positions", self.columns)):
@@ -80,6 +85,8 @@ class Heatmap(Panel):
             object.__setattr__(self, name, positions)
         expected = (len(self.sheets), len(self.rows), len(self.columns))
         _require(tuple(self.values.shape) == expected, self.title, self.values.shape, expected)
+        count = sum(length for _, length in self.sides)
+        _require(count in (0, len(self.columns)), self.title, count, len(self.columns))
         count = len(self.groups)
         _require(count in (0, len(self.sheets)), self.title, count, len(self.sheets))
 
@@ -90,9 +97,9 @@ class Heatmap(Panel):
 
     @property
     def hidden(self) -> Bool[torch.Tensor, "row column"] | None:
-        """Cells of later tokens, which a causal map has no number for."""
+        """Cells of later tokens, which there is no number for."""
         if not self.causal:
-            return None
+            return self.masked
         rows, columns = map(torch.tensor, (self.row_positions, self.column_positions))
         return columns > rows[:, None]
 

@@ -16,7 +16,7 @@ from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
-from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.labels import Provenance, Stretches, Tokens
 from tl_contextmix.results.token_groups import Groups, find_groups
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
@@ -47,7 +47,8 @@ class ContextMap(LabelledArray):
         from_input: Whether a layer's map reaches back to the tokens of the input (a rollout,
             DecompX, gradients) and not to those of the layer's own input.
         provenance: Where the numbers come from.
-        signed: Whether it is the difference of two maps, ``a - b``, whose scores may be negative.
+        signed: Whether scores may be negative: those of a difference of two maps, ``a - b``, and
+            contributions to a prediction, which add up.
     """
 
     LABELS = {"layer": "layers", "head": "heads", "target": "target", "source": "source"}
@@ -102,7 +103,7 @@ class ContextMap(LabelledArray):
     @property
     def layer_names(self) -> tuple[str, ...]:
         """What each layer's map is of, as text: ``"2"``, ``"input to 2"``, or ``"prediction"``."""
-        if self.point == "resid_in":
+        if self.point in ("resid_in", "prediction"):
             return ("prediction",) * len(self.layers)
         return tuple(f"input to {n}" if self.from_input else str(n) for n in self.layers)
 
@@ -148,13 +149,15 @@ class ContextMap(LabelledArray):
         return replace(self, scores=self.scores.mean(2, keepdim=True), bias=bias, heads=("mean",))
 
     def require_unsigned(self, operation: str) -> None:
-        """Raises InvalidInput if this is a difference, which the operation has no use for."""
+        """Raises InvalidInput if scores have a sign, which the operation has no use for."""
         if self.signed:
             raise bad(
                 f"{operation} needs a map of scores from 0",
                 f"a {self.unit}, whose scores have a sign",
                 "the map of one method",
-                f"Ask for {operation} of both maps, and subtract what comes of it.",
+                f"Ask for {operation} of both maps, and subtract what comes of it."
+                if self.is_difference
+                else "Scores of a prediction add up as they are.",
             )
 
     def _difference(self, other: Any) -> dict[str, Any]:
@@ -292,6 +295,49 @@ class ContextMap(LabelledArray):
             target=labels if both else replace(found.target, places=None, numbers=None),
         )
 
+    def by_span(self, spans: Stretches = "sentences") -> ContextMap:
+        """Returns the map with the columns of each stretch of source tokens added up.
+
+        Which passage made this answer? Rows stay as they are, and so do their sums.
+
+        Args:
+            spans: ``"words"``, ``"sentences"``, ``"sides"`` (of a generated text: the prompt and
+                what was generated), or a list of texts and of stretches ``(start, stop)`` of the
+                source axis; tokens between those of a list are stretches of their own. See
+                `Tokens.spans`.
+
+        Raises:
+            InvalidInput: If a text is not there, a stretch covers no token, or stretches overlap.
+        """
+        source = self.source.spans(spans)
+        scores = _merged(self.scores, self.source, source, "sum")
+        return replace(self, scores=scores, source=self.source.join(source))
+
+    def at(self, target: Tokens, source: Tokens) -> ContextMap:
+        """Returns the rows and columns at the positions of other labels, with these labels.
+
+        A rollout takes whole maps; this takes out of it the rows that predict what a model said:
+        ``alti(model, said.source.ids).normalize().rollout().at(said.target, said.source)``, with
+        ``said`` the map of what was generated.
+
+        Raises:
+            InvalidInput: If this map has other sentences, or lacks one of the positions.
+        """
+        device, (_, layers, heads, *_) = self.scores.device, self.scores.shape
+        rows = _places(self.target, target).to(device)[:, None, None].expand(-1, layers, heads, -1)
+        columns = _places(self.source, source, sides=True).to(device)[:, None, None, None]
+        found = self.scores.gather(3, rows[..., None].expand(-1, -1, -1, -1, self.scores.shape[4]))
+        found = found.gather(4, columns.expand(*found.shape[:4], -1))
+        real = target.real_pairs(source).to(device)[:, None, None]
+        bias = None if self.bias is None else self.bias.gather(3, rows)
+        return replace(
+            self,
+            scores=found.masked_fill(~real, 0),
+            bias=None if bias is None else bias * target.mask.to(device)[:, None, None],
+            target=target,
+            source=source,
+        )
+
     def rollout(
         self, *, add_identity: bool | None = None, encoder: ContextMap | None = None
     ) -> ContextMap:
@@ -379,9 +425,20 @@ class ContextMap(LabelledArray):
                     causal=part.causal,
                     unit=self.unit,
                     groups=self._groups(),
+                    masked=part._later(),
+                    sides=part.source.sides if len(part.source.sides) > 1 else (),
                 )
             )
         return tuple(found)
+
+    def _later(self) -> torch.Tensor | None:
+        """Returns the columns of the first sentence that come after what its rows predict from."""
+        if self.target.sides[0][0] != "prediction" or self.stack == "encoder":
+            return None
+        own = torch.tensor([name != "encoder" for name in self.source.names()])
+        found = own & (self.source.positions()[0] > self.target.positions()[0][:, None])
+        # Joined tokens have the position of the last.
+        return found & (self.scores[0] == 0).flatten(0, 1).all(dim=0).cpu()
 
     def _sheet_names(self) -> tuple[str, ...]:
         if len(self.heads) == 1:
@@ -400,14 +457,37 @@ class ContextMap(LabelledArray):
             "sum": " Each row is divided by its sum.",
             "max": " Each row is divided by its maximum.",
         }[self.normalized]
-        scale += " Blue is more than in the other map, red less." if self.signed else ""
+        if self.signed:
+            other = "is more than in the other map, red less"
+            scale += f" Blue {other if self.is_difference else 'speaks for it, red against it'}."
         for name, whole, some in (
             ("Rows", self.target, part.target),
             ("Columns", self.source, part.source),
         ):
             if whole.numbers is not None:
                 scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
-        return f"Row: the token being written. Column: the token it comes from.{scale}"
+        predicts = self.target.sides[0][0] == "prediction"
+        row = "the predicted token" if predicts else "the token being written"
+        return f"Row: {row}. Column: the token it comes from.{scale}"
+
+
+def _places(have: Tokens, wanted: Tokens, *, sides: bool = False) -> torch.Tensor:
+    """Returns where on an axis the tokens of another one are, by position and stack."""
+    if len(wanted.ids) != len(have.ids):
+        raise unlike("sentences", len(wanted.ids), len(have.ids))
+    same = wanted.positions()[:, :, None] == have.positions()[:, None]
+    same &= have.mask.cpu()[:, None]
+    if sides:
+        theirs, mine = (torch.tensor([n == "encoder" for n in t.names()]) for t in (wanted, have))
+        same &= theirs[:, None] == mine
+    if not bool((same.any(dim=2) | ~wanted.mask.cpu()).all()):
+        raise bad(
+            "the map lacks some of these positions",
+            f"positions {have.positions().tolist()[0]} of {have.sides}",
+            f"those of {wanted.sides}: {wanted.positions().tolist()[0]}",
+            "Ask for the map of the whole text.",
+        )
+    return same.int().argmax(dim=2)
 
 
 def _merged(

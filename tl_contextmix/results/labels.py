@@ -7,17 +7,20 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 
 from tl_contextmix.core.pieces import join_pieces
-from tl_contextmix.core.validation import require_shape
-from tl_contextmix.core.words import Spans, find_words
+from tl_contextmix.core.validation import require_choice, require_shape
+from tl_contextmix.core.words import Spans, find_sentences, find_text, find_words, require_spans
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import positions
+
+Stretches = Literal["words", "sentences", "sides"] | Sequence[str | tuple[int, int]]
+"""What tokens are summed over, see `Tokens.spans`."""
 
 
 @storage.storable
@@ -102,6 +105,32 @@ class Tokens:
         )
         places = self.positions()[batch][:, pos]
         return part if places.equal(part.positions()) else replace(part, places=places)
+
+    def gather(
+        self,
+        index: Int[torch.Tensor, "batch some"],
+        mask: Bool[torch.Tensor, "batch some"],
+        side: str,
+    ) -> Tokens:
+        """Returns tokens of each row by their place on the axis, of a side of their own.
+
+        Args:
+            index: Places in each row.
+            mask: False where a row has fewer: padding.
+            side: Name of the side.
+        """
+        pairs = zip(self.strings, index.tolist(), mask.tolist(), strict=True)
+        return Tokens(
+            ids=self.ids.gather(1, index.to(self.ids.device)),
+            strings=tuple(
+                tuple(row[place] if real else "" for place, real in zip(places, there, strict=True))
+                for row, places, there in pairs
+            ),
+            mask=self.mask.gather(1, index.to(self.mask.device)) & mask.to(self.mask.device),
+            sides=((side, index.shape[1]),),
+            places=self.positions().gather(1, index.cpu()),
+            spaced=self.spaced,
+        )
 
     def labels(self) -> tuple[int, ...]:
         """Returns the number of each entry on the whole axis, whatever part of it this is."""
@@ -255,6 +284,65 @@ class Tokens:
                 found[row] += [(start + first, start + last) for first, last in part]
         return found
 
+    def spans(self, of: Stretches) -> list[list[tuple[int, int]]]:
+        """Returns stretches ``(start, stop)`` of tokens per row that together hold all real ones.
+
+        Args:
+            of: ``"words"``, see `words`; ``"sentences"``, which end with ``.``, ``!``, ``?`` and
+                the like, or a new line; ``"sides"``, such as the prompt and the output; or a list
+                of stretches and texts (the first place that has them, whatever their case and
+                spaces). Tokens between those of a list are stretches of their own.
+
+        Raises:
+            InvalidInput: If a row has no such text, or stretches overlap.
+        """
+        if isinstance(of, str):
+            require_choice("kind of span", of, ("words", "sentences", "sides"))
+        words = self.words() if of in ("words", "sentences") else []
+        if of == "words":
+            return words
+        found = []
+        for row, pieces in enumerate(self.strings):
+            if of == "sentences":
+                parts = self.by_side(words)
+                mine = [one for part in parts for one in find_sentences(pieces, part[row])]
+            else:
+                mine = [] if isinstance(of, str) else sorted(self._span(row, one) for one in of)
+            found.append(self._filled(row, mine))
+        return found
+
+    def _span(self, row: int, one: str | tuple[int, int]) -> tuple[int, int]:
+        if not isinstance(one, str):
+            return require_spans([one], self.ids.shape[1])[0]
+        for start, stop in self._stretches():
+            real = self.mask[row, start:stop].tolist()
+            pieces = zip(self.strings[row][start:stop], real, strict=True)
+            span = find_text([piece if there else "" for piece, there in pieces], one)
+            if span is not None:
+                return start + span[0], start + span[1]
+        raise bad(
+            "there is no such text among the tokens",
+            repr(one[:200]),
+            f"a part of {join_pieces(self.strings[row], self.spaced)[:200]!r}",
+            "Give it as it stands in the text, or as a stretch (start, stop) of tokens.",
+        )
+
+    def _filled(self, row: int, spans: Spans) -> list[tuple[int, int]]:
+        """Returns stretches of a row, and between them those of the other real tokens."""
+        mask, found = self.mask[row].tolist(), []
+        for (at, stop), mine in zip(self._stretches(), self.by_side([spans]), strict=True):
+            for first, last in (*mine[0], (stop, stop)):
+                if first < at:
+                    raise bad(
+                        "spans overlap",
+                        f"({first}, {last}) after one that ends at {at}",
+                        "stretches that share no token",
+                        "Ask for one after the other.",
+                    )
+                found += [(at, first)] * any(mask[at:first]) + [(first, last)] * (first < last)
+                at = last
+        return found
+
     def join(self, spans: Sequence[Spans]) -> Tokens:
         """Returns one label per stretch of tokens: their text, and the id of the first.
 
@@ -306,7 +394,9 @@ class Tokens:
                 ids[row, index], mask[row, index] = self.ids[row, kept[0]], bool(real)
                 places[row, index] = positions[row, kept[-1]]
                 first, *rest = (self.strings[row][place] for place in kept)
-                texts.append(join_pieces([first, *(piece.removeprefix("##") for piece in rest)]))
+                if self.spaced is not False:
+                    rest = [piece.removeprefix("##") for piece in rest]
+                texts.append(join_pieces([first, *rest], self.spaced))
             strings.append((*texts, *[""] * (longest - len(found))))
         sides = ((side, longest),)
         return Tokens(ids, tuple(strings), mask, sides, places, spaced=self.spaced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import largest
 from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
 from tl_contextmix.results.components import COLUMNS, Components
+from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.labels import Provenance, Tokens, contrasted
+from tl_contextmix.results.predicted_rows import PredictedRows, split_at
 
 SCORES: dict[str, str] = {
     "log_prob_increase": "nats",
@@ -184,6 +187,86 @@ class LogProbContributions(ComponentSet):
             sides=((self.target.sides[0][0], 1),),
         )
 
+    def as_map(self, *, layers: bool = False) -> ContextMap:
+        """Returns contributions by source as a map: rows are predictions, columns source tokens.
+
+        Where an answer follows the text, as with ``generate``, its tokens are a side of their own.
+        Scores have a sign. With a foil (single tokens, frozen norm) they are linear, so that sums
+        over layers and tokens mean something; without one each is the increase by that part alone,
+        and a sum misses `gaps`.
+
+        Args:
+            layers: Whether each layer has a map of its own; else they are added up.
+
+        Raises:
+            InvalidInput: If these are no contributions by ``"position"`` or ``"head_position"``, or
+                not all of them, as after `top`.
+        """
+        where, count = self.components, self.tokens.shape[1]
+        biases = where.is_bias()
+        if self.by not in ("position", "head_position") or not self._all_there():
+            raise bad(
+                "these contributions are no map of source tokens",
+                f"by={self.by!r}, {where.shape[1]} components",
+                "all of those by='position' or by='head_position'",
+                "Ask for these, and take .top of the map.",
+            )
+        numbers, layer = where.layer.unique(return_inverse=True)
+        width = count + (0 if self.encoder is None else self.encoder.shape[1])
+        shape = (len(self.scores), len(numbers), 1 + max(0, int(where.head.max())), width)
+        column = where.source + count * where.of_kind("cross_attn")
+        place = (layer * shape[2] + where.head.clamp(min=0)) * width + column
+        device, scores = self.scores.device, self.scores.nan_to_num(0.0)
+        read = scores.masked_fill(biases.to(device), 0)
+        parts = scores.new_zeros(len(scores), prod(shape[1:]))
+        parts = parts.scatter_add(1, place.masked_fill(biases, 0).to(device), read).view(shape)
+        bias = scores.new_zeros(shape[:2]).scatter_add(1, layer.to(device), scores - read)
+        if not layers:
+            parts, bias = parts.sum(dim=1, keepdim=True), bias.sum(dim=1, keepdim=True)
+        rows = PredictedRows.of(self.sentence)
+        order, mask = rows.order.to(device), rows.mask.to(device)[:, None, None]
+        first = rows.order[:, 0].tolist()
+        own = self.tokens.select(first, [*range(count)])
+
+        def source(written: Tokens) -> Tokens:
+            if self.encoder is None:
+                return written
+            return written.cat(self.encoder.select(first, [*range(width - count)]))
+
+        found = ContextMap(
+            scores=parts[order].permute(0, 2, 3, 1, 4) * mask[..., None],
+            layers=tuple(numbers.tolist()) if layers else (0,),
+            heads=("all",) if shape[2] == 1 else tuple(map(str, range(shape[2]))),
+            point="attn_out" if layers else "prediction",
+            stack="cross" if self.encoder is not None else own.sides[0][0],
+            target=rows.label(own, self.pos, self.target),
+            source=source(own),
+            unit=self.unit,
+            includes_residual=False,
+            provenance=self.provenance,
+            bias=bias[order].transpose(1, 2)[:, :, None] * mask if shape[2] == 1 else None,
+            signed=True,
+        )
+        if not self._continues():
+            return found
+        prompt = "prompt" if self.encoder is None else "decoder"
+        own = split_at(own, [int(self.pos[row]) + 1 for row in first], (prompt, "output"))
+        return found.at(found.target, source(own))
+
+    def _all_there(self) -> bool:
+        """Whether no component was left out, as `top` leaves out biases."""
+        return bool(self.components.is_bias().any(dim=1).all())
+
+    def _continues(self) -> bool:
+        """Whether each prediction is the token that follows, up to the end of the text."""
+        follows = (self.pos + 1).cpu()[:, None]
+        length = self.tokens.shape[1]
+        ids = self.tokens.ids.cpu().gather(1, follows.clamp(max=length - 1))
+        ends = self.tokens.mask.cpu().int().cumsum(1).argmax(1)
+        last = torch.zeros_like(ends).scatter_reduce(0, self.sentence.cpu(), self.pos.cpu(), "amax")
+        reached = last[self.sentence.cpu()] + 1 == ends
+        return bool(((ids == self.target.ids.cpu()[:, :1])[:, 0] & reached).all())
+
     @property
     def unit(self) -> str:
         """Unit of the scores."""
@@ -204,6 +287,8 @@ class LogProbContributions(ComponentSet):
     def panels(self) -> tuple[Panel, ...]:
         """Returns, for each sentence: a map where there is one, the largest, the trajectory."""
         found: list[Panel] = []
+        if self.by == "position" and len(self.sentence.unique()) < len(self.sentence):
+            found += self.as_map().panels() if self._all_there() else ()
         for row in range(len(self.target.strings)):
             title = f"Contributions by {self.by} to {self.asked(row)}"
             caption = "Blue raises the log-probability of the token, red lowers it."

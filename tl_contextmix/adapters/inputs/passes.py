@@ -19,6 +19,7 @@ from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.labelling import label_sides, provenance
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
+from tl_contextmix.adapters.inputs.predictions import Predictions
 from tl_contextmix.adapters.inputs.tokens import Given, read_batch
 from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Trace
@@ -51,6 +52,7 @@ class Pass:
         run: Runs the model over a batch.
         crops: The groups that it runs in; empty where it runs as a whole.
         crop: What it is of a larger pass, or None.
+        asked: The predictions whose rows of a map are asked about; None for all rows.
     """
 
     view: ModelView
@@ -61,6 +63,7 @@ class Pass:
     run: Callable[[Batch], Trace] = field(repr=False)
     crops: tuple[Crop, ...] = ()
     crop: Crop | None = None
+    asked: Predictions | None = None
 
     @property
     def kind(self) -> Literal["self", "cross"]:
@@ -332,7 +335,10 @@ class Pass:
             "includes_residual": True,
             "provenance": self.provenance(method, options),
         }
-        return ContextMap(**{**fields, **facts})
+        found = ContextMap(**{**fields, **facts})
+        if self.asked is None:
+            return found
+        return self.asked.rows_of(found, whole="source" not in facts)
 
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""

@@ -9,6 +9,7 @@ from tl_contextmix.adapters.questions.asked import (
     TokenAnswerInputs,
     apart,
 )
+from tl_contextmix.adapters.questions.asked_passes import ask_in_pass, predictions, run_asked
 from tl_contextmix.adapters.questions.directions import Direction, Reading, read_direction
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
@@ -27,10 +28,13 @@ __all__ = [
     "TokenAnswerInputs",
     "apart",
     "ask",
+    "ask_in_pass",
     "label_sets",
     "one_each",
     "predicting_rows",
+    "predictions",
     "read_direction",
     "rows_at",
+    "run_asked",
     "single_token",
 ]

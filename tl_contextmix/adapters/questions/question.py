@@ -46,6 +46,7 @@ class Question:
         target: Ids asked about in each prediction; None: the model's best.
         foil: Ids they are contrasted with, or None.
         named: What the target of each prediction was called, where that is one text.
+        continued: Whether the batch has answers behind its texts.
     """
 
     view: ModelView
@@ -56,6 +57,7 @@ class Question:
     target: tuple[tuple[int, ...], ...] | None
     foil: tuple[tuple[int, ...], ...] | None
     named: tuple[str | None, ...]
+    continued: bool = False
 
     @property
     def plain(self) -> bool:
@@ -175,7 +177,8 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             "Pass target=, the token that the foil is contrasted with.",
         )
     require_one_token(foil)
-    if target is not None and any(len(steps) > 1 for steps in target):
+    several = target is not None and any(len(steps) > 1 for steps in target)
+    if target is not None and several:
         batch, rows = _rows_of_answers(view, batch, stack, answer, target)
     elif answer.pos is None and found is not None:
         rows = [[row] for row in found.pos.tolist()]
@@ -208,6 +211,7 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
         target=at_each(target),
         foil=at_each(foil),
         named=tuple(name(i, place) for i, place in places),
+        continued=several and stack != "encoder",
     )
 
 
