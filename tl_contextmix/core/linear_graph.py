@@ -396,6 +396,21 @@ class LinearGraph:
         order = sorted(found, key=lambda one: (-one[0], one[1]))
         return [place for size, place in order[:most] if size]
 
+    def writes(self, kept: Sequence[Place]) -> Float[Tensor, "some d_model"]:
+        """Returns what some nodes write to the stream, in their order."""
+        found: dict[Place, Tensor] = {}
+        for (index, step), at in _by_step(kept).items():
+            stack, pos = self.stacks[index], at[:, 0]
+            if step < 0:
+                vectors = stack.start[pos]
+            else:
+                nodes = stack.steps[step].nodes
+                norm = nodes.frozen.norm_out
+                vectors = norm.unscaled(nodes.writes(at)) / norm.scale[0, pos]
+            places = (Place(index, step, *one) for one in at.tolist())
+            found |= dict(zip(places, vectors, strict=True))
+        return torch.stack([found[place] for place in kept])
+
     def graph(self, pulled: Pulled, kept: Sequence[Place], max_bytes: int) -> Graph:
         """Returns the graph of some nodes, biases and what is left of every layer.
 

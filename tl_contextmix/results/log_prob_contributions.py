@@ -15,7 +15,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import largest, require_shape
 from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
 from tl_contextmix.results.components import COLUMNS, Components
-from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 
 SCORES: dict[str, str] = {
     "log_prob_increase": "nats",
@@ -107,11 +107,7 @@ class LogProbContributions(ComponentSet):
             row: The row.
             quote: Puts a token in quotes.
         """
-        sides = [self.target] if self.foil is None else [self.target, self.foil]
-        listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
-        return " rather than ".join(
-            " or ".join(quote(word) for word, real in pairs if real) for pairs in listed
-        )
+        return asked_words(self.target, self.foil, row, quote)
 
     def summed(self) -> LogProbContributions:
         """Returns the contributions to all predictions of a sentence together, such as an answer.

@@ -1,0 +1,193 @@
+"""Which token went through which head and which memory to make an answer: a graph of effects."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, largest
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.component_sets import SHOWN
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+
+if TYPE_CHECKING:
+    import pandas
+
+_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
+SOURCES = ("embed", "encoder embed", "bias", "encoder bias", "readout bias")
+"""Kinds of nodes that read nothing: their scores add up to that of the answer."""
+
+
+@storage.storable
+@dataclass(frozen=True)
+class GraphNode:
+    """Something that writes to the residual stream, or what gathers several.
+
+    Attributes:
+        kind: ``"embed"``, ``"attn"``, ``"cross_attn"``, ``"mlp"``, ``"bias"`` (of a layer),
+            ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or ``"answer"``; of an
+            encoder-decoder's encoder ``"encoder embed"`` and so on.
+        layer: Its layer; -1 for embeddings, the number of layers for the readout and the answer.
+        pos: Its position; -1 for what gathers several.
+        head: Its head; -1 for no head.
+        neuron: Its neuron; -1 for a feed-forward block as a whole, and for what is none.
+        token: The token at its position; of the answer what was asked.
+        promotes: Tokens with the largest logits under what it writes; empty in an encoder.
+        pattern: What a head attends to, by source; empty for others.
+    """
+
+    kind: str
+    layer: int
+    pos: int = -1
+    head: int = -1
+    neuron: int = -1
+    token: str = ""
+    promotes: tuple[str, ...] = ()
+    pattern: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
+        if self.layer < 0 or self.kind in ("readout bias", "answer"):
+            return self.kind
+        base = f"L{self.layer}"
+        if self.head >= 0:
+            return f"{base}{_SHORT[self.kind]}H{self.head}"
+        if self.neuron >= 0:
+            return f"{base}{_SHORT[self.kind]}N{self.neuron}"
+        return f"{base} {self.kind}"
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False, repr=False)
+class AttributionGraph(Result):
+    """Effects of nodes on an answer, and what runs directly from one node to another.
+
+    Edges into a node add up to its score, and so do those out of it; embeddings and biases add up
+    to the answer's. Nothing is missing: what was pruned is one node for each layer, whose score is
+    what enters it from the nodes that are shown.
+
+    Attributes:
+        scores: Total effect of each node on `score`.
+        edges: Direct effects, from each source (a column) to each target (a row).
+        nodes: The nodes, from the input to the answer, which is last.
+        score: What is explained: the log-odds of target and foil, or the linear part of the
+            log-probability, as the model gives it.
+        explained: The part of it that runs through nodes that are shown alone, at frozen patterns,
+            norms and slopes.
+        possible: How many nodes there are that have an effect, biases apart.
+        log_prob: The target's log-probability, less the foil's.
+        pos: Position that predicts.
+        target: The predicted token; alternatives side by side.
+        foil: What it is contrasted with, or None.
+        tokens: The tokens of the stack that writes the answer.
+        encoder: The tokens of the encoder that it reads, or None.
+        provenance: Where the numbers come from.
+    """
+
+    LABELS = {"target": "nodes", "source": "nodes", "node": "nodes"}
+
+    scores: Float[torch.Tensor, " node"]
+    edges: Float[torch.Tensor, "target source"]
+    nodes: tuple[GraphNode, ...]
+    score: float
+    explained: float
+    possible: int
+    log_prob: float
+    pos: int
+    target: Tokens
+    foil: Tokens | None
+    tokens: Tokens
+    encoder: Tokens | None
+    provenance: Provenance
+
+    def __repr__(self) -> str:
+        lines = [
+            f"AttributionGraph of {self.asked()}: {len(self.nodes)} nodes of {self.possible}, "
+            f"score {self.score:.3f}, {self.explained:.3f} of it through them alone"
+        ]
+        for place in self._largest(5):
+            node = self.nodes[place]
+            lines.append(f"  {node.label} {_where(node)} {float(self.scores[place]):+.3f}".rstrip())
+        return "\n".join(lines)
+
+    def asked(self) -> str:
+        """Returns what the graph is about, such as ``' are' rather than ' is'``."""
+        return asked_words(self.target, self.foil)
+
+    def to_dataframe(self, rows: str = "nodes") -> pandas.DataFrame:
+        """Returns a table.
+
+        Args:
+            rows: ``"nodes"``: a row for each node, its fields and score. ``"edges"``: a row for
+                each edge that is not zero, largest first, with the labels of both ends.
+        """
+        import pandas
+
+        from tl_contextmix.errors import require_choice
+
+        require_choice("table", rows, ("nodes", "edges"))
+        if rows == "nodes":
+            names = [field.name for field in fields(GraphNode)]
+            frame = pandas.DataFrame([[getattr(n, name) for name in names] for n in self.nodes])
+            frame.columns = names
+            frame.insert(0, "label", [node.label for node in self.nodes])
+            frame["score"] = as_array(self.scores)
+            return frame
+        found = []
+        for place in largest(self.edges.abs(), int((self.edges != 0).sum())).tolist():
+            target, source = divmod(place, len(self.nodes))
+            ends = self.nodes[source], self.nodes[target]
+            labels = [text for end in ends for text in (end.label, end.pos)]
+            found.append((source, target, *labels, float(self.edges[target, source])))
+        names = ["source", "target", "source_label", "source_pos", "target_label", "target_pos"]
+        return pandas.DataFrame(found, columns=[*names, "score"])
+
+    def to_networkx(self) -> Any:
+        """Returns a `networkx.DiGraph` of the nodes and the edges that are not zero.
+
+        Nodes are numbered and have their fields, ``label`` and ``score``; edges have a ``weight``.
+        ``networkx.write_graphml`` writes it for Gephi, yEd or Cytoscape.
+        """
+        import networkx
+
+        graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
+        for place, node in enumerate(self.nodes):
+            told = {**asdict(node), "promotes": " ".join(node.promotes)}
+            told.pop("pattern")
+            graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
+        for target, source in (self.edges != 0).nonzero().tolist():
+            graph.add_edge(source, target, weight=float(self.edges[target, source]))
+        return graph
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the graph, and its nodes by size."""
+        rows = []
+        for place in self._largest(SHOWN):
+            node = self.nodes[place]
+            promoted = ", ".join(map(repr, node.promotes))
+            rows.append((node.label, _where(node), float(self.scores[place]), promoted))
+        return (
+            Table(
+                title=f"What made {self.asked()}",
+                caption="Total effect of each node, at frozen patterns, norms and slopes. Effects "
+                "of nodes that read each other overlap.",
+                columns=("node", "token", "effect", "promotes"),
+                rows=tuple(rows),
+                signed=("effect",),
+            ),
+        )
+
+    def _largest(self, k: int) -> list[int]:
+        """Returns the nodes of largest effect, the answer and what gathers several apart."""
+        single = torch.tensor([node.pos >= 0 and node.kind != "answer" for node in self.nodes])
+        return largest(self.scores.abs().cpu().masked_fill(~single, torch.nan), k).tolist()
+
+
+def _where(node: GraphNode) -> str:
+    return f"{node.token!r} ({node.pos})" if node.pos >= 0 else ""
