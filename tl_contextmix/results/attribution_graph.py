@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.errors import require_choice
+from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import Result
@@ -129,8 +130,6 @@ class AttributionGraph(Result):
         """
         import pandas
 
-        from tl_contextmix.errors import require_choice
-
         require_choice("table", rows, ("nodes", "edges"))
         if rows == "nodes":
             names = [field.name for field in fields(GraphNode)]
@@ -167,21 +166,62 @@ class AttributionGraph(Result):
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the graph, and its nodes by size."""
-        rows = []
+        title = f"What made {self.asked()}"
+        columns = {where: i for i, where in enumerate(sorted({_column(n) for n in self.nodes}))}
+        rows = {row: place for place, row in enumerate(dict.fromkeys(map(_row, self.nodes)))}
+        dots = tuple(
+            Dot(
+                label=node.label,
+                column=columns[_column(node)],
+                row=rows[_row(node)],
+                value=float(score),
+                facts=self._facts(node),
+            )
+            for node, score in zip(self.nodes, self.scores, strict=True)
+        )
+        table = []
         for place in self._largest(SHOWN):
             node = self.nodes[place]
-            promoted = ", ".join(map(repr, node.promotes))
-            rows.append((node.label, _where(node), float(self.scores[place]), promoted))
+            promoted = ", ".join(map(repr, node.promotes)) or None
+            at = Place(node.token, node.pos)
+            table.append((node.label, at, float(self.scores[place]), promoted))
         return (
-            Table(
-                title=f"What made {self.asked()}",
-                caption="Total effect of each node, at frozen patterns, norms and slopes. Effects "
-                "of nodes that read each other overlap.",
-                columns=("node", "token", "effect", "promotes"),
+            Graph(
+                title=title,
+                caption="Size: total effect on the answer. Edges: what runs directly from one to "
+                "the other; those into a node add up to its effect, and so do those out of it. "
+                "Attention patterns, norms and activation slopes are frozen.",
+                columns=tuple(map(self._place, columns)),
                 rows=tuple(rows),
+                nodes=dots,
+                edges=self.edges,
+                unit="nats",
+            ),
+            Table(
+                title=f"{title}: largest effects",
+                caption="Effects of nodes that read each other overlap.",
+                columns=("node", "token", "effect", "promotes"),
+                rows=tuple(table),
                 signed=("effect",),
             ),
         )
+
+    def _facts(self, node: GraphNode) -> tuple[tuple[str, str], ...]:
+        """Returns what is told of a node besides its score."""
+        found = [("promotes", ", ".join(map(repr, node.promotes)))] if node.promotes else []
+        if node.pattern:
+            side = self.encoder if node.kind in ("cross_attn", "encoder attn") else self.tokens
+            words = (side or self.tokens).strings[0]
+            best = largest(torch.tensor(node.pattern), 5).tolist()
+            read = (f"{words[place]!r} ({place}) {node.pattern[place]:.2f}" for place in best)
+            found.append(("attends to", ", ".join(read)))
+        return tuple(found)
+
+    def _place(self, column: tuple[int, int]) -> Place | str:
+        """Returns the label of a column."""
+        side, pos = column
+        tokens = self.encoder if side == 0 else self.tokens
+        return "all positions" if side == 2 or tokens is None else Place(tokens.strings[0][pos], pos)
 
     def _largest(self, k: int) -> list[int]:
         """Returns the nodes of largest effect, the answer and what gathers several apart."""
@@ -191,3 +231,19 @@ class AttributionGraph(Result):
 
 def _where(node: GraphNode) -> str:
     return f"{node.token!r} ({node.pos})" if node.pos >= 0 else ""
+
+
+def _column(node: GraphNode) -> tuple[int, int]:
+    """Returns the side of a node (encoder, answer's, neither) and its position, in order."""
+    return (2, 0) if node.pos < 0 else (0 if node.kind.startswith("encoder") else 1, node.pos)
+
+
+def _row(node: GraphNode) -> str:
+    """Returns the name of the row that a node stands in: what gathers a layer on its last one."""
+    side = "encoder " if node.kind.startswith("encoder ") else ""
+    kind = node.kind.removeprefix("encoder ")
+    if kind in ("answer", "readout bias"):
+        return "answer"
+    if node.layer < 0:
+        return f"{side}embed"
+    return f"{side}L{node.layer} {'mlp' if kind in ('bias', 'rest') else kind}"
