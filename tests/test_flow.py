@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -234,6 +235,202 @@ def test_edges_are_those_of_a_literal_pass_with_gates(family: str):
     assert checked > 20
     left = [abs(v) for (_, source), v in expected.items() if source[0] != "readout bias"]
     assert max(left, default=0.0) < limit
+
+
+# ---- pruning, and what is frozen
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    return cm.load_demo("causal-lm")
+
+
+@pytest.mark.once
+def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
+    """Without a node, the linearised model's score is less by the node's: no more, no less."""
+    case = case_of("gpt2")
+    model, given = shared(case)
+    whole = cm.flow(model, **one(given), target=3, foil=5, share=1.0, k=10_000)
+    assert whole.explained == pytest.approx(whole.score, rel=1e-9)
+    assert whole.possible == len([n for n in whole.nodes if n.pos >= 0 and n.kind != "answer"])
+    # All but the smallest: what is missing is what runs through it.
+    fewer = cm.flow(model, **one(given), target=3, foil=5, share=1.0, k=whole.possible - 1)
+    left = {(n.label, n.pos) for n in whole.nodes} - {(n.label, n.pos) for n in fewer.nodes}
+    ((label, pos),) = [key for key in left if key[1] >= 0]
+    place = next(i for i, n in enumerate(whole.nodes) if (n.label, n.pos) == (label, pos))
+    assert whole.score - fewer.explained == pytest.approx(float(whole.scores[place]), abs=1e-9)
+    # The rest of its layer is it alone, with the same edges.
+    rest = next(i for i, n in enumerate(fewer.nodes) if "rest" in n.kind)
+    assert float(fewer.scores[rest]) == pytest.approx(float(whole.scores[place]), abs=1e-9)
+    assert torch.allclose(fewer.edges[rest].sort().values, whole.edges[place].sort().values)
+
+
+@pytest.mark.once
+def test_nodes_are_kept_until_the_share_is_explained(demo):
+    few, most = (cm.flow(demo, TEXT, **ARE, share=share) for share in (0.5, 0.95))
+    for graph, share in ((few, 0.5), (most, 0.95)):
+        conserved(graph, 1e-5)
+        assert abs(graph.explained - graph.score) <= (1 - share) * abs(graph.score)
+    assert len(few.nodes) < len(most.nodes)
+    every = cm.log_prob_contributions(demo, TEXT, **ARE, by="head")
+    head = most.nodes[most._largest(1)[0]]
+    assert head.label == every.top(1).labels()[0] == "L3H0"
+    # A head of the last layer is read by the answer and by the last feed-forward block.
+    direct = float(most.edges[-1, most._largest(1)[0]])
+    assert direct == pytest.approx(float(every.top(1).scores[0, 0]), abs=1e-5)
+
+
+@pytest.mark.once
+def test_workspace_changes_no_number(demo):
+    wide, narrow = (cm.flow(demo, TEXT, **ARE, max_bytes=size) for size in (2**30, 1))
+    assert wide.nodes == narrow.nodes
+    assert torch.allclose(wide.edges, narrow.edges, atol=1e-6)
+
+
+@pytest.mark.once
+def test_a_kept_node_costs_less_than_a_backward_pass(demo):
+    """Counted: one linearised pass down is the bound for each node."""
+
+    def flops(k: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            cm.flow(demo, TEXT, **ARE, share=1.0, k=k)
+        return counter.get_total_flops()
+
+    ids = demo.to_tokens(TEXT)
+    weights = sum(p.numel() for name, p in demo.named_parameters() if "embed" not in name)
+    backward = 2 * weights * ids.shape[1]
+    few, more = flops(8), flops(72)
+    assert 0 < more - few < 64 * backward
+
+
+@pytest.mark.once
+def test_neurons_take_the_place_of_their_block(demo):
+    graph = cm.flow(demo, TEXT, **ARE, neurons=True, k=40)
+    conserved(graph, 1e-5)
+    some = [node for node in graph.nodes if node.neuron >= 0]
+    assert some
+    assert not [n for n in graph.nodes if n.kind == "mlp" and n.neuron < 0]
+    assert all(len(node.promotes) == 5 for node in some)
+    assert {node.label for node in some if node.layer == 3} <= {
+        f"L3N{i}" for i in range(demo.cfg.d_mlp)
+    }
+
+
+@pytest.mark.once
+def test_the_linear_part_of_a_log_probability(demo):
+    graph = cm.flow(demo, TEXT, target=" are")
+    logits = demo(demo.to_tokens(TEXT))[0, -1].double()
+    p = logits.softmax(-1)
+    token = int(graph.target.ids[0, 0])
+    assert graph.score == pytest.approx(float(logits[token] - (p * logits).sum()), abs=1e-4)
+    entropy = float(-(p * p.log()).sum())
+    assert graph.log_prob == pytest.approx(graph.score - entropy, abs=1e-4)
+    conserved(graph, 1e-4)
+
+
+@pytest.mark.once
+def test_what_hooks_add_and_take_is_in_the_graph(demo):
+    def ablate(z, hook):
+        z[:, :, 0] = 0
+        return z
+
+    def steer(stream, hook):
+        return stream + 0.1
+
+    hooks = [("blocks.3.attn.hook_z", ablate), ("blocks.2.hook_resid_pre", steer)]
+    with demo.hooks(fwd_hooks=hooks):
+        graph = cm.flow(demo, TEXT, **ARE, share=1.0)
+    conserved(graph, 1e-5)
+    assert not [node for node in graph.nodes if node.label == "L3H0"]
+    with (
+        pytest.raises(cm.UnsupportedModel, match="do not add up|hook_v|value"),
+        demo.hooks(fwd_hooks=[("blocks.1.attn.hook_v", lambda v, hook: v * 2)]),
+    ):
+        cm.flow(demo, TEXT, **ARE)
+
+
+@pytest.mark.once
+def test_a_masked_language_model_has_a_gradient_at_its_head():
+    graph = cm.flow(cm.load_demo("masked-lm"), "the keys to the cabinet [MASK] here .")
+    conserved(graph, 1e-4)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"pos": "all"}, "6 predictions"),
+        ({"target": " are on"}, "2 predictions"),
+        ({"target": [" are", " is"]}, "one target for each"),
+        ({"share": 0.0}, "above 0"),
+        ({"k": 0}, "from 1"),
+    ],
+)
+def test_what_is_no_graph_is_refused(demo, asked, words):
+    with pytest.raises(cm.InvalidInput, match=words):
+        cm.flow(demo, TEXT, **asked)
+
+
+# ---- what the result can do
+
+
+@pytest.mark.once
+def test_tables_and_files(demo, tmp_path):
+    graph = cm.flow(demo, TEXT, **ARE)
+    assert cm.Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
+    nodes, edges = graph.to_dataframe(), graph.to_dataframe("edges")
+    assert nodes.label.tolist() == [node.label for node in graph.nodes]
+    into = edges.groupby("target").score.sum()
+    assert into[len(graph.nodes) - 1] == pytest.approx(graph.score, abs=1e-4)
+    assert edges.score.abs().is_monotonic_decreasing
+    assert "' are' rather than ' is'" in repr(graph)
+    assert "L3H0" in repr(graph)
+    with pytest.raises(cm.InvalidInput, match="edges"):
+        graph.to_dataframe("links")
+
+
+@pytest.mark.once
+def test_graphml_and_back(demo, tmp_path):
+    import networkx
+
+    graph = cm.flow(demo, TEXT, **ARE)
+    made = graph.to_networkx()
+    networkx.write_graphml(made, tmp_path / "graph.graphml")
+    read = networkx.read_graphml(tmp_path / "graph.graphml", node_type=int)
+    assert networkx.is_directed_acyclic_graph(read)
+    answer = len(graph.nodes) - 1
+    total = sum(edge["weight"] for _, _, edge in read.in_edges(answer, data=True))
+    assert total == pytest.approx(graph.score, abs=1e-4)
+    assert read.nodes[answer]["label"] == "answer"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("neurons", [False, True])
+def test_circuit_tracer_files(demo, neurons):
+    graph = cm.flow(demo, TEXT, **ARE, neurons=neurons, k=30)
+    told = json.loads(json.dumps(graph.to_circuit_tracer("keys"), allow_nan=False))
+    types = {
+        "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str,
+        "jsNodeId": str, "clerp": str, "influence": float, "activation": float,
+    }  # fmt: skip
+    for node in told["nodes"]:
+        assert {name: type(node[name]) for name in types} == types
+        assert 0 <= node["ctx_idx"] < len(told["metadata"]["prompt_tokens"])
+    ids = [node["node_id"] for node in told["nodes"]]
+    assert len(set(ids)) == len(ids) == len(graph.nodes)
+    assert len({node["jsNodeId"] for node in told["nodes"]}) == len(ids)
+    assert {end for link in told["links"] for end in (link["source"], link["target"])} <= {*ids}
+    into = sum(link["weight"] for link in told["links"] if link["target"] == ids[-1])
+    assert into == pytest.approx(graph.score, abs=1e-4)
+    assert {"slug", "scan", "prompt", "prompt_tokens"} <= told["metadata"].keys()
+    assert {"embedding", "logit"} <= {node["feature_type"] for node in told["nodes"]}
+
+
+@pytest.mark.once
+def test_circuit_trace_files_have_one_row_of_tokens():
+    case = case_of("t5")
+    with pytest.raises(cm.InvalidInput, match="one stack"):
+        graph_of(case, k=5).to_circuit_tracer()
 
 
 def view_batch(view: Any, given: dict[str, Any]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.errors import require_choice
+from tl_contextmix.errors import bad, require_choice
 from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
@@ -163,6 +164,97 @@ class AttributionGraph(Result):
         for target, source in (self.edges != 0).nonzero().tolist():
             graph.add_edge(source, target, weight=float(self.edges[target, source]))
         return graph
+
+    def to_circuit_tracer(self, slug: str = "flow") -> dict[str, Any]:
+        """Returns the graph as circuit-tracer's graph files and Neuronpedia's viewer have it.
+
+        Write it with ``json.dump``. Neurons are features there (number ``(l + f)(l + f + 1) / 2 +
+        f``), tokens and the answer what they are; heads, feed-forward blocks, biases and what was
+        pruned have types of their own, which viewers show by their label. ``influence`` is the
+        share of all absolute effects that nodes of at least this size have, for the viewer's
+        slider.
+
+        Args:
+            slug: A name for the graph.
+
+        Raises:
+            InvalidInput: If the model has two stacks: the format has one row of tokens.
+        """
+        if self.encoder is not None:
+            raise bad(
+                "the graph cannot be written in circuit-tracer's format",
+                "a graph of an encoder and a decoder",
+                "one stack",
+                "Use to_networkx(), which keeps both.",
+            )
+        words = list(self.tokens.strings[0])
+        order = self.scores.abs().cpu().argsort(descending=True, stable=True)
+        size = self.scores.abs().cpu()[order]
+        influence = torch.empty_like(size).scatter(0, order, (size / size.sum()).cumsum(0)).tolist()
+        told = [self._told(node) for node in self.nodes]
+        for one, node, score, share in zip(
+            told, self.nodes, self.scores.tolist(), influence, strict=True
+        ):
+            label = f"{node.label}: {', '.join(node.promotes)}" if node.promotes else node.label
+            one |= {"activation": score, "influence": share, "clerp": one.get("clerp", label)}
+        links = [
+            {
+                "source": told[source]["node_id"],
+                "target": told[target]["node_id"],
+                "weight": float(self.edges[target, source]),
+            }
+            for target, source in (self.edges != 0).nonzero().tolist()
+        ]
+        return {
+            "metadata": {
+                "slug": slug,
+                "scan": self.provenance.model,
+                "transcoder_list": [],
+                "prompt_tokens": words,
+                "prompt": "".join(words),
+                "node_threshold": 1.0,
+                "schema_version": 1,
+                "info": {"generator": {"name": "tl_contextmix", "version": self.provenance.version}},
+            },
+            "qParams": {
+                "pinnedIds": [],
+                "supernodes": [],
+                "linkType": "both",
+                "clickedId": "",
+                "sg_pos": "",
+            },
+            "nodes": told,
+            "links": links,
+        }
+
+    def _told(self, node: GraphNode) -> dict[str, Any]:
+        """Returns a node as circuit-tracer names it."""
+        pos, layer = (node.pos if node.pos >= 0 else self.pos), str(node.layer)
+        last = len(self.nodes) - 1
+        if node is self.nodes[last]:
+            token, layer = int(self.target.ids[0, 0]), str(node.layer + 1)
+            own = {
+                "feature": token,
+                "feature_type": "logit",
+                "jsNodeId": f"L_{token}-{pos}",
+                "is_target_logit": True,
+                "token_prob": math.exp(self.log_prob) if self.foil is None else 0.0,
+                "clerp": f"Output {node.token}",
+            }
+        elif node.kind == "embed":
+            token, layer = int(self.tokens.ids[0, pos]), "E"
+            own = {"feature": pos, "feature_type": "embedding", "jsNodeId": f"E_{token}-{pos}"}
+        else:
+            # Features are numbered from 0: what has no such number there counts down from -1.
+            kinds = {"mlp": "feed-forward block", "attn": "attention head", "rest": "pruned"}
+            token = -1 - max(node.head + 1, 0) if node.pos >= 0 else -10_000 - len(node.kind)
+            number, kind = token, kinds.get(node.kind, node.kind)
+            layer = "E" if node.layer < 0 else layer
+            if node.neuron >= 0:
+                token, kind = node.neuron, "cross layer transcoder"
+                number = (node.layer + token) * (node.layer + token + 1) // 2 + token
+            own = {"feature": number, "feature_type": kind, "jsNodeId": f"{layer}_{token}-{pos}"}
+        return {"node_id": f"{layer}_{token}_{pos}", "layer": layer, "ctx_idx": pos, **own}
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the graph, and its nodes by size."""
