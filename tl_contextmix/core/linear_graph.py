@@ -8,8 +8,9 @@ linear in everything that was written before. For a node :math:`m` that writes :
 
 with :math:`g_m` the score's gradient where :math:`m` writes, :math:`r_m` the part of it that runs
 through what :math:`m` reads, and :math:`\beta_m` what the biases inside of :math:`m` bring.
-:math:`\langle r_m, w_n \rangle` is the edge from :math:`n` to :math:`m`: those into a node and those
-out of it add up to its score. Norms that stand on the stream itself (post-LN) are passed on the way.
+:math:`\langle r_m, w_n \rangle` is the edge from :math:`n` to :math:`m`: those into a node and
+those out of it add up to its score. Norms that stand on the stream itself (post-LN) are passed on
+the way.
 
 Tensors in, tensors out: one sentence, no tokens, no model.
 """
@@ -197,7 +198,10 @@ class FeedForwards:
         """Returns the gradient behind the norm, and what biases bring, given the neurons'."""
         ff, norm = self.frozen.sublayer, self.frozen.norm_in
         branches = ff.branches()
-        read, inner = 0, through @ ff.activate([through.new_zeros(through.shape[1])] * len(branches))
+        read, inner = (
+            0,
+            through @ ff.activate([through.new_zeros(through.shape[1])] * len(branches)),
+        )
         for (weight, bias), slope in zip(branches, self.frozen.slopes, strict=True):
             moved = through * slope[0, pos]
             read = read + moved @ weight.T
@@ -257,7 +261,9 @@ class LinearStack:
                 kind = "cross_attn" if attention.sublayer.kind == "cross" else "attn"
                 nodes = Heads(attention, trace.mixed(attention.sublayer)[0])
                 first = place == 0
-                steps.append(Step(kind, block.layer, nodes, False, first, entered if first else None))
+                steps.append(
+                    Step(kind, block.layer, nodes, False, first, entered if first else None)
+                )
             if one.feed_forward is not None:
                 post = one.feed_forward.sublayer.coefficients(trace)[0]
                 nodes = FeedForwards(one.feed_forward, post, split)
@@ -435,7 +441,9 @@ class LinearGraph:
         edges.fill_diagonal_(0)
         shown = (edges != 0).any(dim=0) | (edges != 0).any(dim=1)
         shown[answer] = True
-        nodes = tuple(node for node, there in zip(table.nodes, shown.tolist(), strict=True) if there)
+        nodes = tuple(
+            node for node, there in zip(table.nodes, shown.tolist(), strict=True) if there
+        )
         return Graph(nodes, scores[shown], edges[shown][:, shown])
 
     def _read_by(self, table: _Table, pulled: Pulled, readers: list[int], edges: Tensor) -> None:

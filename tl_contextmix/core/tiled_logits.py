@@ -324,7 +324,9 @@ class Vocabulary:
             # Also right when called under no_grad or inference_mode.
             with torch.inference_mode(False), torch.enable_grad():
                 x = state.detach().clone().requires_grad_()
-                score = self._finish(self.hidden(x[None], row) @ self.weight, slice(None))[0] @ among
+                score = (
+                    self._finish(self.hidden(x[None], row) @ self.weight, slice(None))[0] @ among
+                )
                 (slope,) = torch.autograd.grad(score, x)
             return slope, float(score.detach() - slope @ state)
         if self.readout.soft_cap is not None:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.inputs.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, apart
 from tl_contextmix.core.blocks import IDENTITIES
 from tl_contextmix.core.frozen_blocks import freeze_stack
 from tl_contextmix.core.linear_graph import Graph, Heads, LinearGraph, LinearStack, Node, Place
@@ -37,7 +37,7 @@ def flow(
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
 ) -> AttributionGraph:
-    r"""Returns the graph of what runs from tokens through heads and feed-forward blocks to an answer.
+    r"""Returns the graph of what runs from tokens through heads and memories to an answer.
 
     Attention patterns, the scales of norms and the secant slopes :math:`(g(z) - g(0)) / z` of
     activations are frozen at their real values. The score is then linear in everything that is
@@ -80,7 +80,7 @@ def flow(
         InvalidInput: If an argument does not fit the model, or more than one prediction is asked
             about.
         UnsupportedModel: If the model has no vocabulary readout, an activation has no slope, or
-            effects do not add up to the model's own score.
+            effects do not add up, as where hooks of your own edit values.
 
     Cost: a forward pass, about 15 linearised ones (half of them backward) for the number of nodes,
     and for each kept node the gradient of what it reads: ``n d`` operations for each norm of the
@@ -158,14 +158,15 @@ def _enough(whole: LinearGraph, best: Sequence[Place], share: float) -> int:
 
 
 def _require_conserved(prediction: Prediction, graph: Graph) -> None:
-    """Raises UnsupportedModel unless what enters the answer is the model's own score."""
-    found, score = graph.edges[-1], graph.scores[-1]
+    """Raises UnsupportedModel unless what enters each node is its score."""
     tolerance = prediction.view.tolerance
-    error = float((found.sum() - score).abs() / found.abs().sum().clamp(min=1e-30))
+    reads = torch.tensor([node.kind != "bias" and node.layer >= 0 for node in graph.nodes])
+    gap = (graph.edges.sum(dim=1) - graph.scores)[reads].abs().max()
+    error = float(gap / graph.edges.abs().sum(dim=1).max().clamp(min=1e-30))
     if not error <= tolerance:
         raise UnsupportedModel(
             four_parts(
-                f"effects in {prediction.view.name} do not add up to the answer's score",
+                f"effects in {prediction.view.name} do not add up",
                 f"a relative error of {error:.2g}",
                 f"at most {tolerance:.0e}",
                 "Take off hooks of your own that edit values or norms.",
@@ -173,9 +174,7 @@ def _require_conserved(prediction: Prediction, graph: Graph) -> None:
         )
 
 
-def _named(
-    prediction: Prediction, whole: LinearGraph, graph: Graph
-) -> tuple[GraphNode, ...]:
+def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[GraphNode, ...]:
     """Returns the nodes with their names, tokens and what they promote."""
     sides = [prediction.tokens, prediction.encoder or prediction.tokens]
     places = [node.place for node in graph.nodes if node.place is not None]

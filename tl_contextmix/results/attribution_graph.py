@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from tl_contextmix.errors import bad, require_choice
+from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
@@ -152,13 +153,15 @@ class AttributionGraph(Result):
         """Returns a `networkx.DiGraph` of the nodes and the edges that are not zero.
 
         Nodes are numbered and have their fields, ``label`` and ``score``; edges have a ``weight``.
+        Text has every character written out that would not be seen, as XML holds no others.
         ``networkx.write_graphml`` writes it for Gephi, yEd or Cytoscape.
         """
         import networkx
 
         graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
         for place, node in enumerate(self.nodes):
-            told = {**asdict(node), "promotes": " ".join(node.promotes)}
+            told = asdict(node)
+            told |= {"token": visible(node.token), "promotes": visible(" ".join(node.promotes))}
             told.pop("pattern")
             graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
         for target, source in (self.edges != 0).nonzero().tolist():
@@ -214,7 +217,9 @@ class AttributionGraph(Result):
                 "prompt": "".join(words),
                 "node_threshold": 1.0,
                 "schema_version": 1,
-                "info": {"generator": {"name": "tl_contextmix", "version": self.provenance.version}},
+                "info": {
+                    "generator": {"name": "tl_contextmix", "version": self.provenance.version}
+                },
             },
             "qParams": {
                 "pinnedIds": [],
@@ -247,7 +252,8 @@ class AttributionGraph(Result):
         else:
             # Features are numbered from 0: what has no such number there counts down from -1.
             kinds = {"mlp": "feed-forward block", "attn": "attention head", "rest": "pruned"}
-            token = -1 - max(node.head + 1, 0) if node.pos >= 0 else -10_000 - len(node.kind)
+            gathered = {"bias": -10_001, "rest": -10_002, "readout bias": -10_003}
+            token = gathered.get(node.kind, -2 - node.head)
             number, kind = token, kinds.get(node.kind, node.kind)
             layer = "E" if node.layer < 0 else layer
             if node.neuron >= 0:
@@ -312,8 +318,8 @@ class AttributionGraph(Result):
     def _place(self, column: tuple[int, int]) -> Place | str:
         """Returns the label of a column."""
         side, pos = column
-        tokens = self.encoder if side == 0 else self.tokens
-        return "all positions" if side == 2 or tokens is None else Place(tokens.strings[0][pos], pos)
+        tokens = (self.encoder, self.tokens, None)[side]
+        return "all positions" if tokens is None else Place(tokens.strings[0][pos], pos)
 
     def _largest(self, k: int) -> list[int]:
         """Returns the nodes of largest effect, the answer and what gathers several apart."""
