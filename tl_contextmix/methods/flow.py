@@ -26,7 +26,7 @@ Share = Annotated[float, Rule(lambda number: 0 < number <= 1, "a number above 0,
 _PROMOTED = 5
 
 
-@method(cites=("ameisen2025circuit", "ferrando2024information"))
+@method(cites=("ameisen2025circuit",), estimated=False)  # nodes are chosen by their numbers
 def flow(
     model: object,
     input: Input,
