@@ -857,7 +857,7 @@ def stripped(markup: str) -> str:
 def test_a_picture_or_a_table_is_left_where_scripts_are_stripped(kind):
     panel = hostile_panels()[kind]
     parsed = Parsed(stripped(Page((panel,), title="A <title>")._repr_html_()))
-    pictured = isinstance(panel, (Heatmap, Bars))
+    pictured = isinstance(panel, (Heatmap, Bars, Graph))
     assert len(parsed.all("img")) == pictured
     assert len(parsed.all("table")) == (not pictured)
     assert HOSTILE[3] in parsed.text  # in the numbers as text, whatever else is dropped

@@ -207,7 +207,8 @@ def _curves(figure: Figure, panel: Curves, lettering: Lettering) -> None:
 def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
     columns = cells(panel.columns, lettering.shown)
     below = max((lettering.width(name, SIZE) for name in columns), default=0.0)
-    left = max((lettering.width(name, SIZE) for name in panel.rows), default=0.0)
+    names = [lettering.shown(name) for name in panel.rows]
+    left = max((lettering.width(name, SIZE) for name in names), default=0.0)
     unit = 0.9 / graph.COLUMN  # inches for a pixel of the page
     wide, high = graph.COLUMN * len(columns), graph.ROW * len(panel.rows)
     figure.set_size_inches(wide * unit + left + 0.4, high * unit + 0.75 * below + 0.7)
@@ -244,7 +245,7 @@ def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
     middles = [graph.LEFT + (place + 0.5) * graph.COLUMN for place in range(len(columns))]
     axes.set_xticks(middles, columns, **_TURNED)
     heights = [graph.TOP + (high - (place + 0.5) * graph.ROW) for place in range(len(panel.rows))]
-    axes.set_yticks(heights, [lettering.shown(name) for name in panel.rows])
+    axes.set_yticks(heights, names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
