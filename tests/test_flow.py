@@ -22,10 +22,10 @@ from tl_contextmix.results.attribution_graph import SOURCES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 TEXT = "the keys to the cabinet"
-ARE = {"target": " are", "foil": " is"}
+ARE: Any = {"target": " are", "foil": " is"}
 
 
-def one(given: zoo.Inputs) -> dict[str, Any]:
+def one(given: zoo.Inputs) -> Any:
     """The first sentence of a zoo input, and a prediction."""
     ids = {name: value[:1] for name, value in keywords(given).items()}
     return {"input": given.tokens[:1], "pos": -1, **ids}
@@ -34,7 +34,8 @@ def one(given: zoo.Inputs) -> dict[str, Any]:
 def graph_of(case: zoo.Case, **options: Any) -> AttributionGraph:
     """The graph of a contrast of two tokens."""
     model, given = shared(case)
-    return cm.flow(model, **{**one(given), "target": 3, "foil": 5, **options})
+    asked: Any = {**one(given), "target": 3, "foil": 5, **options}
+    return cm.flow(model, **asked)
 
 
 def conserved(graph: AttributionGraph, limit: float) -> None:
@@ -69,11 +70,11 @@ def test_sums_hold_in_every_model(case: zoo.Case):
 # ---- a literal forward pass
 
 
-def frozen(norm: Norm | None, parts: dict[Any, Tensor], bias: Any) -> dict[Any, Tensor]:
+def frozen(norm: Norm | None, parts: Any, bias: Any) -> Any:
     """Parts after a norm whose scale is that of their sum, its bias being one of them."""
     if norm is None:
         return dict(parts)
-    whole = sum(parts.values()).detach()
+    whole = torch.stack([*parts.values()]).sum(0).detach()
     centred = whole - whole.mean(-1, keepdim=True) if norm.kind == "ln" else whole
     scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     found = {}
@@ -92,8 +93,8 @@ class Literal:
         self.view, self.trace = view, trace
         self.gates: dict[Any, Tensor] = {}
 
-    def _read(self, reader: Any, parts: dict[Any, Tensor]) -> dict[Any, Tensor]:
-        found = {}
+    def _read(self, reader: Any, parts: Any) -> Any:
+        found: Any = {}
         for name, part in parts.items():
             gate = self.gates.setdefault((reader, name), torch.ones((), dtype=part.dtype))
             found[name] = part * gate.requires_grad_()
@@ -139,7 +140,7 @@ class Literal:
                 name = (kind, layer, pos, head)
                 # Frozen at the whole, gated afterwards: gates do not move scales.
                 seen = source if cross else frozen(sub.norm_in, source, bias)
-                read = sum(self._read(name, seen).values())
+                read = torch.stack([*self._read(name, seen).values()]).sum(0)
                 value = read @ W_V[head]
                 if b_V is not None:
                     gate = self.gates.setdefault((name, bias), torch.ones((), dtype=read.dtype))
@@ -154,12 +155,12 @@ class Literal:
         self, ff: FeedForward, layer: int, parts: Any, source: Any, prefix: str, bias: Any
     ) -> Any:
         seen, written = frozen(ff.norm_in, source, bias), {}
-        whole = sum(seen.values()).detach()
+        whole = torch.stack([*seen.values()]).sum(0).detach()
         totals = [whole @ w + (0 if b is None else b) for w, b in ff.branches()]
         slopes, start = self._slopes(ff, totals)
         for pos in range(len(whole)):
             name = (f"{prefix}mlp", layer, pos, -1)
-            read = sum(self._read(name, seen).values())[pos]
+            read = torch.stack([*self._read(name, seen).values()]).sum(0)[pos]
             gate = self.gates.setdefault((name, bias), torch.ones((), dtype=read.dtype))
             post = gate.requires_grad_() * start
             for (w, b), slope in zip(ff.branches(), slopes, strict=True):
@@ -168,8 +169,8 @@ class Literal:
         return self._after(ff, parts, written, ff.constant(), bias)
 
     @staticmethod
-    def _slopes(ff: FeedForward, totals: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        act, zero = ff.activation, torch.zeros_like(totals[0][0])
+    def _slopes(ff: FeedForward, totals: list[Tensor]) -> Any:
+        act, zero = ff.require_activation(), torch.zeros_like(totals[0][0])
         if not ff.gated:
             return [(act(totals[0]) - act(zero)) / totals[0]], act(zero)
         nodes, weights = numpy.polynomial.legendre.leggauss(64)
@@ -190,7 +191,9 @@ class Literal:
         bias = ("readout bias", len(stacks[name]), -1, -1)
         read = frozen(self.view.readout.norm, parts, bias)
         answer = ("answer", len(stacks[name]), row, -1)
-        total = sum(self._read(answer, read).values())[row] * self.view.readout.scale
+        total = (
+            torch.stack([*self._read(answer, read).values()]).sum(0)[row] * self.view.readout.scale
+        )
         score = total @ columns
         grads = torch.autograd.grad(score, [*self.gates.values()], allow_unused=True)
         return {

@@ -198,10 +198,8 @@ class FeedForwards:
         """Returns the gradient behind the norm, and what biases bring, given the neurons'."""
         ff, norm = self.frozen.sublayer, self.frozen.norm_in
         branches = ff.branches()
-        read, inner = (
-            0,
-            through @ ff.activate([through.new_zeros(through.shape[1])] * len(branches)),
-        )
+        read = through.new_zeros(len(through), branches[0][0].shape[0])
+        inner = through @ ff.activate([through.new_zeros(through.shape[1])] * len(branches))
         for (weight, bias), slope in zip(branches, self.frozen.slopes, strict=True):
             moved = through * slope[0, pos]
             read = read + moved @ weight.T
@@ -516,9 +514,9 @@ class LinearGraph:
             bias: Takes a layer and what its biases bring to each.
             end: Takes the gradient of what enters a stack.
         """
-        memory = None
+        memory = gradient
         for index, stack in enumerate(self.stacks):
-            if memory is not None:
+            if index:
                 bias(index, stack.steps[-1].layer, _along(memory, stack.final_norm.bias))
                 gradient = stack.final_norm.pull_back(memory)
             if index + 1 < len(self.stacks):

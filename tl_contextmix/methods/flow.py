@@ -201,16 +201,21 @@ def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[Gr
         if place.step < 0:
             return GraphNode(f"{prefix}embed", -1, place.pos, token=token)
         step = whole.stacks[node.stack].steps[place.step]
-        head = isinstance(step.nodes, Heads)
+        nodes = step.nodes
+        head, neuron, pattern = -1, -1, ()
+        if isinstance(nodes, Heads):
+            head, pattern = place.column, tuple(nodes.pattern[place.column, place.pos].tolist())
+        elif nodes.split:
+            neuron = place.column
         return GraphNode(
             kind=prefix + step.kind,
             layer=node.layer,
             pos=place.pos,
-            head=place.column if head else -1,
-            neuron=-1 if head or not step.nodes.split else place.column,
+            head=head,
+            neuron=neuron,
             token=token,
             promotes=promoted.get(place, ()),
-            pattern=tuple(step.nodes.pattern[place.column, place.pos].tolist()) if head else (),
+            pattern=pattern,
         )
 
     return tuple(map(name, graph.nodes))
