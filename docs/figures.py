@@ -30,6 +30,7 @@ def results() -> dict[str, Result]:
         "value_zeroing": cm.value_zeroing(model, TEXT).normalize(),
         "memories": cm.ff_memories(model, TEXT).figures(),
         "log_prob": cm.log_prob_contributions(model, fact, target=" paris"),
+        "flow": cm.flow(model, "the keys to the cabinet", target=" are", foil=" is"),
         "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
         "baselines": cm.alti(model, TEXT).normalize(),
         "attention_flow": cm.attention_flow(model, TEXT),
