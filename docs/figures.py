@@ -40,6 +40,7 @@ def results() -> dict[str, Result]:
         "context_reliance": cm.context_reliance(
             model, "the capital of france is rome .", fact, generate=3
         ),
+        "flow": cm.flow(model, "the keys to the cabinet", target=" are", foil=" is"),
         "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
         "baselines": cm.alti(model, TEXT).normalize(),
         "attention_flow": cm.attention_flow(model, TEXT),

@@ -19,7 +19,16 @@ from test_render import WORD_JOINER, heatmap, hostile_panels, samples, stripped
 
 from tl_contextmix.plotting import Page
 from tl_contextmix.plotting.display_text import shorten, visible
-from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Table
+from tl_contextmix.plotting.panels import (
+    Bars,
+    ColoredText,
+    Curves,
+    Dot,
+    Graph,
+    Heatmap,
+    Place,
+    Table,
+)
 
 pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", " are", "</s>")
@@ -109,6 +118,86 @@ def test_pages_are_quiet_at_either_width_in_either_scheme(browser, tmp_path):
             )
             assert zero == "rgb(255, 255, 255)", "zero is white"
             screenshot(seen, f"panels-{'dark' if dark else 'light'}-{width}", tmp_path)
+
+
+# ---- a graph
+
+
+def graph() -> Graph:
+    """Two tokens, a head that reads both, a block against it, and the answer."""
+    dots = (
+        Dot("embed", 0, 0, 1.5),
+        Dot("embed", 1, 0, -0.5),
+        Dot("L0H1", 1, 1, 1.25, (("promotes", "' are', '<b>'"),)),
+        Dot("L0 mlp", 1, 2, -0.25),
+        Dot("answer", 1, 3, 1.0),
+    )
+    edges = torch.zeros(5, 5)
+    edges[2, 0], edges[2, 1], edges[3, 1] = 1.5, -0.25, -0.25
+    edges[4, 2], edges[4, 3] = 1.25, -0.25
+    columns, rows = (Place("<s>", 0), Place(" keys", 1)), ("embed", "L0 attn", "L0 mlp", "answer")
+    return Graph("graph", "caption", columns, rows, dots, edges, "nats")
+
+
+def test_a_graph_is_explored_by_pointer_and_by_keyboard(browser, tmp_path):
+    path = Page((graph(),)).save(tmp_path / "page.html")
+    for width, dark in ((1280, False), (400, True)):
+        with opened(browser, path, width=width, dark=dark) as seen:
+            assert seen.problems() == []
+            page = seen.page
+            dots, lines = page.locator("svg .node"), page.locator("svg .edges path")
+            assert seen.values("svg .node:first-of-type, article svg") == [
+                1.5,
+                -0.5,
+                1.25,
+                -0.25,
+                1,
+            ]
+            assert lines.count() == 5
+            assert page.locator("svg rect").count() == 2, "squares are below zero"
+            dots.nth(2).hover()
+            assert {line.get_attribute("data-edge") for line in lines.all()} == {
+                "0 2",
+                "1 2",
+                "2 4",
+            }
+            dots.nth(2).click()
+            told = page.locator(".detail").inner_text()
+            assert "L0H1" in told
+            assert "' are', '<b>'" in told
+            assert told.count("+1.25") == 4, "effect, sum in, edge and sum out"
+            # It stays when the pointer leaves; Escape lets go.
+            page.mouse.move(2, 2)
+            assert lines.count() == 3
+            assert "faded" in dots.nth(3).get_attribute("class")
+            page.keyboard.press("Escape")
+            assert page.locator(".detail").inner_text() == ""
+            # One stop for the tab key, arrows from there: along the largest edge, to the next node.
+            dots.nth(0).focus()
+            page.keyboard.press("ArrowUp")
+            focused = "document.activeElement.getAttribute('aria-label')"
+            assert page.evaluate(focused).startswith("L0H1")
+            page.keyboard.press("ArrowRight")
+            assert page.evaluate(focused).startswith("L0 mlp")
+            page.keyboard.press("ArrowDown")
+            assert page.evaluate(focused).startswith("embed, ·keys")
+            page.keyboard.press("Enter")
+            assert "·keys (1)" in page.locator(".detail").inner_text()
+            assert page.locator("svg [tabindex='0']").count() == 1
+            page.keyboard.press("Escape")
+            page.locator("input[type=range]").fill("2")
+            page.evaluate("document.activeElement.blur()")
+            assert page.locator("svg .node:not(.gone)").count() == 2
+            assert "2 of 5" in page.locator(".chooser").inner_text()
+            screenshot(seen, f"graph-{width}", tmp_path)
+
+
+def test_a_graph_is_there_without_scripts(browser, tmp_path):
+    path = Page((graph(),)).save(tmp_path / "page.html")
+    with opened(browser, path, java_script_enabled=False) as seen:
+        assert seen.page.locator("svg .node").count() == 5
+        assert seen.page.locator("svg .edges path").count() == 5
+        assert seen.page.locator("details td").first.text_content() is not None
 
 
 # ---- numbers and colours

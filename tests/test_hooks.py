@@ -81,11 +81,12 @@ def by(*splits: str) -> set[str]:
 
 SOURCES = by("position", "attn_neuron")
 BEHIND = of_points("mlp_out", "resid_post", "block_out")
-MAPS = {"value_zeroing", "decompx", "alti", "globenc", "token_memory", *of_points(*POINTS)}
+FLOWS = {"decompx", "flow"}
+MAPS = {"value_zeroing", *FLOWS, "alti", "globenc", "token_memory", *of_points(*POINTS)}
 READING = MAPS - of_points("attn_out")
 # Where a hook is, what it does, and which methods say that what they need no longer holds.
 TABLE: dict[str, tuple[str, Edit, set[str]]] = {
-    "values": ("blocks.0.attn.hook_v", ablate_head, {"decompx"}),
+    "values": ("blocks.0.attn.hook_v", ablate_head, FLOWS),
     "a head ablated": ("blocks.0.attn.hook_z", ablate_head, set()),
     "heads scaled": ("blocks.0.attn.hook_z", halve_heads, set()),
     "heads replaced": ("blocks.0.attn.hook_z", mean_heads, MAPS | SOURCES),
@@ -94,17 +95,17 @@ TABLE: dict[str, tuple[str, Edit, set[str]]] = {
     "neurons": (
         "blocks.0.mlp.hook_post",
         ablate_neuron,
-        {"value_zeroing", "decompx", "token_memory", *BEHIND},
+        {"value_zeroing", *FLOWS, "token_memory", *BEHIND},
     ),
     "feed-forward output": (
         "blocks.0.hook_mlp_out",
         steer,
-        {"value_zeroing", "decompx", "globenc", "ff_memories", *BEHIND, *by("ff_neuron")},
+        {"value_zeroing", *FLOWS, "globenc", "ff_memories", *BEHIND, *by("ff_neuron")},
     ),
-    "stream behind a block": ("blocks.0.hook_resid_post", steer, {"decompx"}),
+    "stream behind a block": ("blocks.0.hook_resid_post", steer, FLOWS),
     "stream in front of a block": ("blocks.1.hook_resid_pre", steer_in_place, set()),
     "stream in front of the first": ("blocks.0.hook_resid_pre", steer, set()),
-    "stream in the middle": ("blocks.0.hook_resid_mid", steer, {"decompx"}),
+    "stream in the middle": ("blocks.0.hook_resid_mid", steer, FLOWS),
 }
 
 
@@ -119,6 +120,7 @@ def asked(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
         "attention": partial(cm.attention, model, tokens),
         "value_zeroing": partial(cm.value_zeroing, model, tokens),
         "decompx": partial(cm.decompx_vectors, model, tokens),
+        "flow": partial(cm.flow, model, tokens[:1], k=5),
         "alti": partial(cm.alti, model, tokens),
         "globenc": partial(cm.globenc, model, tokens),
         "token_memory": partial(cm.token_memory, model, tokens, neurons=[0], pos=[3]),
@@ -561,7 +563,7 @@ def attached(model: Any, name: str, sae: Sae) -> Iterator[None]:
 
 SAES = {
     "blocks.1.hook_resid_pre": set(),
-    "blocks.0.attn.hook_v": {"decompx"},
+    "blocks.0.attn.hook_v": FLOWS,
     "blocks.0.attn.hook_z": MAPS | SOURCES,
     "blocks.0.hook_mlp_out": TABLE["feed-forward output"][2],
 }

@@ -16,7 +16,13 @@ from asked import case_of, keywords
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.results import ComponentReadouts, Knockout, QueryContributions, ValueReadouts
+from tl_contextmix.results import (
+    AttributionGraph,
+    ComponentReadouts,
+    Knockout,
+    QueryContributions,
+    ValueReadouts,
+)
 
 # Version 3 has every class that version 2 has.
 pytestmark = pytest.mark.skipif(zoo.major() == 2, reason="the same classes as on version 3")
@@ -43,6 +49,14 @@ def readouts(model: Any, tokens: Tensor, k: int = 2, **given: Any) -> ComponentR
     """The extremes of what components promote."""
     found = cm.log_prob_contributions(model, tokens, pos=-1, **given)
     return cm.component_readouts(model, tokens, components=found, k=k, **given)
+
+
+def graph(model: Any, tokens: Tensor, **options: Any) -> AttributionGraph:
+    """The graph of the first sentence's prediction."""
+    options = {"pos": -1, **options}
+    if "decoder_input" in options:
+        options["decoder_input"] = options["decoder_input"][:1]
+    return cm.flow(model, tokens[:1], **options)
 
 
 def queries(model: Any, tokens: Tensor, **options: Any) -> QueryContributions:
@@ -147,6 +161,12 @@ ROWS = [
         given={"pos": -1},
         only=SINGLE,
     ),
+    Row(graph, "neurons", (False, True), given={"k": 20, "share": 1.0}, only=SINGLE),
+    Row(graph, "share", (0.05, 1.0), only=SINGLE),
+    Row(graph, "k", (2, 3), given={"share": 1.0}, only=SINGLE),
+    Row(graph, "target", (7, 9), only=SINGLE),
+    Row(graph, "foil", (8, 9), given={"target": 7}, only=SINGLE),
+    Row(graph, "pos", (1, 2), given={"target": 7}, only=SINGLE),
     Row(queries, "target", (7, 9), only=SINGLE),
     Row(queries, "foil", (8, 9), given={"target": 7}, only=SINGLE),
     Row(queries, "neurons", ([(1, 1)], [(1, 3)]), only=SINGLE),

@@ -29,7 +29,18 @@ from tl_contextmix.plotting import circuitsvis_source as circuitsvis_library
 from tl_contextmix.plotting import page as page_module
 from tl_contextmix.plotting import stills as still
 from tl_contextmix.plotting.display_text import for_circuitsvis, number, visible
-from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.plotting.panels import (
+    Bars,
+    ColoredText,
+    Curves,
+    Dot,
+    Graph,
+    Heatmap,
+    Panel,
+    Place,
+    Samples,
+    Table,
+)
 from tl_contextmix.plotting.survey import survey
 
 pytestmark = pytest.mark.once
@@ -134,6 +145,18 @@ def hostile_panels() -> dict[str, Panel]:
             title, HOSTILE[2], ("t", HOSTILE[2]), tuple(zip(HOSTILE, numbers, strict=True)), ("t",)
         ),
         "text": ColoredText(title, HOSTILE[2], HOSTILE, numbers, HOSTILE[3]),
+        "graph": Graph(
+            title,
+            HOSTILE[2],
+            tuple(map(Place, HOSTILE, range(n))),
+            HOSTILE,
+            tuple(
+                Dot(text, i, i, float(i - 2), ((HOSTILE[3], text),))
+                for i, text in enumerate(HOSTILE)
+            ),
+            torch.linspace(-1, 1, n * n).reshape(n, n).tril(-1),
+            HOSTILE[3],
+        ),
         "samples": Samples(
             title, HOSTILE[2], HOSTILE[3], HOSTILE[2:4], (HOSTILE,) * 2, (numbers,) * 2, HOSTILE[2]
         ),
@@ -834,7 +857,7 @@ def stripped(markup: str) -> str:
 def test_a_picture_or_a_table_is_left_where_scripts_are_stripped(kind):
     panel = hostile_panels()[kind]
     parsed = Parsed(stripped(Page((panel,), title="A <title>")._repr_html_()))
-    pictured = isinstance(panel, (Heatmap, Bars))
+    pictured = isinstance(panel, (Heatmap, Bars, Graph))
     assert len(parsed.all("img")) == pictured
     assert len(parsed.all("table")) == (not pictured)
     assert HOSTILE[3] in parsed.text  # in the numbers as text, whatever else is dropped

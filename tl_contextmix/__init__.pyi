@@ -80,6 +80,9 @@ from .methods.decompx import (
 from .methods.decompx import (
     decompx_vectors as decompx_vectors,
 )
+from .methods.flow import (
+    flow as flow,
+)
 from .methods.globenc import (
     globenc as globenc,
 )

@@ -301,8 +301,45 @@ class Vocabulary:
         else:
             ids = self.asked.foil[row]
             mean = self.weight[:, ids] @ before[ids].softmax(dim=0)
-        found = self.weight[:, self.asked.target[row]].T - mean
-        norm = self.readout.norm
+        return self._slope(self.weight[:, self.asked.target[row]].T - mean, row)
+
+    def linear_part(
+        self, state: Float[Tensor, " d_model"], row: int
+    ) -> tuple[Float[Tensor, " d_model"], float]:
+        r"""Returns slope and constant of what is asked about one sentence, linear in the stream.
+
+        :math:`\sum_u (p_u^T - p_u^F)\, l_u = g \cdot h + c` with the probabilities among targets
+        and among foils, without a foil among all tokens, frozen at the state. With single tokens
+        and a foil it is the difference of their logits, else the score less a difference of
+        entropies. A soft cap is frozen as a secant from zero; a masked-LM head has a gradient, and
+        :math:`c` the rest.
+        """
+        log_probs = self.log_probs(state[None], row)[0]
+        among = torch.zeros_like(log_probs)
+        target, foil = self.asked.target[row], self.asked.foil
+        among[target] = log_probs[target].softmax(dim=0)
+        if foil is None:
+            among -= log_probs.exp()
+        else:
+            among[foil[row]] -= log_probs[foil[row]].softmax(dim=0)
+        if self.readout.head is not None:
+            # Also right when called under no_grad or inference_mode.
+            with torch.inference_mode(False), torch.enable_grad():
+                x = state.detach().clone().requires_grad_()
+                score = (
+                    self._finish(self.hidden(x[None], row) @ self.weight, slice(None))[0] @ among
+                )
+                (slope,) = torch.autograd.grad(score, x)
+            return slope, float(score.detach() - slope @ state)
+        if self.readout.soft_cap is not None:
+            logits = self.hidden(state[None], row)[0] @ self.weight + self.constants
+            capped = self._finish(logits - self.constants, slice(None))
+            among = among * torch.where(logits == 0, 1, capped / logits)
+        return self._slope(self.weight @ among, row), float(self.constants @ among)
+
+    def _slope(self, hidden: Float[Tensor, "*some d_model"], row: int) -> Tensor:
+        """Returns the gradient in the stream, given that of what W_U multiplies."""
+        norm, found = self.readout.norm, hidden
         if norm is not None:
             found = norm.centre(found if norm.weight is None else found * norm.weight)
         return found * self.readout.scale / self.divisor[row]

@@ -120,8 +120,20 @@ class FrozenNorm:
     def affine(self, x: Float[Tensor, "*some d_model"], axis: int = 1) -> Tensor:
         """Returns what belongs to no part after it, the last norm's bias included."""
         out = self.linear(x, axis)
-        bias = self.norms[-1].bias if self.norms else None
-        return out if bias is None else out + bias
+        return out if self.bias is None else out + self.bias
+
+    @property
+    def bias(self) -> Float[Tensor, " d_model"] | None:
+        """What it adds: the last norm's bias, or None."""
+        return self.norms[-1].bias if self.norms else None
+
+    def pull_back(self, gradient: Float[Tensor, "*some place d_model"]) -> Tensor:
+        """Returns the gradient with respect to what is normed, given that of its output."""
+        if not self.norms:
+            return gradient
+        for norm in reversed(self.norms):
+            gradient = norm.centre(gradient if norm.weight is None else gradient * norm.weight)
+        return gradient / self.scale
 
     def part(self, batch: slice = slice(None), place: slice = slice(None)) -> FrozenNorm:
         """Returns the norm at some rows of the batch and some places."""

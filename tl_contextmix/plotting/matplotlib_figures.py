@@ -13,13 +13,24 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Drawn
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 
-from tl_contextmix.plotting import colors, matplotlib_tables
-from tl_contextmix.plotting.display_text import cells, number
+from tl_contextmix.plotting import colors, graph, matplotlib_tables
+from tl_contextmix.plotting.display_text import cells, largest, number
 from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
-from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.plotting.panels import (
+    Bars,
+    ColoredText,
+    Curves,
+    Graph,
+    Heatmap,
+    Panel,
+    Samples,
+    Table,
+)
 
 _SIDE = (1.1, 4.5)  # smallest and largest side of a map, in inches
 _LABELLED = 48  # tokens on an axis; of more, only some are named
@@ -196,6 +207,53 @@ def _curves(figure: Figure, panel: Curves, lettering: Lettering) -> None:
     _legend(axes, panel)
 
 
+def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
+    columns = cells(panel.columns, lettering.shown)
+    below = max((lettering.width(name, SIZE) for name in columns), default=0.0)
+    names = [lettering.shown(name) for name in panel.rows]
+    left = max((lettering.width(name, SIZE) for name in names), default=0.0)
+    unit = 0.9 / graph.COLUMN  # inches for a pixel of the page
+    wide, high = graph.COLUMN * len(columns), graph.ROW * len(panel.rows)
+    figure.set_size_inches(wide * unit + left + 0.4, high * unit + 0.75 * below + 0.7)
+    axes = figure.subplots()
+    at = graph.places(panel)
+    drawn = panel.largest_edges(graph.EDGES)
+    for source, target, value in reversed(drawn):
+        ends = at[source], *graph.curve(at[source], at[target]), at[target]
+        line = PathPatch(
+            Drawn(ends, [Drawn.MOVETO, *[Drawn.CURVE4] * 3]),
+            facecolor="none",
+            edgecolor=colors.POSITIVE if value > 0 else colors.NEGATIVE,
+            linewidth=0.6 * graph.thickness(value, abs(drawn[0][2])),
+            linestyle="-" if value > 0 else (0, (4, 3)),
+            alpha=0.45,
+        )
+        axes.add_patch(line)
+    most = largest(dot.value for dot in panel.nodes)
+    for dot, (x, y) in zip(panel.nodes, at, strict=True):
+        size = 2 * graph.radius(dot.value, most) * unit * 72
+        shape, colour = ("s", colors.NEGATIVE) if dot.value < 0 else ("o", colors.POSITIVE)
+        axes.plot([x], [y], shape, color=colour, markersize=size, markeredgewidth=0)
+    for index in graph.named(panel):
+        axes.annotate(
+            lettering.shown(panel.nodes[index].label),
+            at[index],
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SIZE - 2,
+        )
+    axes.set_xlim(graph.LEFT, graph.LEFT + wide)
+    axes.set_ylim(graph.TOP + high, graph.TOP)
+    middles = [graph.LEFT + (place + 0.5) * graph.COLUMN for place in range(len(columns))]
+    axes.set_xticks(middles, columns, **_TURNED)
+    heights = [graph.TOP + (high - (place + 0.5) * graph.ROW) for place in range(len(panel.rows))]
+    axes.set_yticks(heights, names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
+
+
 def _legend(axes: Axes, panel: Bars) -> None:
     if len(panel.series) > 1:
         axes.legend(frameon=False, fontsize=SIZE - 1)
@@ -208,4 +266,5 @@ _DRAW: dict[type, Callable[[Figure, Any, Lettering], None]] = {
     Table: matplotlib_tables.table,
     ColoredText: matplotlib_tables.text,
     Samples: matplotlib_tables.samples,
+    Graph: _graph,
 }

@@ -18,6 +18,7 @@ from tl_contextmix.errors import bad
 from tl_contextmix.plotting import (
     circuitsvis_source,
     colors,
+    graph,
     heatmap,
     markup,
     plain_text,
@@ -27,7 +28,16 @@ from tl_contextmix.plotting import (
 )
 from tl_contextmix.plotting.circuitsvis_source import Charts
 from tl_contextmix.plotting.display_text import label, prose
-from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
+from tl_contextmix.plotting.panels import (
+    Bars,
+    ColoredText,
+    Curves,
+    Graph,
+    Heatmap,
+    Panel,
+    Samples,
+    Table,
+)
 
 # A new kind of picture is one class in `panels` and one row here: how it is drawn on a page, and
 # about how high it is there, which the frame of a notebook cannot ask the page inside it.
@@ -38,6 +48,7 @@ DRAW: dict[type, tuple[Callable[[Any, Charts], str], Callable[[Any], int]]] = {
     Table: (tables.draw_table, lambda panel: 110 + 27 * len(panel.rows)),
     ColoredText: (tables.draw_text, lambda _: 190),
     Samples: (tables.draw_samples, lambda _: 760),
+    Graph: (graph.draw, graph.height_of),
 }
 
 # A browser should not have to draw a thousand sentences because somebody asked for one look.

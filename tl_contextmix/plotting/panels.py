@@ -274,6 +274,72 @@ class Samples(Panel):
         return Table(self.title, "", ("", "text"), rows)
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A node of a graph.
+
+    Attributes:
+        label: Its name.
+        column: Place on the horizontal axis.
+        row: Place on the vertical axis, counted from below.
+        value: Its size and sign.
+        facts: Names and texts of what else there is to say about it.
+    """
+
+    label: str
+    column: int
+    row: int
+    value: float
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Graph(Panel):
+    """Nodes over tokens and layers, and what runs from one to another.
+
+    Attributes:
+        columns: The horizontal axis: tokens, or names.
+        rows: The vertical axis, from below.
+        nodes: The nodes.
+        edges: From a node (a column) to another (a row); 0 where there is none.
+        unit: What sizes measure.
+    """
+
+    columns: tuple[Place | str, ...]
+    rows: tuple[str, ...]
+    nodes: tuple[Dot, ...]
+    edges: Float[torch.Tensor, "target source"]
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        count = len(self.nodes)
+        _require(tuple(self.edges.shape) == (count,) * 2, self.title, self.edges.shape, count)
+        placed = [(dot.column, dot.row) for dot in self.nodes]
+        inside = all(
+            0 <= column < len(self.columns) and 0 <= row < len(self.rows) for column, row in placed
+        )
+        _require(inside, self.title, placed, (len(self.columns), len(self.rows)))
+
+    @property
+    def ranked(self) -> list[int]:
+        """The nodes, the largest first."""
+        order = sorted(range(len(self.nodes)), key=lambda i: (-abs(self.nodes[i].value), i))
+        return [i for i in order if self.nodes[i].value == self.nodes[i].value]
+
+    def largest_edges(self, count: int) -> list[tuple[int, int, float]]:
+        """Returns source, target and size of the largest edges, largest first."""
+        sizes = self.edges.detach().abs().cpu().flatten()
+        places = sizes.topk(min(count, int((sizes > 0).sum()))).indices.tolist()
+        ends = (divmod(place, len(self.nodes)) for place in places)
+        return [(source, target, float(self.edges[target, source])) for target, source in ends]
+
+    def table(self) -> Table:
+        """Returns the nodes, the largest first."""
+        dots = [self.nodes[place] for place in self.ranked]
+        rows = tuple((dot.label, self.columns[dot.column], dot.value) for dot in dots)
+        return Table(self.title, "", ("node", "at", self.unit or "value"), rows)
+
+
 def _require(condition: bool, title: str, seen: object, expected: object) -> None:
     if not condition:
         raise bad(

@@ -12,10 +12,10 @@ import base64
 import math
 from collections.abc import Sequence
 
-from tl_contextmix.plotting import colors, png, series_charts, tables
+from tl_contextmix.plotting import colors, graph, png, series_charts, tables
 from tl_contextmix.plotting.display_text import LABEL_LENGTH, cells, escape, prose
 from tl_contextmix.plotting.heatmap import scale_ends
-from tl_contextmix.plotting.panels import Bars, Heatmap, Panel
+from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 from tl_contextmix.plotting.survey import coarse
 
 SHEETS = 12
@@ -34,6 +34,8 @@ def picture(panel: Panel) -> str | None:
         return series_charts.picture(panel)
     if isinstance(panel, Heatmap) and panel.values.numel():
         return _maps(panel)
+    if isinstance(panel, Graph) and panel.nodes:
+        return graph.picture(panel)
     return None
 
 

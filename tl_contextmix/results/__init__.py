@@ -12,6 +12,7 @@ out of rankings.
 from tl_contextmix.results.ablation import Knockout
 from tl_contextmix.results.active_memories import Memories
 from tl_contextmix.results.attention_cuts import AttentionKnockout
+from tl_contextmix.results.attribution_graph import AttributionGraph, GraphNode
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.comparison import Comparison, Cost
 from tl_contextmix.results.component_readouts import ComponentReadouts
@@ -48,6 +49,7 @@ from tl_contextmix.results.value_readouts import ValueReadouts
 __all__ = [
     "LIKELIHOOD_METRICS",
     "AttentionKnockout",
+    "AttributionGraph",
     "Comparison",
     "ComponentReadouts",
     "Components",
@@ -59,6 +61,7 @@ __all__ = [
     "Decomposition",
     "Estimate",
     "EstimatePart",
+    "GraphNode",
     "HeadDecomposition",
     "Knockout",
     "LayerCurves",

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from tl_contextmix.plotting.panels import Curves, Heatmap, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.labelled_arrays import LabelledArray
-from tl_contextmix.results.labels import Provenance, Tokens, contrasted
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 
 # More lines than this in one chart cannot be told apart.
 _CURVES = 8
@@ -80,7 +80,7 @@ class AttentionKnockout(LabelledArray):
             row: The row.
             quote: Puts a token in quotes.
         """
-        return contrasted(self.target, self.foil, row, quote)
+        return asked_words(self.target, self.foil, row, quote)
 
     @property
     def sentences(self) -> tuple[str, ...]:

@@ -410,24 +410,6 @@ class Tokens:
         return [side for side, length in self.sides for _ in range(length)]
 
 
-def contrasted(
-    target: Tokens, foil: Tokens | None, row: int, quote: Callable[[str], str] = repr
-) -> str:
-    """Returns what a prediction is asked about, such as ``' are' rather than ' is'``.
-
-    Args:
-        target: The alternatives of each prediction.
-        foil: What they are contrasted with, or None.
-        row: The prediction.
-        quote: Puts a token in quotes.
-    """
-    sides = [target] if foil is None else [target, foil]
-    listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
-    return " rather than ".join(
-        " or ".join(quote(word) for word, real in pairs if real) for pairs in listed
-    )
-
-
 @storage.storable
 @dataclass(frozen=True)
 class Provenance:
@@ -458,3 +440,21 @@ class Provenance:
 
 def _unbuilt(seen: str, expected: str, remedy: str) -> InvalidInput:
     return bad("Tokens cannot be built", seen, expected, remedy)
+
+
+def asked_words(
+    target: Tokens, foil: Tokens | None, row: int = 0, quote: Callable[[str], str] = repr
+) -> str:
+    """Returns what a prediction is asked about, such as ``' are' rather than ' is'``.
+
+    Args:
+        target: The alternatives asked about, side by side.
+        foil: Those they are contrasted with, or None.
+        row: The prediction.
+        quote: Puts a token in quotes.
+    """
+    sides = [target] if foil is None else [target, foil]
+    listed = (zip(side.strings[row], side.mask[row].tolist(), strict=True) for side in sides)
+    return " rather than ".join(
+        " or ".join(quote(word) for word, real in pairs if real) for pairs in listed
+    )

@@ -18,7 +18,7 @@ from tl_contextmix.results.axes import largest
 from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
 from tl_contextmix.results.components import COLUMNS, Components
 from tl_contextmix.results.context_map import ContextMap
-from tl_contextmix.results.labels import Provenance, Tokens, contrasted
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 from tl_contextmix.results.predicted_rows import PredictedRows, split_at
 
 SCORES: dict[str, str] = {
@@ -123,7 +123,7 @@ class LogProbContributions(ComponentSet):
         """
         if self.of_direction:
             return self.target.strings[row][0]
-        return contrasted(self.target, self.foil, row, quote)
+        return asked_words(self.target, self.foil, row, quote)
 
     def summed(self) -> LogProbContributions:
         """Returns the contributions to all predictions of a sentence together, such as an answer.

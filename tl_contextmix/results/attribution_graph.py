@@ -1,0 +1,348 @@
+"""Which token went through which head and which memory to make an answer: a graph of effects."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from tl_contextmix.core.validation import require_choice
+from tl_contextmix.errors import bad
+from tl_contextmix.plotting.display_text import visible
+from tl_contextmix.plotting.panels import Dot, Graph, Panel, Place, Table
+from tl_contextmix.results import storage
+from tl_contextmix.results.axes import as_array, largest
+from tl_contextmix.results.base import Result
+from tl_contextmix.results.component_sets import SHOWN
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+
+if TYPE_CHECKING:
+    import pandas
+
+_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
+SOURCES = ("embed", "encoder embed", "bias", "encoder bias", "readout bias")
+"""Kinds of nodes that read nothing: their scores add up to that of the answer."""
+
+
+@storage.storable
+@dataclass(frozen=True)
+class GraphNode:
+    """Something that writes to the residual stream, or what gathers several.
+
+    Attributes:
+        kind: ``"embed"``, ``"attn"``, ``"cross_attn"``, ``"mlp"``, ``"bias"`` (of a layer),
+            ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or ``"answer"``; of an
+            encoder-decoder's encoder ``"encoder embed"`` and so on.
+        layer: Its layer; -1 for embeddings, the number of layers for the readout and the answer.
+        pos: Its position; -1 for what gathers several.
+        head: Its head; -1 for no head.
+        neuron: Its neuron; -1 for a feed-forward block as a whole, and for what is none.
+        token: The token at its position; of the answer what was asked.
+        promotes: Tokens with the largest logits under what it writes; empty in an encoder.
+        pattern: What a head attends to, by source; empty for others.
+    """
+
+    kind: str
+    layer: int
+    pos: int = -1
+    head: int = -1
+    neuron: int = -1
+    token: str = ""
+    promotes: tuple[str, ...] = ()
+    pattern: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
+        if self.layer < 0 or self.kind in ("readout bias", "answer"):
+            return self.kind
+        base = f"L{self.layer}"
+        if self.head >= 0:
+            return f"{base}{_SHORT[self.kind]}H{self.head}"
+        if self.neuron >= 0:
+            return f"{base}{_SHORT[self.kind]}N{self.neuron}"
+        return f"{base} {self.kind}"
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False, repr=False)
+class AttributionGraph(Result):
+    """Effects of nodes on an answer, and what runs directly from one node to another.
+
+    Edges into a node add up to its score, and so do those out of it; embeddings and biases add up
+    to the answer's. Nothing is missing: what was pruned is one node for each layer, whose score is
+    what enters it from the nodes that are shown.
+
+    Attributes:
+        scores: Total effect of each node on `score`.
+        edges: Direct effects, from each source (a column) to each target (a row).
+        nodes: The nodes, from the input to the answer, which is last.
+        score: What is explained: the log-odds of target and foil, or the linear part of the
+            log-probability, as the model gives it.
+        explained: The part of it that runs through nodes that are shown alone, at frozen patterns,
+            norms and slopes.
+        possible: How many nodes there are that have an effect, biases apart.
+        log_prob: The target's log-probability, less the foil's.
+        pos: Position that predicts.
+        target: The predicted token; alternatives side by side.
+        foil: What it is contrasted with, or None.
+        tokens: The tokens of the stack that writes the answer.
+        encoder: The tokens of the encoder that it reads, or None.
+        provenance: Where the numbers come from.
+    """
+
+    LABELS = {"target": "nodes", "source": "nodes", "node": "nodes"}
+
+    scores: Float[torch.Tensor, " node"]
+    edges: Float[torch.Tensor, "target source"]
+    nodes: tuple[GraphNode, ...]
+    score: float
+    explained: float
+    possible: int
+    log_prob: float
+    pos: int
+    target: Tokens
+    foil: Tokens | None
+    tokens: Tokens
+    encoder: Tokens | None
+    provenance: Provenance
+
+    def __repr__(self) -> str:
+        lines = [
+            f"AttributionGraph of {self.asked()}: {len(self.nodes)} nodes of {self.possible}, "
+            f"score {self.score:.3f}, {self.explained:.3f} of it through them alone"
+        ]
+        for place in self._largest(5):
+            node = self.nodes[place]
+            lines.append(f"  {node.label} {_where(node)} {float(self.scores[place]):+.3f}".rstrip())
+        return "\n".join(lines)
+
+    def asked(self) -> str:
+        """Returns what the graph is about, such as ``' are' rather than ' is'``."""
+        return asked_words(self.target, self.foil)
+
+    def to_dataframe(self, rows: str = "nodes") -> pandas.DataFrame:
+        """Returns a table.
+
+        Args:
+            rows: ``"nodes"``: a row for each node, its fields and score. ``"edges"``: a row for
+                each edge that is not zero, largest first, with the labels of both ends.
+        """
+        import pandas
+
+        require_choice("table", rows, ("nodes", "edges"))
+        if rows == "nodes":
+            names = [field.name for field in fields(GraphNode)]
+            frame = pandas.DataFrame([[getattr(n, name) for name in names] for n in self.nodes])
+            frame.columns = names
+            frame.insert(0, "label", [node.label for node in self.nodes])
+            frame["score"] = as_array(self.scores)
+            return frame
+        found = []
+        for place in largest(self.edges.abs(), int((self.edges != 0).sum())).tolist():
+            target, source = divmod(place, len(self.nodes))
+            ends = self.nodes[source], self.nodes[target]
+            labels = [text for end in ends for text in (end.label, end.pos)]
+            found.append((source, target, *labels, float(self.edges[target, source])))
+        names = ["source", "target", "source_label", "source_pos", "target_label", "target_pos"]
+        return pandas.DataFrame(found, columns=[*names, "score"])
+
+    def to_networkx(self) -> Any:
+        """Returns a `networkx.DiGraph` of the nodes and the edges that are not zero.
+
+        Nodes are numbered and have their fields, ``label`` and ``score``; edges have a ``weight``.
+        Text has every character written out that would not be seen, as XML holds no others.
+        ``networkx.write_graphml`` writes it for Gephi, yEd or Cytoscape.
+        """
+        import networkx
+
+        graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
+        for place, node in enumerate(self.nodes):
+            told = asdict(node)
+            told |= {"token": visible(node.token), "promotes": visible(" ".join(node.promotes))}
+            told.pop("pattern")
+            graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
+        for target, source in (self.edges != 0).nonzero().tolist():
+            graph.add_edge(source, target, weight=float(self.edges[target, source]))
+        return graph
+
+    def to_circuit_tracer(self, slug: str = "flow") -> dict[str, Any]:
+        """Returns the graph as circuit-tracer's graph files and Neuronpedia's viewer have it.
+
+        Write it with ``json.dump``. Neurons are features there (number ``(l + f)(l + f + 1) / 2 +
+        f``), tokens and the answer what they are; heads, feed-forward blocks, biases and what was
+        pruned have types of their own, which viewers show by their label. ``influence`` is the
+        share of all absolute effects that nodes of at least this size have, for the viewer's
+        slider.
+
+        Args:
+            slug: A name for the graph.
+
+        Raises:
+            InvalidInput: If the model has two stacks: the format has one row of tokens.
+        """
+        if self.encoder is not None:
+            raise bad(
+                "the graph cannot be written in circuit-tracer's format",
+                "a graph of an encoder and a decoder",
+                "one stack",
+                "Use to_networkx(), which keeps both.",
+            )
+        words = list(self.tokens.strings[0])
+        order = self.scores.abs().cpu().argsort(descending=True, stable=True)
+        size = self.scores.abs().cpu()[order]
+        influence = torch.empty_like(size).scatter(0, order, (size / size.sum()).cumsum(0)).tolist()
+        told = [self._told(node) for node in self.nodes]
+        for one, node, score, share in zip(
+            told, self.nodes, self.scores.tolist(), influence, strict=True
+        ):
+            label = f"{node.label}: {', '.join(node.promotes)}" if node.promotes else node.label
+            one |= {"activation": score, "influence": share, "clerp": one.get("clerp", label)}
+        links = [
+            {
+                "source": told[source]["node_id"],
+                "target": told[target]["node_id"],
+                "weight": float(self.edges[target, source]),
+            }
+            for target, source in (self.edges != 0).nonzero().tolist()
+        ]
+        return {
+            "metadata": {
+                "slug": slug,
+                "scan": self.provenance.model,
+                "transcoder_list": [],
+                "prompt_tokens": words,
+                "prompt": "".join(words),
+                "node_threshold": 1.0,
+                "schema_version": 1,
+                "info": {
+                    "generator": {"name": "tl_contextmix", "version": self.provenance.version}
+                },
+            },
+            "qParams": {
+                "pinnedIds": [],
+                "supernodes": [],
+                "linkType": "both",
+                "clickedId": "",
+                "sg_pos": "",
+            },
+            "nodes": told,
+            "links": links,
+        }
+
+    def _told(self, node: GraphNode) -> dict[str, Any]:
+        """Returns a node as circuit-tracer names it."""
+        pos, layer = (node.pos if node.pos >= 0 else self.pos), str(node.layer)
+        last = len(self.nodes) - 1
+        if node is self.nodes[last]:
+            token, layer = int(self.target.ids[0, 0]), str(node.layer + 1)
+            own = {
+                "feature": token,
+                "feature_type": "logit",
+                "jsNodeId": f"L_{token}-{pos}",
+                "is_target_logit": True,
+                "token_prob": math.exp(self.log_prob) if self.foil is None else 0.0,
+                "clerp": f"Output {node.token}",
+            }
+        elif node.kind == "embed":
+            token, layer = int(self.tokens.ids[0, pos]), "E"
+            own = {"feature": pos, "feature_type": "embedding", "jsNodeId": f"E_{token}-{pos}"}
+        else:
+            # Features are numbered from 0: what has no such number there counts down from -1.
+            kinds = {"mlp": "feed-forward block", "attn": "attention head", "rest": "pruned"}
+            gathered = {"bias": -10_001, "rest": -10_002, "readout bias": -10_003}
+            token = gathered.get(node.kind, -2 - node.head)
+            number, kind = token, kinds.get(node.kind, node.kind)
+            layer = "E" if node.layer < 0 else layer
+            if node.neuron >= 0:
+                token, kind = node.neuron, "cross layer transcoder"
+                number = (node.layer + token) * (node.layer + token + 1) // 2 + token
+            own = {"feature": number, "feature_type": kind, "jsNodeId": f"{layer}_{token}-{pos}"}
+        return {"node_id": f"{layer}_{token}_{pos}", "layer": layer, "ctx_idx": pos, **own}
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the graph, and its nodes by size."""
+        title = f"What made {self.asked()}"
+        columns = {where: i for i, where in enumerate(sorted({_column(n) for n in self.nodes}))}
+        rows = {row: place for place, row in enumerate(dict.fromkeys(map(_row, self.nodes)))}
+        dots = tuple(
+            Dot(
+                label=node.label,
+                column=columns[_column(node)],
+                row=rows[_row(node)],
+                value=float(score),
+                facts=self._facts(node),
+            )
+            for node, score in zip(self.nodes, self.scores, strict=True)
+        )
+        table = []
+        for place in self._largest(SHOWN):
+            node = self.nodes[place]
+            promoted = ", ".join(map(repr, node.promotes)) or None
+            at = Place(node.token, node.pos)
+            table.append((node.label, at, float(self.scores[place]), promoted))
+        return (
+            Graph(
+                title=title,
+                caption="Size: total effect on the answer. Edges: what runs directly from one to "
+                "the other; those into a node add up to its effect, and so do those out of it. "
+                "Attention patterns, norms and activation slopes are frozen.",
+                columns=tuple(map(self._place, columns)),
+                rows=tuple(rows),
+                nodes=dots,
+                edges=self.edges,
+                unit="nats",
+            ),
+            Table(
+                title=f"{title}: largest effects",
+                caption="Effects of nodes that read each other overlap.",
+                columns=("node", "token", "effect", "promotes"),
+                rows=tuple(table),
+                signed=("effect",),
+            ),
+        )
+
+    def _facts(self, node: GraphNode) -> tuple[tuple[str, str], ...]:
+        """Returns what is told of a node besides its score."""
+        found = [("promotes", ", ".join(map(repr, node.promotes)))] if node.promotes else []
+        if node.pattern:
+            side = self.encoder if node.kind in ("cross_attn", "encoder attn") else self.tokens
+            words = (side or self.tokens).strings[0]
+            best = largest(torch.tensor(node.pattern), 5).tolist()
+            read = (f"{words[place]!r} ({place}) {node.pattern[place]:.2f}" for place in best)
+            found.append(("attends to", ", ".join(read)))
+        return tuple(found)
+
+    def _place(self, column: tuple[int, int]) -> Place | str:
+        """Returns the label of a column."""
+        side, pos = column
+        tokens = (self.encoder, self.tokens, None)[side]
+        return "all positions" if tokens is None else Place(tokens.strings[0][pos], pos)
+
+    def _largest(self, k: int) -> list[int]:
+        """Returns the nodes of largest effect, the answer and what gathers several apart."""
+        single = torch.tensor([node.pos >= 0 and node.kind != "answer" for node in self.nodes])
+        return largest(self.scores.abs().cpu().masked_fill(~single, torch.nan), k).tolist()
+
+
+def _where(node: GraphNode) -> str:
+    return f"{node.token!r} ({node.pos})" if node.pos >= 0 else ""
+
+
+def _column(node: GraphNode) -> tuple[int, int]:
+    """Returns the side of a node (encoder, answer's, neither) and its position, in order."""
+    return (2, 0) if node.pos < 0 else (0 if node.kind.startswith("encoder") else 1, node.pos)
+
+
+def _row(node: GraphNode) -> str:
+    """Returns the name of the row that a node stands in: what gathers a layer on its last one."""
+    side = "encoder " if node.kind.startswith("encoder ") else ""
+    kind = node.kind.removeprefix("encoder ")
+    if kind in ("answer", "readout bias"):
+        return "answer"
+    if node.layer < 0:
+        return f"{side}embed"
+    return f"{side}L{node.layer} {'mlp' if kind in ('bias', 'rest') else kind}"
