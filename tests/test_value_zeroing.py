@@ -354,7 +354,7 @@ BAD = {
         r"such position: got 6; expected an integer from -6 to 5",
     ),
     "no targets": ({"pos": []}, r"there is no such position: got \[\]"),
-    "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
+    "a truth value as target": ({"pos": [True]}, r"such position: got True"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),
     "span beyond the end": ({"spans": [(0, 7)]}, r"covers no token: got \(0, 7\); expected"),
