@@ -199,7 +199,7 @@ def test_spans_of_single_tokens_are_the_map_and_labels_are_joined() -> None:
     assert single.source.equals(plain.source)
     found = cm.value_zeroing(model, given.tokens, spans=[(0, 2), (2, 6)])
     words = plain.source.strings[1]
-    assert found.source.strings[1] == ("".join(words[:2]), "".join(words[2:]))
+    assert found.source.strings[1] == (" ".join(words[:2]), " ".join(words[2:]))
     assert found.source.ids[1].tolist() == given.tokens[1, [0, 2]].tolist()
     assert found.target.equals(plain.target)
 
