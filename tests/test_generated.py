@@ -15,6 +15,7 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import ContextMap
 
 MAPS: dict[str, Any] = {
@@ -95,11 +96,12 @@ def test_decompx_adds_up_to_the_difference_of_logits(case: zoo.Case) -> None:
         return
     with torch.no_grad():
         logits = zoo.logits(model, given)[:, -2]
-    for options, expected in (
+    questions: list[tuple[dict[str, Any], Tensor]] = [
         ({}, logits[:, 9] - logits[:, 7]),
         ({"foil": None}, logits[:, 9]),
         ({"target": {9, 5}}, _mean(logits, [5, 9]) - logits[:, 7]),
-    ):
+    ]
+    for options, expected in questions:
         found = cm.decompx(model, given.tokens, **{**asked, **options})
         assert found.bias is not None
         total = found.scores.sum(-1)[:, 0, 0, 0] + found.bias[:, 0, 0, 0]
@@ -320,6 +322,7 @@ def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) 
     assert said.equals(again)
     assert said.provenance.options["of"] == "logit"
     (panel,) = said.panels()
+    assert isinstance(panel, Heatmap)
     assert panel.sides == (
         ("decoder", 1),
         ("output", 6),

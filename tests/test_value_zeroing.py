@@ -199,7 +199,7 @@ def test_spans_of_single_tokens_are_the_map_and_labels_are_joined() -> None:
     assert single.source.equals(plain.source)
     found = cm.value_zeroing(model, given.tokens, spans=[(0, 2), (2, 6)])
     words = plain.source.strings[1]
-    assert found.source.strings[1] == ("".join(words[:2]), "".join(words[2:]))
+    assert found.source.strings[1] == (" ".join(words[:2]), " ".join(words[2:]))
     assert found.source.ids[1].tolist() == given.tokens[1, [0, 2]].tolist()
     assert found.target.equals(plain.target)
 
@@ -357,7 +357,7 @@ BAD = {
         r"such position: got 6; expected an integer from -6 to 5",
     ),
     "no targets": ({"pos": []}, r"there is no such position: got \[\]"),
-    "a truth value as target": ({"pos": [True]}, r"this pos: got \[True\]"),
+    "a truth value as target": ({"pos": [True]}, r"such position: got True"),
     "no such layer": ({"layer": 9}, r"there is no such layer: got 9; expected"),
     "empty span": ({"spans": [(2, 2)]}, r"covers no token: got \(2, 2\); expected two integers"),
     "span beyond the end": ({"spans": [(0, 7)]}, r"covers no token: got \(0, 7\); expected"),

@@ -81,7 +81,7 @@ def ask_in_pass(
     return question, run_pass(view, given, batch=question.batch, **options)
 
 
-def _at_positions(tokens: Tokens, rows: list[list[int]], pos: object) -> Predictions:
+def _at_positions(tokens: Tokens, rows: list[list[int]], pos: Any) -> Predictions:
     """Returns the rows of some positions, labelled with the tokens there."""
     options = {"pos": pos if isinstance(pos, (int, str)) or pos is None else [*pos]}
     if all(some == rows[0] for some in rows):
@@ -109,7 +109,7 @@ def predictions(
     options: dict[str, Any] = {"pos": question.rows[rows.order].tolist()}
     for name, sets in (("target", predicted), ("foil", question.foil)):
         if sets is not None:
-            each = [[*one] if len(one) > 1 else one[0] for one in sets]
+            each = [one[0] if len(one) == 1 else [*one] for one in sets]
             options[name] = [[each[place] for place in some] for some in listed]
     if rows.order.shape[1] == 1:  # as one number for each sentence
         options = {name: [row[0] for row in value] for name, value in options.items()}
