@@ -77,7 +77,11 @@ class Sizes:
     def vocabulary(self, max_bytes: int = MAX_BYTES) -> Vocabulary:
         """Returns the readout with the scale of the norm frozen."""
         return read_vocabulary(
-            self.readout, "frozen", self.states[:, -1], Contrast.of(self.target), max_bytes
+            self.readout,
+            "frozen",
+            self.states[:, -1],
+            Contrast((*self.target.split(1),)),
+            max_bytes,
         )
 
     def best(self, k: int, max_bytes: int = MAX_BYTES) -> TopNeurons:

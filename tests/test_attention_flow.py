@@ -41,7 +41,7 @@ def test_flows_are_those_of_networkx(family: str):
 @pytest.mark.once
 def test_flows_that_can_be_seen():
     first = np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    one, two = _flows(np.stack([first, first]))
+    one, two = _flows(np.stack([first, first]), None)
     assert np.array_equal(one, first)  # through one layer: the edge itself
     # Straight on through its own .5, and down through token 0: .5 of 1.
     assert two[1].tolist() == [1.0, 0.5, 0.0]

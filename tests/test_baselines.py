@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.questions import Answer
+from tl_contextmix.adapters.questions import Answer, ask_in_pass
 from tl_contextmix.core.counters import Memory
 from tl_contextmix.methods import gradients
 from tl_contextmix.methods.alti import alti
@@ -327,9 +327,7 @@ def test_gradient_x_input_equals_autograd_on_the_hugging_face_model(name: str) -
 
 def asked_of(model: Any, given: zoo.Inputs, **options: Any) -> Any:
     inputs = Given(given.tokens, decoder_input=given.decoder_tokens)
-    question, whole = gradients._question(
-        view_of(model), inputs, Answer(options.get("target"), pos=-1)
-    )
+    question, whole = ask_in_pass(view_of(model), inputs, Answer(options.get("target"), pos=-1))
     ((turn, _),) = question.rounds()
     (asked,) = gradients._ask(whole, [turn], options.get("of", "logit"))
     return asked

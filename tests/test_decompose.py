@@ -126,14 +126,16 @@ def test_heads_and_the_residual_add_up_to_the_parts(case: zoo.Case) -> None:
             last = f"{len(attention.W_O) - 1}" if point == "attn_out" else "residual"
             assert found.heads[-1] == last
         # By hand: pattern times value times W_O, of each head alone.
-        found = cm.decompose(model, given.tokens, heads=True, **{**asked, "at": "attn_out"})
+        asked = {"at": "attn_out", "stack": stack, "layer": [0], **keywords(given)}
+        found = cm.decompose(model, given.tokens, heads=True, **asked)
+        assert isinstance(found, HeadDecomposition)
         read = torch.einsum("bsHd,Hdm->bHsm", trace.value(attention), attention.W_O)
         expected = trace.pattern(attention)[..., None] * read[:, :, None]
         if attention.norm_out is not None:
             norm, raw = attention.norm_out, attention.raw_output(trace)
             expected = norm.linear(expected) / norm.scale(raw)[:, None, :, None]
         assert relative(found.parts[:, 0], expected) <= 1e-10
-        maps = cm.attention_norms(model, given.tokens, heads=True, **{**asked, "at": "attn_out"})
+        maps = cm.attention_norms(model, given.tokens, heads=True, **asked)
         assert relative(found.norms().scores, maps.scores) <= 1e-10
         assert found.norms().heads == maps.heads
 
@@ -143,6 +145,7 @@ def test_heads_of_a_selection_and_of_cross_attention(family: str, tmp_path: Path
     case = case_of(family, *(["t5"] if family == "bart" else []))
     model, given = zoo.shared(case), zoo.inputs(case)
     found = cm.decompose(model, given.tokens, heads=True, **keywords(given))
+    assert isinstance(found, HeadDecomposition)
     crossed = [label for label in found.heads if label.startswith("cross ")]
     assert len(crossed) == (len(found.heads) // 2 if case.encoder_decoder else 0)
     one = found.select(head="residual", target=-1)

@@ -90,7 +90,7 @@ def test_an_answer_of_several_tokens_is_added_up() -> None:
     answer = cm.log_prob_contributions(model, text, target=[[4, 6]], by="head").summed()
     question = scanning.ask(view, scanning.read_batch(view, scanning.Given(text)), Answer([[4, 6]]))
     together = scanning._together([question, question])
-    done = scanning.run_asked(together, scanning.Given(text), "head")
+    done = scanning.run_predictions(together, scanning.Given(text), "head")
     parts = [
         scanning.contributions_to(some, "head") for some in done.predictions("frozen+beta", 2**30)
     ]
