@@ -106,6 +106,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "hook_names": {"model": model, "method": "attention"},
         "faithfulness": {**on_ids, "map": cm.gradient_x_input(model, IDS)},
         "ff_values": {"model": model},
+        "flow": {"model": model, "input": IDS[:1]},
         "integrated_gradients": {**on_ids, "steps": 2},
         "knockout": {**on_ids, "heads": [(0, 1)], "controls": 1},
         "load_demo": {"name": "causal-lm"},

@@ -137,6 +137,7 @@ def test_a_mask_in_hugging_face_does_the_same(family: str) -> None:
     model, given = shared(case)
     hf = zoo.hf_model(family)
     layers = hf.model.decoder.layers if family == "opt" else hf.bert.encoder.layer
+    last = [len(layers) - 2, len(layers) - 1]
     cut = torch.zeros(2, 1, 6, 6, dtype=torch.float64)
     cut[:, :, 4, [1, 3]] = -torch.inf
 
@@ -144,13 +145,13 @@ def test_a_mask_in_hugging_face_does_the_same(family: str) -> None:
         known = kwargs.get("attention_mask")
         return args, {**kwargs, "attention_mask": cut if known is None else known + cut}
 
-    for layer in [layers[1], layers[2]]:
-        attention = layer.self_attn if family == "opt" else layer.attention.self
+    for layer in last:
+        attention = layers[layer].self_attn if family == "opt" else layers[layer].attention.self
         attention.register_forward_pre_hook(mask, with_kwargs=True)
     with torch.no_grad():
         expected = hf(given.tokens, attention_mask=torch.ones_like(given.tokens)).logits
     found = cm.attention_knockout(
-        model, given.tokens, sources=[[1, 3]], layer=[1, 2], window=None, target=9, pos=4
+        model, given.tokens, sources=[[1, 3]], layer=last, window=None, target=9, pos=4
     )
     expected = expected[:, 4].log_softmax(-1)[:, 9]
     torch.testing.assert_close(found.log_probs.flatten(), expected, atol=1e-6, rtol=0)
@@ -161,8 +162,10 @@ def test_a_row_without_sources_attends_to_nothing(family: str) -> None:
     case = case_of(family)
     model, given = shared(case)
     view = view_of(model)
+    reads = given.tokens if given.decoder_tokens is None else given.decoder_tokens
+    every = [(0, reads.shape[1])]
     found = cm.attention_knockout(
-        model, given.tokens, sources=[(0, 5)], to=3, layer=1, target=9, pos=-1, **keywords(given)
+        model, given.tokens, sources=every, to=3, layer=1, target=9, pos=-1, **keywords(given)
     )
 
     def nothing(z: Tensor) -> Tensor:

@@ -72,16 +72,23 @@ class Answer:
 
 
 def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
-    """Returns what is given and what is asked, out of the options of one call."""
+    """Returns what is given and what is asked, out of the options of one call.
+
+    Where nothing is asked, an assistant's last message is the answer that is asked about.
+    """
+    return within_chats(*split(input, inputs))
+
+
+def split(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
+    """Returns the options of one call that are given and those that ask."""
     names = [field.name for field in fields(Answer)]
     asked = {name: inputs[name] for name in names if name in inputs}
     if "pos" in asked:  # kept with the result: a number of Python, or a list of them
         asked["pos"] = plain_numbers(items(asked["pos"]) or asked["pos"])
-    given = Given(input, **{n: v for n, v in inputs.items() if n not in asked})
-    return _within_chats(given, Answer(**asked))
+    return Given(input, **{n: v for n, v in inputs.items() if n not in asked}), Answer(**asked)
 
 
-def _within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
+def within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
     """Returns chats with what is asked in the assistant's turn.
 
     Where nothing else is asked, an assistant's last message is the answer; where a token is, the
