@@ -223,6 +223,7 @@ def ask_options(asked: Asked, family: str) -> None:
     from test_devices import CASES
 
     import tl_contextmix as cm
+    from tl_contextmix.results.scanned import LEVELS
 
     given = zoo.inputs(CASES[family])
     mask = torch.ones_like(given.tokens)
@@ -254,6 +255,13 @@ def ask_options(asked: Asked, family: str) -> None:
             "edges": lambda: cm.attention_knockout(
                 **padded, sources=[0, (1, 3)], heads=[[0], [1, 2]]
             ),
+            "answers": lambda: cm.value_zeroing(**padded, target=[[5, 6], [7]]),
+            "logits of answers": lambda: cm.decompx(**padded, target=[[5, 6], [7]]),
+            "generated": lambda: cm.attention_norms(**padded, generate=2, at="mlp_out"),
+            "graph of neurons": lambda: cm.flow(
+                model, given.tokens[:1].to(GPU), target=5, foil=6, neurons=True, k=20
+            ),
+            "scan": lambda: cm.scan(model, [(row, 5, 6) for row in given.tokens], by=LEVELS),
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
             "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),
         }

@@ -35,9 +35,11 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "value_zeroing": cm.value_zeroing,
     "value_zeroing small": partial(cm.value_zeroing, layer=-1, max_bytes=150_000),
     "attention": cm.attention,
+    "attention answer": partial(cm.attention, target=[[5, 6, 7], [8, 9]]),
     "globenc": cm.globenc,
     "alti": cm.alti,
     "decompx": cm.decompx,
+    "decompx logits": partial(cm.decompx, target=5, foil=6),
     "decompx_vectors": cm.decompx_vectors,
     "gradient_x_input": partial(cm.gradient_x_input, pos=-1),
     "integrated_gradients": partial(cm.integrated_gradients, steps=3, pos=-1),
@@ -53,6 +55,9 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "query_contributions": partial(cm.query_contributions, neurons=[(1, 3)], pos=-1),
     "knockout": partial(cm.knockout, heads=[(0, 1)], pos=-1, controls=1),
     "attention_knockout": partial(cm.attention_knockout, pos=-1),
+    "attention_knockout heads": partial(
+        cm.attention_knockout, target=5, sources=[[0, 3], (4, 6)], to=[7, -1], heads=[[0], [1, 2]]
+    ),
     "token_memory": cm.token_memory,
     "ff_memories": cm.ff_memories,
 }

@@ -282,6 +282,10 @@ def test_what_cannot_be_asked_of_a_map() -> None:
         cm.decompx(model, TEXT, target=" are", layer=1)
     with pytest.raises(cm.InvalidInput, match="no such position"):
         cm.alti(model, TEXT, pos=99)
+    words = model.cfg.d_vocab
+    for target in (words, 10**30, {5, words}, [[5, words]]):
+        with pytest.raises(cm.InvalidInput, match=rf"no target: .*ids from 0 to {words - 1}"):
+            cm.attention(model, TEXT, target=target)
     translator = cm.load_demo("encoder-decoder")
     with pytest.raises(cm.InvalidInput, match="this stack predicts no tokens"):
         cm.attention(translator, "the dog", stack="encoder", generate=2)

@@ -205,6 +205,8 @@ def test_rows_that_cannot_be_used_stop_it_or_are_counted(
     ]
     with pytest.raises(cm.InvalidInput, match=r"row 1 of a list cannot be used: .*unusable='drop'"):
         cm.scan(model, rows)
+    with pytest.raises(cm.InvalidInput, match=r"no such by: got \[\]"):
+        cm.scan(model, rows, by=[])
     found = cm.scan(model, rows, unusable="drop")
     assert (found.read, found.skipped, found.prompts.tolist()) == (6, 5, [1])
     assert [reason[: len("row 1")] for reason in found.reasons] == [f"row {n}" for n in range(1, 6)]

@@ -105,6 +105,16 @@ class Readout:
         if self.refusal:
             raise UnsupportedModel(self.refusal)
 
+    @property
+    def outputs(self) -> int:
+        """How many tokens, or classes, there are logits of.
+
+        Raises:
+            UnsupportedModel: If this model has no trained vocabulary readout.
+        """
+        self.require()
+        return len(require_weight(self.weights, "b_U"))
+
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Returns the logits of a residual stream.
 

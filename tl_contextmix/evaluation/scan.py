@@ -112,7 +112,7 @@ def scan(
     view = as_view(model)
     view.readout.require()
     listed: list[Any] = [by] if isinstance(by, str) else [*dict.fromkeys(by)]
-    for one in listed:
+    for one in listed or [by]:
         require_choice("by", one, LEVELS)
     for name in columns or {}:
         require_choice("name among columns", name, NAMES)

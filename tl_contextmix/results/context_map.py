@@ -519,8 +519,9 @@ def _require_scores(scores: torch.Tensor, real: torch.Tensor, signed: bool) -> N
         return
     # Not the scores at padding alone: a batch of unequal texts is padding for the most part.
     sizes = scores.amax((1, 2)) if not signed else scores.abs().amax((1, 2))
-    wrong = (sizes != 0) & ~real.to(scores.device)
-    for row in wrong.flatten(1).any(dim=1).nonzero()[:, 0].tolist()[:1]:
+    right = (sizes == 0) | real.to(scores.device)
+    if not bool(right.all()):
+        row = int(right.flatten(1).all(dim=1).int().argmin())
         raise bad(
             "ContextMap.scores are not zero at padding",
             f"scores of tokens that the mask of sentence {row} leaves out",

@@ -69,7 +69,11 @@ def steps_of_each(view: ModelView, asked: object, count: int, name: str) -> list
     """
     if asked is None:
         return None
-    return [_steps(view, one, name) for one in one_each(asked, count, name)]
+    found = [_steps(view, one, name) for one in one_each(asked, count, name)]
+    highest = max(token for steps in found for ids in steps for token in ids)
+    if highest >= view.readout.outputs:
+        raise no_target(highest, name, view.readout.outputs)
+    return found
 
 
 def _steps(view: ModelView, one: object, name: str) -> Steps:
@@ -128,7 +132,7 @@ def single_token(view: ModelView, one: object, name: str = "target") -> int:
         if len(found) != 1:
             raise _not_one(view, one, found, name)
         return found[0]
-    number = whole_number(one)  # how many there are, the logits say: outputs may be no tokens
+    number = whole_number(one)
     if number is None or number < 0:
         raise no_target(one, name)
     return number
