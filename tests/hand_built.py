@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_contextmix.results import (
     AttentionKnockout,
+    AttributionGraph,
     ComponentReadouts,
     Components,
     ContextMap,
@@ -16,6 +17,7 @@ from tl_contextmix.results import (
     Decomposition,
     Estimate,
     EstimatePart,
+    GraphNode,
     HeadDecomposition,
     Knockout,
     LayerFigures,
@@ -240,6 +242,35 @@ def scan() -> Scan:
     )
 
 
+def graph() -> AttributionGraph:
+    """A graph of two embeddings, a head, what was pruned, and the answer."""
+    edges = torch.zeros(5, 5)
+    edges[2, :2], edges[3, 1], edges[4, 1:4] = torch.tensor([1.5, -0.5]), 0.25, 0.5
+    edges[4, 2], edges[4, 3] = 1.0, 0.25
+    nodes = (
+        GraphNode("embed", -1, 0, token="déjà"),
+        GraphNode("embed", -1, 1, token="</script>"),
+        GraphNode("attn", 0, 1, head=2, token="</script>", promotes=("<b>", " x"), pattern=(1.0,)),
+        GraphNode("rest", 0),
+        GraphNode("answer", 1, 1, token="'<i>'"),
+    )
+    return AttributionGraph(
+        scores=torch.tensor([1.5, 0.25, 1.0, 0.25, 1.75]),
+        edges=edges,
+        nodes=nodes,
+        score=1.75,
+        explained=1.5,
+        possible=9,
+        log_prob=-0.5,
+        pos=1,
+        target=tokens(1, 1),
+        foil=None,
+        tokens=tokens(1, 2),
+        encoder=None,
+        provenance=PROVENANCE,
+    )
+
+
 def one_of_each() -> list[Any]:
     """One result of every class, with padding, None, NaN, other dtypes and shared tensors."""
     words = tokens(2, 4, padding=1)
@@ -323,4 +354,5 @@ def one_of_each() -> list[Any]:
             provenance=PROVENANCE,
         ),
         scan(),
+        graph(),
     ]
