@@ -158,6 +158,10 @@ METHODS: dict[str, Method] = {
     "knockout, one head and one control": Method(
         _call(cm.knockout, heads=[(0, 1)], pos=-1, controls=1), 3
     ),
+    "attention_knockout, one source in all layers": Method(
+        _call(cm.attention_knockout, sources=0, pos=-1, window=None), 2
+    ),
+    "flow, 50 nodes": Method(_call(cm.flow, pos=-1, k=50), 2),
     "scan, one prompt by layer and head": Method(_scanning, 1),
     "ff_memories": Method(_call(cm.ff_memories), 1, _readouts(lambda n: (3 * LAYERS - 1) * n)),
     "token_memory": Method(

@@ -394,6 +394,6 @@ def test_the_command_line_asks_the_same(capsys: pytest.CaptureFixture[str], tmp_
     assert "rather than" in told
     assert "times more probable than the second (+" in told
     assert main(["run", "attention", "causal-lm", TEXT, *asked]) == 2
-    assert "attention has no such option: got target" in capsys.readouterr().err
+    assert "this map is the same whatever the foil" in capsys.readouterr().err
     assert main(["report", "--text", TEXT, "--target", " are on", "-o", str(page)]) == 2
     assert "a report is on one prediction: got 2 predictions" in capsys.readouterr().err

@@ -484,7 +484,8 @@ def test_saliency_labels_rows_padding_and_the_model(case: zoo.Case, name: str) -
     found = method(model, given.tokens, **options, **keywords(given))
     main = given.tokens if given.decoder_tokens is None else given.decoder_tokens
     assert found.scores.shape[:4] == (2, 1, 1, 1)
-    assert torch.equal(found.target.ids, main[:, -1:])
+    assert found.target.ids[:, 0].tolist() == found.provenance.options["target"]
+    assert found.target.positions().tolist() == [[main.shape[1] - 1]] * 2
     assert not found.scores.requires_grad
     assert all(weight.grad is None for weight in model.parameters())
     mask = torch.ones_like(given.tokens)

@@ -221,6 +221,7 @@ def test_every_method_has_goldens() -> None:
         "mine_on_ray": "the same search",
         "report": "a page",
         "scan": "means of log_prob_contributions",
+        "flow": "a graph of one prediction; its sums are checked on every family",
         "estimate": "operations and bytes",
         "hook_names": "names of activations",
     }

@@ -238,7 +238,7 @@ UNCHECKED: dict[str, tuple[str, str]] = {
     "layers of the wrong kind": ("TOKENS, {'layer': [0, None]}", r"layer: got \[0, None\]; exp"),
     "layers as a set": ("TOKENS, {'layer': {0}}", r"layer: got \{0\}; expected"),
     "layer that is too long": ("TOKENS, {'layer': 10**30}", r"got 10{30}; expected an integer"),
-    "switch as a number": ("TOKENS, {'heads': 1}", r"heads: got 1; expected True or False"),
+    "number as a switch": ("TOKENS, {'max_bytes': True}", r"got True; expected an integer from 1"),
     "budget as text": ("TOKENS, {'max_bytes': '1G'}", r"got '1G'; expected an integer from 1"),
     "cache that is none": ("TOKENS, {'cache': 3}", r"cache cannot be read: got a int; .*second"),
     "logits as cache": ("TOKENS, {'cache': TOKENS.float()}", r"cache cannot be read: got a torch"),

@@ -25,7 +25,7 @@ NO_RESULTS = {
     *("ContextMixError", "ContextMixWarning", "FileFormatError", "InvalidInput"),
     *("UnsupportedModel", "Direction", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
-    *("EstimatePart", "Tokens", "Trigger"),
+    *("EstimatePart", "GraphNode", "Tokens", "Trigger"),
     # Base classes.
     *("ComponentSet", "LabelledArray", "Mined", "RowTable"),
 }

@@ -98,7 +98,7 @@ def test_other_results_check_their_labels():
         if hasattr(result, "layers"):
             with pytest.raises(InvalidInput, match="does not fit its labels"):
                 dataclasses.replace(result, layers=(*result.layers, 9))
-    figures = hand_built.one_of_each()[4]
+    figures = next(one for one in hand_built.one_of_each() if isinstance(one, LayerFigures))
     with pytest.raises(InvalidInput, match="LayerFigures.values does not fit"):
         dataclasses.replace(figures, quantities=("a",))
 

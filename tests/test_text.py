@@ -346,17 +346,17 @@ def test_a_text_with_its_own_bos_gets_no_second_one() -> None:
     bos, text = demo.tokenizer.bos_token, "the capital of france is"
     expected = cm.attention_norms(demo, text, at="block_out")
     for prepend in (None, True):
-        with pytest.warns(ContextMixWarning, match="brings its own .*prepend_bos=False"):
+        with pytest.warns(ContextMixWarning, match="has its own .*prepend_bos=False"):
             found = cm.attention_norms(demo, f"{bos} {text}", at="block_out", prepend_bos=prepend)
         assert torch.equal(found.source.ids, expected.source.ids)
         assert torch.equal(found.scores, expected.scores)
     # Said: no warning.
     found = cm.attention_norms(demo, f"{bos} {text}", at="block_out", prepend_bos=False)
     assert torch.equal(found.source.ids, expected.source.ids)
-    with pytest.warns(ContextMixWarning, match="brings its own"):
+    with pytest.warns(ContextMixWarning, match="has its own"):
         both = cm.attention(demo, [text, f"{bos} {text}"])
     assert torch.equal(both.source.ids[0], both.source.ids[1])
-    with pytest.warns(ContextMixWarning, match="brings its own"):
+    with pytest.warns(ContextMixWarning, match="has its own"):
         kept = cm.attention(demo, f"{bos}{bos} {text}")
     assert kept.source.ids[0, :2].tolist() == [demo.tokenizer.bos_token_id] * 2
     with pytest.warns(ContextMixWarning, match="before token ids.*prepend_bos=True with ids"):
@@ -371,7 +371,7 @@ def test_every_method_warns_of_a_second_bos() -> None:
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             function(demo, text)
-        assert any("brings its own" in message for message in said(record)), name
+        assert any("has its own" in message for message in said(record)), name
 
 
 def test_an_unknown_word_is_no_bos() -> None:
@@ -386,7 +386,7 @@ def test_an_encoders_special_tokens_are_not_put_twice(family: str) -> None:
     made = zoo.build(case_of(family, "bart"))
     expected = view_of(made).encode("the cat", None)
     names = [view_of(made).to_string(token).strip() for token in expected]
-    with pytest.warns(ContextMixWarning, match="brings special tokens .*Leave them out"):
+    with pytest.warns(ContextMixWarning, match="has special tokens .*Leave them out"):
         assert view_of(made).encode(" ".join(names), None) == expected
     inside = view_of(made).encode(f"the {names[-1]} cat", None)
     assert inside.count(expected[-1]) == 2

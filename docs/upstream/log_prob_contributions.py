@@ -171,8 +171,7 @@ def log_prob_contributions(
             for each; ``None`` for the model's best.
         incorrect_tokens: A token, or one for each input, that the target is contrasted with, as in
             ``direct_logit_attribution``. Scores are then increases of ``log p(target) -
-            log p(incorrect)``: with the norm frozen, and no soft cap, differences of logits, which
-            add up to their layer's.
+            log p(incorrect)``; with the norm frozen and no soft cap they add up.
         by: Into what the stream is split: ``"layer"`` (the embedding and every sublayer),
             ``"head"``, ``"position"`` (what all heads of a layer read from one source; zero where
             nothing is read) or ``"neuron"`` (of feed-forward sublayers, an activation times a row

@@ -224,7 +224,8 @@ def _without_edges(
     # In half precision a sum of many small numbers is far off.
     wide = torch.promote_types(pattern.dtype, torch.float32)
     before, after = (x.sum(-1, keepdim=True, dtype=wide) for x in (pattern, kept))
-    return torch.where(after == 0, 0, kept * (before / after)).to(pattern)
+    # In this order: a factor of what is left would overflow where that is next to nothing.
+    return torch.where(after == 0, 0, kept / after * before).to(pattern)
 
 
 def _run_bytes(done: Pass) -> int:

@@ -101,7 +101,7 @@
     function path([from, to, value]) {
       const [[x1, y1], [x2, y2]] = [at[from], at[to]];
       const middle = y1 === y2 ? y1 + 17 : (y1 + y2) / 2;
-      const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      const line = document.createElementNS(svg.namespaceURI, "path");
       line.setAttribute("d", `M${x1} ${y1}C${x1} ${middle} ${x2} ${middle} ${x2} ${y2}`);
       line.setAttribute("stroke", value > 0 ? "#2166ac" : "#b2182b");
       line.setAttribute("stroke-width", 0.4 + (4.6 * Math.abs(value)) / largest);

@@ -204,7 +204,9 @@ class LogProbContributions(ComponentSet):
         """
         where, count = self.components, self.tokens.shape[1]
         biases = where.is_bias()
-        if self.by not in ("position", "head_position") or not self._all_there():
+        nowhere = biases | where.is_empty()
+        sources = bool((where.source >= 0)[~nowhere].all())
+        if self.by not in ("position", "head_position") or not (sources and self._all_there()):
             raise bad(
                 "these contributions are no map of source tokens",
                 f"by={self.by!r}, {where.shape[1]} components",
@@ -217,9 +219,9 @@ class LogProbContributions(ComponentSet):
         column = where.source + count * where.of_kind("cross_attn")
         place = (layer * shape[2] + where.head.clamp(min=0)) * width + column
         device, scores = self.scores.device, self.scores.nan_to_num(0.0)
-        read = scores.masked_fill(biases.to(device), 0)
+        read = scores.masked_fill(nowhere.to(device), 0)
         parts = scores.new_zeros(len(scores), prod(shape[1:]))
-        parts = parts.scatter_add(1, place.masked_fill(biases, 0).to(device), read).view(shape)
+        parts = parts.scatter_add(1, place.masked_fill(nowhere, 0).to(device), read).view(shape)
         bias = scores.new_zeros(shape[:2]).scatter_add(1, layer.to(device), scores - read)
         if not layers:
             parts, bias = parts.sum(dim=1, keepdim=True), bias.sum(dim=1, keepdim=True)

@@ -190,17 +190,18 @@ def _require_tokens(view: ModelView, reader: _Reader, batch: Batch) -> None:
     elif segments is not None:
         del sides["main"]  # GPT-2 looks segments up in the same table, after the tokens
     positions = batch.further.get("position_ids")
-    if any(name in reader for name in view.cached.embedded.get("position_ids", ())):
+    table = view.cached.embedded.get("position_ids", ())
+    if any(name in reader for name in table):
         # How a host counts padding is its own matter.
         if positions is None and bool(main.mask.all()):
             counted = torch.arange(main.ids.shape[1]) + view.cached.first_position
             positions = counted.expand_as(main.ids)
         sides["position_ids"] = None if positions is None else Side(positions, main.mask)
-    elif positions is not None:
+    elif positions is not None and table:  # rotary positions leave nothing to compare
         raise bad(
             "the positions of this cache are not known",
-            "position_ids, and a cache that does not hold what is embedded of them",
-            "embeddings of positions, where the model has such a table",
+            f"position_ids, and a cache without {' or '.join(table)}",
+            "the embeddings of positions",
             "Leave `cache` out, or the filter of names that it was made with.",
         )
     for name, side in sides.items():

@@ -196,7 +196,7 @@ def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
             return find_padding(view, ids, given.padding_side or "right"), {}
         return Side(ids=ids, mask=_mask(given.attention_mask, ids)), {}
     padded: PaddingSide = given.padding_side or "right"
-    chats = chats_of(given.input)
+    chats = None if isinstance(given.input, str) else chats_of(given.input)
     if chats is not None:
         side, segments = _chats(view, chats, given, padded), {}
     elif _are_pairs(given.input):

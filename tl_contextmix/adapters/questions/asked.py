@@ -94,7 +94,7 @@ def within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
     Where nothing else is asked, an assistant's last message is the answer; where a token is, the
     message is the beginning of the turn that the token goes on.
     """
-    chats = chats_of(given.input)
+    chats = None if isinstance(given.input, str) else chats_of(given.input)
     last = [] if chats is None else [chat[-1] for chat in chats]
     if chats is None or answer.pos is not None or not all(m["role"] == "assistant" for m in last):
         return given, answer
