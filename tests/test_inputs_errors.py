@@ -217,6 +217,10 @@ UNCHECKED: dict[str, tuple[str, str]] = {
         r"prepend_bos cannot be read: got 'no'; expected True, False or None",
     ),
     "labels of numbers": ("TOKENS, {'labels': [1]}", r"labels do not name .*: got 1 of int;"),
+    "labels that raise": (
+        "TOKENS, {'labels': {}.__getitem__}",
+        r"labels\(5\), which raises KeyError",
+    ),
     "unknown side": (
         "['cat', 'a cat'], {'padding_side': 'lft'}",
         r"no such padding side: got 'lft'; expected one of .*Did you mean 'left'\?",

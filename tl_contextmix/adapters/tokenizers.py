@@ -16,7 +16,7 @@ from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
 from tl_contextmix.core.validation import LATER
-from tl_contextmix.errors import bad, four_parts, warn
+from tl_contextmix.errors import bad, four_parts, reason, warn
 
 Names = Sequence[str] | Callable[[int], str]
 Labels = Annotated[Names | tuple[Names, Names], LATER]
@@ -421,12 +421,12 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
     # A bare list names what is read; what is predicted, too, where that is the same.
     to_output = to_string if view.to_output == view.to_string else view.to_output
     if predicted is not None:
-        to_output = _namer(predicted, _outputs(view), "output")
+        to_output = _namer(predicted, view.readout.outputs or view.d_vocab, "output")
     known: dict[str, list[int]] = {}
 
     def pieces(text: str) -> list[int]:
         if not known:
-            for token in range(_outputs(view)):
+            for token in range(view.readout.outputs or view.d_vocab):
                 known.setdefault(to_output(token), []).append(token)
         found = known.get(text, [])
         if len(found) > 1:
@@ -460,11 +460,6 @@ def _as_pair(labels: Any) -> tuple[Names, Names | None]:
     return labels, None
 
 
-def _outputs(view: ModelView) -> int:
-    weight = view.readout.weights("W_U")
-    return view.d_vocab if weight is None else weight.shape[1]
-
-
 def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
     """Returns the function that names ids."""
     if not callable(labels):
@@ -481,7 +476,15 @@ def _namer(labels: Names, count: int, what: str) -> Callable[[int], str]:
         return listed.__getitem__
 
     def name(token: int) -> str:
-        label = labels(token)
+        try:
+            label = labels(token)
+        except Exception as error:  # functions raise what they like
+            raise bad(
+                "the labels do not name the vocabulary",
+                f"labels({token}), which raises {reason(error)}",
+                "a function that returns a str for every id",
+                "Try it on this id.",
+            ) from error
         if not isinstance(label, str):
             raise bad(
                 "the labels do not name the vocabulary",

@@ -106,14 +106,9 @@ class Readout:
             raise UnsupportedModel(self.refusal)
 
     @property
-    def outputs(self) -> int:
-        """How many tokens, or classes, there are logits of.
-
-        Raises:
-            UnsupportedModel: If this model has no trained vocabulary readout.
-        """
-        self.require()
-        return len(require_weight(self.weights, "b_U"))
+    def outputs(self) -> int | None:
+        """How many tokens, or classes, there are logits of; None where there are no logits."""
+        return None if self.refusal else len(require_weight(self.weights, "b_U"))
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Returns the logits of a residual stream.

@@ -71,8 +71,9 @@ def steps_of_each(view: ModelView, asked: object, count: int, name: str) -> list
         return None
     found = [_steps(view, one, name) for one in one_each(asked, count, name)]
     highest = max(token for steps in found for ids in steps for token in ids)
-    if highest >= view.readout.outputs:
-        raise no_target(highest, name, view.readout.outputs)
+    outputs = view.readout.outputs
+    if outputs is not None and highest >= outputs:
+        raise no_target(highest, name, outputs)
     return found
 
 
