@@ -40,7 +40,7 @@ def _outputs(text: str, keep: Callable[[str], bool] = bool) -> list[str]:
 
 def test_examples_print_what_readme_says() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(_outputs(text)) == 9, "one for each question"
+    assert len(_outputs(text)) == 10, "one for each question"
     assert _outputs(rerun(text)) == _outputs(text)
 
 
