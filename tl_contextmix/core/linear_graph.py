@@ -108,7 +108,7 @@ class Heads:
         return torch.einsum("tm,hdm->thd", gradient, self._weight("W_O"))
 
     def _norm(self, read: Gradient) -> Gradient:
-        # Cross-attention reads its values behind the encoder's final norm.
+        # Cross-attention reads its values after the encoder's final norm.
         cross = self.frozen.sublayer.kind == "cross"
         return read if cross else self.frozen.norm_in.pull_back(read)
 
@@ -195,7 +195,7 @@ class FeedForwards:
     def _back(
         self, through: Float[Tensor, "some neuron"], pos: Tensor | slice
     ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"]]:
-        """Returns the gradient behind the norm, and what biases bring, given the neurons'."""
+        """Returns the gradient after the norm, and what biases contribute, given the neurons'."""
         ff, norm = self.frozen.sublayer, self.frozen.norm_in
         branches = ff.branches()
         read = through.new_zeros(len(through), branches[0][0].shape[0])
@@ -286,7 +286,7 @@ class Node(NamedTuple):
     Attributes:
         kind: ``"node"``, ``"bias"``, ``"rest"`` (what was pruned) or ``"answer"``.
         stack: Its stack; for the readout's bias and the answer that of the answer.
-        layer: Its layer; -1 for what enters the stack, `READOUT` behind the last one.
+        layer: Its layer; -1 for what enters the stack, `READOUT` after the last one.
         place: Which node; None for what gathers several.
     """
 
@@ -304,7 +304,7 @@ class Graph:
     """Nodes and the edges between them.
 
     Attributes:
-        nodes: The nodes, each behind those that it reads; the answer is last.
+        nodes: The nodes, each after those that it reads; the answer is last.
         scores: Each node's total effect on the score.
         edges: What runs directly from one node to another.
     """

@@ -176,7 +176,7 @@ def _stretches(
     whole = view.encode(joiner.join([*parts, prompt]), bos)
     special = view.special_tokens()
     text = [place for place, token in enumerate(whole) if token not in special]
-    after = len(whole) - 1 - text[-1]  # special tokens behind the text
+    after = len(whole) - 1 - text[-1]  # special tokens after the text
     ends = [text[0]]
     for count in range(1, len(parts) + 1):
         ids = view.encode(joiner.join(parts[:count]), bos)

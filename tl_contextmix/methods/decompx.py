@@ -154,7 +154,7 @@ def _to_prediction(
     """Returns what each input token brings to the logits asked about."""
     if layer is not None or view.base_stack(stack) != view.base_stack(None):
         raise bad(
-            "a prediction is read behind the last layer",
+            "a prediction is read after the last layer",
             f"layer={layer}, stack={stack!r}",
             "all layers of the stack that predicts",
             "Leave layer and stack out, or ask with of='norm'.",

@@ -256,7 +256,7 @@ class LogProbContributions(ComponentSet):
         return found.at(found.target, source(own))
 
     def _all_there(self) -> bool:
-        """Whether no component was left out, as `top` leaves out biases."""
+        """Whether no component is missing, as biases are after `top`."""
         return bool(self.components.is_bias().any(dim=1).all())
 
     def _continues(self) -> bool:

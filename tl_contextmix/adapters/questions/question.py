@@ -46,7 +46,7 @@ class Question:
         target: Ids asked about in each prediction; None: the model's best.
         foil: Ids they are contrasted with, or None.
         named: What the target of each prediction was called, where that is one text.
-        continued: Whether the batch has answers behind its texts.
+        continued: Whether the batch has answers after its texts.
     """
 
     view: ModelView
