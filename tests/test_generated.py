@@ -278,7 +278,7 @@ def test_what_cannot_be_asked_of_a_map() -> None:
     model = cm.load_demo("causal-lm")
     with pytest.raises(cm.InvalidInput, match="the same whatever the foil"):
         cm.attention_norms(model, TEXT, target=" are", foil=" is")
-    with pytest.raises(cm.InvalidInput, match="read behind the last layer"):
+    with pytest.raises(cm.InvalidInput, match="read after the last layer"):
         cm.decompx(model, TEXT, target=" are", layer=1)
     with pytest.raises(cm.InvalidInput, match="no such position"):
         cm.alti(model, TEXT, pos=99)
