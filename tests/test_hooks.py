@@ -744,7 +744,7 @@ def replaced_by_circuit_tracer(model: Any) -> Any:
         for layer in layers
     }
     found = replacement.TransformerLensReplacementModel.from_config(
-        model.cfg, transcoders.TranscoderSet(each, "hook_mlp_in", "hook_mlp_out")
+        model.cfg, transcoders.TranscoderSet(each, "mlp.hook_in", "mlp.hook_out")
     ).to(torch.float64)
     # Its feed-forward sublayers and unembedding are a module further down.
     weights = {
