@@ -66,7 +66,7 @@ def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str
         # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
         # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
         fwd_hooks: list[tuple[Callable[..., bool], Callable[..., Any]]] = [
-            (own.edits.__contains__, own.hook)
+            (own.wanted.__contains__, own.hook)
         ]
         if handle.ignores_masks and not bool(batch.main.mask.all()):
             padding = ~batch.main.mask[:, None, None].to(handle.device)
@@ -112,10 +112,16 @@ class _Pass:
         self.handles: list[Any] = []
         # By point, never by hook.name: compatibility mode renames hook points.
         self.names: dict[int, list[str]] = {}
-        points = model.hook_dict
+        listed = model.hook_dict
+        points = _with_aliases(model, listed, self.edits)
         for name in self.edits:
             if name in points:
                 self.names.setdefault(id(points[name]), []).append(name)
+        self.wanted = {*self.edits}
+        if points is not listed:
+            # By one name each: by two of them, an edit would be made twice.
+            once = {id(point): name for name, point in listed.items()}
+            self.wanted = {once[point] for point in self.names if point in once}
         self.watched = _watched(model, points) if watch else []
         self.late = _late_patterns(model, self.edits)
         self.softmax = _Softmax()
@@ -191,6 +197,16 @@ class _Pass:
             self.kept[name] = tensor.clone() if self.watched else tensor
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
         return tensor if self.grad or edited else None
+
+
+def _with_aliases(model: Any, listed: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns hook points by all of their names: the bridge of SAELens lists no aliases."""
+    more = getattr(model, "_add_aliases_to_hooks", None)
+    if more is None or all(name in listed for name in names):
+        return listed
+    points = dict(listed)
+    more(points)
+    return points
 
 
 class _Softmax(TorchFunctionMode):
