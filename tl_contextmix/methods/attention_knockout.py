@@ -145,9 +145,7 @@ def attention_knockout(
 
 def _attentions(done: Pass) -> list[AttentionSublayer]:
     """Returns the sublayers of all layers whose edges may be cut."""
-    kind = "cross" if done.stack == "cross" else "self"
-    blocks = done.view.blocks(done.stack)
-    return [next(a for a in block.attentions if a.kind == kind) for block in blocks]
+    return [block.attention(done.kind) for block in done.view.blocks(done.stack)]
 
 
 def _windows(layers: Sequence[int], window: int | None, count: int) -> dict[int, tuple[int, ...]]:

@@ -163,7 +163,7 @@ def _require_followed(done: Pass, block: Block, kind: str) -> None:
         UnsupportedModel: If they do not.
     """
     trace = done.trace
-    read = next(one for one in block.attentions if one.kind == kind)
+    read = block.attention(kind)
     scaled = any(one.mixed in trace.changed for one in block.attentions)
     if not scaled and all(trace.edit(one.edits.stream) is None for one in block.sublayers):
         return
