@@ -80,7 +80,7 @@ def host_trace(
         names += [*block.points(), *block.spared(), block.resid_out]
         ff = block.feed_forward
         if ff is not None:
-            names += [ff.pre, ff.post, *([ff.pre_linear] if ff.pre_linear else [])]
+            names += [*ff.pre_names, ff.post]
     batch = make_batch(view, Given(given.tokens, attention_mask, **keywords(given)))
     return view.run(batch, names), blocks
 

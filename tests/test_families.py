@@ -91,7 +91,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "cannot be read.*geometry",
     ),
-    "mixtral": ({"num_local_experts": 2}, "mixture of experts"),
     "bitnet": ({"num_key_value_heads": 2}, "not read correctly"),
 }
 

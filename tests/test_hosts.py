@@ -187,8 +187,6 @@ def test_models_that_would_be_wrong_are_refused_by_name(case: zoo.RefusedCase) -
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_name_what_they_saw(case: zoo.RefusedCase) -> None:
     seen = {
-        "mixtral": "got MoEBridge",
-        "moe": "got MoE",
         "mamba": "got SSMBlockBridge",
         "granite": "got a factor of 0.5 in blocks.0",
         "deepseek": "got MLA",

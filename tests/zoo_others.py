@@ -111,11 +111,21 @@ OTHERS: dict[str, Other] = {
 }
 
 
-def build(kind: str, **options: Any) -> Any:
-    """Returns a random model of a family on a TransformerBridge, in float64."""
+# Read, but for neurons; see `test_opaque.py`.
+_OPAQUE = {
+    "minimax_m2": Other(
+        "MiniMax M2",
+        {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+        majors=(4,),
+    )
+}
+
+
+def build(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = OTHERS.get(kind, Other(kind))
+    other = (OTHERS | _OPAQUE).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
@@ -125,8 +135,8 @@ def build(kind: str, **options: Any) -> Any:
         config.decoder_start_token_id = 2
     with zoo_build.quiet():
         model = kinds.from_config(config, attn_implementation="eager")
-        model = model.eval().to(torch.float64)
+        model = model.eval().to(dtype)
         zoo_build.randomize(model, seed=0)
         model.config.architectures = [type(model).__name__]
         kind_of_words = other.tokenizer or "gpt"
-        return zoo_build.bridge(model, kind_of_words, dtype=torch.float64, processed=False)
+        return zoo_build.bridge(model, kind_of_words, dtype=dtype, processed=False)

@@ -1,7 +1,4 @@
-"""Models the package must refuse by name, because a plausible answer about them would be wrong.
-
-Float32 by default: the mixture-of-experts kernels have no float64.
-"""
+"""Models the package must refuse by name, because a plausible answer about them would be wrong."""
 
 from __future__ import annotations
 
@@ -110,28 +107,6 @@ _SPEECH: dict[str, Any] = {
 }
 _ROWS = [
     RefusedCase(
-        "mixtral",
-        _BRIDGE,
-        "MoE",
-        (3, 4),
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        {**rows.LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    RefusedCase(
-        "moe",
-        "HookedTransformer",
-        "MoE",
-        (2, 3),
-        options={
-            "normalization_type": "RMS",
-            "act_fn": "silu",
-            "gated_mlp": True,
-            "num_experts": 4,
-            "experts_per_token": 2,
-        },
-    ),
-    RefusedCase(
         "mamba", _BRIDGE, "SSM", (3, 4), "MambaForCausalLM", "MambaConfig", _STATE_SPACE, "gpt"
     ),
     RefusedCase(
@@ -153,11 +128,11 @@ _ROWS = [
         rows.FAMILIES["olmo2"].config,
         rows.FAMILIES["olmo2"].options,
     ),
-    # Multi-head latent attention; the bridge calls its feed-forwards MoE, dense as they are here.
+    # Multi-head latent attention.
     RefusedCase(
         "deepseek",
         _BRIDGE,
-        "MLA|MoE",
+        "MLA",
         (3, 4),
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",

@@ -22,6 +22,7 @@ from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
     arguments_taken,
     find_splices,
+    lock_of,
     make_hooked,
     make_runner,
     without_hooks,
@@ -54,6 +55,7 @@ from tl_contextmix.adapters.weight_processing import find_processing, make_notic
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, reason
 
 # What a host raises that is asked for what a model does not have, or that cannot run it.
@@ -73,7 +75,10 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
     with without_hooks(model), _unreadable(facts), torch.no_grad():
         lists = block_lists(model, facts.encoder_only)
         readings = {
-            stack: [list(candidates(handle, stack, prefix, layer)) for layer in range(len(blocks))]
+            stack: [
+                [_calmed(handle, block) for block in candidates(handle, stack, prefix, layer)]
+                for layer in range(len(blocks))
+            ]
             for stack, (prefix, blocks) in lists.items()
         }
         first = {
@@ -181,6 +186,24 @@ def _with_folds(
         stack: tuple(replace(block, folds={}) for block in blocks)
         for stack, blocks in stacks.items()
     }
+
+
+def _calmed(handle: Handle, block: Block) -> Block:
+    """Returns a block whose opaque module is called without hooks of the user's own.
+
+    What they do there is seen: a pass is then not what the module makes of its input.
+    """
+    ff = block.feed_forward
+    if not isinstance(ff, OpaqueFeedForward):
+        return block
+    module = ff.module
+
+    def calm(x: Tensor) -> Tensor:
+        model = handle.get()
+        with lock_of(model), without_hooks(model):
+            return module(x)
+
+    return replace(block, feed_forward=replace(ff, module=calm))
 
 
 def _refuse_feed_forward(block: Block, refusal: str) -> Block:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_contextmix.adapters.recognition import Host
 from tl_contextmix.core.blocks import AttentionSublayer, Block, EditPoints, FeedForward, Weights
+from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -31,6 +32,9 @@ _ATTENTIONS = (("attn", "self"), ("self_attn", "self"), ("cross_attn", "cross"))
 # Fitting a bridge's norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
 # the families of the test zoo, 4e-3 in bfloat16; a wrong formula is off by 0.1 and more.
 _NORM_FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
+# About how many numbers a feed-forward module holds of each token as it computes, in d_model. The
+# experts that a token is sent to have 4 (gpt-oss) to 7 (Mixtral) neurons for each in all.
+_WORKING = 8
 
 
 @dataclass(frozen=True)
@@ -304,9 +308,10 @@ def _feed_forward(
     if _attribute(mlp, "W_in") is None:
         # circuit-tracer puts a module of its own around it, with more hook points.
         inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
-        if len(inner) == 1:
-            here, mlp = f"{here}.{inner[0]}", mlp.get_submodule(inner[0])
-            edits = replace(edits, raw=(f"{here}.hook_out", *edits.raw))
+        if len(inner) != 1:
+            return _opaque(handle, path, here, edits)
+        here, mlp = f"{here}.{inner[0]}", mlp.get_submodule(inner[0])
+        edits = replace(edits, raw=(f"{here}.hook_out", *edits.raw))
     gated = _attribute(mlp, "W_gate") is not None
     after: dict[str, str | None] = {"b_post": None}
     if gated and not handle.bridge:
@@ -318,6 +323,37 @@ def _feed_forward(
         pre_linear=f"{here}.hook_pre_linear" if gated else None,
         weights=handle.weights(here, after),
         edits=edits,
+    )
+
+
+def _opaque(handle: Handle, path: str, here: str, edits: EditPoints) -> OpaqueFeedForward:
+    """Returns a feed-forward sublayer without weights that could be read, as one component."""
+
+    def module(x: Tensor) -> Tensor:
+        model = handle.get()
+        like = next(model.parameters())
+        with torch.no_grad():
+            found = model.get_submodule(here)(x.to(like.device, like.dtype))
+        return handle.ready(found[0] if isinstance(found, tuple) else found)
+
+    kind = type(handle.get().get_submodule(here)).__name__
+    out = f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out"
+    return OpaqueFeedForward(
+        pre=out,
+        post=out,
+        pre_linear=None,
+        weights=lambda name: None,
+        refusal=four_parts(
+            "the feed-forward block is not taken apart into neurons",
+            f"a {kind} at {here}",
+            "one dense feed-forward layer, with W_in and W_out",
+            "Ask for 'attn_out', 'resid_mid' or 'mlp_in'; Value Zeroing, gradients and "
+            "log_prob_contributions by layer, head or position do not need the neurons either.",
+        ),
+        # What hooks make of its output is what it puts out.
+        edits=EditPoints(stream=edits.stream),
+        module=module,
+        working=_WORKING * int(handle.get().cfg.d_model),
     )
 
 

@@ -103,18 +103,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "its attention pattern hooks hold position biases instead of probabilities",
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
     ),
-    # Before MoE: the bridge wraps even the dense layers of DeepSeek in its MoE class.
     Refusal(
         "multi-head latent attention (MLA)",
         lambda facts: facts.has_class("MLA"),
         "its value vectors are compressed, and the pattern does not weight the hooked ones",
         "Use a model with ordinary attention heads.",
-    ),
-    Refusal(
-        "mixture of experts (MoE)",
-        lambda facts: facts.has_class("MoE", "SparseMoe", "Experts"),
-        "a token's neurons depend on a router, so there is no single feed-forward block",
-        "Use a dense model.",
     ),
     Refusal(
         "state-space model (Mamba, SSM) or a hybrid with one",

@@ -6,7 +6,7 @@ used, in the dtype of the maths. Nothing here knows a host, or how a model is ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -190,6 +190,30 @@ class FeedForward:
         """Names of the branches' pre-activations, in the order of `branches`."""
         return (self.pre,) if self.pre_linear is None else (self.pre, self.pre_linear)
 
+    @property
+    def read_names(self) -> tuple[str, ...]:
+        """Names of the activations that tell what the sublayer reads, as `reread` has them."""
+        return self.pre_names
+
+    @property
+    def width(self) -> int:
+        """How many neurons there are."""
+        return len(self.W_out)
+
+    @property
+    def neurons_known(self) -> bool:
+        """Whether it is taken apart into neurons."""
+        return True
+
+    def require_neurons(self) -> None:
+        """Checks that it is taken apart into neurons.
+
+        Raises:
+            UnsupportedModel: If it is not.
+        """
+        if not self.neurons_known:
+            raise UnsupportedModel(self.refusal)
+
     def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """Returns weight and bias of the activated branch and, where gated, of the linear one."""
         linear = (require_weight(self.weights, "W_in"), self.weights("b_in"))
@@ -225,6 +249,20 @@ class FeedForward:
     def pre_activations(self, x: Tensor) -> list[Tensor]:
         """Returns what the branches compute of the sublayer's (normed) input."""
         return [affine(x, weight, bias) for weight, bias in self.branches()]
+
+    def reread(self, x: Float[Tensor, "*some d_model"]) -> Iterator[tuple[str, str, Tensor]]:
+        """Yields what can be computed of the sublayer's (normed) input, each with its hook point.
+
+        First what it is called, then the name of the model's own.
+        """
+        for name, pre in zip(self.pre_names, self.pre_activations(x), strict=True):
+            label = "linear branch" if name == self.pre_linear else "pre-activation"
+            yield f"recomputed {label}", name, pre
+
+    def __call__(self, stream: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
+        """Returns what the sublayer adds to the residual stream, given what it reads of it."""
+        x = stream if self.norm_in is None else self.norm_in(stream)
+        return self.project(self.post_activation(self.pre_activations(x)))
 
     def activate(self, pre: Sequence[Tensor]) -> Tensor:
         """Returns the neurons' coefficients, given the branches: without ``b_post``."""

@@ -27,6 +27,11 @@ def count_operations(work: Callable[[], object]) -> int:
     return counter.total
 
 
+def _grouped(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> int:
+    """Returns the operations of rows that are each multiplied with one of several matrices."""
+    return 2 * rows.shape[0] * matrices.shape[-2] * matrices.shape[-1]
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations done while it is active; see `count_operations`.
 
@@ -35,7 +40,11 @@ class Operations(TorchDispatchMode):
         total: The operations so far.
     """
 
-    table: ClassVar[Mapping[Any, Callable[..., int]]] = flop_registry
+    # Experts multiply each token with matrices of its own, which PyTorch's table does not have.
+    table: ClassVar[Mapping[Any, Callable[..., int]]] = {
+        **flop_registry,
+        torch.ops.aten._grouped_mm: _grouped,
+    }
 
     def __init__(self) -> None:
         super().__init__()

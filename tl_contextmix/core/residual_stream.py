@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -181,6 +182,17 @@ class FeedForwardComponent(Component):
     def neurons(self) -> Neurons:
         """Returns its neurons."""
         return Neurons(self.weight, self.post[:, None], self.path)
+
+
+@dataclass(frozen=True)
+class OpaqueComponent(Component):
+    """A feed-forward sublayer whose neurons are not known.
+
+    Attributes:
+        refusal: Why they are not.
+    """
+
+    refusal: str
 
 
 @dataclass(frozen=True)
@@ -349,6 +361,10 @@ def _step(
         raw = torch.einsum("bhd,hdm->bm", mixed, parts["weight"])
         b_O = sublayer.b_O
         constant = raw.new_zeros(raw.shape[1]) if b_O is None else b_O
+    elif isinstance(sublayer, OpaqueFeedForward):
+        parts = {"refusal": sublayer.refusal}
+        raw = trace[sublayer.post][at]
+        constant = raw.new_zeros(raw.shape[1])
     else:
         parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
         raw = parts["post"] @ parts["weight"]
@@ -405,11 +421,17 @@ def _components(start: Tensor, steps: list[_Step | _Entry]) -> list[Component]:
         constant = shift(step.norm_out.affine(step.constant.expand_as(step.raw)), step.added)
         bias = path.linear(step.norm_after.affine(constant))
         total = within.linear(step.raw - step.constant) + bias
-        kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent
-        found.append(kind(step.kind, step.layer, total, bias, path=within, **step.parts))
+        found.append(_component(step, total, bias, within))
         path = onto
     found.append(Component("embed", -1, path.linear(start), torch.zeros_like(start)))
     return found[::-1]
+
+
+def _component(step: _Step, total: Tensor, bias: Tensor, path: FrozenNorm) -> Component:
+    if "refusal" in step.parts:
+        return OpaqueComponent(step.kind, step.layer, total, bias, **step.parts)
+    kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent
+    return kind(step.kind, step.layer, total, bias, path=path, **step.parts)
 
 
 def _require_whole(view: ModelView, expected: Tensor, found: Tensor) -> None:

@@ -124,7 +124,7 @@ class ValueAblation:
         pairs = repeats * batch * int(self.touched(spans).sum())
         fold = min(batch * source * heads, width + batch * source)
         fold = fold if self.block.folds is None else width // 8 + batch * source
-        held = len(ff.branches()) * (width + batch * heads) * ff.W_out.shape[0] * size
+        held = len(ff.branches()) * (width + batch * heads) * ff.width * size
         if pairs <= fold or held > max_bytes // 2:
             return self
         found = branches(self.block, ff, self.attention, self.read, self.raw, self.before, self.pre)
@@ -229,10 +229,10 @@ class ValueAblation:
             pre = self._pre(rows, first, second, images)
             if among is not None:
                 stream, pre = stream[:, among], [x[:, among] for x in pre]
+            stream = stream + ff.project(ff.post_activation(pre))
         else:
             stream = stream if among is None else stream[:, among]
-            pre = _direct(ff, stream)
-        stream = stream + ff.project(ff.post_activation(pre))
+            stream = stream + ff(stream)
         if self.added is not None:
             added = self.added[:, None, rows]
             added = added if among is None else added.expand(-1, *among.shape, -1)[:, among]
@@ -300,9 +300,8 @@ def ablate_values(
     )
     ff, fixed, pre = block.feed_forward, None, None
     if ff is not None:
-        ff.require_activation()
         pre = _own_pre(ff, trace, picked)
-        fixed = ff.project(ff.post_activation(_direct(ff, x))) if block.parallel else None
+        fixed = ff(x) if block.parallel else None
     return ValueAblation(
         block=block,
         attention=attention,
@@ -330,7 +329,7 @@ def batch_rows(block: Block, trace: Trace, kind: str, max_bytes: int) -> int:
     attention = block.attention(kind)
     batch, heads, _, source = trace.values[attention.pattern].shape
     ff, width = block.feed_forward, attention.W_O.shape[2]
-    neurons = 0 if ff is None else len(ff.branches()) * ff.W_out.shape[0]
+    neurons = 0 if ff is None else len(ff.branches()) * ff.width
     view = source * heads * (neurons + width) * trace.dtype.itemsize
     return max(1, min(batch, max_bytes // (4 * view)))
 
@@ -373,10 +372,6 @@ def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Te
     return tuple(trace[name][:, rows] for name in ff.pre_names)
 
 
-def _direct(ff: FeedForward, stream: Tensor) -> list[Tensor]:
-    return ff.pre_activations(stream if ff.norm_in is None else ff.norm_in(stream))
-
-
 @dataclass(frozen=True)
 class _Plan:
     rows: int
@@ -394,7 +389,7 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     batch, targets, width = found.before.shape
     _, sources, heads, _ = found.read.value.shape
     ff, size = found.block.feed_forward, found.before.element_size()
-    neurons = 0 if ff is None or found.fixed is not None else ff.W_out.shape[0]
+    neurons = 0 if ff is None or found.fixed is not None else ff.width
     folded = len(found.branches)
     column = batch * heads * (folded * neurons + width) * size
     # Pre-activations, those of the pairs that read something or what the activation makes of

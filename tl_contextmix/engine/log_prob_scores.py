@@ -29,6 +29,7 @@ from tl_contextmix.core.residual_stream import (
     Component,
     FeedForwardComponent,
     Neurons,
+    OpaqueComponent,
     Stream,
     decompose_stream,
     needed,
@@ -332,6 +333,9 @@ def split_stream(stream: Stream, by: By) -> Iterator[Split]:
         stream: The stream.
         by: ``"layer"`` (sublayers as they are), ``"head"``, ``"position"`` (what all heads read
             from a source), ``"head_position"``, ``"ff_neuron"`` or ``"attn_neuron"``.
+
+    Raises:
+        UnsupportedModel: If it is split by neurons of a sublayer whose neurons are not known.
     """
     for step, component in enumerate(stream.components):
         yield from _split(component, by, step, stream.rows)
@@ -348,6 +352,8 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
         yield Split(step, grid(), lambda: component.total[:, None])
     if by == "layer" or component.whole:
         return
+    if by == "ff_neuron" and isinstance(component, OpaqueComponent):
+        raise UnsupportedModel(component.refusal)
     bias = grid(f"{component.kind} bias"), component.bias[:, None]
     if by == "ff_neuron" and isinstance(component, FeedForwardComponent):
         count = component.weight.shape[0]

@@ -36,6 +36,7 @@ def require_feed_forward(block: Block) -> FeedForward:
 
     Raises:
         InvalidInput: If it has none.
+        UnsupportedModel: If its neurons are not known.
     """
     if block.feed_forward is None:
         raise bad(
@@ -44,6 +45,7 @@ def require_feed_forward(block: Block) -> FeedForward:
             "a model with feed-forward sublayers",
             "Attention-only models have none.",
         )
+    block.feed_forward.require_neurons()
     return block.feed_forward
 
 

@@ -7,7 +7,7 @@ names it for several sources, it is chosen once.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,8 @@ def chosen_components(
 
     Raises:
         InvalidInput: If nothing is meant, or something the model does not have.
+        UnsupportedModel: If a neuron is meant of a feed-forward sublayer whose neurons are not
+            known.
     """
     parts = []
     for name, given in (("neurons", neurons), ("heads", heads)):
@@ -112,6 +114,7 @@ def _require_there(view: ModelView, found: Components) -> None:
         inside = (found.head < max(one.heads, 1)) & (found.neuron < one.neurons)
         known |= one.holds(found) & inside
     if not bool(known.all()):
+        _require_known(view, found.at(*(~known).nonzero()[0].tolist()))
         listed = ", ".join(f"{s.kind} {s.heads} x {s.neurons}" for s in every_sublayer(view))
         raise bad(
             f"{view.name} has no such component",
@@ -120,6 +123,14 @@ def _require_there(view: ModelView, found: Components) -> None:
             "(heads x neurons)",
             _REMEDY,
         )
+
+
+def _require_known(view: ModelView, one: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel where a neuron is of a sublayer whose neurons are not known."""
+    stack = "encoder" if one["kind"].startswith("encoder ") else view.base_stack(None)
+    for block in view.stacks[stack][one["layer"] : one["layer"] + 1]:
+        if one["kind"].endswith("mlp") and block.feed_forward is not None:
+            block.feed_forward.require_neurons()
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ class Sublayer:
 
 
 def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
-    """Yields the sublayers of a model, an encoder-decoder's encoder included."""
+    """Yields the sublayers with heads or neurons, an encoder-decoder's encoder included."""
     for stack, block in view.every_block():
         prefix = "" if stack == view.base_stack(None) else "encoder "
         for attention in block.attentions:
@@ -156,7 +167,7 @@ def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
             heads, d_head, _ = attention.W_O.shape
             yield Sublayer(kind, block.layer, heads, d_head, attention.mixed)
         ff = block.feed_forward
-        if ff is not None:
+        if ff is not None and ff.neurons_known:
             count, constant = ff.W_out.shape[0], ff.weights("b_post")
             yield Sublayer(f"{prefix}mlp", block.layer, 0, count, ff.post, constant)
 

@@ -233,7 +233,7 @@ def _run_bytes(done: Pass) -> int:
     logits, largest = 2 * longest * view.d_vocab, 0
     for _, block in view.every_block():
         pairs = sum(4 * len(a.W_O) * longest for a in block.attentions)
-        neurons = 0 if block.feed_forward is None else 4 * len(block.feed_forward.W_out)
+        neurons = 0 if block.feed_forward is None else 4 * block.feed_forward.width
         largest = max(largest, longest * (pairs + neurons))
     return len(batch.main.ids) * (logits + largest) * view.dtype.itemsize
 

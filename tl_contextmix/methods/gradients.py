@@ -305,7 +305,7 @@ class _Asked:
                 heads, width = attention.W_O.shape[:2]
                 count += n * heads * (_PATTERNS * longest + _HEADS * width)
             if block.feed_forward is not None:
-                count += n * _NEURONS * len(block.feed_forward.W_out)
+                count += n * _NEURONS * block.feed_forward.width
         return max(1, max_bytes // (count * len(self.rows) * self.dtype.itemsize))
 
     def joined(self, slopes: Mapping[str, Tensor]) -> Tensor:

@@ -32,7 +32,8 @@ def components(story: Story) -> Section | str:
     )
     # If logits are not linear in the parts, finding the best neurons means evaluating all.
     linear = view.readout.head is None and view.readout.soft_cap is None
-    neurons = linear and view.blocks()[0].feed_forward is not None
+    feed_forwards = [block.feed_forward for block in view.blocks()]
+    neurons = linear and all(ff is not None and ff.neurons_known for ff in feed_forwards)
     by, k = ("ff_neuron", _PARTS) if neurons else ("head", None)
     parts = log_prob_contributions(story.model, story.text, by=by, k=k, **asked)
     heads = log_prob_contributions(story.model, story.text, by="head", **asked).top(_HEADS)

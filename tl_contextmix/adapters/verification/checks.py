@@ -88,7 +88,7 @@ def _pre_rows(
     real: Tensor | None = None,
 ) -> Iterator[CheckRow]:
     for label, error in pre_errors(block, ff, trace, real):
-        yield CheckRow(f"recomputed {label}", where, error, tolerance)
+        yield CheckRow(label, where, error, tolerance)
 
 
 def _activation_rows(
@@ -224,7 +224,7 @@ def _pass_rows(
     if ff is None:
         return
     name = f"{where} feed-forward"
-    if "read" in needs and set(ff.pre_names) <= there:
+    if "read" in needs and set(ff.read_names) <= there:
         for row in _pre_rows(name, block, ff, trace, tolerance, real):
             yield "read", row
     if "activation" in needs and {*ff.pre_names, ff.post} <= there:

@@ -16,7 +16,6 @@ from tl_contextmix.core.blocks import (
     FeedForward,
     Side,
     Trace,
-    affine,
 )
 from tl_contextmix.core.finite import says_nothing, why_not_finite
 from tl_contextmix.core.model_view import ModelView
@@ -77,7 +76,7 @@ def run_probe(view: ModelView) -> Probe:
         names += [a.key for a in block.attentions if a.kind == "cross"]
         edits |= {a.value: _zero_first for a in block.attentions}
         if block.feed_forward is not None:
-            edits[block.feed_forward.pre] = _grid
+            edits |= dict.fromkeys(block.feed_forward.pre_names[:1], _grid)
     return Probe(
         clean=view.run(batch, names),
         edited=view.run(batch, names, edits=edits),
@@ -174,13 +173,11 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
 def pre_errors(
     block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
 ) -> Iterator[tuple[str, float]]:
-    """Yields each branch's name and the error of its recomputed pre-activation."""
+    """Yields what is recomputed of the feed-forward sublayer's input, and the error of each."""
     x = block.feed_forward_input(trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
-    for name, (weight, bias) in zip(ff.pre_names, ff.branches(), strict=True):
-        pre = affine(x, weight, bias)
-        label = "linear branch" if name == ff.pre_linear else "pre-activation"
-        yield label, relative_error(pre, trace[name], real=real)
+    for label, name, found in ff.reread(x):
+        yield label, relative_error(found, trace[name], real=real)
 
 
 def _settle_activation(
