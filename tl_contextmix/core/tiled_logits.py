@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,8 +53,7 @@ class Vocabulary:
         weight: W_U.
         constants: Logits of the zero vector, under the rule.
         asked: The tokens asked about, and their foils, in each sentence.
-        columns: Columns of W_U that `target_logits` multiplies: the target's less the foil's;
-            of several tokens their mean, each as likely as the model finds it among them.
+        final: The stream after the last block.
         max_bytes: Workspace.
     """
 
@@ -63,7 +63,7 @@ class Vocabulary:
     weight: Float[Tensor, "d_model d_vocab"]
     constants: Float[Tensor, " d_vocab"]
     asked: Contrast
-    columns: Float[Tensor, "batch d_model"]
+    final: Float[Tensor, "batch d_model"]
     max_bytes: int
 
     @property
@@ -84,6 +84,23 @@ class Vocabulary:
         norm = self.readout.norm
         return (x if norm is None else norm.linear(x)) * self.readout.scale
 
+    @cached_property
+    def target_columns(self) -> Float[Tensor, "batch d_model"]:
+        """Columns of W_U that `target_logits` multiplies: the target's less the foil's.
+
+        Of several tokens their mean, each as likely as the model finds it among them.
+        """
+        logits = None if self.asked.single else self.readout(self.final)
+
+        def mean(sets: tuple[Tensor, ...]) -> Tensor:
+            if logits is None:
+                return self.weight[:, torch.cat(sets)].T
+            each = zip(sets, logits, strict=True)
+            return torch.stack([self.weight[:, ids] @ row[ids].softmax(dim=0) for ids, row in each])
+
+        target, foil = mean(self.asked.target), self.asked.foil
+        return target if foil is None else target - mean(foil)
+
     def target_logits(self, vectors: Float[Tensor, "batch *rest d_model"]) -> Tensor:
         """Returns the target's logit, less the foil's, of each vector, the norm's scale frozen.
 
@@ -91,7 +108,7 @@ class Vocabulary:
         """
         if self.readout.head is not None:
             return torch.full_like(vectors[..., 0], torch.nan)
-        found = torch.einsum("b...d,bd->b...", self.direction(vectors), self.columns)
+        found = torch.einsum("b...d,bd->b...", self.direction(vectors), self.target_columns)
         return found / self.divisor.view(-1, *[1] * (found.ndim - 1))
 
     def target_logits_shared(
@@ -100,7 +117,7 @@ class Vocabulary:
         """Returns the same of vectors that all sentences share."""
         if self.readout.head is not None:
             return vectors.new_full((len(self.asked.target), len(vectors)), torch.nan)
-        return (self.direction(vectors) @ self.columns.T).T / self.divisor
+        return (self.direction(vectors) @ self.target_columns.T).T / self.divisor
 
     def hidden(self, x: Float[Tensor, "some d_model"], row: int) -> Float[Tensor, "some d_model"]:
         """Returns what W_U multiplies, of states of one sentence."""
@@ -459,18 +476,4 @@ def read_vocabulary(
         if rule == "frozen+beta" and norm is not None and norm.bias is not None:
             constants = constants + norm.bias * readout.scale @ weight
     divisor = final.new_ones(len(final), 1) if norm is None else norm.scale(final)
-    logits = None if asked.single else readout(final)
-    columns = _columns(weight, asked.target, logits)
-    if asked.foil is not None:
-        columns = columns - _columns(weight, asked.foil, logits)
-    return Vocabulary(readout, rule, divisor, weight, constants, asked, columns, max_bytes)
-
-
-def _columns(
-    weight: Tensor, sets: tuple[Tensor, ...], logits: Tensor | None
-) -> Float[Tensor, "batch d_model"]:
-    """Returns a column of W_U for each sentence; of several tokens, their mean by likelihood."""
-    if logits is None:
-        return weight[:, torch.cat(sets)].T
-    each = zip(sets, logits, strict=True)
-    return torch.stack([weight[:, ids] @ row[ids].softmax(dim=0) for ids, row in each])
+    return Vocabulary(readout, rule, divisor, weight, constants, asked, final, max_bytes)
