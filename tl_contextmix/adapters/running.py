@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import Batch, Side
-from tl_contextmix.core.model_view import Edit, Runner
+from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -48,21 +48,19 @@ def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str
     """
     under_way: list[_Pass] = []
 
-    def run(
-        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool, watch: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def run(batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True) -> PassOutput:
         model = handle.get()
         require_no_dropout(model)
         require_no_autocast(handle.device)
         if not splices:
-            return run_hooked(model, batch, hooks, grad, watch)
+            return run_hooked(model, batch, hooks, grad, watch, logits)
         with lock_of(model), stand_ins(model, splices, around=True):
-            return run_hooked(model, batch, hooks, grad, watch)
+            return run_hooked(model, batch, hooks, grad, watch, logits)
 
     def run_hooked(
-        model: Any, batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool, watch: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        own = _Pass(under_way, grad, model, hooks, watch)
+        model: Any, batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool
+    ) -> PassOutput:
+        own = _Pass(under_way, grad, model, hooks, watch, ends=not logits)
         # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
         # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
         fwd_hooks: list[tuple[Callable[..., bool], Callable[..., Any]]] = [
@@ -75,17 +73,26 @@ def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str
         # Hooks sit on the model: two passes at once would fill each other's traces.
         late = own.softmax if own.late else nullcontext()
         with lock_of(model), own, late, torch.set_grad_enabled(grad):
-            logits = model.run_with_hooks(
-                ids, fwd_hooks=fwd_hooks, **_arguments(model, handle, batch)
-            )
+            arguments = _arguments(model, handle, batch)
+            try:
+                output = model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **arguments)
+            except _Ended:
+                output = None
         _require_all(model, own.kept, [name for name, _ in hooks])
         kept, added = (
             {name: value.to(handle.device) for name, value in some.items()}
             for some in (own.kept, own.added)
         )
-        return logits, kept, added
+        return output, kept, added
 
     return run
+
+
+class _Ended(BaseException):
+    """A pass has shown all that was asked for.
+
+    No `Exception`: some attention modules of bridges catch those and go on in another way.
+    """
 
 
 class _Pass:
@@ -101,8 +108,9 @@ class _Pass:
         under_way: list[_Pass],
         grad: bool,
         model: Any,
-        hooks: Sequence[tuple[str, Edit | None]],
+        hooks: Hooks,
         watch: bool,
+        ends: bool,
     ) -> None:
         self.under_way, self.grad = under_way, grad
         self.thread = threading.get_ident()
@@ -124,6 +132,8 @@ class _Pass:
             self.wanted = {once[point] for point in self.names if point in once}
         self.watched = _watched(model, points) if watch else []
         self.late = _late_patterns(model, self.edits)
+        # Hooks of the user's own, which are watched, may wait for points that come later.
+        self.missing = None if not ends or watch else {*self.edits}
         self.softmax = _Softmax()
 
     def __enter__(self) -> None:
@@ -195,6 +205,10 @@ class _Pass:
                 tensor, edited = edit(tensor), True
             # What is kept may be edited in place at a later point.
             self.kept[name] = tensor.clone() if self.watched else tensor
+            if self.missing is not None:
+                self.missing.discard(name)
+        if self.missing is not None and not self.missing:
+            raise _Ended
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.
         return tensor if self.grad or edited else None
 

@@ -463,7 +463,7 @@ class Trace:
         batch: The tokens that went in.
         values: Activations by name.
         dtype: Dtype of the maths: the model's, but at least float32.
-        logits: The model's output, or None when the trace was made from a cache.
+        logits: The model's output, or None where the pass ended before it, or is a cache's.
         edits: What hooks of the user's own added, by the name of the hook point; nothing where a
             hook left everything as it was.
         changed: Names of `AttentionSublayer.mixed` that are not pattern times value.

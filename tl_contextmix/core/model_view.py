@@ -29,7 +29,8 @@ from tl_contextmix.errors import UnsupportedModel, bad
 StackName = Literal["encoder", "decoder", "cross"]
 Edit = Callable[[Tensor], Tensor]
 Hooks = Sequence[tuple[str, Edit | None]]
-Runner = Callable[[Batch, Hooks, bool, bool], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
+PassOutput = tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]
+Runner = Callable[[Batch, Hooks, bool, bool, bool], PassOutput]
 Follow = Callable[[Trace, str, Sequence[Block], frozenset[Identity], Sequence[str] | None], Trace]
 Notice = Callable[[str, Mapping[str, Any]], None]
 
@@ -230,6 +231,7 @@ class ModelView:
         edits: Mapping[str, Edit] | None = None,
         grad: bool = False,
         watch: bool = False,
+        logits: bool = True,
     ) -> Trace:
         """Runs the model once and returns what was asked for.
 
@@ -240,12 +242,13 @@ class ModelView:
                 activation that is also asked for is kept as edited.
             grad: Whether to record gradients.
             watch: Whether to record what hooks of the user's own add.
+            logits: Whether logits are needed, too. Else the pass ends with the last activation.
         """
         edits = edits or {}
         wanted = dict.fromkeys([*names, *edits])
         hooks = [(name, edits.get(name)) for name in wanted]
-        logits, values, added = self.runner(batch, hooks, grad, watch)
-        return Trace(batch, values, self.dtype, logits, added)
+        output, values, added = self.runner(batch, hooks, grad, watch, logits)
+        return Trace(batch, values, self.dtype, output, added)
 
     def blocks(self, stack: StackName | None = None) -> tuple[Block, ...]:
         """Returns the blocks of a stack; None picks the only one, or the decoder of two.

@@ -256,6 +256,7 @@ def run_predictions(
         also=lambda block: () if block.layer else names,
         needs=needs,
         batch=question.batch,
+        logits=True,
     )
     return AskedPass(forward_pass, question, reading)
 

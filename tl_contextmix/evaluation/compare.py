@@ -143,7 +143,7 @@ def compare(
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
     middle = _middle(known)
-    forward = count_operations(lambda: run_pass(view, Given(middle.tokens)).trace)
+    forward = count_operations(lambda: run_pass(view, Given(middle.tokens), logits=True).trace)
     rows: list[ScoreRow] = []
     whole: dict[str, list[Tensor]] = {}
     for name in supported:

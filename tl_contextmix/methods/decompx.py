@@ -169,7 +169,7 @@ def _to_prediction(
             )
         )
     given, answer = apart(input, inputs)
-    question, done = ask_in_pass(view, given, answer, **_needed(view, stack))
+    question, done = ask_in_pass(view, given, answer, **_needed(view, stack), logits=True)
     last = done.blocks[-1:]
     turns = [*question.rounds()]
 

@@ -129,7 +129,7 @@ def read(
         _warn_about_words(view.name, asked)
     if labels is not None:
         model = view  # every method takes it for the model, with its names
-    done = run_pass(view, Given(asked))
+    done = run_pass(view, Given(asked), logits=True)
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, asked, stack)
     answer = answer or Answer()

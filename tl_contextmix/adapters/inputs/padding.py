@@ -237,7 +237,7 @@ def _streams(view: ModelView, side: Side, placed: bool) -> dict[str, Tensor]:
     names = [block.resid_out for block in last.values()]
     positions = (side.mask.cumsum(dim=1) - 1).clamp(min=0)
     further = {"position_ids": positions} if placed else {}
-    trace = view.run(Batch(main=side, decoder=decoder, further=further), names)
+    trace = view.run(Batch(main=side, decoder=decoder, further=further), names, logits=False)
     return {
         block.resid_out: trace[block.resid_out][:, trace.batch.side(stack).mask[0]]
         for stack, block in last.items()

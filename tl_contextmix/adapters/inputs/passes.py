@@ -355,6 +355,7 @@ def run_pass(
     needs: Collection[Identity] = IDENTITIES,
     batch: Batch | None = None,
     whole: bool = False,
+    logits: bool = False,
 ) -> Pass:
     """Returns a pass of the model over what was given (or of the cache), its axes labelled.
 
@@ -370,6 +371,8 @@ def run_pass(
         needs: What the caller needs to hold of each block where hooks edited the pass.
         batch: The tokens, where they are not simply those of the input.
         whole: Whether all rows have to run together, whatever their lengths.
+        logits: Whether the model's output is needed, too. Else the pass ends with the last
+            activation that is.
 
     Raises:
         InvalidInput: If something given does not fit the model. When the model runs: if its own
@@ -384,7 +387,7 @@ def run_pass(
     names = [name for block in blocks for name in (*block.points(), *(also(block) if also else ()))]
 
     def run(some: Batch) -> Trace:
-        return fresh_trace(view, some, base, blocks, names, needs)
+        return fresh_trace(view, some, base, blocks, names, needs, logits=logits)
 
     def read(some: Batch) -> Trace:
         assert given.cache is not None
@@ -444,6 +447,8 @@ def fresh_trace(
     blocks: tuple[Block, ...],
     names: Sequence[str],
     needs: Collection[Identity] = IDENTITIES,
+    *,
+    logits: bool = True,
 ) -> Trace:
     """Runs the model on a batch, the user's own hooks included.
 
@@ -454,6 +459,7 @@ def fresh_trace(
         blocks: Its blocks that are asked about.
         names: Activations to keep.
         needs: See `run_pass`.
+        logits: See `run_pass`.
 
     Raises:
         InvalidInput: If the model's own activations are not finite.
@@ -463,7 +469,7 @@ def fresh_trace(
     more = [
         name for block in blocks for name in (block.checkpoints() if hooked else block.spared())
     ]
-    trace = view.run(batch, [*names, *more], watch=bool(hooked))
+    trace = view.run(batch, [*names, *more], watch=bool(hooked), logits=logits)
     _require_finite(trace, stack, blocks)
     return view.follow(trace, stack, blocks, frozenset(needs), hooked) if hooked else trace
 

@@ -16,7 +16,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
 from tl_contextmix.core.blocks import AttentionSublayer, Batch
 from tl_contextmix.core.counters import Memory, Operations
-from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel
+from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel, PassOutput
 from tl_contextmix.core.validation import Positive, require_choice
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad
@@ -148,17 +148,18 @@ class _Counted:
         )
 
     def _counted(
-        self, batch: Batch, hooks: Hooks, grad: bool, watch: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        self, batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool
+    ) -> PassOutput:
         before = self._counter.total
         with self._shapes.throughout():
-            logits, values, added = self._run(batch, hooks, grad, watch)
+            output, values, added = self._run(batch, hooks, grad, watch, logits)
         self.passes += 1
         self.operations += self._counter.total - before
-        self.kept += logits.nbytes + sum(value.nbytes for value in values.values())
+        kept = [*values.values(), *([] if output is None else [output])]
+        self.kept += sum(value.nbytes for value in kept)
         for name in self._attentions.keys() & values.keys():
             values[name] = _reading(values[name], self._attentions[name])
-        return logits, values, added
+        return output, values, added
 
 
 def _reading(pattern: Tensor, attention: AttentionSublayer) -> Tensor:

@@ -100,7 +100,7 @@ def knockout(
         batch = question.batch
         if not question.plain:  # a run of its own for each prediction
             batch = batch.each(lambda x: x[question.sentences])
-        done = run_pass(view, given, batch=batch)
+        done = run_pass(view, given, batch=batch, logits=True)
         ablation = _Ablation(done, question, everywhere)
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         asked = question.contrast(logits)

@@ -100,6 +100,7 @@ def ff_memories(
         layer=layer,
         also=lambda block: LayerReadout.names(view, block),
         needs=LayerReadout.NEEDS,
+        logits=True,
     )
     ffs = [require_feed_forward(block) for block in done.blocks]
     rule = active_rule(active, ffs[0].gated)

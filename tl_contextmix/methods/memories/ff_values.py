@@ -154,6 +154,6 @@ def _scale(view: ModelView, reader: Unembedding, text: Input | None) -> float:
         return 1.0
     batch = make_batch(view, Given(text))
     name = view.blocks()[-1].resid_out
-    trace = view.run(batch, [name])
+    trace = view.run(batch, [name], logits=False)
     real = batch.side(view.base_stack(None)).mask.to(view.device)
     return float(norm.scale(trace[name])[real].mean())

@@ -134,7 +134,7 @@ class Miner:
     def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
         """Runs the model on a batch and takes in what it shows."""
         names = [name for block in self.blocks for name in self._names(block)]
-        trace = self.view.run(documents.batch, list(dict.fromkeys(names)))
+        trace = self.view.run(documents.batch, list(dict.fromkeys(names)), logits=False)
         device = self.view.device
         counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
         places = pack_places(documents.numbers.to(device), ids.shape[1])

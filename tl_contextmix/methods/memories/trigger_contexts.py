@@ -120,7 +120,7 @@ def coefficients_of(
         side = pad_rows(some, view.pad_id())
         with torch.no_grad():
             batch = make_batch(view, Given(side.ids, attention_mask=side.mask))
-            trace = view.run(batch, names)
+            trace = view.run(batch, names, logits=False)
             layers = {b.layer: require_feed_forward(b).coefficients(trace) for b in blocks}
         found += [
             {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
