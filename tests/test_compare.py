@@ -316,7 +316,8 @@ def test_every_method_has_its_rows_and_its_cost(found: Comparison, model: Any) -
     assert set(frame[frame.method == "decompx"].layer) == {f"input to {n}" for n in range(4)}
     assert set(frame[frame.method == "gradient_x_input"].layer) == {"prediction"}
     costs = {cost.method: cost for cost in found.costs}
-    assert costs["attention"].forward == pytest.approx(1, abs=0.01)
+    # A pass without the logits, which are three tenths of one.
+    assert costs["attention"].forward == pytest.approx(0.69, abs=0.02)
     # Backward to the embeddings alone costs as much as forward.
     assert 1.7 < costs["gradient_x_input"].forward < 2.3
     assert all(cost.seconds > 0 for cost in found.costs)

@@ -18,6 +18,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters import views
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.running import hooked_places, without_hooks
+from tl_contextmix.core.counters import Operations
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.spread()]
 # A family of each class, attention computed by TransformerLens (gpt2, llama) and by Hugging Face.
@@ -415,3 +416,22 @@ def test_calls_from_a_hook_of_the_users_own_are_calls_like_others(
             assert relative(ask(model, **asked), plain[name]) <= 1e-12, name
             assert len(inside) == 1 + len(METHODS)
         assert state(model)["hooks"] == before["hooks"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pass_ends_with_the_last_activation_and_leaves_nothing(case: zoo.Case) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    view, own = views.as_view(model), zoo.logits(model, given)
+    batch = make_batch(view, Given(given.tokens, **keywords(given)))
+    before = state(model)
+    for stack, blocks in view.stacks.items():
+        name = blocks[0].resid_out
+        with Operations() as whole:
+            expected = view.run(batch, [name])
+        with Operations() as ended:
+            found = view.run(batch, [name], logits=False)
+        assert found.logits is None
+        assert torch.equal(found[name], expected[name])
+        assert ended.total < whole.total * (0.8 if stack == "decoder" else 0.5)
+    assert state(model) == before
+    assert torch.equal(zoo.logits(model, given), own)
