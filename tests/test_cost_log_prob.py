@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
@@ -136,3 +138,30 @@ def test_the_benchmark_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> 
     assert out.count("| --- |") >= 4
     for expected in ("log-normal", "the capital of", "log_prob_increase", "random"):
         assert expected in out
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices that have an axis of some length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.count = length, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if func._overloadpacket in products and any(self.length in one.shape for one in tensors):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "position", "head_position"])
+def test_the_unembedding_is_read_once_for_all_layers(by: Any) -> None:
+    """By the model, for the trajectory, for the states and for the vectors: not once a layer."""
+    model = cm.load_demo("causal-lm")
+    found = cm.log_prob_contributions(model, "the keys to the cabinet", by=by)
+    with Products(model.cfg.d_vocab) as products:
+        cm.log_prob_contributions(model, "the keys to the cabinet", by=by)
+    assert products.count == 4
+    tight = cm.log_prob_contributions(model, "the keys to the cabinet", by=by, max_bytes=2**16)
+    torch.testing.assert_close(tight.scores, found.scores, equal_nan=True, rtol=0, atol=1e-6)

@@ -39,6 +39,8 @@ from tl_contextmix.core.token_sums import blocks
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
 NORM_RULES: tuple[NormRule, ...] = ("frozen", "frozen+beta", "recompute")
+Columns = Callable[[slice | Tensor], Tensor]
+"""Numbers of some tokens."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,50 @@ class Vocabulary:
             start = self.hidden(base[row : row + 1], row)
             for part in (every if there is None else every[there[row].cpu()]).split(rows):
                 shift = self._shift(start, base[row], vectors[row, part], row)
-                found[row, part] = self._gained(before, shift, row, tile)
+                found[row, part] = self._gained(_columns_of(before), shift, row, tile)
         return found
 
+    def gains_at(
+        self,
+        states: Float[Tensor, "batch step d_model"],
+        steps: Int[Tensor, " some"],
+        vectors: Float[Tensor, "batch some d_model"],
+        there: Bool[Tensor, "batch some"] | None = None,
+    ) -> Float[Tensor, "batch some"]:
+        """Returns `gains` of vectors, each added to the state after a step of its own.
+
+        Linear readouts multiply W_U once with all states and once with all vectors of a sentence,
+        as far as these fit, not once for each step.
+        """
+        found = vectors.new_zeros(vectors.shape[:2])
+        if self.nonlinear:
+            for step in steps.unique().tolist():
+                mine = steps == step
+                some = None if there is None else there[:, mine]
+                found[:, mine] = self.gains(states[:, step], vectors[:, mine], some)
+            return found
+        every = torch.arange(len(steps))
+        for row in range(len(states)):
+            some = every if there is None else every[there[row].cpu()]
+            for part in some.split(self.rows_that_fit(max(1, len(some)))):
+                used, at = steps[part].unique(return_inverse=True)
+                before = _columns_of(self.log_probs(states[row, used], row), at)
+                moved = self.direction(vectors[row, part]) / self.divisor[row]
+                # Each vector has its own distribution: one more copy of a tile.
+                tile = max(1, self._tiles(len(part))[1] // 2)
+                found[row, part] = self._gained(before, self._moved_by(moved), row, tile)
+        return found
+
+    def _moved_by(self, moved: Tensor) -> Columns:
+        return lambda part: moved @ self.weight[:, part]
+
     def _gained(
-        self, before: Tensor, shift: Callable[[slice | Tensor], Tensor], row: int, tile: int
+        self, before: Columns, shift: Columns, row: int, tile: int
     ) -> Float[Tensor, " some"]:
         """Returns the increases of one sentence by changes of its logits.
 
         Args:
-            before: Distributions (one, or one for each change).
+            before: Returns log-probabilities of some tokens (one row, or one for each change).
             shift: Returns the changes of some tokens' logits.
             row: The sentence.
             tile: How many tokens at once.
@@ -190,13 +226,11 @@ class Vocabulary:
         if self.asked.foil is not None:
             return gained - _log_mean_of(self.asked.foil[row], before, shift)
         found = _LogMean(gained)
-        for part in blocks(before.shape[1], tile):
-            found.add(..., before[:, part], shift(part))
+        for part in blocks(self.weight.shape[1], tile):
+            found.add(..., before(part), shift(part))
         return gained - found.value()
 
-    def _shift(
-        self, start: Tensor, base: Tensor, vectors: Tensor, row: int
-    ) -> Callable[[slice | Tensor], Tensor]:
+    def _shift(self, start: Tensor, base: Tensor, vectors: Tensor, row: int) -> Columns:
         """Returns the function that gives the change of a part of the logits.
 
         Never a difference of two logits, which has lost the digits of a small change.
@@ -269,7 +303,7 @@ class Vocabulary:
             for source, numbers in enumerate(scaled[row]):
                 changes = numbers[:, None] * shift
                 found[row, source] = _log_mean_of(
-                    ids, before[row : row + 1], lambda _, changes=changes: changes
+                    ids, _columns_of(before[row : row + 1]), lambda _, changes=changes: changes
                 )
         return found
 
@@ -300,7 +334,7 @@ class Vocabulary:
         """
         _, tile = self._tiles(len(vectors))
         moved = self.direction(vectors) / self.divisor[row]
-        return self._gained(before, lambda part: moved @ self.weight[:, part], row, tile)
+        return self._gained(_columns_of(before), self._moved_by(moved), row, tile)
 
     def slopes(
         self, before: Float[Tensor, " d_vocab"], row: int
@@ -431,18 +465,19 @@ class _LogMean:
         return torch.where(self.reach <= 1, self.excess.log1p(), self.log_sum)
 
 
-def _log_mean_of(
-    ids: Int[Tensor, " alternative"],
-    before: Float[Tensor, "some d_vocab"],
-    shift: Callable[[slice | Tensor], Tensor],
-) -> Tensor:
+def _log_mean_of(ids: Int[Tensor, " alternative"], before: Columns, shift: Columns) -> Tensor:
     """Returns what changes of logits add to the log-sum-exp of some tokens."""
     changes = shift(ids)
     if len(ids) == 1:
         return changes[..., 0]
     found = _LogMean(changes[..., 0])
-    found.add(..., before[:, ids].log_softmax(dim=-1), changes)
+    found.add(..., before(ids).log_softmax(dim=-1), changes)
     return found.value()
+
+
+def _columns_of(rows: Float[Tensor, "some d_vocab"], at: Tensor | None = None) -> Columns:
+    """Returns the function that returns some columns, of all rows or of those at some places."""
+    return lambda part: rows[:, part] if at is None else rows[:, part][at]
 
 
 def _as_it_is(products: Tensor, tokens: Tensor | slice) -> Tensor:

@@ -378,17 +378,58 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
             yield Split(step, some, partial(component.head_sources, one), bias=last, read=read)
 
 
-def log_prob_increases(prediction: Prediction, split: Split) -> Float[Tensor, "batch component"]:
-    """Returns the increase of the log-probability by every component of a split."""
-    base = prediction.stream.states[:, split.step]
-    if split.neurons is None:
-        assert split.vectors is not None
-        there = None if split.read is None else split.there
-        return prediction.vocabulary.gains(base, split.vectors(), there)
-    neurons = split.neurons
+Increases = tuple[Float[Tensor, "batch component"], Float[Tensor, "batch 1"] | None]
+"""What the components of a split add to the log-probability, and what its bias does."""
+
+
+def log_prob_increases(prediction: Prediction, splits: list[Split]) -> Iterator[Increases]:
+    """Yields the increase of the log-probability by every component of each split.
+
+    Vectors are read together, those of as many splits as take an eighth of the workspace.
+    """
+    if any(split.neurons is not None for split in splits):
+        yield from (_neurons_increase(prediction, split) for split in splits)
+        return
+    states = prediction.stream.states
+    room = prediction.vocabulary.max_bytes // (8 * states[:, 0].nbytes)
+    some: list[Split] = []
+    for split in splits:
+        if sum(one.grid.count + 1 for one in (*some, split)) > room and some:
+            yield from _vectors_increase(prediction, some)
+            some = []
+        some.append(split)
+    yield from _vectors_increase(prediction, some)
+
+
+def _neurons_increase(prediction: Prediction, split: Split) -> Increases:
+    assert split.neurons is not None
+    base, neurons = prediction.stream.states[:, split.step], split.neurons
     found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     # Exactly: rounding would put silent neurons in some order.
-    return found.masked_fill(neurons.coefficients == 0, 0).flatten(1)
+    found = found.masked_fill(neurons.coefficients == 0, 0).flatten(1)
+    bias = None if split.bias is None else prediction.vocabulary.gains(base, split.bias[1])
+    return found, bias
+
+
+def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[Increases]:
+    vectors, there, steps = [], [], []
+    for split in splits:
+        assert split.vectors is not None
+        biases = [] if split.bias is None else [split.bias[1]]
+        vectors += [split.vectors(), *biases]
+        there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
+        steps += [split.step] * (split.grid.count + len(biases))
+    found = prediction.vocabulary.gains_at(
+        prediction.stream.states,
+        torch.tensor(steps, device=vectors[0].device),
+        torch.cat(vectors, dim=1),
+        torch.cat([one.cpu() for one in there], dim=1),
+    )
+    first = 0
+    for split in splits:
+        end = first + split.grid.count
+        yield found[:, first:end], None if split.bias is None else found[:, end : end + 1]
+        first = end + (split.bias is not None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
     By,
+    Increases,
     Prediction,
     Split,
     best_neurons,
@@ -220,18 +222,18 @@ def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: 
     columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
     labels, gaps = [], torch.full_like(trajectory, torch.nan)
     parts, vocabulary = torch.zeros_like(trajectory), prediction.vocabulary
+    each = _scores(prediction, splits, score)
     for split in progress(splits, "log_prob_contributions"):
-        absent = ~split.there.to(trajectory.device)
-        found = _scores(prediction, split, score).masked_fill(absent, torch.nan)
+        found, bias = next(each)
+        found = found.masked_fill(~split.there.to(trajectory.device), torch.nan)
         step = split.step + 1
         parts[:, step] += found.nansum(dim=1)
         columns["scores"].append(found)
         columns["coefficients"].append(split.coefficients.to(found))
         columns["logits"].append(_logits(prediction, split))
         labels.append(split.grid.table())
-        if split.bias is not None and score == "log_prob_increase":
+        if split.bias is not None and bias is not None:
             grid, vector = split.bias
-            bias = vocabulary.gains(prediction.stream.states[:, split.step], vector)
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
             columns["logits"].append(vocabulary.target_logits(vector))
@@ -289,9 +291,14 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 
-def _scores(prediction: Prediction, split: Split, score: Score) -> Tensor:
+def _scores(prediction: Prediction, splits: list[Split], score: Score) -> Iterator[Increases]:
+    """Yields the scores of each split's components, and of its bias where that has any."""
     if score == "log_prob_increase":
-        return log_prob_increases(prediction, split)
+        return log_prob_increases(prediction, splits)
+    return ((_neuron_scores(prediction, split, score), None) for split in splits)
+
+
+def _neuron_scores(prediction: Prediction, split: Split, score: Score) -> Tensor:
     neurons, vocabulary = split.neurons, prediction.vocabulary
     assert neurons is not None
     activations = neurons.activations.flatten(1)
