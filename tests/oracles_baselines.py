@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from oracles import Position, apply_norm, bias_of, frozen, integrated_gradients
+from oracles_log_prob import Parts
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Trace
+from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.token_sums import Norm
 
 Row = tuple[list[Tensor], Tensor]
@@ -45,6 +47,42 @@ def alti(block: Block, trace: Trace, row: int, target: int, stack: str) -> Tenso
     whole = sum(parts) + bias
     scores = [whole.abs().sum() - (whole - part).abs().sum() for part in parts]
     return torch.stack([score if score > 0 else torch.zeros_like(score) for score in scores])
+
+
+def _rolled(block: Block, trace: Trace, row: int, below: Tensor, memory: Tensor) -> Tensor:
+    """A layer's contributions, a row of shares for each position, back to the input's tokens."""
+    rows = []
+    for target in range(trace.resid_in(block).shape[1]):
+        scores = alti(block, trace, row, target, "decoder")
+        reached = torch.zeros(below.shape[1], dtype=below.dtype)
+        for source, score in enumerate(scores):
+            before = below[source] if source < len(below) else memory[source - len(below)]
+            reached = reached + score / scores.sum() * before
+        rows.append(reached)
+    return torch.stack(rows)
+
+
+def alti_logit(view: ModelView, trace: Trace, row: int, pos: int, column: Tensor) -> Tensor:
+    """ALTI-Logit of one prediction [layer source]: each layer's updates, back to the input."""
+    blocks, encoder = view.stacks["decoder"], view.stacks.get("encoder", ())
+    count = trace.resid_in(blocks[0]).shape[1]
+    other = trace.resid_in(encoder[0]).shape[1] if encoder else 0
+    every = torch.eye(count + other, dtype=column.dtype)
+    reached, memory = every[:count], every[count:]
+    for block in encoder:
+        memory = _rolled(block, trace, row, memory, memory[:0])
+    stream = Parts(view, trace, "decoder", row, pos)
+    whole, norm, found = stream.whole(), view.readout.norm, []
+    for block in blocks:
+        update = torch.zeros(count + other, dtype=column.dtype)
+        for key, part in stream.parts.items():
+            if key[1:3] == (block.layer, "h"):
+                logit = frozen(norm, part, whole) * view.readout.scale @ column
+                read = reached if key[0] == "attn" else memory
+                update = update + logit * read[int(str(key[4]))]
+        found.append(update)
+        reached = _rolled(block, trace, row, reached, memory)
+    return torch.stack(found)
 
 
 def _normed(norm: Norm | None, row: Row) -> Row:
@@ -144,4 +182,4 @@ def decompx(
     return out
 
 
-__all__ = ["alti", "apply_norm", "decompx", "globenc", "rollout"]
+__all__ = ["alti", "alti_logit", "apply_norm", "decompx", "globenc", "rollout"]

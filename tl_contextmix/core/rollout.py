@@ -30,9 +30,39 @@ def roll_out(
         scores = scores * (sizes / (sums + sizes))[..., None]
     if memory is not None:
         scores = torch.cat([scores[..., :own], scores[..., own:] @ memory[:, None]], dim=-1)
-    layers = [scores[:, 0]]
-    for layer in range(1, scores.shape[1]):
-        reached = scores[:, layer, :, :own] @ layers[-1]
-        reached[..., own:] += scores[:, layer, :, own:]
-        layers.append(reached)
+    layers: list[Tensor] = []
+    for one in scores.unbind(dim=1):
+        layers.append(_onto(one, layers[-1]) if layers else one)
     return torch.stack(layers, dim=1)
+
+
+def roll_back(
+    updates: Float[Tensor, "batch row layer source"],
+    reached: Float[Tensor, "batch before target source"] | None,
+    memory: Float[Tensor, "batch encoder_source encoder_input"] | None = None,
+) -> Float[Tensor, "batch row layer source"]:
+    """Returns what each layer's own sources bring as what the input's tokens bring.
+
+    Args:
+        updates: Of each layer, what its sources bring; sources beyond the targets are an encoder's.
+        reached: The product of the maps up to each layer but the last, see `roll_out`; None where
+            there is one layer.
+        memory: The encoder's own product, where one is read.
+    """
+    if memory is not None:
+        own = updates.shape[-1] - memory.shape[-2]
+        updates = torch.cat([updates[..., :own], updates[..., own:] @ memory[:, None]], dim=-1)
+    first, *later = updates.unbind(dim=2)
+    below = () if reached is None else reached.unbind(dim=1)
+    found = [_onto(one, maps) for one, maps in zip(later, below, strict=True)]
+    return torch.stack([first, *found], dim=2)
+
+
+def _onto(
+    rows: Float[Tensor, "batch row source"], reached: Float[Tensor, "batch target source"]
+) -> Float[Tensor, "batch row source"]:
+    """Returns rows over a layer's sources as rows over the input's, which have reached them."""
+    own = reached.shape[1]
+    found = rows[..., :own] @ reached
+    found[..., own:] += rows[..., own:]
+    return found

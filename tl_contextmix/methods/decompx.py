@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,24 +20,14 @@ from tl_contextmix.adapters.inputs import (
     run_pass,
     select_blocks,
 )
-from tl_contextmix.adapters.questions import (
-    AnswerInputs,
-    Question,
-    apart,
-    ask_in_pass,
-    predictions,
-    run_asked,
-)
+from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
-from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive
-from tl_contextmix.engine.parts import (
-    DEFAULT_MAX_BYTES,
-    Bias,
-)
+from tl_contextmix.engine.logit_maps import LogitReader, logit_map
+from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
@@ -152,103 +142,39 @@ def _to_prediction(
     max_bytes: int,
 ) -> ContextMap:
     """Returns what each input token brings to the logits asked about."""
-    if layer is not None or view.base_stack(stack) != view.base_stack(None):
+    if layer is not None:
         raise bad(
             "a prediction is read after the last layer",
-            f"layer={layer}, stack={stack!r}",
-            "all layers of the stack that predicts",
-            "Leave layer and stack out, or ask with of='norm'.",
+            f"layer={layer}",
+            "all layers",
+            "Leave layer out, or ask with of='norm'.",
         )
-    if why := _not_linear(view):
-        raise UnsupportedModel(
-            four_parts(
-                "no logit is a sum over input tokens",
-                f"{view.name}: {why}",
-                "a final norm and an unembedding",
-                "Ask with of='norm' and pos=, or gradient_x_input.",
-            )
-        )
-    given, answer = apart(input, inputs)
-    question, done = ask_in_pass(view, given, answer, **_needed(view, stack), logits=True)
-    last = done.blocks[-1:]
-    turns = [*question.rounds()]
 
-    def logits(part: Pass) -> dict[str, tuple[str, Tensor]]:
-        stream = part.trace[last[0].resid_out]
-        each = [_read(part, turn.within(part), stream, max_bytes) for turn, _ in turns]
+    def logits(part: Pass, read: Sequence[LogitReader]) -> Tensor:
+        def of_some(first: int, parts: Tensor) -> Tensor:
+            return torch.stack([_at_row(one, first, parts) for one in read], dim=1)
 
-        def read(first: int, parts: Tensor) -> Tensor:
-            return torch.stack([one.logits(first, parts) for one in each], dim=1)
+        (found,) = _carry(part, part.blocks[-1:], bias, max_bytes).collect(of_some)
+        return torch.cat(found, dim=2)[:, :, None]
 
-        (found,) = _carry(part, last, bias, max_bytes).collect(read)
-        return {
-            "scores": ("batch turn source:block_out", torch.cat(found, dim=2)),
-            "total": ("batch turn", torch.stack([one.total for one in each], dim=1)),
-            "best": ("batch turn", torch.stack([one.first for one in each], dim=1)),
-        }
-
-    found = done.together(logits)
-    there = torch.stack([there for _, there in turns], dim=1)
-    predicted = question.target or [[token] for token in found["best"][there].tolist()]
-    rows = predictions(question, done.target, predicted)
-    there = there.to(found["scores"].device)
-    return replace(done, asked=rows).map(
+    return logit_map(
         "decompx",
-        (found["scores"] * there[..., None])[:, None, None],
-        "block_out",
-        "logit" if question.foil is None else "difference of logits",
-        options={"bias": bias, "of": "logit"},
-        layers=(0,),
-        point="prediction",
-        target=rows.target,
-        bias=((found["total"] - found["scores"].sum(-1)) * there)[:, None, None],
-        from_input=True,
-        signed=True,
+        view,
+        input,
+        inputs,
+        logits,
+        max_bytes=max_bytes,
+        options={"bias": bias},
+        **_needed(view, stack),
     )
 
 
-def _not_linear(view: ModelView) -> str:
-    if view.readout.head is not None:
-        return "its masked-LM head is not linear"
-    return "it caps its logits" if view.readout.soft_cap is not None else ""
-
-
-@dataclass(frozen=True)
-class _Read:
-    """How a prediction of each sentence is read from the stream.
-
-    Attributes:
-        rows: Its positions.
-        vocabulary: The readout there, the norm's scale frozen.
-        total: The target's logit, less the foil's, as the model itself has it.
-        first: The first token asked about.
-    """
-
-    rows: Int[Tensor, " batch"]
-    vocabulary: Vocabulary
-    total: Float[Tensor, " batch"]
-    first: Int[Tensor, " batch"]
-
-    def logits(self, first: int, parts: Tensor) -> Float[Tensor, "batch part"]:
-        """Returns the logits of parts of the stream from a position on; before it they are zero."""
-        place = (self.rows - first).to(parts.device)
-        each = torch.arange(len(place), device=parts.device)
-        found = self.vocabulary.target_logits(parts[each, place.clamp(min=0)])
-        return found * (place >= 0)[:, None]
-
-
-def _read(part: Pass, question: Question, stream: Tensor, max_bytes: int) -> _Read:
-    rows = question.rows.to(stream.device)
-    final = stream[torch.arange(len(rows), device=rows.device), rows]
-    logits = part.trace.logits
-    own = part.view.readout(final) if logits is None else question.read(logits)
-    contrast = question.contrast(own)
-    return _Read(
-        rows=question.rows,
-        vocabulary=read_vocabulary(part.view.readout, "frozen+beta", final, contrast, max_bytes),
-        total=contrast.mean_logits(own),
-        first=torch.stack([ids[0] for ids in contrast.target]),
-    )
+def _at_row(read: LogitReader, first: int, parts: Tensor) -> Float[Tensor, "batch part"]:
+    """Returns the logits of parts of the stream from a position on; before it they are zero."""
+    place = (read.rows - first).to(parts.device)
+    each = torch.arange(len(place), device=parts.device)
+    found = read.vocabulary.target_logits(parts[each, place.clamp(min=0)])
+    return found * (place >= 0)[:, None]
 
 
 @method(cites=("modarressi2023decompx",))

@@ -44,6 +44,9 @@ def globenc(
     ``attention_norms(at="resid_mid")``; norms of a sublayer's output (sandwich) are part of
     :math:`T_{ij}`. In a decoder with cross-attention :math:`T` is what both attentions bring.
 
+    There is no published version to a prediction: ``decompx(of="logit")`` by the same authors and
+    ``alti(of="logit")`` explain a logit.
+
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.
         input: A text, several, or token ids [batch, pos].

@@ -44,8 +44,8 @@ def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **option
             "this map is the same whatever the foil",
             f"foil={seen(answer.foil)}",
             "target=, pos= or generate=, which say which rows are wanted",
-            "Ask decompx, gradient_x_input or log_prob_contributions why it is this token rather "
-            "than that one.",
+            "Ask decompx, alti(of='logit'), gradient_x_input or log_prob_contributions why it is "
+            "this token rather than that one.",
         )
     view = name_tokens(view, given.labels)
     stack, batch = view.base_stack(options.get("stack")), read_batch(view, given)
