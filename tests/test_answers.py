@@ -194,7 +194,7 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
     start: dict[str, Any] = (
         {} if given.decoder_tokens is None else {"decoder_input": given.decoder_tokens[:1, :1]}
     )
-    asked: dict[str, Any] = {"target": [[11, 6]], "foil": 7, **start}
+    asked: dict[str, Any] = {"target": [[11, 6]], "foil": [[7, 7]], **start}
     neurons = cm.log_prob_contributions(model, prompt, by="ff_neuron", k=2, **asked)
     assert neurons.scores.shape == (2, 2)
     fallen = cm.knockout(model, prompt, neurons=neurons, controls=1, **start)

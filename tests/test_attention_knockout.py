@@ -321,7 +321,7 @@ def test_groups_of_tokens() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a text that is not there": ({"sources": "keys"}, r"sources names .* got 'keys' in row 0"),
+    "a text that is not there": ({"sources": " key"}, r"sources names .* got ' key' in row 0"),
     "a position too far": ({"sources": 9}, "sources names tokens that are not there: got 9"),
     "a stretch of nothing": ({"sources": [(2, 2)]}, "this span covers no token"),
     "no group": ({"sources": []}, "sources names no group"),

@@ -28,7 +28,7 @@ BAD_QUESTIONS = [
     ),
     (
         {"target": 3, "foil": ["cat", "the cat"]},
-        r"a foil is one token, or a set.*got a foil of 2 tokens.*subtract log_prob",
+        r"another number of tokens.*a target of 1 and a foil of 2 in text 1.*subtract log_prob",
     ),
     ({"foil": 3}, r"a foil needs a target: got foil=3 and no target"),
     ({"target": 3, "foil": 61}, r"this is no foil: got 61"),

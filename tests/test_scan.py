@@ -197,7 +197,7 @@ def test_rows_that_cannot_be_used_stop_it_or_are_counted(
     model = cm.load_demo("causal-lm")
     rows: list[Any] = [
         ("the keys to the cabinet", " are", " is"),
-        ("the keys", " are red", " is red"),
+        ("the keys", " are red", " is"),
         {"question": "the keys"},
         ("the keys", " are", [" is", " aardvark"]),
         ("", " are"),

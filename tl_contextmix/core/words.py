@@ -101,15 +101,37 @@ def find_sentences(
     return found
 
 
-def find_text(pieces: Sequence[str], text: str) -> tuple[int, int] | None:
-    """Returns the first stretch of pieces that holds a text, case and spaces apart; or None."""
-    wanted = _letters(text)
-    letters, of = "", []
-    for place, piece in enumerate(pieces):
-        some = _letters(piece.removeprefix("##"))
-        letters, of = letters + some, of + [place] * len(some)
-    at = letters.find(wanted) if wanted else -1
-    return None if at < 0 else (of[at], of[at + len(wanted) - 1] + 1)
+def find_text(
+    pieces: Sequence[str], real: Sequence[bool], text: str, spaced: bool | None
+) -> list[tuple[int, int]]:
+    """Returns the stretches of pieces that read as a text does, none overlapping.
+
+    As they are written, the leading space included; where none is, whatever their case and spaces.
+
+    Args:
+        pieces: Text of each token.
+        real: Whether it is no padding.
+        text: The text.
+        spaced: See `join_pieces`.
+    """
+    for read in (str, _letters):
+        wanted, found, start = read(text), list[tuple[int, int]](), 0
+        while wanted and start < len(pieces):
+            for stop in range(start + 1, len(pieces) + 1):
+                if not real[start] or not real[stop - 1]:
+                    break
+                joined = read(join_pieces(pieces[start:stop], spaced))
+                if joined == wanted and read(pieces[start]):
+                    found.append((start, stop))
+                    start = stop - 1
+                if len(joined) >= len(wanted) or not (
+                    wanted.startswith(joined) or has_parts(joined)
+                ):
+                    break
+            start += 1
+        if found:
+            return found
+    return []
 
 
 def _letters(text: str) -> str:

@@ -202,20 +202,32 @@ def run_question(
     reading = None
     if isinstance(answer.target, Direction):
         reading = read_direction(view, answer.target)
-        if answer.foil is not None:
-            raise bad(
-                "a direction has no foil",
-                f"foil={seen(answer.foil)}",
-                "no foil",
-                "Ask for the difference of two directions: subtract their vectors.",
-            )
-        answer = replace(answer, target=0, foil=1)
+        _require_direction_alone(answer)
+        answer = replace(answer, target=None)
     else:
         view.readout.require()
     question = ask(view, read_batch(view, given), answer, about)
+    question = question if reading is None else question.of_direction()
     return run_predictions(
         question, given, by, needs=needs, both_stacks=both_stacks, reading=reading
     )
+
+
+def _require_direction_alone(answer: Answer) -> None:
+    if answer.foil is not None:
+        raise bad(
+            "a direction has no foil",
+            f"foil={seen(answer.foil)}",
+            "no foil",
+            "Ask for the difference of two directions: subtract their vectors.",
+        )
+    if answer.generate is not None:
+        raise bad(
+            "what a model generates is a target of its own",
+            f"generate={seen(answer.generate)} with a direction",
+            "one of them",
+            "Give the whole text, and its positions as pos=.",
+        )
 
 
 def run_predictions(

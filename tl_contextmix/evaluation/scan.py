@@ -79,12 +79,12 @@ def scan(
             ``category``. Rows in the formats of BLiMP, CounterFact, known_1000 and indirect object
             identification are known by their columns. A target is text with its leading space, or
             an id; a list holds alternatives; a text of several tokens is an answer, whose tokens
-            are added up; without one the model's best token is explained.
+            are added up (each less the foil's in its place, see `Asked`); without one the model's best token is explained.
         by: What is scored: ``"layer"`` (sublayers), ``"head"``, ``"ff_neuron"`` (each
             feed-forward neuron), or several of these.
         columns: Names of the columns in these rows, such as ``{"prompt": "question"}``.
         norm: Rule for the final norm, see `log_prob_contributions`.
-        unusable: Rows that cannot be asked of the model (a foil of several tokens, a word it does
+        unusable: Rows that cannot be asked of the model (a foil of another length, a word it does
             not know, a pair that differs in more than one token) are an ``"error"``, or ``"drop"``:
             skipped, counted, and the first of them listed in the result.
         prepend_bos: Whether prompts get a beginning-of-sequence token; None: model's default.

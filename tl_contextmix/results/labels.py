@@ -290,8 +290,9 @@ class Tokens:
         Args:
             of: ``"words"``, see `words`; ``"sentences"``, which end with ``.``, ``!``, ``?`` and
                 the like, or a new line; ``"sides"``, such as the prompt and the output; or a list
-                of stretches and texts (the first place that has them, whatever their case and
-                spaces). Tokens between those of a list are stretches of their own.
+                of stretches and texts of whole tokens (the first place that has them; where none is
+                written so, whatever their case and spaces). Tokens between those of a list are
+                stretches of their own.
 
         Raises:
             InvalidInput: If a row has no such text, or stretches overlap.
@@ -316,15 +317,14 @@ class Tokens:
             return require_spans([one], self.ids.shape[1])[0]
         for start, stop in self._stretches():
             real = self.mask[row, start:stop].tolist()
-            pieces = zip(self.strings[row][start:stop], real, strict=True)
-            span = find_text([piece if there else "" for piece, there in pieces], one)
-            if span is not None:
-                return start + span[0], start + span[1]
+            found = find_text(self.strings[row][start:stop], real, one, self.spaced)
+            if found:
+                return start + found[0][0], start + found[0][1]
         raise bad(
             "there is no such text among the tokens",
             repr(one[:200]),
             f"a part of {join_pieces(self.strings[row], self.spaced)[:200]!r}",
-            "Give it as it stands in the text, or as a stretch (start, stop) of tokens.",
+            "Give whole tokens as they stand in the text, or a stretch (start, stop) of them.",
         )
 
     def _filled(self, row: int, spans: Spans) -> list[tuple[int, int]]:

@@ -12,13 +12,14 @@ from jaxtyping import Bool
 
 from tl_contextmix.core.pieces import join_pieces
 from tl_contextmix.core.validation import LATER, whole_number
-from tl_contextmix.core.words import require_spans
+from tl_contextmix.core.words import find_text, require_spans
 from tl_contextmix.errors import bad, seen
 from tl_contextmix.results.labels import Tokens
 
 Group = Annotated[int | str | tuple[int, int] | Sequence[int | str | tuple[int, int]], LATER]
 """A position (a negative one counts from the last real token), a stretch ``(start, stop)``, a text
-(every occurrence, of one token or several), or a list of these."""
+(every occurrence, of one token or several; where none is written so, whatever its case and spaces),
+or a list of these."""
 
 Groups = Annotated[Group | Sequence[Group] | Mapping[str, Group], LATER]
 """One group, a list of several, or several with names."""
@@ -102,7 +103,7 @@ def _members(option: str, tokens: Tokens, row: int, group: Any) -> torch.Tensor:
     for one in listed if isinstance(listed, list) else [listed]:
         number = whole_number(one)
         if isinstance(one, str):
-            spans = _occurrences(tokens, row, one)
+            spans = find_text(tokens.strings[row], real.tolist(), one, tokens.spaced)
         elif isinstance(one, tuple):
             spans = require_spans([one], length)
         else:
@@ -119,23 +120,6 @@ def _members(option: str, tokens: Tokens, row: int, group: Any) -> torch.Tensor:
                 "Write a text as the tokens are written, its leading space included.",
             )
     return found & real
-
-
-def _occurrences(tokens: Tokens, row: int, text: str) -> list[tuple[int, int]]:
-    """Returns the stretches of a row whose tokens make up a text, none overlapping."""
-    words, found = tokens.strings[row], list[tuple[int, int]]()
-    real = tokens.mask[row].tolist()
-    start = 0
-    while start < len(words):
-        for stop in range(start + 1, len(words) + 1):
-            joined = join_pieces(words[start:stop], tokens.spaced)
-            if joined == text and all(real[start:stop]):
-                found.append((start, stop))
-                start = stop - 1
-            if len(joined) >= len(text):
-                break
-        start += 1
-    return found
 
 
 def _label(tokens: Tokens, members: torch.Tensor, names: Sequence[str]) -> Tokens:

@@ -37,7 +37,9 @@ class Asked(TypedDict, total=False):
 
     foil: Target | None
     """The token, or the set, that the target is contrasted with: the score is then
-    ``log p(target) - log p(foil)``, for two tokens the difference of their logits."""
+    ``log p(target) - log p(foil)``, for two tokens the difference of their logits. Of an answer of
+    several tokens as many: each token is contrasted with the one in its place, after what of the
+    target comes before."""
 
     pos: Pos | None
     """Position that predicts, several, or ``"all"``; negative ones count from the last real token.

@@ -19,8 +19,8 @@ from tl_contextmix.adapters.questions.positions import masks, predicting_rows
 from tl_contextmix.adapters.questions.targets import (
     Steps,
     names_of_each,
-    no_target,
-    require_one_token,
+    require_known,
+    require_same_lengths,
     steps_of_each,
     warn_about_spaces,
 )
@@ -91,6 +91,12 @@ class Question:
             rows=part.own_positions(self.rows),
         )
 
+    def of_direction(self) -> Question:
+        """Returns the same positions, asked about a direction; see `read_direction`."""
+        each = range(len(self.rows))
+        direction, nothing = tuple((0,) for _ in each), tuple((1,) for _ in each)
+        return replace(self, target=direction, foil=nothing, named=(None,) * len(each))
+
     def _at(self, places: list[int]) -> Question:
         return replace(
             self,
@@ -120,10 +126,6 @@ class Question:
                 far more probable.
         """
         target = self.target or tuple((token,) for token in logits.argmax(dim=-1).tolist())
-        for name, sets in (("target", target), ("foil", self.foil or ())):
-            highest = max((max(ids) for ids in sets), default=0)
-            if highest >= logits.shape[1]:
-                raise no_target(highest, name, logits.shape[1])
         warn_about_spaces(self.view, self.named, target, logits)
 
         def tensors(sets: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
@@ -176,7 +178,10 @@ def ask(view: ModelView, batch: Batch, answer: Answer, *about: object) -> Questi
             "both",
             "Pass target=, the token that the foil is contrasted with.",
         )
-    require_one_token(foil)
+    if target is not None and foil is not None:
+        require_same_lengths(target, foil)
+    require_known(view, target, "target")
+    require_known(view, foil, "foil")
     several = target is not None and any(len(steps) > 1 for steps in target)
     if target is not None and several:
         batch, rows = _rows_of_answers(view, batch, stack, answer, target)
@@ -311,6 +316,8 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
 def _again(view: ModelView, batch: Batch, stack: str, found: LogProbContributions) -> Question:
     """Returns the predictions that contributions are of."""
     target, foil = earlier_sets(found)
+    for name, sets in (("target", target), ("foil", foil)):
+        require_known(view, None if sets is None else [sets], name)
     return Question(
         view=view,
         batch=batch,

@@ -69,12 +69,7 @@ def steps_of_each(view: ModelView, asked: object, count: int, name: str) -> list
     """
     if asked is None:
         return None
-    found = [_steps(view, one, name) for one in one_each(asked, count, name)]
-    highest = max(token for steps in found for ids in steps for token in ids)
-    outputs = view.readout.outputs
-    if outputs is not None and highest >= outputs:
-        raise no_target(highest, name, outputs)
-    return found
+    return [_steps(view, one, name) for one in one_each(asked, count, name)]
 
 
 def _steps(view: ModelView, one: object, name: str) -> Steps:
@@ -152,16 +147,24 @@ def _not_one(view: ModelView, text: str, found: list[int], name: str) -> Invalid
     )
 
 
-def require_one_token(foil: list[Steps] | None) -> None:
-    """Raises an InvalidInput if a foil is an answer of several tokens."""
-    longest = max(map(len, foil)) if foil else 1
-    if longest > 1:
-        raise bad(
-            "a foil is one token, or a set of single tokens",
-            f"a foil of {longest} tokens",
-            "what might stand in the place of one predicted token",
-            "Two answers of several tokens are two texts: ask about each, and subtract log_prob.",
-        )
+def require_same_lengths(target: Sequence[Steps], foil: Sequence[Steps]) -> None:
+    """Raises an InvalidInput if a foil has not as many tokens as its target."""
+    for number, (asked, other) in enumerate(zip(target, foil, strict=True)):
+        if len(asked) != len(other):
+            raise bad(
+                "a foil has another number of tokens than the target",
+                f"a target of {len(asked)} and a foil of {len(other)} in text {number}",
+                "as many: each token is contrasted with the one in its place",
+                "Give a foil for every token, or ask about each answer and subtract log_prob.",
+            )
+
+
+def require_known(view: ModelView, sets: Sequence[Steps] | None, name: str) -> None:
+    """Raises an InvalidInput if there is no logit of a token that is asked about."""
+    outputs = view.readout.outputs
+    highest = max((token for steps in sets or () for ids in steps for token in ids), default=0)
+    if outputs is not None and highest >= outputs:
+        raise no_target(highest, name, outputs)
 
 
 def no_target(asked: object, name: str, count: int | None = None) -> InvalidInput:

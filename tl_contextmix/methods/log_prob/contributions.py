@@ -123,8 +123,8 @@ def log_prob_contributions(
         direction, its ``score`` is ``"projection"`` and log-probabilities are inner products.
 
     Raises:
-        InvalidInput: If an argument does not fit the model: an unknown target, a foil of several
-            tokens, a position that is not there.
+        InvalidInput: If an argument does not fit the model: an unknown target, a foil of
+            another length, a position that is not there.
         UnsupportedModel: If the model has no vocabulary readout and a token is asked about.
 
     Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source, of a
