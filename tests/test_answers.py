@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -233,6 +234,33 @@ def test_what_follows_from_an_answer_of_several_tokens(family: str) -> None:
     assert total.shape == share.shape == (2,)
     speaking = cm.component_readouts(model, prompt, components=neurons, **start)
     assert speaking.scores.shape == (2, 2)
+
+
+@pytest.mark.once
+def test_a_foil_has_as_many_tokens_as_its_target() -> None:
+    model = cm.load_demo("causal-lm")
+    asks: list[Any] = [
+        cm.log_prob_contributions,
+        cm.gradient_x_input,
+        cm.decompx,
+        partial(cm.alti, of="logit"),
+        partial(cm.knockout, heads=[(0, 0)]),
+        cm.attention_knockout,
+        cm.flow,
+    ]
+    wrong = ({"target": " are red"}, {"generate": 2}, {"target": [[3, 4]]})
+    for ask in asks:
+        for asked in wrong:
+            with pytest.raises(cm.InvalidInput, match="a target of 2 and a foil of 1 in text 0"):
+                ask(model, TEXT, foil=" is", **asked)
+    both = cm.log_prob_contributions(model, TEXT, target=" are red", foil=" is old")
+    logits = model(model.to_tokens(f"{TEXT} are red"))[0].detach()
+    pairs = zip((-3, -2), (" are", " red"), (" is", " old"), strict=True)
+    expected = [
+        float(logits[at, model.to_single_token(one)] - logits[at, model.to_single_token(other)])
+        for at, one, other in pairs
+    ]
+    assert both.log_prob.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 SAYING = [case for case in zoo.kinds() if case.family in ("gpt2", "t5", "bart")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,28 +254,14 @@ def test_answers_of_several_tokens_and_generated_ones() -> None:
 @pytest.mark.parametrize(("kind", "least"), [("agreement", 3.0), ("fact", 8.0), ("name", 10.0)])
 def test_what_the_demo_model_knows_hangs_on_the_right_words(kind: str, least: float) -> None:
     """Subjects decide verbs, countries their capitals; nouns that tempt do not."""
-    model = cm.load_demo("causal-lm")
-    cues, lures = [], []
-    for pair in cm.demo_pairs(kind, 10, lures=kind != "fact"):
-        words, wrong = pair.good.split(), pair.bad.split()
-        place = next(i for i, word in enumerate(words) if word != wrong[i])
-        named = [
-            [1 + len(pair.good[:start].split()) for start, _ in some]
-            for some in (pair.cues, pair.lures)
-        ]
-        found = cm.attention_knockout(
-            model,
-            " ".join(words[:place]),
-            target=f" {words[place]}",
-            foil=f" {wrong[place]}",
-            sources=[some for some in named if some],
-            window=None,
-        )
-        cues.append(float(found.changes[0, 0, 0, 0]))
-        lures.append(float(found.changes[0, 0, 0, -1]))
-    assert sum(cues) / len(cues) < -least
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import attention_knockout as benchmark
+
+    found = benchmark.changes(cm.load_demo("causal-lm"), kind, 10)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    assert means["deciding"] < -least
     if kind != "fact":
-        assert sum(lures) / len(lures) > sum(cues) / len(cues) + least
+        assert means["tempting"] > means["deciding"] + least
 
 
 @pytest.mark.once

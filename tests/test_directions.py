@@ -192,6 +192,13 @@ def test_models_without_logits_have_directions_and_later_layers_may_be_hooked() 
     with pytest.raises(cm.UnsupportedModel, match="no logits"):
         cm.log_prob_contributions(silent, given.tokens, target=9)
     assert torch.equal(toward(silent, given, target).scores, plain.scores)
+    # Nor does it matter how many logits there are: a reward model has one.
+    weights = view.readout.weights
+    first = {"W_U": weights("W_U")[:, :1], "b_U": torch.zeros(1)}
+    one = replace(view, readout=replace(view.readout, weights=first.get))
+    assert torch.equal(toward(one, given, target).scores, plain.scores)
+    with pytest.raises(cm.InvalidInput, match="no target: got 1; .*ids from 0 to 0"):
+        cm.log_prob_contributions(one, given.tokens, target=1)
     _, cache = model.run_with_cache(given.tokens)
     kept = toward(model, given, target, cache=cache)
     assert relative(kept.scores, plain.scores) <= 1e-10

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,23 +133,65 @@ def test_memory_does_not_grow_with_the_number_of_prompts(
     assert sizes[0] == sizes[1]
 
 
-@pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any], Path]:
-    """A scan of ten rows that was killed in its third shard."""
-    model, _ = shared(case_of("gpt2"))
-    rows, out = ROWS * 2, tmp_path / "a.safetensors"
-    take = scanning._Scanner.take
+def scan_in_child(model: Any, out: Path, take: Any = None) -> Any:
+    """A real process that scans; it has the model already."""
 
-    def killed(self: Any, shard: Any, name: str) -> None:
+    def work() -> None:
+        torch.set_num_threads(1)
+        scanning._Scanner.take = take or scanning._Scanner.take
+        cm.scan(model, ROWS * 2, out=out, shard_size=3, checkpoint_seconds=0)
+        os._exit(0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+    return child
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> tuple[Any, list[Any], Path]:
+    """A scan of ten rows whose process was killed in its third shard."""
+    model, _ = shared(case_of("gpt2"))
+    out, take = tmp_path / "a.safetensors", scanning._Scanner.take
+    there = multiprocessing.get_context("fork").Event()
+
+    def wait(self: Any, shard: Any, name: str) -> None:
         if shard.index == 2:
-            raise KeyboardInterrupt
+            there.set()
+            time.sleep(60)
         take(self, shard, name)
 
-    monkeypatch.setattr(scanning._Scanner, "take", killed)
-    with pytest.raises(KeyboardInterrupt):
-        cm.scan(model, rows, out=out, shard_size=3, checkpoint_seconds=0)
-    monkeypatch.setattr(scanning._Scanner, "take", take)
-    return model, rows, out
+    child = scan_in_child(model, out, wait)
+    assert there.wait(60)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(60)
+    return model, ROWS * 2, out
+
+
+@pytest.mark.once
+def test_killed_at_random_moments_it_loses_nothing(tmp_path: Path) -> None:
+    model, _ = shared(case_of("gpt2"))
+    whole = cm.scan(model, ROWS * 2, shard_size=3)
+    started = time.monotonic()
+    child = scan_in_child(model, tmp_path / "timed")
+    child.join(60)
+    took = time.monotonic() - started
+    assert child.exitcode == 0
+    draw, kills, out = random.Random(5), 0, tmp_path / "0"
+    while kills < 4:
+        child = scan_in_child(model, out)
+        child.join(draw.uniform(0, took))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join(60)
+        if out.exists() and Scan.load(out).finished:
+            assert Scan.load(out).equals(whole)
+            out = tmp_path / str(kills)
+    assert cm.scan(model, ROWS * 2, out=out, shard_size=3).equals(whole)
+    kept = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert {path.name for path in tmp_path.iterdir()} - kept <= {f".{name}.lock" for name in kept}
 
 
 @pytest.mark.once
@@ -421,7 +469,7 @@ def test_the_command_line_scans_and_explains(
         "question,target,foil,number\n"
         "the keys to the cabinet, are, is,plural\n"
         "the key to the cabinets, is, are,singular\n"
-        "the key, is red, are,singular\n"
+        "the key, is red, are red,singular\n"
         "the key, is, is red,singular\n"
     )
     words = ["scan", "causal-lm", str(rows), "--by", "head", "-o", str(out), "--page", str(page)]

@@ -33,7 +33,7 @@ from tl_contextmix.methods.memories.corpus_formats import Document, open_corpus
 from tl_contextmix.methods.memories.mining import as_far_as, changed, require_run
 from tl_contextmix.methods.memories.shards import Shard, expect, progress, read_shards
 from tl_contextmix.methods.memories.store import alone
-from tl_contextmix.results import Scan
+from tl_contextmix.results import Scan, storage
 from tl_contextmix.results.component_sets import join_rows
 from tl_contextmix.results.components import Components, join
 from tl_contextmix.results.scanned import EVERY, LEVELS, Level, ranks
@@ -150,7 +150,7 @@ def scan(
             expect(bar, read, size)
             due = time.monotonic() - last >= checkpoint_seconds
             if path is not None and due and scanner.prompts:
-                scanner.result(done.hexdigest(), finished=False).save(path)
+                _save(scanner.result(done.hexdigest(), finished=False), path)
                 last = time.monotonic()
         if known:
             raise changed(corpus, f"fewer than the {scanner.read} rows there were")
@@ -158,8 +158,13 @@ def scan(
             return before
         found = scanner.result(done.hexdigest(), finished=True)
         if path is not None:
-            found.save(path)
+            _save(found, path)
     return found
+
+
+def _save(found: Scan, path: Path) -> None:
+    # Under one name, so that the next run clears up what a killed one left.
+    storage.save(found, path, name=f".{path.name}.part")
 
 
 @dataclass

@@ -56,7 +56,7 @@ def storable(cls: AnyClass) -> AnyClass:
     return cls
 
 
-def save(result: object, path: str | Path) -> Path:
+def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
     """Writes a registered dataclass to one file and returns the path.
 
     The file appears, or replaces the one before it, only once it is complete.
@@ -64,6 +64,7 @@ def save(result: object, path: str | Path) -> Path:
     Args:
         result: A dataclass instance of a class registered with `storable`.
         path: Where to write.
+        name: See `replacing`.
 
     Raises:
         InvalidInput: If the path is not one of a file in a folder that exists, or the result holds
@@ -83,7 +84,7 @@ def save(result: object, path: str | Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     labels = json.dumps(_pack(result, tensors)).encode()
     tensors[_LABELS] = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
-    with replacing(path) as part:
+    with replacing(path, name) as part:
         save_file(tensors, str(part), metadata={FORMAT: str(FORMAT_VERSION)})
     return path
 
