@@ -36,11 +36,13 @@ import oracles_log_prob
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.parts import Point
 from tl_contextmix.results import LogProbContributions
 
 Work = Callable[[], Any]
+SAID = 16
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,25 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
         found = cm.query_contributions(model, ids, neurons=[(1, neuron)], by="ff_neuron")
         return found.inner[0, 0, found.components.of_kind("mlp")[0]]
 
+    said = as_view(model).generate(make_batch(as_view(model), Given(ids)), SAID)
+    answer = torch.tensor(said)
+
+    def token_by_token() -> Tensor:
+        as_view(model).generate(make_batch(as_view(model), Given(ids)), SAID)
+        rows = []
+        for step in range(SAID):
+            text = torch.cat([ids, answer[:, :step]], dim=1)
+            row = cm.value_zeroing(model, text, pos=[-1]).scores[0, :, 0, 0]
+            rows.append(functional.pad(row, (0, SAID - step)))
+        return torch.stack(rows, dim=1)
+
     for method, other, ours, theirs in (
+        (
+            f"value_zeroing, {SAID} generated tokens",
+            "a call per token",
+            lambda: cm.value_zeroing(model, ids, generate=SAID).scores[0, :, 0],
+            token_by_token,
+        ),
         (
             "mixing_ratio",
             vectors,

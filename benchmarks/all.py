@@ -2,14 +2,15 @@
 
 ``python benchmarks/all.py [--quick] [--write] [--python INSEQ_ENV/bin/python ...]`` prints the
 tables; ``--write`` stores what was measured in results.json beside this file and puts the tables
-into benchmarks/README.md and README.md. ``--only`` repeats one part. Without ``--python`` nothing
+into benchmarks/README.md and README.md. ``--only`` repeats one part, ``--rows`` some of its rows.
+Without ``--python`` nothing
 is asked of inseq, and what was stored about it stays. It needs TransformerLens 4 and captum.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import against
@@ -21,10 +22,12 @@ from meters import command_line, machine, show
 PARTS = ("counts", "growth", "against", "inseq", "generated")
 
 
-def comparisons(quick: bool) -> list[dict[str, Any]]:
-    """Returns every comparison, printed as it is made."""
+def comparisons(quick: bool, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns every comparison, or those of some methods, printed as it is made."""
     found = []
     for pair in against.pairs(quick):
+        if names is not None and pair.method not in names:
+            continue
         found.append(against.compared(pair, 1 if quick else 3))
         show(f"{pair.method} against {pair.other}: {found[-1]['difference']:.0e} apart\n")
     return found
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one run; for a look")
     parser.add_argument("--write", action="store_true", help="store, and update both pages")
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")
+    parser.add_argument("--rows", nargs="+", help="of growth and against; others stay as stored")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens")
     parser.add_argument("--python", action="append", default=[], help="of inseq's environment")
     given = parser.parse_args(arguments)
@@ -77,21 +81,25 @@ def main(arguments: list[str] | None = None) -> None:
     lengths, width = ([8, 16], 128) if given.quick else (given.lengths, 768)
     parts: dict[str, Callable[[], Any]] = {
         "counts": methods.counts,
-        "growth": lambda: methods.growth(lengths, 1 if given.quick else 3, width=width),
-        "against": lambda: comparisons(given.quick),
+        "growth": lambda: methods.growth(
+            lengths, 1 if given.quick else 3, width=width, names=given.rows
+        ),
+        "against": lambda: comparisons(given.quick, given.rows),
         "inseq": lambda: beside_inseq(given.python, given.quick),
         "generated": lambda: generated_text(given.python, given.quick),
     }
-    found: dict[str, Any] = {"machine": machine()}
+    found: dict[str, Any] = {"machine": machine()} if given.rows is None else {}
     with torch.no_grad():
         for name in given.only or PARTS:
             if name in ("inseq", "generated") and not given.python:
                 continue
             found[name] = parts[name]()
+            if given.rows is not None:
+                found[name] = tables.with_stored(name, found[name])
             if given.write:
                 tables.keep(found)
             shown = getattr(tables, name, None)
-            show(f"\n{shown(found) if shown else found[name]}\n")
+            show(f"\n{shown(tables.stored() | found) if shown else found[name]}\n")
     if given.write:
         tables.write()
 

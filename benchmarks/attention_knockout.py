@@ -2,9 +2,9 @@
 
 ``python benchmarks/attention_knockout.py [--pairs N]`` cuts, in all layers at once, the edges from
 the predicting position to the words that decide between right and wrong (a verb's subject, what a
-fact is about, an indirect object's first mention) and to those that suggest the wrong word. Printed:
-the change of log p(right) - log p(wrong) in nats, each with a 95 % bootstrap interval over pairs.
-Takes half a minute.
+fact is about, an indirect object's first mention) and to those that suggest the wrong word.
+Printed: the change of log p(right) - log p(wrong) in nats, each with a 95 % bootstrap interval over
+pairs. Takes half a minute.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch
 
 Work = Callable[[], object]
 Kind = Literal["causal-lm", "encoder-decoder"]
-STEPS, ANSWER = 10, 20
+STEPS, ANSWER, SHARD = 10, 20, 32
 # A sixth of GPT-2's layers and words: passes are made of blocks and of the readout as in GPT-2.
 LAYERS, VOCABULARY = 2, 8376
 
@@ -64,6 +64,13 @@ def _mining(model: Any, ids: Tensor) -> Work:
 
 def _scanning(model: Any, ids: Tensor) -> Work:
     return partial(cm.scan, model, [{"prompt": ids[0].tolist(), "target": 3, "foil": 4}])
+
+
+def _scanning_many(model: Any, ids: Tensor) -> Work:
+    """Returns what scans as many prompts as there are tokens."""
+    prompts = [ids[0].roll(place)[:12].tolist() for place in range(ids.shape[1])]
+    rows = [{"prompt": prompt, "target": 3, "foil": 4} for prompt in prompts]
+    return partial(cm.scan, model, rows, shard_size=SHARD)
 
 
 def _readouts(components: Callable[[int], int]) -> Callable[[int], int]:
@@ -109,6 +116,7 @@ METHODS: dict[str, Method] = {
     ),
     "globenc": Method(_call(cm.globenc), 1),
     "alti": Method(_call(cm.alti), 1),
+    "alti, logit": Method(_call(cm.alti, of="logit"), 1),
     "decompx": Method(_call(cm.decompx), 1, lambda n: _pairs(n) * _carried()),
     "gradient_x_input": Method(_call(cm.gradient_x_input), 2),
     f"integrated_gradients, {STEPS} steps": Method(
@@ -163,6 +171,8 @@ METHODS: dict[str, Method] = {
     ),
     "flow, 50 nodes": Method(_call(cm.flow, pos=-1, k=50), 2),
     "scan, one prompt by layer and head": Method(_scanning, 1),
+    "scan, n prompts of 12 tokens": Method(_scanning_many),
+    "value_zeroing, 8 generated tokens": Method(_call(cm.value_zeroing, generate=8)),
     "ff_memories": Method(_call(cm.ff_memories), 1, _readouts(lambda n: (3 * LAYERS - 1) * n)),
     "token_memory": Method(
         _call(cm.token_memory), 1, lambda n: LAYERS * _pairs(n) * 2 * 12 * 4 * 768
@@ -221,16 +231,24 @@ def words(length: int, d_vocab: int) -> Tensor:
     return torch.randint(3, d_vocab, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-def growth(lengths: Sequence[int], runs: int, *, width: int = 768) -> dict[str, dict[str, Any]]:
+def growth(
+    lengths: Sequence[int], runs: int, *, width: int = 768, names: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Returns what every method takes, the forward pass of each model first.
 
     Args:
         lengths: Numbers of tokens.
         runs: How many times each is timed, at the largest length.
         width: Of the first model; bounds are known for 768.
+        names: Methods, None for all.
     """
     models = {"causal-lm": gpt2(LAYERS, width, VOCABULARY), "encoder-decoder": bridged(plain(6))}
-    asked = {f"forward pass, {kind}": Method(forward, 1, kind=kind) for kind in models} | METHODS  # type: ignore[arg-type]
+    every = {f"forward pass, {kind}": Method(forward, 1, kind=kind) for kind in models} | METHODS  # type: ignore[arg-type]
+    asked = {
+        name: method
+        for name, method in every.items()
+        if names is None or name in names or name not in METHODS
+    }
     found: dict[str, tuple[list[int], list[int]]] = {}
     works: list[Work] = []
     for name, method in asked.items():
@@ -245,6 +263,7 @@ def growth(lengths: Sequence[int], runs: int, *, width: int = 768) -> dict[str, 
     return {
         name: asdict(_grown(method, [*lengths], found, name, seconds[name], width == 768))
         for name, method in asked.items()
+        if names is None or name in names
     }
 
 

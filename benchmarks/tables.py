@@ -43,6 +43,15 @@ def keep(found: Mapping[str, Any]) -> None:
     STORED.write_text(json.dumps(stored() | dict(found), indent=1) + "\n")
 
 
+def with_stored(part: str, rows: Any) -> Any:
+    """Returns the stored rows of a part with those that were measured again in their place."""
+    known = stored().get(part, type(rows)())
+    if isinstance(rows, dict):
+        return known | rows
+    again = {(row["method"], row["other"]) for row in rows}
+    return [row for row in known if (row["method"], row["other"]) not in again] + rows
+
+
 def rewritten(text: str, found: Mapping[str, Any]) -> str:
     """Returns a page with every block between markers as the measurements say.
 

@@ -257,6 +257,7 @@ def ask_options(asked: Asked, family: str) -> None:
             ),
             "answers": lambda: cm.value_zeroing(**padded, target=[[5, 6], [7]]),
             "logits of answers": lambda: cm.decompx(**padded, target=[[5, 6], [7]]),
+            "layers to logits": lambda: cm.alti(**padded, of="logit", target=[[5, 6], [7]]),
             "generated": lambda: cm.attention_norms(**padded, generate=2, at="mlp_out"),
             "graph of neurons": lambda: cm.flow(
                 model, given.tokens[:1].to(GPU), target=5, foil=6, neurons=True, k=20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import oracles_baselines as oracle
@@ -68,17 +69,16 @@ def test_answers_of_a_padded_batch_are_those_of_their_texts_alone(family: str) -
     model, ids = zoo.shared(case), torch.tensor([[5, 9, 17, 4], [5, 8, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     answers = [[11, 6], [13, 7, 12]]
-    start: dict[str, Any] = {"of": "logit"}
-    if case.encoder_decoder:
-        start["decoder_input"] = torch.tensor([[2], [2]])
-    found = cm.alti(model, ids, attention_mask=mask, target=[*answers], **start)
+    start = {"decoder_input": torch.tensor([[2], [2]])} if case.encoder_decoder else {}
+    ask: Any = partial(cm.alti, model, of="logit")
+    found = ask(ids, attention_mask=mask, target=[*answers], **start)
     assert found.target.mask.tolist() == [[True, True, False], [True] * 3]
     assert found.unit == "logit"
     assert not bool(found.scores[0, 0, 0, 2].any())
     for row, answer in enumerate(answers):
-        alone = {**start, **({"decoder_input": start["decoder_input"][:1]} if len(start) > 1 else {})}
         text = ids[row : row + 1, : int(mask[row].sum())]
-        expected = cm.alti(model, text, target=[answer], **alone)
+        first = {name: value[:1] for name, value in start.items()}
+        expected = ask(text, target=[answer], **first)
         kept = found.select(
             batch=row,
             target=[*range(len(answer))],

@@ -38,6 +38,7 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "attention answer": partial(cm.attention, target=[[5, 6, 7], [8, 9]]),
     "globenc": cm.globenc,
     "alti": cm.alti,
+    "alti logits": partial(cm.alti, of="logit", target=5, foil=6),
     "decompx": cm.decompx,
     "decompx logits": partial(cm.decompx, target=5, foil=6),
     "decompx_vectors": cm.decompx_vectors,

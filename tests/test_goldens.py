@@ -110,6 +110,7 @@ METHODS: dict[str, dict[str, Ask]] = {
         ),
         "globenc": _maps(cm.globenc),
         "alti": _maps(cm.alti),
+        "alti to a logit": _maps(functools.partial(cm.alti, of="logit", target=9, foil=7, pos=-1)),
         "decompx": _maps(cm.decompx),
         "decompx_vectors": lambda model, tokens, **given: (
             cm.decompx_vectors(model, tokens, **given).parts
@@ -162,6 +163,8 @@ CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORW
 def asked(case: zoo.Case) -> dict[str, Ask]:
     """The methods that have an answer about a case."""
     without: set[str] = set() if case.encoder_decoder else {"DecoderLens"}
+    if case.family in zoo.CURVED_READOUT:
+        without |= {"alti to a logit"}
     if case.family == "attn_only":
         without |= {"FF maps", "memories", "log_prob_contributions by ff_neuron"}
     return {

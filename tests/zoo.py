@@ -23,6 +23,7 @@ from zoo_build import major
 from zoo_refused import REFUSED, RefusedCase
 
 __all__ = [
+    "CURVED_READOUT",
     "EXPECTED",
     "FLOAT32_INSIDE",
     "OPAQUE_FEED_FORWARD",
@@ -254,6 +255,9 @@ and up to 5e-7 where only the attention is. Rotary angles, in float32 everywhere
 OPAQUE_FEED_FORWARD = frozenset({"solu"})
 """Families without a slope per neuron (SoLU is a softmax over them): what is asked of their
 attention has an answer, what is asked behind the feed-forward has none."""
+
+CURVED_READOUT = frozenset({"bert", "roberta", "gemma2"})
+"""Families whose logits are not linear in the stream: a masked-LM head, or a cap."""
 
 
 def _ids(host: str, families: str) -> frozenset[str]:

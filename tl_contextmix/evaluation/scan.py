@@ -79,7 +79,8 @@ def scan(
             ``category``. Rows in the formats of BLiMP, CounterFact, known_1000 and indirect object
             identification are known by their columns. A target is text with its leading space, or
             an id; a list holds alternatives; a text of several tokens is an answer, whose tokens
-            are added up (each less the foil's in its place, see `Asked`); without one the model's best token is explained.
+            are added up (each less the foil's in its place, see `Asked`); without one the model's
+            best token is explained.
         by: What is scored: ``"layer"`` (sublayers), ``"head"``, ``"ff_neuron"`` (each
             feed-forward neuron), or several of these.
         columns: Names of the columns in these rows, such as ``{"prompt": "question"}``.

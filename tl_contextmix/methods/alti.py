@@ -60,11 +60,11 @@ def alti(
               l_w - l_f = \sum_k C_k + b
 
     with :math:`\Delta^l_j` what all heads of layer :math:`l` read from position :math:`j`, past
-    the final norm with its scale frozen, times the target's column of :math:`W_U` less the foil's;
-    and :math:`M = ` ``.normalize().rollout()``, :math:`M^0 = I`. A score has a sign. In :math:`b` is
-    what attention does not read: what entered the first block at the predicting position, the
-    feed-forward sublayers and biases. In post-LN models parts pass the norms that follow, frozen.
-    The publication has pre-LN models; its code is for one sentence and causal models alone.
+    the final norm with its scale frozen, times the target's column of :math:`W_U` less the foil's,
+    and :math:`M^l` the ``.normalize().rollout()`` after layer :math:`l`, :math:`M^0 = I`. A score
+    has a sign. In :math:`b` is what attention does not read: what entered the first block at the
+    predicting position, the feed-forward sublayers, and biases (those of values travel with their
+    token). The paper has pre-LN models; in post-LN ones parts pass the norms that follow, frozen.
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.

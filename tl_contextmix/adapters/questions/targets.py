@@ -155,7 +155,7 @@ def require_same_lengths(target: Sequence[Steps], foil: Sequence[Steps]) -> None
                 "a foil has another number of tokens than the target",
                 f"a target of {len(asked)} and a foil of {len(other)} in text {number}",
                 "as many: each token is contrasted with the one in its place",
-                "Give a foil for every token, or ask about each answer alone and subtract log_prob.",
+                "Give a foil of each token, or ask about each answer alone and subtract log_prob.",
             )
 
 
