@@ -233,6 +233,11 @@ QUESTIONS = [
     asked("several tokens", answered),
     asked("all positions", functools.partial(cm.log_prob_contributions, by="head", pos="all")),
     asked("direction", toward),
+]
+
+
+# What the methods above say of a text, or have added up: the contract holds for it too.
+FURTHER = [
     *(
         Method(
             f"{ask.__name__}, logit",
@@ -295,8 +300,10 @@ PAIRS = [
     if answers(method, case.family)
 ]
 ASKED = [pytest.param(method, case, id=f"{method.name}-{case}") for method, case in PAIRS]
-BATCHED = [param for param, (method, _) in zip(ASKED, PAIRS, strict=True) if method.batched]
 STACKED = [param for param, (method, _) in zip(ASKED, PAIRS, strict=True) if method.stacked]
+MORE = [(m, case) for case in zoo.kinds() for m in FURTHER if answers(m, case.family)]
+EVERY = ASKED + [pytest.param(method, case, id=f"{method.name}-{case}") for method, case in MORE]
+BATCHED = [p for p, (m, _) in zip(EVERY, PAIRS + MORE, strict=True) if m.batched]
 
 
 def last_point(case: zoo.Case) -> str:
@@ -351,7 +358,7 @@ def test_a_batch_equals_its_rows_and_twice_is_the_same(method: Method, case: zoo
         assert relative(found, whole[row : row + 1]) <= bound(case)
 
 
-@pytest.mark.parametrize(("method", "case"), ASKED)
+@pytest.mark.parametrize(("method", "case"), EVERY)
 def test_the_model_is_left_as_it_was(method: Method, case: zoo.Case) -> None:
     model, given = shared(case)
     # TransformerLens leaves hooks of its own behind the first time a bridge runs.
@@ -388,7 +395,7 @@ def state(model: Any) -> list[Any]:
     return [modules, weights, model.training, torch.is_grad_enabled()]
 
 
-@pytest.mark.parametrize(("method", "case"), ASKED)
+@pytest.mark.parametrize(("method", "case"), EVERY)
 def test_saved_loaded_tabulated_and_shown(method: Method, case: zoo.Case, tmp_path: Path) -> None:
     found = answer(method, case)
     again = method.kind.load(found.save(tmp_path / "result.safetensors"))
