@@ -145,8 +145,8 @@ def test_tables_of_text_are_read_by_column(name: str, separator: str, tmp_path: 
         read(path, "words")
     ragged = write(tmp_path / "b.csv", b"text,n\nthe cat\na dog,1,2\n\xff,1\n")
     assert [one.problem for one in read(ragged)] == [
-        "cells for other columns than ['text', 'n']",
-        "cells for other columns than ['text', 'n']",
+        "a row of 1 for the columns ['text', 'n']",
+        "a row of 3 for the columns ['text', 'n']",
         "no Unicode text (surrogates not allowed at character 0)",
     ]
     quoted = write(tmp_path / "c.csv", b'text\n"the cat\n')

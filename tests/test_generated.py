@@ -15,6 +15,7 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.words import find_text
 from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import ContextMap
 
@@ -235,6 +236,38 @@ def test_spans_add_up_what_they_cover() -> None:
     ):
         with pytest.raises(cm.InvalidInput, match=message):
             said.by_span(spans)  # type: ignore[arg-type]
+
+
+@pytest.mark.once
+def test_texts_are_found_as_they_are_written_or_as_they_read() -> None:
+    pieces = [
+        "<s>",
+        " the",
+        " caf",
+        "⟨C3⟩",
+        "⟨A9⟩",
+        " ",
+        "⟨F0⟩",
+        "⟨9F⟩",
+        "⟨99⟩",
+        "⟨82⟩",
+        " The",
+        "is",
+    ]
+    for text, expected in (
+        (" the", [(1, 2)]),  # as it is written
+        ("the", [(1, 2), (10, 11)]),  # nothing is: whatever its case and spaces
+        ("CAFÉ", [(2, 5)]),
+        ("\U0001f642", [(6, 10)]),
+        ("the café \U0001f642", [(1, 10)]),
+        ("caf", [(2, 3)]),
+        ("ca", []),  # whole tokens
+        (" ", [(5, 6)]),
+        ("", []),
+    ):
+        assert find_text(pieces, [True] * len(pieces), text, True) == expected, text
+    words = ["", "the", "key", "##s", "the"]
+    assert find_text(words, [False, True, True, True, True], "Keys the", False) == [(2, 5)]
 
 
 @pytest.mark.once

@@ -120,12 +120,14 @@ def find_text(
             for stop in range(start + 1, len(pieces) + 1):
                 if not real[start] or not real[stop - 1]:
                     break
-                joined = read(join_pieces(pieces[start:stop], spaced))
+                together = join_pieces(pieces[start:stop], spaced)
+                joined = read(together)
                 if joined == wanted and read(pieces[start]):
                     found.append((start, stop))
                     start = stop - 1
-                if len(joined) >= len(wanted) or not (
-                    wanted.startswith(joined) or has_parts(joined)
+                # What ends within a character may still become it.
+                if not has_parts(together) and (
+                    len(joined) >= len(wanted) or not wanted.startswith(joined)
                 ):
                     break
             start += 1

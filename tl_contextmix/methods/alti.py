@@ -26,7 +26,7 @@ from tl_contextmix.results import ContextMap
 
 
 def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
-    to_logit = ("ferrando2023explaining",) if options.get("of") == "logit" else ()
+    to_logit = ("ferrando2023explaining",) if options.get("of", "logit") == "logit" else ()
     return ("ferrando2022measuring", *to_logit)
 
 
@@ -103,7 +103,8 @@ def alti(
     scores = done.by_block("alti", "batch head target source:block_out", closer)
     after_norm = done.blocks[0].attentions[-1].norm_after is not None
     point = "mlp_in" if after_norm else "resid_mid"
-    return done.map("alti", scores, "block_out", "L1 distance", point=point)
+    options = {"of": "distance"}
+    return done.map("alti", scores, "block_out", "L1 distance", options=options, point=point)
 
 
 def _to_prediction(

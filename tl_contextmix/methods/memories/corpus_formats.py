@@ -332,8 +332,10 @@ def _csv(corpus: Corpus) -> Iterator[Document]:
         for row in rows:
             found = _document(row, corpus)
             if None in row or None in row.values():
+                cells = [cell for name, cell in row.items() if name is not None]
+                count = len(cells) - cells.count(None) + len(row.get(None) or ())
                 found = Document(
-                    None, f"cells for other columns than {list(rows.fieldnames or ())}"
+                    None, f"a row of {count} for the columns {list(rows.fieldnames or ())}"
                 )
             yield replace(found, size=sum(sizes))
             sizes.clear()
