@@ -64,14 +64,16 @@ def _rolled(block: Block, trace: Trace, row: int, below: Tensor, memory: Tensor)
 
 def alti_logit(view: ModelView, trace: Trace, row: int, pos: int, column: Tensor) -> Tensor:
     """ALTI-Logit of one prediction [layer source]: each layer's updates, back to the input."""
-    blocks, encoder = view.stacks["decoder"], view.stacks.get("encoder", ())
+    stack = view.base_stack(None)
+    blocks = view.stacks[stack]
+    encoder = view.stacks.get("encoder", ()) if stack == "decoder" else ()
     count = trace.resid_in(blocks[0]).shape[1]
     other = trace.resid_in(encoder[0]).shape[1] if encoder else 0
     every = torch.eye(count + other, dtype=column.dtype)
     reached, memory = every[:count], every[count:]
     for block in encoder:
         memory = _rolled(block, trace, row, memory, memory[:0])
-    stream = Parts(view, trace, "decoder", row, pos)
+    stream = Parts(view, trace, stack, row, pos)
     whole, norm, found = stream.whole(), view.readout.norm, []
     for block in blocks:
         update = torch.zeros(count + other, dtype=column.dtype)
