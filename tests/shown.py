@@ -18,6 +18,8 @@ from tl_contextmix.results import (
     CompositionFigures,
     Cost,
     CurvePoint,
+    DifferenceRow,
+    Differences,
     LayerCurves,
     LayerwiseDecoding,
     LayerwiseLikelihood,
@@ -188,7 +190,7 @@ def _mined() -> list[Any]:
 
 def _scores() -> list[Any]:
     def row(method: str, layer: str) -> ScoreRow:
-        return ScoreRow(method, layer, "dot", 0.5, 0.4, 0.6, 0.1, 3)
+        return ScoreRow(method, layer, "dot", 0.5, 0.4, 0.6, 0.1, 3, (0.25, 0.5, 0.75))
 
     rows = tuple(row(method, layer) for method in HOSTILE[2:4] for layer in ("0", "1"))
     points = tuple(
@@ -198,6 +200,11 @@ def _scores() -> list[Any]:
     )
     return [
         Score(rows, HOSTILE[3], HOSTILE[2]),
+        Differences(
+            (DifferenceRow(*HOSTILE[2:4], "1", "dot", 0.5, -0.4, 0.6, 0.1, 3),),
+            HOSTILE[3],
+            HOSTILE[2],
+        ),
         LayerCurves(points, HOSTILE[3], HOSTILE[2], PROVENANCE),
         Comparison(
             rows=rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -19,12 +20,12 @@ import tl_contextmix as cm
 from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import count_operations
-from tl_contextmix.core.statistics import spearman
+from tl_contextmix.core.statistics import bootstrap_interval, spearman
 from tl_contextmix.errors import FileFormatError
 from tl_contextmix.evaluation import MinimalPair, blanked, overlapping, place_tokens
 from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.reporting.comparison_section import write_comparison
-from tl_contextmix.results import Comparison, ContextMap, Tokens
+from tl_contextmix.results import Comparison, ContextMap, Score, ScoreRow, Tokens
 
 pytestmark = pytest.mark.once
 
@@ -290,9 +291,12 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison
         cues.append([place + 1 for place in before])  # one token per word, behind the first mark
     expected = cm.cue_alignment(maps, cues)
     rolled = cm.cue_alignment([map.rollout() for map in maps], cues)
+    added = cm.cue_alignment([map.rollout(add_identity=True) for map in maps], cues)
     ours = {(r.layer, r.metric): r for r in found.rows if r.method == "value_zeroing"}
-    for row in (*expected.rows, *(r for r in rolled.rows if r.layer == "input to 3")):
+    whole = [replace(r, layer=f"{r.layer}, with identity") for r in added.rows]
+    for row in (*expected.rows, *(r for r in (*rolled.rows, *whole) if "to 3" in r.layer)):
         mine = ours[row.layer, row.metric]
+        assert mine.values == pytest.approx(row.values)
         assert (mine.value, mine.chance) == pytest.approx((row.value, row.chance))
         assert (mine.low, mine.high) == pytest.approx((row.low, row.high))
     answers = [model.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
@@ -312,7 +316,13 @@ def test_every_method_has_its_rows_and_its_cost(found: Comparison, model: Any) -
         "dot", "average precision", "blank-out", "comprehensiveness", "sufficiency"
     )  # fmt: skip
     layers = {"0", "1", "2", "3", "input to 3"}
-    assert set(frame[frame.method == "attention"].layer) == layers
+    assert set(frame[frame.method == "attention"].layer) == layers | {
+        "input to 3, without identity"
+    }
+    assert set(frame[frame.method == "value_zeroing"].layer) == layers | {
+        "input to 3, with identity"
+    }
+    assert "values" not in frame
     assert set(frame[frame.method == "decompx"].layer) == {f"input to {n}" for n in range(4)}
     assert set(frame[frame.method == "gradient_x_input"].layer) == {"prediction"}
     costs = {cost.method: cost for cost in found.costs}
@@ -332,7 +342,8 @@ def test_tables_and_likeness(found: Comparison) -> None:
     assert found.best()["value"].is_monotonic_decreasing
     table = found.table("dot")
     assert list(table.columns) == [
-        "0", "1", "2", "3", *(f"input to {n}" for n in range(4)), "prediction"
+        "0", "1", "2", "3", *(f"input to {n}" for n in range(4)),
+        "input to 3, with identity", "input to 3, without identity", "prediction",
     ]  # fmt: skip
     assert math.isnan(table.loc["decompx", "0"])
     assert torch.allclose(found.alike, found.alike.T)
@@ -340,6 +351,94 @@ def test_tables_and_likeness(found: Comparison) -> None:
     assert found.alike_methods == tuple(FAST)
     with pytest.raises(cm.InvalidInput, match=r"no figures of this metric: got 'accuracy'"):
         found.best("accuracy")
+
+
+def test_differences_are_paired_by_sentence(found: Comparison) -> None:
+    values = {(r.method, r.layer, r.metric): torch.tensor(r.values) for r in found.rows}
+    one, two = ((name, "2", "dot") for name in ("value_zeroing", "attention"))
+    apart = (values[one] - values[two]).double()
+    (row,) = found.difference("value_zeroing", "attention", layer="2").rows
+    assert (row.value, row.sentences) == (pytest.approx(float(apart.mean())), 6)
+    assert (row.low, row.high) == pytest.approx(bootstrap_interval(apart), abs=1e-6)
+    # Of the 64 patterns of signs, so many have a mean as far from zero.
+    signs = torch.tensor([*itertools.product((1.0, -1.0), repeat=6)], dtype=torch.float64)
+    drawn = (signs * apart).mean(1).abs()
+    expected = (drawn >= apart.mean().abs() - 1e-9).double().mean()
+    assert row.p == pytest.approx(float(expected), abs=1e-6)
+    (other,) = found.difference("attention", "value_zeroing", layer="2").rows
+    assert (other.value, other.p) == (pytest.approx(-row.value), pytest.approx(row.p))
+    # Every layer that both have, and the best one.
+    every = found.difference("value_zeroing", "attention", metric="blank-out").rows
+    assert [row.layer for row in every] == ["best", "0", "1", "2", "3", "input to 3"]
+    (crossed,) = found.difference(
+        "value_zeroing", "decompx", layer=("2", "input to 3"), metric="dot"
+    ).rows
+    assert crossed.layer == "2 / input to 3"
+    apart = values[one] - values["decompx", "input to 3", "dot"]
+    assert crossed.value == pytest.approx(float(apart.mean()), abs=1e-6)
+    others = found.difference("value_zeroing", layer="best").rows
+    assert [row.other for row in others] == [name for name in FAST if name != "value_zeroing"]
+
+
+def rows_of(method: str, values: dict[str, list[float]], metric: str = "dot") -> list[ScoreRow]:
+    return [
+        ScoreRow(method, layer, metric, 0.0, 0.0, 0.0, 0.0, len(some), tuple(some))
+        for layer, some in values.items()
+    ]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("dot", 1.0), ("sufficiency", -1.0)])
+def test_the_best_layer_is_chosen_on_the_other_sentences(metric: str, sign: float) -> None:
+    # On all three sentences layer 1 is best; without the last one layer 0 is.
+    table = {"0": [0.3, 0.3, 0.0], "1": [0.2, 0.2, 0.9], "2": [math.nan] * 3}
+    table = {layer: [sign * value for value in some] for layer, some in table.items()}
+    rows = (*rows_of("a", table, metric), *rows_of("b", {"0": [0.0] * 3}, metric))
+    score = Score(rows, "by hand", "")
+    (row,) = score.difference("a", "b", layer="best").rows
+    assert row.value == pytest.approx(sign * (0.2 + 0.2 + 0.0) / 3)
+
+
+def test_differences_that_cannot_be_told(found: Comparison) -> None:
+    for asked, message in (
+        ({"method": "value_zeroings"}, "Did you mean 'value_zeroing'"),
+        ({"other": "lime"}, "no figures of this method: got 'lime'"),
+        ({"layer": "7"}, "no figures of this layer: got '7'.*or 'best'"),
+        ({"layer": ("0", "1", "2")}, "one layer, or two"),
+        ({"metric": "accuracy"}, "no figures of this metric"),
+    ):
+        with pytest.raises(cm.InvalidInput, match=message):
+            found.difference(**{"method": "value_zeroing", "other": "attention", **asked})
+    old = Score(tuple(replace(row, values=()) for row in found.rows), "old", "")
+    with pytest.raises(cm.InvalidInput, match="means alone.*older versions"):
+        old.difference("value_zeroing", "attention")
+    twice = Score((*found.rows, *found.rows), "twice", "")
+    with pytest.raises(cm.InvalidInput, match="two figures of 'value_zeroing' for one layer"):
+        twice.difference("value_zeroing", "attention")
+    uneven = Score((*rows_of("a", {"0": [1.0]}), *rows_of("b", {"0": [1.0, 2.0]})), "", "")
+    with pytest.raises(cm.InvalidInput, match="1 sentences of 'a' and 2 of 'b'"):
+        uneven.difference("a", "b")
+    nothing = Score((*rows_of("a", {"0": [math.nan]}), *rows_of("b", {"0": [1.0]})), "", "")
+    (row,) = nothing.difference("a", "b", layer="0").rows
+    assert math.isnan(row.value)
+    assert math.isnan(row.p)
+    assert row.sentences == 0
+
+
+def test_files_of_older_versions_have_means_alone() -> None:
+    old = Comparison.load(Path(__file__).parent / "data/v1/Comparison.safetensors")
+    with pytest.raises(cm.InvalidInput, match="means alone.*older versions"):
+        old.difference(old.methods[0], old.methods[1])
+
+
+def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison) -> None:
+    behind = next(panel for panel in found.panels() if panel.title == "Behind the best method")
+    cells = {row[0]: row[1] for row in behind.table().rows}
+    best = found.best("dot")["method"].iloc[0]
+    assert cells[best] == "the best"
+    (row,) = found.difference("attention", best, layer="best").rows
+    assert cells["attention"].startswith(f"{row.value:+.2f} ({row.low:.2f} to {row.high:.2f}; p ")
+    old = replace(found, rows=tuple(replace(row, values=()) for row in found.rows))
+    assert "Behind the best method" not in [panel.title for panel in old.panels()]
 
 
 def test_likeness_by_hand(model: Any, found: Comparison) -> None:

@@ -25,9 +25,9 @@ NO_RESULTS = {
     *("ContextMixError", "ContextMixWarning", "FileFormatError", "InvalidInput"),
     *("UnsupportedModel", "Direction", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
-    *("EstimatePart", "GraphNode", "Tokens", "Trigger"),
+    *("DifferenceRow", "EstimatePart", "GraphNode", "Tokens", "Trigger"),
     # Base classes.
-    *("ComponentSet", "LabelledArray", "Mined", "RowTable"),
+    *("ComponentSet", "LabelledArray", "Mined", "RowTable", "ScoreTable"),
 }
 
 

@@ -367,6 +367,7 @@ def test_there_is_a_file_of_every_class():
         "AttentionKnockout",
         "AttributionGraph",
         "ContextReliance",
+        "Differences",
         "HeadDecomposition",
         "Scan",
     }

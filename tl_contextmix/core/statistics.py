@@ -117,6 +117,31 @@ def bootstrap_interval(
     return low, high
 
 
+def sign_flip_test(differences: Float[Tensor, " n"], *, resamples: int = 9999) -> float:
+    """Returns the two-sided p value of paired differences: would signs drawn at random do as much?
+
+    NaN where there is at most one, of which nothing can be told.
+
+    Args:
+        differences: One per sentence, none of them NaN.
+        resamples: How many patterns of signs are drawn; where there are no more, each is taken.
+    """
+    # scipy takes long to import; most results are never asked for this.
+    from scipy.stats import permutation_test
+
+    if len(differences) < 2:
+        return float("nan")
+    found = permutation_test(
+        (differences.double().cpu().numpy(),),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=resamples,
+        vectorized=True,
+        rng=0,
+    )
+    return float(found.pvalue)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and spread of columns of numbers, of which none is kept.

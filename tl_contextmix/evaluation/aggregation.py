@@ -109,4 +109,5 @@ def _summary(
     known = ~values.isnan()
     low, high = bootstrap_interval(values)
     mean, chance = float(values[known].mean()), float(levels[known].mean())
-    return ScoreRow(method, layer, metric, mean, low, high, chance, int(known.sum()))
+    count, each = int(known.sum()), tuple(values.tolist())
+    return ScoreRow(method, layer, metric, mean, low, high, chance, count, each)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -83,9 +83,11 @@ def compare(
 ) -> Comparison:
     """Returns how well each method's maps score on the same sentences, and their cost.
 
-    Maps are row-normalized and evaluated per layer and, if they cover single layers, as a rollout
-    through all of them. Metrics use the row of the predicting position: the last one in a causal
-    model, the mask in a masked one.
+    Maps are row-normalized and evaluated per layer and, if they cover single layers, as rollouts
+    through all of them: as `ContextMap.rollout` makes them (``"input to 3"``), and with the
+    identity added where that does not, or without it where it does (``"input to 3, with
+    identity"``). Metrics use the row of the predicting position: the last one in a causal model,
+    the mask in a masked one.
 
     * `cue_alignment`, if cues are given: ``dot`` and ``average precision``.
     * `faithfulness`: ``blank-out``, ``comprehensiveness``, ``sufficiency``.
@@ -93,7 +95,8 @@ def compare(
     * Cost per sentence: seconds on this machine, and FLOPs.
 
     Every value comes with a 95 % bootstrap interval over sentences and its chance level. All
-    methods are evaluated on the same rows of the same sentences.
+    methods are evaluated on the same rows of the same sentences, whose figures the result keeps:
+    ``difference`` says whether one method is better than another.
 
     Args:
         model: A causal or masked language model.
@@ -149,8 +152,8 @@ def compare(
     for name in supported:
         found = [_taken(map, s, words) for map, s in zip(maps[name], known, strict=True)]
         rows += _figures(name, found, drops)
-        if all(last is not None for _, last, _ in found):
-            whole[name] = [_row(last, place) for _, last, (place, _) in found if last is not None]
+        if all(one.rollouts for one in found):
+            whole[name] = [_row(next(iter(one.rollouts.values())), one.place) for one in found]
     costs = [
         Cost(name, statistics.median(seconds[name]), flops[name], flops[name] / forward)
         for name in supported
@@ -237,27 +240,44 @@ def _run(
     return maps, seconds
 
 
-Taken = tuple[ContextMap, ContextMap | None, tuple[int, list[int | str]]]
+@dataclass(frozen=True)
+class _Taken:
+    """What is evaluated of a method's map of one sentence.
+
+    Attributes:
+        layers: Its layers.
+        rollouts: The maps from the input to the last layer, by what is added to the layer's name.
+        place: The target's row.
+        cues: The cues.
+    """
+
+    layers: ContextMap
+    rollouts: Mapping[str, ContextMap]
+    place: int
+    cues: list[int | str]
 
 
-def _taken(map: ContextMap, sentence: Sentence, words: bool) -> Taken:
-    """Returns the per-layer maps, the map from input to last layer, target row and cues."""
+def _taken(map: ContextMap, sentence: Sentence, words: bool) -> _Taken:
+    """Returns the per-layer maps, those from input to last layer, target row and cues."""
     if len(map.heads) > 1:
         map = map.mean("head")
     layers = map.normalize()
-    last = None
+    whole = {}
     if layers.from_input:
-        last = layers.select(layer=-1)
+        whole = {"": layers}
     elif layers.target.equals(layers.source) and layers.layers == (*range(len(layers.layers)),):
-        last = layers.rollout().select(layer=-1)
+        other = layers.includes_residual
+        name = ", with identity" if other else ", without identity"
+        whole = {"": layers.rollout(), name: layers.rollout(add_identity=other)}
+    last = {name: one.select(layer=-1) for name, one in whole.items()}
     place = 0 if map.target.ids.shape[1] == 1 else sentence.place
     cues = list(sentence.cues)
     if not words:
-        return layers, last, (place, cues)
+        return _Taken(layers, last, place, cues)
     spans, rows = map.source.words()[0], map.target.words()[0]
     cues = [_holding(spans, cue) if isinstance(cue, int) else cue for cue in cues]
-    merged = None if last is None else last.words()
-    return layers.words(), merged, (_holding(rows, place), [*dict.fromkeys(cues)])
+    merged = {name: one.words() for name, one in last.items()}
+    return _Taken(layers.words(), merged, _holding(rows, place), [*dict.fromkeys(cues)])
 
 
 def _holding(spans: Sequence[tuple[int, int]], place: int) -> int:
@@ -265,18 +285,18 @@ def _holding(spans: Sequence[tuple[int, int]], place: int) -> int:
     return next((w for w, (start, stop) in enumerate(spans) if start <= place < stop), place)
 
 
-def _figures(name: str, found: Sequence[Taken], drops: Sequence[Drop]) -> list[ScoreRow]:
-    kinds: list[list[ContextMap]] = [[layers for layers, _, _ in found]]
-    if all(last is not None and not layers.from_input for layers, last, _ in found):
-        kinds.append([last for _, last, _ in found if last is not None])
-    places = [place for _, _, (place, _) in found]
-    cues = [cues for _, _, (_, cues) in found]
+def _figures(name: str, found: Sequence[_Taken], drops: Sequence[Drop]) -> list[ScoreRow]:
+    kinds = [("", [one.layers for one in found])]
+    if not any(one.layers.from_input for one in found):
+        shared = [how for how in found[0].rollouts if all(how in one.rollouts for one in found)]
+        kinds += [(how, [one.rollouts[how] for one in found]) for how in shared]
+    places, cues = [one.place for one in found], [one.cues for one in found]
     rows: list[ScoreRow] = []
-    for maps in kinds:
-        if all(cues):
-            rows += cue_alignment(maps, cues, pos=places, method=name).rows
-        rows += faithfulness_of(maps, drops, places).rows
-    return [replace(row, method=name) for row in rows]
+    for how, maps in kinds:
+        aligned = cue_alignment(maps, cues, pos=places, method=name).rows if all(cues) else ()
+        some = (*aligned, *faithfulness_of(maps, drops, places).rows)
+        rows += [replace(row, method=name, layer=f"{row.layer}{how}") for row in some]
+    return rows
 
 
 def _row(map: ContextMap, place: int) -> Tensor:

@@ -35,7 +35,7 @@ from tl_contextmix.results.pair_changes import Pair, PairChanges
 from tl_contextmix.results.query_contributions import QueryContributions
 from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.scanned import Scan
-from tl_contextmix.results.scores import Score, ScoreRow
+from tl_contextmix.results.scores import DifferenceRow, Differences, Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
     Pattern,
@@ -59,6 +59,8 @@ __all__ = [
     "Cost",
     "CurvePoint",
     "Decomposition",
+    "DifferenceRow",
+    "Differences",
     "Estimate",
     "EstimatePart",
     "GraphNode",

@@ -8,24 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.labels import Provenance
-from tl_contextmix.results.row_tables import RowTable, as_text
-from tl_contextmix.results.scores import FIGURE_CELLS, ScoreRow
+from tl_contextmix.results.row_tables import as_text
+from tl_contextmix.results.scores import BEST, METRICS, ScoreRow, ScoreTable
 
 if TYPE_CHECKING:
     import pandas
-
-# Whether more of it is better, and what it is.
-METRICS: dict[str, tuple[bool, str]] = {
-    "dot": (True, "Share of the target's row that falls on the cue."),
-    "average precision": (True, "How high the cue stands in the row's ranking."),
-    "blank-out": (True, "Rank correlation with the fall that blanking each token causes."),
-    "comprehensiveness": (True, "Fall (nats) when the highest-ranked tokens are blanked."),
-    "sufficiency": (False, "Fall (nats) when only the highest-ranked tokens are kept."),
-}
 
 
 @storage.storable
@@ -49,7 +39,7 @@ class Cost:
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
-class Comparison(RowTable):
+class Comparison(ScoreTable):
     """How well several methods' maps of the same sentences do, and what they cost.
 
     Attributes:
@@ -66,8 +56,6 @@ class Comparison(RowTable):
     """
 
     LABELS = {"method": "alike_methods"}
-    ROW = ScoreRow
-    CELLS = FIGURE_CELLS
     TITLE = "Every figure"
     CAPTION = "95 % bootstrap intervals over sentences."
 
@@ -92,11 +80,6 @@ class Comparison(RowTable):
         """How many sentences, and how many were skipped, in words."""
         left_out = f" ({len(self.dropped)} more were skipped)" if self.dropped else ""
         return f"{self.sentences} sentences{left_out}"
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The metrics there are figures of."""
-        return tuple(dict.fromkeys(row.metric for row in self.rows))
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per method, layer and metric, with the method's cost."""
@@ -152,6 +135,7 @@ class Comparison(RowTable):
         )
         return (
             self._summary(),
+            *self._behind(),
             *([left_out] if self.left_out else []),
             *self.without(),
             *(self._layers(metric) for metric in self.metrics),
@@ -188,6 +172,29 @@ class Comparison(RowTable):
             "operations over those of a forward pass.",
             columns=("method", *self.metrics, "seconds", "FLOPs / forward"),
             rows=tuple(rows),
+        )
+
+    def _behind(self) -> tuple[Table, ...]:
+        """Returns how far each method is from the best one, by metric; nothing of older files."""
+        if len(self.methods) < 2 or not all(row.values for row in self.rows):
+            return ()
+        cells: dict[str, list[str]] = {method: [] for method in self.best()["method"]}
+        for metric in self.metrics:
+            first = self.best(metric)["method"].iloc[0]
+            found = self.difference(first, metric=metric, layer=BEST)
+            cells[first].append("the best")
+            for row in found.rows:
+                text = f"{-row.value:+.2f} ({-row.high:.2f} to {-row.low:.2f}; p {row.p:.4f})"
+                cells[row.other].append(text)
+        return (
+            Table(
+                title="Behind the best method",
+                caption="Each method less the one with the best mean, sentence by sentence (paired "
+                "95 % bootstrap interval; p of a permutation test, not corrected for how many "
+                "there are). Layers are chosen on all sentences but the one they are used for.",
+                columns=("method", *self.metrics),
+                rows=tuple((method, *texts) for method, texts in cells.items()),
+            ),
         )
 
     def _layers(self, metric: str) -> Heatmap:
@@ -230,20 +237,10 @@ class Comparison(RowTable):
             ),
         )
 
-    def _require(self, metric: str | None) -> str:
-        if metric is None:
-            return self.metrics[0]
-        if metric not in self.metrics:
-            raise bad(
-                "there are no figures of this metric",
-                repr(metric),
-                f"one of {list(self.metrics)}",
-                "Alignment with cues needs cues; see compare.",
-            )
-        return metric
 
-
-def _layer_order(name: str) -> tuple[int, int]:
+def _layer_order(name: str) -> tuple[int, int, str]:
     """Single layers come first, then what reaches back to the input, then predictions."""
-    number = name.removeprefix("input to ")
-    return (2, 0) if not number.isdigit() else (int(number != name), int(number))
+    number, _, how = name.removeprefix("input to ").partition(", ")
+    if not number.isdigit():
+        return 2, 0, ""
+    return int(name.startswith("input")), int(number), how

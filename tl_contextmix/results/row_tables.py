@@ -57,10 +57,13 @@ class RowTable(Result):
 
 
 def frame_of(kind: type, rows: Sequence[Any], computed: Sequence[str] = ()) -> pandas.DataFrame:
-    """Returns rows of a dataclass as a table of its fields and some properties."""
+    """Returns rows of a dataclass as a table of its fields and some properties.
+
+    A field that is no part of a row's text (``repr=False``) is no column either.
+    """
     import pandas
 
-    names = [*(field.name for field in fields(kind)), *computed]
+    names = [*(field.name for field in fields(kind) if field.repr), *computed]
     return pandas.DataFrame([[getattr(row, n) for n in names] for row in rows], columns=names)
 
 
