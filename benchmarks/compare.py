@@ -1,8 +1,9 @@
 """Which map to believe: every method on the embedded language models' own grammar.
 
 ``python benchmarks/compare.py [--sentences N] [--write]`` prints one Markdown table per model:
-each method at its best layer and from the input to the last layer. ``--write`` puts them into
-docs/pages/methods/comparison.md, between its markers. Seconds are left out of them: they depend on
+each method at its best layer, the best one's lead over the others, and every rollout with and
+without the identity. ``--write`` puts them into docs/pages/methods/comparison.md, between its
+markers. Seconds are left out of them: they depend on
 the machine.
 """
 
@@ -25,6 +26,8 @@ _SHOWN = {
     "comprehensiveness": "comprehensiveness (nats)",
     "sufficiency": "sufficiency (nats)",
 }
+METRICS = {**_SHOWN, "blank-out": "blank-out"}
+ROLLED = ("dot", "blank-out")
 _MARKED = re.compile(r"(<!-- comparison -->\n).*?(<!-- end of comparison -->)", re.DOTALL)
 
 
@@ -48,6 +51,35 @@ def table(found: Comparison) -> str:
     return "\n".join(lines)
 
 
+def lead(found: Comparison) -> str:
+    """Returns the Markdown table of how far the best method by the first metric is ahead."""
+    first = found.best()["method"].iloc[0]
+    columns = {metric: found.difference(first, metric=metric, layer="best") for metric in METRICS}
+    lines = ["| less | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for rows in zip(*(one.rows for one in columns.values()), strict=True):
+        cells = [f"{r.value:+.2f} ({r.low:.2f} to {r.high:.2f}; p {r.p:.4f})" for r in rows]
+        lines.append(f"| {rows[0].other} | " + " | ".join(cells) + " |")
+    return f"`{first}` less every other method, sentence by sentence:\n\n" + "\n".join(lines)
+
+
+def rollouts(found: Comparison) -> str:
+    """Returns the Markdown table of rollouts, with and without the identity."""
+    cells: dict[str, dict[tuple[bool, str], str]] = {}
+    whole = [row for row in found.rows if row.layer.startswith("input to ")]
+    changed = {row.method: ", with " in row.layer for row in whole if "identity" in row.layer}
+    for row in whole:
+        if row.method in changed and row.metric in ROLLED:
+            added = ("identity" in row.layer) == changed[row.method]
+            text = f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"
+            cells.setdefault(row.method, {})[added, row.metric] = text
+    titles = [f"{name}, {how} identity" for name in ROLLED for how in ("without", "with")]
+    lines = ["| rollout | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for method, each in cells.items():
+        row = [each[kind, metric] for metric in ROLLED for kind in (False, True)]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "Rollouts through all layers:\n\n" + "\n".join(lines)
+
+
 def main() -> None:
     """Prints the tables, or puts them into the page."""
     parser = command_line(__doc__)
@@ -58,7 +90,9 @@ def main() -> None:
     for name in MODELS:
         found = cm.compare(cm.load_demo(name), cm.demo_pairs(count=options.sentences))
         right = f"the model prefers the right verb in {found.correct} of {found.sentences}"
-        parts.append(f"`{name}` ({right}):\n\n{table(found)}\n")
+        parts.append(
+            f"`{name}` ({right}):\n\n{table(found)}\n\n{lead(found)}\n\n{rollouts(found)}\n"
+        )
         sys.stdout.write(parts[-1] + "\n")
         sys.stdout.flush()
     if options.write:

@@ -43,8 +43,19 @@ def results() -> dict[str, Result]:
         "flow": cm.flow(model, "the keys to the cabinet", target=" are", foil=" is"),
         "decoder_lens": cm.decoder_lens(translator, "the bat burned .", mode="teacher_forced"),
         "baselines": cm.alti(model, TEXT).normalize(),
+        "probing": probed(),
         "attention_flow": cm.attention_flow(model, TEXT),
     }
+
+
+def probed() -> Result:
+    """Returns where the number of a masked verb can be read."""
+    pairs = cm.demo_pairs(count=400, seed=11)
+    return cm.probe(
+        cm.load_demo("masked-lm"),
+        [pair.masked("[MASK]") for pair in pairs],
+        [pair.answer.endswith("s") for pair in pairs],
+    )
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from tl_contextmix.results import (
     LayerwiseScores,
     Memories,
     Pattern,
+    ProbedMaps,
     Score,
     ScoreRow,
     TokenMemory,
@@ -206,6 +207,12 @@ def _scores() -> list[Any]:
             HOSTILE[2],
         ),
         LayerCurves(points, HOSTILE[3], HOSTILE[2], PROVENANCE),
+        ProbedMaps(
+            (*points, CurvePoint("compression", HOSTILE[2], 1, 2.0, 1.0, 3.0, 3)),
+            HOSTILE[3],
+            HOSTILE[2],
+            PROVENANCE,
+        ),
         Comparison(
             rows=rows,
             costs=tuple(Cost(method, 0.1, 100, 2.0) for method in HOSTILE[2:4]),

@@ -53,6 +53,9 @@ from .evaluation.cost.estimate import (
 from .evaluation.hook_names import (
     hook_names as hook_names,
 )
+from .evaluation.probing import (
+    probe as probe,
+)
 from .evaluation.scan import (
     scan as scan,
 )

@@ -390,21 +390,28 @@ class Block:
 
     def middle(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream after the attention sublayers and their norms."""
-        stream = trace.resid_in(self)
-        for attention in self.attentions:
-            stream = _after(attention, stream, trace)
-        return stream
+        return self.written(trace, len(self.attentions))
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the block's output, recomputed from its input, patterns, values and neurons."""
-        stream, ff = self.middle(trace), self.feed_forward
-        return stream if ff is None else _after(ff, stream, trace)
+        return self.written(trace, len(self.sublayers))
 
+    def written(
+        self, trace: Trace, sublayers: int, normed: bool = True
+    ) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream after so many sublayers of a pass, steering included.
 
-def _after(sublayer: AttentionSublayer | FeedForward, stream: Tensor, trace: Trace) -> Tensor:
-    """Returns the residual stream after a sublayer of a pass, steering included."""
-    stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
-    return stream if sublayer.norm_after is None else sublayer.norm_after(stream)
+        Args:
+            trace: The pass.
+            sublayers: How many of its sublayers have written.
+            normed: Whether the norm of the last one's sum is passed, too (post-LN).
+        """
+        stream = trace.resid_in(self)
+        for place, sublayer in enumerate(self.sublayers[:sublayers], start=1):
+            stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
+            if sublayer.norm_after is not None and (normed or place < sublayers):
+                stream = sublayer.norm_after(stream)
+        return stream
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class CurvePoint:
         category: Of which sentences, or ``"all"``.
         layer: Number of the layer.
         value: The figure over the sentences.
-        low: Lower end of the 95 % bootstrap interval over sentences.
+        low: Lower end of the 95 % interval: by bootstrap over sentences, of a probe over seeds.
         high: Upper end.
         sentences: Over how many sentences; those without a value (NaN) are not counted.
     """
@@ -83,13 +83,13 @@ class LayerCurves(RowTable):
                 "there is no such curve",
                 repr((metric, category)),
                 f"one of {known}",
-                "Ask decoder_lens for this metric, or for this category.",
+                "Ask for this metric, or for this category.",
             )
         return found
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns a chart per metric, a series per category, and the table with intervals."""
-        title, caption = f"{self.title}: figures", "With 95 % bootstrap intervals over sentences."
+        title, caption = f"{self.title}: figures", "With 95 % intervals."
         metrics = dict.fromkeys(point.metric for point in self.points)
         table = table_of(self.points, self.CELLS, title, caption)
         return (*map(self._chart, metrics), table)
