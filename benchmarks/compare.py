@@ -3,8 +3,7 @@
 ``python benchmarks/compare.py [--sentences N] [--write]`` prints one Markdown table per model:
 each method at its best layer, the best one's lead over the others, and every rollout with and
 without the identity. ``--write`` puts them into docs/pages/methods/comparison.md, between its
-markers. Seconds are left out of them: they depend on
-the machine.
+markers. Seconds are left out of them: they depend on the machine.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _SHOWN = {
     "comprehensiveness": "comprehensiveness (nats)",
     "sufficiency": "sufficiency (nats)",
 }
-METRICS = {**_SHOWN, "blank-out": "blank-out"}
-ROLLED = ("dot", "blank-out")
+_COMPARED = {**_SHOWN, "blank-out": "blank-out"}
+_ROLLED = ("dot", "blank-out")
 _MARKED = re.compile(r"(<!-- comparison -->\n).*?(<!-- end of comparison -->)", re.DOTALL)
 
 
@@ -54,8 +53,11 @@ def table(found: Comparison) -> str:
 def lead(found: Comparison) -> str:
     """Returns the Markdown table of how far the best method by the first metric is ahead."""
     first = found.best()["method"].iloc[0]
-    columns = {metric: found.difference(first, metric=metric, layer="best") for metric in METRICS}
-    lines = ["| less | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    columns = {metric: found.difference(first, metric=metric, layer="best") for metric in _COMPARED}
+    lines = [
+        "| less | " + " | ".join(_COMPARED.values()) + " |",
+        "|---" * (len(_COMPARED) + 1) + "|",
+    ]
     for rows in zip(*(one.rows for one in columns.values()), strict=True):
         cells = [f"{r.value:+.2f} ({r.low:.2f} to {r.high:.2f}; p {r.p:.4f})" for r in rows]
         lines.append(f"| {rows[0].other} | " + " | ".join(cells) + " |")
@@ -68,14 +70,14 @@ def rollouts(found: Comparison) -> str:
     whole = [row for row in found.rows if row.layer.startswith("input to ")]
     changed = {row.method: ", with " in row.layer for row in whole if "identity" in row.layer}
     for row in whole:
-        if row.method in changed and row.metric in ROLLED:
+        if row.method in changed and row.metric in _ROLLED:
             added = ("identity" in row.layer) == changed[row.method]
             text = f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"
             cells.setdefault(row.method, {})[added, row.metric] = text
-    titles = [f"{name}, {how} identity" for name in ROLLED for how in ("without", "with")]
+    titles = [f"{name}, {how} identity" for name in _ROLLED for how in ("without", "with")]
     lines = ["| rollout | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for method, each in cells.items():
-        row = [each[kind, metric] for metric in ROLLED for kind in (False, True)]
+        row = [each[kind, metric] for metric in _ROLLED for kind in (False, True)]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return "Rollouts through all layers:\n\n" + "\n".join(lines)
 

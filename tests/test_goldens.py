@@ -223,6 +223,7 @@ def test_every_method_has_goldens() -> None:
         "mine_triggers": "a search through coefficients of ff_memories",
         "mine_on_ray": "the same search",
         "report": "a page",
+        "probe": "trained on activations, which are held against decompose on every kind of block",
         "scan": "means of log_prob_contributions",
         "flow": "a graph of one prediction; its sums are checked on every family",
         "estimate": "operations and bytes",

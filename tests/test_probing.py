@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from asked import keywords, relative, view_of
+from asked import bound, keywords, relative, view_of
 from scipy import stats
 from scipy.optimize import minimize
 
@@ -170,6 +170,15 @@ def test_texts_are_read_at_their_own_position(
     first = cm.probe(model, **asked, pos=0, layer=0)
     last = cm.probe(model, **asked, pos=-1, layer=0)
     assert not first.equals(last)
+
+
+@once
+def test_gradients_may_be_off(model: Any, asked: dict[str, Any]) -> None:
+    few = {"input": asked["input"][:20], "classes": asked["classes"][:20], "layer": 2, "seeds": 1}
+    on = cm.probe(model, **few)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert cm.probe(model, **few).equals(on)
 
 
 @once

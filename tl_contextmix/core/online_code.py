@@ -58,14 +58,17 @@ def online_code(
             added to its summed loss in nats.
         seeds: Of the first weights of each code's probes, where there is a hidden layer.
     """
-    labels, orders = labels.to(x.device), orders.to(x.device)
-    one_hot = torch.nn.functional.one_hot(labels, classes).to(x)
-    rank = orders.argsort(dim=1)
+    # Also right when called under no_grad or inference_mode.
+    with torch.inference_mode(False):
+        x, labels, orders = (one.clone().to(x.device) for one in (x, labels, orders))
+        one_hot = torch.nn.functional.one_hot(labels, classes).to(x)
+        rank = orders.argsort(dim=1)
     bits = x.new_full((len(labels),), ends[0] * math.log2(classes))
     accuracy = torch.full_like(bits, torch.nan)
     for start, stop in itertools.pairwise(ends):
-        probes = _first_weights(x, classes, hidden, seeds)
-        _fit(probes, x, one_hot, rank < start, penalty)
+        with torch.inference_mode(False), torch.enable_grad():
+            probes = _first_weights(x, classes, hidden, seeds)
+            _fit(probes, x, one_hot, rank < start, penalty)
         sent = (rank >= start) & (rank < stop)
         with torch.no_grad():
             logits = _logits(probes, x)
@@ -127,5 +130,4 @@ def _fit(
         found.backward()
         return found
 
-    with torch.enable_grad():
-        optimizer.step(loss)
+    optimizer.step(loss)

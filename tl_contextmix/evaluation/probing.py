@@ -33,8 +33,9 @@ from tl_contextmix.engine.stream_points import POINTS, StatePoint, state_at, sta
 from tl_contextmix.errors import bad, seen
 from tl_contextmix.results import Probing
 
-Classes = Annotated[Sequence[Hashable] | Tensor, LATER]
-Control = Annotated[Literal["shuffled", "token"] | Sequence[Hashable], LATER]
+# Lists, tensors, arrays and columns of tables.
+Classes = Annotated[Sequence[Hashable] | Tensor | Any, LATER]
+Control = Annotated[Literal["shuffled", "token"] | Sequence[Hashable] | Any, LATER]
 
 
 @method(cites=("voita2020information", "hewitt2019designing"), on_text=False)
