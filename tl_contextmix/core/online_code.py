@@ -24,8 +24,8 @@ FRACTIONS = (0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Where stretches end, of all examples: those of Mohebbi et al. (2023)."""
 # A linear probe's loss has one minimum, which is found; a hidden layer's is followed for so long.
 _STEPS = {"linear": 500, "hidden": 100}
-# Bound for each number of the gradient of the penalised sum over examples, in nats. With a penalty of
-# 1, a linear probe's loss is then within half of the gradient's squared length of its minimum.
+# Bound for each number of the gradient of the penalised sum over examples, in nats: with a penalty
+# of 1, a linear probe's loss is within half of the gradient's squared length of its minimum.
 _GRADIENT = 1e-3
 
 
