@@ -399,13 +399,14 @@ def test_the_best_layer_is_chosen_on_the_other_sentences(metric: str, sign: floa
 
 
 def test_differences_that_cannot_be_told(found: Comparison) -> None:
-    for asked, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"method": "value_zeroings"}, "Did you mean 'value_zeroing'"),
         ({"other": "lime"}, "no figures of this method: got 'lime'"),
         ({"layer": "7"}, "no figures of this layer: got '7'.*or 'best'"),
         ({"layer": ("0", "1", "2")}, "one layer, or two"),
         ({"metric": "accuracy"}, "no figures of this metric"),
-    ):
+    ]
+    for asked, message in wrong:
         with pytest.raises(cm.InvalidInput, match=message):
             found.difference(**{"method": "value_zeroing", "other": "attention", **asked})
     old = Score(tuple(replace(row, values=()) for row in found.rows), "old", "")

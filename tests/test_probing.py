@@ -229,7 +229,7 @@ def test_saved_and_told(found: Probing, compared: Comparison, tmp_path: Path) ->
 @once
 def test_padding_and_hooks_change_nothing(model: Any, asked: dict[str, Any]) -> None:
     texts, classes = asked["input"][:20], asked["classes"][:20]
-    few = {"layer": 1, "seeds": 1}
+    few: dict[str, Any] = {"layer": 1, "seeds": 1}
     plain = cm.probe(model, texts, classes, **few)
     side = model.tokenizer(texts, padding=True, return_tensors="pt")
     ids = cm.probe(model, side["input_ids"], classes, attention_mask=side["attention_mask"], **few)

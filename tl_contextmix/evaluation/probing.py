@@ -193,7 +193,9 @@ def _types(control: Any, tokens: list[int], count: int) -> Int[Tensor, " text"] 
     """Returns which texts share a control label; None: they are shuffled."""
     if isinstance(control, str):
         require_choice("control", control, ("shuffled", "token"))
-        return None if control == "shuffled" else _numbers(tokens)[1]
+        if control == "shuffled":
+            return None
+        control = tokens
     listed = control.tolist() if hasattr(control, "tolist") else control
     fine = isinstance(listed, Sequence) and len(listed) == count
     numbers = _numbers(listed) if fine else None
