@@ -103,7 +103,7 @@ def test_a_terminal_prints_no_representation_of_a_class():
 
 def test_figures_are_added_to_their_like_alone():
     summable: list[Any] = [one for one in EXAMPLES.values() if hasattr(one, "__add__")]
-    assert len(summable) == 3
+    assert len(summable) == 4
     for one in summable:
         assert type(one + one) is type(one)
         with pytest.raises(TypeError, match="unsupported operand"):

@@ -32,7 +32,7 @@ from tl_contextmix.results.likelihoods import (
 from tl_contextmix.results.log_prob_contributions import LogProbContributions
 from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.pair_changes import Pair, PairChanges
-from tl_contextmix.results.probing import ProbedMaps, Probing
+from tl_contextmix.results.probed_layers import ProbedMaps, Probing
 from tl_contextmix.results.query_contributions import QueryContributions
 from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.scanned import Scan
