@@ -2,6 +2,9 @@
 from .adapters import (
     check as check,
 )
+from .adapters.dictionaries import (
+    Dictionary as Dictionary,
+)
 from .adapters.loading import (
     load_demo as load_demo,
 )

@@ -167,6 +167,10 @@ class FeedForward:
         norm_out: Norm of its output before the residual sum (sandwich), or None.
         norm_after: Norm of the residual sum (post-LN), or None.
         edits: Where hooks may edit what it writes.
+        point: Where a dictionary stands (``"mlp"``, ``"resid_pre"``, ...) whose features the
+            neurons are; empty for the model's own neurons.
+        missing: Name of what the features miss of the model's own output, added in front of a norm
+            of it; empty for nothing.
     """
 
     pre: str
@@ -179,6 +183,13 @@ class FeedForward:
     norm_out: Norm | None = None
     norm_after: Norm | None = None
     edits: EditPoints = EditPoints()
+    point: str = ""
+    missing: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What it is among the components of the stream."""
+        return f"{self.point} feature" if self.point else "mlp"
 
     @property
     def gated(self) -> bool:
@@ -321,9 +332,23 @@ class FeedForward:
         """Returns what the sublayer adds to the residual stream at some places, edits included."""
         raw, out = trace.edit(self.edits.raw), trace.edit(self.edits.out)
         found = affine(trace[self.post][where], self.W_out, self.weights("b_out"))
+        found = shift(found, trace[self.missing][where] if self.missing else None)
         found = shift(found, None if raw is None else raw[where])
         found = found if self.norm_out is None else self.norm_out(found)
         return shift(found, None if out is None else out[where])
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A dictionary in the residual stream: features and their error stand for what was written.
+
+    Attributes:
+        written: How many of the block's sublayers have written by then.
+        features: The features.
+    """
+
+    written: int
+    features: FeedForward
 
 
 @dataclass(frozen=True)
@@ -340,6 +365,7 @@ class Block:
         folds: Products of its weights that are kept for the next call, by name, and what tells
             whether a weight has changed; None where those of all blocks would take more than
             `FOLD_BYTES`.
+        rewrite: A dictionary in its stream, or None.
     """
 
     layer: int
@@ -349,15 +375,27 @@ class Block:
     feed_forward: FeedForward | None
     parallel: bool = False
     folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
+    rewrite: Rewrite | None = None
 
     def attention(self, kind: str) -> AttentionSublayer:
         """Returns its attention sublayer of a kind: ``"self"`` or ``"cross"``."""
         return next(one for one in self.attentions if one.kind == kind)
 
     @property
+    def memories(self) -> FeedForward | None:
+        """Its features, where a dictionary stands in its stream, or feed-forward sublayer."""
+        return self.feed_forward if self.rewrite is None else self.rewrite.features
+
+    @property
     def sublayers(self) -> tuple[AttentionSublayer | FeedForward, ...]:
         """Its sublayers in order."""
         return (*self.attentions, *([] if self.feed_forward is None else [self.feed_forward]))
+
+    def made(self) -> tuple[str, ...]:
+        """Returns the names of the activations that its dictionaries make, if it has any."""
+        some = (self.feed_forward, None if self.rewrite is None else self.rewrite.features)
+        features = [one for one in some if one is not None and one.point]
+        return tuple(name for one in features for name in (one.pre, one.post, one.missing))
 
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""

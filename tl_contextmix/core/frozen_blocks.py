@@ -131,11 +131,13 @@ class FrozenBlock:
         block: The block.
         attentions: Its attention sublayers.
         feed_forward: Its feed-forward sublayer, or None.
+        rewrite: The features of a dictionary in its stream, or None.
     """
 
     block: Block
     attentions: tuple[FrozenAttention, ...]
     feed_forward: FrozenFeedForward | None
+    rewrite: FrozenFeedForward | None = None
 
     def __call__(self, stream: Parts, memory: Tensor | None, constant: bool = False) -> Parts:
         """Returns the parts of the block's output; arguments as for `FrozenAttention`."""
@@ -181,19 +183,26 @@ def freeze(
     """
     stream, parts = trace.resid_in(block), bias[:, :, None]
     memory = None if memory_bias is None else memory_bias[:, :, None]
-    attentions = []
+    attentions, streams = [], [stream]
     for sublayer in block.attentions:
         frozen = _freeze_attention(sublayer, trace, stream)
         attentions.append(frozen)
         parts = frozen(parts, memory, constant=True)
         stream = stream + sublayer.output(trace)
         stream = stream if sublayer.norm_after is None else sublayer.norm_after(stream)
-    if block.feed_forward is None:
-        return FrozenBlock(block, tuple(attentions), None), parts[:, :, 0]
-    read, read_bias = (trace.resid_in(block), bias) if block.parallel else (stream, parts[:, :, 0])
-    ff = _freeze_feed_forward(block.feed_forward, stream, read, read_bias, fixed)
-    after = ff(parts, read_bias[:, :, None], constant=True)
-    return FrozenBlock(block, tuple(attentions), ff), after[:, :, 0]
+        streams.append(stream)
+    ff = None
+    if block.feed_forward is not None:
+        read, own = (streams[0], bias) if block.parallel else (stream, parts[:, :, 0])
+        ff = _freeze_feed_forward(block.feed_forward, trace, stream, read, own, fixed)
+        parts = ff(parts, own[:, :, None], constant=True)
+    features = None
+    if block.rewrite is not None:
+        streams.append(trace[block.resid_out])
+        read = streams[block.rewrite.written]
+        none = torch.zeros_like(read)
+        features = _freeze_feed_forward(block.rewrite.features, trace, none, read, none, fixed)
+    return FrozenBlock(block, tuple(attentions), ff, features), parts[:, :, 0]
 
 
 def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
@@ -208,12 +217,13 @@ def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor)
 
 
 def _freeze_feed_forward(
-    ff: FeedForward, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
+    ff: FeedForward, trace: Trace, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
 ) -> FrozenFeedForward:
     norm_in = FrozenNorm.at(ff.norm_in, read)
     total = ff.pre_activations(read if ff.norm_in is None else ff.norm_in(read))
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
     out = ff.activate(total) @ ff.W_out + ff.constant()
+    out = out + trace[ff.missing] if ff.missing else out
     norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(
         sublayer=ff,

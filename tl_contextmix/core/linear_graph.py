@@ -18,7 +18,7 @@ Tensors in, tensors out: one sentence, no tokens, no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from tl_contextmix.core.blocks import Trace, require_weight
 from tl_contextmix.core.frozen_blocks import (
     FrozenAttention,
+    FrozenBlock,
     FrozenFeedForward,
     FrozenStack,
 )
@@ -210,24 +211,92 @@ class FeedForwards:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A sublayer of a stack.
+class Errors:
+    """What the features of a dictionary miss at every position: it reads nothing.
 
     Attributes:
-        kind: ``"attn"``, ``"cross_attn"`` or ``"mlp"``.
+        frozen: The features.
+        missing: The vectors.
+    """
+
+    frozen: FrozenFeedForward
+    missing: Float[Tensor, "pos d_model"]
+
+    @property
+    def constant(self) -> None:
+        """Nothing."""
+        return None
+
+    def total(self) -> Float[Tensor, "pos d_model"]:
+        """Returns what all of them write."""
+        return self.missing
+
+    def mask(self, at: Places | None) -> Bool[Tensor, "pos column"]:
+        """Returns which nodes are these."""
+        return _mask(self.missing[:, :1], at)
+
+    def scores(self, gradient: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos column"]:
+        """Returns each node's score, given the gradient of what it writes."""
+        return (gradient * self.missing).sum(dim=-1, keepdim=True)
+
+    def writes(self, at: Places) -> Float[Tensor, "some d_model"]:
+        """Returns what some of them write."""
+        return self.missing[at[:, 0]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A sublayer of a stack, the features of a dictionary, or their errors.
+
+    Attributes:
+        kind: ``"attn"``, ``"cross_attn"``, ``"mlp"``; of a dictionary ``"mlp feature"``, ``"mlp
+            error"``, ``"resid_pre feature"`` and so on.
         layer: Its layer.
         nodes: What writes there.
         entry: Whether it reads what enters its block, not what its attention left (parallel).
-        first: Whether it is the first of its block.
-        entered: What hooks added to the stream in front of the block, or None.
+        first: Whether it is the first sublayer of its block.
+        rewrites: Whether what it writes takes the place of the stream.
+        entered: What hooks added to the stream in front of it, or None.
     """
 
     kind: str
     layer: int
-    nodes: Heads | FeedForwards
-    entry: bool
-    first: bool
-    entered: Float[Tensor, "pos d_model"] | None
+    nodes: Heads | FeedForwards | Errors
+    entry: bool = False
+    first: bool = False
+    rewrites: bool = False
+    entered: Float[Tensor, "pos d_model"] | None = None
+
+    @classmethod
+    def of(cls, frozen: FrozenBlock, trace: Trace, split: bool) -> list[Step]:
+        """Returns those of a block, of the only sentence of a pass."""
+        layer, found = frozen.block.layer, []
+        for place, attention in enumerate(frozen.attentions):
+            kind = "cross_attn" if attention.sublayer.kind == "cross" else "attn"
+            nodes = Heads(attention, trace.mixed(attention.sublayer)[0])
+            found.append([cls(kind, layer, nodes, first=place == 0)])
+        if frozen.feed_forward is not None:
+            found.append(_memories(frozen.feed_forward, layer, trace, split, frozen.block.parallel))
+        if frozen.rewrite is not None and frozen.block.rewrite is not None:
+            features, *error = _memories(frozen.rewrite, layer, trace, True, False)
+            place = frozen.block.rewrite.written
+            found.insert(place, [replace(features, rewrites=True), *error])
+        return [step for steps in found for step in steps]
+
+
+def _memories(
+    frozen: FrozenFeedForward, layer: int, trace: Trace, split: bool, entry: bool
+) -> list[Step]:
+    """Returns neurons as a step, or features and their errors as two."""
+    ff = frozen.sublayer
+    post = ff.coefficients(trace)[0]
+    if not ff.missing:
+        return [Step(ff.kind, layer, FeedForwards(frozen, post, split), entry)]
+    first = replace(frozen, norm_after=FrozenNorm.at(None, trace[ff.missing]))
+    return [
+        Step(ff.kind, layer, FeedForwards(first, post, True), entry),
+        Step(f"{ff.point} error", layer, Errors(frozen, trace[ff.missing][0])),
+    ]
 
 
 @dataclass(frozen=True)
@@ -255,17 +324,8 @@ class LinearStack:
             block, entered = one.block, None
             if trace.edited and before is not None:
                 entered = (trace.resid_in(block) - trace[before.resid_out])[0]
-            for place, attention in enumerate(one.attentions):
-                kind = "cross_attn" if attention.sublayer.kind == "cross" else "attn"
-                nodes = Heads(attention, trace.mixed(attention.sublayer)[0])
-                first = place == 0
-                steps.append(
-                    Step(kind, block.layer, nodes, False, first, entered if first else None)
-                )
-            if one.feed_forward is not None:
-                post = one.feed_forward.sublayer.coefficients(trace)[0]
-                nodes = FeedForwards(one.feed_forward, post, split)
-                steps.append(Step("mlp", block.layer, nodes, block.parallel, False, None))
+            first, *others = Step.of(one, trace, split)
+            steps += [replace(first, entered=entered), *others]
             before = block
         start = trace.resid_in(frozen.blocks[0].block)[0]
         return cls(name, start, tuple(steps), frozen.final_norm)
@@ -284,7 +344,8 @@ class Node(NamedTuple):
     """What a graph has a score for.
 
     Attributes:
-        kind: ``"node"``, ``"bias"``, ``"rest"`` (what was pruned) or ``"answer"``.
+        kind: ``"node"``, ``"bias"``, ``"rest"`` (what was pruned), ``"error rest"`` (those of the
+            errors of dictionaries, which read nothing) or ``"answer"``.
         stack: Its stack; for the readout's bias and the answer that of the answer.
         layer: Its layer; -1 for what enters the stack, `READOUT` after the last one.
         place: Which node; None for what gathers several.
@@ -361,6 +422,8 @@ class LinearGraph:
         def visit(index: int, place: int, gradient: Gradient) -> Gradient:
             step = self.stacks[index].steps[place]
             found.gradients[index, place] = gradient[0]
+            if isinstance(step.nodes, Errors):
+                return torch.zeros_like(gradient)
             mask = None if some is None else step.nodes.mask(some.get((index, place)))
             read, inner = step.nodes.read(gradient[0], mask)
             bias(index, step.layer, inner)
@@ -376,9 +439,8 @@ class LinearGraph:
         """Returns the part of the score that runs through these nodes, and biases, alone."""
         pulled, total = self.pull(kept), self.constant
         for (index, step), at in _by_step(kept).items():
-            if step < 0:
-                pos = at[:, 0]
-                total += float((pulled.gradients[index, -1] * self.stacks[index].start)[pos].sum())
+            if step < 0 or isinstance(self.stacks[index].steps[step].nodes, Errors):
+                total += float(self.scores(pulled, index, step)[at[:, 0]].sum())
         return total + float(sum(pulled.biases.values()))
 
     def scores(self, pulled: Pulled, index: int, step: int) -> Float[Tensor, "pos column"]:
@@ -428,8 +490,7 @@ class LinearGraph:
         table = _Table.of(self, pulled, kept)
         edges = self.slope.new_zeros(len(table.nodes), len(table.nodes))
         width = sum(stack.start.numel() for stack in self.stacks) * edges.element_size()
-        readers = [id for id, node in enumerate(table.nodes) if node.kind != "bias"]
-        readers = [id for id in readers if table.nodes[id].layer >= 0]
+        readers = [id for id, node in enumerate(table.nodes) if self.reads(node)]
         for part in blocks(len(readers), max_bytes // (6 * width)):
             self._read_by(table, pulled, readers[part], edges)
         answer, readout = len(table.nodes) - 1, len(table.nodes) - 2
@@ -443,6 +504,15 @@ class LinearGraph:
             node for node, there in zip(table.nodes, shown.tolist(), strict=True) if there
         )
         return Graph(nodes, scores[shown], edges[shown][:, shown])
+
+    def reads(self, node: Node) -> bool:
+        """Whether a node reads the stream, so that edges into it add up to its score."""
+        if node.layer < 0 or node.kind in ("bias", "error rest"):
+            return False
+        place = node.place
+        if place is None:
+            return True
+        return not isinstance(self.stacks[place.stack].steps[place.step].nodes, Errors)
 
     def _read_by(self, table: _Table, pulled: Pulled, readers: list[int], edges: Tensor) -> None:
         """Writes the edges into some nodes."""
@@ -470,13 +540,16 @@ class LinearGraph:
                 found = torch.einsum("kmd,md->km", gradient[:, pos], vectors)
                 edges[rows[:, None], ids[part]] += found
                 rest = rest - found.sum(dim=1)
-            source = table.ids.get(Node("rest", index, layer))
+            kind = "error rest" if isinstance(nodes, Errors) else "rest"
+            source = table.ids.get(Node(kind, index, layer))
             if source is not None:
                 edges[rows, source] += rest
 
         def visit(index: int, place: int, gradient: Gradient) -> Gradient | float:
             step = self.stacks[index].steps[place]
             written(index, place, step.layer, gradient)
+            if isinstance(step.nodes, Errors):
+                return 0.0
             ids, at = table.of_step(index, place)
             mine = [i for i, id in enumerate(ids.tolist()) if id in row_of]
             rest = row_of.get(table.ids.get(Node("rest", index, step.layer), -1))
@@ -535,11 +608,13 @@ class LinearGraph:
                     memory = memory + read
                 elif step.entry:
                     entry = entry + read
+                elif step.rewrites:
+                    gradient = torch.zeros_like(gradient) + read
                 else:
                     gradient = gradient + read
                 if step.first:
                     gradient, entry = gradient + entry, 0.0
-                    bias(index, step.layer, _along(gradient, step.entered))
+                bias(index, step.layer, _along(gradient, step.entered))
             end(index, gradient)
 
 
@@ -565,7 +640,7 @@ class _Table:
         for index in reversed(range(len(graph.stacks))):
             layers = [-1, *(step.layer for step in graph.stacks[index].steps)]
             for layer in dict.fromkeys(layers):
-                rest: list[Tensor] = []
+                rest: dict[str, Tensor] = {}
                 for step in (place - 1 for place, its in enumerate(layers) if its == layer):
                     found = graph.scores(pulled, index, step)
                     at = some.get((index, step), _NOWHERE)
@@ -573,11 +648,13 @@ class _Table:
                         node = Node("node", index, layer, Place(index, step, pos, column))
                         scores[node] = found[pos, column].clone()
                     found[at[:, 0], at[:, 1]] = 0
-                    rest += [found.sum()] if bool((found != 0).any()) else []
+                    errors = step >= 0 and isinstance(graph.stacks[index].steps[step].nodes, Errors)
+                    kind = "error rest" if errors else "rest"
+                    if bool((found != 0).any()):
+                        rest[kind] = found.sum() + rest.get(kind, 0)
                 if layer >= 0:
                     scores[Node("bias", index, layer)] = pulled.biases[index, layer]
-                if rest:
-                    scores[Node("rest", index, layer)] = torch.stack(rest).sum()
+                scores |= {Node(kind, index, layer): total for kind, total in rest.items()}
         scores[Node("bias", 0, READOUT)] = graph.slope.new_tensor(graph.constant)
         scores[Node("answer", 0, READOUT)] = graph.slope.new_tensor(graph.score)
         nodes = tuple(scores)

@@ -176,6 +176,7 @@ class ModelView:
         generate: Continues each text of a batch by at most so many tokens, as the model does.
         notice: Warns, once, where the processing of the weights changes a method with its options.
         labelled: Whether tokens have names of the user's own.
+        dictionaries: The dictionaries that stand in it, each with a hash of it.
     """
 
     name: str
@@ -218,6 +219,7 @@ class ModelView:
     generate: Callable[[Batch, int], list[list[int]]] = field(repr=False)
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     labelled: bool = False
+    dictionaries: tuple[str, ...] = ()
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

@@ -16,6 +16,10 @@ single neurons times their value vectors, and of its biases.
 What hooks of the user's own add to the stream is a component of its own where they add it: in front
 of a block, between its sublayers, or after them (``resid_pre steering``, ...). What they add to a
 sublayer's output is the sublayer's.
+
+Where a dictionary stands for a feed-forward sublayer, its features are that sublayer's neurons and
+what they miss is a component (``mlp error``). Where it stands in the stream itself, they and
+what they miss are where the sum starts, and nothing that was written before is in it.
 """
 
 from __future__ import annotations
@@ -45,6 +49,16 @@ Kind = Literal[
     "resid_mid steering",
     "resid_mid_cross steering",
     "resid_post steering",
+    "mlp feature",
+    "mlp error",
+    "resid_pre feature",
+    "resid_pre error",
+    "resid_mid feature",
+    "resid_mid error",
+    "resid_mid_cross feature",
+    "resid_mid_cross error",
+    "resid_post feature",
+    "resid_post error",
 ]
 _STEERING: dict[str, Kind] = {
     "attn": "resid_mid steering",
@@ -69,8 +83,8 @@ class Stop:
     @classmethod
     def before(cls, block: Block, kind: str) -> Stop:
         """Returns where a sublayer reads; those of a parallel block read what enters it."""
-        kinds = [one for one, _ in _kinds(block)]
-        return cls(block.layer, 0 if block.parallel else kinds.index(cast("Kind", kind)))
+        kinds = [one.removesuffix(" feature") for one, _ in _kinds(block)]
+        return cls(block.layer, 0 if block.parallel else kinds.index(kind))
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,8 @@ class Component:
 
     @property
     def whole(self) -> bool:
-        """Whether it has no parts: what enters the first block, and steering."""
-        return self.kind == "embed" or self.kind.endswith("steering")
+        """Whether it has no parts: what enters the first block, steering, and errors."""
+        return self.kind == "embed" or self.kind.endswith(("steering", "error"))
 
 
 @dataclass(frozen=True)
@@ -232,6 +246,7 @@ class _Step:
         constant: What it adds whatever its parts are, before a norm of its output.
         added: What hooks added to its output after that norm, or None.
         steering: Kind of steering after it, and what was added to the stream; None without.
+        missing: What the features of a dictionary miss, or None.
         parts: Of the component.
         raw: Its output before that norm.
         norm_out: That norm.
@@ -243,6 +258,7 @@ class _Step:
     constant: Tensor
     added: Tensor | None
     steering: tuple[Kind, Tensor] | None
+    missing: Tensor | None
     parts: dict[str, Any]
     raw: Tensor
     norm_out: FrozenNorm
@@ -260,7 +276,8 @@ class _Entry:
 def needed(block: Block) -> tuple[str, ...]:
     """Returns names of the activations that a stream needs besides those of maps."""
     ff = block.feed_forward
-    return (block.resid_out,) if ff is None else (block.resid_out, ff.post)
+    own = (block.resid_out,) if ff is None else (block.resid_out, ff.post)
+    return (*own, *block.made())
 
 
 def decompose_stream(
@@ -292,20 +309,27 @@ def decompose_stream(
     each = torch.arange(len(rows)) if sentences is None else sentences
     each = each.to(view.device)
     rows = rows.to(view.device)
-    start = x = trace.resid_in(blocks[0])[each, rows]
+    x = trace.resid_in(blocks[0])[each, rows]
+    start: Tensor | None = x
     steps: list[_Step | _Entry] = []
     for block in blocks:
         entered = _entering(block, blocks, trace, (each, rows))
         if entered is not None:
-            start, x = (start - entered, x) if block is blocks[0] else (start, x + entered)
+            start, x = (x - entered, x) if block is blocks[0] else (start, x + entered)
             steps.append(_Entry(block.layer, entered))
         written = None if stop is None or block.layer < stop.layer else stop.sublayers
-        for kind, sublayer in _kinds(block)[:written]:
-            step, x = _step(kind, block, sublayer, trace, (each, rows), x)
-            steps.append(step)
+        kinds = _kinds(block)[:written]
+        for place in range(len(kinds) + 1):
+            if block.rewrite is not None and block.rewrite.written == place:
+                features, start = block.rewrite.features, None
+                step, x = _step(block, features, trace, (each, rows), torch.zeros_like(x))
+                steps = [step]
+            if place < len(kinds):
+                step, x = _step(block, kinds[place][1], trace, (each, rows), x)
+                steps.append(step)
     if stop is not None and not stop.normed and isinstance(step := steps[-1], _Step):
         steps[-1] = replace(step, norm_after=FrozenNorm.at(None, x))
-    stream = Stream(stack, rows, tuple(_components(start, steps)))
+    stream = Stream(stack, rows, tuple(_components(start, steps, x)))
     if stop is None or not stop.sublayers:
         name = blocks[-1].resid_out if stop is None else blocks[-1].resid_in
         _require_whole(view, trace[name][each, rows], stream.total)
@@ -313,11 +337,13 @@ def decompose_stream(
 
 
 def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | FeedForward]]:
-    found: list[tuple[Kind, AttentionSublayer | FeedForward]] = [
-        ("attn" if attention.kind == "self" else "cross_attn", attention)
-        for attention in block.attentions
-    ]
-    return found if block.feed_forward is None else [*found, ("mlp", block.feed_forward)]
+    return [(_kind(sublayer), sublayer) for sublayer in block.sublayers]
+
+
+def _kind(sublayer: AttentionSublayer | FeedForward) -> Kind:
+    if isinstance(sublayer, FeedForward):
+        return cast("Kind", sublayer.kind)
+    return "attn" if sublayer.kind == "self" else "cross_attn"
 
 
 def _entering(
@@ -334,7 +360,6 @@ def _entering(
 
 
 def _step(
-    kind: Kind,
     block: Block,
     sublayer: AttentionSublayer | FeedForward,
     trace: Trace,
@@ -347,6 +372,7 @@ def _step(
         added = trace.edit(names)
         return None if added is None else added[at]
 
+    kind, missing = _kind(sublayer), None
     if isinstance(sublayer, AttentionSublayer):
         pattern = trace.mixing(sublayer)[at[0], :, at[1]]
         parts: dict[str, Any] = {
@@ -369,16 +395,21 @@ def _step(
         parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
         raw = parts["post"] @ parts["weight"]
         constant = sublayer.constant()
+        if sublayer.missing:
+            missing = trace[sublayer.missing][at]
+            raw = raw + missing
     constant = shift(constant, edit(sublayer.edits.raw))
     raw = raw + constant
     norm_out = FrozenNorm.at(sublayer.norm_out, raw)
     added, steered = edit(sublayer.edits.out), edit(sublayer.edits.stream)
     x = shift(shift(x + norm_out.affine(raw), added), steered)
     norm_after = FrozenNorm.at(sublayer.norm_after, x)
-    last = kind == "mlp" or block.feed_forward is None
-    after = "resid_post steering" if last else _STEERING[kind]
+    last = sublayer is block.sublayers[-1]
+    after = "resid_post steering" if last else _STEERING.get(kind, "resid_post steering")
     steering = None if steered is None else (after, steered)
-    step = _Step(kind, block.layer, constant, added, steering, parts, raw, norm_out, norm_after)
+    step = _Step(
+        kind, block.layer, constant, added, steering, missing, parts, raw, norm_out, norm_after
+    )
     return step, norm_after.affine(x)
 
 
@@ -402,9 +433,9 @@ def _readable(
     return real | (pattern != 0).any(dim=1)
 
 
-def _components(start: Tensor, steps: list[_Step | _Entry]) -> list[Component]:
+def _components(start: Tensor | None, steps: list[_Step | _Entry], like: Tensor) -> list[Component]:
     """Returns the components; what follows each of them is known from the end."""
-    path = FrozenNorm((), start.new_ones(start.shape[0], 1))
+    path = FrozenNorm.at(None, like)
     found: list[Component] = []
     for step in reversed(steps):
         if isinstance(step, _Entry):
@@ -420,10 +451,16 @@ def _components(start: Tensor, steps: list[_Step | _Entry]) -> list[Component]:
             found.append(Component(steering, step.layer, steered, torch.zeros_like(steered)))
         constant = shift(step.norm_out.affine(step.constant.expand_as(step.raw)), step.added)
         bias = path.linear(step.norm_after.affine(constant))
-        total = within.linear(step.raw - step.constant) + bias
+        parts = step.raw - step.constant
+        if step.missing is not None:
+            error, parts = within.linear(step.missing), parts - step.missing
+            kind = cast("Kind", step.kind.replace("feature", "error"))
+            found.append(Component(kind, step.layer, error, torch.zeros_like(error)))
+        total = within.linear(parts) + bias
         found.append(_component(step, total, bias, within))
         path = onto
-    found.append(Component("embed", -1, path.linear(start), torch.zeros_like(start)))
+    if start is not None:
+        found.append(Component("embed", -1, path.linear(start), torch.zeros_like(start)))
     return found[::-1]
 
 

@@ -361,7 +361,8 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
         numbers = ((name, n if isinstance(n, range) else range(n)) for name, n in axes.items())
         return Grid(kind, component.layer, rows, tuple(numbers))
 
-    if by == "layer":
+    missing = by == "ff_neuron" and component.kind.endswith("error")
+    if by == "layer" or missing:
         yield Split(step, grid(), lambda: component.total[:, None])
     if by == "layer" or component.whole:
         return

@@ -32,21 +32,21 @@ QUADRANTS = ("++", "+-", "-+", "--")
 
 
 def require_feed_forward(block: Block) -> FeedForward:
-    """Returns the feed-forward sublayer of a block.
+    """Returns the feed-forward sublayer of a block, or what a dictionary makes of its stream.
 
     Raises:
         InvalidInput: If it has none.
         UnsupportedModel: If its neurons are not known.
     """
-    if block.feed_forward is None:
+    if block.memories is None:
         raise bad(
             f"there are no memories in layer {block.layer}",
             "a block without a feed-forward sublayer",
             "a model with feed-forward sublayers",
             "Attention-only models have none.",
         )
-    block.feed_forward.require_neurons()
-    return block.feed_forward
+    block.memories.require_neurons()
+    return block.memories
 
 
 def require_predicting(view: ModelView, stack: str) -> None:

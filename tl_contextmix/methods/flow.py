@@ -9,11 +9,21 @@ import torch
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.dictionaries import Dictionaries
+from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, apart
 from tl_contextmix.core.blocks import IDENTITIES
 from tl_contextmix.core.frozen_blocks import freeze_stack
-from tl_contextmix.core.linear_graph import Graph, Heads, LinearGraph, LinearStack, Node, Place
+from tl_contextmix.core.linear_graph import (
+    FeedForwards,
+    Graph,
+    Heads,
+    LinearGraph,
+    LinearStack,
+    Node,
+    Place,
+)
 from tl_contextmix.core.validation import Positive, Rule
 from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
@@ -32,6 +42,7 @@ def flow(
     input: Input,
     *,
     neurons: bool = False,
+    dictionary: Dictionaries = None,
     share: Share = 0.9,
     k: Positive = 200,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
@@ -53,6 +64,10 @@ def flow(
     model whose feed-forward blocks were replaced by transcoders; here it is the model itself.
     Patterns are not explained: what decides where a head looks is no edge.
 
+    Where a dictionary stands, its features are nodes, with what its activation lets pass frozen,
+    and so is what they miss at each position (``error``), which reads nothing: embeddings, biases
+    and errors add up to the answer's.
+
     Nodes are embeddings (with what the model adds to them), heads at each position, feed-forward
     blocks at each position or their neurons, and the biases of each layer. With a foil the score
     is :math:`\log p(w) - \log p(f)`, for single tokens the difference of their logits. Without one
@@ -68,6 +83,8 @@ def flow(
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, or token ids [1, pos].
         neurons: Whether neurons are nodes rather than feed-forward blocks.
+        dictionary: A `Dictionary`, or several: transcoders in the place of feed-forward blocks,
+            SAEs in that of the residual stream.
         share: How much of the answer's score has to run through kept nodes alone.
         k: How many nodes are kept, at most.
         max_bytes: Workspace, besides the pass and one gradient for each sublayer.
@@ -89,7 +106,7 @@ def flow(
     given, answer = apart(input, inputs)
     with torch.no_grad():
         asked = run_question(
-            as_view(model),
+            with_dictionaries(as_view(model), dictionary),
             given,
             answer,
             needs=IDENTITIES - {"pattern", "z"},
@@ -108,7 +125,7 @@ def flow(
         best = whole.best(pulled, k)
         kept = best[: _enough(whole, best, share)]
         graph = whole.graph(pulled, kept, max_bytes)
-        _require_conserved(prediction, graph)
+        _require_conserved(prediction, whole, graph)
         return AttributionGraph(
             scores=graph.scores,
             edges=graph.edges,
@@ -157,10 +174,10 @@ def _enough(whole: LinearGraph, best: Sequence[Place], share: float) -> int:
     return high
 
 
-def _require_conserved(prediction: Prediction, graph: Graph) -> None:
+def _require_conserved(prediction: Prediction, whole: LinearGraph, graph: Graph) -> None:
     """Raises UnsupportedModel unless what enters each node is its score."""
     tolerance = prediction.view.tolerance
-    reads = torch.tensor([node.kind != "bias" and node.layer >= 0 for node in graph.nodes])
+    reads = torch.tensor([whole.reads(node) for node in graph.nodes])
     gap = (graph.edges.sum(dim=1) - graph.scores)[reads].abs().max()
     error = float(gap / graph.edges.abs().sum(dim=1).max().clamp(min=1e-30))
     if not error <= tolerance:
@@ -205,7 +222,7 @@ def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[Gr
         head, neuron, pattern = -1, -1, ()
         if isinstance(nodes, Heads):
             head, pattern = place.column, tuple(nodes.pattern[place.column, place.pos].tolist())
-        elif nodes.split:
+        elif isinstance(nodes, FeedForwards) and nodes.split:
             neuron = place.column
         return GraphNode(
             kind=prefix + step.kind,

@@ -22,9 +22,10 @@ from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 if TYPE_CHECKING:
     import pandas
 
-_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
+_SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
 SOURCES = ("embed", "encoder embed", "bias", "encoder bias", "readout bias")
-"""Kinds of nodes that read nothing: their scores add up to that of the answer."""
+"""Kinds of nodes that read nothing, with those of errors (`GraphNode.is_source`): their scores add
+up to that of the answer."""
 
 
 @storage.storable
@@ -35,11 +36,14 @@ class GraphNode:
     Attributes:
         kind: ``"embed"``, ``"attn"``, ``"cross_attn"``, ``"mlp"``, ``"bias"`` (of a layer),
             ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or ``"answer"``; of an
-            encoder-decoder's encoder ``"encoder embed"`` and so on.
+            encoder-decoder's encoder ``"encoder embed"`` and so on. Of a dictionary ``"mlp
+            feature"``, ``"mlp error"``, ``"resid_pre feature"`` and so on, and ``"error rest"``
+            (of a layer: errors that were pruned).
         layer: Its layer; -1 for embeddings, the number of layers for the readout and the answer.
         pos: Its position; -1 for what gathers several.
         head: Its head; -1 for no head.
-        neuron: Its neuron; -1 for a feed-forward block as a whole, and for what is none.
+        neuron: Its neuron, or feature; -1 for a feed-forward block as a whole, and for what is
+            none.
         token: The token at its position; of the answer what was asked.
         promotes: Tokens with the largest logits under what it writes; empty in an encoder.
         pattern: What a head attends to, by source; empty for others.
@@ -55,6 +59,12 @@ class GraphNode:
     pattern: tuple[float, ...] = ()
 
     @property
+    def is_source(self) -> bool:
+        """Whether it reads nothing, so that no edge runs into it."""
+        kind = self.kind.removeprefix("encoder ")
+        return self.kind in SOURCES or kind.endswith("error") or kind == "error rest"
+
+    @property
     def label(self) -> str:
         """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
         if self.layer < 0 or self.kind in ("readout bias", "answer"):
@@ -63,7 +73,10 @@ class GraphNode:
         if self.head >= 0:
             return f"{base}{_SHORT[self.kind]}H{self.head}"
         if self.neuron >= 0:
-            return f"{base}{_SHORT[self.kind]}N{self.neuron}"
+            _, side, kind = self.kind.rpartition("encoder ")
+            point, *feature = kind.split()
+            at = ("E" if side else "") + ("" if point == "mlp" else f" {point} ")
+            return f"{base}{at}{'F' if feature else 'N'}{self.neuron}"
         return f"{base} {self.kind}"
 
 

@@ -14,7 +14,15 @@ from tl_contextmix.core.validation import require_number
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import tensor_axes
-from tl_contextmix.results.components import COLUMNS, KINDS, STEERING, Components, taken
+from tl_contextmix.results.components import (
+    COLUMNS,
+    ERRORS,
+    FEATURES,
+    KINDS,
+    STEERING,
+    Components,
+    taken,
+)
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Tokens
 
@@ -165,7 +173,7 @@ def component_grids(
         unit: Likewise.
     """
     column = {"head": "head", "position": "source"}.get(by)
-    every = ("attn", "cross_attn", "mlp", *STEERING)
+    every = ("attn", "cross_attn", "mlp", *STEERING, *FEATURES, *ERRORS)
     groups = [("attn",), ("cross_attn",)] if column else [every]
     if column is None and by != "layer":
         return []

@@ -15,25 +15,35 @@ from tl_contextmix.results import storage
 
 _WRITERS = ("attn", "cross_attn", "mlp")
 _ENCODER = ("encoder attn", "encoder mlp")
-_BIASES = tuple(f"{name} bias" for name in (*_WRITERS, *_ENCODER))
+_SUBLAYER_BIASES = tuple(f"{name} bias" for name in (*_WRITERS, *_ENCODER))
 STEERING = tuple(
     f"{place} steering" for place in ("resid_pre", "resid_mid", "resid_mid_cross", "resid_post")
 )
 """What hooks of the user's own add to the residual stream, by where."""
+_POINTS = ("mlp", "resid_pre", "resid_mid", "resid_mid_cross", "resid_post")
+FEATURES = tuple(f"{point} feature" for point in _POINTS)
+"""Features of a dictionary, by where it stands."""
+ERRORS = tuple(f"{point} error" for point in _POINTS)
+"""What they miss."""
+_BIASES = (*_SUBLAYER_BIASES, *(f"{name} bias" for name in FEATURES))
 # In the order of files: what is new comes last.
 KINDS = (
     "embed",
     "encoder embed",
     *_WRITERS,
     *_ENCODER,
-    *_BIASES,
+    *_SUBLAYER_BIASES,
     *STEERING,
     *(f"encoder {name}" for name in STEERING),
+    *FEATURES,
+    *ERRORS,
+    *_BIASES[len(_SUBLAYER_BIASES) :],
 )
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")
 # What stands in front of the numbers of a head or neuron.
 _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
+_SHORT |= {"mlp feature": "", **{name: f" {name.split()[0]} " for name in FEATURES[1:]}}
 
 
 @storage.storable
@@ -53,7 +63,7 @@ class Components:
         pos: Position whose stream it writes to.
         head: Head.
         source: Position that is read (of the encoder where the kind is ``"cross_attn"``).
-        neuron: Neuron of the feed-forward sublayer, or dimension of a head's values.
+        neuron: Neuron of the feed-forward sublayer, feature, or dimension of a head's values.
     """
 
     kind: Int[torch.Tensor, "batch component"]
@@ -121,7 +131,8 @@ class Components:
             return f"{base} {one['kind']}"
         base += _SHORT[one["kind"]]
         base += "" if one["head"] is None else f"H{one['head']}"
-        base += "" if one["neuron"] is None else f"N{one['neuron']}"
+        letter = "F" if one["kind"] in FEATURES else "N"
+        base += "" if one["neuron"] is None else f"{letter}{one['neuron']}"
         return base + ("" if one["source"] is None else f"<-{one['source']}")
 
     def of_kind(self, kind: str) -> torch.Tensor:
@@ -142,8 +153,8 @@ class Components:
 
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
-        first = KINDS.index(_BIASES[0])
-        return (self.kind >= first) & (self.kind < first + len(_BIASES))
+        numbers = torch.tensor([KINDS.index(kind) for kind in _BIASES])
+        return torch.isin(self.kind, numbers.to(self.kind.device))
 
 
 @dataclass(frozen=True)

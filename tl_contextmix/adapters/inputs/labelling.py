@@ -41,7 +41,11 @@ def provenance(
         view.notice(method, {**options, **given})
     return Provenance(
         method=method,
-        options={**options, **{name: value.tolist() for name, value in further.items()}},
+        options={
+            **options,
+            **{name: value.tolist() for name, value in further.items()},
+            **({"dictionary": list(view.dictionaries)} if view.dictionaries else {}),
+        },
         model=view.name,
         host=view.host,
         host_version=view.host_version,

@@ -13,6 +13,8 @@ from tl_contextmix.adapters.verification.identity_report import (
 )
 from tl_contextmix.adapters.verification.probe import (
     Probe,
+    probe_batch,
+    relative_error,
     run_probe,
     settle_block,
     tolerance_of,
@@ -25,7 +27,9 @@ __all__ = [
     "Probe",
     "check_rows",
     "follow",
+    "probe_batch",
     "readout_row",
+    "relative_error",
     "require_identities",
     "run_probe",
     "settle_block",

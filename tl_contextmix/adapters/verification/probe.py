@@ -69,7 +69,7 @@ class Probe:
 
 def run_probe(view: ModelView) -> Probe:
     """Runs the two passes over fixed tokens; the view's blocks only need hook names."""
-    batch = _probe_batch(view)
+    batch = probe_batch(view)
     names, edits = [], {}
     for _, block in view.every_block():
         names += [*block.points(), *block.checkpoints()]
@@ -95,7 +95,8 @@ def why_overflown(probe: Probe) -> str:
     return ""
 
 
-def _probe_batch(view: ModelView) -> Batch:
+def probe_batch(view: ModelView) -> Batch:
+    """Returns four fixed tokens."""
     length = _LENGTH if view.n_ctx is None else min(_LENGTH, view.n_ctx)
     # Distinct tokens, past the special ones at the start of most vocabularies.
     start, step = (11, 7) if view.d_vocab > 11 + 7 * _LENGTH else (0, 1)

@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.dictionaries import Dictionaries
+from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, Direction, apart
 from tl_contextmix.core.tiled_logits import NormRule
@@ -55,6 +57,7 @@ def log_prob_contributions(
     by: By = "layer",
     norm: NormRule = "frozen+beta",
     score: Score = "log_prob_increase",
+    dictionary: Dictionaries = None,
     k: Positive | None = None,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
@@ -111,6 +114,10 @@ def log_prob_contributions(
             W_O): ``"log_prob"`` (of ``m v`` alone), ``"prob_increase"``, ``"norm"`` (of ``v``),
             ``"coefficient"`` (``m``), ``"rank"`` (1 / rank of the target in the logits of ``v``),
             ``"coefficient_norm"`` (``|m| |v|``), ``"coefficient_rank"`` (``m`` / rank).
+        dictionary: A `Dictionary`, or several. Features of a transcoder take the place of a block's
+            neurons (``by="ff_neuron"``, ``mlp feature``); those of an SAE, with what they miss,
+            that of everything that was written before. What they miss is a component (``mlp
+            error``).
         k: Only so many neurons of each sentence, those with the largest scores; exactly the
             ones that computing all would give. None: all components.
         max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
@@ -151,7 +158,8 @@ def log_prob_contributions(
             "Leave score out.",
         )
     with torch.no_grad():
-        asked = run_question(as_view(model), given, answer, by=by)
+        view = with_dictionaries(as_view(model), dictionary)
+        asked = run_question(view, given, answer, by=by)
         parts = [
             contributions_to(some, by, answer.pos, norm, score, k)
             for some in asked.predictions(norm, max_bytes)
@@ -172,6 +180,8 @@ def contributions_to(
     trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
     splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
     bounded = score == "log_prob_increase" and k is not None
+    if k is not None or score != "log_prob_increase":  # what a dictionary misses is no neuron
+        splits = [split for split in splits if split.neurons is not None]
     if k is not None and bounded and not prediction.vocabulary.nonlinear:
         found = _best(prediction, splits, k)
     else:

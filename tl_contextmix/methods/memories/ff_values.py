@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.dictionaries import Dictionaries
+from tl_contextmix.adapters.dictionary_views import layers_of, with_dictionaries
 from tl_contextmix.adapters.inputs import (
     Given,
     Input,
@@ -44,6 +46,7 @@ def ff_values(
     *,
     layer: Layers | None = None,
     neurons: Layers | None = None,
+    dictionary: Dictionaries = None,
     k: Positive = 10,
     projection: ValueProjection | None = None,
     text: Input | None = None,
@@ -63,6 +66,8 @@ def ff_values(
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         layer: Layer or layers; None for all.
         neurons: Neuron or neurons of each of these layers; None for all.
+        dictionary: A `Dictionary`, or several, whose features take the place of neurons (rows of
+            W_dec that of values); ``layer=None`` is then where they stand.
         k: How many tokens at either end.
         projection: ``"none"``: W_U alone (the paper's model has no final norm). ``"folded"``:
             centring and gain of the final norm before it, which is the direction that reaches the
@@ -85,9 +90,11 @@ def ff_values(
     Cost: ``2 N d_model d_vocab`` operations for N values, twice that with ``"head"``; no tensor
     as long as the vocabulary is made.
     """
-    view = name_tokens(as_view(model), labels)
+    view = name_tokens(with_dictionaries(as_view(model), dictionary), labels)
     require_predicting(view, view.base_stack(None))
     reader = unembedding(view.readout, projection, _KNOWN)
+    if layer is None and dictionary is not None:
+        layer = layers_of(view, view.base_stack(None))
     chosen = [
         (block, positions("neuron", neurons, range(require_feed_forward(block).W_out.shape[0])))
         for block in select_blocks(view.blocks(), layer)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tl_contextmix.adapters.dictionary_views import layers_of
 from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.finite import why_not_finite
@@ -89,6 +90,7 @@ class Miner:
             "torch": torch.__version__,
             "dtype": str(view.dtype),
             "hooks": list(view.hooked()),
+            **({"dictionaries": list(view.dictionaries)} if view.dictionaries else {}),
             "tokenizer": tokenizer_hash(view, self.how.prepend_bos),
             "corpus": {"kind": corpus.kind, "column": corpus.column},
             "source": {"model": source, "corpus": corpus.name},
@@ -255,6 +257,8 @@ def make_miner(
             "Leave `stack` out.",
         )
     # In the model's order and each once, whatever the order they were asked for in.
+    if layer is None and view.dictionaries:
+        layer = layers_of(view, base)
     asked = {block.layer: block for block in select_blocks(view.stacks[base], layer)}
     blocks = tuple(asked[number] for number in sorted(asked))
     first = require_feed_forward(blocks[0])

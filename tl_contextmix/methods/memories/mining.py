@@ -7,12 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.dictionaries import Dictionaries
+from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Labels
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
@@ -62,6 +65,7 @@ def mine_triggers(
     column: str | None = None,
     layer: Layers | None = None,
     neurons: int | Sequence[int] | None = None,
+    dictionary: Dictionaries = None,
     stack: StackName | None = None,
     unit: Unit = "prefix",
     tails: Tails = "positive",
@@ -109,6 +113,8 @@ def mine_triggers(
             ``"text"``.
         layer: Layer or layers; None for all.
         neurons: Neuron or neurons of each of these layers; None for all.
+        dictionary: A `Dictionary`, or several, whose features are mined in the place of neurons;
+            ``layer=None`` is then where they stand. `load_triggers` takes them again.
         stack: Stack; an encoder-decoder's encoder is mined, its decoder reads no corpus.
         unit: ``"prefix"``: every position can be a trigger. ``"document"``: only the best of each
             document.
@@ -151,7 +157,7 @@ def mine_triggers(
     replaced about ``k ln(N / k)`` times over ``N`` positions. Memory: coefficients of one batch and
     ``28 k`` bytes per memory (36 without duplicates).
     """
-    view = as_view(model)
+    view = with_dictionaries(as_view(model), dictionary)
     how = Cutting(shard_size, batch_size, too_long, malformed, prepend_bos, special)
     miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
     if rank >= world_size:
@@ -162,6 +168,7 @@ def mine_triggers(
             "Number the processes from 0.",
         )
     opened, folder = open_corpus(corpus, column), make_folder(out)
+    load = partial(load_triggers, folder, model=model, dictionary=dictionary, labels=labels)
     run = miner.describe(opened, source)
     if not (folder / MANIFEST).exists():
         path = part_path(folder, rank, world_size)
@@ -173,8 +180,9 @@ def mine_triggers(
                     return None
                 finish([part], folder)
                 path.unlink(missing_ok=True)
-                return load_triggers(folder, model=model, corpus=opened, labels=labels)
-    return _already(folder, run, opened, model, world_size, labels)
+                return load(corpus=opened)
+    _require_finished(folder, run, opened, world_size)
+    return load(corpus=opened)
 
 
 def run_part(
@@ -247,15 +255,8 @@ def _resumed(folder: Path, miner: Miner, run: dict[str, Any], rank: int, world_s
     return Part(run, rank, world_size, miner.zero(), digests)
 
 
-def _already(
-    folder: Path,
-    run: dict[str, Any],
-    corpus: Corpus,
-    model: object,
-    world_size: int,
-    labels: Labels | None,
-) -> Triggers:
-    """Returns the result of a finished run, once its corpus is known to be this one."""
+def _require_finished(folder: Path, run: dict[str, Any], corpus: Corpus, world_size: int) -> None:
+    """Raises InvalidInput unless a finished run is this one, of this corpus."""
     manifest = read_manifest(folder)
     require_run(manifest["run"], run, folder)
     whole, count = hashlib.sha256(), 0
@@ -267,7 +268,6 @@ def _already(
     if world_size == 1:
         with suppress(OSError):  # a result that may only be read
             part_path(folder, 0, 1).unlink(missing_ok=True)
-    return load_triggers(folder, model=model, corpus=corpus, labels=labels)
 
 
 def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.dictionaries import Dictionaries
+from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Labels, name_tokens
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import FilePath, require_number
@@ -46,6 +48,7 @@ def load_triggers(
     model: object = None,
     corpus: object = None,
     column: str | None = None,
+    dictionary: Dictionaries = None,
     labels: Labels | None = None,
 ) -> Triggers:
     """Reads what `mine_triggers` wrote.
@@ -57,6 +60,7 @@ def load_triggers(
         corpus: The corpus, as `mine_triggers` takes it; None: the file it was, if it was a file
             and is still there.
         column: Column of the corpus; None: the one that was mined.
+        dictionary: The dictionaries whose features were mined.
         labels: Names of the token ids, see `Inputs`.
 
     Raises:
@@ -73,7 +77,8 @@ def load_triggers(
         opened = open_corpus(run["source"]["corpus"], column, default=run["corpus"]["column"])
     view = None
     if model is not None:
-        view = name_tokens(_require_mined(as_view(model), manifest, folder), labels)
+        whole = with_dictionaries(as_view(model), dictionary)
+        view = name_tokens(_require_mined(whole, manifest, folder), labels)
     return Triggers(folder, manifest, view, opened, model)
 
 
@@ -278,9 +283,16 @@ def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> M
             "the tokenizer that mined them",
             "Restore the tokenizer it was mined with.",
         )
+    if view.dictionaries != tuple(run.get("dictionaries", ())):
+        raise bad(
+            "the triggers are those of other features",
+            f"dictionary: {list(view.dictionaries) or None}",
+            f"{run.get('dictionaries') or None}",
+            "Pass the dictionaries that were mined.",
+        )
     blocks = view.stacks.get(run["options"]["stack"], ())
     for layer, neurons in manifest["neurons"].items():
-        known = blocks[int(layer)].feed_forward if int(layer) < len(blocks) else None
+        known = blocks[int(layer)].memories if int(layer) < len(blocks) else None
         if known is None or max(neurons) >= known.W_out.shape[0]:
             raise unreadable(folder, f"layers or neurons that {view.name} does not have")
     return view
