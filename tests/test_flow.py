@@ -18,7 +18,6 @@ import tl_contextmix as cm
 from tl_contextmix.core.blocks import AttentionSublayer, FeedForward, Trace
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.results import AttributionGraph
-from tl_contextmix.results.attribution_graph import SOURCES
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 TEXT = "the keys to the cabinet"
@@ -41,8 +40,7 @@ def graph_of(case: zoo.Case, **options: Any) -> AttributionGraph:
 def conserved(graph: AttributionGraph, limit: float) -> None:
     """Edges into a node and out of it, and what enters the graph, add up to the scores."""
     size = float(graph.scores.abs().max())
-    source = torch.tensor([node.kind in SOURCES for node in graph.nodes])
-    source |= torch.tensor([n.kind.endswith("rest") and n.layer < 0 for n in graph.nodes])
+    source = torch.tensor([node.is_source for node in graph.nodes])
     into, out = graph.edges.sum(dim=1), graph.edges.sum(dim=0)
     assert float((into - graph.scores)[~source].abs().max()) < limit * size
     assert float((out - graph.scores)[:-1].abs().max()) < limit * size

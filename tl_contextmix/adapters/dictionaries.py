@@ -201,26 +201,6 @@ Dictionaries = Dictionary | Sequence[Dictionary] | None
 """What methods take as ``dictionary=``."""
 
 
-def listed(given: Any) -> tuple[Dictionary, ...]:
-    """Returns one dictionary or several as a tuple; None: none.
-
-    Raises:
-        InvalidInput: If something else is given.
-    """
-    if given is None:
-        return ()
-    some = given if isinstance(given, Sequence) else [given]
-    for one in some:
-        if not isinstance(one, Dictionary):
-            raise bad(
-                "this is no dictionary",
-                seen(one),
-                "a Dictionary, or a list of them",
-                "Make one of tensors, or with Dictionary.from_saelens.",
-            )
-    return tuple(some)
-
-
 def _numbers(given: Any, name: str, axes: int) -> Tensor:
     try:
         found = torch.as_tensor(given).detach()

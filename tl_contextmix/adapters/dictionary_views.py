@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_contextmix.adapters.dictionaries import Dictionary, listed
+from tl_contextmix.adapters.dictionaries import Dictionaries, Dictionary
 from tl_contextmix.adapters.verification import probe_batch, relative_error
 from tl_contextmix.core.blocks import (
     Batch,
@@ -29,7 +29,7 @@ from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
 
 
-def with_dictionaries(view: ModelView, given: object) -> ModelView:
+def with_dictionaries(view: ModelView, given: Dictionaries) -> ModelView:
     """Returns the view with dictionaries in the place of what they stand for.
 
     A pass then has their features as well, and what they miss; the model itself runs as it is.
@@ -41,7 +41,7 @@ def with_dictionaries(view: ModelView, given: object) -> ModelView:
     Raises:
         InvalidInput: If one does not fit the model, or two stand at one place.
     """
-    some = listed(given)
+    some = (given,) if isinstance(given, Dictionary) else tuple(given or ())
     if not some:
         return view
     stacks = {name: [*blocks] for name, blocks in view.stacks.items()}

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import pandas
 
 _SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
-SOURCES = ("embed", "encoder embed", "bias", "encoder bias", "readout bias")
-"""Kinds of nodes that read nothing, with those of errors (`GraphNode.is_source`): their scores add
-up to that of the answer."""
 
 
 @storage.storable
@@ -60,9 +57,10 @@ class GraphNode:
 
     @property
     def is_source(self) -> bool:
-        """Whether it reads nothing, so that no edge runs into it."""
+        """Whether it reads nothing: the scores of such nodes add up to that of the answer."""
         kind = self.kind.removeprefix("encoder ")
-        return self.kind in SOURCES or kind.endswith("error") or kind == "error rest"
+        starts = kind.split()[-1] in ("embed", "bias", "error") or kind == "error rest"
+        return starts or (kind == "rest" and self.layer < 0)
 
     @property
     def label(self) -> str:

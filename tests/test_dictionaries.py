@@ -1,0 +1,355 @@
+"""Dictionaries: in the place of neurons and of the stream, against hooks placed by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from asked import bound, case_of, shared, view_of
+from test_flow import conserved, one
+from torch import Tensor
+
+import tl_contextmix as cm
+from tl_contextmix.results.components import ERRORS
+
+TEXT = "the keys to the cabinet"
+ARE: Any = {"target": " are", "foil": " is"}
+# What a feed-forward block reads and what it writes, by the classes' own names, best first.
+READ = ("mlp.hook_in", "ln2.hook_normalized", "ln1.hook_normalized", "hook_resid_mid")
+WRITTEN = ("hook_mlp_out", "mlp.hook_out")
+
+
+def made(d_in: int, d_out: int, seed: int, **options: Any) -> cm.Dictionary:
+    """A random dictionary of 24 features."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    W_enc, W_dec = draw(d_in, 24) / d_in**0.5, draw(24, d_out) / 3
+    if options.get("activation") == "jumprelu":
+        options["threshold"] = draw(24).abs() / 5
+    return cm.Dictionary(W_enc, W_dec, draw(24) / 5, draw(d_out) / 5, **options)
+
+
+def pair(model: Any, stack: str, layer: int) -> list[cm.Dictionary]:
+    """A transcoder in a block and an SAE in front of the same block."""
+    block = view_of(model).stacks[stack][layer]
+    prefix, width = block.resid_in.rpartition(".")[0], block.attentions[0].W_O.shape[2]
+    sae = made(width, width, 1, hook_name=block.resid_in, activation="topk", k=5)
+    if block.feed_forward is None:
+        return [sae]
+    read, written = (
+        next(f"{prefix}.{name}" for name in names if f"{prefix}.{name}" in model.hook_dict)
+        for names in (READ, WRITTEN)
+    )
+    return [sae, made(width, width, 2, hook_name=read, hook_name_out=written)]
+
+
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
+def test_sums_hold_in_every_kind_of_model(case: zoo.Case):
+    model, given = shared(case)
+    limit = max(1e-9, 30 * bound(case)) if bound(case) > 1e-9 else 1e-9
+    some = [pair(model, stack, len(b) - 1) for stack, b in view_of(model).stacks.items()]
+    for dictionary in [*[[d] for d in some[-1]], [d for both in some for d in both]]:
+        options = {**one(given), "dictionary": dictionary}
+        graph = cm.flow(model, **options, target=3, foil=5, share=1.0, k=20)
+        conserved(graph, limit)
+        assert any(node.kind.endswith("feature") for node in graph.nodes)
+        found = cm.log_prob_contributions(model, **options, target=3, foil=5)
+        total = found.scores.sum() + found.trajectory[0, 0]
+        assert float(total) == pytest.approx(float(found.log_prob[0]), abs=1e-6)
+
+
+# ---- against a pass with hooks placed by hand
+
+
+class ByHand:
+    """A pre-LN model with relu, its patterns and scales detached: gradients are frozen effects."""
+
+    def __init__(self, model: Any, sae: cm.Dictionary, transcoder: cm.Dictionary) -> None:
+        self.model, self.sae, self.transcoder = model, sae, transcoder
+        self.leaves: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
+
+    def score(self, ids: Tensor, columns: list[int], direct: bool = False) -> Tensor:
+        """The difference of two logits; with ``direct`` only along the stream."""
+        hooks: list[Any] = []
+        norms = [n for n in self.model.hook_dict if n.endswith(("ln1.hook_in", "ln2.hook_in"))]
+        for name in [*norms, "ln_final.hook_in"]:
+            hooks.append((name, self._keep))
+            hooks.append((name.replace("_in", "_out"), self._norm))
+        for layer in range(self.model.cfg.n_layers):
+            hooks += [(f"blocks.{layer}.attn.hook_{n}", self._cut) for n in ("q", "k")]
+            if direct:
+                hooks += [(f"blocks.{layer}.attn.hook_out", self._cut)]
+        hooks += [(self.sae.hook_name, self._rewrite), (self.transcoder.hook_name, self._keep)]
+        hooks += [(self.transcoder.hook_name_out, self._replace)]
+        logits = self.model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1]
+        return logits[columns[0]] - logits[columns[1]]
+
+    def _keep(self, x: Tensor, hook: Any) -> Tensor:
+        self.seen[hook.name] = x
+        return x
+
+    def _cut(self, x: Tensor, hook: Any) -> Tensor:
+        return x.detach()
+
+    def _norm(self, out: Tensor, hook: Any) -> Tensor:
+        x = self.seen[hook.name.replace("_out", "_in")]
+        path = hook.name.rpartition(".")[0]
+        module = self.model.get_submodule(path).original_component
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt().detach()
+        return centred / scale * module.weight + module.bias
+
+    def _features(self, name: str, x: Tensor, d: cm.Dictionary) -> Tensor:
+        found = (x @ d.W_enc + d.b_enc).relu()
+        if d.k is not None:
+            best = found.topk(d.k, dim=-1)
+            found = torch.zeros_like(found).scatter(-1, best.indices, best.values)
+        found.retain_grad()
+        self.leaves[name] = found
+        return found @ d.W_dec + d.b_dec
+
+    def _error(self, name: str, whole: Tensor, found: Tensor) -> Tensor:
+        self.leaves[name] = (whole - found).detach().requires_grad_()
+        return found + self.leaves[name]
+
+    def _rewrite(self, x: Tensor, hook: Any) -> Tensor:
+        return self._error("sae error", x, self._features("sae", x, self.sae))
+
+    def _replace(self, y: Tensor, hook: Any) -> Tensor:
+        x = self.seen[self.transcoder.hook_name]
+        return self._error("mlp error", y, self._features("mlp", x, self.transcoder))
+
+
+def gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad.detach()
+
+
+@pytest.mark.once
+def test_features_and_errors_are_those_of_hooks_placed_by_hand():
+    case = case_of("opt", host="TransformerBridge")
+    model, given = shared(case)
+    width = model.cfg.d_model
+    sae = made(width, width, 1, hook_name="blocks.1.hook_in", activation="topk", k=6)
+    transcoder = made(
+        width, width, 2, hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.mlp.hook_out"
+    )
+    hand, ids = ByHand(model, sae, transcoder), given.tokens[:1]
+    with torch.enable_grad():
+        hand.score(ids, [3, 5]).backward()
+    graph = cm.flow(
+        model, ids, pos=-1, target=3, foil=5, dictionary=[sae, transcoder], share=1.0, k=10_000
+    )
+    kinds = {
+        "resid_pre feature": "sae", "resid_pre error": "sae error",
+        "mlp feature": "mlp", "mlp error": "mlp error",
+    }  # fmt: skip
+    counts = dict.fromkeys(kinds, 0)
+    for node, score in zip(graph.nodes, graph.scores.tolist(), strict=True):
+        if node.kind in kinds:
+            leaf = hand.leaves[kinds[node.kind]]
+            effect = (leaf.detach() * gradient(leaf))[0, node.pos]
+            effect = effect[node.neuron] if node.neuron >= 0 else effect.sum()
+            assert score == pytest.approx(float(effect), abs=1e-9)
+            counts[node.kind] += abs(score) > 1e-6
+    assert min(counts.values()) >= 1
+    assert counts["resid_pre feature"] > 5
+    # One edge: from the features of the stream to a feature of the block, past the attention.
+    place = max(
+        (i for i, n in enumerate(graph.nodes) if n.kind == "mlp feature"),
+        key=lambda i: abs(float(graph.scores[i])),
+    )
+    node = graph.nodes[place]
+    weight = gradient(hand.leaves["mlp"])[0, node.pos, node.neuron].clone()
+    with torch.enable_grad():
+        hand.score(ids, [3, 5], direct=True)
+        hand.leaves["sae"].grad = None
+        (hand.leaves["mlp"][0, node.pos, node.neuron] * weight).backward()
+    direct = (hand.leaves["sae"].detach() * gradient(hand.leaves["sae"]))[0]
+    edges = {
+        (n.pos, n.neuron): float(graph.edges[place, i])
+        for i, n in enumerate(graph.nodes)
+        if n.kind == "resid_pre feature"
+    }
+    assert sum(abs(edge) > 1e-6 for edge in edges.values()) > 1
+    for (pos, feature), edge in edges.items():
+        assert edge == pytest.approx(float(direct[pos, feature]), abs=1e-9)
+
+
+# ---- what other methods make of it
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    return cm.load_demo("causal-lm")
+
+
+@pytest.fixture(scope="module")
+def transcoder() -> cm.Dictionary:
+    return made(
+        128,
+        128,
+        3,
+        hook_name="blocks.1.ln2.hook_normalized",
+        hook_name_out="blocks.1.hook_mlp_out",
+        activation="jumprelu",
+    )
+
+
+@pytest.mark.once
+def test_contributions_have_features_and_their_error(demo, transcoder):
+    found = cm.log_prob_contributions(demo, TEXT, **ARE, by="ff_neuron", dictionary=transcoder)
+    frame = found.to_dataframe()
+    mine = frame[frame.layer == 1]
+    assert set(mine.kind) == {"mlp feature", "mlp feature bias", "mlp error"}
+    whole = cm.log_prob_contributions(demo, TEXT, **ARE)
+    before = whole.to_dataframe().set_index(["kind", "layer"]).score[("mlp", 1)]
+    assert mine.score.sum() == pytest.approx(before, abs=1e-4)
+    # Each feature: activation times row of W_dec, read by hand.
+    _, cache = demo.run_with_cache(TEXT)
+    x = cache["blocks.1.ln2.hook_normalized"][0, -1].double()
+    pre = x @ transcoder.W_enc + transcoder.b_enc
+    acts = pre.relu() * (pre > transcoder.threshold)
+    features = mine[mine.kind == "mlp feature"]
+    assert torch.allclose(torch.tensor(features.coefficient.to_numpy()).double(), acts, atol=1e-4)
+    assert {"L1F23", "L1 mlp error", "L1 mlp feature bias", "L2N0"} <= {*found.labels()}
+    best = cm.log_prob_contributions(demo, TEXT, **ARE, by="ff_neuron", k=30, dictionary=transcoder)
+    assert not set(best.to_dataframe().kind) & set(ERRORS)
+    assert "jumprelu" in best.provenance.options["dictionary"][0]
+
+
+@pytest.mark.once
+def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
+    read = cm.ff_values(demo, dictionary=transcoder, k=3, projection="none")
+    assert read.neuron.tolist() == [*range(24)]
+    assert set(read.layer.tolist()) == {1}
+    logits = transcoder.W_dec.float() @ demo.W_U
+    assert torch.equal(read.ids[:, 0], logits.topk(3).indices)
+    corpus = ["the keys to the cabinet are on the table .", "the dogs near the boy run ."]
+    mine: Any = {"out": tmp_path / "mined", "k": 4, "dictionary": transcoder}
+    mined = cm.mine_triggers(demo, corpus, **mine)
+    frame = mined.to_dataframe()
+    found: dict[int, list[float]] = {}
+    for text in corpus:
+        _, cache = demo.run_with_cache(text)
+        x = cache["blocks.1.ln2.hook_normalized"][0, 1:].double()
+        pre = x @ transcoder.W_enc + transcoder.b_enc
+        acts = pre.relu() * (pre > transcoder.threshold)
+        for feature in range(24):
+            found.setdefault(feature, []).extend(acts[:, feature].tolist())
+    for feature, values in found.items():
+        expected = sorted((v for v in values if v > 0), reverse=True)[:4]
+        own = frame[(frame.layer == 1) & (frame.neuron == feature)].value.tolist()
+        assert own == pytest.approx(expected, abs=1e-4)
+    most = int(frame.neuron.value_counts().index[0])
+    again = cm.load_triggers(tmp_path / "mined", model=demo, corpus=corpus, dictionary=transcoder)
+    assert again.examples(1, most).to_dataframe().shape[0] >= 1
+    with pytest.raises(cm.InvalidInput, match="those of other features"):
+        cm.load_triggers(tmp_path / "mined", model=demo)
+    other = made(128, 128, 4, hook_name="blocks.1.hook_resid_pre")
+    with pytest.raises(cm.InvalidInput, match="differs in dictionaries"):
+        cm.mine_triggers(demo, corpus, **{**mine, "dictionary": other})
+
+
+@pytest.mark.once
+def test_a_direction_may_be_the_encoder_of_a_feature(demo, transcoder):
+    key = cm.Direction(layer=1, neuron=5)
+    found = cm.log_prob_contributions(demo, TEXT, target=key, dictionary=transcoder)
+    _, cache = demo.run_with_cache(TEXT)
+    x = cache["blocks.1.ln2.hook_normalized"][0, -1].double()
+    assert float(found.log_prob[0]) == pytest.approx(float(x @ transcoder.W_enc[:, 5]), abs=1e-4)
+
+
+# ---- files, and what does not fit
+
+
+@pytest.mark.once
+def test_saved_and_loaded(transcoder, tmp_path):
+    again = cm.Dictionary.load(transcoder.save(tmp_path / "d.safetensors"))
+    assert again.fingerprint() == transcoder.fingerprint()
+    assert repr(again) == repr(transcoder)
+    assert again.fingerprint() != made(4, 4, 1, hook_name="x").fingerprint()
+
+
+def folder_of(path: Any, tensors: dict[str, Tensor], **config: Any) -> Any:
+    """What SAELens writes."""
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    save_file(tensors, path / "sae_weights.safetensors")
+    (path / "cfg.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.once
+def test_folders_of_saelens_are_read_without_it(tmp_path):
+    draw = made(6, 6, 1, hook_name="x")
+    tensors = {name: getattr(draw, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    config = {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True,
+              "rescale_acts_by_decoder_norm": True, "normalize_activations": "none",
+              "metadata": {"hook_name": "blocks.0.hook_resid_pre"}}  # fmt: skip
+    read = cm.Dictionary.from_saelens(folder_of(tmp_path / "one", tensors, **config))
+    x, norms = torch.randn(5, 6, dtype=torch.float64), draw.W_dec.norm(dim=-1)
+    pre = ((x - draw.b_dec) @ draw.W_enc + draw.b_enc) * norms
+    acts = torch.zeros_like(pre).scatter(-1, pre.topk(3).indices, pre.topk(3).values.relu())
+    own = read.elementwise()(x @ read.W_enc + read.b_enc)
+    assert torch.allclose(own, acts)
+    assert torch.allclose(own @ read.W_dec, (acts / norms) @ draw.W_dec)
+    refused = {**config, "architecture": "gated"}
+    with pytest.raises(cm.UnsupportedModel, match="'gated'"):
+        cm.Dictionary.from_saelens(folder_of(tmp_path / "two", tensors, **refused))
+    with pytest.raises(cm.InvalidInput, match="holds no SAE"):
+        cm.Dictionary.from_saelens(tmp_path)
+    nowhere = {**config, "metadata": {}}
+    with pytest.raises(cm.InvalidInput, match="no hook_name"):
+        cm.Dictionary.from_saelens(folder_of(tmp_path / "three", tensors, **nowhere))
+    with pytest.raises(cm.InvalidInput, match="no SAE of SAELens"):
+        cm.Dictionary.from_saelens(object())
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"W_enc": torch.randn(4)}, "with 2 axes"),
+        ({"W_enc": torch.randn(4, 3)}, "d_in = d_out"),
+        ({"b_enc": torch.randn(3)}, "b_enc of 3 numbers"),
+        ({"b_dec": torch.tensor([0.0, torch.nan, 0, 0])}, "finite"),
+        ({"activation": "gelu"}, "'relu', 'jumprelu'"),
+        ({"activation": "jumprelu"}, "a threshold for"),
+        ({"activation": "topk"}, "k from 1 to 8"),
+        ({"activation": "topk", "k": 9}, "k from 1 to 8"),
+        ({"k": 3}, "and for nothing else"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(options, words):
+    given = {"W_enc": torch.randn(4, 8), "W_dec": torch.randn(8, 4), "hook_name": "x", **options}
+    with pytest.raises(cm.InvalidInput, match=words):
+        cm.Dictionary(**given)
+
+
+@pytest.mark.once
+def test_dictionaries_that_do_not_fit_the_model_are_refused(demo, transcoder):
+    def ask(match: str, *some: Any) -> None:
+        with pytest.raises(cm.InvalidInput, match=match):
+            cm.ff_values(demo, dictionary=[*some])
+
+    square: Any = {"d_in": 128, "d_out": 128, "seed": 1}
+    ask("no block for this", made(**square, hook_name="blocks.9.hook_resid_pre"))
+    ask("no block for this", made(**square, hook_name="blocks.1.ln2.hook_normalized",
+                                  hook_name_out="blocks.2.hook_mlp_out"))  # fmt: skip
+    ask("does not show", made(**square, hook_name="blocks.1.hook_resid_between"))
+    ask("width", made(64, 64, 1, hook_name="blocks.1.hook_resid_pre"))
+    ask("relative error", made(**square, hook_name="blocks.1.hook_attn_out"))
+    ask("two dictionaries", transcoder, transcoder)
+    ask("expected a Dictionary", object())
+    _, cache = demo.run_with_cache(TEXT)
+    with pytest.raises(cm.InvalidInput, match="features"):
+        cm.log_prob_contributions(demo, TEXT, **ARE, cache=cache, dictionary=transcoder)
