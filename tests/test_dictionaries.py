@@ -9,7 +9,7 @@ import pytest
 import torch
 import zoo
 from asked import bound, case_of, shared, view_of
-from test_flow import conserved, one
+from test_flow import conserved, one, readable
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -54,14 +54,16 @@ def test_sums_hold_in_every_kind_of_model(case: zoo.Case):
     model, given = shared(case)
     limit = max(1e-9, 30 * bound(case)) if bound(case) > 1e-9 else 1e-9
     some = [pair(model, stack, len(b) - 1) for stack, b in view_of(model).stacks.items()]
+    features: list[Any] = []
     for dictionary in [*[[d] for d in some[-1]], [d for both in some for d in both]]:
         options = {**one(given), "dictionary": dictionary}
         graph = cm.flow(model, **options, target=3, foil=5, share=1.0, k=20)
         conserved(graph, limit)
-        assert any(node.kind.endswith("feature") for node in graph.nodes)
+        features += [node for node in graph.nodes if node.kind.endswith("feature")]
         found = cm.log_prob_contributions(model, **options, target=3, foil=5)
         total = found.scores.sum() + found.trajectory[0, 0]
         assert float(total) == pytest.approx(float(found.log_prob[0]), abs=1e-6)
+    assert features
 
 
 # ---- against a pass with hooks placed by hand
@@ -267,7 +269,66 @@ def test_a_direction_may_be_the_encoder_of_a_feature(demo, transcoder):
     assert float(found.log_prob[0]) == pytest.approx(float(x @ transcoder.W_enc[:, 5]), abs=1e-4)
 
 
+@pytest.mark.once
+def test_graph_files_have_features_and_errors(demo, transcoder, tmp_path):
+    sae = made(128, 128, 5, hook_name="blocks.1.hook_resid_mid")
+    graph = cm.flow(demo, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
+    assert cm.Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
+    assert len(graph.panels()[0].rows) == 11  # of four layers two, three of dictionaries
+    told = graph.to_circuit_tracer("features")
+    readable(told)
+    ids = [node["node_id"] for node in told["nodes"]]
+    assert len({*ids}) == len(ids) == len({node["jsNodeId"] for node in told["nodes"]})
+    types = {node["feature_type"] for node in told["nodes"]}
+    assert {"cross layer transcoder", "mlp reconstruction error", "resid_mid feature"} <= types
+    made_of = {node.label for node in graph.nodes}
+    assert "L1 mlp error" in made_of
+    assert any(label.startswith("L1 resid_mid F") for label in made_of)
+
+
+@pytest.mark.once
+def test_trained_dictionaries_explain_more_than_their_bias():
+    from train_dictionaries import train_both
+
+    made = train_both(sentences=128, steps=60)
+    for dictionary, share in made.values():
+        assert 0.3 < share < 1
+        graph = cm.flow(cm.load_demo("causal-lm"), TEXT, **ARE, dictionary=dictionary)
+        conserved(graph, 1e-5)
+
+
 # ---- files, and what does not fit
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["Standard", "TopK", "JumpReLU", "Transcoder"])
+def test_saelens_dictionaries_do_here_what_they_do_there(kind, tmp_path):
+    """Where SAELens is installed, which pins versions of its own."""
+    lens = pytest.importorskip("sae_lens")
+    options: dict[str, Any] = {"d_in": 128, "d_sae": 40}
+    options |= {"TopK": {"k": 6, "rescale_acts_by_decoder_norm": True}}.get(kind, {})
+    out = {"d_out": 128, "apply_b_dec_to_input": False} if kind == "Transcoder" else {}
+    name = "Transcoder" if kind == "Transcoder" else f"{kind}SAE"
+    sae = getattr(lens, name)(getattr(lens, f"{name}Config")(**options, **out))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    if out:
+        sae.cfg.metadata.hook_name = "blocks.1.ln2.hook_normalized"
+        sae.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    with torch.no_grad():
+        for number, weight in enumerate(sae.parameters()):
+            torch.manual_seed(number)
+            weight.copy_(torch.randn(weight.shape) / 5)
+    sae.save_model(tmp_path / "saved")
+    x = torch.randn(7, 128)
+    for read in (cm.Dictionary.from_saelens(sae), cm.Dictionary.from_saelens(tmp_path / "saved")):
+        acts = read.elementwise()(x @ read.W_enc + read.b_enc)
+        assert torch.allclose(acts, sae.encode(x), atol=1e-4)
+        assert torch.allclose(acts @ read.W_dec + read.b_dec, sae(x), atol=1e-4)
+    found = cm.flow(cm.load_demo("causal-lm"), TEXT, **ARE, dictionary=read, k=30)
+    conserved(found, 1e-5)
+    gated = lens.GatedSAE(lens.GatedSAEConfig(d_in=8, d_sae=16))
+    with pytest.raises(cm.UnsupportedModel, match="'gated'"):
+        cm.Dictionary.from_saelens(gated)
 
 
 @pytest.mark.once

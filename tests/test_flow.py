@@ -404,18 +404,52 @@ def test_graphml_and_back(demo, tmp_path):
     assert read.nodes[answer]["label"] == "answer"
 
 
+def fields(**types: Any) -> dict[str, Any]:
+    """The schema of an object that has these fields."""
+    kinds = {name: {"type": kind} for name, kind in types.items()}
+    return {"type": "object", "properties": kinds, "required": [*types]}
+
+
+def readable(told: Any) -> None:
+    """What Neuronpedia's schema and circuit-tracer's reader ask of a graph file."""
+    import jsonschema
+
+    text, number = "string", "number"
+    node = fields(
+        node_id=text, feature="integer", layer=text, ctx_idx="integer", feature_type=text,
+        jsNodeId=text, clerp=text, influence=number, activation=number,
+    )  # fmt: skip
+    link = fields(source=text, target=text, weight=number)
+    whole = fields(metadata="object", qParams="object", nodes="array", links="array")
+    whole["properties"] = {
+        "metadata": fields(slug=text, scan=text, prompt=text, prompt_tokens="array"),
+        "qParams": fields(pinnedIds="array", supernodes="array", linkType=text, clickedId=text),
+        "nodes": {"type": "array", "items": node},
+        "links": {"type": "array", "items": link},
+    }
+    jsonschema.validate(told, whole)
+    count = len(told["metadata"]["prompt_tokens"])
+    assert all(0 <= node["ctx_idx"] < count for node in told["nodes"])
+    # The viewer reads the probability off the label.
+    (answer,) = (node for node in told["nodes"] if node["feature_type"] == "logit")
+    assert 0 <= float(answer["clerp"].split("(p=")[1].split(")")[0]) <= 1
+
+
+@pytest.mark.once
+def test_circuit_tracers_own_reader_takes_the_files(demo):
+    """Where it is installed, which pins versions of its own."""
+    models = pytest.importorskip("circuit_tracer.frontend.graph_models")
+    told = cm.flow(demo, TEXT, **ARE, neurons=True, k=30).to_circuit_tracer("keys")
+    read = models.Model.model_validate(told)
+    assert [node.node_id for node in read.nodes] == [node["node_id"] for node in told["nodes"]]
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("neurons", [False, True])
 def test_circuit_tracer_files(demo, neurons):
     graph = cm.flow(demo, TEXT, **ARE, neurons=neurons, k=30)
     told = json.loads(json.dumps(graph.to_circuit_tracer("keys"), allow_nan=False))
-    types = {
-        "node_id": str, "feature": int, "layer": str, "ctx_idx": int, "feature_type": str,
-        "jsNodeId": str, "clerp": str, "influence": float, "activation": float,
-    }  # fmt: skip
-    for node in told["nodes"]:
-        assert {name: type(node[name]) for name in types} == types
-        assert 0 <= node["ctx_idx"] < len(told["metadata"]["prompt_tokens"])
+    readable(told)
     ids = [node["node_id"] for node in told["nodes"]]
     assert len(set(ids)) == len(ids) == len(graph.nodes)
     assert len({node["jsNodeId"] for node in told["nodes"]}) == len(ids)

@@ -17,6 +17,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
+from tl_contextmix.results.components import ERRORS, FEATURES
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 
 if TYPE_CHECKING:
@@ -183,11 +184,12 @@ class AttributionGraph(Result):
     def to_circuit_tracer(self, slug: str = "flow") -> dict[str, Any]:
         """Returns the graph as circuit-tracer's graph files and Neuronpedia's viewer have it.
 
-        Write it with ``json.dump``. Neurons are features there (number ``(l + f)(l + f + 1) / 2 +
-        f``), tokens and the answer what they are; heads, feed-forward blocks, biases and what was
-        pruned have types of their own, which viewers show by their label. ``influence`` is the
-        share of all absolute effects that nodes of at least this size have, for the viewer's
-        slider.
+        Write it with ``json.dump``. Neurons and the features of transcoders are features there
+        (number ``(l + f)(l + f + 1) / 2 + f``), errors, tokens and the answer what they are; heads,
+        feed-forward blocks, biases, what was pruned and features of the stream have types of their
+        own, which viewers show by their label. ``influence`` is the share of all absolute effects
+        that nodes of at least this size have, for the viewer's slider. With a foil the answer's
+        probability is that of the target among the two.
 
         Args:
             slug: A name for the graph.
@@ -250,13 +252,15 @@ class AttributionGraph(Result):
         last = len(self.nodes) - 1
         if node is self.nodes[last]:
             token, layer = int(self.target.ids[0, 0]), str(node.layer + 1)
+            odds = self.log_prob if self.foil is None else -math.log1p(math.exp(-self.log_prob))
             own = {
                 "feature": token,
                 "feature_type": "logit",
                 "jsNodeId": f"L_{token}-{pos}",
                 "is_target_logit": True,
-                "token_prob": math.exp(self.log_prob) if self.foil is None else 0.0,
-                "clerp": f"Output {node.token}",
+                "token_prob": math.exp(odds),
+                # Viewers read the number behind "p=".
+                "clerp": f"Output {node.token} (p={math.exp(odds):.3f})",
             }
         elif node.kind == "embed":
             token, layer = int(self.tokens.ids[0, pos]), "E"
@@ -264,11 +268,14 @@ class AttributionGraph(Result):
         else:
             # Features are numbered from 0: what has no such number there counts down from -1.
             kinds = {"mlp": "feed-forward block", "attn": "attention head", "rest": "pruned"}
-            gathered = {"bias": -10_001, "rest": -10_002, "readout bias": -10_003}
-            token = gathered.get(node.kind, -2 - node.head)
+            kinds |= {"error rest": "pruned errors", "mlp error": "mlp reconstruction error"}
+            apart = ("bias", "rest", "readout bias", "error rest", *ERRORS, *FEATURES[1:])
+            token = -2 - node.head
+            if node.kind in apart:
+                token = -1_000_000 * (1 + apart.index(node.kind)) - max(node.neuron, 0)
             number, kind = token, kinds.get(node.kind, node.kind)
             layer = "E" if node.layer < 0 else layer
-            if node.neuron >= 0:
+            if node.kind in ("mlp", "mlp feature") and node.neuron >= 0:
                 token, kind = node.neuron, "cross layer transcoder"
                 number = (node.layer + token) * (node.layer + token + 1) // 2 + token
             own = {"feature": number, "feature_type": kind, "jsNodeId": f"{layer}_{token}-{pos}"}
