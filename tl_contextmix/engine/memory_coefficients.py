@@ -38,6 +38,13 @@ def require_feed_forward(block: Block) -> FeedForward:
         InvalidInput: If it has none.
         UnsupportedModel: If its neurons are not known.
     """
+    if block.rewrite is not None and block.feed_forward is not None and block.feed_forward.point:
+        raise bad(
+            f"it is not clear which features of layer {block.layer} are meant",
+            "a transcoder and an SAE in one layer",
+            "one of them",
+            "Ask about them one by one.",
+        )
     if block.memories is None:
         raise bad(
             f"there are no memories in layer {block.layer}",

@@ -45,6 +45,7 @@ def build_report(
     ``prediction``: what the model predicts. ``mixing``: which tokens were mixed, and where.
     ``feed-forward``: what the feed-forward block changed. ``memories``: which memories fired and
     what triggers them. ``components``: which components wrote the answer, tested by knockout.
+    ``graph``: which token went through which head and block to make it.
     ``encoder-layers``: what each encoder layer already knows. ``comparison``: which map to
     believe. ``points``, only on request: the map at every point of a block.
 

@@ -12,6 +12,7 @@ from tl_contextmix.plotting.panels import Table
 from tl_contextmix.reporting.comparison_section import comparison
 from tl_contextmix.reporting.components_section import components
 from tl_contextmix.reporting.feed_forward_section import feed_forward
+from tl_contextmix.reporting.graph_section import graph
 from tl_contextmix.reporting.layers_section import encoder_layers
 from tl_contextmix.reporting.memories_section import memories
 from tl_contextmix.reporting.mixing_section import mixing, points
@@ -25,6 +26,7 @@ SectionName = Literal[
     "feed-forward",
     "memories",
     "components",
+    "graph",
     "encoder-layers",
     "comparison",
 ]
@@ -36,6 +38,7 @@ SECTIONS: dict[SectionName, Callable[[Story], Section | str]] = {
     "feed-forward": feed_forward,
     "memories": memories,
     "components": components,
+    "graph": graph,
     "encoder-layers": encoder_layers,
     "comparison": comparison,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 if TYPE_CHECKING:
     import pandas
 
+_SHOWN = 80
 _SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
 
 
@@ -45,6 +46,7 @@ class GraphNode:
         token: The token at its position; of the answer what was asked.
         promotes: Tokens with the largest logits under what it writes; empty in an encoder.
         pattern: What a head attends to, by source; empty for others.
+        triggers: Contexts that excite a neuron or feature most, where they were mined.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class GraphNode:
     token: str = ""
     promotes: tuple[str, ...] = ()
     pattern: tuple[float, ...] = ()
+    triggers: tuple[str, ...] = ()
 
     @property
     def is_source(self) -> bool:
@@ -136,6 +139,42 @@ class AttributionGraph(Result):
         """Returns what the graph is about, such as ``' are' rather than ' is'``."""
         return asked_words(self.target, self.foil)
 
+    def with_triggers(self, mined: Any, *, k: int = 3) -> AttributionGraph:
+        """Returns the graph with the contexts that excite its neurons or features most.
+
+        The page shows them in a node's detail. Documents with a trigger are run again.
+
+        Args:
+            mined: What `mine_triggers` found, with model and corpus; of the same dictionary where
+                the graph has one. Neurons that were not mined, and those whose coefficient was
+                never positive, have none.
+            k: How many of each.
+
+        Raises:
+            InvalidInput: If they were mined from another model or dictionary, or model or corpus
+                are not at hand.
+        """
+        options, run = self.provenance.options, mined.manifest["run"]
+        own = self.provenance.fingerprint, options.get("dictionary", [])
+        if own != (run["weights"], run.get("dictionaries", [])):
+            raise bad(
+                "these triggers are those of other neurons",
+                f"triggers of {run['model']}, {run.get('dictionaries', [])}",
+                f"of {self.provenance.model}, {own[1]}",
+                "Mine the same model, with the same dictionary=.",
+            )
+        prefix = "encoder " if mined.stack == "encoder" and self.encoder is not None else ""
+        found = {}
+        for node in self.nodes:
+            known = mined.manifest["neurons"].get(str(node.layer), ())
+            if node.neuron in known and node.kind.startswith(prefix):
+                examples = mined.examples(node.layer, node.neuron, k=k)
+                found[node.layer, node.neuron] = tuple(one.context for one in examples.triggers)
+        nodes = (
+            replace(node, triggers=found.get((node.layer, node.neuron), ())) for node in self.nodes
+        )
+        return replace(self, nodes=tuple(nodes))
+
     def to_dataframe(self, rows: str = "nodes") -> pandas.DataFrame:
         """Returns a table.
 
@@ -175,7 +214,8 @@ class AttributionGraph(Result):
         for place, node in enumerate(self.nodes):
             told = asdict(node)
             told |= {"token": visible(node.token), "promotes": visible(" ".join(node.promotes))}
-            told.pop("pattern")
+            for name in ("pattern", "triggers"):
+                told.pop(name)
             graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
         for target, source in (self.edges != 0).nonzero().tolist():
             graph.add_edge(source, target, weight=float(self.edges[target, source]))
@@ -332,6 +372,9 @@ class AttributionGraph(Result):
             best = largest(torch.tensor(node.pattern), 5).tolist()
             read = (f"{words[place]!r} ({place}) {node.pattern[place]:.2f}" for place in best)
             found.append(("attends to", ", ".join(read)))
+        if node.triggers:
+            ends = (f"…{one[-_SHOWN:]}" if len(one) > _SHOWN else one for one in node.triggers)
+            found.append(("triggered by", "; ".join(map(repr, ends))))
         return tuple(found)
 
     def _place(self, column: tuple[int, int]) -> Place | str:
