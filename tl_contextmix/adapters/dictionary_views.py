@@ -172,7 +172,7 @@ def _transcoder(view: ModelView, dictionary: Dictionary, block: Block, trace: Tr
     inputs += [] if norm is None else [norm, replace(norm, weight=None, bias=None)]
     read = trace[dictionary.hook_name]
     errors = [relative_error(stream if n is None else n(stream), read) for n in inputs]
-    raw = affine(trace[ff.post], ff.W_out, ff.weights("b_out"))
+    raw = replace(ff, norm_out=None).project(trace[ff.post])
     outputs = [(ff.norm_out, raw)]
     outputs += [] if ff.norm_out is None else [(None, ff.norm_out(raw))]
     written = trace[dictionary.hook_name_out]
