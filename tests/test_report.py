@@ -39,6 +39,7 @@ QUESTIONS = {
     "feed-forward": "What did the feed-forward block change?",
     "memories": "Which memories fired, and what triggers them?",
     "components": "Which components wrote the answer?",
+    "graph": "How did the answer come about?",
     "encoder-layers": "What does each encoder layer already know?",
     "comparison": "Which map to believe?",
 }
@@ -89,7 +90,8 @@ def left_out(page: Page) -> dict[str, str]:
 
 @pytest.mark.once
 def test_the_story_is_told_in_order(page):
-    told = ["prediction", "mixing", "feed-forward", "memories", "components", "comparison"]
+    told = ["prediction", "mixing", "feed-forward", "memories", "components", "graph"]
+    told.append("comparison")
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
     for name in told:
         section = part(page, name)
@@ -261,7 +263,7 @@ def test_comparison_measures_the_methods(page, causal):
 
 @pytest.mark.once
 def test_report_of_a_masked_model_is_about_the_mask(masked):
-    names: list[SectionName] = ["prediction", "mixing", "memories", "components"]
+    names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
     page = build_report(masked, MASKED, sections=names)
     assert [section.title for section in page.sections] == [QUESTIONS[name] for name in names]
     assert page.sections[0].finding.startswith("At “[MASK]” the model predicts “")
@@ -276,7 +278,7 @@ def test_report_without_a_mask_predicts_nothing(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "comparison"]
     page = build_report(masked, "the keys to the cabinet are old .", sections=names)
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
-    assert set(left_out(page)) == {"prediction", "memories", "components", "comparison"}
+    assert set(left_out(page)) == {"prediction", "memories", "components", "graph", "comparison"}
     assert set(left_out(page).values()) == {"the text has no mask token to predict"}
 
 
@@ -284,7 +286,7 @@ def test_report_without_a_mask_predicts_nothing(masked):
 def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = cm.load_demo("encoder-decoder")
     page = build_report(model, "the bat burned .")
-    told = ["prediction", "mixing", "feed-forward", "components", "encoder-layers"]
+    told = ["prediction", "mixing", "feed-forward", "components", "graph", "encoder-layers"]
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
     assert set(left_out(page)) == {"memories", "comparison"}
     section = part(page, "encoder-layers")
@@ -458,7 +460,7 @@ def test_a_model_without_readout_predicts_nothing(causal):
     view = told.done.view
     silent = replace(view, readout=replace(view.readout, refusal="no trained head"))
     told = replace(told, done=replace(told.done, view=silent))
-    for name in ("prediction", "memories", "components", "comparison"):
+    for name in ("prediction", "memories", "components", "graph", "comparison"):
         assert sections.SECTIONS[name](told) == "no trained head"
 
 

@@ -406,4 +406,4 @@ def _row(node: GraphNode) -> str:
         return "answer"
     if node.layer < 0:
         return f"{side}embed"
-    return f"{side}L{node.layer} {'mlp' if kind in ('bias', 'rest') else kind}"
+    return f"{side}L{node.layer} {'mlp' if kind in ('bias', 'rest', 'error rest') else kind}"
