@@ -44,7 +44,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_there_is_a_notebook_for_each_question() -> None:
-    assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"1234567", "in"]
+    assert [path.stem.split("_")[0] for path in NOTEBOOKS] == [*"12345678", "in"]
 
 
 @pytest.mark.newest
@@ -169,3 +169,17 @@ def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
                 assert len(frames) == sum("<iframe" in page for page in pages)
                 assert (seen.errors, seen.requests, seen.dialogs) == ([], [], []), path.name
             assert frames or path.stem.startswith("in_"), path.name
+
+
+@pytest.mark.newest
+def test_flow_notebook_finds_what_it_says() -> None:
+    names, printed = _run(DEMOS / "8_which_way_did_it_come.ipynb")
+    assert names["agree"] == {"L2H0", "L3H0"}
+    assert names["into"] == pytest.approx(names["graph"].score, abs=1e-4)
+    assert names["started"] == pytest.approx(names["graph"].score, abs=1e-4)
+    # The last head's effect is what its ablation takes; the one before it moves patterns, too.
+    table, looks = names["table"], names["looks"]
+    assert table.flow["L3H0"] == pytest.approx(table.ablation["L3H0"], rel=0.1)
+    assert table.ablation["L2H0"] > 3 * table.flow["L2H0"]
+    assert (looks["as it is"] - looks["without L2H0"]).abs().max() > 0.3
+    assert "L2H0 and L3H0 first" in printed

@@ -253,6 +253,19 @@ def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
     most = int(frame.neuron.value_counts().index[0])
     again = cm.load_triggers(tmp_path / "mined", model=demo, corpus=corpus, dictionary=transcoder)
     assert again.examples(1, most).to_dataframe().shape[0] >= 1
+    # In a node's detail: the contexts that excite its feature.
+    graph = cm.flow(demo, TEXT, **ARE, share=1.0, k=500, dictionary=transcoder)
+    told = graph.with_triggers(again, k=2)
+    shown = {node.neuron: node.triggers for node in told.nodes if node.triggers}
+    assert shown
+    for neuron, contexts in shown.items():
+        own = again.examples(1, neuron, k=2)
+        assert contexts == tuple(trigger.context for trigger in own.triggers)
+    assert all(node.kind == "mlp feature" for node in told.nodes if node.triggers)
+    assert "triggered by" in told.show().html()
+    assert cm.Result.load(told.save(tmp_path / "told.safetensors")).equals(told)
+    with pytest.raises(cm.InvalidInput, match="those of other neurons"):
+        cm.flow(demo, TEXT, **ARE).with_triggers(again)
     with pytest.raises(cm.InvalidInput, match="those of other features"):
         cm.load_triggers(tmp_path / "mined", model=demo)
     other = made(128, 128, 4, hook_name="blocks.1.hook_resid_pre")
