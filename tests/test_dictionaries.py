@@ -335,7 +335,7 @@ def test_saelens_dictionaries_do_here_what_they_do_there(kind, tmp_path):
     sae.save_model(tmp_path / "saved")
     x = torch.randn(7, 128)
     for read in (cm.Dictionary.from_saelens(sae), cm.Dictionary.from_saelens(tmp_path / "saved")):
-        acts = read.elementwise()(x @ read.W_enc + read.b_enc)
+        acts = read.activation_function()(x @ read.W_enc + read.b_enc)
         assert torch.allclose(acts, sae.encode(x), atol=1e-4)
         assert torch.allclose(acts @ read.W_dec + read.b_dec, sae(x), atol=1e-4)
     found = cm.flow(cm.load_demo("causal-lm"), TEXT, **ARE, dictionary=read, k=30)
@@ -348,9 +348,9 @@ def test_saelens_dictionaries_do_here_what_they_do_there(kind, tmp_path):
 @pytest.mark.once
 def test_saved_and_loaded(transcoder, tmp_path):
     again = cm.Dictionary.load(transcoder.save(tmp_path / "d.safetensors"))
-    assert again.fingerprint() == transcoder.fingerprint()
+    assert again.fingerprint == transcoder.fingerprint
     assert repr(again) == repr(transcoder)
-    assert again.fingerprint() != made(4, 4, 1, hook_name="x").fingerprint()
+    assert again.fingerprint != made(4, 4, 1, hook_name="x").fingerprint
 
 
 def folder_of(path: Any, tensors: dict[str, Tensor], **config: Any) -> Any:
@@ -374,7 +374,7 @@ def test_folders_of_saelens_are_read_without_it(tmp_path):
     x, norms = torch.randn(5, 6, dtype=torch.float64), draw.W_dec.norm(dim=-1)
     pre = ((x - draw.b_dec) @ draw.W_enc + draw.b_enc) * norms
     acts = torch.zeros_like(pre).scatter(-1, pre.topk(3).indices, pre.topk(3).values.relu())
-    own = read.elementwise()(x @ read.W_enc + read.b_enc)
+    own = read.activation_function()(x @ read.W_enc + read.b_enc)
     assert torch.allclose(own, acts)
     assert torch.allclose(own @ read.W_dec, (acts / norms) @ draw.W_dec)
     refused = {**config, "architecture": "gated"}
@@ -383,7 +383,7 @@ def test_folders_of_saelens_are_read_without_it(tmp_path):
     with pytest.raises(cm.InvalidInput, match="holds no SAE"):
         cm.Dictionary.from_saelens(tmp_path)
     nowhere = {**config, "metadata": {}}
-    with pytest.raises(cm.InvalidInput, match="no hook_name"):
+    with pytest.raises(cm.InvalidInput, match="not known where"):
         cm.Dictionary.from_saelens(folder_of(tmp_path / "three", tensors, **nowhere))
     with pytest.raises(cm.InvalidInput, match="no SAE of SAELens"):
         cm.Dictionary.from_saelens(object())

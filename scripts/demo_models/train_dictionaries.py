@@ -75,7 +75,7 @@ def train(
 
 def explained(dictionary: cm.Dictionary, read: Tensor, written: Tensor) -> float:
     """Returns the share of the variance that a dictionary explains."""
-    acts = dictionary.elementwise()(read @ dictionary.W_enc + dictionary.b_enc)
+    acts = dictionary.activation_function()(read @ dictionary.W_enc + dictionary.b_enc)
     missed = written - acts @ dictionary.W_dec - dictionary.b_dec
     return 1 - float(missed.square().sum() / (written - written.mean(dim=0)).square().sum())
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -168,17 +169,19 @@ class Dictionary:
         """How many features it has."""
         return self.W_dec.shape[0]
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Returns a hash of all that it holds."""
+        """A hash of all that it holds."""
         found = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                value = value.cpu().double().numpy().tobytes()
-            found.update(value if isinstance(value, bytes) else repr(value).encode())
+                found.update(value.cpu().contiguous().view(torch.uint8).numpy())
+            else:
+                found.update(repr(value).encode())
         return found.hexdigest()[:16]
 
-    def elementwise(self) -> Activation:
+    def activation_function(self) -> Activation:
         """Returns the activation of its features, all of them along the last axis.
 
         It is multiplication with 0 or 1, which is its secant slope from zero.
@@ -250,16 +253,17 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
                 "gated and skip dictionaries, and those of hook_z, are not supported.",
             )
         )
-    if not metadata.get("hook_name"):
+    names = ("hook_name", "hook_name_out") if kind.endswith("transcoder") else ("hook_name",)
+    read, out = (*(str(metadata.get(name) or "") for name in names), "")[:2]
+    if not all(metadata.get(name) for name in names):
         raise bad(
-            "it is not known where this SAE reads",
-            "no hook_name in its metadata",
-            "the name of a hook point",
-            "Set sae.cfg.metadata.hook_name, and hook_name_out of a transcoder.",
+            "it is not known where this SAE stands",
+            f"hook_name {read!r}, hook_name_out {out!r} in its metadata",
+            f"the {' and the '.join(names)} of {kind!r}",
+            "Set them: sae.cfg.metadata.hook_name = ...",
         )
-    out = str(metadata.get("hook_name_out") or "") if kind.endswith("transcoder") else ""
     W_enc, W_dec, b_enc, b_dec = (tensors[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec"))
-    if config.get("apply_b_dec_to_input") and not kind.endswith("transcoder"):
+    if config.get("apply_b_dec_to_input") and not out:
         b_enc = b_enc - b_dec @ W_enc
     if config.get("rescale_acts_by_decoder_norm"):
         norms = W_dec.norm(dim=-1)
@@ -269,7 +273,7 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
         W_dec,
         b_enc,
         b_dec,
-        hook_name=str(metadata["hook_name"]),
+        hook_name=read,
         hook_name_out=out,
         activation=_SAELENS[kind],
         threshold=tensors["threshold"] if _SAELENS[kind] == "jumprelu" else None,

@@ -64,7 +64,7 @@ def with_dictionaries(view: ModelView, given: Dictionaries) -> ModelView:
         view,
         stacks={name: tuple(blocks) for name, blocks in stacks.items()},
         runner=_runner(view, placed),
-        dictionaries=tuple(f"{one!r}, {one.fingerprint()}" for one in some),
+        dictionaries=tuple(f"{one!r}, {one.fingerprint}" for one in some),
         facts={},
         tables={},
     )
@@ -223,7 +223,7 @@ def _features(view: ModelView, dictionary: Dictionary, block: Block, point: str)
         post=f"{base} features",
         pre_linear=None,
         weights=weights.get,
-        activation=dictionary.elementwise(),
+        activation=dictionary.activation_function(),
         point=point,
         missing=f"{base} error",
     )

@@ -221,6 +221,8 @@ def _freeze_feed_forward(
 ) -> FrozenFeedForward:
     norm_in = FrozenNorm.at(ff.norm_in, read)
     total = ff.pre_activations(read if ff.norm_in is None else ff.norm_in(read))
+    # Which features pass is decided by a hair: by those of the pass, not by rounding.
+    total = [trace[ff.pre]] if ff.missing else total
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
     out = ff.activate(total) @ ff.W_out + ff.constant()
     out = out + trace[ff.missing] if ff.missing else out
