@@ -24,7 +24,7 @@ from tl_contextmix.core.blocks import (
     Trace,
     affine,
 )
-from tl_contextmix.core.model_view import Edit, ModelView, Runner
+from tl_contextmix.core.model_view import Hooks, ModelView, PassOutput, Runner
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
 
@@ -109,16 +109,14 @@ def _runner(view: ModelView, placed: Sequence[_Placed]) -> Runner:
     """Returns a runner of the model that also has the activations of dictionaries."""
     own = {name: one for one in placed for name in _made(one.features)}
 
-    def run(
-        batch: Batch, hooks: Sequence[tuple[str, Edit | None]], grad: bool, watch: bool
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def run(batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool) -> PassOutput:
         asked = [one for one in placed if any(own.get(name) is one for name, _ in hooks)]
         more = {name: None for one in asked for name in one.dictionary.hooks}
         wanted: dict[str, Any] = more | {n: edit for n, edit in hooks if n not in own}
-        logits, values, added = view.runner(batch, [*wanted.items()], grad, watch)
+        output, values, added = view.runner(batch, [*wanted.items()], grad, watch, logits)
         for one in asked:
             values |= one.activations(values, view)
-        return logits, values, added
+        return output, values, added
 
     return run
 
