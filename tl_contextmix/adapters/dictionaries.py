@@ -176,7 +176,7 @@ class Dictionary:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                found.update(value.cpu().contiguous().view(torch.uint8).numpy())
+                found.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             else:
                 found.update(repr(value).encode())
         return found.hexdigest()[:16]
