@@ -88,7 +88,8 @@ class Parsed(HTMLParser):
     def charts(self) -> list[dict[str, Any]]:
         """What CircuitsVis is asked to draw."""
         data = [body for attrs, body in self.scripts if attrs.get("type") == "application/json"]
-        return json.loads(data[0]) if data else []
+        # A graph's is no list.
+        return next((found for found in map(json.loads, data) if isinstance(found, list)), [])
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         """Attributes of every element of a kind."""

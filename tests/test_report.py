@@ -275,7 +275,8 @@ def test_report_of_a_masked_model_is_about_the_mask(masked):
 
 @pytest.mark.once
 def test_report_without_a_mask_predicts_nothing(masked):
-    names: list[SectionName] = ["prediction", "mixing", "memories", "components", "comparison"]
+    names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
+    names.append("comparison")
     page = build_report(masked, "the keys to the cabinet are old .", sections=names)
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
     assert set(left_out(page)) == {"prediction", "memories", "components", "graph", "comparison"}
