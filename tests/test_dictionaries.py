@@ -13,6 +13,7 @@ from test_flow import conserved, one, readable
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.plotting.panels import Graph
 from tl_contextmix.results.components import ERRORS
 
 TEXT = "the keys to the cabinet"
@@ -287,8 +288,9 @@ def test_graph_files_have_features_and_errors(demo, transcoder, tmp_path):
     sae = made(128, 128, 5, hook_name="blocks.1.hook_resid_mid")
     graph = cm.flow(demo, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
     assert cm.Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
-    page = graph.show().html()
-    assert all(f"L1 {row}" in page for row in ("resid_mid feature", "mlp feature", "mlp error"))
+    panel = graph.panels()[0]
+    assert isinstance(panel, Graph)
+    assert {"L1 resid_mid feature", "L1 mlp feature", "L1 mlp error"} <= {*panel.rows}
     told = graph.to_circuit_tracer("features")
     readable(told)
     ids = [node["node_id"] for node in told["nodes"]]
