@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from test_flow import conserved, one, readable
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.plotting.panels import Graph
 from tl_contextmix.results.components import ERRORS
 
 TEXT = "the keys to the cabinet"
 ARE: Any = {"target": " are", "foil": " is"}
-# What a feed-forward block reads and what it writes, by the classes' own names, best first.
-READ = ("mlp.hook_in", "ln2.hook_normalized", "ln1.hook_normalized", "hook_resid_mid")
+# What a feed-forward block reads and what it writes, by the classes' own names.
+READ = ("mlp.hook_in", "ln3.hook_normalized", "ln2.hook_normalized", "ln1.hook_normalized")
 WRITTEN = ("hook_mlp_out", "mlp.hook_out")
 
 
@@ -43,11 +45,15 @@ def pair(model: Any, stack: str, layer: int) -> list[cm.Dictionary]:
     sae = made(width, width, 1, hook_name=block.resid_in, activation="topk", k=5)
     if block.feed_forward is None:
         return [sae]
-    read, written = (
-        next(f"{prefix}.{name}" for name in names if f"{prefix}.{name}" in model.hook_dict)
-        for names in (READ, WRITTEN)
-    )
-    return [sae, made(width, width, 2, hook_name=read, hook_name_out=written)]
+    for read in READ:
+        for written in WRITTEN:
+            names = {"hook_name": f"{prefix}.{read}", "hook_name_out": f"{prefix}.{written}"}
+            transcoder = made(width, width, 2, **names)
+            with suppress(cm.InvalidInput):  # not on this class, or something else
+                with_dictionaries(view_of(model), transcoder)
+                return [sae, transcoder]
+    assert zoo.major() < 4
+    return [sae]
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
@@ -135,7 +141,7 @@ def gradient(leaf: Tensor) -> Tensor:
     return leaf.grad.detach()
 
 
-@pytest.mark.once
+@pytest.mark.newest
 def test_features_and_errors_are_those_of_hooks_placed_by_hand():
     case = case_of("opt", host="TransformerBridge")
     model, given = shared(case)
