@@ -23,7 +23,7 @@ EACH = [pytest.param(result, id=kind.__name__) for kind, result in EXAMPLES.item
 # Public classes that are no results: what one asks with, errors, and pieces of results.
 NO_RESULTS = {
     *("ContextMixError", "ContextMixWarning", "FileFormatError", "InvalidInput"),
-    *("UnsupportedModel", "Direction", "MinimalPair"),
+    *("UnsupportedModel", "Dictionary", "Direction", "MinimalPair"),
     *("Components", "Cost", "CurvePoint", "Pair", "Pattern", "Provenance", "Result", "ScoreRow"),
     *("DifferenceRow", "EstimatePart", "GraphNode", "Tokens", "Trigger"),
     # Base classes.
