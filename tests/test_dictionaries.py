@@ -393,6 +393,9 @@ def test_folders_of_saelens_are_read_without_it(tmp_path):
     nowhere = {**config, "metadata": {}}
     with pytest.raises(cm.InvalidInput, match="not known where"):
         cm.Dictionary.from_saelens(folder_of(tmp_path / "three", tensors, **nowhere))
+    short = {"W_enc": draw.W_enc}
+    with pytest.raises(cm.InvalidInput, match="no W_dec, b_enc, b_dec"):
+        cm.Dictionary.from_saelens(folder_of(tmp_path / "four", short, **config))
     with pytest.raises(cm.InvalidInput, match="no SAE of SAELens"):
         cm.Dictionary.from_saelens(object())
 
@@ -410,6 +413,8 @@ def test_folders_of_saelens_are_read_without_it(tmp_path):
         ({"activation": "topk"}, "k from 1 to 8"),
         ({"activation": "topk", "k": 9}, "k from 1 to 8"),
         ({"k": 3}, "and for nothing else"),
+        ({"hook_name": ""}, "names of hook points"),
+        ({"hook_name_out": 3}, "names of hook points"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(options, words):

@@ -82,6 +82,12 @@ class Dictionary:
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, get_args(FeatureActivation))
+        names = self.hook_name, self.hook_name_out
+        if not all(isinstance(name, str) for name in names) or not self.hook_name:
+            raise _unfit(
+                f"hook_name={seen(names[0])}, hook_name_out={seen(names[1])}",
+                "names of hook points",
+            )
         W_enc, W_dec = _numbers(self.W_enc, "W_enc", 2), _numbers(self.W_dec, "W_dec", 2)
         features = W_dec.shape[0]
         if W_enc.shape[1] != features or not (self.hook_name_out or len(W_enc) == W_dec.shape[1]):
@@ -219,7 +225,8 @@ def _unfit(found: str, expected: str) -> InvalidInput:
         "these tensors are no dictionary",
         found,
         expected,
-        "Pass W_enc [d_in, feature], W_dec [feature, d_out] and what the activation needs.",
+        "Pass W_enc [d_in, feature], W_dec [feature, d_out], a hook point and what the activation "
+        "needs.",
     )
 
 
@@ -241,9 +248,15 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Dictionary:
     """Returns a dictionary of SAELens, with all that it does at run time in its weights."""
-    metadata = {**config, **(config.get("metadata") or {})}
+    inner = config.get("metadata")
+    metadata = {**config, **(inner if isinstance(inner, Mapping) else {})}
     kind, norm = config.get("architecture"), config.get("normalize_activations", "none")
-    if kind not in _SAELENS or norm != "none" or config.get("reshape_activations") == "hook_z":
+    if (
+        not isinstance(kind, str)
+        or kind not in _SAELENS
+        or norm != "none"
+        or config.get("reshape_activations") == "hook_z"
+    ):
         raise UnsupportedModel(
             four_parts(
                 "this SAE cannot stand in a model",
@@ -262,7 +275,12 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
             f"the {' and the '.join(names)} of {kind!r}",
             "Set them: sae.cfg.metadata.hook_name = ...",
         )
-    W_enc, W_dec, b_enc, b_dec = (tensors[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    activation = _SAELENS[kind]
+    wanted = ["W_enc", "W_dec", "b_enc", "b_dec", *["threshold"] * (activation == "jumprelu")]
+    absent = [name for name in wanted if name not in tensors]
+    if absent:
+        raise _unfit(f"no {', '.join(absent)}", f"{', '.join(wanted)}, as {kind!r} has them")
+    W_enc, W_dec, b_enc, b_dec = (tensors[name] for name in wanted[:4])
     if config.get("apply_b_dec_to_input") and not out:
         b_enc = b_enc - b_dec @ W_enc
     if config.get("rescale_acts_by_decoder_norm"):
@@ -275,7 +293,7 @@ def _folded(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
         b_dec,
         hook_name=read,
         hook_name_out=out,
-        activation=_SAELENS[kind],
-        threshold=tensors["threshold"] if _SAELENS[kind] == "jumprelu" else None,
-        k=int(config["k"]) if _SAELENS[kind] == "topk" else None,
+        activation=activation,
+        threshold=tensors["threshold"] if activation == "jumprelu" else None,
+        k=config.get("k") if activation == "topk" else None,
     )
