@@ -401,7 +401,11 @@ def log_prob_increases(prediction: Prediction, splits: list[Split]) -> Iterator[
     Vectors are read together, those of as many splits as take an eighth of the workspace.
     """
     if any(split.neurons is not None for split in splits):
-        yield from (_neurons_increase(prediction, split) for split in splits)
+        for split in splits:
+            if split.neurons is not None:
+                yield _neurons_increase(prediction, split)
+            else:  # what a dictionary misses
+                yield from _vectors_increase(prediction, [split])
         return
     states = prediction.stream.states
     room = prediction.vocabulary.max_bytes // (8 * states[:, 0].nbytes)
