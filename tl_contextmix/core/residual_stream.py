@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Mixer, Trace, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm
@@ -40,6 +40,7 @@ Kind = Literal[
     "embed",
     "attn",
     "cross_attn",
+    "mixer",
     "mlp",
     "resid_pre steering",
     "resid_mid steering",
@@ -118,8 +119,8 @@ class Component:
 
     @property
     def whole(self) -> bool:
-        """Whether it has no parts: what enters the first block, and steering."""
-        return self.kind == "embed" or self.kind.endswith("steering")
+        """Whether it has no parts: what enters the first block, other mixers, and steering."""
+        return self.kind in ("embed", "mixer") or self.kind.endswith("steering")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class AttentionComponent(Component):
         weight: W_O.
         pattern: What the position attends to, times what hooks scaled heads with.
         mixed: What each head read, where hooks changed it; None for pattern times value.
-        value: Value vectors of the sources.
+        value: Value vectors of the sources, times the position's gate where there is one.
         read: Which sources can be read: no padding, and nothing that comes later in a causal model.
         path: From the sublayer's output to where the stream is read.
     """
@@ -312,11 +313,12 @@ def decompose_stream(
     return stream
 
 
-def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | FeedForward]]:
-    found: list[tuple[Kind, AttentionSublayer | FeedForward]] = [
+def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | Mixer | FeedForward]]:
+    found: list[tuple[Kind, AttentionSublayer | Mixer | FeedForward]] = [
         ("attn" if attention.kind == "self" else "cross_attn", attention)
         for attention in block.attentions
     ]
+    found += [("mixer", mixer) for mixer in block.mixers]
     return found if block.feed_forward is None else [*found, ("mlp", block.feed_forward)]
 
 
@@ -336,7 +338,7 @@ def _entering(
 def _step(
     kind: Kind,
     block: Block,
-    sublayer: AttentionSublayer | FeedForward,
+    sublayer: AttentionSublayer | Mixer | FeedForward,
     trace: Trace,
     at: tuple[Tensor, Tensor],
     x: Tensor,
@@ -348,10 +350,11 @@ def _step(
         return None if added is None else added[at]
 
     if isinstance(sublayer, AttentionSublayer):
-        pattern = trace.mixing(sublayer)[at[0], :, at[1]]
+        pattern, gate = trace.mixing(sublayer)[at[0], :, at[1]], trace.gate(sublayer)
+        value = _of_sentences(trace.value(sublayer), at[0])
         parts: dict[str, Any] = {
             "pattern": pattern,
-            "value": _of_sentences(trace.value(sublayer), at[0]),
+            "value": value if gate is None else value * gate[at][:, None],
             "weight": sublayer.W_O,
             "read": _readable(sublayer, trace, at, pattern),
         }
@@ -365,6 +368,9 @@ def _step(
         parts = {"refusal": sublayer.refusal}
         raw = trace[sublayer.post][at]
         constant = raw.new_zeros(raw.shape[1])
+    elif isinstance(sublayer, Mixer):
+        parts, raw = {}, trace[sublayer.out][at]
+        constant = raw.new_zeros(raw.shape[1])
     else:
         parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
         raw = parts["post"] @ parts["weight"]
@@ -376,7 +382,7 @@ def _step(
     x = shift(shift(x + norm_out.affine(raw), added), steered)
     norm_after = FrozenNorm.at(sublayer.norm_after, x)
     last = kind == "mlp" or block.feed_forward is None
-    after = "resid_post steering" if last else _STEERING[kind]
+    after = "resid_post steering" if last else _STEERING.get(kind, "resid_mid steering")
     steering = None if steered is None else (after, steered)
     step = _Step(kind, block.layer, constant, added, steering, parts, raw, norm_out, norm_after)
     return step, norm_after.affine(x)
@@ -428,6 +434,8 @@ def _components(start: Tensor, steps: list[_Step | _Entry]) -> list[Component]:
 
 
 def _component(step: _Step, total: Tensor, bias: Tensor, path: FrozenNorm) -> Component:
+    if step.kind == "mixer":
+        return Component("mixer", step.layer, total, bias)
     if "refusal" in step.parts:
         return OpaqueComponent(step.kind, step.layer, total, bias, **step.parts)
     kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent

@@ -166,6 +166,11 @@ class AttentionTerm:
         folded = self.weight.stride(0) != 0
         return self.weight.numel() if folded else self.value.numel()
 
+    @property
+    def per_pair(self) -> int:
+        """How many numbers it takes for a pair of target and source, besides the result."""
+        return 0
+
     def vectors(self, sources: slice | None = None) -> Float[Tensor, "batch source head d_out"]:
         """Returns what each source gives through each head at full attention, unscaled."""
         sources = slice(0, self.value.shape[1]) if sources is None else sources
@@ -183,6 +188,14 @@ class AttentionTerm:
         pattern = self.pattern[:, :, rows, sources] / self.scale[:, None, rows]
         mixing = rearrange(pattern, "batch head target source -> source batch target head")
         return (mixing @ self.vectors(sources).transpose(0, 1)).transpose(0, 1)
+
+    def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
+        """Returns the sum over heads and sources."""
+        mixing = rearrange(
+            self.pattern[:, :, rows, sources],
+            "batch head target source -> batch target (source head)",
+        )
+        return mixing @ self.vectors(sources).flatten(1, 2) / self.scale[:, rows]
 
     def diagonal(self) -> Float[Tensor, "batch target d_out"]:
         """Returns what each target reads from itself."""
@@ -232,12 +245,8 @@ class AttentionTerm:
 
     def row(self, batch: slice) -> AttentionTerm:
         """Returns the read of some rows of the batch."""
-        return AttentionTerm(
-            pattern=self.pattern[batch],
-            value=self.value[batch],
-            weight=self.weight,
-            scale=self.scale[batch],
-        )
+        pattern, value = self.pattern[batch], self.value[batch]
+        return replace(self, pattern=pattern, value=value, scale=self.scale[batch], kept=None)
 
     def ready(self, sources: slice | None = None) -> AttentionTerm:
         """Returns the read with the vectors of some sources (None: all) computed and kept."""
@@ -247,7 +256,7 @@ class AttentionTerm:
     def through(self, heads: slice) -> AttentionTerm:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
         pattern, value = self.pattern[:, heads], self.value[:, :, heads]
-        return AttentionTerm(pattern, value, self.weight[heads], self.scale)
+        return replace(self, pattern=pattern, value=value, weight=self.weight[heads], kept=None)
 
     def heads(self, group: Sequence[int]) -> AttentionTerm:
         """Returns the read of some heads alone."""

@@ -165,7 +165,7 @@ def component_grids(
         unit: Likewise.
     """
     column = {"head": "head", "position": "source"}.get(by)
-    every = ("attn", "cross_attn", "mlp", *STEERING)
+    every = ("attn", "mixer", "cross_attn", "mlp", *STEERING)
     groups = [("attn",), ("cross_attn",)] if column else [every]
     if column is None and by != "layer":
         return []

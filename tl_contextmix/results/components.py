@@ -29,6 +29,7 @@ KINDS = (
     *_BIASES,
     *STEERING,
     *(f"encoder {name}" for name in STEERING),
+    "mixer",
 )
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")
