@@ -23,22 +23,23 @@ def with_multipliers(block: Block, module: nn.Module, like: torch.Tensor) -> Blo
         module: The block.
         like: Of the dtype and on the device of the maths.
     """
-    scale = float(getattr(module, "residual_contribution_scale", 1.0))
-    if scale != 1.0:
-        return _granite(block, scale, like)
     inner = getattr(module, "original_component", None)
+    scale = float(getattr(inner, "residual_multiplier", 1.0))
+    if scale != 1.0:
+        return _granite(block, module, scale, like)
     if hasattr(inner, "attn_out_multiplier"):
         return _falcon_h1(block, inner, like)
     factor = getattr(inner, "layer_scalar", None)
     return block if factor is None or float(factor) == 1.0 else _gemma4(block, float(factor), like)
 
 
-def _granite(block: Block, scale: float, like: torch.Tensor) -> Block:
-    """Granite multiplies all outputs by the same factor, and shows them after it."""
+def _granite(block: Block, module: nn.Module, scale: float, like: torch.Tensor) -> Block:
+    """Granite multiplies all outputs by the same factor; version 4 shows them after it."""
     path = block.resid_in.rpartition(".")[0]
 
     def scaled(sublayer: Any, shown: str) -> Any:
-        edits = replace(sublayer.edits, out=(f"{path}.{shown}",))
+        out = (f"{path}.{shown}",) if shown in module._modules else ()
+        edits = replace(sublayer.edits, out=out)
         return replace(sublayer, norm_out=_gain(block, scale, like), edits=edits)
 
     ff = block.feed_forward
