@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tl_contextmix.adapters.attention_weights import compression, is_latent, special_weight
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
 from tl_contextmix.core.blocks import (
@@ -101,12 +102,9 @@ class Handle:
         def read(name: str) -> Tensor | None:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
-            if "v_norm" in module._modules and name in ("W_V", "W_O"):
-                weight = _own_width(module, name, int(self.get().cfg.n_heads))
-            else:
-                weight = None if attribute is None else _attribute(module, attribute)
-            if weight is None and is_latent(module):
-                weight = _latent_weight(module, name)
+            weight = special_weight(module, name, int(self.get().cfg.n_heads))
+            if weight is None and attribute is not None:
+                weight = _attribute(module, attribute)
             if weight is None:
                 return None
             weight = self.ready(weight)
@@ -128,53 +126,6 @@ def _attribute(module: nn.Module, name: str) -> Any:
         return getattr(module, name, None)
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def is_latent(module: nn.Module) -> bool:
-    """Whether a module is latent attention, whose values come out of a compressed stream."""
-    return "kv_b_proj" in module._modules
-
-
-def _own_width(module: nn.Module, name: str, heads: int) -> Tensor:
-    """Returns a weight of Gemma 4, whose layers have heads of unlike width.
-
-    Where there are no values of their own, they are the keys', normed.
-    """
-    layers = module._modules
-    W_O = layers["o"].original_component.weight.T.unflatten(0, (heads, -1))
-    if name == "W_O":
-        return W_O
-    layer = layers.get("v") or layers["k"]
-    return layer.original_component.weight.unflatten(0, (-1, W_O.shape[1])).transpose(1, 2)
-
-
-def _latent_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Returns a weight of latent attention; those of values are the product of its matrices."""
-    original: Any = module.original_component
-    if name == "W_O":
-        return original.o_proj.weight.T.unflatten(0, (-1, original.v_head_dim))
-    if name == "b_O":
-        return original.o_proj.bias
-    if name not in ("W_V", "b_V"):
-        return None
-    compress, *bias = _compression(module)
-    compressed = compress.T if name == "W_V" else bias[0][None] if bias else None
-    if compressed is None:
-        return None
-    heads = original.kv_b_proj.weight.unflatten(
-        0, (-1, original.qk_nope_head_dim + original.v_head_dim)
-    )
-    expand = heads[:, original.qk_nope_head_dim :] * original.kv_a_layernorm.weight
-    found = torch.einsum("mr,hdr->hmd", compressed, expand)
-    return found if name == "W_V" else found[:, 0]
-
-
-def _compression(module: nn.Module) -> tuple[Tensor, ...]:
-    """Returns weight (and bias, if any) of what latent attention's values are made of."""
-    original: Any = module.original_component
-    project = original.kv_a_proj_with_mqa
-    found = (project.weight, project.bias)
-    return tuple(w[: original.kv_lora_rank] for w in found if w is not None)
 
 
 def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn.ModuleList]]:
@@ -391,7 +342,7 @@ def _value_norm(handle: Handle, path: str) -> ValueNorm | None:
 
     def latent(x: Tensor) -> Tensor:
         module = handle.get().get_submodule(path)
-        return functional.linear(x, *map(handle.ready, _compression(module)))[..., None, :]
+        return functional.linear(x, *map(handle.ready, compression(module)))[..., None, :]
 
     norm = read_norm(handle.get().get_submodule(f"{path}.kv_a_layernorm"), handle)
     assert norm is not None

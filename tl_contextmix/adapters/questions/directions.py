@@ -154,9 +154,8 @@ def _place(block: Block, at: StreamPoint | None) -> tuple[Stop, Norm | None]:
         return Stop.before(block, "mlp"), ff.norm_in
     if at in ("resid_pre", "attn_in"):
         return Stop(layer, 0), block.sublayers[0].norm_in if at == "attn_in" else None
-    count = len(block.sublayers)
-    written = max(1, count - (ff is not None)) if at == "resid_mid" and block.mixers else count
-    written = 1 if at == "resid_mid" and not block.mixers else written
+    middle = len(block.attentions) + len(block.mixers) if block.mixers else 1
+    written = middle if at == "resid_mid" else len(block.sublayers)
     return Stop(layer, written, normed=at == "block_out"), None
 
 
