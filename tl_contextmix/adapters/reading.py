@@ -27,6 +27,7 @@ from tl_contextmix.core.blocks import (
     Mixer,
     ValueNorm,
     Weights,
+    require_weight,
 )
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
@@ -110,7 +111,7 @@ class Handle:
             weight = self.ready(weight)
             if name in ("W_V", "b_V"):
                 # Values shared by several query heads: one copy per query head.
-                heads = len(read("W_O"))
+                heads = require_weight(read, "W_O").shape[0]
                 weight = weight.repeat_interleave(heads // weight.shape[0], dim=0)
             return weight
 
@@ -183,7 +184,7 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
         feed_forward=_feed_forward(handle, path, block, edits["mlp"]),
         mixers=tuple(_mixer(handle, prefix, layer, name) for name in mixers),
     )
-    like = handle.ready(next(handle.get().parameters()))[:0]
+    like = torch.empty(0, device=handle.device, dtype=handle.dtype)
     for reading in _placements(bare, norms):
         reading = with_multipliers(reading, block, like) if handle.bridge else reading
         yield _with_placed_edits(reading) if handle.bridge else reading

@@ -605,12 +605,11 @@ class Trace:
 
     def sink(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target"]:
         """Returns the share of each row that goes to the softmax's own sink; 0 without one."""
-        pattern = self.pattern(attention)
-        sums = pattern.sum(-1)
+        sums = self.pattern(attention).sum(-1)
         if not attention.sink_scores:
             return torch.zeros_like(sums)
-        # Rows of padding have no share, and rounding leaves none below zero.
-        return torch.where(sums == 0, sums, 1 - sums).clamp(min=0)
+        real = self.batch.side(attention.stack).mask.to(sums.device)
+        return (1 - sums).clamp(min=0) * real[:, None]
 
     def value(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
         """Returns value vectors per query head (a shared value is repeated)."""
