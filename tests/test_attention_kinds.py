@@ -233,6 +233,20 @@ def test_an_edge_that_is_cut_leaves_its_weight_to_the_sink_too() -> None:
     assert relative(found.log_probs.flatten(), said) <= FLOAT32_INSIDE
 
 
+def test_weights_and_sinks_of_gpt_oss_are_those_of_hugging_face() -> None:
+    model, tokens = zoo_others.build("gpt_oss", dtype=torch.float32), given().tokens
+    plain = type(model.original_model)(model.original_model.config).eval()
+    plain.set_attn_implementation("eager")
+    zoo_build.randomize(plain, seed=0)
+    with torch.no_grad():
+        own = torch.stack(plain(tokens, output_attentions=True).attentions, dim=1)
+    found = cm.attention(model, tokens)
+    assert relative(found.scores, own) <= 2e-6
+    assert found.sink is not None
+    assert float((found.sink - (1 - own.sum(dim=-1))).abs().max()) <= 2e-6
+    assert float(found.sink.max()) > 0.1
+
+
 # Gates
 
 

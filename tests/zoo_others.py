@@ -230,11 +230,16 @@ HYBRIDS: dict[str, Other] = {
 
 # Read, but for neurons; see `test_opaque.py`.
 _OPAQUE = {
+    "gpt_oss": Other(
+        "gpt-oss",
+        {**_WIDE, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
+    ),
     "minimax_m2": Other(
         "MiniMax M2",
         {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
         majors=(4,),
-    )
+    ),
 }
 
 

@@ -422,7 +422,7 @@ class ContextMap(LabelledArray):
         found = roll_out(self.scores[:, :, 0], self.target.mask, residual, memory, sink)
         return replace(
             self,
-            scores=found[:, :, None, :, : self.scores.shape[4]],
+            scores=(found if sink is None else found[..., :-1])[:, :, None],
             sink=None if sink is None else found[:, :, None, :, -1],
             bias=None,
             unit=f"rollout of {self.unit}",
