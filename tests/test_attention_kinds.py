@@ -25,6 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 import tl_contextmix as cm
 from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.results import ContextMap
 
 pytestmark = [
     pytest.mark.once,
@@ -37,7 +38,12 @@ KINDS = ("deepseek_v3", "gemma4_text", "granite", "qwen3_5_text")
 def built(kind: str) -> tuple[Any, Any]:
     """A bridge that no test changes, and its Hugging Face model as it was before."""
     model = zoo_others.build(kind)
-    plain = type(model.original_model)(model.original_model.config).double().eval()
+    plain = (
+        type(model.original_model)(model.original_model.config)
+        .double()
+        .eval()
+        .requires_grad_(False)
+    )
     plain.set_attn_implementation("eager")
     zoo_build.randomize(plain, seed=0)
     return model, plain
@@ -205,7 +211,7 @@ def test_a_rollout_shows_what_has_ended_in_sinks(tmp_path: Path) -> None:
         product = (whole / 2 + torch.eye(8) / 2) @ product
         assert relative(rolled.scores[:, layer, 0], product[:, :7, :7]) <= 1e-12
         assert relative(rolled.sink[:, layer, 0], product[:, :7, 7]) <= 1e-12
-    again = cm.ContextMap.load(rolled.save(tmp_path / "rollout.safetensors"))
+    again = ContextMap.load(rolled.save(tmp_path / "rollout.safetensors"))
     assert again.sink is not None
     assert torch.equal(again.sink, rolled.sink)
     panel = rolled.panels()[0]

@@ -14,6 +14,7 @@ _WIDE = {**_HEADS, "head_dim": 8}
 _WINDOW = {"sliding_window": 4}
 _SIDES = ("encoder", "decoder")
 _LATENT = {
+    "num_key_value_heads": 4,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
     "qk_rope_head_dim": 4,
