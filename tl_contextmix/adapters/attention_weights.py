@@ -31,8 +31,8 @@ def _own_width(module: nn.Module, name: str, heads: int) -> Tensor:
 
     Where there are no values of their own, they are the keys', normed.
     """
-    layers = module._modules
-    W_O = layers["o"].original_component.weight.T.unflatten(0, (heads, -1))
+    layers: dict[str, Any] = module._modules
+    W_O: Tensor = layers["o"].original_component.weight.T.unflatten(0, (heads, -1))
     if name == "W_O":
         return W_O
     layer = layers.get("v") or layers["k"]

@@ -318,7 +318,7 @@ def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | Mixer | FeedFor
         ("attn" if attention.kind == "self" else "cross_attn", attention)
         for attention in block.attentions
     ]
-    found += [("mixer", mixer) for mixer in block.mixers]
+    found.extend(("mixer", mixer) for mixer in block.mixers)
     return found if block.feed_forward is None else [*found, ("mlp", block.feed_forward)]
 
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+T = TypeVar("T", bound="AttentionTerm")
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class AttentionTerm:
         kept = None if self.kept is None else self.kept[..., part]
         return replace(self, weight=self.weight[:, :, part], kept=kept)
 
-    def row(self, batch: slice) -> AttentionTerm:
+    def row(self: T, batch: slice) -> T:
         """Returns the read of some rows of the batch."""
         pattern, value = self.pattern[batch], self.value[batch]
         return replace(self, pattern=pattern, value=value, scale=self.scale[batch], kept=None)
@@ -253,12 +255,12 @@ class AttentionTerm:
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def through(self, heads: slice) -> AttentionTerm:
+    def through(self: T, heads: slice) -> T:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
         pattern, value = self.pattern[:, heads], self.value[:, :, heads]
         return replace(self, pattern=pattern, value=value, weight=self.weight[heads], kept=None)
 
-    def heads(self, group: Sequence[int]) -> AttentionTerm:
+    def heads(self: T, group: Sequence[int]) -> T:
         """Returns the read of some heads alone."""
         index = list(group)
         # Where all heads share one matrix it is not copied for each of them.

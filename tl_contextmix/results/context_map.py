@@ -185,11 +185,12 @@ class ContextMap(LabelledArray):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise unlike(name, repr(theirs), repr(mine))
-        beside = {}
+        beside: dict[str, torch.Tensor | None] = {}
         for name in ("bias", "sink"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            both = mine is not None and theirs is not None
-            beside[name] = mine - theirs.to(mine.device) if both else None
+            beside[name] = None
+            if mine is not None and theirs is not None:
+                beside[name] = mine - theirs.to(mine.device)
         points = dict.fromkeys((self.point, other.point))
         return {
             **super()._difference(other),
