@@ -58,7 +58,7 @@ def zeroed(kind: str, layer: Any, place: int) -> Iterator[None]:
     def zero(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
         found = found.clone()
         if kind == "deepseek_v3":
-            cut = found[:, place].unflatten(-1, (attention.num_heads, -1))
+            cut = found[..., place, :].unflatten(-1, (attention.num_heads, -1))
             cut[..., attention.qk_nope_head_dim :] = 0
         else:
             found[:, place] = 0
@@ -179,7 +179,7 @@ def test_rows_and_the_sink_sum_to_one() -> None:
     assert "pattern and sink sum to 1" in {row.identity for row in report.rows}
     seen: dict[str, Tensor] = {}
     name = "blocks.1.attn.hook_attn_scores"
-    model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: seen.update(scores=x))])
+    model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: seen.update(scores=x.detach()))])
     logits = torch.cat([seen["scores"], sinks[1][:, None, None].expand(2, 4, 7, 1)], dim=-1)
     expected = logits.softmax(dim=-1)[..., -1]
     found = cm.attention(model, tokens)
