@@ -13,7 +13,7 @@ def roll_out(
     add_identity: bool,
     memory: Float[Tensor, "batch encoder_source encoder_input"] | None = None,
     sink: Float[Tensor, "batch layer target"] | None = None,
-) -> Float[Tensor, "batch layer target source"]:
+) -> Float[Tensor, "batch layer target reached"]:
     """Returns the product of the maps up to each layer; see `ContextMap.rollout`.
 
     Args:
