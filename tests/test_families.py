@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 64,
         },
-        "cannot be read.*geometry",
+        "per-layer embeddings",
     ),
     "bitnet": ({"num_key_value_heads": 2}, "not read correctly"),
 }

@@ -13,6 +13,26 @@ _HEADS = {"num_key_value_heads": 2}
 _WIDE = {**_HEADS, "head_dim": 8}
 _WINDOW = {"sliding_window": 4}
 _SIDES = ("encoder", "decoder")
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+}
+_FACTORS = {
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -62,6 +82,12 @@ OTHERS: dict[str, Other] = {
     "codegen": Other("CodeGen", {"rotary_dim": 4}, _GPT),
     "cohere": Other("Cohere", _HEADS),
     "cohere2": Other("Cohere 2", {**_HEADS, **_WINDOW}),
+    "deepseek_v2": Other(
+        "DeepSeek V2 (dense)", {**_LATENT, "first_k_dense_replace": 2}, majors=(4,)
+    ),
+    "deepseek_v3": Other(
+        "DeepSeek V3 (dense)", {**_LATENT, "first_k_dense_replace": 2}, majors=(4,)
+    ),
     "ernie4_5": Other("ERNIE 4.5", _WIDE),
     "exaone4": Other("EXAONE 4", {**_HEADS, **_WINDOW, "sliding_window_pattern": 2}, majors=(4,)),
     "falcon": Other(
@@ -71,6 +97,21 @@ OTHERS: dict[str, Other] = {
     ),
     "gemma": Other("Gemma", _WIDE),
     "gemma3_text": Other("Gemma 3", {**_WIDE, **_WINDOW}),
+    "gemma4_text": Other(
+        "Gemma 4 (without per-layer embeddings)",
+        {
+            **_WIDE,
+            **_WINDOW,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            # Wider heads in layers of full attention, whose values are the keys.
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+        },
+        majors=(4,),
+    ),
     "glm": Other("GLM", _WIDE),
     "glm4": Other("GLM 4", _WIDE),
     "gpt_bigcode": Other("GPT-BigCode", sizes=_GPT),
@@ -78,6 +119,24 @@ OTHERS: dict[str, Other] = {
         "GPT-Neo",
         {"attention_types": [[["global", "local"], 1]], "window_size": 4},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
+    ),
+    "granite": Other(
+        "Granite", {**_HEADS, **_FACTORS, "attention_bias": True, "mlp_bias": True}, majors=(4,)
+    ),
+    "granitemoehybrid": Other(
+        "Granite 4 (dense)",
+        {
+            **_HEADS,
+            **_FACTORS,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["attention", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "position_embedding_type": "rope",
+        },
+        majors=(4,),
     ),
     "hunyuan_v1_dense": Other("Hunyuan", _WIDE),
     "jais2": Other("Jais 2"),
@@ -103,29 +162,95 @@ OTHERS: dict[str, Other] = {
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
     "qwen3": Other("Qwen3", _WIDE),
+    "qwen3_5_text": Other(
+        "Qwen3.5 (full attention)",
+        {**_WIDE, **_DELTA, "layer_types": ["full_attention", "full_attention"]},
+        majors=(4,),
+    ),
     "seed_oss": Other("Seed-OSS", _WIDE),
     "smollm3": Other("SmolLM3", _HEADS),
     "stablelm": Other("StableLM", {"num_key_value_heads": 4}),
     "starcoder2": Other("StarCoder2", _HEADS),
     "vaultgemma": Other("VaultGemma", {**_WIDE, **_WINDOW}),
+    "youtu": Other("Youtu", _LATENT, majors=(4,)),
+}
+
+_MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+# In layer 0 no attention, but for Falcon-H1, which has both in every layer; see `test_hybrids.py`.
+HYBRIDS: dict[str, Other] = {
+    "falcon_h1": Other(
+        "Falcon-H1",
+        {
+            **_WIDE,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_expand": 1,
+            "key_multiplier": 0.7,
+            "attention_in_multiplier": 1.2,
+            "attention_out_multiplier": 0.6,
+            "ssm_out_multiplier": 1.3,
+            "lm_head_multiplier": 0.4,
+            "embedding_multiplier": 2.0,
+            "mlp_multipliers": [0.9, 0.7],
+        },
+    ),
+    "granitemoehybrid": Other(
+        "Granite 4", OTHERS["granitemoehybrid"].options | {"layer_types": ["mamba", "attention"]}
+    ),
+    "jamba": Other(
+        "Jamba",
+        {
+            **_HEADS,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "use_mamba_kernels": False,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+        },
+    ),
+    "lfm2": Other(
+        "LFM2",
+        {
+            **_HEADS,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "olmo_hybrid": Other(
+        "OLMo-Hybrid", {**_HEADS, **_DELTA, **_MIXED, "linear_num_key_heads": 4, "pad_token_id": 0}
+    ),
+    "qwen3_5_text": Other("Qwen3.5", {**_WIDE, **_DELTA, **_MIXED}),
+    "qwen3_next": Other(
+        "Qwen3-Next (dense)", {**_WIDE, **_DELTA, **_MIXED, "mlp_only_layers": [0, 1]}
+    ),
 }
 
 
 # Read, but for neurons; see `test_opaque.py`.
 _OPAQUE = {
+    "gpt_oss": Other(
+        "gpt-oss",
+        {**_WIDE, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
+    ),
     "minimax_m2": Other(
         "MiniMax M2",
         {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
         majors=(4,),
-    )
+    ),
 }
 
 
-def build(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+def build(
+    kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
+) -> Any:
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (OTHERS | _OPAQUE).get(kind, Other(kind))
+    other = (HYBRIDS if hybrid else OTHERS | _OPAQUE).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )

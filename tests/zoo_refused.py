@@ -58,15 +58,6 @@ class RefusedCase:
 
 
 _BRIDGE = "TransformerBridge"
-_MLA = {
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    # Dense feed-forwards only, so that the attention is the one reason left.
-    "first_k_dense_replace": rows.N_LAYERS,
-}
 _STATE_SPACE = {
     "vocab_size": rows.D_VOCAB,
     "hidden_size": rows.D_MODEL,
@@ -109,15 +100,6 @@ _ROWS = [
     RefusedCase(
         "mamba", _BRIDGE, "SSM", (3, 4), "MambaForCausalLM", "MambaConfig", _STATE_SPACE, "gpt"
     ),
-    RefusedCase(
-        "granite",
-        _BRIDGE,
-        "[Gg]ranite|residual",
-        (3, 4),
-        "GraniteForCausalLM",
-        "GraniteConfig",
-        {**rows.LLAMA_LIKE, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
-    ),
     # 3.x shows the norms behind the sublayers as if they stood before them.
     RefusedCase(
         "olmo2",
@@ -127,16 +109,6 @@ _ROWS = [
         rows.FAMILIES["olmo2"].model,
         rows.FAMILIES["olmo2"].config,
         rows.FAMILIES["olmo2"].options,
-    ),
-    # Multi-head latent attention.
-    RefusedCase(
-        "deepseek",
-        _BRIDGE,
-        "MLA",
-        (3, 4),
-        "DeepseekV2ForCausalLM",
-        "DeepseekV2Config",
-        {**rows.LLAMA_LIKE, **_MLA},
     ),
     # The encoder attends in windows and shows no pattern.
     RefusedCase(

@@ -16,6 +16,7 @@ from tl_contextmix.adapters.chats import make_encode_chat
 from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_decoder
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
+from tl_contextmix.adapters.layouts import find_layouts
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
@@ -217,9 +218,15 @@ def _host_activation(handle: Handle, prefix: str, layer: int) -> Activation | No
     mlp = handle.get()._modules[prefix][layer]._modules.get("mlp")
     for holder in (mlp, getattr(mlp, "original_component", None)):
         function: Callable[[Tensor], Tensor] | None = getattr(holder, "act_fn", None)
+        if callable(function) and (factor := getattr(holder, "gate_multiplier", 1.0)) != 1.0:
+            function = partial(_multiplied, function, factor)  # Falcon-H1
         if callable(function) and _elementwise(function, handle):
             return Activation("host", function, kink=True)
     return None
+
+
+def _multiplied(function: Callable[[Tensor], Tensor], factor: float, x: Tensor) -> Tensor:
+    return function(x * factor)
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], handle: Handle) -> bool:
@@ -266,6 +273,7 @@ def _unsettled(
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
     pad_id, to_string = make_pad_id(handle, facts), make_to_string(handle)
+    layouts = find_layouts(handle, stacks)
     return ModelView(
         name=_name(facts),
         host=type(model).__name__,
@@ -301,8 +309,8 @@ def _unsettled(
         hooked=make_hooked(handle, splices),
         without_hooks=lambda: without_hooks(handle.get()),
         follow=partial(follow, tolerance),
-        cached=cache_reader(handle, facts, stacks),
-        runner=make_runner(handle, pad_id, splices),
+        cached=cache_reader(handle, facts, stacks, layouts),
+        runner=make_runner(handle, pad_id, splices, layouts),
         generate=make_generate(handle),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from tl_contextmix.adapters.layouts import Layout
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import Block
@@ -26,7 +27,10 @@ _BRIDGE = {"main": ("embed.hook_out",), "decoder": ("decoder_embed.hook_out",)}
 
 
 def cache_reader(
-    handle: Handle, facts: Facts, stacks: Mapping[str, tuple[Block, ...]]
+    handle: Handle,
+    facts: Facts,
+    stacks: Mapping[str, tuple[Block, ...]],
+    layouts: Mapping[str, Layout],
 ) -> CacheReader:
     """Returns what has to be known of a host's caches."""
     if facts.t5:
@@ -55,6 +59,7 @@ def cache_reader(
         embedding=_embedding(handle, getattr(table, "offset", 0)),
         # RoBERTa counts from after its padding's.
         first_position=0 if padding is None else padding + 1,
+        read=lambda name, value: layouts[name].read(value) if name in layouts else value,
     )
 
 

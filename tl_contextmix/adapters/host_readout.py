@@ -78,11 +78,22 @@ def _tied_scale(handle: Handle, architecture: str) -> float:
     return float(model.cfg.d_model) ** -0.5 if t5 and tied else 1.0
 
 
+# Where configurations have a factor on logits; others have one that is not applied.
+_LOGIT_SCALES = {
+    "Cohere": "logit_scale",
+    "Granite": "logits_scaling",
+    "FalconH1": "lm_head_multiplier",
+}
+
+
 def _logit_scale(handle: Handle, architecture: str) -> float:
-    """Returns Cohere's factor on logits. Other configurations have one that is not applied."""
+    """Returns the factor on logits of the families that have one."""
     config = getattr(getattr(handle.get(), "original_model", None), "config", None)
-    scale = getattr(config, "logit_scale", None) if architecture.startswith("Cohere") else None
-    return 1.0 if scale is None else float(scale)
+    for family, name in _LOGIT_SCALES.items():
+        scale = getattr(config, name, None) if architecture.startswith(family) else None
+        if scale is not None:
+            return 1 / float(scale) if family == "Granite" else float(scale)  # it divides
+    return 1.0
 
 
 def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:

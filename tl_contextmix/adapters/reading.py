@@ -14,9 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tl_contextmix.adapters.recognition import Host
-from tl_contextmix.core.blocks import AttentionSublayer, Block, EditPoints, FeedForward, Weights
+from tl_contextmix.adapters.attention_weights import compression, is_latent, special_weight
+from tl_contextmix.adapters.multipliers import with_multipliers
+from tl_contextmix.adapters.recognition import MIXERS, Host
+from tl_contextmix.core.blocks import (
+    AttentionSublayer,
+    Block,
+    EditPoints,
+    FeedForward,
+    Mixer,
+    ValueNorm,
+    Weights,
+    require_weight,
+)
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -91,13 +103,15 @@ class Handle:
         def read(name: str) -> Tensor | None:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
-            weight = None if attribute is None else _attribute(module, attribute)
+            weight = special_weight(module, name, int(self.get().cfg.n_heads))
+            if weight is None and attribute is not None:
+                weight = _attribute(module, attribute)
             if weight is None:
                 return None
             weight = self.ready(weight)
             if name in ("W_V", "b_V"):
                 # Values shared by several query heads: one copy per query head.
-                heads = _attribute(module, "W_O").shape[0]
+                heads = require_weight(read, "W_O").shape[0]
                 weight = weight.repeat_interleave(heads // weight.shape[0], dim=0)
             return weight
 
@@ -105,10 +119,13 @@ class Handle:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead."""
+    """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead.
+
+    Latent attention raises NotImplementedError.
+    """
     try:
         return getattr(module, name, None)
-    except (AttributeError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError):
         return None
 
 
@@ -149,7 +166,9 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     path = f"{prefix}.{layer}"
     norms = _norms(handle, block)
     attentions = [(name, kind) for name, kind in _ATTENTIONS if name in block._modules]
-    edits = _edit_points(handle, path, [name for name, _ in attentions], block)
+    mixers = [name for name in MIXERS if name in block._modules]
+    names = [name for name, _ in attentions] or mixers
+    edits = _edit_points(handle, path, names, block)
     bare = Block(
         layer=layer,
         resid_in=f"{path}.{'hook_in' if handle.bridge else 'hook_resid_pre'}",
@@ -163,9 +182,31 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
             for name, kind in attentions
         ),
         feed_forward=_feed_forward(handle, path, block, edits["mlp"]),
+        mixers=tuple(_mixer(handle, prefix, layer, name) for name in mixers),
     )
+    like = torch.empty(0, device=handle.device, dtype=handle.dtype)
     for reading in _placements(bare, norms):
+        reading = with_multipliers(reading, block, like) if handle.bridge else reading
         yield _with_placed_edits(reading) if handle.bridge else reading
+
+
+def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
+    """Returns a sublayer that mixes tokens without attention weights."""
+    blocks: Any = handle.get()._modules[prefix]
+    module = blocks[layer]._modules[name]
+    kind = type(getattr(module, "original_component", None) or module).__name__
+    read = [n for n, one in enumerate(blocks) if {"attn", "self_attn"} & set(one._modules)]
+    where = f"{prefix}.{layer}.{name}"
+    remedy = f"Ask for layer={read}, which have attention"
+    if layer in read:
+        remedy = "Ask for at='attn_out', attention or value_zeroing, which are of attention alone"
+    refusal = four_parts(
+        f"what layer {layer} reads of each token is not known",
+        f"a {kind} ({where}), which mixes tokens by recurrence or convolution",
+        "attention alone",
+        f"{remedy}; log-prob contributions and feed-forward memories are of all layers.",
+    )
+    return Mixer(f"{where}.hook_out", refusal, int(handle.get().cfg.d_model))
 
 
 def _with_placed_edits(block: Block) -> Block:
@@ -189,6 +230,7 @@ def _edit_points(
     handle: Handle, path: str, attentions: list[str], block: nn.Module
 ) -> dict[str, EditPoints]:
     """Returns where hooks may edit what each sublayer writes; see `_with_placed_edits`."""
+    mlp = _mlp_name(block)
     if not handle.bridge:
         cross = {"cross_attn": "_cross"}
         outs = {"cross_attn": ("hook_cross_attn_out",)}
@@ -214,11 +256,11 @@ def _edit_points(
             for index, name in enumerate(attentions)
         }
         found["mlp"] = EditPoints(
-            raw=_under(path, ("mlp.out.hook_out", "mlp.hook_out")),
+            raw=_under(path, (f"{mlp}.out.hook_out", f"{mlp}.hook_out")),
             out=_under(path, ("ln2_post.hook_out",)) if "ln2_post" in block._modules else (),
             stream=_under(path, (f"ln{len(attentions) + 1}.hook_in", "hook_out")),
         )
-    if "mlp" not in block._modules and attentions:
+    if mlp not in block._modules and attentions:
         last = found[attentions[-1]]
         found[attentions[-1]] = replace(last, stream=last.stream + found["mlp"].stream)
     return found
@@ -237,9 +279,12 @@ def _resid_out(handle: Handle, block: nn.Module) -> str:
 
 
 def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
-    count = len(block.attentions)
+    count = len(block.attentions) or len(block.mixers)
     names = [f"ln{index + 1}" for index in range(count + 1)]
     ff = block.feed_forward
+    if block.mixers:
+        mixers = tuple(replace(mixer, norm_in=norms.get("ln1")) for mixer in block.mixers)
+        block = replace(block, mixers=mixers)
     if "ln1_post" in norms:
         attention = replace(
             block.attentions[0], norm_in=norms.get("ln1"), norm_out=norms["ln1_post"]
@@ -250,7 +295,7 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
         return
     before = tuple(
         replace(attention, norm_in=norms.get(name))
-        for attention, name in zip(block.attentions, names[:count], strict=True)
+        for attention, name in zip(block.attentions, names, strict=False)
     )
     last = norms.get(names[count])
     pre_ff = None if ff is None else replace(ff, norm_in=last)
@@ -260,7 +305,7 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
         shared = norms.get("ln1") if names[count] not in norms else last
         both = replace(ff, norm_in=shared)
         yield replace(block, attentions=before, feed_forward=both, parallel=True)
-    if any(norm is not None for norm in norms.values()):
+    if any(norm is not None for norm in norms.values()) and not block.mixers:
         after = tuple(
             replace(attention, norm_after=norms.get(name))
             for attention, name in zip(block.attentions, names[:count], strict=True)
@@ -271,15 +316,38 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
 
 def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> AttentionSublayer:
     here = f"{path}.{name}"
+    weights, module = handle.weights(here), handle.get().get_submodule(here)
     return AttentionSublayer(
         stack=stack,
         kind=kind,
         pattern=f"{here}.hook_pattern",
-        value=f"{here}.hook_v",
+        value=f"{here}.v_norm.hook_out" if "v_norm" in module._modules else f"{here}.hook_v",
         mixed=f"{here}.hook_z",
         key=f"{here}.hook_k",
-        weights=handle.weights(here),
+        weights=weights,
+        value_norm=_value_norm(handle, here),
+        gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
+        sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
     )
+
+
+def _value_norm(handle: Handle, path: str) -> ValueNorm | None:
+    """Returns the norm between W_V and values (latent attention, Gemma 4), or None."""
+    module = handle.get().get_submodule(path)
+    if "v_norm" in module._modules:
+        read, eps = handle.weights(path), float(module.v_norm.original_component.eps)
+        each = Norm(kind="rms", weight=None, bias=None, eps=eps)
+        return ValueNorm(lambda x: torch.einsum("...m,hmd->...hd", x, read("W_V")), each)
+    if not is_latent(module):
+        return None
+
+    def latent(x: Tensor) -> Tensor:
+        module = handle.get().get_submodule(path)
+        return functional.linear(x, *map(handle.ready, compression(module)))[..., None, :]
+
+    norm = read_norm(handle.get().get_submodule(f"{path}.kv_a_layernorm"), handle)
+    assert norm is not None
+    return ValueNorm(latent, norm)
 
 
 def _window(handle: Handle, layer: int) -> int | None:
@@ -298,13 +366,20 @@ def _window(handle: Handle, layer: int) -> int | None:
     return model.cfg.window_size if slides else None
 
 
+def _mlp_name(block: nn.Module) -> str:
+    """Returns what a block calls its feed-forward module; Granite has names of its own."""
+    others = ("shared_mlp", "block_sparse_moe")
+    return next((name for name in others if name in block._modules), "mlp")
+
+
 def _feed_forward(
     handle: Handle, path: str, block: nn.Module, edits: EditPoints
 ) -> FeedForward | None:
-    mlp = block._modules.get("mlp")
+    name = _mlp_name(block)
+    mlp = block._modules.get(name)
     if mlp is None:
         return None
-    here = f"{path}.mlp"
+    here = f"{path}.{name}"
     if _attribute(mlp, "W_in") is None:
         # circuit-tracer puts a module of its own around it, with more hook points.
         inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]

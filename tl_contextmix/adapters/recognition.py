@@ -15,6 +15,8 @@ from torch import nn
 
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
+MIXERS = ("linear_attn", "mamba", "conv", "mixer")
+"""What hybrids have beside attention, or in its place, as bridges name it."""
 Host = Literal["HookedTransformer", "HookedEncoder", "HookedEncoderDecoder", "TransformerBridge"]
 
 
@@ -76,7 +78,8 @@ class Facts:
         """Returns the name of the first module class that contains one of the words, or ""."""
         for module in self.model.modules():
             name = type(module).__name__
-            if any(word in name for word in words):
+            # A bridge's class of experts may hold a dense layer.
+            if any(word in name for word in words) and not getattr(module, "bound_dense", False):
                 return name
         return ""
 
@@ -89,12 +92,17 @@ class Facts:
             for index, block in enumerate(self.model._modules.get(path) or ())
         ]
 
-    def blocks_without_attention(self) -> str:
-        """Returns the path of the first block without attention, or ""."""
+    def blocks_without_mixers(self) -> str:
+        """Returns the path of the first block in which nothing known mixes tokens, or ""."""
         for path, block in self.block_modules():
-            if not {"attn", "self_attn"} & set(block._modules):
+            if not {"attn", "self_attn", *MIXERS} & set(block._modules):
                 return path
         return ""
+
+    def blocks_with(self, name: str) -> str:
+        """Returns the path of the first submodule of blocks that is called so, or ""."""
+        found = (f"{path}.{name}" for path, block in self.block_modules() if name in block._modules)
+        return next(found, "")
 
     def hf_config(self) -> Any:
         """Returns the Hugging Face config of a bridge, or None."""

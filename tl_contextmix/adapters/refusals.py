@@ -39,12 +39,12 @@ def _t5_on_bridge_3(facts: Facts) -> str:
     return f"{facts.architecture} on TransformerBridge 3" if old else ""
 
 
-def _scaled_residual(facts: Facts) -> str:
-    for path, block in facts.block_modules():
-        scale = getattr(block, "residual_contribution_scale", 1.0)
-        if scale != 1.0:
-            return f"a factor of {scale} in {path}"
-    return ""
+def _recurrence(facts: Facts) -> str:
+    """Returns what mixes tokens where no block has attention, or in a block that cannot be read."""
+    blocks = facts.block_modules()
+    if any({"attn", "self_attn"} & set(block._modules) for _, block in blocks):
+        return facts.has_class("RWKV", "RecurrentGemma") or facts.blocks_without_mixers()
+    return facts.has_class("SSM", "Mamba", "GatedDeltaNet", "RWKV") or facts.blocks_without_mixers()
 
 
 def _quantized(facts: Facts) -> str:
@@ -104,19 +104,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
     ),
     Refusal(
-        "multi-head latent attention (MLA)",
-        lambda facts: facts.has_class("MLA"),
-        "its value vectors are compressed, and the pattern does not weight the hooked ones",
-        "Use a model with ordinary attention heads.",
+        "state-space model (Mamba, SSM)",
+        _recurrence,
+        "it mixes tokens by recurrence, not by attention",
+        "Use a transformer, or a hybrid with layers of attention.",
     ),
     Refusal(
-        "state-space model (Mamba, SSM) or a hybrid with one",
-        lambda facts: (
-            facts.has_class("SSM", "Mamba", "GatedDeltaNet", "RWKV", "RecurrentGemma")
-            or facts.blocks_without_attention()
-        ),
-        "it mixes tokens by recurrence, not by attention",
-        "Use a transformer.",
+        "Gemma 4's per-layer embeddings",
+        lambda facts: facts.blocks_with("per_layer_input_gate"),
+        "a third sublayer of each block adds embeddings that depend on the stream",
+        "Use a Gemma 4 without them (12B and up).",
     ),
     Refusal(
         "LED",
@@ -130,12 +127,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "its bridge has no embedding matrix, and its blocks name the norms before and after each "
         "sublayer differently",
         "Use T5, BART, Marian, mBART, M2M100 or Pegasus.",
-    ),
-    Refusal(
-        "Granite's residual scale",
-        _scaled_residual,
-        "its sublayer outputs are scaled before they are added to the residual stream",
-        "Use a model without a residual multiplier.",
     ),
 )
 

@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tl_contextmix.adapters.layouts import Layout
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts
 from tl_contextmix.core.blocks import Batch, Side
@@ -38,13 +40,19 @@ def lock_of(model: nn.Module) -> AbstractContextManager[Any]:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str] = ()) -> Runner:
+def make_runner(
+    handle: Handle,
+    pad_id: Callable[[], int],
+    splices: Sequence[str] = (),
+    layouts: Mapping[str, Layout] = MappingProxyType({}),
+) -> Runner:
     """Returns the function that runs the model once with hooks at the given names.
 
     Args:
         handle: The model.
         pad_id: Returns the id that pads.
         splices: Paths of modules where hook points were, see `find_splices`.
+        layouts: Of activations that the model shows with other axes.
     """
     under_way: list[_Pass] = []
 
@@ -60,7 +68,7 @@ def make_runner(handle: Handle, pad_id: Callable[[], int], splices: Sequence[str
     def run_hooked(
         model: Any, batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool
     ) -> PassOutput:
-        own = _Pass(under_way, grad, model, hooks, watch, ends=not logits)
+        own = _Pass(under_way, grad, model, hooks, watch, not logits, layouts)
         # One filter for all names: for each hook, 3.x makes its table of points anew, which takes
         # 6 ms in a model of twelve layers. A pass there has sixty hooks and takes 30 ms.
         fwd_hooks: list[tuple[Callable[..., bool], Callable[..., Any]]] = [
@@ -111,8 +119,9 @@ class _Pass:
         hooks: Hooks,
         watch: bool,
         ends: bool,
+        layouts: Mapping[str, Layout],
     ) -> None:
-        self.under_way, self.grad = under_way, grad
+        self.under_way, self.grad, self.layouts = under_way, grad, layouts
         self.thread = threading.get_ident()
         self.edits = dict(hooks)
         self.kept: dict[str, Tensor] = {}
@@ -200,13 +209,15 @@ class _Pass:
         edited = False
         # In compatibility mode a point without a name is seen through an alias of it.
         for name in self.names[id(getattr(hook, "_target", hook))]:
-            edit = self.edits[name]
+            edit, layout, host = self.edits[name], self.layouts.get(name), tensor
+            tensor = host if layout is None else layout.read(host)
             if edit is not None and name not in self.late:
                 tensor, edited = edit(tensor), True
             # What is kept may be edited in place at a later point.
             self.kept[name] = tensor.clone() if self.watched else tensor
             if self.missing is not None:
                 self.missing.discard(name)
+            tensor = tensor if layout is None else layout.write(tensor, host)
         if self.missing is not None and not self.missing:
             raise _Ended
         # On a bridge a captured q, k, v or z is a copy: only a returned one is in the graph.

@@ -39,12 +39,12 @@ def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
     found = []
     if _norms_folded(facts, blocks):
         found.append("fold_ln")
-    if _centred(blocks[0].attentions[0].W_O):
+    attentions = [attention for block in blocks for attention in block.attentions]
+    if _centred(attentions[0].W_O):
         found.append("center_writing_weights")
     W_U = getattr(facts.model, "W_U", None)
     if W_U is not None and _centred(W_U):
         found.append("center_unembed")
-    attentions = [attention for block in blocks for attention in block.attentions]
     if _any(attentions, "b_Q") and not _any(attentions, "b_V"):
         found.append("fold_value_biases")
         if all(_orthonormal(attention.W_O) for attention in attentions):

@@ -53,6 +53,23 @@ class EditPoints:
 
 
 @dataclass(frozen=True)
+class ValueNorm:
+    """An RMSNorm between the normed stream and the values; its gain is in W_V.
+
+    Attributes:
+        read: Returns what is normed, given the normed stream: of each head, or of all of them.
+        norm: The norm.
+    """
+
+    read: Callable[[Tensor], Float[Tensor, "*place #head width"]] = field(repr=False)
+    norm: Norm
+
+    def scale(self, x: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place #head 1"]:
+        """Returns its divisor."""
+        return self.norm.scale(self.read(x))
+
+
+@dataclass(frozen=True)
 class AttentionSublayer:
     """One attention sublayer of a block.
 
@@ -70,6 +87,10 @@ class AttentionSublayer:
         norm_after: Norm of the residual sum (post-LN), or None.
         edits: Where hooks may edit what it writes.
         window: How many tokens it reads at most, its own included, by the host's config; or None.
+        value_norm: Norm between W_V and the values, or None.
+        sink_scores: Name of the scores, where the softmax over them has one more logit per head
+            (the weight ``sinks``) of which nothing is read; or an empty string.
+        gate: Name of the gate whose sigmoid multiplies what heads read, or an empty string.
     """
 
     stack: str
@@ -85,6 +106,20 @@ class AttentionSublayer:
     norm_after: Norm | None = None
     edits: EditPoints = EditPoints()
     window: int | None = None
+    value_norm: ValueNorm | None = None
+    sink_scores: str = ""
+    gate: str = ""
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
+        """Value weights per query head: ``v = (x W_V + b_V) / value_scale(x)``."""
+        return require_weight(self.weights, "W_V")
+
+    def value_scale(
+        self, x: Float[Tensor, "*place d_model"]
+    ) -> Float[Tensor, "*place #head 1"] | None:
+        """Returns what divides the values of a (normed) stream: a norm between W_V and values."""
+        return None if self.value_norm is None else self.value_norm.scale(x)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -148,6 +183,36 @@ class AttentionSublayer:
         """Returns the residual stream after the sublayer, given `raw_output`."""
         stream = stream + (raw if self.norm_out is None else self.norm_out(raw))
         return stream if self.norm_after is None else self.norm_after(stream)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A sublayer that mixes tokens without attention weights: linear attention, a state space.
+
+    It reads what attention reads, and is one component: what it puts out.
+
+    Attributes:
+        out: Name of what it puts out.
+        refusal: Why there is no map of it.
+        d_model: Width of its output.
+        norm_in: Norm before it, or None.
+        norm_out: Norm of its output before the residual sum, or None.
+        edits: Where hooks may edit what it writes.
+    """
+
+    out: str
+    refusal: str
+    d_model: int
+    norm_in: Norm | None = None
+    norm_out: Norm | None = None
+    edits: EditPoints = EditPoints()
+    norm_after: None = None
+
+    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns what it adds to the residual stream."""
+        out = trace[self.out]
+        out = out if self.norm_out is None else self.norm_out(out)
+        return shift(out, trace.edit(self.edits.out))
 
 
 @dataclass(frozen=True)
@@ -362,6 +427,7 @@ class Block:
         attentions: Its attention sublayers in order; a decoder with cross-attention has two.
         feed_forward: Its feed-forward sublayer, or None (attention-only).
         parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
+        mixers: Sublayers beside attention, or in its place, that mix tokens in another way.
         folds: Products of its weights that are kept for the next call, by name, and what tells
             whether a weight has changed; None where those of all blocks would take more than
             `FOLD_BYTES`.
@@ -374,12 +440,29 @@ class Block:
     attentions: tuple[AttentionSublayer, ...]
     feed_forward: FeedForward | None
     parallel: bool = False
+    mixers: tuple[Mixer, ...] = ()
     folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
     rewrite: Rewrite | None = None
 
     def attention(self, kind: str) -> AttentionSublayer:
-        """Returns its attention sublayer of a kind: ``"self"`` or ``"cross"``."""
-        return next(one for one in self.attentions if one.kind == kind)
+        """Returns its attention sublayer of a kind: ``"self"`` or ``"cross"``.
+
+        Raises:
+            UnsupportedModel: If it mixes tokens in another way.
+        """
+        found = [one for one in self.attentions if one.kind == kind]
+        if not found:
+            self.require_attention()
+        return found[0]
+
+    def require_attention(self) -> None:
+        """Checks that nothing but attention brings other tokens into its stream.
+
+        Raises:
+            UnsupportedModel: If something does.
+        """
+        for mixer in self.mixers:
+            raise UnsupportedModel(mixer.refusal)
 
     @property
     def memories(self) -> FeedForward | None:
@@ -387,9 +470,15 @@ class Block:
         return self.feed_forward if self.rewrite is None else self.rewrite.features
 
     @property
-    def sublayers(self) -> tuple[AttentionSublayer | FeedForward, ...]:
+    def sublayers(self) -> tuple[AttentionSublayer | Mixer | FeedForward, ...]:
         """Its sublayers in order."""
-        return (*self.attentions, *([] if self.feed_forward is None else [self.feed_forward]))
+        last = [] if self.feed_forward is None else [self.feed_forward]
+        return (*self.attentions, *self.mixers, *last)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.attentions[0].W_O.shape[2] if self.attentions else self.mixers[0].d_model
 
     def made(self) -> tuple[str, ...]:
         """Returns the names of the activations that its dictionaries make, if it has any."""
@@ -399,8 +488,8 @@ class Block:
 
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""
-        reads = [name for a in self.attentions for name in (a.pattern, a.value)]
-        return (self.resid_in, *reads)
+        reads = [n for a in self.attentions for n in (a.pattern, a.value, a.gate) if n]
+        return (self.resid_in, *reads, *(mixer.out for mixer in self.mixers))
 
     def spared(self) -> tuple[str, ...]:
         """Returns the names of activations that spare work where they are at hand."""
@@ -409,6 +498,7 @@ class Block:
     def checkpoints(self) -> tuple[str, ...]:
         """Returns the names of the activations that tell whether the block is read right."""
         mixed = tuple(attention.mixed for attention in self.attentions)
+        mixed += tuple(mixer.out for mixer in self.mixers)
         ff = self.feed_forward
         if ff is None:
             return (*mixed, self.resid_out)
@@ -417,7 +507,7 @@ class Block:
     def fold_size(self) -> int:
         """Returns how many numbers its W_O takes when folded into its W_in."""
         ff = self.feed_forward
-        if ff is None:
+        if ff is None or not self.attentions:
             return 0
         heads, d_head, _ = self.attentions[0].W_O.shape
         return heads * d_head * sum(weight.shape[1] for weight, _ in ff.branches())
@@ -427,8 +517,8 @@ class Block:
         return trace.resid_in(self) if self.parallel else self.middle(trace)
 
     def middle(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
-        """Returns the residual stream after the attention sublayers and their norms."""
-        return self.written(trace, len(self.attentions))
+        """Returns the residual stream after the attention sublayers, mixers and their norms."""
+        return self.written(trace, len(self.attentions) + len(self.mixers))
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the block's output, recomputed from its input, patterns, values and neurons."""
@@ -551,6 +641,14 @@ class Trace:
             return pattern
         return pattern.masked_fill(~real[:, None, :, None], 0)
 
+    def sink(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target"]:
+        """Returns the share of each row that goes to the softmax's own sink; 0 without one."""
+        sums = self.pattern(attention).sum(-1)
+        if not attention.sink_scores:
+            return torch.zeros_like(sums)
+        real = self.batch.side(attention.stack).mask.to(sums.device)
+        return (1 - sums).clamp(min=0) * real[:, None]
+
     def value(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:
         """Returns value vectors per query head (a shared value is repeated)."""
         return self._per_query_head(attention, attention.value)
@@ -574,13 +672,31 @@ class Trace:
             return kept.to(self.dtype)
         return self.mix(attention)
 
-    def mix(self, attention: AttentionSublayer) -> Float[Tensor, "batch target head d_head"]:
-        """Returns pattern times value."""
-        return einsum(
-            self.pattern(attention),
+    def mix(
+        self, attention: AttentionSublayer, pattern: Tensor | None = None
+    ) -> Float[Tensor, "batch target head d_head"]:
+        """Returns pattern times value, times the gate where there is one.
+
+        Args:
+            attention: The sublayer.
+            pattern: Another pattern; None for its own.
+        """
+        mixed = einsum(
+            self.pattern(attention) if pattern is None else pattern,
             self.value(attention),
             "batch head target source, batch source head d_head -> batch target head d_head",
         )
+        gate = self.gate(attention)
+        return mixed if gate is None else mixed * gate
+
+    def gate(
+        self, attention: AttentionSublayer
+    ) -> Float[Tensor, "batch target head d_head"] | None:
+        """Returns what multiplies what heads read, or None."""
+        if not attention.gate:
+            return None
+        heads = self.values[attention.pattern].shape[1]
+        return self[attention.gate].flatten(2).unflatten(2, (heads, -1)).sigmoid()
 
     def mixing(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target source"]:
         """Returns what values are weighted with: the pattern, times what hooks scaled heads with.

@@ -210,17 +210,18 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     branches, residual = len(parts.hidden), parts.residual
     heads = max(read.value.shape[2] for read in parts.read.terms)
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
+    vectors = 4 * width + max(read.per_pair for read in parts.read.terms)
     token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
     held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
     # Vectors per token: the token sums' totals and biases, and the parts'.
     held += 10 * batch * target * width
     budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
-    view, pair = branches * heads * neuron + beside, branches * neuron + 4 * width
+    view, pair = branches * heads * neuron + beside, branches * neuron + vectors
     neurons = neuron
     if view + pair > room:
-        neurons = max(1, (room - beside - 4 * width) // (branches * (heads + 1)))
-        view, pair = branches * heads * neurons + beside, branches * neurons + 4 * width
+        neurons = max(1, (room - beside - vectors) // (branches * (heads + 1)))
+        view, pair = branches * heads * neurons + beside, branches * neurons + vectors
     targets = max(1, min(-(-target // 16), (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))

@@ -15,7 +15,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, require_weight
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
 from tl_contextmix.core.token_sums import FrozenNorm, Norm
 
 Parts = Float[Tensor, "batch target part d_model"]
@@ -36,6 +36,8 @@ class FrozenAttention:
         norm_in: Norm before it. A cross-attention sublayer reads its values elsewhere.
         norm_out: Norm of its output.
         norm_after: Norm of the residual sum.
+        value_scale: Scale of a norm between W_V and values, or None.
+        gate: What multiplies what heads read, or None.
     """
 
     sublayer: AttentionSublayer
@@ -43,6 +45,8 @@ class FrozenAttention:
     norm_in: FrozenNorm
     norm_out: FrozenNorm
     norm_after: FrozenNorm
+    value_scale: Float[Tensor, "batch source #head 1"] | None = None
+    gate: Float[Tensor, "batch target head d_head"] | None = None
 
     def __call__(self, stream: Parts, memory: Tensor | None, constant: bool) -> Parts:
         """Returns the parts of the residual stream after the sublayer.
@@ -59,10 +63,12 @@ class FrozenAttention:
             assert not constant
             return _pass(self.norm_after, stream, constant)
         weights = self.sublayer.weights
-        value = torch.einsum("bskm,hmd->bskhd", read, require_weight(weights, "W_V"))
+        value = torch.einsum("bskm,hmd->bskhd", read, self.sublayer.W_V)
         b_V, b_O = weights("b_V"), weights("b_O")
         value = value + b_V if constant and b_V is not None else value
+        value = value if self.value_scale is None else value / self.value_scale[:, :, None]
         mixed = torch.einsum("bhts,bskhd->btkhd", self.pattern, value)
+        mixed = mixed if self.gate is None else mixed * self.gate[:, :, None]
         out = torch.einsum("btkhd,hdm->btkm", mixed, self.sublayer.W_O)
         out = out + b_O if constant and b_O is not None else out
         return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
@@ -72,7 +78,10 @@ class FrozenAttention:
         seen = 0 if self.sublayer.kind == "cross" else first
         norms = (self.norm_in, self.norm_out, self.norm_after)
         later = (norm.part(place=slice(first, None)) for norm in norms)
-        return FrozenAttention(self.sublayer, self.pattern[:, :, first:, seen:], *later)
+        scale = None if self.value_scale is None else self.value_scale[:, seen:]
+        pattern = self.pattern[:, :, first:, seen:]
+        gate = None if self.gate is None else self.gate[:, first:]
+        return FrozenAttention(self.sublayer, pattern, *later, value_scale=scale, gate=gate)
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,11 @@ def freeze(
         bias: What belongs to no token in the block's input.
         memory_bias: The same of the encoder's output, where the block reads it.
         fixed: Whether feed-forward paths start from the bias alone rather than from zero.
+
+    Raises:
+        UnsupportedModel: If it mixes tokens in another way than by attention.
     """
+    block.require_attention()
     stream, parts = trace.resid_in(block), bias[:, :, None]
     memory = None if memory_bias is None else memory_bias[:, :, None]
     attentions, streams = [], [stream]
@@ -206,13 +219,15 @@ def freeze(
 
 
 def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
-    raw = sublayer.raw_output(trace)
+    raw, norm_in = sublayer.raw_output(trace), FrozenNorm.at(sublayer.norm_in, stream)
     return FrozenAttention(
         sublayer=sublayer,
         pattern=trace.mixing(sublayer),
-        norm_in=FrozenNorm.at(sublayer.norm_in, stream),
+        norm_in=norm_in,
         norm_out=FrozenNorm.at(sublayer.norm_out, raw),
         norm_after=FrozenNorm.at(sublayer.norm_after, stream + sublayer.output(trace)),
+        value_scale=sublayer.value_scale(norm_in.affine(stream)),
+        gate=trace.gate(sublayer),
     )
 
 

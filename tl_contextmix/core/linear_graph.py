@@ -57,6 +57,12 @@ class Heads:
         """Frozen attention probabilities."""
         return self.frozen.pattern[0]
 
+    @cached_property
+    def _reading(self) -> Float[Tensor, "head target source"]:
+        """What W_V's output is weighted with: the pattern, over the scale of a norm of values."""
+        scale = self.frozen.value_scale
+        return self.pattern if scale is None else self.pattern / scale[0, :, :, 0].T[:, None]
+
     @property
     def constant(self) -> Tensor | None:
         """What the sublayer adds whatever its nodes write."""
@@ -88,9 +94,10 @@ class Heads:
             gradient: Of the sublayer's output.
             some: Which of them [target head]; None: all.
         """
-        through = self._through(gradient)
+        through, gate = self._through(gradient), self.frozen.gate
+        through = through if gate is None else through * gate[0]
         through = through if some is None else through * some[..., None]
-        value = torch.einsum("hts,thd->shd", self.pattern, through)
+        value = torch.einsum("hts,thd->shd", self._reading, through)
         read = torch.einsum("shd,hmd->sm", value, self._weight("W_V"))
         return self._norm(read[None])[0], (value.sum(dim=0) * self._bias).sum()
 
@@ -100,8 +107,9 @@ class Heads:
         """Returns the same of some of them, one by one."""
         pos, head = at.T
         through = torch.einsum("km,kdm->kd", gradient[pos], self._weight("W_O")[head])
+        through = through if self.frozen.gate is None else through * self.frozen.gate[0, pos, head]
         read = torch.einsum("kd,kmd->km", through, self._weight("W_V")[head])
-        seen = self.pattern[head, pos]
+        seen = self._reading[head, pos]
         inner = (through * self._bias[head]).sum(dim=-1) * seen.sum(dim=-1)
         return self._norm(seen[:, :, None] * read[:, None]), inner
 

@@ -50,12 +50,14 @@ class CacheReader:
             of positions.
         embedding: Returns the embeddings of token ids, or of those of a further argument.
         first_position: The position of a text's first token.
+        read: Returns an activation, given its name, with the axes that `Trace` has it with.
     """
 
     other_names: Callable[[str], tuple[str, ...]]
     embedded: Mapping[str, tuple[str, ...]]
     embedding: Callable[..., Tensor]
     first_position: int = 0
+    read: Callable[[str, Tensor], Tensor] = field(default=lambda name, value: value, repr=False)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Mixer, Trace, shift
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import FrozenNorm
@@ -44,6 +44,7 @@ Kind = Literal[
     "embed",
     "attn",
     "cross_attn",
+    "mixer",
     "mlp",
     "resid_pre steering",
     "resid_mid steering",
@@ -132,8 +133,8 @@ class Component:
 
     @property
     def whole(self) -> bool:
-        """Whether it has no parts: what enters the first block, steering, and errors."""
-        return self.kind == "embed" or self.kind.endswith(("steering", "error"))
+        """Whether it has no parts: what enters the first block, mixers, steering, and errors."""
+        return self.kind in ("embed", "mixer") or self.kind.endswith(("steering", "error"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class AttentionComponent(Component):
         weight: W_O.
         pattern: What the position attends to, times what hooks scaled heads with.
         mixed: What each head read, where hooks changed it; None for pattern times value.
-        value: Value vectors of the sources.
+        value: Value vectors of the sources, times the position's gate where there is one.
         read: Which sources can be read: no padding, and nothing that comes later in a causal model.
         path: From the sublayer's output to where the stream is read.
     """
@@ -336,13 +337,15 @@ def decompose_stream(
     return stream
 
 
-def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | FeedForward]]:
+def _kinds(block: Block) -> list[tuple[Kind, AttentionSublayer | Mixer | FeedForward]]:
     return [(_kind(sublayer), sublayer) for sublayer in block.sublayers]
 
 
-def _kind(sublayer: AttentionSublayer | FeedForward) -> Kind:
+def _kind(sublayer: AttentionSublayer | Mixer | FeedForward) -> Kind:
     if isinstance(sublayer, FeedForward):
         return cast("Kind", sublayer.kind)
+    if isinstance(sublayer, Mixer):
+        return "mixer"
     return "attn" if sublayer.kind == "self" else "cross_attn"
 
 
@@ -361,7 +364,7 @@ def _entering(
 
 def _step(
     block: Block,
-    sublayer: AttentionSublayer | FeedForward,
+    sublayer: AttentionSublayer | Mixer | FeedForward,
     trace: Trace,
     at: tuple[Tensor, Tensor],
     x: Tensor,
@@ -374,10 +377,11 @@ def _step(
 
     kind, missing = _kind(sublayer), None
     if isinstance(sublayer, AttentionSublayer):
-        pattern = trace.mixing(sublayer)[at[0], :, at[1]]
+        pattern, gate = trace.mixing(sublayer)[at[0], :, at[1]], trace.gate(sublayer)
+        value = _of_sentences(trace.value(sublayer), at[0])
         parts: dict[str, Any] = {
             "pattern": pattern,
-            "value": _of_sentences(trace.value(sublayer), at[0]),
+            "value": value if gate is None else value * gate[at][:, None],
             "weight": sublayer.W_O,
             "read": _readable(sublayer, trace, at, pattern),
         }
@@ -390,6 +394,9 @@ def _step(
     elif isinstance(sublayer, OpaqueFeedForward):
         parts = {"refusal": sublayer.refusal}
         raw = trace[sublayer.post][at]
+        constant = raw.new_zeros(raw.shape[1])
+    elif isinstance(sublayer, Mixer):
+        parts, raw = {}, trace[sublayer.out][at]
         constant = raw.new_zeros(raw.shape[1])
     else:
         parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
@@ -405,7 +412,7 @@ def _step(
     x = shift(shift(x + norm_out.affine(raw), added), steered)
     norm_after = FrozenNorm.at(sublayer.norm_after, x)
     last = sublayer is block.sublayers[-1]
-    after = "resid_post steering" if last else _STEERING.get(kind, "resid_post steering")
+    after = "resid_post steering" if last else _STEERING.get(kind, "resid_mid steering")
     steering = None if steered is None else (after, steered)
     step = _Step(
         kind, block.layer, constant, added, steering, missing, parts, raw, norm_out, norm_after
@@ -465,6 +472,8 @@ def _components(start: Tensor | None, steps: list[_Step | _Entry], like: Tensor)
 
 
 def _component(step: _Step, total: Tensor, bias: Tensor, path: FrozenNorm) -> Component:
+    if step.kind == "mixer":
+        return Component("mixer", step.layer, total, bias)
     if "refusal" in step.parts:
         return OpaqueComponent(step.kind, step.layer, total, bias, **step.parts)
     kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent

@@ -12,7 +12,8 @@ def roll_out(
     mask: Bool[Tensor, "batch target"],
     add_identity: bool,
     memory: Float[Tensor, "batch encoder_source encoder_input"] | None = None,
-) -> Float[Tensor, "batch layer target source"]:
+    sink: Float[Tensor, "batch layer target"] | None = None,
+) -> Float[Tensor, "batch layer target reached"]:
     """Returns the product of the maps up to each layer; see `ContextMap.rollout`.
 
     Args:
@@ -20,16 +21,20 @@ def roll_out(
         mask: True at real targets.
         add_identity: Whether each row is first averaged with its own token, at the row's sum.
         memory: The encoder's own product, for maps that read one.
+        sink: What each row gives to a source that reads nothing; the last column of the product is
+            then what has ended there.
     """
     own = scores.shape[-2]
     if add_identity:
-        sums = scores.sum(-1)
+        sums = scores.sum(-1) if sink is None else scores.sum(-1) + sink
         sizes = torch.where(sums == 0, torch.ones_like(sums), sums)
         diagonal = torch.diag_embed(sizes * mask.to(scores)[:, None])
         scores = torch.cat([scores[..., :own] + diagonal, scores[..., own:]], dim=-1)
-        scores = scores * (sizes / (sums + sizes))[..., None]
+        share = sizes / (sums + sizes)
+        scores, sink = scores * share[..., None], None if sink is None else sink * share
     if memory is not None:
         scores = torch.cat([scores[..., :own], scores[..., own:] @ memory[:, None]], dim=-1)
+    scores = scores if sink is None else torch.cat([scores, sink[..., None]], dim=-1)
     layers: list[Tensor] = []
     for one in scores.unbind(dim=1):
         layers.append(_onto(one, layers[-1]) if layers else one)

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+T = TypeVar("T", bound="AttentionTerm")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,11 @@ class AttentionTerm:
         folded = self.weight.stride(0) != 0
         return self.weight.numel() if folded else self.value.numel()
 
+    @property
+    def per_pair(self) -> int:
+        """How many numbers it takes for a pair of target and source, besides the result."""
+        return 0
+
     def vectors(self, sources: slice | None = None) -> Float[Tensor, "batch source head d_out"]:
         """Returns what each source gives through each head at full attention, unscaled."""
         sources = slice(0, self.value.shape[1]) if sources is None else sources
@@ -183,6 +190,14 @@ class AttentionTerm:
         pattern = self.pattern[:, :, rows, sources] / self.scale[:, None, rows]
         mixing = rearrange(pattern, "batch head target source -> source batch target head")
         return (mixing @ self.vectors(sources).transpose(0, 1)).transpose(0, 1)
+
+    def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
+        """Returns the sum over heads and sources."""
+        mixing = rearrange(
+            self.pattern[:, :, rows, sources],
+            "batch head target source -> batch target (source head)",
+        )
+        return mixing @ self.vectors(sources).flatten(1, 2) / self.scale[:, rows]
 
     def diagonal(self) -> Float[Tensor, "batch target d_out"]:
         """Returns what each target reads from itself."""
@@ -230,26 +245,22 @@ class AttentionTerm:
         kept = None if self.kept is None else self.kept[..., part]
         return replace(self, weight=self.weight[:, :, part], kept=kept)
 
-    def row(self, batch: slice) -> AttentionTerm:
+    def row(self: T, batch: slice) -> T:
         """Returns the read of some rows of the batch."""
-        return AttentionTerm(
-            pattern=self.pattern[batch],
-            value=self.value[batch],
-            weight=self.weight,
-            scale=self.scale[batch],
-        )
+        pattern, value = self.pattern[batch], self.value[batch]
+        return replace(self, pattern=pattern, value=value, scale=self.scale[batch], kept=None)
 
     def ready(self, sources: slice | None = None) -> AttentionTerm:
         """Returns the read with the vectors of some sources (None: all) computed and kept."""
         first = 0 if sources is None else sources.start
         return replace(self, kept=self.vectors(sources), first=first)
 
-    def through(self, heads: slice) -> AttentionTerm:
+    def through(self: T, heads: slice) -> T:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
         pattern, value = self.pattern[:, heads], self.value[:, :, heads]
-        return AttentionTerm(pattern, value, self.weight[heads], self.scale)
+        return replace(self, pattern=pattern, value=value, weight=self.weight[heads], kept=None)
 
-    def heads(self, group: Sequence[int]) -> AttentionTerm:
+    def heads(self: T, group: Sequence[int]) -> T:
         """Returns the read of some heads alone."""
         index = list(group)
         # Where all heads share one matrix it is not copied for each of them.

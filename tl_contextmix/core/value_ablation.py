@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_contextmix.core.attention_terms import read_term
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.folded_weights import Branch, branches
 from tl_contextmix.core.token_sums import AttentionTerm, blocks
@@ -262,6 +262,7 @@ def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
         kind: The attention that changes; the keys of attention after it are needed.
         spare: Whether to name what only spares work, too.
     """
+    block.attention(kind)
     kinds: list[str] = [attention.kind for attention in block.attentions]
     keys = [attention.key for attention in block.attentions[kinds.index(kind) + 1 :]]
     ff = block.feed_forward
@@ -284,20 +285,16 @@ def ablate_values(
         UnsupportedModel: If the feed-forward activation is not elementwise.
     """
     picked = slice(None) if rows is None else list(rows)
+    attention = block.attention(kind)
     kinds: list[str] = [attention.kind for attention in block.attentions]
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
     for attention in block.attentions[:position]:
         stream = shift(stream, _added(attention, trace, picked))
         stream = attention.join(stream, attention.raw_output(trace, picked))
-    attention = block.attentions[position]
-    pattern = trace.mixing(attention)[:, :, picked]
-    read = AttentionTerm(
-        pattern=pattern,
-        value=trace.value(attention),
-        weight=attention.W_O,
-        scale=pattern.new_ones(pattern.shape[0], pattern.shape[2], 1),
-    )
+    for mixer in block.mixers:  # beside attention: it reads the same, and does not change
+        stream = stream + mixer.output(trace)[:, picked]
+    read = read_term(attention, trace, picked)
     ff, fixed, pre = block.feed_forward, None, None
     if ff is not None:
         pre = _own_pre(ff, trace, picked)
@@ -357,9 +354,7 @@ def _terms(read: AttentionTerm, rows: slice, columns: slice, spans: Spans | None
         return read.dense(rows, columns)
     found = []
     for start, stop in spans[columns]:
-        mixing = read.pattern[:, :, rows, start:stop]
-        mixing = rearrange(mixing, "batch head target source -> batch target (source head)")
-        found.append(mixing @ read.vectors(slice(start, stop)).flatten(1, 2))
+        found.append(read.together(rows, slice(start, stop)))
     return torch.stack(found, dim=1)
 
 
@@ -395,6 +390,7 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     # Pre-activations, those of the pairs that read something or what the activation makes of
     # them, and one more; vectors before and after.
     pair = (3 + (ff is not None and ff.gated)) * neurons + 11 * width
+    pair += found.read.per_pair
     # Queries, scores, their softmax and the mixed values of later attention.
     pair += sum(3 * width + 4 * later.seen.shape[2] * later.seen.shape[3] for later in found.later)
     pair *= batch * size

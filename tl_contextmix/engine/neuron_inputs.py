@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Block, FeedForward, Trace, affine, require_weight
+from tl_contextmix.core.blocks import Block, FeedForward, Trace, affine
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import Stop, Stream, decompose_stream
 from tl_contextmix.core.token_sums import FrozenNorm
@@ -202,13 +202,19 @@ def _attention(
     kind = chosen.at(row, some[0])["kind"].removeprefix("encoder ")
     sublayer = next(a for a in block.attentions if (a.kind == "self") == (kind == "attn"))
     heads, index = (getattr(chosen, name)[row][some].to(view.device) for name in ("head", "neuron"))
-    key = require_weight(sublayer.weights, "W_V")[heads, :, index].T
+    key = sublayer.W_V[heads, :, index].T
     bias = sublayer.weights("b_V")
     norm_in = view.final_norms.get("encoder") if place.stop is None else sublayer.norm_in
     norm = FrozenNorm.at(norm_in, stream.total)
-    constant = _constant(norm, key, None if bias is None else bias[heads, index])
+    bias = None if bias is None else bias[heads, index]
+    scale = sublayer.value_scale(norm.affine(stream.total)[0])
+    if scale is not None:
+        scale = scale[:, 0].expand(len(sublayer.W_O))[heads]
+        key, bias = key / scale, None if bias is None else bias / scale
+    constant = _constant(norm, key, bias)
     target = chosen.pos[row][some].to(view.device)
-    slope = trace.mixing(sublayer)[0, heads, target, place.pos]
+    slope, gate = trace.mixing(sublayer)[0, heads, target, place.pos], trace.gate(sublayer)
+    slope = slope if gate is None else slope * gate[0, target, heads, index]
     value = trace.value(sublayer)[0, place.pos, heads, index]
     found = NeuronInputs(stream, norm, (key,), (constant,), (slope,), torch.zeros_like(constant))
     return found, value

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Pass
+from tl_contextmix.core.attention_terms import read_term
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Identity, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
@@ -24,7 +25,7 @@ from tl_contextmix.core.feed_forward_parts import (
     feed_forward_points,
 )
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
+from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.errors import bad
 from tl_contextmix.results.axes import positions
 
@@ -70,6 +71,9 @@ def linear_points(
         asked: What is needed; where that lies before the first norm, no norm's scale is computed.
     """
     kind = "cross" if stack == "cross" else "self"
+    block.attention(kind)
+    if set(asked) != {"attn_out"}:
+        block.require_attention()
     x = trace.resid_in(block)
     stream = TokenSum(terms=(), own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
     found: dict[str, TokenSum] = {}
@@ -95,10 +99,8 @@ def linear_points(
 
 
 def _attention_sum(attention: AttentionSublayer, trace: Trace) -> TokenSum:
-    pattern, value = trace.mixing(attention), trace.value(attention)
-    scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
-    read = AttentionTerm(pattern=pattern, value=value, weight=attention.W_O, scale=scale)
-    bias = pattern.new_zeros(*scale.shape[:2], read.weight.shape[2])
+    read = read_term(attention, trace)
+    bias = read.scale.new_zeros(*read.scale.shape[:2], read.weight.shape[2])
     token_sum = TokenSum(
         terms=(read,),
         own=None,

@@ -74,7 +74,8 @@ def cue_alignment(
         chance = expected_average_precision(items, hits)
         for layer, label in enumerate(map.layer_names):
             scores = map.scores[row, layer, 0, place].cpu()
-            _require_distribution(scores, map)
+            sink = 0.0 if map.sink is None else float(map.sink[row, layer, 0, place])
+            _require_distribution(float(scores.sum()) + sink, map)
             dot = float(scores[relevant].sum())
             precision = float(average_precision(scores[seen], relevant[seen]))
             found.setdefault((label, "dot"), []).append((dot, hits / items))
@@ -131,8 +132,7 @@ def require_cues(count: int, cues: Any) -> list[list[int | str]]:
     return [[*one] for one in listed]
 
 
-def _require_distribution(scores: Tensor, map: ContextMap) -> None:
-    total = float(scores.sum())
+def _require_distribution(total: float, map: ContextMap) -> None:
     # Rows of float32 attention sum to 1 within 1e-6; rows of zeros stay zero when normalised.
     if total != 0 and abs(total - 1) > 1e-3:
         raise bad(

@@ -48,8 +48,8 @@ def attention(
             padding and the like, see `Inputs`.
 
     Returns:
-        A `ContextMap` [batch layer head target source] of probabilities; rows sum to 1, except
-        where the model has an attention sink of its own.
+        A `ContextMap` [batch layer head target source] of probabilities; rows sum to 1, together
+        with `ContextMap.sink` where the model has an attention sink of its own (gpt-oss).
 
     Raises:
         InvalidInput: If an argument does not fit the model.
@@ -60,15 +60,23 @@ def attention(
     done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs={"pattern"})
     groups = head_groups(done, heads)
 
-    def pattern(part: Pass, block: Block) -> Tensor:
-        found = part.trace.pattern(block.attention(part.kind)).detach()
+    def grouped(found: Tensor) -> Tensor:
         if heads is True:
             return found
         if groups is None:
             return found.mean(dim=1, keepdim=True)
         return torch.stack([found[:, group].mean(dim=1) for group in groups], dim=1)
 
+    def pattern(part: Pass, block: Block) -> Tensor:
+        return grouped(part.trace.pattern(block.attention(part.kind)).detach())
+
+    def share(part: Pass, block: Block) -> Tensor:
+        return grouped(part.trace.sink(block.attention(part.kind)).detach())
+
     scores = done.by_block("attention", "batch head target source:attn_out", pattern)
+    sink = None
+    if any(block.attention(done.kind).sink_scores for block in done.blocks):
+        sink = done.by_block("attention", "batch head target", share)
     return done.map(
         "attention",
         scores,
@@ -78,4 +86,5 @@ def attention(
         options={"heads": heads},
         point="pattern",
         includes_residual=False,
+        sink=sink,
     )

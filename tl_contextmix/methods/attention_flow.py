@@ -67,13 +67,12 @@ def attention_flow(
             "For both, roll out a map of the decoder with encoder=.",
         )
     done = run_asked(as_view(model), input, inputs, stack=stack, needs={"pattern"})
+    for block in done.blocks:
+        block.require_attention()
 
     def flows(part: Pass) -> dict[str, tuple[str, Tensor]]:
         weights = [
-            part.trace.pattern(sublayer).detach().mean(1)
-            for block in part.blocks
-            for sublayer in block.attentions
-            if sublayer.kind == "self"
+            part.trace.pattern(block.attention("self")).detach().mean(1) for block in part.blocks
         ]
         patterns = torch.stack(weights, dim=1).double().cpu().numpy()
         capacities = (patterns + np.eye(patterns.shape[-1])) / 2

@@ -23,7 +23,6 @@ from tl_contextmix.adapters.questions import (
     ask,
     label_sets,
 )
-from tl_contextmix.core.blocks import AttentionSublayer
 from tl_contextmix.core.model_view import Edit, StackName
 from tl_contextmix.core.validation import Layers, Positive, whole_number
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
@@ -98,9 +97,8 @@ def attention_knockout(
     done = run_pass(view, given, layer=layer, stack=stack, batch=question.batch)
     found = find_groups("sources", done.source("attn_out"), sources)
     readers = _readers(done, question, to)
-    attentions = _attentions(done)
     groups = head_groups(done, heads)
-    windows = _windows(done.layers, window, len(attentions))
+    windows = _windows(done.layers, window, len(view.blocks(stack)))
     names, members = group_labels(groups), found.members
     cuts = [*product(windows.values(), groups or [None], range(members.shape[1]))]
     scores = []
@@ -141,11 +139,6 @@ def attention_knockout(
         sentence=question.sentences,
         provenance=done.provenance("attention_knockout", options),
     )
-
-
-def _attentions(done: Pass) -> list[AttentionSublayer]:
-    """Returns the sublayers of all layers whose edges may be cut."""
-    return [block.attention(done.kind) for block in done.view.blocks(done.stack)]
 
 
 def _windows(layers: Sequence[int], window: int | None, count: int) -> dict[int, tuple[int, ...]]:
@@ -194,15 +187,21 @@ def _edits(
 ) -> dict[str, Edit]:
     """Returns the edits of attention patterns that make one cut in each copy of a batch."""
     found = {}
-    for layer, attention in enumerate(_attentions(done)):
-        mine = [cut if layer in cut[0] else None for cut in cuts]
+    for block in done.view.blocks(done.stack):
+        mine = [cut if block.layer in cut[0] else None for cut in cuts]
         if any(mine):
-            found[attention.pattern] = partial(_without_edges, members, readers, mine)
+            attention = block.attention(done.kind)
+            whole = 1.0 if attention.sink_scores else None
+            found[attention.pattern] = partial(_without_edges, members, readers, mine, whole)
     return found
 
 
 def _without_edges(
-    members: Tensor, readers: Tensor, cuts: Sequence[_Cut | None], pattern: Tensor
+    members: Tensor,
+    readers: Tensor,
+    cuts: Sequence[_Cut | None],
+    whole: float | None,
+    pattern: Tensor,
 ) -> Tensor:
     """Returns patterns as they are with scores of -inf at some edges, row sums as they were.
 
@@ -210,6 +209,7 @@ def _without_edges(
         members: The tokens of each group of sources [batch group source].
         readers: The targets that are cut off from them [batch target].
         cuts: The cut in each copy of the batch, or None.
+        whole: What a row sums to together with the softmax's own sink; None without one.
         pattern: The patterns [row head target source].
     """
     heads = 1 if all(cut is None or cut[1] is None for cut in cuts) else pattern.shape[1]
@@ -222,6 +222,8 @@ def _without_edges(
     # In half precision a sum of many small numbers is far off.
     wide = torch.promote_types(pattern.dtype, torch.float32)
     before, after = (x.sum(-1, keepdim=True, dtype=wide) for x in (pattern, kept))
+    if whole is not None:  # what is cut goes to the sink, too
+        before, after = torch.full_like(before, whole), after + (whole - before)
     # In this order: a factor of what is left would overflow where that is next to nothing.
     return torch.where(after == 0, 0, kept / after * before).to(pattern)
 

@@ -157,7 +157,9 @@ def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = 
         if isinstance(cell, bool):
             return "yes" if cell else "no"
         if isinstance(cell, Place):
-            return f"{text(cell.token)} ({cell.position})"
+            return (
+                f"{text(cell.token)} ({cell.position})" if cell.position >= 0 else text(cell.token)
+            )
         if isinstance(cell, str):
             return text(cell)
         return number(float(cell), 0 if isinstance(cell, int) else places, signed=signed)

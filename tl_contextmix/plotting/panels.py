@@ -60,7 +60,7 @@ class Heatmap(Panel):
             too many cells to draw one by one, the mean of each group is drawn. Empty: none do.
         row_positions: Position of each row in the input, which its token is shown with; empty:
             from 0.
-        column_positions: The same of the columns.
+        column_positions: The same of the columns; -1 where a column is no token.
         masked: Cells that there is no number for, where rows and columns are not the same tokens.
         sides: Names of stretches of columns and their lengths, such as a prompt and an output;
             empty: there is but one.
@@ -119,7 +119,8 @@ class Heatmap(Panel):
     def names(self, axis: Literal["rows", "columns"]) -> tuple[Cell, ...]:
         """Returns the tokens of an axis, with their positions if these do not count from 0."""
         places = self.places(axis)
-        counted = all(place.position == index for index, place in enumerate(places))
+        numbers = [place.position for place in places if place.position >= 0]
+        counted = numbers == [*range(len(numbers))]
         return tuple(place.token for place in places) if counted else places
 
     def table(self) -> Table:

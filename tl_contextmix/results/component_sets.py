@@ -173,7 +173,7 @@ def component_grids(
         unit: Likewise.
     """
     column = {"head": "head", "position": "source"}.get(by)
-    every = ("attn", "cross_attn", "mlp", *STEERING, *FEATURES, *ERRORS)
+    every = ("attn", "mixer", "cross_attn", "mlp", *STEERING, *FEATURES, *ERRORS)
     groups = [("attn",), ("cross_attn",)] if column else [every]
     if column is None and by != "layer":
         return []

@@ -38,6 +38,7 @@ KINDS = (
     *FEATURES,
     *ERRORS,
     *_BIASES[len(_SUBLAYER_BIASES) :],
+    "mixer",
 )
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron")

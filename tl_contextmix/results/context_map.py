@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -49,6 +49,8 @@ class ContextMap(LabelledArray):
         provenance: Where the numbers come from.
         signed: Whether scores may be negative: those of a difference of two maps, ``a - b``, and
             contributions to a prediction, which add up.
+        sink: Share of the model's own attention sink (the extra logit in a softmax of gpt-oss), a
+            source that is no token: an attention map's rows and it sum to 1. None without one.
     """
 
     LABELS = {"layer": "layers", "head": "heads", "target": "target", "source": "source"}
@@ -69,6 +71,7 @@ class ContextMap(LabelledArray):
     normalized: Literal["none", "sum", "max"] = "none"
     from_input: bool = False
     signed: bool = False
+    sink: Float[torch.Tensor, "batch layer head target"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +84,10 @@ class ContextMap(LabelledArray):
 
     def __repr__(self) -> str:
         lines = [super().__repr__()]
+        if self.sink is not None:
+            real = self.target.mask.to(self.sink.device)[:, None, None].expand_as(self.sink)
+            low, high = (float(x) for x in self.sink.detach()[real].aminmax())
+            lines.append(f"  attention sink, beside the sources: {low:.3g} to {high:.3g} of a row")
         if self.scores.numel() <= _SMALL:
             lines += [
                 f"  batch {row['batch']}, layer {row['layer']}, head {row['head']}: "
@@ -110,24 +117,25 @@ class ContextMap(LabelledArray):
     def normalize(self, how: Literal["sum", "max"] = "sum") -> ContextMap:
         """Returns the map with each row divided by its sum or by its maximum.
 
-        A row of zeros stays a row of zeros; a row with a NaN becomes NaN. `bias` is divided by the
-        same number, so that it keeps its size relative to the scores of its row. `unit` says so.
+        A row of zeros stays a row of zeros; a row with a NaN becomes NaN. `bias` and `sink` are
+        divided by the same number, so that they keep their size relative to the scores of their
+        row. `unit` says so.
 
         Args:
-            how: ``"sum"`` (rows add up to 1) or ``"max"`` (the largest score of a row is 1).
+            how: ``"sum"`` (rows add up to 1, their sink's share included) or ``"max"`` (the largest
+                score of a row is 1).
 
         Raises:
             InvalidInput: If ``how`` is neither, or the map is a difference.
         """
         require_choice("way to normalize", how, ("sum", "max"))
         self.require_unsigned("normalize")
-        reduced = self.scores.sum(-1) if how == "sum" else self.scores.amax(-1)
+        reduced = self._row_sums() if how == "sum" else self.scores.amax(-1)
         divisor = torch.where(reduced == 0, torch.ones_like(reduced), reduced)
-        bias = None if self.bias is None else self.bias / divisor
         return replace(
             self,
             scores=self.scores / divisor[..., None],
-            bias=bias,
+            **self._beside(lambda values: values / divisor),
             normalized=how,
             unit=f"{self.unit} / row {'sum' if how == 'sum' else 'maximum'}",
         )
@@ -145,8 +153,20 @@ class ContextMap(LabelledArray):
             InvalidInput: If ``axis`` is anything else.
         """
         require_choice("axis of a mean", axis, ("head",))
-        bias = None if self.bias is None else self.bias.mean(2, keepdim=True)
-        return replace(self, scores=self.scores.mean(2, keepdim=True), bias=bias, heads=("mean",))
+        beside = self._beside(lambda values: values.mean(2, keepdim=True))
+        return replace(self, scores=self.scores.mean(2, keepdim=True), heads=("mean",), **beside)
+
+    def _row_sums(self) -> Float[torch.Tensor, "batch layer head target"]:
+        """Returns the sum of each row, its sink's share included."""
+        sums = self.scores.sum(-1)
+        return sums if self.sink is None else sums + self.sink
+
+    def _beside(
+        self, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor | None]:
+        """Returns what stands beside the scores of each row, changed."""
+        found = {"bias": self.bias, "sink": self.sink}
+        return {name: None if one is None else change(one) for name, one in found.items()}
 
     def require_unsigned(self, operation: str) -> None:
         """Raises InvalidInput if scores have a sign, which the operation has no use for."""
@@ -165,13 +185,16 @@ class ContextMap(LabelledArray):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise unlike(name, repr(theirs), repr(mine))
-        bias = None
-        if self.bias is not None and other.bias is not None:
-            bias = self.bias - other.bias.to(self.bias.device)
+        beside: dict[str, torch.Tensor | None] = {}
+        for name in ("bias", "sink"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            beside[name] = None
+            if mine is not None and theirs is not None:
+                beside[name] = mine - theirs.to(mine.device)
         points = dict.fromkeys((self.point, other.point))
         return {
             **super()._difference(other),
-            "bias": bias,
+            **beside,
             "point": " - ".join(points),
             "includes_residual": self.includes_residual and other.includes_residual,
             "signed": True,
@@ -225,13 +248,12 @@ class ContextMap(LabelledArray):
         """Returns the map of stretches of targets by stretches of sources."""
         scores = _merged(self.scores, self.source, source, columns)
         scores = _merged(scores.transpose(3, 4), self.target, target, rows).transpose(3, 4)
-        bias = None if self.bias is None else _merged(self.bias, self.target, target, rows)
         return replace(
             self,
             scores=scores,
             target=self.target.join(target),
             source=self.source.join(source),
-            bias=bias,
+            **self._beside(lambda values: _merged(values, self.target, target, rows)),
         )
 
     def minus(
@@ -329,13 +351,13 @@ class ContextMap(LabelledArray):
         found = self.scores.gather(3, rows[..., None].expand(-1, -1, -1, -1, self.scores.shape[4]))
         found = found.gather(4, columns.expand(*found.shape[:4], -1))
         real = target.real_pairs(source).to(device)[:, None, None]
-        bias = None if self.bias is None else self.bias.gather(3, rows)
+        mask = target.mask.to(device)[:, None, None]
         return replace(
             self,
             scores=found.masked_fill(~real, 0),
-            bias=None if bias is None else bias * target.mask.to(device)[:, None, None],
             target=target,
             source=source,
+            **self._beside(lambda values: values.gather(3, rows) * mask),
         )
 
     def rollout(
@@ -367,7 +389,9 @@ class ContextMap(LabelledArray):
         layers are there from the first. Rows are not scaled here: `normalize` first for weights
         that sum to 1, as every published rollout does. Products of raw rows depend on their sizes,
         which differ by token and layer, and rank the inputs otherwise. `bias` is dropped; what
-        enters through biases is followed by no rollout.
+        enters through biases is followed by no rollout. An attention `sink` is a source that reads
+        nothing: what it takes in any layer ends there, and is the rollout's own `sink`, so that
+        rows and it still sum to 1.
 
         Args:
             add_identity: Whether to add the residual connection; None: where the map lacks it.
@@ -395,9 +419,12 @@ class ContextMap(LabelledArray):
             memory = encoder.rollout(add_identity=add_identity).scores[:, -1, 0]
         residual = not self.includes_residual if add_identity is None else add_identity
         options = {**self.provenance.options, "rollout": True, "add_identity": residual}
+        sink = None if self.sink is None else self.sink[:, :, 0]
+        found = roll_out(self.scores[:, :, 0], self.target.mask, residual, memory, sink)
         return replace(
             self,
-            scores=roll_out(self.scores[:, :, 0], self.target.mask, residual, memory)[:, :, None],
+            scores=(found if sink is None else found[..., :-1])[:, :, None],
+            sink=None if sink is None else found[:, :, None, :, -1],
             bias=None,
             unit=f"rollout of {self.unit}",
             includes_residual=self.includes_residual or residual,
@@ -414,22 +441,35 @@ class ContextMap(LabelledArray):
                 for axis, tokens in (("target", self.target), ("source", self.source))
             }
             part = self._part({"batch": [row], **places})
-            found.append(
-                Heatmap(
-                    title=self._name,
-                    caption=self._caption(part),
-                    values=part.scores.detach().cpu().flatten(1, 2)[0],
-                    sheets=self._sheet_names(),
-                    rows=part.target.strings[0],
-                    columns=part.source.strings[0],
-                    causal=part.causal,
-                    unit=self.unit,
-                    groups=self._groups(),
-                    masked=part._later(),
-                    sides=part.source.sides if len(part.source.sides) > 1 else (),
-                )
+            panel = Heatmap(
+                title=self._name,
+                caption=self._caption(part),
+                values=part.scores.detach().cpu().flatten(1, 2)[0],
+                sheets=self._sheet_names(),
+                rows=part.target.strings[0],
+                columns=part.source.strings[0],
+                causal=part.causal,
+                unit=self.unit,
+                groups=self._groups(),
+                masked=part._later(),
+                sides=part.source.sides if len(part.source.sides) > 1 else (),
             )
+            found.append(panel if part.sink is None else part._with_sink(panel))
         return tuple(found)
+
+    def _with_sink(self, panel: Heatmap) -> Heatmap:
+        """Returns the heatmap of the first sentence with the sink as its first column."""
+        assert self.sink is not None
+        sink = self.sink.detach().cpu().flatten(1, 2)[0][..., None]
+        masked = panel.masked
+        return replace(
+            panel,
+            values=torch.cat([sink, panel.values], dim=-1),
+            columns=("(sink)", *panel.columns),
+            column_positions=(-1, *panel.column_positions),
+            masked=None if masked is None else torch.cat([masked[:, :1] & False, masked], dim=1),
+            sides=(("sink", 1), *panel.sides) if panel.sides else (),
+        )
 
     def _later(self) -> torch.Tensor | None:
         """Returns the columns of the first sentence that come after what its rows predict from."""
@@ -468,6 +508,8 @@ class ContextMap(LabelledArray):
                 scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
         predicts = self.target.sides[0][0] == "prediction"
         row = "the predicted token" if predicts else "the token being written"
+        if self.sink is not None:
+            scale += " The first column is the model's own attention sink, which is no token."
         return f"Row: {row}. Column: the token it comes from.{scale}"
 
 
@@ -543,12 +585,18 @@ def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
             "all layers from 0 in order",
             "Compute the map for every layer (layer=None).",
         )
+    mixers = map.provenance.options.get("mixers")
+    if mixers:
+        _refuse(
+            f"layers in which {', '.join(mixers[:3])} mix tokens, too",
+            "layers that mix tokens by attention alone",
+            "Look at the maps of single layers.",
+        )
     if map.from_input:
         _refuse(map.unit, "maps of single layers", "Roll the map out once.")
 
 
 def _warn_of_raw_rows(map: ContextMap) -> None:
-    # Of a softmax with a sink, rows that sum to less are the model's own.
     if map.normalized != "none" or map.point == "pattern":
         return
     sums = map.scores.detach().sum(-1)[:, :, 0]

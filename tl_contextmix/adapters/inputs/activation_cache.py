@@ -139,7 +139,8 @@ class _Reader:
 
     def read(self, name: str) -> Tensor:
         value = self._raw(name).detach().to(self._view.device)
-        return value if self._raw(self._stream).ndim == 3 else value[None]
+        value = value if self._raw(self._stream).ndim == 3 else value[None]
+        return self._view.cached.read(name, value)
 
 
 def _require_shapes(values: dict[str, Tensor], batch: Batch, blocks: Sequence[Block]) -> None:

@@ -323,6 +323,8 @@ class Pass:
             options: What the method was asked for.
             **facts: Further fields of `ContextMap`, and those that differ.
         """
+        mixed = [mixer.out for block in self.blocks for mixer in block.mixers]
+        options = {**options, "mixers": mixed} if mixed else options
         fields: dict[str, Any] = {
             "scores": scores,
             "layers": self.layers,
@@ -432,6 +434,7 @@ def _axes_of_activations(view: ModelView) -> dict[str, str]:
             read = "encoder" if attention.kind == "cross" else stack
             found |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
             found[attention.pattern] = f"batch head {stack} {read}"
+            found |= {attention.gate: f"batch {stack}"} if attention.gate else {}
     return found
 
 

@@ -126,7 +126,7 @@ def read_direction(view: ModelView, direction: Direction) -> Reading:
         InvalidInput: If the model has no such layer, point or neuron, or another width.
     """
     (block,) = select_blocks(view.blocks(), direction.layer)
-    ff, width = block.feed_forward, block.attentions[0].W_O.shape[2]
+    ff, width = block.feed_forward, block.d_model
     vector, place = direction.vector, f"L{block.layer} {direction.at}"
     if direction.at == "mlp_in" and ff is None:
         raise _not_there(place, "a point of a block without a feed-forward sublayer")
@@ -153,8 +153,9 @@ def _place(block: Block, at: StreamPoint | None) -> tuple[Stop, Norm | None]:
     if at == "mlp_in" and ff is not None:
         return Stop.before(block, "mlp"), ff.norm_in
     if at in ("resid_pre", "attn_in"):
-        return Stop(layer, 0), block.attentions[0].norm_in if at == "attn_in" else None
-    written = 1 if at == "resid_mid" else len(block.attentions) + (ff is not None)
+        return Stop(layer, 0), block.sublayers[0].norm_in if at == "attn_in" else None
+    middle = len(block.attentions) + len(block.mixers) if block.mixers else 1
+    written = middle if at == "resid_mid" else len(block.sublayers)
     return Stop(layer, written, normed=at == "block_out"), None
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from einops import einsum
 from torch import Tensor
 
 from tl_contextmix.adapters.verification.identity_report import CheckRow
@@ -16,7 +15,15 @@ from tl_contextmix.adapters.verification.probe import (
     pre_errors,
     relative_error,
 )
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Identity, Trace
+from tl_contextmix.core.blocks import (
+    AttentionSublayer,
+    Block,
+    FeedForward,
+    Identity,
+    Trace,
+    require_weight,
+    shift,
+)
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -26,7 +33,9 @@ def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:
     for stack, block in view.every_block():
         where = f"{stack} block {block.layer}"
         for attention in block.attentions:
-            yield from _probe_rows(f"{where} {attention.kind}-attention", attention, probe)
+            place = f"{where} {attention.kind}-attention"
+            yield from _probe_rows(place, attention, probe)
+            yield from _value_rows(place, attention, probe.clean.resid_in(block), probe)
         following = view.stacks[stack][block.layer + 1 :]
         output = following[0].resid_in if following else block.resid_out
         yield _block_row(where, block, probe.clean, output, probe.tolerance)
@@ -38,12 +47,29 @@ def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:
 
 
 def _probe_rows(where: str, attention: AttentionSublayer, probe: Probe) -> Iterator[CheckRow]:
-    pattern = probe.clean.pattern(attention).sum(-1)
-    error = relative_error(pattern, torch.ones_like(pattern))
-    yield CheckRow("pattern sums to 1", where, error, probe.tolerance)
+    pattern, identity = probe.clean.pattern(attention), "pattern sums to 1"
+    expected = torch.ones_like(pattern[..., 0])
+    if attention.sink_scores:
+        scores, identity = probe.clean[attention.sink_scores], "pattern and sink sum to 1"
+        logit = require_weight(attention.weights, "sinks")[:, None, None].expand_as(scores[..., :1])
+        expected = 1 - torch.cat([scores, logit], dim=-1).softmax(-1)[..., -1]
+    error = relative_error(pattern.sum(-1), expected)
+    yield CheckRow(identity, where, error, probe.tolerance)
     for name, trace in (("", probe.clean), (" after zeroing a value", probe.edited)):
         error = _mixing_error(attention, trace, None)
         yield CheckRow(f"pattern @ v = z{name}", where, error, probe.tolerance)
+
+
+def _value_rows(
+    where: str, attention: AttentionSublayer, stream: Tensor, probe: Probe
+) -> Iterator[CheckRow]:
+    """Yields the identity of values that a norm divides, on which W_V's users rely."""
+    x = stream if attention.norm_in is None else attention.norm_in(stream)
+    scale = attention.value_scale(x)
+    if scale is not None:
+        value = shift(torch.einsum("...m,hmd->...hd", x, attention.W_V), attention.weights("b_V"))
+        error = relative_error(value / scale, probe.clean.value(attention))
+        yield CheckRow("normed x W_V = v", where, error, probe.tolerance)
 
 
 def _mixing_error(
@@ -252,11 +278,7 @@ def _head_rows(
         error = _mixing_error(attention, trace, real)
         yield "z", CheckRow("pattern @ v = z", place, error, tolerance)
     if "mixing" in needs and changed:
-        mixed = einsum(
-            trace.mixing(attention),
-            trace.value(attention),
-            "batch head target source, batch source head d_head -> batch target head d_head",
-        )
+        mixed = trace.mix(attention, trace.mixing(attention))
         expected = trace[attention.mixed]
         # Beside the heads before the edit: of all of them ablated nothing is left.
         size = torch.maximum(expected.abs().max(), trace.mix(attention).abs().max())

@@ -74,6 +74,7 @@ def run_probe(view: ModelView) -> Probe:
     for _, block in view.every_block():
         names += [*block.points(), *block.checkpoints()]
         names += [a.key for a in block.attentions if a.kind == "cross"]
+        names += [a.sink_scores for a in block.attentions if a.sink_scores]
         edits |= {a.value: _zero_first for a in block.attentions}
         if block.feed_forward is not None:
             edits |= dict.fromkeys(block.feed_forward.pre_names[:1], _grid)
@@ -87,6 +88,8 @@ def run_probe(view: ModelView) -> Probe:
 def why_overflown(probe: Probe) -> str:
     """Returns why the model's own numbers are not finite, first of all where; empty: they are."""
     for name, value in probe.clean.values.items():
+        if name.endswith("hook_attn_scores"):
+            continue  # minus infinity where nothing is read
         if not bool(value.isfinite().all()):
             return why_not_finite(f"{name}, of four tokens", value.dtype)
     logits = probe.clean.logits

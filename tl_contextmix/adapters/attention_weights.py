@@ -1,0 +1,68 @@
+"""Weights of attention whose bridge does not show them: latent attention, Gemma 4's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
+    """Returns a weight of an attention module; None where the bridge itself shows it.
+
+    Args:
+        module: The module.
+        name: The weight.
+        heads: How many query heads there are.
+    """
+    if "v_norm" in module._modules and name in ("W_V", "W_O"):
+        return _own_width(module, name, heads)
+    return _latent_weight(module, name) if is_latent(module) else None
+
+
+def is_latent(module: nn.Module) -> bool:
+    """Whether a module is latent attention, whose values come out of a compressed stream."""
+    return "kv_b_proj" in module._modules
+
+
+def _own_width(module: nn.Module, name: str, heads: int) -> Tensor:
+    """Returns a weight of Gemma 4, whose layers have heads of unlike width.
+
+    Where there are no values of their own, they are the keys', normed.
+    """
+    layers: dict[str, Any] = module._modules
+    W_O: Tensor = layers["o"].original_component.weight.T.unflatten(0, (heads, -1))
+    if name == "W_O":
+        return W_O
+    layer = layers.get("v") or layers["k"]
+    return layer.original_component.weight.unflatten(0, (-1, W_O.shape[1])).transpose(1, 2)
+
+
+def _latent_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Returns a weight of latent attention; those of values are the product of its matrices."""
+    original: Any = module.original_component
+    if name == "W_O":
+        return original.o_proj.weight.T.unflatten(0, (-1, original.v_head_dim))
+    if name == "b_O":
+        return original.o_proj.bias
+    if name not in ("W_V", "b_V"):
+        return None
+    compress, *bias = compression(module)
+    compressed = compress.T if name == "W_V" else bias[0][None] if bias else None
+    if compressed is None:
+        return None
+    heads = original.kv_b_proj.weight.unflatten(
+        0, (-1, original.qk_nope_head_dim + original.v_head_dim)
+    )
+    expand = heads[:, original.qk_nope_head_dim :] * original.kv_a_layernorm.weight
+    found = torch.einsum("mr,hdr->hmd", compressed, expand)
+    return found if name == "W_V" else found[:, 0]
+
+
+def compression(module: nn.Module) -> tuple[Tensor, ...]:
+    """Returns weight (and bias, if any) of what latent attention's values are made of."""
+    original: Any = module.original_component
+    project = original.kv_a_proj_with_mqa
+    found = (project.weight, project.bias)
+    return tuple(w[: original.kv_lora_rank] for w in found if w is not None)

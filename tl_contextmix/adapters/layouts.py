@@ -1,0 +1,54 @@
+"""Axes of activations that a host shows in another order than `core.blocks` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tl_contextmix.adapters.attention_weights import is_latent
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.core.blocks import AttentionSublayer, Block
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an activation is turned into `core.blocks`' axes, and back.
+
+    Attributes:
+        read: From the host's axes.
+        write: To the host's axes, given one that has them.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor, Tensor], Tensor]
+
+
+def find_layouts(handle: Handle, stacks: Mapping[str, tuple[Block, ...]]) -> dict[str, Layout]:
+    """Returns the layouts of a model's activations, by name; without those that are as read."""
+    every = [block for blocks in stacks.values() for block in blocks]
+    return {
+        name: layout
+        for block in every
+        for attention in block.attentions
+        for name, layout in _of_attention(handle, attention).items()
+    }
+
+
+def _of_attention(handle: Handle, attention: AttentionSublayer) -> dict[str, Layout]:
+    module = handle.get().get_submodule(attention.pattern.rpartition(".")[0])
+    if not is_latent(module):
+        return {}
+    # Keys and values of latent attention are shown as [batch, head, pos, d_head]; z, whose heads
+    # are as wide as values, is cut by the width of keys' rotary part, or not at all.
+    swapped = Layout(_swap_heads, lambda x, like: _swap_heads(x))
+    heads = attention.W_O.shape[0]
+    cut = Layout(
+        lambda z: z.flatten(2).unflatten(2, (heads, -1)), lambda z, like: z.reshape(like.shape)
+    )
+    return {attention.key: swapped, attention.value: swapped, attention.mixed: cut}
+
+
+def _swap_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)

@@ -1,0 +1,127 @@
+"""What an attention sublayer reads in a pass, as a term of token sums; with an output gate, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.blocks import AttentionSublayer, Trace
+from tl_contextmix.core.token_sums import AttentionTerm, blocks
+
+
+@dataclass(frozen=True)
+class GatedTerm(AttentionTerm):
+    """A term whose heads are multiplied with a gate of the target, dimension by dimension.
+
+    ``sum_h (pattern[h,i,j] value[j,h] * gate[i,h]) weight[h] / scale[i]``. No vector is the same at
+    all targets, so each pair is multiplied with the weights: ``d_head`` times the operations.
+
+    Attributes:
+        gate: The gate.
+    """
+
+    gate: Float[Tensor, "batch target head d_head"] = field(kw_only=True)
+
+    @property
+    def held(self) -> int:
+        """How many numbers it holds besides those of the model and of the pass."""
+        return self.weight.numel()
+
+    @property
+    def per_pair(self) -> int:
+        """How many numbers it takes for a pair of target and source, besides the result."""
+        return 2 * self.weight.shape[0] * self.weight.shape[1]
+
+    def vectors(self, sources: slice | None = None) -> Tensor:
+        """There are none: what a source gives depends on the target."""
+        raise NotImplementedError
+
+    def dense(self, rows: slice, sources: slice) -> Float[Tensor, "batch source target d_out"]:
+        """Returns the sum over heads for a block of rows and sources."""
+        pattern = self.pattern[:, :, rows, sources] / self.scale[:, None, rows]
+        read = (
+            pattern.permute(3, 0, 2, 1)[..., None]
+            * self.value[:, sources].transpose(0, 1)[:, :, None]
+        )
+        mixed = (read * self.gate[:, rows]).flatten(3)
+        return (mixed @ self.weight.flatten(0, 1)).transpose(0, 1)
+
+    def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
+        """Returns the sum over heads and sources."""
+        pattern, value = self.pattern[:, :, rows, sources], self.value[:, sources]
+        mixed = torch.einsum("bhts,bshd->bthd", pattern, value) * self.gate[:, rows]
+        return mixed.flatten(2) @ self.weight.flatten(0, 1) / self.scale[:, rows]
+
+    def diagonal(self) -> Float[Tensor, "batch target d_out"]:
+        """Returns what each target reads from itself."""
+        seen = self.pattern.diagonal(dim1=2, dim2=3).transpose(1, 2)
+        mixed = self.value * seen[..., None] * self.gate
+        return mixed.flatten(2) @ self.weight.flatten(0, 1) / self.scale
+
+    def map(
+        self,
+        matrix: Float[Tensor, "d_out d_new"],
+        fold: Float[Tensor, "head d_head d_new"] | None = None,
+    ) -> GatedTerm:
+        """Returns the read after a matrix, folded into every head's weight."""
+        return replace(self, weight=self.weight @ matrix if fold is None else fold)
+
+    def row(self, batch: slice) -> GatedTerm:
+        """Returns the read of some rows of the batch."""
+        return replace(
+            self,
+            pattern=self.pattern[batch],
+            value=self.value[batch],
+            scale=self.scale[batch],
+            gate=self.gate[batch],
+        )
+
+    def ready(self, sources: slice | None = None) -> GatedTerm:
+        """Returns the read itself: there is nothing to keep."""
+        return self
+
+    def through(self, heads: slice) -> GatedTerm:
+        """Returns a read of the same sources through some of its heads; none costs nothing."""
+        return self._of(heads)
+
+    def heads(self, group: Sequence[int]) -> GatedTerm:
+        """Returns the read of some heads alone."""
+        return self._of(list(group))
+
+    def _of(self, heads: slice | list[int]) -> GatedTerm:
+        return replace(
+            self,
+            pattern=self.pattern[:, heads],
+            value=self.value[:, :, heads],
+            weight=self.weight[heads],
+            gate=self.gate[:, :, heads],
+        )
+
+    def head_norms(self) -> Float[Tensor, "batch head target source"]:
+        """Returns the norm each head reads from each source."""
+        heads = range(self.pattern.shape[1])
+        return torch.stack([self.heads([head]).norms(0) for head in heads], dim=1)
+
+    def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
+        """Returns the norm of the sum over heads, some sources at a time."""
+        batch, _, target, source = self.pattern.shape
+        size = batch * target * self.pattern.element_size()
+        out = self.pattern.new_empty(batch, target, source)
+        for sources in blocks(source, max_bytes // (size * (self.per_pair + self.weight.shape[2]))):
+            out[:, :, sources] = self.dense(slice(None), sources).norm(dim=-1).transpose(1, 2)
+        return out
+
+
+def read_term(
+    attention: AttentionSublayer, trace: Trace, rows: slice | list[int] = slice(None)
+) -> AttentionTerm:
+    """Returns what a sublayer writes at some targets of a pass, before a norm of its output."""
+    pattern, gate = trace.mixing(attention)[:, :, rows], trace.gate(attention)
+    scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
+    if gate is None:
+        return AttentionTerm(pattern, trace.value(attention), attention.W_O, scale)
+    return GatedTerm(pattern, trace.value(attention), attention.W_O, scale, gate=gate[:, rows])
