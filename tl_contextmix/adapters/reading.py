@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.experts import has_experts, read_experts
 from tl_contextmix.adapters.recognition import Host
 from tl_contextmix.core.blocks import AttentionSublayer, Block, EditPoints, FeedForward, Weights
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
@@ -306,6 +307,9 @@ def _feed_forward(
         return None
     here = f"{path}.mlp"
     if _attribute(mlp, "W_in") is None:
+        if has_experts(mlp):
+            opaque = _opaque(handle, path, here, edits)
+            return read_experts(handle, here, edits, opaque.module) or opaque
         # circuit-tracer puts a module of its own around it, with more hook points.
         inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
         if len(inner) != 1:

@@ -80,7 +80,7 @@ class FrozenFeedForward:
     """A feed-forward sublayer with one slope per neuron and its norms' scales frozen.
 
     Attributes:
-        sublayer: The sublayer.
+        sublayer: The sublayer, with the routing of its experts held.
         slopes: For each branch what a share of its pre-activation is multiplied with.
         constant: What belongs to no token, before W_out's constants: the bias's neurons.
         norm_in: Norm before it.
@@ -105,14 +105,10 @@ class FrozenFeedForward:
         """
         ff = self.sublayer
         if constant:
-            out = (self.constant @ ff.W_out + ff.constant())[:, :, None]
+            out = (ff.write(self.constant) + ff.constant())[:, :, None]
         else:
             entering = _pass(self.norm_in, read, False)
-            shares = [
-                (entering @ weight) * slope[:, :, None]
-                for (weight, _), slope in zip(ff.branches(), self.slopes, strict=True)
-            ]
-            out = sum(shares[1:], shares[0]) @ ff.W_out
+            out = ff.transmit(entering, self.slopes)
         return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
     def since(self, first: int) -> FrozenFeedForward:
@@ -120,7 +116,8 @@ class FrozenFeedForward:
         slopes = tuple(slope[:, first:] for slope in self.slopes)
         norms = (self.norm_in, self.norm_out, self.norm_after)
         later = (norm.part(place=slice(first, None)) for norm in norms)
-        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *later)
+        sublayer = self.sublayer.part((slice(None), slice(first, None)))
+        return FrozenFeedForward(sublayer, slopes, self.constant[:, first:], *later)
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def freeze(
     if block.feed_forward is None:
         return FrozenBlock(block, tuple(attentions), None), parts[:, :, 0]
     read, read_bias = (trace.resid_in(block), bias) if block.parallel else (stream, parts[:, :, 0])
-    ff = _freeze_feed_forward(block.feed_forward, stream, read, read_bias, fixed)
+    ff = _freeze_feed_forward(block.feed_forward.followed(trace), stream, read, read_bias, fixed)
     after = ff(parts, read_bias[:, :, None], constant=True)
     return FrozenBlock(block, tuple(attentions), ff), after[:, :, 0]
 
@@ -211,9 +208,10 @@ def _freeze_feed_forward(
     ff: FeedForward, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
 ) -> FrozenFeedForward:
     norm_in = FrozenNorm.at(ff.norm_in, read)
-    total = ff.pre_activations(read if ff.norm_in is None else ff.norm_in(read))
+    x = read if ff.norm_in is None else ff.norm_in(read)
+    total = ff.pre_activations(x)
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
-    out = ff.activate(total) @ ff.W_out + ff.constant()
+    out = ff.write(ff.activate(total)) + ff.constant()
     norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(
         sublayer=ff,
