@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo_configs import LLAMA_LIKE
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.experts import read_experts
+from tl_contextmix.adapters.expert_reading import read_experts
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, gated_slopes
 from tl_contextmix.core.blocks import EditPoints

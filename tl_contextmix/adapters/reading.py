@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_contextmix.adapters.experts import has_experts, read_experts
+from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.recognition import Host
 from tl_contextmix.core.blocks import AttentionSublayer, Block, EditPoints, FeedForward, Weights
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
