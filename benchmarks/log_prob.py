@@ -66,7 +66,9 @@ class Sizes:
             post = draw(1, 1, neurons).sign() * (heavy * draw(1, 1, neurons) - heavy).exp()
             grid = Grid("mlp", layer, ids, (("neuron", range(neurons)),))
             path = FrozenNorm((), torch.ones(1, 1))
-            self.splits.append(Split(layer + 1, grid, neurons=Neurons(rows, post, path)))
+            self.splits.append(
+                Split(layer + 1, grid, neurons=Neurons(lambda rows=rows: rows, post, path))
+            )
             states.append(states[-1] + post[:, 0] @ rows)
         self.states = torch.stack(states, dim=1)
         norm = Norm("ln", None, None, 1e-5)

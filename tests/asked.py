@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.blocks import Block, FeedForward, Trace
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.engine.parts import POINTS, Point
 from tl_contextmix.errors import ContextMixWarning
@@ -80,7 +81,7 @@ def host_trace(
         names += [*block.points(), *block.spared(), block.resid_out]
         ff = block.feed_forward
         if ff is not None:
-            names += [*ff.pre_names, ff.post]
+            names += ff.shown()
     batch = make_batch(view, Given(given.tokens, attention_mask, **keywords(given)))
     return view.run(batch, names), blocks
 
@@ -106,10 +107,19 @@ def host_value(block: Block, trace: Trace, point: str, kind: str) -> Tensor:
     if point == "mlp_in":
         x = trace.resid_in(block) if block.parallel else stream
         return x if ff.norm_in is None else ff.norm_in(x)
-    mlp_out = ff.project(trace[ff.post])
+    if isinstance(ff, Experts):
+        own = trace[ff.written]
+        mlp_out = own if ff.norm_out is None else ff.norm_out(own)
+    else:
+        mlp_out = ff.project(trace[ff.post])
     if point == "mlp_out":
         return mlp_out
     return stream + mlp_out if point == "resid_post" else trace[block.resid_out]
+
+
+def post_of(ff: FeedForward, trace: Trace) -> Tensor:
+    """What W_out multiplies; of experts, which no host shows, as `test_experts.py` checks it."""
+    return ff.coefficients(trace) if isinstance(ff, Experts) else trace[ff.post]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

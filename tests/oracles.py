@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.token_sums import Norm
 
 
@@ -103,7 +104,8 @@ class Position:
             bias = torch.zeros_like(self.x)
         read, read_bias = self._norm(ff.norm_in, parts, bias)
         self.points["mlp_in"] = (read, read_bias)
-        out, out_bias = integrated_gradients(ff, read, read_bias, steps, convention)
+        own = dense(ff, self.trace, self.row, self.target)
+        out, out_bias = integrated_gradients(own, read, read_bias, steps, convention)
         self.points["mlp_out"] = self._norm(ff.norm_out, out, out_bias)
         out, out_bias = self.points["mlp_out"]
         stream, stream_bias = self.stream
@@ -112,10 +114,19 @@ class Position:
         self.points["block_out"] = self._norm(ff.norm_after, *self.points["resid_post"])
 
 
+def dense(ff: FeedForward, trace: Trace, row: int, target: int) -> FeedForward:
+    """Experts as one position goes through them: all neurons side by side, each with its gain."""
+    if not isinstance(ff, Experts):
+        return ff
+    held = ff.followed(trace, (torch.tensor([row]), torch.tensor([target])))
+    return held.select(torch.arange(ff.width)).part(0)
+
+
 def ff_from_pre(ff: FeedForward, pre: list[Tensor]) -> Tensor:
     """Neurons from the pre-activations of each branch."""
     activation = ff.require_activation()
-    return activation(pre[0]) * pre[1] if ff.gated else activation(pre[0])
+    found = activation(pre[0]) * pre[1] if ff.gated else activation(pre[0])
+    return found if ff.gain is None else found * ff.gain
 
 
 def integrated_gradients(

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import zoo
-from asked import host_trace, keywords, relative, view_of
+from asked import host_trace, keywords, post_of, relative, view_of
 from test_conformance import Method, ask
 from test_devices import methods, numbers
 from torch import Tensor
@@ -142,7 +142,7 @@ def _inner_products(found: QueryContributions, model: Any, case: zoo.Case) -> fl
 
 def _neurons(found: TokenMemory, model: Any, case: zoo.Case) -> float:
     trace, blocks = host_trace(view_of(model), zoo.inputs(case), None)
-    own = torch.stack([trace[b.feed_forward.post] for b in blocks if b.feed_forward], dim=1)
+    own = torch.stack([post_of(b.feed_forward, trace) for b in blocks if b.feed_forward], dim=1)
     return relative(found.shares.sum(dim=3) + found.bias, own)
 
 

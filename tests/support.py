@@ -22,6 +22,7 @@ _NAMES = {
     "llama": "Llama",
     "llama_biased": "Llama with biases",
     "mistral": "Mistral",
+    "mixtral": "Mixtral",
     "qwen2": "Qwen2",
     "gemma2": "Gemma 2",
     "olmo2": "OLMo 2",

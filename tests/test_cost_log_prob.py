@@ -79,7 +79,7 @@ def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
     rows = sizes.splits[0].neurons.rows
 
     def work(sources: int) -> None:
-        found = Neurons(rows, torch.rand(1, sources, 256), FrozenNorm((), torch.ones(1, 1)))
+        found = Neurons(lambda: rows, torch.rand(1, sources, 256), FrozenNorm((), torch.ones(1, 1)))
         vocabulary.neuron_gains(sizes.states[:, 1], found.vectors, found.coefficients)
 
     few, many = (flops(partial(work, count), elementwise=False) for count in (1, 40))

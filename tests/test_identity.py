@@ -28,6 +28,7 @@ from tl_contextmix.adapters.verification import (
 from tl_contextmix.adapters.verification.probe import relative_error
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.token_sums import Norm
 
@@ -61,6 +62,13 @@ def _feed_forward(block: Block, change: Callable[[Any], Any]) -> Block | None:
     return None if changed is None else replace(block, feed_forward=changed)
 
 
+def _experts(ff: Any, change: Callable[[Any], Any]) -> Any:
+    """Changes every expert where there are some, else the sublayer."""
+    if not isinstance(ff, Experts):
+        return change(ff)
+    return replace(ff, experts=tuple(map(change, ff.experts)))
+
+
 def _norms(part: Any, change: Callable[[Norm], Norm]) -> Any:
     places = [name for name in ("norm_in", "norm_out", "norm_after") if getattr(part, name)]
     if not places:
@@ -81,7 +89,7 @@ def _other_activation(ff: Any) -> Any:
     # The nearest one there is.
     near = {"gelu": "gelu_new", "gelu_new": "gelu", "silu": "quick_gelu", "relu": "relu2"}
     wrong = next(known for known in ACTIVATIONS if known.name == near[ff.activation.name])
-    return replace(ff, activation=wrong)
+    return _experts(ff, lambda one: replace(one, activation=wrong))
 
 
 def _eps(norm: Norm) -> Norm:
@@ -99,7 +107,7 @@ WRONG: dict[str, Callable[[Block], Block | None]] = {
     ),
     "no b_O": lambda block: _first_attention(block, lambda part: _without_bias(part, "b_O")),
     "W_out": lambda block: _feed_forward(
-        block, lambda part: _change_weights(part, {"W_out": _tilt})
+        block, lambda part: _experts(part, lambda one: _change_weights(one, {"W_out": _tilt}))
     ),
     "no b_out": lambda block: _feed_forward(block, lambda part: _without_bias(part, "b_out")),
     "no b_in": lambda block: _feed_forward(block, lambda part: _without_bias(part, "b_in")),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, case_of, host_trace, keywords, relative, stacks, view_of
+from asked import bound, case_of, host_trace, host_value, keywords, relative, stacks, view_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,9 +69,9 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
         ff = block.feed_forward
         assert ff is not None
         m, v = found.coefficients[:, index], ff.W_out
-        added = m @ v + ff.constant()
+        added = m @ v + ff.followed(trace).constant()
         added = added if ff.norm_out is None else ff.norm_out(added)
-        assert relative(added, ff.project(trace[ff.post])) <= bound(case)
+        assert relative(added, host_value(block, trace, "mlp_out", "self")) <= bound(case)
         # What values promote, and the readouts of the whole model beside it.
         for side, sign in enumerate((1, -1)):
             logits = values_read(view, sign * value_vectors(ff))
@@ -104,7 +104,9 @@ def test_a_family_from_values_to_predictions(case: zoo.Case) -> None:
     figures = found.figures().to_dataframe()
     assert figures[list(CASES)].sum(axis=1).tolist() == pytest.approx([1.0] * len(blocks))
     if gated:
-        assert relative(found.quadrants.sum(-1), torch.ones_like(found.active)) < 1e-12
+        # Experts that a token is not routed to have no signs.
+        whole = found.active if case.family == "mixtral" else torch.ones_like(found.active)
+        assert relative(found.quadrants.sum(-1), whole) < 1e-12
 
 
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)

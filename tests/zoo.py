@@ -236,6 +236,7 @@ FLOAT32_INSIDE: dict[tuple[str, str], frozenset[str]] = {
         "llama": {_NORM, _ATTENTION},
         "llama_biased": {_NORM, _ATTENTION},
         "mistral": {_NORM, _ATTENTION},
+        "mixtral": {_NORM, _ATTENTION},
         "qwen2": {_NORM, _ATTENTION},
         "gemma2": {_NORM, _ATTENTION},
         "olmo2": {_NORM, _ATTENTION},
@@ -271,7 +272,7 @@ _HOOKED = _ids(
 ) | _ids("HookedEncoder", "bert")
 _BRIDGE = _ids(
     "TransformerBridge",
-    "gpt2 opt neox gptj llama llama_biased mistral qwen2 gemma2 bert bart marian",
+    "gpt2 opt neox gptj llama llama_biased mistral mixtral qwen2 gemma2 bert bart marian",
 )
 EXPECTED: dict[int, frozenset[str]] = {
     2: _HOOKED,

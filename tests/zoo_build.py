@@ -79,7 +79,7 @@ def _free_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if parameter.requires_grad:
             yield name, parameter
     for name, buffer in module.named_buffers():
-        if name.endswith("final_logits_bias"):
+        if name.endswith(("final_logits_bias", "e_score_correction_bias")):
             yield name, buffer
 
 
@@ -94,9 +94,16 @@ def hugging_face(
         built.config.architectures = [model]
         if hasattr(built, "set_attn_implementation"):
             built.set_attn_implementation("eager")
+        eager_experts(built, dtype)
         built.to(dtype)
         randomize(built, seed=seed)
     return built.eval()
+
+
+def eager_experts(model: Any, dtype: torch.dtype) -> None:
+    """Let a mixture of experts go from expert to expert where its kernels have no such dtype."""
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 def _transformer_lens(module: str = "") -> Any:

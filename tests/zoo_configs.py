@@ -192,6 +192,19 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
             "llama",
             _DECODER_ONLY,
         ),
+        # Half of the experts for each token.
+        "mixtral": Family(
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            {
+                **LLAMA_LIKE,
+                "intermediate_size": 24,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "llama",
+            _BRIDGE,
+        ),
         "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", LLAMA_LIKE, "llama", _DECODER_ONLY),
         "gemma2": Family(
             "Gemma2ForCausalLM",

@@ -33,6 +33,17 @@ _DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+# Half of the experts for each token; one layer of two has none, where a family mixes them.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -89,12 +100,23 @@ OTHERS: dict[str, Other] = {
         "DeepSeek V3 (dense)", {**_LATENT, "first_k_dense_replace": 2}, majors=(4,)
     ),
     "ernie4_5": Other("ERNIE 4.5", _WIDE),
+    "ernie4_5_moe": Other(
+        "ERNIE 4.5 MoE",
+        {
+            **_WIDE,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "exaone4": Other("EXAONE 4", {**_HEADS, **_WINDOW, "sliding_window_pattern": 2}, majors=(4,)),
     "falcon": Other(
         "Falcon",
         {"bias": True, "multi_query": False, "alibi": False, "parallel_attn": True},
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
+    "flex_olmo": Other("FlexOlmo", {**_HEADS, **_EXPERTS}, majors=(4,)),
     "gemma": Other("Gemma", _WIDE),
     "gemma3_text": Other("Gemma 3", {**_WIDE, **_WINDOW}),
     "gemma4_text": Other(
@@ -114,6 +136,7 @@ OTHERS: dict[str, Other] = {
     ),
     "glm": Other("GLM", _WIDE),
     "glm4": Other("GLM 4", _WIDE),
+    "glm4_moe": Other("GLM-4-MoE", {**_WIDE, **GROUPED}),
     "gpt_bigcode": Other("GPT-BigCode", sizes=_GPT),
     "gpt_neo": Other(
         "GPT-Neo",
@@ -140,6 +163,16 @@ OTHERS: dict[str, Other] = {
     ),
     "hunyuan_v1_dense": Other("Hunyuan", _WIDE),
     "jais2": Other("Jais 2"),
+    "llama4_text": Other(
+        "Llama 4",
+        {
+            **_WIDE,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 4,
+        },
+    ),
     "ministral3": Other("Ministral 3", _WIDE),
     "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "mt5": Other(
@@ -159,14 +192,17 @@ OTHERS: dict[str, Other] = {
     "nemotron": Other("Nemotron", _HEADS),
     "olmo": Other("OLMo"),
     "olmo3": Other("OLMo 3", _WINDOW, majors=(4,)),
+    "olmoe": Other("OLMoE", {**_HEADS, **_EXPERTS}),
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
+    "qwen2_moe": Other("Qwen2-MoE", {**_HEADS, **_EXPERTS, "shared_expert_intermediate_size": 24}),
     "qwen3": Other("Qwen3", _WIDE),
     "qwen3_5_text": Other(
         "Qwen3.5 (full attention)",
         {**_WIDE, **_DELTA, "layer_types": ["full_attention", "full_attention"]},
         majors=(4,),
     ),
+    "qwen3_moe": Other("Qwen3-MoE", {**_WIDE, **_EXPERTS, "mlp_only_layers": [0]}),
     "seed_oss": Other("Seed-OSS", _WIDE),
     "smollm3": Other("SmolLM3", _HEADS),
     "stablelm": Other("StableLM", {"num_key_value_heads": 4}),
@@ -261,6 +297,7 @@ def build(
     with zoo_build.quiet():
         model = kinds.from_config(config, attn_implementation="eager")
         model = model.eval().to(dtype)
+        zoo_build.eager_experts(model, dtype)
         zoo_build.randomize(model, seed=0)
         model.config.architectures = [type(model).__name__]
         kind_of_words = other.tokenizer or "gpt"

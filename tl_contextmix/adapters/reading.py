@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tl_contextmix.adapters.attention_weights import compression, is_latent, special_weight
+from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
 from tl_contextmix.core.blocks import (
@@ -381,6 +382,9 @@ def _feed_forward(
         return None
     here = f"{path}.{name}"
     if _attribute(mlp, "W_in") is None:
+        if has_experts(mlp):
+            opaque = _opaque(handle, path, here, edits)
+            return read_experts(handle, here, edits, opaque.module) or opaque
         # circuit-tracer puts a module of its own around it, with more hook points.
         inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
         if len(inner) != 1:

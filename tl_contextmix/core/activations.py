@@ -132,6 +132,7 @@ def gated_slopes(
     activation: Activation,
     gate: tuple[Tensor | None, Tensor],
     linear: tuple[Tensor | None, Tensor],
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the slopes of ``g(G) U`` for summands of ``U`` and for summands of ``G``.
 
@@ -143,30 +144,76 @@ def gated_slopes(
         A_2 = \frac{g(G_e) U_e - g(G_s) U_s - A_1 \Delta U}{\Delta G}.
 
     The sum over sources is exact whatever the error of :math:`A_1`. At :math:`\Delta G = 0` the
-    limit :math:`A_2 = g'(G)(U_s + U_e) / 2` is taken.
+    limit :math:`A_2 = g'(G)(U_s + U_e) / 2` is taken. Where U is cut off, its summands count along
+    the part of the path on which it is not.
 
     Args:
         activation: The activation of the gate branch.
         gate: Start (None for zero) and end of the gate branch.
         linear: Start (None for zero) and end of the linear branch.
+        bounds: Between which the linear branch is cut off, or None.
     """
     begin, end = gate
     nothing = end.new_zeros(()).expand_as(end)
     start = nothing if begin is None else begin
     linear_start = nothing if linear[0] is None else linear[0]
-    mean = activation.path_mean(begin, end)
     _, near, divisor = activation._split(start, end)
-    gained = activation(end) * linear[1] - activation(start) * linear_start
+    if bounds is None:
+        mean = activation.path_mean(begin, end)
+        gained = activation(end) * linear[1] - activation(start) * linear_start
+    else:
+        first, last = _inside(linear_start, linear[1], bounds)
+        step = end - start
+        mean = (last - first) * activation.path_mean(start + first * step, start + last * step)
+        gained = activation(end) * linear[1].clamp(*bounds)
+        gained = gained - activation(start) * linear_start.clamp(*bounds)
     far = (gained - mean * (linear[1] - linear_start)) / divisor
 
     def limit(start: Tensor, end: Tensor, linear_start: Tensor, linear_end: Tensor) -> Tensor:
         def integrand(alpha: Tensor) -> Tensor:
             moving = linear_start + alpha * (linear_end - linear_start)
+            moving = moving if bounds is None else moving.clamp(*bounds)
             return activation.derivative(start + alpha * (end - start)) * moving
 
         return _path_mean(integrand, start, end, 8)
 
     return mean, _patch(far, near, limit, start, end, linear_start, linear[1])
+
+
+def _inside(start: Tensor, end: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Returns where straight paths enter bounds and leave them, as shares of their length."""
+    step = end - start
+    still = step == 0
+    divisor = torch.where(still, torch.ones_like(step), step)
+    crossings = [((bound - start) / divisor).clamp(0, 1) for bound in bounds]
+    first, last = torch.minimum(*crossings), torch.maximum(*crossings)
+    within = ((start > bounds[0]) & (start < bounds[1])).to(step)
+    return first.masked_fill(still, 0), torch.where(still, within, last)
+
+
+def clamped(activation: Activation, limit: float) -> Activation:
+    """Returns an activation of inputs that are cut off above a limit."""
+    top = activation(torch.tensor(limit, dtype=torch.float64)).item()
+
+    def integral(x: Tensor) -> Tensor:
+        return activation._antiderivative(x.clamp(max=limit)) + top * functional.relu(x - limit)
+
+    return Activation(
+        f"{activation.name} up to {limit:g}",
+        lambda x: activation(x.clamp(max=limit)),
+        integral=integral,
+        kink=True,
+    )
+
+
+def swish(slope: float) -> Activation:
+    """Returns ``x sigmoid(slope x)``."""
+    return Activation(
+        f"swish of {slope:g}",
+        lambda x: x * torch.sigmoid(slope * x),
+        gate=lambda x: torch.sigmoid(slope * x),
+        tail=46.0 / slope,
+    )
 
 
 def _patch(

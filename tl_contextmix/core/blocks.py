@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum
@@ -236,6 +236,10 @@ class FeedForward:
             neurons are; empty for the model's own neurons.
         missing: Name of what the features miss of the model's own output, added in front of a norm
             of it; empty for nothing.
+        gain: What the coefficients of each place are multiplied with (a router's weight), or None;
+            one number per place, or one per neuron.
+        scales_input: Whether the gain is on the pre-activations instead (Llama 4).
+        bounds: Between which the linear branch is cut off (gpt-oss), or None.
     """
 
     pre: str
@@ -248,6 +252,9 @@ class FeedForward:
     norm_out: Norm | None = None
     norm_after: Norm | None = None
     edits: EditPoints = EditPoints()
+    gain: Tensor | None = field(default=None, repr=False, compare=False)
+    scales_input: bool = False
+    bounds: tuple[float, float] | None = None
     point: str = ""
     missing: str = ""
 
@@ -255,6 +262,25 @@ class FeedForward:
     def kind(self) -> str:
         """What it is among the components of the stream."""
         return f"{self.point} feature" if self.point else "mlp"
+
+    @property
+    def routes(self) -> bool:
+        """Whether there are experts, some of which each token goes through, see `Experts`."""
+        return False
+
+    @property
+    def busy(self) -> int:
+        """How many of them a token uses at most."""
+        return self.width
+
+    def holding(self, x: Tensor) -> FeedForward:
+        """Returns the sublayer with a routing held: that of its inputs, if none is yet."""
+        del x
+        return self
+
+    def part(self, place: Any) -> FeedForward:
+        """Returns the sublayer at some of the places whose routing is held."""
+        return self if self.gain is None else replace(self, gain=self.gain[place])
 
     @property
     def gated(self) -> bool:
@@ -290,6 +316,10 @@ class FeedForward:
         if not self.neurons_known:
             raise UnsupportedModel(self.refusal)
 
+    def shown(self) -> tuple[str, ...]:
+        """Returns the names of the activations that tell whether it is read right."""
+        return (*self.pre_names, self.post)
+
     def branches(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """Returns weight and bias of the activated branch and, where gated, of the linear one."""
         linear = (require_weight(self.weights, "W_in"), self.weights("b_in"))
@@ -319,7 +349,8 @@ class FeedForward:
         for name, matrix in (("b_out", None), ("b_post", W_out)):
             bias = self.weights(name)
             if bias is not None:
-                total = total + (bias if matrix is None else bias @ matrix)
+                bias = bias if matrix is None else bias @ matrix
+                total = total + (bias if self.gain is None else bias * self.gain)
         return total
 
     def pre_activations(self, x: Tensor) -> list[Tensor]:
@@ -342,17 +373,36 @@ class FeedForward:
 
     def activate(self, pre: Sequence[Tensor]) -> Tensor:
         """Returns the neurons' coefficients, given the branches: without ``b_post``."""
-        activation = self.require_activation()
-        return activation(pre[0]) * pre[1] if self.gated else activation(pre[0])
+        activation, pre = self.require_activation(), self._scaled(pre)
+        found = activation(pre[0])
+        if self.gated:
+            found = found * (pre[1] if self.bounds is None else pre[1].clamp(*self.bounds))
+        return found if self.scales_input else self._weighted(found)
 
     def post_activation(self, pre: Sequence[Tensor]) -> Tensor:
         """Returns what W_out multiplies, given the branches: with ``b_post``."""
         return shift(self.activate(pre), self.weights("b_post"))
 
-    def coefficients(self, trace: Trace) -> Float[Tensor, "batch target neuron"]:
-        """Returns what a pass multiplied each value vector with: without ``b_post``."""
-        post, b_post = trace[self.post], self.weights("b_post")
+    def coefficients(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some neuron"]:
+        """Returns what a pass multiplied each value vector with, at some places: no ``b_post``."""
+        post, b_post = trace[self.post][where], self.weights("b_post")
         return post if b_post is None else post - b_post
+
+    def followed(self, trace: Trace, where: Any = slice(None)) -> FeedForward:
+        """Returns the sublayer with the routing of a pass held, at some places."""
+        del trace, where
+        return self
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """Returns numbers of neurons [*place *more neuron] times the gain of their place."""
+        gain = self.gain
+        if gain is None:
+            return x
+        return x * gain.view(*gain.shape[:-1], *[1] * (x.ndim - gain.ndim), gain.shape[-1])
+
+    def _scaled(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns pre-activations as the activation gets them."""
+        return [self._weighted(x) for x in pre] if self.scales_input else pre
 
     def secant_slopes(
         self, start: Sequence[Tensor | None], end: Sequence[Tensor]
@@ -363,11 +413,13 @@ class FeedForward:
             start: Pre-activations at the start of the path, by branch; None for zero.
             end: At its end.
         """
-        activation = self.require_activation()
+        activation, end = self.require_activation(), self._scaled(end)
+        start = [None if x is None else self._scaled([x])[0] for x in start]
         if not self.gated:
-            return (activation.secant(start[0], end[0]),)
-        linear, gate = gated_slopes(activation, (start[0], end[0]), (start[1], end[1]))
-        return gate, linear
+            return (self._weighted(activation.secant(start[0], end[0])),)
+        pairs = zip(start, end, strict=True)
+        linear, gate = gated_slopes(activation, *pairs, bounds=self.bounds)
+        return self._weighted(gate), self._weighted(linear)
 
     def linearise(
         self, bias: Sequence[Tensor], total: Sequence[Tensor], fixed: bool
@@ -391,13 +443,81 @@ class FeedForward:
         out = affine(post, self.W_out, self.weights("b_out"))
         return out if self.norm_out is None else self.norm_out(out)
 
+    def edits_by(self, change: Callable[[Tensor], Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Returns edits of a pass, by name of the activation, that change coefficients.
+
+        What ``change`` gets has ``b_post`` in it.
+        """
+        return {self.post: change}
+
+    def write(self, coefficients: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
+        """Returns the sum of the value vectors, each times its coefficient."""
+        return coefficients @ self.W_out
+
+    def along(self, gradient: Float[Tensor, "... d_model"]) -> Float[Tensor, "... neuron"]:
+        """Returns the inner products with value vectors: the coefficients' gradient."""
+        return gradient @ self.W_out.T
+
+    def transmit(
+        self, parts: Float[Tensor, "... d_model"], slopes: Sequence[Tensor]
+    ) -> Float[Tensor, "... d_model"]:
+        """Returns what parts of its input [*place *more d_model] become, by slopes."""
+        found = None
+        for (weight, _), slope in zip(self.branches(), slopes, strict=True):
+            more = [1] * (parts.ndim - slope.ndim)
+            share = (parts @ weight).mul_(slope.view(*slope.shape[:-1], *more, slope.shape[-1]))
+            found = share if found is None else found.add_(share)
+        assert found is not None
+        return found @ self.W_out
+
+    def pull_back(
+        self, gradient: Float[Tensor, "some neuron"], slopes: Sequence[Tensor]
+    ) -> Float[Tensor, "some d_model"]:
+        """Returns the gradient of its input, given that of its coefficients."""
+        found = gradient.new_zeros(())
+        for (weight, _), slope in zip(self.branches(), slopes, strict=True):
+            found = found + (gradient * slope) @ weight.T
+        return found
+
+    def offsets(self, shared: Float[Tensor, " d_model"] | None) -> list[Tensor]:
+        """Returns the branches of an input that is the same for all: a norm's bias, or nothing."""
+        if shared is not None:
+            return self.pre_activations(shared)
+        return [weight.new_zeros(()) if bias is None else bias for weight, bias in self.branches()]
+
+    def select(self, neurons: Int[Tensor, " some"]) -> FeedForward:
+        """Returns the sublayer with some of its neurons alone, and without ``b_out``."""
+
+        def weights(name: str) -> Tensor | None:
+            found = None if name == "b_out" else self.weights(name)
+            if found is None:
+                return None
+            return found[:, neurons] if name in ("W_in", "W_gate") else found[neurons]
+
+        return replace(self, weights=weights)
+
+    def number(
+        self, expert: Int[Tensor, " some"], neuron: Int[Tensor, " some"]
+    ) -> Int[Tensor, " some"]:
+        """Returns places on the neuron axis, of neurons of experts; -1 where there are none."""
+        del expert
+        return neuron
+
+    def groups(self) -> Iterator[tuple[int | None, slice, Callable[[], Tensor]]]:
+        """Yields the experts: number, its neurons, value vectors. One, without number."""
+        yield None, slice(0, self.width), lambda: self.W_out
+
+    def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
+        """Returns what it computed in a pass, before a norm of that and edits."""
+        found = affine(trace[self.post][where], self.W_out, self.weights("b_out"))
+        return shift(found, trace[self.missing][where] if self.missing else None)
+
     def output(
         self, trace: Trace, where: slice | Tensor = slice(None)
     ) -> Float[Tensor, "*some d_model"]:
         """Returns what the sublayer adds to the residual stream at some places, edits included."""
         raw, out = trace.edit(self.edits.raw), trace.edit(self.edits.out)
-        found = affine(trace[self.post][where], self.W_out, self.weights("b_out"))
-        found = shift(found, trace[self.missing][where] if self.missing else None)
+        found = self.raw_output(trace, where)
         found = shift(found, None if raw is None else raw[where])
         found = found if self.norm_out is None else self.norm_out(found)
         return shift(found, None if out is None else out[where])
@@ -489,7 +609,14 @@ class Block:
     def points(self) -> tuple[str, ...]:
         """Returns the names of the activations that a map of this block needs."""
         reads = [n for a in self.attentions for n in (a.pattern, a.value, a.gate) if n]
-        return (self.resid_in, *reads, *(mixer.out for mixer in self.mixers))
+        reads += [mixer.out for mixer in self.mixers]
+        ff = self.feed_forward
+        return (self.resid_in, *reads, *([ff.post] if ff is not None and ff.routes else []))
+
+    def held(self, trace: Trace) -> Block:
+        """Returns the block with the routing of a pass held; itself without experts."""
+        ff = self.feed_forward
+        return replace(self, feed_forward=ff.followed(trace)) if ff and ff.routes else self
 
     def spared(self) -> tuple[str, ...]:
         """Returns the names of activations that spare work where they are at hand."""
@@ -502,7 +629,7 @@ class Block:
         ff = self.feed_forward
         if ff is None:
             return (*mixed, self.resid_out)
-        return (*mixed, *ff.pre_names, ff.post, self.resid_out)
+        return (*mixed, *ff.shown(), self.resid_out)
 
     def fold_size(self) -> int:
         """Returns how many numbers its W_O takes when folded into its W_in."""

@@ -15,10 +15,11 @@ from functools import reduce
 from operator import add
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Block, FeedForward, affine
+from tl_contextmix.core.blocks import Block, FeedForward
 from tl_contextmix.core.token_sums import FrozenNorm, TokenSum, blocks
 
 Bias = Literal["contributor", "fixed"]
@@ -32,10 +33,11 @@ class FeedForwardParts:
     """What the feed-forward sublayer makes of a token sum; its parts are built block by block.
 
     Attributes:
+        sublayer: The sublayer, with the routing of its experts held.
         read: What the sublayer reads.
-        weights: Each branch's input weights.
+        weights: Each branch's input weights; none where experts have their own.
         slopes: For each branch what a share is multiplied with, per neuron.
-        W_out: Value vectors.
+        W_out: Value vectors; none where experts have their own.
         norm_out: Norm of the output (sandwich).
         residual: What is added, or None.
         norm_after: Norm of the sum (post-LN), or None.
@@ -44,6 +46,7 @@ class FeedForwardParts:
         hidden: Shares of each branch's pre-activation, once `folded`.
     """
 
+    sublayer: FeedForward
     read: TokenSum
     weights: tuple[Float[Tensor, "d_model neuron"], ...]
     slopes: tuple[Float[Tensor, "batch target neuron"], ...]
@@ -77,7 +80,7 @@ class FeedForwardParts:
             read: Those of them that the feed-forward sublayer reads.
             neurons: How many neurons at a time.
         """
-        out = None
+        out = self._through_experts(rows, read) if self.sublayer.routes else None
         for part in blocks(self.W_out.shape[0], neurons):
             out = self._through(rows, read, part, out)
         assert out is not None
@@ -100,12 +103,16 @@ class FeedForwardParts:
         product = (shares.transpose(0, 1) @ self.W_out[part]).transpose(0, 1)
         return product if out is None else out.add_(product)
 
+    def _through_experts(self, rows: slice, columns: slice) -> Tensor:
+        """Returns the same by expert, without folding: few pairs go through each of them."""
+        parts = self.read.dense(rows, columns).transpose(1, 2)
+        slopes = [slope[:, rows] for slope in self.slopes]
+        sublayer = self.sublayer.part((slice(None), rows))
+        return sublayer.transmit(parts, slopes).transpose(1, 2).contiguous()
+
     def diagonal(self) -> Float[Tensor, "batch target d_model"]:
         """Returns what each target gets from itself, without any other pair."""
-        own = self.read.diagonal()
-        pairs = zip(self.weights, self.slopes, strict=True)
-        out = reduce(add, ((own @ weight).mul_(slope) for weight, slope in pairs)) @ self.W_out
-        out = self.norm_out.linear(out)
+        out = self.norm_out.linear(self.sublayer.transmit(self.read.diagonal(), self.slopes))
         if self.residual is not None:
             out = out + self.residual.diagonal()
         return out if self.norm_after is None else self.norm_after.linear(out)
@@ -119,6 +126,7 @@ class FeedForwardParts:
         """Returns the parts of some rows of the batch."""
         return replace(
             self,
+            sublayer=self.sublayer.part(batch),
             read=self.read.row(batch),
             hidden=tuple(token_sum.row(batch) for token_sum in self.hidden),
             slopes=tuple(slope[batch] for slope in self.slopes),
@@ -206,8 +214,8 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed for nothing.
     """
     batch, target, width = parts.bias.shape
-    source, neuron = parts.sources, parts.W_out.shape[0]
-    branches, residual = len(parts.hidden), parts.residual
+    source, neuron = parts.sources, parts.sublayer.busy
+    branches, residual = len(parts.slopes), parts.residual
     heads = max(read.value.shape[2] for read in parts.read.terms)
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
     vectors = 4 * width + max(read.per_pair for read in parts.read.terms)
@@ -218,8 +226,9 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
     view, pair = branches * heads * neuron + beside, branches * neuron + vectors
+    view = heads * width + beside if parts.sublayer.routes else view
     neurons = neuron
-    if view + pair > room:
+    if view + pair > room and not parts.sublayer.routes:
         neurons = max(1, (room - beside - vectors) // (branches * (heads + 1)))
         view, pair = branches * heads * neurons + beside, branches * neurons + vectors
     targets = max(1, min(-(-target // 16), (room - view) // pair))
@@ -280,13 +289,10 @@ def neuron_shares(
         neurons: The neurons.
         shares: Where the shares are written: they are many, and made a few targets at a time.
     """
-    branches = [
-        (weight[:, neurons], None if bias is None else bias[neurons])
-        for weight, bias in ff.branches()
-    ]
-    start, end = ([affine(x, *branch) for branch in branches] for x in (read.bias, read.total))
-    slopes, rest = ff.linearise(start, end, convention == "fixed")
-    hidden = [read.map(weight).ready() for weight, _ in branches]
+    some = ff.holding(read.total).select(neurons)
+    start, end = (some.pre_activations(x) for x in (read.bias, read.total))
+    slopes, rest = some.linearise(start, end, convention == "fixed")
+    hidden = [read.map(weight).ready() for weight, _ in some.branches()]
     # Tiles are contiguous: of all targets a few at a time, of others one each.
     whole = list(rows) == list(range(read.bias.shape[1]))
     branched = list(zip(hidden, slopes, strict=True))
@@ -300,23 +306,29 @@ def neuron_shares(
 def _feed_forward(
     ff: FeedForward, read: TokenSum, convention: Bias, max_bytes: int
 ) -> FeedForwardParts:
-    branches, W_out, constant = ff.branches(), ff.W_out, ff.constant()
+    ff, branches, W_out = ff.holding(read.total), (), read.bias[0, :0]
+    if not ff.routes:
+        branches, W_out = ff.branches(), ff.W_out
     shape = read.bias.shape[:2]
-    slopes = tuple(read.bias.new_empty(*shape, len(W_out)) for _ in branches)
-    bias, total = (read.bias.new_empty(*shape, W_out.shape[1]) for _ in range(2))
+    flat = ff if ff.gain is None else replace(ff, gain=ff.gain.flatten(0, 1))
+    slopes = tuple(read.bias.new_empty(*shape, ff.width) for _ in range(1 + ff.gated))
+    bias, total = (torch.empty_like(read.bias) for _ in range(2))
     # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
-    size = 16 * len(branches) * len(W_out) * bias.element_size()
+    size = 16 * len(slopes) * ff.width * bias.element_size()
     for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
-        start, end = (ff.pre_activations(x.flatten(0, 1)[rows]) for x in (read.bias, read.total))
-        pieces, rest = ff.linearise(start, end, convention == "fixed")
+        begun, ended = (x.flatten(0, 1)[rows] for x in (read.bias, read.total))
+        held = flat.part(rows)
+        start, end, constant = *map(held.pre_activations, (begun, ended)), held.constant()
+        pieces, rest = held.linearise(start, end, convention == "fixed")
         for slope, piece in zip(slopes, pieces, strict=True):
             slope.flatten(0, 1)[rows] = piece
-        bias.flatten(0, 1)[rows] = rest @ W_out + constant
-        total.flatten(0, 1)[rows] = ff.activate(end) @ W_out + constant
+        bias.flatten(0, 1)[rows] = held.write(rest) + constant
+        total.flatten(0, 1)[rows] = held.write(held.activate(end)) + constant
     norm_out = FrozenNorm.at(ff.norm_out, total)
     bias = norm_out.affine(bias)
     total = total if ff.norm_out is None else ff.norm_out(total)
     return FeedForwardParts(
+        sublayer=ff,
         read=read,
         weights=tuple(weight for weight, _ in branches),
         slopes=slopes,

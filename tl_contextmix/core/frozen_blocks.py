@@ -89,7 +89,7 @@ class FrozenFeedForward:
     """A feed-forward sublayer with one slope per neuron and its norms' scales frozen.
 
     Attributes:
-        sublayer: The sublayer.
+        sublayer: The sublayer, with the routing of its experts held.
         slopes: For each branch what a share of its pre-activation is multiplied with.
         constant: What belongs to no token, before W_out's constants: the bias's neurons.
         norm_in: Norm before it.
@@ -114,14 +114,10 @@ class FrozenFeedForward:
         """
         ff = self.sublayer
         if constant:
-            out = (self.constant @ ff.W_out + ff.constant())[:, :, None]
+            out = (ff.write(self.constant) + ff.constant())[:, :, None]
         else:
             entering = _pass(self.norm_in, read, False)
-            shares = [
-                (entering @ weight) * slope[:, :, None]
-                for (weight, _), slope in zip(ff.branches(), self.slopes, strict=True)
-            ]
-            out = sum(shares[1:], shares[0]) @ ff.W_out
+            out = ff.transmit(entering, self.slopes)
         return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
     def since(self, first: int) -> FrozenFeedForward:
@@ -129,7 +125,8 @@ class FrozenFeedForward:
         slopes = tuple(slope[:, first:] for slope in self.slopes)
         norms = (self.norm_in, self.norm_out, self.norm_after)
         later = (norm.part(place=slice(first, None)) for norm in norms)
-        return FrozenFeedForward(self.sublayer, slopes, self.constant[:, first:], *later)
+        sublayer = self.sublayer.part((slice(None), slice(first, None)))
+        return FrozenFeedForward(sublayer, slopes, self.constant[:, first:], *later)
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,8 @@ def freeze(
     ff = None
     if block.feed_forward is not None:
         read, own = (streams[0], bias) if block.parallel else (stream, parts[:, :, 0])
-        ff = _freeze_feed_forward(block.feed_forward, trace, stream, read, own, fixed)
+        held = block.feed_forward.followed(trace)
+        ff = _freeze_feed_forward(held, trace, stream, read, own, fixed)
         parts = ff(parts, own[:, :, None], constant=True)
     features = None
     if block.rewrite is not None:
@@ -239,7 +237,7 @@ def _freeze_feed_forward(
     # Which features pass is decided by a hair: by those of the pass, not by rounding.
     total = [trace[ff.pre]] if ff.missing else total
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
-    out = ff.activate(total) @ ff.W_out + ff.constant()
+    out = ff.write(ff.activate(total)) + ff.constant()
     out = out + trace[ff.missing] if ff.missing else out
     norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Trace, require_weight
+from tl_contextmix.core.blocks import FeedForward, Trace, require_weight
 from tl_contextmix.core.frozen_blocks import (
     FrozenAttention,
     FrozenBlock,
@@ -152,11 +152,16 @@ class FeedForwards:
     @property
     def constant(self) -> Tensor | None:
         """What the sublayer adds whatever its nodes write."""
-        return self.frozen.sublayer.constant()
+        return self.sublayer.constant()
 
     def total(self) -> Float[Tensor, "pos d_model"]:
         """Returns what all of them write."""
-        return self.coefficients @ self.frozen.sublayer.W_out
+        return self.sublayer.write(self.coefficients)
+
+    @cached_property
+    def sublayer(self) -> FeedForward:
+        """The sublayer, at the positions of the sentence."""
+        return self.frozen.sublayer.part(0)
 
     def mask(self, at: Places | None) -> Bool[Tensor, "pos column"]:
         """Returns which nodes are these."""
@@ -164,22 +169,21 @@ class FeedForwards:
 
     def scores(self, gradient: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos column"]:
         """Returns each node's score, given the gradient of the sublayer's output."""
-        found = (gradient @ self.frozen.sublayer.W_out.T) * self.coefficients
+        found = self.sublayer.along(gradient) * self.coefficients
         return found if self.split else found.sum(dim=-1, keepdim=True)
 
     def writes(self, at: Places) -> Float[Tensor, "some d_model"]:
         """Returns what some of them write."""
         pos, column = at.T
-        W_out = self.frozen.sublayer.W_out
         if self.split:
-            return self.coefficients[pos, column, None] * W_out[column]
-        return self.coefficients[pos] @ W_out
+            return self.coefficients[pos, column, None] * self.sublayer.select(column).W_out
+        return self.sublayer.part(pos).write(self.coefficients[pos])
 
     def read(
         self, gradient: Float[Tensor, "pos d_model"], some: Tensor | None = None
     ) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, ""]]:
         """Returns the gradient of what they read, and what their own biases bring to the score."""
-        through = gradient @ self.frozen.sublayer.W_out.T
+        through = self.sublayer.along(gradient)
         through = through if some is None else through * some
         read, inner = self._back(through, slice(None))
         return self.frozen.norm_in.pull_back(read[None])[0], inner.sum()
@@ -190,12 +194,12 @@ class FeedForwards:
         """Returns the same of some of them, one by one."""
         pos, column = at.T
         each = torch.arange(len(at), device=at.device)
-        W_out = self.frozen.sublayer.W_out
         if self.split:
-            through = gradient.new_zeros(len(at), W_out.shape[0])
-            through[each, column] = (gradient[pos] * W_out[column]).sum(dim=-1)
+            through = gradient.new_zeros(len(at), self.coefficients.shape[1])
+            values = self.sublayer.select(column).W_out
+            through[each, column] = (gradient[pos] * values).sum(dim=-1)
         else:
-            through = gradient[pos] @ W_out.T
+            through = self.sublayer.part(pos).along(gradient[pos])
         read, inner = self._back(through, pos)
         spread = gradient.new_zeros(len(at), *gradient.shape)
         spread[each, pos] = read
@@ -205,17 +209,11 @@ class FeedForwards:
         self, through: Float[Tensor, "some neuron"], pos: Tensor | slice
     ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"]]:
         """Returns the gradient after the norm, and what biases contribute, given the neurons'."""
-        ff, norm = self.frozen.sublayer, self.frozen.norm_in
-        branches = ff.branches()
-        read = through.new_zeros(len(through), branches[0][0].shape[0])
-        inner = through @ ff.activate([through.new_zeros(through.shape[1])] * len(branches))
-        for (weight, bias), slope in zip(branches, self.frozen.slopes, strict=True):
-            moved = through * slope[0, pos]
-            read = read + moved @ weight.T
-            start = weight.new_zeros(weight.shape[1]) if bias is None else bias
-            start = start if norm.bias is None else start + norm.bias @ weight
-            inner = inner + moved @ start
-        return read, inner
+        ff, slopes = self.sublayer.part(pos), [slope[0, pos] for slope in self.frozen.slopes]
+        inner = (through * ff.activate([through.new_zeros(())] * len(slopes))).sum(dim=-1)
+        for start, slope in zip(ff.offsets(self.frozen.norm_in.bias), slopes, strict=True):
+            inner = inner + (through * slope * start).sum(dim=-1)
+        return ff.pull_back(through, slopes), inner
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -73,14 +74,10 @@ class OpaqueFeedForward(FeedForward):
         """Returns what the sublayer adds to the residual stream, given what its module puts out."""
         return post if self.norm_out is None else self.norm_out(post)
 
-    def output(
-        self, trace: Trace, where: slice | Tensor = slice(None)
-    ) -> Float[Tensor, "*some d_model"]:
-        """Returns what the sublayer adds to the residual stream at some places, edits included."""
-        out = trace.edit(self.edits.out)
-        found = self.project(trace[self.post][where])
-        return found if out is None else found + out[where]
+    def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
+        """Returns what its module put out in a pass, edits included."""
+        return trace[self.post][where]
 
-    def coefficients(self, trace: Trace) -> Tensor:
+    def coefficients(self, trace: Trace, where: Any = slice(None)) -> Tensor:
         """Raises UnsupportedModel: it is not taken apart into neurons."""
         raise UnsupportedModel(self.refusal)

@@ -24,7 +24,7 @@ what they miss are where the sum starts, and nothing that was written before is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -96,14 +96,16 @@ class Neurons:
     reads from one source in one dimension, ``pattern * value``, times a row of W_O.
 
     Attributes:
-        rows: The vectors, as the model holds them.
+        read: Returns the vectors, as the model holds them.
         activations: The numbers; one source where neurons have none (feed-forward).
         path: From the sublayer's output to where the stream is read.
+        silent: Whether all numbers are zero: those of an expert that no sentence is routed to.
     """
 
-    rows: Float[Tensor, "neuron d_model"]
+    read: Callable[[], Float[Tensor, "neuron d_model"]]
     activations: Float[Tensor, "batch source neuron"]
     path: FrozenNorm
+    silent: bool = False
 
     @property
     def coefficients(self) -> Float[Tensor, "batch source neuron"]:
@@ -113,6 +115,16 @@ class Neurons:
     def vectors(self, index: Tensor | slice) -> Float[Tensor, "*some d_model"]:
         """Returns vectors of some neurons where the stream is read, still to be multiplied."""
         return self.path.unscaled(self.rows[index])
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "neuron d_model"]:
+        """The vectors, as the model holds them."""
+        return self.read()
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.activations.shape[2]
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ class AttentionComponent(Component):
     def neurons(self) -> Neurons:
         """Returns its neurons, head by head."""
         read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
-        return Neurons(self.weight.flatten(0, 1), read.flatten(2), self.path)
+        return Neurons(lambda: self.weight.flatten(0, 1), read.flatten(2), self.path)
 
 
 @dataclass(frozen=True)
@@ -185,18 +197,37 @@ class FeedForwardComponent(Component):
     """A feed-forward sublayer as a component.
 
     Attributes:
-        weight: W_out.
+        sublayer: The sublayer, with the routing of its experts held.
         post: What W_out multiplies, less the bias that is added there.
         path: From the sublayer's output to where the stream is read.
     """
 
-    weight: Float[Tensor, "neuron d_model"]
+    sublayer: FeedForward
     post: Float[Tensor, "batch neuron"]
     path: FrozenNorm
 
-    def neurons(self) -> Neurons:
-        """Returns its neurons."""
-        return Neurons(self.weight, self.post[:, None], self.path)
+    def neurons(self) -> Iterator[tuple[int | None, Neurons]]:
+        """Yields the neurons of each expert, with its number; all there are without experts.
+
+        Of an expert that no sentence is routed to the vectors are not read.
+        """
+        for number, columns, vectors in self.sublayer.groups():
+            silent = number is not None and self._silent(number)
+            yield number, Neurons(vectors, self.post[:, None, columns], self.path, silent)
+
+    def experts(self) -> Float[Tensor, "batch expert d_model"]:
+        """Returns what the neurons of each expert write."""
+        each = []
+        for number, columns, vectors in self.sublayer.groups():
+            silent = number is not None and self._silent(number)
+            nothing = torch.zeros_like(self.total)
+            each.append(nothing if silent else self.post[:, columns] @ vectors())
+        return self.path.linear(torch.stack(each, dim=1))
+
+    def _silent(self, expert: int) -> bool:
+        """Whether no sentence is routed to an expert."""
+        gain = self.sublayer.gain
+        return gain is not None and not bool(gain[..., expert].any())
 
 
 @dataclass(frozen=True)
@@ -399,9 +430,10 @@ def _step(
         parts, raw = {}, trace[sublayer.out][at]
         constant = raw.new_zeros(raw.shape[1])
     else:
-        parts = {"post": sublayer.coefficients(trace)[at], "weight": sublayer.W_out}
-        raw = parts["post"] @ parts["weight"]
-        constant = sublayer.constant()
+        held = sublayer.followed(trace, at)
+        parts = {"post": sublayer.coefficients(trace, at), "sublayer": held}
+        raw = held.write(parts["post"])
+        constant = held.constant()
         if sublayer.missing:
             missing = trace[sublayer.missing][at]
             raw = raw + missing

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tl_contextmix.core.attention_terms import read_term
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.folded_weights import Branch, branches
 from tl_contextmix.core.token_sums import AttentionTerm, blocks
 from tl_contextmix.core.words import Spans
@@ -153,13 +154,7 @@ class ValueAblation:
             kept = self._output(rows)
             for part in blocks(seen[-1] + 1 - seen[0], plan.columns):
                 columns = slice(seen[0] + part.start, seen[0] + part.stop)
-                removed, *images = (_terms(read, rows, columns, spans) for read in reads)
-                if alone is not None and bool(alone[:, columns, rows].any()):
-                    whole = [self.raw, *(branch.changed for branch in self.branches)]
-                    removed, *images = (
-                        torch.where(alone[:, columns, rows, None], one[:, None, rows], terms)
-                        for one, terms in zip(whole, (removed, *images), strict=True)
-                    )
+                removed, *images = self._removed(reads, rows, columns, spans, alone)
                 same = ~removed.any(dim=-1, keepdim=True)
                 among = touched[rows, columns].T
                 # Products with W_out are what costs: pairs that read nothing are skipped.
@@ -169,6 +164,44 @@ class ValueAblation:
                     changed = kept.expand_as(removed).clone()
                     changed[:, among] = self._output(rows, removed, images, among)
                 yield rows, columns, torch.where(same, kept, changed), kept
+
+    def rerouted(self, spans: Spans | None, max_bytes: int) -> Bool[Tensor, "batch target source"]:
+        """Returns which targets go through other experts without each source (or span).
+
+        Args:
+            spans: The spans that are zeroed, or None for each source alone.
+            max_bytes: Workspace.
+        """
+        ff, plan = self.block.feed_forward, _plan(self, spans, max_bytes)
+        touched, alone = self.touched(spans), self._alone(spans)
+        found = touched.new_zeros(len(self.raw), *touched.shape)
+        if not isinstance(ff, Experts) or self.fixed is not None:
+            return found
+        for rows in blocks(touched.shape[0], plan.rows):
+            kept = ff.chosen(self._middle(rows)[0])
+            for columns in blocks(touched.shape[1], plan.columns):
+                (removed,) = self._removed([self.read], rows, columns, spans, alone)
+                chosen = ff.chosen(self._middle(rows, removed)[0])
+                found[:, rows, columns] = (chosen != kept).any(dim=-1).transpose(1, 2)
+        return found
+
+    def _removed(
+        self,
+        reads: Sequence[AttentionTerm],
+        rows: slice,
+        columns: slice,
+        spans: Spans | None,
+        alone: Tensor | None,
+    ) -> list[Tensor]:
+        """Returns the terms of sources (or spans), and their images, one per branch."""
+        found = [_terms(read, rows, columns, spans) for read in reads]
+        if alone is None or not bool(alone[:, columns, rows].any()):
+            return found
+        whole = [self.raw, *(branch.changed for branch in self.branches)]
+        return [
+            torch.where(alone[:, columns, rows, None], one[:, None, rows], terms)
+            for one, terms in zip(whole, found, strict=False)
+        ]
 
     def _alone(self, spans: Spans | None) -> Bool[Tensor, "batch source target"] | None:
         """Returns which sources (or spans) are all that a target reads; None if none are.
@@ -204,19 +237,7 @@ class ValueAblation:
             among: The pairs to go on with at the feed-forward sublayer [source target]; the output
                 is then [batch pair d_model]. None: all.
         """
-        raw = self.raw[:, None, rows]
-        raw = raw if removed is None else raw - removed
-        attention, first, second = self.attention, None, None
-        if attention.norm_out is not None:
-            first = attention.norm_out.scale(raw)
-            raw = shift(attention.norm_out.linear(raw) / first, attention.norm_out.bias)
-        stream = self.before[:, None, rows] + raw
-        if attention.norm_after is not None:
-            second = attention.norm_after.scale(stream)
-            linear = attention.norm_after.linear(stream)
-            stream = shift(linear / second, attention.norm_after.bias)
-        for later in self.later:
-            stream = later.add(stream, rows)
+        stream, first, second = self._middle(rows, removed)
         ff = self.block.feed_forward
         if ff is None:
             return stream
@@ -238,6 +259,28 @@ class ValueAblation:
             added = added if among is None else added.expand(-1, *among.shape, -1)[:, among]
             stream = stream + added
         return stream if ff.norm_after is None else ff.norm_after(stream)
+
+    def _middle(
+        self, rows: slice, removed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the stream in front of the feed-forward sublayer, and scales of norms before it.
+
+        Those of the norms on the sublayer's output and on its sum; None where there is none.
+        """
+        raw = self.raw[:, None, rows]
+        raw = raw if removed is None else raw - removed
+        attention, first, second = self.attention, None, None
+        if attention.norm_out is not None:
+            first = attention.norm_out.scale(raw)
+            raw = shift(attention.norm_out.linear(raw) / first, attention.norm_out.bias)
+        stream = self.before[:, None, rows] + raw
+        if attention.norm_after is not None:
+            second = attention.norm_after.scale(stream)
+            linear = attention.norm_after.linear(stream)
+            stream = shift(linear / second, attention.norm_after.bias)
+        for later in self.later:
+            stream = later.add(stream, rows)
+        return stream, first, second
 
     def _pre(
         self, rows: slice, first: Tensor | None, second: Tensor | None, images: list[Tensor] | None
@@ -384,7 +427,7 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     batch, targets, width = found.before.shape
     _, sources, heads, _ = found.read.value.shape
     ff, size = found.block.feed_forward, found.before.element_size()
-    neurons = 0 if ff is None or found.fixed is not None else ff.width
+    neurons = 0 if ff is None or found.fixed is not None else ff.busy
     folded = len(found.branches)
     column = batch * heads * (folded * neurons + width) * size
     # Pre-activations, those of the pairs that read something or what the activation makes of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,8 +40,8 @@ from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
 from tl_contextmix.results import Tokens
 from tl_contextmix.results.components import Grid
 
-By = Literal["layer", "head", "position", "head_position", "ff_neuron", "attn_neuron"]
-SPLITS: tuple[By, ...] = ("layer", "head", "position", "head_position", "ff_neuron", "attn_neuron")
+By = Literal["layer", "head", "position", "head_position", "expert", "ff_neuron", "attn_neuron"]
+SPLITS: tuple[By, ...] = get_args(By)
 # What has to hold of a pass that hooks edited for components to add up to their sublayer.
 _SOURCES: frozenset[Identity] = frozenset({"block", "attn", "mixing"})
 _NEEDS: dict[By, frozenset[Identity]] = {
@@ -50,6 +50,7 @@ _NEEDS: dict[By, frozenset[Identity]] = {
     "position": _SOURCES,
     "head_position": _SOURCES,
     "attn_neuron": _SOURCES,
+    "expert": frozenset({"block", "mlp"}),
     "ff_neuron": frozenset({"block", "mlp"}),
 }
 # A score that lies within a few roundings of a bound is not decided by it.
@@ -345,7 +346,8 @@ def split_stream(stream: Stream, by: By) -> Iterator[Split]:
     Args:
         stream: The stream.
         by: ``"layer"`` (sublayers as they are), ``"head"``, ``"position"`` (what all heads read
-            from a source), ``"head_position"``, ``"ff_neuron"`` or ``"attn_neuron"``.
+            from a source), ``"head_position"``, ``"expert"`` (what the neurons of an expert write,
+            times the router's weight), ``"ff_neuron"`` or ``"attn_neuron"``.
 
     Raises:
         UnsupportedModel: If it is split by neurons of a sublayer whose neurons are not known.
@@ -369,10 +371,20 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
     if by == "ff_neuron" and isinstance(component, OpaqueComponent):
         raise UnsupportedModel(component.refusal)
     bias = grid(f"{component.kind} bias"), component.bias[:, None]
-    if by == "ff_neuron" and isinstance(component, FeedForwardComponent):
-        count = component.weight.shape[0]
-        yield Split(step, grid(neuron=count), neurons=component.neurons(), bias=bias)
-    if by == "ff_neuron" or not isinstance(component, AttentionComponent):
+    if isinstance(component, FeedForwardComponent):
+        if by == "ff_neuron":
+            every = list(component.neurons())
+            for number, neurons in every:
+                here = grid(neuron=neurons.count)
+                if number is not None:
+                    here = grid(expert=range(number, number + 1), neuron=neurons.count)
+                last = bias if neurons is every[-1][1] else None
+                yield Split(step, here, neurons=neurons, bias=last)
+        elif by == "expert" and component.sublayer.routes:
+            count = sum(1 for _ in component.sublayer.groups())
+            yield Split(step, grid(expert=count), component.experts, bias=bias)
+        return
+    if not isinstance(component, AttentionComponent) or by in ("ff_neuron", "expert"):
         return
     heads, d_head, _ = component.weight.shape
     read, sources = component.read, component.pattern.shape[2]
@@ -421,7 +433,9 @@ def log_prob_increases(prediction: Prediction, splits: list[Split]) -> Iterator[
 def _neurons_increase(prediction: Prediction, split: Split) -> Increases:
     assert split.neurons is not None
     base, neurons = prediction.stream.states[:, split.step], split.neurons
-    found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
+    found = torch.zeros_like(neurons.coefficients)
+    if not neurons.silent:
+        found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     # Exactly: rounding would put silent neurons in some order.
     found = found.masked_fill(neurons.coefficients == 0, 0).flatten(1)
     bias = None if split.bias is None else prediction.vocabulary.gains(base, split.bias[1])
@@ -518,6 +532,8 @@ def _bounds(
 ) -> Float[Tensor, " component"]:
     """Returns what the neurons of a sentence gain at most; -inf of those that are not there."""
     assert split.neurons is not None
+    if split.neurons.silent:
+        return torch.zeros_like(split.neurons.coefficients[row]).flatten()
     slopes = vocabulary.slopes(vocabulary.log_probs(states[split.step, None], row)[0], row)
     along = split.neurons.vectors(slice(None)) @ slopes.T
     numbers = split.neurons.coefficients[row]
@@ -553,7 +569,7 @@ def _scored(
         assert split.neurons is not None
         inside = places[mine] - first[index]
         number = split.neurons.coefficients[row].flatten()[inside]
-        vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
+        vectors = split.neurons.vectors(inside % split.neurons.count)
         before = vocabulary.log_probs(states[split.step, None], row).expand(len(inside), -1)
         found = vocabulary.gains_from(before, number[:, None] * vectors, row)
         scores[mine] = found.masked_fill(number == 0, 0)

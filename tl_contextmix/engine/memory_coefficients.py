@@ -7,6 +7,7 @@ a property of the model; with it, whether a memory agrees with an output is a lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.core.blocks import Block, FeedForward, Identity, Trace, shift
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -54,6 +56,34 @@ def require_feed_forward(block: Block) -> FeedForward:
         )
     block.memories.require_neurons()
     return block.memories
+
+
+def experts_of(
+    ff: FeedForward, neurons: Sequence[int] | None = None
+) -> Int[Tensor, " neuron"] | None:
+    """Returns which expert each memory belongs to (of some neurons; None: all); None without."""
+    if not isinstance(ff, Experts):
+        return None
+    return ff.expert_of(torch.tensor(range(ff.width) if neurons is None else neurons))[0]
+
+
+def require_as_many(blocks: Sequence[Block]) -> None:
+    """Checks that layers have equally many memories, to stand in one array.
+
+    Raises:
+        InvalidInput: If they have not.
+    """
+    sizes: dict[int, list[int]] = {}
+    for block in blocks:
+        sizes.setdefault(require_feed_forward(block).width, []).append(block.layer)
+    if len(sizes) > 1:
+        listed = "; ".join(f"{size} in layers {layers}" for size, layers in sizes.items())
+        raise bad(
+            "layers with different numbers of memories cannot be in one array",
+            listed,
+            "layers that have equally many",
+            f"Ask for them apart: layer={max(sizes.values(), key=len)}.",
+        )
 
 
 def require_predicting(view: ModelView, stack: str) -> None:
@@ -99,9 +129,13 @@ def branch_names(ff: FeedForward) -> tuple[str, ...]:
 def quadrants(ff: FeedForward, trace: Trace) -> Int[Tensor, "batch pos neuron"]:
     """Returns the quadrant of each gated neuron, an index into `QUADRANTS`; zero counts as +.
 
+    -1 in experts that a token is not routed to.
+
     The coefficient is the activation of the gate times the linear branch, so that it is negative
     in ``+-`` and ``-+``: the value then promotes what it is furthest from.
     """
+    if isinstance(ff, Experts):
+        return ff.signs(trace)
     assert ff.pre_linear is not None
     gate = ff.require_activation()(trace[ff.pre])
     return 2 * (gate < 0).long() + (trace[ff.pre_linear] < 0).long()

@@ -148,9 +148,12 @@ def neuron_inputs_at(
     block = view.stacks[stack][layer]
     if kind.endswith("mlp"):
         assert block.feed_forward is not None
-        index = chosen.neuron[row][some].to(view.device)
-        found = _feed_forward(block.feed_forward, stream, index)
-        own = block.feed_forward.coefficients(trace)[0, place.pos, index]
+        numbers = (getattr(chosen, name)[row][some] for name in ("expert", "neuron"))
+        index = block.feed_forward.number(*(x.to(view.device) for x in numbers))
+        at = torch.zeros_like(pos), pos
+        ff = block.feed_forward.followed(trace, at).select(index)
+        found = _feed_forward(ff, stream)
+        own = block.feed_forward.coefficients(trace, at)[0, index]
     else:
         found, value = _attention(view, trace, block, place, stream, chosen, row, some)
         own = found.slopes[0] * value
@@ -176,14 +179,13 @@ def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neur
         )
 
 
-def _feed_forward(ff: FeedForward, stream: Stream, index: Tensor) -> NeuronInputs:
-    keys = tuple(weight[:, index] for weight, _ in ff.branches())
-    norm = FrozenNorm.at(ff.norm_in, stream.total)
-    constants = tuple(
-        _constant(norm, key, None if bias is None else bias[index])
-        for key, (_, bias) in zip(keys, ff.branches(), strict=True)
-    )
-    nothing = constants[0].new_zeros(len(index))
+def _feed_forward(ff: FeedForward, stream: Stream) -> NeuronInputs:
+    """Returns the neurons of a sublayer that has no others, at one place."""
+    ff = ff.part(0)
+    norm, branches = FrozenNorm.at(ff.norm_in, stream.total), ff.branches()
+    keys = tuple(key for key, _ in branches)
+    constants = tuple(_constant(norm, key, bias) for key, bias in branches)
+    nothing = torch.zeros_like(constants[0])
     found = NeuronInputs(stream, norm, keys, constants, (), ff.activate([nothing] * len(keys)))
     return replace(found, slopes=ff.secant_slopes([None] * len(keys), found.pre))
 

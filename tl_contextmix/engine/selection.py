@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tl_contextmix.core.blocks import FeedForward, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad
@@ -28,13 +29,18 @@ _REMEDY = "Take them from a result's .top(k)."
 _NAMED = {
     "neurons": "a list of (layer, neuron) or (layer, head, neuron), counted from 0",
     "heads": "a list of (layer, head), counted from 0",
+    "experts": "a list of (layer, expert) or (layer, expert, neuron), counted from 0",
 }
 
 
 def chosen_components(
-    view: ModelView, neurons: object, heads: object, pos: Int[Tensor, " batch"]
+    view: ModelView,
+    neurons: object,
+    heads: object,
+    pos: Int[Tensor, " batch"],
+    experts: object = None,
 ) -> Components:
-    """Returns the heads and neurons that are meant, for every sentence.
+    """Returns the heads, experts and neurons that are meant, for every sentence.
 
     Args:
         view: The model.
@@ -42,6 +48,7 @@ def chosen_components(
             (feed-forward) and ``(layer, head, neuron)`` (self-attention).
         heads: The same, a list of ``(layer, head)``.
         pos: Position whose stream they write to, in each sentence.
+        experts: The same, a list of ``(layer, expert)`` and ``(layer, expert, neuron)``.
 
     Raises:
         InvalidInput: If nothing is meant, or something the model does not have.
@@ -49,7 +56,7 @@ def chosen_components(
             known.
     """
     parts = []
-    for name, given in (("neurons", neurons), ("heads", heads)):
+    for name, given in (("neurons", neurons), ("heads", heads), ("experts", experts)):
         if given is None:
             continue
         if isinstance(given, (LogProbContributions, QueryContributions)):
@@ -58,7 +65,9 @@ def chosen_components(
             parts += [_of_tuple(name, one, pos) for one in _listed(name, given)]
     found = join(parts) if parts else None
     if found is None or bool(found.is_empty().all()):
-        raise bad("nothing was chosen", "no neurons and no heads", "at least one of them", _REMEDY)
+        raise bad(
+            "nothing was chosen", "no neurons, heads or experts", "at least one of them", _REMEDY
+        )
     _require_there(view, found)
     return found
 
@@ -72,22 +81,23 @@ def _of_result(result: LogProbContributions | QueryContributions, batch: int) ->
             f"{batch}, as many as the input has",
             _REMEDY,
         )
-    # Neither a head nor a neuron: a sublayer, or one source of a head or of all of them.
-    odd = (found.neuron < 0) & ((found.head < 0) | (found.source >= 0)) & ~found.is_empty()
+    # No head, expert or neuron: a sublayer, or one source of a head or of all of them.
+    whole = (found.head < 0) & (found.expert < 0)
+    odd = (found.neuron < 0) & (whole | (found.source >= 0)) & ~found.is_empty()
     odd |= found.is_bias()
     if bool(odd.any()):
         raise bad(
             "these components cannot be chosen",
             f"a result by {result.by} with components such as "
             f"{found.label(*odd.nonzero()[0].tolist())}",
-            "heads or neurons (by 'head', 'ff_neuron' or 'attn_neuron')",
+            "heads, experts or neurons (by 'head', 'expert', 'ff_neuron' or 'attn_neuron')",
             _REMEDY,
         )
     return found
 
 
 def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
-    lengths = (2, 3) if name == "neurons" else (2,)
+    lengths = (2,) if name == "heads" else (2, 3)
     several = isinstance(given, Iterable) and not isinstance(given, str)
     found = []
     for one in given if several else [given]:
@@ -101,8 +111,10 @@ def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
 
 
 def _of_tuple(name: str, one: tuple[int, ...], pos: Tensor) -> Components:
-    names = ("head",) if name == "heads" else ("head", "neuron")[3 - len(one) :]
-    kind = "mlp" if names == ("neuron",) else "attn"
+    names = {"heads": ("head",), "experts": ("expert", "neuron")[: len(one) - 1]}.get(
+        name, ("head", "neuron")[3 - len(one) :]
+    )
+    kind = "attn" if "head" in names else "mlp"
     numbers = zip(names, one[1:], strict=True)
     return Grid(kind, one[0], pos, tuple((n, range(at, at + 1)) for n, at in numbers)).table()
 
@@ -115,7 +127,13 @@ def _require_there(view: ModelView, found: Components) -> None:
         known |= one.holds(found) & inside
     if not bool(known.all()):
         _require_known(view, found.at(*(~known).nonzero()[0].tolist()))
-        listed = ", ".join(f"{s.kind} {s.heads} x {s.neurons}" for s in every_sublayer(view))
+        each: dict[tuple[str, int, int], list[Sublayer]] = {}
+        for one in every_sublayer(view):
+            each.setdefault((one.kind, one.heads, one.neurons), []).append(one)
+        listed = ", ".join(
+            f"{'experts of ' if some[0].expert >= 0 else ''}{kind} {heads} x {neurons}"
+            for (kind, heads, neurons), some in each.items()
+        )
         raise bad(
             f"{view.name} has no such component",
             found.label(*(~known).nonzero()[0].tolist()),
@@ -144,6 +162,9 @@ class Sublayer:
         neurons: How many neurons, in each head.
         name: The activation that holds them.
         constant: What is added to that activation and is no neuron's own, or None.
+        expert: The expert that it is, of a feed-forward sublayer with several; else -1.
+        columns: Where its neurons are among those of the sublayer.
+        feed_forward: The feed-forward sublayer, or None.
     """
 
     kind: str
@@ -152,14 +173,29 @@ class Sublayer:
     neurons: int
     name: str
     constant: Tensor | None = None
+    expert: int = -1
+    columns: slice = field(default_factory=lambda: slice(None))
+    feed_forward: FeedForward | None = None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What tells it apart."""
+        return self.name, self.expert
 
     def holds(self, some: Components) -> Bool[Tensor, "batch component"]:
         """Returns which components are of this sublayer."""
-        return some.of_kind(self.kind) & (some.layer == self.layer)
+        mine = some.of_kind(self.kind) & (some.layer == self.layer)
+        return mine & (some.expert == self.expert)
+
+    def values(self, trace: Trace) -> Tensor:
+        """Returns the activation in a pass, position by position."""
+        if self.feed_forward is None or not self.feed_forward.routes:
+            return trace.values[self.name]
+        return self.feed_forward.coefficients(trace)[..., self.columns]
 
 
 def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
-    """Yields the sublayers with heads or neurons, an encoder-decoder's encoder included."""
+    """Yields what has heads or neurons: sublayers, the encoder's too, and experts one by one."""
     for stack, block in view.every_block():
         prefix = "" if stack == view.base_stack(None) else "encoder "
         for attention in block.attentions:
@@ -168,8 +204,19 @@ def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
             yield Sublayer(kind, block.layer, heads, d_head, attention.mixed)
         ff = block.feed_forward
         if ff is not None and ff.neurons_known:
-            count, constant = ff.W_out.shape[0], ff.weights("b_post")
-            yield Sublayer(f"{prefix}mlp", block.layer, 0, count, ff.post, constant)
+            constant = ff.weights("b_post")
+            for number, columns, _ in ff.groups():
+                yield Sublayer(
+                    f"{prefix}mlp",
+                    block.layer,
+                    0,
+                    columns.stop - columns.start,
+                    ff.post,
+                    constant,
+                    -1 if number is None else number,
+                    columns,
+                    ff,
+                )
 
 
 def without_sources(chosen: Components, *, per_position: bool) -> Components:
@@ -179,7 +226,7 @@ def without_sources(chosen: Components, *, per_position: bool) -> Components:
         chosen: The heads and neurons.
         per_position: Whether those of several positions stay apart; else the first one is kept.
     """
-    columns = [chosen.kind, chosen.layer, chosen.head, chosen.neuron]
+    columns = [chosen.kind, chosen.layer, chosen.head, chosen.neuron, chosen.expert]
     columns += [chosen.pos] if per_position else []
     index = []
     for table, empty in zip(torch.stack(columns, dim=-1), chosen.is_empty(), strict=True):
@@ -228,9 +275,10 @@ class Controls:
     def _replace(self, columns: dict[str, Tensor], row: int, kind: str, mine: Tensor) -> None:
         """Replaces the components of one kind in one sentence."""
         numbers = self._numbers[kind]
-        layer, head, neuron = (columns[name][row] for name in ("layer", "head", "neuron"))
+        names = ("layer", "head", "neuron", "expert")
+        layer, head, neuron, expert = (columns[name][row] for name in names)
         heads, neurons = mine & (neuron < 0), mine & (neuron >= 0)
-        at = numbers.heads(layer, head)
+        at = numbers.heads(layer, head, expert)
         inside = numbers.start[at[neurons]] + neuron[neurons]
         # Drawn by number: tables of all neurons would take seconds in a large model.
         taken = torch.zeros(len(numbers.layer), dtype=torch.bool)
@@ -244,6 +292,7 @@ class Controls:
         new_at = torch.cat([new, numbers.head_of[drawn]])
         both = torch.cat([heads.nonzero()[:, 0], neurons.nonzero()[:, 0]])
         layer[both], head[both] = numbers.layer[new_at], numbers.head[new_at]
+        expert[both] = numbers.expert[new_at]
         neuron[neurons] = drawn - numbers.start[numbers.head_of[drawn]]
 
     def _others(self, chosen: Tensor, taken: Tensor, kind: str) -> Tensor:
@@ -262,27 +311,35 @@ class Controls:
 
 
 class _Numbers:
-    """Heads and neurons of a kind, numbered through the layers; a feed-forward block is one head.
+    """Heads and neurons of a kind, numbered through the layers.
+
+    A feed-forward block is one head, and so is each of its experts.
 
     Attributes:
         layer: Layer of each head.
         head: Its number there; -1 in feed-forward blocks.
+        expert: The expert that it is; else -1.
         start: Number of its first neuron.
         head_of: The head of each neuron.
     """
 
     def __init__(self, sublayers: list[Sublayer]) -> None:
-        self._layers = torch.tensor([one.layer for one in sublayers])
+        layers, experts = (
+            torch.tensor([getattr(one, name) for one in sublayers]) for name in ("layer", "expert")
+        )
+        self._most = int(experts.max()) + 2
+        self._keys = layers * self._most + experts + 1
         count = torch.tensor([max(one.heads, 1) for one in sublayers])
         self._first = count.cumsum(0) - count
-        self.layer = self._layers.repeat_interleave(count)
+        self.layer, self.expert = (x.repeat_interleave(count) for x in (layers, experts))
         numbers = [range(one.heads) if one.heads else (-1,) for one in sublayers]
         self.head = torch.tensor([number for some in numbers for number in some])
         size = torch.tensor([one.neurons for one in sublayers]).repeat_interleave(count)
         self.start = size.cumsum(0) - size
         self.head_of = torch.arange(len(size)).repeat_interleave(size)
 
-    def heads(self, layer: Tensor, head: Tensor) -> Int[Tensor, " some"]:
+    def heads(self, layer: Tensor, head: Tensor, expert: Tensor) -> Int[Tensor, " some"]:
         """Returns the numbers of heads; any number for components of other kinds."""
-        place = torch.searchsorted(self._layers, layer).clamp(max=len(self._layers) - 1)
+        key = layer * self._most + expert + 1
+        place = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
         return (self._first[place] + head.clamp(min=0)).clamp(max=len(self.layer) - 1)

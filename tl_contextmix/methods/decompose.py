@@ -98,7 +98,7 @@ def decompose(
         parts, biases = torch.empty(0), []
         for index, block in enumerate(part.progress("decompose")):
             linear = linear_points(block, part.trace, part.stack, (at,))
-            found = parts_at(block, linear, at, bias, max_bytes)
+            found = parts_at(block.held(part.trace), linear, at, bias, max_bytes)
             each = parts_of_heads(found) if heads else {"all": found}
             labels = (*each,)
             for place, one in enumerate(each.values()):

@@ -348,7 +348,7 @@ def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     """Returns how many tokens fit: neurons of each branch twice, and eight streams per position."""
     x = max((done.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
-    neurons = 0 if ff is None else 2 * ff.W_out.shape[0] * (1 + ff.gated)
+    neurons = 0 if ff is None else 2 * ff.width * (1 + ff.gated)
     per_token = x.shape[0] * x.shape[1] * (neurons + 8 * x.shape[2]) * x.element_size()
     return max(1, max_bytes // per_token)
 

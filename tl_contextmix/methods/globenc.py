@@ -96,5 +96,6 @@ def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
     ff = block.feed_forward
     if ff is None or ff.norm_after is None:
         return stream
-    whole = stream.total + ff.project(trace[ff.post])
+    raw = ff.raw_output(trace)
+    whole = stream.total + (raw if ff.norm_out is None else ff.norm_out(raw))
     return replace(stream, sum_up=lambda: whole).linear(ff.norm_after)

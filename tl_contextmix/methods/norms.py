@@ -168,7 +168,7 @@ def _maps(
         biases: dict[str, list[Tensor]] = {point: [] for point in points}
         for block in part.progress("attention_norms"):
             linear = linear_points(block, part.trace, part.stack, points)
-            parts = parts_at_all(block, linear, points, bias, max_bytes)
+            parts = parts_at_all(block.held(part.trace), linear, points, bias, max_bytes)
             norms = norms_at(parts, max_bytes) if groups is None else {}
             for point, terms in parts.items():
                 biases[point].append(terms.bias.norm(dim=-1)[:, None])
@@ -262,7 +262,7 @@ def mixing_ratio(
 
     def ratios(part: Pass, block: Block) -> Tensor:
         linear = linear_points(block, part.trace, part.stack, (at,))
-        parts = parts_at(block, linear, at, bias, max_bytes)
+        parts = parts_at(block.held(part.trace), linear, at, bias, max_bytes)
         own = parts.diagonal()
         others = parts.total - parts.bias - own
         mixing, preserving = others.norm(dim=-1), own.norm(dim=-1)

@@ -111,9 +111,15 @@ def value_zeroing(
     rows = None if done.asked is None else done.asked.rows
     spans = _require_spans(spans, span_rows, rows, done)
 
+    rerouted: dict[str, list[int]] = {}
+
     def distances(part: Pass, block: Block) -> Tensor:
         norm = _final_norm(part, block) if final_norm else None
         how = _How(kind, part.own(rows), groups or [None], spans, metric, norm, max_bytes)
+        if block.feed_forward is not None and block.feed_forward.routes:
+            before = rerouted.get(str(block.layer), [0, 0])
+            pairs = zip(before, how.rerouted(block, part.trace), strict=True)
+            rerouted[str(block.layer)] = [sum(pair) for pair in pairs]
         return how.scores(block, part.trace)
 
     source = "source:attn_out" if spans is None else "span"
@@ -128,6 +134,8 @@ def value_zeroing(
         "metric": metric,
         "final_norm": final_norm,
     }
+    if rerouted:
+        options |= {"routing": "anew", "rerouted": rerouted}
     target = done.target
     if rows is not None:
         target = target.select([*range(len(scores))], rows)
@@ -217,6 +225,14 @@ class _How:
         size = batch_rows(block, trace, self.kind, self.max_bytes)
         parts = [trace] if size >= batch else [trace.part(p) for p in blocks(batch, size)]
         return torch.cat([self._scores(block, part) for part in parts])
+
+    def rerouted(self, block: Block, trace: Trace) -> tuple[int, int]:
+        """Returns how many pairs go through other experts, and how many there are."""
+        found = ablate_values(block, trace, self.kind, self.rows)
+        read = found.read.pattern.shape[0] * int(found.touched(self.spans).sum())
+        groups = [found if group is None else found.heads(group) for group in self.groups]
+        moved = sum(int(one.rerouted(self.spans, self.max_bytes).sum()) for one in groups)
+        return moved, read * len(groups)
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:
         found = ablate_values(block, trace, self.kind, self.rows)

@@ -47,6 +47,7 @@ class Memories(LabelledArray):
         tokens: The positions.
         words: Text of each token that occurs, by its id.
         provenance: Where it comes from.
+        expert: Which expert each memory belongs to, in mixtures of experts; else None.
     """
 
     LABELS = {"layer": "layers", "pos": "tokens", "side": ("v", "-v")}
@@ -70,6 +71,7 @@ class Memories(LabelledArray):
     tokens: Tokens
     words: dict[str, str]
     provenance: Provenance
+    expert: Int[torch.Tensor, "layer neuron"] | None = None
 
     @property
     def zero_agreement(self) -> torch.Tensor:
@@ -135,9 +137,11 @@ class Memories(LabelledArray):
             size = numbers.abs() * self.norm[index]
             for neuron in size.topk(min(k, len(size))).indices.tolist():
                 side = int(numbers[neuron] < 0)
+                expert = {} if self.expert is None else {"expert": int(self.expert[index, neuron])}
                 found.append(
                     {
                         "layer": self.layers[index],
+                        **expert,
                         "neuron": neuron,
                         "coefficient": float(numbers[neuron]),
                         "length": float(size[neuron]),

@@ -101,7 +101,7 @@ class ComponentSet(LabelledArray):
             {
                 "batch": np.repeat(np.arange(batch), count),
                 "kind": np.array(KINDS, dtype=object)[self._column("kind")],
-                **{name: self._column(name) for name in COLUMNS},
+                **{name: self._column(name) for name in self._place_columns()},
             }
         )
         words = np.full(len(frame), "", dtype=object)
@@ -111,6 +111,11 @@ class ComponentSet(LabelledArray):
             words[chosen] = table[frame.batch[chosen], frame.source[chosen]]
         frame["source_token"] = words
         return frame
+
+    def _place_columns(self) -> tuple[str, ...]:
+        """Returns the columns that have a meaning: that of experts where there are any."""
+        experts = bool((self.components.expert >= 0).any())
+        return COLUMNS if experts else tuple(name for name in COLUMNS if name != "expert")
 
     def _column(self, name: str) -> Any:
         return getattr(self.components, name).cpu().numpy().reshape(-1)
@@ -122,8 +127,8 @@ class ComponentSet(LabelledArray):
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per component; those without a score are omitted.
 
-        Columns: batch, kind, layer, pos, head, source, neuron (-1 where there is none),
-        source_token; the numbers, the score last.
+        Columns: batch, kind, layer, pos, head, source, neuron, in models that have any expert (-1
+        where there is none), source_token; the numbers, the score last.
         """
         frame = self._frame()
         for name, field in self.COLUMNS.items():
@@ -135,7 +140,7 @@ class ComponentSet(LabelledArray):
         at = ("batch", "component")
         kinds = [[KINDS[place] for place in row] for row in self.components.kind.tolist()]
         places = {"component_kind": (at, kinds)}
-        for name in COLUMNS:
+        for name in self._place_columns():
             places[f"component_{name}"] = (at, as_array(getattr(self.components, name)))
         return super().to_xarray().assign_coords(places)
 
@@ -145,7 +150,7 @@ class ComponentSet(LabelledArray):
         return "" if one["source"] is None else side.strings[row][one["source"]]
 
     def _grids(self, row: int, by: str, title: str, caption: str, unit: str) -> list[Heatmap]:
-        """Returns layers by sublayers, by heads or by sources, a map for each kind of attention."""
+        """Returns layers by sublayers, heads, sources or experts, a map for each kind."""
         words = {kind: side.strings[row] for kind, side in self._read().items()}
         return component_grids(self.components, self.scores, row, by, words, title, caption, unit)
 
@@ -172,9 +177,10 @@ def component_grids(
         caption: See `Heatmap`.
         unit: Likewise.
     """
-    column = {"head": "head", "position": "source"}.get(by)
+    column = {"head": "head", "position": "source", "expert": "expert"}.get(by)
     every = ("attn", "mixer", "cross_attn", "mlp", *STEERING, *FEATURES, *ERRORS)
     groups = [("attn",), ("cross_attn",)] if column else [every]
+    groups = [("mlp",)] if by == "expert" else groups
     if column is None and by != "layer":
         return []
     found = []
@@ -192,6 +198,7 @@ def component_grids(
         values[0, rows, columns] = scores[row].detach().float().cpu()[chosen]
         names = {
             "head": lambda index: f"head {index}",
+            "expert": lambda index: f"expert {index}",
             "source": lambda index, kind=kinds[0]: words[kind][index],
             None: lambda index: KINDS[index],
         }[column]

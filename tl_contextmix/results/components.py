@@ -41,7 +41,7 @@ KINDS = (
     "mixer",
 )
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
-COLUMNS = ("layer", "pos", "head", "source", "neuron")
+COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")
 # What stands in front of the numbers of a head or neuron.
 _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
 _SHORT |= {"mlp feature": "", **{name: f" {name.split()[0]} " for name in FEATURES[1:]}}
@@ -64,7 +64,9 @@ class Components:
         pos: Position whose stream it writes to.
         head: Head.
         source: Position that is read (of the encoder where the kind is ``"cross_attn"``).
-        neuron: Neuron of the feed-forward sublayer, feature, or dimension of a head's values.
+        neuron: Neuron of the feed-forward sublayer (of one of its experts), feature, or dimension
+            of a head's values.
+        expert: Expert of a feed-forward sublayer that has several; None for no expert anywhere.
     """
 
     kind: Int[torch.Tensor, "batch component"]
@@ -73,8 +75,11 @@ class Components:
     head: Int[torch.Tensor, "batch component"]
     source: Int[torch.Tensor, "batch component"]
     neuron: Int[torch.Tensor, "batch component"]
+    expert: Int[torch.Tensor, "batch component"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.expert is None:  # files written before there were experts
+            object.__setattr__(self, "expert", torch.full_like(self.kind, -1))
         for field in fields(self):
             shape = tuple(getattr(self, field.name).shape)
             require_shape(f"Components.{field.name}", shape, tuple(self.kind.shape))
@@ -117,7 +122,7 @@ class Components:
         return {"kind": KINDS[int(self.kind[row, place])], **named}
 
     def label(self, row: int, place: int) -> str:
-        """Returns a short name, such as ``L3H5``, ``L3H5<-2``, ``L3N120`` or ``L3 mlp``.
+        """Returns a short name: ``L3H5``, ``L3H5<-2``, ``L3N120``, ``L3E2N7`` or ``L3 mlp``.
 
         ``<-2`` is the position that is read; an empty place has no name.
         """
@@ -127,10 +132,11 @@ class Components:
         if one["kind"] in ("embed", "encoder embed"):
             return one["kind"]
         base = f"L{one['layer']}"
-        cut = [one["head"], one["neuron"], one["source"]] != [None, None, None]
+        cut = any(one[name] is not None for name in ("head", "neuron", "source", "expert"))
         if one["kind"] not in _SHORT or not cut:
             return f"{base} {one['kind']}"
         base += _SHORT[one["kind"]]
+        base += "" if one["expert"] is None else f"E{one['expert']}"
         base += "" if one["head"] is None else f"H{one['head']}"
         letter = "F" if one["kind"] in FEATURES else "N"
         base += "" if one["neuron"] is None else f"{letter}{one['neuron']}"
@@ -200,7 +206,7 @@ class Grid:
             mine &= (column >= 0) & (column < len(numbers))
             place = place * len(numbers) + column
         named = dict(self.axes)
-        for name in ("head", "source", "neuron"):
+        for name in ("head", "source", "neuron", "expert"):
             mine &= (getattr(some, name) >= 0) == (name in named)
         return place.masked_fill(~mine, -1)
 

@@ -510,7 +510,20 @@ class ContextMap(LabelledArray):
         row = "the predicted token" if predicts else "the token being written"
         if self.sink is not None:
             scale += " The first column is the model's own attention sink, which is no token."
-        return f"Row: {row}. Column: the token it comes from.{scale}"
+        return f"Row: {row}. Column: the token it comes from.{scale}{self._routing()}"
+
+    def _routing(self) -> str:
+        """Returns what was done about the routing to experts, where there are any."""
+        options = self.provenance.options
+        if options.get("routing") == "held":
+            return " Every token goes through the experts that it is routed to in the pass."
+        if options.get("routing") != "anew":
+            return ""
+        moved, pairs = (sum(column) for column in zip(*options["rerouted"].values(), strict=True))
+        return (
+            " Without the token of the column, that of the row is routed to experts anew: for "
+            f"{moved:,} of {pairs:,} pairs these are others."
+        )
 
 
 def _places(have: Tokens, wanted: Tokens, *, sides: bool = False) -> torch.Tensor:

@@ -39,6 +39,7 @@ class ValueReadouts(Result):
         norm: Length of the value.
         words: Text of each token that occurs, by its id.
         provenance: Where it comes from.
+        expert: Which expert each value belongs to, in mixtures of experts; else None.
     """
 
     LABELS = {"side": _SIDES}
@@ -52,6 +53,7 @@ class ValueReadouts(Result):
     norm: Float[torch.Tensor, " value"]
     words: dict[str, str]
     provenance: Provenance
+    expert: Int[torch.Tensor, " value"] | None = None
 
     def __repr__(self) -> str:
         count, _, k = self.ids.shape
@@ -93,9 +95,11 @@ class ValueReadouts(Result):
         count, sides, _ = self.ids.shape
         value, side = (axis.reshape(-1) for axis in np.indices((count, sides)))
         ids = as_array(self.ids).reshape(count * sides, -1)
+        expert = {} if self.expert is None else {"expert": as_array(self.expert)[value]}
         return pandas.DataFrame(
             {
                 "layer": as_array(self.layer)[value],
+                **expert,
                 "neuron": as_array(self.neuron)[value],
                 "side": np.array(_SIDES, dtype=object)[side],
                 "tokens": [[self.words[str(one)] for one in row] for row in ids],

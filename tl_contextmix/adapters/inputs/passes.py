@@ -53,6 +53,7 @@ class Pass:
         crops: The groups that it runs in; empty where it runs as a whole.
         crop: What it is of a larger pass, or None.
         asked: The predictions whose rows of a map are asked about; None for all rows.
+        held: Whether what is asked for takes the routing of experts as given.
     """
 
     view: ModelView
@@ -64,6 +65,7 @@ class Pass:
     crops: tuple[Crop, ...] = ()
     crop: Crop | None = None
     asked: Predictions | None = None
+    held: bool = False
 
     @property
     def kind(self) -> Literal["self", "cross"]:
@@ -344,6 +346,8 @@ class Pass:
 
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""
+        if self.held:
+            options = {"routing": "held", **options}
         return provenance(self.view, method, options, further=self.batch.further, **given)
 
 
@@ -410,6 +414,8 @@ def run_pass(
         tokens=label_sides(view, batch),
         run=run if given.cache is None else read,
         crops=groups,
+        held="activation" in needs
+        and any(b.feed_forward and b.feed_forward.routes for b in blocks),
     )
 
 

@@ -133,10 +133,12 @@ def read_direction(view: ModelView, direction: Direction) -> Reading:
     name = f"the direction at {place}"
     if vector is None:
         assert ff is not None
-        neuron, count = direction.neuron, len(ff.W_out)
+        ff.require_neurons()
+        neuron, count = direction.neuron, ff.width
         if neuron is None or not 0 <= neuron < count:
             raise _not_there(f"neuron {neuron}", f"a number from 0 to {count - 1}")
-        vector, name = ff.branches()[0][0][:, neuron], f"the key of L{block.layer}N{neuron}"
+        some = ff.select(torch.tensor([neuron], device=view.device))
+        vector, name = some.branches()[0][0][:, 0], f"the key of L{block.layer}N{neuron}"
     if len(vector) != width:
         raise _not_there(f"a vector of {len(vector)} numbers", f"{width}, the model's d_model")
     name = f"{direction.name!r} at {place}" if direction.name else name

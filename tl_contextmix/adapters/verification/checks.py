@@ -122,7 +122,8 @@ def _activation_rows(
 ) -> Iterator[CheckRow]:
     if ff.activation is not None:
         error = activation_error(ff, trace, real)
-        yield CheckRow(f"{ff.activation.name}(pre) = post", where, error, tolerance)
+        name = "experts = output" if ff.routes else f"{ff.activation.name}(pre) = post"
+        yield CheckRow(name, where, error, tolerance)
 
 
 def readout_row(view: ModelView, probe: Probe) -> CheckRow:
@@ -253,7 +254,7 @@ def _pass_rows(
     if "read" in needs and set(ff.read_names) <= there:
         for row in _pre_rows(name, block, ff, trace, tolerance, real):
             yield "read", row
-    if "activation" in needs and {*ff.pre_names, ff.post} <= there:
+    if "activation" in needs and set(ff.shown()) <= there:
         for row in _activation_rows(name, ff, trace, tolerance, real):
             yield "activation", row
     if "mlp" in needs:

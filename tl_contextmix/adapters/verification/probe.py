@@ -17,6 +17,7 @@ from tl_contextmix.core.blocks import (
     Side,
     Trace,
 )
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import four_parts
@@ -138,7 +139,7 @@ def settle_block(
     block = min(readings, key=lambda reading: _reading_error(reading, probe, resid_out))
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
     ff = block.feed_forward
-    if ff is None or ff.refusal:
+    if ff is None or ff.refusal or ff.routes:  # of experts the activation is known
         return block
     return replace(block, feed_forward=_settle_activation(ff, probe, host_activation))
 
@@ -219,7 +220,9 @@ def _post(ff: FeedForward, trace: Trace) -> Tensor:
 
 
 def activation_error(ff: FeedForward, trace: Trace, real: Tensor | None = None) -> float:
-    """Returns the error of the neurons recomputed from their input."""
+    """Returns the error of the neurons, or of experts' output, recomputed from their input."""
+    if isinstance(ff, Experts):
+        return relative_error(ff.raw_output(trace), trace[ff.written], real=real)
     return relative_error(_post(ff, trace), trace[ff.post], real=real)
 
 

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, provenance
-from tl_contextmix.core.blocks import AttentionSublayer, Batch
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, FeedForward
 from tl_contextmix.core.counters import Memory, Operations
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import Hooks, ModelView, NeedsModel, PassOutput
 from tl_contextmix.core.validation import Positive, require_choice
 from tl_contextmix.engine.registry import methods
@@ -132,7 +133,11 @@ class _Counted:
         stacks = {
             # Products of weights that are kept for the next call must not be kept from here.
             name: tuple(
-                replace(block, folds=None if block.folds is None else dict(block.folds))
+                replace(
+                    block,
+                    folds=None if block.folds is None else dict(block.folds),
+                    feed_forward=_routing(block.feed_forward),
+                )
                 for block in blocks
             )
             for name, blocks in view.stacks.items()
@@ -160,6 +165,21 @@ class _Counted:
         for name in self._attentions.keys() & values.keys():
             values[name] = _reading(values[name], self._attentions[name])
         return output, values, added
+
+
+def _routing(ff: FeedForward | None) -> FeedForward | None:
+    """Returns a feed-forward sublayer that routes every token to as many experts as it does."""
+    if not isinstance(ff, Experts):
+        return ff
+    count, active = len(ff.experts), ff.active
+
+    def route(x: Tensor) -> Tensor:
+        with _disable_current_modes():
+            gains = torch.zeros(*x.shape[:-1], count, dtype=x.dtype)
+            gains[..., -active:] = 1  # shared ones are last
+        return gains
+
+    return replace(ff, router=route)
 
 
 def _reading(pattern: Tensor, attention: AttentionSublayer) -> Tensor:

@@ -101,7 +101,8 @@ def log_prob_contributions(
         input: A text, several, or token ids [batch, pos].
         by: Into what the stream is split: ``"layer"`` (sublayers), ``"head"``, ``"position"`` (what
             all heads of a layer read from one source), ``"head_position"`` (the paper's
-            value-output vectors), ``"ff_neuron"`` (an activation times a row of W_out) or
+            value-output vectors), ``"expert"`` (what the neurons of an expert write, times the
+            router's weight), ``"ff_neuron"`` (an activation times a row of W_out) or
             ``"attn_neuron"`` (``pattern * value`` of one source, head and dimension, times a row
             of W_O: one neuron is a component for each source). Padding and, in a causal model,
             later positions are no sources.
@@ -270,11 +271,13 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     coefficients, logits = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
     for index, split in enumerate(splits):
         mine = which == index
+        if not bool(mine.any()):
+            continue
         assert split.neurons is not None
         inside = place.clamp(max=split.grid.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
         numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
-        vectors = split.neurons.vectors(inside % split.neurons.rows.shape[0])
+        vectors = split.neurons.vectors(inside % split.neurons.count)
         logits = torch.where(mine, numbers * vocabulary.target_logits(vectors), logits)
         coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
@@ -297,6 +300,8 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     if split.neurons is None:
         assert split.vectors is not None
         return vocabulary.target_logits(split.vectors())
+    if split.neurons.silent:
+        return torch.zeros_like(split.neurons.coefficients).flatten(1)
     each = vocabulary.target_logits_shared(split.neurons.vectors(slice(None)))
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
@@ -345,9 +350,10 @@ def _require_neurons(by: str, score: str, k: int | None) -> None:
 def _require_some(splits: list[Split], by: str, prediction: Prediction) -> list[Split]:
     if not splits:
         ff = prediction.view.blocks()[0].feed_forward
+        seen = "blocks without a feed-forward sublayer" if ff is None else "none before this point"
         raise bad(
             f"{prediction.view.name} has no components by {by}",
-            "blocks without a feed-forward sublayer" if ff is None else "none before this point",
+            "feed-forward blocks without experts" if by == "expert" else seen,
             "another `by`, or a later point of the stream",
             "By 'layer' there is always the embedding.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,6 +46,7 @@ def knockout(
     *,
     neurons: Chosen | None = None,
     heads: Chosen | None = None,
+    experts: Chosen | None = None,
     everywhere: bool = False,
     replace_with: Replacement = "zero",
     controls: NotNegative = 10,
@@ -67,6 +69,8 @@ def knockout(
             whose components are neurons or heads (each sentence has its own), or a list of
             ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
         heads: The same, or a list of ``(layer, head)``.
+        experts: The same, or a list of ``(layer, expert)`` and ``(layer, expert, neuron)``. Of an
+            expert all neurons are ablated; routing and its biases stay.
         everywhere: Whether they are ablated at every position, as by setting parameters to zero,
             which the authors do; else only at the position whose stream they were found to write
             to: the predicting one, unless they come from `query_contributions`.
@@ -91,8 +95,8 @@ def knockout(
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
     given, answer = apart(input, inputs)
-    question = ask(view, read_batch(view, given), answer, neurons, heads)
-    chosen = chosen_components(view, neurons, heads, question.rows)
+    question = ask(view, read_batch(view, given), answer, neurons, heads, experts)
+    chosen = chosen_components(view, neurons, heads, question.rows, experts)
     chosen = without_sources(chosen, per_position=not everywhere)
     drawn = Controls(view, chosen, seed)
     sets = [chosen, *(drawn.draw() for _ in range(controls))]
@@ -137,7 +141,7 @@ class _Ablation:
     question: Question
     everywhere: bool
 
-    def before(self, sets: list[Components]) -> tuple[Tensor, dict[str, Tensor]]:
+    def before(self, sets: list[Components]) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
         """Returns the logits of the model as it is, and the means of what is to be replaced.
 
         Means are over the real tokens of the input.
@@ -151,17 +155,21 @@ class _Ablation:
         means = {}
         for one in touched:
             stack = "encoder" if one.kind.startswith("encoder ") else self.done.stack
-            values = trace.values[one.name]
-            means[one.name] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
+            values = one.values(trace)
+            means[one.place] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
         return self._read(trace), means
 
-    def run(self, some: Components, filling: Mapping[str, Tensor]) -> Tensor:
+    def run(self, some: Components, filling: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """Returns the logits with components replaced by means, or by zero where there are none."""
-        edits = {
-            one.name: self._edit(one, some, filling.get(one.name, one.constant))
-            for one in every_sublayer(self.done.view)
-            if bool(one.holds(some).any())
-        }
+        edits: dict[str, Edit] = {}
+        changes: dict[str, list[tuple[Sublayer, Edit]]] = {}
+        for one in every_sublayer(self.done.view):
+            if bool(one.holds(some).any()):
+                edit = self._edit(one, some, filling.get(one.place, one.constant))
+                changes.setdefault(one.name, []).append((one, edit))
+        for name, pairs in changes.items():
+            ff = pairs[0][0].feed_forward
+            edits |= {name: pairs[0][1]} if ff is None else ff.edits_by(partial(_changed, pairs))
         return self._read(self.done.again(edits=edits))
 
     def _read(self, trace: Trace) -> Tensor:
@@ -189,6 +197,14 @@ class _Ablation:
             return torch.where(gone.to(activation.device), new, activation)
 
         return edit
+
+
+def _changed(pairs: list[tuple[Sublayer, Edit]], activation: Tensor) -> Tensor:
+    """Returns the neurons of a sublayer with those of some of its experts edited."""
+    new = activation.clone()
+    for one, edit in pairs:
+        new[..., one.columns] = edit(activation[..., one.columns])
+    return new
 
 
 def _figures(logits: Tensor, asked: Contrast) -> Tensor:

@@ -333,7 +333,10 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
         step = sublayers.index((one["kind"], one["layer"]))
         component = components[step]
         assert isinstance(component, (AttentionComponent, FeedForwardComponent))
-        vectors = component.neurons()
+        if isinstance(component, FeedForwardComponent):
+            vectors = dict(component.neurons())[one["expert"]]
+        else:
+            vectors = component.neurons()
         number = torch.tensor([one["neuron"]])
         vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
         found[:, index] = prediction.vocabulary.gains(states[:, step], vector)[:, 0]

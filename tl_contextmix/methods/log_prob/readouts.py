@@ -137,7 +137,7 @@ def _vectors_of(split: Split, row: Tensor, place: Tensor) -> Float[Tensor, "some
         assert split.vectors is not None
         return split.vectors()[row, place]
     number = split.neurons.coefficients.flatten(1)[row, place]
-    return number[:, None] * split.neurons.vectors(place % split.neurons.rows.shape[0])
+    return number[:, None] * split.neurons.vectors(place % split.neurons.count)
 
 
 def _words(view: ModelView, ids: Tensor) -> tuple:

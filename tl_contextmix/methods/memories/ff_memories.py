@@ -26,9 +26,11 @@ from tl_contextmix.engine.memory_coefficients import (
     LayerComposition,
     LayerReadout,
     active_rule,
+    experts_of,
     promoted,
     quadrants,
     readings,
+    require_as_many,
     require_feed_forward,
     require_predicting,
     values,
@@ -103,6 +105,7 @@ def ff_memories(
         logits=True,
     )
     ffs = [require_feed_forward(block) for block in done.blocks]
+    require_as_many(done.blocks)
     rule = active_rule(active, ffs[0].gated)
     with torch.no_grad():
         readout = LayerReadout.of(view, done.trace, how, rule, done.target.mask)
@@ -133,7 +136,16 @@ def ff_memories(
         tokens=done.target,
         words=word_table(done.view, *tops, final, tables),
         provenance=done.provenance("ff_memories", {"active": rule, "projection": projection}),
+        expert=_experts(ffs),
     )
+
+
+def _experts(ffs: list[FeedForward]) -> Tensor | None:
+    """Returns which expert each memory belongs to, -1 in layers without; None without any."""
+    each = [experts_of(ff) for ff in ffs]
+    if all(one is None for one in each):
+        return None
+    return torch.stack([torch.full((ffs[0].width,), -1) if one is None else one for one in each])
 
 
 def _quadrants(ff: FeedForward, done: Pass) -> Tensor:

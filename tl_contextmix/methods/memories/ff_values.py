@@ -26,6 +26,7 @@ from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembeddin
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
+    experts_of,
     require_feed_forward,
     require_predicting,
     values,
@@ -96,15 +97,28 @@ def ff_values(
     if layer is None and dictionary is not None:
         layer = layers_of(view, view.base_stack(None))
     chosen = [
-        (block, positions("neuron", neurons, range(require_feed_forward(block).W_out.shape[0])))
+        (block, positions("neuron", neurons, range(require_feed_forward(block).width)))
         for block in select_blocks(view.blocks(), layer)
     ]
     with torch.no_grad():
         scale = _scale(view, reader, text)
-        found = [_read(reader, block, some, scale, k, max_bytes) for block, some in chosen]
+        found = [
+            _read(reader, block, some, scale, k, max_bytes, view.device) for block, some in chosen
+        ]
     scan, norms = Scan.join([one for one, _ in found]), torch.cat([one for _, one in found])
     numbers = [(block.layer, neuron) for block, some in chosen for neuron in some]
     layers, neuron = torch.tensor(numbers).T
+    experts = [experts_of(require_feed_forward(block), some) for block, some in chosen]
+    expert = (
+        None
+        if all(one is None for one in experts)
+        else torch.cat(
+            [
+                torch.full((len(some),), -1) if one is None else one
+                for one, (_, some) in zip(experts, chosen, strict=True)
+            ]
+        )
+    )
     options = {"projection": reader.projection, "k": k, "scale": scale}
     return ValueReadouts(
         layer=layers,
@@ -116,14 +130,20 @@ def ff_values(
         norm=norms.cpu(),
         words=word_table(view, scan.ids),
         provenance=provenance(view, "ff_values", options),
+        expert=expert,
     )
 
 
 def _read(
-    reader: Unembedding, block: Block, neurons: list[int], scale: float, k: int, max_bytes: int
+    reader: Unembedding,
+    block: Block,
+    neurons: list[int],
+    scale: float,
+    k: int,
+    max_bytes: int,
+    device: torch.device,
 ) -> tuple[Scan, Tensor]:
-    vectors = values(require_feed_forward(block))
-    vectors = vectors[torch.tensor(neurons, device=vectors.device)]
+    vectors = values(require_feed_forward(block).select(torch.tensor(neurons, device=device)))
     parts = []
     for part in blocks(len(vectors), _VECTORS):
         hidden = reader.hidden(vectors[part], scale)

@@ -43,15 +43,41 @@ class Mined(Shown):
     def __repr__(self) -> str:
         counts = ", ".join(f"{n:,} {name}" for name, n in self.manifest["counts"].items() if n)
         run = self.manifest["run"]
+        silent = "; ".join(
+            f"layer {layer}: {', '.join(map(str, some))}"
+            for layer, some in self.silent_experts.items()
+        )
         return (
             f"Triggers of {run['model']}, layers {self.layers}, k {self.k} "
             f"({', '.join(self.tails)}) in {self.folder}: {counts or 'no documents'}"
+            + (f". Experts without triggers: {silent}" if silent else "")
         )
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that were mined."""
         return tuple(self.manifest["run"]["options"]["layers"])
+
+    @cached_property
+    def silent_experts(self) -> dict[int, tuple[int, ...]]:
+        """Experts none of whose mined memories has a trigger, by layer.
+
+        With ``tails="both"`` or ``"quadrants"`` these are those that no token was routed to.
+        """
+        found: dict[int, tuple[int, ...]] = {}
+        sizes = self.manifest["run"]["options"].get("experts", {})
+        for layer, each in sizes.items():
+            spoken = set(
+                read_table(self.folder, self.manifest, [("layer", "=", int(layer))])["neuron"]
+            )
+            mined, start, silent = set(self.manifest["neurons"][layer]), 0, []
+            for expert, size in enumerate(each):
+                own = mined & {*range(start, start + size)}
+                silent += [expert] if own and not own & spoken else []
+                start += size
+            if silent:
+                found[int(layer)] = tuple(silent)
+        return found
 
     @property
     def k(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_contextmix.adapters.dictionary_views import layers_of
 from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import why_not_finite
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.pieces import replace_parts
@@ -75,7 +76,7 @@ class Miner:
 
     def chosen(self, block: Block) -> list[int]:
         """Returns the neurons of a layer that are mined."""
-        return positions("neuron", self.neurons, range(require_feed_forward(block).W_out.shape[0]))
+        return positions("neuron", self.neurons, range(require_feed_forward(block).width))
 
     def describe(self, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
         """Returns what the result depends on, besides the documents: plain JSON."""
@@ -98,6 +99,7 @@ class Miner:
                 "k": self.k,
                 "layers": [block.layer for block in self.blocks],
                 "neurons": {str(block.layer): self.chosen(block) for block in self.blocks},
+                **self._experts(),
                 "stack": self.stack,
                 "unit": self.unit,
                 "tails": self.tails,
@@ -105,6 +107,12 @@ class Miner:
                 **asdict(self.how),
             },
         }
+
+    def _experts(self) -> dict[str, dict[str, list[int]]]:
+        """Returns how many neurons each expert has, of the layers that have any."""
+        ffs = {str(block.layer): block.feed_forward for block in self.blocks}
+        found = {layer: list(ff.sizes) for layer, ff in ffs.items() if isinstance(ff, Experts)}
+        return {"experts": found} if found else {}
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
@@ -269,7 +277,7 @@ def make_miner(
             "tails='positive' or 'both'",
             "Quadrants are the signs of a gate and of the branch it multiplies.",
         )
-    size = first.W_out.shape[0]
+    size = first.width
     chosen = None
     if neurons is not None:
         chosen = tuple(sorted(set(positions("neuron", neurons, range(size)))))

@@ -68,7 +68,7 @@ def token_memory(
     """
     needs = identities(("mlp_out",)) - {"mlp"}
     done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
-    sizes = {require_feed_forward(block).W_out.shape[0] for block in done.blocks}
+    sizes = {require_feed_forward(block).width for block in done.blocks}
     chosen = positions("neuron", neurons, range(min(sizes)))
     rows = positions("pos", pos, done.target.labels())
     source = done.source("mlp_out")
@@ -84,7 +84,7 @@ def token_memory(
         shares = rest.new_empty(*shape[:3], part.source("mlp_out").shape[1], len(chosen))
         for index, block in enumerate(part.progress("token_memory")):
             read = linear_points(block, part.trace, part.stack, ("mlp_in",))["mlp_in"]
-            ff, own = require_feed_forward(block), shares[:, index]
+            ff, own = require_feed_forward(block).followed(part.trace), shares[:, index]
             rest[:, index] = neuron_shares(ff, read, bias, mine, columns, own)
         return {
             "shares": ("batch layer rows source:mlp_out", shares),

@@ -182,7 +182,7 @@ class Triggers(Mined):
         view, tail = self.require_view(), self.known_tail(tail)
         frame = self.to_dataframe(layer, None, tail)
         if neurons is not None:
-            size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).W_out.shape[0]
+            size = require_feed_forward(view.stacks[self.stack][self.layers[0]]).width
             chosen = set(positions("neuron", neurons, range(size)))
             absent = sorted(chosen.difference(*self.manifest["neurons"].values()))
             if absent:
@@ -293,6 +293,6 @@ def _require_mined(view: ModelView, manifest: dict[str, Any], folder: Path) -> M
     blocks = view.stacks.get(run["options"]["stack"], ())
     for layer, neurons in manifest["neurons"].items():
         known = blocks[int(layer)].memories if int(layer) < len(blocks) else None
-        if known is None or max(neurons) >= known.W_out.shape[0]:
+        if known is None or max(neurons) >= known.width:
             raise unreadable(folder, f"layers or neurons that {view.name} does not have")
     return view

@@ -1,0 +1,225 @@
+"""Reads mixtures of experts out of a TransformerBridge.
+
+Hosts show what a mixture reads and writes, and hold its experts' weights in the modules of Hugging
+Face. What a token is routed to is asked of the model's own router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, swish
+from tl_contextmix.core.blocks import EditPoints, FeedForward
+from tl_contextmix.core.experts import Experts, Router
+
+_SHARED = ("shared_expert", "shared_experts")
+_ROUTERS = ("gate", "router")
+# What experts compute, relative to what their module does.
+_FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
+# An activation that is a named one differs from it by rounding.
+_SAME = 1e-6
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether a feed-forward module is a mixture of experts."""
+    return getattr(inner(module), "experts", None) is not None
+
+
+def read_experts(
+    handle: Any, here: str, edits: EditPoints, module_of: Callable[[Tensor], Tensor]
+) -> Experts | None:
+    """Returns the experts of a feed-forward module; None where they do not compute what it does.
+
+    Routers and experts of unknown classes may want other arguments, and hold other weights.
+
+    Args:
+        handle: The model, a `Handle`.
+        here: Path of the module.
+        edits: Where hooks may edit what it writes.
+        module_of: Calls the module.
+    """
+    try:
+        found = _experts(handle, here, edits)
+        return found if found is not None and _same(handle, found, module_of) else None
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _experts(handle: Any, here: str, edits: EditPoints) -> Experts | None:
+    module = inner(handle.get().get_submodule(here))
+    router = next((name for name in _ROUTERS if getattr(module, name, None) is not None), None)
+    held = inner(module.experts)
+    if not handle.bridge or router is None:
+        return None
+    blank = FeedForward("", "", "", weights=lambda name: None)
+    routed = list(_routed(handle, here, held, blank))
+    shared = [name for name in _SHARED if getattr(module, name, None) is not None]
+    experts = (*routed, *(_dense(handle, here, name, blank) for name in shared))
+    probe = torch.zeros(1, 2, _width(handle), dtype=handle.dtype, device=handle.device)
+    route = _route(handle, here, router, len(routed), shared)
+    activation = _activation(held)
+    scales_input = type(held).__name__ == "Llama4TextExperts"
+    bounds = (1 - float(held.limit), 1 + float(held.limit)) if _limited(held) else None
+    how = {"activation": activation, "scales_input": scales_input, "bounds": bounds}
+    experts = tuple(replace(expert, **how) for expert in experts)
+    return Experts(
+        pre=f"{here}.hook_in",
+        post=f"{here}.hook_in",
+        pre_linear=None,
+        weights=partial(_of_all, experts),
+        activation=activation,
+        edits=edits,
+        experts=experts,
+        router=route,
+        written=f"{here}.hook_out",
+        sizes=tuple(expert.width for expert in experts),
+        active=int((route(probe) != 0).sum(-1).max()),
+        d_model=_width(handle),
+    )
+
+
+def _same(handle: Any, found: Experts, module_of: Callable[[Tensor], Tensor]) -> bool:
+    """Whether experts compute what their module does, of random input."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    dtype = next(handle.get().parameters()).dtype
+    x = torch.randn(1, 4, found.d_model, generator=generator, device="cpu").to(dtype)
+    x = handle.ready(x)
+    with torch.no_grad():
+        expected, computed = module_of(x), found.compute(x)
+    error = float((computed - expected).abs().max() / expected.abs().max())
+    return error <= _FIT.get(dtype, 5e-2)
+
+
+def inner(module: Any) -> Any:
+    """Returns the module of Hugging Face that one of a bridge wraps."""
+    while isinstance(wrapped := getattr(module, "original_component", None), nn.Module):
+        module = wrapped
+    return module
+
+
+def _width(handle: Any) -> int:
+    return int(handle.get().cfg.d_model)
+
+
+def _of_all(experts: tuple[FeedForward, ...], name: str) -> Tensor | None:
+    """Returns a weight of all experts, side by side on the neuron axis."""
+    every = [] if name == "b_out" else [expert.weights(name) for expert in experts]
+    found = [one for one in every if one is not None]
+    if not found:
+        return None
+    return torch.cat(found, dim=1 if name in ("W_in", "W_gate") else 0)
+
+
+def _module(handle: Any, here: str, name: str) -> Any:
+    return inner(getattr(inner(handle.get().get_submodule(here)), name))
+
+
+def _routed(handle: Any, here: str, held: Any, blank: FeedForward) -> Iterator[FeedForward]:
+    """Yields the experts among which the router chooses: they are held in one tensor."""
+    for number in range(len(held.gate_up_proj)):
+        yield replace(blank, weights=partial(_fused, handle, here, number))
+
+
+def _dense(handle: Any, here: str, shared: str, blank: FeedForward) -> FeedForward:
+    """Returns an expert that every token goes through."""
+
+    def read(name: str) -> Tensor | None:
+        return _linear(handle, _module(handle, here, shared), name)
+
+    return replace(blank, weights=read, pre_linear="" if read("W_gate") is not None else None)
+
+
+def _linear(handle: Any, module: Any, name: str) -> Tensor | None:
+    kind, _, leaf = name.partition("_")
+    layer = {"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}.get(leaf)
+    if layer is None or not hasattr(module, layer):
+        return None
+    linear = inner(getattr(module, layer))
+    weight = linear.weight.T if kind == "W" else linear.bias
+    return None if weight is None else handle.ready(weight)
+
+
+def _fused(handle: Any, here: str, number: int, name: str) -> Tensor | None:
+    """Returns a weight of one of the experts that are held in one tensor."""
+    held = _module(handle, here, "experts")
+    transposed = getattr(held, "is_transposed", None)
+    if transposed is None:
+        transposed = held.gate_up_proj.shape[1] == _width(handle)
+    kind, _, leaf = name.partition("_")
+    if leaf == "out" and kind == "W":
+        weight = held.down_proj[number]
+        return handle.ready(weight if transposed else weight.T)
+    if leaf == "out":
+        bias = _bias(held, "down_proj_bias", number)
+        return None if bias is None else handle.ready(bias)
+    if leaf not in ("in", "gate"):
+        return None
+    both = held.gate_up_proj[number] if kind == "W" else _bias(held, "gate_up_proj_bias", number)
+    if both is None:
+        return None
+    both = both.T if kind == "W" and not transposed else both
+    if getattr(held, "is_concatenated", True):
+        both = both.unflatten(-1, (2, -1)).movedim(-2, 0)
+    else:
+        both = both.unflatten(-1, (-1, 2)).movedim(-1, 0)
+    found = handle.ready(both[0 if leaf == "gate" else 1])
+    return found + 1 if _limited(held) and (kind, leaf) == ("b", "in") else found
+
+
+def _limited(held: Any) -> bool:
+    """Whether experts compute ``(up + 1) gate sigmoid(alpha gate)`` of inputs within a limit."""
+    return hasattr(held, "_apply_gate") and hasattr(held, "alpha") and hasattr(held, "limit")
+
+
+def _bias(held: Any, name: str, number: int) -> Tensor | None:
+    bias = getattr(held, name, None)
+    return None if bias is None else bias[number]
+
+
+def _activation(held: Any) -> Activation:
+    """Returns the experts' activation, by name where a named one is the same."""
+    if _limited(held):
+        return clamped(swish(float(held.alpha)), float(held.limit))
+    function = held.act_fn
+    line = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    with torch.no_grad():
+        seen = function(line)
+        found = min(ACTIVATIONS, key=lambda one: float((one(line) - seen).abs().max()))
+        close = float((found(line) - seen).abs().max()) < _SAME
+    return found if close else Activation("host", function, kink=True)
+
+
+def _route(handle: Any, here: str, router: str, count: int, shared: list[str]) -> Router:
+    """Returns the function that asks the model's own router for the gain of every expert."""
+
+    def route(x: Tensor) -> Tensor:
+        module = inner(handle.get().get_submodule(here))
+        gate, own = (inner(getattr(module, n, None)) for n in (router, "shared_expert_gate"))
+        like = next(module.parameters())
+        flat = x.reshape(-1, x.shape[-1]).to(like.device, like.dtype)
+        with torch.no_grad():
+            gains = handle.ready(_gains(gate(flat), len(flat), count))
+            always = gains.new_ones(len(flat), len(shared))
+            if own is not None:
+                always = handle.ready(own(flat).sigmoid())
+        return torch.cat([gains, always], dim=1).view(*x.shape[:-1], -1)
+
+    return route
+
+
+def _gains(found: Any, tokens: int, count: int) -> Tensor:
+    """Returns the gain of every expert [token expert], of what a router returns."""
+    if len(found) == 2:  # Llama 4: a sigmoid for every expert, zero where it is not chosen
+        return found[0]
+    _, weights, chosen = found
+    return weights.new_zeros(tokens, count).scatter(
+        1, chosen.view(tokens, -1), weights.view(tokens, -1)
+    )
