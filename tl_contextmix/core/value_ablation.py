@@ -332,9 +332,9 @@ def ablate_values(
     kinds: list[str] = [attention.kind for attention in block.attentions]
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
-    for attention in block.attentions[:position]:
-        stream = shift(stream, _added(attention, trace, picked))
-        stream = attention.join(stream, attention.raw_output(trace, picked))
+    for earlier in block.attentions[:position]:
+        stream = shift(stream, _added(earlier, trace, picked))
+        stream = earlier.join(stream, earlier.raw_output(trace, picked))
     for mixer in block.mixers:  # beside attention: it reads the same, and does not change
         stream = stream + mixer.output(trace)[:, picked]
     read = read_term(attention, trace, picked)
