@@ -50,7 +50,7 @@ class FeedForwardParts:
     read: TokenSum
     weights: tuple[Float[Tensor, "d_model neuron"], ...]
     slopes: tuple[Float[Tensor, "batch target neuron"], ...]
-    W_out: Float[Tensor, "neuron d_model"]
+    W_out: Float[Tensor, "value d_model"]
     norm_out: FrozenNorm
     residual: TokenSum | None
     norm_after: FrozenNorm | None
