@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ from tl_contextmix.adapters.verification import (
     Probe,
     check_rows,
     follow,
+    hugging_face_rows,
+    reading_error,
     readout_row,
     run_probe,
     settle_block,
@@ -82,21 +85,15 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
             ]
             for stack, (prefix, blocks) in lists.items()
         }
-        first = {
-            stack: tuple(options[0] for options in blocks) for stack, blocks in readings.items()
-        }
-        view = _unsettled(facts, handle, first, fingerprint, splices)
-        probe = run_probe(view)
-        stacks = {
-            stack: _settle(handle, lists[stack][0], blocks, probe)
-            for stack, blocks in readings.items()
-        }
-        stacks = _with_folds(stacks, handle.dtype)
+        view = _unsettled(facts, handle, _first(readings), fingerprint, splices)
+        view, probe = _settled(handle, view, lists, readings)
+        stacks = _with_folds(dict(view.stacks), handle.dtype)
         every = [block for blocks in stacks.values() for block in blocks]
         view = replace(view, stacks=stacks, processing=find_processing(facts, every))
         view, last = _settle_readout(view, probe)
         view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
-        rows, cause = (*check_rows(view, probe), *last), why_overflown(probe)
+        rows = (*check_rows(view, probe), *last, *hugging_face_rows(model, probe))
+        cause = why_overflown(probe)
     name = f"{view.name} ({view.host})"
     report = IdentityReport(model=name, rows=rows, limits=view.limits, cause=cause)
     return view, report
@@ -157,6 +154,63 @@ def _handle(facts: Facts) -> Handle:
 def _name(facts: Facts) -> str:
     named = getattr(facts.model.cfg, "model_name", None)
     return str(named or facts.architecture or type(facts.model).__name__)
+
+
+_Readings = dict[str, list[list[Block]]]
+
+
+def _first(readings: _Readings) -> dict[str, tuple[Block, ...]]:
+    return {stack: tuple(some[0] for some in blocks) for stack, blocks in readings.items()}
+
+
+def _settled(
+    handle: Handle, view: ModelView, lists: Mapping[str, tuple[str, Any]], readings: _Readings
+) -> tuple[ModelView, Probe]:
+    """Returns the view with blocks that reproduce the model's, and the passes that say so.
+
+    A block that is not reproduced neuron by neuron is tried with its feed-forward sublayer as one
+    component, in two passes more.
+    """
+
+    def settle(readings: _Readings) -> tuple[ModelView, Probe]:
+        probe = run_probe(replace(view, stacks=_first(readings)))
+        stacks = {
+            stack: _settle(handle, lists[stack][0], blocks, probe)
+            for stack, blocks in readings.items()
+        }
+        return replace(view, stacks=stacks), probe
+
+    def reproduced(found: tuple[ModelView, Probe], stack: str, layer: int) -> bool:
+        blocks = found[0].stacks[stack]
+        out = blocks[layer + 1].resid_in if layer + 1 < len(blocks) else blocks[layer].resid_out
+        return reading_error(blocks[layer], found[1], out) <= view.tolerance
+
+    found = settle({stack: [_known(o) or o for o in some] for stack, some in readings.items()})
+    wrong = {
+        (stack, layer)
+        for stack, blocks in readings.items()
+        for layer, options in enumerate(blocks)
+        if 0 < len(_known(options)) < len(options) and not reproduced(found, stack, layer)
+    }
+    if not wrong:
+        return found
+    other = settle(
+        {
+            stack: [
+                [o for o in options if o not in _known(options)]
+                if (stack, layer) in wrong
+                else _known(options) or options
+                for layer, options in enumerate(blocks)
+            ]
+            for stack, blocks in readings.items()
+        }
+    )
+    return other if all(reproduced(other, *place) for place in wrong) else found
+
+
+def _known(options: list[Block]) -> list[Block]:
+    """Returns the readings of a block whose feed-forward sublayer has neurons, or is not there."""
+    return [o for o in options if o.feed_forward is None or o.feed_forward.neurons_known]
 
 
 def _settle(

@@ -182,13 +182,14 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
             )
             for name, kind in attentions
         ),
-        feed_forward=_feed_forward(handle, path, block, edits["mlp"]),
+        feed_forward=None,
         mixers=tuple(_mixer(handle, prefix, layer, name) for name in mixers),
     )
     like = torch.empty(0, device=handle.device, dtype=handle.dtype)
-    for reading in _placements(bare, norms):
-        reading = with_multipliers(reading, block, like) if handle.bridge else reading
-        yield _with_placed_edits(reading) if handle.bridge else reading
+    for ff in _feed_forwards(handle, path, block, edits["mlp"]):
+        for reading in _placements(replace(bare, feed_forward=ff), norms):
+            reading = with_multipliers(reading, block, like) if handle.bridge else reading
+            yield _with_placed_edits(reading) if handle.bridge else reading
 
 
 def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
@@ -373,24 +374,35 @@ def _mlp_name(block: nn.Module) -> str:
     return next((name for name in others if name in block._modules), "mlp")
 
 
-def _feed_forward(
+def _feed_forwards(
     handle: Handle, path: str, block: nn.Module, edits: EditPoints
-) -> FeedForward | None:
+) -> Iterator[FeedForward | None]:
+    """Yields what the feed-forward sublayer may be: None for nothing, else opaque at the last."""
     name = _mlp_name(block)
     mlp = block._modules.get(name)
     if mlp is None:
-        return None
+        yield None
+        return
     here = f"{path}.{name}"
-    if _attribute(mlp, "W_in") is None:
-        if has_experts(mlp):
-            opaque = _opaque(handle, path, here, edits)
-            return read_experts(handle, here, edits, opaque.module) or opaque
+    opaque = _opaque(handle, path, here, edits)
+    if _attribute(mlp, "W_in") is not None:
+        yield _neurons(handle, here, mlp, edits)
+    elif has_experts(mlp):
+        experts = read_experts(handle, here, edits, opaque.module)
+        if experts is not None:
+            yield experts
+    else:
         # circuit-tracer puts a module of its own around it, with more hook points.
         inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
-        if len(inner) != 1:
-            return _opaque(handle, path, here, edits)
-        here, mlp = f"{here}.{inner[0]}", mlp.get_submodule(inner[0])
-        edits = replace(edits, raw=(f"{here}.hook_out", *edits.raw))
+        if len(inner) == 1:
+            there = f"{here}.{inner[0]}"
+            raw = (f"{there}.hook_out", *edits.raw)
+            yield _neurons(handle, there, mlp.get_submodule(inner[0]), replace(edits, raw=raw))
+    yield opaque
+
+
+def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> FeedForward:
+    """Returns a feed-forward sublayer with neurons."""
     gated = _attribute(mlp, "W_gate") is not None
     after: dict[str, str | None] = {"b_post": None}
     if gated and not handle.bridge:
@@ -406,7 +418,7 @@ def _feed_forward(
 
 
 def _opaque(handle: Handle, path: str, here: str, edits: EditPoints) -> OpaqueFeedForward:
-    """Returns a feed-forward sublayer without weights that could be read, as one component."""
+    """Returns a feed-forward sublayer as one component, which does not need its weights."""
 
     def module(x: Tensor) -> Tensor:
         model = handle.get()

@@ -39,6 +39,13 @@ def _t5_on_bridge_3(facts: Facts) -> str:
     return f"{facts.architecture} on TransformerBridge 3" if old else ""
 
 
+def _falcon_with_alibi(facts: Facts) -> str:
+    # As the eager path of Hugging Face does, which the plain one does not.
+    config = facts.hf_config()
+    told = facts.architecture.startswith("Falcon") and getattr(config, "alibi", False)
+    return f"{facts.architecture} with alibi=True" if told else ""
+
+
 def _recurrence(facts: Facts) -> str:
     """Returns what mixes tokens where no block has attention, or in a block that cannot be read."""
     blocks = facts.block_modules()
@@ -47,8 +54,9 @@ def _recurrence(facts: Facts) -> str:
     return facts.has_class("SSM", "Mamba", "GatedDeltaNet", "RWKV") or facts.blocks_without_mixers()
 
 
-def _quantized(facts: Facts) -> str:
-    for name, module in facts.model.named_modules():
+def quantized_in(model: nn.Module) -> str:
+    """Returns the first quantized layer of a model, or an empty string."""
+    for name, module in model.named_modules():
         kind = type(module)
         place = f"{kind.__name__} in {name or 'the model itself'}"
         if any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS):
@@ -77,6 +85,14 @@ def _no_tokens(facts: Facts) -> str:
     return f"{facts.architecture}, which reads {read} ({name})" if read else ""
 
 
+_QUANTIZED = Refusal(
+    "a quantized model",
+    lambda facts: quantized_in(facts.model),
+    "its weights are packed with scales of their own, and what is recomputed needs them dense",
+    "Load the model without quantization, in bfloat16 or float32, or dequantize it first "
+    "(model.dequantize() in Hugging Face).",
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "a model of images or sound",
@@ -84,13 +100,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "its positions are no tokens of a text",
         "Use a model of text; for Whisper, decoder_lens takes the Hugging Face model itself.",
     ),
-    Refusal(
-        "a quantized model",
-        _quantized,
-        "its weights are packed with scales of their own, and what is recomputed needs them dense",
-        "Load the model without quantization, in bfloat16 or float32, or dequantize it first "
-        "(model.dequantize() in Hugging Face).",
-    ),
+    _QUANTIZED,
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,
@@ -102,6 +112,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _t5_on_bridge_3,
         "its attention pattern hooks hold position biases instead of probabilities",
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
+    ),
+    Refusal(
+        "Falcon with ALiBi",
+        _falcon_with_alibi,
+        "TransformerLens adds twice the position bias that the model was trained with",
+        "Use a Falcon with rotary positions (falcon-7b and later).",
     ),
     Refusal(
         "state-space model (Mamba, SSM)",
@@ -140,14 +156,25 @@ def require_supported(facts: Facts) -> None:
     for refusal in REFUSALS:
         seen = refusal.found(facts)
         if seen:
-            raise UnsupportedModel(
-                four_parts(
-                    f"{refusal.name} is not supported: {refusal.reason}",
-                    seen,
-                    "blocks of attention and a dense feed-forward layer",
-                    refusal.remedy,
-                )
-            )
+            raise UnsupportedModel(_message(refusal, seen))
+
+
+def quantized(seen: str) -> str:
+    """Returns the refusal of a quantized model.
+
+    Args:
+        seen: What `quantized_in` found.
+    """
+    return _message(_QUANTIZED, seen)
+
+
+def _message(refusal: Refusal, seen: str) -> str:
+    return four_parts(
+        f"{refusal.name} is not supported: {refusal.reason}",
+        seen,
+        "blocks of attention and a feed-forward layer",
+        refusal.remedy,
+    )
 
 
 def solu_refusal(model: nn.Module) -> str:

@@ -62,7 +62,7 @@ class Glance:
             id(config): config
             for own in dicts
             for name in _CONFIGS
-            if hasattr(config := own.get(name), "__dict__")
+            if hasattr(config := own.get(name), "__dict__") and _dies(config)
         }.values()
         kinds = dict.fromkeys(map(type, modules))
         weights = _weights(dicts)
@@ -173,8 +173,11 @@ def _referred(name: str, value: Any) -> bool:
 
     Lists and dicts, which passes fill, are none; modules are aliases here.
     """
-    if not _public(name) or isinstance(value, (*_VALUES, Tensor, nn.Module)):
-        return False
+    return _public(name) and not isinstance(value, (*_VALUES, Tensor, nn.Module)) and _dies(value)
+
+
+def _dies(value: Any) -> bool:
+    """Whether the death of an object can be noticed."""
     try:
         weakref.ref(value)
     except TypeError:
@@ -247,8 +250,10 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def as_view(model: Any) -> ModelView:
     """Returns the one shape of a TransformerLens model, its reading checked against the model.
 
-    The check runs two forward passes over four tokens, once per model and again only when
-    it has changed: a weight, a module or its ``forward``, a plain attribute, a config entry.
+    The check runs two forward passes over four tokens (four where a feed-forward block cannot be
+    taken apart) and one of the Hugging Face model that a bridge holds, once per model and again
+    only when it has changed: a weight, a module or its ``forward``, a plain attribute, a config
+    entry.
 
     Args:
         model: A HookedTransformer, HookedEncoder or HookedEncoderDecoder (TransformerLens 2 and
@@ -272,9 +277,12 @@ def check(model: Any) -> IdentityReport:
 
     Each row compares something recomputed from a few hooks and the weights with the model's own
     activation: pattern @ v with z, the recomputed block with the block's output, the activation of
-    the pre-activation with the neurons, the readout with the logits. A failed identity is a row,
-    not an error. Cost: two forward passes over four tokens, without hooks of your own and SAEs:
-    where they are is in `IdentityReport.hooked`, and what they do is checked in each pass.
+    the pre-activation with the neurons, the readout with the logits, and a bridge's logits with
+    those of the Hugging Face model that it holds, run without the bridge (where its weights are the
+    bridge's: not after weight processing). A failed identity is a row, not an error. Cost: two
+    forward passes over four tokens (four where a feed-forward block cannot be taken apart), and one
+    of the Hugging Face model, without hooks of your own and SAEs: where they are is in
+    `IdentityReport.hooked`, and what they do is checked in each pass.
 
     Args:
         model: As in `as_view`.

@@ -2,10 +2,12 @@
 
 Two forward passes over four tokens. The first is clean. The second zeroes every layer's first
 value vector and replaces every neuron's input by a known grid, which exposes hooks whose output
-is ignored and activations that differ from the config.
+is ignored and activations that differ from the config. A third one is of the Hugging Face model
+that a bridge holds, without the bridge.
 """
 
 from tl_contextmix.adapters.verification.checks import check_rows, follow, readout_row
+from tl_contextmix.adapters.verification.hugging_face import hugging_face_rows
 from tl_contextmix.adapters.verification.identity_report import (
     CheckRow,
     IdentityReport,
@@ -14,6 +16,7 @@ from tl_contextmix.adapters.verification.identity_report import (
 from tl_contextmix.adapters.verification.probe import (
     Probe,
     probe_batch,
+    reading_error,
     relative_error,
     run_probe,
     settle_block,
@@ -27,7 +30,9 @@ __all__ = [
     "Probe",
     "check_rows",
     "follow",
+    "hugging_face_rows",
     "probe_batch",
+    "reading_error",
     "readout_row",
     "relative_error",
     "require_identities",

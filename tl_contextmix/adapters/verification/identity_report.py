@@ -8,6 +8,9 @@ from tl_contextmix.errors import InvalidInput, UnsupportedModel, four_parts
 from tl_contextmix.results import storage
 from tl_contextmix.results.row_tables import RowTable
 
+HUGGING_FACE = "logits = Hugging Face's"
+"""The identity of a bridge with the model that it holds."""
+
 
 @storage.storable
 @dataclass(frozen=True)
@@ -122,6 +125,17 @@ def require_identities(report: IdentityReport) -> None:
     if report.cause:
         raise InvalidInput(report.cause)
     worst = report.worst()
+    if worst.identity == HUGGING_FACE:
+        raise UnsupportedModel(
+            four_parts(
+                f"{report.model} does not compute what the Hugging Face model that it holds does",
+                f"a relative error of {worst.error:.2g} against the logits of {worst.where}",
+                f"at most {worst.tolerance:.0e}",
+                "TransformerLens reads this architecture, or this configuration of it, wrongly, or "
+                "modules of the bridge were replaced. Load it anew, under its own architecture, or "
+                "with another version of TransformerLens.",
+            )
+        )
     failed = sum(not row.ok for row in report.rows)
     raise UnsupportedModel(
         four_parts(

@@ -20,7 +20,7 @@ from tl_contextmix.core.blocks import (
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.errors import four_parts
+from tl_contextmix.errors import UnsupportedModel, four_parts
 
 # Correct readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
 # families of the test zoo (2e-7 in float64, where hosts compute in float32); wrong ones 0.1 to 10.
@@ -136,7 +136,10 @@ def settle_block(
         resid_out: Name of the block's output in the probe: the next block's input, or its own.
         host_activation: The host's own activation function, used if no named one matches.
     """
-    block = min(readings, key=lambda reading: _reading_error(reading, probe, resid_out))
+    errors = [reading_error(reading, probe, resid_out) for reading in readings]
+    block = readings[errors.index(min(errors))]
+    if min(errors) == float("inf"):
+        return block  # weights and activations do not fit: there is nothing to settle
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
     ff = block.feed_forward
     if ff is None or ff.refusal or ff.routes:  # of experts the activation is known
@@ -144,15 +147,20 @@ def settle_block(
     return replace(block, feed_forward=_settle_activation(ff, probe, host_activation))
 
 
-def _reading_error(block: Block, probe: Probe, resid_out: str) -> float:
+def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
     """Returns a reading's error at the block's output and at its neurons' input.
 
     Both are needed: parallel and sequential blocks sum the same three tensors and differ only in
-    the feed-forward input.
+    the feed-forward input. Infinite where weights and activations do not fit.
     """
-    errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
-    if block.feed_forward is not None:
-        errors += [error for _, error in pre_errors(block, block.feed_forward, probe.clean)]
+    try:
+        errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
+        if block.feed_forward is not None:
+            errors += [error for _, error in pre_errors(block, block.feed_forward, probe.clean)]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, UnsupportedModel):
+        return float("inf")
     return max(error if error == error else float("inf") for error in errors)
 
 

@@ -1,0 +1,104 @@
+"""Compares a bridge with the Hugging Face model that it holds, run without the bridge's modules.
+
+TransformerLens rewrites parts of some models (rotary embeddings, ALiBi, fused projections). Every
+identity holds of what a bridge computes; that this is what the model computes is seen here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE, CheckRow
+from tl_contextmix.adapters.verification.probe import Probe, relative_error
+from tl_contextmix.core.blocks import Batch
+
+# How bridges call what splits fused weights, and the modules that then hold the pieces.
+_SPLITTERS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+
+
+def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
+    """Yields the comparison of a bridge's logits with those of its Hugging Face model.
+
+    Nothing where there is no such model, or where its weights are not the bridge's: weights that
+    were processed or edited, where the bridge holds copies.
+
+    Args:
+        model: A TransformerLens model.
+        probe: The clean pass whose logits are compared.
+
+    Cost: one more forward pass over the few tokens of the probe.
+    """
+    original = getattr(model, "original_model", None)
+    config = getattr(original, "config", None)
+    if config is None or getattr(model, "_weights_processed", False):
+        return
+    assert probe.clean.logits is not None
+    modules = [*model.modules()]  # a bridge's own, which are among those that are put aside
+    with _unwrapped(original):
+        if not all(_as_split(module) for module in modules):
+            return
+        try:
+            logits = original(**_arguments(probe.clean.batch, probe.clean.logits.device)).logits
+        except (AttributeError, TypeError, ValueError):
+            return  # it takes something besides ids
+    logits = logits.to(probe.clean.logits)
+    error = relative_error(probe.clean.logits, logits)
+    yield CheckRow(HUGGING_FACE, type(original).__name__, error, probe.tolerance)
+
+
+def _arguments(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    found = {"input_ids": batch.main.ids.to(device)}
+    if batch.decoder is not None:
+        found["decoder_input_ids"] = batch.decoder.ids.to(device)
+    return found
+
+
+def _inner(module: Any) -> Any:
+    """Returns the module that a bridge's module stands for; any other one as it is."""
+    while isinstance(held := getattr(module, "original_component", None), nn.Module):
+        module = held
+    return module
+
+
+@contextmanager
+def _unwrapped(model: nn.Module) -> Iterator[None]:
+    """Puts a Hugging Face model's own modules back in their places for a while."""
+    places: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    def unwrap(module: nn.Module) -> None:
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            inner = _inner(child)
+            if inner is not child:
+                places.append((module._modules, name, child))
+                module._modules[name] = inner
+            unwrap(inner)
+
+    try:
+        unwrap(model)
+        yield
+    finally:
+        for own, name, child in reversed(places):
+            own[name] = child
+
+
+def _as_split(module: nn.Module) -> bool:
+    """Whether the pieces of fused weights are still what the fused weights hold."""
+    for splitter, names in _SPLITTERS.items():
+        split = getattr(module, splitter, None)
+        if split is None:
+            continue
+        pieces = [_inner(module._modules[name]) for name in names]
+        with torch.random.fork_rng(devices=[]):  # new modules are initialised first
+            parts = split(_inner(module))
+        for again, piece in zip(parts, pieces, strict=True):
+            for name, weight in again.named_parameters():
+                if not torch.equal(weight, getattr(piece, name)):
+                    return False
+    return True
