@@ -474,3 +474,36 @@ def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:
     case = ONE_STACK[0]
     with pytest.raises(NotImplementedError, match="logit_lens"):
         made.decoder_lens.decoder_lens(zoo.shared(case), zoo.inputs(case).tokens)
+
+
+# The table that registered adapters are not in
+
+
+def _patched(path: str, text: str) -> tuple[str, str]:
+    """Returns a file before and after the one hunk of a patch that touches it."""
+    hunk = text.split(f"+++ b/{path}\n")[1].split("\ndiff ")[0].splitlines()[1:]
+    old, new = (
+        "".join(f"{line[1:]}\n" for line in hunk if line[:1] in (" ", sign, ""))
+        for sign in ("-", "+")
+    )
+    return old, new
+
+
+@pytest.mark.newest
+def test_registered_adapters_are_found_with_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.model_bridge.sources import _hf_format
+
+    text = (ROOT / "docs" / "upstream" / "registered_adapters.patch").read_text(encoding="utf-8")
+    _, own_test = _patched("tests/unit/model_bridge/test_registered_adapters.py", text)
+    names: dict[str, Any] = {}
+    exec(compile(own_test, "test_registered_adapters.py", "exec"), names)
+    with monkeypatch.context() as own, pytest.raises(ValueError, match="SomeNewForMaskedLM"):
+        names["test_registered_adapter_is_found"](own)  # as it is
+    old, new = _patched("transformer_lens/model_bridge/sources/_hf_format.py", text)
+    source = Path(_hf_format.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    patched = dict(vars(_hf_format))
+    exec(compile(source.replace(old, new), "_hf_format.py", "exec"), patched)
+    found = "determine_architecture_from_hf_config"
+    monkeypatch.setitem(names, found, patched[found])
+    names["test_registered_adapter_is_found"](monkeypatch)

@@ -30,7 +30,7 @@ LLAMA_LIKE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_BERT_LIKE = {
+BERT_LIKE = {
     "vocab_size": D_VOCAB,
     "hidden_size": D_MODEL,
     "num_hidden_layers": N_LAYERS,
@@ -224,14 +224,14 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
         "bert": Family(
             "BertForMaskedLM",
             "BertConfig",
-            {**_BERT_LIKE, "num_hidden_layers": 3},
+            {**BERT_LIKE, "num_hidden_layers": 3},
             "bert",
             {2: (_HE,), 3: (_HE, _TB), 4: (_TB,)},
         ),
         "roberta": Family(
             "RobertaForMaskedLM",
             "RobertaConfig",
-            {**_BERT_LIKE, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+            {**BERT_LIKE, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
             "roberta",
             _BRIDGE_4,
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import zoo_build
-from zoo_configs import D_VOCAB, TokenizerKind
+from zoo_configs import BERT_LIKE, D_VOCAB, TokenizerKind
 
 _HEADS = {"num_key_value_heads": 2}
 _WIDE = {**_HEADS, "head_dim": 8}
@@ -266,7 +266,7 @@ HYBRIDS: dict[str, Other] = {
 
 
 # Read, but for neurons; see `test_opaque.py`.
-_OPAQUE = {
+OPAQUE = {
     "gpt_oss": Other(
         "gpt-oss",
         {**_WIDE, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -280,13 +280,86 @@ _OPAQUE = {
 }
 
 
+_BERT = {**BERT_LIKE, "pad_token_id": 1}
+# Masked models that are read from memory and from folders, see `test_hugging_face.py`; by the
+# beginning of Hugging Face's names.
+ENCODERS: dict[str, Other] = {
+    "XLMRoberta": Other("XLM-R", sizes=_BERT, majors=(4,), tokenizer="roberta"),
+    "Camembert": Other("CamemBERT", sizes=_BERT, majors=(4,), tokenizer="roberta"),
+    "DistilBert": Other(
+        "DistilBERT",
+        sizes={
+            "vocab_size": D_VOCAB,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 64,
+        },
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "Electra": Other("ELECTRA", {"embedding_size": 32}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+}
+
+
+_TEXT = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **_HEADS,
+}
+_SIGHT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
+# Models of images and text, asked about text; by the beginning of Hugging Face's names.
+WRAPPERS: dict[str, Other] = {
+    "Gemma3": Other(
+        "Gemma 3 with images",
+        {"mm_tokens_per_image": 4, "boi_token_index": 58, "eoi_token_index": 59},
+        {
+            "text_config": {"model_type": "gemma3_text", **_TEXT, **_WIDE, **_WINDOW},
+            "vision_config": {"model_type": "siglip_vision_model", **_SIGHT},
+            "image_token_index": 60,
+        },
+        majors=(4,),
+    ),
+    "Llava": Other(
+        "LLaVA",
+        sizes={
+            "text_config": {"model_type": "llama", **_TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **_SIGHT},
+            "image_token_index": 60,
+        },
+        majors=(4,),
+    ),
+    "Mistral3": Other(
+        "Mistral 3 with images",
+        sizes={
+            "text_config": {"model_type": "mistral", **_TEXT, "head_dim": 8},
+            "vision_config": {"model_type": "pixtral", **_SIGHT, "head_dim": 8},
+            "image_token_index": 60,
+        },
+        majors=(4,),
+    ),
+}
+
+
 def build(
     kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
 ) -> Any:
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (HYBRIDS if hybrid else OTHERS | _OPAQUE).get(kind, Other(kind))
+    other = (HYBRIDS if hybrid else OTHERS | OPAQUE).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )

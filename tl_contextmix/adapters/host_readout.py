@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tl_contextmix.adapters.reading import Handle, read_norm
-from tl_contextmix.core.blocks import Weights
+from tl_contextmix.core.blocks import Weights, affine
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.errors import four_parts
 
@@ -112,7 +112,8 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
             weight, bias = head.original_component.weight.T, head.original_component.bias
         else:
             weight, bias = head.W, head.b
-        return norm(activation(x @ handle.ready(weight) + handle.ready(bias)))
+        bias = None if bias is None else handle.ready(bias)
+        return norm(activation(affine(x, handle.ready(weight), bias)))
 
     return apply
 

@@ -17,6 +17,7 @@ Importing this module is cheap: transformers and TransformerLens are imported by
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import threading
 import warnings
@@ -33,6 +34,7 @@ from tl_contextmix.adapters.loading.source import (
     Placement,
     Source,
     choose_host,
+    held_source,
     not_found,
     official_name,
     read_source,
@@ -78,20 +80,28 @@ def load_demo(
 
 
 def load_model(
-    name_or_path: FilePath,
+    name_or_path: FilePath | torch.nn.Module,
     *,
+    tokenizer: Any = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     host: HostClass | None = None,
 ) -> Any:
-    """Loads a model by name or folder, without TransformerLens' weight processing.
+    """Loads a model by name or folder, or wraps one in memory, weights unprocessed.
+
+    Encoders that TransformerLens 4 does not list are read, too: XLM-R, CamemBERT, DistilBERT,
+    ELECTRA. The first call compares what any bridge computes with the Hugging Face model.
 
     Args:
         name_or_path: Name of a demo model, a folder written by `save_pretrained` (model and
             tokenizer), or a name on the Hugging Face hub ("gpt2", "bert-base-uncased",
-            "t5-small"), TransformerLens' short names included.
-        device: Default: the first CUDA device if there is one, else the processor.
-        dtype: Default: float32.
+            "t5-small"), TransformerLens' short names included. Or a Hugging Face model in memory
+            (TransformerLens 3 and 4): the bridge takes it over and shares its weights. A PEFT model
+            is merged in a copy.
+        tokenizer: Of a model in memory. Default: the one by the name that it was loaded by.
+        device: Default: the first CUDA device if there is one, else the processor; where a model
+            in memory is.
+        dtype: Default: float32; that of a model in memory.
         host: The TransformerLens class: "hooked" (HookedTransformer, HookedEncoder,
             HookedEncoderDecoder; TransformerLens 2 and 3), "bridge" (TransformerBridge; 3 and 4).
             Default: the Hooked class if there is one for this model, else the bridge.
@@ -101,12 +111,22 @@ def load_model(
 
     Raises:
         InvalidInput: If no model is found.
-        UnsupportedModel: If no class of the installed TransformerLens runs the model correctly.
+        UnsupportedModel: If no class of the installed TransformerLens runs the model correctly, or
+            the model in memory is quantized.
 
     Warns:
         ContextMixWarning: If the checkpoint is an encoder without its prediction head. Its hidden
             states are correct; its logits come from a random head and are meaningless.
     """
+    if isinstance(name_or_path, torch.nn.Module):
+        return _load(held_source(_merged(name_or_path), tokenizer), device, dtype, host)
+    if tokenizer is not None:
+        raise bad(
+            "a tokenizer is of no use here",
+            f"a {type(tokenizer).__name__} for {str(name_or_path)!r}",
+            "a tokenizer with a model in memory",
+            "Leave it out: the model's own is loaded.",
+        )
     text = str(name_or_path)
     if text in DEMO_NAMES:
         return load_demo(text, device=device, dtype=dtype, host=host)
@@ -123,9 +143,10 @@ def _load(
     dtype: torch.dtype | None,
     host: HostClass | None,
 ) -> Any:
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    placement = Placement(_device(device or default), dtype or torch.float32)
+    placement = _placement(source, device, dtype)
     chosen = choose_host(source, host)
+    if source.hf_model is not None:
+        source.hf_model.to(device=placement.device, dtype=placement.dtype)
     if source.headless:
         _warn_about_missing_head(source)
     with _quiet():
@@ -137,6 +158,23 @@ def _load(
     # The host initializes a random head and does not record it.
     model._tl_contextmix_headless = source.headless
     return model
+
+
+def _placement(
+    source: Source, device: str | torch.device | None, dtype: torch.dtype | None
+) -> Placement:
+    weight = None if source.hf_model is None else next(source.hf_model.parameters())
+    if weight is None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        return Placement(_device(device or default), dtype or torch.float32)
+    return Placement(_device(device or weight.device), dtype or weight.dtype)
+
+
+def _merged(model: Any) -> Any:
+    """Returns a copy of a PEFT model with its adapters merged; any other model as it is."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def _device(named: str | torch.device) -> torch.device:

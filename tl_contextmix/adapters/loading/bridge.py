@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from tl_contextmix.adapters.loading.architectures import read_as
 from tl_contextmix.adapters.loading.source import Placement, Source, load_tokenizer
+from tl_contextmix.adapters.recognition import host_version
 from tl_contextmix.errors import UnsupportedModel, four_parts, reason
 
 
@@ -17,12 +19,22 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     causal = source.kind == "causal"
-    tokenizer = None if causal and not source.folder else load_tokenizer(source)
-    hf_model = None
-    if source.headless:
+    tokenizer = source.tokenizer
+    if tokenizer is None and not (causal and source.hosted):
+        tokenizer = load_tokenizer(source)
+    architecture = source.architecture
+    alias, listed = read_as(architecture)
+    hf_model = source.hf_model
+    if source.headless and hf_model is None:
         hf_model = with_random_head(source, placement).to(placement.device)
+    elif not listed and hf_model is None:
+        hf_model = _published(source, placement)
     try:
-        with contextlib.nullcontext() if causal else _kept_as_published(tokenizer):
+        with contextlib.ExitStack() as stack:
+            if not causal:
+                stack.enter_context(_kept_as_published(tokenizer))
+            if hf_model is not None:
+                stack.enter_context(_called(hf_model, alias))
             bridge = TransformerBridge.boot_transformers(
                 source.location,
                 device=str(placement.device),
@@ -36,8 +48,8 @@ def load_bridge(source: Source, placement: Placement) -> Any:
         raise UnsupportedModel(
             four_parts(
                 f"cannot load {source.label!r} on TransformerBridge",
-                f"{(source.config.architectures or [source.config.model_type])[0]}: {reason(e)}",
-                "an architecture that this version of TransformerLens knows",
+                _seen(architecture, e),
+                f"an architecture that TransformerLens {host_version()} knows",
                 "Use another version of TransformerLens or its Hooked classes, or another model.",
             )
         ) from e
@@ -48,6 +60,39 @@ def load_bridge(source: Source, placement: Placement) -> Any:
         bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
         bridge.cfg.tokenizer_appends_eos = False
     return bridge
+
+
+def _seen(architecture: str, error: Exception) -> str:
+    """Returns what failed; not the list of all that TransformerLens knows."""
+    unknown = "Could not determine supported architecture" in str(error)
+    return f"the architecture {architecture}" + ("" if unknown else f": {reason(error)}")
+
+
+@contextlib.contextmanager
+def _called(hf_model: Any, architecture: str) -> Iterator[None]:
+    """Gives a model's config the architecture as which it is read, for a while."""
+    own = hf_model.config.architectures
+    hf_model.config.architectures = [architecture]
+    try:
+        yield
+    finally:
+        hf_model.config.architectures = own
+
+
+def _published(source: Source, placement: Placement) -> Any:
+    """Loads a model with Hugging Face's own class."""
+    import transformers
+
+    auto = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }[source.kind]
+    # Only eager attention shows patterns.
+    model = auto.from_pretrained(
+        source.location, dtype=placement.dtype, attn_implementation="eager"
+    )
+    return model.to(placement.device).eval()
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from tl_contextmix.adapters.refusals import quantized, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 
@@ -29,13 +31,35 @@ class Source:
     folder: bool
     config: Any
     kind: Kind
+    hf_model: Any = None
+    """The Hugging Face model, where it is in memory already."""
+    tokenizer: Any = None
+    """Its tokenizer, if one was given with it."""
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the model comes from the hub, by its name."""
+        return not self.folder and self.hf_model is None
+
+    @property
+    def architecture(self) -> str:
+        """Hugging Face's class that the model is loaded with."""
+        if self.hf_model is not None:
+            return type(self.hf_model).__name__
+        named = (self.config.architectures or [""])[0]
+        if named and not self.headless:
+            return named
+        return str(_heads()[self.kind].get(self.config.model_type, named))
 
     @property
     def headless(self) -> bool:
         """Whether the checkpoint holds an encoder without its prediction head (BertModel)."""
         architecture = (self.config.architectures or [""])[0]
-        return self.kind == "masked" and not architecture.endswith(
-            ("ForMaskedLM", "ForPreTraining")
+        held = self.hf_model is not None
+        return (
+            not held
+            and self.kind == "masked"
+            and not architecture.endswith(("ForMaskedLM", "ForPreTraining"))
         )
 
 
@@ -45,6 +69,18 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+
+
+def _heads() -> dict[Kind, dict[str, str]]:
+    """Returns Hugging Face's classes with a language-modelling head, by kind and model type."""
+    from transformers.models.auto import modeling_auto as auto
+
+    with_images = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
+    return {
+        "causal": {**with_images, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
+        "masked": dict(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        "encoder-decoder": dict(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    }
 
 
 def official_name(name: str) -> str | None:
@@ -71,6 +107,49 @@ def read_source(location: str, *, label: str, folder: bool) -> Source:
     return Source(label, location, folder, config, _kind(config, label))
 
 
+def held_source(model: Any, tokenizer: Any) -> Source:
+    """Returns the source of a Hugging Face model that is in memory.
+
+    Raises:
+        InvalidInput: If no tokenizer is given and none is known by the model's name.
+        UnsupportedModel: If it is no Hugging Face model, or a quantized one.
+    """
+    config = getattr(model, "config", None)
+    kind = _held_kind(model)
+    if kind is None:
+        raise UnsupportedModel(
+            four_parts(
+                "cannot load this object as a model",
+                f"a {type(model).__module__}.{type(model).__name__}",
+                "a Hugging Face model with a language-modelling head, or the name or folder of one",
+                "Models of TransformerLens need no loading: pass them to the methods.",
+            )
+        )
+    packed = quantized_in(model)
+    if packed:
+        raise UnsupportedModel(quantized(packed))
+    location = str(getattr(config, "_name_or_path", "") or "")
+    if tokenizer is None and not location:
+        raise bad(
+            "the model has no tokenizer",
+            f"a {type(model).__name__} without the name that it was loaded by",
+            "its tokenizer",
+            "Pass tokenizer=.",
+        )
+    label = Path(location).name or type(model).__name__
+    location = location or str(getattr(tokenizer, "name_or_path", "")) or label
+    return Source(label, location, False, config, kind, model, tokenizer)
+
+
+def _held_kind(model: Any) -> Kind | None:
+    """Returns the kind of a model in memory, or None if it has no head that predicts tokens."""
+    name, heads = type(model).__name__, _heads()
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    # BART fills masks, too.
+    kinds: tuple[Kind, ...] = ("encoder-decoder",) if two else ("causal", "masked")
+    return next((kind for kind in kinds if name in heads[kind].values()), None)
+
+
 def not_found(label: str, location: str, folder: bool, error: Exception) -> InvalidInput:
     """Returns the error for a name or folder without a complete model."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -92,17 +171,16 @@ def not_found(label: str, location: str, folder: bool, error: Exception) -> Inva
 
 def _kind(config: Any, label: str) -> Kind:
     """Returns the kind of model, from its configuration."""
-    from transformers.models.auto import modeling_auto as auto
-
     if config.is_encoder_decoder:
         return "encoder-decoder"
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal"
-    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return "masked"
-    if config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "causal"
+    heads = _heads()
+    kinds: tuple[Kind, ...] = ("masked", "causal")
+    for kind in kinds:
+        if config.model_type in heads[kind]:
+            return kind
     raise UnsupportedModel(
         four_parts(
             f"cannot load {label!r}",
@@ -122,6 +200,8 @@ def choose_host(source: Source, host: HostClass | None) -> HostClass:
             "'hooked', 'bridge' or None",
             "Omit host to use the model's default class.",
         )
+    if source.hf_model is not None and host is None:
+        host = "bridge"  # it wraps the model, where the Hooked classes convert a checkpoint
     reasons = {candidate: _why_not(source, candidate) for candidate in ("hooked", "bridge")}
     candidates: tuple[HostClass, ...] = ("hooked", "bridge") if host is None else (host,)
     for candidate in candidates:
@@ -152,6 +232,8 @@ def _why_not(source: Source, host: str) -> str:
         return ""
     if not hooked:
         return "TransformerLens 4 has no Hooked classes"
+    if source.hf_model is not None:
+        return "its Hooked classes convert a folder, not a model in memory"
     if source.kind == "encoder-decoder":
         if model_type != "t5":
             return "HookedEncoderDecoder runs T5 only"
@@ -164,6 +246,8 @@ def _why_not(source: Source, host: str) -> str:
 
 def load_tokenizer(source: Source) -> Any:
     """Loads the tokenizer from its path, by which TransformerLens reloads it."""
+    if source.tokenizer is not None:
+        return source.tokenizer
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source.location)
