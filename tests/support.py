@@ -1,12 +1,11 @@
-"""README's table of what is tested.
+"""Tables of what is tested: README's, and the long one of the documentation.
 
 Families and classes are the rows of the zoo; columns and methods are those of the goldens.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import test_conformance as contract
 import test_goldens as goldens
@@ -55,40 +54,60 @@ def _cell(methods: Iterable[str], found: set[str]) -> str:
 
 
 def table() -> str:
-    """Returns the table in Markdown: a row per family, the majors of each class that loads it."""
+    """Returns the long table in Markdown: a row per family, the majors of each class."""
     columns = goldens.METHODS
     lines = [
         f"| family | TransformerLens class (major versions) | {' | '.join(columns)} |",
         "|---|---|" + "---|" * len(columns),
     ]
-    hosts = {name: row.hosts for name, row in rows.FAMILIES.items()}
-    hosts |= dict.fromkeys(rows.CONFIG_BUILT, rows.CONFIG_BUILT_HOSTS)
-    for family, by_major in hosts.items():
-        if family not in _NAMES:
-            continue
+    for family, by_major in _hosts().items():
         classes: dict[str, list[str]] = {}
         for major, names in sorted(by_major.items()):
             for name in names:
                 classes.setdefault(name, []).append(str(major))
         held = ", ".join(f"{name} ({', '.join(found)})" for name, found in classes.items())
-        cells = " | ".join(_cell(methods, answered(family)) for methods in columns.values())
-        lines.append(f"| {_NAMES[family]} | {held} | {cells} |")
-    return "\n".join([*lines, "", *others()])
+        lines.append(f"| {_NAMES[family]} | {held} | {' | '.join(_cells(family))} |")
+    for name, majors, cells in _once():
+        held = ", ".join(map(str, majors))
+        lines.append(f"| {name} | TransformerBridge ({held}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def others() -> list[str]:
-    """Returns the further families in a sentence, in lines of a page's width."""
-    rows = zoo_others.OTHERS.values()
-    both, newest, pairs = (
-        ", ".join(row.name for row in rows if kept(row))
-        for kept in (
-            lambda row: row.majors == (3, 4),
-            lambda row: row.majors == (4,) and not row.tokenizer,
-            lambda row: row.tokenizer,
-        )
-    )
-    text = (
-        f"A test each on the TransformerBridge (3, 4; maps, FF maps, memories, log-prob): {both}; "
-        f"on 4 alone {newest}, and with DecoderLens {pairs}."
-    )
-    return textwrap.wrap(text, 118, break_on_hyphens=False)
+def summary() -> str:
+    """Returns README's table in Markdown: families by what is answered."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for family in _hosts():
+        groups.setdefault(_cells(family), []).append(_NAMES[family])
+    for name, _, cells in _once():
+        groups.setdefault(cells, []).append(name)
+    columns = goldens.METHODS
+    lines = [f"| {' | '.join(columns)} | families |", "|---|" + "---|" * len(columns)]
+    for cells, names in groups.items():
+        lines.append(f"| {' | '.join(cells)} | {', '.join(names)} |")
+    return "\n".join(lines)
+
+
+def _hosts() -> dict[str, dict[int, tuple[str, ...]]]:
+    """Returns the classes by major version of every family of the zoo with a name."""
+    hosts = {name: row.hosts for name, row in rows.FAMILIES.items()}
+    hosts |= dict.fromkeys(rows.CONFIG_BUILT, rows.CONFIG_BUILT_HOSTS)
+    return {name: by_major for name, by_major in hosts.items() if name in _NAMES}
+
+
+def _cells(family: str) -> tuple[str, ...]:
+    return tuple(_cell(methods, answered(family)) for methods in goldens.METHODS.values())
+
+
+def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """Yields the families with a test of their own: name, versions, cells."""
+    every = ("yes",) * (len(goldens.METHODS) - 1)
+    for other in zoo_others.OTHERS.values():
+        yield other.name, other.majors, (*every, "yes" if other.tokenizer else "-")
+    for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
+        yield one.name, one.majors, (*every, "-")
+    for opaque in zoo_others.OPAQUE.values():
+        yield opaque.name, opaque.majors, OPAQUE_CELLS
+
+
+OPAQUE_CELLS = ("before the FF block", "-", "-", "by layer, head, source", "-")
+"""What is answered where the feed-forward block is not taken apart, see `test_opaque.py`."""

@@ -1,4 +1,7 @@
-"""README's examples print what it says. ``python tests/test_readme.py`` rewrites it."""
+"""README's examples print what it says. ``python tests/test_readme.py`` rewrites it.
+
+The long table of models in the documentation as well.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import zoo
-from support import table
+from support import summary, table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+MODELS = README.parent / "docs" / "pages" / "models.md"
 SUPPORT = re.compile(r"(<!-- support -->\n).*?(<!-- end of support -->)", re.DOTALL)
 # A Python block followed by what it prints.
 EXAMPLE = re.compile(r"```python\n(?P<code>.*?)```\n(```text\n(?P<output>.*?)```\n)?", re.DOTALL)
@@ -31,7 +35,7 @@ def rerun(text: str) -> str:
         shown = f"```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
         return f"```python\n{found['code']}```\n{shown}"
 
-    return EXAMPLE.sub(run, SUPPORT.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", text))
+    return EXAMPLE.sub(run, SUPPORT.sub(lambda found: f"{found[1]}{summary()}\n{found[2]}", text))
 
 
 def _outputs(text: str, keep: Callable[[str], bool] = bool) -> list[str]:
@@ -44,9 +48,10 @@ def test_examples_print_what_readme_says() -> None:
     assert _outputs(rerun(text)) == _outputs(text)
 
 
-def test_support_table_is_that_of_the_tests() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert f"<!-- support -->\n{table()}\n<!-- end of support -->" in text
+def test_support_tables_are_those_of_the_tests() -> None:
+    for path, rows in ((README, summary()), (MODELS, table())):
+        text = path.read_text(encoding="utf-8")
+        assert f"<!-- support -->\n{rows}\n<!-- end of support -->" in text
 
 
 def test_every_file_it_links_to_is_there() -> None:
@@ -66,3 +71,6 @@ def test_there_are_exactly_two_set_up_commands() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     README.write_text(rerun(README.read_text(encoding="utf-8")), encoding="utf-8")
+    pages = MODELS.read_text(encoding="utf-8")
+    pages = SUPPORT.sub(lambda found: f"{found[1]}{table()}\n{found[2]}", pages)
+    MODELS.write_text(pages, encoding="utf-8")
