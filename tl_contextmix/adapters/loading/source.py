@@ -75,11 +75,18 @@ def _heads() -> dict[Kind, dict[str, str]]:
     """Returns Hugging Face's classes with a language-modelling head, by kind and model type."""
     from transformers.models.auto import modeling_auto as auto
 
-    with_images = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
+    tables: dict[Kind, tuple[str, ...]] = {
+        "causal": ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM"),
+        "masked": ("MASKED_LM",),
+        "encoder-decoder": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    }
     return {
-        "causal": {**with_images, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES},
-        "masked": dict(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        "encoder-decoder": dict(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        kind: {
+            str(model_type): str(name)
+            for table in names
+            for model_type, name in getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).items()
+        }
+        for kind, names in tables.items()
     }
 
 

@@ -33,7 +33,7 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
 
     Cost: one more forward pass over the few tokens of the probe.
     """
-    original = getattr(model, "original_model", None)
+    original: Any = getattr(model, "original_model", None)
     config = getattr(original, "config", None)
     if config is None or getattr(model, "_weights_processed", False):
         return

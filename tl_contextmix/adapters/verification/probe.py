@@ -151,7 +151,7 @@ def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
     """Returns a reading's error at the block's output and at its neurons' input.
 
     Both are needed: parallel and sequential blocks sum the same three tensors and differ only in
-    the feed-forward input. Infinite where weights and activations do not fit.
+    the feed-forward input. Infinite where weights and activations do not fit, or are not there.
     """
     try:
         errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
@@ -159,7 +159,7 @@ def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
             errors += [error for _, error in pre_errors(block, block.feed_forward, probe.clean)]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, UnsupportedModel):
+    except (LookupError, RuntimeError, UnsupportedModel):
         return float("inf")
     return max(error if error == error else float("inf") for error in errors)
 
