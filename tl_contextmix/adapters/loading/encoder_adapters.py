@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components import (
     PosEmbedBridge,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.bert import BertArchitectureAdapter
 
 
@@ -41,6 +42,8 @@ class _PostNormEncoderAdapter(BertArchitectureAdapter):
         super().__init__(cfg)
         embeddings, paths = f"{self.model}.embeddings", self.paths
         dense, norm, unembed = self.head
+        attention: dict[str, GeneralizedComponent]
+        mlp: dict[str, GeneralizedComponent]
         attention = {name: LinearBridge(name=paths[name]) for name in "qkvo"}
         mlp = {name: LinearBridge(name=paths[name]) for name in ("in", "out")}
         self.component_mapping = {
