@@ -50,7 +50,7 @@ def literal(case: zoo.Case, pos: int, edits: Any) -> float:
     return float(found[3] - found[5])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 def test_what_the_linear_model_loses_without_a_node_is_its_score(family: str):
     case = case_of(family)
     limit = (1e-9 if bound(case) < 1e-9 else 1e-5) * 10
