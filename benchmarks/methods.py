@@ -170,6 +170,7 @@ METHODS: dict[str, Method] = {
         _call(cm.attention_knockout, sources=0, pos=-1, window=None), 2
     ),
     "flow, 50 nodes": Method(_call(cm.flow, pos=-1, k=50), 2),
+    "information_flow_routes": Method(_call(cm.information_flow_routes, pos=-1), 2),
     "scan, one prompt by layer and head": Method(_scanning, 1),
     "scan, n prompts of 12 tokens": Method(_scanning_many),
     "value_zeroing, 8 generated tokens": Method(_call(cm.value_zeroing, generate=8)),

@@ -262,6 +262,15 @@ def ask_options(asked: Asked, family: str) -> None:
             "graph of neurons": lambda: cm.flow(
                 model, given.tokens[:1].to(GPU), target=5, foil=6, neurons=True, k=20
             ),
+            "routes": lambda: cm.information_flow_routes(model, given.tokens[:1].to(GPU), target=5),
+            "graph without nodes": lambda: cm.flow_knockout(
+                model,
+                given.tokens[:1].to(GPU),
+                graph=cm.flow(model, given.tokens[:1].to(GPU), prune="influence", k=6),
+                replace_with="mean",
+                others=True,
+                controls=2,
+            ),
             "scan": lambda: cm.scan(model, [(row, 5, 6) for row in given.tokens], by=LEVELS),
             "memories": lambda: cm.ff_memories(**padded, projection="frozen").figures(),
             "gradients": lambda: cm.gradient_x_input(**padded, of="log_prob"),

@@ -17,6 +17,7 @@ from tl_contextmix.results import (
     Decomposition,
     Estimate,
     EstimatePart,
+    FlowKnockout,
     GraphNode,
     HeadDecomposition,
     Knockout,
@@ -243,6 +244,24 @@ def scan() -> Scan:
     )
 
 
+def without_nodes() -> FlowKnockout:
+    """What an answer loses without the embeddings and the head of a graph."""
+    made = graph()
+    return FlowKnockout(
+        scores=made.scores[:3],
+        alone=torch.tensor([1.25, -0.25, 0.5]),
+        together=torch.tensor([1.25, 1.0, 1.5]),
+        linear=torch.tensor([1.5, 1.75, 1.75]),
+        random=torch.tensor([[0.5, 0.25], [0.5, 0.75], [1.0, 1.25]]),
+        nodes=made.nodes[:3],
+        counts=(1, 2, 3),
+        log_prob=-0.5,
+        target=made.target,
+        foil=None,
+        provenance=PROVENANCE,
+    )
+
+
 def graph() -> AttributionGraph:
     """A graph of two embeddings, a head, what was pruned, and the answer."""
     edges = torch.zeros(5, 5)
@@ -367,4 +386,5 @@ def one_of_each() -> list[Any]:
         ),
         scan(),
         graph(),
+        without_nodes(),
     ]

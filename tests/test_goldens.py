@@ -226,6 +226,8 @@ def test_every_method_has_goldens() -> None:
         "probe": "trained on activations, which are held against decompose on every kind of block",
         "scan": "means of log_prob_contributions",
         "flow": "a graph of one prediction; its sums are checked on every family",
+        "flow_knockout": "runs of the model, compared with hooks of one's own",
+        "information_flow_routes": "a graph of one prediction, compared with the full graph",
         "estimate": "operations and bytes",
         "hook_names": "names of activations",
     }

@@ -81,7 +81,7 @@ def by(*splits: str) -> set[str]:
 
 SOURCES = by("position", "attn_neuron")
 BEHIND = of_points("mlp_out", "resid_post", "block_out")
-FLOWS = {"decompx", "flow"}
+FLOWS = {"decompx", "flow", "information_flow_routes"}
 MAPS = {"value_zeroing", *FLOWS, "alti", "globenc", "token_memory", *of_points(*POINTS)}
 READING = MAPS - of_points("attn_out")
 # Where a hook is, what it does, and which methods say that what they need no longer holds.
@@ -121,6 +121,7 @@ def asked(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
         "value_zeroing": partial(cm.value_zeroing, model, tokens),
         "decompx": partial(cm.decompx_vectors, model, tokens),
         "flow": partial(cm.flow, model, tokens[:1], k=5),
+        "information_flow_routes": partial(cm.information_flow_routes, model, tokens[:1]),
         "alti": partial(cm.alti, model, tokens),
         "globenc": partial(cm.globenc, model, tokens),
         "token_memory": partial(cm.token_memory, model, tokens, neurons=[0], pos=[3]),

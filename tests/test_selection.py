@@ -368,6 +368,7 @@ def test_there_is_a_file_of_every_class():
         "AttributionGraph",
         "ContextReliance",
         "Differences",
+        "FlowKnockout",
         "HeadDecomposition",
         "ProbedMaps",
         "Probing",

@@ -89,6 +89,9 @@ from .methods.decompx import (
 from .methods.flow import (
     flow as flow,
 )
+from .methods.flow_knockout import (
+    flow_knockout as flow_knockout,
+)
 from .methods.globenc import (
     globenc as globenc,
 )
@@ -97,6 +100,9 @@ from .methods.gradients import (
 )
 from .methods.gradients import (
     integrated_gradients as integrated_gradients,
+)
+from .methods.information_flow_routes import (
+    information_flow_routes as information_flow_routes,
 )
 from .methods.log_prob.contributions import (
     log_prob_contributions as log_prob_contributions,

@@ -394,7 +394,9 @@ class Pulled:
     biases: dict[tuple[int, int], Float[Tensor, ""]]
 
 
-Visit = Callable[[int, int, Gradient], Gradient | float]
+# Cross-attention reads another stack, of another length.
+Read = Float[Tensor, "some source d_model"]
+Visit = Callable[[int, int, Gradient], Read | float]
 
 
 @dataclass(frozen=True)
@@ -413,24 +415,31 @@ class LinearGraph:
     constant: float
     score: float
 
-    def pull(self, kept: Sequence[Place] | None = None) -> Pulled:
+    @property
+    def split(self) -> bool:
+        """Whether neurons are nodes."""
+        every = (step.nodes for stack in self.stacks for step in stack.steps)
+        return any(isinstance(nodes, FeedForwards) and nodes.split for nodes in every)
+
+    def pull(self, some: Sequence[Place] | None = None, *, without: bool = False) -> Pulled:
         """Returns the gradients of everything that is written.
 
         Args:
-            kept: Nodes that alone pass anything on; None: all.
+            some: Nodes that alone pass anything on; None: all.
+            without: Whether all but these do.
         """
-        some = None if kept is None else _by_step(kept)
+        at = None if some is None else _by_step(some)
         found = Pulled({}, {})
 
         def bias(index: int, layer: int, brought: Tensor) -> None:
             found.biases[index, layer] = found.biases.get((index, layer), 0) + brought.sum()
 
-        def visit(index: int, place: int, gradient: Gradient) -> Gradient:
+        def visit(index: int, place: int, gradient: Gradient) -> Read:
             step = self.stacks[index].steps[place]
             found.gradients[index, place] = gradient[0]
             if isinstance(step.nodes, Errors):
                 return torch.zeros_like(gradient)
-            mask = None if some is None else step.nodes.mask(some.get((index, place)))
+            mask = None if at is None else step.nodes.mask(at.get((index, place))) != without
             read, inner = step.nodes.read(gradient[0], mask)
             bias(index, step.layer, inner)
             return read[None]
@@ -441,12 +450,20 @@ class LinearGraph:
         self._descend(self.slope[None], visit, bias, end)
         return found
 
-    def passed_on(self, kept: Sequence[Place]) -> float:
-        """Returns the part of the score that runs through these nodes, and biases, alone."""
-        pulled, total = self.pull(kept), self.constant
-        for (index, step), at in _by_step(kept).items():
-            if step < 0 or isinstance(self.stacks[index].steps[step].nodes, Errors):
-                total += float(self.scores(pulled, index, step)[at[:, 0]].sum())
+    def passed_on(self, some: Sequence[Place], *, without: bool = False) -> float:
+        """Returns the part of the score that runs through these nodes, and biases, alone.
+
+        Args:
+            some: The nodes.
+            without: Whether they are those that are ablated: it runs through all the others.
+        """
+        pulled, total, at = self.pull(some, without=without), self.constant, _by_step(some)
+        for index, stack in enumerate(self.stacks):
+            errors = (i for i, step in enumerate(stack.steps) if isinstance(step.nodes, Errors))
+            for step in (-1, *errors):
+                entered = self.scores(pulled, index, step)
+                mask = _mask(entered, at.get((index, step))) != without
+                total += float(entered[mask].sum())
         return total + float(sum(pulled.biases.values()))
 
     def scores(self, pulled: Pulled, index: int, step: int) -> Float[Tensor, "pos column"]:
@@ -551,7 +568,7 @@ class LinearGraph:
             if source is not None:
                 edges[rows, source] += rest
 
-        def visit(index: int, place: int, gradient: Gradient) -> Gradient | float:
+        def visit(index: int, place: int, gradient: Gradient) -> Read | float:
             step = self.stacks[index].steps[place]
             written(index, place, step.layer, gradient)
             if isinstance(step.nodes, Errors):

@@ -184,8 +184,9 @@ class Sublayer:
 
     def holds(self, some: Components) -> Bool[Tensor, "batch component"]:
         """Returns which components are of this sublayer."""
-        mine = some.of_kind(self.kind) & (some.layer == self.layer)
-        return mine & (some.expert == self.expert)
+        mine = some.of_kind(self.kind) & (some.layer == self.layer) & ~some.is_empty()
+        whole = (some.head < 0) & (some.neuron < 0)  # a feed-forward block has all its experts
+        return mine & (whole | (some.expert == self.expert))
 
     def values(self, trace: Trace) -> Tensor:
         """Returns the activation in a pass, position by position."""
@@ -217,6 +218,14 @@ def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
                     columns,
                     ff,
                 )
+
+
+def every_place(view: ModelView) -> Iterator[Sublayer]:
+    """Yields what enters each stack, as if it were a sublayer, and all sublayers."""
+    for stack, blocks in view.stacks.items():
+        prefix = "" if stack == view.base_stack(None) else "encoder "
+        yield Sublayer(f"{prefix}embed", -1, 0, 0, blocks[0].resid_in)
+    yield from every_sublayer(view)
 
 
 def without_sources(chosen: Components, *, per_position: bool) -> Components:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,6 +24,7 @@ from tl_contextmix.adapters.questions import (
 )
 from tl_contextmix.core.model_view import Edit, StackName
 from tl_contextmix.core.validation import Layers, Positive, whole_number
+from tl_contextmix.engine.edited_runs import run_bytes
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
 from tl_contextmix.results import AttentionKnockout
@@ -106,10 +106,10 @@ def attention_knockout(
         logits = _read(done, question)
         asked = question.contrast(logits)
         # Hooks may count on the sentences that were given.
-        at_once = 1 if view.hooked() else max(1, max_bytes // _run_bytes(done))
+        at_once = 1 if view.hooked() else max(1, max_bytes // run_bytes(done))
         parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
         for part in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
-            several = _repeated(question, len(part))
+            several = question.repeated(len(part))
             run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
             read = _read(run, several, _edits(run, members, readers, part))
             contrast = asked.repeat(len(part))
@@ -158,18 +158,6 @@ def _readers(done: Pass, question: Question, to: object) -> Bool[Tensor, "batch 
     if to is None or (isinstance(to, str) and to == "all"):
         return done.target.mask
     return find_groups("to", done.target, {"": to}).members[:, 0]
-
-
-def _repeated(question: Question, times: int) -> Question:
-    """Returns the predictions of as many copies of the batch, one after the other."""
-    count, predictions = len(question.batch.main.ids), len(question.rows)
-    copy = torch.arange(times).repeat_interleave(predictions)
-    return replace(
-        question,
-        batch=question.batch.each(lambda tensor: tensor.repeat(times, 1)),
-        sentences=question.sentences.repeat(times) + count * copy,
-        rows=question.rows.repeat(times),
-    )
 
 
 def _read(done: Pass, question: Question, edits: Mapping[str, Edit] | None = None) -> Tensor:
@@ -226,18 +214,6 @@ def _without_edges(
         before, after = torch.full_like(before, whole), after + (whole - before)
     # In this order: a factor of what is left would overflow where that is next to nothing.
     return torch.where(after == 0, 0, kept / after * before).to(pattern)
-
-
-def _run_bytes(done: Pass) -> int:
-    """Returns about how much memory a run of the batch takes."""
-    view, batch = done.view, done.batch
-    longest = max(tokens.shape[1] for tokens in done.tokens.values())
-    logits, largest = 2 * longest * view.d_vocab, 0
-    for _, block in view.every_block():
-        pairs = sum(4 * len(a.W_O) * longest for a in block.attentions)
-        neurons = 0 if block.feed_forward is None else 4 * block.feed_forward.width
-        largest = max(largest, longest * (pairs + neurons))
-    return len(batch.main.ids) * (logits + largest) * view.dtype.itemsize
 
 
 def _plain(groups: Any) -> Any:

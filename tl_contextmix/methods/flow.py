@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from typing_extensions import Unpack
@@ -13,22 +13,21 @@ from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, apart
-from tl_contextmix.core.blocks import IDENTITIES
-from tl_contextmix.core.frozen_blocks import freeze_stack
+from tl_contextmix.core.graph_pruning import kept_by_influence
 from tl_contextmix.core.linear_graph import (
     FeedForwards,
     Graph,
     Heads,
     LinearGraph,
-    LinearStack,
     Node,
     Place,
+    Pulled,
 )
 from tl_contextmix.core.validation import Positive, Rule
-from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
+from tl_contextmix.engine.linear_graphs import linear_graph, require_sums, run_single
+from tl_contextmix.engine.log_prob_scores import Prediction
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import AttributionGraph, GraphNode
 from tl_contextmix.results.labels import asked_words
 
@@ -43,7 +42,9 @@ def flow(
     *,
     neurons: bool = False,
     dictionary: Dictionaries = None,
+    prune: Literal["effect", "influence"] = "effect",
     share: Share = 0.9,
+    edge_share: Share = 0.98,
     k: Positive = 200,
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
@@ -79,14 +80,22 @@ def flow(
     nodes and biases alone (their number is found by bisection), or ``k`` are kept. What is pruned
     is one node ``rest`` for each layer, so that sums hold for what is shown. No edge is dropped.
 
+    ``prune="influence"`` keeps nodes as circuit-tracer does: of the graph of the ``k`` largest and
+    all embeddings those that have ``share`` of all influence (`AttributionGraph.influence`; its
+    default is 0.8), and of these the ones on a way over edges that have ``edge_share`` of what is
+    left. Embeddings stay. All edges between kept nodes are shown, here too.
+
     Args:
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, or token ids [1, pos].
         neurons: Whether neurons are nodes rather than feed-forward blocks.
         dictionary: A `Dictionary`, or several: transcoders in the place of feed-forward blocks,
             SAEs in that of the residual stream.
-        share: How much of the answer's score has to run through kept nodes alone.
-        k: How many nodes are kept, at most.
+        prune: What decides which nodes are kept.
+        share: How much of the answer's score has to run through kept nodes alone; by influence, how
+            much of it kept nodes have.
+        edge_share: By influence, how much of it the edges have that count.
+        k: How many nodes are kept, at most; by influence, from how many.
         max_bytes: Workspace, besides the pass and one gradient for each sublayer.
         **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask and the like, see `Inputs`.
 
@@ -105,25 +114,16 @@ def flow(
     """
     given, answer = apart(input, inputs)
     with torch.no_grad():
-        asked = run_question(
-            with_dictionaries(as_view(model), dictionary),
-            given,
-            answer,
-            needs=IDENTITIES - {"pattern", "z"},
-            both_stacks=True,
-        )
-        if len(asked.question.rows) != 1:
-            raise bad(
-                "a graph is about one prediction",
-                f"{len(asked.question.rows)} predictions",
-                "one text, one position and an answer of one token",
-                "Call flow for each; pos= says which token of an answer.",
-            )
+        view = with_dictionaries(as_view(model), dictionary)
+        asked = run_single(view, given, answer)
         prediction = asked.prediction("frozen+beta", max_bytes)
-        whole = _linear_graph(asked, prediction, neurons)
+        whole = linear_graph(asked, prediction, neurons)
         pulled = whole.pull()
         best = whole.best(pulled, k)
-        kept = best[: _enough(whole, best, share)]
+        if prune == "influence":
+            kept = _influential(whole, pulled, best, share, edge_share, max_bytes)
+        else:
+            kept = best[: _enough(whole, best, share)]
         graph = whole.graph(pulled, kept, max_bytes)
         _require_conserved(prediction, whole, graph)
         return AttributionGraph(
@@ -140,25 +140,17 @@ def flow(
             tokens=prediction.tokens,
             encoder=prediction.encoder,
             provenance=asked.forward_pass.provenance(
-                "flow", {"neurons": neurons, "share": share, "k": k, "pos": answer.pos}
+                "flow",
+                {
+                    "neurons": neurons,
+                    "prune": prune,
+                    "share": share,
+                    "edge_share": edge_share,
+                    "k": k,
+                    "pos": answer.pos,
+                },
             ),
         )
-
-
-def _linear_graph(asked: AskedPass, prediction: Prediction, neurons: bool) -> LinearGraph:
-    """Returns the score as a function of all that is written, frozen at the pass."""
-    view, trace = prediction.view, asked.forward_pass.trace
-    stream, encoder, frozen = prediction.stream, view.stacks.get("encoder"), None
-    if stream.stack == "decoder" and encoder is not None:
-        norm = view.final_norms.get("encoder")
-        frozen = freeze_stack(encoder, trace, False, final_norm=norm)
-    own = freeze_stack(view.stacks[stream.stack], trace, False, encoder=frozen)
-    named = [(stream.stack, own)] + ([] if frozen is None else [("encoder", frozen)])
-    stacks = tuple(LinearStack.of(name, stack, trace, neurons) for name, stack in named)
-    slope, constant = prediction.vocabulary.linear_part(stream.total[0], 0)
-    at_end = torch.zeros_like(stacks[0].start)
-    at_end[int(stream.rows[0])] = slope
-    return LinearGraph(stacks, at_end, constant, float(slope @ stream.total[0]) + constant)
 
 
 def _enough(whole: LinearGraph, best: Sequence[Place], share: float) -> int:
@@ -174,21 +166,33 @@ def _enough(whole: LinearGraph, best: Sequence[Place], share: float) -> int:
     return high
 
 
+def _influential(
+    whole: LinearGraph,
+    pulled: Pulled,
+    best: Sequence[Place],
+    share: float,
+    edge_share: float,
+    max_bytes: int,
+) -> list[Place]:
+    """Returns the nodes that circuit-tracer's rule keeps, embeddings first."""
+    entering = [
+        Place(index, -1, pos, 0)
+        for index in range(len(whole.stacks))
+        for pos in whole.scores(pulled, index, -1).nonzero()[:, 0].tolist()
+    ]
+    graph = whole.graph(pulled, [*dict.fromkeys([*entering, *best])], max_bytes)
+    always = torch.tensor([node.place in entering for node in graph.nodes])
+    kept = kept_by_influence(graph.edges, always.to(graph.edges.device), share, edge_share)
+    pairs = zip(graph.nodes, kept.tolist(), strict=True)
+    return [node.place for node, stays in pairs if stays and node.place is not None]
+
+
 def _require_conserved(prediction: Prediction, whole: LinearGraph, graph: Graph) -> None:
     """Raises UnsupportedModel unless what enters each node is its score."""
-    tolerance = prediction.view.tolerance
     reads = torch.tensor([whole.reads(node) for node in graph.nodes])
     gap = (graph.edges.sum(dim=1) - graph.scores)[reads].abs().max()
     error = float(gap / graph.edges.abs().sum(dim=1).max().clamp(min=1e-30))
-    if not error <= tolerance:
-        raise UnsupportedModel(
-            four_parts(
-                f"effects in {prediction.view.name} do not add up",
-                f"a relative error of {error:.2g}",
-                f"at most {tolerance:.0e}",
-                "Take off hooks of your own that edit values or norms.",
-            )
-        )
+    require_sums(prediction.view, error)
 
 
 def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[GraphNode, ...]:

@@ -9,7 +9,7 @@ unless asked for. NaN means "there is no such number"; it is kept by arithmetic 
 out of rankings.
 """
 
-from tl_contextmix.results.ablation import Knockout
+from tl_contextmix.results.ablation import FlowKnockout, Knockout
 from tl_contextmix.results.active_memories import Memories
 from tl_contextmix.results.attention_cuts import AttentionKnockout
 from tl_contextmix.results.attribution_graph import AttributionGraph, GraphNode
@@ -64,6 +64,7 @@ __all__ = [
     "Differences",
     "Estimate",
     "EstimatePart",
+    "FlowKnockout",
     "GraphNode",
     "HeadDecomposition",
     "Knockout",

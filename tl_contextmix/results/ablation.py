@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 
-from tl_contextmix.core.statistics import bootstrap_interval
-from tl_contextmix.plotting.panels import Panel, Table
+from tl_contextmix.core.statistics import bootstrap_interval, spearman
+from tl_contextmix.core.validation import require_choice
+from tl_contextmix.plotting.panels import Curves, Panel, Place, Table
 from tl_contextmix.results import storage
+from tl_contextmix.results.attribution_graph import GraphNode
 from tl_contextmix.results.base import Result
+from tl_contextmix.results.component_sets import SHOWN
 from tl_contextmix.results.components import Components
-from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 from tl_contextmix.results.row_tables import as_text
 
 if TYPE_CHECKING:
@@ -109,5 +112,116 @@ class Knockout(Result):
                 f"kinds ablated (mean of {self.controls.shape[1]} draws).",
                 columns=("sentence", *frame.columns[1:]),
                 rows=tuple(map(tuple, frame.to_numpy().tolist())),
+            ),
+        )
+
+
+@storage.storable
+@dataclass(frozen=True, eq=False, repr=False)
+class FlowKnockout(Result):
+    """How far an answer falls without the nodes of an attribution graph, in nats.
+
+    Attributes:
+        scores: Score of each node in the graph.
+        alone: How far the answer falls in the model without each node alone.
+        together: The same without the first `counts` nodes; with `others` without all but these.
+        linear: The same in the linearised model: patterns, norms and slopes stay.
+        random: The same in the model without as many random nodes of the same sublayers.
+        nodes: The nodes, in the order they are ablated.
+        counts: How many are ablated at each step of the curve.
+        log_prob: The target's log-probability, less the foil's, with all of them.
+        target: The predicted token; alternatives side by side.
+        foil: What it is contrasted with, or None.
+        provenance: Where the numbers come from.
+        others: Whether the curve is of these nodes alone, all others being ablated.
+    """
+
+    LABELS = {"node": "nodes", "count": "counts"}
+
+    scores: Float[torch.Tensor, " node"]
+    alone: Float[torch.Tensor, " node"]
+    together: Float[torch.Tensor, " count"]
+    linear: Float[torch.Tensor, " count"]
+    random: Float[torch.Tensor, "count control"]
+    nodes: tuple[GraphNode, ...]
+    counts: tuple[int, ...]
+    log_prob: float
+    target: Tokens
+    foil: Tokens | None
+    provenance: Provenance
+    others: bool = False
+
+    def __repr__(self) -> str:
+        title = f"FlowKnockout of {len(self.nodes)} nodes, {asked_words(self.target, self.foil)}"
+        rank = f"rank correlation of score and effect {self.rank_correlation():.2f}"
+        return f"{title}: {rank}\n{as_text(self.to_dataframe())}"
+
+    def rank_correlation(self) -> float:
+        """Returns Spearman's correlation of the nodes' scores and their effects alone."""
+        return float(spearman(self.scores.double(), self.alone.double()))
+
+    def to_dataframe(self, rows: str = "counts") -> pandas.DataFrame:
+        """Returns a table.
+
+        Args:
+            rows: ``"counts"``: a row for each step of the curve; of the random nodes the mean over
+                draws and its 95 % bootstrap interval. ``"nodes"``: a row for each node, with its
+                score and its effect alone.
+        """
+        import pandas
+
+        require_choice("table", rows, ("counts", "nodes"))
+        if rows == "nodes":
+            pairs = zip(self.nodes, self.scores.tolist(), self.alone.tolist(), strict=True)
+            found = [(node.label, node.token, node.pos, *numbers) for node, *numbers in pairs]
+            return pandas.DataFrame(found, columns=["label", "token", "pos", "score", "alone"])
+        falls = zip(self.counts, self.together.tolist(), self.linear.tolist(), strict=True)
+        found = [(*row, *drawn) for row, drawn in zip(falls, self._random(), strict=True)]
+        names = ["count", "together", "linear", "random", "random_low", "random_high"]
+        return pandas.DataFrame(found, columns=names)
+
+    def _random(self) -> list[tuple[float, float, float]]:
+        """Returns mean and interval over draws at each step."""
+        draws = self.random.detach().double().cpu()
+        return [(float(row.mean()), *bootstrap_interval(row)) for row in draws]
+
+    def panels(self) -> tuple[Panel, ...]:
+        """Returns the curve, and the nodes with score and effect."""
+        asked, random = asked_words(self.target, self.foil), self._random()
+        together, linear = tuple(self.together.tolist()), tuple(self.linear.tolist())
+        nodes = [
+            (node.label, Place(node.token, node.pos), score, alone)
+            for node, score, alone in zip(
+                self.nodes, self.scores.tolist(), self.alone.tolist(), strict=True
+            )
+        ]
+        return (
+            Curves(
+                title=f"{'With' if self.others else 'Without'} nodes of the graph of {asked}",
+                caption=f"How far the answer falls, of {self.log_prob:.2f} nats, when so many "
+                f"nodes are {'left and all others ' if self.others else ''}ablated: in the model, "
+                "in the linearised model (patterns, norms and slopes frozen), and for random nodes "
+                f"of the same layers ({self.random.shape[1]} draws, 95 % bootstrap interval of "
+                "their mean).",
+                labels=tuple(map(str, self.counts)),
+                series=(
+                    ("the graph's nodes", together),
+                    ("the same, linearised", linear),
+                    ("random nodes", tuple(mean for mean, _, _ in random)),
+                ),
+                intervals=(
+                    tuple((value, value) for value in together),
+                    tuple((value, value) for value in linear),
+                    tuple((low, high) for _, low, high in random),
+                ),
+                unit="nats",
+            ),
+            Table(
+                title=f"Score and effect of nodes of the graph of {asked}",
+                caption="Effect: how far the answer falls in the model without the node alone. "
+                f"Rank correlation over {len(self.nodes)} nodes: {self.rank_correlation():.2f}.",
+                columns=("node", "token", "score", "effect"),
+                rows=tuple(nodes[:SHOWN]),
+                signed=("score", "effect"),
             ),
         )

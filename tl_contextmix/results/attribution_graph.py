@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 
+from tl_contextmix.core.graph_pruning import influence
 from tl_contextmix.core.validation import require_choice
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.display_text import visible
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 
 _SHOWN = 80
 _SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
+WRITTEN = ("embed", "attn", "cross_attn", "mlp", "encoder embed", "encoder attn", "encoder mlp")
+"""Kinds of nodes that the model writes to its stream at one position."""
+STATES = ("resid_mid", "resid_mid_cross", "resid_post")
+"""Kinds of nodes of information flow routes that stand for the stream itself."""
+
+
+_CAPTIONS = {
+    "nats": "Size: total effect on the answer. Edges: what runs directly from one to the other; "
+    "those into a node add up to its effect, and so do those out of it. Attention patterns, norms "
+    "and activation slopes are frozen.",
+    "importance": "Size: up to which threshold a node is on a route. Edges: the share of a state "
+    "that came by them, where above the threshold.",
+}
 
 
 @storage.storable
@@ -37,7 +51,8 @@ class GraphNode:
             ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or ``"answer"``; of an
             encoder-decoder's encoder ``"encoder embed"`` and so on. Of a dictionary ``"mlp
             feature"``, ``"mlp error"``, ``"resid_pre feature"`` and so on, and ``"error rest"``
-            (of a layer: errors that were pruned).
+            (of a layer: errors that were pruned). Of information flow routes also states:
+            ``"resid_mid"``, ``"resid_mid_cross"``, ``"resid_post"``.
         layer: Its layer; -1 for embeddings, the number of layers for the readout and the answer.
         pos: Its position; -1 for what gathers several.
         head: Its head; -1 for no head.
@@ -67,6 +82,11 @@ class GraphNode:
         return starts or (kind == "rest" and self.layer < 0)
 
     @property
+    def written(self) -> bool:
+        """Whether the model writes it at one position, so that it can be ablated there."""
+        return self.kind in WRITTEN
+
+    @property
     def label(self) -> str:
         """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
         if self.layer < 0 or self.kind in ("readout bias", "answer"):
@@ -87,12 +107,13 @@ class GraphNode:
 class AttributionGraph(Result):
     """Effects of nodes on an answer, and what runs directly from one node to another.
 
-    Edges into a node add up to its score, and so do those out of it; embeddings and biases add up
-    to the answer's. Nothing is missing: what was pruned is one node for each layer, whose score is
-    what enters it from the nodes that are shown.
+    Of `flow`, edges into a node add up to its score, and so do those out of it; embeddings and
+    biases add up to the answer's. Nothing is missing: what was pruned is one node for each layer,
+    whose score is what enters it from the nodes that are shown. Of `information_flow_routes`, see
+    there.
 
     Attributes:
-        scores: Total effect of each node on `score`.
+        scores: Total effect of each node on `score`; of routes, see `unit`.
         edges: Direct effects, from each source (a column) to each target (a row).
         nodes: The nodes, from the input to the answer, which is last.
         score: What is explained: the log-odds of target and foil, or the linear part of the
@@ -107,6 +128,8 @@ class AttributionGraph(Result):
         tokens: The tokens of the stack that writes the answer.
         encoder: The tokens of the encoder that it reads, or None.
         provenance: Where the numbers come from.
+        unit: ``"nats"``; of information flow routes ``"importance"``: edges are shares of what they
+            lead to, and scores say up to which threshold a node is on a route.
     """
 
     LABELS = {"target": "nodes", "source": "nodes", "node": "nodes"}
@@ -124,6 +147,15 @@ class AttributionGraph(Result):
     tokens: Tokens
     encoder: Tokens | None
     provenance: Provenance
+    unit: str = "nats"
+
+    def influence(self) -> Float[torch.Tensor, " node"]:
+        """Returns circuit-tracer's influence of each node on the answer.
+
+        Edges into a node are divided by the sum of their absolute values; influence is the sum over
+        all paths from a node to the answer of the products of these shares, 0 of the answer itself.
+        """
+        return influence(self.edges)
 
     def __repr__(self) -> str:
         lines = [
@@ -309,7 +341,7 @@ class AttributionGraph(Result):
             # Features are numbered from 0: what has no such number there counts down from -1.
             kinds = {"mlp": "feed-forward block", "attn": "attention head", "rest": "pruned"}
             kinds |= {"error rest": "pruned errors", "mlp error": "mlp reconstruction error"}
-            apart = ("bias", "rest", "readout bias", "error rest", *ERRORS, *FEATURES[1:])
+            apart = ("bias", "rest", "readout bias", "error rest", *ERRORS, *FEATURES[1:], *STATES)
             token = -2 - node.head
             if node.kind in apart:
                 token = -1_000_000 * (1 + apart.index(node.kind)) - max(node.neuron, 0)
@@ -345,18 +377,16 @@ class AttributionGraph(Result):
         return (
             Graph(
                 title=title,
-                caption="Size: total effect on the answer. Edges: what runs directly from one to "
-                "the other; those into a node add up to its effect, and so do those out of it. "
-                "Attention patterns, norms and activation slopes are frozen.",
+                caption=_CAPTIONS[self.unit],
                 columns=tuple(map(self._place, columns)),
                 rows=tuple(rows),
                 nodes=dots,
                 edges=self.edges,
-                unit="nats",
+                unit=self.unit,
             ),
             Table(
                 title=f"{title}: largest effects",
-                caption="Effects of nodes that read each other overlap.",
+                caption="Those of nodes that read each other overlap.",
                 columns=("node", "token", "effect", "promotes"),
                 rows=tuple(table),
                 signed=("effect",),
@@ -385,7 +415,8 @@ class AttributionGraph(Result):
 
     def _largest(self, k: int) -> list[int]:
         """Returns the nodes of largest effect, the answer and what gathers several apart."""
-        single = torch.tensor([node.pos >= 0 and node.kind != "answer" for node in self.nodes])
+        gathered = ("answer", *STATES, *(f"encoder {state}" for state in STATES))
+        single = torch.tensor([node.pos >= 0 and node.kind not in gathered for node in self.nodes])
         return largest(self.scores.abs().cpu().masked_fill(~single, torch.nan), k).tolist()
 
 

@@ -13,7 +13,7 @@ from tl_contextmix.adapters.questions.asked_passes import ask_in_pass, predictio
 from tl_contextmix.adapters.questions.directions import Direction, Reading, read_direction
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
-from tl_contextmix.adapters.questions.question import Question, ask
+from tl_contextmix.adapters.questions.question import Question, ask, ask_about
 from tl_contextmix.adapters.questions.targets import one_each, single_token
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "TokenAnswerInputs",
     "apart",
     "ask",
+    "ask_about",
     "ask_in_pass",
     "label_sets",
     "one_each",

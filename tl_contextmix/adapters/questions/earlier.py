@@ -14,7 +14,12 @@ from tl_contextmix.adapters.inputs.model_arguments import require_same_arguments
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import bad
-from tl_contextmix.results import LogProbContributions, QueryContributions, Tokens
+from tl_contextmix.results import (
+    AttributionGraph,
+    LogProbContributions,
+    QueryContributions,
+    Tokens,
+)
 
 # The alternatives of each prediction.
 Sets = tuple[tuple[int, ...], ...]
@@ -35,21 +40,36 @@ def earlier_answer(
         require_same_arguments(view, result.provenance.options, batch)
         if isinstance(result, LogProbContributions):
             batch = _with_answer(batch, result, view)
-        sides = [(result.tokens, batch.side(view.base_stack(None)))]
-        if result.encoder is not None:
-            sides.append((result.encoder, batch.main))
-        sentence = sentence_rows(result)
-        for tokens, side in sides:
-            known = int(sentence.max()) + 1 == len(side.ids)
-            same = known and torch.equal(tokens.ids.cpu(), side.ids.cpu()[sentence])
-            if not same or not torch.equal(tokens.mask.cpu(), side.mask.cpu()[sentence]):
-                raise bad(
-                    "the chosen components belong to another input",
-                    f"components found in {tokens.strings[0]}",
-                    f"components found in the tokens {side.ids.tolist()}, padding included",
-                    "Give the input, and its padding, that they were found on.",
-                )
+        _require_same(view, batch, result, sentence_rows(result))
     return next((r for r in results if isinstance(r, LogProbContributions)), None), batch
+
+
+def _require_same(
+    view: ModelView,
+    batch: Batch,
+    result: LogProbContributions | QueryContributions | AttributionGraph,
+    sentence: Int[Tensor, " row"],
+) -> None:
+    """Raises InvalidInput unless the sentences that a result is of are those of a batch."""
+    sides = [(result.tokens, batch.side(view.base_stack(None)))]
+    if result.encoder is not None:
+        sides.append((result.encoder, batch.main))
+    for tokens, side in sides:
+        known = int(sentence.max()) + 1 == len(side.ids)
+        same = known and torch.equal(tokens.ids.cpu(), side.ids.cpu()[sentence])
+        if not same or not torch.equal(tokens.mask.cpu(), side.mask.cpu()[sentence]):
+            raise bad(
+                "the chosen components belong to another input",
+                f"components found in {tokens.strings[0]}",
+                f"components found in the tokens {side.ids.tolist()}, padding included",
+                "Give the input, and its padding, that they were found on.",
+            )
+
+
+def require_same_text(view: ModelView, batch: Batch, graph: AttributionGraph) -> None:
+    """Raises InvalidInput unless a graph is of this input."""
+    require_same_arguments(view, graph.provenance.options, batch)
+    _require_same(view, batch, graph, torch.zeros(1, dtype=torch.long))
 
 
 def _with_answer(batch: Batch, result: LogProbContributions, view: ModelView) -> Batch:
@@ -74,14 +94,17 @@ def sentence_rows(result: LogProbContributions | QueryContributions) -> Int[Tens
     return result.sentence.cpu().unique(return_inverse=True)[1]
 
 
-def earlier_sets(result: LogProbContributions) -> tuple[Sets | None, Sets | None]:
+def earlier_sets(
+    result: LogProbContributions | AttributionGraph,
+) -> tuple[Sets | None, Sets | None]:
     """Returns the target's tokens and the foil's that a result is about; None for a direction."""
 
     def sets(tokens: Tokens) -> Sets:
         pairs = zip(tokens.ids, tokens.mask, strict=True)
         return tuple(tuple(ids[mask].tolist()) for ids, mask in pairs)
 
-    target = None if result.of_direction else sets(result.target)
+    direction = isinstance(result, LogProbContributions) and result.of_direction
+    target = None if direction else sets(result.target)
     return target, None if result.foil is None else sets(result.foil)
 
 

@@ -14,7 +14,12 @@ from tl_contextmix.adapters.chats import ROLES
 from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import require_ids
 from tl_contextmix.adapters.questions.asked import Answer
-from tl_contextmix.adapters.questions.earlier import earlier_answer, earlier_sets, sentence_rows
+from tl_contextmix.adapters.questions.earlier import (
+    earlier_answer,
+    earlier_sets,
+    require_same_text,
+    sentence_rows,
+)
 from tl_contextmix.adapters.questions.positions import masks, predicting_rows
 from tl_contextmix.adapters.questions.targets import (
     Steps,
@@ -30,7 +35,7 @@ from tl_contextmix.core.finite import require_predictions
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.errors import bad, seen
-from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results import AttributionGraph, LogProbContributions
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ class Question:
         for turn in range(max(map(len, places))):
             chosen = [some[min(turn, len(some) - 1)] for some in places]
             yield self._at(chosen), torch.tensor([turn < len(some) for some in places])
+
+    def repeated(self, times: int) -> Question:
+        """Returns the predictions of as many copies of the batch, one after the other."""
+        count, predictions = len(self.batch.main.ids), len(self.rows)
+        copy = torch.arange(times).repeat_interleave(predictions)
+        return replace(
+            self,
+            batch=self.batch.each(lambda tensor: tensor.repeat(times, 1)),
+            sentences=self.sentences.repeat(times) + count * copy,
+            rows=self.rows.repeat(times),
+        )
 
     def within(self, part: Pass) -> Question:
         """Returns the same of the sentences of a part of a pass, each asked about once."""
@@ -313,18 +329,32 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
     return Side(together, mask, roles), [end + by for end, by in zip(ends, moved, strict=True)]
 
 
-def _again(view: ModelView, batch: Batch, stack: str, found: LogProbContributions) -> Question:
-    """Returns the predictions that contributions are of."""
+def ask_about(view: ModelView, batch: Batch, graph: AttributionGraph) -> Question:
+    """Returns the prediction that a graph is about.
+
+    Raises:
+        InvalidInput: If the graph is of another input.
+    """
+    require_same_text(view, batch, graph)
+    return _again(view, batch, view.base_stack(None), graph)
+
+
+def _again(
+    view: ModelView, batch: Batch, stack: str, found: LogProbContributions | AttributionGraph
+) -> Question:
+    """Returns the predictions that a result is of."""
     target, foil = earlier_sets(found)
     for name, sets in (("target", target), ("foil", foil)):
         require_known(view, None if sets is None else [sets], name)
+    single = isinstance(found, AttributionGraph)
+    rows = torch.tensor([found.pos]) if single else found.pos.cpu()
     return Question(
         view=view,
         batch=batch,
         stack=stack,
-        sentences=sentence_rows(found),
-        rows=found.pos.cpu(),
+        sentences=torch.zeros(1, dtype=torch.long) if single else sentence_rows(found),
+        rows=rows,
         target=target,
         foil=foil,
-        named=(None,) * len(found.pos),
+        named=(None,) * len(rows),
     )

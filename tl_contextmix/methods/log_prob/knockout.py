@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.questions import (
-    Question,
-    TokenAnswerInputs,
-    apart,
-    ask,
-    label_sets,
-)
-from tl_contextmix.core.blocks import Trace
+from tl_contextmix.adapters.inputs import Input, name_tokens, read_batch, run_pass
+from tl_contextmix.adapters.questions import TokenAnswerInputs, apart, ask, label_sets
 from tl_contextmix.core.contrast import Contrast
-from tl_contextmix.core.model_view import Edit
 from tl_contextmix.core.validation import NotNegative
+from tl_contextmix.engine.edited_runs import Ablation, Replacement
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import (
     Chosen,
     Controls,
-    Sublayer,
     chosen_components,
-    every_sublayer,
     without_sources,
 )
 from tl_contextmix.results import Knockout
-from tl_contextmix.results.components import Components, finest
-
-Replacement = Literal["zero", "mean"]
+from tl_contextmix.results.components import finest
 
 
 @method(cites=("yu2024neuron",), on_text=False)
@@ -105,7 +89,7 @@ def knockout(
         if not question.plain:  # a run of its own for each prediction
             batch = batch.each(lambda x: x[question.sentences])
         done = run_pass(view, given, batch=batch, logits=True)
-        ablation = _Ablation(done, question, everywhere)
+        ablation = Ablation(done, question, everywhere)
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         asked = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
@@ -131,80 +115,6 @@ def knockout(
             removed=finest(chosen),
         ),
     )
-
-
-@dataclass(frozen=True)
-class _Ablation:
-    """Runs of the model with components replaced."""
-
-    done: Pass
-    question: Question
-    everywhere: bool
-
-    def before(self, sets: list[Components]) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
-        """Returns the logits of the model as it is, and the means of what is to be replaced.
-
-        Means are over the real tokens of the input.
-        """
-        touched = [
-            one
-            for one in every_sublayer(self.done.view)
-            if any(bool(one.holds(some).any()) for some in sets)
-        ]
-        trace = self.done.again([one.name for one in touched])
-        means = {}
-        for one in touched:
-            stack = "encoder" if one.kind.startswith("encoder ") else self.done.stack
-            values = one.values(trace)
-            means[one.place] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
-        return self._read(trace), means
-
-    def run(self, some: Components, filling: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        """Returns the logits with components replaced by means, or by zero where there are none."""
-        edits: dict[str, Edit] = {}
-        changes: dict[str, list[tuple[Sublayer, Edit]]] = {}
-        for one in every_sublayer(self.done.view):
-            if bool(one.holds(some).any()):
-                edit = self._edit(one, some, filling.get(one.place, one.constant))
-                changes.setdefault(one.name, []).append((one, edit))
-        for name, pairs in changes.items():
-            ff = pairs[0][0].feed_forward
-            edits |= {name: pairs[0][1]} if ff is None else ff.edits_by(partial(_changed, pairs))
-        return self._read(self.done.again(edits=edits))
-
-    def _read(self, trace: Trace) -> Tensor:
-        """Returns the logits of each prediction, in the dtype of the maths."""
-        assert trace.logits is not None
-        each = torch.arange(len(self.question.rows))
-        return replace(self.question, sentences=each).read(trace.logits)
-
-    def _edit(self, one: Sublayer, some: Components, filling: Tensor | None) -> Edit:
-        mine = one.holds(some)
-
-        def edit(activation: Tensor) -> Tensor:
-            # Positions that are all alike are one.
-            length = 1 if self.everywhere else activation.shape[1]
-            gone = torch.zeros(activation.shape[0], length, *activation.shape[2:]).bool()
-            for inside in (mine & (some.neuron >= 0), mine & (some.neuron < 0)):
-                row = inside.nonzero()[:, 0]
-                place = [row, torch.zeros_like(row) if self.everywhere else some.pos[inside]]
-                names = (
-                    n for n in ("head", "neuron") if bool((getattr(some, n)[inside] >= 0).any())
-                )
-                gone[(*place, *(getattr(some, name)[inside] for name in names))] = True
-            new = torch.zeros((), device=activation.device, dtype=activation.dtype)
-            new = new if filling is None else filling.to(activation)
-            return torch.where(gone.to(activation.device), new, activation)
-
-        return edit
-
-
-def _changed(pairs: list[tuple[Sublayer, Edit]], activation: Tensor) -> Tensor:
-    """Returns the neurons of a sublayer with those of some of its experts edited."""
-    new = activation.clone()
-    for one, edit in pairs:
-        new[..., one.columns] = edit(activation[..., one.columns])
-    return new
 
 
 def _figures(logits: Tensor, asked: Contrast) -> Tensor:

@@ -1,0 +1,245 @@
+r"""Routes of information to a position: what moved each state of the residual stream closest.
+
+A state :math:`y = \sum_j z_j` is a sum of what was there before, of what each head read from each
+source and of what the feed-forward block added. The importance of a summand is how close it is,
+
+.. math:: e_j = \frac{\max(0, ||y||_1 - ||z_j - y||_1)}{\sum_k \max(0, ||y||_1 - ||z_k - y||_1)}
+
+(Ferrando & Voita 2024, equations 2 and 3, after ALTI's). Those above a threshold are followed, from
+the last state downwards. Norms that stand on the stream itself (post-LN) have frozen scales.
+
+Tensors in, tensors out: one sentence, no tokens, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.token_sums import FrozenNorm, blocks
+
+
+class RouteNode(NamedTuple):
+    """A state of the residual stream at a position, or what adds to one.
+
+    Attributes:
+        kind: ``"resid_mid"``, ``"resid_mid_cross"`` or ``"resid_post"`` (states), ``"embed"``,
+            ``"attn"``, ``"cross_attn"``, ``"mlp"`` or ``"answer"``.
+        stack: Its stack: 0 writes the answer, 1 is the encoder that it reads.
+        layer: Its layer; -1 for embeddings.
+        pos: Its position.
+        head: Its head; -1 for no head.
+    """
+
+    kind: str
+    stack: int
+    layer: int
+    pos: int
+    head: int = -1
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What is on a route.
+
+    Attributes:
+        nodes: Score of each node, the answer first: the largest threshold below which it is on a
+            route.
+        edges: Importance of what runs from one node (the second) to another.
+    """
+
+    nodes: dict[RouteNode, float]
+    edges: dict[tuple[RouteNode, RouteNode], float]
+
+
+@dataclass(frozen=True)
+class _State:
+    """A state of the stream and what it is a sum of.
+
+    Attributes:
+        kind: Its name.
+        layer: Its layer.
+        before: The stream before.
+        value: The state itself.
+        norm: The norm of the sum.
+        attentions: The attention sublayers that add to it, each with the norm of what it writes.
+        feed_forward: What the feed-forward block adds, or None.
+    """
+
+    kind: str
+    layer: int
+    before: Float[Tensor, "target d_model"]
+    value: Float[Tensor, "target d_model"]
+    norm: FrozenNorm
+    attentions: tuple[tuple[AttentionSublayer, FrozenNorm], ...]
+    feed_forward: Float[Tensor, "target d_model"] | None
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        block: Block,
+        before: Float[Tensor, "1 target d_model"],
+        some: slice,
+        trace: Trace,
+    ) -> _State:
+        """Returns the state after some sublayers of a block."""
+        sublayers = block.sublayers[some]
+        value = block.written(trace, some.stop)
+        added = sum(one.output(trace) for one in sublayers)
+        ff = [one.output(trace)[0] for one in sublayers if isinstance(one, FeedForward)]
+        return cls(
+            kind=kind,
+            layer=block.layer,
+            before=before[0],
+            value=value[0],
+            norm=FrozenNorm.at(sublayers[-1].norm_after, before + added),
+            attentions=tuple(
+                (one, FrozenNorm.at(one.norm_out, one.raw_output(trace)))
+                for one in sublayers
+                if isinstance(one, AttentionSublayer)
+            ),
+            feed_forward=ff[0] if ff else None,
+        )
+
+
+def _states(block: Block, trace: Trace) -> list[_State]:
+    """Returns the states of the stream in a block, from below; of a parallel block the last."""
+    stream = trace.resid_in(block)
+    if block.parallel:
+        return [_State.of("resid_post", block, stream, slice(0, len(block.sublayers)), trace)]
+    found: list[_State] = []
+    for place, one in enumerate(block.sublayers):
+        last = one is block.sublayers[-1]
+        cross = isinstance(one, AttentionSublayer) and one.kind == "cross"
+        kind = "resid_post" if last else "resid_mid_cross" if cross else "resid_mid"
+        found.append(_State.of(kind, block, stream, slice(place, place + 1), trace))
+        stream = found[-1].value[None]
+    return found
+
+
+def importance(
+    parts: Float[Tensor, "*some d_model"], whole: Float[Tensor, " d_model"]
+) -> Float[Tensor, "*some"]:
+    """Returns how much closer to the whole each part is than nothing: not yet normalised."""
+    return (whole.abs().sum() - (parts - whole).abs().sum(dim=-1)).clamp(min=0)
+
+
+def find_routes(
+    stacks: Sequence[tuple[Block, ...]], trace: Trace, pos: int, threshold: float, max_bytes: int
+) -> Routes:
+    """Returns the routes to the last state at a position.
+
+    Args:
+        stacks: The stack that writes the answer, and the encoder that it reads.
+        trace: The pass.
+        pos: The position.
+        threshold: Only what is more important is followed.
+        max_bytes: Workspace: the vectors of so many heads are held at a time, at least one's.
+    """
+    search = _Search(stacks, trace, threshold, max_bytes)
+    search.reach(RouteNode("answer", 0, stacks[0][-1].layer, pos), 1.0)
+    for index, blocks_ in enumerate(stacks):
+        for block in reversed(blocks_):
+            states = _states(block, trace)
+            for place in reversed(range(len(states))):
+                search.expand(index, states, place)
+    return Routes(search.nodes, search.edges)
+
+
+class _Search:
+    """What was reached so far, from above."""
+
+    def __init__(
+        self, stacks: Sequence[tuple[Block, ...]], trace: Trace, threshold: float, max_bytes: int
+    ) -> None:
+        self.nodes: dict[RouteNode, float] = {}
+        self.edges: dict[tuple[RouteNode, RouteNode], float] = {}
+        self._reached: dict[tuple[str, int, int], list[RouteNode]] = {}
+        self._stacks, self._trace = stacks, trace
+        self._threshold, self._max_bytes = threshold, max_bytes
+
+    def reach(self, node: RouteNode, score: float) -> None:
+        """Takes up a node, or a better route to it."""
+        if node not in self.nodes:
+            kind = "resid_post" if node.kind == "answer" else node.kind
+            self._reached.setdefault((kind, node.stack, node.layer), []).append(node)
+        self.nodes[node] = max(self.nodes.get(node, 0.0), score)
+
+    def expand(self, index: int, states: Sequence[_State], place: int) -> None:
+        """Follows what is important in a state at all positions where it was reached."""
+        state = states[place]
+        targets = self._reached.get((state.kind, index, state.layer), [])
+        if not targets:
+            return
+        rows = [node.pos for node in targets]
+        whole, scale = state.value[rows], state.norm.scale[0, rows]
+
+        def alone(parts: Tensor) -> Tensor:
+            found = state.norm.unscaled(parts[rows]) / scale
+            return torch.stack([*map(importance, found, whole)])
+
+        before = alone(state.before)
+        ff = None if state.feed_forward is None else alone(state.feed_forward)
+        heads = [self._heads(state, each, rows) for each in state.attentions]
+        total = before + sum(each.sum(dim=(1, 2)) for each in heads)
+        # Nothing goes its way: nothing is followed.
+        total = (total if ff is None else total + ff).clamp(min=1e-30)
+        below = self._below(index, states, place)
+        for target, share in zip(targets, (before / total).tolist(), strict=True):
+            self._follow(target, below._replace(pos=target.pos), share)
+        if ff is not None:
+            for target, share in zip(targets, (ff / total).tolist(), strict=True):
+                self._through(target, "mlp", -1, below._replace(pos=target.pos), share)
+        for (one, _), sizes in zip(state.attentions, heads, strict=True):
+            cross = one.kind == "cross"
+            source = RouteNode("resid_post", 1, self._stacks[1][-1].layer, 0) if cross else below
+            shares = sizes / total[:, None, None]
+            for row, head, pos in (shares > self._threshold).nonzero().tolist():
+                read, share = source._replace(pos=pos), float(shares[row, head, pos])
+                self._through(targets[row], "cross_attn" if cross else "attn", head, read, share)
+
+    def _below(self, index: int, states: Sequence[_State], place: int) -> RouteNode:
+        """Returns the state before one, at any position."""
+        layer = states[place].layer
+        if place:
+            return RouteNode(states[place - 1].kind, index, layer, 0)
+        kind = "resid_post" if layer else "embed"
+        return RouteNode(kind, index, layer - 1, 0)
+
+    def _through(
+        self, target: RouteNode, kind: str, head: int, source: RouteNode, share: float
+    ) -> None:
+        """Follows a head or a feed-forward block to what it reads."""
+        by = RouteNode(kind, target.stack, target.layer, target.pos, head)
+        self._follow(target, by, share)
+        self._follow(by, source, share)
+
+    def _follow(self, target: RouteNode, source: RouteNode, share: float) -> None:
+        if share > self._threshold:
+            self.reach(source, min(self.nodes[target], share))
+            self.edges[target, source] = self.edges.get((target, source), 0.0) + share
+
+    def _heads(
+        self, state: _State, one: tuple[AttentionSublayer, FrozenNorm], rows: list[int]
+    ) -> Float[Tensor, "target head source"]:
+        """Returns the importance of what each head reads from each source."""
+        sublayer, norm = one
+        pattern = self._trace.mixing(sublayer)[0][:, rows]
+        value = self._trace.value(sublayer)[0]
+        scale = norm.scale[0, rows] * state.norm.scale[0, rows]
+        found = torch.zeros_like(pattern)
+        vector = value.shape[0] * state.value.shape[1] * value.element_size()
+        for some in blocks(len(found), self._max_bytes // (4 * vector)):
+            vectors = torch.einsum("shd,hdm->hsm", value[:, some], sublayer.W_O[some])
+            vectors = state.norm.unscaled(norm.unscaled(vectors))
+            for row, place in enumerate(rows):
+                parts = vectors * (pattern[some, row] / scale[row])[..., None]
+                found[some, row] = importance(parts, state.value[place])
+        return found.transpose(0, 1)
