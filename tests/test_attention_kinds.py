@@ -160,15 +160,11 @@ def test_an_edit_before_a_factor_is_multiplied_and_one_after_it_is_not() -> None
 
 
 @functools.cache
-def with_sinks(window: int | None = None) -> tuple[Any, Tensor]:
-    """A Llama whose softmaxes have one more logit for each head, and these."""
-    hf = zoo.hf_model("llama")
-    generator = torch.Generator().manual_seed(3)
-    sinks = torch.randn(len(layers_of(hf)), 4, generator=generator, dtype=torch.float64)
-    for layer, own in zip(layers_of(hf), sinks, strict=True):
-        layer.self_attn.sinks = nn.Parameter(own)
-    with zoo_build.quiet():
-        return zoo_build.bridge(hf, "llama", dtype=torch.float64, processed=False), sinks
+def with_sinks() -> tuple[Any, Tensor]:
+    """gpt-oss, whose softmaxes have one more logit for each head, and these."""
+    model = zoo_others.build("gpt_oss")
+    layers = layers_of(model.original_model)
+    return model, torch.stack([layer.self_attn.sinks.detach() for layer in layers])
 
 
 def test_rows_and_the_sink_sum_to_one() -> None:

@@ -437,7 +437,9 @@ def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison)
     best = found.best("dot")["method"].iloc[0]
     assert cells[best] == "the best"
     (row,) = found.difference("attention", best, layer="best").rows
-    assert str(cells["attention"]).startswith(f"{row.value:+.2f} ({row.low:.2f} to {row.high:.2f}; p ")
+    assert str(cells["attention"]).startswith(
+        f"{row.value:+.2f} ({row.low:.2f} to {row.high:.2f}; p "
+    )
     old = replace(found, rows=tuple(replace(row, values=()) for row in found.rows))
     assert "Behind the best method" not in [panel.title for panel in old.panels()]
 

@@ -35,6 +35,7 @@ _DELTA = {
 }
 # Half of the experts for each token; one layer of two has none, where a family mixes them.
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 24}
 GROUPED = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -94,11 +95,9 @@ OTHERS: dict[str, Other] = {
     "cohere": Other("Cohere", _HEADS),
     "cohere2": Other("Cohere 2", {**_HEADS, **_WINDOW}),
     "deepseek_v2": Other(
-        "DeepSeek V2 (dense)", {**_LATENT, "first_k_dense_replace": 2}, majors=(4,)
+        "DeepSeek V2", {**_LATENT, **GROUPED, "topk_method": "group_limited_greedy"}, majors=(4,)
     ),
-    "deepseek_v3": Other(
-        "DeepSeek V3 (dense)", {**_LATENT, "first_k_dense_replace": 2}, majors=(4,)
-    ),
+    "deepseek_v3": Other("DeepSeek V3", {**_LATENT, **GROUPED}, majors=(4,)),
     "ernie4_5": Other("ERNIE 4.5", _WIDE),
     "ernie4_5_moe": Other(
         "ERNIE 4.5 MoE",
@@ -143,8 +142,18 @@ OTHERS: dict[str, Other] = {
         {"attention_types": [[["global", "local"], 1]], "window_size": 4},
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
     ),
+    "gpt_oss": Other(
+        "gpt-oss",
+        {**_WIDE, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
+    ),
     "granite": Other(
         "Granite", {**_HEADS, **_FACTORS, "attention_bias": True, "mlp_bias": True}, majors=(4,)
+    ),
+    "granitemoe": Other(
+        "Granite MoE",
+        {**_HEADS, **_FACTORS, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
     ),
     "granitemoehybrid": Other(
         "Granite 4 (dense)",
@@ -195,7 +204,7 @@ OTHERS: dict[str, Other] = {
     "olmoe": Other("OLMoE", {**_HEADS, **_EXPERTS}),
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
-    "qwen2_moe": Other("Qwen2-MoE", {**_HEADS, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen2_moe": Other("Qwen2-MoE", {**_HEADS, **_SHARED}),
     "qwen3": Other("Qwen3", _WIDE),
     "qwen3_5_text": Other(
         "Qwen3.5 (full attention)",
@@ -239,8 +248,10 @@ HYBRIDS: dict[str, Other] = {
         "Jamba",
         {
             **_HEADS,
-            "num_experts": 1,
-            "num_experts_per_tok": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
             "use_mamba_kernels": False,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
@@ -258,20 +269,14 @@ HYBRIDS: dict[str, Other] = {
     "olmo_hybrid": Other(
         "OLMo-Hybrid", {**_HEADS, **_DELTA, **_MIXED, "linear_num_key_heads": 4, "pad_token_id": 0}
     ),
+    "qwen3_5_moe_text": Other("Qwen3.5 MoE", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
     "qwen3_5_text": Other("Qwen3.5", {**_WIDE, **_DELTA, **_MIXED}),
-    "qwen3_next": Other(
-        "Qwen3-Next (dense)", {**_WIDE, **_DELTA, **_MIXED, "mlp_only_layers": [0, 1]}
-    ),
+    "qwen3_next": Other("Qwen3-Next", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
 }
 
 
 # Read, but for neurons; see `test_opaque.py`.
 OPAQUE = {
-    "gpt_oss": Other(
-        "gpt-oss",
-        {**_WIDE, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
-        majors=(4,),
-    ),
     "minimax_m2": Other(
         "MiniMax M2",
         {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},

@@ -61,14 +61,13 @@ def _falcon_h1(block: Block, inner: Any, like: torch.Tensor) -> Block:
     )
     out, mixed = inner.attn_out_multiplier, inner.ssm_out_multiplier
     mlp = _gain(block, inner.feed_forward.down_multiplier, like)
-    raw, *after = ff.edits.raw  # the module's own output is after the factor
+    # The first of two places is before the factor, the module's own output after it.
+    raw, after = ff.edits.raw[:1], ff.edits.raw[1:]
     return replace(
         block,
         attentions=(replace(attention, norm_in=norm_in, norm_out=_gain(block, out, like)),),
         mixers=tuple(replace(one, norm_out=_gain(block, mixed, like)) for one in block.mixers),
-        feed_forward=replace(
-            ff, norm_out=mlp, edits=replace(ff.edits, raw=(raw,), out=tuple(after))
-        ),
+        feed_forward=replace(ff, norm_out=mlp, edits=replace(ff.edits, raw=raw, out=after)),
     )
 
 

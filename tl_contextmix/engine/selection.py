@@ -185,7 +185,8 @@ class Sublayer:
     def holds(self, some: Components) -> Bool[Tensor, "batch component"]:
         """Returns which components are of this sublayer."""
         mine = some.of_kind(self.kind) & (some.layer == self.layer) & ~some.is_empty()
-        whole = (some.head < 0) & (some.neuron < 0)  # a feed-forward block has all its experts
+        # A feed-forward block as a whole has all its experts.
+        whole = (some.head < 0) & (some.neuron < 0) & (some.expert < 0)
         return mine & (whole | (some.expert == self.expert))
 
     def values(self, trace: Trace) -> Tensor:
