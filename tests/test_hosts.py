@@ -16,6 +16,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch, run_pass
 from tl_contextmix.adapters.verification import CheckRow
+from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE
 from tl_contextmix.engine.parts import Point
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
@@ -31,7 +32,9 @@ def test_every_identity_holds_with_room(case: zoo.Case) -> None:
     assert report.ok, str(report)
     # Measured: 1e-14 at most in float64, 4e-7 where the host has float32 inside; the check itself
     # allows 1e-5.
-    assert report.worst().error <= bound(case), report.worst()
+    # What a bridge rounds otherwise than its model (rotary angles) is in `test_hugging_face.py`.
+    own = [row for row in report.rows if row.identity != HUGGING_FACE]
+    assert max(row.error for row in own) <= bound(case), report.worst()
     blocks = view_of(zoo.shared(case)).every_block()
     names = {row.where for row in report.rows}
     for stack, block in blocks:

@@ -34,7 +34,7 @@ def test_a_bridge_computes_what_its_model_does(case: zoo.Case) -> None:
 
 
 def bridge_of(kind: str) -> Any:
-    return zoo.build(next(case for case in BRIDGES if case.family == kind))
+    return zoo.build(zoo.Case(kind, "TransformerBridge"))
 
 
 def test_edited_weights_are_no_fault_of_the_bridge() -> None:
