@@ -137,7 +137,9 @@ def test_typed_as_transformer_lens_is(folder: Path, tmp_path: Path) -> None:
 def test_self_contained(name: str, folder: Path) -> None:
     text = (folder / f"{name}.py").read_text()
     assert "tl_contextmix" not in text
-    known = {"torch", "einops", "jaxtyping", "tqdm", "pandas", "transformers", "transformer_lens"}
+    # What TransformerLens itself requires.
+    known = {"torch", "einops", "jaxtyping", "tqdm", "pandas", "numpy", "transformers"}
+    known |= {"transformer_lens"}
     for node in ast.walk(ast.parse(text)):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []

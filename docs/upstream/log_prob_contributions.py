@@ -116,12 +116,7 @@ class LogProbContributionsResult:
     incorrect_ids: Int[torch.Tensor, " batch"] | None = None
 
     def top(self, k: int = 5, *, batch: int = 0) -> list[tuple[str, float]]:
-        """Return the ``k`` components of an input that raise the target most.
-
-        Args:
-            k: How many.
-            batch: Which input.
-        """
+        """Return the ``k`` components that raise the target most in the input ``batch``."""
         k = require_int(k, "k")
         values, places = self.scores[:, batch].topk(min(k, len(self.labels)))
         return [(self.labels[i], v) for i, v in zip(places.tolist(), values.tolist(), strict=True)]

@@ -68,7 +68,7 @@ def _experts(handle: Any, here: str, edits: EditPoints) -> Experts | None:
     activation = _activation(held)
     scales_input = type(held).__name__ == "Llama4TextExperts"
     bounds = (1 - float(held.limit), 1 + float(held.limit)) if _limited(held) else None
-    how = {"activation": activation, "scales_input": scales_input, "bounds": bounds}
+    how: dict[str, Any] = {"activation": activation, "scales_input": scales_input, "bounds": bounds}
     experts = tuple(replace(expert, **how) for expert in experts)
     return Experts(
         pre=f"{here}.hook_in",
