@@ -22,6 +22,7 @@ import tl_contextmix as cm
 from tl_contextmix.engine.parts import Point
 from tl_contextmix.results import (
     AttentionKnockout,
+    AttributionGraph,
     ContextMap,
     ContextReliance,
     Decomposition,
@@ -136,6 +137,12 @@ def relied(model: Any, tokens: Tensor, **options: Any) -> ContextReliance:
         prompt = f"{prompt} {model.tokenizer.mask_token}"
     first = {name: value[:1] for name, value in options.items()}
     return cm.context_reliance(model, context, prompt, target=9, **first)
+
+
+def graphed(ask: Callable[..., Any], model: Any, tokens: Tensor, **options: Any) -> Any:
+    """A graph of the first sentence."""
+    first = {name: value[:1] for name, value in options.items()}
+    return ask(model, tokens[:1], pos=-1, **first)
 
 
 def by_sentence(found: LogProbContributions) -> Tensor:
@@ -278,6 +285,21 @@ FURTHER = [
         stacked=False,
         worded=True,
         batched=False,
+    ),
+    *(
+        Method(
+            ask.func.__name__,
+            functools.partial(graphed, ask),
+            lambda r: r.scores,
+            AttributionGraph,
+            pointed=False,
+            stacked=False,
+            batched=False,
+        )
+        for ask in (
+            functools.partial(cm.flow, target=9, foil=7, k=12),
+            functools.partial(cm.information_flow_routes, threshold=0.1),
+        )
     ),
 ]
 
