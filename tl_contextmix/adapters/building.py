@@ -194,17 +194,20 @@ def _settled(
     }
     if not wrong:
         return found
-    other = settle(
-        {
-            stack: [
-                [o for o in options if o not in _known(options)]
-                if (stack, layer) in wrong
-                else _known(options) or options
-                for layer, options in enumerate(blocks)
-            ]
-            for stack, blocks in readings.items()
-        }
-    )
+    try:
+        other = settle(
+            {
+                stack: [
+                    [o for o in options if o not in _known(options)]
+                    if (stack, layer) in wrong
+                    else _known(options) or options
+                    for layer, options in enumerate(blocks)
+                ]
+                for stack, blocks in readings.items()
+            }
+        )
+    except UnsupportedModel:  # some bridges do not show what a feed-forward sublayer puts out
+        return found
     return other if all(reproduced(other, *place) for place in wrong) else found
 
 
