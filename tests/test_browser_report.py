@@ -16,7 +16,7 @@ from browser import launched, opened, require_browser, screenshot
 
 import tl_contextmix as cm
 from tl_contextmix.plotting import Page
-from tl_contextmix.plotting.panels import Bars, ColoredText, Heatmap, Panel, Samples, Table
+from tl_contextmix.plotting.panels import Bars, ColoredText, Graph, Heatmap, Panel, Samples, Table
 from tl_contextmix.reporting import write_report
 
 pytestmark = pytest.mark.newest
@@ -74,6 +74,8 @@ def numbers_of(panel: Panel) -> list[float]:
         found = [cell for cell in cells if isinstance(cell, (int, float)) and cell is not True]
     elif isinstance(panel, ColoredText):
         found = [*panel.values]
+    elif isinstance(panel, Graph):
+        found = [dot.value for dot in panel.nodes]
     else:
         assert isinstance(panel, Samples)
         found = [value for values in panel.values for value in values]
