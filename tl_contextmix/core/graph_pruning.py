@@ -64,5 +64,6 @@ def _shares(edges: Edges) -> Edges:
 def _threshold(sizes: Float[Tensor, " some"], share: float) -> Float[Tensor, ""]:
     """Returns the size from which on the largest ones have a share of the sum."""
     order = sizes.sort(descending=True).values
-    place = int(torch.searchsorted(order.cumsum(0) / order.sum(), share))
+    sums = order.cpu().cumsum(0)  # on CUDA these have no fixed order
+    place = int(torch.searchsorted(sums / sums[-1], share))
     return order[min(place, len(order) - 1)]

@@ -193,7 +193,7 @@ class Vocabulary:
         if self.nonlinear:
             for step in steps.unique().tolist():
                 mine = steps == step
-                some = None if there is None else there[:, mine]
+                some = None if there is None else there[:, mine.to(there.device)]
                 found[:, mine] = self.gains(states[:, step], vectors[:, mine], some)
             return found
         every = torch.arange(len(steps))

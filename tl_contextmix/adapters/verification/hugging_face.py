@@ -46,8 +46,13 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
             logits = original(**_arguments(probe.clean.batch, probe.clean.logits.device)).logits
         except (AttributeError, TypeError, ValueError):
             return  # it takes something besides ids
-    logits = logits.to(probe.clean.logits)
-    error = relative_error(probe.clean.logits, logits)
+    own = probe.clean.logits
+    logits, finite = logits.to(own), own.isfinite()
+    if not bool(finite.any()):
+        return  # what overflows has no logits to compare
+    error = float("inf")
+    if torch.equal(finite, logits.isfinite()):
+        error = relative_error(own[finite], logits[finite])
     yield CheckRow(HUGGING_FACE, type(original).__name__, error, probe.tolerance)
 
 
