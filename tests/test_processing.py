@@ -61,7 +61,9 @@ def methods() -> dict[str, Method]:
         found[f"integrated_gradients {of}"] = lambda m, x, of=of: (
             cm.integrated_gradients(m, x, of=of, steps=50).scores
         )
-    for by in (by for by in SPLITS if by != "expert"):  # which this model has none of
+    for by in SPLITS:
+        if by == "expert":
+            continue  # this model has none
         found[f"log_prob_contributions {by}"] = lambda m, x, by=by: (
             cm.log_prob_contributions(m, x, by=by, **GOLD).scores
         )

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# A module with one of these has weights that the bridge itself does not show.
+SPECIAL = frozenset({"v_norm", "kv_b_proj"})
+
 
 def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
     """Returns a weight of an attention module; None where the bridge itself shows it.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import compression, is_latent, special_weight
+from tl_contextmix.adapters.attention_weights import SPECIAL, compression, is_latent, special_weight
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
@@ -104,7 +104,9 @@ class Handle:
         def read(name: str) -> Tensor | None:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
-            weight = special_weight(module, name, int(self.get().cfg.n_heads))
+            weight = None
+            if not SPECIAL.isdisjoint(module._modules):
+                weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
                 weight = _attribute(module, attribute)
             if weight is None:

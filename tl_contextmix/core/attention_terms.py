@@ -1,4 +1,4 @@
-"""What an attention sublayer reads in a pass, as a term of token sums; with an output gate, too."""
+"""What an attention sublayer with an output gate reads, as a term of token sums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Trace
 from tl_contextmix.core.token_sums import AttentionTerm, blocks
 
 
@@ -114,14 +113,3 @@ class GatedTerm(AttentionTerm):
         for sources in blocks(source, max_bytes // (size * (self.per_pair + self.weight.shape[2]))):
             out[:, :, sources] = self.dense(slice(None), sources).norm(dim=-1).transpose(1, 2)
         return out
-
-
-def read_term(
-    attention: AttentionSublayer, trace: Trace, rows: slice | list[int] = slice(None)
-) -> AttentionTerm:
-    """Returns what a sublayer writes at some targets of a pass, before a norm of its output."""
-    pattern, gate = trace.mixing(attention)[:, :, rows], trace.gate(attention)
-    scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
-    if gate is None:
-        return AttentionTerm(pattern, trace.value(attention), attention.W_O, scale)
-    return GatedTerm(pattern, trace.value(attention), attention.W_O, scale, gate=gate[:, rows])

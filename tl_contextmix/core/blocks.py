@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.activations import Activation, gated_slopes
-from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.core.token_sums import AttentionTerm, Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 FOLD_BYTES = 2**28
@@ -176,6 +177,14 @@ class AttentionSublayer:
         out = self.raw_output(trace)
         out = out if self.norm_out is None else self.norm_out(out)
         return shift(out, trace.edit(self.edits.out))
+
+    def term(self, trace: Trace, rows: slice | list[int] = slice(None)) -> AttentionTerm:
+        """Returns what it writes at some targets of a pass, before a norm of its output."""
+        pattern, gate = trace.mixing(self)[:, :, rows], trace.gate(self)
+        scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
+        if gate is None:
+            return AttentionTerm(pattern, trace.value(self), self.W_O, scale)
+        return GatedTerm(pattern, trace.value(self), self.W_O, scale, gate=gate[:, rows])
 
     def join(
         self, stream: Float[Tensor, "*batch target d_model"], raw: Tensor

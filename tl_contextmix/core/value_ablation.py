@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_contextmix.core.attention_terms import read_term
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.folded_weights import Branch, branches
@@ -337,7 +336,7 @@ def ablate_values(
         stream = earlier.join(stream, earlier.raw_output(trace, picked))
     for mixer in block.mixers:  # beside attention: it reads the same, and does not change
         stream = stream + mixer.output(trace)[:, picked]
-    read = read_term(attention, trace, picked)
+    read = attention.term(trace, picked)
     ff, fixed, pre = block.feed_forward, None, None
     if ff is not None:
         pre = _own_pre(ff, trace, picked)

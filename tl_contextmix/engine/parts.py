@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Pass
-from tl_contextmix.core.attention_terms import read_term
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Identity, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
@@ -99,7 +98,7 @@ def linear_points(
 
 
 def _attention_sum(attention: AttentionSublayer, trace: Trace) -> TokenSum:
-    read = read_term(attention, trace)
+    read = attention.term(trace)
     bias = read.scale.new_zeros(*read.scale.shape[:2], read.weight.shape[2])
     token_sum = TokenSum(
         terms=(read,),
