@@ -17,6 +17,7 @@ from meters import command_line, show
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import bootstrap_interval
+from tl_contextmix.evaluation import demo_pairs
 
 KINDS = ("agreement", "fact", "name")
 LURELESS = ("fact",)
@@ -25,7 +26,7 @@ LURELESS = ("fact",)
 def changes(model: Any, kind: str, count: int) -> dict[str, list[float]]:
     """Returns the change of each pair's log-odds, by what no position reads any more."""
     found: dict[str, list[float]] = {}
-    for pair in cm.demo_pairs(kind, count, lures=kind not in LURELESS):
+    for pair in demo_pairs(kind, count, lures=kind not in LURELESS):
         prefix = pair.prefix.split()
         named = {
             name: [1 + len(pair.good[:start].split()) for start, _ in stretches]

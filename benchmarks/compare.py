@@ -15,6 +15,7 @@ from pathlib import Path
 from meters import command_line
 
 import tl_contextmix as cm
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import Comparison
 
 PAGE = Path(__file__).parent.parent / "docs" / "pages" / "methods" / "comparison.md"
@@ -90,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = []
     for name in MODELS:
-        found = cm.compare(cm.load_demo(name), cm.demo_pairs(count=options.sentences))
+        found = cm.compare(cm.load_demo(name), demo_pairs(count=options.sentences))
         right = f"the model prefers the right verb in {found.correct} of {found.sentences}"
         parts.append(
             f"`{name}` ({right}):\n\n{table(found)}\n\n{lead(found)}\n\n{rollouts(found)}\n"

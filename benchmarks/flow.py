@@ -33,6 +33,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import bootstrap_interval, spearman
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import AttributionGraph
 
 PAGE = Path(__file__).parent.parent / "docs" / "pages" / "methods" / "flow.md"
@@ -66,7 +67,7 @@ class Asked(NamedTuple):
 
 def cases(model: Any, kind: str, count: int) -> Iterator[Asked]:
     """Yields prompts that the model gets right."""
-    for pair in cm.demo_pairs(kind, count=count, lures=kind != "fact"):
+    for pair in demo_pairs(kind, count=count, lures=kind != "fact"):
         good, wrong = pair.good.split(), pair.bad.split()
         at = next(i for i, (a, b) in enumerate(zip(good, wrong, strict=True)) if a != b)
         prompt = " ".join(good[:at])

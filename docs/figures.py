@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import tl_contextmix as cm
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import Result
 
 IMAGES = Path(__file__).parent / "pages" / "images"
@@ -50,7 +51,7 @@ def results() -> dict[str, Result]:
 
 def probed() -> Result:
     """Returns where the number of a masked verb can be read."""
-    pairs = cm.demo_pairs(count=400, seed=11)
+    pairs = demo_pairs(count=400, seed=11)
     return cm.probe(
         cm.load_demo("masked-lm"),
         [pair.masked("[MASK]") for pair in pairs],

@@ -23,6 +23,7 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from public import FUNCTIONS
 
 import tl_contextmix as cm
 from tl_contextmix.errors import FileFormatError
@@ -129,14 +130,13 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "report": {"results": one, "path": folder / "page.html"},
         "scan": {"model": model, "rows": [([5, 6, 7], 3, 4, "a"), ([5, 6], 3, 4, "b")]},
     }
-    public = [name for name in cm.__all__ if inspect.isfunction(getattr(cm, name))]
-    plain = {name: on_ids for name in public if name not in special}
+    plain = {name: on_ids for name in FUNCTIONS if name not in special}
     return special | plain | {"MinimalPair": {"good": "the cat", "bad": "the dog"}}
 
 
 def named(name: str) -> Any:
     """What a name of the table stands for."""
-    return MinimalPair if name == "MinimalPair" else getattr(cm, name)
+    return MinimalPair if name == "MinimalPair" else FUNCTIONS[name]
 
 
 class Fuzz:

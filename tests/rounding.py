@@ -24,6 +24,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import building, views
+from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
@@ -153,7 +154,7 @@ def _one(found: ContextMap, model: Any, case: zoo.Case) -> float:
 
 def _carried(found: ContextMap, model: Any, case: zoo.Case) -> float:
     given = zoo.inputs(case)
-    return _sum_of_parts(cm.decompx_vectors(model, given.tokens, **keywords(given)), model, case)
+    return _sum_of_parts(decompx_vectors(model, given.tokens, **keywords(given)), model, case)
 
 
 IDENTITIES: dict[str, tuple[str, Callable[[Any, Any, zoo.Case], float]]] = {

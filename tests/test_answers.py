@@ -18,7 +18,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.engine.log_prob_scores import run_question
-from tl_contextmix.evaluation import blanked
+from tl_contextmix.evaluation import blanked, demo_pairs
 from tl_contextmix.results import LogProbContributions
 
 TEXT = "the keys to the cabinet"
@@ -381,7 +381,7 @@ def test_faithfulness_and_compare_ask_for_a_contrast() -> None:
     real = float(log_odds(logits, [a], [i, w]))
     drop = blanked(view_of(model), ids, Answer(" are", {" is", " was"}), 7)
     assert drop.real == pytest.approx(real, abs=1e-4)
-    pairs = cm.demo_pairs(count=3)
+    pairs = demo_pairs(count=3)
     asked: dict[str, Any] = {"methods": ["gradient_x_input", "value_zeroing"]}
     right, contrast = (cm.compare(model, pairs, contrast=c, **asked) for c in (False, True))
     assert right.correct == contrast.correct

@@ -17,6 +17,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.questions import Answer, ask_in_pass
 from tl_contextmix.core.counters import Memory
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.methods import gradients
 from tl_contextmix.methods.alti import alti
 from tl_contextmix.methods.attention import attention
@@ -424,7 +425,7 @@ def test_what_the_steps_miss_is_said(
     case = family("bert")
     found = integrated_gradients(zoo.shared(case), zoo.inputs(case).tokens, steps=steps, pos=-1)
     assert found.bias is not None
-    said = [str(one.message) for one in recwarn if one.category is cm.ContextMixWarning]
+    said = [str(one.message) for one in recwarn if one.category is ContextMixWarning]
     assert bool(said) == warned
     if said:
         assert "in 1 steps miss more than a tenth" in said[0]
@@ -461,7 +462,7 @@ def test_a_prediction_that_never_changes_has_nothing_to_miss(
     found = integrated_gradients(model, given.tokens, steps=3, pos=-1)
     assert found.bias is not None
     assert not bool(found.scores.any() or found.bias.any())
-    assert not [one for one in recwarn if one.category is cm.ContextMixWarning]
+    assert not [one for one in recwarn if one.category is ContextMixWarning]
 
 
 @pytest.mark.once

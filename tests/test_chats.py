@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tl_contextmix as cm
+from tl_contextmix.evaluation import cue_alignment
 
 pytestmark = pytest.mark.once
 
@@ -70,7 +71,7 @@ def test_roles_are_sides_of_the_axes(model: Any) -> None:
     words = found.words()
     assert words.source.sides[0][0] == "system"
     # A cue after the target is no source in a chat either.
-    scored = cm.cue_alignment(found.mean("head"), [[1]], pos=3)
+    scored = cue_alignment(found.mean("head"), [[1]], pos=3)
     assert scored.rows[0].chance == pytest.approx(1 / 4)
     parts = cm.log_prob_contributions(model, [SYSTEM, USER], by="position")
     assert parts.tokens.sides == (("system", 7), ("user", 5), ("assistant", 1))

@@ -21,8 +21,16 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.statistics import bootstrap_interval, spearman
-from tl_contextmix.errors import FileFormatError
-from tl_contextmix.evaluation import MinimalPair, blanked, overlapping, place_tokens
+from tl_contextmix.errors import ContextMixWarning, FileFormatError
+from tl_contextmix.evaluation import (
+    MinimalPair,
+    blanked,
+    cue_alignment,
+    demo_pairs,
+    load_minimal_pairs,
+    overlapping,
+    place_tokens,
+)
 from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.reporting.comparison_section import write_comparison
 from tl_contextmix.results import Comparison, ContextMap, Score, ScoreRow, Tokens
@@ -39,7 +47,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def found(model: Any) -> Comparison:
-    return cm.compare(model, cm.demo_pairs(count=6), methods=FAST)
+    return cm.compare(model, demo_pairs(count=6), methods=FAST)
 
 
 # Minimal pairs
@@ -93,7 +101,7 @@ def test_pairs_are_read_from_blimp_s_format(tmp_path: Path) -> None:
     ]  # fmt: skip
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n")
-    pairs = cm.load_minimal_pairs(path)
+    pairs = load_minimal_pairs(path)
     assert [pair.answer for pair in pairs] == ["themselves", "barks", "dorment"]
     assert pairs[0].cues == ()
     spans = pairs[1].cues + pairs[1].lures
@@ -123,33 +131,33 @@ def test_lines_that_are_no_pairs_are_named(line: str, message: str, tmp_path: Pa
     first = '{"sentence_good": "a b", "sentence_bad": "a c"}\n'
     path.write_text(first + line, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(FileFormatError, match=message):
-        cm.load_minimal_pairs(path)
+        load_minimal_pairs(path)
 
 
 def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
     for path, name in ((tmp_path / "none.jsonl", r"none\.jsonl.*"), (tmp_path, ""), ("a\0b", "")):
         with pytest.raises(cm.InvalidInput, match=name + "a (local file|path)"):
-            cm.load_minimal_pairs(path)
+            load_minimal_pairs(path)
     marked = tmp_path / "marked"
     marked.write_text('\ufeff{"sentence_good": "a b", "sentence_bad": "a c"}')
-    assert len(cm.load_minimal_pairs(marked)) == 1
+    assert len(load_minimal_pairs(marked)) == 1
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(FileFormatError, match="an empty file"):
-        cm.load_minimal_pairs(tmp_path / "empty")
+        load_minimal_pairs(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("kind", ["agreement", "reflexive", "name", "determiner", "fact"])
 def test_pairs_of_the_grammar(kind: str) -> None:
     tempted = kind in ("agreement", "reflexive", "name")
-    pairs = cm.demo_pairs(kind, 20, lures=tempted)
+    pairs = demo_pairs(kind, 20, lures=tempted)
     assert len(pairs) == len(set(pairs)) == 20
     for pair in pairs:
         assert pair.cues
         assert bool(pair.lures) == tempted
         assert max(stop for _, stop in pair.cues) <= pair.target[0]
         assert pair.good.replace(pair.answer, "") != pair.good
-    assert cm.demo_pairs(kind, 5, lures=tempted) == pairs[:5]
-    assert cm.demo_pairs(kind, 5, lures=tempted, seed=6) != pairs[:5]
+    assert demo_pairs(kind, 5, lures=tempted) == pairs[:5]
+    assert demo_pairs(kind, 5, lures=tempted, seed=6) != pairs[:5]
     if kind == "agreement":
         singular = [pair for pair in pairs if pair.answer == "is"]
         assert all(pair.wrong == "are" for pair in singular)
@@ -159,7 +167,7 @@ def test_pairs_that_the_grammar_has_not() -> None:
     wrong: list[dict[str, Any]] = [{"kind": "tense"}, {"kind": "fact"}]
     for options in wrong:
         with pytest.raises(cm.InvalidInput, match=r"no such pairs.*one of .*with lures"):
-            cm.demo_pairs(**options)
+            demo_pairs(**options)
 
 
 # Tokens in their text, and words
@@ -261,37 +269,37 @@ def test_a_map_of_words_by_hand(model: Any) -> None:
 
 def test_cues_as_text_and_on_words(model: Any) -> None:
     fmap = cm.attention_norms(model, "the keys to the cabinet").normalize()
-    by_place = cm.cue_alignment(fmap, [[2]]).to_dataframe()
-    assert by_place.equals(cm.cue_alignment(fmap, [["keys"]]).to_dataframe())
+    by_place = cue_alignment(fmap, [[2]]).to_dataframe()
+    assert by_place.equals(cue_alignment(fmap, [["keys"]]).to_dataframe())
     # A text stands for all of its kind: both "the".
-    both = cm.cue_alignment(fmap, [[1, 4]]).to_dataframe()
-    assert both.equals(cm.cue_alignment(fmap, [[" the"]]).to_dataframe())
-    words = cm.cue_alignment(fmap.words([(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]), [["the keys"]])
+    both = cue_alignment(fmap, [[1, 4]]).to_dataframe()
+    assert both.equals(cue_alignment(fmap, [[" the"]]).to_dataframe())
+    words = cue_alignment(fmap.words([(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]), [["the keys"]])
     dots = [row.value for row in words.rows if row.metric == "dot"]
-    pieces = [row.value for row in cm.cue_alignment(fmap, [[1, 2]]).rows if row.metric == "dot"]
+    pieces = [row.value for row in cue_alignment(fmap, [[1, 2]]).rows if row.metric == "dot"]
     assert dots == pytest.approx(pieces)
     with pytest.raises(cm.InvalidInput, match=r"'dogs', a position or token, in sentence 0"):
-        cm.cue_alignment(fmap, [["dogs"]])
+        cue_alignment(fmap, [["dogs"]])
     with pytest.raises(cm.InvalidInput, match=r"this cues: got \['keys'\]"):
-        cm.cue_alignment(fmap, ["keys"])
+        cue_alignment(fmap, ["keys"])
     with pytest.raises(cm.InvalidInput, match=r"2 for 1 sentences"):
-        cm.cue_alignment(fmap, [[1]], pos=[1, 2])
+        cue_alignment(fmap, [[1]], pos=[1, 2])
 
 
 # The comparison
 
 
 def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison) -> None:
-    pairs = cm.demo_pairs(count=6)
+    pairs = demo_pairs(count=6)
     maps = [cm.value_zeroing(model, pair.prefix).normalize() for pair in pairs]
     cues = []
     for pair, map in zip(pairs, maps, strict=True):
         assert map.target.strings[0][-1].strip() == pair.prefix.split()[-1]
         before = [pair.good[:start].count(" ") for start, _ in pair.cues]
         cues.append([place + 1 for place in before])  # one token per word, behind the first mark
-    expected = cm.cue_alignment(maps, cues)
-    rolled = cm.cue_alignment([map.rollout() for map in maps], cues)
-    added = cm.cue_alignment([map.rollout(add_identity=True) for map in maps], cues)
+    expected = cue_alignment(maps, cues)
+    rolled = cue_alignment([map.rollout() for map in maps], cues)
+    added = cue_alignment([map.rollout(add_identity=True) for map in maps], cues)
     ours = {(r.layer, r.metric): r for r in found.rows if r.method == "value_zeroing"}
     whole = [replace(r, layer=f"{r.layer}, with identity") for r in added.rows]
     for row in (*expected.rows, *(r for r in (*rolled.rows, *whole) if "to 3" in r.layer)):
@@ -446,7 +454,7 @@ def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison)
 
 def test_likeness_by_hand(model: Any, found: Comparison) -> None:
     values = []
-    for pair in cm.demo_pairs(count=6):
+    for pair in demo_pairs(count=6):
         a = cm.attention(model, pair.prefix, heads=False).normalize().rollout()
         b = cm.decompx(model, pair.prefix)
         values.append(float(spearman(a.scores[0, -1, 0, -1], b.scores[0, -1, 0, -1])))
@@ -464,14 +472,14 @@ def test_saved_shown_and_printed(found: Comparison, tmp_path: Path) -> None:
 
 def test_masked_models_are_asked_at_the_mask() -> None:
     model = cm.load_demo("masked-lm")
-    pairs = cm.demo_pairs(count=3)
+    pairs = demo_pairs(count=3)
     found = cm.compare(model, pairs, methods=["attention"])
     texts = [pair.masked("[MASK]") for pair in pairs]
     cues = [[pair.good[slice(*cue)] for cue in pair.cues] for pair in pairs]
     again = cm.compare(model, texts, cues=cues, methods=["attention"])
     places = [text.split().index("[MASK]") + 1 for text in texts]
     maps = [cm.attention(model, text, heads=False).normalize() for text in texts]
-    expected = cm.cue_alignment(maps, cues, pos=places)
+    expected = cue_alignment(maps, cues, pos=places)
     for one in (found, again):
         rows = {(r.layer, r.metric): r.value for r in one.rows}
         for row in expected.rows:
@@ -519,7 +527,7 @@ def test_words_of_several_tokens(model: Any) -> None:
     assert chance == {sum([1 / 7, 1 / 7]) / 2}
     assert {row.chance for row in tokens.rows if row.metric == "dot"} != chance
     maps = [cm.value_zeroing(model, text).normalize().words() for text in texts]
-    expected = {(row.layer, row.metric): row.value for row in cm.cue_alignment(maps, cues).rows}
+    expected = {(row.layer, row.metric): row.value for row in cue_alignment(maps, cues).rows}
     ours = {(r.layer, r.metric): r.value for r in found.rows if r.method == "value_zeroing"}
     for key, value in expected.items():
         assert ours[key] == pytest.approx(value, abs=1e-6)
@@ -563,7 +571,7 @@ def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
 def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     model: Any, tmp_path: Path
 ) -> None:
-    pairs = list(cm.demo_pairs(count=3))
+    pairs = list(demo_pairs(count=3))
     other = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
     mixed = [other, *pairs[:1], other, *pairs[1:]]
     found = cm.compare(model, mixed, methods=["attention"], unusable="drop")
@@ -611,11 +619,11 @@ def test_only_what_resumes_is_said_to_go_on_when_interrupted(
 
 
 def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens") as caught:
+    with pytest.warns(ContextMixWarning, match="no sentence has at least two tokens") as caught:
         found = cm.compare(model, ["the keys"], methods=["attention"])
     assert len(caught) == 1
     assert all(math.isnan(row.value) for row in found.rows)
-    with pytest.warns(cm.ContextMixWarning, match="no sentence has at least two tokens"):
+    with pytest.warns(ContextMixWarning, match="no sentence has at least two tokens"):
         cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
 
 
@@ -732,7 +740,7 @@ def test_command(
     monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", lambda: few)
     page = tmp_path / "page.html"
     pairs = tmp_path / "pairs.jsonl"
-    three = cm.demo_pairs(count=3)
+    three = demo_pairs(count=3)
     lines = [json.dumps({"sentence_good": one.good, "sentence_bad": one.bad}) for one in three]
     pairs.write_text("\n".join(lines))
     arguments = ["compare", "--model", "masked-lm", "--sentences", "2", "-o", str(page)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import Point
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.results import (
     AttentionKnockout,
     AttributionGraph,
@@ -445,7 +446,7 @@ def test_processed_weights_are_detected_and_named_once(case: zoo.Case) -> None:
         warnings.simplefilter("always")
         first = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
         again = cm.attention_norms(model, given.tokens, at=_OPEN, **keywords(given))
-    told = [str(w.message) for w in caught if issubclass(w.category, cm.ContextMixWarning)]
+    told = [str(w.message) for w in caught if issubclass(w.category, ContextMixWarning)]
     processing = first.provenance.processing
     changes_norms = {"center_writing_weights", "fold_value_biases"} & set(processing)
     assert again.provenance.processing == processing

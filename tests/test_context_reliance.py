@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tl_contextmix as cm
-from tl_contextmix.results import ContextReliance
+from tl_contextmix.results import ContextReliance, Result
 
 pytestmark = pytest.mark.once
 
@@ -110,7 +110,7 @@ def test_what_the_model_says_itself(model: Any, tmp_path: Any) -> None:
     assert [*frame.columns][-5:] == ["kl", "log_prob", "log_prob_without", "flagged", "score"]
     part = found.select(target=1)
     assert part.without == ((found.without[0][1],),)
-    assert cm.Result.load(found.save(tmp_path / "one.safetensors")).equals(found)
+    assert Result.load(found.save(tmp_path / "one.safetensors")).equals(found)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -19,7 +19,8 @@ from asked import case_of, view_of
 from test_mining import texts
 
 import tl_contextmix as cm
-from tl_contextmix.methods.memories import corpus_formats, shards
+from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.methods.memories import corpus_formats, merge_triggers, shards
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 
 pytestmark = pytest.mark.once
@@ -195,14 +196,14 @@ def test_a_corpus_that_was_hardly_read_is_warned_of(
         mine("two", rank=rank, world_size=2)
     asked: list[Callable[[], Any]] = [
         lambda: mine("one"),
-        lambda: cm.merge_triggers(tmp_path / "two"),
+        lambda: merge_triggers(tmp_path / "two"),
         lambda: cm.composition(model, corpus, malformed="skip"),
     ]
     for ask in asked:
         if message is None:
             ask()
         else:
-            with pytest.warns(cm.ContextMixWarning, match=message):
+            with pytest.warns(ContextMixWarning, match=message):
                 ask()
 
 

@@ -21,6 +21,7 @@ from zoo_refused import REFUSED
 
 import tl_contextmix as cm
 from tl_contextmix.core.text_metrics import METRICS, Output, edit_distance, make_metrics, repetition
+from tl_contextmix.errors import ContextMixError
 from tl_contextmix.results import LayerCurves, LayerwiseDecoding, Provenance
 from tl_contextmix.results.curves import curve_point
 
@@ -238,7 +239,7 @@ def test_repetition() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, metric in (("sacrebleu", "BLEU"), ("jiwer", "WER")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(cm.ContextMixError, match=rf"needs the package {package}.*\[metrics\]"):
+        with pytest.raises(ContextMixError, match=rf"needs the package {package}.*\[metrics\]"):
             decoding().metrics(metric=metric)
 
 

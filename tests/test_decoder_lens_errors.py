@@ -14,6 +14,7 @@ import zoo
 from test_decoder_lens_data import decoding
 
 import tl_contextmix as cm
+from tl_contextmix.errors import ContextMixError
 from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood, LayerwiseScores
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
@@ -153,7 +154,7 @@ def test_what_agrees_with_its_metric_is_no_mistake() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 5, "t5-small", torch.nn.Linear(2, 2)])
 def test_what_is_no_model(wrong: Any) -> None:
-    with pytest.raises(cm.ContextMixError):
+    with pytest.raises(ContextMixError):
         bare(cm.decoder_lens)(wrong, "the cat")
 
 

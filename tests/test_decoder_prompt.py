@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
+from tl_contextmix.errors import ContextMixWarning
 
 pytestmark = pytest.mark.skipif(
     zoo_build.major() < 4, reason="multilingual models are on the bridge of 4.x alone"
@@ -127,7 +128,7 @@ def test_a_language_that_only_the_tokenizer_knows_is_told_and_warned_of(tmp_path
     tokenizer = nllb_tokenizer(tmp_path, tgt_lang="fra_Latn")
     french = tokenizer.convert_tokens_to_ids("fra_Latn")
     model = bridge("m2m100", tokenizer)
-    with pytest.warns(cm.ContextMixWarning, match="'fra_Latn'.*told </s> fra_Latn here.*forced_b"):
+    with pytest.warns(ContextMixWarning, match="'fra_Latn'.*told </s> fra_Latn here.*forced_b"):
         require_prompt(model, "m2m100", [2, french], forced_bos_token_id=french)
 
 
@@ -142,7 +143,7 @@ def test_a_language_that_generation_forces_comes_first(
         require_prompt, model, "m2m100", [2, french], forced_bos_token_id=french
     )
     if language == "deu_Latn":
-        with pytest.warns(cm.ContextMixWarning, match="'deu_Latn'.*told </s> fra_Latn here"):
+        with pytest.warns(ContextMixWarning, match="'deu_Latn'.*told </s> fra_Latn here"):
             ask()
         return
     ask()
@@ -179,12 +180,12 @@ def test_a_text_with_the_prompt_gets_no_second_one(tmp_path: Path) -> None:
         model = bridge("bart", forced_bos_token_id=forced)
         plain = start_of(model, "the dog")
         assert plain[:2] == [2, 0]
-        with pytest.warns(cm.ContextMixWarning, match="has its prompt: got '</s><s>'"):
+        with pytest.warns(ContextMixWarning, match="has its prompt: got '</s><s>'"):
             assert start_of(model, "</s><s>the dog") == plain
     model = bridge("m2m100", nllb_tokenizer(tmp_path, tgt_lang="fra_Latn"))
     plain = start_of(model, "a b")
     # Of these the code frames every text of the tokenizer's.
-    with pytest.warns(cm.ContextMixWarning, match="has special tokens .* got 'fra_Latn'"):
+    with pytest.warns(ContextMixWarning, match="has special tokens .* got 'fra_Latn'"):
         assert start_of(model, "fra_Latna b") == plain
     assert start_of(model, "deu_Latna b") != plain
 
@@ -251,7 +252,7 @@ def test_m2m100_names_languages_by_codes_that_are_no_tokens(tmp_path: Path) -> N
     free = cm.decoder_lens(model, "ab c", language="fr", max_new_tokens=5, layer=-1)
     assert free.ids[0, -1].tolist() == said[0, 1:].tolist()
     tokenizer.tgt_lang = "de"
-    with pytest.warns(cm.ContextMixWarning, match="'de', and a decoder that is told </s> __de__"):
+    with pytest.warns(ContextMixWarning, match="'de', and a decoder that is told </s> __de__"):
         assert prompt_of() == [2, german]
     assert prompt_of(language="fr") == [2, french]
     with pytest.raises(cm.InvalidInput, match="knows no such language: got language='fra_Latn'"):
@@ -273,7 +274,7 @@ def test_mbarts_decoder_starts_with_the_language(tmp_path: Path) -> None:
     model = bridge("mbart", tokenizer, decoder_start_token_id=romanian)
     require_prompt(model, "mbart", [romanian], decoder_start_token_id=romanian)
     model = bridge("mbart", tokenizer)
-    with pytest.warns(cm.ContextMixWarning, match="'ro_RO', and a decoder that is told ro_RO"):
+    with pytest.warns(ContextMixWarning, match="'ro_RO', and a decoder that is told ro_RO"):
         require_prompt(model, "mbart", [romanian], decoder_start_token_id=romanian)
 
 
@@ -488,14 +489,14 @@ def test_a_language_of_whispers_tokenizer_is_told_and_warned_of() -> None:
         return cm.decoder_lens(model, features(), mode="scores", target=[7], tokenizer=tokenizer)
 
     model = whisper(**MULTILINGUAL)
-    with pytest.warns(cm.ContextMixWarning, match="'english', and a decoder that is told <1> <41>"):
+    with pytest.warns(ContextMixWarning, match="'english', and a decoder that is told <1> <41>"):
         found = ask(model)
     with torch.no_grad():
         ids = torch.tensor([tokenizer.prefix_tokens] * 2)
         right = model(features(), decoder_input_ids=ids).logits[:, -1].log_softmax(-1)
     torch.testing.assert_close(found.log_probs[:, -1], right[:, [7]])
     model.generation_config.language = "de"
-    with pytest.warns(cm.ContextMixWarning, match="'english', and a decoder that is told <1> <40>"):
+    with pytest.warns(ContextMixWarning, match="'english', and a decoder that is told <1> <40>"):
         other = ask(model)
     assert not torch.allclose(found.log_probs, other.log_probs)
     model.generation_config.language = "en"

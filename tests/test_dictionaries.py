@@ -16,6 +16,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.plotting.panels import Graph
+from tl_contextmix.results import Result
 from tl_contextmix.results.components import ERRORS
 
 TEXT = "the keys to the cabinet"
@@ -270,7 +271,7 @@ def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
         assert contexts == tuple(trigger.context for trigger in own.triggers)
     assert all(node.kind == "mlp feature" for node in told.nodes if node.triggers)
     assert "triggered by" in told.show().html()
-    assert cm.Result.load(told.save(tmp_path / "told.safetensors")).equals(told)
+    assert Result.load(told.save(tmp_path / "told.safetensors")).equals(told)
     with pytest.raises(cm.InvalidInput, match="those of other neurons"):
         cm.flow(demo, TEXT, **ARE).with_triggers(again)
     with pytest.raises(cm.InvalidInput, match="those of other features"):
@@ -293,7 +294,7 @@ def test_a_direction_may_be_the_encoder_of_a_feature(demo, transcoder):
 def test_graph_files_have_features_and_errors(demo, transcoder, tmp_path):
     sae = made(128, 128, 5, hook_name="blocks.1.hook_resid_mid")
     graph = cm.flow(demo, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
-    assert cm.Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
+    assert Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
     panel = graph.panels()[0]
     assert isinstance(panel, Graph)
     assert {"L1 resid_mid feature", "L1 mlp feature", "L1 mlp error"} <= {*panel.rows}

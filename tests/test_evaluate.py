@@ -14,6 +14,7 @@ from test_value_zeroing import case_of
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.demo_models.grammar import Grammar
+from tl_contextmix.evaluation import agreement, cue_alignment
 from tl_contextmix.results import ContextMap, Score
 
 TEXT = "the keys to the cabinet"
@@ -39,7 +40,7 @@ def test_cue_alignment_by_hand(fmap: ContextMap) -> None:
     # The last row: half on the second token, a quarter on the third and the first.
     scores[0, :, 0, -1, :] = torch.tensor([0.25, 0.5, 0.25, 0, 0, 0])
     made = replace(fmap, scores=scores, bias=None)
-    found = cm.cue_alignment(made, [[2]])
+    found = cue_alignment(made, [[2]])
     dot, precision = rows(found, "dot")[0], rows(found, "average precision")[0]
     assert dot.value == pytest.approx(0.25)
     assert dot.chance == pytest.approx(1 / 6)
@@ -48,16 +49,16 @@ def test_cue_alignment_by_hand(fmap: ContextMap) -> None:
     assert precision.chance == pytest.approx(sum(1 / k for k in range(1, 7)) / 6)
     assert math.isnan(dot.low)
     assert math.isnan(dot.high)
-    several = rows(cm.cue_alignment(made, [[1, 2]]), "dot")[0]
+    several = rows(cue_alignment(made, [[1, 2]]), "dot")[0]
     assert several.value == pytest.approx(0.75)
     assert several.chance == pytest.approx(2 / 6)
 
 
 def test_only_what_a_target_can_read_counts(fmap: ContextMap) -> None:
-    found = rows(cm.cue_alignment(fmap, [[1]], pos=2), "dot")[0]
+    found = rows(cue_alignment(fmap, [[1]], pos=2), "dot")[0]
     assert found.chance == pytest.approx(1 / 3)
     with pytest.raises(cm.InvalidInput, match=r"position 4.*one of \[0, 1, 2\]"):
-        cm.cue_alignment(fmap, [[4]], pos=2)
+        cue_alignment(fmap, [[4]], pos=2)
 
 
 def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
@@ -69,14 +70,14 @@ def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
                 cases.append((" ".join(sentence.words[: site.target]), site.cues[0] + 1))
     cases = cases[:25]
     maps = [cm.value_zeroing(model, text).normalize() for text, _ in cases]
-    found = cm.cue_alignment(maps, [[cue] for _, cue in cases])
+    found = cue_alignment(maps, [[cue] for _, cue in cases])
     best = max(rows(found, "dot"), key=lambda row: row.value)
     assert best.sentences == 25
     # Measured 0.97 in layer 2; attention norms of the whole block stay below 0.3.
     assert best.low > 0.8
     assert best.low > best.chance
     norms = [cm.attention_norms(model, text).normalize() for text, _ in cases]
-    others = rows(cm.cue_alignment(norms, [[cue] for _, cue in cases]), "dot")
+    others = rows(cue_alignment(norms, [[cue] for _, cue in cases]), "dot")
     assert max(row.value for row in others) < best.low
 
 
@@ -85,7 +86,7 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
     together = cm.attention_norms(model, texts).normalize()
     single = [cm.attention_norms(model, text).normalize() for text in texts]
     for a, b in zip(
-        cm.cue_alignment(together, cues).rows, cm.cue_alignment(single, cues).rows, strict=True
+        cue_alignment(together, cues).rows, cue_alignment(single, cues).rows, strict=True
     ):
         assert a.value == pytest.approx(b.value, rel=1e-5)
         assert a.chance == pytest.approx(b.chance)
@@ -94,11 +95,11 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
 def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
     model: Any, fmap: ContextMap
 ) -> None:
-    whole = cm.cue_alignment(fmap, [[1]], pos=3).rows
-    assert rows(cm.cue_alignment(fmap, [[1]], pos=3), "dot")[0].chance == pytest.approx(1 / 4)
-    one = cm.cue_alignment(fmap.select(target=3), [[1]]).rows
-    zeroed = cm.cue_alignment(cm.value_zeroing(model, TEXT, pos=3).normalize(), [[1]]).rows
-    gradient = cm.cue_alignment(cm.gradient_x_input(model, TEXT, pos=3).normalize(), [[1]]).rows
+    whole = cue_alignment(fmap, [[1]], pos=3).rows
+    assert rows(cue_alignment(fmap, [[1]], pos=3), "dot")[0].chance == pytest.approx(1 / 4)
+    one = cue_alignment(fmap.select(target=3), [[1]]).rows
+    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, pos=3).normalize(), [[1]]).rows
+    gradient = cue_alignment(cm.gradient_x_input(model, TEXT, pos=3).normalize(), [[1]]).rows
     for found in (one, zeroed, gradient):
         for a, b in zip(found, whole, strict=False):
             assert a.chance == pytest.approx(b.chance)
@@ -107,11 +108,11 @@ def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
 
 
 def test_agreement_with_itself_and_with_its_reverse(fmap: ContextMap) -> None:
-    assert {round(row.value, 9) for row in cm.agreement(fmap, fmap).rows} == {1.0}
+    assert {round(row.value, 9) for row in agreement(fmap, fmap).rows} == {1.0}
     # Every row's order turned around among what can be read.
     top = fmap.scores.max() + 1
     turned = torch.tril(top - fmap.scores)
-    found = cm.agreement(fmap, replace(fmap, scores=turned, bias=None))
+    found = agreement(fmap, replace(fmap, scores=turned, bias=None))
     assert {round(row.value, 9) for row in found.rows} == {-1.0}
 
 
@@ -197,8 +198,8 @@ def test_gradients_under_inference_mode(model: Any) -> None:
 
 
 def test_scores_show_save_and_add(fmap: ContextMap, tmp_path: Any) -> None:
-    found = cm.cue_alignment(fmap, [[2]], method="mine")
-    both = found + cm.agreement(fmap, fmap)
+    found = cue_alignment(fmap, [[2]], method="mine")
+    both = found + agreement(fmap, fmap)
     assert len(both.rows) == 16
     assert set(both.to_dataframe().columns) >= {"method", "layer", "value", "low", "chance"}
     assert Score.load(both.save(tmp_path / "score")).equals(both)
@@ -210,16 +211,16 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
     raw = cm.attention_norms(model, TEXT)
     heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
     for call, message in (
-        (lambda: cm.cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
-        (lambda: cm.cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
+        (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
+        (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
         (
-            lambda: cm.cue_alignment(fmap, [[]]),
+            lambda: cue_alignment(fmap, [[]]),
             r"at least one cue, positions or texts",
         ),
-        (lambda: cm.cue_alignment(fmap, [[9]]), r"position 9.*one of"),
-        (lambda: cm.cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
-        (lambda: cm.agreement(fmap, fmap.select(layer=1)), r"different tokens or layers"),
-        (lambda: cm.cue_alignment(heads, [[1]]), r"4 heads"),
+        (lambda: cue_alignment(fmap, [[9]]), r"position 9.*one of"),
+        (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
+        (lambda: agreement(fmap, fmap.select(layer=1)), r"different tokens or layers"),
+        (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
         (lambda: cm.faithfulness(model, "the dogs near", fmap), r"of a different input"),
         (lambda: cm.faithfulness(model, TEXT, fmap, target=[10**6]), r"no target: got 1000000"),
         (
@@ -231,8 +232,8 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
             lambda: cm.faithfulness(model, TEXT, fmap, pos=9),
             r"no such position: got 9",
         ),
-        (lambda: cm.agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),
-        (lambda: cm.cue_alignment(fmap, [[True]]), r"this cues: got \[\[True\]\]"),
+        (lambda: agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),
+        (lambda: cue_alignment(fmap, [[True]]), r"this cues: got \[\[True\]\]"),
     ):
         with pytest.raises(cm.InvalidInput, match=message):
             call()

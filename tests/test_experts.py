@@ -24,6 +24,7 @@ from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, gat
 from tl_contextmix.core.blocks import EditPoints
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.experts import Experts
+from tl_contextmix.methods.decompx import decompx_vectors
 
 pytestmark = [
     pytest.mark.once,
@@ -146,7 +147,7 @@ def test_parts_add_up_at_every_point(kind: str, bias: Any) -> None:
     added = cm.decompose(model, tokens, at="mlp_out", bias=bias, layer=-1).total()[:, 0]
     own = trace[ff.written]
     assert relative(added, own if ff.norm_out is None else ff.norm_out(own)) < FLOAT32_INSIDE
-    whole = cm.decompx_vectors(model, tokens, bias=bias)
+    whole = decompx_vectors(model, tokens, bias=bias)
     assert relative(whole.total()[:, -1], trace[blocks[-1].resid_out]) < FLOAT32_INSIDE
     fed = cm.token_memory(model, tokens, layer=-1, bias=bias)
     coefficients = cm.ff_memories(model, tokens, layer=-1).coefficients

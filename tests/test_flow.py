@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tl_contextmix as cm
 from tl_contextmix.core.blocks import AttentionSublayer, FeedForward, Trace
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.results import AttributionGraph
+from tl_contextmix.results import AttributionGraph, Result
 
 CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
 TEXT = "the keys to the cabinet"
@@ -377,7 +377,7 @@ def test_what_is_no_graph_is_refused(demo, asked, words):
 @pytest.mark.once
 def test_tables_and_files(demo, tmp_path):
     graph = cm.flow(demo, TEXT, **ARE)
-    assert cm.Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
+    assert Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
     nodes, edges = graph.to_dataframe(), graph.to_dataframe("edges")
     assert nodes.label.tolist() == [node.label for node in graph.nodes]
     into = edges.groupby("target").score.sum()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.plotting.panels import Curves, Table
-from tl_contextmix.results import AttributionGraph, FlowKnockout
+from tl_contextmix.results import AttributionGraph, FlowKnockout, Result
 
 FAMILIES = ["gpt2", "gptj", "gemma2", "t5", "bert"]
 TEXT = "the keys to the cabinet"
@@ -208,7 +208,7 @@ def test_what_cannot_be_ablated(demo: Any, graph: AttributionGraph):
 @pytest.mark.once
 def test_tables_files_and_pages(demo: Any, graph: AttributionGraph, tmp_path: Any):
     found = cm.flow_knockout(demo, TEXT, graph=graph, k=8)
-    assert cm.Result.load(found.save(tmp_path / "out.safetensors")).equals(found)
+    assert Result.load(found.save(tmp_path / "out.safetensors")).equals(found)
     counts, nodes = found.to_dataframe(), found.to_dataframe("nodes")
     assert counts["count"].tolist() == [1, 2, 4, 8]
     assert (counts.random_low <= counts.random).all()

@@ -16,6 +16,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.words import find_text
+from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import ContextMap
 
@@ -110,7 +111,7 @@ def test_decompx_adds_up_to_the_difference_of_logits(case: zoo.Case) -> None:
         assert relative(total, expected) <= bound(case)
     # The vectors after the last layer, read by hand.
     found = cm.decompx(model, given.tokens, **asked)
-    vectors = cm.decompx_vectors(model, given.tokens, layer=-1, **keywords(given))
+    vectors = decompx_vectors(model, given.tokens, layer=-1, **keywords(given))
     parts, bias = vectors.parts[:, 0, -2], vectors.bias[:, 0, -2]
     whole, norm = parts.sum(dim=1) + bias, view.readout.norm
     W_U, b_U = view.readout.weights("W_U"), view.readout.weights("b_U")

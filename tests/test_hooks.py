@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.methods.decompx import decompx_vectors
 
 
 def cases_of(*families: str) -> list[Any]:
@@ -119,7 +120,7 @@ def asked(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
     return {
         "attention": partial(cm.attention, model, tokens),
         "value_zeroing": partial(cm.value_zeroing, model, tokens),
-        "decompx": partial(cm.decompx_vectors, model, tokens),
+        "decompx": partial(decompx_vectors, model, tokens),
         "flow": partial(cm.flow, model, tokens[:1], k=5),
         "information_flow_routes": partial(cm.information_flow_routes, model, tokens[:1]),
         "alti": partial(cm.alti, model, tokens),

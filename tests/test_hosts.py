@@ -18,6 +18,7 @@ from tl_contextmix.adapters.inputs import Given, make_batch, run_pass
 from tl_contextmix.adapters.verification import CheckRow
 from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE
 from tl_contextmix.engine.parts import Point
+from tl_contextmix.errors import ContextMixWarning
 
 CASES = [pytest.param(case, id=case.id) for case in zoo.cases()]
 REFUSED = [pytest.param(case, id=case.id) for case in zoo.REFUSED]
@@ -251,7 +252,7 @@ def test_points_without_names_are_told_apart_in_compatibility_mode() -> None:
     for names in (None, "", "the same"):
         case = case_of("gpt2", host="TransformerBridge")
         model = zoo.build(case, dtype=torch.float32, processed=True)
-        with pytest.warns(cm.ContextMixWarning, match="processed"):
+        with pytest.warns(ContextMixWarning, match="processed"):
             found.append(cm.attention_norms(model, tokens).scores)
         for point in model.hook_dict.values():
             point.name = names

@@ -14,6 +14,7 @@ import unchecked
 import zoo
 import zoo_build
 from asked import case_of, keywords, view_of
+from public import FUNCTIONS
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -384,9 +385,8 @@ def test_missing_arguments_are_told_in_pythons_own_words() -> None:
 
 def test_signatures_show_every_option_by_name() -> None:
     known = ["attention_mask", "prepend_bos", "padding_side", "decoder_input", "cache"]
-    functions = [f for f in (getattr(cm, name) for name in cm.__all__) if inspect.isfunction(f)]
-    assert len(functions) > 10
-    for function in functions:
+    assert len(FUNCTIONS) > 10
+    for function in FUNCTIONS.values():
         parameters = inspect.signature(function).parameters.values()
         assert all(one.kind is not one.VAR_KEYWORD for one in parameters), function
     shown = inspect.signature(cm.attention_norms).parameters

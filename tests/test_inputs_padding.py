@@ -20,6 +20,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.inputs import padding as measured
+from tl_contextmix.errors import ContextMixWarning
 
 TEXTS = ["the cat sat on the mat", "a dog"]
 P = 0  # padding of the tokenizers below
@@ -32,7 +33,7 @@ def told(*parts: str) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    texts = [str(w.message) for w in caught if issubclass(w.category, cm.ContextMixWarning)]
+    texts = [str(w.message) for w in caught if issubclass(w.category, ContextMixWarning)]
     assert len(texts) == bool(parts), texts
     for part in parts:
         assert part in texts[0]

@@ -18,6 +18,7 @@ from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.tokens import read_batch
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.counters import count_operations
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.results import LogProbContributions
 from tl_contextmix.results.base import axes_of
 
@@ -103,7 +104,7 @@ def test_numbers_of_both_sides_of_an_encoder_decoder(
 
         def ask(stack: Any = stack) -> Any:
             asked = {} if stack is None else {"stack": stack}
-            with pytest.warns(cm.ContextMixWarning, match="decoder_input is taken as padded"):
+            with pytest.warns(ContextMixWarning, match="decoder_input is taken as padded"):
                 return method.ask(model, ids, attention_mask=mask, decoder_input=decoded, **asked)
 
         require_equal(ask(), as_one(monkeypatch, ask))

@@ -17,6 +17,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.adapters.questions import Answer, ask, single_token
 from tl_contextmix.core.contrast import Contrast
+from tl_contextmix.errors import ContextMixWarning
 
 
 @pytest.mark.once
@@ -199,7 +200,7 @@ def test_a_leading_space_is_part_of_a_target() -> None:
     def contrast(target: str) -> Contrast:
         return ask(view, batch, Answer(target=target)).contrast(logits)
 
-    with pytest.warns(cm.ContextMixWarning, match=r"'dog', which the model finds 148 times less"):
+    with pytest.warns(ContextMixWarning, match=r"'dog', which the model finds 148 times less"):
         assert contrast("dog").target[0].tolist() == [12]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

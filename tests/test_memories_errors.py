@@ -17,6 +17,8 @@ import numpy as np, torch, zoo
 from asked import case_of
 from test_mining import texts
 import tl_contextmix as cm
+from tl_contextmix.methods.memories import merge_triggers
+from tl_contextmix.methods.memories import mine_on_ray
 here = Path(tempfile.mkdtemp())
 model, corpus = zoo.build(case_of("gpt2")), texts(20)
 tokens = zoo.inputs(case_of("gpt2")).tokens
@@ -29,7 +31,7 @@ two = [cm.composition(model, corpus, active=active) for active in ("positive", "
 def mine(**options):
     return cm.mine_triggers(model, ["the cat"], **{"out": here / "new", "k": 2, **options})
 def ray(**options):
-    return cm.mine_on_ray(object, "corpus.txt", **{"out": here / "ray", **options})
+    return mine_on_ray(object, "corpus.txt", **{"out": here / "ray", **options})
 """
 _NOTHING_WRITTEN = 'assert not (here / "new").exists() or not list((here / "new").iterdir())'
 _REFUSED = {
@@ -77,9 +79,9 @@ _REFUSED = {
     "found.to_jsonl(here / 'no' / 'a.jsonl')": "cannot be written",
     "cm.load_triggers(5)": "folder: got 5; expected a path",
     "cm.load_triggers(here / 'done', corpus=5)": "got a int",
-    "cm.merge_triggers(5)": "out: got 5; expected a path",
-    "cm.merge_triggers(here / 'typo')": "got no part",
-    "cm.merge_triggers(here / 'typo', parts=str(here))": "expected a list of paths",
+    "merge_triggers(5)": "out: got 5; expected a path",
+    "merge_triggers(here / 'typo')": "got no part",
+    "merge_triggers(here / 'typo', parts=str(here))": "expected a list of paths",
     "cm.ff_values(model, max_bytes='a')": "max_bytes: got 'a'",
     "cm.ff_values(model, max_bytes=0)": "max_bytes: got 0",
     "cm.ff_values(model, projection=['none'])": "projection: got ['none']",

@@ -22,8 +22,8 @@ from asked import bound, case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.errors import FileFormatError
-from tl_contextmix.methods.memories import mining
+from tl_contextmix.errors import ContextMixWarning, FileFormatError
+from tl_contextmix.methods.memories import merge_triggers, mining
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
 from tl_contextmix.methods.memories.topk import TopK
@@ -235,7 +235,7 @@ def test_any_number_of_processes_gives_the_same_bytes(shared: Any, world_size: i
             model, corpus, out=tmp_path, rank=rank, world_size=world_size, **options
         )
         assert done is None
-    cm.merge_triggers(tmp_path)
+    merge_triggers(tmp_path)
     assert result(tmp_path) == result(whole)
 
 
@@ -521,7 +521,7 @@ def test_more_triggers_than_memory_may_hold_are_warned_of(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("tl_contextmix.methods.memories.miner._MANY_BYTES", 100_000)
-    with pytest.warns(cm.ContextMixWarning, match=r"the 1,000 highest contexts of \d+ memories"):
+    with pytest.warns(ContextMixWarning, match=r"the 1,000 highest contexts of \d+ memories"):
         cm.mine_triggers(shared[0], ["the cat sat"], out=tmp_path / "mined", k=1000)
 
 
@@ -529,15 +529,15 @@ def test_more_triggers_than_memory_may_hold_are_warned_of(
 def test_parts_that_do_not_fit_are_not_merged(shared: Any, tmp_path: Path):
     model, corpus, options, _ = shared
     with pytest.raises(cm.InvalidInput, match="got no part"):
-        cm.merge_triggers(tmp_path)
+        merge_triggers(tmp_path)
     cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **options)
     with pytest.raises(cm.InvalidInput, match=r"the parts of processes \[0\]"):
-        cm.merge_triggers(tmp_path)
+        merge_triggers(tmp_path)
     with pytest.raises(FileFormatError, match="1 parts of a run"):
         cm.load_triggers(tmp_path)
     (tmp_path / "part-00001-of-00002.safetensors").write_bytes(b"something else")
     with pytest.raises(FileFormatError, match="cannot read"):
-        cm.merge_triggers(tmp_path)
+        merge_triggers(tmp_path)
 
 
 @pytest.mark.once

@@ -23,6 +23,7 @@ from test_mining import (
 )
 
 import tl_contextmix as cm
+from tl_contextmix.methods.memories import merge_triggers
 from tl_contextmix.methods.memories.topk import first_of_each, hash_prefixes
 
 pytestmark = pytest.mark.once
@@ -68,7 +69,7 @@ def test_dropping_equals_a_search_through_distinct_contexts(
     assert frame.groupby(["layer", "neuron"]).ngroups == len(expected)
     for rank in (2, 0, 1):
         cm.mine_triggers(model, corpus, out=tmp_path / "three", rank=rank, world_size=3, **options)
-    cm.merge_triggers(tmp_path / "three")
+    merge_triggers(tmp_path / "three")
     assert result(tmp_path / "three") == result(tmp_path / "one")
     every = cm.mine_triggers(
         model, corpus, out=tmp_path / "every", **{**options, "duplicates": "keep"}

@@ -30,6 +30,7 @@ from test_mining import result, texts
 
 import tl_contextmix as cm
 from tl_contextmix.errors import FileFormatError
+from tl_contextmix.methods.memories import merge_triggers
 from tl_contextmix.methods.memories.store import alone
 
 pytestmark = pytest.mark.once
@@ -185,7 +186,7 @@ def test_no_part_breaks_the_reader(facts: Any, tensors: Any, part: Any, tmp_path
     with pytest.raises(FileFormatError, match="cannot read"):
         cm.mine_triggers(model, corpus, out=tmp_path, rank=0, world_size=2, **OPTIONS)
     with pytest.raises(FileFormatError, match="cannot read"):
-        cm.merge_triggers(tmp_path)
+        merge_triggers(tmp_path)
 
 
 def test_a_part_of_another_corpus_is_not_gone_on_with(part: Any, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_parts_of_processes_that_were_stopped_are_not_merged(part: Any, tmp_path
     rewritten(path, tmp_path, {"done": False}, {})
     cm.mine_triggers(model, corpus, out=tmp_path, rank=1, world_size=2, **OPTIONS)
     with pytest.raises(cm.InvalidInput, match="an unfinished part of process 0"):
-        cm.merge_triggers(tmp_path)
+        merge_triggers(tmp_path)
 
 
 def test_a_decoder_has_nothing_to_mine(tmp_path: Path) -> None:
@@ -380,14 +381,14 @@ def test_a_merge_does_not_replace_another_run(mined: Any, part: Any, tmp_path: P
     model, corpus, whole = mined
     for rank in range(2):
         cm.mine_triggers(model, corpus, out=tmp_path, rank=rank, world_size=2, **OPTIONS)
-    cm.merge_triggers(tmp_path)
-    cm.merge_triggers(tmp_path)
+    merge_triggers(tmp_path)
+    merge_triggers(tmp_path)
     assert result(tmp_path) == result(whole)
     other = tmp_path / "other"
     cm.mine_triggers(model, corpus, out=other, **{**OPTIONS, "k": 2})
     before = result(other)
     with pytest.raises(cm.InvalidInput, match="differs in options: k"):
-        cm.merge_triggers(other, parts=[tmp_path])
+        merge_triggers(other, parts=[tmp_path])
     assert result(other) == before
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.core.blocks import Batch, Side
+from tl_contextmix.errors import ContextMixWarning
 
 BERTS = [case for case in zoo.cases() if case.family == "bert"]
 EACH_BERT = pytest.mark.parametrize("case", BERTS, ids=str)
@@ -219,7 +220,7 @@ def test_pairs_of_texts_are_what_the_tokenizer_makes_of_them(
     both = cm.attention(model, pairs)
     assert both.target.strings[1][: alone.scores.shape[-1]] == alone.target.strings[0]
     torch.testing.assert_close(both.scores[1, ..., :7, :7], alone.scores[0])
-    with pytest.warns(cm.ContextMixWarning, match=r"two texts .*2 times '\[SEP\]' in row 0"):
+    with pytest.warns(ContextMixWarning, match=r"two texts .*2 times '\[SEP\]' in row 0"):
         cm.attention(model, "the cat sat [SEP] a dog ran")
     cm.attention(model, "the cat sat")
     cm.attention(model, given.input_ids, token_type_ids=torch.zeros_like(given.input_ids))

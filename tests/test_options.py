@@ -16,6 +16,7 @@ from asked import case_of, keywords
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import (
     AttributionGraph,
     ComponentReadouts,
@@ -145,8 +146,8 @@ ROWS = [
     Row(cm.alti, "layer", LAYERS),
     Row(cm.decompx, "bias", BIAS, idle=UNBIASED),
     Row(cm.decompx, "layer", LAYERS),
-    Row(cm.decompx_vectors, "bias", BIAS, "parts", idle=UNBIASED),
-    Row(cm.decompx_vectors, "layer", LAYERS, "parts"),
+    Row(decompx_vectors, "bias", BIAS, "parts", idle=UNBIASED),
+    Row(decompx_vectors, "layer", LAYERS, "parts"),
     Row(cm.token_memory, "bias", BIAS, "shares", idle=UNBIASED),
     Row(cm.token_memory, "layer", LAYERS, "shares"),
     Row(cm.token_memory, "pos", (1, 2), "shares"),

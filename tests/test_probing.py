@@ -23,6 +23,7 @@ from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.engine.stream_points import state_at
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import Comparison, Probing, Result
 
 once = pytest.mark.once
@@ -123,7 +124,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def asked() -> dict[str, Any]:
-    pairs = cm.demo_pairs(count=100, seed=11)
+    pairs = demo_pairs(count=100, seed=11)
     texts = [pair.masked("[MASK]") for pair in pairs]
     return {"input": texts, "classes": [pair.answer.endswith("s") for pair in pairs], "seeds": 2}
 
@@ -136,7 +137,7 @@ def found(model: Any, asked: dict[str, Any]) -> Probing:
 @pytest.fixture(scope="module")
 def compared(model: Any) -> Comparison:
     methods = ["value_zeroing", "decompx", "gradient_x_input"]
-    return cm.compare(model, cm.demo_pairs(count=6), methods=methods)
+    return cm.compare(model, demo_pairs(count=6), methods=methods)
 
 
 @once

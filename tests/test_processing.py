@@ -18,6 +18,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.weight_processing import _WARNED
 from tl_contextmix.engine.log_prob_scores import SPLITS
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.results import LogProbContributions
 
 STEPS = (
@@ -129,7 +130,7 @@ def test_a_method_speaks_up_where_its_numbers_change_and_nowhere_else(step: str)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = method(model, tokens).double().nan_to_num(-7)
-        said = [str(one.message) for one in caught if one.category is cm.ContextMixWarning]
+        said = [str(one.message) for one in caught if one.category is ContextMixWarning]
         # Processing is in float32: 1e-6 where it changes nothing.
         change = relative(found, expected)
         heard = " ".join(text for text in said if text.startswith(f"{name.split()[0]} of "))
@@ -160,7 +161,7 @@ def test_it_speaks_up_once_for_each_method_and_says_what_to_do() -> None:
             next(model.parameters()).mul_(1.01)
         cm.attention_norms(model, tokens, at="resid_mid")
         cm.attention_norms(model, tokens, at="mlp_in")
-    told = [str(one.message) for one in caught if one.category is cm.ContextMixWarning]
+    told = [str(one.message) for one in caught if one.category is ContextMixWarning]
     assert [text.split()[0] for text in told] == [
         *("attention_norms", "value_zeroing", "attention_norms")
     ]

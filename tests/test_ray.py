@@ -13,6 +13,7 @@ import pytest
 from test_mining import texts
 
 import tl_contextmix as cm
+from tl_contextmix.methods.memories import mine_on_ray
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ def load():
 
 import ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-found = cm.mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
+found = mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
 assert (out / ".killed").exists()
 torch.set_num_threads(1)
 cm.mine_triggers(cm.load_demo("causal-lm"), corpus, out=out / "one", **options)
@@ -73,13 +74,13 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -
 
 def test_options_of_mining_are_known(tmp_path: Path) -> None:
     with pytest.raises(cm.InvalidInput, match="got 'rank'; expected some of"):
-        cm.mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
+        mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
 
 
 def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cm.InvalidInput, match=r"Install tl-contextmix\[ray\]"):
-        cm.mine_on_ray(object, "corpus.txt", out=tmp_path)
+        mine_on_ray(object, "corpus.txt", out=tmp_path)
 
 
 def test_a_ray_that_is_too_small_is_stopped_again(
@@ -97,5 +98,5 @@ def test_a_ray_that_is_too_small_is_stopped_again(
     for running in ([], ["started by the user"]):
         done[:] = running
         with pytest.raises(cm.InvalidInput, match="got actors that take 2 of 2 CPUs"):
-            cm.mine_on_ray(object, "corpus.txt", out=tmp_path, workers=2)
+            mine_on_ray(object, "corpus.txt", out=tmp_path, workers=2)
         assert done == (running or ["started", "stopped"])

@@ -24,6 +24,7 @@ from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.value_ablation import ValueAblation, ablate_values, batch_rows
+from tl_contextmix.errors import ContextMixWarning
 
 
 def made(
@@ -448,7 +449,7 @@ def test_real_bert_equals_hugging_face_with_value_rows_zeroed(host: HostClass) -
     expected = torch.stack(layers, dim=1)
     expected = expected * mask[:, None, :, None] * mask[:, None, None, :]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", cm.ContextMixWarning)
+        warnings.simplefilter("ignore", ContextMixWarning)
         model = cm.load_model(folder, host=host)
     found = cm.value_zeroing(model, TEXTS)
     assert torch.equal(found.source.ids, given["input_ids"])

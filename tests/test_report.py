@@ -24,6 +24,8 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.commands import on_texts, shared_options
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.plotting import Page, Section, colors
 from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
 from tl_contextmix.reporting import build_report, sections, story, write_report
@@ -249,7 +251,7 @@ def test_components_are_tested_by_taking_them_out(page, causal):
 @pytest.mark.once
 def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
-    found = cm.compare(causal, cm.demo_pairs(count=8), methods=["value_zeroing"])
+    found = cm.compare(causal, demo_pairs(count=8), methods=["value_zeroing"])
     expected = found.best("dot").iloc[0]
     row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
@@ -397,7 +399,7 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
 @pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
-    with pytest.warns(cm.ContextMixWarning, match="was not trained on"):
+    with pytest.warns(ContextMixWarning, match="was not trained on"):
         page = build_report(masked, text, sections=["prediction", "mixing", "components"])
     parsed = Parsed(page.html())
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
@@ -416,7 +418,7 @@ def test_default_texts_suit_the_models(causal, masked):
 
 @pytest.mark.once
 def test_foreign_words_are_named(causal):
-    with pytest.warns(cm.ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
+    with pytest.warns(ContextMixWarning, match=r"'politician', 'sneezed'; expected words"):
         read(causal, "the politician sneezed , the sneezed <s> keys")
 
 

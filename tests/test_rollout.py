@@ -11,7 +11,7 @@ import torch
 from hand_built import map_of, random_map, tokens
 
 import tl_contextmix as cm
-from tl_contextmix.errors import InvalidInput
+from tl_contextmix.errors import ContextMixWarning, InvalidInput
 from tl_contextmix.results import ContextMap
 
 NAN = float("nan")
@@ -184,7 +184,7 @@ def test_rows_that_do_not_sum_to_1_are_warned_of():
     """Raw Value Zeroing peaks far below 1 and ranks the inputs otherwise; rows of 1 say nothing."""
     model, text = cm.load_demo("causal-lm"), "the keys to the cabinet are"
     zeroed = cm.value_zeroing(model, text)
-    with pytest.warns(cm.ContextMixWarning, match=r"rows that sum to .* up to .*\.normalize\(\)"):
+    with pytest.warns(ContextMixWarning, match=r"rows that sum to .* up to .*\.normalize\(\)"):
         raw = zeroed.rollout()
     shares = zeroed.normalize().rollout()
     first, last = (map.scores[0, -1, 0, -1] for map in (raw, shares))

@@ -25,6 +25,7 @@ from tl_contextmix.__main__ import main
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.statistics import Moments, common_tail, t_quantile
 from tl_contextmix.demo_models.pairs import minimal_pairs
+from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.evaluation import scan as scanning
 from tl_contextmix.evaluation.prompt_rows import read_row
 from tl_contextmix.results import Scan
@@ -381,7 +382,7 @@ def test_minimal_pairs_differ_in_one_token(tmp_path: Path) -> None:
     blank = f"the keys {masked.tokenizer.mask_token} old ."
     expected = cm.log_prob_contributions(masked, blank, target=" are", foil=" is", by="head")
     assert torch.allclose(filled.mean[0].float(), expected.scores[0], atol=1e-5)
-    pairs = cm.demo_pairs(count=3)
+    pairs = demo_pairs(count=3)
     assert cm.scan(model, pairs, by="head").prompts.tolist() == [3]
 
 

@@ -18,6 +18,7 @@ import tl_contextmix as cm
 from tl_contextmix import results
 from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
+from tl_contextmix.evaluation import agreement, cue_alignment
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
@@ -282,8 +283,8 @@ def test_what_needs_scores_from_0_refuses_a_difference():
     for refused, name in (
         (difference.normalize, "normalize"),
         (difference.rollout, "rollout"),
-        (lambda: cm.cue_alignment(difference, [[0], [0]]), "an evaluation"),
-        (lambda: cm.agreement(difference, map), "an evaluation"),
+        (lambda: cue_alignment(difference, [[0], [0]]), "an evaluation"),
+        (lambda: agreement(difference, map), "an evaluation"),
     ):
         with pytest.raises(InvalidInput, match=f"^{name} needs a map of scores from 0: got a diff"):
             refused()

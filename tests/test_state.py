@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from fuzz_calls import calls
 from hand_built import one_of_each
+from public import FUNCTIONS
 from test_hosts_state import state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,11 +31,10 @@ PLACES = 4  # where a call is interrupted: at these parts of its operations
 # These load or start something, and take no model.
 NAMES = [
     name
-    for name in cm.__all__
-    if inspect.isfunction(getattr(cm, name))
+    for name, function in FUNCTIONS.items()
     # The fuzz run's arguments name no components that it can read.
-    and name != "component_readouts"
-    and next(iter(inspect.signature(getattr(cm, name)).parameters), "") == "model"
+    if name != "component_readouts"
+    and next(iter(inspect.signature(function).parameters), "") == "model"
 ]
 
 

@@ -18,34 +18,16 @@ from .engine.citations import (
     cite as cite,
 )
 from .errors import (
-    ContextMixError as ContextMixError,
-)
-from .errors import (
-    ContextMixWarning as ContextMixWarning,
-)
-from .errors import (
     InvalidInput as InvalidInput,
 )
 from .errors import (
     UnsupportedModel as UnsupportedModel,
 )
 from .evaluation import (
-    agreement as agreement,
-)
-from .evaluation import (
-    cue_alignment as cue_alignment,
-)
-from .evaluation import (
     faithfulness as faithfulness,
-)
-from .evaluation import (
-    load_minimal_pairs as load_minimal_pairs,
 )
 from .evaluation.compare import (
     compare as compare,
-)
-from .evaluation.compare import (
-    demo_pairs as demo_pairs,
 )
 from .evaluation.context_reliance import (
     context_reliance as context_reliance,
@@ -82,9 +64,6 @@ from .methods.decompose import (
 )
 from .methods.decompx import (
     decompx as decompx,
-)
-from .methods.decompx import (
-    decompx_vectors as decompx_vectors,
 )
 from .methods.flow import (
     flow as flow,
@@ -123,12 +102,6 @@ from .methods.memories import (
     load_triggers as load_triggers,
 )
 from .methods.memories import (
-    merge_triggers as merge_triggers,
-)
-from .methods.memories import (
-    mine_on_ray as mine_on_ray,
-)
-from .methods.memories import (
     mine_triggers as mine_triggers,
 )
 from .methods.memories.ff_memories import (
@@ -160,9 +133,6 @@ from .methods.value_zeroing import (
 )
 from .reporting import (
     report as report,
-)
-from .results import (
-    Result as Result,
 )
 
 __all__: list[str]

@@ -12,6 +12,7 @@ from tl_contextmix.evaluation.faithfulness import (
 )
 from tl_contextmix.evaluation.minimal_pairs import (
     MinimalPair,
+    demo_pairs,
     load_minimal_pairs,
     overlapping,
     place_tokens,
@@ -28,6 +29,7 @@ __all__ = [
     "blank_token",
     "blanked",
     "cue_alignment",
+    "demo_pairs",
     "faithfulness",
     "faithfulness_of",
     "load_minimal_pairs",

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.statistics import kendall, spearman
+from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.aggregation import Figures, Maps, readable, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
 
+@checked
 @method(cites=("mohebbi2023quantifying",), on_text=False)
 def agreement(a: Maps, b: Maps) -> Score:
     """Returns how similarly two maps rank the sources of a target.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.core.statistics import average_precision, expected_average_precision
+from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.aggregation import (
@@ -25,6 +26,7 @@ from tl_contextmix.results import ContextMap, Score
 Cues = Sequence[Sequence[int | str]]
 
 
+@checked
 @method(cites=("mohebbi2023quantifying",), on_text=False)
 def cue_alignment(
     maps: Maps,

@@ -28,7 +28,7 @@ from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.core.validation import LATER, NotNegative, Positive
+from tl_contextmix.core.validation import LATER
 from tl_contextmix.engine.registry import Method, method, methods
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import (
@@ -346,33 +346,4 @@ def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
     return lambda model, s: make(model, s.tokens)
 
 
-def demo_pairs(
-    kind: str = "agreement", count: Positive = 50, *, lures: bool = True, seed: NotNegative = 5
-) -> tuple[MinimalPair, ...]:
-    """Returns minimal pairs from the demo models' grammar, with cues and lures.
-
-    They are from the test split, with a preference for unseen combinations of subject and verb.
-
-    Args:
-        kind: ``"agreement"`` (a verb and its subject), ``"reflexive"``, ``"determiner"``,
-            ``"fact"`` or ``"name"``.
-        count: Number of pairs.
-        lures: Whether to take only sentences with a lure (attractor) for the wrong answer.
-        seed: Random seed.
-
-    Raises:
-        InvalidInput: If there is no such kind, or it has no lures.
-    """
-    from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
-
-    if kind not in KINDS or (lures and not KINDS[kind]):
-        raise bad(
-            "the grammar has no such pairs",
-            f"kind={kind!r}, lures={lures}",
-            f"one of {list(KINDS)}; with lures {[k for k, tempted in KINDS.items() if tempted]}",
-            "Choose one of these, or set lures=False.",
-        )
-    return tuple(MinimalPair(*pair) for pair in minimal_pairs(kind, count, lures, seed))
-
-
-__all__ = ["Sentence", "comparable", "compare", "demo_pairs"]
+__all__ = ["Sentence", "comparable", "compare"]

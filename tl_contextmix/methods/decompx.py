@@ -25,7 +25,7 @@ from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
 from tl_contextmix.engine.registry import method
@@ -177,6 +177,7 @@ def _at_row(read: LogitReader, first: int, parts: Tensor) -> Float[Tensor, "batc
     return found * (place >= 0)[:, None]
 
 
+@checked
 @method(cites=("modarressi2023decompx",))
 def decompx_vectors(
     model: object,

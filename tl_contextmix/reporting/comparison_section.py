@@ -13,8 +13,8 @@ from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import ContextMixError, bad
-from tl_contextmix.evaluation import MinimalPair, Unusable, load_minimal_pairs
-from tl_contextmix.evaluation.compare import Sentence, comparable, compare, demo_pairs
+from tl_contextmix.evaluation import MinimalPair, Unusable, demo_pairs, load_minimal_pairs
+from tl_contextmix.evaluation.compare import Sentence, comparable, compare
 from tl_contextmix.plotting import Page, Section, require_writable
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.reporting.drawing import quoted, table_of

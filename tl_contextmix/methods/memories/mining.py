@@ -18,7 +18,14 @@ from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Labels
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.validation import FilePath, Layers, NotNegative, NotNegativeNumber, Positive
+from tl_contextmix.core.validation import (
+    FilePath,
+    Layers,
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    checked,
+)
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import COUNTS, require_path
@@ -270,6 +277,7 @@ def _require_finished(folder: Path, run: dict[str, Any], corpus: Corpus, world_s
             part_path(folder, 0, 1).unlink(missing_ok=True)
 
 
+@checked
 def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
     """Puts together what several processes have mined; returns the folder.
 

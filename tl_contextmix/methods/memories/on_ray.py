@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, PositiveNumber
+from tl_contextmix.core.validation import (
+    FilePath,
+    NotNegativeNumber,
+    Positive,
+    PositiveNumber,
+    checked,
+)
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
@@ -43,6 +49,7 @@ class _Worker:
         return {"path": paths}
 
 
+@checked
 @method(cites=("geva2021transformer",), on_text=False)
 def mine_on_ray(
     load: Callable[[], object],
