@@ -19,7 +19,7 @@ from tl_contextmix.adapters.inputs.tokens import read_batch
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.errors import ContextMixWarning
-from tl_contextmix.results import LogProbContributions
+from tl_contextmix.results import Decomposition, LogProbContributions
 from tl_contextmix.results.base import axes_of
 
 LENGTHS = [3, 10, 2, 13, 3]
@@ -47,7 +47,7 @@ def numbers(result: Any) -> dict[str, Tensor]:
     """The tensors of a result, 0 where source or target is padding."""
     found = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     found = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    if isinstance(result, cm.results.Decomposition):  # rows of padding are not the model's
+    if isinstance(result, Decomposition):  # rows of padding are not the model's
         for name, value in found.items():
             place = axes_of(type(result), name).index("target")
             shape = [len(value), *[1] * (value.ndim - 1)]

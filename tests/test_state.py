@@ -86,7 +86,7 @@ def test_there_are_many() -> None:
 def test_a_model_is_left_as_it_was_wherever_a_call_is_interrupted(
     name: str, table: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    function, model = getattr(cm, name), table[name]["model"]
+    function, model = FUNCTIONS[name], table[name]["model"]
     folders = (tmp_path / str(number) for number in itertools.count())
 
     def call() -> Any:
