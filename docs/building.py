@@ -1,16 +1,28 @@
-"""What mkdocs makes beside the pages: a reference page for each public object, equations as MathML.
+"""What mkdocs makes beside the pages: the reference, the tutorials, and equations as MathML.
 
-Browsers show MathML themselves, so that no page needs a script or a font from elsewhere.
+Every public object has a page of the reference. Tutorials are the notebooks with the outputs that
+they are committed with. Browsers show MathML themselves, so that no page needs a script or a font
+from elsewhere.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "demos").glob("*.ipynb"))
+# What a reader sees without a script, of all that a cell shows.
+STILL = ("image/svg+xml", "image/png", "text/markdown", "text/plain")
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
@@ -81,22 +93,21 @@ def on_config(config: Any) -> Any:
         {heading: [{_name(path): _page(path)} for path in paths.split()]}
         for heading, paths in REFERENCE.items()
     ]
+    tutorials = ["tutorials/index.md", *(f"tutorials/{path.stem}.md" for path in NOTEBOOKS)]
+    for entry in config["nav"]:
+        if "Tutorials" in entry:
+            entry["Tutorials"] = tutorials
     config["nav"].append({"API reference": ["api/index.md", *sections]})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds a page for each public object, and their table."""
-    lines = ["# API reference", ""]
-    for heading, paths in REFERENCE.items():
-        lines += [f"## {heading}", ""]
-        for path in paths.split():
-            text = f"---\ntitle: {_name(path)}\n---\n::: tl_contextmix.{path}\n"
-            text += "    options: {heading_level: 1}\n"
-            files.append(File.generated(config, _page(path), content=text))
-            lines.append(f"- [`{_name(path)}`][tl_contextmix.{path}]")
-        lines.append("")
-    files.append(File.generated(config, "api/index.md", content="\n".join(lines)))
+    """Adds the pages of the reference, the tutorials, CONTRIBUTING.md and the report's pictures."""
+    made = [*_reference(), *_tutorials(), ("contributing.md", _contributing())]
+    for path, content in made:
+        files.append(File.generated(config, path, content=content))
+    for picture in (ROOT / "docs" / "images").glob("*.png"):
+        files.append(File.generated(config, f"images/{picture.name}", abs_src_path=str(picture)))
     return files
 
 
@@ -104,6 +115,41 @@ def on_page_content(text: str, **others: Any) -> str:
     """Turns the LaTeX that Markdown left between its marks into MathML."""
     text = _DISPLAY.sub(lambda found: _math(found[1], "block"), text)
     return _INLINE.sub(lambda found: _math(found[1], "inline"), text)
+
+
+def _reference() -> Iterator[tuple[str, str]]:
+    """Yields a page for each public object, and their table."""
+    lines = ["# API reference", ""]
+    for heading, paths in REFERENCE.items():
+        lines += [f"## {heading}", ""]
+        for path in paths.split():
+            lines.append(f"- [`{_name(path)}`][tl_contextmix.{path}]")
+            directive = f"::: tl_contextmix.{path}\n    options: {{heading_level: 1}}\n"
+            yield _page(path), f"---\ntitle: {_name(path)}\n---\n{directive}"
+        lines.append("")
+    yield "api/index.md", "\n".join(lines)
+
+
+def _tutorials() -> Iterator[tuple[str, str | bytes]]:
+    """Yields a page for each notebook, its pictures, and their table."""
+    settings = Config({"NbConvertBase": {"display_data_priority": list(STILL)}})
+    rows = ["| | notebook | about |", "|---|---|---|"]
+    for number, path in enumerate(NOTEBOOKS, 1):
+        notebook = nbformat.read(path, as_version=4)
+        first = str(notebook.cells[0].source).splitlines()
+        about = " ".join(first[2:]).split(". ")[0].split("? ")[0]
+        rows.append(f"| {number} | [{first[0].lstrip('# ')}]({path.stem}.md) | {about} |")
+        exporter = MarkdownExporter(config=settings)
+        text, found = exporter.from_notebook_node(notebook, {"unique_key": path.stem})
+        yield f"tutorials/{path.stem}.md", text
+        yield from ((f"tutorials/{name}", data) for name, data in found["outputs"].items())
+    head = "# Tutorials\n\nNotebooks in `demos/`, in the order to read them; all run offline.\n\n"
+    yield "tutorials/index.md", head + "\n".join(rows) + "\n"
+
+
+def _contributing() -> str:
+    """Returns CONTRIBUTING.md with the links that it has from here."""
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/pages/", "](")
 
 
 def _math(latex: str, display: str) -> str:
