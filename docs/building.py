@@ -79,6 +79,7 @@ REFERENCE = {
         results.probed_layers.Probing results.probed_layers.ProbedMaps
         results.trigger_tables.TriggerExamples results.trigger_tables.TriggerAgreement
         results.trigger_tables.TriggerPatterns results.cost_estimate.Estimate
+        results.scores.ScoreTable results.token_groups.Groups results.token_groups.Group
         results.labels.Tokens""",
     "Errors and warnings": """
         errors.ContextMixError errors.InvalidInput errors.UnsupportedModel errors.FileFormatError
@@ -113,7 +114,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_content(text: str, **others: Any) -> str:
     """Turns the LaTeX that Markdown left between its marks into MathML."""
-    text = _DISPLAY.sub(lambda found: _math(found[1], "block"), text)
+    # On a phone, a wide equation scrolls, not the page.
+    scrolled = '<div style="overflow-x: auto">{}</div>'
+    text = _DISPLAY.sub(lambda found: scrolled.format(_math(found[1], "block")), text)
     return _INLINE.sub(lambda found: _math(found[1], "inline"), text)
 
 
