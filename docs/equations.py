@@ -1,4 +1,4 @@
-"""Equations and tables of docstrings, as Markdown that needs no script to be read."""
+"""Equations and tables of docstrings, as Markdown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ _TABLE = re.compile(
 )
 
 
-def plain(text: str) -> str:
-    """Returns a docstring with its equations as code and its tables as they stand."""
+def marked(text: str) -> str:
+    """Returns a docstring with its equations between dollars and its tables as they stand."""
     text = _TABLE.sub(lambda found: _fenced(found[1], found[2]), text)
-    text = _DISPLAY.sub(lambda found: "\n" + _fenced(found[1], found[2]), text)
-    text = _INLINE.sub(lambda found: f"`{' '.join(found[1].split())}`", text)
+    text = _DISPLAY.sub(lambda found: "\n" + _display(found[1], found[2]), text)
+    text = _INLINE.sub(lambda found: f"${' '.join(found[1].split())}$", text)
     return _CROSS.sub(r"`\1`", text)
+
+
+def _display(indent: str, body: str) -> str:
+    return f"{indent}$$\n{indent}{' '.join(body.split())}\n{indent}$$\n"
 
 
 def _fenced(indent: str, body: str) -> str:
@@ -51,4 +55,4 @@ class Equations(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **others: Any) -> None:
         """Called with every object that was found."""
         if obj.docstring is not None:
-            obj.docstring.value = plain(obj.docstring.value)
+            obj.docstring.value = marked(obj.docstring.value)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import functools
+import http.server
 import importlib
 import inspect
 import io
+import json
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import launched
 from public import FUNCTIONS
 
 import tl_contextmix as cm
@@ -67,9 +74,69 @@ def test_reference_holds_every_public_name(site: Path) -> None:
 
 @pytest.mark.newest
 def test_equations_are_readable_without_a_script(site: Path) -> None:
-    text = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
-    assert ".. math" not in text
-    assert ":math:" not in text
+    pages = {page.name: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    text = "".join(pages.values())
+    for raw in (".. math", ":math:", "arithmatex", "$$"):
+        assert raw not in text
+    assert all("<math" in pages[f"{path.stem}.html"] for path in METHODS)
+    # SyntaxError of an equation would be shown as its LaTeX.
+    assert not re.search(r"<m[ino][^>]*>\\\\?[a-z]+<", text)
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """The site on loopback: browsers let no page of a file read the index of the search."""
+    handler = functools.partial(_Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.newest
+def test_every_page_opens_on_a_phone_without_an_error_or_a_request(site: Path, served: str) -> None:
+    pages = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
+    assert {"faq.html", "tutorials/index.html", "api/ContextMap.html"} <= set(pages)
+    problems: list[str] = []
+    with launched() as browser:
+        context = browser.new_context(viewport={"width": 400, "height": 800})
+        context.route(
+            lambda url: not url.startswith(served),
+            lambda route: (problems.append(route.request.url), route.abort()),
+        )
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(f"{page.url}: {error}"))
+        page.on("response", lambda got: problems.append(got.url) if got.status >= 400 else None)
+        for name in pages:
+            if name == "404.html":  # its links are those of the place it is shown at
+                continue
+            page.goto(f"{served}/{name}", wait_until="domcontentloaded")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            if wide > 400:
+                problems.append(f"{name} is {wide} px wide")
+        assert problems == []
+
+
+@pytest.mark.newest
+def test_search_finds_every_page(site: Path, served: str) -> None:
+    found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    places = {entry["location"].partition("#")[0] for entry in found["docs"]}
+    pages = {str(path.relative_to(site)) for path in site.rglob("*.html")} - {"404.html"}
+    assert pages <= places
+    with launched() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(served)
+        page.fill("input.md-search__input", "left padding numbers")
+        page.wait_for_selector(".md-search-result__link")
+        links = page.eval_on_selector_all(
+            ".md-search-result__link", "nodes => nodes.map((n) => n.getAttribute('href'))"
+        )
+        assert any("faq.html" in link for link in links)
 
 
 @pytest.mark.newest
