@@ -329,7 +329,7 @@ def _unsettled(
     model = facts.model
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
-    pad_id, to_string = make_pad_id(handle, facts), make_to_string(handle)
+    text = text_side(handle, facts, pair=len(stacks) == 2)
     layouts = find_layouts(handle, stacks)
     return ModelView(
         name=_name(facts),
@@ -348,28 +348,42 @@ def _unsettled(
         tolerance=tolerance,
         limits=(),
         takes=arguments_taken(facts),
-        encode=make_encode(handle, facts),
-        encode_pair=make_encode_pair(handle, facts),
-        encode_chat=make_encode_chat(handle),
-        encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
-        prompt_caution=lambda: decoder_prompt(handle.get()).caution,
-        pieces=make_pieces(handle),
-        special_ids=lambda: special_ids(handle.get()),
-        to_string=to_string,
-        to_output=to_string if _predicts_tokens(facts) else str,
-        to_text=make_to_text(handle),
-        spaced=make_spaced(handle),
-        special_tokens=lambda: special_tokens(handle.get()),
-        reads_text=lambda: getattr(handle.get(), "tokenizer", None) is not None,
-        pad_id=pad_id,
-        padding=lambda: padding_of(handle.get()),
         hooked=make_hooked(handle, splices),
         without_hooks=lambda: without_hooks(handle.get()),
         follow=partial(follow, tolerance),
         cached=cache_reader(handle, facts, stacks, layouts),
-        runner=make_runner(handle, pad_id, splices, layouts),
+        runner=make_runner(handle, text["pad_id"], splices, layouts),
         generate=make_generate(handle),
+        **text,
     )
+
+
+def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
+    """Returns what a view knows of text, by the names of `ModelView`.
+
+    Args:
+        handle: The model.
+        facts: What is known of it.
+        pair: Whether it has a decoder side beside the main one.
+    """
+    to_string = make_to_string(handle)
+    return {
+        "encode": make_encode(handle, facts),
+        "encode_pair": make_encode_pair(handle, facts),
+        "encode_chat": make_encode_chat(handle),
+        "encode_decoder": make_encode_decoder(handle) if pair else None,
+        "prompt_caution": lambda: decoder_prompt(handle.get()).caution,
+        "pieces": make_pieces(handle),
+        "special_ids": lambda: special_ids(handle.get()),
+        "to_string": to_string,
+        "to_output": to_string if _predicts_tokens(facts) else str,
+        "to_text": make_to_text(handle),
+        "spaced": make_spaced(handle),
+        "special_tokens": lambda: special_tokens(handle.get()),
+        "reads_text": lambda: getattr(handle.get(), "tokenizer", None) is not None,
+        "pad_id": make_pad_id(handle, facts),
+        "padding": lambda: padding_of(handle.get()),
+    }
 
 
 def _predicts_tokens(facts: Facts) -> bool:

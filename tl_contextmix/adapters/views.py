@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.building import build
+from tl_contextmix.adapters.encoder_decoder.hugging_face import from_text, held_in, is_text
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
 from tl_contextmix.adapters.recognition import recognise
@@ -25,7 +26,7 @@ from tl_contextmix.adapters.weight_processing import (
     sampled,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import UnsupportedModel, bad
 
 # What every module has is watched otherwise, or changes no number.
 _STANDARD = frozenset(vars(nn.Module()))
@@ -318,7 +319,17 @@ def as_encoder_decoder(
         return from_speech(model, tokenizer, language, task)
     if task is not None:
         raise bad("task has no meaning for this model", repr(task), "None", "Leave it out.")
-    return from_view(model, as_view(model), language)
+    if is_text(model):
+        return from_text(model, tokenizer, language)
+    try:
+        view = as_view(model)
+    except UnsupportedModel:
+        # What stands in the way of maps need not stand in the way of the decoder.
+        held = held_in(model)
+        if held is None:
+            raise
+        return replace(from_text(held, model.tokenizer, language), direct=False)
+    return from_view(model, view, language)
 
 
 def _examine(model: Any) -> _Known:

@@ -7,6 +7,7 @@ model inside a bridge. Outputs from the last encoder layer therefore equal those
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,12 +75,13 @@ class MemoryDecoder:
         Keys and values of every decoder layer for encoder and decoder positions, the encoder
         states themselves, and logits in the model's and in single precision.
         """
-        config = self.model.config
-        layers = getattr(config, "num_decoder_layers", getattr(config, "decoder_layers", 1))
-        heads = getattr(config, "num_heads", getattr(config, "decoder_attention_heads", 1))
-        width = heads * getattr(config, "d_kv", config.d_model // heads)
-        cached = 2 * layers * width * (source + target) + config.d_model * source
-        logits = config.vocab_size * (2 * target if all_logits else 4)
+        config = self.model.get_decoder().config
+        layers = _size(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+        heads = _size(config, "num_heads", "decoder_attention_heads", "num_attention_heads")
+        d_model = _size(config, "d_model", "hidden_size")
+        width = heads * _size(config, "d_kv", "head_dim", default=d_model // heads)
+        cached = 2 * layers * width * (source + target) + d_model * source
+        logits = self.d_vocab * (2 * target if all_logits else 4)
         return (cached + logits) * self.dtype.itemsize
 
     @property
@@ -111,10 +113,10 @@ class MemoryDecoder:
             source: The source tokens, which some settings need; None for audio.
         """
         from transformers import DynamicCache, EncoderDecoderCache
-        from transformers.modeling_outputs import BaseModelOutput
 
         loop = _Greedy(self.dtype)
         options: dict[str, Any] = {
+            **_unrouted(self.model),
             # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
             "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
             "max_new_tokens": max_new_tokens,
@@ -143,7 +145,7 @@ class MemoryDecoder:
             options["force_unique_generate_call"] = True
         if prompt is not None:
             options["decoder_input_ids"] = prompt
-        states = BaseModelOutput(last_hidden_state=memory)
+        states = _encoded(memory)
         inputs = None if source is None else source.to(memory.device)
         # Steps of small models are dominated by overhead, 7 % of which this mode saves.
         mode = torch.inference_mode() if self.alone else torch.no_grad()
@@ -180,12 +182,11 @@ class MemoryDecoder:
         Raises:
             InvalidInput: If ``generate`` takes no such language or task.
         """
-        from transformers.modeling_outputs import BaseModelOutput
 
         def stop(model: Any, input_ids: Tensor, *_: Any, **__: Any) -> None:
             raise _Told(input_ids)
 
-        states = BaseModelOutput(last_hidden_state=self._ready(memory))
+        states = _encoded(self._ready(memory))
         given = {"language": language, "task": task}
         named = {name: one for name, one in given.items() if one is not None}
         options: dict[str, Any] = {"num_beams": 1, "do_sample": False, **named}
@@ -213,11 +214,11 @@ class MemoryDecoder:
         ids: Int[Tensor, "row pos"],
     ) -> Float[Tensor, "row pos d_vocab"]:
         """Returns the logits at every position of given decoder inputs."""
-        from transformers.modeling_outputs import BaseModelOutput
-
         memory = self._ready(memory)
-        options = {"attention_mask": mask.to(memory.device).long()} if self.masked else {}
-        states = BaseModelOutput(last_hidden_state=memory)
+        options = _unrouted(self.model)
+        if self.masked:
+            options["attention_mask"] = mask.to(memory.device).long()
+        states = _encoded(memory)
         with lock_of(self.owner):
             out = self.model(
                 encoder_outputs=states,
@@ -246,6 +247,26 @@ class MemoryDecoder:
         """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
+
+
+def _encoded(memory: Tensor) -> Any:
+    """Returns encoder states as what an encoder returns."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    found: Any = BaseModelOutput(last_hidden_state=memory)
+    found.router_logits = None  # mixtures of experts pass them on
+    return found
+
+
+def _unrouted(model: Any) -> dict[str, Any]:
+    """Returns what keeps a mixture of experts from asking the encoder for its routing."""
+    named = inspect.signature(model.forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in named else {}
+
+
+def _size(config: Any, *names: str, default: int = 1) -> int:
+    found = (getattr(config, name, None) for name in names)
+    return next((size for size in found if isinstance(size, int)), default)
 
 
 class _Told(Exception):
@@ -301,9 +322,11 @@ class _Greedy:
         said, last = alive, memory.new_zeros(0, 1)
         padded = mask is not None and not bool(mask.all())
         while len(alive):
-            options = {} if mask is None else {"attention_mask": mask}
+            options = _unrouted(model)
+            if mask is not None:
+                options["attention_mask"] = mask
             out = model(
-                encoder_outputs=(memory,),
+                encoder_outputs=_encoded(memory),
                 decoder_input_ids=step,
                 past_key_values=cache,
                 use_cache=True,

@@ -228,7 +228,7 @@ def decoder_lens(
         ("decoder_input", inputs.get("decoder_input"), not (plan.judges and plan.referenced)),
     )
     found = as_encoder_decoder(model, tokenizer, inputs.get("language"), task)
-    _require_used(("tokenizer", tokenizer, found.view is None))
+    _require_used(("tokenizer", tokenizer, found.direct))
     found = found.named(inputs.get("labels"))
     # Each once and in order, which is what "the first layer that" counts on.
     numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
