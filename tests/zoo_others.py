@@ -358,6 +358,81 @@ WRAPPERS: dict[str, Other] = {
 }
 
 
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+}
+_BART = {
+    "d_model": 32,
+    **{f"{side}_layers": 3 for side in _SIDES},
+    **{f"{side}_attention_heads": 4 for side in _SIDES},
+    **{f"{side}_ffn_dim": 48 for side in _SIDES},
+    "max_position_embeddings": 64,
+}
+_GEMMA = {**_TEXT, **_WIDE, **_WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 16}
+# Encoder-decoders of which the Hugging Face model itself is asked, see
+# `test_decoder_lens_direct.py`; by the beginning of Hugging Face's names.
+DIRECT: dict[str, Other] = {
+    "LED": Other(
+        "LED",
+        {"attention_window": 4},
+        {**_BART, **{f"max_{side}_position_embeddings": 64 for side in _SIDES}},
+        majors=(2, 3, 4),
+    ),
+    "LongT5": Other(
+        "LongT5",
+        {"local_radius": 3, "encoder_attention_type": "transient-global", "global_block_size": 2},
+        _T5,
+        majors=(2, 3, 4),
+    ),
+    "NllbMoe": Other(
+        "NLLB-MoE",
+        {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+        _BART,
+        majors=(2, 3, 4),
+    ),
+    "PegasusX": Other(
+        "Pegasus-X", {"num_global_tokens": 3, "block_size": 4}, _BART, majors=(2, 3, 4)
+    ),
+    "ProphetNet": Other(
+        "ProphetNet",
+        {"ngram": 2},
+        {
+            "hidden_size": 32,
+            **{f"num_{side}_layers": 3 for side in _SIDES},
+            **{f"num_{side}_attention_heads": 4 for side in _SIDES},
+            **{f"{side}_ffn_dim": 48 for side in _SIDES},
+            "max_position_embeddings": 64,
+        },
+        majors=(2, 3, 4),
+    ),
+    "SwitchTransformers": Other(
+        "Switch Transformers",
+        {"num_experts": 4, **{f"num_sparse_{side}_layers": 1 for side in _SIDES}},
+        _T5,
+        majors=(2, 3, 4),
+    ),
+    "T5Gemma": Other("T5Gemma", sizes=dict.fromkeys(_SIDES, _GEMMA), majors=(2, 3, 4)),
+    "UMT5": Other("umT5", sizes=_T5, majors=(2, 3, 4)),
+}
+
+
+def direct(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """Returns a random encoder-decoder of Hugging Face."""
+    words = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 1, "bos_token_id": 2}
+    return zoo_build.hugging_face(
+        f"{kind}ForConditionalGeneration",
+        f"{kind}Config",
+        {"vocab_size": D_VOCAB, **words, **DIRECT[kind].sizes, **DIRECT[kind].options, **options},
+        dtype=dtype,
+        seed=0,
+    )
+
+
 def build(
     kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
 ) -> Any:

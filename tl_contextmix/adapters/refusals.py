@@ -98,14 +98,15 @@ REFUSALS: tuple[Refusal, ...] = (
         "a model of images or sound",
         _no_tokens,
         "its positions are no tokens of a text",
-        "Use a model of text; for Whisper, decoder_lens takes the Hugging Face model itself.",
+        "Use a model of text; of Whisper, decoder_lens takes the Hugging Face model itself.",
     ),
     _QUANTIZED,
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,
         "its decoder's self-attention attends to the future, unlike T5's",
-        "Use TransformerLens 3.x (HookedEncoderDecoder) or 4.x (TransformerBridge).",
+        "Use TransformerLens 3.x (HookedEncoderDecoder) or 4.x (TransformerBridge); decoder_lens "
+        "takes the Hugging Face model itself.",
     ),
     Refusal(
         "T5 on TransformerBridge 3.x",
@@ -135,14 +136,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "LED",
         lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
         "its encoder uses windowed attention, without a full attention pattern",
-        "Use BART or T5, which have full attention.",
+        "Use BART or T5, which have full attention; decoder_lens takes it.",
     ),
     Refusal(
         "T5Gemma",
         lambda facts: facts.architecture if facts.architecture.startswith("T5Gemma") else "",
         "its bridge has no embedding matrix, and its blocks name the norms before and after each "
         "sublayer differently",
-        "Use T5, BART, Marian, mBART, M2M100 or Pegasus.",
+        "Use T5, BART, Marian, mBART, M2M100 or Pegasus; decoder_lens takes it.",
     ),
 )
 

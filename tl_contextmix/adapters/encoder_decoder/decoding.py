@@ -57,6 +57,8 @@ class MemoryDecoder:
         n_ctx: Longest decoder input, or None if unlimited.
         masked: Whether there is a mask over encoder positions (Whisper has none).
         alone: Whether only this package runs ``model``: no hook sees its activations.
+        stepwise: Whether ``model`` gives other logits of a whole text than of its tokens one by
+            one, as it generates (ProphetNet in transformers).
     """
 
     model: Any = field(repr=False)
@@ -68,6 +70,7 @@ class MemoryDecoder:
     n_ctx: int | None
     masked: bool = True
     alone: bool = False
+    stepwise: bool = False
 
     def bytes_per_row(self, source: int, target: int, *, all_logits: bool) -> int:
         """Returns the approximate bytes per row of a batch.
@@ -112,13 +115,10 @@ class MemoryDecoder:
             num_beams: 1 for greedy decoding.
             source: The source tokens, which some settings need; None for audio.
         """
-        from transformers import DynamicCache, EncoderDecoderCache
-
         loop = _Greedy(self.dtype)
         options: dict[str, Any] = {
             **_unrouted(self.model),
-            # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
-            "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            "past_key_values": _cache(),
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
@@ -218,16 +218,19 @@ class MemoryDecoder:
         options = _unrouted(self.model)
         if self.masked:
             options["attention_mask"] = mask.to(memory.device).long()
-        states = _encoded(memory)
+        pieces = [ids.to(memory.device)]
+        options["use_cache"] = self.stepwise
+        if self.stepwise:
+            pieces = [*pieces[0].split(1, dim=1)]
+            options["past_key_values"] = _cache()
         with lock_of(self.owner):
-            out = self.model(
-                encoder_outputs=states,
-                decoder_input_ids=ids.to(memory.device),
-                use_cache=False,
-                **options,
-            )
-        require_predictions(out.logits, padded=not bool(mask.all()))
-        return out.logits.to(self.dtype)
+            found = [
+                self.model(encoder_outputs=_encoded(memory), decoder_input_ids=piece, **options)
+                for piece in pieces
+            ]
+        logits = torch.cat([out.logits for out in found], dim=1)
+        require_predictions(logits, padded=not bool(mask.all()))
+        return logits.to(self.dtype)
 
     def _ended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the padded tokens, the mask up to the end token, and whether it was reached."""
@@ -247,6 +250,14 @@ class MemoryDecoder:
         """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
+
+
+def _cache() -> Any:
+    """Returns an empty cache of a decoder's keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def _encoded(memory: Tensor) -> Any:

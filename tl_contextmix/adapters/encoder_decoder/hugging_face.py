@@ -1,12 +1,13 @@
-"""Hugging Face encoder-decoders of text, read directly: DecoderLens needs no more than their states.
+"""Hugging Face encoder-decoders of text, read directly: DecoderLens needs only their states.
 
 For those that TransformerLens has no class for, and for bridges that show too little for a view.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,8 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 _BLOCKS = ("block", "layers")
 _NORMS = ("final_layer_norm", "layer_norm", "norm")
 _LENGTHS = ("max_{}_position_embeddings", "max_position_embeddings")
+# What encoders may be given of each token, besides its id: whether it attends to all.
+_FURTHER = ("global_attention_mask",)
 _PROBE = 4
 
 
@@ -83,14 +86,27 @@ def is_text(model: object) -> bool:
 def held_in(model: Any) -> Any | None:
     """Returns the Hugging Face encoder-decoder that a bridge holds, on the same weights.
 
-    None where the bridge does something else: with hooks of the user's own, processed weights.
+    None where the bridge does something else: with hooks of the user's own, or wrongly.
     """
-    original = getattr(model, "original_model", None)
-    if not is_text(original) or getattr(model, "_weights_processed", False):
+    original: Any = getattr(model, "original_model", None)
+    if not is_text(original) or hooked_places(model) or hooked_places(original):
         return None
-    if hooked_places(model) or hooked_places(original):
+    twin = bridge_twin(model)
+    if twin is None:
         return None
-    return bridge_twin(model)
+    weights = list(twin.parameters())
+    device = weights[0].device
+    ids = (11 + 7 * torch.arange(_PROBE)[None]).to(device) % int(original.config.vocab_size)
+    with lock_of(model), torch.no_grad():
+        try:
+            own, plain = (
+                one(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
+                for one in (original, twin)
+            )
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return None
+    tolerance = tolerance_of({weight.dtype for weight in weights}, device)
+    return twin if _error(plain, own) <= tolerance else None
 
 
 def from_text(model: Any, tokenizer: Any, language: str | None = None) -> EncoderDecoder:
@@ -138,7 +154,7 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
         fingerprint=view.fingerprint,
         n_layers=len(view.stacks["encoder"]),
         view=view,
-        states=lambda side: _encoder_states(host, view, side),
+        states=lambda side, **further: _encoder_states(host, view, side, further),
         norm=None,
         decoder=decoder,
         prompt=lambda side: torch.tensor([decoder.start] * len(side.ids)),
@@ -147,9 +163,14 @@ def from_text(model: Any, tokenizer: Any, language: str | None = None) -> Encode
         to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
         direct=True,
+        takes_further=True,
     )
-    norm = _checked_norm(model, found)
-    return replace(found, norm=None if norm is None else module_norm(model, norm))
+    norm, stepwise = _probed(model, found)
+    return replace(
+        found,
+        norm=None if norm is None else module_norm(model, norm),
+        decoder=replace(decoder, stepwise=stepwise),
+    )
 
 
 def _blocks(stack: Any) -> nn.ModuleList | None:
@@ -193,7 +214,7 @@ def _view(host: _Host, version: str) -> ModelView:
         d_vocab=len(host.W_E),
         tolerance=tolerance_of({weight.dtype for weight in weights.values()}, first.device),
         limits=(refusal,),
-        takes={},
+        takes={name: 2 for name in _FURTHER if name in inspect.signature(model.forward).parameters},
         hooked=make_hooked(handle),
         without_hooks=lambda: without_hooks(host),
         follow=lambda trace, *rest: trace,
@@ -266,6 +287,7 @@ def _run(host: _Host, batch: Batch, hooks: Hooks, last: str = "") -> PassOutput:
                 attention_mask=batch.main.mask.long().to(device),
                 decoder_input_ids=batch.decoder.ids.to(device),
                 use_cache=False,
+                **{name: value.to(device) for name, value in batch.further.items()},
             ).logits
         except _Enough:
             output = None
@@ -280,45 +302,49 @@ def _pad_id(model: Any) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _encoder_states(host: _Host, view: ModelView, side: Side) -> list[Tensor]:
+def _encoder_states(
+    host: _Host, view: ModelView, side: Side, further: Mapping[str, Tensor]
+) -> list[Tensor]:
     """Returns the encoder's residual streams of layers 0 to L, from one pass that ends with it."""
     blocks = view.stacks["encoder"]
     names = [blocks[0].resid_in, *(block.resid_out for block in blocks)]
     start = torch.zeros(len(side.ids), 1, dtype=torch.long)
-    batch = Batch(side, Side(start, torch.ones_like(start, dtype=torch.bool)))
+    batch = Batch(side, Side(start, torch.ones_like(start, dtype=torch.bool)), further)
     _, kept, _ = _run(host, batch, [(name, None) for name in names], names[-1])
     return [kept[name].to(view.dtype) for name in names]
 
 
-def _checked_norm(model: Any, found: EncoderDecoder) -> nn.Module | None:
-    """Returns the norm between the last block and what the decoder reads, or None.
+def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
+    """Returns the norm behind the last block, and whether logits must be taken step by step.
 
     Raises:
-        UnsupportedModel: If neither of these is what the decoder reads, or if its logits are
-            others in a batch: rows of a batch are the layers of one text.
+        UnsupportedModel: If neither that norm nor nothing makes what the decoder reads, or if its
+            logits are others in a batch: rows of a batch are the layers of one text.
     """
     view, encoder = found.view, model.get_encoder()
     assert view is not None
     ids = (11 + 7 * torch.arange(2 * _PROBE)).view(2, _PROBE) % view.d_vocab
     side = Side(ids, torch.ones_like(ids, dtype=torch.bool))
     with without_hooks(model), torch.no_grad():
-        last = found.states(side)[-1]
-        device, dtype = next(encoder.parameters()).device, next(encoder.parameters()).dtype
-        mask = side.mask.long().to(device)
-        read = encoder(input_ids=ids.to(device), attention_mask=mask)[0].to(view.dtype)
+        last, like = found.states(side)[-1], next(encoder.parameters())
+        mask = side.mask.long().to(like.device)
+        read = encoder(input_ids=ids.to(like.device), attention_mask=mask)[0].to(view.dtype)
         norms = [None, *(getattr(encoder, name, None) for name in _NORMS)]
         options = {
-            norm: last if norm is None else norm(last.to(dtype)).to(view.dtype) for norm in norms
+            norm: last if norm is None else norm(last.to(like.dtype)).to(view.dtype)
+            for norm in norms
         }
         norm, nearest = min(options.items(), key=lambda pair: _error(pair[1], read))
-        together = found.decoder.logits(read, side.mask, ids)
-        alone = [
-            found.decoder.logits(read[n : n + 1], side.mask[n : n + 1], ids[n : n + 1])
-            for n in range(len(ids))
-        ]
-    error = max(_error(nearest, read), _error(together, torch.cat(alone)))
+        error, whole, steps = _error(nearest, read), found.decoder, found.decoder
+        steps = replace(steps, stepwise=True)
+        told = [one.logits(read, side.mask, ids) for one in (whole, steps)]
+        stepwise = _error(told[0], told[1]) > view.tolerance
+        for row in range(len(ids)):
+            part = slice(row, row + 1)
+            alone = (steps if stepwise else whole).logits(read[part], side.mask[part], ids[part])
+            error = max(error, _error(told[stepwise][part], alone))
     if error <= view.tolerance and not _drops(model):
-        return norm
+        return norm, stepwise
     raise UnsupportedModel(
         four_parts(
             f"cannot run the decoder of a {view.host} on a layer of its encoder",

@@ -55,6 +55,7 @@ class EncoderDecoder:
         to_text: Token ids as one text, without special tokens.
         special: Ids of special tokens: start, end, padding and others.
         direct: Whether it is a Hugging Face model, which comes without its tokenizer.
+        takes_further: Whether ``states`` takes what the view takes besides ids and mask.
     """
 
     name: str
@@ -64,7 +65,7 @@ class EncoderDecoder:
     fingerprint: str
     n_layers: int
     view: ModelView | None
-    states: Callable[[Any], list[Tensor]] = field(repr=False)
+    states: Callable[..., list[Tensor]] = field(repr=False)
     norm: Callable[[Tensor], Tensor] | None = field(repr=False)
     decoder: MemoryDecoder = field(repr=False)
     prompt: Callable[[Any], Tensor] = field(repr=False)
@@ -73,6 +74,7 @@ class EncoderDecoder:
     to_text: Callable[[Sequence[int]], str] = field(repr=False)
     special: frozenset[int] = field(repr=False)
     direct: bool = False
+    takes_further: bool = False
 
     def named(self, labels: Labels | None) -> EncoderDecoder:
         """Returns the model with names of the user's own for its tokens; see `name_tokens`."""
