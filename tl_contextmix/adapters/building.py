@@ -198,7 +198,7 @@ def _settled(
         other = settle(
             {
                 stack: [
-                    [o for o in options if o not in _known(options)]
+                    [o for o in options if not _is_known(o)]
                     if (stack, layer) in wrong
                     else _known(options) or options
                     for layer, options in enumerate(blocks)
@@ -213,7 +213,11 @@ def _settled(
 
 def _known(options: list[Block]) -> list[Block]:
     """Returns the readings of a block whose feed-forward sublayer has neurons, or is not there."""
-    return [o for o in options if o.feed_forward is None or o.feed_forward.neurons_known]
+    return [option for option in options if _is_known(option)]
+
+
+def _is_known(block: Block) -> bool:
+    return block.feed_forward is None or block.feed_forward.neurons_known
 
 
 def _settle(
@@ -396,4 +400,7 @@ def _predicts_tokens(facts: Facts) -> bool:
 
 def _longest_input(facts: Facts) -> int | None:
     bound = getattr(facts.model.cfg, "n_ctx", None)
+    if facts.architecture.startswith("Switch"):
+        # Of longer texts an expert may leave tokens out, by what else is sent to it.
+        return getattr(facts.hf_config(), "expert_capacity", None)
     return None if facts.t5 or not isinstance(bound, int) or bound <= 0 else bound

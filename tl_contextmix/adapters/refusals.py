@@ -85,6 +85,17 @@ def _no_tokens(facts: Facts) -> str:
     return f"{facts.architecture}, which reads {read} ({name})" if read else ""
 
 
+def _biases_for_patterns(facts: Facts) -> str:
+    """Returns what a bridge of Switch Transformers shows as patterns, see `load_model`."""
+    if not facts.architecture.startswith("Switch"):
+        return ""
+    flag = "requires_relative_position_bias"
+    modules = [one for one in facts.model.modules() if hasattr(one, flag)]
+    return (
+        "" if all(getattr(one, flag) for one in modules) else f"{facts.architecture}, {flag}=False"
+    )
+
+
 _QUANTIZED = Refusal(
     "a quantized model",
     lambda facts: quantized_in(facts.model),
@@ -113,6 +124,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _t5_on_bridge_3,
         "its attention pattern hooks hold position biases instead of probabilities",
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
+    ),
+    Refusal(
+        "Switch Transformers as TransformerLens loads it",
+        _biases_for_patterns,
+        "its attention pattern hooks hold position biases instead of probabilities",
+        "Load it with load_model, which mends that; decoder_lens takes it as it is.",
     ),
     Refusal(
         "Falcon with ALiBi",
