@@ -108,12 +108,6 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         yield other.name, other.majors, (*every, "yes" if other.tokenizer else "-")
     for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
         yield one.name, one.majors, (*every, "-")
-    for opaque in zoo_others.OPAQUE.values():
-        yield opaque.name, opaque.majors, OPAQUE_CELLS
-
-
-OPAQUE_CELLS = ("before the FF block", "-", "-", "by layer, head, source", "-")
-"""What is answered where the feed-forward block is not taken apart, see `test_opaque.py`."""
 
 
 _DIRECT_CELLS = ("-", "-", "-", "-", "yes")
@@ -121,6 +115,8 @@ _DIRECT_CELLS = ("-", "-", "-", "-", "yes")
 
 def _direct() -> Iterator[str]:
     """Yields the families of which the Hugging Face model itself is asked."""
+    read = {other.name for other in zoo_others.OTHERS.values()}
     for other in zoo_others.DIRECT.values():
-        yield other.name
+        if other.name not in read:
+            yield other.name
     yield "Whisper"  # see `test_decoder_lens_speech.py`

@@ -9,6 +9,8 @@ import torch
 import zoo_build
 from zoo_configs import BERT_LIKE, D_VOCAB, TokenizerKind
 
+from tl_contextmix import load_model
+
 _HEADS = {"num_key_value_heads": 2}
 _WIDE = {**_HEADS, "head_dim": 8}
 _WINDOW = {"sliding_window": 4}
@@ -58,6 +60,7 @@ class Other:
         sizes: Names and values that make it small.
         majors: Major versions of TransformerLens whose bridge can be read.
         tokenizer: Kind of an encoder-decoder's tokenizer; None for a causal model.
+        loaded: Whether its bridge is one of `load_model`, not of TransformerLens alone.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Other:
     )
     majors: tuple[int, ...] = (3, 4)
     tokenizer: TokenizerKind | None = None
+    loaded: bool = False
 
 
 OTHERS: dict[str, Other] = {
@@ -182,6 +186,11 @@ OTHERS: dict[str, Other] = {
             "attention_chunk_size": 4,
         },
     ),
+    "minimax_m2": Other(
+        "MiniMax M2",
+        {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+        majors=(4,),
+    ),
     "ministral3": Other("Ministral 3", _WIDE),
     "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "mt5": Other(
@@ -204,6 +213,12 @@ OTHERS: dict[str, Other] = {
     "olmoe": Other("OLMoE", {**_HEADS, **_EXPERTS}),
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
+    "phimoe": Other(
+        "PhiMoE",
+        {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
+        loaded=True,
+    ),
     "qwen2_moe": Other("Qwen2-MoE", {**_HEADS, **_SHARED}),
     "qwen3": Other("Qwen3", _WIDE),
     "qwen3_5_text": Other(
@@ -216,6 +231,26 @@ OTHERS: dict[str, Other] = {
     "smollm3": Other("SmolLM3", _HEADS),
     "stablelm": Other("StableLM", {"num_key_value_heads": 4}),
     "starcoder2": Other("StarCoder2", _HEADS),
+    "switch_transformers": Other(
+        "Switch Transformers",
+        {
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 16,
+        },
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+        },
+        majors=(4,),
+        tokenizer="t5",
+        loaded=True,
+    ),
     "vaultgemma": Other("VaultGemma", {**_WIDE, **_WINDOW}),
     "youtu": Other("Youtu", _LATENT, majors=(4,)),
 }
@@ -266,22 +301,21 @@ HYBRIDS: dict[str, Other] = {
             "block_auto_adjust_ff_dim": False,
         },
     ),
+    "lfm2_moe": Other(
+        "LFM2-MoE",
+        {
+            **_HEADS,
+            **_EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ),
     "olmo_hybrid": Other(
         "OLMo-Hybrid", {**_HEADS, **_DELTA, **_MIXED, "linear_num_key_heads": 4, "pad_token_id": 0}
     ),
     "qwen3_5_moe_text": Other("Qwen3.5 MoE", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
     "qwen3_5_text": Other("Qwen3.5", {**_WIDE, **_DELTA, **_MIXED}),
     "qwen3_next": Other("Qwen3-Next", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
-}
-
-
-# Read, but for neurons; see `test_opaque.py`.
-OPAQUE = {
-    "minimax_m2": Other(
-        "MiniMax M2",
-        {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
-        majors=(4,),
-    ),
 }
 
 
@@ -439,7 +473,7 @@ def build(
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (HYBRIDS if hybrid else OTHERS | OPAQUE).get(kind, Other(kind))
+    other = (HYBRIDS if hybrid else OTHERS).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
@@ -454,4 +488,6 @@ def build(
         zoo_build.randomize(model, seed=0)
         model.config.architectures = [type(model).__name__]
         kind_of_words = other.tokenizer or "gpt"
+        if other.loaded:
+            return load_model(model, tokenizer=zoo_build.load_tokenizer(kind_of_words))
         return zoo_build.bridge(model, kind_of_words, dtype=dtype, processed=False)
