@@ -18,6 +18,7 @@ from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speec
 from tl_contextmix.adapters.recognition import recognise
 from tl_contextmix.adapters.refusals import require_supported
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.speech import build_speech, is_sound
 from tl_contextmix.adapters.verification import IdentityReport, require_identities
 from tl_contextmix.adapters.weight_processing import (
     fingerprint,
@@ -338,7 +339,7 @@ def _examine(model: Any) -> _Known:
         with lock_of(model):
             if known.glance.still():
                 return known
-    facts = recognise(model)
+    facts = None if is_sound(model) else recognise(model)
     weights = dict(model.named_parameters())
     require_present(weights)
     require_no_autocast(next(iter(weights.values())).device)
@@ -347,10 +348,12 @@ def _examine(model: Any) -> _Known:
         if known is not None and known.glance.same(glance := Glance(model)):
             known.glance = glance
             return known
-        require_supported(facts)
+        if facts is not None:
+            require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        view, report = build(facts, fingerprint(weights))
+        named = fingerprint(weights)
+        view, report = build_speech(model, named) if facts is None else build(facts, named)
         # Now, when passes have stored what they store.
         known = _KNOWN[model] = _Known(Glance(model), view, report, report.ok)
     return known
