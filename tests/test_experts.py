@@ -157,7 +157,8 @@ def test_parts_add_up_at_every_point(kind: str, bias: Any) -> None:
 def test_experts_of_an_encoder_decoder_are_read(stack: Any) -> None:
     """One expert for each token, whose probability is its weight; every other layer is dense."""
     switch = zoo_others.build("switch_transformers")
-    tokens, asked = given().tokens, {"decoder_input": given().tokens[:, 2:6]}
+    tokens = given().tokens
+    asked: dict[str, Any] = {"decoder_input": tokens[:, 2:6]}
     inputs = zoo.Inputs(tokens, asked["decoder_input"])
     trace, blocks = host_trace(view_of(switch), inputs, stack)
     ff = blocks[1].feed_forward

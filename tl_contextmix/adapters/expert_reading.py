@@ -198,7 +198,7 @@ def _activation(held: Any) -> Activation:
     """Returns the experts' activation, by name where a named one is the same."""
     if _limited(held):
         return clamped(swish(float(held.alpha)), float(held.limit))
-    one = next(iter(held.values())) if isinstance(held, nn.ModuleDict) else held
+    one: Any = next(iter(held.values())) if isinstance(held, nn.ModuleDict) else held
     function = one.act if hasattr(one, "act") else one.act_fn
     line = torch.linspace(-8, 8, 101, dtype=torch.float64)
     with torch.no_grad():

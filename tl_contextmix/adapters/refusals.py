@@ -109,7 +109,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "a model of images or sound",
         _no_tokens,
         "its positions are no tokens of a text",
-        "Use a model of text; of Whisper, decoder_lens takes the Hugging Face model itself.",
+        "Use a model of text; of Whisper, wav2vec2 and HuBERT pass the Hugging Face model itself.",
     ),
     _QUANTIZED,
     Refusal(

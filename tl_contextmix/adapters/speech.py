@@ -126,10 +126,11 @@ def _stacks(model: Any) -> dict[str, Any]:
     """Returns the modules that hold the blocks of each stack."""
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
     found = {side: getattr(base, side, None) for side in ("encoder", "decoder")}
+    lists = {side: getattr(module, "layers", None) for side, module in found.items()}
     return {
-        side: module
-        for side, module in found.items()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and len(module.layers)
+        side: found[side]
+        for side, layers in lists.items()
+        if isinstance(layers, nn.ModuleList) and len(layers)
     }
 
 
@@ -382,6 +383,8 @@ def _run(
         finally:
             for handle in handles:
                 handle.remove()
+    # Convolutions leave the axes of a stream in another order in memory.
+    kept = {name: value.contiguous() for name, value in kept.items()}
     said = getattr(output, "logits", None) if batch.decoder is not None else None
     return said, kept, {}
 
@@ -495,23 +498,21 @@ def _heard(host: _Host, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tenso
         given = given[name]
     bins = getattr(config, "num_mel_bins", None) if name == "input_features" else None
     length = None if bins is None else 2 * config.max_source_positions
-    fits = isinstance(given, Tensor) and given.is_floating_point() and given.numel() > 0
-    if bins is None:
-        fits = fits and given.ndim == 2
-        expected = "samples of shape [batch, sample], at 16 kHz"
-    else:
-        fits = fits and given.shape[1:] == (bins, length)
+    sound = given if isinstance(given, Tensor) and given.is_floating_point() else torch.empty(0)
+    fits, expected = sound.ndim == 2, "samples of shape [batch, sample], at 16 kHz"
+    if bins is not None:
+        fits = sound.shape[1:] == (bins, length)
         expected = f"features of shape [batch, {bins}, {length}]"
-    if not fits:
+    if not fits or not sound.numel():
         raise bad(
             "a model of sound cannot hear this",
             describe(given),
             expected,
             "Make them with the model's feature extractor.",
         )
-    count = config.max_source_positions if bins is not None else _frames(model, given.shape[1])
-    ids = (d_vocab + torch.arange(count)).repeat(len(given), 1)
-    return Side(ids, torch.ones_like(ids, dtype=torch.bool)), {name: given}
+    count = config.max_source_positions if bins is not None else _frames(model, sound.shape[1])
+    ids = (d_vocab + torch.arange(count)).repeat(len(sound), 1)
+    return Side(ids, torch.ones_like(ids, dtype=torch.bool)), {name: sound}
 
 
 def _frames(model: Any, samples: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.building import build
-from tl_contextmix.adapters.encoder_decoder.hugging_face import from_text, held_in, is_text
+from tl_contextmix.adapters.encoder_decoder.direct import from_text, held_in, is_text
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
 from tl_contextmix.adapters.recognition import recognise
