@@ -383,8 +383,6 @@ def _run(
         finally:
             for handle in handles:
                 handle.remove()
-    # Convolutions leave the axes of a stream in another order in memory.
-    kept = {name: value.contiguous() for name, value in kept.items()}
     said = getattr(output, "logits", None) if batch.decoder is not None else None
     return said, kept, {}
 
