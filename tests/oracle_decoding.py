@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # Where each family keeps its encoder blocks, and the norm behind them.
-_BLOCKS, _NORMS = ("block", "layers"), ("final_layer_norm", "layer_norm")
+_BLOCKS, _NORMS = ("block", "layers"), ("final_layer_norm", "layer_norm", "norm")
 
 
 def truncated(reference: Any, layers: int, *, norm: bool = True) -> Any:

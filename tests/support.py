@@ -70,6 +70,8 @@ def table() -> str:
     for name, majors, cells in _once():
         held = ", ".join(map(str, majors))
         lines.append(f"| {name} | TransformerBridge ({held}) | {' | '.join(cells)} |")
+    for name in _direct():
+        lines.append(f"| {name} | the Hugging Face model itself | {' | '.join(_DIRECT_CELLS)} |")
     return "\n".join(lines)
 
 
@@ -80,6 +82,7 @@ def summary() -> str:
         groups.setdefault(_cells(family), []).append(_NAMES[family])
     for name, _, cells in _once():
         groups.setdefault(cells, []).append(name)
+    groups[_DIRECT_CELLS] = [*_direct()]
     columns = goldens.METHODS
     lines = [f"| {' | '.join(columns)} | families |", "|---|" + "---|" * len(columns)]
     for cells, names in groups.items():
@@ -105,9 +108,15 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         yield other.name, other.majors, (*every, "yes" if other.tokenizer else "-")
     for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
         yield one.name, one.majors, (*every, "-")
-    for opaque in zoo_others.OPAQUE.values():
-        yield opaque.name, opaque.majors, OPAQUE_CELLS
 
 
-OPAQUE_CELLS = ("before the FF block", "-", "-", "by layer, head, source", "-")
-"""What is answered where the feed-forward block is not taken apart, see `test_opaque.py`."""
+_DIRECT_CELLS = ("-", "-", "-", "-", "yes")
+
+
+def _direct() -> Iterator[str]:
+    """Yields the families of which the Hugging Face model itself is asked."""
+    read = {other.name for other in zoo_others.OTHERS.values()}
+    for other in zoo_others.DIRECT.values():
+        if other.name not in read:
+            yield other.name
+    yield "Whisper"  # see `test_decoder_lens_speech.py`

@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.skipif(zoo.major() < 4, reason="bridges of TransformerLens 4"),
 ]
 MIXTURES = (
-    *("ernie4_5_moe", "flex_olmo", "glm4_moe", "llama4_text"),
-    *("olmoe", "qwen2_moe", "qwen3_moe"),
+    *("ernie4_5_moe", "flex_olmo", "glm4_moe", "llama4_text", "minimax_m2"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
 )
 F = 16  # neurons of an expert
 
@@ -152,6 +152,56 @@ def test_parts_add_up_at_every_point(kind: str, bias: Any) -> None:
     fed = cm.token_memory(model, tokens, layer=-1, bias=bias)
     coefficients = cm.ff_memories(model, tokens, layer=-1).coefficients
     assert relative(fed.shares.sum(dim=3) + fed.bias, coefficients) < FLOAT32_INSIDE
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_experts_of_an_encoder_decoder_are_read(stack: Any) -> None:
+    """One expert for each token, whose probability is its weight; every other layer is dense."""
+    switch = zoo_others.build("switch_transformers")
+    tokens = given().tokens
+    asked: dict[str, Any] = {"decoder_input": tokens[:, 2:6]}
+    inputs = zoo.Inputs(tokens, asked["decoder_input"])
+    trace, blocks = host_trace(view_of(switch), inputs, stack)
+    ff = blocks[1].feed_forward
+    assert isinstance(ff, Experts)
+    assert (ff.sizes, ff.active, ff.gated) == ((48,) * 4, 1, False)
+    own = switch.get_submodule(f"{stack}_blocks.1.mlp").original_component
+    x = trace[ff.pre].flatten(0, 1)
+    router = getattr(own.router, "original_component", own.router)
+    with torch.no_grad():
+        probabilities, chosen = router.classifier(x.float()).softmax(dim=-1).max(dim=-1)
+        expected = x.new_zeros(len(x), 4, 48)
+        for row, (weight, expert) in enumerate(zip(probabilities, chosen.tolist(), strict=True)):
+            hidden = own.experts[f"expert_{expert}"].wi(x[row].to(own.experts.expert_0.wi.weight))
+            expected[row, expert] = weight * hidden.relu()
+    assert len(set(chosen.tolist())) > 1
+    found = ff.coefficients(trace)
+    assert relative(found.flatten(0, 1), expected.flatten(1)) <= FLOAT32_INSIDE
+    maps: dict[str, Any] = {**asked, "stack": stack, "layer": -1}
+    added = cm.decompose(switch, tokens, at="mlp_out", **maps).total()[:, 0]
+    assert relative(added, trace[ff.written]) <= FLOAT32_INSIDE
+    zeroed = cm.value_zeroing(switch, tokens, **maps)
+    assert zeroed.provenance.options["routing"] == "anew"
+    if stack == "decoder":
+        memories = cm.ff_memories(switch, tokens, layer=-1, **asked)
+        assert torch.equal(memories.coefficients[:, 0], found)
+        by = cm.log_prob_contributions(switch, tokens, target=9, by="expert", **asked)
+        assert bool(by.scores.isfinite().all())
+
+
+def test_a_text_that_may_be_too_much_for_an_expert_is_refused() -> None:
+    switch = zoo_others.build("switch_transformers")
+    tokens = torch.full((1, 17), 9)
+    with pytest.raises(cm.InvalidInput, match="17 tokens; expected at most 16"):
+        cm.value_zeroing(switch, tokens)
+
+
+def test_a_bridge_of_switch_without_patterns_is_refused_by_name() -> None:
+    switch = zoo_others.direct("SwitchTransformers")
+    with zoo_build.quiet():
+        plain = zoo_build.bridge(switch, "bart", dtype=torch.float64, processed=False)
+    with pytest.raises(cm.UnsupportedModel, match=r"hold position biases.*Load it with load_model"):
+        cm.attention(plain, given().tokens)
 
 
 def test_maps_say_that_the_routing_is_held(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from asked import host_trace, relative, view_of
 from test_value_zeroing import literal
 
 import tl_contextmix as cm
+from tl_contextmix.adapters import reading
 from tl_contextmix.core.counters import count_operations
 
 # Hosts run experts in single precision at most.
@@ -32,7 +34,10 @@ def given() -> zoo.Inputs:
 def opaque() -> Any:
     """A model whose feed-forward sublayers are a mixture of experts, as each version has one."""
     if zoo.major() == 4:
-        return zoo_others.build("minimax_m2", dtype=torch.float32)
+        model = zoo_others.build("minimax_m2", dtype=torch.float32)
+        with unittest.mock.patch.object(reading, "read_experts", return_value=None):
+            cm.check(model)  # as one whose experts are of an unknown kind
+        return model
     options = {"num_experts": 4, "experts_per_token": 2, "gated_mlp": True, "act_fn": "silu"}
     with zoo_build.quiet():
         options = {"normalization_type": "RMS", **options}

@@ -79,7 +79,7 @@ def _free_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if parameter.requires_grad:
             yield name, parameter
     for name, buffer in module.named_buffers():
-        if name.endswith(("final_logits_bias", "e_score_correction_bias")):
+        if name.endswith(("final_logits_bias", "correction_bias", "expert_bias")):
             yield name, buffer
 
 

@@ -9,6 +9,8 @@ import torch
 import zoo_build
 from zoo_configs import BERT_LIKE, D_VOCAB, TokenizerKind
 
+from tl_contextmix import load_model
+
 _HEADS = {"num_key_value_heads": 2}
 _WIDE = {**_HEADS, "head_dim": 8}
 _WINDOW = {"sliding_window": 4}
@@ -58,6 +60,7 @@ class Other:
         sizes: Names and values that make it small.
         majors: Major versions of TransformerLens whose bridge can be read.
         tokenizer: Kind of an encoder-decoder's tokenizer; None for a causal model.
+        loaded: Whether its bridge is one of `load_model`, not of TransformerLens alone.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Other:
     )
     majors: tuple[int, ...] = (3, 4)
     tokenizer: TokenizerKind | None = None
+    loaded: bool = False
 
 
 OTHERS: dict[str, Other] = {
@@ -182,6 +186,11 @@ OTHERS: dict[str, Other] = {
             "attention_chunk_size": 4,
         },
     ),
+    "minimax_m2": Other(
+        "MiniMax M2",
+        {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+        majors=(4,),
+    ),
     "ministral3": Other("Ministral 3", _WIDE),
     "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "mt5": Other(
@@ -204,6 +213,12 @@ OTHERS: dict[str, Other] = {
     "olmoe": Other("OLMoE", {**_HEADS, **_EXPERTS}),
     "phi": Other("Phi"),
     "phi3": Other("Phi-3", _HEADS),
+    "phimoe": Other(
+        "PhiMoE",
+        {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+        majors=(4,),
+        loaded=True,
+    ),
     "qwen2_moe": Other("Qwen2-MoE", {**_HEADS, **_SHARED}),
     "qwen3": Other("Qwen3", _WIDE),
     "qwen3_5_text": Other(
@@ -216,6 +231,26 @@ OTHERS: dict[str, Other] = {
     "smollm3": Other("SmolLM3", _HEADS),
     "stablelm": Other("StableLM", {"num_key_value_heads": 4}),
     "starcoder2": Other("StarCoder2", _HEADS),
+    "switch_transformers": Other(
+        "Switch Transformers",
+        {
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 16,
+        },
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+        },
+        majors=(4,),
+        tokenizer="t5",
+        loaded=True,
+    ),
     "vaultgemma": Other("VaultGemma", {**_WIDE, **_WINDOW}),
     "youtu": Other("Youtu", _LATENT, majors=(4,)),
 }
@@ -266,22 +301,21 @@ HYBRIDS: dict[str, Other] = {
             "block_auto_adjust_ff_dim": False,
         },
     ),
+    "lfm2_moe": Other(
+        "LFM2-MoE",
+        {
+            **_HEADS,
+            **_EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ),
     "olmo_hybrid": Other(
         "OLMo-Hybrid", {**_HEADS, **_DELTA, **_MIXED, "linear_num_key_heads": 4, "pad_token_id": 0}
     ),
     "qwen3_5_moe_text": Other("Qwen3.5 MoE", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
     "qwen3_5_text": Other("Qwen3.5", {**_WIDE, **_DELTA, **_MIXED}),
     "qwen3_next": Other("Qwen3-Next", {**_WIDE, **_DELTA, **_MIXED, **_SHARED}),
-}
-
-
-# Read, but for neurons; see `test_opaque.py`.
-OPAQUE = {
-    "minimax_m2": Other(
-        "MiniMax M2",
-        {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
-        majors=(4,),
-    ),
 }
 
 
@@ -358,13 +392,88 @@ WRAPPERS: dict[str, Other] = {
 }
 
 
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+}
+_BART = {
+    "d_model": 32,
+    **{f"{side}_layers": 3 for side in _SIDES},
+    **{f"{side}_attention_heads": 4 for side in _SIDES},
+    **{f"{side}_ffn_dim": 48 for side in _SIDES},
+    "max_position_embeddings": 64,
+}
+_GEMMA = {**_TEXT, **_WIDE, **_WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 16}
+# Encoder-decoders of which the Hugging Face model itself is asked, see
+# `test_decoder_lens_direct.py`; by the beginning of Hugging Face's names.
+DIRECT: dict[str, Other] = {
+    "LED": Other(
+        "LED",
+        {"attention_window": 4},
+        {**_BART, **{f"max_{side}_position_embeddings": 64 for side in _SIDES}},
+        majors=(2, 3, 4),
+    ),
+    "LongT5": Other(
+        "LongT5",
+        {"local_radius": 3, "encoder_attention_type": "transient-global", "global_block_size": 2},
+        _T5,
+        majors=(2, 3, 4),
+    ),
+    "NllbMoe": Other(
+        "NLLB-MoE",
+        {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+        _BART,
+        majors=(2, 3, 4),
+    ),
+    "PegasusX": Other(
+        "Pegasus-X", {"num_global_tokens": 3, "block_size": 4}, _BART, majors=(2, 3, 4)
+    ),
+    "ProphetNet": Other(
+        "ProphetNet",
+        {"ngram": 2},
+        {
+            "hidden_size": 32,
+            **{f"num_{side}_layers": 3 for side in _SIDES},
+            **{f"num_{side}_attention_heads": 4 for side in _SIDES},
+            **{f"{side}_ffn_dim": 48 for side in _SIDES},
+            "max_position_embeddings": 64,
+        },
+        majors=(2, 3, 4),
+    ),
+    "SwitchTransformers": Other(
+        "Switch Transformers",
+        {"num_experts": 4, **{f"num_sparse_{side}_layers": 1 for side in _SIDES}},
+        _T5,
+        majors=(2, 3, 4),
+    ),
+    "T5Gemma": Other("T5Gemma", sizes=dict.fromkeys(_SIDES, _GEMMA), majors=(2, 3, 4)),
+    "UMT5": Other("umT5", sizes=_T5, majors=(2, 3, 4)),
+}
+
+
+def direct(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """Returns a random encoder-decoder of Hugging Face."""
+    words = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 1, "bos_token_id": 2}
+    return zoo_build.hugging_face(
+        f"{kind}ForConditionalGeneration",
+        f"{kind}Config",
+        {"vocab_size": D_VOCAB, **words, **DIRECT[kind].sizes, **DIRECT[kind].options, **options},
+        dtype=dtype,
+        seed=0,
+    )
+
+
 def build(
     kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
 ) -> Any:
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (HYBRIDS if hybrid else OTHERS | OPAQUE).get(kind, Other(kind))
+    other = (HYBRIDS if hybrid else OTHERS).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
@@ -379,4 +488,6 @@ def build(
         zoo_build.randomize(model, seed=0)
         model.config.architectures = [type(model).__name__]
         kind_of_words = other.tokenizer or "gpt"
+        if other.loaded:
+            return load_model(model, tokenizer=zoo_build.load_tokenizer(kind_of_words))
         return zoo_build.bridge(model, kind_of_words, dtype=dtype, processed=False)

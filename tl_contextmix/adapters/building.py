@@ -198,7 +198,7 @@ def _settled(
         other = settle(
             {
                 stack: [
-                    [o for o in options if o not in _known(options)]
+                    [o for o in options if not _is_known(o)]
                     if (stack, layer) in wrong
                     else _known(options) or options
                     for layer, options in enumerate(blocks)
@@ -213,7 +213,11 @@ def _settled(
 
 def _known(options: list[Block]) -> list[Block]:
     """Returns the readings of a block whose feed-forward sublayer has neurons, or is not there."""
-    return [o for o in options if o.feed_forward is None or o.feed_forward.neurons_known]
+    return [option for option in options if _is_known(option)]
+
+
+def _is_known(block: Block) -> bool:
+    return block.feed_forward is None or block.feed_forward.neurons_known
 
 
 def _settle(
@@ -329,7 +333,7 @@ def _unsettled(
     model = facts.model
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
-    pad_id, to_string = make_pad_id(handle, facts), make_to_string(handle)
+    text = text_side(handle, facts, pair=len(stacks) == 2)
     layouts = find_layouts(handle, stacks)
     return ModelView(
         name=_name(facts),
@@ -348,28 +352,42 @@ def _unsettled(
         tolerance=tolerance,
         limits=(),
         takes=arguments_taken(facts),
-        encode=make_encode(handle, facts),
-        encode_pair=make_encode_pair(handle, facts),
-        encode_chat=make_encode_chat(handle),
-        encode_decoder=make_encode_decoder(handle) if len(stacks) == 2 else None,
-        prompt_caution=lambda: decoder_prompt(handle.get()).caution,
-        pieces=make_pieces(handle),
-        special_ids=lambda: special_ids(handle.get()),
-        to_string=to_string,
-        to_output=to_string if _predicts_tokens(facts) else str,
-        to_text=make_to_text(handle),
-        spaced=make_spaced(handle),
-        special_tokens=lambda: special_tokens(handle.get()),
-        reads_text=lambda: getattr(handle.get(), "tokenizer", None) is not None,
-        pad_id=pad_id,
-        padding=lambda: padding_of(handle.get()),
         hooked=make_hooked(handle, splices),
         without_hooks=lambda: without_hooks(handle.get()),
         follow=partial(follow, tolerance),
         cached=cache_reader(handle, facts, stacks, layouts),
-        runner=make_runner(handle, pad_id, splices, layouts),
+        runner=make_runner(handle, text["pad_id"], splices, layouts),
         generate=make_generate(handle),
+        **text,
     )
+
+
+def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
+    """Returns what a view knows of text, by the names of `ModelView`.
+
+    Args:
+        handle: The model.
+        facts: What is known of it.
+        pair: Whether it has a decoder side beside the main one.
+    """
+    to_string = make_to_string(handle)
+    return {
+        "encode": make_encode(handle, facts),
+        "encode_pair": make_encode_pair(handle, facts),
+        "encode_chat": make_encode_chat(handle),
+        "encode_decoder": make_encode_decoder(handle) if pair else None,
+        "prompt_caution": lambda: decoder_prompt(handle.get()).caution,
+        "pieces": make_pieces(handle),
+        "special_ids": lambda: special_ids(handle.get()),
+        "to_string": to_string,
+        "to_output": to_string if _predicts_tokens(facts) else str,
+        "to_text": make_to_text(handle),
+        "spaced": make_spaced(handle),
+        "special_tokens": lambda: special_tokens(handle.get()),
+        "reads_text": lambda: getattr(handle.get(), "tokenizer", None) is not None,
+        "pad_id": make_pad_id(handle, facts),
+        "padding": lambda: padding_of(handle.get()),
+    }
 
 
 def _predicts_tokens(facts: Facts) -> bool:
@@ -382,4 +400,7 @@ def _predicts_tokens(facts: Facts) -> bool:
 
 def _longest_input(facts: Facts) -> int | None:
     bound = getattr(facts.model.cfg, "n_ctx", None)
+    if facts.architecture.startswith("Switch"):
+        # Of longer texts an expert may leave tokens out, by what else is sent to it.
+        return getattr(facts.hf_config(), "expert_capacity", None)
     return None if facts.t5 or not isinstance(bound, int) or bound <= 0 else bound

@@ -6,6 +6,7 @@ Face. What a token is routed to is asked of the model's own router.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ from tl_contextmix.core.experts import Experts, Router
 
 _SHARED = ("shared_expert", "shared_experts")
 _ROUTERS = ("gate", "router")
+# How the layers of a dense expert are called.
+_LAYERS = {"gate": ("gate_proj",), "in": ("up_proj", "wi"), "out": ("down_proj", "wo")}
 # What experts compute, relative to what their module does.
 _FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
 # An activation that is a named one differs from it by rounding.
@@ -118,29 +121,36 @@ def _of_all(experts: tuple[FeedForward, ...], name: str) -> Tensor | None:
     return torch.cat(found, dim=1 if name in ("W_in", "W_gate") else 0)
 
 
-def _module(handle: Any, here: str, name: str) -> Any:
-    return inner(getattr(inner(handle.get().get_submodule(here)), name))
+def _module(handle: Any, here: str, path: str) -> Any:
+    found = inner(handle.get().get_submodule(here))
+    for name in path.split("."):
+        found = inner(found.get_submodule(name))
+    return found
 
 
 def _routed(handle: Any, here: str, held: Any, blank: FeedForward) -> Iterator[FeedForward]:
-    """Yields the experts among which the router chooses: they are held in one tensor."""
+    """Yields the experts among which the router chooses: mostly they are held in one tensor."""
+    if isinstance(held, nn.ModuleDict):
+        for name in held:
+            yield _dense(handle, here, f"experts.{name}", blank)
+        return
     for number in range(len(held.gate_up_proj)):
         yield replace(blank, weights=partial(_fused, handle, here, number))
 
 
-def _dense(handle: Any, here: str, shared: str, blank: FeedForward) -> FeedForward:
-    """Returns an expert that every token goes through."""
+def _dense(handle: Any, here: str, path: str, blank: FeedForward) -> FeedForward:
+    """Returns an expert that is a module of its own, such as one that every token goes through."""
 
     def read(name: str) -> Tensor | None:
-        return _linear(handle, _module(handle, here, shared), name)
+        return _linear(handle, _module(handle, here, path), name)
 
     return replace(blank, weights=read, pre_linear="" if read("W_gate") is not None else None)
 
 
 def _linear(handle: Any, module: Any, name: str) -> Tensor | None:
     kind, _, leaf = name.partition("_")
-    layer = {"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}.get(leaf)
-    if layer is None or not hasattr(module, layer):
+    layer = next((name for name in _LAYERS.get(leaf, ()) if hasattr(module, name)), None)
+    if layer is None:
         return None
     linear = inner(getattr(module, layer))
     weight = linear.weight.T if kind == "W" else linear.bias
@@ -188,7 +198,8 @@ def _activation(held: Any) -> Activation:
     """Returns the experts' activation, by name where a named one is the same."""
     if _limited(held):
         return clamped(swish(float(held.alpha)), float(held.limit))
-    function = held.act_fn
+    one: Any = next(iter(held.values())) if isinstance(held, nn.ModuleDict) else held
+    function = one.act if hasattr(one, "act") else one.act_fn
     line = torch.linspace(-8, 8, 101, dtype=torch.float64)
     with torch.no_grad():
         seen = function(line)
@@ -205,8 +216,10 @@ def _route(handle: Any, here: str, router: str, count: int, shared: list[str]) -
         gate, own = (inner(getattr(module, n, None)) for n in (router, "shared_expert_gate"))
         like = next(module.parameters())
         flat = x.reshape(-1, x.shape[-1]).to(like.device, like.dtype)
+        # Switch Transformers count how many tokens of a text go to each expert: one is never many.
+        each = flat[:, None] if hasattr(gate, "expert_capacity") else flat
         with torch.no_grad():
-            gains = handle.ready(_gains(gate(flat), len(flat), count))
+            gains = handle.ready(_gains(gate(each, *_corrections(module, gate)), len(flat), count))
             always = gains.new_ones(len(flat), len(shared))
             if own is not None:
                 always = handle.ready(own(flat).sigmoid())
@@ -215,10 +228,18 @@ def _route(handle: Any, here: str, router: str, count: int, shared: list[str]) -
     return route
 
 
+def _corrections(module: Any, gate: Any) -> Iterator[Tensor]:
+    """Yields what a router is given besides its input: what its mixture holds by that name."""
+    further = list(inspect.signature(gate.forward).parameters)[1:]
+    yield from (getattr(module, name) for name in further if hasattr(module, name))
+
+
 def _gains(found: Any, tokens: int, count: int) -> Tensor:
     """Returns the gain of every expert [token expert], of what a router returns."""
     if len(found) == 2:  # Llama 4: a sigmoid for every expert, zero where it is not chosen
         return found[0]
+    if not found[0].is_floating_point():  # Switch: where it goes, and how probable that was
+        return (found[0] * found[1])[:, 0]
     _, weights, chosen = found
     return weights.new_zeros(tokens, count).scatter(
         1, chosen.view(tokens, -1), weights.view(tokens, -1)

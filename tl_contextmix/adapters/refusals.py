@@ -85,6 +85,17 @@ def _no_tokens(facts: Facts) -> str:
     return f"{facts.architecture}, which reads {read} ({name})" if read else ""
 
 
+def _biases_for_patterns(facts: Facts) -> str:
+    """Returns what a bridge of Switch Transformers shows as patterns, see `load_model`."""
+    if not facts.architecture.startswith("Switch"):
+        return ""
+    flag = "requires_relative_position_bias"
+    modules = [one for one in facts.model.modules() if hasattr(one, flag)]
+    return (
+        "" if all(getattr(one, flag) for one in modules) else f"{facts.architecture}, {flag}=False"
+    )
+
+
 _QUANTIZED = Refusal(
     "a quantized model",
     lambda facts: quantized_in(facts.model),
@@ -98,20 +109,27 @@ REFUSALS: tuple[Refusal, ...] = (
         "a model of images or sound",
         _no_tokens,
         "its positions are no tokens of a text",
-        "Use a model of text; for Whisper, decoder_lens takes the Hugging Face model itself.",
+        "Use a model of text; of Whisper, wav2vec2 and HuBERT pass the Hugging Face model itself.",
     ),
     _QUANTIZED,
     Refusal(
         "T5 on HookedEncoderDecoder 2.x",
         _t5_on_2,
         "its decoder's self-attention attends to the future, unlike T5's",
-        "Use TransformerLens 3.x (HookedEncoderDecoder) or 4.x (TransformerBridge).",
+        "Use TransformerLens 3.x (HookedEncoderDecoder) or 4.x (TransformerBridge); decoder_lens "
+        "takes the Hugging Face model itself.",
     ),
     Refusal(
         "T5 on TransformerBridge 3.x",
         _t5_on_bridge_3,
         "its attention pattern hooks hold position biases instead of probabilities",
         "Use HookedEncoderDecoder on 3.x, or TransformerLens 4.x.",
+    ),
+    Refusal(
+        "Switch Transformers as TransformerLens loads it",
+        _biases_for_patterns,
+        "its attention pattern hooks hold position biases instead of probabilities",
+        "Load it with load_model, which mends that; decoder_lens takes it as it is.",
     ),
     Refusal(
         "Falcon with ALiBi",
@@ -135,14 +153,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "LED",
         lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
         "its encoder uses windowed attention, without a full attention pattern",
-        "Use BART or T5, which have full attention.",
+        "Use BART or T5, which have full attention; decoder_lens takes it.",
     ),
     Refusal(
         "T5Gemma",
         lambda facts: facts.architecture if facts.architecture.startswith("T5Gemma") else "",
         "its bridge has no embedding matrix, and its blocks name the norms before and after each "
         "sublayer differently",
-        "Use T5, BART, Marian, mBART, M2M100 or Pegasus.",
+        "Use T5, BART, Marian, mBART, M2M100 or Pegasus; decoder_lens takes it.",
     ),
 )
 

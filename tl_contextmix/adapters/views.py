@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.building import build
+from tl_contextmix.adapters.encoder_decoder.direct import from_text, held_in, is_text
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
 from tl_contextmix.adapters.recognition import recognise
 from tl_contextmix.adapters.refusals import require_supported
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
+from tl_contextmix.adapters.speech import build_speech, is_sound
 from tl_contextmix.adapters.verification import IdentityReport, require_identities
 from tl_contextmix.adapters.weight_processing import (
     fingerprint,
@@ -25,7 +27,7 @@ from tl_contextmix.adapters.weight_processing import (
     sampled,
 )
 from tl_contextmix.core.model_view import ModelView, NeedsModel
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import UnsupportedModel, bad
 
 # What every module has is watched otherwise, or changes no number.
 _STANDARD = frozenset(vars(nn.Module()))
@@ -318,7 +320,17 @@ def as_encoder_decoder(
         return from_speech(model, tokenizer, language, task)
     if task is not None:
         raise bad("task has no meaning for this model", repr(task), "None", "Leave it out.")
-    return from_view(model, as_view(model), language)
+    if is_text(model):
+        return from_text(model, tokenizer, language)
+    try:
+        view = as_view(model)
+    except UnsupportedModel:
+        # What stands in the way of maps need not stand in the way of the decoder.
+        held = held_in(model)
+        if held is None:
+            raise
+        return replace(from_text(held, model.tokenizer, language), direct=False)
+    return from_view(model, view, language)
 
 
 def _examine(model: Any) -> _Known:
@@ -327,7 +339,7 @@ def _examine(model: Any) -> _Known:
         with lock_of(model):
             if known.glance.still():
                 return known
-    facts = recognise(model)
+    facts = None if is_sound(model) else recognise(model)
     weights = dict(model.named_parameters())
     require_present(weights)
     require_no_autocast(next(iter(weights.values())).device)
@@ -336,10 +348,12 @@ def _examine(model: Any) -> _Known:
         if known is not None and known.glance.same(glance := Glance(model)):
             known.glance = glance
             return known
-        require_supported(facts)
+        if facts is not None:
+            require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        view, report = build(facts, fingerprint(weights))
+        named = fingerprint(weights)
+        view, report = build_speech(model, named) if facts is None else build(facts, named)
         # Now, when passes have stored what they store.
         known = _KNOWN[model] = _Known(Glance(model), view, report, report.ok)
     return known

@@ -706,12 +706,12 @@ class Batch:
         main: The tokens; an encoder-decoder's encoder side.
         decoder: The decoder side of an encoder-decoder, else None.
         further: What else the model's own forward is given of each token of the main side, by
-            the name of the argument: segment ids, position ids.
+            the name of the argument: segment ids, position ids; or the sound that they are of.
     """
 
     main: Side
     decoder: Side | None = None
-    further: Mapping[str, Int[Tensor, "batch pos"]] = field(default_factory=dict)
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Returns the batch with all of its tensors changed: rows taken, repeated, copied."""

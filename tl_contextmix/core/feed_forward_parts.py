@@ -15,7 +15,6 @@ from functools import reduce
 from operator import add
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -312,7 +311,8 @@ def _feed_forward(
     shape = read.bias.shape[:2]
     flat = ff if ff.gain is None else replace(ff, gain=ff.gain.flatten(0, 1))
     slopes = tuple(read.bias.new_empty(*shape, ff.width) for _ in range(1 + ff.gated))
-    bias, total = (torch.empty_like(read.bias) for _ in range(2))
+    # Not like what is read, whose axes may lie in another order in memory: flat views are written.
+    bias, total = (read.bias.new_empty(read.bias.shape) for _ in range(2))
     # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
     size = 16 * len(slopes) * ff.width * bias.element_size()
     for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):

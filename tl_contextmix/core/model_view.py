@@ -18,6 +18,7 @@ from tl_contextmix.core.blocks import (
     Batch,
     Block,
     Identity,
+    Side,
     Trace,
     Weights,
     affine,
@@ -179,6 +180,7 @@ class ModelView:
         notice: Warns, once, where the processing of the weights changes a method with its options.
         labelled: Whether tokens have names of the user's own.
         dictionaries: The dictionaries that stand in it, each with a hash of it.
+        hears: Returns sound as frames, and what the model is given of it; None for text.
     """
 
     name: str
@@ -222,6 +224,7 @@ class ModelView:
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     labelled: bool = False
     dictionaries: tuple[str, ...] = ()
+    hears: Callable[[Any], tuple[Side, dict[str, Tensor]]] | None = field(default=None, repr=False)
     # Facts measured when first asked for, such as whether padding on the left is safe.
     facts: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     # What depends on weights alone and is small: the view is made anew when a weight changes.

@@ -15,6 +15,8 @@ from tl_contextmix.errors import bad
 
 Spans = Sequence[tuple[int, int]]
 """Stretches ``(start, stop)`` of positions."""
+Times = Sequence[tuple[float, float]]
+"""Stretches ``(start, stop)`` of time, in seconds."""
 
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 # Apostrophes, hyphens and dots inside of words: typewriter's, typographic, wide, Hebrew, Catalan.
@@ -150,6 +152,35 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     if not listed:
         raise bad("no spans were given", repr(spans), "at least one (start, stop)", _REMEDY)
     return [_require_span(span, length) for span in listed]
+
+
+def frames_of(times: object, per_second: float) -> list[tuple[int, int]]:
+    """Returns stretches of frames, given those of time.
+
+    A time is cut at the nearest frame, so that stretches without a gap have none; at least one
+    frame is in each.
+
+    Args:
+        times: Pairs ``(start, stop)`` in seconds.
+        per_second: Frames a second.
+
+    Raises:
+        InvalidInput: If they are no times.
+    """
+    try:
+        pairs = [(float(start), float(stop)) for start, stop in times]  # type: ignore[union-attr]
+        found = [(round(start * per_second), round(stop * per_second)) for start, stop in pairs]
+        fits = per_second > 0 and bool(pairs) and all(0 <= start < stop for start, stop in pairs)
+    except (TypeError, ValueError, OverflowError):
+        found, fits = [], False
+    if not fits:
+        raise bad(
+            "these are no times",
+            f"{times!r} at {per_second!r} frames a second",
+            "pairs (start, stop) of seconds, with per_second above 0",
+            "Take them from a forced alignment.",
+        )
+    return [(start, max(stop, start + 1)) for start, stop in found]
 
 
 def _require_span(span: object, length: int) -> tuple[int, int]:

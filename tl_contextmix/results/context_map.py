@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from tl_contextmix.core.rollout import roll_out
 from tl_contextmix.core.validation import require_choice
-from tl_contextmix.core.words import Spans, merge, require_spans
+from tl_contextmix.core.words import Spans, Times, frames_of, merge, require_spans
 from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
@@ -212,16 +212,19 @@ class ContextMap(LabelledArray):
 
     def words(
         self,
-        spans: Spans | None = None,
+        spans: Spans | Times | None = None,
         *,
         rows: Literal["mean", "max"] = "mean",
         columns: Literal["sum", "max"] = "sum",
+        per_second: float | None = None,
     ) -> ContextMap:
         """Returns the map of words by words; a row that sums to 1 still does.
 
         Args:
             spans: Stretches ``(start, stop)`` of tokens, the same on both axes and in every
                 sentence; None for the words, see `Tokens.words`.
+            per_second: The stretches are times in seconds, with so many frames a second (50 in
+                Whisper, wav2vec2 and HuBERT); frames between them belong to no word.
             rows: What becomes of the rows of a word's tokens.
             columns: What becomes of their columns. The largest (``"max"``) no longer sums to 1.
 
@@ -230,10 +233,11 @@ class ContextMap(LabelledArray):
         """
         require_choice("way to merge rows", rows, ("mean", "max"))
         require_choice("way to merge columns", columns, ("sum", "max"))
+        given: Any = spans if per_second is None else frames_of(spans, per_second)
         target, source = (
             tokens.words()
-            if spans is None
-            else [require_spans(spans, tokens.ids.shape[1])] * len(tokens.strings)
+            if given is None
+            else [require_spans(given, tokens.ids.shape[1])] * len(tokens.strings)
             for tokens in (self.target, self.source)
         )
         return self._joined(target, source, rows, columns)
@@ -317,7 +321,9 @@ class ContextMap(LabelledArray):
             target=labels if both else replace(found.target, places=None, numbers=None),
         )
 
-    def by_span(self, spans: Stretches = "sentences") -> ContextMap:
+    def by_span(
+        self, spans: Stretches | Times = "sentences", *, per_second: float | None = None
+    ) -> ContextMap:
         """Returns the map with the columns of each stretch of source tokens added up.
 
         Which passage made this answer? Rows stay as they are, and so do their sums.
@@ -327,11 +333,14 @@ class ContextMap(LabelledArray):
                 what was generated), or a list of texts and of stretches ``(start, stop)`` of the
                 source axis; tokens between those of a list are stretches of their own. See
                 `Tokens.spans`.
+            per_second: The stretches are times in seconds, see `words`; of Whisper's
+                cross-attention, whose sources are frames.
 
         Raises:
             InvalidInput: If a text is not there, a stretch covers no token, or stretches overlap.
         """
-        source = self.source.spans(spans)
+        given: Any = spans if per_second is None else frames_of(spans, per_second)
+        source = self.source.spans(given)
         scores = _merged(self.scores, self.source, source, "sum")
         return replace(self, scores=scores, source=self.source.join(source))
 

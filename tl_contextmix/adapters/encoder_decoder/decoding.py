@@ -7,6 +7,7 @@ model inside a bridge. Outputs from the last encoder layer therefore equal those
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class MemoryDecoder:
         n_ctx: Longest decoder input, or None if unlimited.
         masked: Whether there is a mask over encoder positions (Whisper has none).
         alone: Whether only this package runs ``model``: no hook sees its activations.
+        stepwise: Whether ``model`` gives other logits of a whole text than of its tokens one by
+            one, as it generates (ProphetNet in transformers).
     """
 
     model: Any = field(repr=False)
@@ -67,6 +70,7 @@ class MemoryDecoder:
     n_ctx: int | None
     masked: bool = True
     alone: bool = False
+    stepwise: bool = False
 
     def bytes_per_row(self, source: int, target: int, *, all_logits: bool) -> int:
         """Returns the approximate bytes per row of a batch.
@@ -74,12 +78,13 @@ class MemoryDecoder:
         Keys and values of every decoder layer for encoder and decoder positions, the encoder
         states themselves, and logits in the model's and in single precision.
         """
-        config = self.model.config
-        layers = getattr(config, "num_decoder_layers", getattr(config, "decoder_layers", 1))
-        heads = getattr(config, "num_heads", getattr(config, "decoder_attention_heads", 1))
-        width = heads * getattr(config, "d_kv", config.d_model // heads)
-        cached = 2 * layers * width * (source + target) + config.d_model * source
-        logits = config.vocab_size * (2 * target if all_logits else 4)
+        config = self.model.get_decoder().config
+        layers = _size(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+        heads = _size(config, "num_heads", "decoder_attention_heads", "num_attention_heads")
+        d_model = _size(config, "d_model", "hidden_size")
+        width = heads * _size(config, "d_kv", "head_dim", default=d_model // heads)
+        cached = 2 * layers * width * (source + target) + d_model * source
+        logits = self.d_vocab * (2 * target if all_logits else 4)
         return (cached + logits) * self.dtype.itemsize
 
     @property
@@ -110,13 +115,10 @@ class MemoryDecoder:
             num_beams: 1 for greedy decoding.
             source: The source tokens, which some settings need; None for audio.
         """
-        from transformers import DynamicCache, EncoderDecoderCache
-        from transformers.modeling_outputs import BaseModelOutput
-
         loop = _Greedy(self.dtype)
         options: dict[str, Any] = {
-            # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
-            "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            **_unrouted(self.model),
+            "past_key_values": _cache(),
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "do_sample": False,
@@ -143,7 +145,7 @@ class MemoryDecoder:
             options["force_unique_generate_call"] = True
         if prompt is not None:
             options["decoder_input_ids"] = prompt
-        states = BaseModelOutput(last_hidden_state=memory)
+        states = _encoded(memory)
         inputs = None if source is None else source.to(memory.device)
         # Steps of small models are dominated by overhead, 7 % of which this mode saves.
         mode = torch.inference_mode() if self.alone else torch.no_grad()
@@ -180,12 +182,11 @@ class MemoryDecoder:
         Raises:
             InvalidInput: If ``generate`` takes no such language or task.
         """
-        from transformers.modeling_outputs import BaseModelOutput
 
         def stop(model: Any, input_ids: Tensor, *_: Any, **__: Any) -> None:
             raise _Told(input_ids)
 
-        states = BaseModelOutput(last_hidden_state=self._ready(memory))
+        states = _encoded(self._ready(memory))
         given = {"language": language, "task": task}
         named = {name: one for name, one in given.items() if one is not None}
         options: dict[str, Any] = {"num_beams": 1, "do_sample": False, **named}
@@ -213,20 +214,23 @@ class MemoryDecoder:
         ids: Int[Tensor, "row pos"],
     ) -> Float[Tensor, "row pos d_vocab"]:
         """Returns the logits at every position of given decoder inputs."""
-        from transformers.modeling_outputs import BaseModelOutput
-
         memory = self._ready(memory)
-        options = {"attention_mask": mask.to(memory.device).long()} if self.masked else {}
-        states = BaseModelOutput(last_hidden_state=memory)
+        options = _unrouted(self.model)
+        if self.masked:
+            options["attention_mask"] = mask.to(memory.device).long()
+        pieces = [ids.to(memory.device)]
+        options["use_cache"] = self.stepwise
+        if self.stepwise:
+            pieces = [*pieces[0].split(1, dim=1)]
+            options["past_key_values"] = _cache()
         with lock_of(self.owner):
-            out = self.model(
-                encoder_outputs=states,
-                decoder_input_ids=ids.to(memory.device),
-                use_cache=False,
-                **options,
-            )
-        require_predictions(out.logits, padded=not bool(mask.all()))
-        return out.logits.to(self.dtype)
+            found = [
+                self.model(encoder_outputs=_encoded(memory), decoder_input_ids=piece, **options)
+                for piece in pieces
+            ]
+        logits = torch.cat([out.logits for out in found], dim=1)
+        require_predictions(logits, padded=not bool(mask.all()))
+        return logits.to(self.dtype)
 
     def _ended(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the padded tokens, the mask up to the end token, and whether it was reached."""
@@ -246,6 +250,34 @@ class MemoryDecoder:
         """Returns encoder states on the decoder's device, in its dtype."""
         first = next(self.model.get_decoder().parameters())
         return memory.to(first.device, first.dtype)
+
+
+def _cache() -> Any:
+    """Returns an empty cache of a decoder's keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # Without sizes: transformers 5.23 counts the encoder's layers for the decoder's cache.
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def _encoded(memory: Tensor) -> Any:
+    """Returns encoder states as what an encoder returns."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    found: Any = BaseModelOutput(last_hidden_state=memory)
+    found.router_logits = None  # mixtures of experts pass them on
+    return found
+
+
+def _unrouted(model: Any) -> dict[str, Any]:
+    """Returns what keeps a mixture of experts from asking the encoder for its routing."""
+    named = inspect.signature(model.forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in named else {}
+
+
+def _size(config: Any, *names: str, default: int = 1) -> int:
+    found = (getattr(config, name, None) for name in names)
+    return next((size for size in found if isinstance(size, int)), default)
 
 
 class _Told(Exception):
@@ -301,9 +333,11 @@ class _Greedy:
         said, last = alive, memory.new_zeros(0, 1)
         padded = mask is not None and not bool(mask.all())
         while len(alive):
-            options = {} if mask is None else {"attention_mask": mask}
+            options = _unrouted(model)
+            if mask is not None:
+                options["attention_mask"] = mask
             out = model(
-                encoder_outputs=(memory,),
+                encoder_outputs=_encoded(memory),
                 decoder_input_ids=step,
                 past_key_values=cache,
                 use_cache=True,

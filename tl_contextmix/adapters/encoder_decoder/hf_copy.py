@@ -42,10 +42,11 @@ def bridge_twin(model: Any) -> Any | None:
     for path, module in twin.named_modules():
         for table in (module._parameters, module._buffers):
             for leaf, empty in table.items():
-                found = tensors.get(f"{path}.{leaf}")
-                if empty is None:
+                found = tensors.get(f"{path}.{leaf}".lstrip("."))
+                if empty is None and found is None:
                     continue
-                if found is None or found.shape != empty.shape:
+                # A bridge may have put the bias of the logits into one that the model has not.
+                if found is None or (empty is not None and found.shape != empty.shape):
                     return None
                 kept = isinstance(found, nn.Parameter) or table is module._buffers
                 table[leaf] = found if kept else nn.Parameter(found, requires_grad=False)

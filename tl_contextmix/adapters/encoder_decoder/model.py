@@ -1,7 +1,7 @@
 """An encoder of L layers and a decoder that can read any of them.
 
-TransformerLens models are read through their view. Hugging Face speech models, for which
-TransformerLens has no class, are read directly.
+TransformerLens models are read through their view; Hugging Face models, for which TransformerLens
+has no class or whose bridges show too little, directly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class EncoderDecoder:
         processing: Detected weight processing.
         fingerprint: Hash over a sample of every weight.
         n_layers: Number of encoder blocks, L.
-        view: The view of a TransformerLens model; None for speech.
+        view: The model's view; None for speech. Of a `direct` one streams and text alone.
         states: Maps a `Side` (text) or features (speech) to the encoder states of layers 0 to L,
             before the final norm.
         norm: The encoder's final norm, or None if the architecture has none.
@@ -54,6 +54,8 @@ class EncoderDecoder:
         to_string: A token id as text.
         to_text: Token ids as one text, without special tokens.
         special: Ids of special tokens: start, end, padding and others.
+        direct: Whether it is a Hugging Face model, which comes without its tokenizer.
+        takes_further: Whether ``states`` takes what the view takes besides ids and mask.
     """
 
     name: str
@@ -63,7 +65,7 @@ class EncoderDecoder:
     fingerprint: str
     n_layers: int
     view: ModelView | None
-    states: Callable[[Any], list[Tensor]] = field(repr=False)
+    states: Callable[..., list[Tensor]] = field(repr=False)
     norm: Callable[[Tensor], Tensor] | None = field(repr=False)
     decoder: MemoryDecoder = field(repr=False)
     prompt: Callable[[Any], Tensor] = field(repr=False)
@@ -71,6 +73,8 @@ class EncoderDecoder:
     to_string: Callable[[int], str] = field(repr=False)
     to_text: Callable[[Sequence[int]], str] = field(repr=False)
     special: frozenset[int] = field(repr=False)
+    direct: bool = False
+    takes_further: bool = False
 
     def named(self, labels: Labels | None) -> EncoderDecoder:
         """Returns the model with names of the user's own for its tokens; see `name_tokens`."""

@@ -98,6 +98,7 @@ def from_speech(
         to_string=lambda token: piece_of(tokenizer, token),
         to_text=lambda ids: text_of(tokenizer, ids, skip_special_tokens=True),
         special=special_ids(decoder, tokenizer),
+        direct=True,
     )
 
 

@@ -133,6 +133,8 @@ def read_batch(view: ModelView, given: Given) -> Batch:
             "Leave it out for the model's default.",
         )
     given = _tokenized(given)
+    if view.hears is not None:
+        return _heard_batch(view, given)
     main, segments = _main_side(view, given)
     further = {**segments, **given.further}
     if further:
@@ -142,6 +144,21 @@ def read_batch(view: ModelView, given: Given) -> Batch:
         warn_of_lost_segments(view, main)
     decoder = _decoder_side(view, given, main.ids.shape[0])
     return Batch(main=main, decoder=decoder, further=further)
+
+
+def _heard_batch(view: ModelView, given: Given) -> Batch:
+    """Returns the frames of sound, and the tokens of the decoder side."""
+    assert view.hears is not None
+    unused = replace(given, input="", decoder_input=None, language=None, labels=None)
+    if unused != Given(""):
+        raise bad(
+            "this has no meaning for a model of sound",
+            "attention_mask, prepend_bos, padding_side, token_type_ids or position_ids",
+            "none of them",
+            "Give sounds of one length.",
+        )
+    main, sound = view.hears(given.input)
+    return Batch(main, _decoder_side(view, given, len(main.ids)), sound)
 
 
 def _tokenized(given: Given) -> Given:

@@ -54,12 +54,24 @@ def load_bridge(source: Source, placement: Placement) -> Any:
             )
         ) from e
     bridge.cfg.model_name = source.label
+    if architecture.startswith("Switch"):
+        show_patterns(bridge)
     if not causal:
         # TransformerLens would prepend a BOS that the tokenizer does not, and cut off </s>: the
         # opposite of what encoders were trained on.
         bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
         bridge.cfg.tokenizer_appends_eos = False
     return bridge
+
+
+def show_patterns(bridge: Any) -> None:
+    """Lets a bridge of Switch Transformers show attention patterns, as TransformerLens' T5 does.
+
+    Without it, 4.3 shows position biases in their place.
+    """
+    for module in bridge.modules():
+        if hasattr(module, "requires_relative_position_bias"):
+            module.requires_relative_position_bias = True
 
 
 def _seen(architecture: str, error: Exception) -> str:

@@ -6,8 +6,8 @@ pieces that fit ``max_bytes``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Listening:
         layers: The layers, 0 (embeddings) to L.
         final_norm: Whether the encoder's final norm is applied, where there is one.
         max_bytes: Bound on what a batch of the decoder takes; one row at least is decoded.
+        further: What else an encoder is given of each token (LED's global attention), by name.
     """
 
     model: EncoderDecoder
@@ -58,6 +59,7 @@ class Listening:
     layers: tuple[int, ...]
     final_norm: bool
     max_bytes: int
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -148,7 +150,8 @@ class Listening:
             # Padding that only other sentences need costs time.
             used = mask.any(0)
             mask, ids = mask[:, used], self.source.ids[rows][:, used]
-            states = self.model.states(Side(ids, mask))
+            further = {name: value[rows][:, used] for name, value in self.further.items()}
+            states = self.model.states(Side(ids, mask), **further)
             source = ids.masked_fill(~mask, self.model.decoder.pad).repeat_interleave(count, 0)
         else:
             states = self.model.states(self.source[rows])

@@ -165,8 +165,10 @@ def decoder_lens(
 
     Args:
         model: A HookedEncoderDecoder (TransformerLens 3), an encoder-decoder on a
-            TransformerBridge, or a Hugging Face Whisper model, which TransformerLens has no class
-            for.
+            TransformerBridge, or a Hugging Face model itself: Whisper, umT5, NLLB-MoE, ProphetNet
+            or Pegasus-X, which TransformerLens has no class for, or any like T5, BART or LED. Of a
+            bridge that shows too little for maps (LED, LongT5, T5Gemma, Switch Transformers) the
+            model in it is read.
         input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
         references: The right answers, one per input.
         layer: Encoder layers, 0 (the embeddings) to L, negative from the end; None for all. Each
@@ -189,7 +191,7 @@ def decoder_lens(
         final_norm: Whether to apply the encoder's final norm, where there is one. Hooks of yours
             on it take part; they see one layer after the other.
         target: Ids, or words of one token each, to score; with ``mode="scores"``.
-        tokenizer: Tokenizer or processor of a speech model.
+        tokenizer: Tokenizer, or processor, of a Hugging Face model.
         task: ``"transcribe"`` or ``"translate"``, which a speech model's decoder is told; None: by
             the generation config.
         max_bytes: Bound on what a batch takes in the decoder: layers and inputs are decoded in
@@ -228,11 +230,11 @@ def decoder_lens(
         ("decoder_input", inputs.get("decoder_input"), not (plan.judges and plan.referenced)),
     )
     found = as_encoder_decoder(model, tokenizer, inputs.get("language"), task)
-    _require_used(("tokenizer", tokenizer, found.view is None))
+    _require_used(("tokenizer", tokenizer, found.direct))
     found = found.named(inputs.get("labels"))
     # Each once and in order, which is what "the first layer that" counts on.
     numbers = tuple(sorted({*positions("layer", layer, range(found.n_layers + 1))}))
-    source, prompt, sources = read_source(found, Given(input, **inputs))
+    source, prompt, sources, further = read_source(found, Given(input, **inputs))
     options = {
         "layers": numbers,
         "mode": mode,
@@ -241,7 +243,7 @@ def decoder_lens(
         "max_new_tokens": max_new_tokens,
     }
     lens = Lens(
-        listening=Listening(found, source, numbers, final_norm, max_bytes),
+        listening=Listening(found, source, numbers, final_norm, max_bytes, further),
         inputs=sources,
         prompt=prompt,
         told=found.view is None or inputs.get("decoder_input") is not None,
@@ -332,7 +334,7 @@ _USED = {
     "num_beams": "outputs of the decoder's own",
     "max_new_tokens": "outputs of the decoder's own",
     "decoder_input": "no references to judge",
-    "tokenizer": "a speech model: others have their own",
+    "tokenizer": "a Hugging Face model: others have their own",
 }
 
 

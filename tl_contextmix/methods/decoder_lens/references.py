@@ -21,11 +21,13 @@ from tl_contextmix.errors import bad
 from tl_contextmix.results.curves import as_texts
 
 
-def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Side, tuple[str, ...]]:
-    """Returns what the encoder reads, the decoder's prompt, and the inputs as text."""
+def read_source(
+    model: EncoderDecoder, given: Given
+) -> tuple[Side | Tensor, Side, tuple[str, ...], Mapping[str, Tensor]]:
+    """Returns what the encoder reads, the decoder's prompt, the inputs as text, and what else."""
     if model.view is not None:
         batch = make_batch(model.view, given)
-        if batch.further:
+        if batch.further and not model.takes_further:
             raise bad(
                 "an encoder that is read layer by layer takes tokens only",
                 " and ".join(batch.further),
@@ -38,7 +40,7 @@ def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Sid
             rows = zip(batch.main.ids, batch.main.mask, strict=True)
             inputs = tuple(model.to_text(ids[mask].tolist()) for ids, mask in rows)
         assert batch.decoder is not None
-        return batch.main, batch.decoder, inputs
+        return batch.main, batch.decoder, inputs, batch.further
     features = given.input
     whole = isinstance(features, Tensor) and features.ndim == 3 and len(features) > 0
     if not isinstance(features, Tensor) or not whole or not features.is_floating_point():
@@ -55,7 +57,7 @@ def read_source(model: EncoderDecoder, given: Given) -> tuple[Side | Tensor, Sid
             "none of them",
             "Pass language and task, or set them in model.generation_config.",
         )
-    return features, _told(model, given.decoder_input, features), ("",) * len(features)
+    return features, _told(model, given.decoder_input, features), ("",) * len(features), {}
 
 
 def _told(model: EncoderDecoder, given: Any, features: Tensor) -> Side:

@@ -1,0 +1,235 @@
+"""Whisper, wav2vec2 and HuBERT through a view: frames are tokens; against raw hooks on them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import zoo_build
+from asked import EXACT, relative
+from test_decoder_lens_speech import features, whisper
+from torch import Tensor
+from zoo_refused import _SPEECH
+
+import tl_contextmix as cm
+from tl_contextmix.results import ContextMap
+
+pytestmark = pytest.mark.newest
+DECODER = torch.tensor([[1, 5, 6, 7]] * 3)
+SIZES = {**_SPEECH, "conv_stride": (20, 16), "conv_kernel": (10, 3)}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2": ("Wav2Vec2Model", {}),
+    "wav2vec2 with a head": (
+        "Wav2Vec2ForCTC",
+        {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+    ),
+    "HuBERT": ("HubertModel", {}),
+    "Whisper": ("WhisperForConditionalGeneration", {}),
+}
+
+
+@functools.cache
+def model(kind: str) -> Any:
+    """A random model; no test changes it."""
+    name, options = KINDS[kind]
+    if kind == "Whisper":
+        return whisper()
+    return made(name, **options)
+
+
+def made(name: str, **options: Any) -> Any:
+    config = f"{name.split('Model')[0].split('For')[0]}Config"
+    return zoo_build.hugging_face(name, config, {**SIZES, **options}, dtype=torch.float64, seed=0)
+
+
+def sound(kind: str) -> Tensor:
+    if kind == "Whisper":
+        return features()
+    return torch.randn(3, 2400, generator=torch.Generator().manual_seed(0)).double()
+
+
+def asked(kind: str, stack: str) -> dict[str, Any]:
+    return {"decoder_input": DECODER, "stack": stack} if kind == "Whisper" else {}
+
+
+def run(hf: Any, kind: str, **options: Any) -> Any:
+    decoder = {"decoder_input_ids": DECODER} if kind == "Whisper" else {}
+    with torch.no_grad():
+        return hf(sound(kind), **decoder, **options)
+
+
+def layers_of(hf: Any, side: str) -> Any:
+    base = getattr(hf, hf.base_model_prefix, hf)
+    return getattr(base, side)
+
+
+def outputs(hf: Any, kind: str, side: str) -> list[Tensor]:
+    """What each block of a stack writes."""
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    handles = [block.register_forward_hook(keep) for block in layers_of(hf, side).layers]
+    run(hf, kind)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def behind(hf: Any, side: str, layer: int) -> Any:
+    """The model's own norm behind the last block."""
+    stack = layers_of(hf, side)
+    last = layer == len(stack.layers) - 1
+    normed = any(word in type(stack).__name__ for word in ("Stable", "Whisper"))
+    return stack.layer_norm if last and normed else torch.nn.Identity()
+
+
+EACH = [(kind, "encoder") for kind in KINDS] + [("Whisper", "decoder"), ("Whisper", "cross")]
+
+
+@pytest.mark.parametrize(("kind", "stack"), EACH)
+def test_zeroed_values_are_those_of_the_model_itself(kind: str, stack: str) -> None:
+    hf = model(kind)
+    assert cm.check(hf).ok
+    found = cm.value_zeroing(hf, sound(kind), **asked(kind, stack)).scores[:, :, 0]
+    side = "decoder" if stack == "cross" else stack
+    name = "encoder_attn" if stack == "cross" else "self_attn" if kind == "Whisper" else "attention"
+    blocks = layers_of(hf, side).layers
+    for layer, block in enumerate(blocks):
+        norm = behind(hf, side, layer)
+        whole = norm(outputs(hf, kind, side)[layer])
+        for source in range(found.shape[-1]):
+
+            def zero(module: Any, args: Any, out: Tensor, source: int = source) -> Tensor:
+                return out.index_fill(1, torch.tensor(source), 0)
+
+            handle = getattr(block, name).v_proj.register_forward_hook(zero)
+            changed = norm(outputs(hf, kind, side)[layer])
+            handle.remove()
+            expected = 1 - torch.cosine_similarity(changed, whole, dim=-1).detach()
+            assert float((found[:, layer, :, source] - expected).abs().max()) < 1e-10
+    assert float(found.max()) > 1e-4
+
+
+@pytest.mark.parametrize(("kind", "stack"), EACH)
+def test_parts_add_up_to_the_model_s_own_states(kind: str, stack: str) -> None:
+    hf = model(kind)
+    parts = cm.decompose(hf, sound(kind), at="block_out", **asked(kind, stack)).total()
+    side = "decoder" if stack == "cross" else stack
+    # Convolutions leave Whisper's stream with its axes in another order in memory.
+    assert relative(parts, torch.stack(outputs(hf, kind, side), 1)) < EXACT
+    if stack != "cross":
+        whole = cm.decompx_vectors(hf, sound(kind), **asked(kind, stack)).total()
+        assert relative(whole[:, -1], outputs(hf, kind, side)[-1]) < EXACT
+    norms = cm.attention_norms(hf, sound(kind), at="attn_out", **asked(kind, stack))
+    assert norms.source.strings[0][:3] != norms.target.strings[0][:3] or stack != "cross"
+    if stack != "decoder":
+        assert norms.source.strings[0][:3] == ("0.00", "0.02", "0.04")
+    patterns = cm.attention(hf, sound(kind), **asked(kind, stack)).scores
+    own = run(hf, kind, output_attentions=True)
+    named = {"encoder": "encoder_attentions", "decoder": "decoder_attentions"}
+    own = own[named.get(stack, "cross_attentions")] if kind == "Whisper" else own.attentions
+    assert relative(patterns, torch.stack(own, 1)) < EXACT
+
+
+def test_whisper_s_words_are_explained() -> None:
+    hf = model("Whisper")
+    scores = cm.log_prob_contributions(hf, features(), target=9, decoder_input=DECODER)
+    said = run(hf, "Whisper").logits[:, -1].log_softmax(-1)[:, 9]
+    assert relative(scores.trajectory[:, -1], said) < EXACT
+    memories = cm.ff_memories(hf, features(), decoder_input=DECODER)
+    assert torch.equal(memories.final_top, run(hf, "Whisper").logits.argmax(-1))
+    # Fused attention is made eager for a pass, and is what it was.
+    fused = made_whisper()
+    kept = fused.config._attn_implementation
+    plain = cm.attention(fused, features(), stack="encoder")
+    assert fused.config._attn_implementation == kept == "sdpa"
+    assert relative(plain.scores, cm.attention(hf, features(), stack="encoder").scores) < EXACT
+
+
+def made_whisper() -> Any:
+    from test_decoder_lens_speech import _CONFIG
+
+    fused = zoo_build.hugging_face(
+        "WhisperForConditionalGeneration", "WhisperConfig", _CONFIG, dtype=torch.float64, seed=0
+    )
+    fused.set_attn_implementation("sdpa")
+    return fused
+
+
+def test_frames_are_joined_to_words_by_their_times() -> None:
+    found = cm.value_zeroing(model("HuBERT"), sound("HuBERT")[:1]).normalize()
+    frames = found.scores[0, 0, 0]
+    times = [(0.0, 0.05), (0.05, 0.1), (0.1, 0.101)]
+    words = found.words(times, per_second=50)
+    assert words.scores.shape[-2:] == (3, 3)
+    # Frames 0 and 1, 2 to 4, and one at least.
+    for row, rows in enumerate((slice(0, 2), slice(2, 5), slice(5, 6))):
+        for column, columns in enumerate((slice(0, 2), slice(2, 5), slice(5, 6))):
+            expected = frames[rows, columns].sum(-1).mean()
+            assert torch.allclose(words.scores[0, 0, 0, row, column], expected)
+    heard = cm.attention_norms(
+        model("Whisper"), features(), at="attn_out", stack="cross", decoder_input=DECODER
+    )
+    grouped = heard.by_span([(0.0, 0.1)], per_second=50)
+    assert torch.allclose(grouped.scores[..., 0], heard.scores[..., :5].sum(-1))
+    ask: Any = inspect.unwrap(ContextMap.words)
+    for wrong in ("sentences", [(0.1, 0.0)], [(-1.0, 1.0)], [], 5):
+        with pytest.raises(cm.InvalidInput):
+            ask(found, wrong, per_second=50)
+    with pytest.raises(cm.InvalidInput, match="no times"):
+        found.words(times, per_second=0.0)
+
+
+def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
+    hf = made_whisper()
+    options: dict[str, Any] = {"target": 9, "decoder_input": DECODER}
+    asks: list[tuple[Any, str]] = [
+        (lambda: cm.gradient_x_input(hf, features(), **options), "gradients"),
+        (
+            lambda: cm.attention_knockout(hf, features(), sources=[0], pos=-1, **options),
+            "attention pattern|frames|source",
+        ),
+        (lambda: cm.log_prob_contributions(made("HubertModel"), sound(""), target=9), "readout"),
+    ]
+    for ask, match in asks:
+        with pytest.raises(cm.ContextMixError, match=match):
+            ask()
+    for wrong in ("a text", torch.zeros(1, 8, 23), torch.zeros(8, 24), torch.tensor([[1, 2]])):
+        with pytest.raises(cm.InvalidInput, match="cannot hear this.*got"):
+            cm.value_zeroing(hf, wrong)
+    with pytest.raises(cm.InvalidInput, match="no meaning for a model of sound"):
+        cm.value_zeroing(hf, features(), attention_mask=torch.ones(3, 12))
+    with pytest.raises(cm.InvalidInput, match="cannot hear"):
+        cm.value_zeroing(made("HubertModel"), torch.zeros(1, 5))
+    handle = hf.get_encoder().layers[0].register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(cm.UnsupportedModel, match="hooks on a Hugging Face model"):
+        cm.value_zeroing(hf, features())
+    handle.remove()
+    with pytest.raises(cm.InvalidInput, match="train mode"):
+        cm.value_zeroing(made("HubertModel").train(), sound(""))
+
+
+def test_a_view_keeps_no_model_alive_and_sees_changed_weights() -> None:
+    hf = made("HubertModel")
+    before = cm.value_zeroing(hf, sound(""))
+    assert isinstance(before, ContextMap)
+    again = {"input_values": sound("")}
+    assert torch.equal(cm.value_zeroing(hf, again).scores, before.scores)
+    assert (
+        before.provenance.options["input_values"]
+        != cm.value_zeroing(hf, 2 * sound("")).provenance.options["input_values"]
+    )
+    with torch.no_grad():
+        hf.encoder.layers[0].attention.v_proj.weight.mul_(2)
+    assert not torch.equal(cm.value_zeroing(hf, sound("")).scores, before.scores)
+    gone = weakref.ref(hf)
+    del hf
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,527 @@
+"""Views of Hugging Face models of sound: Whisper, wav2vec2 and HuBERT, whose tokens are frames.
+
+TransformerLens has no class for Whisper, and its bridges of the others show no neurons. All three
+have one kind of block, whose activations are read at the model's own modules.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.building import text_side
+from tl_contextmix.adapters.inputs.activation_cache import describe
+from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.recognition import Facts, major
+from tl_contextmix.adapters.running import (
+    hooked_places,
+    lock_of,
+    require_no_autocast,
+    require_no_dropout,
+    without_hooks,
+)
+from tl_contextmix.adapters.verification import (
+    IdentityReport,
+    check_rows,
+    readout_row,
+    run_probe,
+    settle_block,
+    tolerance_of,
+)
+from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
+from tl_contextmix.core.model_view import CacheReader, Hooks, ModelView, PassOutput, Readout
+from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+
+_SOUND = ("input_features", "input_values")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+# How the modules of a block are called: Whisper's, those of wav2vec2 and HuBERT.
+_ATTENTIONS = (("self_attn", "self"), ("attention", "self"), ("encoder_attn", "cross"))
+_NORMS = {
+    "self_attn": "self_attn_layer_norm",
+    "attention": "layer_norm",
+    "encoder_attn": "encoder_attn_layer_norm",
+}
+_NEURONS = (
+    ("fc1", "fc2"),
+    ("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+)
+_RATE = 16_000  # samples a second that all of these models were trained on
+_HOP = 160  # samples between Whisper's mel frames
+_PROBE_SAMPLES = 6400
+
+
+def is_sound(model: object) -> bool:
+    """Whether a model is a Hugging Face one of sound, with blocks that are read here."""
+    if not isinstance(model, nn.Module) or hasattr(model, "original_model"):
+        return False
+    if getattr(model, "main_input_name", "") not in _SOUND:
+        return False
+    stacks = _stacks(model)
+    first = next(iter(stacks.values()), None)
+    attention = None if first is None else _attention_modules(first.layers[0])
+    return bool(attention) and all(hasattr(m, p) for _, m, _ in attention for p in _PROJECTIONS)
+
+
+def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityReport]:
+    """Returns the view of a model of sound, and how well it reproduces the model.
+
+    Raises:
+        UnsupportedModel: If a block is another than of attention and a feed-forward layer.
+    """
+    from transformers import __version__
+
+    host = _Host(model)
+    view = _unsettled(model, host, fingerprint, __version__)
+    with without_hooks(model):
+        probe = run_probe(view)
+        stacks = {}
+        for name, blocks in view.stacks.items():
+            following = [block.resid_in for block in blocks[1:]] + [blocks[-1].resid_out]
+            stacks[name] = tuple(
+                settle_block(_placements(host, view, name, block), probe, after, None)
+                for block, after in zip(blocks, following, strict=True)
+            )
+        view = replace(view, stacks=stacks)
+        rows = [*check_rows(view, probe)]
+        if not view.readout.refusal:
+            rows.append(readout_row(view, probe))
+    limits = (view.readout.refusal,) if view.readout.refusal else ()
+    return view, IdentityReport(f"{view.name} ({view.host})", tuple(rows), limits=limits, cause="")
+
+
+class _Host:
+    """A model, not kept alive, under the names by which the text of a bridge is read."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+        self.cfg = SimpleNamespace()
+        self._modules = {"decoder_blocks": None} if "decoder" in _stacks(model) else {}
+        self.W_E = torch.empty(int(getattr(model.config, "vocab_size", 0)), 0)
+
+    @property
+    def original_model(self) -> Any:
+        """The model."""
+        model = self.model()
+        if model is None:
+            raise ReferenceError("the model of this view has been deleted")
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that a user gave the model, or None."""
+        return getattr(self.original_model, "tokenizer", None)
+
+
+def _stacks(model: Any) -> dict[str, Any]:
+    """Returns the modules that hold the blocks of each stack."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+    found = {side: getattr(base, side, None) for side in ("encoder", "decoder")}
+    lists = {side: getattr(module, "layers", None) for side, module in found.items()}
+    return {
+        side: found[side]
+        for side, layers in lists.items()
+        if isinstance(layers, nn.ModuleList) and len(layers)
+    }
+
+
+def _attention_modules(block: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Returns names, modules and kinds of a block's attention sublayers."""
+    named = [(name, getattr(block, name, None), kind) for name, kind in _ATTENTIONS]
+    return [(name, module, kind) for name, module, kind in named if module is not None]
+
+
+def _unsettled(model: Any, host: _Host, fingerprint: str, version: str) -> ModelView:
+    weights = dict(model.named_parameters())
+    first, kind = next(iter(weights.values())), type(model).__name__
+    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    handle = Handle(weakref.ref(host), "TransformerBridge", dtype, first.device)
+    facts = Facts(model=host, host="TransformerBridge", major=major(), architecture=kind)
+    stacks, points = {}, {}
+    for side, module in _stacks(model).items():
+        found = [_block(host, handle, side, n, points) for n in range(len(module.layers))]
+        stacks[side] = tuple(found)
+    stacks = dict(sorted(stacks.items(), reverse=True))
+    text = text_side(handle, facts, pair="decoder" in stacks)
+    d_vocab, seconds = len(host.W_E), _seconds(model)
+    to_token = text["to_string"]
+
+    def to_string(token: int) -> str:
+        return to_token(token) if token < d_vocab else f"{(token - d_vocab) * seconds:.2f}"
+
+    return ModelView(
+        name=str(getattr(model.config, "_name_or_path", "") or kind),
+        host=kind,
+        host_version=version,
+        processing=(),
+        fingerprint=fingerprint,
+        stacks=stacks,
+        readout=_readout(host, handle, kind),
+        final_norms=_final_norms(model, handle),
+        dtype=dtype,
+        device=first.device,
+        n_ctx=getattr(model.config, "max_target_positions", None),
+        d_vocab=d_vocab,
+        tolerance=tolerance_of({weight.dtype for weight in weights.values()}, first.device),
+        limits=(),
+        takes={},
+        hooked=lambda *, backward=False: hooked_places(host.original_model, backward=backward),
+        without_hooks=lambda: without_hooks(host.original_model),
+        follow=_no_hooks,
+        cached=CacheReader(lambda name: (), {}, lambda *ids: torch.empty(0)),
+        runner=partial(_run, host, d_vocab, points),
+        generate=_no_generation,
+        hears=partial(_heard, host, d_vocab),
+        **{**text, "to_string": to_string},
+    )
+
+
+def _seconds(model: Any) -> float:
+    """Returns how long a frame lasts that blocks see."""
+    strides = getattr(model.config, "conv_stride", None)
+    return (2 * _HOP if strides is None else prod(strides)) / _RATE
+
+
+def _block(
+    host: _Host, handle: Handle, side: str, layer: int, points: dict[str, tuple[str, str, str]]
+) -> Block:
+    """Returns a block without norms, and adds where its activations are to ``points``."""
+    module = _stacks(host.original_model)[side].layers[layer]
+    here = f"{side}.{layer}"
+
+    def point(path: str, name: str, kind: str) -> str:
+        points[f"{here}.{name}"] = (side, f"layers.{layer}{path}", kind)
+        return f"{here}.{name}"
+
+    attentions = tuple(
+        AttentionSublayer(
+            stack=side,
+            kind=kind,
+            pattern=point(f".{name}", f"{name}.pattern", "pattern"),
+            value=point(f".{name}.v_proj", f"{name}.v", "heads out"),
+            mixed=point(f".{name}.out_proj", f"{name}.z", "heads in"),
+            key=point(f".{name}.k_proj", f"{name}.k", "heads out"),
+            weights=partial(_attention_weight, host, handle, side, layer, name),
+        )
+        for name, _, kind in _attention_modules(module)
+    )
+    pair = next((pair for pair in _NEURONS if all(_has(module, name) for name in pair)), None)
+    if pair is None:
+        raise _unknown(module)
+    return Block(
+        layer=layer,
+        resid_in=point("", "resid_in", "in"),
+        resid_out=point("", "resid_out", "out"),
+        attentions=attentions,
+        feed_forward=FeedForward(
+            pre=point(f".{pair[0]}", "mlp.pre", "out"),
+            post=point(f".{pair[1]}", "mlp.post", "in"),
+            pre_linear=None,
+            weights=partial(_neuron_weight, host, handle, side, layer, pair),
+        ),
+    )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _unknown(module: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            "the blocks of this model of sound cannot be read",
+            f"a {type(module).__name__}",
+            "attention and two linear layers, as in Whisper, wav2vec2 and HuBERT",
+            "Use one of these.",
+        )
+    )
+
+
+def _attention_weight(
+    host: _Host, handle: Handle, side: str, layer: int, name: str, weight: str
+) -> Tensor | None:
+    kind, _, letter = weight.partition("_")
+    projection = {"Q": "q_proj", "K": "k_proj", "V": "v_proj", "O": "out_proj"}.get(letter)
+    if projection is None:
+        return None
+    module = getattr(_stacks(host.original_model)[side].layers[layer], name)
+    linear = getattr(module, projection)
+    found = linear.weight if kind == "W" else linear.bias
+    if found is None:
+        return None
+    found = handle.ready(found)
+    if kind == "b":
+        return found if letter == "O" else found.unflatten(0, (module.num_heads, -1))
+    if letter == "O":
+        return found.T.unflatten(0, (module.num_heads, -1))
+    return found.unflatten(0, (module.num_heads, -1)).transpose(1, 2)
+
+
+def _neuron_weight(
+    host: _Host, handle: Handle, side: str, layer: int, pair: tuple[str, str], weight: str
+) -> Tensor | None:
+    kind, _, leaf = weight.partition("_")
+    if leaf not in ("in", "out"):
+        return None
+    block = _stacks(host.original_model)[side].layers[layer]
+    linear = block.get_submodule(pair[leaf == "out"])
+    return handle.ready(linear.weight.T if kind == "W" else linear.bias)
+
+
+def _norm(module: Any, dtype: torch.dtype) -> Norm:
+    weight, bias = (one.detach().to(dtype) for one in (module.weight, module.bias))
+    return Norm("ln", weight, bias, float(module.eps))
+
+
+def _placements(host: _Host, view: ModelView, side: str, block: Block) -> list[Block]:
+    """Returns the readings of a block: with its norms before its sublayers, or behind them."""
+    module = _stacks(host.original_model)[side].layers[block.layer]
+
+    def norm(name: str) -> Norm:
+        return _norm(getattr(module, name), view.dtype)
+
+    names = [name for name, _, _ in _attention_modules(module)]
+    found = []
+    for place in ("norm_in", "norm_after"):
+        attentions = tuple(
+            replace(attention, **{place: norm(_NORMS[name])})
+            for attention, name in zip(block.attentions, names, strict=True)
+        )
+        assert block.feed_forward is not None
+        ff = replace(block.feed_forward, **{place: norm("final_layer_norm")})
+        found.append(replace(block, attentions=attentions, feed_forward=ff))
+    return found
+
+
+def _final_norms(model: Any, handle: Handle) -> dict[str, Norm]:
+    """Returns the norms behind the last blocks; wav2vec2's may stand before the first."""
+    return {
+        side: _norm(stack.layer_norm, handle.dtype)
+        for side, stack in _stacks(model).items()
+        if "StableLayerNorm" in type(stack).__name__ or "Whisper" in type(stack).__name__
+    }
+
+
+def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
+    model = host.original_model
+    head = model.get_output_embeddings() if "decoder" in _stacks(model) else None
+    if head is None:
+        refusal = four_parts(
+            f"{kind} has no vocabulary readout",
+            "an encoder of sound",
+            "a decoder that predicts tokens, such as Whisper's",
+            "Maps of its layers are fine; vocabulary questions are not answered for this model.",
+        )
+        return Readout(None, None, lambda name: None, refusal=refusal)
+
+    def read(name: str) -> Tensor | None:
+        weight = handle.ready(host.original_model.get_output_embeddings().weight)
+        if name == "W_U":
+            return weight.T
+        return weight.new_zeros(len(weight)) if name == "b_U" else None
+
+    weights: Weights = read
+    return Readout(_norm(_stacks(model)["decoder"].layer_norm, handle.dtype), None, weights)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Lets a model compute attention patterns for a while, which fused kernels do not show."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _run(
+    host: _Host,
+    d_vocab: int,
+    points: Mapping[str, tuple[str, str, str]],
+    batch: Batch,
+    hooks: Hooks,
+    grad: bool,
+    watch: bool,
+    logits: bool = True,
+) -> PassOutput:
+    """Runs a model of sound once, see `ModelView.run`."""
+    del watch, logits
+    model = host.original_model
+    require_no_dropout(model)
+    device = next(model.parameters()).device
+    require_no_autocast(device)
+    _require_plain(model, batch, d_vocab, grad)
+    kept: dict[str, Tensor] = {}
+    handles: list[Any] = []
+    stacks = _stacks(model)
+    with lock_of(model), torch.no_grad(), _eager(model):
+        try:
+            for name, edit in hooks:
+                side, path, kind = points[name]
+                module = stacks[side].get_submodule(path)
+                if kind.endswith("in"):
+                    see = partial(_before, name, kind, edit, kept, _heads(stacks, side, path))
+                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+                else:
+                    see = partial(_after, name, kind, edit, kept, _heads(stacks, side, path))
+                    handles.append(module.register_forward_hook(see))
+            output = model(**_arguments(model, batch, device))
+        finally:
+            for handle in handles:
+                handle.remove()
+    said = getattr(output, "logits", None) if batch.decoder is not None else None
+    return said, kept, {}
+
+
+def _heads(stacks: Mapping[str, Any], side: str, path: str) -> int:
+    module = stacks[side].get_submodule(path.rpartition(".")[0])
+    return int(getattr(module, "num_heads", 1))
+
+
+def _before(
+    name: str,
+    kind: str,
+    edit: Any,
+    kept: dict[str, Tensor],
+    heads: int,
+    module: nn.Module,
+    given: tuple[Any, ...],
+    named: dict[str, Any],
+) -> Any:
+    del module
+    value = given[0] if given else named["hidden_states"]
+    seen = value.unflatten(-1, (heads, -1)) if kind == "heads in" else value
+    seen = kept[name] = seen if edit is None else edit(seen)
+    if edit is None:
+        return None
+    value = seen.flatten(2) if kind == "heads in" else seen
+    return ((value, *given[1:]), named) if given else (given, {**named, "hidden_states": value})
+
+
+def _after(
+    name: str,
+    kind: str,
+    edit: Any,
+    kept: dict[str, Tensor],
+    heads: int,
+    module: nn.Module,
+    given: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    del module, given
+    if kind == "pattern":
+        if edit is not None:
+            raise _refused("an attention pattern", "edited")
+        kept[name] = output[1]
+        return None
+    value = output[0] if isinstance(output, tuple) else output
+    seen = value.unflatten(-1, (heads, -1)) if kind == "heads out" else value
+    seen = kept[name] = seen if edit is None else edit(seen)
+    if edit is None:
+        return None
+    value = seen.flatten(2) if kind == "heads out" else seen
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _arguments(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
+    name = model.main_input_name
+    sound = batch.further.get(name)
+    if sound is None:  # probes look at how the model computes, whatever it hears
+        config, rows = model.config, len(batch.main.ids)
+        shape = (rows, _PROBE_SAMPLES)
+        if name == "input_features":
+            shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+        sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = {name: sound.to(device, next(model.parameters()).dtype)}
+    if batch.decoder is not None:
+        found |= {"decoder_input_ids": batch.decoder.ids.to(device), "use_cache": False}
+    return found
+
+
+def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
+    """Checks that a pass is over what is heard, as it is heard."""
+    if grad:
+        raise _refused("gradients", "taken through sound")
+    if hooked_places(model):
+        raise _refused("hooks on a Hugging Face model", "followed")
+    expected = d_vocab + torch.arange(batch.main.ids.shape[1])
+    if model.main_input_name in batch.further and not torch.equal(
+        batch.main.ids.cpu(), expected.expand(batch.main.ids.shape)
+    ):
+        raise _refused("frames of sound", "replaced or left out")
+
+
+def _refused(what: str, done: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            f"{what} cannot be {done}",
+            "a model of sound",
+            "a model of text",
+            "Value Zeroing, norms, attention, decompositions and memories are answered.",
+        )
+    )
+
+
+def _no_hooks(trace: Any, *rest: Any) -> Any:
+    return trace
+
+
+def _no_generation(batch: Batch, count: int) -> list[list[int]]:
+    raise _refused("a transcript", "continued here")
+
+
+def _heard(host: _Host, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tensor]]:
+    """Returns the frames of sound as tokens, and what the model is given.
+
+    Raises:
+        InvalidInput: If it is no sound that the model can hear.
+    """
+    model = host.original_model
+    name, config = model.main_input_name, model.config
+    if isinstance(given, Mapping) and name in given:
+        given = given[name]
+    bins = getattr(config, "num_mel_bins", None) if name == "input_features" else None
+    length = None if bins is None else 2 * config.max_source_positions
+    sound = given if isinstance(given, Tensor) and given.is_floating_point() else torch.empty(0)
+    fits, expected = sound.ndim == 2, "samples of shape [batch, sample], at 16 kHz"
+    if bins is not None:
+        fits = sound.shape[1:] == (bins, length)
+        expected = f"features of shape [batch, {bins}, {length}]"
+    if not fits or not sound.numel():
+        raise bad(
+            "a model of sound cannot hear this",
+            describe(given),
+            expected,
+            "Make them with the model's feature extractor.",
+        )
+    count = config.max_source_positions if bins is not None else _frames(model, sound.shape[1])
+    ids = (d_vocab + torch.arange(count)).repeat(len(sound), 1)
+    return Side(ids, torch.ones_like(ids, dtype=torch.bool)), {name: sound}
+
+
+def _frames(model: Any, samples: int) -> int:
+    """Returns how many frames a model makes of samples."""
+    count: Callable[[int], Any] = model._get_feat_extract_output_lengths
+    found = int(count(samples))
+    if found < 1:
+        raise bad(
+            "a model of sound cannot hear this",
+            f"{samples} samples",
+            "at least one frame",
+            "Give a longer sound.",
+        )
+    return found
