@@ -304,7 +304,56 @@ ENCODERS: dict[str, Other] = {
         majors=(4,),
         tokenizer="bert",
     ),
-    "Electra": Other("ELECTRA", {"embedding_size": 32}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "Electra": Other("ELECTRA", {"embedding_size": 16}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "Albert": Other(
+        "ALBERT",
+        # Two groups of two layers each, the first run twice.
+        {
+            "embedding_size": 16,
+            "num_hidden_layers": 3,
+            "num_hidden_groups": 2,
+            "inner_group_num": 2,
+            "hidden_act": "gelu_new",
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "MPNet": Other("MPNet", {"pad_token_id": 1}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "DebertaV2": Other(
+        "DeBERTa-v2",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 3,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "share_att_key": True,
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "ModernBert": Other(
+        "ModernBERT",
+        {
+            "pad_token_id": 0,
+            "local_attention": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+            **{f"{name}_bias": True for name in ("attention", "mlp", "norm", "classifier")},
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "EuroBert": Other(
+        "EuroBERT",
+        {**_HEADS, "mlp_bias": True, "attention_bias": True, "pad_token_id": 0},
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
 }
 
 

@@ -23,9 +23,11 @@ def read_readout(handle: Handle, architecture: str) -> Readout:
     if refusal:
         return Readout(norm=None, head=None, weights=lambda name: None, refusal=refusal)
     dense = _dense_head(handle)
-    final = next((name for name in _FINAL_NORMS if name in model._modules), None)
-    # In a masked-LM head the "final norm" comes after the dense layer.
-    norm = None if final is None or dense is not None else read_norm(model._modules[final], handle)
+    # In a masked-LM head the "final norm" comes after the dense layer; one in front of it is the
+    # encoder's.
+    names = _FINAL_NORMS if dense is None else ("encoder_ln_final",)
+    final = next((name for name in names if name in model._modules), None)
+    norm = None if final is None else read_norm(model._modules[final], handle)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return Readout(
         norm=norm,
@@ -119,10 +121,12 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
 
 
 def _head_activation(handle: Handle) -> Callable[[Tensor], Tensor]:
-    """Returns the activation of a masked-LM head: BERT's is that of its configuration."""
+    """Returns the activation of a masked-LM head: what stands beside its dense layer."""
     original = getattr(handle.get(), "original_model", None)
-    modules = [] if original is None else original.modules()
-    return next(
-        (module.transform_act_fn for module in modules if hasattr(module, "transform_act_fn")),
-        functional.gelu,  # HookedEncoder's and RoBERTa's, whatever the configuration says
-    )
+    dense = handle.get()._modules["mlm_head"]
+    for module in [] if original is None else original.modules():
+        if any(child is dense for child in module._modules.values()):
+            for name in ("transform_act_fn", "activation", "act"):
+                if callable(found := getattr(module, name, None)):
+                    return found
+    return functional.gelu  # HookedEncoder's and RoBERTa's, whatever the configuration says

@@ -466,7 +466,8 @@ def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
         stack: module
         for stack, names in _FINAL_NORMS.items()
         for name in names
-        if (module := modules.get(name)) is not None and "mlm_head" not in modules
+        if (module := modules.get(name)) is not None
+        and not (name == "ln_final" and "mlm_head" in modules)
     }
 
 
