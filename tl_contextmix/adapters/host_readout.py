@@ -23,11 +23,9 @@ def read_readout(handle: Handle, architecture: str) -> Readout:
     if refusal:
         return Readout(norm=None, head=None, weights=lambda name: None, refusal=refusal)
     dense = _dense_head(handle)
-    # In a masked-LM head the "final norm" comes after the dense layer; one in front of it is the
-    # encoder's.
-    names = _FINAL_NORMS if dense is None else ("encoder_ln_final",)
-    final = next((name for name in names if name in model._modules), None)
-    norm = None if final is None else read_norm(model._modules[final], handle)
+    final = next((name for name in _FINAL_NORMS if name in model._modules), None)
+    # In a masked-LM head the "final norm" comes after the dense layer.
+    norm = None if final is None or dense is not None else read_norm(model._modules[final], handle)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return Readout(
         norm=norm,
@@ -106,6 +104,9 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
     activation = _head_activation(handle)
     norm = read_norm(handle.get()._modules["ln_final"] if handle.bridge else head.ln, handle)
     assert norm is not None
+    # ModernBERT has a norm in front of the head, too.
+    first = handle.get()._modules.get("encoder_ln_final")
+    first = None if first is None else read_norm(first, handle)
 
     def apply(x: Tensor) -> Tensor:
         # Read at each use: a view must keep no weight alive, nor one that was replaced.
@@ -115,6 +116,7 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
         else:
             weight, bias = head.W, head.b
         bias = None if bias is None else handle.ready(bias)
+        x = x if first is None else first(x)
         return norm(activation(affine(x, handle.ready(weight), bias)))
 
     return apply

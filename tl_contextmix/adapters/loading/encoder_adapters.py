@@ -227,8 +227,11 @@ class AlbertAdapter(_EncoderAdapter):
 # MPNet and DeBERTa show their patterns when asked
 
 
-class _AskedAttention(AttentionBridge):
-    """Attention that returns its pattern only where ``output_attentions`` says so."""
+class AskedAttention(AttentionBridge):
+    """Attention that returns its pattern only where ``output_attentions`` says so.
+
+    `adapters.running` knows it by name: it uses the pattern before it shows it.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs it, asking for the pattern."""
@@ -238,7 +241,7 @@ class _AskedAttention(AttentionBridge):
 class MPNetAdapter(_EncoderAdapter):
     """MPNet."""
 
-    model, attention = "mpnet", _AskedAttention
+    model, attention = "mpnet", AskedAttention
     paths = {**_BERT, "ln1": "attention.LayerNorm", **{name: f"attn.{name}" for name in "qkvo"}}
     head = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
 
@@ -246,7 +249,7 @@ class MPNetAdapter(_EncoderAdapter):
 class DebertaV2Adapter(_EncoderAdapter):
     """DeBERTa-v2 and v3, whose pattern knows of relative positions."""
 
-    model, attention = "deberta", _AskedAttention
+    model, attention = "deberta", AskedAttention
     paths = {**_BERT, "q": "self.query_proj", "k": "self.key_proj", "v": "self.value_proj"}
     head = (
         "cls.predictions.transform.dense",
