@@ -150,6 +150,33 @@ def test_an_encoder_in_memory_is_read_as_hugging_face_runs_it(name: str) -> None
 
 
 @pytest.mark.newest
+def test_deberta_v3_has_a_head_without_an_unembedding_of_its_own() -> None:
+    row, inputs = zoo_others.ENCODERS["DebertaV2"], given()
+    options = row.sizes | row.options | {"legacy": False}
+    names = "DebertaV2ForMaskedLM", "DebertaV2Config"
+    hf = zoo_build.hugging_face(*names, options, dtype=torch.float64, seed=0)
+    with torch.no_grad():
+        expected = hf(inputs.tokens).logits
+    model = cm.load_model(hf, tokenizer=zoo_build.load_tokenizer("bert"))
+    assert cm.check(model).ok
+    assert model.W_U.data_ptr() == model.W_E.data_ptr()
+    scores = cm.log_prob_contributions(model, inputs.tokens, target=9, pos=3)
+    said = expected[:, 3].log_softmax(dim=-1)[:, 9]
+    assert relative(scores.trajectory[:, -1], said) <= 1e-10
+
+
+@pytest.mark.newest
+def test_deberta_with_a_convolution_is_refused_by_name() -> None:
+    row = zoo_others.ENCODERS["DebertaV2"]
+    options = row.sizes | row.options | {"conv_kernel_size": 3}
+    names = "DebertaV2ForMaskedLM", "DebertaV2Config"
+    hf = zoo_build.hugging_face(*names, options, dtype=torch.float32, seed=0)
+    model = cm.load_model(hf, tokenizer=zoo_build.load_tokenizer("bert"))
+    with pytest.raises(cm.UnsupportedModel, match=r"DeBERTa.*convolution.*conv_kernel_size=3"):
+        cm.check(model)
+
+
+@pytest.mark.newest
 @pytest.mark.parametrize("name", zoo_others.WRAPPERS)
 def test_a_model_of_images_and_text_is_asked_about_text(name: str) -> None:
     row, inputs = zoo_others.WRAPPERS[name], given()
@@ -223,10 +250,10 @@ def test_what_cannot_be_wrapped_is_refused_by_name() -> None:
     tokenizer = zoo_build.load_tokenizer("gpt")
     with pytest.raises(cm.UnsupportedModel, match=r"cannot load this object.*Linear"):
         cm.load_model(torch.nn.Linear(2, 2))
-    classes = "BertForSequenceClassification", "BertConfig"
-    classifier = zoo_build.hugging_face(*classes, BERT_LIKE, dtype=torch.float32, seed=0)
-    with pytest.raises(cm.UnsupportedModel, match=r"Classification; expected.*modelling head"):
-        cm.load_model(classifier, tokenizer=tokenizer)
+    classes = "BertForQuestionAnswering", "BertConfig"
+    reader = zoo_build.hugging_face(*classes, BERT_LIKE, dtype=torch.float32, seed=0)
+    with pytest.raises(cm.UnsupportedModel, match=r"Answering; expected.*modelling head"):
+        cm.load_model(reader, tokenizer=tokenizer)
     with pytest.raises(cm.InvalidInput, match=r"has no tokenizer.*Pass tokenizer="):
         cm.load_model(zoo.hf_model("gpt2"))
     with pytest.raises(cm.InvalidInput, match=r"a tokenizer is of no use"):

@@ -97,16 +97,20 @@ def _logit_scale(handle: Handle, architecture: str) -> float:
 
 
 def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
-    """Returns the masked-LM head as a function, or None where there is none."""
+    """Returns the layers of a masked-LM head, or a classifier's, before the last; or None."""
     head = handle.get()._modules.get("mlm_head")
     if head is None:
         return None
     activation = _head_activation(handle)
-    norm = read_norm(handle.get()._modules["ln_final"] if handle.bridge else head.ln, handle)
-    assert norm is not None
-    # ModernBERT has a norm in front of the head, too.
-    first = handle.get()._modules.get("encoder_ln_final")
-    first = None if first is None else read_norm(first, handle)
+    modules = handle.get()._modules
+    # In front of it (ModernBERT's own last norm), and behind it (not in classifiers).
+    first, last = (
+        None if module is None else read_norm(module, handle)
+        for module in (
+            modules.get("encoder_ln_final"),
+            modules.get("ln_final") if handle.bridge else head.ln,
+        )
+    )
 
     def apply(x: Tensor) -> Tensor:
         # Read at each use: a view must keep no weight alive, nor one that was replaced.
@@ -117,7 +121,8 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
             weight, bias = head.W, head.b
         bias = None if bias is None else handle.ready(bias)
         x = x if first is None else first(x)
-        return norm(activation(affine(x, handle.ready(weight), bias)))
+        x = activation(affine(x, handle.ready(weight), bias))
+        return x if last is None else last(x)
 
     return apply
 

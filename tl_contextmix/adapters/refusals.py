@@ -46,6 +46,12 @@ def _falcon_with_alibi(facts: Facts) -> str:
     return f"{facts.architecture} with alibi=True" if told else ""
 
 
+def _convolving_deberta(facts: Facts) -> str:
+    width = getattr(facts.hf_config(), "conv_kernel_size", 0)
+    told = facts.architecture.startswith("Deberta") and width
+    return f"{facts.architecture} with conv_kernel_size={width}" if told else ""
+
+
 def _recurrence(facts: Facts) -> str:
     """Returns what mixes tokens where no block has attention, or in a block that cannot be read."""
     blocks = facts.block_modules()
@@ -118,6 +124,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _falcon_with_alibi,
         "TransformerLens adds twice the position bias that the model was trained with",
         "Use a Falcon with rotary positions (falcon-7b and later).",
+    ),
+    Refusal(
+        "DeBERTa-v2 with a convolution",
+        _convolving_deberta,
+        "after its first block a convolution mixes tokens between the blocks",
+        "Use one without (DeBERTa-v3).",
     ),
     Refusal(
         "state-space model (Mamba, SSM)",

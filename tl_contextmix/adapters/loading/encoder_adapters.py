@@ -24,6 +24,8 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.bert import BertArchitectureAdapter
 
+from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS
+
 # Where BERT's blocks have their modules, by TransformerLens' names.
 _BERT = {
     "ln1": "attention.output.LayerNorm",
@@ -74,8 +76,9 @@ class _EncoderAdapter(BertArchitectureAdapter):
         embedded = {name: f"{self.model}.{path}" for name, path in self.embeddings.items()}
         dense, norm, unembed = self.head
         final = f"{self.model}.{self.final_norm}" if self.final_norm else ""
-        # In front of a head, that is "ln_final", the norm after the blocks is the encoder's.
-        norms = {"ln_final": norm, "encoder_ln_final": final} if norm else {"ln_final": final}
+        # Where a head has a layer of its own, its norm is "ln_final"; what is before it is the
+        # encoder's.
+        norms = {"ln_final": norm, "encoder_ln_final": final} if dense else {"ln_final": final}
         self.component_mapping = {
             "embed": EmbeddingBridge(name=embedded.pop("embed")),
             **{name: self._embedding(name, path) for name, path in embedded.items()},
@@ -246,6 +249,22 @@ class MPNetAdapter(_EncoderAdapter):
     head = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
 
 
+class _TiedHead(nn.Module):
+    """DeBERTa-v3's head, its unembedding a layer of its own that has the embeddings' weights."""
+
+    def __init__(self, head: Any, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.transform_act_fn, self.dense = head.transform_act_fn, head.dense
+        self.LayerNorm = head.LayerNorm
+        count, width = embedding.weight.shape
+        self.decoder = nn.utils.skip_init(nn.Linear, width, count)
+        self.decoder.weight, self.decoder.bias = embedding.weight, head.bias
+
+    def forward(self, x: Tensor, word_embeddings: nn.Module) -> Tensor:
+        """Returns the logits."""
+        return self.decoder(self.LayerNorm(self.transform_act_fn(self.dense(x))))
+
+
 class DebertaV2Adapter(_EncoderAdapter):
     """DeBERTa-v2 and v3, whose pattern knows of relative positions."""
 
@@ -256,6 +275,16 @@ class DebertaV2Adapter(_EncoderAdapter):
         "cls.predictions.transform.LayerNorm",
         "cls.predictions.decoder",
     )
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Finds v3's head, which has other names and no unembedding of its own."""
+        super().prepare_model(hf_model)
+        predictions = getattr(hf_model, "lm_predictions", None)
+        if predictions is not None:
+            embedding = getattr(hf_model, self.model).embeddings.word_embeddings
+            predictions.lm_head = _TiedHead(predictions.lm_head, embedding)
+            self._reprefix_components("cls.predictions.transform.", "lm_predictions.lm_head.")
+            self._reprefix_components("cls.predictions.", "lm_predictions.lm_head.")
 
 
 # Pre-LN encoders with rotary positions
@@ -340,12 +369,57 @@ class ModernBertAdapter(_RotaryAdapter):
             layer.mlp.Wi = _Beside(layer.mlp.Wi, ("gate", "up"))
 
 
+# Classifiers
+
+
+class BertAdapter(_EncoderAdapter):
+    """BERT, for its classifiers: TransformerLens has its own of the masked model."""
+
+    model = "bert"
+
+
+class RobertaAdapter(_EncoderAdapter):
+    """RoBERTa, XLM-R and CamemBERT, likewise."""
+
+    model = "roberta"
+
+
+def _classifier(adapter: type[_EncoderAdapter], kind: str) -> type[_EncoderAdapter]:
+    """Returns the adapter of an encoder with a `classifiers.Head`.
+
+    Args:
+        adapter: The encoder's.
+        kind: Which classifier, by the end of its class's name.
+    """
+    modern = adapter is ModernBertAdapter
+    layers = kind == OF_TEXTS or modern
+    dense, norm = "head.dense" if layers else "", "head.norm" if modern else ""
+    own = {"head": (dense, norm, "head.classifier"), "__doc__": f"{adapter.__doc__} {kind}."}
+    return type(f"{adapter.__name__}{kind}", (adapter,), own)
+
+
+_ENCODERS: dict[str, type[_EncoderAdapter]] = {
+    "Albert": AlbertAdapter,
+    "Bert": BertAdapter,
+    "Camembert": RobertaAdapter,
+    "DebertaV2": DebertaV2Adapter,
+    "DistilBert": DistilBertAdapter,
+    "Electra": ElectraAdapter,
+    "EuroBert": EuroBertAdapter,
+    "MPNet": MPNetAdapter,
+    "ModernBert": ModernBertAdapter,
+    "Roberta": RobertaAdapter,
+    "XLMRoberta": RobertaAdapter,
+}
 ADAPTERS: dict[str, type[BertArchitectureAdapter]] = {
-    "AlbertForMaskedLM": AlbertAdapter,
-    "DebertaV2ForMaskedLM": DebertaV2Adapter,
-    "DistilBertForMaskedLM": DistilBertAdapter,
-    "ElectraForMaskedLM": ElectraAdapter,
-    "EuroBertForMaskedLM": EuroBertAdapter,
-    "ModernBertForMaskedLM": ModernBertAdapter,
-    "MPNetForMaskedLM": MPNetAdapter,
+    **{
+        f"{name}ForMaskedLM": adapter
+        for name, adapter in _ENCODERS.items()
+        if adapter not in (BertAdapter, RobertaAdapter)
+    },
+    **{
+        f"{name}{kind}": _classifier(adapter, kind)
+        for name, adapter in _ENCODERS.items()
+        for kind in (OF_TEXTS, OF_TOKENS)
+    },
 }
