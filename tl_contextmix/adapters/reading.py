@@ -190,8 +190,10 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     like = torch.empty(0, device=handle.device, dtype=handle.dtype)
     for ff in _feed_forwards(handle, path, block, edits["mlp"]):
         for reading in _placements(replace(bare, feed_forward=ff), norms):
-            reading = with_multipliers(reading, block, like) if handle.bridge else reading
-            yield _with_placed_edits(reading) if handle.bridge else reading
+            if handle.bridge:
+                reading = _with_ending(reading, handle, path, block)
+                reading = _with_placed_edits(with_multipliers(reading, block, like))
+            yield reading
 
 
 def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
@@ -211,6 +213,32 @@ def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
         f"{remedy}; log-prob contributions and feed-forward memories are of all layers.",
     )
     return Mixer(f"{where}.hook_out", refusal, int(handle.get().cfg.d_model))
+
+
+def _with_ending(block: Block, handle: Handle, path: str, module: nn.Module) -> Block:
+    """Returns a reading with the sublayer of per-layer embeddings (Gemma 4), where there is one."""
+    if "per_layer_projection" not in module._modules:
+        return block
+    where = f"{path}.per_layer_projection"
+    refusal = four_parts(
+        f"what layer {block.layer} writes last is not taken apart",
+        f"per-layer embeddings ({where}): an embedding of the token, gated by the stream",
+        "a block whose feed-forward sublayer writes last",
+        "Ask for at='mlp_out' or a point before it, attention, gradients or "
+        "log_prob_contributions, where it is one component.",
+    )
+    norm, after = "post_per_layer_input_norm", (f"{path}.hook_out",)
+    ending = Mixer(
+        f"{where}.hook_out",
+        refusal,
+        int(handle.get().cfg.d_model),
+        norm_out=read_norm(module._modules[norm], handle),
+        edits=EditPoints(out=(f"{path}.{norm}.hook_out",), stream=after),
+        kind="per_layer_embed",
+    )
+    ff = block.feed_forward
+    ff = None if ff is None else replace(ff, edits=replace(ff.edits, stream=()))
+    return replace(block, feed_forward=ff, ending=ending)
 
 
 def _with_placed_edits(block: Block) -> Block:

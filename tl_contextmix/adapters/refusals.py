@@ -138,12 +138,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use a transformer, or a hybrid with layers of attention.",
     ),
     Refusal(
-        "Gemma 4's per-layer embeddings",
-        lambda facts: facts.blocks_with("per_layer_input_gate"),
-        "a third sublayer of each block adds embeddings that depend on the stream",
-        "Use a Gemma 4 without them (12B and up).",
-    ),
-    Refusal(
         "LED",
         lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
         "its encoder uses windowed attention, without a full attention pattern",

@@ -188,9 +188,11 @@ def freeze(
         fixed: Whether feed-forward paths start from the bias alone rather than from zero.
 
     Raises:
-        UnsupportedModel: If it mixes tokens in another way than by attention.
+        UnsupportedModel: If it mixes tokens in another way than by attention, or has a third
+            sublayer.
     """
     block.require_attention()
+    block.require_no_ending()
     stream, parts = trace.resid_in(block), bias[:, :, None]
     memory = None if memory_bias is None else memory_bias[:, :, None]
     attentions, streams = [], [stream]

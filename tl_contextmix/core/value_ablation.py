@@ -324,8 +324,10 @@ def ablate_values(
         rows: Targets to look at; None for all.
 
     Raises:
-        UnsupportedModel: If the feed-forward activation is not elementwise.
+        UnsupportedModel: If the feed-forward activation is not elementwise, or a third sublayer
+            follows.
     """
+    block.require_no_ending()
     picked = slice(None) if rows is None else list(rows)
     attention = block.attention(kind)
     kinds: list[str] = [attention.kind for attention in block.attentions]
