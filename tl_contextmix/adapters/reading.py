@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import SPECIAL, compression, is_latent, special_weight
+from tl_contextmix.adapters.attention_weights import (
+    borrows,
+    compression,
+    is_latent,
+    is_special,
+    special_weight,
+)
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
@@ -105,7 +111,7 @@ class Handle:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
-            if not SPECIAL.isdisjoint(module._modules):
+            if is_special(module):
                 weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
                 weight = _attribute(module, attribute)
@@ -349,17 +355,47 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
 def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> AttentionSublayer:
     here = f"{path}.{name}"
     weights, module = handle.weights(here), handle.get().get_submodule(here)
+    lender = _lender(handle, path, name) if borrows(module) else here
+    normed = "v_norm" in handle.get().get_submodule(lender)._modules
     return AttentionSublayer(
         stack=stack,
         kind=kind,
         pattern=f"{here}.hook_pattern",
-        value=f"{here}.v_norm.hook_out" if "v_norm" in module._modules else f"{here}.hook_v",
+        value=f"{lender}.v_norm.hook_out" if normed else f"{lender}.hook_v",
         mixed=f"{here}.hook_z",
-        key=f"{here}.hook_k",
+        key=f"{lender}.hook_k",
         weights=weights,
         value_norm=_value_norm(handle, here),
         gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
         sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
+        borrowed="" if lender == here else _borrowed(here, lender),
+    )
+
+
+def _lender(handle: Handle, path: str, name: str) -> str:
+    """Returns the attention whose keys and values a later one of the same kind uses, too."""
+    prefix, _, layer = path.rpartition(".")
+    blocks: Any = handle.get().get_submodule(prefix)
+
+    def inner(index: int) -> Any:
+        return blocks[index]._modules[name].original_component
+
+    kind = inner(int(layer)).layer_type
+    lent = (
+        index
+        for index in reversed(range(int(layer)))
+        if inner(index).store_full_length_kv and inner(index).layer_type == kind
+    )
+    return f"{prefix}.{next(lent)}.{name}"
+
+
+def _borrowed(here: str, lender: str) -> str:
+    return four_parts(
+        f"what the values of {here} read is not in its own layer",
+        f"keys and values of {lender}",
+        "values of the stream that enters the layer",
+        "Ask about layers with values of their own, or for maps at 'attn_out', attention, gradients "
+        "or log_prob_contributions.",
     )
 
 

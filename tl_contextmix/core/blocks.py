@@ -92,6 +92,8 @@ class AttentionSublayer:
         sink_scores: Name of the scores, where the softmax over them has one more logit per head
             (the weight ``sinks``) of which nothing is read; or an empty string.
         gate: Name of the gate whose sigmoid multiplies what heads read, or an empty string.
+        borrowed: Why nothing is known of what its values read, where they are those of an earlier
+            layer; empty where they are its own.
     """
 
     stack: str
@@ -110,10 +112,21 @@ class AttentionSublayer:
     value_norm: ValueNorm | None = None
     sink_scores: str = ""
     gate: str = ""
+    borrowed: str = ""
+
+    def require_own_values(self) -> None:
+        """Checks that its values are made of what it reads.
+
+        Raises:
+            UnsupportedModel: If they are an earlier layer's.
+        """
+        if self.borrowed:
+            raise UnsupportedModel(self.borrowed)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:
         """Value weights per query head: ``v = (x W_V + b_V) / value_scale(x)``."""
+        self.require_own_values()
         return require_weight(self.weights, "W_V")
 
     def value_scale(

@@ -219,6 +219,7 @@ def freeze(
 
 
 def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
+    sublayer.require_own_values()
     raw, norm_in = sublayer.raw_output(trace), FrozenNorm.at(sublayer.norm_in, stream)
     return FrozenAttention(
         sublayer=sublayer,
