@@ -105,9 +105,12 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         yield other.name, other.majors, (*every, "yes" if other.tokenizer else "-")
     for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
         yield one.name, one.majors, (*every, "-")
-    for opaque in zoo_others.OPAQUE.values():
-        yield opaque.name, opaque.majors, OPAQUE_CELLS
+    for some, cells in ((zoo_others.OPAQUE, OPAQUE_CELLS), (zoo_others.ENDINGS, ENDED_CELLS)):
+        for other in some.values():
+            yield other.name, other.majors, cells
 
 
 OPAQUE_CELLS = ("before the FF block", "-", "-", "by layer, head, source", "-")
 """What is answered where the feed-forward block is not taken apart, see `test_opaque.py`."""
+ENDED_CELLS = ("up to `mlp_out`", "-", "yes", "all but `flow`", "-")
+"""What is answered where a third sublayer ends the block, see `test_third_sublayers.py`."""

@@ -285,6 +285,27 @@ OPAQUE = {
 }
 
 
+# A third sublayer ends each block, and layers 2 and 3 have the keys and values of layers 0 and 1;
+# see `test_third_sublayers.py`.
+ENDINGS = {
+    "gemma4_text": Other(
+        "Gemma 4",
+        {
+            **_WIDE,
+            **_WINDOW,
+            "num_hidden_layers": 4,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": D_VOCAB,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+        },
+        majors=(4,),
+    ),
+}
+
+
 _BERT = {**BERT_LIKE, "pad_token_id": 1}
 # Masked models that are read from memory and from folders, see `test_hugging_face.py`; by the
 # beginning of Hugging Face's names.
@@ -408,12 +429,18 @@ WRAPPERS: dict[str, Other] = {
 
 
 def build(
-    kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    hybrid: bool = False,
+    ending: bool = False,
+    **options: Any,
 ) -> Any:
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (HYBRIDS if hybrid else OTHERS | OPAQUE).get(kind, Other(kind))
+    rows = HYBRIDS if hybrid else ENDINGS if ending else OTHERS | OPAQUE
+    other = rows.get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
