@@ -112,5 +112,5 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
 
 OPAQUE_CELLS = ("before the FF block", "-", "-", "by layer, head, source", "-")
 """What is answered where the feed-forward block is not taken apart, see `test_opaque.py`."""
-ENDED_CELLS = ("up to `mlp_out`", "-", "yes", "all but `flow`", "-")
+ENDED_CELLS = ("up to `mlp_in`", "at `mlp_out`", "yes", "all but `flow`", "-")
 """What is answered where a third sublayer ends the block, see `test_third_sublayers.py`."""

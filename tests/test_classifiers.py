@@ -125,7 +125,11 @@ def test_what_is_no_class_is_refused_by_name() -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mean": ("ModernBert", {"classifier_pooling": "mean"}, r"first token.*classifier_pooling='mean"),
+    "mean": (
+        "ModernBert",
+        {"classifier_pooling": "mean"},
+        r"first token.*classifier_pooling='mean",
+    ),
     "late": ("EuroBert", {"classifier_pooling": "late"}, r"first token.*classifier_pooling='late"),
     "regression": ("Bert", {"num_labels": 1}, r"one class of several.*num_labels=1"),
     "several": (

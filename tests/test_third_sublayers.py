@@ -119,7 +119,7 @@ def test_what_borrowed_values_read_is_refused_by_name() -> None:
     model, inputs = built(), given()
     neurons = cm.log_prob_contributions(model, inputs.tokens[:1], target=9, by="attn_neuron")
     asked: dict[str, Any] = {"neurons": neurons.top(1), "target": 9}
-    assert int(asked["neurons"].layer) == 3
+    assert int(asked["neurons"].components.layer) == 3
     with pytest.raises(cm.UnsupportedModel, match=r"blocks.3.attn read.*values of blocks.1.attn"):
         cm.query_contributions(model, inputs.tokens[:1], **asked)
     own = view_of(model).blocks()[1].attention("self")

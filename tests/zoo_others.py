@@ -395,6 +395,27 @@ _SIGHT = {
     "image_size": 8,
     "patch_size": 4,
 }
+_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+    }
+}
+_QWEN_TOKENS = {
+    "image_token_id": 60,
+    "video_token_id": 59,
+    "vision_start_token_id": 58,
+    "vision_end_token_id": 57,
+}
+_QWEN_SIGHT = {
+    "depth": 1,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "patch_size": 4,
+}
 # Models of images and text, asked about text; by the beginning of Hugging Face's names.
 WRAPPERS: dict[str, Other] = {
     "Gemma3": Other(
@@ -422,6 +443,29 @@ WRAPPERS: dict[str, Other] = {
             "text_config": {"model_type": "mistral", **_TEXT, "head_dim": 8},
             "vision_config": {"model_type": "pixtral", **_SIGHT, "head_dim": 8},
             "image_token_index": 60,
+        },
+        majors=(4,),
+    ),
+    "Qwen2_5_VL": Other(
+        "Qwen2.5-VL",
+        _QWEN_TOKENS,
+        {
+            "text_config": {"model_type": "qwen2_5_vl_text", **_TEXT, **_SECTIONS},
+            "vision_config": {"model_type": "qwen2_5_vl", **_QWEN_SIGHT},
+        },
+        majors=(4,),
+    ),
+    "Qwen3VL": Other(
+        "Qwen3-VL",
+        _QWEN_TOKENS,
+        {
+            "text_config": {"model_type": "qwen3_vl_text", **_TEXT, **_SECTIONS, "head_dim": 8},
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                **_QWEN_SIGHT,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
         },
         majors=(4,),
     ),

@@ -18,6 +18,19 @@ def borrows(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "original_component", None), "is_kv_shared_layer", False))
 
 
+# Where a module keeps the layer of a weight.
+_LAYERS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
+_LAYERS |= {"W_in": "in", "W_gate": "gate", "W_out": "out"}
+
+
+def adapted(module: nn.Module, name: str) -> bool:
+    """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
+    layer = getattr(module._modules.get(_LAYERS.get(name, "")), "original_component", None)
+    if not callable(getattr(layer, "get_base_layer", None)):
+        return False
+    return not (getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False))
+
+
 def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
     """Returns a weight of an attention module; None where the bridge itself shows it.
 

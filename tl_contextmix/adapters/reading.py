@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tl_contextmix.adapters.attention_weights import (
+    adapted,
     borrows,
     compression,
     is_latent,
@@ -111,6 +112,8 @@ class Handle:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
+            if adapted(module, name):
+                raise _adapters_apart(path, name)
             if is_special(module):
                 weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
@@ -125,6 +128,18 @@ class Handle:
             return weight
 
         return read
+
+
+def _adapters_apart(path: str, name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            f"the weight {name} of {path} is not what it computes with",
+            "adapters beside it that are not merged (PEFT)",
+            "one matrix",
+            "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
+            "merge_and_unload() before wrapping it.",
+        )
+    )
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -394,8 +409,8 @@ def _borrowed(here: str, lender: str) -> str:
         f"what the values of {here} read is not in its own layer",
         f"keys and values of {lender}",
         "values of the stream that enters the layer",
-        "Ask about layers with values of their own, or for maps at 'attn_out', attention, gradients "
-        "or log_prob_contributions.",
+        "Ask about layers with values of their own, or for maps at 'attn_out', attention, "
+        "gradients or log_prob_contributions.",
     )
 
 

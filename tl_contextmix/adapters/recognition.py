@@ -110,11 +110,6 @@ class Facts:
                 return path
         return ""
 
-    def blocks_with(self, name: str) -> str:
-        """Returns the path of the first submodule of blocks that is called so, or ""."""
-        found = (f"{path}.{name}" for path, block in self.block_modules() if name in block._modules)
-        return next(found, "")
-
     def hf_config(self) -> Any:
         """Returns the Hugging Face config of a bridge, or None."""
         return getattr(getattr(self.model, "original_model", None), "config", None)

@@ -14,6 +14,17 @@ from tl_contextmix.adapters.loading.source import Placement, Source, load_tokeni
 from tl_contextmix.adapters.recognition import host_version
 from tl_contextmix.errors import UnsupportedModel, four_parts, reason
 
+# What TransformerLens raises for what it does not know, or without a library that it asks for.
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def load_bridge(source: Source, placement: Placement) -> Any:
     """Loads a model on TransformerBridge with unprocessed weights, its default."""
@@ -47,7 +58,7 @@ def load_bridge(source: Source, placement: Placement) -> Any:
             )
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except _FAILURES as e:
         raise UnsupportedModel(
             four_parts(
                 f"cannot load {source.label!r} on TransformerBridge",

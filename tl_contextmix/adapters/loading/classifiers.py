@@ -145,7 +145,7 @@ def _like(module: nn.Module, kind: type, modules: dict[str, Any]) -> Any:
 
 @functools.cache
 def _answering_everywhere(kind: type) -> type:
-    """Returns a class of models that has the class's own name and gives the logits of every token."""
+    """Returns the class, by its name, of such models that give the logits of every token."""
     return type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})
 
 

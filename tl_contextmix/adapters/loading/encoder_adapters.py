@@ -120,7 +120,7 @@ class _EncoderAdapter(BertArchitectureAdapter):
         return NormalizationBridge(name=name, config=self.cfg, use_native_layernorm_autograd=True)
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Leaves out the embeddings that a model does not have, and rows for padding's positions."""
+        """Leaves out embeddings that a model does not have, and rows for padding's positions."""
         for name in ("pos_embed", "token_type_embed"):
             path = f"{self.model}.{self.embeddings.get(name, '')}"
             if name in self.components and _module(hf_model, path) is None:
