@@ -108,6 +108,8 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         yield other.name, other.majors, (*every, "yes" if other.tokenizer else "-")
     for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
         yield one.name, one.majors, (*every, "-")
+    for other in zoo_others.ENDINGS.values():
+        yield other.name, other.majors, ENDED_CELLS
 
 
 _DIRECT_CELLS = ("-", "-", "-", "-", "yes")
@@ -120,3 +122,7 @@ def _direct() -> Iterator[str]:
         if other.name not in read:
             yield other.name
     yield "Whisper"  # see `test_decoder_lens_speech.py`
+
+
+ENDED_CELLS = ("up to `mlp_in`", "at `mlp_out`", "yes", "all but `flow`", "-")
+"""What is answered where a third sublayer ends the block, see `test_third_sublayers.py`."""

@@ -82,15 +82,6 @@ def test_an_encoder_decoder_is_read_and_decoded(kind: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma4_text": (
-        {
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 64,
-        },
-        "per-layer embeddings",
-    ),
     "bitnet": ({"num_key_value_heads": 2}, "not read correctly"),
 }
 

@@ -329,7 +329,7 @@ def test_what_cannot_be_asked_of_a_map() -> None:
     masked = cm.load_demo("masked-lm")
     filled = cm.value_zeroing(masked, "the keys [MASK] red .", target=" are")
     assert [word.strip() for word in filled.target.strings[0]] == ["are"]
-    with pytest.raises(cm.UnsupportedModel, match="masked-LM head is not linear"):
+    with pytest.raises(cm.UnsupportedModel, match="its head is not linear"):
         cm.decompx(masked, "the keys [MASK] red .", target=" are")
 
 

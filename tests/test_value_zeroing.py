@@ -52,8 +52,8 @@ def zeroing(places: Sequence[int], heads: Sequence[int] | None) -> Callable[[Ten
 def norm_behind(model: Any, stack: StackName | None) -> Callable[[Tensor], Tensor] | None:
     """The host's own module behind a stack's last block, by its name."""
     modules = dict(model.named_children())
-    if "mlm_head" in modules:
-        return None
+    if "mlm_head" in modules:  # what is called ln_final is in the head
+        return modules.get("encoder_ln_final")
     side = "encoder_" if stack == "encoder" else "decoder_" if stack else ""
     names = (f"{side}ln_final", f"{side}final_ln")
     return next((modules[name] for name in names if name in modules), None)

@@ -319,6 +319,27 @@ HYBRIDS: dict[str, Other] = {
 }
 
 
+# A third sublayer ends each block, and layers 2 and 3 have the keys and values of layers 0 and 1;
+# see `test_third_sublayers.py`.
+ENDINGS = {
+    "gemma4_text": Other(
+        "Gemma 4",
+        {
+            **_WIDE,
+            **_WINDOW,
+            "num_hidden_layers": 4,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": D_VOCAB,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+        },
+        majors=(4,),
+    ),
+}
+
+
 _BERT = {**BERT_LIKE, "pad_token_id": 1}
 # Masked models that are read from memory and from folders, see `test_hugging_face.py`; by the
 # beginning of Hugging Face's names.
@@ -338,7 +359,56 @@ ENCODERS: dict[str, Other] = {
         majors=(4,),
         tokenizer="bert",
     ),
-    "Electra": Other("ELECTRA", {"embedding_size": 32}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "Electra": Other("ELECTRA", {"embedding_size": 16}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "Albert": Other(
+        "ALBERT",
+        # Two groups of two layers each, the first run twice.
+        {
+            "embedding_size": 16,
+            "num_hidden_layers": 3,
+            "num_hidden_groups": 2,
+            "inner_group_num": 2,
+            "hidden_act": "gelu_new",
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "MPNet": Other("MPNet", {"pad_token_id": 1}, BERT_LIKE, majors=(4,), tokenizer="bert"),
+    "DebertaV2": Other(
+        "DeBERTa-v2",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 3,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "share_att_key": True,
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "ModernBert": Other(
+        "ModernBERT",
+        {
+            "pad_token_id": 0,
+            "local_attention": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+            **{f"{name}_bias": True for name in ("attention", "mlp", "norm", "classifier")},
+        },
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
+    "EuroBert": Other(
+        "EuroBERT",
+        {**_HEADS, "mlp_bias": True, "attention_bias": True, "pad_token_id": 0},
+        BERT_LIKE,
+        majors=(4,),
+        tokenizer="bert",
+    ),
 }
 
 
@@ -357,6 +427,27 @@ _SIGHT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "image_size": 8,
+    "patch_size": 4,
+}
+_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+    }
+}
+_QWEN_TOKENS = {
+    "image_token_id": 60,
+    "video_token_id": 59,
+    "vision_start_token_id": 58,
+    "vision_end_token_id": 57,
+}
+_QWEN_SIGHT = {
+    "depth": 1,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 48,
     "patch_size": 4,
 }
 # Models of images and text, asked about text; by the beginning of Hugging Face's names.
@@ -386,6 +477,29 @@ WRAPPERS: dict[str, Other] = {
             "text_config": {"model_type": "mistral", **_TEXT, "head_dim": 8},
             "vision_config": {"model_type": "pixtral", **_SIGHT, "head_dim": 8},
             "image_token_index": 60,
+        },
+        majors=(4,),
+    ),
+    "Qwen2_5_VL": Other(
+        "Qwen2.5-VL",
+        _QWEN_TOKENS,
+        {
+            "text_config": {"model_type": "qwen2_5_vl_text", **_TEXT, **_SECTIONS},
+            "vision_config": {"model_type": "qwen2_5_vl", **_QWEN_SIGHT},
+        },
+        majors=(4,),
+    ),
+    "Qwen3VL": Other(
+        "Qwen3-VL",
+        _QWEN_TOKENS,
+        {
+            "text_config": {"model_type": "qwen3_vl_text", **_TEXT, **_SECTIONS, "head_dim": 8},
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                **_QWEN_SIGHT,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
         },
         majors=(4,),
     ),
@@ -468,12 +582,17 @@ def direct(kind: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> 
 
 
 def build(
-    kind: str, *, dtype: torch.dtype = torch.float64, hybrid: bool = False, **options: Any
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    hybrid: bool = False,
+    ending: bool = False,
+    **options: Any,
 ) -> Any:
     """Returns a random model of a family on a TransformerBridge."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    other = (HYBRIDS if hybrid else OTHERS).get(kind, Other(kind))
+    other = (HYBRIDS if hybrid else ENDINGS if ending else OTHERS).get(kind, Other(kind))
     config = AutoConfig.for_model(
         kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )

@@ -7,8 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A module with one of these has weights that the bridge itself does not show.
-SPECIAL = frozenset({"v_norm", "kv_b_proj"})
+
+def is_special(module: nn.Module) -> bool:
+    """Whether a module has weights that the bridge itself does not show."""
+    return "v_norm" in module._modules or is_latent(module) or borrows(module)
+
+
+def borrows(module: nn.Module) -> bool:
+    """Whether a module's keys and values are an earlier layer's (Gemma 4)."""
+    return bool(getattr(getattr(module, "original_component", None), "is_kv_shared_layer", False))
+
+
+# Where a module keeps the layer of a weight.
+_LAYERS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
+_LAYERS |= {"W_in": "in", "W_gate": "gate", "W_out": "out"}
+
+
+def adapted(module: nn.Module, name: str) -> bool:
+    """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
+    layer = getattr(module._modules.get(_LAYERS.get(name, "")), "original_component", None)
+    if not callable(getattr(layer, "get_base_layer", None)):
+        return False
+    return not (getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False))
 
 
 def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
@@ -19,6 +39,8 @@ def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
         name: The weight.
         heads: How many query heads there are.
     """
+    if name == "W_O" and borrows(module):
+        return _own_width(module, name, heads)
     if "v_norm" in module._modules and name in ("W_V", "W_O"):
         return _own_width(module, name, heads)
     return _latent_weight(module, name) if is_latent(module) else None

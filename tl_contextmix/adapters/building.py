@@ -358,8 +358,16 @@ def _unsettled(
         cached=cache_reader(handle, facts, stacks, layouts),
         runner=make_runner(handle, text["pad_id"], splices, layouts),
         generate=make_generate(handle),
+        classes=facts.classes,
+        answers_at=0 if facts.architecture.endswith("ForSequenceClassification") else None,
         **text,
     )
+
+
+def _output_names(facts: Facts, to_string: Callable[[int], str]) -> Callable[[int], str]:
+    if facts.classes:
+        return facts.classes.__getitem__
+    return to_string if _predicts_tokens(facts) else str
 
 
 def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
@@ -380,7 +388,7 @@ def text_side(handle: Handle, facts: Facts, *, pair: bool) -> dict[str, Any]:
         "pieces": make_pieces(handle),
         "special_ids": lambda: special_ids(handle.get()),
         "to_string": to_string,
-        "to_output": to_string if _predicts_tokens(facts) else str,
+        "to_output": _output_names(facts, to_string),
         "to_text": make_to_text(handle),
         "spaced": make_spaced(handle),
         "special_tokens": lambda: special_tokens(handle.get()),

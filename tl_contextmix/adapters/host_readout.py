@@ -98,13 +98,20 @@ def _logit_scale(handle: Handle, architecture: str) -> float:
 
 
 def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
-    """Returns the masked-LM head as a function, or None where there is none."""
+    """Returns the layers of a masked-LM head, or a classifier's, before the last; or None."""
     head = handle.get()._modules.get("mlm_head")
     if head is None:
         return None
     activation = _head_activation(handle)
-    norm = read_norm(handle.get()._modules["ln_final"] if handle.bridge else head.ln, handle)
-    assert norm is not None
+    modules = handle.get()._modules
+    # In front of it (ModernBERT's own last norm), and behind it (not in classifiers).
+    first, last = (
+        None if module is None else read_norm(module, handle)
+        for module in (
+            modules.get("encoder_ln_final"),
+            modules.get("ln_final") if handle.bridge else head.ln,
+        )
+    )
 
     def apply(x: Tensor) -> Tensor:
         # Read at each use: a view must keep no weight alive, nor one that was replaced.
@@ -114,16 +121,20 @@ def _dense_head(handle: Handle) -> Callable[[Tensor], Tensor] | None:
         else:
             weight, bias = head.W, head.b
         bias = None if bias is None else handle.ready(bias)
-        return norm(activation(affine(x, handle.ready(weight), bias)))
+        x = x if first is None else first(x)
+        x = activation(affine(x, handle.ready(weight), bias))
+        return x if last is None else last(x)
 
     return apply
 
 
 def _head_activation(handle: Handle) -> Callable[[Tensor], Tensor]:
-    """Returns the activation of a masked-LM head: BERT's is that of its configuration."""
+    """Returns the activation of a masked-LM head: what stands beside its dense layer."""
     original = getattr(handle.get(), "original_model", None)
-    modules = [] if original is None else original.modules()
-    return next(
-        (module.transform_act_fn for module in modules if hasattr(module, "transform_act_fn")),
-        functional.gelu,  # HookedEncoder's and RoBERTa's, whatever the configuration says
-    )
+    dense = handle.get()._modules["mlm_head"]
+    for module in [] if original is None else original.modules():
+        if any(child is dense for child in module._modules.values()):
+            for name in ("transform_act_fn", "activation", "act"):
+                if callable(found := getattr(module, name, None)):
+                    return found
+    return functional.gelu  # HookedEncoder's and RoBERTa's, whatever the configuration says

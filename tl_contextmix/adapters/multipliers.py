@@ -73,11 +73,11 @@ def _falcon_h1(block: Block, inner: Any, like: torch.Tensor) -> Block:
 
 def _gemma4(block: Block, factor: float, like: torch.Tensor) -> Block:
     """Gemma 4 multiplies the stream itself after each block."""
-    ff = block.feed_forward
-    assert ff is not None
-    edits = replace(ff.edits, stream=())  # the block's output is shown after the factor
-    after = replace(ff, norm_after=_gain(block, factor, like), edits=edits)
-    return replace(block, feed_forward=after)
+    name = "feed_forward" if block.ending is None else "ending"
+    last: Any = getattr(block, name)
+    edits = replace(last.edits, stream=())  # the block's output is shown after the factor
+    after = replace(last, norm_after=_gain(block, factor, like), edits=edits)
+    return replace(block, **{name: after})
 
 
 def _gain(block: Block, factor: float, like: torch.Tensor) -> Norm:

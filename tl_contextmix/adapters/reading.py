@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import SPECIAL, compression, is_latent, special_weight
+from tl_contextmix.adapters.attention_weights import (
+    adapted,
+    borrows,
+    compression,
+    is_latent,
+    is_special,
+    special_weight,
+)
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
@@ -105,7 +112,9 @@ class Handle:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
-            if not SPECIAL.isdisjoint(module._modules):
+            if adapted(module, name):
+                raise _adapters_apart(path, name)
+            if is_special(module):
                 weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
                 weight = _attribute(module, attribute)
@@ -119,6 +128,18 @@ class Handle:
             return weight
 
         return read
+
+
+def _adapters_apart(path: str, name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        four_parts(
+            f"the weight {name} of {path} is not what it computes with",
+            "adapters beside it that are not merged (PEFT)",
+            "one matrix",
+            "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
+            "merge_and_unload() before wrapping it.",
+        )
+    )
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -190,8 +211,10 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     like = torch.empty(0, device=handle.device, dtype=handle.dtype)
     for ff in _feed_forwards(handle, path, block, edits["mlp"]):
         for reading in _placements(replace(bare, feed_forward=ff), norms):
-            reading = with_multipliers(reading, block, like) if handle.bridge else reading
-            yield _with_placed_edits(reading) if handle.bridge else reading
+            if handle.bridge:
+                reading = _with_ending(reading, handle, path, block)
+                reading = _with_placed_edits(with_multipliers(reading, block, like))
+            yield reading
 
 
 def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
@@ -211,6 +234,32 @@ def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
         f"{remedy}; log-prob contributions and feed-forward memories are of all layers.",
     )
     return Mixer(f"{where}.hook_out", refusal, int(handle.get().cfg.d_model))
+
+
+def _with_ending(block: Block, handle: Handle, path: str, module: nn.Module) -> Block:
+    """Returns a reading with the sublayer of per-layer embeddings (Gemma 4), where there is one."""
+    if "per_layer_projection" not in module._modules:
+        return block
+    where = f"{path}.per_layer_projection"
+    refusal = four_parts(
+        f"what layer {block.layer} writes last is not taken apart",
+        f"per-layer embeddings ({where}): an embedding of the token, gated by the stream",
+        "a block whose feed-forward sublayer writes last",
+        "Ask for at='mlp_out' or a point before it, attention, gradients or "
+        "log_prob_contributions, where it is one component.",
+    )
+    norm, after = "post_per_layer_input_norm", (f"{path}.hook_out",)
+    ending = Mixer(
+        f"{where}.hook_out",
+        refusal,
+        int(handle.get().cfg.d_model),
+        norm_out=read_norm(module._modules[norm], handle),
+        edits=EditPoints(out=(f"{path}.{norm}.hook_out",), stream=after),
+        kind="per_layer_embed",
+    )
+    ff = block.feed_forward
+    ff = None if ff is None else replace(ff, edits=replace(ff.edits, stream=()))
+    return replace(block, feed_forward=ff, ending=ending)
 
 
 def _with_placed_edits(block: Block) -> Block:
@@ -321,17 +370,47 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
 def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> AttentionSublayer:
     here = f"{path}.{name}"
     weights, module = handle.weights(here), handle.get().get_submodule(here)
+    lender = _lender(handle, path, name) if borrows(module) else here
+    normed = "v_norm" in handle.get().get_submodule(lender)._modules
     return AttentionSublayer(
         stack=stack,
         kind=kind,
         pattern=f"{here}.hook_pattern",
-        value=f"{here}.v_norm.hook_out" if "v_norm" in module._modules else f"{here}.hook_v",
+        value=f"{lender}.v_norm.hook_out" if normed else f"{lender}.hook_v",
         mixed=f"{here}.hook_z",
-        key=f"{here}.hook_k",
+        key=f"{lender}.hook_k",
         weights=weights,
         value_norm=_value_norm(handle, here),
         gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
         sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
+        borrowed="" if lender == here else _borrowed(here, lender),
+    )
+
+
+def _lender(handle: Handle, path: str, name: str) -> str:
+    """Returns the attention whose keys and values a later one of the same kind uses, too."""
+    prefix, _, layer = path.rpartition(".")
+    blocks: Any = handle.get().get_submodule(prefix)
+
+    def inner(index: int) -> Any:
+        return blocks[index]._modules[name].original_component
+
+    kind = inner(int(layer)).layer_type
+    lent = (
+        index
+        for index in reversed(range(int(layer)))
+        if inner(index).store_full_length_kv and inner(index).layer_type == kind
+    )
+    return f"{prefix}.{next(lent)}.{name}"
+
+
+def _borrowed(here: str, lender: str) -> str:
+    return four_parts(
+        f"what the values of {here} read is not in its own layer",
+        f"keys and values of {lender}",
+        "values of the stream that enters the layer",
+        "Ask about layers with values of their own, or for maps at 'attn_out', attention, "
+        "gradients or log_prob_contributions.",
     )
 
 
@@ -466,7 +545,8 @@ def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
         stack: module
         for stack, names in _FINAL_NORMS.items()
         for name in names
-        if (module := modules.get(name)) is not None and "mlm_head" not in modules
+        if (module := modules.get(name)) is not None
+        and not (name == "ln_final" and "mlm_head" in modules)
     }
 
 

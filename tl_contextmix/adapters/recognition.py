@@ -17,6 +17,7 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 
 MIXERS = ("linear_attn", "mamba", "conv", "mixer")
 """What hybrids have beside attention, or in its place, as bridges name it."""
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 Host = Literal["HookedTransformer", "HookedEncoder", "HookedEncoderDecoder", "TransformerBridge"]
 
 
@@ -63,10 +64,20 @@ class Facts:
         """Whether the only stack is an encoder, as in BERT."""
         if self.host == "HookedEncoder":
             return True
-        if self.architecture.endswith("ForMaskedLM") or self.architecture == "BertModel":
+        if self.architecture.endswith(("ForMaskedLM", *_CLASSIFIERS)) or (
+            self.architecture == "BertModel"
+        ):
             return True
         # attention_dir is unreliable on a bridge, reliable on HookedTransformer.
         return not self.bridge and self.model.cfg.attention_dir == "bidirectional"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what a classifier predicts, of texts or of tokens; empty for other models."""
+        if not (self.bridge and self.architecture.endswith(_CLASSIFIERS)):
+            return ()
+        config = self.hf_config()
+        return tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
 
     @property
     def t5(self) -> bool:
@@ -98,11 +109,6 @@ class Facts:
             if not {"attn", "self_attn", *MIXERS} & set(block._modules):
                 return path
         return ""
-
-    def blocks_with(self, name: str) -> str:
-        """Returns the path of the first submodule of blocks that is called so, or ""."""
-        found = (f"{path}.{name}" for path, block in self.block_modules() if name in block._modules)
-        return next(found, "")
 
     def hf_config(self) -> Any:
         """Returns the Hugging Face config of a bridge, or None."""

@@ -46,6 +46,12 @@ def _falcon_with_alibi(facts: Facts) -> str:
     return f"{facts.architecture} with alibi=True" if told else ""
 
 
+def _convolving_deberta(facts: Facts) -> str:
+    width = getattr(facts.hf_config(), "conv_kernel_size", 0)
+    told = facts.architecture.startswith("Deberta") and width
+    return f"{facts.architecture} with conv_kernel_size={width}" if told else ""
+
+
 def _recurrence(facts: Facts) -> str:
     """Returns what mixes tokens where no block has attention, or in a block that cannot be read."""
     blocks = facts.block_modules()
@@ -138,16 +144,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use a Falcon with rotary positions (falcon-7b and later).",
     ),
     Refusal(
+        "DeBERTa-v2 with a convolution",
+        _convolving_deberta,
+        "after its first block a convolution mixes tokens between the blocks",
+        "Use one without (DeBERTa-v3).",
+    ),
+    Refusal(
         "state-space model (Mamba, SSM)",
         _recurrence,
         "it mixes tokens by recurrence, not by attention",
         "Use a transformer, or a hybrid with layers of attention.",
-    ),
-    Refusal(
-        "Gemma 4's per-layer embeddings",
-        lambda facts: facts.blocks_with("per_layer_input_gate"),
-        "a third sublayer of each block adds embeddings that depend on the stream",
-        "Use a Gemma 4 without them (12B and up).",
     ),
     Refusal(
         "LED",

@@ -247,6 +247,10 @@ class _Softmax(TorchFunctionMode):
         return found
 
 
+# By name, as importing them imports TransformerLens.
+_SHOWING_LATE = ("AttentionBridge.forward", "AskedAttention.forward")
+
+
 def _late_patterns(model: Any, edits: Mapping[str, Edit | None]) -> dict[str, nn.Module]:
     """Returns the attention modules that use a pattern before they show it, by its name.
 
@@ -258,7 +262,7 @@ def _late_patterns(model: Any, edits: Mapping[str, Edit | None]) -> dict[str, nn
         path, _, point = name.rpartition(".")
         if edit is not None and point == "hook_pattern":
             module = model.get_submodule(path)
-            if type(module).forward.__qualname__ == "AttentionBridge.forward":
+            if type(module).forward.__qualname__ in _SHOWING_LATE:
                 found[name] = module
     return found
 

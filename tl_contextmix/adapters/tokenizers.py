@@ -450,6 +450,7 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
         pieces=pieces,
         spaced=spaced,
         labelled=True,
+        classes=tuple(map(to_output, range(len(view.classes)))),
     )
 
 

@@ -92,6 +92,8 @@ class AttentionSublayer:
         sink_scores: Name of the scores, where the softmax over them has one more logit per head
             (the weight ``sinks``) of which nothing is read; or an empty string.
         gate: Name of the gate whose sigmoid multiplies what heads read, or an empty string.
+        borrowed: Why nothing is known of what its values read, where they are those of an earlier
+            layer; empty where they are its own.
     """
 
     stack: str
@@ -110,10 +112,21 @@ class AttentionSublayer:
     value_norm: ValueNorm | None = None
     sink_scores: str = ""
     gate: str = ""
+    borrowed: str = ""
+
+    def require_own_values(self) -> None:
+        """Checks that its values are made of what it reads.
+
+        Raises:
+            UnsupportedModel: If they are an earlier layer's.
+        """
+        if self.borrowed:
+            raise UnsupportedModel(self.borrowed)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:
         """Value weights per query head: ``v = (x W_V + b_V) / value_scale(x)``."""
+        self.require_own_values()
         return require_weight(self.weights, "W_V")
 
     def value_scale(
@@ -196,9 +209,10 @@ class AttentionSublayer:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A sublayer that mixes tokens without attention weights: linear attention, a state space.
+    """A sublayer that is one component of the stream: what it puts out.
 
-    It reads what attention reads, and is one component: what it puts out.
+    One that mixes tokens without attention weights (linear attention, a state space) reads what
+    attention reads; one that ends a block (Gemma 4's per-layer embeddings) what it has written.
 
     Attributes:
         out: Name of what it puts out.
@@ -207,6 +221,8 @@ class Mixer:
         norm_in: Norm before it, or None.
         norm_out: Norm of its output before the residual sum, or None.
         edits: Where hooks may edit what it writes.
+        norm_after: Norm of the residual sum, or None.
+        kind: What it is among the components of the stream.
     """
 
     out: str
@@ -215,7 +231,8 @@ class Mixer:
     norm_in: Norm | None = None
     norm_out: Norm | None = None
     edits: EditPoints = EditPoints()
-    norm_after: None = None
+    norm_after: Norm | None = None
+    kind: Literal["mixer", "per_layer_embed"] = "mixer"
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns what it adds to the residual stream."""
@@ -557,6 +574,7 @@ class Block:
         feed_forward: Its feed-forward sublayer, or None (attention-only).
         parallel: Whether the feed-forward sublayer reads the block's input (GPT-J, Pythia).
         mixers: Sublayers beside attention, or in its place, that mix tokens in another way.
+        ending: A third sublayer, after the feed-forward one, or None.
         folds: Products of its weights that are kept for the next call, by name, and what tells
             whether a weight has changed; None where those of all blocks would take more than
             `FOLD_BYTES`.
@@ -570,6 +588,7 @@ class Block:
     feed_forward: FeedForward | None
     parallel: bool = False
     mixers: tuple[Mixer, ...] = ()
+    ending: Mixer | None = None
     folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
     rewrite: Rewrite | None = None
 
@@ -593,6 +612,15 @@ class Block:
         for mixer in self.mixers:
             raise UnsupportedModel(mixer.refusal)
 
+    def require_no_ending(self) -> None:
+        """Checks that the feed-forward sublayer writes last.
+
+        Raises:
+            UnsupportedModel: If a third sublayer does.
+        """
+        if self.ending is not None:
+            raise UnsupportedModel(self.ending.refusal)
+
     @property
     def memories(self) -> FeedForward | None:
         """Its features, where a dictionary stands in its stream, or feed-forward sublayer."""
@@ -601,7 +629,7 @@ class Block:
     @property
     def sublayers(self) -> tuple[AttentionSublayer | Mixer | FeedForward, ...]:
         """Its sublayers in order."""
-        last = [] if self.feed_forward is None else [self.feed_forward]
+        last = [one for one in (self.feed_forward, self.ending) if one is not None]
         return (*self.attentions, *self.mixers, *last)
 
     @property
@@ -635,6 +663,7 @@ class Block:
         """Returns the names of the activations that tell whether the block is read right."""
         mixed = tuple(attention.mixed for attention in self.attentions)
         mixed += tuple(mixer.out for mixer in self.mixers)
+        mixed += () if self.ending is None else (self.ending.out,)
         ff = self.feed_forward
         if ff is None:
             return (*mixed, self.resid_out)

@@ -111,6 +111,7 @@ class _State:
 
 def _states(block: Block, trace: Trace) -> list[_State]:
     """Returns the states of the stream in a block, from below; of a parallel block the last."""
+    block.require_no_ending()
     stream = trace.resid_in(block)
     if block.parallel:
         return [_State.of("resid_post", block, stream, slice(0, len(block.sublayers)), trace)]

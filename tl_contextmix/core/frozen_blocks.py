@@ -188,9 +188,11 @@ def freeze(
         fixed: Whether feed-forward paths start from the bias alone rather than from zero.
 
     Raises:
-        UnsupportedModel: If it mixes tokens in another way than by attention.
+        UnsupportedModel: If it mixes tokens in another way than by attention, or has a third
+            sublayer.
     """
     block.require_attention()
+    block.require_no_ending()
     stream, parts = trace.resid_in(block), bias[:, :, None]
     memory = None if memory_bias is None else memory_bias[:, :, None]
     attentions, streams = [], [stream]
@@ -217,6 +219,7 @@ def freeze(
 
 
 def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
+    sublayer.require_own_values()
     raw, norm_in = sublayer.raw_output(trace), FrozenNorm.at(sublayer.norm_in, stream)
     return FrozenAttention(
         sublayer=sublayer,

@@ -179,6 +179,8 @@ class ModelView:
         generate: Continues each text of a batch by at most so many tokens, as the model does.
         notice: Warns, once, where the processing of the weights changes a method with its options.
         labelled: Whether tokens have names of the user's own.
+        classes: Names of what a classifier predicts; empty for a language model.
+        answers_at: Where a classifier of texts gives its answer; None where each token has one.
         dictionaries: The dictionaries that stand in it, each with a hash of it.
         hears: Returns sound as frames, and what the model is given of it; None for text.
     """
@@ -223,6 +225,8 @@ class ModelView:
     generate: Callable[[Batch, int], list[list[int]]] = field(repr=False)
     notice: Notice = field(default=lambda method, options: None, repr=False, compare=False)
     labelled: bool = False
+    classes: tuple[str, ...] = ()
+    answers_at: int | None = None
     dictionaries: tuple[str, ...] = ()
     hears: Callable[[Any], tuple[Side, dict[str, Tensor]]] | None = field(default=None, repr=False)
     # Facts measured when first asked for, such as whether padding on the left is safe.

@@ -46,6 +46,7 @@ Kind = Literal[
     "cross_attn",
     "mixer",
     "mlp",
+    "per_layer_embed",
     "resid_pre steering",
     "resid_mid steering",
     "resid_mid_cross steering",
@@ -61,6 +62,8 @@ Kind = Literal[
     "resid_post feature",
     "resid_post error",
 ]
+# Sublayers that are one component.
+_WHOLE = ("mixer", "per_layer_embed")
 _STEERING: dict[str, Kind] = {
     "attn": "resid_mid steering",
     "cross_attn": "resid_mid_cross steering",
@@ -146,7 +149,7 @@ class Component:
     @property
     def whole(self) -> bool:
         """Whether it has no parts: what enters the first block, mixers, steering, and errors."""
-        return self.kind in ("embed", "mixer") or self.kind.endswith(("steering", "error"))
+        return self.kind in ("embed", *_WHOLE) or self.kind.endswith(("steering", "error"))
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,8 @@ def needed(block: Block) -> tuple[str, ...]:
     """Returns names of the activations that a stream needs besides those of maps."""
     ff = block.feed_forward
     own = (block.resid_out,) if ff is None else (block.resid_out, ff.post)
-    return (*own, *block.made())
+    ending = () if block.ending is None else (block.ending.out,)
+    return (*own, *ending, *block.made())
 
 
 def decompose_stream(
@@ -376,7 +380,7 @@ def _kind(sublayer: AttentionSublayer | Mixer | FeedForward) -> Kind:
     if isinstance(sublayer, FeedForward):
         return cast("Kind", sublayer.kind)
     if isinstance(sublayer, Mixer):
-        return "mixer"
+        return sublayer.kind
     return "attn" if sublayer.kind == "self" else "cross_attn"
 
 
@@ -504,8 +508,8 @@ def _components(start: Tensor | None, steps: list[_Step | _Entry], like: Tensor)
 
 
 def _component(step: _Step, total: Tensor, bias: Tensor, path: FrozenNorm) -> Component:
-    if step.kind == "mixer":
-        return Component("mixer", step.layer, total, bias)
+    if step.kind in _WHOLE:
+        return Component(step.kind, step.layer, total, bias)
     if "refusal" in step.parts:
         return OpaqueComponent(step.kind, step.layer, total, bias, **step.parts)
     kind = AttentionComponent if "pattern" in step.parts else FeedForwardComponent

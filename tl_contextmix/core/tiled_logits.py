@@ -72,7 +72,7 @@ class Vocabulary:
     def nonlinear(self) -> str:
         """Why logits are not linear in the stream; empty where they are."""
         if self.readout.head is not None:
-            return "the masked-LM head is not linear"
+            return "the head is not linear"
         if self.readout.soft_cap is not None:
             return "the model caps its logits"
         return "the norm is recomputed at every state" if self._recomputed else ""

@@ -324,10 +324,13 @@ def ablate_values(
         rows: Targets to look at; None for all.
 
     Raises:
-        UnsupportedModel: If the feed-forward activation is not elementwise.
+        UnsupportedModel: If the feed-forward activation is not elementwise, a third sublayer
+            follows, or the values are another layer's.
     """
+    block.require_no_ending()
     picked = slice(None) if rows is None else list(rows)
     attention = block.attention(kind)
+    attention.require_own_values()
     kinds: list[str] = [attention.kind for attention in block.attentions]
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]

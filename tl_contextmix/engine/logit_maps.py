@@ -145,7 +145,7 @@ def logit_map(
 
 def _not_linear(view: ModelView) -> str:
     if view.readout.head is not None:
-        return "its masked-LM head is not linear"
+        return "its head is not linear"
     return "it caps its logits" if view.readout.soft_cap is not None else ""
 
 

@@ -241,7 +241,8 @@ class LayerReadout:
     def names(view: ModelView, block: Block) -> tuple[str, ...]:
         """Returns the activations that reading a layer needs, besides the block's points."""
         ff = require_feed_forward(block)
-        return (*branch_names(ff), *block.spared(), view.blocks()[-1].resid_out)
+        ending = () if block.ending is None else (block.ending.out,)
+        return (*branch_names(ff), *block.spared(), *ending, view.blocks()[-1].resid_out)
 
     @classmethod
     def of(
@@ -280,6 +281,7 @@ class LayerReadout:
         steering = trace.edit(ff.edits.stream)
         output = shift(residual + added, None if steering is None else steering[self.where])
         output = output if ff.norm_after is None else ff.norm_after(output)
+        output = output if block.ending is None else block.output(trace)[self.where]
         first = self._scan(residual, self.final)
         residual_top, ff_top, top = (
             scan.ids[:, 0, 0] for scan in (first, self._scan(added), self._scan(output))

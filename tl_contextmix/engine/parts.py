@@ -127,7 +127,8 @@ def parts_at(
 
     Raises:
         InvalidInput: If the block has no feed-forward sublayer and the point is inside of one.
-        UnsupportedModel: If the point lies after an activation that is not elementwise.
+        UnsupportedModel: If the point lies after an activation that is not elementwise, or after a
+            third sublayer.
     """
     return parts_at_all(block, points, (at,), bias, max_bytes)[at]
 
@@ -143,6 +144,8 @@ def parts_at_all(
     found: dict[Point, TokenSum | FeedForwardParts] = {}
     expanded: dict[str, FeedForwardParts] = {}
     for at in asked:
+        if at in ("resid_post", "block_out"):
+            block.require_no_ending()
         if at in points:
             found[at] = points[at]
         elif block.feed_forward is not None:

@@ -79,6 +79,7 @@ def globenc(
     )
 
     def norms(part: Pass, block: Block) -> Tensor:
+        block.require_no_ending()
         stream = linear_points(block, part.trace, part.stack)["residual"]
         return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
 

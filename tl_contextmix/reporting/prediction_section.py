@@ -27,10 +27,11 @@ def prediction(story: Story) -> Section | str:
     names = tuple(view.to_output(token) for token in found.indices.tolist())
     here = story.done.target.strings[0][focus]
     causal = "decoder" in view.stacks
+    kind = "classes" if view.classes else "tokens"
     preposition = "after" if causal else "at"
     panels: list[Panel] = [
         Bars(
-            title=f"Most probable tokens {preposition} {quoted(here)}",
+            title=f"Most probable {kind} {preposition} {quoted(here)}",
             caption="Probabilities from the model's own forward pass.",
             labels=names,
             series=(("probability", tuple(found.values.tolist())),),

@@ -173,7 +173,9 @@ def _maps(
 
 
 def _focus(model: object, done: Pass) -> int | None:
-    """Returns the predicting position: the last one, or the mask."""
+    """Returns the predicting position: the last one, the mask, or where a classifier answers."""
+    if done.view.answers_at is not None:
+        return done.view.answers_at
     words = done.target.strings[0]
     if "decoder" in done.view.stacks:
         return len(words) - 1

@@ -178,7 +178,7 @@ def component_grids(
         unit: Likewise.
     """
     column = {"head": "head", "position": "source", "expert": "expert"}.get(by)
-    every = ("attn", "mixer", "cross_attn", "mlp", *STEERING, *FEATURES, *ERRORS)
+    every = ("attn", "mixer", "cross_attn", "mlp", "per_layer_embed", *STEERING, *FEATURES, *ERRORS)
     groups = [("attn",), ("cross_attn",)] if column else [every]
     groups = [("mlp",)] if by == "expert" else groups
     if column is None and by != "layer":

@@ -39,6 +39,7 @@ KINDS = (
     *ERRORS,
     *_BIASES[len(_SUBLAYER_BIASES) :],
     "mixer",
+    "per_layer_embed",
 )
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")

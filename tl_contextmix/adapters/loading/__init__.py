@@ -90,7 +90,10 @@ def load_model(
     """Loads a model by name or folder, or wraps one in memory, weights unprocessed.
 
     Encoders that TransformerLens 4 does not list are read, too: XLM-R, CamemBERT, DistilBERT,
-    ELECTRA. The first call compares what any bridge computes with the Hugging Face model.
+    ELECTRA, ALBERT, MPNet, DeBERTa-v2 and v3, ModernBERT, EuroBERT; and classifiers of texts or of
+    tokens that were made of these, or of BERT and RoBERTa (``ForSequenceClassification``,
+    ``ForTokenClassification``), whose classes are then the targets. The first call compares what
+    any bridge computes with the Hugging Face model.
 
     Args:
         name_or_path: Name of a demo model, a folder written by `save_pretrained` (model and
@@ -111,8 +114,8 @@ def load_model(
 
     Raises:
         InvalidInput: If no model is found.
-        UnsupportedModel: If no class of the installed TransformerLens runs the model correctly, or
-            the model in memory is quantized.
+        UnsupportedModel: If no class of the installed TransformerLens runs the model correctly, the
+            model in memory is quantized, or a classifier's answer is no class of one token.
 
     Warns:
         ContextMixWarning: If the checkpoint is an encoder without its prediction head. Its hidden

@@ -9,9 +9,21 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters.loading.architectures import read_as
+from tl_contextmix.adapters.loading.classifiers import OF_TEXTS, OF_TOKENS, on_every_token
 from tl_contextmix.adapters.loading.source import Placement, Source, load_tokenizer
 from tl_contextmix.adapters.recognition import host_version
 from tl_contextmix.errors import UnsupportedModel, four_parts, reason
+
+# What TransformerLens raises for what it does not know, or without a library that it asks for.
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_bridge(source: Source, placement: Placement) -> Any:
@@ -29,6 +41,8 @@ def load_bridge(source: Source, placement: Placement) -> Any:
         hf_model = with_random_head(source, placement).to(placement.device)
     elif not listed and hf_model is None:
         hf_model = _published(source, placement)
+    if source.classifier:
+        hf_model = on_every_token(hf_model)
     try:
         with contextlib.ExitStack() as stack:
             if not causal:
@@ -44,7 +58,7 @@ def load_bridge(source: Source, placement: Placement) -> Any:
             )
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except _FAILURES as e:
         raise UnsupportedModel(
             four_parts(
                 f"cannot load {source.label!r} on TransformerBridge",
@@ -95,11 +109,15 @@ def _published(source: Source, placement: Placement) -> Any:
     """Loads a model with Hugging Face's own class."""
     import transformers
 
-    auto = {
+    kinds: dict[str, Any] = {
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
-    }[source.kind]
+        OF_TEXTS: transformers.AutoModelForSequenceClassification,
+        OF_TOKENS: transformers.AutoModelForTokenClassification,
+    }
+    ends = (kind for kind in (OF_TEXTS, OF_TOKENS) if source.architecture.endswith(kind))
+    auto = kinds[next(ends, source.kind)]
     # Only eager attention shows patterns.
     model = auto.from_pretrained(
         source.location, dtype=placement.dtype, attn_implementation="eager"

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tl_contextmix.adapters.loading.classifiers import classifies
+from tl_contextmix.adapters.recognition import major
 from tl_contextmix.adapters.refusals import quantized, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
@@ -59,8 +61,16 @@ class Source:
         return (
             not held
             and self.kind == "masked"
+            and not self.classifier
             and not architecture.endswith(("ForMaskedLM", "ForPreTraining"))
         )
+
+    @property
+    def classifier(self) -> bool:
+        """Whether it is a classifier that is read with its head: on TransformerLens 4."""
+        held = self.hf_model
+        named = type(held).__name__ if held is not None else (self.config.architectures or [""])[0]
+        return major() >= 4 and classifies(named, self.config.model_type)
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,11 @@ def held_source(model: Any, tokenizer: Any) -> Source:
 def _held_kind(model: Any) -> Kind | None:
     """Returns the kind of a model in memory, or None if it has no head that predicts tokens."""
     name, heads = type(model).__name__, _heads()
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    config = getattr(model, "config", None)
+    two = getattr(config, "is_encoder_decoder", False)
     # BART fills masks, too.
+    if major() >= 4 and classifies(name, str(getattr(config, "model_type", ""))):
+        return "masked"
     kinds: tuple[Kind, ...] = ("encoder-decoder",) if two else ("causal", "masked")
     return next((kind for kind in kinds if name in heads[kind].values()), None)
 

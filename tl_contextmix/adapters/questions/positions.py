@@ -20,13 +20,22 @@ def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> l
         view: The model.
         batch: Its tokens.
         stack: The stack that writes the answer.
-        pos: The position, several, or ``"all"``; None for the last token of a decoder and the mask
-            of an encoder.
+        pos: The position, several, or ``"all"``; None for the last token of a decoder, the mask of
+            an encoder and where a classifier of texts answers.
 
     Raises:
-        InvalidInput: If there is no such position, or not one mask in every sentence.
+        InvalidInput: If there is no such position, not one mask in every sentence, or a class for
+            every token.
     """
     side = batch.side(stack)
+    pos = view.answers_at if pos is None else pos
+    if pos is None and view.classes:
+        raise bad(
+            "it is not clear which token's class is meant",
+            "no position",
+            "the position of one token, several, or 'all'",
+            "Give pos=: this model has a class for every token.",
+        )
     if pos is None and stack == "encoder":
         found = masks(view, side)
         counts = [len(some) for some in found]

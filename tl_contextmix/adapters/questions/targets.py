@@ -95,6 +95,8 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
     Raises:
         InvalidInput: If there are none, or one is unknown.
     """
+    if view.classes:
+        return _class_called(view, text, name)
     found = view.pieces(text) if is_text(text) else []
     if not found and view.labelled:
         raise bad(
@@ -114,6 +116,18 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
                 "words of this model's vocabulary",
                 "Use another word, or pass an id.",
             )
+    return found
+
+
+def _class_called(view: ModelView, text: str, name: str) -> list[int]:
+    found = [index for index, called in enumerate(view.classes) if called == text]
+    if len(found) != 1:
+        raise bad(
+            "no class is called that",
+            repr(text),
+            f"one of {list(view.classes)}",
+            f"Name the {name} as the model's id2label does, or pass its number.",
+        )
     return found
 
 
@@ -188,6 +202,8 @@ def warn_about_spaces(
     view: ModelView, named: Sequence[str | None], ids: Sequence[Sequence[int]], logits: Tensor
 ) -> None:
     """Warns where a target without its leading space is far less probable than the one with it."""
+    if view.classes:
+        return
     for row, (text, tokens) in enumerate(zip(named, ids, strict=True)):
         if text is None or text.startswith(" "):
             continue

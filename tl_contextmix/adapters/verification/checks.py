@@ -246,7 +246,8 @@ def _pass_rows(
                 "unsteered",
                 CheckRow("nothing else on the stream", where, error, tolerance),
             )
-    if "block" in needs and block.resid_out in there and (ff is None or ff.post in there):
+    last = [name for name in (ff and ff.post, block.ending and block.ending.out) if name]
+    if "block" in needs and there.issuperset((block.resid_out, *last)):
         yield "block", _block_row(where, block, trace, block.resid_out, tolerance, real)
     if ff is None:
         return
