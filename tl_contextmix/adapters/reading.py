@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from tl_contextmix.adapters.attention_weights import SPECIAL, compression, is_latent, special_weight
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
+from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
 from tl_contextmix.core.blocks import (
@@ -332,7 +333,20 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         value_norm=_value_norm(handle, here),
         gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
         sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
+        query=f"{here}.hook_q",
+        scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
+        soft_cap=_soft_cap(handle, module),
+        query_norm=read_head_norm(module, "q", handle.dtype),
+        key_norm=read_head_norm(module, "k", handle.dtype),
     )
+
+
+def _soft_cap(handle: Handle, module: Any) -> float | None:
+    """Returns the soft cap of the scores of an attention module, or None."""
+    if not handle.bridge:
+        cap = float(getattr(handle.get().cfg, "attn_scores_soft_cap", 0.0) or 0.0)
+        return cap if cap > 0 else None
+    return getattr(module.original_component, "attn_logit_softcapping", None)
 
 
 def _value_norm(handle: Handle, path: str) -> ValueNorm | None:
