@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,25 +15,37 @@ from tl_contextmix.core.token_sums import Norm
 _FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
-def read_head_norm(attention: nn.Module, side: str, dtype: torch.dtype) -> HeadNorm | None:
+def read_head_norm(
+    attention: nn.Module, side: str, width: Callable[[], int], dtype: torch.dtype
+) -> HeadNorm | None:
     """Returns the norm of queries (``"q"``) or keys (``"k"``) of an attention module.
 
     None where there is none, or none that is known: scores are then no bilinear form of what their
     heads read, which is seen where somebody asks for one.
+
+    Args:
+        attention: The module.
+        side: Which.
+        width: Returns the width of its heads.
+        dtype: Dtype of the maths.
     """
-    module: Any = attention._modules.get(f"{side}_norm")
+    inside: Any = getattr(attention, "original_component", None)
+    every = {**getattr(inside, "_modules", {}), **attention._modules}
+    module: Any = every.get(f"{side}_norm") or every.get("qk_norm")
     module = getattr(module, "original_component", None) or module
     if module is None:
         return None
     each = module._modules.get("norms")
     first = module if each is None else each[0]
-    gains = [getattr(one, "weight", getattr(one, "w", None)) for one in (each or [module])]
-    bias = getattr(first, "bias", getattr(first, "b", None))
-    if bias is not None or any(gain is None for gain in gains):
+    if getattr(first, "bias", getattr(first, "b", None)) is not None:
         return None
-    gain = torch.stack([one.detach() for one in gains]) if each is not None else gains[0].detach()
-    config = getattr(attention, "cfg", None) or getattr(attention, "config", None)
-    d_head = int(getattr(config, "d_head", 0)) or gain.shape[-1]
+    d_head = width()
+    gains = [getattr(one, "weight", getattr(one, "w", None)) for one in (each or [module])]
+    known = [gain.detach() for gain in gains if gain is not None]
+    if not known:  # nanochat, Llama 4
+        like = next(attention.parameters())
+        known = [torch.ones(d_head, dtype=like.dtype, device=like.device)]
+    gain = known[0] if each is None else torch.stack(known)
     return _fit(module, _eps(first), gain, d_head, dtype)
 
 
@@ -62,5 +75,5 @@ def _fit(
             if float((found - expected).abs().max()) <= _FIT.get(gain.dtype, 5e-2):
                 if together and kind == "ln":
                     return None  # the mean over all heads is no head's own
-                return HeadNorm(norm, own.view(-1, d_head if together else own.shape[-1]), together)
+                return HeadNorm(norm, own.view(-1, d_head), together)
     return None

@@ -8,15 +8,22 @@ between HookedEncoder and TransformerBridge and between versions, and is recompu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tl_contextmix.adapters.attention_weights import SPECIAL, compression, is_latent, special_weight
+from tl_contextmix.adapters.attention_weights import (
+    SPECIAL,
+    compression,
+    is_latent,
+    latent_scales,
+    special_weight,
+)
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
@@ -125,11 +132,11 @@ class Handle:
 def _attribute(module: nn.Module, name: str) -> Any:
     """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead.
 
-    Latent attention raises NotImplementedError.
+    Latent attention raises NotImplementedError, layers with widths of their own a ValueError.
     """
     try:
         return getattr(module, name, None)
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
 
 
@@ -322,6 +329,10 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
 def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> AttentionSublayer:
     here = f"{path}.{name}"
     weights, module = handle.weights(here), handle.get().get_submodule(here)
+
+    def width() -> int:
+        return require_weight(weights, "W_O").shape[1]
+
     return AttentionSublayer(
         stack=stack,
         kind=kind,
@@ -336,9 +347,21 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         query=f"{here}.hook_q",
         scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
         soft_cap=_soft_cap(handle, module),
-        query_norm=read_head_norm(module, "q", handle.dtype),
-        key_norm=read_head_norm(module, "k", handle.dtype),
+        query_norm=read_head_norm(module, "q", width, handle.dtype),
+        key_norm=read_head_norm(module, "k", width, handle.dtype),
+        divisors=_divisors(handle, here) if is_latent(module) else None,
     )
+
+
+def _divisors(
+    handle: Handle, path: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns what divides queries and keys of latent attention."""
+
+    def scale(x: Tensor, name: str) -> Tensor:
+        return latent_scales(handle.get().get_submodule(path), x, name, handle.ready)
+
+    return partial(scale, name="Q"), partial(scale, name="K")
 
 
 def _soft_cap(handle: Handle, module: Any) -> float | None:

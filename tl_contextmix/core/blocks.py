@@ -98,6 +98,9 @@ class AttentionSublayer:
         soft_cap: Soft cap of the scores, or None.
         query_norm: Norm of the queries before they are turned by positions, or None.
         key_norm: The same of the keys.
+        divisors: Returns what divides queries, and keys, of a normed stream, each [d_head]; None
+            for nothing. Those of latent attention come out of compressed streams, which are normed,
+            and are shown after they are turned.
     """
 
     stack: str
@@ -121,6 +124,9 @@ class AttentionSublayer:
     soft_cap: float | None = None
     query_norm: HeadNorm | None = None
     key_norm: HeadNorm | None = None
+    divisors: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:

@@ -14,11 +14,11 @@ fitted to scores of known queries and keys, and what does not fit is no such for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.token_sums import Norm
@@ -120,3 +120,48 @@ def _pair(a: Tensor, b: Tensor, free: bool) -> list[Column]:
     if free:
         return [[(a, a, 1)], [(b, b, 1)], [(a, b, 1)], [(b, a, 1)]]
     return [[(a, a, 1), (b, b, 1)], [(a, b, 1), (b, a, -1)]]
+
+
+def fit_turns(
+    pairs: Sequence[tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]],
+    tolerance: float,
+) -> list[Float[Tensor, "d_head d_head"]] | None:
+    """Returns the rotations of the last dimensions that make one of each pair of the other.
+
+    Dimensions are turned in pairs, of neighbours or of two halves, and put down as either; all
+    pairs are turned and put down in the same way (latent attention).
+
+    Args:
+        pairs: Vectors of some heads before and after.
+        tolerance: Largest error, relative to the largest number.
+    """
+    width = pairs[0][0].shape[1]
+    for turned in range(width - width % 2, 0, -2):
+        every = torch.arange(width - turned, width)
+        halves = every[: turned // 2], every[turned // 2 :]
+        neighbours = every[0::2], every[1::2]
+        ways = [(a, b) for a in (halves, neighbours) for b in (halves, neighbours)]
+        for read, put in ways if turned > 2 else ways[:1]:
+            found = [_turn(*pair, read, put, tolerance) for pair in pairs]
+            matrices = [matrix for matrix in found if matrix is not None]
+            if len(matrices) == len(pairs):
+                return matrices
+    return None
+
+
+Halves = tuple[Int[Tensor, " half"], Int[Tensor, " half"]]
+
+
+def _turn(
+    before: Tensor, after: Tensor, read: Halves, put: Halves, tolerance: float
+) -> Tensor | None:
+    """Returns the rotation between two vectors of each head, by least squares; None for none."""
+    (a, b), (c, d) = (tuple(x[:, at] for at in some) for x, some in ((before, read), (after, put)))
+    size = (a.square() + b.square()).sum(0).clamp(min=1e-30)
+    cos, sin = (a * c + b * d).sum(0) / size, (a * d - b * c).sum(0) / size
+    matrix = torch.eye(before.shape[1], dtype=before.dtype, device=before.device)
+    matrix[torch.cat(read), torch.cat(read)] = 0
+    matrix[read[0], put[0]], matrix[read[0], put[1]] = cos, sin
+    matrix[read[1], put[0]], matrix[read[1], put[1]] = -sin, cos
+    error = (before @ matrix - after).abs().max()
+    return matrix if float(error) <= tolerance * float(after.abs().max()) else None

@@ -8,8 +8,8 @@ measured at the model itself: queries and keys of one pass are replaced by known
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,6 @@ from tl_contextmix.core.blocks import AttentionSublayer, Batch, Trace, require_w
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.score_forms import HeadNorm, fit_form
 from tl_contextmix.errors import UnsupportedModel, four_parts
-
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,20 @@ class Side:
         weight: What they are made of the normed stream with.
         bias: What is added, or None.
         norm: Norm of them, or None.
-        heads: How many there are.
         head: Which of them.
+        divisor: What divides them before that norm [d_head], at the stream that is read, or None.
+        turn: What they are multiplied with before they are shown, or None.
     """
 
     weight: Float[Tensor, "head d_model d_head"]
     bias: Float[Tensor, "head d_head"] | None
     norm: HeadNorm | None
     head: int
+    divisor: Float[Tensor, " d_head"] | None = None
+    turn: Float[Tensor, "d_head d_head"] | None = None
 
     @classmethod
-    def of(cls, attention: AttentionSublayer, name: str, head: int, shown: int) -> Side:
+    def of(cls, attention: AttentionSublayer, name: str, head: int, shown: int, x: Tensor) -> Side:
         """Returns those of a head.
 
         Args:
@@ -66,17 +67,21 @@ class Side:
             name: ``"Q"`` or ``"K"``.
             head: The query head.
             shown: How many heads there are of them, several query heads sharing one.
+            x: The normed stream that they are made of.
         """
         weight = require_weight(attention.weights, f"W_{name}")
         bias = attention.weights(f"b_{name}")
-        every = range(0, len(weight), len(weight) // shown)
+        every = slice(None, None, max(1, len(weight) // shown))
         weight, bias = weight[every], None if bias is None else bias[every]
         norm = attention.query_norm if name == "Q" else attention.key_norm
-        return cls(weight, bias, norm, head * shown // len(attention.W_O))
+        by = attention.divisors
+        divisor = None if by is None else by[name == "K"](x)
+        return cls(weight, bias, norm, head * shown // len(attention.W_O), divisor)
 
     def raw(self, x: Float[Tensor, " d_model"]) -> Float[Tensor, "head d_head"]:
         """Returns what all heads have of a normed stream, before a norm of them."""
-        return shift(torch.einsum("m,hmd->hd", x, self.weight), self.bias)
+        found = shift(torch.einsum("m,hmd->hd", x, self.weight), self.bias)
+        return found if self.divisor is None else found / self.divisor
 
     def finished(self, raw: Float[Tensor, "*some head d_head"]) -> Tensor:
         """Returns them after that norm."""
@@ -98,6 +103,9 @@ class Side:
         return self._after(shift(found, bias)[None], whole)
 
     def _after(self, found: Tensor, whole: Tensor) -> Tensor:
+        found = found if self.divisor is None else found / self.divisor
+        if self.turn is not None:
+            return found @ self.turn
         if self.norm is None:
             return found
         gain = self.norm.gain.expand(len(self.weight), -1)[self.head]
@@ -144,17 +152,18 @@ class Ruler:
         """What every head attends to from the target."""
         return self.plain[self.attention.pattern][0, :, self.edge.target]
 
-    @property
+    @cached_property
     def shown(self) -> bool:
         """Whether the model shows its scores, not (as some bridges do) its patterns once more."""
         name = self.attention.scores
         if not name or name not in self.plain.values:
             return False
-        scores = self.plain[name][0, :, self.edge.target]
-        seen = self.pattern > 0
-        odds = (scores.masked_fill(~seen, -torch.inf)).softmax(-1)
-        odds = odds * self.pattern.sum(-1, keepdim=True)  # less what goes to a sink
-        return bool((odds - self.pattern).abs().max() <= self.view.tolerance)
+        scores, pattern = self.plain[name][0], self.plain[self.attention.pattern][0]
+        seen = pattern > 0
+        odds = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        odds = odds * pattern.sum(-1, keepdim=True)  # less what goes to a sink
+        chosen = bool((seen.sum(-1) > 1).any())
+        return chosen and bool((odds - pattern).abs().max() <= self.view.tolerance)
 
     @property
     def other(self) -> int | None:
@@ -233,24 +242,19 @@ def measure(
         found = x if after else side.finished(x)
         return found.repeat_interleave(heads // found.shape[1], dim=1)
 
-    nothing = torch.zeros_like(raw[0])
-    counts, matrix = [3, math.ceil(1.5 * d_head / heads) + 1, math.ceil(3 * d_head / heads) + 1], None
-    position = own = torch.zeros(heads)
+    counts = 3, math.ceil(1.5 * d_head / heads) + 1, math.ceil(3 * d_head / heads) + 1
     for count in counts:
-        queries = torch.cat([raw[0][None], nothing[None], drawn(raw[0], count)])
+        queries = torch.cat([raw[0][None], torch.zeros_like(raw[0])[None], drawn(raw[0], count)])
         keys = torch.cat([raw[1][None], raw[1][None], drawn(raw[1], count)])
         scores = ruler(queries, keys)
-        own, position = scores[0], scores[1]
-        tried = (finished(queries, query, normed[0])[2:], finished(keys, key, normed[1])[2:])
-        q, k = (x.flatten(0, 1) for x in tried)
+        own, position = scores[0], scores[1]  # of the model's own query, and of none
+        q = finished(queries[2:], query, normed[0]).flatten(0, 1)
+        k = finished(keys[2:], key, normed[1]).flatten(0, 1)
         matrix = fit_form(q, k, (scores[2:] - position).flatten(), ruler.view.tolerance)
         if matrix is not None:
-            break
-    if matrix is None or not bool(position.isfinite().all()):
-        raise _no_form(attention, "scores that no matrix fits")
-    _require_level(ruler, position)
-    found = MeasuredScore(matrix.to(own), float(position[head]), float(own[head]))
-    return found
+            _require_level(ruler, position)
+            return MeasuredScore(matrix.to(own), float(position[head]), float(own[head]))
+    raise _no_form(attention, "scores that no matrix fits")
 
 
 def _require_level(ruler: Ruler, position: Tensor) -> None:

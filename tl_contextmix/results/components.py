@@ -41,8 +41,8 @@ KINDS = (
     "mixer",
     "bias",
 )
-"""Kinds of an encoder-decoder's encoder have its name; a single stack's have not. ``"bias"`` is what
-biases alone make of a query or a key."""
+"""Kinds of an encoder-decoder's encoder have its name; a single stack's have not. ``"bias"`` is
+what biases alone make of a query or a key."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")
 # What stands in front of the numbers of a head or neuron.
 _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}

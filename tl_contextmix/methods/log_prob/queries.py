@@ -146,8 +146,8 @@ def query_contributions(
         InvalidInput: If an argument does not fit the model, an attention neuron has no source, or a
             head cannot look at the source of an edge.
         UnsupportedModel: If the model has no vocabulary readout, or an activation has no slope. Of
-            an edge: if queries or keys are not dense projections of the stream (latent attention),
-            or the score is no bilinear form of them.
+            an edge: if queries or keys are no linear maps of the stream at frozen norms, or the
+            score is no bilinear form of them.
 
     Cost: a forward pass, and for each stream that is read ``2 S d`` operations per component, S
     neurons: ``2 S d_mlp d`` per layer by ``"ff_neuron"``. Cross-attention neurons read the
