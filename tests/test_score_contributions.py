@@ -236,7 +236,8 @@ def test_tables_files_and_words(demo, tmp_path):
         both = pairs.groupby(f"{side}_component").score.sum()
         assert both.to_dict() == pytest.approx(sums.to_dict(), abs=1e-5)
     assert "L3H0 from ' cabinet' (5) to ' the' (1)" in repr(found)
-    maps, table = found.panels()
+    panels: Any = found.panels()
+    maps, table = panels
     assert maps.rows == found.labels("target")
     assert {row[0] for row in table.rows} == {"query", "key"}
 
@@ -249,7 +250,8 @@ def test_a_graph_says_why_its_heads_look_there(demo):
     (node,) = (node for node in told.nodes if node.reasons)
     assert (node.label, node.pos) == ("L3H0", 5)
     assert "looks at ' the' (1)" in node.reasons[0]
-    facts = [fact for dot in told.panels()[0].nodes for fact in dot.facts if fact[0] == "because"]
+    panel: Any = told.panels()[0]
+    facts = [fact for dot in panel.nodes for fact in dot.facts if fact[0] == "because"]
     assert facts == [("because", node.reasons[0])]
     with pytest.raises(cm.InvalidInput, match="of no node"):
         graph.with_scores(ask(demo, {"input": "the cats near the dog"}, (3, 0, 5, 1)))
