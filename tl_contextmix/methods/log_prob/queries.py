@@ -23,7 +23,7 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad
-from tl_contextmix.methods.log_prob.scores import score_contributions
+from tl_contextmix.methods.log_prob.attention_edges import score_contributions
 from tl_contextmix.results import LogProbContributions, QueryContributions, ScoreContributions
 from tl_contextmix.results.axes import largest
 from tl_contextmix.results.components import Components, finest, join, of_encoder, padding
