@@ -440,7 +440,7 @@ class AttributionGraph(Result):
             best = largest(torch.tensor(node.pattern), 5).tolist()
             read = (f"{words[place]!r} ({place}) {node.pattern[place]:.2f}" for place in best)
             found.append(("attends to", ", ".join(read)))
-        found += [("because", reason) for reason in node.reasons]
+        found += [("why", reason) for reason in node.reasons]
         if node.triggers:
             ends = (f"…{one[-_SHOWN:]}" if len(one) > _SHOWN else one for one in node.triggers)
             found.append(("triggered by", "; ".join(map(repr, ends))))

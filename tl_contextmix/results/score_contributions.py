@@ -94,7 +94,7 @@ class ScoreContributions(Result):
     def reasons(self, k: int = 3) -> tuple[str, ...]:
         """Returns the largest pairs in words, see `AttributionGraph.with_scores`."""
         token = f"{self.read.strings[0][self.source]!r} ({self.source})"
-        begin = f"looks at {token}, score {self.score:+.2f}"
+        begin = f"{token} has score {self.score:+.2f}, by query x key"
         pairs = (f"{query} x {key} {value:+.2f}" for query, key, value in self._largest(k))
         return (begin, *pairs)
 
@@ -131,7 +131,8 @@ class ScoreContributions(Result):
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the map of pairs, and the components of either side by their sums."""
-        title = f"Why {self.asked()}"
+        name, way = self.asked().split(maxsplit=1)
+        title = f"Why {name} looks {way}"
         queries, keys = self.labels("target"), self.labels("source")
         caption = (
             "What each pair brings to the score before the softmax. Rows wrote to the stream that "
