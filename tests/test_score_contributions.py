@@ -282,6 +282,17 @@ def test_what_is_no_edge_is_refused(demo, options, words):
         cm.query_contributions(demo, **asked)
 
 
+@pytest.mark.once
+def test_a_weight_that_is_too_small_to_be_a_number_has_a_score():
+    model = cm.load_demo("encoder-decoder")
+    given = {"input": "the bat burned .", "decoder_input": "la batte"}
+    found = ask(model, given, (1, 0, -1, 0), stack="encoder")
+    assert found.weight == 0
+    assert float(found.scores.sum()) + found.position == pytest.approx(found.score, rel=1e-4)
+    with pytest.raises(cm.InvalidInput, match="cannot look there"):
+        ask(model, given, (1, 0, 0, 1))
+
+
 def test_one_source_is_no_choice_where_scores_are_not_shown():
     model, inputs = shared(case_of("bart", host="TransformerBridge"))
     given = {"input": inputs.tokens[:1], "decoder_input": inputs.decoder_tokens[:1]}

@@ -166,6 +166,17 @@ class Ruler:
         return chosen and bool((odds - pattern).abs().max() <= self.view.tolerance)
 
     @property
+    def possible(self) -> bool:
+        """Whether the target can read the source: a weight may be 0 because it is too small."""
+        edge, name = self.edge, self.attention.scores
+        if float(self.pattern[edge.head, edge.source]) > 0:
+            return True
+        if not self.shown:
+            return False
+        score = float(self.plain[name][0, edge.head, edge.target, edge.source])
+        return score > torch.finfo(torch.float16).min  # what is masked is far below, if not -inf
+
+    @property
     def other(self) -> int | None:
         """Another source, which scores that are not shown are counted from; None: there is none."""
         seen = (self.pattern > 0).all(dim=0)

@@ -50,19 +50,13 @@ def score_contributions(
     attention = view.blocks(stack)[layer].attention("cross" if stack == "cross" else "self")
     done = _pass(view, given, stack, layer)
     at = _edge(done, attention, layer, edge)
+    ruler = Ruler(view, done.batch, attention, at, done.trace, max_bytes)
+    _require_choice(ruler)
     query, key = (
         _read(done, attention, at, stream, norm, name)
         for (stream, norm), name in zip(_streams(done, attention, at), "QK", strict=True)
     )
     query, key, normed = _stages(view, attention, query, key)
-    ruler = Ruler(view, done.batch, attention, at, done.trace, max_bytes)
-    if not ruler.shown and ruler.other is None:
-        raise bad(
-            "there is nothing to explain",
-            f"a target, at position {at.target}, that can read one token only",
-            "a head with a choice",
-            "Its weight is 1 whatever its score.",
-        )
     measured = measure(ruler, query.side, key.side, (query.shown, key.shown), normed)
     (left, rows), (right, columns) = query.parts(by, at), key.parts(by, at)
     pairs = left @ measured.matrix @ right.T
@@ -128,21 +122,32 @@ def _edge(
     """Returns the edge, its numbers counted from the start.
 
     Raises:
-        InvalidInput: If there is no such head or position, or the head cannot look there.
+        InvalidInput: If there is no such head or position.
     """
     masks = [done.batch.side(one).mask for one in _sides(done)]
     head = _place("head", edge[1], len(attention.W_O))
-    at = Edge(
+    return Edge(
         layer, head, _position("target", edge[2], masks[0]), _position("source", edge[3], masks[1])
     )
-    if not float(done.trace.pattern(attention)[0, head, at.target, at.source]) > 0:
+
+
+def _require_choice(ruler: Ruler) -> None:
+    """Raises InvalidInput where there is no score, or none that can be told."""
+    at = ruler.edge
+    if not ruler.possible:
         raise bad(
             "this head cannot look there",
-            f"{attention.pattern}, head {head}, from position {at.target} to {at.source}",
+            f"{ruler.attention.pattern}, head {at.head}, from position {at.target} to {at.source}",
             "a source that the target can read",
             "Choose one with an attention weight above 0.",
         )
-    return at
+    if not ruler.shown and ruler.other is None:
+        raise bad(
+            "there is nothing to explain",
+            f"a target, at position {at.target}, that can read one token only",
+            "a head with a choice",
+            "Its weight is 1 whatever its score.",
+        )
 
 
 def _place(name: str, given: int, count: int) -> int:

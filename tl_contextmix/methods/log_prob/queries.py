@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,12 @@ VANISHING = (
 """Scores that a neuron without an activation does not have."""
 
 
+def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
+    if not options:
+        return ("yu2024neuron", "kamath2025attention")
+    return ("kamath2025attention",) if "edge" in options else ("yu2024neuron",)
+
+
 @overload
 def query_contributions(
     model: object,
@@ -69,7 +76,7 @@ def query_contributions(
 ) -> ScoreContributions: ...
 
 
-@method(cites=("yu2024neuron",))
+@method(cites=_papers)
 def query_contributions(
     model: object,
     input: Input,
@@ -106,7 +113,8 @@ def query_contributions(
     neuron is active: shares then have any size and the wrong sign. For comparison only.
 
     With ``edge=(layer, head, target, source)`` the score of an attention edge before the softmax,
-    bilinear in the streams of both positions, is an exact sum over pairs of components:
+    bilinear in the streams of both positions, is an exact sum over pairs of components (Kamath et
+    al. 2025 sum over pairs of features):
 
     .. math:: s_{ij} = \hat q_i^\top M_{ij} \hat k_j + p_{ij}
               = \sum_{a, b} \hat q_{i,a}^\top M_{ij} \hat k_{j,b} + p_{ij}
