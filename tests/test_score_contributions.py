@@ -235,6 +235,7 @@ def test_tables_files_and_words(demo, tmp_path):
         sums = found.to_dataframe(side).set_index("component").score
         both = pairs.groupby(f"{side}_component").score.sum()
         assert both.to_dict() == pytest.approx(sums.to_dict(), abs=1e-5)
+    assert "kamath2025attention" in cm.cite(found)
     assert "L3H0 from ' cabinet' (5) to ' the' (1)" in repr(found)
     panels: Any = found.panels()
     maps, table = panels
@@ -290,7 +291,7 @@ def test_a_weight_that_is_too_small_to_be_a_number_has_a_score():
     assert found.weight == 0
     assert float(found.scores.sum()) + found.position == pytest.approx(found.score, rel=1e-4)
     with pytest.raises(cm.InvalidInput, match="cannot look there"):
-        ask(model, given, (1, 0, 0, 1))
+        ask(model, given, (1, 0, 0, 1), stack="decoder")
 
 
 def test_one_source_is_no_choice_where_scores_are_not_shown():

@@ -43,8 +43,6 @@ VANISHING = (
 
 
 def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
-    if not options:
-        return ("yu2024neuron", "kamath2025attention")
     return ("kamath2025attention",) if "edge" in options else ("yu2024neuron",)
 
 
