@@ -168,12 +168,14 @@ class Ruler:
     @property
     def possible(self) -> bool:
         """Whether the target can read the source: a weight may be 0 because it is too small."""
-        edge, name = self.edge, self.attention.scores
+        edge = self.edge
         if float(self.pattern[edge.head, edge.source]) > 0:
             return True
-        if not self.shown:
+        attention = self.attention
+        later = attention.kind == "self" and attention.stack == "decoder"
+        if not self.shown or (later and edge.source > edge.target):
             return False
-        score = float(self.plain[name][0, edge.head, edge.target, edge.source])
+        score = float(self.plain[attention.scores][0, edge.head, edge.target, edge.source])
         return score > torch.finfo(torch.float16).min  # what is masked is far below, if not -inf
 
     @property

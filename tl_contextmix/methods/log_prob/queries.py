@@ -43,7 +43,8 @@ VANISHING = (
 
 
 def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("kamath2025attention",) if "edge" in options else ("yu2024neuron",)
+    scores = () if "share" in options else ("kamath2025attention",)
+    return scores if "edge" in options else ("yu2024neuron", *scores)
 
 
 @overload
