@@ -67,6 +67,7 @@ REFERENCE = {
         results.decomposition.HeadDecomposition results.attribution_graph.AttributionGraph
         results.log_prob_contributions.LogProbContributions
         results.query_contributions.QueryContributions
+        results.score_contributions.ScoreContributions
         results.component_readouts.ComponentReadouts results.ablation.Knockout
         results.ablation.FlowKnockout results.attention_cuts.AttentionKnockout
         results.scanned.Scan results.reliance.ContextReliance results.active_memories.Memories

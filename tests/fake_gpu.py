@@ -250,6 +250,9 @@ def ask_options(asked: Asked, family: str) -> None:
             "heads": lambda: cm.decompose(**padded, heads=True),
             "rank": lambda: cm.log_prob_contributions(**padded, by="ff_neuron", score="rank"),
             "chain": lambda: cm.query_contributions(**padded, neurons=best("ff_neuron"), k=4),
+            "score of an edge": lambda: cm.query_contributions(
+                model, given.tokens[:1].to(GPU), edge=(1, 2, -1, 1), by="head_position"
+            ),
             "mean": lambda: cm.knockout(**padded, heads=[(0, 1)], replace_with="mean", controls=1),
             "last": lambda: cm.knockout(**padded, neurons=best("attn_neuron")),
             "edges": lambda: cm.attention_knockout(

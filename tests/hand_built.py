@@ -29,10 +29,11 @@ from tl_contextmix.results import (
     Provenance,
     QueryContributions,
     Scan,
+    ScoreContributions,
     TokenFigures,
     Tokens,
 )
-from tl_contextmix.results.components import Grid, join
+from tl_contextmix.results.components import KINDS, Grid, join
 
 PROVENANCE = Provenance(
     method="by_hand",
@@ -291,6 +292,39 @@ def graph() -> AttributionGraph:
     )
 
 
+def score() -> ScoreContributions:
+    """The score of a head between two tokens, of two components and biases."""
+    column = torch.tensor([[KINDS.index("embed"), KINDS.index("mlp"), KINDS.index("bias")]])
+    nothing = torch.full_like(column, -1)
+    side = Components(
+        kind=column,
+        layer=torch.tensor([[-1, 0, 1]]),
+        pos=torch.ones_like(column),
+        head=nothing,
+        source=nothing,
+        neuron=nothing,
+    )
+    words = tokens(1, 4)
+    return ScoreContributions(
+        scores=torch.tensor([[0.5, -0.25, 0.0], [1.0, 2.0, 0.125], [0.0, 0.0, 0.25]]),
+        targets=side,
+        sources=side,
+        position=-0.5,
+        score=3.125,
+        weight=0.75,
+        soft_cap=None,
+        layer=1,
+        head=2,
+        target=3,
+        source=1,
+        kind="attn",
+        by="layer",
+        tokens=words,
+        read=words,
+        provenance=PROVENANCE,
+    )
+
+
 def one_of_each() -> list[Any]:
     """One result of every class, with padding, None, NaN, other dtypes and shared tensors."""
     words = tokens(2, 4, padding=1)
@@ -386,5 +420,6 @@ def one_of_each() -> list[Any]:
         ),
         scan(),
         graph(),
+        score(),
         without_nodes(),
     ]

@@ -77,6 +77,10 @@ def methods() -> dict[str, Method]:
                     m, x, neurons=NEURONS["ff_neuron"], by=by, share=share, **GOLD
                 ).scores
             )
+    for by in ("layer", "head", "position", "head_position"):
+        found[f"query_contributions {by} of an edge"] = lambda m, x, by=by: (
+            cm.query_contributions(m, x, edge=(1, 2, -1, 1), by=by).scores
+        )
     for score in ("coefficient", "norm", "coefficient_norm", "rank"):
         found[f"log_prob_contributions ff_neuron {score}"] = lambda m, x, score=score: (
             cm.log_prob_contributions(m, x, by="ff_neuron", score=score, **GOLD).scores

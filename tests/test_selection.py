@@ -374,6 +374,7 @@ def test_there_is_a_file_of_every_class():
         "ProbedMaps",
         "Probing",
         "Scan",
+        "ScoreContributions",
     }
     public = {name for name in known if hasattr(results, name)} - later
     assert public | {IdentityReport.__name__} == named

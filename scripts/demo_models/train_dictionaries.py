@@ -2,7 +2,7 @@
 
 A transcoder of one feed-forward block and an SAE of the residual stream in front of it, with the
 k largest features active. They are written as ``transcoder.safetensors`` and ``sae.safetensors``,
-which `tl_contextmix.Dictionary.load` reads. On one core it takes about a minute.
+which `tl_contextmix.Dictionary.load` reads. On one core it takes about half a minute.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tl_contextmix as cm
 from tl_contextmix.demo_models.grammar import Grammar
 
 LAYER, FEATURES, ACTIVE = 2, 256, 12
+TEXT, TARGET, FOIL = "the keys to the cabinet", " are", " is"
 
 
 def activations(
@@ -96,6 +97,14 @@ def train_both(*, sentences: int, steps: int) -> dict[str, tuple[cm.Dictionary, 
     return found
 
 
+def carried_by_errors(dictionary: cm.Dictionary) -> float:
+    """Returns the share of an answer's score that runs through what a dictionary misses."""
+    model = cm.load_demo("causal-lm")
+    graph = cm.flow(model, TEXT, target=TARGET, foil=FOIL, dictionary=dictionary, share=1.0)
+    pairs = zip(graph.nodes, graph.scores.tolist(), strict=True)
+    return sum(score for node, score in pairs if "error" in node.kind) / graph.score
+
+
 def main() -> None:
     """Trains both and writes them."""
     parser = argparse.ArgumentParser(prog="train_dictionaries.py", description=__doc__)
@@ -106,7 +115,11 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     for name, (made, share) in train_both(sentences=asked.sentences, steps=asked.steps).items():
         path = made.save(asked.folder / f"{name}.safetensors")
-        sys.stdout.write(f"{path}: {made!r}, {share:.1%} of the variance of new sentences\n")
+        errors = carried_by_errors(made)
+        sys.stdout.write(
+            f"{path}: {made!r}, {share:.1%} of the variance of new sentences; errors carry "
+            f"{errors:.1%} of {TARGET!r} rather than {FOIL!r} after {TEXT!r}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def is_special(module: nn.Module) -> bool:
@@ -41,7 +43,7 @@ def special_weight(module: nn.Module, name: str, heads: int) -> Tensor | None:
     """
     if name == "W_O" and borrows(module):
         return _own_width(module, name, heads)
-    if "v_norm" in module._modules and name in ("W_V", "W_O"):
+    if "v_norm" in module._modules and name in ("W_Q", "W_K", "W_V", "W_O"):
         return _own_width(module, name, heads)
     return _latent_weight(module, name) if is_latent(module) else None
 
@@ -60,7 +62,7 @@ def _own_width(module: nn.Module, name: str, heads: int) -> Tensor:
     W_O: Tensor = layers["o"].original_component.weight.T.unflatten(0, (heads, -1))
     if name == "W_O":
         return W_O
-    layer = layers.get("v") or layers["k"]
+    layer = layers.get(name[-1].lower()) or layers["k"]
     return layer.original_component.weight.unflatten(0, (-1, W_O.shape[1])).transpose(1, 2)
 
 
@@ -71,18 +73,73 @@ def _latent_weight(module: nn.Module, name: str) -> Tensor | None:
         return original.o_proj.weight.T.unflatten(0, (-1, original.v_head_dim))
     if name == "b_O":
         return original.o_proj.bias
-    if name not in ("W_V", "b_V"):
+    if name in ("W_Q", "b_Q"):
+        return _latent_query(original, name)
+    if name not in ("W_V", "b_V", "W_K", "b_K"):
         return None
     compress, *bias = compression(module)
-    compressed = compress.T if name == "W_V" else bias[0][None] if bias else None
+    compressed = compress.T if name in ("W_V", "W_K") else bias[0][None] if bias else None
     if compressed is None:
         return None
     heads = original.kv_b_proj.weight.unflatten(
         0, (-1, original.qk_nope_head_dim + original.v_head_dim)
     )
-    expand = heads[:, original.qk_nope_head_dim :] * original.kv_a_layernorm.weight
+    nope = original.qk_nope_head_dim
+    own = heads[:, nope:] if name in ("W_V", "b_V") else heads[:, :nope]
+    expand = own * original.kv_a_layernorm.weight
     found = torch.einsum("mr,hdr->hmd", compressed, expand)
-    return found if name == "W_V" else found[:, 0]
+    if name in ("W_K", "b_K"):
+        project, rank = original.kv_a_proj_with_mqa, original.kv_lora_rank
+        shared = project.weight[rank:].T if name == "W_K" else project.bias[None, rank:]
+        found = torch.cat([found, shared.expand(len(found), -1, -1)], dim=-1)
+    return found if name in ("W_V", "W_K") else found[:, 0]
+
+
+def _latent_query(original: Any, name: str) -> Tensor | None:
+    """Returns weight or bias of latent attention's queries, which may be compressed, too."""
+    width = (-1, original.qk_nope_head_dim + original.qk_rope_head_dim)
+    if getattr(original, "q_lora_rank", None) is None:
+        found = original.q_proj.weight if name == "W_Q" else original.q_proj.bias
+        if found is None:
+            return None
+        return found.unflatten(0, width).transpose(1, 2) if name == "W_Q" else found.view(width)
+    first = original.q_a_proj
+    if name == "b_Q" and first.bias is None:
+        return None
+    compressed = first.weight.T if name == "W_Q" else first.bias[None]
+    expand = original.q_b_proj.weight.unflatten(0, width) * original.q_a_layernorm.weight
+    found = torch.einsum("mr,hdr->hmd", compressed, expand)
+    return found if name == "W_Q" else found[:, 0]
+
+
+def latent_scales(
+    module: nn.Module, x: Tensor, name: str, ready: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Returns what divides queries (``"Q"``) or keys (``"K"``) of latent attention.
+
+    Args:
+        module: The module.
+        x: The normed stream of one position.
+        name: Which.
+        ready: Returns a weight in the dtype of the maths.
+    """
+    original: Any = module.original_component
+    nope, rope = original.qk_nope_head_dim, original.qk_rope_head_dim
+    ones = torch.ones(nope + rope, dtype=x.dtype, device=x.device)
+    if name == "K":
+        ones[:nope] = _scale(original.kv_a_layernorm, x, compression(module), ready)
+    elif getattr(original, "q_lora_rank", None) is not None:
+        first = original.q_a_proj
+        some = tuple(w for w in (first.weight, first.bias) if w is not None)
+        ones *= _scale(original.q_a_layernorm, x, some, ready)
+    return ones
+
+
+def _scale(
+    norm: Any, x: Tensor, layer: tuple[Tensor, ...], ready: Callable[[Tensor], Tensor]
+) -> Tensor:
+    eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
+    return (functional.linear(x, *map(ready, layer)).square().mean() + eps).sqrt()
 
 
 def compression(module: nn.Module) -> tuple[Tensor, ...]:

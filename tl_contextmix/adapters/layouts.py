@@ -39,15 +39,26 @@ def find_layouts(handle: Handle, stacks: Mapping[str, tuple[Block, ...]]) -> dic
 def _of_attention(handle: Handle, attention: AttentionSublayer) -> dict[str, Layout]:
     module = handle.get().get_submodule(attention.pattern.rpartition(".")[0])
     if not is_latent(module):
-        return {}
-    # Keys and values of latent attention are shown as [batch, head, pos, d_head]; z, whose heads
-    # are as wide as values, is cut by the width of keys' rotary part, or not at all.
+        return {attention.query: _BESIDE_GATES} if attention.gate else {}
+    # Queries, keys and values of latent attention are shown as [batch, head, pos, d_head]; z, whose
+    # heads are as wide as values, is cut by the width of keys' rotary part, or not at all.
     swapped = Layout(_swap_heads, lambda x, like: _swap_heads(x))
     heads = attention.W_O.shape[0]
     cut = Layout(
         lambda z: z.flatten(2).unflatten(2, (heads, -1)), lambda z, like: z.reshape(like.shape)
     )
-    return {attention.key: swapped, attention.value: swapped, attention.mixed: cut}
+    names = (attention.query, attention.key, attention.value)
+    return {**dict.fromkeys(names, swapped), attention.mixed: cut}
+
+
+def _put_beside_gates(x: Tensor, like: Tensor) -> Tensor:
+    found = like.clone()
+    found[:, :, ::2] = x
+    return found
+
+
+# Queries whose projection holds the gates, too, are shown with them: head, gate, head, gate.
+_BESIDE_GATES = Layout(lambda x: x[:, :, ::2], _put_beside_gates)
 
 
 def _swap_heads(x: Tensor) -> Tensor:

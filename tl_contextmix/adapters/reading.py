@@ -8,8 +8,9 @@ between HookedEncoder and TransformerBridge and between versions, and is recompu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from tl_contextmix.adapters.attention_weights import (
     compression,
     is_latent,
     is_special,
+    latent_scales,
     special_weight,
 )
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
+from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.recognition import MIXERS, Host
 from tl_contextmix.core.blocks import (
@@ -145,11 +148,11 @@ def _adapters_apart(path: str, name: str) -> UnsupportedModel:
 def _attribute(module: nn.Module, name: str) -> Any:
     """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead.
 
-    Latent attention raises NotImplementedError.
+    Latent attention raises NotImplementedError, layers with widths of their own a ValueError.
     """
     try:
         return getattr(module, name, None)
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
 
 
@@ -372,6 +375,10 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
     weights, module = handle.weights(here), handle.get().get_submodule(here)
     lender = _lender(handle, path, name) if borrows(module) else here
     normed = "v_norm" in handle.get().get_submodule(lender)._modules
+
+    def width() -> int:
+        return require_weight(weights, "W_O").shape[1]
+
     return AttentionSublayer(
         stack=stack,
         kind=kind,
@@ -384,6 +391,12 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
         sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
         borrowed="" if lender == here else _borrowed(here, lender),
+        query=f"{here}.hook_q",
+        scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
+        soft_cap=_soft_cap(handle, module),
+        query_norm=read_head_norm(module, "q", width, handle.dtype),
+        key_norm=read_head_norm(module, "k", width, handle.dtype),
+        divisors=_divisors(handle, here) if is_latent(module) else None,
     )
 
 
@@ -412,6 +425,25 @@ def _borrowed(here: str, lender: str) -> str:
         "Ask about layers with values of their own, or for maps at 'attn_out', attention, "
         "gradients or log_prob_contributions.",
     )
+
+
+def _divisors(
+    handle: Handle, path: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns what divides queries and keys of latent attention."""
+
+    def scale(x: Tensor, name: str) -> Tensor:
+        return latent_scales(handle.get().get_submodule(path), x, name, handle.ready)
+
+    return partial(scale, name="Q"), partial(scale, name="K")
+
+
+def _soft_cap(handle: Handle, module: Any) -> float | None:
+    """Returns the soft cap of the scores of an attention module, or None."""
+    if not handle.bridge:
+        cap = float(getattr(handle.get().cfg, "attn_scores_soft_cap", 0.0) or 0.0)
+        return cap if cap > 0 else None
+    return getattr(module.original_component, "attn_logit_softcapping", None)
 
 
 def _value_norm(handle: Handle, path: str) -> ValueNorm | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.core.score_forms import HeadNorm
 from tl_contextmix.core.token_sums import AttentionTerm, Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
@@ -81,7 +82,7 @@ class AttentionSublayer:
         value: Name of the value vectors, value bias included.
         mixed: Name of the pattern-weighted values, before W_O.
         key: Name of the keys.
-        weights: Reads ``W_Q b_Q W_V b_V W_O b_O``.
+        weights: Reads ``W_Q b_Q W_K b_K W_V b_V W_O b_O``.
         scale: What scores are multiplied with (cross-attention), or None where it is not known.
         norm_in: Norm before it (pre-LN), or None.
         norm_out: Norm of its output before the residual sum (sandwich), or None.
@@ -94,6 +95,14 @@ class AttentionSublayer:
         gate: Name of the gate whose sigmoid multiplies what heads read, or an empty string.
         borrowed: Why nothing is known of what its values read, where they are those of an earlier
             layer; empty where they are its own.
+        query: Name of the queries.
+        scores: Name of what may be the scores before the softmax, or an empty string.
+        soft_cap: Soft cap of the scores, or None.
+        query_norm: Norm of the queries before they are turned by positions, or None.
+        key_norm: The same of the keys.
+        divisors: Returns what divides queries, and keys, of a normed stream, each [d_head]; None
+            for nothing. Those of latent attention come out of compressed streams, which are normed,
+            and are shown after they are turned.
     """
 
     stack: str
@@ -113,6 +122,14 @@ class AttentionSublayer:
     sink_scores: str = ""
     gate: str = ""
     borrowed: str = ""
+    query: str = ""
+    scores: str = ""
+    soft_cap: float | None = None
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
+    divisors: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = field(
+        default=None, repr=False
+    )
 
     def require_own_values(self) -> None:
         """Checks that its values are made of what it reads.

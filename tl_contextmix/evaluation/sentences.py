@@ -67,7 +67,8 @@ def sentences_of(
         InvalidInput: If they do not match the model or each other.
         UnsupportedModel: If the model has two stacks.
     """
-    rows = list(input) if isinstance(input, (list, tuple, Tensor, numpy.ndarray)) else []
+    several = isinstance(input, (list, tuple, Tensor, numpy.ndarray)) and getattr(input, "ndim", 1)
+    rows = list(input) if several else []
     listed = [*map(as_tensor, rows)]
     kinds = {type(one) for one in listed}
     if kinds not in ({str}, {Tensor}, {MinimalPair}):

@@ -36,6 +36,7 @@ from tl_contextmix.results.probed_layers import ProbedMaps, Probing
 from tl_contextmix.results.query_contributions import QueryContributions
 from tl_contextmix.results.reliance import ContextReliance
 from tl_contextmix.results.scanned import Scan
+from tl_contextmix.results.score_contributions import ScoreContributions
 from tl_contextmix.results.scores import DifferenceRow, Differences, Score, ScoreRow
 from tl_contextmix.results.token_memories import TokenMemory
 from tl_contextmix.results.trigger_tables import (
@@ -85,6 +86,7 @@ __all__ = [
     "Result",
     "Scan",
     "Score",
+    "ScoreContributions",
     "ScoreRow",
     "TokenFigures",
     "TokenMemory",

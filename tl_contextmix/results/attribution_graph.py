@@ -20,6 +20,7 @@ from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
 from tl_contextmix.results.components import ERRORS, FEATURES
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+from tl_contextmix.results.score_contributions import ScoreContributions
 
 if TYPE_CHECKING:
     import pandas
@@ -62,6 +63,7 @@ class GraphNode:
         promotes: Tokens with the largest logits under what it writes; empty in an encoder.
         pattern: What a head attends to, by source; empty for others.
         triggers: Contexts that excite a neuron or feature most, where they were mined.
+        reasons: Why a head looks where it does, where that was asked (`with_scores`).
     """
 
     kind: str
@@ -73,6 +75,7 @@ class GraphNode:
     promotes: tuple[str, ...] = ()
     pattern: tuple[float, ...] = ()
     triggers: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
     @property
     def is_source(self) -> bool:
@@ -207,6 +210,41 @@ class AttributionGraph(Result):
         )
         return replace(self, nodes=tuple(nodes))
 
+    def with_scores(self, *found: ScoreContributions, k: int = 3) -> AttributionGraph:
+        """Returns the graph with what its heads look for, which the page shows in their detail.
+
+        Args:
+            *found: What `query_contributions` with ``edge=`` found: of the same text, each of a
+                head and position that is a node here. A node may have several.
+            k: How many pairs of components of each.
+
+        Raises:
+            InvalidInput: If one is of another model or text, or of no node of this graph.
+        """
+        reasons: dict[tuple[str, int, int, int], tuple[str, ...]] = {}
+        nodes = {(node.kind, node.layer, node.head, node.pos) for node in self.nodes}
+        for one in found:
+            prefix = "encoder " if one.kind.startswith("encoder ") and self.encoder else ""
+            side = self.encoder if prefix else self.tokens
+            kind = one.kind if self.encoder else one.kind.removeprefix("encoder ")
+            at = (kind, one.layer, one.head, one.target)
+            same = one.provenance.fingerprint == self.provenance.fingerprint
+            if not same or side is None or not one.tokens.ids.equal(side.ids) or at not in nodes:
+                raise bad(
+                    "this score is of no node of the graph",
+                    f"{one.asked()} of {one.provenance.model}",
+                    "a head at a position that is a node, in the same model and text",
+                    "Take layer, head and pos of a node, and a source of its pattern.",
+                )
+            reasons[at] = (*reasons.get(at, ()), "; ".join(one.reasons(k)))
+        return replace(
+            self,
+            nodes=tuple(
+                replace(node, reasons=reasons.get((node.kind, node.layer, node.head, node.pos), ()))
+                for node in self.nodes
+            ),
+        )
+
     def to_dataframe(self, rows: str = "nodes") -> pandas.DataFrame:
         """Returns a table.
 
@@ -246,7 +284,7 @@ class AttributionGraph(Result):
         for place, node in enumerate(self.nodes):
             told = asdict(node)
             told |= {"token": visible(node.token), "promotes": visible(" ".join(node.promotes))}
-            for name in ("pattern", "triggers"):
+            for name in ("pattern", "triggers", "reasons"):
                 told.pop(name)
             graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
         for target, source in (self.edges != 0).nonzero().tolist():
@@ -402,6 +440,7 @@ class AttributionGraph(Result):
             best = largest(torch.tensor(node.pattern), 5).tolist()
             read = (f"{words[place]!r} ({place}) {node.pattern[place]:.2f}" for place in best)
             found.append(("attends to", ", ".join(read)))
+        found += [("why", reason) for reason in node.reasons]
         if node.triggers:
             ends = (f"…{one[-_SHOWN:]}" if len(one) > _SHOWN else one for one in node.triggers)
             found.append(("triggered by", "; ".join(map(repr, ends))))

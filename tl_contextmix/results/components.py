@@ -40,8 +40,10 @@ KINDS = (
     *_BIASES[len(_SUBLAYER_BIASES) :],
     "mixer",
     "per_layer_embed",
+    "bias",
 )
-"""Kinds of an encoder-decoder's encoder have its name; a single stack's have not."""
+"""Kinds of an encoder-decoder's encoder have its name; a single stack's have not. ``"bias"`` is
+what biases alone make of a query or a key."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")
 # What stands in front of the numbers of a head or neuron.
 _SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
@@ -161,7 +163,7 @@ class Components:
 
     def is_bias(self) -> torch.Tensor:
         """Returns which components are biases, which no head and no neuron writes."""
-        numbers = torch.tensor([KINDS.index(kind) for kind in _BIASES])
+        numbers = torch.tensor([KINDS.index(kind) for kind in (*_BIASES, "bias")])
         return torch.isin(self.kind, numbers.to(self.kind.device))
 
 
@@ -247,3 +249,11 @@ def join(parts: list[Components]) -> Components:
             for f in fields(Components)
         }
     )
+
+
+def of_encoder(components: Components) -> Components:
+    """Returns components of a stream of an encoder-decoder's encoder, under their names there."""
+    names = [name if name.startswith("encoder") else f"encoder {name}" for name in KINDS]
+    table = torch.tensor([KINDS.index(n) if n in KINDS else i for i, n in enumerate(names)])
+    columns = {field.name: getattr(components, field.name) for field in fields(components)}
+    return Components(**{**columns, "kind": table[components.kind]})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,8 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import Answer, AnswerInputs, apart
+from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
@@ -22,11 +24,13 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.engine.registry import method
 from tl_contextmix.engine.selection import Chosen, chosen_components
 from tl_contextmix.errors import InvalidInput, bad
-from tl_contextmix.results import LogProbContributions, QueryContributions
+from tl_contextmix.methods.log_prob.attention_edges import score_contributions
+from tl_contextmix.results import LogProbContributions, QueryContributions, ScoreContributions
 from tl_contextmix.results.axes import largest
-from tl_contextmix.results.components import KINDS, Components, finest, join, padding
+from tl_contextmix.results.components import Components, finest, join, of_encoder, padding
 
 Share = Literal["exact", "ratio"]
+Edge = tuple[int, int, int, int]
 VANISHING = (
     "log_prob_increase",
     "prob_increase",
@@ -38,7 +42,12 @@ VANISHING = (
 """Scores that a neuron without an activation does not have."""
 
 
-@method(cites=("yu2024neuron",))
+def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
+    scores = () if "share" in options else ("kamath2025attention",)
+    return scores if "edge" in options else ("yu2024neuron", *scores)
+
+
+@overload
 def query_contributions(
     model: object,
     input: Input,
@@ -50,8 +59,38 @@ def query_contributions(
     norm: NormRule = "frozen+beta",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
-) -> QueryContributions:
-    r"""Returns which components of the residual stream activate some neurons.
+) -> QueryContributions: ...
+
+
+@overload
+def query_contributions(
+    model: object,
+    input: Input,
+    *,
+    edge: Edge,
+    stack: StackName | None = None,
+    by: By = "layer",
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[AnswerInputs],
+) -> ScoreContributions: ...
+
+
+@method(cites=_papers)
+def query_contributions(
+    model: object,
+    input: Input,
+    *,
+    neurons: Chosen | None = None,
+    edge: Edge | None = None,
+    stack: StackName | None = None,
+    by: By = "layer",
+    share: Share = "exact",
+    k: Positive | None = None,
+    norm: NormRule = "frozen+beta",
+    max_bytes: Positive = DEFAULT_MAX_BYTES,
+    **inputs: Unpack[AnswerInputs],
+) -> QueryContributions | ScoreContributions:
+    r"""Returns which components activate some neurons, or why a head looks where it does.
 
     A neuron's pre-activation is an exact sum over everything written to the stream it reads,
 
@@ -72,13 +111,32 @@ def query_contributions(
     and biases, divided by their own sum. That sum can be close to zero or negative while the
     neuron is active: shares then have any size and the wrong sign. For comparison only.
 
+    With ``edge=(layer, head, target, source)`` the score of an attention edge before the softmax,
+    bilinear in the streams of both positions, is an exact sum over pairs of components (Kamath et
+    al. 2025 sum over pairs of features):
+
+    .. math:: s_{ij} = \hat q_i^\top M_{ij} \hat k_j + p_{ij}
+              = \sum_{a, b} \hat q_{i,a}^\top M_{ij} \hat k_{j,b} + p_{ij}
+
+    with :math:`\hat q_{i,a}` what component :math:`a` of the target's stream makes of the query,
+    :math:`\hat k_{j,b}` likewise of the source's and the key, the scales of the norm before the
+    head and of norms of queries and keys (Qwen 3, Gemma 3, OLMo 2) frozen at their real values,
+    :math:`M_{ij}` the factor of the scores and the rotation between the positions, and
+    :math:`p_{ij}` what positions add (ALiBi, relative biases). A soft cap comes after the sum.
+    :math:`M` and :math:`p` are measured at the model, with known queries and keys in the place of
+    its own. Attention is cut as ``by`` says (not into neurons), all else are sublayers.
+
     Args:
-        model: Any TransformerLens model with a vocabulary readout.
+        model: Any TransformerLens model; for neurons one with a vocabulary readout.
         input: The same text, texts or token ids the neurons were found on.
         neurons: The neurons: a result of `log_prob_contributions` (by ``"ff_neuron"`` or
             ``"attn_neuron"``) or of this function (a chain: what activates what activates),
             usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
             log-probability increase of the target, or by what they write along a direction.
+        edge: Layer, head, target and source of an attention edge, instead of neurons; negative
+            numbers count from the end.
+        stack: The edge's stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder
+            (default: the decoder).
         by: Into what the streams are split; see `log_prob_contributions`.
         share: ``"exact"`` or ``"ratio"``.
         k: Only so many components, those with the largest scores; None: all. All neurons as
@@ -89,16 +147,35 @@ def query_contributions(
             what was asked where they were found); mask, padding and the like, see `Inputs`.
 
     Returns:
-        `QueryContributions`.
+        `QueryContributions`; of an edge `ScoreContributions`.
 
     Raises:
-        InvalidInput: If an argument does not fit the model, or an attention neuron has no source.
-        UnsupportedModel: If the model has no vocabulary readout, or an activation has no slope.
+        InvalidInput: If an argument does not fit the model, an attention neuron has no source, or a
+            head cannot look at the source of an edge.
+        UnsupportedModel: If the model has no vocabulary readout, or an activation has no slope. Of
+            an edge: if queries or keys are no linear maps of the stream at frozen norms, or the
+            score is no bilinear form of them.
 
     Cost: a forward pass, and for each stream that is read ``2 S d`` operations per component, S
     neurons: ``2 S d_mlp d`` per layer by ``"ff_neuron"``. Cross-attention neurons read the
-    encoder's stream, whose components are named ``encoder ...``.
+    encoder's stream, whose components are named ``encoder ...``. An edge: two passes, the second
+    up to its layer, over 5 copies of the text; with rotations another one over ``1.5 d_head / H``
+    more, H heads.
     """
+    if edge is not None:
+        with torch.no_grad():
+            given, answer = apart(input, inputs)
+            _require_edge_alone(neurons, answer, share, k)
+            return score_contributions(
+                as_view(model), given, edge, by=by, stack=stack, max_bytes=max_bytes
+            )
+    if neurons is None or stack is not None:
+        raise bad(
+            "there is nothing to ask about" if neurons is None else "neurons have no stack",
+            f"neurons={neurons!r}"[:80] if neurons is None else f"stack={stack!r}",
+            "neurons=, or edge=(layer, head, target, source) with its stack",
+            "Name one of them.",
+        )
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
@@ -151,6 +228,18 @@ def query_contributions(
             {"by": by, "share": share, "k": k, "pos": answer.pos},
             neurons=finest(chosen),
         ),
+    )
+
+
+def _require_edge_alone(neurons: object, answer: Answer, share: str, k: int | None) -> None:
+    """Raises InvalidInput where an edge is asked about together with something else."""
+    if neurons is None and answer.empty and share == "exact" and k is None:
+        return
+    raise bad(
+        "an edge is asked about alone",
+        "neurons=" if neurons is not None else "target=, foil=, pos=, share= or k= with edge=",
+        "edge=, stack= and by=",
+        "A score is no matter of what is predicted, and all of its parts are returned.",
     )
 
 
@@ -247,7 +336,7 @@ def _group(
     splits = list(split_stream(inputs.stream, by))
     labels = join([padding(1, 0), *(label for split in splits for label in _labels(split))])
     if place.stack != view.base_stack(None):
-        labels = _of_encoder(labels)
+        labels = of_encoder(labels)
     first, *more = (_inner(inputs, splits, branch) for branch in range(len(inputs.keys)))
     shares = inputs.shares((first, *more))
     divisor = inputs.activation
@@ -305,13 +394,6 @@ def _collect(
         for name, column in columns.items():
             column[0, at[seen].cpu()] = getattr(group.components, name)[0, seen.cpu()]
     return _Row(scores[kept], Components(**columns), **tables, **figures)
-
-
-def _of_encoder(labels: Components) -> Components:
-    names = [name if name.startswith("encoder") else f"encoder {name}" for name in KINDS]
-    table = torch.tensor([KINDS.index(name) if name in KINDS else -1 for name in names])
-    columns = {name: getattr(labels, name) for name in vars(labels)}
-    return Components(**{**columns, "kind": table[labels.kind]})
 
 
 def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Tensor:
