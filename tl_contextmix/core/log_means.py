@@ -29,6 +29,7 @@ class LogMean:
     """
 
     def __init__(self, like: Tensor, *, far: bool = False) -> None:
+        """Starts with nothing added."""
         self.far = far
         self.mass, self.mean, self.excess = (torch.zeros_like(like) for _ in range(3))
         self.highest = torch.full_like(like, -torch.inf)
