@@ -22,7 +22,7 @@ from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.token_sums import FrozenNorm, Norm
 from tl_contextmix.demo_models.lexicon import FACTS
-from tl_contextmix.engine.log_prob_scores import Split, TopNeurons, best_neurons
+from tl_contextmix.engine.log_prob_scores import Split, TopComponents, best_components
 from tl_contextmix.methods.log_prob.contributions import Score
 from tl_contextmix.results.components import Grid
 
@@ -86,9 +86,9 @@ class Sizes:
             max_bytes,
         )
 
-    def best(self, k: int, max_bytes: int = MAX_BYTES) -> TopNeurons:
+    def best(self, k: int, max_bytes: int = MAX_BYTES) -> TopComponents:
         """Returns the best neurons."""
-        return best_neurons(self.vocabulary(max_bytes), self.states[0], self.splits, k, 0)
+        return best_components(self.vocabulary(max_bytes), self.states[0], self.splits, k, 0)
 
     def full(self, layers: int | None = None, max_bytes: int = MAX_BYTES) -> Tensor:
         """Returns the scores of all neurons, of some layers or all."""
@@ -127,7 +127,7 @@ def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
             sizes = Sizes(*shape, heavy=heavy, sharp=sharp)
             every = full_flops(sizes)
             for k in ks:
-                found: list[TopNeurons] = []
+                found: list[TopComponents] = []
                 spent = flops(lambda k=k, s=sizes, f=found: f.append(s.best(k)), elementwise=False)
                 used = peak(partial(sizes.best, k))
                 best, last = (float(score) for score in found[0].score[[0, -1]])

@@ -89,17 +89,19 @@ def test_alternatives_are_a_difference_of_log_sum_exps(case: zoo.Case) -> None:
         assert relative(heads.scores[row, mine], expected[1:] - expected[0]) <= 1e-8
 
 
-@pytest.mark.parametrize("by", ["ff_neuron", "attn_neuron"])
+@pytest.mark.parametrize("by", SPLITS)
 @pytest.mark.parametrize("asked", [ONES, SETS, {"target": {9, 5}}], ids=["ones", "sets", "target"])
-def test_the_best_neurons_are_those_of_all(by: Any, asked: dict[str, Any]) -> None:
+def test_the_best_are_those_of_all(by: Any, asked: dict[str, Any]) -> None:
     model, given = shared(case_of("gpt2"))
     few = contributions(model, given, by=by, k=4, **asked)
     every = contributions(model, given, by=by, **asked).top(4)
     assert torch.equal(few.components.numbers(), every.components.numbers())
     assert relative(few.scores, every.scores) <= 1e-10
     assert relative(few.logits, every.logits) <= 1e-10
-    assert bool((few.evaluated < few.possible).all())
+    if by.endswith(("neuron", "head_position")):
+        assert bool((few.evaluated < few.possible).all())
     assert few.asked() == every.asked()
+    assert relative(few.trajectory, every.trajectory) <= 1e-10
 
 
 @pytest.mark.once

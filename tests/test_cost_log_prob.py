@@ -15,8 +15,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
 import log_prob as benchmark
+import memories
 from log_prob import Sizes, full_flops, peak
-from meters import flops
+from meters import WithoutProducts, flops
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
@@ -56,7 +57,7 @@ def test_operations_do_not_grow_with_the_neurons_that_are_not_evaluated() -> Non
 
 def test_the_best_are_the_best_and_all_the_bound_needs() -> None:
     sizes = Sizes(3, 64, 32, 500)
-    found = benchmark.best_neurons(sizes.vocabulary(), sizes.states[0], sizes.splits, 7, 0)
+    found = benchmark.best_components(sizes.vocabulary(), sizes.states[0], sizes.splits, 7, 0)
     whole = sizes.full().flatten()
     torch.testing.assert_close(found.score, whole.topk(7).values, atol=2e-6, rtol=1e-5)
     assert found.evaluated < whole.numel()
@@ -70,6 +71,13 @@ def test_the_budget_is_kept(budget: int) -> None:
         assert peak(work) <= budget + held
     large = peak(partial(sizes.full, 2, 16 * MIB))
     assert peak(partial(sizes.full, 2, 2 * MIB)) < large
+
+
+def test_all_neurons_take_tiles_that_fit_the_cache() -> None:
+    sizes = Sizes(1, 1024, 768, 50_257)
+    with WithoutProducts():
+        # The layer's vectors and some distributions.
+        assert peak(partial(sizes.full, 1, 2**30)) <= 16 * MIB
 
 
 def test_attention_neurons_never_meet_the_vocabulary_source_by_source() -> None:
@@ -155,13 +163,32 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("by", ["layer", "head", "position", "head_position"])
-def test_the_unembedding_is_read_once_for_all_layers(by: Any) -> None:
-    """By the model, for the trajectory, for the states and for the vectors: not once a layer."""
+@pytest.mark.parametrize(
+    ("by", "k"),
+    [
+        *(("layer", None), ("head", None), ("position", None), ("head_position", None)),
+        *(("head", 10), ("position", 10), ("head_position", 10), ("ff_neuron", 10)),
+    ],
+)
+def test_the_unembedding_is_read_once_for_all_layers(by: Any, k: int | None) -> None:
+    """By the model, for the states, for vectors, and for bounds or else the trajectory."""
     model = cm.load_demo("causal-lm")
-    found = cm.log_prob_contributions(model, "the keys to the cabinet", by=by)
+    ask = partial(cm.log_prob_contributions, model, "the keys to the cabinet", by=by, k=k)
+    found = ask()
     with Products(model.cfg.d_vocab) as products:
-        cm.log_prob_contributions(model, "the keys to the cabinet", by=by)
+        ask()
     assert products.count == 4
-    tight = cm.log_prob_contributions(model, "the keys to the cabinet", by=by, max_bytes=2**16)
+    tight = ask(max_bytes=2**16)
     torch.testing.assert_close(tight.scores, found.scores, equal_nan=True, rtol=0, atol=1e-6)
+
+
+def test_the_best_of_heads_and_positions_cost_less_than_half_a_pass() -> None:
+    model, tokens = memories.gpt2(4, 128, 2000), torch.arange(64)[None]
+    ask = partial(cm.log_prob_contributions, model, tokens, target=5, by="head_position")
+    few, every = ask(k=10), ask().top(10)
+    assert torch.equal(few.components.numbers(), every.components.numbers())
+    torch.testing.assert_close(few.scores, every.scores, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        once = flops(lambda: model(tokens), elementwise=False)
+    assert flops(partial(ask, k=10), elementwise=False) <= 1.4 * once
+    assert flops(ask, elementwise=False) >= 2.5 * once

@@ -249,6 +249,9 @@ def test_value_zeroing_routes_anew_and_counts(model: Any) -> None:
 def test_contributions_of_experts_and_of_their_neurons(model: Any) -> None:
     tokens = given().tokens
     by_expert = cm.log_prob_contributions(model, tokens, target=9, by="expert")
+    best = cm.log_prob_contributions(model, tokens, target=9, by="expert", k=3)
+    assert best.labels(0) == by_expert.top(3).labels(0)
+    torch.testing.assert_close(best.scores, by_expert.top(3).scores)
     each = cm.log_prob_contributions(model, tokens, target=9, by="ff_neuron")
     frame = each.to_dataframe()
     assert {"expert", "neuron"} <= set(frame.columns)
@@ -354,9 +357,10 @@ def test_an_expert_that_no_token_reached_has_no_triggers(experts: int, tmp_path:
         cm.decompx,
         lambda model, tokens: cm.log_prob_contributions(model, tokens, target=9, by="ff_neuron"),
         lambda m, tokens: cm.log_prob_contributions(m, tokens, target=9, by="ff_neuron", k=5),
+        lambda model, tokens: cm.log_prob_contributions(model, tokens, target=9, by="expert"),
         lambda model, tokens: cm.flow(model, tokens[:1], target=9),
     ],
-    ids=["norms", "value_zeroing", "decompx", "ff_neuron", "best", "flow"],
+    ids=["norms", "value_zeroing", "decompx", "ff_neuron", "best", "expert", "flow"],
 )
 def test_operations_follow_the_experts_that_a_token_goes_through(ask: Any) -> None:
     """Of thirty-two experts as of four; but for the router, and which experts a batch shares."""

@@ -22,6 +22,7 @@ from asked import bound, case_of, view_of
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.counters import Memory
 from tl_contextmix.errors import ContextMixWarning, FileFormatError
 from tl_contextmix.methods.memories import merge_triggers, mining
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
@@ -207,6 +208,31 @@ def test_updates_and_merges_equal_a_sort_of_everything(k: int):
 
 
 # Division of the work
+
+
+@pytest.mark.once
+def test_a_batch_that_shows_nothing_new_is_looked_at_once():
+    """One number for each memory; a mask of what is high enough would be a quarter of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    top = TopK.zero(64, 5, torch.float32, torch.device("cpu"))
+    counted, places = torch.ones(512, dtype=torch.bool), torch.arange(512)
+
+    def take(scores: torch.Tensor) -> None:
+        top.update(scores, counted, lambda rows, *_: (places[rows],) * 3)
+
+    scores = torch.rand(512, 64, generator=generator)
+    take(scores + 1)
+    before = top.values.clone()
+    with Memory() as meter:
+        take(scores)
+    assert meter.peak <= scores.nbytes // 50
+    assert torch.equal(top.values, before)
+    # What does not count may be no number.
+    scores[0], counted[0] = torch.nan, False
+    scores[7, 3] = 9
+    take(scores)
+    assert float(top.values[3, 0]) == 9
+    assert int(top.places[3, 0]) == 7
 
 
 def result(folder: Path) -> list[bytes]:

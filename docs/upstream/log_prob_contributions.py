@@ -368,8 +368,8 @@ def _neuron_scores(
     for state, write, ff in layers:
         bound = torch.full_like(write.read, torch.inf)
         for row in range(0 if vocabulary.nonlinear else len(bound)):
-            before = vocabulary.log_probs(state[row : row + 1], row)[0]
-            norm, slope = ff.norm_out, vocabulary.slopes(before, row)[0]
+            before = vocabulary.log_probs(state[row : row + 1], row)
+            norm, slope = ff.norm_out, vocabulary.slopes(before, row)[0, 0]
             along = (ff.W_out if norm is None else norm.linear(ff.W_out)) @ slope
             bound[row] = write.read[row] * along / write.divisor[row]
         bounds.append(bound)

@@ -27,6 +27,8 @@ Projection = Literal["none", "folded", "frozen", "head", "model"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 TILE_BYTES = 2**26
 """Memory for one tile of logits and what is made of it."""
+CACHE_BYTES = 2**23
+"""The same where the processor's cache is to hold the tile."""
 _ROWS, _WIDTH = 1024, 512
 # Copies of a tile of logits that are alive at once.
 _COPIES = 4

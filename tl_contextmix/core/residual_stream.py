@@ -151,6 +151,12 @@ class Component:
         """Whether it has no parts: what enters the first block, mixers, steering, and errors."""
         return self.kind in ("embed", *_WHOLE) or self.kind.endswith(("steering", "error"))
 
+    def written(
+        self, rows: slice = slice(None), some: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "batch one d_model"]:
+        """Returns what it writes in some sentences, as its only part."""
+        return self.total[rows, None][:, some]
+
 
 @dataclass(frozen=True)
 class AttentionComponent(Component):
@@ -172,22 +178,32 @@ class AttentionComponent(Component):
     path: FrozenNorm
     mixed: Float[Tensor, "batch head d_head"] | None = None
 
-    def heads(self) -> Float[Tensor, "batch head d_model"]:
-        """Returns what each head writes."""
-        mixed = self.mixed
-        if mixed is None:
-            mixed = torch.einsum("bhs,bshd->bhd", self.pattern, self.value)
-        return self.path.linear(torch.einsum("bhd,hdm->bhm", mixed, self.weight))
+    def heads(
+        self, rows: slice = slice(None), some: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "batch head d_model"]:
+        """Returns what each head writes, in some sentences and of some heads."""
+        if self.mixed is None:
+            pattern, value = self.pattern[rows][:, some], self.value[rows][:, :, some]
+            mixed = torch.einsum("bhs,bshd->bhd", pattern, value)
+        else:
+            mixed = self.mixed[rows][:, some]
+        written = torch.einsum("bhd,hdm->bhm", mixed, self.weight[some])
+        return self.path.part(rows).linear(written)
 
-    def sources(self) -> Float[Tensor, "batch source d_model"]:
+    def sources(
+        self, rows: slice = slice(None), some: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "batch source d_model"]:
         """Returns what is read from each source, by all heads together."""
-        read = torch.einsum("bhs,bshd->bshd", self.pattern, self.value)
-        return self.path.linear(read.flatten(2) @ self.weight.flatten(0, 1))
+        pattern, value = self.pattern[rows][:, :, some], self.value[rows][:, some]
+        read = torch.einsum("bhs,bshd->bshd", pattern, value)
+        return self.path.part(rows).linear(read.flatten(2) @ self.weight.flatten(0, 1))
 
-    def head_sources(self, head: int) -> Float[Tensor, "batch source d_model"]:
+    def head_sources(
+        self, head: int, rows: slice = slice(None), some: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "batch source d_model"]:
         """Returns what one head reads from each source: the value-output vectors."""
-        read = self.pattern[:, head, :, None] * self.value[:, :, head]
-        return self.path.linear(read @ self.weight[head])
+        read = self.pattern[rows, head, :, None][:, some] * self.value[rows, :, head][:, some]
+        return self.path.part(rows).linear(read @ self.weight[head])
 
     def neurons(self) -> Neurons:
         """Returns its neurons, head by head."""
@@ -218,14 +234,19 @@ class FeedForwardComponent(Component):
             silent = number is not None and self._silent(number)
             yield number, Neurons(vectors, self.post[:, None, columns], self.path, silent)
 
-    def experts(self) -> Float[Tensor, "batch expert d_model"]:
-        """Returns what the neurons of each expert write."""
-        each = []
-        for number, columns, vectors in self.sublayer.groups():
+    def experts(
+        self, rows: slice = slice(None), some: Tensor | slice = slice(None)
+    ) -> Float[Tensor, "batch expert d_model"]:
+        """Returns what the neurons of each expert write, in some sentences and of some experts."""
+        each = list(self.sublayer.groups())
+        if isinstance(some, Tensor):
+            each = [each[number] for number in some.tolist()]
+        written = []
+        for number, columns, vectors in each:
             silent = number is not None and self._silent(number)
-            nothing = torch.zeros_like(self.total)
-            each.append(nothing if silent else self.post[:, columns] @ vectors())
-        return self.path.linear(torch.stack(each, dim=1))
+            nothing = torch.zeros_like(self.total[rows])
+            written.append(nothing if silent else self.post[rows, columns] @ vectors())
+        return self.path.part(rows).linear(torch.stack(written, dim=1))
 
     def _silent(self, expert: int) -> bool:
         """Whether no sentence is routed to an expert."""

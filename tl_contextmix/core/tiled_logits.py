@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,8 +33,9 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import require_weight, shift
 from tl_contextmix.core.contrast import Contrast
+from tl_contextmix.core.log_means import LogMean, log_mean
 from tl_contextmix.core.model_view import Readout
-from tl_contextmix.core.readout import Scan, scan, tile_sizes
+from tl_contextmix.core.readout import CACHE_BYTES, Scan, scan, tile_sizes
 from tl_contextmix.core.token_sums import blocks
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
@@ -148,12 +149,18 @@ class Vocabulary:
         """Returns the target's log-probability, less the foil's, at states."""
         found = states.new_empty(states.shape[:2])
         rows, _ = self._tiles(states.shape[1], whole=True)
-        for row, target in enumerate(self.asked.target):
+        for row in range(len(states)):
             for part in blocks(states.shape[1], rows):
-                log_probs = self.log_probs(states[row, part], row)
-                found[row, part] = log_probs[:, target].logsumexp(dim=1)
-                if self.asked.foil is not None:
-                    found[row, part] -= log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
+                found[row, part] = self.of_target(self.log_probs(states[row, part], row), row)
+        return found
+
+    def of_target(
+        self, log_probs: Float[Tensor, "some d_vocab"], row: int
+    ) -> Float[Tensor, " some"]:
+        """Returns the target's log-probability, less the foil's, in distributions."""
+        found = log_probs[:, self.asked.target[row]].logsumexp(dim=1)
+        if self.asked.foil is not None:
+            found = found - log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
         return found
 
     def gains(
@@ -201,12 +208,25 @@ class Vocabulary:
             some = every if there is None else every[there[row].cpu()]
             for part in some.split(self.rows_that_fit(max(1, len(some)))):
                 used, at = steps[part].unique(return_inverse=True)
-                before = _columns_of(self.log_probs(states[row, used], row), at)
-                moved = self.direction(vectors[row, part]) / self.divisor[row]
-                # Each vector has its own distribution: one more copy of a tile.
-                tile = max(1, self._tiles(len(part))[1] // 2)
-                found[row, part] = self._gained(before, self._moved_by(moved), row, tile)
+                before = self.log_probs(states[row, used], row)
+                found[row, part] = self.gains_from(before, at, vectors[row, part], row)
         return found
+
+    def gains_from(
+        self,
+        before: Float[Tensor, "step d_vocab"],
+        at: Int[Tensor, " some"],
+        vectors: Float[Tensor, "some d_model"],
+        row: int,
+    ) -> Float[Tensor, " some"]:
+        """Returns the increase by vectors of one sentence, each from its own of some distributions.
+
+        Linear readouts only.
+        """
+        moved = self.direction(vectors) / self.divisor[row]
+        # Each vector has its own distribution: one more copy of a tile.
+        tile = max(1, self._tiles(len(vectors))[1] // 2)
+        return self._gained(_columns_of(before, at), self._moved_by(moved), row, tile)
 
     def _moved_by(self, moved: Tensor) -> Columns:
         return lambda part: moved @ self.weight[:, part]
@@ -225,10 +245,12 @@ class Vocabulary:
         gained = _log_mean_of(self.asked.target[row], before, shift)
         if self.asked.foil is not None:
             return gained - _log_mean_of(self.asked.foil[row], before, shift)
-        found = _LogMean(gained)
-        for part in blocks(self.weight.shape[1], tile):
-            found.add(..., before(part), shift(part))
-        return gained - found.value()
+
+        def add_to(mean: LogMean) -> None:
+            for part in blocks(self.weight.shape[1], tile):
+                mean.add(..., before(part), shift(part))
+
+        return gained - log_mean(gained, add_to)
 
     def _shift(self, start: Tensor, base: Tensor, vectors: Tensor, row: int) -> Columns:
         """Returns the function that gives the change of a part of the logits.
@@ -279,14 +301,16 @@ class Vocabulary:
             moved = self.direction(vectors(part))
             some = scaled[:, :, part]
             if self.asked.foil is None:
-                log_mean = _LogMean(some)
-                for columns in blocks(self.weight.shape[1], tile):
-                    shift = moved @ self.weight[:, columns]
-                    for row in each:
-                        for source in range(some.shape[1]):
-                            change = some[row, source, :, None] * shift
-                            log_mean.add((row, source), before[row, columns], change)
-                rest = log_mean.value()
+
+                def add_to(mean: LogMean, moved: Tensor = moved, some: Tensor = some) -> None:
+                    for columns in blocks(self.weight.shape[1], tile):
+                        shift = moved @ self.weight[:, columns]
+                        for row in each:
+                            for source in range(some.shape[1]):
+                                change = some[row, source, :, None] * shift
+                                mean.add((row, source), before[row, columns], change)
+
+                rest = log_mean(some, add_to)
             else:
                 rest = self._alternatives(self.asked.foil, before, moved, some)
             gained = self._alternatives(self.asked.target, before, moved, some)
@@ -322,37 +346,23 @@ class Vocabulary:
                 found[:, source, part] = self.gains(base, scaled)
         return found
 
-    def gains_from(
-        self,
-        before: Float[Tensor, "some d_vocab"],
-        vectors: Float[Tensor, "some d_model"],
-        row: int,
-    ) -> Float[Tensor, " some"]:
-        """Returns the increase by vectors of one sentence, each from its own distribution.
-
-        Linear readouts only.
-        """
-        _, tile = self._tiles(len(vectors))
-        moved = self.direction(vectors) / self.divisor[row]
-        return self._gained(_columns_of(before), self._moved_by(moved), row, tile)
-
     def slopes(
-        self, before: Float[Tensor, " d_vocab"], row: int
-    ) -> Float[Tensor, "alternative d_model"]:
-        """Returns gradients at a state of one sentence, one for each alternative of the target.
+        self, before: Float[Tensor, "step d_vocab"], row: int
+    ) -> Float[Tensor, "step alternative d_model"]:
+        """Returns gradients at states of one sentence, one for each alternative of the target.
 
         The largest of ``vector @ slope`` is at least what the vector gains. Linear readouts only.
 
         Args:
-            before: The distribution at the state.
+            before: The distributions at the states.
             row: The sentence.
         """
         if self.asked.foil is None:
-            mean = self.weight @ before.exp()
+            mean = before.exp() @ self.weight.T
         else:
             ids = self.asked.foil[row]
-            mean = self.weight[:, ids] @ before[ids].softmax(dim=0)
-        return self._slope(self.weight[:, self.asked.target[row]].T - mean, row)
+            mean = before[:, ids].softmax(dim=1) @ self.weight[:, ids].T
+        return self._slope(self.weight[:, self.asked.target[row]].T - mean[:, None], row)
 
     def linear_part(
         self, state: Float[Tensor, " d_model"], row: int
@@ -430,39 +440,8 @@ class Vocabulary:
     def _tiles(self, count: int, *, whole: bool = False) -> tuple[int, int]:
         """Returns how many vectors, and how many tokens, to multiply at once."""
         size = self.weight.element_size()
-        return tile_sizes(count, self.weight.shape[1], size, self.max_bytes, whole=whole)
-
-
-class _LogMean:
-    """log E exp(shift) under distributions, the vocabulary tile by tile.
-
-    Where no shift exceeds 1 it is log1p(E expm1(shift)): small ones keep their own last digits,
-    where the sum of exponentials, which is near 1, keeps its own (1e-7 nats in float32).
-
-    Args:
-        like: A number for each shift.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.log_sum = torch.full_like(like, -torch.inf)
-        self.excess, self.reach = torch.zeros_like(like), torch.zeros_like(like)
-
-    def add(self, at: Any, before: Tensor, shift: Float[Tensor, "some tile"]) -> None:
-        """Adds a tile.
-
-        Args:
-            at: Which numbers it is about.
-            before: Log-probabilities of the tile's tokens.
-            shift: What is added to each.
-        """
-        low, high = shift.aminmax(dim=-1)
-        self.reach[at] = self.reach[at].maximum(high.maximum(-low))
-        self.excess[at] += shift.expm1().mul_(before.exp()).sum(dim=-1)
-        self.log_sum[at] = self.log_sum[at].logaddexp((before + shift).logsumexp(dim=-1))
-
-    def value(self) -> Tensor:
-        """Returns what has been added up."""
-        return torch.where(self.reach <= 1, self.excess.log1p(), self.log_sum)
+        room = self.max_bytes if whole else min(self.max_bytes, CACHE_BYTES)
+        return tile_sizes(count, self.weight.shape[1], size, room, whole=whole)
 
 
 def _log_mean_of(ids: Int[Tensor, " alternative"], before: Columns, shift: Columns) -> Tensor:
@@ -470,9 +449,8 @@ def _log_mean_of(ids: Int[Tensor, " alternative"], before: Columns, shift: Colum
     changes = shift(ids)
     if len(ids) == 1:
         return changes[..., 0]
-    found = _LogMean(changes[..., 0])
-    found.add(..., before(ids).log_softmax(dim=-1), changes)
-    return found.value()
+    among = before(ids).log_softmax(dim=-1)
+    return log_mean(changes[..., 0], lambda mean: mean.add(..., among, changes.clone()))
 
 
 def _columns_of(rows: Float[Tensor, "some d_vocab"], at: Tensor | None = None) -> Columns:

@@ -143,26 +143,38 @@ class ValueAblation:
             max_bytes: Workspace.
         """
         plan = _plan(self, spans, max_bytes)
-        reads = [self.read, *(branch.read for branch in self.branches)]
-        reads = [read.ready() for read in reads] if plan.ready else reads
-        touched, alone = self.touched(spans), self._alone(spans)
-        for rows in blocks(touched.shape[0], plan.rows):
-            seen = touched[rows].any(dim=0).nonzero()[:, 0].tolist()
-            if not seen:
+        terms = [self.read, *(branch.read for branch in self.branches)]
+        # Which tiles there are is decided on the host, at once.
+        touched, alone = self.touched(spans).cpu(), self._alone(spans)
+        lonely = None if alone is None else alone.any(dim=0).cpu()
+        kept: dict[int, Tensor] = {}
+        for columns in blocks(touched.shape[1], plan.columns):
+            if not bool(touched[:, columns].any()):
                 continue
-            kept = self._output(rows)
-            for part in blocks(seen[-1] + 1 - seen[0], plan.columns):
-                columns = slice(seen[0] + part.start, seen[0] + part.stop)
-                removed, *images = self._removed(reads, rows, columns, spans, alone)
+            reads = [term.ready(_tokens(spans, columns)) for term in terms]
+            for rows in blocks(touched.shape[0], plan.rows):
+                seen = touched[rows, columns].any(dim=0).nonzero()[:, 0].tolist()
+                if not seen:
+                    continue
+                some = slice(columns.start + seen[0], columns.start + seen[-1] + 1)
+                whole = alone if lonely is not None and bool(lonely[some, rows].any()) else None
+                removed, *images = self._removed(reads, rows, some, spans, whole)
                 same = ~removed.any(dim=-1, keepdim=True)
-                among = touched[rows, columns].T
+                if rows.start not in kept:
+                    kept[rows.start] = self._output(rows)
+                own, among = kept[rows.start], touched[rows, some].T
                 # Products with W_out are what costs: pairs that read nothing are skipped.
-                if self.block.feed_forward is None or self.fixed is not None or among.all():
+                if self.block.feed_forward is None or self.fixed is not None or bool(among.all()):
                     changed = self._output(rows, removed, images)
                 else:
-                    changed = kept.expand_as(removed).clone()
-                    changed[:, among] = self._output(rows, removed, images, among)
-                yield rows, columns, torch.where(same, kept, changed), kept
+                    source, target = (
+                        place.to(removed.device, non_blocking=True)
+                        for place in among.nonzero(as_tuple=True)
+                    )
+                    changed = own.expand_as(removed).clone()
+                    found = self._output(rows, removed, images, (source, target))
+                    changed[:, source, target] = found
+                yield rows, some, torch.where(same, own, changed), own
 
     def rerouted(self, spans: Spans | None, max_bytes: int) -> Bool[Tensor, "batch target source"]:
         """Returns which targets go through other experts without each source (or span).
@@ -176,10 +188,11 @@ class ValueAblation:
         found = touched.new_zeros(len(self.raw), *touched.shape)
         if not isinstance(ff, Experts) or self.fixed is not None:
             return found
-        for rows in blocks(touched.shape[0], plan.rows):
-            kept = ff.chosen(self._middle(rows)[0])
-            for columns in blocks(touched.shape[1], plan.columns):
-                (removed,) = self._removed([self.read], rows, columns, spans, alone)
+        for columns in blocks(touched.shape[1], plan.columns):
+            read = self.read.ready(_tokens(spans, columns))
+            for rows in blocks(touched.shape[0], plan.rows):
+                kept = ff.chosen(self._middle(rows)[0])
+                (removed,) = self._removed([read], rows, columns, spans, alone)
                 chosen = ff.chosen(self._middle(rows, removed)[0])
                 found[:, rows, columns] = (chosen != kept).any(dim=-1).transpose(1, 2)
         return found
@@ -194,7 +207,7 @@ class ValueAblation:
     ) -> list[Tensor]:
         """Returns the terms of sources (or spans), and their images, one per branch."""
         found = [_terms(read, rows, columns, spans) for read in reads]
-        if alone is None or not bool(alone[:, columns, rows].any()):
+        if alone is None:
             return found
         whole = [self.raw, *(branch.changed for branch in self.branches)]
         return [
@@ -225,7 +238,7 @@ class ValueAblation:
         rows: slice,
         removed: Tensor | None = None,
         images: list[Tensor] | None = None,
-        among: Tensor | None = None,
+        among: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Returns the block's output [batch source target d_model] with terms zeroed.
 
@@ -233,11 +246,12 @@ class ValueAblation:
             rows: The targets.
             removed: The terms; None for the output as it is, with one source.
             images: The terms' images, one per branch. They are used up.
-            among: The pairs to go on with at the feed-forward sublayer [source target]; the output
-                is then [batch pair d_model]. None: all.
+            among: Sources and targets of the pairs to go on with at the feed-forward sublayer; the
+                output is then [batch pair d_model]. None: all.
         """
         stream, first, second = self._middle(rows, removed)
         ff = self.block.feed_forward
+        source, target = among or (slice(None), slice(None))
         if ff is None:
             return stream
         if self.fixed is not None:
@@ -248,14 +262,14 @@ class ValueAblation:
             second = second if ff.norm_in is None else ff.norm_in.scale(stream)
             pre = self._pre(rows, first, second, images)
             if among is not None:
-                stream, pre = stream[:, among], [x[:, among] for x in pre]
+                stream, pre = stream[:, source, target], [x[:, source, target] for x in pre]
             stream = stream + ff.project(ff.post_activation(pre))
         else:
-            stream = stream if among is None else stream[:, among]
+            stream = stream if among is None else stream[:, source, target]
             stream = stream + ff(stream)
         if self.added is not None:
             added = self.added[:, None, rows]
-            added = added if among is None else added.expand(-1, *among.shape, -1)[:, among]
+            added = added if among is None else added[:, 0, target]
             stream = stream + added
         return stream if ff.norm_after is None else ff.norm_after(stream)
 
@@ -294,6 +308,10 @@ class ValueAblation:
             whole = whole if second is None else whole.div_(second)
             found.append(whole.add_(branch.constant))
         return found
+
+
+TILE_BYTES = 2**25
+"""A tile of pairs and what is made of it; more of them at once are no faster."""
 
 
 def needed_names(block: Block, kind: str, spare: bool) -> list[str]:
@@ -393,6 +411,14 @@ def _later(attention: AttentionSublayer, trace: Trace, rows: slice | list[int]) 
     )
 
 
+def _tokens(spans: Spans | None, columns: slice) -> slice:
+    """Returns the stretch of tokens that sources (or spans) lie in."""
+    if spans is None:
+        return columns
+    starts, stops = zip(*spans[columns], strict=True)
+    return slice(min(starts), max(stops))
+
+
 def _terms(read: AttentionTerm, rows: slice, columns: slice, spans: Spans | None) -> Tensor:
     """Returns what sources (or spans) bring to rows [batch source target d_out]."""
     if spans is None:
@@ -416,22 +442,22 @@ def _own_pre(ff: FeedForward, trace: Trace, rows: slice | list[int]) -> tuple[Te
 class _Plan:
     rows: int
     columns: int
-    ready: bool
 
 
 def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
-    """Returns tile sizes that keep the workspace within ``max_bytes``.
+    """Returns tile sizes that keep the workspace within ``max_bytes``, and tiles in the cache.
 
-    The view of the sources through W_O and W_in is kept over all rows where it fits into a
-    quarter, else rebuilt in every tile. Sixteen tiles of rows leave 1/32 of a causal map's square
-    computed for nothing; finer ones, or fewer than eight rows, would read W_out too often.
+    What the sources of a tile give through W_O and W_in is kept over all rows. Sixteen tiles of
+    rows leave 1/32 of a causal map's square computed for nothing; finer ones, or fewer than eight
+    rows, would read W_out too often.
     """
     batch, targets, width = found.before.shape
-    _, sources, heads, _ = found.read.value.shape
+    heads = found.read.value.shape[2]
     ff, size = found.block.feed_forward, found.before.element_size()
     neurons = 0 if ff is None or found.fixed is not None else ff.busy
     folded = len(found.branches)
-    column = batch * heads * (folded * neurons + width) * size
+    longest = 1 if spans is None else max(stop - start for start, stop in spans)
+    column = longest * batch * heads * (folded * neurons + width) * size
     # Pre-activations, those of the pairs that read something or what the activation makes of
     # them, and one more; vectors before and after.
     pair = (3 + (ff is not None and ff.gated)) * neurons + 11 * width
@@ -441,14 +467,7 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     pair *= batch * size
     # The folded weights, and what every target holds.
     room = max_bytes - folded * width * neurons * size
-    room -= batch * targets * (folded * neurons + 3 * width) * size
-    ready = sources * column <= room // 4
-    room -= sources * column if ready else 0
+    room -= batch * targets * (folded * neurons + 4 * width) * size
+    room = min(room, TILE_BYTES)
     rows = max(1, min(max(8, -(-targets // 16)), room // pair))
-    longest = 1 if spans is None else max(stop - start for start, stop in spans)
-    columns = (
-        room // (rows * pair)
-        if ready
-        else (room - column * (longest - 1)) // (rows * pair + column)
-    )
-    return _Plan(rows, max(1, columns), ready)
+    return _Plan(rows, max(1, room // (rows * pair + column)))

@@ -303,8 +303,8 @@ class Split:
     Attributes:
         step: Place of the component in the stream.
         grid: The components.
-        vectors: Returns what each writes [batch component d_model], computed when it is asked
-            for; None where they are neurons.
+        vectors: Returns what each writes [batch component d_model], in some sentences and of
+            some components, computed when it is asked for; None where they are neurons.
         neurons: The neurons, source by source, or None.
         bias: What none of the component's components writes and its vector, or None.
         read: Which sources can be read, where the components differ in them, or None. Padding and
@@ -313,7 +313,7 @@ class Split:
 
     step: int
     grid: Grid
-    vectors: Callable[[], Tensor] | None = None
+    vectors: Callable[..., Tensor] | None = None
     neurons: Neurons | None = None
     bias: tuple[Grid, Tensor] | None = None
     read: Bool[Tensor, "batch source"] | None = None
@@ -338,6 +338,45 @@ class Split:
         if self.neurons is None:
             return torch.full((len(self.grid.pos), self.grid.count), torch.nan)
         return self.neurons.activations.flatten(1)
+
+    def written(
+        self, places: Int[Tensor, "batch some"], rows: slice = slice(None)
+    ) -> Float[Tensor, "batch some d_model"]:
+        """Returns what some components write, those of each sentence.
+
+        Args:
+            places: Their places.
+            rows: The sentences.
+        """
+        if self.neurons is None:
+            assert self.vectors is not None
+            used, at = places.unique(return_inverse=True)
+            found = self.vectors(rows, used)
+            return found.gather(1, at[..., None].expand(*at.shape, found.shape[2]))
+        numbers = self.neurons.coefficients[rows].flatten(1).gather(1, places)
+        return numbers[..., None] * self.neurons.vectors(places % self.neurons.count)
+
+    def bounds(
+        self, slopes: Float[Tensor, "alternative d_model"], row: int
+    ) -> Float[Tensor, " component"]:
+        """Returns what the components of a sentence gain at most; -inf of those not there.
+
+        Args:
+            slopes: Gradients at the state, see `Vocabulary.slopes`.
+            row: The sentence.
+        """
+        # Of several alternatives the one that gains most bounds what they gain together.
+        if self.neurons is None:
+            assert self.vectors is not None
+            bound = (self.vectors(slice(row, row + 1))[0] @ slopes.T).amax(dim=1)
+        elif self.neurons.silent:
+            bound = torch.zeros_like(self.neurons.coefficients[row]).flatten()
+        else:
+            along = self.neurons.vectors(slice(None)) @ slopes.T
+            numbers = self.neurons.coefficients[row]
+            bound = torch.maximum(numbers * along.amax(dim=1), numbers * along.amin(dim=1))
+            bound = bound.flatten()
+        return bound.masked_fill(~self.there[row].to(bound.device), -torch.inf)
 
 
 def split_stream(stream: Stream, by: By) -> Iterator[Split]:
@@ -365,7 +404,7 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
 
     missing = by == "ff_neuron" and component.kind.endswith("error")
     if by == "layer" or missing:
-        yield Split(step, grid(), lambda: component.total[:, None])
+        yield Split(step, grid(), component.written)
     if by == "layer" or component.whole:
         return
     if by == "ff_neuron" and isinstance(component, OpaqueComponent):
@@ -450,11 +489,11 @@ def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[I
         vectors += [split.vectors(), *biases]
         there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
         steps += [split.step] * (split.grid.count + len(biases))
+    together = torch.cat(vectors, dim=1)
+    # What writes nothing gains nothing: experts that no sentence is routed to.
+    read = torch.cat([one.cpu() for one in there], dim=1) & together.any(dim=2).cpu()
     found = prediction.vocabulary.gains_at(
-        prediction.stream.states,
-        torch.tensor(steps, device=vectors[0].device),
-        torch.cat(vectors, dim=1),
-        torch.cat([one.cpu() for one in there], dim=1),
+        prediction.stream.states, torch.tensor(steps, device=together.device), together, read
     )
     first = 0
     for split in splits:
@@ -464,53 +503,53 @@ def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[I
 
 
 @dataclass(frozen=True)
-class TopNeurons:
-    """The neurons with the largest scores of one sentence.
+class TopComponents:
+    """The components with the largest scores of one sentence.
 
     Attributes:
         split: Which split each belongs to.
         place: Its place there.
         score: Its score, largest first.
         evaluated: How many scores were computed to be sure.
+        trajectory: The target's log-probability, less the foil's, at every state.
     """
 
     split: Int[Tensor, " some"]
     place: Int[Tensor, " some"]
     score: Float[Tensor, " some"]
     evaluated: int
+    trajectory: Float[Tensor, " step"]
 
 
-def best_neurons(
+def best_components(
     vocabulary: Vocabulary,
     states: Float[Tensor, "step d_model"],
     splits: list[Split],
     k: int,
     row: int,
-) -> TopNeurons:
-    r"""Returns the neurons that gain most, without computing what all of them gain.
+) -> TopComponents:
+    r"""Returns the components that gain most, without computing what all of them gain.
 
-    Neurons are visited in the order of Jensen's bound ``coefficient * vector @ slope`` and scored
+    They are visited in the order of Jensen's bound ``vector @ slope`` and scored
     in blocks until no bound that is left reaches the k-th score (see `vocabulary`). Linear
-    readouts only. Cost: ``2 m d`` operations per sublayer for the bounds and ``2 d d_vocab`` per
-    neuron evaluated; one number is kept per neuron and source.
+    readouts only. Cost: ``2 m d`` operations per sublayer for the bounds of its ``m`` components
+    and ``2 d d_vocab`` per component evaluated; one number is kept per component.
 
     Args:
         vocabulary: How the stream is read.
         states: The states of the stream, in one sentence.
-        splits: Cuts into neurons.
+        splits: What they are components of.
         k: How many; fewer are returned where fewer are there.
         row: The sentence.
     """
-    bound = torch.cat([_bounds(vocabulary, states, split, row) for split in splits])
-    first = torch.tensor([0, *(split.grid.count for split in splits)], device=bound.device).cumsum(
-        0
-    )
+    search = _Search(vocabulary, states, splits, row)
+    bound = search.bounds()
     there = bound > -torch.inf
     count = int(there.sum())
     k = min(k, count)
     largest = float(bound.masked_fill(~there, 0).abs().max())
     slack = _SLACK * torch.finfo(bound.dtype).eps * (1 + largest)
-    scores, places = bound.new_empty(0), first.new_empty(0)
+    scores, places = bound.new_empty(0), search.first.new_empty(0)
     size = vocabulary.rows_that_fit(max(16, min(64, k)))
     step = size * -(-k // size)
     while len(scores) < count:
@@ -519,61 +558,82 @@ def best_neurons(
         bound[order] = -torch.inf
         for part in blocks(len(order), size):
             if len(scores) >= k and scores.topk(k).values[-1] >= values[part.start] + slack:
-                return _best(scores, places, first, k)
+                return search.best(scores, places, k)
             some = order[part]
-            scores = torch.cat([scores, _scored(vocabulary, states, splits, first, some, row)])
+            scores = torch.cat([scores, search.scored(some)])
             places = torch.cat([places, some])
         step *= 2
-    return _best(scores, places, first, k)
+    return search.best(scores, places, k)
 
 
-def _bounds(
-    vocabulary: Vocabulary, states: Tensor, split: Split, row: int
-) -> Float[Tensor, " component"]:
-    """Returns what the neurons of a sentence gain at most; -inf of those that are not there."""
-    assert split.neurons is not None
-    if split.neurons.silent:
-        return torch.zeros_like(split.neurons.coefficients[row]).flatten()
-    slopes = vocabulary.slopes(vocabulary.log_probs(states[split.step, None], row)[0], row)
-    along = split.neurons.vectors(slice(None)) @ slopes.T
-    numbers = split.neurons.coefficients[row]
-    # Of several alternatives the one that gains most bounds what they gain together.
-    bound = torch.maximum(numbers * along.amax(dim=1), numbers * along.amin(dim=1))
-    if split.read is not None:
-        bound[~split.read[row]] = -torch.inf
-    return bound.flatten()
+class _Search:
+    """The components of one sentence, those of all splits side by side.
 
+    Attributes:
+        first: The place of the first component of each split.
+    """
 
-def _best(scores: Tensor, places: Tensor, first: Tensor, k: int) -> TopNeurons:
-    """Returns the best of those that were evaluated, equal scores in the order of their places."""
-    in_order = places.argsort()
-    best = scores[in_order].sort(descending=True, stable=True)
-    found = places[in_order][best.indices[:k]]
-    split = torch.searchsorted(first, found, right=True) - 1
-    return TopNeurons(split, found - first[split], best.values[:k], len(scores))
+    def __init__(
+        self, vocabulary: Vocabulary, states: Tensor, splits: list[Split], row: int
+    ) -> None:
+        self.vocabulary, self.states, self.splits, self.row = vocabulary, states, splits, row
+        counts = [0, *(split.grid.count for split in splits)]
+        self.first = torch.tensor(counts, device=states.device).cumsum(0)
+        self.steps = torch.tensor([split.step for split in splits], device=states.device)
+        self._kept: Tensor | None = None
+        if vocabulary.rows_that_fit(len(states)) >= len(states):
+            self._kept = vocabulary.log_probs(states, row)
 
+    def trajectory(self) -> Float[Tensor, " step"]:
+        """Returns the target's log-probability, less the foil's, at every state."""
+        steps, found = torch.arange(len(self.states), device=self.states.device), []
+        for some in steps.split(self.vocabulary.rows_that_fit(len(steps))):
+            before, at = self._before(some)
+            found.append(self.vocabulary.of_target(before[at], self.row))
+        return torch.cat(found)
 
-def _scored(
-    vocabulary: Vocabulary,
-    states: Tensor,
-    splits: list[Split],
-    first: Tensor,
-    places: Tensor,
-    row: int,
-) -> Tensor:
-    """Returns the exact scores of some neurons of one sentence."""
-    scores = states.new_empty(len(places))
-    split_of = torch.searchsorted(first, places, right=True) - 1
-    for index in split_of.unique().tolist():
-        split, mine = splits[index], split_of == index
-        assert split.neurons is not None
-        inside = places[mine] - first[index]
-        number = split.neurons.coefficients[row].flatten()[inside]
-        vectors = split.neurons.vectors(inside % split.neurons.count)
-        before = vocabulary.log_probs(states[split.step, None], row).expand(len(inside), -1)
-        found = vocabulary.gains_from(before, number[:, None] * vectors, row)
-        scores[mine] = found.masked_fill(number == 0, 0)
-    return scores
+    def _before(self, steps: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
+        """Returns distributions, and which of them is that at each of some states."""
+        if self._kept is not None:
+            return self._kept, steps
+        used, at = steps.unique(return_inverse=True)
+        return self.vocabulary.log_probs(self.states[used], self.row), at
+
+    def bounds(self) -> Float[Tensor, " component"]:
+        """Returns what each gains at most; -inf of those that are not there."""
+        used, at = self.steps.unique(return_inverse=True)
+        found = []
+        for some in used.split(self.vocabulary.rows_that_fit(len(used))):
+            before, rows = self._before(some)
+            found.append(self.vocabulary.slopes(before[rows], self.row))
+        slopes = torch.cat(found)
+        each = zip(self.splits, at.tolist(), strict=True)
+        return torch.cat([split.bounds(slopes[place], self.row) for split, place in each])
+
+    def _split_of(self, places: Tensor) -> Tensor:
+        return torch.searchsorted(self.first, places, right=True) - 1
+
+    def scored(self, places: Int[Tensor, " some"]) -> Float[Tensor, " some"]:
+        """Returns the exact scores of some components."""
+        vectors = self.states.new_empty(len(places), self.states.shape[1])
+        split_of, rows = self._split_of(places), slice(self.row, self.row + 1)
+        for index in split_of.unique().tolist():
+            mine = split_of == index
+            inside = (places[mine] - self.first[index])[None]
+            vectors[mine] = self.splits[index].written(inside, rows)[0]
+        before, at = self._before(self.steps[split_of])
+        found = self.vocabulary.gains_from(before, at, vectors, self.row)
+        # Exactly: rounding would put what is silent in some order.
+        return found.masked_fill(~vectors.any(dim=1), 0)
+
+    def best(self, scores: Tensor, places: Tensor, k: int) -> TopComponents:
+        """Returns the best of those that were evaluated, equal scores in order of their places."""
+        in_order = places.argsort()
+        best = scores[in_order].sort(descending=True, stable=True)
+        found = places[in_order][best.indices[:k]]
+        split = self._split_of(found)
+        place = found - self.first[split]
+        return TopComponents(split, place, best.values[:k], len(scores), self.trajectory())
 
 
 def progress(splits: list[Split], what: str) -> Iterator[Split]:

@@ -30,6 +30,10 @@ def _papers(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("ferrando2022measuring", *to_logit)
 
 
+# Elementwise work on all parts: larger tiles leave the cache between two steps.
+_TILE_BYTES = 2**24
+
+
 @method(cites=_papers, compared=True)
 def alti(
     model: object,
@@ -175,17 +179,18 @@ def _closer(block: Block, trace: Trace, max_bytes: int) -> Tensor:
     stream = linear_points(block, trace, "decoder")["stream"]
     batch, target, width = stream.total.shape
     heads = sum(read.pattern.shape[1] for read in stream.terms)
-    pair = width * stream.total.element_size()
+    pair, room = width * stream.total.element_size(), min(max_bytes, _TILE_BYTES)
     # Per source its vectors through each head, per pair the part and three of its kind.
-    columns = max(1, max_bytes // (4 * heads * pair))
-    rows = max(1, max_bytes // (5 * pair * min(columns, stream.sources)))
+    columns = max(1, room // (4 * heads * pair))
+    rows = max(1, room // (5 * pair * min(columns, stream.sources)))
     out = stream.total.new_zeros(batch, target, stream.sources)
     for row in range(batch):
         one = stream.row(slice(row, row + 1))
         for sources in blocks(stream.sources, columns):
+            ready = one.ready(sources)
             for targets in blocks(target, rows):
                 y = one.total[:, None, targets]
-                parts = one.dense(targets, sources)
+                parts = ready.dense(targets, sources)
                 # Term by term: what contributes nothing scores exactly 0, in any order of the sum.
                 gain = (y.abs() - (y - parts).abs()).sum(dim=-1).clamp(min=0)
                 out[row, targets, sources] = gain[0].T

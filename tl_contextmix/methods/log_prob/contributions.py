@@ -23,7 +23,7 @@ from tl_contextmix.engine.log_prob_scores import (
     Increases,
     Prediction,
     Split,
-    best_neurons,
+    best_components,
     log_prob_increases,
     progress,
     run_question,
@@ -119,8 +119,8 @@ def log_prob_contributions(
             neurons (``by="ff_neuron"``, ``mlp feature``); those of an SAE, with what they miss,
             that of everything that was written before. What they miss is a component (``mlp
             error``).
-        k: Only so many neurons of each sentence, those with the largest scores; exactly the
-            ones that computing all would give. None: all components.
+        k: Only so many components of each sentence, those with the largest scores; exactly the
+            ones that computing all would give. None: all, and biases.
         max_bytes: Workspace, besides the pass, one number per neuron and source, the result and
             W_U.
         **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
@@ -135,14 +135,14 @@ def log_prob_contributions(
             another length, a position that is not there.
         UnsupportedModel: If the model has no vocabulary readout and a token is asked about.
 
-    Cost: a forward pass and ``2 d d_vocab`` operations for each layer, head or source, of a
-    direction ``4 d``. All
-    feed-forward neurons: ``2 L d_mlp d d_vocab``; with ``k``, where logits are linear in the
-    stream (frozen norm, no masked-LM head, no soft cap), ``2 L d_mlp d`` and ``2 d d_vocab`` for
-    each neuron whose bound is large (`vocabulary`; their number is in `evaluated`). Attention
-    neurons: W_O's rows are multiplied with W_U once for all sources and sentences.
+    Cost: a forward pass and ``2 d d_vocab`` operations for each state and component, of a
+    direction ``4 d``. With ``k``, where logits are linear in the stream (frozen norm, no masked-LM
+    head, no soft cap), ``4 d d_vocab`` for each state and ``2 d d_vocab`` for each component whose
+    bound is large (`vocabulary`; their number is in `evaluated`); the bounds themselves take what
+    the components' vectors take, of neurons ``2 L d_mlp d``. All attention neurons: W_O's rows are
+    multiplied with W_U once for all sources and sentences.
     """
-    _require_neurons(by, score, k)
+    _require_neurons(by, score)
     given, answer = apart(input, inputs)
     if answer.foil is not None and score in ("prob_increase", "rank", "coefficient_rank"):
         raise bad(
@@ -177,16 +177,16 @@ def contributions_to(
     score: Score = "log_prob_increase",
     k: int | None = None,
 ) -> LogProbContributions:
-    """Returns the contributions to some predictions; of neurons at least the ``k`` best."""
-    trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
+    """Returns the contributions to some predictions; with ``k`` at least the best of each."""
     splits = _require_some(list(split_stream(prediction.stream, by)), by, prediction)
     bounded = score == "log_prob_increase" and k is not None
-    if k is not None or score != "log_prob_increase":  # what a dictionary misses is no neuron
+    if by in _NEURONS and (k is not None or score != "log_prob_increase"):
+        # What a dictionary misses is no neuron.
         splits = [split for split in splits if split.neurons is not None]
     if k is not None and bounded and not prediction.vocabulary.nonlinear:
         found = _best(prediction, splits, k)
     else:
-        found = _all(prediction, splits, score, trajectory)
+        found = _all(prediction, splits, score)
     note = prediction.vocabulary.nonlinear if bounded else ""
     return LogProbContributions(
         scores=found.scores,
@@ -197,7 +197,7 @@ def contributions_to(
         score=score if prediction.reading is None else "projection",
         norm=norm,
         steps=prediction.steps,
-        trajectory=trajectory,
+        trajectory=found.trajectory,
         gaps=found.gaps,
         log_prob=prediction.log_prob,
         evaluated=found.evaluated,
@@ -224,12 +224,14 @@ class _Found:
     coefficients: Tensor
     logits: Tensor
     components: Components
+    trajectory: Tensor
     gaps: Tensor
     evaluated: Tensor
 
 
-def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: Tensor) -> _Found:
+def _all(prediction: Prediction, splits: list[Split], score: Score) -> _Found:
     """Returns the scores of every component, biases included."""
+    trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
     columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
     labels, gaps = [], torch.full_like(trajectory, torch.nan)
     parts, vocabulary = torch.zeros_like(trajectory), prediction.vocabulary
@@ -252,14 +254,20 @@ def _all(prediction: Prediction, splits: list[Split], score: Score, trajectory: 
             gaps[:, step] = trajectory[:, step] - trajectory[:, step - 1] - parts[:, step]
             gaps[:, step] -= bias[:, 0]
     together = {name: torch.cat(column, dim=1) for name, column in columns.items()}
-    return _Found(**together, components=join(labels), gaps=gaps, evaluated=_possible(splits))
+    return _Found(
+        **together,
+        components=join(labels),
+        trajectory=trajectory,
+        gaps=gaps,
+        evaluated=_possible(splits),
+    )
 
 
 def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
-    """Returns the neurons with the largest scores alone; tables of all are never made."""
+    """Returns the components with the largest scores alone; tables of all are never made."""
     rows = range(len(prediction.log_prob))
     states, vocabulary = prediction.stream.states, prediction.vocabulary
-    best = [best_neurons(vocabulary, states[row], splits, k, row) for row in rows]
+    best = [best_components(vocabulary, states[row], splits, k, row) for row in rows]
 
     def side_by_side(name: str, nothing: int | float) -> Tensor:
         columns = [getattr(one, name) for one in best]
@@ -273,18 +281,16 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
         mine = which == index
         if not bool(mine.any()):
             continue
-        assert split.neurons is not None
         inside = place.clamp(max=split.grid.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
-        numbers = split.neurons.coefficients.flatten(1).gather(1, inside)
-        vectors = split.neurons.vectors(inside % split.neurons.count)
-        logits = torch.where(mine, numbers * vocabulary.target_logits(vectors), logits)
+        logits = torch.where(mine, vocabulary.target_logits(split.written(inside)), logits)
         coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
     return _Found(
         scores,
         coefficients,
         logits,
         components,
+        torch.stack([one.trajectory for one in best]),
         torch.full((len(best), len(prediction.steps)), torch.nan).to(logits),
         torch.tensor([one.evaluated for one in best]),
     )
@@ -335,15 +341,14 @@ def _neuron_scores(prediction: Prediction, split: Split, score: Score) -> Tensor
     return before + gained if score == "log_prob" else before.exp() * torch.expm1(gained)
 
 
-def _require_neurons(by: str, score: str, k: int | None) -> None:
-    asked = f"score={score!r}" if score != "log_prob_increase" else f"k={k}"
-    if by in _NEURONS or (score == "log_prob_increase" and k is None):
+def _require_neurons(by: str, score: str) -> None:
+    if by in _NEURONS or score == "log_prob_increase":
         return
     raise bad(
         f"there is no such choice by {by}",
-        asked,
-        "scores other than log_prob_increase, and k, by 'ff_neuron' or 'attn_neuron'",
-        "Take .top(k) of the result, which holds all components.",
+        f"score={score!r}",
+        "scores other than log_prob_increase by 'ff_neuron' or 'attn_neuron'",
+        "Leave score out.",
     )
 
 

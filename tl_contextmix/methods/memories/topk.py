@@ -92,19 +92,27 @@ class TopK:
             repeats: Whether several of these rows may have the same key.
         """
         k = self.values.shape[1]
-        worst, last = self.values[:, -1], self.places[:, -1]
-        limit = worst.clamp(min=_smallest(scores.dtype))
+        limit = self.values[:, -1].clamp(min=_smallest(scores.dtype))
+        # Later on hardly any column has anything new: one look at each number is all there is.
+        live = (~(scores.amax(dim=0) < limit)).nonzero()[:, 0]  # with what is no number
+        if not len(live):
+            return
+        if 2 * len(live) < scores.shape[1]:
+            scores, limit = scores[:, live], limit[live]
+        else:
+            live = torch.arange(scores.shape[1], device=scores.device)
         hit = (scores >= limit) & counted[:, None]
         # At the start everything is high enough: the k highest of this batch are all that can stay.
-        if not repeats and k < len(scores) and int(hit.sum()) > 2 * k * len(worst):
-            kth = scores.masked_fill(~counted[:, None], -torch.inf).topk(k, dim=0).values[-1]
+        if not repeats and k < len(scores) and int(hit.count_nonzero()) > 2 * k * len(live):
+            among = scores.masked_fill(~counted[:, None], -torch.inf).T.contiguous()
+            kth = among.topk(k, dim=1).values[:, -1]
             hit = (scores >= torch.maximum(limit, kth)) & counted[:, None]
         rows, columns = hit.nonzero(as_tuple=True)
-        if not len(rows):
-            return
         values = scores[rows, columns]
+        columns = live[columns]
         found = (values, *locate(rows, columns, values))
-        better = (values > worst[columns]) | (found[1] < last[columns])
+        worst, last = self.values[columns, -1], self.places[columns, -1]
+        better = (values > worst) | (found[1] < last)
         self._insert(columns[better], [entry[better] for entry in found])
 
     def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
@@ -112,19 +120,28 @@ class TopK:
             return
         k = self.values.shape[1]
         touched, index = columns.unique(return_inverse=True)
-        old = torch.arange(len(touched), device=columns.device).repeat_interleave(k)
-        index = torch.cat([old, index])
-        pairs = zip(self.columns(), new, strict=True)
-        entries = [torch.cat([kept[touched].flatten(), one]) for kept, one in pairs]
-        order = _ordered(index, entries)
+        kept = [one[touched] for one in self.columns()]
         if self.keys is not None:
-            _blank(entries, _repeated(index, entries[4], order))
-            order = _ordered(index, entries)
-        # Each column has its k old entries (some -inf), so that its first k are there.
+            old = torch.arange(len(touched), device=columns.device).repeat_interleave(k)
+            index = torch.cat([old, index])
+            pairs = zip(kept, new, strict=True)
+            new = [torch.cat([some.flatten(), one]) for some, one in pairs]
+            _blank(new, _repeated(index, new[4], _ordered(index, new)))
+        order = _ordered(index, new)
         starts = torch.searchsorted(index[order], torch.arange(len(touched), device=index.device))
-        first = order[starts[:, None] + torch.arange(k, device=index.device)]
-        for kept, entry in zip(self.columns(), entries, strict=True):
-            kept[touched] = entry[first]
+        rank = torch.arange(len(order), device=index.device) - starts[index[order]]
+        # Of each column its k best.
+        order, rank = order[rank < k], rank[rank < k]
+        size = k if self.keys is not None else int(rank.max()) + 1
+        table = TopK.zero(
+            len(touched), size, new[0].dtype, index.device, distinct=self.keys is not None
+        )
+        for column, entry in zip(table.columns(), new, strict=True):
+            column[index[order], rank] = entry[order]
+        if self.keys is None:
+            table = TopK(*kept).merge(table)
+        for column, entry in zip(self.columns(), table.columns(), strict=True):
+            column[touched] = entry
 
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
