@@ -2,6 +2,7 @@
 
 from tl_contextmix.evaluation.agreement import agreement
 from tl_contextmix.evaluation.alignment import Cues, cue_alignment
+from tl_contextmix.evaluation.corpus_figures import over_corpus
 from tl_contextmix.evaluation.faithfulness import (
     Drop,
     blank_token,
@@ -18,6 +19,7 @@ from tl_contextmix.evaluation.minimal_pairs import (
     place_tokens,
 )
 from tl_contextmix.evaluation.sentences import Sentence, Unusable, sentences_of
+from tl_contextmix.evaluation.word_labels import by_kind, label_tokens
 
 __all__ = [
     "Cues",
@@ -28,11 +30,14 @@ __all__ = [
     "agreement",
     "blank_token",
     "blanked",
+    "by_kind",
     "cue_alignment",
     "demo_pairs",
     "faithfulness",
     "faithfulness_of",
+    "label_tokens",
     "load_minimal_pairs",
+    "over_corpus",
     "overlapping",
     "place_tokens",
     "sentences_of",

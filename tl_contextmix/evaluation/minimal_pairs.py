@@ -88,7 +88,7 @@ class MinimalPair:
         return self.good[:start] + mask + self.good[stop:]
 
     def _difference(self) -> tuple[Stretch, Stretch]:
-        good, wrong = _words(self.good), _words(self.bad)
+        good, wrong = words_of(self.good), words_of(self.bad)
         texts = [self.good[slice(*word)] for word in good]
         others = [self.bad[slice(*word)] for word in wrong]
         shorter = min(len(texts), len(others))
@@ -118,8 +118,9 @@ def _common(a: Sequence[str], b: Sequence[str], most: int) -> int:
     return next((index for index in range(most) if a[index] != b[index]), most)
 
 
-def _words(text: str) -> list[Stretch]:
-    return [match.span() for match in _WORD.finditer(text)]
+def words_of(text: str, *, spaces: bool = False) -> list[Stretch]:
+    """Returns the characters of each word, split at spaces alone or at punctuation too."""
+    return [match.span() for match in (re.compile(r"\S+") if spaces else _WORD).finditer(text)]
 
 
 def _stretch(words: Sequence[Stretch]) -> Stretch:
@@ -228,7 +229,7 @@ def _place(text: str, word: Any) -> Stretch:
     """Returns the span of a word in a text."""
     if isinstance(word, list) and _ends(word) != (0, 0):
         return _ends(word)
-    found = [span for span in _words(text) if text[slice(*span)] == word]
+    found = [span for span in words_of(text) if text[slice(*span)] == word]
     if len(found) != 1:
         raise bad(
             "a cue is ambiguous or missing",
