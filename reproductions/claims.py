@@ -159,6 +159,17 @@ class Reproduction:
         return found
 
 
+def apart(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
+    """Returns how much larger the mean of one sample is than another's, with its interval."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for one in (a.double(), b.double()):
+        draws = torch.randint(len(one), (1000, len(one)), generator=generator)
+        drawn.append(one[draws].mean(1))
+    low, high = (drawn[0] - drawn[1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return float(a.double().mean() - b.double().mean()), low, high
+
+
 def title_of(paper: str) -> str:
     """Returns the title of a paper, and its year."""
     entry = references()[paper]

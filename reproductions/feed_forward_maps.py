@@ -34,13 +34,15 @@ PIECES = Claim(
     "FF amplifies the pieces of a word",
     WORDS,
     "abstract; section 5",
-    "change that FF makes to a row's share, pieces of one word less unrelated tokens, layer 0",
+    "change that FF makes to a row's share, pieces of one word less unrelated tokens, lower "
+    "half of the layers",
 )
 NEIGHBOURS = Claim(
     "FF amplifies neighbouring words",
     WORDS,
     "abstract; section 5",
-    "change that FF makes to a row's share, next words less unrelated tokens, layer 0",
+    "change that FF makes to a row's share, next words less unrelated tokens, lower half "
+    "of the layers",
 )
 CANCEL = Claim(
     "FF and its surroundings cancel",
@@ -114,7 +116,8 @@ def score(found: Reproduction, name: str, model: Any, texts: list[str]) -> None:
     for claim, kind in ((PIECES, "pieces"), (NEIGHBOURS, "neighbours")):
         apart = []
         for frame in kinds:
-            low = frame[frame.layer == 0].pivot(index="batch", columns="quantity", values="value")
+            low = frame[2 * frame.layer < 1 + frame.layer.max()]
+            low = low.pivot_table(index="batch", columns="quantity", values="value")
             apart += [*(low[kind] - low["other"])] if {kind, "other"} <= {*low.columns} else []
         found.score(claim, name, apart)
     found.score(CANCEL, name, -torch.cat(cancels))

@@ -27,7 +27,7 @@ RIVALS = {
     "alti": "ALTI",
 }
 WORDS = "We demonstrate the superiority of our context mixing score over other analysis methods"
-DRAWS = 500
+DRAWS = 2000
 
 
 def cue_claim(rival: str) -> Claim:
@@ -93,20 +93,19 @@ def scored(found: Reproduction, claim: Claim, name: str, row: Any) -> None:
 
 
 def follow(found: Reproduction, name: str, probing: Any, compared: Any) -> None:
-    """Scores how the curve over layers follows the probe's, over seeds and sentences."""
+    """Scores how the curve over layers follows the probe's.
+
+    The interval reaches as far as 95 % of all orders of the layers correlate by chance: with four
+    layers, nothing can be said.
+    """
     rows = [r for r in compared.rows if (r.method, r.metric) == ("value_zeroing", "dot")]
-    rows = [row for row in rows if row.layer.isdigit()]
-    dots = torch.tensor([row.values for row in rows], dtype=torch.float64)
-    compression = probing.compression[:, 0].double()
+    curve = torch.tensor([row.value for row in rows if row.layer.isdigit()])
+    compression = probing.compression.mean(0)[0].to(curve)
     generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for _ in range(DRAWS):
-        seed = int(torch.randint(len(compression), (1,), generator=generator))
-        some = torch.randint(dots.shape[1], (dots.shape[1],), generator=generator)
-        drawn.append(float(spearman(dots[:, some].nanmean(1), compression[seed])))
-    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
-    value = float(spearman(dots.nanmean(1), compression.mean(0)))
-    found.score(PROBING, name, torch.zeros(dots.shape[1]), interval=(value, low, high))
+    drawn = [torch.randperm(len(curve), generator=generator) for _ in range(DRAWS)]
+    chance = torch.stack([spearman(curve[some], compression) for some in drawn]).abs()
+    wide, value = float(chance.quantile(0.95)), float(spearman(curve, compression))
+    found.score(PROBING, name, curve, interval=(value, value - wide, value + wide))
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:

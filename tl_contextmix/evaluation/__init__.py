@@ -2,6 +2,7 @@
 
 from tl_contextmix.evaluation.agreement import agreement
 from tl_contextmix.evaluation.alignment import Cues, cue_alignment
+from tl_contextmix.evaluation.annotations import read_annotations
 from tl_contextmix.evaluation.corpus_figures import over_corpus
 from tl_contextmix.evaluation.faithfulness import (
     Drop,
@@ -11,6 +12,7 @@ from tl_contextmix.evaluation.faithfulness import (
     faithfulness_of,
     warn_of_short,
 )
+from tl_contextmix.evaluation.log_prob_curves import knockout_curve, log_prob_path
 from tl_contextmix.evaluation.minimal_pairs import (
     MinimalPair,
     demo_pairs,
@@ -35,11 +37,14 @@ __all__ = [
     "demo_pairs",
     "faithfulness",
     "faithfulness_of",
+    "knockout_curve",
     "label_tokens",
     "load_minimal_pairs",
+    "log_prob_path",
     "over_corpus",
     "overlapping",
     "place_tokens",
+    "read_annotations",
     "sentences_of",
     "warn_of_short",
 ]
