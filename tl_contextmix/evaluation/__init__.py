@@ -20,6 +20,11 @@ from tl_contextmix.evaluation.minimal_pairs import (
     overlapping,
     place_tokens,
 )
+from tl_contextmix.evaluation.norm_statistics import (
+    alignment_error_rate,
+    expansion_rates,
+    frequency_correlation,
+)
 from tl_contextmix.evaluation.sentences import Sentence, Unusable, sentences_of
 from tl_contextmix.evaluation.word_labels import by_kind, label_tokens
 
@@ -30,13 +35,15 @@ __all__ = [
     "Sentence",
     "Unusable",
     "agreement",
+    "alignment_error_rate",
     "blank_token",
     "blanked",
     "by_kind",
     "cue_alignment",
-    "demo_pairs",
+    "expansion_rates",
     "faithfulness",
     "faithfulness_of",
+    "frequency_correlation",
     "knockout_curve",
     "label_tokens",
     "load_minimal_pairs",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, TokenAnswerInputs, apart
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import LATER, NotNegative, Positive, checked
 from tl_contextmix.engine.log_prob_scores import run_question
@@ -18,9 +18,6 @@ from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES
 from tl_contextmix.errors import bad, seen
 from tl_contextmix.methods.log_prob.knockout import knockout
 from tl_contextmix.results import LogProbContributions
-
-if TYPE_CHECKING:
-    import pandas
 
 Found = Annotated[LogProbContributions, LATER]
 
@@ -34,7 +31,7 @@ def log_prob_path(
     norm: NormRule = "frozen+beta",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
-) -> pandas.DataFrame:
+) -> Any:  # a pandas.DataFrame
     r"""Returns probability and log-probability on the way from the first state to the last.
 
     .. math:: \log p(w \mid h^0 + a (h^L - h^0)), \qquad a = 0, 1/n, \dots, 1
@@ -101,8 +98,8 @@ def knockout_curve(
     everywhere: bool = False,
     controls: NotNegative = 10,
     seed: NotNegative = 0,
-    **inputs: Any,
-) -> pandas.DataFrame:
+    **inputs: Unpack[TokenAnswerInputs],
+) -> Any:  # a pandas.DataFrame
     """Returns what is left of an answer as more and more of the best components are ablated.
 
     Args:
@@ -114,7 +111,8 @@ def knockout_curve(
         everywhere: See `tl_contextmix.knockout`.
         controls: As many random ones of the same kinds, drawn so often.
         seed: Of the draws.
-        **inputs: Other options of `tl_contextmix.knockout`.
+        **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
+            `TokenInputs`.
 
     Returns:
         The rows of `Knockout.summary` with ``count``: means over prompts of log-probability,
@@ -137,9 +135,9 @@ def knockout_curve(
             "Ask log_prob_contributions for a larger k.",
         )
     kind = "heads" if components.by == "head" else "neurons"
-    some = {"everywhere": everywhere, "controls": controls, "seed": seed, **inputs}
+    some: Any = {"everywhere": everywhere, "controls": controls, "seed": seed, **inputs}
     frames = []
     for count in counts:
-        found = knockout(model, input, **{kind: components.top(count)}, **some)
+        found = knockout(model, input, **some, **{kind: components.top(count)})
         frames.append(found.summary().assign(count=count))
     return pandas.concat(frames, ignore_index=True)
