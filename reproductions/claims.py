@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,8 @@ from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results.base import Shown
 
 HERE = Path(__file__).parent
+# The grammar of the embedded translator belongs to the scripts that train it.
+sys.path.append(str(HERE.parent / "scripts" / "demo_models"))
 STORED = HERE / "results"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be said here"
 

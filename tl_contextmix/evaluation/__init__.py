@@ -3,6 +3,12 @@
 from tl_contextmix.evaluation.agreement import agreement
 from tl_contextmix.evaluation.alignment import Cues, cue_alignment
 from tl_contextmix.evaluation.annotations import read_annotations
+from tl_contextmix.evaluation.answer_metrics import (
+    alias_match,
+    assigns_variables,
+    in_language,
+    satisfies,
+)
 from tl_contextmix.evaluation.corpus_figures import over_corpus
 from tl_contextmix.evaluation.faithfulness import (
     Drop,
@@ -35,7 +41,9 @@ __all__ = [
     "Sentence",
     "Unusable",
     "agreement",
+    "alias_match",
     "alignment_error_rate",
+    "assigns_variables",
     "blank_token",
     "blanked",
     "by_kind",
@@ -44,6 +52,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_of",
     "frequency_correlation",
+    "in_language",
     "knockout_curve",
     "label_tokens",
     "load_minimal_pairs",
@@ -52,6 +61,7 @@ __all__ = [
     "overlapping",
     "place_tokens",
     "read_annotations",
+    "satisfies",
     "sentences_of",
     "warn_of_short",
 ]
