@@ -84,7 +84,7 @@ def translate(found: Reproduction, model: Any, count: int) -> None:
     english, french = ([getattr(p, s) for p in pairs] for s in ("source_text", "target_text"))
     judged = cm.decoder_lens(model, english, french, mode="teacher_forced")
     spans = label_tokens(judged.target, french, [pair.contexts for pair in pairs])
-    kinds = [[""] * judged.target.shape[1] for _ in pairs]
+    kinds = [[""] * int(real.sum()) for real in judged.target.mask]
     for row, some in enumerate(spans):
         for start, stop, label in some:
             kinds[row][start:stop] = [label] * (stop - start)
@@ -98,8 +98,9 @@ def translate(found: Reproduction, model: Any, count: int) -> None:
     for row, some in enumerate(kinds):
         easy = torch.tensor([kind == "dictionary" for kind in some])
         hard = torch.tensor([kind not in ("dictionary", "") for kind in some])
-        right["dictionary words"].append(hit[row][easy].mean())
-        right["words in context"].append(hit[row][hard].mean())
+        mine = hit[row, : len(some)]
+        right["dictionary words"].append(mine[easy].mean())
+        right["words in context"].append(mine[hard].mean())
     values = {label: torch.stack(some) for label, some in right.items()}
     subtasks(found, "encoder-decoder", *values, values)
     said = cm.decoder_lens(model, english[:5])

@@ -163,7 +163,7 @@ def in_language(code: str) -> UserMetric:
         ContextMixError: If it is not installed.
     """
     try:
-        import py3langid.langid as langid
+        import py3langid
     except ImportError as error:
         raise ContextMixError(
             four_parts(
@@ -173,14 +173,13 @@ def in_language(code: str) -> UserMetric:
                 "Install it: pip install py3langid.",
             )
         ) from error
-    identifier = langid.LanguageIdentifier.from_pickled_model(langid.MODEL_FILE)
-    known = [str(label) for label in identifier.nb_classes]
+    known = sorted({language for language, _ in py3langid.rank("a")})
     if code not in known:
         raise bad("this language is not known", repr(code), f"one of {known}", "Pass its code.")
 
     def in_language(output: str, reference: str | None, source: str) -> float:
         if not output.strip():
             return float("nan")
-        return float(identifier.classify(output)[0] == code)
+        return float(py3langid.classify(output)[0] == code)
 
     return in_language
