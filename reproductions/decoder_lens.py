@@ -34,7 +34,7 @@ from tl_contextmix.evaluation import (
 )
 
 WORDS = "simpler subtasks are solved with high precision by low and intermediate encoder layers"
-STEPS = {"qa": 1200, "logic": 900, "asr": 500}
+STEPS = {"qa": 2500, "logic": 900, "asr": 500}
 
 
 def order_claim(easy: str, hard: str) -> Claim:

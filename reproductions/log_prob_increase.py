@@ -68,7 +68,7 @@ BEFORE = Claim(
     "query neurons are shallower than value neurons",
     "shallow neurons activate the deep value neurons",
     "section 4; figure 1",
-    "mean layer of the best value neurons less that of the best query neurons",
+    "mean layer of the best value neurons less that of the best query neurons, of facts with both",
 )
 BOTH = Claim(
     "attention and FF layers both carry the answer",
