@@ -106,6 +106,8 @@ def _stanza(token: Any, name: str) -> str:
 
 def _named(text: str, given: Any) -> list[tuple[int, int, Any]]:
     listed = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if isinstance(given, (tuple, list)) and not given:
+        return []
     if listed and all(isinstance(one, (tuple, list)) and len(one) == 3 for one in listed):
         inside = all(0 <= start < stop <= len(text) for start, stop, _ in listed)
         if inside:

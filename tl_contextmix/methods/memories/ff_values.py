@@ -106,7 +106,7 @@ def ff_values(
         layer = layers_of(view, view.base_stack(None))
     last, through = (None, None) if via is None else _head(view, via)
     if layer is None and last is not None:
-        layer = range(last)
+        layer = range(last) if last else 0
     chosen = [
         (block, positions("neuron", neurons, range(require_feed_forward(block).width)))
         for block in select_blocks(view.blocks(), layer)
