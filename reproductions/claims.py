@@ -253,7 +253,8 @@ def read_options(
     )
     parser.add_argument("--out", "-o", default=str(STORED), help="folder of page and figures")
     for name, one in more.items():
-        parser.add_argument(f"--{name}", **({"help": one} if isinstance(one, str) else one))
+        how: dict[str, Any] = {"help": one} if isinstance(one, str) else one
+        parser.add_argument(f"--{name}", **how)
     return parser.parse_args(given)
 
 

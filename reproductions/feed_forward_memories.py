@@ -143,6 +143,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         texts = list(dict.fromkeys(sentences(options, name)))
         with tempfile.TemporaryDirectory() as folder:
             triggers = cm.mine_triggers(model, texts, out=folder)
+            assert triggers is not None  # nothing was left to other processes
             triggers_say(found, name, triggers, options.draws)
             values_say(found, name, triggers)
             if options.sheet:

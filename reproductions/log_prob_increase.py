@@ -23,8 +23,8 @@ import tl_contextmix as cm
 from tl_contextmix.evaluation import knockout_curve, log_prob_path
 from tl_contextmix.evaluation.prompt_rows import read_row
 
-OURS = "log_prob_increase"
-RIVALS = (
+OURS: Any = "log_prob_increase"
+RIVALS: tuple[Any, ...] = (
     *("log_prob", "prob_increase", "norm", "coefficient"),
     *("rank", "coefficient_norm", "coefficient_rank"),
 )

@@ -105,7 +105,8 @@ def follow(found: Reproduction, name: str, probing: Any, compared: Any) -> None:
     drawn = [torch.randperm(len(curve), generator=generator) for _ in range(DRAWS)]
     chance = torch.stack([spearman(curve[some], compression) for some in drawn]).abs()
     wide, value = float(chance.quantile(0.95)), float(spearman(curve, compression))
-    found.score(PROBING, name, curve, interval=(value, value - wide, value + wide))
+    ends = max(-1.0, value - wide), min(1.0, value + wide)
+    found.score(PROBING, name, curve, interval=(value, *ends))
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:

@@ -552,8 +552,9 @@ def test_values_are_read_through_a_head() -> None:
         cm.ff_values(model, via=(1, 1), layer=1)
     with pytest.raises(InvalidInput, match="a head reads only"):
         cm.ff_values(model, via=(0, 1))
+    one_number: Any = [1]
     with pytest.raises(InvalidInput, match="names no head"):
-        cm.ff_values(model, via=[1])
+        cm.ff_values(model, via=one_number)
 
 
 @once

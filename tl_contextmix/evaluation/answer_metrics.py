@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,7 @@ def in_language(code: str) -> UserMetric:
         ContextMixError: If it is not installed.
     """
     try:
-        import py3langid
+        py3langid = importlib.import_module("py3langid")
     except ImportError as error:
         raise ContextMixError(
             four_parts(

@@ -138,6 +138,7 @@ def knockout_curve(
     some: Any = {"everywhere": everywhere, "controls": controls, "seed": seed, **inputs}
     frames = []
     for count in counts:
-        found = knockout(model, input, **some, **{kind: components.top(count)})
+        some |= {kind: components.top(count)}
+        found = knockout(model, input, **some)
         frames.append(found.summary().assign(count=count))
     return pandas.concat(frames, ignore_index=True)
