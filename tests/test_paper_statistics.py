@@ -268,6 +268,48 @@ def test_kinds_need_one_map_and_both_texts_and_labels(masked: Any) -> None:
     assert bool(inside.select(quantity="in one NP").values[1].isnan().all())
 
 
+@once
+def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
+    text = TEXTS[1]  # the key is old .
+    whole = cm.attention(masked, text, heads=False)
+    arcs = [((4, 7), (0, 3), "det"), ((8, 10), (4, 7), "nsubj")]
+    found = by_kind(whole, texts=text, arcs=[arcs])
+    for name, target, source in (
+        ("det: head", 2, 1),
+        ("det: dependent", 1, 2),
+        ("nsubj: head", 3, 2),
+        ("nsubj: dependent", 2, 3),
+    ):
+        assert torch.equal(
+            found.select(quantity=name).values[0, :, 0], whole.scores[0, :, 0, target, source]
+        )
+    words = Words(
+        SimpleNamespace(idx=at, text=word, i=place, dep_=relation, head=SimpleNamespace(i=head))
+        for place, (at, word, head, relation) in enumerate(
+            [(0, "the", 1, "det"), (4, "key", 2, "nsubj"), (8, "is", 2, "ROOT")]
+        )
+    )
+    assert by_kind(whole, texts=text, arcs=[words]).equals(found)
+    stanza = SimpleNamespace(
+        sentences=[
+            SimpleNamespace(
+                words=[
+                    SimpleNamespace(
+                        id=n, head=head, deprel=relation, start_char=at, end_char=at + size
+                    )
+                    for n, (at, size, head, relation) in enumerate(
+                        [(0, 3, 2, "det"), (4, 3, 3, "nsubj"), (8, 2, 0, "root")], 1
+                    )
+                ]
+            )
+        ]
+    )
+    assert by_kind(whole, texts=text, arcs=lambda _: stanza).equals(found)
+    for wrong, match in (([], "arcs do not fit"), ([[(1, 2, "x")]], "no arcs of the text")):
+        with pytest.raises(InvalidInput, match=match):
+            by_kind(whole, texts=text, arcs=wrong)
+
+
 BLIMP = [
     (
         "anaphor_number_agreement",

@@ -132,6 +132,7 @@ def by_kind(
     texts: str | Sequence[str] | None = None,
     labels: Labels | None = None,
     of: Of = "pos",
+    arcs: Labels | None = None,
 ) -> LayerFigures:
     """Returns the mean score of a map by the kind of its pairs: which compositions are amplified?
 
@@ -142,6 +143,8 @@ def by_kind(
     ``self``           a token and itself
     ``same token``     the same token elsewhere
     ``pieces``         pieces of one word
+    ``R: head``        a head that reads its dependent, by an arc with the relation ``R``
+    ``R: dependent``   a dependent that reads its head
     ``in one X``       words of one span that is labelled ``X``: a compound, a name
     ``X from Y``       a target that is labelled ``X``, a source that is labelled ``Y``
     ``neighbours``     words that are next to each other
@@ -153,9 +156,12 @@ def by_kind(
 
     Args:
         map: A map with one head; heads are averaged by ``.mean("head")``.
-        texts: Its texts, for ``labels``.
+        texts: Its texts, for ``labels`` and ``arcs``.
         labels: Labels of words or spans, see `label_tokens`.
         of: Likewise.
+        arcs: Dependency arcs of each text in a list, or a function that returns those of a text:
+            ``(head, dependent, relation)`` with spans ``(start, stop)`` of characters, or a
+            document of spaCy or stanza.
 
     Returns:
         `LayerFigures` [batch layer quantity]; NaN where a text has no such pair. Sources that a
@@ -171,21 +177,23 @@ def by_kind(
             "one map per layer",
             "Take .mean('head') or select(head=...).",
         )
-    if (labels is None) != (texts is None):
+    if (labels is None and arcs is None) != (texts is None):
         raise bad(
             "labels are of words of texts",
-            "texts without labels" if labels is None else "labels without texts",
+            "labels without texts" if texts is None else "texts without labels",
             "both, or neither",
-            "Pass texts= and labels=.",
+            "Pass texts= and labels= or arcs=.",
         )
-    batch = len(map.scores)
+    batch, sides = len(map.scores), (map.target, map.source)
     spans = [
-        [label_tokens(side, texts, labels, of=of) for side in (map.target, map.source)]
-        if labels is not None and texts is not None
-        else [[()] * batch] * 2
-    ][0]
+        [()] * batch if labels is None else label_tokens(side, texts or "", labels, of=of)
+        for side in sides
+    ]
+    tied = [{}] * batch if arcs is None else _all_arcs(map, texts or "", arcs)
     causal = map.causal
-    kinds = [_kinds(map, row, spans[0][row], spans[1][row], causal) for row in range(batch)]
+    kinds = [
+        _kinds(map, row, spans[0][row], spans[1][row], tied[row], causal) for row in range(batch)
+    ]
     names = sorted({name for one in kinds for name in one.values()}, key=_order)
     values = map.scores.new_full((batch, len(map.layers), len(names)), torch.nan)
     scores = map.scores[:, :, 0].detach()
@@ -210,11 +218,16 @@ _KINDS = ("special", "self", "same token", "pieces", "neighbours", "other")
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (_KINDS.index(name) if name in _KINDS[:4] else 9 if name in _KINDS else 5, name)
+    return (_KINDS.index(name) if name in _KINDS[:4] else 9 if name in _KINDS else 5), name
 
 
 def _kinds(
-    map: ContextMap, row: int, ours: Sequence[Span], theirs: Sequence[Span], causal: bool
+    map: ContextMap,
+    row: int,
+    ours: Sequence[Span],
+    theirs: Sequence[Span],
+    tied: dict[tuple[int, int], str],
+    causal: bool,
 ) -> dict[tuple[int, int], str]:
     """Returns the kind of each pair of real tokens of a text."""
     both = map.target.equals(map.source)
@@ -225,8 +238,67 @@ def _kinds(
     for t, s in product(target, source):
         if causal and s > t:
             continue
-        found[t, s] = _kind(target[t], source[s], t == s if both else False, both)
+        kind = _kind(target[t], source[s], t == s if both else False, both)
+        found[t, s] = tied.get((t, s), kind) if kind not in _KINDS[:4] else kind
     return found
+
+
+def _all_arcs(
+    map: ContextMap, texts: str | Sequence[str], arcs: Any
+) -> list[dict[tuple[int, int], str]]:
+    """Returns per text which pairs of target and source are tied, and how."""
+    texts = [texts] if isinstance(texts, str) else [*texts]
+    given = [arcs(text) for text in texts] if callable(arcs) else [*arcs]
+    if not len(given) == len(texts) == len(map.scores):
+        raise bad(
+            "arcs do not fit the texts",
+            f"arcs of {len(given)} texts, {len(texts)} texts, a map of {len(map.scores)}",
+            "as many of each",
+            "Pass a list with the arcs of each text, even of one.",
+        )
+    found = []
+    for row, (text, one) in enumerate(zip(texts, given, strict=True)):
+        target, source = (place_tokens(text, side, row) for side in (map.target, map.source))
+        pairs: dict[tuple[int, int], str] = {}
+        for head, dependent, relation in _arcs(text, one):
+            for name, (a, b) in (("head", (head, dependent)), ("dependent", (dependent, head))):
+                for pair in product(overlapping(target, a), overlapping(source, b)):
+                    pairs.setdefault(pair, f"{relation}: {name}")
+        found.append(pairs)
+    return found
+
+
+def _arcs(text: str, given: Any) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
+    """Returns the spans of head and dependent of each arc, with its relation."""
+    if hasattr(given, "sentences"):  # stanza
+        found = []
+        for sentence in given.sentences:
+            known = {word.id: word for word in sentence.words if word.start_char is not None}
+            some = [(known[w.head], w) for w in known.values() if w.head in known]
+            found += [(_ends(h), _ends(w), str(w.deprel)) for h, w in some]
+        return found
+    if hasattr(given, "ents"):  # spaCy
+        spans = {word.i: (word.idx, word.idx + len(word.text)) for word in given}
+        some = [(w.head.i, w.i, w.dep_) for w in given if w.head.i != w.i]
+        return [(spans[head], spans[own], str(relation)) for head, own, relation in some]
+    try:
+        arcs = [(tuple(head), tuple(own), str(relation)) for head, own, relation in given]
+    except (TypeError, ValueError):
+        arcs = [((0, 0), (0, 0), "")]
+    for *ends, _ in arcs:
+        if not all(len(span) == 2 and 0 <= span[0] < span[1] <= len(text) for span in ends):
+            raise bad(
+                "these are no arcs of the text",
+                f"{seen(given)} for {text[:100]!r}",
+                "(head, dependent, relation) with spans (start, stop) of characters, or a document "
+                "of spaCy or stanza",
+                "Pass an empty list for a text without arcs.",
+            )
+    return arcs
+
+
+def _ends(word: Any) -> tuple[int, int]:
+    return word.start_char, word.end_char
 
 
 _Place = tuple[str, int, "Span | None", bool]
