@@ -21,6 +21,7 @@ import torch
 from claims import Claim, Reproduction, load, read_options, sentences
 
 import tl_contextmix as cm
+from tl_contextmix.adapters import as_view
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.evaluation import by_kind, over_corpus
 from tl_contextmix.results import LayerCurves
@@ -86,8 +87,11 @@ def most_frequent(found: LayerCurves, k: int = 5) -> Any:
 
 
 def without_outliers(model: Any, texts: list[str], dims: int = 2) -> Any:
-    """Returns how much of the map after FF is of its two largest dimensions, by layer."""
-    rows = []
+    """Returns how much of the map after FF is of its two largest dimensions, by layer.
+
+    With the gain that the norm after FF has there, over its mean, in post-LN models (section 7).
+    """
+    rows, blocks = [], as_view(model).blocks()
     for row, text in enumerate(texts):
         parts = cm.decompose(model, text, at="mlp_out")
         whole = parts.norms().scores[0, :, 0]
@@ -99,6 +103,10 @@ def without_outliers(model: Any, texts: list[str], dims: int = 2) -> Any:
                 "share of squares": 1 - float(rest.square().sum() / whole[layer].square().sum()),
                 "1 - rank correlation": 1 - float(spearman(whole[layer][real], rest[real])),
             }
+            norm = blocks[layer].feed_forward.norm_after
+            if norm is not None:
+                gain = norm.weight.abs()
+                figures["gain there / mean gain"] = float(gain[some].mean() / gain.mean())
             rows += [
                 {"batch": row, "layer": layer, "quantity": name, "value": value}
                 for name, value in figures.items()
@@ -149,8 +157,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         rest = over_corpus(model, texts, without_outliers)
         found.table(
             f"{name}: FF's outlier dimensions",
-            "Share of the two largest dimensions in the squares after FF, and how much the map "
-            "changes without them.",
+            "Share of the two largest dimensions in the squares after FF, how much the map changes "
+            "without them, and the gain of the norm that follows there.",
             rest.to_dataframe(),
         )
     return found.write()

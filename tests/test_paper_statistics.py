@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 from collections import Counter
@@ -18,7 +19,7 @@ import zoo
 from scipy import stats
 
 import tl_contextmix as cm
-from tl_contextmix.errors import FileFormatError, InvalidInput, UnsupportedModel
+from tl_contextmix.errors import ContextMixError, FileFormatError, InvalidInput, UnsupportedModel
 from tl_contextmix.evaluation import (
     alias_match,
     alignment_error_rate,
@@ -26,6 +27,7 @@ from tl_contextmix.evaluation import (
     by_kind,
     expansion_rates,
     frequency_correlation,
+    in_language,
     knockout_curve,
     label_tokens,
     log_prob_path,
@@ -693,6 +695,18 @@ def test_formulas_are_checked_as_python_does() -> None:
     for wrong in ("& a", "a b", "a -> b"):
         with pytest.raises(InvalidInput, match="no formula"):
             satisfies("a 1 b 1", None, wrong)
+
+
+@once
+def test_languages_are_told_where_the_package_is() -> None:
+    if importlib.util.find_spec("py3langid") is None:
+        with pytest.raises(ContextMixError, match="pip install py3langid"):
+            in_language("fr")
+        return
+    french = in_language("fr")
+    assert french("les chevaux sont rouges et le bateau tombait dans la mer", None, "") == 1.0
+    assert french("the horses are red and the boat fell into the sea", None, "") == 0.0
+    assert math.isnan(french(" ", None, ""))
 
 
 def test_reciprocal_ranks_are_those_of_the_answer() -> None:
