@@ -65,7 +65,7 @@ def mixing(model: Any, texts: list[str]) -> Any:
 
 @once
 def test_means_over_a_corpus_are_those_of_its_sentences(masked: Any) -> None:
-    found = over_corpus(masked, TEXTS, mixing, batch_size=2, shard_size=3)
+    found = over_corpus(masked, [*TEXTS, " "], mixing, batch_size=2, shard_size=3)
     frame = pandas.concat(
         [cm.mixing_ratio(masked, text).to_dataframe().assign(text=text) for text in TEXTS]
     )

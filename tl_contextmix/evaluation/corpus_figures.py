@@ -18,9 +18,9 @@ from tl_contextmix.adapters.inputs import provenance
 from tl_contextmix.core.statistics import Moments, t_quantile
 from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, checked
 from tl_contextmix.errors import FileFormatError, bad, four_parts, seen
-from tl_contextmix.methods.memories.corpus_formats import Document, open_corpus
+from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.mining import changed, require_run
-from tl_contextmix.methods.memories.shards import expect, progress, read_shards
+from tl_contextmix.methods.memories.shards import Shard, expect, progress, read_shards
 from tl_contextmix.methods.memories.store import alone
 from tl_contextmix.results import CurvePoint, LayerCurves
 from tl_contextmix.results.curves import EVERY
@@ -62,11 +62,12 @@ def over_corpus(
     Args:
         model: Any TransformerLens model, or a mapping from names to models: their figures then
             stand side by side, in categories that begin with the name.
-        corpus: As `tl_contextmix.mine_triggers` takes it.
-        measure: Called with the model and a batch of documents. Returns a result or a table with
-            the columns ``batch`` and ``layer`` and a number, such as those of
-            `tl_contextmix.cancellation`, `tl_contextmix.mixing_ratio`, `ContextMap.by_kind` or
-            `tl_contextmix.amplified_pairs`; or figures per sentence (`Score`, `Comparison`).
+        corpus: As `tl_contextmix.mine_triggers` takes it; blank lines are left out.
+        measure: Called with the model and a batch of documents; a function with a name of its own,
+            by which ``out`` knows it again. Returns a result or a table with the columns
+            ``batch`` and ``layer`` and a number, such as `tl_contextmix.cancellation`,
+            `tl_contextmix.mixing_ratio`, `tl_contextmix.amplified_pairs` and `by_kind` have; or
+            figures per sentence (`Score`, `Comparison`).
         value: The column of the number.
         metric: The column that names what was measured; None for ``"quantity"`` where there is
             one, else ``value`` names it.
@@ -129,16 +130,12 @@ def over_corpus(
                 continue
             if finished or shard.first < resumed:
                 raise changed(opened, f"{end} documents where there were {resumed}")
-            for name, one in models.items():
-                for start in range(0, len(shard.documents), batch_size):
-                    some = shard.documents[start : start + batch_size]
-                    given = [
-                        _document(d, opened.name, shard.first + start + i, rows)
-                        for i, d in enumerate(some)
-                    ]
-                    state.add(
-                        _figures(measure(one, given), value, metric, category, len(given)), name
-                    )
+            documents = [*_documents(shard, opened.name, rows)]
+            for start in range(0, len(documents), batch_size):
+                given = documents[start : start + batch_size]
+                for name, one in models.items():
+                    found = _figures(measure(one, given), value, metric, category, len(given))
+                    state.add(found, name)
             state.read = end
             bar.update(end - bar.n)
             expect(bar, read, size)
@@ -154,19 +151,26 @@ def over_corpus(
     return LayerCurves(
         points=state.points(),
         title="Over a corpus",
-        caption=f"Means over {state.read:,} documents, with 95 % intervals (Student's t).",
+        caption=f"Means over the sentences of {state.read:,} documents, with 95 % intervals "
+        "(Student's t).",
         provenance=first,
     )
 
 
-def _document(document: Document, name: str, number: int, rows: bool) -> Any:
-    if document.text is None and document.ids is None:
-        raise bad(
-            f"document {number} of {name} cannot be read", document.problem, "a text", "Fix it."
-        )
-    if rows:
-        return json.loads(document.text or "null")
-    return document.text if document.text is not None else document.ids
+def _documents(shard: Shard, name: str, rows: bool) -> Iterator[Any]:
+    """Yields texts, token ids or rows; blank lines are left out.
+
+    Raises:
+        InvalidInput: If one cannot be read.
+    """
+    for number, document in enumerate(shard.documents, shard.first):
+        if document.ids is not None:
+            yield document.ids
+        elif document.text is None:
+            where = f"document {number} of {name}"
+            raise bad(f"{where} cannot be read", document.problem, "a text", "Fix it.")
+        elif document.text.strip():
+            yield json.loads(document.text) if rows else document.text
 
 
 def _figures(

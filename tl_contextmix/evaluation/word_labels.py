@@ -194,15 +194,13 @@ def by_kind(
     kinds = [
         _kinds(map, row, spans[0][row], spans[1][row], tied[row], causal) for row in range(batch)
     ]
-    names = sorted({name for one in kinds for name in one.values()}, key=_order)
+    names = sorted({name for one in kinds for name in one}, key=_order)
     values = map.scores.new_full((batch, len(map.layers), len(names)), torch.nan)
     scores = map.scores[:, :, 0].detach()
-    for row, pairs in enumerate(kinds):
-        for place, name in enumerate(names):
-            mine = [pair for pair, kind in pairs.items() if kind == name]
-            if mine:
-                target, source = torch.tensor(mine, device=scores.device).T
-                values[row, :, place] = scores[row][:, target, source].mean(-1)
+    for row, groups in enumerate(kinds):
+        for name, pairs in groups.items():
+            target, source = torch.tensor(pairs, device=scores.device).T
+            values[row, :, names.index(name)] = scores[row][:, target, source].mean(-1)
     return LayerFigures(
         values=values,
         layers=map.layers,
@@ -228,18 +226,19 @@ def _kinds(
     theirs: Sequence[Span],
     tied: dict[tuple[int, int], str],
     causal: bool,
-) -> dict[tuple[int, int], str]:
-    """Returns the kind of each pair of real tokens of a text."""
+) -> dict[str, list[tuple[int, int]]]:
+    """Returns the pairs of real tokens of a text, by kind."""
     both = map.target.equals(map.source)
     target, source = (
         _places(side, row, spans) for side, spans in ((map.target, ours), (map.source, theirs))
     )
-    found = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for t, s in product(target, source):
         if causal and s > t:
             continue
         kind = _kind(target[t], source[s], t == s if both else False, both)
-        found[t, s] = tied.get((t, s), kind) if kind not in _KINDS[:4] else kind
+        kind = kind if kind in _KINDS[:4] else tied.get((t, s), kind)
+        found.setdefault(kind, []).append((t, s))
     return found
 
 
