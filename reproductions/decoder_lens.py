@@ -33,7 +33,7 @@ from tl_contextmix.evaluation import (
     satisfies,
 )
 
-WORDS = "simpler subtasks are solved with high precision by low and intermediate encoder layers"
+WORDS = "“simpler subtasks are solved with high precision by low and intermediate encoder layers”"
 KNOWN = "of what the last layer has right"
 STEPS = {"qa": 3000, "logic": 900, "asr": 500}
 
@@ -43,7 +43,7 @@ def order_claim(easy: str, hard: str) -> Claim:
     return Claim(
         f"{easy} before {hard}",
         WORDS,
-        "abstract; sections 4 and 5",
+        "abstract",
         f"share right from the middle encoder layer, {easy} less {hard}, {KNOWN}",
     )
 

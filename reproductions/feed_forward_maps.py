@@ -28,8 +28,8 @@ from tl_contextmix.results import LayerCurves
 
 POINTS = ("resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out")
 WORDS = (
-    "FF networks modify the input contextualization to emphasize specific types of linguistic "
-    "compositions"
+    "“FF networks modify the input contextualization to emphasize specific types of linguistic "
+    "compositions”"
 )
 PIECES = Claim(
     "FF amplifies the pieces of a word",
@@ -47,7 +47,7 @@ NEIGHBOURS = Claim(
 )
 CANCEL = Claim(
     "FF and its surroundings cancel",
-    "FF and its surrounding components tend to cancel out each other's effects",
+    "“FF and its surrounding components tend to cancel out each other's effects”",
     "abstract; section 6",
     "-cos(change by FF, change by what follows), mean over layers; 0.5 is that of unrelated maps",
     0.5,

@@ -24,7 +24,7 @@ from tl_contextmix.evaluation import read_annotations
 
 SHALLOW = Claim(
     "lower layers are shallower",
-    "lower layers tend to capture shallow patterns, while upper layers learn more semantic ones",
+    "“lower layers tend to capture shallow patterns, while upper layers learn more semantic ones”",
     "abstract; figure 2",
     "share of a memory's triggers with the same ending, lower half of the layers less upper half",
 )
@@ -36,8 +36,8 @@ LAST = Claim(
 )
 UPPER = Claim(
     "upper values agree with what follows",
-    "values concentrate probability mass on tokens likely to appear immediately after each "
-    "pattern, particularly in the upper layers",
+    "“inducing output distributions that concentrate probability mass on tokens likely to appear "
+    "immediately after each pattern, particularly in the upper layers”",
     "abstract; figure 4",
     "rate at which a value's top token follows its first trigger, upper half less lower half",
 )
@@ -49,14 +49,14 @@ CHANCE = Claim(
 )
 COMPOSITION = Claim(
     "a layer's output is a composition",
-    "the output of a feed-forward layer is a composition of its memories",
+    "“the output of a feed-forward layer is a composition of its memories”",
     "abstract; figure 8",
     "share of positions where no active memory promotes the top token of the layer's output",
     0.5,
 )
 REFINED = Claim(
     "residual connections refine the prediction",
-    "subsequently refined throughout the model's layers via residual connections",
+    "“subsequently refined throughout the model's layers via residual connections”",
     "abstract; figure 9",
     "share of positions where the residual stream's top token is the final one, last layer less "
     "first",

@@ -29,14 +29,14 @@ RIVALS: tuple[Any, ...] = (
     *("rank", "coefficient_norm", "coefficient_rank"),
 )
 METRICS = ("log_prob", "probability", "reciprocal_rank")
-WORDS = "Compared to seven other methods, our approach demonstrates superior performance"
+WORDS = "“Compared to seven other methods, our approach demonstrates superior performance"
 
 
 def better_claim(metric: str) -> Claim:
     """Returns that removing what the score finds does more than what the best rival finds."""
     return Claim(
         f"superior by {metric.replace('_', ' ')}",
-        f"{WORDS} across three metrics",
+        f"{WORDS} across three metrics”",
         "abstract; table 1",
         f"fall of the {metric.replace('_', ' ')} when a score's best neurons are removed, less "
         "that of the best rival",
@@ -53,7 +53,7 @@ FEW = Claim(
 )
 QUERY = Claim(
     "query neurons matter",
-    'we propose a method for identifying "query neurons" which activate these "value neurons"',
+    '“identifying "query neurons" which activate these "value neurons"”',
     "abstract; section 4",
     "fall of the log-probability when the best query neurons are removed, less that with random "
     "ones",
@@ -130,13 +130,16 @@ def neurons(found: Reproduction, name: str, model: Any, asked: Any, ours: Any, k
     found.score(FEW, name, ((lost - random) / out.before)[:, 1])
     values = ours.components.layer.double().mean(1)
     found.score(DEEP, name, values - (depth - 1) / 2)
-    query = cm.query_contributions(model, prompts, neurons=ours, by="ff_neuron", k=k)
-    removed = cm.knockout(model, prompts, target=targets, neurons=query.top(k), everywhere=True)
-    apart = removed.controls.mean(1) - removed.after
-    found.score(QUERY, name, apart[:, 0])
-    layers = query.top(k).components
-    shallow = torch.where(layers.is_empty(), torch.nan, layers.layer.double()).nanmean(1)
-    found.score(BEFORE, name, values - shallow)
+    try:
+        query = cm.query_contributions(model, prompts, neurons=ours, by="ff_neuron", k=k).top(k)
+    except cm.InvalidInput:  # every value neuron is of the first layer, which reads no other one
+        for claim in (QUERY, BEFORE):
+            found.score(claim, name, [])
+        return
+    removed = cm.knockout(model, prompts, target=targets, neurons=query, everywhere=True)
+    found.score(QUERY, name, (removed.controls.mean(1) - removed.after)[:, 0])
+    layer, empty = query.components.layer.double(), query.components.is_empty()
+    found.score(BEFORE, name, values - torch.where(empty, torch.nan, layer).nanmean(1))
 
 
 def layers(found: Reproduction, name: str, model: Any, asked: Any) -> None:

@@ -26,33 +26,33 @@ from tl_contextmix.results import ContextMap
 
 SPECIAL = Claim(
     "poor attention to special tokens",
-    "contrary to previous studies, BERT pays poor attention to special tokens",
+    "“contrary to previous studies, BERT pays poor attention to special tokens”",
     "2020, abstract; section 4",
     "share of special tokens in attention weights less their share in norms",
 )
 ALIGNED = Claim(
     "norms align words better than weights",
-    "reasonable word alignment can be extracted from attention mechanisms of Transformer",
+    "“reasonable word alignment can be extracted from attention mechanisms of Transformer”",
     "2020, abstract; section 5",
     "alignment error rate of weights less that of norms, per sentence, each in its best layer",
 )
 REASONABLE = Claim(
     "norms give a reasonable alignment",
-    "reasonable word alignment can be extracted from attention mechanisms of Transformer",
+    "“reasonable word alignment can be extracted from attention mechanisms of Transformer”",
     "2020, abstract; section 5",
     "0.5 less the alignment error rate of norms, per sentence, in the best layer",
 )
 LESS = Claim(
     "less impact than previously assumed",
-    "the token-to-token interaction performed via attention has less impact on the intermediate "
-    "representations than previously assumed",
+    "“the token-to-token interaction performed via attention has less impact on the intermediate "
+    "representations than previously assumed”",
     "2021, abstract; section 4",
     "mixing ratio of attention alone less that of the whole attention block",
 )
 PRESERVED = Claim(
     "blocks preserve more than they mix",
-    "the token-to-token interaction performed via attention has less impact on the intermediate "
-    "representations than previously assumed",
+    "“the token-to-token interaction performed via attention has less impact on the intermediate "
+    "representations than previously assumed”",
     "2021, abstract; section 4",
     "0.5 less the mixing ratio of the whole attention block",
 )

@@ -26,7 +26,7 @@ RIVALS = {
     "globenc": "GlobEnc",
     "alti": "ALTI",
 }
-WORDS = "We demonstrate the superiority of our context mixing score over other analysis methods"
+WORDS = "“the superiority of our context mixing score over other analysis methods”"
 DRAWS = 2000
 
 
@@ -52,7 +52,7 @@ def faithful_claim(rival: str, identity: str) -> Claim:
 
 PROBING = Claim(
     "the curve follows probing",
-    WORDS + " through [...] probing",
+    WORDS + ", among others by probing",
     "abstract; section 6",
     "rank correlation over layers of cue alignment and of the label's compression (MDL)",
 )

@@ -19,12 +19,12 @@ import claims  # noqa: E402
 pytestmark = pytest.mark.once
 
 SCRIPTS = {
-    "decoder_lens": ["--task", "mt,logic,asr", "--steps", "2", "--limit", "3"],
+    "decoder_lens": ["--task", "mt,logic,asr", "--steps", "2", "--limit", "2"],
     "feed_forward_maps": ["--model", "causal-lm", "--limit", "3"],
-    "feed_forward_memories": ["--limit", "24", "--draws", "2"],
+    "feed_forward_memories": ["--limit", "16", "--draws", "2"],
     "log_prob_increase": ["--limit", "3", "--neurons", "3"],
     "norms": ["--model", "masked-lm", "--limit", "3"],
-    "value_zeroing": ["--model", "masked-lm", "--limit", "3", "--texts", "30", "--seeds", "1"],
+    "value_zeroing": ["--model", "masked-lm", "--limit", "2", "--texts", "24", "--seeds", "1"],
 }
 
 
