@@ -96,8 +96,8 @@ def over_corpus(
         >>> from tl_contextmix.evaluation import over_corpus
         >>> model = cm.load_demo("causal-lm")
         >>> found = over_corpus(model, ["the keys are old .", "the key is old ."], cm.mixing_ratio)
-        >>> [point.sentences for point in found.points]
-        [2, 2, 2, 2]
+        >>> {point.sentences for point in found.points}
+        {2}
     """
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     opened = open_corpus(corpus, column, rows=rows)
