@@ -21,6 +21,7 @@ from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.citations import references
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results.base import Shown
@@ -271,7 +272,7 @@ def load(names: str) -> dict[str, Any]:
                 continue
             with warnings.catch_warnings():
                 # It was published without the head that predicts words.
-                warnings.simplefilter("ignore", cm.ContextMixWarning)
+                warnings.simplefilter("ignore", ContextMixWarning)
                 found[name] = cm.load_model(Path(package.origin).parent / "model")
         else:
             found[name] = cm.load_model(name)

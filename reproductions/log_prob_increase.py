@@ -20,7 +20,7 @@ import torch
 from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
-from tl_contextmix.evaluation import knockout_curve, log_prob_path
+from tl_contextmix.evaluation import demo_pairs, knockout_curve, log_prob_path
 from tl_contextmix.evaluation.prompt_rows import read_row
 
 OURS: Any = "log_prob_increase"
@@ -90,7 +90,7 @@ def facts(options: Any) -> tuple[list[str], list[str], list[str]]:
         lines = Path(options.data).read_text(encoding="utf-8").splitlines()
         rows = [read_row(line, {}, causal=True) for line in lines if line.strip()][: options.limit]
         return [r.text for r in rows], [r.target for r in rows], [r.category for r in rows]
-    pairs = cm.demo_pairs("fact", count=options.limit, lures=False)
+    pairs = demo_pairs("fact", count=options.limit, lures=False)
     prompts = [pair.prefix for pair in pairs]
     # The grammar's sentences of one kind differ in names alone.
     kinds = [

@@ -17,7 +17,7 @@ from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
-from tl_contextmix.evaluation import MinimalPair
+from tl_contextmix.evaluation import MinimalPair, demo_pairs, load_minimal_pairs
 
 RIVALS = {
     "attention": "attention weights",
@@ -61,8 +61,8 @@ PROBING = Claim(
 def pairs_of(options: Any, name: str) -> tuple[MinimalPair, ...]:
     """Returns minimal pairs with cues."""
     if not options.data:
-        return cm.demo_pairs(count=options.limit)
-    pairs = cm.load_minimal_pairs(options.data, cues="derived")
+        return demo_pairs(count=options.limit)
+    pairs = load_minimal_pairs(options.data, cues="derived")
     return pairs[: options.limit]
 
 
@@ -131,7 +131,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         found.table(f"{name}: every figure", "By method, layer and metric.", frame[kept])
         if "dot" not in compared.metrics:
             continue
-        known = pairs if options.data else cm.demo_pairs(count=options.texts, seed=11)
+        known = pairs if options.data else demo_pairs(count=options.texts, seed=11)
         mask = getattr(model.tokenizer, "mask_token", None)
         texts = [pair.masked(mask) if mask else pair.prefix for pair in known]
         number = [pair.answer.endswith("s") for pair in known]

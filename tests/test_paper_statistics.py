@@ -25,11 +25,14 @@ from tl_contextmix.evaluation import (
     alignment_error_rate,
     assigns_variables,
     by_kind,
+    cue_alignment,
+    demo_pairs,
     expansion_rates,
     frequency_correlation,
     in_language,
     knockout_curve,
     label_tokens,
+    load_minimal_pairs,
     log_prob_path,
     over_corpus,
     read_annotations,
@@ -120,7 +123,7 @@ def test_models_side_by_side_scores_and_rows(masked: Any, causal: Any) -> None:
 
     def cues(model: Any, rows: list[dict[str, Any]]) -> Any:
         maps = cm.attention(model, [row["text"] for row in rows], heads=False)
-        return cm.cue_alignment(maps, [row["cues"] for row in rows])
+        return cue_alignment(maps, [row["cues"] for row in rows])
 
     rows = [{"text": "the key is old .", "cues": [2]}, {"text": "the cow is old .", "cues": [2]}]
     found = over_corpus(causal, rows, cues, rows=True)
@@ -366,13 +369,13 @@ def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
         )
         rows.append({"sentence_good": good, "sentence_bad": good.replace(right, wrong), "UID": uid})
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert not any(pair.cues for pair in cm.load_minimal_pairs(path))
-    for pair, row in zip(cm.load_minimal_pairs(path, cues="derived"), BLIMP, strict=True):
+    assert not any(pair.cues for pair in load_minimal_pairs(path))
+    for pair, row in zip(load_minimal_pairs(path, cues="derived"), BLIMP, strict=True):
         words = [[pair.good[slice(*span)] for span in some] for some in (pair.cues, pair.lures)]
         assert words == [*row[3:]], row
     path.write_text(json.dumps({**rows[0], "UID": "wh_island"}))
     with pytest.raises(FileFormatError, match="line 1.*no rule.*wh_island"):
-        cm.load_minimal_pairs(path, cues="derived")
+        load_minimal_pairs(path, cues="derived")
     path.write_text(
         json.dumps(
             {
@@ -383,10 +386,10 @@ def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
         )
     )
     with pytest.raises(FileFormatError, match="does not fit this sentence"):
-        cm.load_minimal_pairs(path, cues="derived")
+        load_minimal_pairs(path, cues="derived")
     given = {**rows[0], "cues": ["Many"]}
     path.write_text(json.dumps(given))
-    (pair,) = cm.load_minimal_pairs(path, cues="derived")
+    (pair,) = load_minimal_pairs(path, cues="derived")
     assert pair.good[slice(*pair.cues[0])] == "Many", "what a line says itself has priority"
 
 
@@ -394,7 +397,7 @@ def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
 def test_a_comparison_without_cues_says_so(causal: Any) -> None:
     found = cm.compare(causal, TEXTS[:2], methods=["attention"])
     assert "No dot and average precision: the sentences have no cues." in repr(found)
-    known = cm.compare(causal, cm.demo_pairs(count=2), methods=["attention"])
+    known = cm.compare(causal, demo_pairs(count=2), methods=["attention"])
     assert "no cues" not in repr(known)
 
 

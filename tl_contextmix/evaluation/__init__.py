@@ -48,6 +48,7 @@ __all__ = [
     "blanked",
     "by_kind",
     "cue_alignment",
+    "demo_pairs",
     "expansion_rates",
     "faithfulness",
     "faithfulness_of",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
-from tl_contextmix.core.validation import FilePath, checked
+from tl_contextmix.core.validation import FilePath, NotNegative, Positive, checked
 from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
 from tl_contextmix.evaluation.cue_rules import derive_cues
 from tl_contextmix.results import Tokens
@@ -126,6 +126,36 @@ def words_of(text: str, *, spaces: bool = False) -> list[Stretch]:
 
 def _stretch(words: Sequence[Stretch]) -> Stretch:
     return (words[0][0], words[-1][1]) if words else (0, 0)
+
+
+@checked
+def demo_pairs(
+    kind: str = "agreement", count: Positive = 50, *, lures: bool = True, seed: NotNegative = 5
+) -> tuple[MinimalPair, ...]:
+    """Returns minimal pairs from the demo models' grammar, with cues and lures.
+
+    They are from the test split, with a preference for unseen combinations of subject and verb.
+
+    Args:
+        kind: ``"agreement"`` (a verb and its subject), ``"reflexive"``, ``"determiner"``,
+            ``"fact"`` or ``"name"``.
+        count: Number of pairs.
+        lures: Whether to take only sentences with a lure (attractor) for the wrong answer.
+        seed: Random seed.
+
+    Raises:
+        InvalidInput: If there is no such kind, or it has no lures.
+    """
+    from tl_contextmix.demo_models.pairs import KINDS, minimal_pairs
+
+    if kind not in KINDS or (lures and not KINDS[kind]):
+        raise bad(
+            "the grammar has no such pairs",
+            f"kind={kind!r}, lures={lures}",
+            f"one of {list(KINDS)}; with lures {[k for k, tempted in KINDS.items() if tempted]}",
+            "Choose one of these, or set lures=False.",
+        )
+    return tuple(MinimalPair(*pair) for pair in minimal_pairs(kind, count, lures, seed))
 
 
 @checked
