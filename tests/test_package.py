@@ -324,6 +324,7 @@ TOP_LEVEL = {
     "LICENSE",
     "README.md",
     "benchmarks",
+    "reproductions",
     "demos",
     "docs",
     "pyproject.toml",

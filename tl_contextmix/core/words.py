@@ -53,6 +53,11 @@ def find_words(pieces: Sequence[str], real: Sequence[bool], spaced: bool) -> lis
     return found
 
 
+def is_mark(piece: str) -> bool:
+    """Whether a token is a mark such as ``<s>`` or ``[MASK]``."""
+    return bool(_MARK.fullmatch(piece.strip()))
+
+
 def _joins(word: str, before: str, piece: str) -> bool:
     """Whether a piece without a mark of its own continues the word, whose last piece is given."""
     if not before or not piece or piece[0].isspace():

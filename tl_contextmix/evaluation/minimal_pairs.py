@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.core.validation import FilePath, NotNegative, Positive, checked
 from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.evaluation.cue_rules import derive_cues
 from tl_contextmix.results import Tokens
 
 Stretch = tuple[int, int]
@@ -88,7 +89,7 @@ class MinimalPair:
         return self.good[:start] + mask + self.good[stop:]
 
     def _difference(self) -> tuple[Stretch, Stretch]:
-        good, wrong = _words(self.good), _words(self.bad)
+        good, wrong = words_of(self.good), words_of(self.bad)
         texts = [self.good[slice(*word)] for word in good]
         others = [self.bad[slice(*word)] for word in wrong]
         shorter = min(len(texts), len(others))
@@ -118,8 +119,9 @@ def _common(a: Sequence[str], b: Sequence[str], most: int) -> int:
     return next((index for index in range(most) if a[index] != b[index]), most)
 
 
-def _words(text: str) -> list[Stretch]:
-    return [match.span() for match in _WORD.finditer(text)]
+def words_of(text: str, *, spaces: bool = False) -> list[Stretch]:
+    """Returns the characters of each word, split at spaces alone or at punctuation too."""
+    return [match.span() for match in (re.compile(r"\S+") if spaces else _WORD).finditer(text)]
 
 
 def _stretch(words: Sequence[Stretch]) -> Stretch:
@@ -157,7 +159,9 @@ def demo_pairs(
 
 
 @checked
-def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
+def load_minimal_pairs(
+    path: FilePath, *, cues: Literal["given", "derived"] = "given"
+) -> tuple[MinimalPair, ...]:
     """Reads minimal pairs from a local file with one JSON object per line.
 
     The format is BLiMP's (Warstadt et al. 2020): ``sentence_good`` and ``sentence_bad``, which are
@@ -165,12 +169,19 @@ def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
     words of the good sentence, or of character spans ``[start, stop]`` for words that occur more
     than once. All other fields are ignored, and empty lines skipped.
 
+    BLiMP has no cues. For the five of its sets that Mohebbi et al. (2023) use, they follow from
+    the template: the antecedent of an anaphor, the noun of a determiner, the subject of a verb
+    (the noun it stands next to is the lure).
+
     Args:
         path: The file.
+        cues: ``"given"``: those in the fields ``cues`` and ``lures``, or none. ``"derived"``: where
+            a line has no such fields, those of the rule for its ``UID``.
 
     Raises:
         InvalidInput: If there is no such file.
-        FileFormatError: If a line is invalid; the message has its number.
+        FileFormatError: If a line is invalid, or no cues can be derived for it; the message has its
+            number.
     """
     try:
         data = Path(path).read_bytes()
@@ -191,10 +202,10 @@ def load_minimal_pairs(path: FilePath) -> tuple[MinimalPair, ...]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise _format(path, 1, "an empty file")
-    return tuple(_pair(path, number, line) for number, line in lines)
+    return tuple(_pair(path, number, line, cues == "derived") for number, line in lines)
 
 
-def _pair(path: Path, number: int, line: str) -> MinimalPair:
+def _pair(path: Path, number: int, line: str, derived: bool) -> MinimalPair:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -211,11 +222,21 @@ def _pair(path: Path, number: int, line: str) -> MinimalPair:
         )
         # Lone surrogates cannot be tokenized.
         (good + wrong).encode()
-        return MinimalPair(good, wrong, cues, lures)
+        pair = MinimalPair(good, wrong, cues, lures)
+        return pair if cues or lures or not derived else _with_cues(pair, found.get("UID"))
     except UnicodeEncodeError as error:
         raise _format(path, number, "a lone surrogate") from error
     except InvalidInput as error:
         raise FileFormatError(f"line {number} of {path}: {error}") from error
+
+
+def _with_cues(pair: MinimalPair, uid: object) -> MinimalPair:
+    """Returns a pair with the cues that the template of its set has."""
+    spans = words_of(pair.good)
+    target = next(at for at, span in enumerate(spans) if span[0] == pair.target[0])
+    found = derive_cues(uid, [pair.good[slice(*span)] for span in spans], target)
+    cues, lures = (tuple(spans[at] for at in some) for some in found)
+    return MinimalPair(pair.good, pair.bad, cues, lures)
 
 
 def _listed(words: Any) -> list[Any]:
@@ -228,7 +249,7 @@ def _place(text: str, word: Any) -> Stretch:
     """Returns the span of a word in a text."""
     if isinstance(word, list) and _ends(word) != (0, 0):
         return _ends(word)
-    found = [span for span in _words(text) if text[slice(*span)] == word]
+    found = [span for span in words_of(text) if text[slice(*span)] == word]
     if len(found) != 1:
         raise bad(
             "a cue is ambiguous or missing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, positions
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
+from tl_contextmix.results.layer_metrics import LayerFigures
 from tl_contextmix.results.memory_composition import CompositionFigures
 from tl_contextmix.results.row_tables import memory_name, table_of
 
@@ -98,6 +99,53 @@ class Memories(LabelledArray):
         count = int(self.tokens.mask.sum())
         return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)
 
+    def agreements(self, *, stop_words: Collection[str] = (), short: int = 5) -> LayerFigures:
+        """Returns what is special about positions where a memory agrees with its layer.
+
+        In the 2021 paper (section 5.1) most of what single memories decide are stop words, or
+        follows short prefixes. ``agreeing`` is the share of positions at which an active memory
+        promotes the top token of the feed-forward output; ``stop word`` and ``short prefix`` are
+        shares of these, ``stop word, all`` and ``short prefix, all`` the same shares of all
+        positions, to compare with.
+
+        Args:
+            stop_words: Words that count as such, whatever their case and spaces.
+            short: A prefix of fewer tokens is short.
+
+        Returns:
+            `LayerFigures` [batch layer quantity]; NaN where no memory agrees.
+        """
+        short, words = require_number("short", short), {w.strip().lower() for w in stop_words}
+        ids = self.ffn_top.cpu()
+        stops = [i for i, word in self.words.items() if word.strip(" \u2581").lower() in words]
+        stop = torch.isin(ids, torch.tensor([int(i) for i in stops]))
+        real = self.tokens.mask.cpu()[:, None].expand(ids.shape)
+        early = (real.cumsum(-1) < short) & real
+        agree = (self.agreeing.cpu() > 0) & real
+        shares = [
+            _share(agree, real),
+            _share(stop, agree),
+            _share(stop, real),
+            _share(early, agree),
+            _share(early, real),
+        ]
+        return LayerFigures(
+            values=torch.stack(shares, dim=-1),
+            layers=self.layers,
+            quantities=(
+                "agreeing",
+                "stop word",
+                "stop word, all",
+                "short prefix",
+                "short prefix, all",
+            ),
+            title="Where a memory agrees with its layer",
+            caption="Shares of positions where an active memory promotes the top token of the "
+            f"feed-forward output, and of all; short: fewer than {short} tokens.",
+            unit="share",
+            provenance=self.provenance,
+        )
+
     def top(
         self, k: int = 10, *, layer: int | None = None, pos: int = -1, batch: int = 0
     ) -> pandas.DataFrame:
@@ -176,6 +224,11 @@ class Memories(LabelledArray):
             signed=("coefficient",),
         )
         return (*self.figures().panels(), table)
+
+
+def _share(which: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Returns the share of positions, NaN of none."""
+    return (which & among).sum(-1).double() / among.sum(-1).double()
 
 
 def _one(axis: str, wanted: object, labels: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.results import storage
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import as_text
-from tl_contextmix.results.scores import BEST, METRICS, ScoreRow, ScoreTable
+from tl_contextmix.results.scores import ALIGNMENT, BEST, METRICS, ScoreRow, ScoreTable
 
 if TYPE_CHECKING:
     import pandas
@@ -72,7 +72,7 @@ class Comparison(ScoreTable):
     def __repr__(self) -> str:
         return (
             f"Comparison of {len(self.costs)} methods over {self.counted} of "
-            f"{self.provenance.model}\n{as_text(self.best())}"
+            f"{self.provenance.model}\n{as_text(self.best())}{self._missing()}"
         )
 
     @property
@@ -80,6 +80,13 @@ class Comparison(ScoreTable):
         """How many sentences, and how many were skipped, in words."""
         left_out = f" ({len(self.dropped)} more were skipped)" if self.dropped else ""
         return f"{self.sentences} sentences{left_out}"
+
+    def _missing(self) -> str:
+        """Returns which metrics there are none of, and why, in words."""
+        missing = [metric for metric in ALIGNMENT if metric not in self.metrics]
+        if not missing:
+            return ""
+        return f"\nNo {' and '.join(missing)}: the sentences have no cues."
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per method, layer and metric, with the method's cost."""
@@ -169,7 +176,7 @@ class Comparison(ScoreTable):
             caption=f"Value (95 % interval; layer) over {self.counted}.{known} Chance "
             f"levels: {chance}. Sufficiency is better when low. The layer is chosen on these "
             "sentences, which flatters a little. Cost is that of one sentence: seconds, and "
-            "operations over those of a forward pass.",
+            f"operations over those of a forward pass.{self._missing()}",
             columns=("method", *self.metrics, "seconds", "FLOPs / forward"),
             rows=tuple(rows),
         )

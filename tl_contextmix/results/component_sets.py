@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.core.validation import require_number
+from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import tensor_axes
@@ -72,6 +73,59 @@ class ComponentSet(LabelledArray):
         found = [largest(row, require_number("k", k)) for row in kept]
         index = pad_sequence(found, batch_first=True, padding_value=-1).to(self.scores.device)
         return self._at(index)
+
+    def overlap(self, k: int = 10, *, categories: Sequence[str] | None = None) -> pandas.DataFrame:
+        """Returns how many of the best components two predictions share, on average.
+
+        Of every two different predictions the share of their ``k`` best components that are in
+        both, averaged over all pairs of two categories: facts of a relation that share their
+        neurons have a large number on the diagonal. What is read from several sources is one
+        component.
+
+        Args:
+            k: How many of each prediction, without biases.
+            categories: The category of each prediction; None for one row and column each (then 1
+                on the diagonal).
+
+        Returns:
+            Categories by categories; NaN where there is no pair.
+
+        Raises:
+            InvalidInput: If there is not a category for each prediction.
+        """
+        import pandas
+
+        names = [*range(len(self.scores))] if categories is None else [*categories]
+        if len(names) != len(self.scores):
+            raise bad(
+                "categories do not fit the predictions",
+                f"{len(names)} categories of {len(self.scores)} predictions",
+                "one for each",
+                "Pass a list as long as the batch.",
+            )
+        best = self.top(k).components
+        columns = [
+            getattr(best, name).tolist() for name in ("kind", "layer", "expert", "head", "neuron")
+        ]
+        empty = best.is_empty().tolist()
+        sets = [
+            {one for one, none in zip(zip(*rows, strict=True), gone, strict=True) if not none}
+            for *rows, gone in zip(*columns, empty, strict=True)
+        ]
+        found: dict[tuple[object, object], list[float]] = {}
+        for row, mine in enumerate(sets):
+            for other, theirs in enumerate(sets):
+                if row != other or categories is None:
+                    size = min(len(mine), len(theirs))
+                    share = len(mine & theirs) / size if size else float("nan")
+                    found.setdefault((names[row], names[other]), []).append(share)
+        kinds = list(dict.fromkeys(names))
+        nothing = [float("nan")]
+        cells = [
+            [sum(one) / len(one) for b in kinds for one in [found.get((a, b), nothing)]]
+            for a in kinds
+        ]
+        return pandas.DataFrame(cells, index=kinds, columns=kinds)
 
     def _at(self: S, index: Int[torch.Tensor, "batch some"]) -> S:
         """Returns some of the components of each sentence; empty places where the index is -1."""

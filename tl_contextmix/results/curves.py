@@ -16,6 +16,9 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import RowTable, interval, table_of
 
+EVERY = "all"
+"""Name of the category of all sentences."""
+
 
 @storage.storable
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LayerCurves(RowTable):
         """Returns the figures of both, under this one's heading."""
         return self._joined(other)
 
-    def select(self, metric: str, category: str = "all") -> tuple[CurvePoint, ...]:
+    def select(self, metric: str, category: str = EVERY) -> tuple[CurvePoint, ...]:
         """Returns one curve, layer by layer.
 
         Raises:
@@ -163,7 +166,7 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
         InvalidInput: If there is not one category per sentence.
     """
     if categories is None:
-        return {"all": list(range(count))}
+        return {EVERY: list(range(count))}
     names = as_texts(categories, "categories")
     if isinstance(categories, str) or len(names) != count:
         raise bad(
@@ -173,7 +176,7 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
             "Give one category per input.",
         )
     require_no_whole(names)
-    groups: dict[str, list[int]] = {"all": list(range(count))}
+    groups: dict[str, list[int]] = {EVERY: list(range(count))}
     for row, name in enumerate(names):
         groups.setdefault(name, []).append(row)
     return groups
@@ -181,7 +184,7 @@ def category_groups(categories: object, count: int) -> dict[str, list[int]]:
 
 def require_no_whole(names: Iterable[str]) -> None:
     """Raises InvalidInput if a category has the name that stands for all of them together."""
-    if "all" in names:
+    if EVERY in names:
         raise bad(
             "a category cannot be told from all inputs together",
             "'all'",

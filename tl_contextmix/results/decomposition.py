@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
+from tl_contextmix.results.axes import positions
 from tl_contextmix.results.context_map import ContextMap
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
@@ -59,14 +61,28 @@ class Decomposition(LabelledArray):
         summed = [self.axes.index(axis) for axis in ("head", "source") if axis in self.axes]
         return self.parts.sum(dim=summed) + self.bias
 
-    def norms(self) -> ContextMap:
-        """Returns the Euclidean norm of every part, as a map; 0 at padding."""
+    def norms(self, *, without: Sequence[int] = ()) -> ContextMap:
+        """Returns the Euclidean norm of every part, as a map; 0 at padding.
+
+        Args:
+            without: Dimensions of the residual stream that do not count, such as outliers that a
+                norm's gain makes large (Kobayashi et al. 2024).
+
+        Raises:
+            InvalidInput: If there is no such dimension.
+        """
+        dims = positions("d_model", [*without], range(self.bias.shape[-1])) if without else []
+        kept = torch.ones_like(self.bias[0, 0, 0]).index_fill(
+            0, torch.tensor(dims, device=self.bias.device).long(), 0
+        )
         real = self.target.real_pairs(self.source)[:, None, None].to(self.parts.device)
-        scores = self.parts.norm(dim=-1)
+        scores = (self.parts * kept if dims else self.parts).norm(dim=-1)
         by_head = "head" in self.axes
         scores = scores if by_head else scores[:, :, None]
-        bias = self.bias.norm(dim=-1).masked_fill(
-            ~self.target.mask[:, None].to(self.bias.device), 0
+        bias = (
+            (self.bias * kept)
+            .norm(dim=-1)
+            .masked_fill(~self.target.mask[:, None].to(self.bias.device), 0)
         )
         return ContextMap(
             scores=scores.masked_fill(~real, 0),

@@ -25,7 +25,7 @@ from tl_contextmix.results.curves import (
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 
-LIKELIHOOD_METRICS = ("gold NLL", "KL", "accuracy")
+LIKELIHOOD_METRICS = ("gold NLL", "KL", "accuracy", "MRR")
 
 
 @storage.storable
@@ -66,10 +66,10 @@ class LayerwiseLikelihood(LabelledArray):
         metric: str | Sequence[str] | Mapping[str, str] | None = None,
         categories: Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> LayerCurves:
-        """Returns ``gold NLL``, ``KL`` and ``accuracy`` per token, with 95 % intervals.
+        """Returns ``gold NLL``, ``KL``, ``accuracy`` and ``MRR`` per token, with 95 % intervals.
 
         Sums over tokens divided by their number; sentences are resampled. Accuracy: the share of
-        tokens that are the most probable ones.
+        tokens that are the most probable ones. MRR: the mean of 1 / rank of the right token.
 
         Args:
             metric: One or several of these names, or a mapping from your own to them; None for
@@ -88,6 +88,7 @@ class LayerwiseLikelihood(LabelledArray):
             "gold NLL": -self.log_probs,
             "KL": self.kl,
             "accuracy": (self.ranks == 0).to(self.log_probs),
+            "MRR": 1 / (1 + self.ranks.to(self.log_probs)),
         }
         points = []
         for name, what in names.items():

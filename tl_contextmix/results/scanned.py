@@ -20,6 +20,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.component_sets import SHOWN, component_grids, component_table
 from tl_contextmix.results.components import KINDS, Components
+from tl_contextmix.results.curves import EVERY
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 Level = Literal["layer", "head", "ff_neuron"]
 LEVELS: tuple[Level, ...] = ("layer", "head", "ff_neuron")
-EVERY = "all"
-"""Name of the category of all prompts together."""
 _PLACE = ("layer", "head", "neuron")
 
 

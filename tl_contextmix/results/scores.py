@@ -21,6 +21,8 @@ METRICS: dict[str, tuple[bool, str]] = {
     "comprehensiveness": (True, "Fall (nats) when the highest-ranked tokens are blanked."),
     "sufficiency": (False, "Fall (nats) when only the highest-ranked tokens are kept."),
 }
+ALIGNMENT = ("dot", "average precision")
+"""The metrics that need cues."""
 BEST = "best"
 """In place of a layer: for each sentence the one that is best on all the others."""
 

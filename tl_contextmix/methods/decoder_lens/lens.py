@@ -177,9 +177,9 @@ def decoder_lens(
             references, or the model's own final output where there are none. ``"scores"``:
             logits of the next ``target`` tokens.
         metric: Return curves over the data set instead: names of `LayerwiseDecoding.metrics` or
-            of `LayerwiseLikelihood.metrics` (``"gold NLL"``, ``"KL"``, ``"accuracy"``), a function
-            of output, reference and source, several of them, or a mapping from your own names to
-            them. ``mode`` follows from the metrics.
+            of `LayerwiseLikelihood.metrics` (``"gold NLL"``, ``"KL"``, ``"accuracy"``, ``"MRR"``),
+            a function of output, reference and source, several of them, or a mapping from your own
+            names to them. ``mode`` follows from the metrics.
         categories: With ``metric``: a category per input, as a list or a column of a table, or per
             token (metrics of a judged answer only).
         max_new_tokens: Longest output; None for 64, or what the model's context allows. An output

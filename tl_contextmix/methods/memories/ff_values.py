@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembedding
 from tl_contextmix.core.token_sums import blocks
-from tl_contextmix.core.validation import Layers, Positive
+from tl_contextmix.core.validation import LATER, Layers, Positive
 from tl_contextmix.engine.memory_coefficients import (
     experts_of,
     require_feed_forward,
@@ -32,11 +33,12 @@ from tl_contextmix.engine.memory_coefficients import (
     values,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
 from tl_contextmix.results import ValueReadouts
 from tl_contextmix.results.axes import positions
 
 ValueProjection = Literal["none", "folded", "frozen", "head"]
+Via = Annotated[tuple[int, int], LATER]
 _KNOWN = ("none", "folded", "frozen", "head")
 _VECTORS = 4096
 
@@ -48,6 +50,7 @@ def ff_values(
     layer: Layers | None = None,
     neurons: Layers | None = None,
     dictionary: Dictionaries = None,
+    via: Via | None = None,
     k: Positive = 10,
     projection: ValueProjection | None = None,
     text: Input | None = None,
@@ -69,6 +72,11 @@ def ff_values(
         neurons: Neuron or neurons of each of these layers; None for all.
         dictionary: A `Dictionary`, or several, whose features take the place of neurons (rows of
             W_dec that of values); ``layer=None`` is then where they stand.
+        via: ``(layer, head)`` of a later layer: what the head makes of a value that it reads,
+            :math:`v_i W_V W_O`, takes the place of the value (Yu & Ananiadou 2024, section 4.4:
+            shallow neurons speak through heads). Centring and gain of the norm in front of
+            attention are folded in, its scale and the head's attention are positive factors, and
+            what other layers make of the value is left out. ``layer=None`` is then all before it.
         k: How many tokens at either end.
         projection: ``"none"``: W_U alone (the paper's model has no final norm). ``"folded"``:
             centring and gain of the final norm before it, which is the direction that reaches the
@@ -96,14 +104,25 @@ def ff_values(
     reader = unembedding(view.readout, projection, _KNOWN)
     if layer is None and dictionary is not None:
         layer = layers_of(view, view.base_stack(None))
+    last, through = (None, None) if via is None else _head(view, via)
+    if layer is None and last is not None:
+        layer = range(last) if last else 0
     chosen = [
         (block, positions("neuron", neurons, range(require_feed_forward(block).width)))
         for block in select_blocks(view.blocks(), layer)
     ]
+    if last is not None and (not chosen or any(block.layer >= last for block, _ in chosen)):
+        raise bad(
+            "a head reads only what layers before it wrote",
+            f"via={via} and layers {[block.layer for block, _ in chosen]}",
+            f"layers below {last}",
+            "Name lower layers, or a head of a later one.",
+        )
     with torch.no_grad():
         scale = _scale(view, reader, text)
         found = [
-            _read(reader, block, some, scale, k, max_bytes, view.device) for block, some in chosen
+            _read(reader, block, some, scale, k, max_bytes, view.device, through)
+            for block, some in chosen
         ]
     scan, norms = Scan.join([one for one, _ in found]), torch.cat([one for _, one in found])
     numbers = [(block.layer, neuron) for block, some in chosen for neuron in some]
@@ -120,6 +139,7 @@ def ff_values(
         )
     )
     options = {"projection": reader.projection, "k": k, "scale": scale}
+    options |= {} if via is None else {"via": [*via]}
     return ValueReadouts(
         layer=layers,
         neuron=neuron,
@@ -134,6 +154,42 @@ def ff_values(
     )
 
 
+def _head(view: ModelView, via: Any) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Returns the layer of a head, and what it makes of vectors up to a positive factor.
+
+    Raises:
+        InvalidInput: If there is no such head.
+        UnsupportedModel: If that is no linear map that weights alone tell.
+    """
+    if not isinstance(via, (tuple, list)) or len(via) != 2:
+        raise bad("via= names no head", seen(via), "(layer, head)", "Pass a pair of numbers.")
+    (block,) = select_blocks(view.blocks(), via[0])
+    block.require_attention()
+    head = block.attention("self")
+    (number,) = positions("head", via[1], range(len(head.W_V)))
+    kinds = {
+        "norms of the residual sum in between": head.norm_after is not None,
+        "a norm of its values": head.value_norm is not None,
+        "a gate": bool(head.gate),
+    }
+    if any(kinds.values()):
+        raise UnsupportedModel(
+            four_parts(
+                f"weights alone do not tell what a head of {view.name} makes of a value",
+                ", ".join(name for name, there in kinds.items() if there),
+                "a pre-LN block whose heads are linear in what they read",
+                "Leave via out, or ask query_contributions about a text.",
+            )
+        )
+
+    def through(vectors: Tensor) -> Tensor:
+        read = vectors if head.norm_in is None else head.norm_in.linear(vectors)
+        written = read @ head.W_V[number] @ head.W_O[number]
+        return written if head.norm_out is None else head.norm_out.linear(written)
+
+    return block.layer, through
+
+
 def _read(
     reader: Unembedding,
     block: Block,
@@ -142,8 +198,10 @@ def _read(
     k: int,
     max_bytes: int,
     device: torch.device,
+    through: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Scan, Tensor]:
     vectors = values(require_feed_forward(block).select(torch.tensor(neurons, device=device)))
+    vectors = vectors if through is None else through(vectors)
     parts = []
     for part in blocks(len(vectors), _VECTORS):
         hidden = reader.hidden(vectors[part], scale)
