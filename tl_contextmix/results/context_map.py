@@ -443,14 +443,18 @@ class ContextMap(LabelledArray):
             part = self._part({"batch": [row], **places})
             panel = Heatmap(
                 title=self._name,
-                caption=self._caption(part),
+                caption=self._caption(),
                 values=part.scores.detach().cpu().flatten(1, 2)[0],
                 sheets=self._sheet_names(),
                 rows=part.target.strings[0],
                 columns=part.source.strings[0],
                 causal=part.causal,
                 unit=self.unit,
-                groups=self._groups(),
+                layers=self._sheet_layers(),
+                heads=tuple(self.heads) * len(self.layers) if len(self.heads) > 1 else (),
+                tokens=("rows", "columns"),
+                row_positions=part.target.labels(),
+                column_positions=part.source.labels(),
                 masked=part._later(),
                 sides=part.source.sides if len(part.source.sides) > 1 else (),
             )
@@ -485,13 +489,11 @@ class ContextMap(LabelledArray):
             return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
 
-    def _groups(self) -> tuple[str, ...]:
-        if len(self.heads) == 1:
-            return ()
-        return tuple(f"layer {name}" for name in self.layer_names for _ in self.heads)
+    def _sheet_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer in self.layers for _ in self.heads)
 
-    def _caption(self, part: ContextMap) -> str:
-        """Returns how to read a map; of a selection, also where in the input it is."""
+    def _caption(self) -> str:
+        """Returns how to read a map."""
         scale = {
             "none": "",
             "sum": " Each row is divided by its sum.",
@@ -500,12 +502,6 @@ class ContextMap(LabelledArray):
         if self.signed:
             other = "is more than in the other map, red less"
             scale += f" Blue {other if self.is_difference else 'speaks for it, red against it'}."
-        for name, whole, some in (
-            ("Rows", self.target, part.target),
-            ("Columns", self.source, part.source),
-        ):
-            if whole.numbers is not None:
-                scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
         predicts = self.target.sides[0][0] == "prediction"
         row = "the predicted token" if predicts else "the token being written"
         if self.sink is not None:
