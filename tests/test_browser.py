@@ -567,7 +567,7 @@ def test_a_result_shown_twice_in_a_notebook(browser, tmp_path):
         assert len(frames) == 2
         for frame in frames:
             frame.wait_for_function("() => document.querySelectorAll('.map[data-ready]').length === 1")
-            assert frame.locator("h1").text_content() == "ContextMap"
+            assert frame.locator("h1").text_content() == "Context map"
             # Nobody has brought CircuitsVis: it is not offered.
             assert frame.locator("select").count() == 2
         assert not seen.page.locator(".tl-contextmix-still").first.is_visible()

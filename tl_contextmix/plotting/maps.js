@@ -410,7 +410,11 @@
       [nothing, "nothing", "no number"],
       [map.values.some((value) => Math.abs(value) === Infinity), "infinite", "infinite"],
     ])
-      if (test) pieces.push(element("i", "", kind), element("span", meaning));
+      if (test) {
+        const key = element("span", "", "key");
+        key.append(element("i", "", kind), ` ${meaning}`);
+        pieces.push(key);
+      }
     map.legend.replaceChildren(...pieces);
   }
 

@@ -106,12 +106,14 @@ class Page:
         title: Heading of the page.
         facts: What the page is about, as names and values under the heading.
         sections: Shown after the panels, each with a heading.
+        notes: What there is to know before anything is read, under the facts.
     """
 
     panels: tuple[Panel, ...]
     title: str = ""
     facts: tuple[tuple[str, str], ...] = ()
     sections: tuple[Section, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         count = len(self._all_panels())
@@ -119,7 +121,8 @@ class Page:
 
     def text(self) -> str:
         """Returns the page as plain text: titles, and the numbers that stand out."""
-        return "\n\n".join([self.title, *map(plain_text.describe, self._all_panels())]).strip()
+        told = [self.title, *self.notes, *map(plain_text.describe, self._all_panels())]
+        return "\n\n".join(told).strip()
 
     def html(self) -> str:
         """Returns the page as one complete document."""
@@ -194,6 +197,7 @@ class Page:
         )
         pieces = [f"<header><h1>{prose(self.title)}</h1>"] if self.title else ["<header>"]
         pieces.append(f'<dl class="facts">{facts}</dl>' if facts else "")
+        pieces += map(markup.note, self.notes)
         pieces.append(f"{_contents(self.sections)}</header>\n<main>")
         if self.panels:
             pieces.append(_panels(self.panels, charts, None))
