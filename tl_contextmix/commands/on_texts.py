@@ -19,7 +19,7 @@ from tl_contextmix.core.validation import require_choice
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.plotting import Page
 from tl_contextmix.plotting.display_text import visible
-from tl_contextmix.reporting import DEFAULT_MODEL, DEFAULT_PATH, build_report, write_report
+from tl_contextmix.reporting import DEFAULT_MODEL, DEFAULT_PATH, report, write_report
 from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison
 from tl_contextmix.reporting.sections import SECTIONS
 
@@ -45,7 +45,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 
 
 def _explain(parsed: argparse.Namespace) -> int:
-    page = build_report(
+    page = report(
         load_model(parsed.model),
         parsed.text,
         title="Why this prediction?",
