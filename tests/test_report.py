@@ -378,7 +378,7 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     assert "These were mined beforehand." in text
     assert "95 % interval over 2 sentences" in text
     # Without cues nothing can point at them; faithfulness can still be measured.
-    assert "Best by blank-out: " in text
+    assert "Best at ranking tokens as blanking them does (blank-out): " in text
 
 
 @pytest.mark.once

@@ -71,7 +71,8 @@ def _best_source(read: LogProbContributions) -> str:
     source = read.top(1)
     row = source.to_dataframe().iloc[0]
     word = quoted(row.source_token)
-    if sum(quoted(token) == word for token in read.source.strings[0]) > 1:
+    frame = read.to_dataframe()
+    if frame[frame.source_token.map(quoted) == word].source.nunique() > 1:
         word += f" ({row.source})"
     layer = int(source.components.layer[0, 0])
     told = f"{word} in layer {layer} ({float(source.scores[0, 0]):+.2f})"
