@@ -23,6 +23,7 @@ from tl_contextmix.commands.shared_options import (
     several,
 )
 from tl_contextmix.engine.registry import methods
+from tl_contextmix.engine.selection import Chosen
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting import require_writable
 
@@ -30,6 +31,21 @@ _PICTURES = (".pdf", ".svg", ".png")
 _ENDINGS = (".html", ".json", ".csv", ".safetensors", *_PICTURES)
 # Asked for in words of their own, or of no use in a command.
 _NOT_OPTIONS = ("model", "input", "pos", "inputs", "tokenizer", "dictionary")
+
+
+class Numbered(click.ParamType):
+    """Numbers with dots between them, such as a layer and a neuron."""
+
+    name = "N.N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Returns the numbers."""
+        try:
+            return tuple(map(int, str(value).split(".")))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form 2.78", param, ctx)
 
 
 def command(name: str) -> click.Command:
@@ -80,6 +96,9 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
     if parameter.name in _NOT_OPTIONS:
         return None
     name = f"--{parameter.name.replace('_', '-')}"
+    if parameter.name == "neurons" and hint is Chosen:
+        told = "Layer and number, such as 2.78, or layer, head and number."
+        return several(name, kind=Numbered(), help=told, required=True)
     default = parameter.default
     shown = {"required": True} if default is inspect.Parameter.empty else {}
     arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -137,13 +156,6 @@ def _require_ending(output: str) -> None:
 
 def _as_text(found: Any, form: str) -> str:
     """Returns a result's table; positions are those of the input, and there is no padding."""
-    if not hasattr(found, "to_dataframe"):
-        raise bad(
-            "this result has no table",
-            f"a {type(found).__name__}, which holds vectors",
-            "a result with a number for each row",
-            "Write it with --output NAME.safetensors.",
-        )
     frame = found.to_dataframe()
     if form == "csv":
         return frame.to_csv(index=False).rstrip("\n")

@@ -29,7 +29,8 @@ class Listed(click.ParamType):
         """Returns how help shows the values."""
         if isinstance(self.kind, click.Choice):
             return "NAME[,NAME...]"
-        return f"{'N' if self.kind is click.INT else 'NAME'}[,...]"
+        names = {click.INT: "N", click.STRING: "NAME"}
+        return f"{names.get(self.kind, self.kind.name)}[,...]"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
