@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 import zlib
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.plotting import Page, Section
+from tl_contextmix.plotting import Page, Section, notebooks
 from tl_contextmix.plotting import circuitsvis_source as circuitsvis_library
 from tl_contextmix.plotting import page as page_module
 from tl_contextmix.plotting import stills as still
@@ -766,6 +767,40 @@ def test_notebook_output_is_one_frame_and_the_numbers_as_text():
         assert "src" not in frame
     for text in (bundle["text/plain"], parsed.text):
         assert "  layer 0  t0 (0)  t0 (0)   1.00" in text
+
+
+def test_a_notebook_gets_circuitsvis_with_the_first_cell_that_can_use_it(monkeypatch):
+    page, library = Page((heatmap(torch.eye(3)[None]),)), circuitsvis_library.packed()
+    bars = Page((Bars("bars", "", ("a",), (("s", (1.0,)),)),))
+    monkeypatch.setattr(notebooks, "_brought_by", [])
+    run: list[tuple[str, int] | None] = [None]
+    monkeypatch.setattr(notebooks, "_run", lambda: run[0])
+
+    def brings(shown: Page, cell: str, count: int) -> bool:
+        run[0] = (cell, count)
+        return library in shown._repr_html_()
+
+    assert library not in page._repr_html_(), "no notebook, nobody to share it with"
+    assert not brings(bars, "a", 1)
+    assert brings(page, "b", 2)
+    assert not brings(page, "b", 2), "once in a cell"
+    assert not brings(page, "c", 3)
+    # Run again, a cell loses what it brought.
+    assert not brings(page, "c", 4)
+    assert brings(page, "b", 5)
+
+
+def test_a_cell_is_known_by_its_kernel(monkeypatch):
+    shell = types.SimpleNamespace(
+        kernel=object(), execution_count=7, get_parent=lambda: {"metadata": {"cellId": "x"}}
+    )
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert notebooks._run() == ("x", 7)
+    shell.get_parent = lambda: {}
+    assert notebooks._run() == (7, 7)
+    shell.kernel = None
+    assert notebooks._run() is None
 
 
 def stripped(markup: str) -> str:

@@ -231,7 +231,7 @@ def test_memories_are_named_and_triggered(page, causal):
     assert str(table.rows[0][4]).endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
     longest = top.loc[top["length"].idxmax()]
     name = f"L{longest.layer}.{longest.neuron}"
-    assert name in section.finding
+    assert f"neuron {longest.neuron} of layer {longest.layer}, which promotes" in section.finding
     samples = [panel for panel in section.panels if isinstance(panel, Samples)]
     assert [samples[0].name, len(samples)] == [name, 2]
     # Coefficients fall from text to text, and each text ends where its own is highest.
@@ -246,7 +246,8 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
     layers = cm.log_prob_contributions(causal, TEXT)
     best = layers.top(1)
-    told = f"{best.labels()[0]} adds most to “are” ({float(best.scores[0, 0]):+.2f} nats)"
+    layer = int(best.components.layer[0, 0])
+    told = f"in layer {layer} ({float(best.scores[0, 0]):+.2f} nats) adds most"
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
@@ -266,7 +267,7 @@ def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
     found = cm.compare(causal, cm.demo_pairs(count=8), methods=["value_zeroing"])
     expected = found.best("dot").iloc[0]
-    row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
+    row = next(row for row in titled(section, "by alignment with the cue").rows if row[0] == "Value Zeroing")
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
     assert row[2] == expected["layer"]
     assert section.finding.startswith("Best aligned with the cue: Value Zeroing at layer 2")

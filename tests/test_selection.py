@@ -387,3 +387,32 @@ def test_files_of_version_1_load(path: Path, tmp_path: Path):
     assert repr(result)
     assert len(result.to_dataframe())
     assert type(result).load(result.save(tmp_path / "again")).equals(result)
+
+
+@pytest.mark.once
+def test_sources_can_be_left_out_of_the_scale() -> None:
+    model = cm.load_demo("causal-lm")
+    pattern = cm.attention(model, ["the keys to the cabinet", "the key near the door"])
+    kept = pattern.scores.clone()
+    kept[..., 0] = 0
+    for exclude in (0, [0], "<|endoftext|>"):
+        found = pattern.normalize(exclude=exclude)
+        sums = found.scores.sum(-1)
+        # The first row reads nothing else: it is not spread over what it cannot read.
+        assert not sums[..., 0].any()
+        torch.testing.assert_close(sums[..., 1:], torch.ones_like(sums[..., 1:]))
+        divisor = kept.sum(-1, keepdim=True).clamp(min=1e-30)
+        torch.testing.assert_close(found.scores, kept / divisor)
+        assert found.unit == "attention weight without source 0 / row sum"
+        assert found.provenance.options["exclude"] == [0]
+    twice = pattern.normalize("max", exclude=[0, " the"])
+    assert twice.provenance.options["exclude"] == [0, 1, 4]
+    assert float(twice.scores[..., [0, 1, 4]].abs().max()) == 0
+    assert float(twice.scores[..., 2:, :].amax(-1).min()) == pytest.approx(1)
+    # Of part of a map, by the positions of the input.
+    part = pattern.select(source=[1, 2, 3], target=[3])
+    assert not part.normalize(exclude=2).scores[..., 1].any()
+    with pytest.raises(cm.InvalidInput, match="9"):
+        pattern.normalize(exclude=9)
+    # What was left out is remembered by a file.
+    assert "exclude" not in pattern.provenance.options

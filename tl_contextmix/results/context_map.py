@@ -114,7 +114,7 @@ class ContextMap(LabelledArray):
             return ("prediction",) * len(self.layers)
         return tuple(f"input to {n}" if self.from_input else str(n) for n in self.layers)
 
-    def normalize(self, how: Literal["sum", "max"] = "sum") -> ContextMap:
+    def normalize(self, how: Literal["sum", "max"] = "sum", *, exclude: Any = None) -> ContextMap:
         """Returns the map with each row divided by its sum or by its maximum.
 
         A row of zeros stays a row of zeros; a row with a NaN becomes NaN. `bias` and `sink` are
@@ -124,20 +124,45 @@ class ContextMap(LabelledArray):
         Args:
             how: ``"sum"`` (rows add up to 1, their sink's share included) or ``"max"`` (the largest
                 score of a row is 1).
+            exclude: Sources that are taken out first, as `select` takes them, such as the first
+                token (0), which heads attend to when they have nothing to attend to: their scores
+                become 0, and rows that read nothing else rows of zeros. `unit` and the options of
+                `provenance` name them.
 
         Raises:
-            InvalidInput: If ``how`` is neither, or the map is a difference.
+            InvalidInput: If ``how`` is neither, the map is a difference, or a source is not there.
+
+        Example:
+            >>> import tl_contextmix as cm
+            >>> pattern = cm.attention(cm.load_demo("causal-lm"), "the keys to the cabinet")
+            >>> pattern.normalize(exclude=0).scores[0, 0, 0, :2, :2].round(decimals=2)
+            tensor([[0., 0.],
+                    [0., 1.]])
         """
         require_choice("way to normalize", how, ("sum", "max"))
         self.require_unsigned("normalize")
-        reduced = self._row_sums() if how == "sum" else self.scores.amax(-1)
+        kept = self if exclude is None else self._without(exclude)
+        reduced = kept._row_sums() if how == "sum" else kept.scores.amax(-1)
         divisor = torch.where(reduced == 0, torch.ones_like(reduced), reduced)
         return replace(
-            self,
-            scores=self.scores / divisor[..., None],
-            **self._beside(lambda values: values / divisor),
+            kept,
+            scores=kept.scores / divisor[..., None],
+            **kept._beside(lambda values: values / divisor),
             normalized=how,
-            unit=f"{self.unit} / row {'sum' if how == 'sum' else 'maximum'}",
+            unit=f"{kept.unit} / row {'sum' if how == 'sum' else 'maximum'}",
+        )
+
+    def _without(self, sources: Any) -> ContextMap:
+        """Returns the map with the scores of some sources at 0."""
+        places = self.source.find("source", sources, [*range(len(self.source.strings))])
+        index = torch.tensor(places, dtype=torch.long, device=self.scores.device)
+        names = [self.source.labels()[place] for place in places]
+        options = {**self.provenance.options, "exclude": names}
+        return replace(
+            self,
+            scores=self.scores.index_fill(-1, index, 0),
+            unit=f"{self.unit} without source {', '.join(map(str, names))}",
+            provenance=replace(self.provenance, options=options),
         )
 
     def mean(self, axis: Literal["head"] = "head") -> ContextMap:
