@@ -416,7 +416,8 @@ def test_the_command_line_asks_the_same(capsys: pytest.CaptureFixture[str], tmp_
     assert "' are' or ' were' rather than ' is': L3 attn" in capsys.readouterr().out
     page = tmp_path / "page.html"
     assert (
-        main(["report", "causal-lm", TEXT, *asked, "--sections", "prediction", "-o", str(page)]) == 0
+        main(["report", "causal-lm", TEXT, *asked, "--sections", "prediction", "-o", str(page)])
+        == 0
     )
     told = page.read_text(encoding="utf-8")
     assert "rather than" in told

@@ -314,9 +314,7 @@ def test_colours_are_those_of_the_scale(browser, tmp_path):
                 expected = [min(1.0, float(one) / top) for one in shares]
             else:
                 expected = [min(1.0, depth(float(one))) for one in cells]
-            shades = [
-                tuple(round(255 + (end - 255) * share) for end in BLUE) for share in expected
-            ]
+            shades = [tuple(round(255 + (end - 255) * share) for end in BLUE) for share in expected]
             for found, wanted in zip(colours(), shades, strict=True):
                 assert found == pytest.approx(wanted, abs=3), scale
         assert "beyond the scale, up to 1" in seen.page.locator(".legend").text_content()
@@ -566,7 +564,9 @@ def test_a_result_shown_twice_in_a_notebook(browser, tmp_path):
         frames = [frame for frame in seen.page.frames if frame != seen.page.main_frame]
         assert len(frames) == 2
         for frame in frames:
-            frame.wait_for_function("() => document.querySelectorAll('.map[data-ready]').length === 1")
+            frame.wait_for_function(
+                "() => document.querySelectorAll('.map[data-ready]').length === 1"
+            )
             assert frame.locator("h1").text_content() == "Context map"
             # Nobody has brought CircuitsVis: it is not offered.
             assert frame.locator("select").count() == 2
@@ -590,7 +590,9 @@ def test_a_notebook_brings_circuitsvis_once_for_all_frames(browser, late, tmp_pa
         first.wait_for_function("() => document.querySelectorAll('.cv canvas').length === 3")
         # Frames are as high as what is in them.
         for frame in (first, second):
-            frame.wait_for_function("() => document.documentElement.scrollHeight <= innerHeight + 1")
+            frame.wait_for_function(
+                "() => document.documentElement.scrollHeight <= innerHeight + 1"
+            )
         assert (seen.errors, seen.requests, seen.dialogs) == ([], [], [])
 
 

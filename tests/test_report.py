@@ -191,7 +191,9 @@ def test_points_are_told_when_asked_for(causal):
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
     # resid_post and block_out are the same map in a pre-LN model.
     titles = [panel.title for panel in section.panels]
-    for title, point in zip(titles, [*POINTS[:4], "resid_post, here the same as block_out"], strict=True):
+    for title, point in zip(
+        titles, [*POINTS[:4], "resid_post, here the same as block_out"], strict=True
+    ):
         assert title.endswith(f"({point})")
     for place, point in enumerate(POINTS[:5]):
         panel = shown(section, Heatmap, place)
@@ -207,7 +209,9 @@ def test_feed_forward_shows_what_changes(page, causal):
     undone = titled(section, "Does the block undo")
     assert [name for name, _ in undone.series] == ["cancel", "recover"]
     change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
-    torch.testing.assert_close(titled(section, "after the feed-forward block").values, change[0, :, 0])
+    torch.testing.assert_close(
+        titled(section, "after the feed-forward block").values, change[0, :, 0]
+    )
     pairs = cm.amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2)
     table = titled(section, "Pairs")
     assert sorted(row[-1] for row in table.rows) == sorted(
@@ -267,7 +271,11 @@ def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
     found = cm.compare(causal, cm.demo_pairs(count=8), methods=["value_zeroing"])
     expected = found.best("dot").iloc[0]
-    row = next(row for row in titled(section, "by alignment with the cue").rows if row[0] == "Value Zeroing")
+    row = next(
+        row
+        for row in titled(section, "by alignment with the cue").rows
+        if row[0] == "Value Zeroing"
+    )
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
     assert row[2] == expected["layer"]
     assert section.finding.startswith("Best aligned with the cue: Value Zeroing at layer 2")

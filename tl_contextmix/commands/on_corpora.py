@@ -37,8 +37,7 @@ from tl_contextmix.results.scanned import LEVELS
 )
 @several(
     "--columns",
-    help="NAME=COLUMN,...: names of the columns in this file, for some of "
-    f"{', '.join(NAMES)}.",
+    help=f"NAME=COLUMN,...: names of the columns in this file, for some of {', '.join(NAMES)}.",
 )
 @click.option("--drop-unusable", is_flag=True, help="Skip, and count, rows that cannot be asked.")
 @click.option("--batch-size", type=int, default=16, metavar="N", show_default=True)
@@ -100,9 +99,7 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
 @several("--layer", kind=click.INT, help="Default: all.")
 @several("--neurons", kind=click.INT, help="Neurons of each layer. Default: all.")
 @click.option("--unit", type=click.Choice(("prefix", "document")), default="prefix")
-@click.option(
-    "--tails", type=click.Choice(("positive", "both", "quadrants")), default="positive"
-)
+@click.option("--tails", type=click.Choice(("positive", "both", "quadrants")), default="positive")
 @click.option(
     "--duplicates",
     type=click.Choice(("keep", "drop")),

@@ -67,9 +67,7 @@ def explain(text: str, model: str, output: str | None, **given: Any) -> None:
 @click.option(
     "--triggers", metavar="DIR", help="Folder of the model's triggers, written by `mine`."
 )
-@click.option(
-    "--pairs", metavar="FILE", help="Minimal pairs to compare methods on; see `compare`."
-)
+@click.option("--pairs", metavar="FILE", help="Minimal pairs to compare methods on; see `compare`.")
 @add_page(reporting.DEFAULT_PATH)
 def report(
     model: str | None, text: str | None, output: str, opened: bool, sections: Any, **given: Any
@@ -108,9 +106,7 @@ def report(
     "--contrast", is_flag=True, help="Ask for the right word rather than the wrong one of a pair."
 )
 @click.option("--words", is_flag=True, help="Aggregate maps over the tokens of each word.")
-@click.option(
-    "--drop-unusable", is_flag=True, help="Skip, and list, pairs that cannot be scored."
-)
+@click.option("--drop-unusable", is_flag=True, help="Skip, and list, pairs that cannot be scored.")
 @add_page(COMPARISON_PATH)
 def compare(model: str | None, output: str, opened: bool, **given: Any) -> None:
     """Compares all methods on the same minimal pairs.

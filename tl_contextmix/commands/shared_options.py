@@ -56,7 +56,9 @@ def add_model(*, required: bool = True) -> Decorator:
     def add(function: Any) -> Any:
         for one in (
             click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32."),
-            click.option("--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."),
+            click.option(
+                "--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."
+            ),
             click.argument("model", metavar="MODEL", required=required),
         ):
             function = one(function)

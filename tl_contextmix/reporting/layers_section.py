@@ -66,4 +66,6 @@ def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel
     }
     curves = said.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
     charts = [panel for panel in curves.panels() if isinstance(panel, Bars)]
-    return tuple(replace(chart, title=titles[chart.unit], caption=captions[chart.unit]) for chart in charts)
+    return tuple(
+        replace(chart, title=titles[chart.unit], caption=captions[chart.unit]) for chart in charts
+    )
