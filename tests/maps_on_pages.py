@@ -25,7 +25,8 @@ def point(page: Any, holder: Any, row: int, column: int) -> str:
     for key, count in (("ArrowUp", 200), ("ArrowLeft", 200)):
         canvas.evaluate(
             """(node, [key, count]) => {
-              for (let i = 0; i < count; i++) node.dispatchEvent(new KeyboardEvent("keydown", {key}));
+              for (let i = 0; i < count; i++)
+                node.dispatchEvent(new KeyboardEvent("keydown", {key}));
             }""",
             [key, count],
         )

@@ -450,6 +450,7 @@ def test_circuitsvis_colours_by_the_scale_and_reads_out_the_numbers(browser, tmp
 
 def test_circuitsvis_gets_text_that_is_no_markup(browser, tmp_path):
     panel = hostile_panels()["circuitsvis"]
+    assert isinstance(panel, Heatmap)
     with opened(browser, Page((panel,)).save(tmp_path / "page.html")) as seen:
         seen.wait()
         seen.page.evaluate(

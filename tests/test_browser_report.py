@@ -106,8 +106,8 @@ def test_numbers_of_the_report_are_those_of_the_results(browser, report, saved):
                 found = [value for row in rows for value in row]
                 expected = [value for row in readable(panel) for value in row]
             else:
-                found = article.evaluate(
-                    "node => [...node.querySelectorAll('[data-value]')].map((n) => +n.dataset.value)"
+                found = article.locator("[data-value]").evaluate_all(
+                    "nodes => nodes.map((node) => +node.dataset.value)"
                 )
                 expected = numbers_of(panel)
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), panel.title

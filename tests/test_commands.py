@@ -157,13 +157,14 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
 
 
 def test_what_is_not_understood_is_said(capsys):
-    for arguments, message in (
+    mistakes: list[tuple[tuple[str, ...], str]] = [
         (("value-zeroing", "causal-lm"), "Missing argument 'TEXT'"),
         (("value-zeroing", "causal-lm", TEXT, "--metric", "x"), "is not one of 'cosine'"),
         (("value-zeroing", "causal-lm", TEXT, "--layer", "x"), "not a valid integer"),
         (("unknown",), "No such command 'unknown'"),
         (("query-contributions", "causal-lm", TEXT), "Missing option '--neurons'"),
-    ):
+    ]
+    for arguments, message in mistakes:
         code, _, err = run(capsys, *arguments)
         assert code == 2
         assert message in err
@@ -185,5 +186,5 @@ def test_readme_and_docs_call_commands_that_there_are():
     root = Path(__file__).parents[1]
     pages = [root / "README.md", *(root / "docs" / "pages").rglob("*.md")]
     for page in pages:
-        for name in re.findall(r"(?<!pip install )tl-contextmix ([a-z][\w-]*)", page.read_text()):
-            assert name in COMMANDS or name in METHODS, f"{page}: {name}"
+        for name in re.findall(r"`tl-contextmix ([a-z][\w-]*)", page.read_text(encoding="utf-8")):
+            assert name in (*COMMANDS, *METHODS), f"{page}: {name}"

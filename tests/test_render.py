@@ -797,7 +797,7 @@ def test_a_cell_is_known_by_its_kernel(monkeypatch):
     ipython = types.SimpleNamespace(get_ipython=lambda: shell)
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     assert notebooks._run() == ("x", 7)
-    shell.get_parent = lambda: {}
+    shell.get_parent = dict
     assert notebooks._run() == (7, 7)
     shell.kernel = None
     assert notebooks._run() is None

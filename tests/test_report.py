@@ -22,9 +22,9 @@ import tl_contextmix as cm
 from tl_contextmix import __main__ as command_line
 from tl_contextmix.adapters import as_view
 from tl_contextmix.commands import on_texts, shared_options
+from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
-from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.plotting import Opening, Page, Section, colors
 from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
 from tl_contextmix.plotting.scales import depths

@@ -34,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ContextMixError as error:
             click.echo(f"tl-contextmix: error: {_one_line(error)}", err=True)
             return 2
-        except click.Abort:
-            click.echo("tl-contextmix: interrupted", err=True)
-            return 130
         except click.ClickException as error:
             error.show()
             return 2

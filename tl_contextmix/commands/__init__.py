@@ -8,6 +8,7 @@ and completion need not wait for torch.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -57,6 +58,14 @@ class Commands(click.Group):
         """Returns the command that is called; for one that there is not, those like it."""
         name, command, rest = super().resolve_command(ctx, args)
         return (None if name is None else name.replace("_", "-")), command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; where it is interrupted, says so on one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("tl-contextmix: interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands, without importing them."""

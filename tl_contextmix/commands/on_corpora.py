@@ -17,8 +17,8 @@ from tl_contextmix.commands.shared_options import (
     several,
 )
 from tl_contextmix.errors import bad
-from tl_contextmix.evaluation.scan import scan as scanning
 from tl_contextmix.evaluation.prompt_rows import NAMES
+from tl_contextmix.evaluation.scan import scan as scanning
 from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.results.scanned import LEVELS
 
@@ -54,7 +54,7 @@ def scan(model: str, rows: str, output: str | None, page: str | None, **given: A
     found = scanning(
         load_model(model, **load_options(given)),
         rows,
-        by=flat(given["by"]),
+        by=flat(given["by"]) or [],
         columns=dict(_pair(one) for one in flat(given["columns"]) or ()),
         unusable="drop" if given["drop_unusable"] else "error",
         out=output,

@@ -59,7 +59,7 @@ def command(name: str) -> click.Command:
         run_method(function.__name__, given)
 
     run = _add_output(run)
-    for one in reversed(inspect.signature(function).parameters.values()):
+    for one in reversed([*inspect.signature(function).parameters.values()]):
         option = _option(one, hints[one.name])
         run = run if option is None else option(run)
     if "target" in known:
@@ -100,7 +100,7 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
         told = "Layer and number, such as 2.78, or layer, head and number."
         return several(name, kind=Numbered(), help=told, required=True)
     default = parameter.default
-    shown = {"required": True} if default is inspect.Parameter.empty else {}
+    shown: dict[str, Any] = {"required": True} if default is inspect.Parameter.empty else {}
     arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = [one for arm in arms if get_origin(arm) is Literal for one in get_args(arm)]
     told = "" if default in (None, inspect.Parameter.empty) else f"Default: {default}."

@@ -57,7 +57,7 @@ def explain(text: str, model: str, output: str | None, **given: Any) -> None:
     '  tl-contextmix report gpt2 "The keys to the cabinet" --sections mixing,components'
 )
 @add_model(required=False)
-@click.argument("text", metavar="TEXT", required=False)
+@click.argument("text", metavar="[TEXT]", required=False)
 @add_asked(generate=True)
 @several(
     "--sections",

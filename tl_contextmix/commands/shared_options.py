@@ -59,7 +59,7 @@ def add_model(*, required: bool = True) -> Decorator:
             click.option(
                 "--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."
             ),
-            click.argument("model", metavar="MODEL", required=required),
+            click.argument("model", metavar="MODEL" if required else "[MODEL]", required=required),
         ):
             function = one(function)
         return function

@@ -1,9 +1,9 @@
 """CircuitsVis on our pages: its script once, and the properties of its charts.
 
-Those of maps are made on the page (`maps.js`), from the numbers that are there. CircuitsVis's own Python functions are not used. They repeat the 1.3 MB script for every chart,
-ask the network which version of it to show, put tokens into the page as markup, and leave bounds
-and masking to defaults that hide data (an unbounded zero is invisible, an unmasked map loses half
-its cells).
+Those of maps are made on the page (`maps.js`), from the numbers that are there. CircuitsVis's own
+Python functions are not used. They repeat the 1.3 MB script for every chart, ask the network which
+version of it to show, put tokens into the page as markup, and leave bounds and masking to defaults
+that hide data (an unbounded zero is invisible, an unmasked map loses half its cells).
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ _HEIGHT = """<script>(() => {
   addEventListener("message", ({ data, source }) => {
     if (data?.tl_contextmix !== "height") return;
     for (const frame of document.querySelectorAll("iframe[srcdoc]"))
-      if (frame.contentWindow === source) frame.style.height = `${Math.min(6000, data.height + 4)}px`;
+      if (frame.contentWindow === source)
+        frame.style.height = `${Math.min(6000, data.height + 4)}px`;
   });
 })();</script>"""
 

@@ -178,7 +178,7 @@ def _require_no_results(model: object) -> None:
             "report explains what a model says to a text",
             f"a {type(model).__name__} in the place of the model",
             "a model and a text",
-            "Write results that you have with tl_contextmix.reporting.write_results(results, path).",
+            "Write results with tl_contextmix.reporting.write_results(results, path).",
         )
 
 

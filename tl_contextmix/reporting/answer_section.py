@@ -20,9 +20,9 @@ def answer(story: Story) -> Section | str:
         return ""
     if story.done.view.readout.refusal:
         return story.done.view.readout.refusal
-    asked = {"generate": story.generate}
-    layers = log_prob_contributions(story.model, story.text, by="layer", **asked)
-    read = log_prob_contributions(story.model, story.text, by="position", **asked).as_map()
+    count = story.generate
+    layers = log_prob_contributions(story.model, story.text, by="layer", generate=count)
+    read = log_prob_contributions(story.model, story.text, by="position", generate=count).as_map()
     panels = (_table(layers, read), _map(read))
     words = [row[0] for row in layers.target.strings]
     finding = f"The model says {quoted(''.join(words))}. {_word(read)}"

@@ -224,7 +224,7 @@ def _finding(found: Comparison) -> str:
     others = table.iloc[1:]
     alike = others[(others["high"] >= best["low"]) & (others["low"] <= best["high"])]
     if len(alike):
-        names = [_SHOWN.get(name, name) for name in alike["method"]]
+        names = [_SHOWN.get(str(name), str(name)) for name in alike["method"]]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         told += f" It does not stand out: intervals overlap with {shown}."
     return told

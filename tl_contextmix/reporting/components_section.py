@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
@@ -83,8 +84,9 @@ def _best_source(read: LogProbContributions) -> str:
 
 def _fall(layers: LogProbContributions, fall: Table) -> str:
     """Returns what the knockout did."""
-    name, before, after, random, _ = fall.rows[-1]
-    if abs(float(after) - float(before)) < 0.01:
+    row: tuple[Any, ...] = fall.rows[-1]
+    name, before, after, random, _ = row
+    if abs(after - before) < 0.01:
         return f"Ablating {name} changes {_what(layers)} by less than a percentage point."
     return (
         f"Ablating {name} takes {_what(layers)} from {before:.0%} to {after:.0%} "

@@ -220,7 +220,7 @@ def _unknown_tokens(model: object, done: Pass) -> tuple[str, ...]:
     tokenizer = getattr(model, "tokenizer", None)
     unknown = getattr(tokenizer, "unk_token_id", None)
     # GPT-2 has one token for what is unknown, which nothing is, and for where a text begins.
-    if unknown is None or "unk" not in str(tokenizer.unk_token).lower():
+    if unknown is None or "unk" not in str(getattr(tokenizer, "unk_token", "")).lower():
         return ()
     ids = done.tokens["encoder" if "encoder" in done.tokens else "decoder"].ids
     places = (ids[0] == unknown).nonzero()[:, 0].tolist()
