@@ -36,7 +36,9 @@ UNPAINTED = """() => [...document.querySelectorAll('canvas:not(.thumb)')].filter
 WAITING = """() => {
   const maps = document.querySelectorAll('.map:not([data-ready])').length;
   const data = document.getElementById('charts');
-  if (!data) return maps;
+  // Without CircuitsVis, of a notebook that did not bring it, pages draw their texts themselves.
+  const library = document.getElementById('circuitsvis');
+  if (!data || !(library.textContent || window.CircuitsVis)) return maps;
   return maps + JSON.parse(data.textContent).filter(({element}) =>
     !document.getElementById(element).querySelector('.colored-tokens')).length;
 }"""

@@ -21,6 +21,25 @@ from tl_contextmix.results.token_groups import Groups, find_groups
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
+# How methods and points are called where they head a picture.
+_METHODS = {
+    "value_zeroing": "Value Zeroing",
+    "alti": "ALTI",
+    "decompx": "DecompX",
+    "globenc": "GlobEnc",
+    "log_prob_contributions": "log-probability contributions",
+    "gradient_x_input": "gradient times input",
+}
+_POINTS = {
+    "attn_out": "attention output",
+    "resid_mid": "stream after attention",
+    "mlp_in": "feed-forward input",
+    "mlp_out": "feed-forward output",
+    "resid_post": "stream after the block",
+    "block_out": "block output",
+    "resid_in": "input of the model",
+    "pattern": "pattern",
+}
 # What rounding leaves of a row that sums to 1, in half precision too.
 _SUM = 1e-2
 
@@ -234,6 +253,15 @@ class ContextMap(LabelledArray):
         """Method, or methods of a difference, and point."""
         other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
         return f"{' - '.join(dict.fromkeys((self.provenance.method, other)))} at {self.point}"
+
+    @property
+    def _title(self) -> str:
+        """The same in words, as a heading."""
+        other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
+        methods = dict.fromkeys((self.provenance.method, other))
+        told = " minus ".join(_METHODS.get(one, one.replace("_", " ")) for one in methods)
+        points = " and ".join(_POINTS.get(one, one) for one in self.point.split(" - "))
+        return f"{told[:1].upper()}{told[1:]}, {points}"
 
     def words(
         self,
@@ -467,7 +495,7 @@ class ContextMap(LabelledArray):
             }
             part = self._part({"batch": [row], **places})
             panel = Heatmap(
-                title=self._name,
+                title=self._title,
                 caption=self._caption(),
                 values=part.scores.detach().cpu().flatten(1, 2)[0],
                 sheets=self._sheet_names(),
