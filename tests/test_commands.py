@@ -164,8 +164,8 @@ def test_what_is_not_understood_is_said(capsys):
         (("unknown",), "No such command 'unknown'"),
         (("query-contributions", "causal-lm", TEXT), "Missing option '--neurons'"),
     ]
-    for arguments, message in mistakes:
-        code, _, err = run(capsys, *arguments)
+    for given, message in mistakes:
+        code, _, err = run(capsys, *given)
         assert code == 2
         assert message in err
 

@@ -828,7 +828,7 @@ def test_the_picture_that_is_left_holds_the_map():
     texts = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("<s>") == texts.count("·the") == texts.count("&") == 4
     assert {"layer 0", "layer 1", "−2.00"} <= set(texts)
-    assert "2.00 norm · colour by rank: half of the numbers are below 0.941" in texts
+    assert "2.00 norm · colour by rank: half of the numbers are below 1.06" in texts
     images = list(drawn.iter("{http://www.w3.org/2000/svg}image"))
     for sheet, image in zip(depths(values), images, strict=True):
         side = int(image.attrib["width"]) // 3

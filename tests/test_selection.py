@@ -239,7 +239,7 @@ def test_differences_are_saved_cited_and_shown(tmp_path: Path):
         line.split("{")[1].strip(",") for line in cm.cite(found).splitlines() if "@" in line
     }
     assert "attention - alti at " in repr(found)
-    assert found.panels()[0].title.startswith("attention - alti at ")
+    assert found.panels()[0].title.startswith("Attention minus ALTI, ")
 
 
 @pytest.mark.parametrize(
