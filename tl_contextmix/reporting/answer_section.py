@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tl_contextmix.engine.citations import sources
+from tl_contextmix.errors import UnsupportedModel
 from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Heatmap, Table
@@ -21,17 +22,23 @@ def answer(story: Story) -> Section | str:
     if story.done.view.readout.refusal:
         return story.done.view.readout.refusal
     count = story.generate
-    layers = log_prob_contributions(story.model, story.text, by="layer", generate=count)
-    read = log_prob_contributions(story.model, story.text, by="position", generate=count).as_map()
+    try:
+        layers, parts = (
+            log_prob_contributions(story.model, story.text, by=by, generate=count)
+            for by in ("layer", "position")
+        )
+    except UnsupportedModel as error:
+        return str(error)
+    read = parts.as_map()
     panels = (_table(layers, read), _map(read))
     words = [row[0] for row in layers.target.strings]
     finding = f"The model says {quoted(''.join(words))}. {_word(read)}"
     text = (
         "The model reads what it has said itself and is asked about each token of it. A cell is "
         "how much one token's attention output adds to the log-probability of the answer's token, "
-        "in nats, summed over heads; blue speaks for it, red against it. Each is scored alone, "
-        "given the stream before it, and only directly: what a token did to other tokens before "
-        "they were read is theirs."
+        "in nats, summed over heads and layers; blue speaks for it, red against it. Each output is "
+        "scored alone, given the stream before it, and only directly: what a token did to other "
+        "tokens before they were read is theirs."
     )
     citation = sources("yu2024neuron")
     return Section("What was each word of the answer made of?", text, panels, citation, finding)
@@ -66,7 +73,7 @@ def _table(layers: LogProbContributions, read: ContextMap) -> Table:
 
 
 def _map(read: ContextMap) -> Heatmap:
-    """Returns answer by sources, a sheet for each layer."""
+    """Returns the tokens of the answer by their sources."""
     panel = read.panels()[0]
     assert isinstance(panel, Heatmap)
     return replace(panel, title="Sources of every token of the answer")
