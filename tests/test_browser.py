@@ -373,6 +373,9 @@ def test_one_choice_of_layer_drives_all_maps_of_a_section(browser, tmp_path):
         assert seen.page.url.endswith("#layer=0&target=108")
         seen.page.locator(".bar").nth(1).locator("select").first.select_option("layer 3")
         assert shown(seen) == ["layer 0", "layer 1", "layer 0", "layer 3"]
+        # A link to a section is none to a layer.
+        seen.page.locator("nav a").nth(1).click()
+        assert shown(seen) == ["layer 0", "layer 1", "layer 0", "layer 3"]
         assert seen.problems() == []
 
 

@@ -94,7 +94,10 @@ def packed(panel: Heatmap) -> str:
     values = seen.pixels.to("cpu").float().numpy().ravel()
     bits = values.view(np.uint32).astype(np.uint64)
     half, kept = 1 << (_DROPPED_BITS - 1), (0xFFFFFFFF << _DROPPED_BITS) & 0xFFFFFFFF
-    bits = np.where(np.isfinite(values), (bits + half) & kept, bits).astype("<u4")
+    rounded = (bits + half) & kept
+    # The largest numbers there are would be rounded to infinity.
+    fits = np.isfinite(values) & (rounded & 0x7F800000 != 0x7F800000)
+    bits = np.where(fits, rounded, bits).astype("<u4")
     planes = bits.view(np.uint8).reshape(-1, 4).T[::-1].tobytes()
     hidden = b"" if seen.hidden is None else seen.hidden.numpy().astype(np.uint8).tobytes()
     return base64.b64encode(zlib.compress(planes + hidden, 9)).decode()

@@ -24,7 +24,8 @@
       addBar(section);
     }
     readAddress();
-    addEventListener("hashchange", readAddress);
+    // A link to a section is none to a layer, and leaves what was chosen.
+    addEventListener("hashchange", () => /[#&](layer|target)=/.test(location.hash) && readAddress());
     let wide = innerWidth;
     addEventListener("resize", () => innerWidth !== wide && ((wide = innerWidth), drawAll()));
     for (const query of ["(prefers-color-scheme: dark)", "print"])
