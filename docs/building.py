@@ -60,7 +60,7 @@ REFERENCE = {
         evaluation.probing.probe evaluation.minimal_pairs.MinimalPair
         evaluation.minimal_pairs.load_minimal_pairs evaluation.minimal_pairs.demo_pairs""",
     "Pages and citations": """
-        reporting.report reporting.build_report reporting.write_report engine.citations.cite""",
+        reporting.report reporting.write_report reporting.write_results engine.citations.cite""",
     "Results": """
         results.base.Result results.labelled_arrays.LabelledArray
         results.context_map.ContextMap results.decomposition.Decomposition

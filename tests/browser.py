@@ -23,7 +23,8 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 # Every canvas of the page whose pixels are all of one colour, or were never drawn.
-UNPAINTED = """() => [...document.querySelectorAll('canvas')].filter((canvas) => {
+UNPAINTED = """() => [...document.querySelectorAll('canvas:not(.thumb)')].filter((canvas) => {
+  if (!canvas.getClientRects().length) return false;
   if (!canvas.width || !canvas.height) return true;
   const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
   const seen = new Set();
@@ -31,16 +32,15 @@ UNPAINTED = """() => [...document.querySelectorAll('canvas')].filter((canvas) =>
     if (data[at + 3]) seen.add((data[at] << 16) | (data[at + 1] << 8) | data[at + 2]);
   return seen.size < 2;
 }).length"""
-# Charts of which there is not yet a canvas, or a text, for everything that was asked for.
+# Maps that are not drawn yet, and charts whose texts are not there.
 WAITING = """() => {
+  const maps = document.querySelectorAll('.map:not([data-ready])').length;
   const data = document.getElementById('charts');
-  if (!data) return 0;
-  return JSON.parse(data.textContent).filter(({element, component, props}) => {
-    const holder = document.getElementById(element);
-    if (component === 'AttentionHeads')
-      return holder.querySelectorAll('canvas').length < props.attention.length + 1;
-    return !holder.querySelector('.colored-tokens');
-  }).length;
+  // Without CircuitsVis, of a notebook that did not bring it, pages draw their texts themselves.
+  const library = document.getElementById('circuitsvis');
+  if (!data || !(library.textContent || window.CircuitsVis)) return maps;
+  return maps + JSON.parse(data.textContent).filter(({element}) =>
+    !document.getElementById(element).querySelector('.colored-tokens')).length;
 }"""
 PAINTED = f"() => ({WAITING})() === 0 && ({UNPAINTED})() === 0"
 # What sticks out of the window and cannot be scrolled to inside an element of its own.
@@ -105,7 +105,7 @@ class Seen:
     requests: list[str] = field(default_factory=list)
 
     def wait(self, timeout: float = 20_000) -> None:
-        """Waits until CircuitsVis has drawn everything it was asked to."""
+        """Waits until everything is drawn."""
         self.page.wait_for_function(PAINTED, timeout=timeout)
 
     def problems(self) -> list[str]:

@@ -413,17 +413,18 @@ def test_several_predictions_of_a_sentence_add_up(tmp_path: Any) -> None:
 
 @pytest.mark.once
 def test_the_command_line_asks_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
-    asked = ["--target", " are", " were", "--foil", " is"]
-    assert main(["run", "log_prob_contributions", "causal-lm", TEXT, *asked]) == 0
+    asked = ["--target", " are", "--target", " were", "--foil", " is"]
+    assert main(["log-prob-contributions", "causal-lm", TEXT, *asked]) == 0
     assert "' are' or ' were' rather than ' is': L3 attn" in capsys.readouterr().out
     page = tmp_path / "page.html"
     assert (
-        main(["report", "--text", TEXT, *asked, "--sections", "prediction", "-o", str(page)]) == 0
+        main(["report", "causal-lm", TEXT, *asked, "--sections", "prediction", "-o", str(page)])
+        == 0
     )
     told = page.read_text(encoding="utf-8")
     assert "rather than" in told
     assert "times more probable than the second (+" in told
-    assert main(["run", "attention", "causal-lm", TEXT, *asked]) == 2
+    assert main(["attention", "causal-lm", TEXT, *asked]) == 2
     assert "this map is the same whatever the foil" in capsys.readouterr().err
-    assert main(["report", "--text", TEXT, "--target", " are on", "-o", str(page)]) == 2
+    assert main(["report", "causal-lm", TEXT, "--target", " are on", "-o", str(page)]) == 2
     assert "a report is on one prediction: got 2 predictions" in capsys.readouterr().err

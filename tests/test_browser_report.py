@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from browser import launched, opened, require_browser, screenshot
+from maps_on_pages import numbers, readable
 
 import tl_contextmix as cm
 from tl_contextmix.plotting import Page
@@ -61,13 +62,8 @@ def saved(written: tuple[Page, Path]) -> Path:
 
 
 def numbers_of(panel: Panel) -> list[float]:
-    """Every finite number that a panel has to show, in the order of the page."""
-    if isinstance(panel, Heatmap):
-        values = panel.values.double()
-        if panel.causal:
-            values = values.masked_fill(torch.ones(values.shape[1:]).triu(1).bool(), math.nan)
-        found = values.flatten().tolist()
-    elif isinstance(panel, Bars):
+    """Every finite number that a panel has to show, in the order of the page; maps have a table."""
+    if isinstance(panel, Bars):
         found = [value for _, series in panel.series for value in series]
     elif isinstance(panel, Table):
         cells = [cell for row in panel.rows for cell in row]
@@ -104,10 +100,16 @@ def test_numbers_of_the_report_are_those_of_the_results(browser, report, saved):
         assert articles.count() == len(panels)
         compared = 0
         for place, panel in enumerate(panels):
-            found = articles.nth(place).evaluate(
-                "node => [...node.querySelectorAll('[data-value]')].map((n) => +n.dataset.value)"
-            )
-            expected = numbers_of(panel)
+            article = articles.nth(place)
+            if isinstance(panel, Heatmap):
+                rows = numbers(article.locator(".map"), len(panel.sheets))
+                found = [value for row in rows for value in row]
+                expected = [value for row in readable(panel) for value in row]
+            else:
+                found = article.locator("[data-value]").evaluate_all(
+                    "nodes => nodes.map((node) => +node.dataset.value)"
+                )
+                expected = numbers_of(panel)
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-9), panel.title
             compared += len(found)
         assert compared > 500
@@ -116,14 +118,13 @@ def test_numbers_of_the_report_are_those_of_the_results(browser, report, saved):
 def test_every_map_and_list_of_the_report_answers(browser, report, saved):
     with opened(browser, saved) as seen:
         seen.wait()
-        maps = seen.page.locator(".cv:not(.single)").filter(has=seen.page.locator("canvas"))
+        maps = seen.page.locator(".map").filter(has=seen.page.locator(".thumbs button"))
         assert maps.count() >= 4
         for place in range(maps.count()):
-            chart = maps.nth(place)
-            button = chart.locator("[role=button]").last
-            label = button.get_attribute("aria-label").removeprefix("Show ")
-            button.hover()
-            chart.locator("h3", has_text=f"{label} Zoomed").wait_for(timeout=5000)
+            button = maps.nth(place).locator(".thumbs button").last
+            button.click()
+            name = button.get_attribute("aria-label").removeprefix("Show ")
+            assert maps.nth(place).get_attribute("data-ready") == name
         for summary in seen.page.locator("summary:visible").all():
             summary.click()
         for select in seen.page.locator("select[data-sheets]:visible").all():
@@ -149,16 +150,31 @@ def test_the_report_prints_on_white(browser, saved):
         ground = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
         ink = seen.page.evaluate("getComputedStyle(document.body).color")
         assert (ground, ink) == ("rgb(255, 255, 255)", "rgb(27, 31, 36)")
-        assert not seen.page.locator("nav").is_visible()
+        assert seen.page.locator("nav").is_visible(), "the summary"
+        assert not seen.page.locator(".bar").first.is_visible()
+        paper = seen.page.pdf(format="A4", print_background=True)
+        assert len(re.findall(rb"/Type\s*/Page\b", paper)) <= 6
+
+
+def test_the_report_opens_where_its_finding_points(browser, report, saved):
+    mixing = next(one for one in report.sections if one.opens is not None)
+    with opened(browser, saved) as seen:
+        seen.wait()
+        section = seen.page.locator("section", has_text=mixing.finding)
+        ready = section.locator(".map").evaluate_all("nodes => nodes.map((n) => n.dataset.ready)")
+        assert ready[:4] == ["layer 2", "layer 2", "layer 2", "0 to 2"]
+        assert section.locator(".words [aria-pressed=true]").text_content() == "·cabinet"
+        # The sentence stands above the maps.
+        top = [section.locator(name).first.bounding_box()["y"] for name in (".words", ".map")]
+        assert top[0] < top[1]
 
 
 def test_a_map_for_the_readme(browser, model, tmp_path):
     maps = cm.attention_norms(model, "the keys to the cabinet are", at="block_out").normalize()
     with opened(browser, maps.show().save(tmp_path / "map.html"), width=760) as seen:
         seen.wait()
-        button = seen.page.locator(".cv [role=button]").nth(2)
-        button.click()
-        seen.page.locator("h3", has_text="layer 2 Zoomed").wait_for(timeout=5000)
+        seen.page.locator(".thumbs button").nth(2).click()
+        assert seen.page.locator(".map").get_attribute("data-ready") == "layer 2"
         seen.page.mouse.move(0, 0)
         seen.wait()
         path = screenshot(seen, "map", tmp_path)

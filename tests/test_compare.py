@@ -743,7 +743,7 @@ def test_command(
     three = demo_pairs(count=3)
     lines = [json.dumps({"sentence_good": one.good, "sentence_bad": one.bad}) for one in three]
     pairs.write_text("\n".join(lines))
-    arguments = ["compare", "--model", "masked-lm", "--sentences", "2", "-o", str(page)]
+    arguments = ["compare", "masked-lm", "--sentences", "2", "-o", str(page)]
     assert main([*arguments, "--words"]) == 0
     shown = capsys.readouterr().out
     assert "over 2 sentences of masked-lm" in shown

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from browser import PAINTED, launched, opened
 
+from tl_contextmix.plotting import circuitsvis_source, notebooks
+
 DEMOS = Path(__file__).resolve().parent.parent / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
 
@@ -157,11 +159,13 @@ def test_memories_notebook_finds_what_it_says() -> None:
 
 @pytest.mark.newest
 def test_what_notebooks_show_is_painted_in_a_browser(tmp_path: Path) -> None:
+    library = notebooks._LIBRARY % circuitsvis_source.packed()
     with launched() as browser:
         for path in NOTEBOOKS:
             pages = _outputs(path)[2]
             output = tmp_path / f"{path.stem}.html"
-            output.write_text("<!DOCTYPE html><meta charset=utf-8>" + "<hr>".join(pages), "utf-8")
+            cells = "<hr>".join([library, *pages])
+            output.write_text(f"<!DOCTYPE html><meta charset=utf-8>{cells}", "utf-8")
             with opened(browser, output) as seen:
                 frames = [frame for frame in seen.page.frames if frame != seen.page.main_frame]
                 for frame in frames:

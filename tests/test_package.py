@@ -116,7 +116,7 @@ def test_methods_never_import_each_other(module: str):
 
 def test_the_command_line_leaves_the_work_to_its_commands():
     targets = {target[0] for target in _imports(_parse("__main__.py"))}
-    assert targets == {"adapters", "commands", "errors"}
+    assert targets == {"commands", "errors"}
     assert len((PACKAGE / "__main__.py").read_text().splitlines()) <= 80
     for module in (name for name in MODULES if name.startswith("commands/")):
         functions = [n for n in _parse(module).body if isinstance(n, ast.FunctionDef)]

@@ -6,7 +6,9 @@ The long table of models in the documentation as well.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,10 @@ from pathlib import Path
 
 import zoo
 from support import summary, table
+
+from tl_contextmix.plotting import circuitsvis_source
+from tl_contextmix.results import ContextMap
+from tl_contextmix.results.base import Shown
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODELS = README.parent / "docs" / "pages" / "models.md"
@@ -24,6 +30,11 @@ EXAMPLE = re.compile(r"```python\n(?P<code>.*?)```\n(```text\n(?P<output>.*?)```
 
 def rerun(text: str) -> str:
     """Returns README with every example's output as it is now; the examples share their names."""
+    return _rerun(text)[0]
+
+
+@functools.cache
+def _rerun(text: str) -> tuple[str, dict[str, object]]:
     names: dict[str, object] = {}
 
     def run(found: re.Match[str]) -> str:
@@ -35,7 +46,8 @@ def rerun(text: str) -> str:
         shown = f"```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
         return f"```python\n{found['code']}```\n{shown}"
 
-    return EXAMPLE.sub(run, SUPPORT.sub(lambda found: f"{found[1]}{summary()}\n{found[2]}", text))
+    supported = SUPPORT.sub(lambda found: f"{found[1]}{summary()}\n{found[2]}", text)
+    return EXAMPLE.sub(run, supported), names
 
 
 def _outputs(text: str, keep: Callable[[str], bool] = bool) -> list[str]:
@@ -46,6 +58,18 @@ def test_examples_print_what_readme_says() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(_outputs(text)) == 10, "one for each question"
     assert _outputs(rerun(text)) == _outputs(text)
+
+
+def test_as_a_notebook_the_examples_are_light() -> None:
+    """Every result that they make, shown, and CircuitsVis once."""
+    _, names = _rerun(README.read_text(encoding="utf-8"))
+    results = [one for one in names.values() if isinstance(one, Shown)]
+    cells = [len(json.dumps(one._repr_mimebundle_())) for one in results]
+    assert len(results) >= 9
+    assert sum(cells) + len(circuitsvis_source.packed()) < 2_000_000
+    maps = [one for one in results if isinstance(one, ContextMap)]
+    assert maps
+    assert all(len(one._repr_html_()) < 100_000 for one in maps)
 
 
 def test_support_tables_are_those_of_the_tests() -> None:

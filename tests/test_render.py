@@ -11,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 import zlib
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_contextmix.errors import InvalidInput
-from tl_contextmix.plotting import Page, Section
+from tl_contextmix.plotting import Page, Section, notebooks
 from tl_contextmix.plotting import circuitsvis_source as circuitsvis_library
 from tl_contextmix.plotting import page as page_module
 from tl_contextmix.plotting import stills as still
@@ -41,6 +42,7 @@ from tl_contextmix.plotting.panels import (
     Samples,
     Table,
 )
+from tl_contextmix.plotting.scales import depths
 from tl_contextmix.plotting.survey import survey
 
 pytestmark = pytest.mark.once
@@ -91,6 +93,15 @@ class Parsed(HTMLParser):
         # A graph's is no list.
         return next((found for found in map(json.loads, data) if isinstance(found, list)), [])
 
+    def maps(self) -> list[dict[str, Any]]:
+        """What there is on each map; under ``values`` its numbers, NaN where there is none."""
+        found = []
+        for attrs, body in self.scripts:
+            told = json.loads(body) if attrs.get("type") == "application/json" else None
+            if isinstance(told, dict) and "cells" in told:
+                found.append({**told, **unpacked(told)})
+        return found
+
     def all(self, tag: str) -> list[dict[str, str | None]]:
         """Attributes of every element of a kind."""
         return [attrs for name, attrs in self.tags if name == tag]
@@ -102,6 +113,18 @@ class Parsed(HTMLParser):
     def values(self) -> list[float]:
         """All numbers that elements carry."""
         return [float(attrs["data-value"] or "") for _, attrs in self.tags if "data-value" in attrs]
+
+
+def unpacked(told: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """The numbers of a map on a page, and which of its cells are hidden."""
+    data = torch.frombuffer(
+        bytearray(zlib.decompress(base64.b64decode(told["cells"]))), dtype=torch.uint8
+    )
+    shape = told["shape"]
+    count, size = math.prod(shape), math.prod(shape[1:])
+    words = data[: 4 * count].view(4, count).flip(0).T.contiguous()
+    hidden = data[4 * count :].view(shape[1:]).bool() if len(data) == 4 * count + size else None
+    return {"values": words.view(torch.float32).view(shape), "hidden": hidden}
 
 
 def heatmap(values: torch.Tensor, **changes: Any) -> Heatmap:
@@ -193,13 +216,15 @@ def test_document_is_complete_and_fetches_nothing():
 
 
 def test_library_is_embedded_once_and_only_where_it_is_used():
-    library = circuitsvis_library.script()
+    library = circuitsvis_library.packed()
+    assert zlib.decompress(base64.b64decode(library)).decode() == circuitsvis_library.script()
     many = Page(tuple(heatmap(torch.rand(2, 3, 3)) for _ in range(5))).html()
-    assert many.count("var CircuitsVis=") == 1
-    assert library in Parsed(many).programs()
+    assert many.count(library) == 1
     none = Page((Bars("bars", "", ("a",), (("s", (1.0,)),)),)).html()
-    assert "var CircuitsVis=" not in none
+    assert library not in none
     assert len(none) < 60_000
+    # It can draw no map between two texts.
+    assert library not in Page((heatmap(torch.rand(2, 3, 4)),)).html()
 
 
 def test_policy_allows_the_scripts_of_the_page_and_nothing_else():
@@ -210,9 +235,9 @@ def test_policy_allows_the_scripts_of_the_page_and_nothing_else():
     directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     hashes = [
         "'sha256-" + base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() + "'"
-        for body in parsed.programs()
+        for body in (*parsed.programs(), circuitsvis_library.script())
     ]
-    assert len(hashes) == 2
+    assert len(hashes) == 3
     assert directives["default-src"] == "'none'"
     assert directives["script-src"].split() == hashes
     assert directives["style-src"] == "'unsafe-inline'"
@@ -231,7 +256,7 @@ def test_same_panels_give_the_same_bytes():
 
 
 def test_ids_are_unique_even_for_equal_panels():
-    panel = heatmap(torch.rand(2, 3, 3))
+    panel = samples((0.5, 2.0), (1.0, 3.0))
     parsed = parse(panel, panel, panel)
     assert len(set(parsed.ids())) == len(parsed.ids())
     elements = [chart["element"] for chart in parsed.charts()]
@@ -259,26 +284,32 @@ def test_hostile_text_is_neutralised(kind):
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
     assert not parsed.all("s")
     assert not parsed.all("textarea")
-    assert len(parsed.programs()) == (2 if kind in ("circuitsvis", "samples") else 1)
+    mapped = kind in ("circuitsvis", "numbers", "picture")
+    assert len(parsed.programs()) == 1 + mapped
     assert not [body for body in parsed.programs() if body.startswith("alert")]
     for character in ("\u202e", "\u2067", "\ud800"):
         assert character not in parsed.text
         assert character not in text
-    outside = re.sub(r"<script.*?</script>|<style.*?</style>", "", text, flags=re.DOTALL)
-    assert "<img src=x" not in outside
+    # In the data of maps "<" is written as its number.
+    programs = re.sub(r"<script>.*?</script>|<style.*?</style>", "", text, flags=re.DOTALL)
+    assert "<img src=x" not in programs
     # The frame of a notebook holds the page as one attribute.
     notebook = Parsed(page._repr_html_())
     left = {"style", "iframe", "div", "p", "b", "bdi", "img", "details", "summary", "pre"}
-    left |= {"table", "thead", "tbody", "tr", "th", "td"}
+    left |= {"table", "thead", "tbody", "tr", "th", "td", "script"}
     assert {tag for tag, _ in notebook.tags} <= left
-    assert notebook.all("iframe")[0]["srcdoc"] == text
+    assert len(notebook.programs()) == 1, "the height of the frame"
+    framed = notebook.all("iframe")[0]["srcdoc"] or ""
+    assert framed == re.sub(
+        "<noscript>.*?</noscript>", "", text.replace(circuitsvis_library.packed(), "")
+    )
     assert all((attrs["src"] or "").startswith("data:image/svg") for attrs in notebook.all("img"))
     assert not [name for _, attrs in notebook.tags for name in attrs if name.startswith("on")]
     for picture in map(still.picture, [panel]):
         ElementTree.fromstring(picture or "<none/>")
 
 
-@pytest.mark.parametrize("kind", ["numbers", "bars", "curves", "table", "text"])
+@pytest.mark.parametrize("kind", ["bars", "curves", "table", "text"])
 def test_own_drawings_show_every_token_as_text(kind):
     parsed = parse(hostile_panels()[kind])
     for token in ("<s>", "</s>", "&lt;", "⏎", "⇥", "∅", "\\u202eevil", "שלום", "😀", "\\ud800"):
@@ -296,21 +327,18 @@ def test_long_tokens_are_cut_and_whole_on_hover():
     assert "x" * 120 in [attrs.get("title") for attrs in parsed.all("bdi")]
 
 
-def test_circuitsvis_gets_text_that_is_no_markup():
-    props = parse(hostile_panels()["circuitsvis"]).charts()[0]["props"]
-    expected = [visible(token) for token in HOSTILE]
-    for text, full in zip(props["tokens"], expected, strict=True):
-        assert not re.search(r"[<&](?!\u2060)", text)
-        shown = text.replace(WORD_JOINER, "")
-        assert shown == (full if len(full) <= 24 else full[:23] + "…")
-    assert all(not re.search(r"[<&](?!\u2060)", name) for name in props["attentionHeadNames"])
+@pytest.mark.parametrize("kind", ["circuitsvis", "numbers", "picture"])
+def test_maps_have_every_token_as_text(kind):
+    (told,) = parse(hostile_panels()[kind]).maps()
+    assert told["columns"][: len(HOSTILE)] == [visible(token) for token in HOSTILE]
 
 
 def test_data_cannot_end_its_script_element():
-    text = Page((hostile_panels()["circuitsvis"],)).html()
-    data = text.split('<script type="application/json" id="charts">')[1].split("</script>")[0]
-    assert "<" not in data
-    assert len(json.loads(data)) == 1
+    text = Page((hostile_panels()["circuitsvis"], hostile_panels()["samples"])).html()
+    for part in text.split('<script type="application/json"')[1:]:
+        data = part.split(">", 1)[1].split("</script>")[0]
+        assert "<" not in data
+        assert json.loads(data)
 
 
 @pytest.mark.parametrize(
@@ -349,95 +377,48 @@ def test_for_circuitsvis_keeps_the_text():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_square_maps_reach_circuitsvis_as_they_are(causal):
-    values = torch.rand(3, 4, 4) * 7
+@pytest.mark.parametrize("side", [4, 5])
+def test_maps_reach_the_page_as_they_are(causal, side):
+    values = torch.rand(3, 4, side) * 7
     values = values.tril() if causal else values
-    parsed = parse(heatmap(values, causal=causal))
-    (chart,) = parsed.charts()
-    props = chart["props"]
-    assert chart["component"] == "AttentionHeads"
-    assert set(props) == {
-        "tokens",
-        "attention",
-        "attentionHeadNames",
-        "maxValue",
-        "minValue",
-        "positiveColor",
-        "negativeColor",
-        "maskUpperTri",
-    }
-    torch.testing.assert_close(torch.tensor(props["attention"]), values, rtol=1e-3, atol=0)
-    assert props["attentionHeadNames"] == ["layer 0", "layer 1", "layer 2"]
-    assert props["maskUpperTri"] is causal
-    assert props["maxValue"] == pytest.approx(float(values.max()), rel=1e-3)
-    assert props["minValue"] == -props["maxValue"]
-    assert len(json.dumps(props["attention"])) < 10 * values.numel()
-    expected = values[:, torch.tril(torch.ones(4, 4)) > 0] if causal else values
-    assert parsed.values() == pytest.approx(expected.flatten().tolist(), rel=1e-3)
+    layers, tokens = (0, 1, 4), ("rows", "columns")
+    panel = heatmap(values, causal=causal, layers=layers, tokens=tokens)
+    parsed = parse(panel)
+    (told,) = parsed.maps()
+    torch.testing.assert_close(told["values"].nan_to_num(0.0), values, rtol=1e-4, atol=0)
+    assert told["sheets"] == ["layer 0", "layer 1", "layer 2"]
+    assert (told["layers"], told["tokens"]) == ([0, 1, 4], ["rows", "columns"])
+    assert (told["rows"], told["columns"]) == ([*panel.rows], [*panel.columns])
+    assert told["block"] == 1
+    hidden = torch.ones(4, side).triu(1).bool()
+    assert (told["hidden"] is not None) is causal
+    assert not causal or torch.equal(told["hidden"], hidden)
+    # CircuitsVis has one list of tokens for both axes.
+    assert told.get("causal") == (causal if side == 4 else None)
 
 
-def test_props_are_those_of_circuitsvis_itself():
-    attention = pytest.importorskip("circuitsvis.attention")
-    panel = heatmap(torch.rand(2, 3, 3))
-    own = circuitsvis_library.attention_heads(panel)
-    theirs = attention.attention_heads(
-        attention=own["attention"],
-        tokens=own["tokens"],
-        attention_head_names=own["attentionHeadNames"],
-        max_value=own["maxValue"],
-        min_value=own["minValue"],
-        negative_color=own["negativeColor"],
-        positive_color=own["positiveColor"],
-        mask_upper_tri=own["maskUpperTri"],
-    ).cdn_src
-    name, props = re.search(r'render\(\s*"[^"]*",\s*(\w+),\s*(\{.*\})\s*\)', theirs).groups()
-    assert name == "AttentionHeads"
-    assert json.loads(props) == own
-
-
-@pytest.mark.parametrize(
-    "values",
-    [torch.zeros(1, 2, 2), -torch.rand(1, 2, 2), torch.tensor([[[1e-30, 0.0], [0.0, 0.0]]])],
-)
-def test_bounds_lie_on_either_side_of_zero(values):
-    props = parse(heatmap(values)).charts()[0]["props"]
-    assert props["maxValue"] > 0 > props["minValue"]
+def test_numbers_keep_four_digits_whatever_their_size():
+    values = torch.logspace(-30, 30, 60).reshape(1, 6, 10) * torch.tensor([-1.0, 1.0]).repeat(5)
+    (told,) = parse(heatmap(values)).maps()
+    torch.testing.assert_close(told["values"], values, rtol=7e-5, atol=0)
+    assert len(told["cells"]) < 5 * values.numel()
 
 
 def test_maps_of_any_dtype_and_with_gradients():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         values = torch.rand(1, 2, 2, requires_grad=True).to(dtype)
-        props = parse(heatmap(values)).charts()[0]["props"]
-        expected = values.detach().double().flatten().tolist()
-        assert [x for r in props["attention"][0] for x in r] == pytest.approx(expected, rel=1e-3)
+        (told,) = parse(heatmap(values)).maps()
+        torch.testing.assert_close(told["values"], values.detach().float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    "panel",
-    [
-        heatmap(torch.rand(2, 3, 5)),
-        heatmap(torch.rand(2, 3, 3), columns=("a", "b", "c")),
-    ],
-    ids=["rectangular", "other tokens"],
-)
-def test_maps_between_two_texts_are_tables(panel):
-    parsed = parse(panel)
-    assert not parsed.charts()
-    assert parsed.values() == pytest.approx(panel.values.flatten().tolist(), rel=1e-3)
-    assert len(parsed.all("option")) == 2
-    for token in (*panel.rows, *panel.columns):
-        assert token in parsed.text
-
-
-def test_what_is_no_number_is_seen():
-    values = torch.tensor([[[1.0, math.nan], [math.inf, -0.5]]])
-    parsed = parse(heatmap(values))
-    assert not parsed.charts()
-    classes = [attrs.get("class") for attrs in parsed.all("td")][1:]
-    assert classes == ["p20", "nothing", "infinite", "n10"]
-    assert "∞" in parsed.text
-    assert "no number" in parsed.text
-    assert "infinite" in parsed.text
+def test_what_is_no_number_is_told_from_what_is_hidden():
+    values = torch.tensor([[[1.0, 0.0], [math.inf, math.nan]]])
+    parsed = parse(heatmap(values, causal=True))
+    (told,) = parsed.maps()
+    assert told["values"].isnan().tolist() == [[[False, True], [False, True]]]
+    assert told["hidden"].tolist() == [[False, True], [False, False]]
+    assert told["values"][0, 1, 0] == math.inf
+    assert "causal" not in told, "CircuitsVis cannot show it"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
@@ -469,90 +450,19 @@ def test_empty_panels_say_so():
     assert page.text()
 
 
-def test_maps_beyond_the_cell_budget_are_pictures():
+def test_circuitsvis_is_asked_for_no_more_than_it_can_draw():
     side = 100
     within = circuitsvis_library.CHART_CELLS // side**2
-    assert parse(heatmap(torch.rand(within, side, side))).charts()
+    (told,) = parse(heatmap(torch.rand(within, side, side))).maps()
+    assert "causal" in told
     parsed = parse(heatmap(torch.rand(within + 1, side, side)))
-    assert not parsed.charts()
-    assert len(parsed.all("img")) == within + 1
-    assert "All 60,000 cells, one pixel per cell." in parsed.text
-    assert all((attrs["src"] or "").startswith("data:image/png") for attrs in parsed.all("img"))
-    assert all(attrs["alt"] for attrs in parsed.all("img"))
-
-
-def test_of_many_heads_the_mean_of_each_layer_is_drawn():
-    values = torch.rand(24, 50, 50).tril()
-    groups = tuple(f"layer {index // 6}" for index in range(24))
-    parsed = parse(heatmap(values, groups=groups, causal=True))
-    (chart,) = parsed.charts()
-    assert chart["props"]["attentionHeadNames"] == ["layer 0", "layer 1", "layer 2", "layer 3"]
-    expected = values.unflatten(0, (4, 6)).mean(1)
-    torch.testing.assert_close(
-        torch.tensor(chart["props"]["attention"]), expected, rtol=1e-3, atol=0
-    )
-    assert chart["props"]["maxValue"] == pytest.approx(float(expected.max()), rel=1e-3)
-    assert "the mean of the sheets of each group, layer 0 to layer 3" in parsed.text
-    # Two scales: that of the means, and that of the heads.
-    for largest in (expected.max(), values.max()):
-        assert f"{float(largest):.{2 if largest >= 1 else 3}f}norm" in parsed.text
-    assert len(parsed.all("img")) == 24
-
-
-def test_budget_is_that_of_the_page():
-    panel = heatmap(torch.rand(5, 100, 100))
-    parsed = parse(*[panel] * 4)
-    assert len(parsed.charts()) == circuitsvis_library.PAGE_CELLS // 50_000 == 3
-    assert len(parsed.all("img")) == 5
-
-
-def test_small_maps_beyond_the_budget_are_tables():
-    spent = heatmap(torch.rand(5, 100, 100))
-    small = heatmap(torch.rand(1, 3, 3))
-    parsed = parse(spent, spent, spent, small)
-    assert len(parsed.charts()) == 3
-    assert parsed.values() == pytest.approx(small.values.flatten().tolist(), rel=1e-3)
-
-
-def drawn(panel: Heatmap) -> torch.Tensor:
-    """The numbers that the colours of the pictures of a map stand for; NaN where there is none."""
-    told = json.loads(parse(panel).all("div")[1]["data-axes"] or "")
-    values = []
-    for image in parse(panel).all("img"):
-        data = base64.b64decode((image["src"] or "").split(",")[1])
-        share = (read_png(data, int(image["height"] or ""), int(image["width"] or "")) - 126) / 126
-        shown = share * share.abs() * told["largest"]
-        shown[share > 1] = math.nan
-        shown[share == 127 / 126] = math.inf
-        values.append(shown)
-    # The script of the page tells the numbers by their colours.
-    assert len(set(told["colours"][:254])) == 254
-    assert told["colours"][126] == 0xFFFFFF
-    return torch.stack(values)
-
-
-def test_pictures_hold_the_numbers():
-    values = torch.linspace(-2, 2, 50 * 60).reshape(1, 50, 60)
-    values[0, 0, :2] = torch.tensor([math.nan, math.inf])
-    found = drawn(heatmap(values))
-    assert found[0, 0, :2].isnan().tolist() == [True, False]
-    assert found[0, 0, 1] == math.inf
-    found[0, 0, :2] = values[0, 0, :2] = 0
-    # Small numbers are told apart, too.
-    steps = (2 * values.abs()).sqrt() / 126 + 1e-3
-    assert bool(((found - values).abs() <= steps).all())
-
-
-def test_causal_pictures_mask_later_tokens():
-    values = torch.ones(1, 300, 300).tril()
-    found = drawn(heatmap(values, causal=True))
-    assert torch.equal(found.isnan(), values == 0)
-    assert bool((found[values == 1] == 1).all())
+    assert "causal" not in parsed.maps()[0]
+    assert circuitsvis_library.packed() not in Page((heatmap(torch.rand(6, 100, 100)),)).html()
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lowest", [-1.0, 0.0])
-def test_of_very_many_cells_a_pixel_has_the_number_farthest_from_zero(causal, lowest, monkeypatch):
+def test_of_very_many_cells_one_has_the_number_farthest_from_zero(causal, lowest, monkeypatch):
     monkeypatch.setattr("tl_contextmix.plotting.survey.PIXELS", 2 * 50 * 60 // 9)
     values = torch.rand(2, 50, 61, dtype=torch.float64) * (1 - lowest) + lowest
     if causal:
@@ -574,10 +484,11 @@ def test_of_very_many_cells_a_pixel_has_the_number_farthest_from_zero(causal, lo
                 expected = max(cells, key=abs, default=math.nan)
                 assert float(pixel) == pytest.approx(expected, nan_ok=True), (row, column)
     parsed = parse(panel)
-    assert "All 6,100 cells, one pixel for 4 by 4 cells" in parsed.text
-    assert [(image["width"], image["height"]) for image in parsed.all("img")] == [("16", "13")] * 2
+    assert "6,100 cells: drawn is one for 4 by 4" in parsed.text
+    (told,) = parsed.maps()
+    assert (told["shape"], told["block"]) == ([2, 13, 16], 4)
     torch.testing.assert_close(
-        drawn(panel), panel.survey.pixels, rtol=0.03, atol=0.01, equal_nan=True, check_dtype=False
+        told["values"], panel.survey.pixels.float(), rtol=1e-4, atol=0, equal_nan=True
     )
 
 
@@ -597,6 +508,32 @@ def read_png(data: bytes, height: int, width: int) -> torch.Tensor:
     pixels = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).reshape(height, width + 1)
     assert not pixels[:, 0].any()
     return pixels[:, 1:]
+
+
+# ---- colours
+
+
+def test_colours_follow_ranks():
+    cells = torch.tensor([[0.0, 1e-9, -1e-3], [1.0, math.nan, math.inf], [1e-3, 5.0, -1e3]])
+    found = depths(cells)
+    # Seven numbers count; two share a place.
+    expected = [0, (1 / 6) ** 2, -((3 / 6) ** 2), (4 / 6) ** 2, math.nan, math.inf]
+    expected += [(3 / 6) ** 2, (5 / 6) ** 2, -1.0]
+    assert found.flatten().tolist() == pytest.approx(expected, nan_ok=True)
+    assert not depths(torch.zeros(2, 2)).any()
+
+
+@pytest.mark.parametrize("side", [6, 24, 160])
+def test_at_most_a_third_of_a_map_is_blank(side):
+    """Numbers over twenty powers of ten, as attention patterns have them."""
+    values = torch.logspace(-20, 0, side * side).reshape(1, side, side)
+    panel = heatmap(values, causal=True)
+    found = depths(panel.survey.pixels)
+    read = found[~found.isnan()]
+    assert len(read) == side * (side + 1) / 2
+    assert float((read.abs() < 0.05).double().mean()) < 1 / 3
+    # A linear scale leaves nearly all of it white.
+    assert float((panel.survey.pixels[~found.isnan()] < 0.05).double().mean()) > 0.8
 
 
 def test_large_maps_list_their_largest_numbers():
@@ -656,26 +593,22 @@ def test_a_window_has_the_positions_of_the_input():
             base64.b64decode(Parsed(page._repr_html_()).all("img")[0]["src"][26:]).decode()
         ).text,
     ):
-        assert "the (104)" in text
         assert "are (107)" in text
         assert "(2)" not in text
+    (told,) = parse(panel).maps()
+    assert told["rowPositions"] == [104, 105, 107]
+    assert told["columnPositions"] == [0, 104, 105, 107]
     square = heatmap(torch.rand(1, 3, 3).tril(), rows=words, columns=words, causal=True)
-    assert parse(square).charts()
-    assert "(" not in parse(square).text
+    assert "causal" in parse(square).maps()[0]
     window = {"row_positions": (1, 2, 4), "column_positions": (1, 2, 4)}
     moved = dataclasses.replace(square, **window)
     # CircuitsVis counts from 0: it would name other positions.
-    assert not parse(moved).charts()
-    assert [attrs.get("class") for attrs in parse(moved).all("td")].count("masked") == 3
+    (told,) = parse(moved).maps()
+    assert "causal" not in told
+    assert int(told["hidden"].sum()) == 3
     late = dataclasses.replace(square, row_positions=(4, 5, 6), column_positions=(5, 6, 7))
     assert late.hidden is not None
     assert late.hidden.sum() == 6
-    large = heatmap(
-        torch.rand(1, 60, 60), row_positions=tuple(range(7, 67)), column_positions=tuple(range(60))
-    )
-    told = json.loads(parse(large).all("div")[1]["data-axes"] or "")
-    assert told["rows"][0] == "t0 (7)"
-    assert told["columns"][0] == "t0 (0)"
     with pytest.raises(InvalidInput, match="cannot be built: got 2; expected 3"):
         dataclasses.replace(square, row_positions=(4, 5))
 
@@ -683,16 +616,12 @@ def test_a_window_has_the_positions_of_the_input():
 def test_signed_maps_have_zero_in_the_middle_everywhere():
     values = torch.tensor([[[-2.0, 0.0], [0.5, 1.0]]])
     panel = heatmap(values)
-    parsed = parse(panel)
-    props = parsed.charts()[0]["props"]
-    assert (props["minValue"], props["maxValue"]) == (-2.0, 2.0)
-    assert "signed" in [attrs.get("class") for attrs in parsed.all("i")]
-    assert "−2.002.00" in parsed.text
     picture = still.picture(panel) or ""
     stops = re.findall(r'offset="([\d.]+)" stop-color="([^"]+)"', picture)
     assert stops == [("0.0", "#b2182b"), ("0.5", "#fff"), ("1.0", "#2166ac")]
     assert "−2.00" in Page((panel,)).text().splitlines()[2]
-    assert "signed" not in [a.get("class") for a in parse(heatmap(values.abs())).all("i")]
+    stops = re.findall(r'stop-color="([^"]+)"', still.picture(heatmap(values.abs())) or "")
+    assert stops == ["#fff", "#2166ac"]
 
 
 def test_a_new_kind_of_picture_is_a_class_and_a_row(monkeypatch):
@@ -789,13 +718,6 @@ def test_tables_say_yes_and_no():
     assert "<td>no</td>" in Page((table,)).html()
 
 
-def test_only_what_has_a_unit_names_one():
-    values = torch.rand(1, 2, 3)
-    for unit in ("norm", ""):
-        classes = [attrs.get("class") for attrs in parse(heatmap(values, unit=unit)).all("span")]
-        assert ("unit" in classes) == bool(unit)
-
-
 def test_long_tables_are_cut_with_a_note():
     parsed = parse(Table("t", "", ("n",), tuple((index,) for index in range(1000))))
     assert len(parsed.all("tr")) == 501
@@ -838,13 +760,47 @@ def test_notebook_output_is_one_frame_and_the_numbers_as_text():
     frames = parsed.all("iframe")
     assert len(frames) == 2
     assert not parsed.ids()  # Ids live inside the frames, each a document of its own.
-    assert not parsed.programs()
+    assert len(set(parsed.programs())) == 1, "the height of frames"
     for frame in frames:
         assert frame["sandbox"] == "allow-scripts"
         assert frame["title"] == "A <title>"
         assert "src" not in frame
     for text in (bundle["text/plain"], parsed.text):
         assert "  layer 0  t0 (0)  t0 (0)   1.00" in text
+
+
+def test_a_notebook_gets_circuitsvis_with_the_first_cell_that_can_use_it(monkeypatch):
+    page, library = Page((heatmap(torch.eye(3)[None]),)), circuitsvis_library.packed()
+    bars = Page((Bars("bars", "", ("a",), (("s", (1.0,)),)),))
+    monkeypatch.setattr(notebooks, "_brought_by", [])
+    run: list[tuple[str, int] | None] = [None]
+    monkeypatch.setattr(notebooks, "_run", lambda: run[0])
+
+    def brings(shown: Page, cell: str, count: int) -> bool:
+        run[0] = (cell, count)
+        return library in shown._repr_html_()
+
+    assert library not in page._repr_html_(), "no notebook, nobody to share it with"
+    assert not brings(bars, "a", 1)
+    assert brings(page, "b", 2)
+    assert not brings(page, "b", 2), "once in a cell"
+    assert not brings(page, "c", 3)
+    # Run again, a cell loses what it brought.
+    assert not brings(page, "c", 4)
+    assert brings(page, "b", 5)
+
+
+def test_a_cell_is_known_by_its_kernel(monkeypatch):
+    shell = types.SimpleNamespace(
+        kernel=object(), execution_count=7, get_parent=lambda: {"metadata": {"cellId": "x"}}
+    )
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert notebooks._run() == ("x", 7)
+    shell.get_parent = dict
+    assert notebooks._run() == (7, 7)
+    shell.kernel = None
+    assert notebooks._run() is None
 
 
 def stripped(markup: str) -> str:
@@ -871,14 +827,14 @@ def test_the_picture_that_is_left_holds_the_map():
     drawn = ElementTree.fromstring(markup)
     texts = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("<s>") == texts.count("·the") == texts.count("&") == 4
-    assert {"layer 0", "layer 1", "−2.00", "2.00 norm"} <= set(texts)
+    assert {"layer 0", "layer 1", "−2.00"} <= set(texts)
+    assert "2.00 norm · colour by rank: half of the numbers are below 1.06" in texts
     images = list(drawn.iter("{http://www.w3.org/2000/svg}image"))
-    for sheet, image in zip(values, images, strict=True):
+    for sheet, image in zip(depths(values), images, strict=True):
         side = int(image.attrib["width"]) // 3
         data = base64.b64decode(image.attrib["href"].split(",")[1])
         indices = read_png(data, 3 * side, 3 * side)[side // 2 :: side, side // 2 :: side]
-        shares = sheet / 2
-        steps = (shares.sign() * shares.abs().sqrt() * 126).round()
+        steps = (sheet * 126).round()
         assert torch.equal(indices, (steps + 126).to(torch.int64))
 
 

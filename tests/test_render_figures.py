@@ -200,7 +200,7 @@ def test_a_panel_and_a_sheet_can_be_chosen():
     (mesh,) = meshes(result.figure(1, sheet="layer 2"))
     expected = result.scores[1, 2, 0].numpy()
     assert (mesh.get_array().data.reshape(4, 4) == expected).all()
-    assert "by_hand at block_out, layer 2" in texts(result.figure(-1, sheet=-1))
+    assert "By hand, block output, layer 2" in texts(result.figure(-1, sheet=-1))
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,22 @@ import tl_contextmix as cm
 from tl_contextmix import __main__ as command_line
 from tl_contextmix.adapters import as_view
 from tl_contextmix.commands import on_texts, shared_options
+from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.evaluation import demo_pairs
-from tl_contextmix.plotting import Page, Section, colors
+from tl_contextmix.plotting import Opening, Page, Section, colors
 from tl_contextmix.plotting.panels import Bars, Curves, Heatmap, Samples, Table
-from tl_contextmix.reporting import build_report, sections, story, write_report
+from tl_contextmix.plotting.scales import depths
+from tl_contextmix.reporting import (
+    drawing,
+    mixing_section,
+    sections,
+    story,
+    write_report,
+    write_results,
+)
 from tl_contextmix.reporting.sections import SectionName
 from tl_contextmix.reporting.story import default_text, read
 
@@ -36,6 +45,7 @@ TEXT = "the keys to the cabinet"
 MASKED = "the keys to the cabinet [MASK] old ."
 QUESTIONS = {
     "prediction": "What does the model predict?",
+    "answer": "What was each word of the answer made of?",
     "mixing": "Which tokens were mixed, and where?",
     "points": "How do tokens mix, point by point?",
     "feed-forward": "What did the feed-forward block change?",
@@ -60,7 +70,7 @@ def masked() -> Any:
 @pytest.fixture(scope="module")
 def page(causal: Any) -> Page:
     """The whole story of the causal model, told once."""
-    return build_report(causal, TEXT)
+    return cm.report(causal, TEXT)
 
 
 Shown = TypeVar("Shown", Bars, Curves, Heatmap, Table)
@@ -142,7 +152,7 @@ def test_prediction_is_the_models_own(page, causal):
 
 @pytest.mark.once
 def test_mixing_shows_the_maps(page, causal):
-    parsed = Parsed(build_report(causal, TEXT, sections=["mixing"]).html())
+    parsed = Parsed(cm.report(causal, TEXT, sections=["mixing"]).html())
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
     expected = [
         maps["attn_out"].normalize().scores,
@@ -150,12 +160,14 @@ def test_mixing_shows_the_maps(page, causal):
         cm.value_zeroing(causal, TEXT).normalize().scores,
         maps["block_out"].normalize().rollout().scores.flip(1),
     ]
-    charts = [chart["props"] for chart in parsed.charts()]
-    for props, scores in zip(charts, expected, strict=True):
-        shown = torch.tensor(props["attention"])
-        torch.testing.assert_close(shown, scores[0, :, 0], rtol=1e-3, atol=1e-6)
-        assert props["maskUpperTri"] is True
-    assert charts[-1]["attentionHeadNames"] == ["0 to 3", "0 to 2", "0 to 1", "0 to 0"]
+    shown_maps = parsed.maps()[:4]
+    for told, scores in zip(shown_maps, expected, strict=True):
+        seen = told["values"].nan_to_num(0.0)
+        torch.testing.assert_close(seen, scores[0, :, 0].float(), rtol=1e-3, atol=1e-6)
+        assert told["causal"] is True
+    # One choice of layer drives all of them, rollouts too.
+    assert shown_maps[-1]["sheets"] == ["0 to 3", "0 to 2", "0 to 1", "0 to 0"]
+    assert shown_maps[-1]["layers"] == [3, 2, 1, 0]
     row = titled(part(page, "mixing"), "Sources of “cabinet” by layer")
     torch.testing.assert_close(row.values[0], expected[1][0, :, 0, -1])
     # The finding: in which layer the predicting token takes most from another one.
@@ -167,6 +179,8 @@ def test_mixing_shows_the_maps(page, causal):
     assert part(page, "mixing").finding == (
         f"In layer {layer}, {share:.0%} of “cabinet” comes from “{row.columns[source].strip()}”."
     )
+    # Maps open where that is.
+    assert part(page, "mixing").opens == Opening(layer, 5)
     figures = cm.mixing_ratio(causal, TEXT, at="block_out")
     torch.testing.assert_close(
         titled(part(page, "mixing"), "Mixing ratio").values[0], figures.values[0]
@@ -175,11 +189,14 @@ def test_mixing_shows_the_maps(page, causal):
 
 @pytest.mark.once
 def test_points_are_told_when_asked_for(causal):
-    section = part(build_report(causal, TEXT, sections=["points"]), "points")
+    section = part(cm.report(causal, TEXT, sections=["points"]), "points")
     maps = cm.attention_norms(causal, TEXT, at=POINTS)
     # resid_post and block_out are the same map in a pre-LN model.
-    titles = [panel.title.split(":")[0] for panel in section.panels]
-    assert titles == [*POINTS[:4], "resid_post = block_out"]
+    titles = [panel.title for panel in section.panels]
+    for title, point in zip(
+        titles, [*POINTS[:4], "resid_post, here the same as block_out"], strict=True
+    ):
+        assert title.endswith(f"({point})")
     for place, point in enumerate(POINTS[:5]):
         panel = shown(section, Heatmap, place)
         torch.testing.assert_close(panel.values, maps[point].normalize().scores[0, :, 0])
@@ -194,7 +211,9 @@ def test_feed_forward_shows_what_changes(page, causal):
     undone = titled(section, "Does the block undo")
     assert [name for name, _ in undone.series] == ["cancel", "recover"]
     change = maps["mlp_out"].normalize().scores - maps["mlp_in"].normalize().scores
-    torch.testing.assert_close(titled(section, "after FF").values, change[0, :, 0])
+    torch.testing.assert_close(
+        titled(section, "after the feed-forward block").values, change[0, :, 0]
+    )
     pairs = cm.amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=2)
     table = titled(section, "Pairs")
     assert sorted(row[-1] for row in table.rows) == sorted(
@@ -218,7 +237,7 @@ def test_memories_are_named_and_triggered(page, causal):
     assert str(table.rows[0][4]).endswith(f"{float(shares[shares.abs().argmax()]):+.2f}")
     longest = top.loc[top["length"].idxmax()]
     name = f"L{longest.layer}.{longest.neuron}"
-    assert name in section.finding
+    assert f"neuron {longest.neuron} of layer {longest.layer}, which promotes" in section.finding
     samples = [panel for panel in section.panels if isinstance(panel, Samples)]
     assert [samples[0].name, len(samples)] == [name, 2]
     # Coefficients fall from text to text, and each text ends where its own is highest.
@@ -233,7 +252,8 @@ def test_components_are_tested_by_taking_them_out(page, causal):
     section = part(page, "components")
     layers = cm.log_prob_contributions(causal, TEXT)
     best = layers.top(1)
-    told = f"{best.labels()[0]} adds most to “are” ({float(best.scores[0, 0]):+.2f} nats)"
+    layer = int(best.components.layer[0, 0])
+    told = f"in layer {layer} ({float(best.scores[0, 0]):+.2f} nats) adds most"
     assert told in section.finding
     steps = titled(section, "through the layers")
     assert steps.series[0][1] == tuple(layers.trajectory[0].tolist())
@@ -253,10 +273,14 @@ def test_comparison_measures_the_methods(page, causal):
     section = part(page, "comparison")
     found = cm.compare(causal, demo_pairs(count=8), methods=["value_zeroing"])
     expected = found.best("dot").iloc[0]
-    row = next(row for row in titled(section, "layer: dot").rows if row[0] == "Value Zeroing")
+    row = next(
+        row
+        for row in titled(section, "by alignment with the cue").rows
+        if row[0] == "Value Zeroing"
+    )
     assert row[1].startswith(f"{expected['value']:.2f} ({expected['low']:.2f} to")
     assert row[2] == expected["layer"]
-    assert section.finding.startswith("Best aligned with the cue: value_zeroing at layer 2")
+    assert section.finding.startswith("Best aligned with the cue: Value Zeroing at layer 2")
     rows = shown(section, Heatmap)
     torch.testing.assert_close(rows.values.sum(-1), torch.ones(1, 6), rtol=1e-4, atol=1e-4)
     rolled = cm.value_zeroing(causal, TEXT).normalize().rollout().scores[0, -1, 0, -1]
@@ -266,20 +290,20 @@ def test_comparison_measures_the_methods(page, causal):
 @pytest.mark.once
 def test_report_of_a_masked_model_is_about_the_mask(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
-    page = build_report(masked, MASKED, sections=names)
+    page = cm.report(masked, MASKED, sections=names)
     assert [section.title for section in page.sections] == [QUESTIONS[name] for name in names]
     assert page.sections[0].finding.startswith("At “[MASK]” the model predicts “")
     assert [panel for panel in part(page, "memories").panels if isinstance(panel, Samples)]
-    charts = [c["props"] for c in Parsed(page.html()).charts() if "maskUpperTri" in c["props"]]
+    charts = [one for one in Parsed(page.html()).maps() if "causal" in one]
     assert len(charts) == 4
-    assert all(chart["maskUpperTri"] is False for chart in charts)
+    assert all(chart["causal"] is False for chart in charts)
 
 
 @pytest.mark.once
 def test_report_without_a_mask_predicts_nothing(masked):
     names: list[SectionName] = ["prediction", "mixing", "memories", "components", "graph"]
     names.append("comparison")
-    page = build_report(masked, "the keys to the cabinet are old .", sections=names)
+    page = cm.report(masked, "the keys to the cabinet are old .", sections=names)
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS["mixing"]]
     assert set(left_out(page)) == {"prediction", "memories", "components", "graph", "comparison"}
     assert set(left_out(page).values()) == {"the text has no mask token to predict"}
@@ -288,8 +312,9 @@ def test_report_without_a_mask_predicts_nothing(masked):
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_report_of_an_encoder_decoder_maps_the_encoder():
     model = cm.load_demo("encoder-decoder")
-    page = build_report(model, "the bat burned .")
-    told = ["prediction", "mixing", "feed-forward", "components", "graph", "encoder-layers"]
+    page = cm.report(model, "the bat burned .")
+    told = ["prediction", "answer", "mixing", "feed-forward", "components", "graph"]
+    told.append("encoder-layers")
     assert [section.title for section in page.sections[:-1]] == [QUESTIONS[name] for name in told]
     assert set(left_out(page)) == {"memories", "comparison"}
     section = part(page, "encoder-layers")
@@ -299,23 +324,38 @@ def test_report_of_an_encoder_decoder_maps_the_encoder():
     assert table.rows[-1][1] == "la batte brûlait ."
     assert all(0 < float(str(row[2])) <= 1 for row in table.rows)
     assert judged.rows[-1] == "layer 4"
-    assert [curve.title for curve in curves] == ["edit distance", "gold NLL"]
+    assert [curve.title for curve in curves] == [
+        "Distance from the final output, by layer",
+        "How improbable the final output is, by layer",
+    ]
     assert curves[0].series[0][1][-1] == 0, "the last layer's output is the final one"
     assert len(page.html().encode()) < 3 * 2**20
     assert dict(page.facts)["Maps of"] == "the encoder"
     parsed = Parsed(page.html())
-    assert not any(chart["props"]["maskUpperTri"] for chart in parsed.charts())
+    assert not any(told.get("causal") for told in parsed.maps())
     decoder = cm.attention_norms(model, "the bat burned .").normalize()
     row = titled(part(page, "mixing"), "by layer")
     torch.testing.assert_close(row.values[0], decoder.scores[0, :, 0, -1])
     assert row.columns == decoder.source.strings[0]
+    # Every token of the output is explained.
+    words = (" la", " batte", " brûlait", " .", "</s>")
+    words_section = part(page, "answer")
+    table = shown(words_section, Table)
+    assert tuple(row[0] for row in table.rows) == words
+    assert shown(words_section, Heatmap, 1).rows == words
+    read = cm.log_prob_contributions(model, "the bat burned .", generate=30, by="position").as_map()
+    totals = read.scores[0, :, 0].sum(0)
+    for row, scores in zip(table.rows, totals, strict=True):
+        assert row[4] == read.source.strings[0][int(scores.argmax())]
+        assert row[5] == pytest.approx(float(scores.max()), rel=1e-3, abs=1e-6)
+    assert words_section.finding.startswith("The model says “la batte brûlait .</s>”.")
 
 
 @pytest.mark.once
 @pytest.mark.skipif(zoo.major() == 2, reason="TransformerLens 2 has no encoder-decoder that works")
 def test_a_companion_tells_what_the_model_cannot(causal):
     companion = cm.load_demo("encoder-decoder")
-    page = build_report(causal, TEXT, sections=["encoder-layers"], companion=companion)
+    page = cm.report(causal, TEXT, sections=["encoder-layers"], companion=companion)
     section = part(page, "encoder-layers")
     assert section.text.startswith("causal-lm has no encoder; this is the bundled encoder-decoder")
     assert "la batte brûlait ." in section.finding
@@ -323,11 +363,11 @@ def test_a_companion_tells_what_the_model_cannot(causal):
 
 @pytest.mark.once
 def test_sections_keep_their_order_and_must_exist(causal):
-    page = build_report(causal, TEXT, sections=["mixing", "prediction"])
+    page = cm.report(causal, TEXT, sections=["mixing", "prediction"])
     told = [section.title for section in page.sections]
     assert told == [QUESTIONS["prediction"], QUESTIONS["mixing"]]
     with pytest.raises(cm.InvalidInput, match="no such section"):
-        build_report(causal, TEXT, sections=[])
+        cm.report(causal, TEXT, sections=[])
     # Names are checked by the type checker of the tests first, so past it.
     with pytest.raises(cm.InvalidInput, match="no such section: got 'rollout'; expected some of"):
         inspect.unwrap(sections.chosen)(["rollout"])
@@ -349,7 +389,7 @@ def test_triggers_and_pairs_of_ones_own_are_taken(causal, tmp_path):
     assert "These were mined beforehand." in text
     assert "95 % interval over 2 sentences" in text
     # Without cues nothing can point at them; faithfulness can still be measured.
-    assert "Best by blank-out: " in text
+    assert "Best at ranking tokens as blanking them does (blank-out): " in text
 
 
 @pytest.mark.once
@@ -357,7 +397,7 @@ def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypa
     for module in ("memories", "comparison"):
         module = importlib.import_module(f"tl_contextmix.reporting.{module}_section")
         monkeypatch.setattr(module, "DEMO_NAMES", ())
-    page = build_report(causal, TEXT, sections=["memories", "comparison"])
+    page = cm.report(causal, TEXT, sections=["memories", "comparison"])
     assert left_out(page) == {}
     assert not [p for p in part(page, "memories").panels if isinstance(p, Samples)]
     assert "tl-contextmix mine" in part(page, "memories").text
@@ -368,7 +408,7 @@ def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypa
 @pytest.mark.once
 def test_both_schemes_and_paper_are_provided_for(page):
     html = page.html()
-    for query in ("prefers-color-scheme: dark", "@media print"):
+    for query in ("screen and (prefers-color-scheme: dark)", "@media print"):
         assert html.count(query) == 1
     dark = html[html.index("prefers-color-scheme: dark") :]
     ink, ground = (_colour(dark, name) for name in ("--ink", "--ground"))
@@ -387,7 +427,7 @@ def _colour(css: str, name: str) -> tuple[int, int, int]:
 def test_report_is_small_offline_and_always_the_same(page, causal):
     first = page.html()
     names: list[SectionName] = ["mixing", "memories"]
-    some, again = (build_report(causal, TEXT, sections=names).html() for _ in range(2))
+    some, again = (cm.report(causal, TEXT, sections=names).html() for _ in range(2))
     assert some == again
     assert len(first.encode()) < 3_000_000
     parsed = Parsed(first)
@@ -397,10 +437,65 @@ def test_report_is_small_offline_and_always_the_same(page, causal):
 
 
 @pytest.mark.once
+def test_a_headline_names_only_what_stands_out(causal):
+    assert drawing.stands_out([0.1, 0.9, 0.12, 0.11]) == 1
+    assert drawing.stands_out([0.1, 0.12, 0.12, 0.11]) is None
+    assert drawing.stands_out([0.5, 0.6]) is None
+    assert drawing.stands_out([0.5, 0.9, float("nan")]) == 1
+    assert drawing.stands_out([]) is None
+    page = cm.report(causal, "the", sections=["mixing"])
+    assert "stands out" in page.sections[0].finding or "comes from" in page.sections[0].finding
+    told = read(causal, TEXT)
+    flat = {
+        point: replace(map, scores=torch.ones_like(map.scores).tril())
+        for point, map in told.maps.items()
+    }
+    finding = mixing_section.mixing(replace(told, maps=flat)).finding
+    assert finding.startswith("No single source stands out for “cabinet”: the largest share is 17%")
+
+
+@pytest.mark.once
+def test_an_answer_of_several_tokens_is_explained_if_asked_for(causal):
+    page = cm.report(causal, TEXT, sections=["answer", "prediction"], generate=3)
+    assert [section.title for section in page.sections] == [
+        QUESTIONS["prediction"],
+        QUESTIONS["answer"],
+    ]
+    assert len(shown(part(page, "answer"), Table).rows) == 3
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("length", [6, 24, 160])
+def test_maps_of_the_demo_model_show_something(causal, length):
+    words = " ".join(Grammar(7, "train").sentence().text for _ in range(2 * length))
+    ids = causal.to_tokens(words)[:, :length]
+    for map in (
+        cm.attention(causal, ids),
+        cm.attention_norms(causal, ids, at="block_out"),
+        cm.value_zeroing(causal, ids),
+    ):
+        for some in (map, map.normalize()):
+            panel = some.panels()[0]
+            assert isinstance(panel, Heatmap)
+            read = depths(panel.survey.pixels)[:, ~panel.hidden]
+            assert float((read.abs() < 0.05).double().mean()) < 1 / 3
+
+
+@pytest.mark.once
+def test_what_is_odd_about_a_text_is_said_on_the_page(masked):
+    with pytest.warns(ContextMixWarning, match="was not trained on"):
+        page = cm.report(masked, "the ☃ sneezed [MASK] .", sections=["prediction"])
+    told = Parsed(page.html()).text
+    assert "masked-lm was never trained on '☃', 'sneezed': what this page says of them" in told
+    assert "A nat is the unit of a natural logarithm" in told
+    assert "does not know what stands at position 2 of the text" in told
+
+
+@pytest.mark.once
 def test_findings_survive_text_that_is_markup(masked):
     text = "<img src=x onerror=alert(1)> [MASK] </script>"
     with pytest.warns(ContextMixWarning, match="was not trained on"):
-        page = build_report(masked, text, sections=["prediction", "mixing", "components"])
+        page = cm.report(masked, text, sections=["prediction", "mixing", "components"])
     parsed = Parsed(page.html())
     assert not [attrs for attrs in parsed.all("img") if "onerror" in attrs]
     assert len(parsed.programs()) == 2
@@ -438,10 +533,10 @@ def test_points_a_model_lacks_are_left_out_with_the_reason(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", without_feed_forward)
     names: list[SectionName] = ["mixing", "points", "feed-forward", "memories"]
-    page = build_report(causal, TEXT, sections=names)
+    page = cm.report(causal, TEXT, sections=names)
     assert "these neurons cannot be read" in part(page, "points").text
     told = [panel.title for panel in part(page, "mixing").panels]
-    assert "Each layer's output by source (resid_mid)" in told
+    assert "Each layer's stream after attention by source" in told
     assert not any("Value Zeroing" in title for title in told)
     assert left_out(page) == dict.fromkeys(names[2:], "these neurons cannot be read")
     assert page.html()
@@ -454,7 +549,7 @@ def test_a_model_without_any_map_is_refused(causal, monkeypatch):
 
     monkeypatch.setattr(story, "attention_norms", refuse)
     with pytest.raises(cm.UnsupportedModel, match="nothing can be read"):
-        build_report(causal, TEXT)
+        cm.report(causal, TEXT)
 
 
 @pytest.mark.once
@@ -490,29 +585,36 @@ def test_report_shows_any_results(causal, tmp_path):
         cm.mixing_ratio(causal, TEXT),
         cm.check(causal),
     ]
-    path = cm.report(results, tmp_path / "results.html", title="Mine")
+    path = write_results(results, tmp_path / "results.html", title="Mine")
     parsed = Parsed(path.read_text(encoding="utf-8"))
     view = as_view(causal)
     for part in ("Mine", "attention_norms(at='block_out'", f"{view.host} {view.host_version}"):
         assert part in parsed.text
     assert "IdentityReport" in parsed.text
-    assert len(parsed.charts()) == 1
-    alone = cm.report(maps["block_out"], tmp_path / "alone.html")
-    assert len(Parsed(alone.read_text(encoding="utf-8")).charts()) == 1
+    assert len(parsed.maps()) == 1
+    alone = write_results(maps["block_out"], tmp_path / "alone.html")
+    assert len(Parsed(alone.read_text(encoding="utf-8")).maps()) == 1
 
 
 @pytest.mark.once
 def test_report_of_no_result_is_refused(tmp_path):
     with pytest.raises(cm.InvalidInput, match="a str; expected results"):
-        cm.report(["text"], tmp_path / "page.html")
+        write_results(["text"], tmp_path / "page.html")
+
+
+@pytest.mark.once
+def test_report_of_results_names_what_writes_them(causal):
+    for results in ([1], cm.check(causal)):
+        with pytest.raises(cm.InvalidInput, match=r"tl_contextmix\.reporting\.write_results"):
+            cm.report(results)
 
 
 @pytest.mark.once
 def test_results_show_themselves(causal):
     shown = cm.attention_norms(causal, TEXT).show()
     assert isinstance(shown, Page)
-    assert shown.title == "ContextMap"
-    assert len(Parsed(shown.html()).charts()) == 1
+    assert shown.title == "Context map"
+    assert len(Parsed(shown.html()).maps()) == 1
 
 
 # ---- the command line
@@ -530,7 +632,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_command_report_writes_a_page_and_prints_its_path(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("report", "--sections", "mixing", "encoder-layers")
+    code, out, err = run("report", "--sections", "mixing,encoder-layers")
     assert (code, out, err) == (0, ["tl_contextmix_report.html"], [])
     text = (tmp_path / "tl_contextmix_report.html").read_text(encoding="utf-8")
     assert "“keys”" in text
@@ -545,7 +647,7 @@ def test_command_report_options(run, tmp_path, monkeypatch):
     path = tmp_path / "page.html"
     text = "the author that the senators admire"
     options = ("--sections", "mixing", "-o", path, "--open")
-    code, out, err = run("report", "--model", "masked-lm", "--text", text, *options)
+    code, out, err = run("report", "masked-lm", text, *options)
     assert (code, out, err) == (0, [str(path)], [])
     assert opened == [path.as_uri()]
     parsed = Parsed(path.read_text(encoding="utf-8"))
@@ -556,7 +658,7 @@ def test_command_report_options(run, tmp_path, monkeypatch):
 @pytest.mark.once
 def test_command_shows_warnings_on_one_line(run, tmp_path):
     options = ("--sections", "prediction", "-o", tmp_path / "page.html")
-    code, out, err = run("report", "--model", "causal-lm", "--text", "the politician", *options)
+    code, out, err = run("report", "causal-lm", "the politician", *options)
     assert code == 0
     assert len(out) == len(err) == 1
     assert err[0].startswith("tl-contextmix: warning: causal-lm was not trained on")
@@ -566,9 +668,9 @@ def test_command_shows_warnings_on_one_line(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("report", "--model", "no such model"), "cannot load the model"),
-        (("report", "--model", "causal-lm", "--text", ""), "empty"),
-        (("report", "--triggers", "no folder", "--model", "causal-lm"), "no folder"),
+        (("report", "no such model"), "cannot load the model"),
+        (("report", "causal-lm", ""), "empty"),
+        (("report", "--triggers", "no folder", "causal-lm"), "no folder"),
         (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
         (("check", "no such model"), "cannot load the model"),
     ],
@@ -591,7 +693,7 @@ def test_command_check_prints_the_identities(run, causal):
 def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     found = cm.check(causal)
     broken = replace(found, rows=(replace(found.rows[0], error=1.0), *found.rows[1:]))
-    monkeypatch.setattr(on_texts, "check", lambda model: broken)
+    monkeypatch.setattr(on_texts, "check_model", lambda model: broken)
     code, out, _ = run("check", "causal-lm")
     assert code == 1
     assert "FAIL" in "".join(out)
@@ -603,10 +705,8 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
     [[], ["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]],
 )
 def test_command_mistakes_exit_with_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as left:
-        command_line.main(arguments)
-    assert left.value.code == 2
-    assert "usage: tl-contextmix" in capsys.readouterr().err
+    assert command_line.main(arguments) == 2
+    assert "Usage: tl-contextmix" in capsys.readouterr().err
 
 
 @pytest.mark.once

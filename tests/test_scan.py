@@ -474,7 +474,7 @@ def test_the_command_line_scans_and_explains(
         "the key, is, is red,singular\n"
     )
     words = ["scan", "causal-lm", str(rows), "--by", "head", "-o", str(out), "--page", str(page)]
-    columns = ["--columns", "prompt=question", "category=number"]
+    columns = ["--columns", "prompt=question,category=number"]
     assert main([*words, *columns]) == 2
     assert "row 3 of" in capsys.readouterr().err
     assert main([*words, *columns, "--drop-unusable"]) == 0
@@ -488,7 +488,8 @@ def test_the_command_line_scans_and_explains(
     text = ["explain", "causal-lm", "the keys to the cabinet", "--target", " are", "--foil", " is"]
     assert main([*text, "-o", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "L3 attn adds most to \u201care\u201d rather than \u201cis\u201d" in printed
+    assert "ttention in layer 3 (" in printed
+    assert "\u201care\u201d rather than \u201cis\u201d" in printed
     assert "Knockout of the best components" in printed
     assert "Which components wrote the answer?" in page.read_text()
     assert main(["explain", "masked-lm", "the keys are old ."]) == 0

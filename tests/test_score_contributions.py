@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.results import ScoreContributions
+from tl_contextmix.results import Result, ScoreContributions
 
 TEXT = "the keys to the cabinet"
 IDS = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -228,7 +228,7 @@ def test_finer_cuts_add_up_to_the_coarser_ones(demo):
 @pytest.mark.once
 def test_tables_files_and_words(demo, tmp_path):
     found = ask(demo, {"input": TEXT}, (3, 0, 5, 1))
-    assert cm.Result.load(found.save(tmp_path / "score.safetensors")).equals(found)
+    assert Result.load(found.save(tmp_path / "score.safetensors")).equals(found)
     pairs = found.to_dataframe()
     assert float(pairs.score.sum()) + found.position == pytest.approx(found.score, abs=1e-4)
     for side in ("target", "source"):

@@ -19,6 +19,7 @@ from tl_contextmix import results
 from tl_contextmix.adapters.verification.identity_report import IdentityReport
 from tl_contextmix.errors import ContextMixError, InvalidInput
 from tl_contextmix.evaluation import agreement, cue_alignment
+from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import (
     ContextMap,
     Decomposition,
@@ -73,9 +74,9 @@ def test_positions_stay_those_of_the_input_after_any_selection():
         axes = {axis: row[axis] for axis in map.axes}
         for whole in (map, part, again):
             assert whole.select(**axes).scores.item() == row["score"]
-    captions = {panel.caption for panel in again.panels()}
-    assert len(captions) == 1
-    assert "Rows: positions 2 of the input. Columns: positions 4, 1 of" in captions.pop()
+    for panel in again.panels():
+        assert isinstance(panel, Heatmap)
+        assert (panel.row_positions, panel.column_positions) == ((2,), (4, 1))
     with pytest.raises(
         InvalidInput, match=r"target axis: got 0; expected one of \[5, 2\], or -2 to"
     ):
@@ -239,7 +240,7 @@ def test_differences_are_saved_cited_and_shown(tmp_path: Path):
         line.split("{")[1].strip(",") for line in cm.cite(found).splitlines() if "@" in line
     }
     assert "attention - alti at " in repr(found)
-    assert found.panels()[0].title.startswith("attention - alti at ")
+    assert found.panels()[0].title.startswith("Attention minus ALTI, ")
 
 
 @pytest.mark.parametrize(
@@ -389,3 +390,32 @@ def test_files_of_version_1_load(path: Path, tmp_path: Path):
     assert repr(result)
     assert len(result.to_dataframe())
     assert type(result).load(result.save(tmp_path / "again")).equals(result)
+
+
+@pytest.mark.once
+def test_sources_can_be_left_out_of_the_scale() -> None:
+    model = cm.load_demo("causal-lm")
+    pattern = cm.attention(model, ["the keys to the cabinet", "the key near the door"])
+    kept = pattern.scores.clone()
+    kept[..., 0] = 0
+    for exclude in (0, [0], "<|endoftext|>"):
+        found = pattern.normalize(exclude=exclude)
+        sums = found.scores.sum(-1)
+        # The first row reads nothing else: it is not spread over what it cannot read.
+        assert not sums[..., 0].any()
+        torch.testing.assert_close(sums[..., 1:], torch.ones_like(sums[..., 1:]))
+        divisor = kept.sum(-1, keepdim=True).clamp(min=1e-30)
+        torch.testing.assert_close(found.scores, kept / divisor)
+        assert found.unit == "attention weight without source 0 / row sum"
+        assert found.provenance.options["exclude"] == [0]
+    twice = pattern.normalize("max", exclude=[0, " the"])
+    assert twice.provenance.options["exclude"] == [0, 1, 4]
+    assert float(twice.scores[..., [0, 1, 4]].abs().max()) == 0
+    assert float(twice.scores[..., 2:, :].amax(-1).min()) == pytest.approx(1)
+    # Of part of a map, by the positions of the input.
+    part = pattern.select(source=[1, 2, 3], target=[3])
+    assert not part.normalize(exclude=2).scores[..., 1].any()
+    with pytest.raises(cm.InvalidInput, match="9"):
+        pattern.normalize(exclude=9)
+    # What was left out is remembered by a file.
+    assert "exclude" not in pattern.provenance.options

@@ -17,6 +17,8 @@ from torch import Tensor
 from zoo_refused import _SPEECH
 
 import tl_contextmix as cm
+from tl_contextmix.errors import ContextMixError
+from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import ContextMap
 
 pytestmark = pytest.mark.newest
@@ -125,7 +127,7 @@ def test_parts_add_up_to_the_model_s_own_states(kind: str, stack: str) -> None:
     # Convolutions leave Whisper's stream with its axes in another order in memory.
     assert relative(parts, torch.stack(outputs(hf, kind, side), 1)) < EXACT
     if stack != "cross":
-        whole = cm.decompx_vectors(hf, sound(kind), **asked(kind, stack)).total()
+        whole = decompx_vectors(hf, sound(kind), **asked(kind, stack)).total()
         assert relative(whole[:, -1], outputs(hf, kind, side)[-1]) < EXACT
     norms = cm.attention_norms(hf, sound(kind), at="attn_out", **asked(kind, stack))
     assert norms.source.strings[0][:3] != norms.target.strings[0][:3] or stack != "cross"
@@ -199,7 +201,7 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
         (lambda: cm.log_prob_contributions(made("HubertModel"), sound(""), target=9), "readout"),
     ]
     for ask, match in asks:
-        with pytest.raises(cm.ContextMixError, match=match):
+        with pytest.raises(ContextMixError, match=match):
             ask()
     for wrong in ("a text", torch.zeros(1, 8, 23), torch.zeros(8, 24), torch.tensor([[1, 2]])):
         with pytest.raises(cm.InvalidInput, match="cannot hear this.*got"):

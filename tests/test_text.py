@@ -27,7 +27,6 @@ from tl_contextmix.core.pieces import join_pieces, show_bytes, whole_characters
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.evaluation.minimal_pairs import place_tokens
-from tl_contextmix.reporting import build_report
 from tl_contextmix.results import Tokens
 
 APART = "they don\u2019t know the caf\u00e9 \U0001f642 \u6cb3"
@@ -526,7 +525,7 @@ def test_games_are_evaluated_and_reported_without_a_tokenizer(toy: Any) -> None:
     compared = cm.compare(made, games, target=moves[9], **asked, **options)
     plain = cm.compare(made, games, target=9, blank=1, **asked)
     assert [row.value for row in compared.rows] == [row.value for row in plain.rows]
-    page = build_report(made, game, labels=moves, target=moves[9])
+    page = cm.report(made, game, labels=moves, target=moves[9])
     assert all(moves[token] in page.html() for token in game[0].tolist())
     assert "Mixing" in page.html()
 

@@ -416,13 +416,13 @@ def test_the_command_line_mines_merges_and_shows(
     assert "promotes:" in capsys.readouterr().out
     # What was not mined by the command says nothing of where its model is.
     assert main(["show", str(mined[2].folder), "--layer", "1", "--neuron", "3"]) == 2
-    assert "Pass --model" in capsys.readouterr().err
+    assert "Pass MODEL after DIR" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "no")]) == 2
     assert main([*show, "--layer", "1"]) == 2
     assert main(["merge", str(tmp_path / "typo")]) == 2
     assert not (tmp_path / "typo").exists()
     assert "Pass both --layer and --neuron" in capsys.readouterr().err
-    dropped = ["--duplicates", "drop", "--neurons", "3", "5", "--layer", "1"]
+    dropped = ["--duplicates", "drop", "--neurons", "3,5", "--layer", "1"]
     assert main(["mine", *common, *dropped, "-o", str(tmp_path / "few")]) == 0
     few = cm.load_triggers(tmp_path / "few")
     assert few.manifest["run"]["options"]["neurons"] == {"1": [3, 5]}

@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from tl_contextmix.adapters.inputs import package_version
-from tl_contextmix.commands import on_corpora, on_texts
+import click
+
+from tl_contextmix.commands import commands
 from tl_contextmix.errors import ContextMixError, ContextMixWarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0: success. 1: `check` found an identity that does not hold. 2: the command failed.
-    130: interrupted.
+    0: success. 1: `check` found an identity that does not hold. 2: the command failed, or was not
+    understood. 130: interrupted.
 
     Args:
         arguments: Command-line arguments; None for those of the process.
     """
-    parsed = _parser().parse_args(arguments)
+    listed = sys.argv[1:] if arguments is None else [*arguments]
     # These libraries log about calls that the user did not write.
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ContextMixWarning)
-        warnings.showwarning = _show_warning
+        warnings.simplefilter("ignore" if "--quiet" in listed else "always", ContextMixWarning)
+        warnings.showwarning = _Told()
         try:
-            return parsed.command(parsed)
+            code = commands.main(listed, prog_name="tl-contextmix", standalone_mode=False)
         except ContextMixError as error:
-            print(f"tl-contextmix: error: {_one_line(error)}", file=sys.stderr)
+            click.echo(f"tl-contextmix: error: {_one_line(error)}", err=True)
             return 2
-        except KeyboardInterrupt:
-            resumes = "resumes" in parsed and parsed.output is not None
-            kept = "; run the same command to resume" if resumes else ""
-            print(f"tl-contextmix: interrupted{kept}", file=sys.stderr)
-            return 130
+        except click.ClickException as error:
+            error.show()
+            return 2
+    return code or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tl-contextmix",
-        description="Context mixing for TransformerLens models.",
-    )
-    parser.add_argument("--version", action="version", version=f"tl-contextmix {package_version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (on_texts, on_corpora):
-        group.add(commands)
-    return parser
+class _Told:
+    """Prints each warning on one line, and no warning twice."""
 
+    def __init__(self) -> None:
+        self.told: set[str] = set()
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: object = None,
-    line: str | None = None,
-) -> None:
-    print(f"tl-contextmix: warning: {_one_line(message)}", file=sys.stderr)
+    def __call__(
+        self, message: Warning | str, category: type[Warning], *rest: object, **more: object
+    ) -> None:
+        line = _one_line(message)
+        if line not in self.told:
+            self.told.add(line)
+            click.echo(f"tl-contextmix: warning: {line}", err=True)
 
 
 def _one_line(message: object) -> str:

@@ -1,1 +1,99 @@
-"""The commands of `tl-contextmix`: each adds itself to the parser and calls one function."""
+"""The commands of `tl-contextmix`: each calls one function.
+
+They are click's (typer, a layer above it, takes options from annotations that are known before
+anything runs; ours are those of the methods). A command is imported when it is called, so that help
+and completion need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from tl_contextmix.commands.names import COMMANDS, METHODS
+
+EPILOG = """\
+\b
+Examples:
+  tl-contextmix report gpt2 "The keys to the cabinet" --target " are" --foil " is"
+  tl-contextmix value-zeroing gpt2 "The keys to the cabinet" --layer 3 --json
+  tl-contextmix attention-norms causal-lm "the keys" -o map.html
+
+\b
+Exit codes:
+  0    done
+  1    `check` found an identity that does not hold
+  2    the command failed, or was not understood
+  130  interrupted
+
+\b
+Completion, for bash (zsh and fish alike):
+  eval "$(_TL_CONTEXTMIX_COMPLETE=bash_source tl-contextmix)"
+"""
+
+
+class Commands(click.Group):
+    """All commands; each is imported when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names of all commands, methods last."""
+        return [*COMMANDS, *METHODS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns a command; a method may be written as in Python."""
+        name = cmd_name.replace("_", "-")
+        if name in COMMANDS:
+            module, _ = COMMANDS[name]
+            return getattr(import_module(f"tl_contextmix.commands.{module}"), name)
+        if name in METHODS:
+            return import_module("tl_contextmix.commands.on_methods").command(name)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command that is called; for one that there is not, those like it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return (None if name is None else name.replace("_", "-")), command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; where it is interrupted, says so on one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("tl-contextmix: interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands, without importing them."""
+        told = {name: text for name, (_, text) in COMMANDS.items()}
+        for heading, rows in (("Commands", told), ("Methods, each on a model and a text", METHODS)):
+            with formatter.section(heading):
+                formatter.write_dl([*rows.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Returns the commands that begin so, without importing them."""
+        told = {name: text for name, (_, text) in COMMANDS.items()} | METHODS
+        found = [
+            CompletionItem(name, help=text)
+            for name, text in told.items()
+            if name.startswith(incomplete)
+        ]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(
+    "tl-contextmix",
+    cls=Commands,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="tl-contextmix", message="tl-contextmix %(version)s")
+def commands() -> None:
+    """Which token, which memory, which component made the model say this?
+
+    MODEL is a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name.
+    """

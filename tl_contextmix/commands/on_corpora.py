@@ -2,76 +2,68 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping
+from typing import Any
+
+import click
 
 from tl_contextmix.adapters.loading import load_model
-from tl_contextmix.commands.shared_options import MODEL
+from tl_contextmix.commands.shared_options import (
+    add_model,
+    flat,
+    load_options,
+    resumable,
+    several,
+)
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.prompt_rows import NAMES
-from tl_contextmix.evaluation.scan import scan
+from tl_contextmix.evaluation.scan import scan as scanning
 from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.results.scanned import LEVELS
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the commands to a parser."""
-    for one in (_add_scan, _add_mine, _add_merge, _add_show):
-        one(commands)
+@click.command(
+    epilog="\b\nExample:\n  tl-contextmix scan gpt2 rows.csv --by layer,head --page rows.html"
+)
+@add_model()
+@click.argument("rows", metavar="FILE")
+@click.option("-o", "--output", metavar="PATH", help="File for the result.")
+@several(
+    "--by",
+    kind=click.Choice(LEVELS),
+    default=[["layer", "head"]],
+    help=f"Of {', '.join(LEVELS)}. Default: layer,head.",
+)
+@several(
+    "--columns",
+    help=f"NAME=COLUMN,...: names of the columns in this file, for some of {', '.join(NAMES)}.",
+)
+@click.option("--drop-unusable", is_flag=True, help="Skip, and count, rows that cannot be asked.")
+@click.option("--batch-size", type=int, default=16, metavar="N", show_default=True)
+@click.option("--page", metavar="PATH", help="Write a page.")
+@resumable
+def scan(model: str, rows: str, output: str | None, page: str | None, **given: Any) -> None:
+    """Finds the layers, heads and neurons that answer many prompts.
 
-
-def _add_scan(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "scan",
-        help="find the layers, heads and neurons that answer many prompts",
-        description="Explains every row of a file and prints which components raise the answers "
-        "most, on average and by category. If interrupted, run the same command to resume.",
+    Explains every row of FILE (CSV, TSV, jsonl, JSON or parquet, with the columns prompt, target,
+    foil and category, or in the format of BLiMP, CounterFact, known_1000 or IOI), and prints which
+    components raise the answers most, on average and by category. If interrupted, run the same
+    command to resume.
+    """
+    found = scanning(
+        load_model(model, **load_options(given)),
+        rows,
+        by=flat(given["by"]) or [],
+        columns=dict(_pair(one) for one in flat(given["columns"]) or ()),
+        unusable="drop" if given["drop_unusable"] else "error",
+        out=output,
+        batch_size=given["batch_size"],
     )
-    command.set_defaults(command=_scan, resumes=True)
-    command.add_argument("model", metavar="MODEL", help=MODEL)
-    command.add_argument(
-        "rows",
-        metavar="FILE",
-        help="a CSV, TSV, jsonl, JSON or parquet file with the columns prompt, target, foil and "
-        "category, or in the format of BLiMP, CounterFact, known_1000 or IOI",
-    )
-    command.add_argument("-o", "--output", metavar="PATH", help="file for the result")
-    command.add_argument("--by", nargs="+", choices=LEVELS, default=["layer", "head"])
-    command.add_argument(
-        "--columns",
-        nargs="+",
-        metavar="NAME=COLUMN",
-        default=[],
-        help=f"names of the columns in this file, for some of {', '.join(NAMES)}",
-    )
-    command.add_argument(
-        "--drop-unusable",
-        action="store_const",
-        const="drop",
-        default="error",
-        dest="unusable",
-        help="skip, and count, rows that the model cannot be asked",
-    )
-    command.add_argument("--batch-size", type=int, default=16, metavar="N")
-    command.add_argument("--page", metavar="PATH", help="write a page")
-
-
-def _scan(parsed: argparse.Namespace) -> int:
-    found = scan(
-        load_model(parsed.model),
-        parsed.rows,
-        by=parsed.by,
-        columns=dict(_pair(one) for one in parsed.columns),
-        unusable=parsed.unusable,
-        out=parsed.output,
-        batch_size=parsed.batch_size,
-    )
-    print(found)
-    print(found.sentence())
-    if parsed.page is not None:
-        print(found.show().save(parsed.page))
-    return 0
+    click.echo(str(found))
+    click.echo(found.sentence())
+    if page is not None:
+        click.echo(found.show().save(page))
 
 
 def _pair(given: str) -> tuple[str, str]:
@@ -79,51 +71,6 @@ def _pair(given: str) -> tuple[str, str]:
     if not equals:
         raise bad("this names no column", repr(given), "NAME=COLUMN", "Write prompt=question.")
     return name, column
-
-
-def _add_mine(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "mine",
-        help="find the contexts in a corpus that activate each memory most",
-        description="Reads a corpus once and writes the triggers of every feed-forward memory to a "
-        "folder. If interrupted, run the same command to resume.",
-    )
-    command.set_defaults(command=_mine, resumes=True)
-    command.add_argument("model", metavar="MODEL", help=MODEL)
-    command.add_argument(
-        "corpus",
-        metavar="CORPUS",
-        help="a text (one document per line), jsonl or parquet file",
-    )
-    command.add_argument("-o", "--output", metavar="DIR", required=True, help="output folder")
-    command.add_argument("-k", type=int, default=25, help="triggers per memory; default: 25")
-    command.add_argument("--column", help="column with the texts; default: text")
-    command.add_argument("--layer", type=int, nargs="+", help="layers; default: all")
-    command.add_argument("--neurons", type=int, nargs="+", help="neurons per layer; default: all")
-    command.add_argument("--unit", choices=("prefix", "document"), default="prefix")
-    command.add_argument("--tails", choices=("positive", "both", "quadrants"), default="positive")
-    command.add_argument(
-        "--duplicates",
-        choices=("keep", "drop"),
-        default="keep",
-        help="drop: count repeated contexts once; default: %(default)s",
-    )
-    command.add_argument("--too-long", choices=("cut", "skip", "error"), default="cut")
-    command.add_argument("--malformed", choices=("error", "skip"), default="error")
-    command.add_argument("--batch-size", type=int, default=16, metavar="N")
-    command.add_argument("--shard-size", type=int, default=256, metavar="N")
-    command.add_argument(
-        "--rank",
-        type=int,
-        default=_share(os.environ)[0],
-        help="rank of this process; default: from torchrun or SLURM, else 0",
-    )
-    command.add_argument(
-        "--world-size",
-        type=int,
-        default=_share(os.environ)[1],
-        help="number of processes that share the corpus; then run `tl-contextmix merge`",
-    )
 
 
 def _share(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -143,90 +90,107 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
-def _add_merge(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "merge",
-        help="merge the results of several processes",
-        description="Writes the same files, byte for byte, that a single process would write.",
-    )
-    command.set_defaults(command=_merge)
-    command.add_argument("folder", metavar="DIR", help="folder of the result")
-    command.add_argument(
-        "parts", metavar="PARTS", nargs="*", help="folders that the processes wrote; default: DIR"
-    )
+@click.command(epilog="\b\nExample:\n  tl-contextmix mine gpt2 corpus.jsonl -o mined -k 25")
+@add_model()
+@click.argument("corpus", metavar="CORPUS")
+@click.option("-o", "--output", metavar="DIR", required=True, help="Output folder.")
+@click.option("-k", type=int, default=25, show_default=True, help="Triggers per memory.")
+@click.option("--column", help="Column with the texts.  [default: text]")
+@several("--layer", kind=click.INT, help="Default: all.")
+@several("--neurons", kind=click.INT, help="Neurons of each layer. Default: all.")
+@click.option("--unit", type=click.Choice(("prefix", "document")), default="prefix")
+@click.option("--tails", type=click.Choice(("positive", "both", "quadrants")), default="positive")
+@click.option(
+    "--duplicates",
+    type=click.Choice(("keep", "drop")),
+    default="keep",
+    show_default=True,
+    help="drop: count repeated contexts once.",
+)
+@click.option("--too-long", type=click.Choice(("cut", "skip", "error")), default="cut")
+@click.option("--malformed", type=click.Choice(("error", "skip")), default="error")
+@click.option("--batch-size", type=int, default=16, metavar="N", show_default=True)
+@click.option("--shard-size", type=int, default=256, metavar="N", show_default=True)
+@click.option(
+    "--rank",
+    type=int,
+    default=lambda: _share(os.environ)[0],
+    help="Rank of this process. Default: from torchrun or SLURM, else 0.",
+)
+@click.option(
+    "--world-size",
+    type=int,
+    default=lambda: _share(os.environ)[1],
+    help="Number of processes that share the corpus; then run `tl-contextmix merge`.",
+)
+@resumable
+def mine(model: str, corpus: str, output: str, **given: Any) -> None:
+    """Finds the contexts in a corpus that activate each memory most.
+
+    Reads CORPUS (text, one document per line; jsonl or parquet) once and writes the triggers of
+    every feed-forward memory to a folder. If interrupted, run the same command to resume.
+    """
+    loaded = load_model(model, **load_options(given))
+    given |= {name: flat(given[name]) for name in ("layer", "neurons")}
+    found = mine_triggers(loaded, corpus, out=output, source=model, **given)
+    done = f"part {given['rank']} of {given['world_size']} is done"
+    click.echo(done if found is None else str(found))
 
 
-def _add_show(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "show",
-        help="show mined triggers",
-        description="Prints a summary, or with --layer and --neuron that memory's triggers and "
-        "promoted tokens.",
-    )
-    command.set_defaults(command=_show)
-    command.add_argument("folder", metavar="DIR", help="folder of the result")
-    command.add_argument("--layer", type=int)
-    command.add_argument("--neuron", type=int)
-    command.add_argument("--tail", help="tail of the coefficients; default: the first mined")
-    command.add_argument("--model", metavar="MODEL", help="default: the model that was mined")
-    command.add_argument("--corpus", metavar="CORPUS", help="default: the corpus that was mined")
-    command.add_argument("--column", help="column of the corpus")
-    command.add_argument("-o", "--output", metavar="PATH", help="write a page")
+@click.command(epilog="\b\nExample:\n  tl-contextmix merge mined")
+@click.argument("folder", metavar="DIR")
+@click.argument("parts", metavar="[PARTS]...", nargs=-1)
+def merge(folder: str, parts: tuple[str, ...]) -> None:
+    """Merges the results of several processes in DIR.
+
+    Writes the same files, byte for byte, that a single process would write. PARTS are the folders
+    that the processes wrote; by default they are in DIR.
+    """
+    click.echo(str(load_triggers(merge_triggers(folder, parts=list(parts)))))
 
 
-def _mine(parsed: argparse.Namespace) -> int:
-    found = mine_triggers(
-        load_model(parsed.model),
-        parsed.corpus,
-        out=parsed.output,
-        k=parsed.k,
-        column=parsed.column,
-        layer=parsed.layer,
-        neurons=parsed.neurons,
-        unit=parsed.unit,
-        tails=parsed.tails,
-        duplicates=parsed.duplicates,
-        too_long=parsed.too_long,
-        malformed=parsed.malformed,
-        batch_size=parsed.batch_size,
-        shard_size=parsed.shard_size,
-        rank=parsed.rank,
-        world_size=parsed.world_size,
-        source=parsed.model,
-    )
-    print(found if found is not None else f"part {parsed.rank} of {parsed.world_size} is done")
-    return 0
+@click.command(epilog="\b\nExample:\n  tl-contextmix show mined --layer 3 --neuron 17")
+@click.argument("folder", metavar="DIR")
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option("--layer", type=int)
+@click.option("--neuron", type=int)
+@click.option("--tail", help="Tail of the coefficients. Default: the first mined.")
+@click.option("--corpus", metavar="CORPUS", help="Default: the corpus that was mined.")
+@click.option("--column", help="Column of the corpus.")
+@click.option("-o", "--output", metavar="PATH", help="Write a page.")
+def show(folder: str, model: str | None, output: str | None, **given: Any) -> None:
+    """Shows mined triggers.
 
-
-def _merge(parsed: argparse.Namespace) -> int:
-    print(load_triggers(merge_triggers(parsed.folder, parts=parsed.parts)))
-    return 0
-
-
-def _show(parsed: argparse.Namespace) -> int:
-    bare = load_triggers(parsed.folder)
-    if parsed.layer is None and parsed.neuron is None:
-        print(bare)
-        return 0
-    if parsed.layer is None or parsed.neuron is None:
+    Prints a summary, or with --layer and --neuron that memory's triggers and promoted tokens. MODEL
+    is by default the one that was mined.
+    """
+    layer, neuron = given["layer"], given["neuron"]
+    bare = load_triggers(folder)
+    if layer is None and neuron is None:
+        click.echo(str(bare))
+        return
+    if layer is None or neuron is None:
         raise bad(
             "cannot show this memory",
-            f"layer {parsed.layer} and neuron {parsed.neuron}",
+            f"layer {layer} and neuron {neuron}",
             "both a layer and a neuron",
             "Pass both --layer and --neuron, or neither for a summary.",
         )
-    source = parsed.model or bare.manifest["run"]["source"]["model"]
+    loaded = load_model(_source(model, bare))
+    mined = load_triggers(folder, model=loaded, corpus=given["corpus"], column=given["column"])
+    found = mined.examples(layer, neuron, tail=given["tail"])
+    click.echo(str(found))
+    if output is not None:
+        click.echo(found.show().save(output))
+
+
+def _source(model: str | None, bare: Any) -> str:
+    source = model or bare.manifest["run"]["source"]["model"]
     if source is None:
         raise bad(
             "cannot show the contexts",
             "triggers that do not record their model's name",
             "the name or folder of the model",
-            "Pass --model.",
+            "Pass MODEL after DIR.",
         )
-    found = load_triggers(
-        parsed.folder, model=load_model(source), corpus=parsed.corpus, column=parsed.column
-    ).examples(parsed.layer, parsed.neuron, tail=parsed.tail)
-    print(found)
-    if parsed.output is not None:
-        print(found.show().save(parsed.output))
-    return 0
+    return source

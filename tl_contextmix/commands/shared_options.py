@@ -1,77 +1,171 @@
-"""Options that several commands take in the same words."""
+"""Options that several commands take in the same words, and what they mean."""
 
 from __future__ import annotations
 
-import argparse
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tl_contextmix.reporting import DEFAULT_MODEL
+import click
 
-MODEL = "a demo model (causal-lm, masked-lm, encoder-decoder), a folder or a hub name"
+Decorator = Callable[[Any], Any]
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def add_asked(command: argparse.ArgumentParser) -> None:
+class Listed(click.ParamType):
+    """Values with commas between them; the option may be repeated, too.
+
+    Args:
+        kind: What each value is.
+    """
+
+    name = "list"
+
+    def __init__(self, kind: click.ParamType) -> None:
+        self.kind = kind
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Returns how help shows the values."""
+        if isinstance(self.kind, click.Choice):
+            return "NAME[,NAME...]"
+        names = {click.INT: "N", click.STRING: "NAME"}
+        return f"{names.get(self.kind, self.kind.name)}[,...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[Any]:
+        """Returns the values of one use of the option."""
+        parts = value if isinstance(value, list) else str(value).split(",")
+        return [self.kind.convert(part, param, ctx) for part in parts]
+
+
+def flat(given: tuple[list[Any], ...]) -> list[Any] | None:
+    """Returns all values of an option that may be repeated; None if it was not used."""
+    return [one for part in given for one in part] or None
+
+
+def several(*names: str, kind: click.ParamType = click.STRING, **options: Any) -> Decorator:
+    """Adds an option with values that have commas between them."""
+    return click.option(*names, type=Listed(kind), multiple=True, **options)
+
+
+def add_model(*, required: bool = True) -> Decorator:
+    """Adds the model, and where and how it is loaded."""
+
+    def add(function: Any) -> Any:
+        for one in (
+            click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32."),
+            click.option(
+                "--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."
+            ),
+            click.argument("model", metavar="MODEL" if required else "[MODEL]", required=required),
+        ):
+            function = one(function)
+        return function
+
+    return add
+
+
+def load_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of the options of a command those of loading, and returns them."""
+    device, dtype = given.pop("device"), given.pop("dtype")
+    found: dict[str, Any] = {} if device is None else {"device": device}
+    if dtype is not None:
+        import torch
+
+        found["dtype"] = getattr(torch, dtype)
+    return found
+
+
+def add_asked(*, generate: bool = False) -> Decorator:
     """Adds what is asked of a prediction."""
-    command.add_argument(
-        "--target",
-        metavar="TOKEN",
-        nargs="+",
-        help="the predicted token, its leading space included; several are alternatives; "
-        "default: the model's best",
-    )
-    command.add_argument(
-        "--foil", metavar="TOKEN", nargs="+", help="the token that the target is contrasted with"
-    )
-    command.add_argument(
-        "--position",
-        type=int,
-        metavar="N",
-        help="the predicting position, from the end if negative; default: the last, or the mask",
-    )
+
+    def add(function: Any) -> Any:
+        listed = [
+            click.option(
+                "--position",
+                type=int,
+                metavar="N",
+                help="The predicting position, from the end if negative. Default: the last, or "
+                "the mask.",
+            ),
+            click.option(
+                "--foil",
+                multiple=True,
+                metavar="TOKEN",
+                help="The token that the target is contrasted with.",
+            ),
+            click.option(
+                "--target",
+                multiple=True,
+                metavar="TOKEN",
+                help="The predicted token, its leading space included; several, with an option "
+                "each, are alternatives. Default: the model's best.",
+            ),
+        ]
+        if generate:
+            listed.insert(
+                0,
+                click.option(
+                    "--generate",
+                    type=int,
+                    metavar="N",
+                    help="Explain what the model itself says next, at most N tokens.",
+                ),
+            )
+        for one in listed:
+            function = one(function)
+        return function
+
+    return add
 
 
-def add_generate(command: argparse.ArgumentParser) -> None:
-    """Adds what the model is to say itself."""
-    command.add_argument(
-        "--generate",
-        type=int,
-        metavar="N",
-        help="explain what the model itself says next, at most N tokens",
-    )
+def asked(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of the options of a command what is asked, and returns it as a method takes it."""
+    found: dict[str, Any] = {}
+    for name in ("target", "foil"):
+        tokens = given.pop(name)
+        if tokens:
+            found[name] = tokens[0] if len(tokens) == 1 else set(tokens)
+    for name, option in (("pos", "position"), ("generate", "generate")):
+        number = given.pop(option, None)
+        if number is not None:
+            found[name] = number
+    return found
 
 
-def asked(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Returns what is asked of a prediction, as options of a method."""
-    sides = {"target": parsed.target, "foil": parsed.foil}
-    found = {
-        name: given[0] if len(given) == 1 else set(given)
-        for name, given in sides.items()
-        if given is not None
-    }
-    numbers = {"pos": parsed.position, "generate": getattr(parsed, "generate", None)}
-    return found | {name: number for name, number in numbers.items() if number is not None}
+def add_page(path: str) -> Decorator:
+    """Adds the page that is written."""
+
+    def add(function: Any) -> Any:
+        opened = click.option("--open", "opened", is_flag=True, help="Open the page in a browser.")
+        output = click.option(
+            "-o", "--output", metavar="PATH", default=path, show_default=True, help="The page."
+        )
+        return output(opened(function))
+
+    return add
 
 
-def add_page(command: argparse.ArgumentParser, path: str, model: str | None) -> None:
-    """Adds the model, and the page that is written."""
-    command.add_argument(
-        "--model", metavar="MODEL", default=model, help=f"{MODEL}; default: {DEFAULT_MODEL}"
-    )
-    command.add_argument(
-        "-o",
-        "--output",
-        metavar="PATH",
-        default=path,
-        help="path of the page; default: %(default)s",
-    )
-    command.add_argument("--open", action="store_true", help="open the page in a browser")
-
-
-def written(path: Path, opened: bool) -> int:
+def written(path: Path, opened: bool) -> None:
     """Prints, and opens, a page that was written."""
     if opened:
         webbrowser.open(path.resolve().as_uri())
-    print(path)
-    return 0
+    click.echo(path)
+
+
+def resumable(function: Any) -> Any:
+    """Says how to go on, where a command that is interrupted would."""
+
+    def run(**given: Any) -> Any:
+        try:
+            return function(**given)
+        except KeyboardInterrupt:
+            kept = "" if given["output"] is None else "; run the same command to resume"
+            click.echo(f"tl-contextmix: interrupted{kept}", err=True)
+            raise click.exceptions.Exit(130) from None
+
+    run.__doc__, run.__name__ = function.__doc__, function.__name__
+    run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    return run

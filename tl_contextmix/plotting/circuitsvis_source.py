@@ -1,27 +1,26 @@
-"""CircuitsVis on our pages: its script once, and the properties of each of its charts.
+"""CircuitsVis on our pages: its script once, and the properties of its charts.
 
-CircuitsVis's own Python functions are not used. They repeat the 1.3 MB script for every chart,
-ask the network which version of it to show, put tokens into the page as markup, and leave bounds
-and masking to defaults that hide data (an unbounded zero is invisible, an unmasked map loses half
-its cells).
+Those of maps are made on the page (`maps.js`), from the numbers that are there. CircuitsVis's own
+Python functions are not used. They repeat the 1.3 MB script for every chart, ask the network which
+version of it to show, put tokens into the page as markup, and leave bounds and masking to defaults
+that hide data (an unbounded zero is invisible, an unmasked map loses half its cells).
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from tl_contextmix.plotting import colors
 from tl_contextmix.plotting.display_text import for_circuitsvis, rounded
-from tl_contextmix.plotting.panels import Heatmap, Samples
+from tl_contextmix.plotting.panels import Samples
 
 # CircuitsVis needs about 0.1 ms of browser time for each cell. The page draws one chart after the
 # other, so that a chart may keep the reader waiting for five seconds and the page for fifteen.
@@ -45,10 +44,20 @@ class Chart:
 
 
 class Charts:
-    """The CircuitsVis charts of one page, as they are collected while it is drawn."""
+    """What a page has for CircuitsVis to draw, as it is collected.
 
-    def __init__(self) -> None:
+    Attributes:
+        drawn: Charts it draws at once.
+        wanted: Whether it may be asked for more: maps, whose numbers are on the page.
+        maps: How many maps the page has.
+        framed: Whether the page stands in a notebook, with stills beside it.
+    """
+
+    def __init__(self, *, framed: bool = False) -> None:
+        self.framed = framed
         self.drawn: list[Chart] = []
+        self.wanted = False
+        self.maps = 0
         self._cells_left = PAGE_CELLS
 
     def fits(self, cells: int) -> bool:
@@ -60,6 +69,7 @@ class Charts:
         digest = hashlib.sha1(json.dumps(props).encode(), usedforsecurity=False).hexdigest()
         element = f"cv-{digest[:12]}-{len(self.drawn)}"
         self.drawn.append(Chart(element, component, props))
+        self.wanted = True
         self._cells_left -= cells
         return element
 
@@ -70,24 +80,6 @@ class Charts:
             for chart in self.drawn
         ]
         return json.dumps(listed, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def attention_heads(panel: Heatmap) -> dict[str, object]:
-    """Returns the properties of ``AttentionHeads`` for a square map of finite numbers."""
-    # Bounds are always given, one on either side of zero: a colour is value / bound, and 0 / 0
-    # would make a cell invisible.
-    bound = rounded(panel.survey.largest) or 1.0
-    return {
-        "tokens": [for_circuitsvis(token) for token in panel.rows],
-        "attention": _nested(panel.values),
-        "attentionHeadNames": [for_circuitsvis(name) for name in panel.sheets],
-        "maxValue": bound,
-        "minValue": -bound,
-        "positiveColor": colors.POSITIVE,
-        "negativeColor": colors.NEGATIVE,
-        # Never omitted: the default hides what an encoder reads from later tokens.
-        "maskUpperTri": panel.causal,
-    }
 
 
 def topk_samples(panel: Samples) -> dict[str, object]:
@@ -119,8 +111,7 @@ def library_version() -> str:
     return version("circuitsvis")
 
 
-def _nested(values: torch.Tensor) -> list[list[list[float]]]:
-    return [
-        [[rounded(value) for value in row] for row in sheet]
-        for sheet in values.detach().double().cpu().tolist()
-    ]
+@cache
+def packed() -> str:
+    """Returns the program as a third of its size, in characters that any document can hold."""
+    return base64.b64encode(zlib.compress(script().encode(), 9)).decode()

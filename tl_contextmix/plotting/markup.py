@@ -35,9 +35,10 @@ def scroll(body: str, name: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{prose(name)}">{body}</div>'
 
 
-def details(summary: str, body: str) -> str:
-    """Returns content that is folded away until it is asked for."""
-    return f"<details><summary>{prose(summary)}</summary>{body}</details>"
+def details(summary: str, body: str, *, unfolded: bool = False) -> str:
+    """Returns content that is folded away until it is asked for, or can be folded away."""
+    tag = "details open" if unfolded else "details"
+    return f"<{tag}><summary>{prose(summary)}</summary>{body}</details>"
 
 
 def sheets(names: Sequence[str], bodies: Sequence[str]) -> str:

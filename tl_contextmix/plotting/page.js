@@ -1,26 +1,60 @@
-// What CircuitsVis and the pictures leave out: drawing from data, sheets, keyboard, cell names.
+// What pages share: CircuitsVis once it is needed, lists to choose from, keyboard, graphs.
 "use strict";
-(() => {
-  const data = document.getElementById("charts");
-  if (data) drawNext(JSON.parse(data.textContent));
+const tlContextmix = (() => {
+  let program;
 
-  // One after the other: what is drawn already can be used while the rest is on its way.
-  function drawNext([chart, ...rest]) {
-    if (!chart) return;
-    CircuitsVis.render(chart.element, CircuitsVis[chart.component], chart.props);
-    nameThumbnails(document.getElementById(chart.element), 40);
-    setTimeout(drawNext, 0, rest);
+  // CircuitsVis waits packed in the page, or, where there is none, in the notebook around it.
+  const packed = () => document.getElementById("circuitsvis");
+
+  async function inflate(text) {
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  function available() {
+    if (!packed()) return Promise.resolve(false);
+    if (packed().textContent) return Promise.resolve(true);
+    return ask("is there", "here").then(() => true);
+  }
+
+  function circuitsvis() {
+    return (program ??= load());
+  }
+
+  async function load() {
+    const text = packed().textContent
+      ? new TextDecoder().decode(await inflate(packed().textContent))
+      : (await ask("program please", "program")).program;
+    const script = document.createElement("script");
+    script.textContent = text; // The policy of the page lets nothing but this very program run.
+    document.head.append(script);
+    return window.CircuitsVis;
+  }
+
+  // The notebook may load after this frame; it then says that it is there.
+  function ask(question, answer) {
+    return new Promise((resolve) => {
+      if (parent === window) return;
+      addEventListener("message", ({ data, source }) => {
+        if (source !== parent) return;
+        if (data?.tl_contextmix === answer) resolve(data);
+        else if (data?.tl_contextmix === "here") parent.postMessage({ tl_contextmix: question }, "*");
+      });
+      parent.postMessage({ tl_contextmix: question }, "*");
+    });
   }
 
   // CircuitsVis answers the pointer only, and names its small maps in a heading each.
-  function nameThumbnails(holder, tries) {
+  function nameThumbnails(holder, tries, then = () => {}) {
     const names = holder.querySelectorAll("h4");
     if (!names.length && tries > 0) {
-      setTimeout(nameThumbnails, 50, holder, tries - 1);
+      setTimeout(nameThumbnails, 50, holder, tries - 1, then);
       return;
     }
     for (const name of names) {
       const button = name.parentElement.parentElement;
+      if (button.tabIndex === 0) continue;
       button.tabIndex = 0;
       button.setAttribute("role", "button");
       button.setAttribute("aria-label", "Show " + name.textContent);
@@ -31,6 +65,32 @@
         }
       });
     }
+    then();
+  }
+
+  return { inflate, available, circuitsvis, nameThumbnails };
+})();
+(() => {
+  const data = document.getElementById("charts");
+  if (data) {
+    const charts = JSON.parse(data.textContent);
+    tlContextmix.available().then(async () => {
+      await tlContextmix.circuitsvis();
+      for (const chart of charts) {
+        const holder = document.getElementById(chart.element);
+        holder.parentElement.hidden = false;
+        CircuitsVis.render(chart.element, CircuitsVis[chart.component], chart.props);
+        holder.closest("article").querySelector("details").open = false;
+      }
+    });
+  }
+
+  // A notebook gives the frame the height of what is in it.
+  if (parent !== window) {
+    new ResizeObserver(() => {
+      const height = document.documentElement.getBoundingClientRect().height;
+      parent.postMessage({ tl_contextmix: "height", height: Math.ceil(height) }, "*");
+    }).observe(document.documentElement);
   }
 
   for (const select of document.querySelectorAll("select[data-sheets]")) {
@@ -38,30 +98,6 @@
     const choose = () => sheets.forEach((sheet, i) => (sheet.hidden = i !== select.selectedIndex));
     select.addEventListener("change", choose);
     choose(); // A browser may remember the choice of an earlier visit.
-  }
-
-  for (const picture of document.querySelectorAll(".pictures")) {
-    const axes = JSON.parse(picture.dataset.axes);
-    const indices = new Map(axes.colours.map((colour, index) => [colour, index]));
-    for (const image of picture.querySelectorAll("img")) {
-      image.addEventListener("pointermove", (event) => {
-        const box = image.getBoundingClientRect();
-        const place = (offset, size, count) =>
-          Math.min(count - 1, Math.max(0, Math.floor((offset / size) * count)));
-        const row = place(event.clientY - box.top, box.height, image.naturalHeight);
-        const column = place(event.clientX - box.left, box.width, image.naturalWidth);
-        const index = indices.get(colourOf(image, row, column));
-        image.nextElementSibling.textContent =
-          `row ${named(axes.rows, row)}, column ${named(axes.columns, column)}: ` +
-          (axes.block > 1 ? "farthest from 0 " : "") + told(index, axes);
-      });
-    }
-
-    function named(names, place) {
-      const [first, last] = [place * axes.block, (place + 1) * axes.block - 1];
-      const end = names[Math.min(last, names.length - 1)];
-      return last > first ? `${names[first]} to ${end}` : names[first];
-    }
   }
 
   for (const graph of document.querySelectorAll(".explored")) explore(graph);
@@ -206,26 +242,5 @@
     if (value === null) return "no number";
     const size = Math.abs(value).toPrecision(3);
     return value < 0 ? "\u2212" + size : "+" + size;
-  }
-
-  function colourOf(image, row, column) {
-    if (!image.pixels) {
-      const canvas = document.createElement("canvas");
-      canvas.width = image.naturalWidth;
-      canvas.height = image.naturalHeight;
-      const context = canvas.getContext("2d");
-      context.drawImage(image, 0, 0);
-      image.pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
-    }
-    const at = 4 * (row * image.naturalWidth + column);
-    const [red, green, blue] = image.pixels.slice(at, at + 3);
-    return (red << 16) | (green << 8) | blue;
-  }
-
-  // No two steps of the scale have the same colour, so that the colour is the number.
-  function told(index, { steps, largest }) {
-    if (!(index <= 2 * steps)) return index === 2 * steps + 1 ? "infinite" : "no number";
-    const share = (index - steps) / steps;
-    return "about " + (share * Math.abs(share) * largest).toPrecision(2);
   }
 })();

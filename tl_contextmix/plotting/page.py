@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import tempfile
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tl_contextmix.plotting import (
     graph,
     heatmap,
     markup,
+    notebooks,
     plain_text,
     series_charts,
     stills,
@@ -55,8 +57,21 @@ DRAW: dict[type, tuple[Callable[[Any, Charts], str], Callable[[Any], int]]] = {
 PANELS = 60
 STILLS = 6
 _FRAME_LIMIT = 900
-# Shown only where the frame is not: it goes with the frame, or with the rule, or with both.
-_HIDE_STILL = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Where the maps of a section open: where its finding points.
+
+    Attributes:
+        layer: Number of the layer.
+        target: Position of the token that is marked, or None.
+        head: Label of the head, or None.
+    """
+
+    layer: int
+    target: int | None = None
+    head: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Section:
         panels: What there is to see.
         citation: Where the method comes from.
         finding: One sentence on what there is to be seen in these numbers.
+        opens: The layer and the token that maps open at; None: the first layer.
     """
 
     title: str
@@ -76,6 +92,7 @@ class Section:
     panels: tuple[Panel, ...]
     citation: str = ""
     finding: str = ""
+    opens: Opening | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,14 @@ class Page:
         title: Heading of the page.
         facts: What the page is about, as names and values under the heading.
         sections: Shown after the panels, each with a heading.
+        notes: What there is to know before anything is read, under the facts.
     """
 
     panels: tuple[Panel, ...]
     title: str = ""
     facts: tuple[tuple[str, str], ...] = ()
     sections: tuple[Section, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         count = len(self._all_panels())
@@ -102,20 +121,26 @@ class Page:
 
     def text(self) -> str:
         """Returns the page as plain text: titles, and the numbers that stand out."""
-        return "\n\n".join([self.title, *map(plain_text.describe, self._all_panels())]).strip()
+        told = [self.title, *self.notes, *map(plain_text.describe, self._all_panels())]
+        return "\n\n".join(told).strip()
 
     def html(self) -> str:
         """Returns the page as one complete document."""
-        charts = Charts()
+        return self._document(framed=False)
+
+    def _document(self, *, framed: bool) -> str:
+        """Returns the page; in the frame of a notebook CircuitsVis comes from around it."""
+        charts = Charts(framed=framed)
         body = self._body(charts)
-        scripts, data = _scripts(charts)
+        scripts = [_resource("page.js")] + [_resource("maps.js")] * bool(charts.maps)
+        allowed = [*scripts, circuitsvis_source.script()] if charts.wanted else scripts
         return "\n".join(
             [
                 "<!DOCTYPE html>",
                 '<html lang="en">',
-                _head(self.title, scripts),
+                _head(self.title, allowed),
                 f"<body>\n{body}",
-                data,
+                _data(charts),
                 *(f"<script>{script}</script>" for script in scripts),
                 "</body>\n</html>\n",
             ]
@@ -127,13 +152,15 @@ class Page:
         # What stands beside it survives where a viewer strips frames.
         name = prose(self.title) or "tl_contextmix"
         left = "".join(map(stills.fallback, self._all_panels()[:STILLS]))
+        document = self._document(framed=True)
         return (
-            f'{_HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
+            f'{notebooks.HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
             f'style="width:100%;height:{self._frame_height()}px;border:0;resize:vertical;'
-            f'overflow:auto" srcdoc="{escape(self.html())}"></iframe>'
+            f'overflow:auto" srcdoc="{escape(document)}"></iframe>'
             f'<div class="tl-contextmix-still">{left}</div>'
             f"<details><summary>{name} as text</summary>"
             f"<pre>{escape(self.text())}</pre></details>"
+            f"{notebooks.scripts(document)}"
         )
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -170,9 +197,10 @@ class Page:
         )
         pieces = [f"<header><h1>{prose(self.title)}</h1>"] if self.title else ["<header>"]
         pieces.append(f'<dl class="facts">{facts}</dl>' if facts else "")
+        pieces += map(markup.note, self.notes)
         pieces.append(f"{_contents(self.sections)}</header>\n<main>")
         if self.panels:
-            pieces.append(_panels(self.panels, charts))
+            pieces.append(_panels(self.panels, charts, None))
         for index, section in enumerate(self.sections):
             pieces.append(_section(section, index, charts))
         pieces.append(f"</main>\n<footer>{_footer(charts)}</footer>")
@@ -210,11 +238,12 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _panels(panels: Sequence[Panel], charts: Charts) -> str:
+def _panels(panels: Sequence[Panel], charts: Charts, opens: Opening | None) -> str:
     drawn = "\n".join(DRAW[type(panel)][0](panel, charts) for panel in panels[:PANELS])
     left = f"The first {PANELS} of {len(panels):,} panels; ask for a part of the result."
     rest = markup.note(left) if len(panels) > PANELS else ""
-    return f'<div class="panels">\n{drawn}\n</div>{rest}'
+    start = "" if opens is None else f' data-opens="{escape(json.dumps(vars(opens)))}"'
+    return f'<div class="panels"{start}>\n{drawn}\n</div>{rest}'
 
 
 def _section(section: Section, index: int, charts: Charts) -> str:
@@ -223,7 +252,7 @@ def _section(section: Section, index: int, charts: Charts) -> str:
         f'<h2 id="heading-{index}">{prose(section.title)}</h2>',
         _paragraph("finding", section.finding),
         _paragraph("reading", section.text),
-        _panels(section.panels, charts),
+        _panels(section.panels, charts, section.opens),
         _paragraph("citation", section.citation),
         "</section>",
     ]
@@ -246,17 +275,19 @@ def _contents(sections: Sequence[Section]) -> str:
 
 
 def _footer(charts: Charts) -> str:
-    drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" if charts.drawn else ""
+    drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" if charts.wanted else ""
     return f"Made by tl_contextmix{drawn}. This page is complete in itself and makes no request."
 
 
-def _scripts(charts: Charts) -> tuple[list[str], str]:
-    """Returns the programs of a page, and the element with the data they draw."""
-    own = _resource("page.js")
-    if not charts.drawn:
-        return [own], ""
-    data = f'<script type="application/json" id="charts">{charts.data()}</script>'
-    return [circuitsvis_source.script(), own], data
+def _data(charts: Charts) -> str:
+    """Returns the elements with what CircuitsVis draws, and with its program, packed."""
+    pieces = []
+    if charts.drawn:
+        pieces.append(f'<script type="application/json" id="charts">{charts.data()}</script>')
+    if charts.wanted:
+        program = "" if charts.framed else circuitsvis_source.packed()
+        pieces.append(f'<script type="text/plain" id="circuitsvis">{program}</script>')
+    return "\n".join(pieces)
 
 
 def _head(title: str, scripts: Sequence[str]) -> str:

@@ -56,8 +56,11 @@ class Heatmap(Panel):
         columns: Token of each column (the source, what is read).
         causal: Whether cells with column > row cannot be other than zero.
         unit: What a cell measures, for the legend.
-        groups: Which sheets belong together, for example the layer of each head: where there are
-            too many cells to draw one by one, the mean of each group is drawn. Empty: none do.
+        layers: Layer of each sheet: maps of one section show the same layer. Empty: they are not
+            layers.
+        heads: Head of each sheet; empty: heads are not apart.
+        tokens: Which axes, ``"rows"`` and ``"columns"``, are tokens of the input: one that is
+            clicked is marked in all maps of a page.
         row_positions: Position of each row in the input, which its token is shown with; empty:
             from 0.
         column_positions: The same of the columns; -1 where a column is no token.
@@ -72,7 +75,9 @@ class Heatmap(Panel):
     columns: tuple[str, ...]
     causal: bool = False
     unit: str = ""
-    groups: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    heads: tuple[str, ...] = ()
+    tokens: tuple[Literal["rows", "columns"], ...] = ()
     row_positions: tuple[int, ...] = ()
     column_positions: tuple[int, ...] = ()
     masked: Bool[torch.Tensor, "row column"] | None = None
@@ -87,8 +92,8 @@ class Heatmap(Panel):
         _require(tuple(self.values.shape) == expected, self.title, self.values.shape, expected)
         count = sum(length for _, length in self.sides)
         _require(count in (0, len(self.columns)), self.title, count, len(self.columns))
-        count = len(self.groups)
-        _require(count in (0, len(self.sheets)), self.title, count, len(self.sheets))
+        for names in (self.layers, self.heads):
+            _require(len(names) in (0, len(self.sheets)), self.title, len(names), len(self.sheets))
 
     @cached_property
     def survey(self) -> Survey:
@@ -136,7 +141,8 @@ class Heatmap(Panel):
         """Returns one of the matrices, its name in the title."""
         name = self.sheets[place]
         title = self.title if len(self.sheets) == 1 else f"{self.title}, {name}"
-        return replace(self, title=title, values=self.values[[place]], sheets=(name,), groups=())
+        kept = {"layers": self.layers[place : place + 1], "heads": self.heads[place : place + 1]}
+        return replace(self, title=title, values=self.values[[place]], sheets=(name,), **kept)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import struct
 import zlib
 from functools import cache
@@ -18,37 +17,28 @@ _INFINITE = 2 * STEPS + 1
 _NOTHING = 255
 
 
-def data_uri(values: Float[torch.Tensor, "row column"], largest: float, side: int = 1) -> str:
+def data_uri(depths: Float[torch.Tensor, "row column"], side: int = 1) -> str:
     """Returns the picture of a matrix as a ``data:`` address.
 
-    The colour is linear in the number, but the steps are not: small numbers differ visibly, too.
-
     Args:
-        values: The matrix. NaN and infinities have colours of their own.
-        largest: The absolute value with the deepest colour.
+        depths: Colours from -1 to 1, see `scales.depths`. NaN and infinities have colours of their
+            own.
         side: How many pixels each cell is wide and high.
     """
-    share = (values.double() / (largest or 1.0)).clamp(-1, 1).nan_to_num(0.0)
-    indices = ((share.sign() * share.abs().sqrt() * STEPS).round() + STEPS).to(torch.uint8)
-    indices[values.isinf()] = _INFINITE
-    indices[values.isnan()] = _NOTHING
+    share = depths.double().clamp(-1, 1).nan_to_num(0.0)
+    indices = ((share * STEPS).round() + STEPS).to(torch.uint8)
+    indices[depths.isinf()] = _INFINITE
+    indices[depths.isnan()] = _NOTHING
     indices = indices.repeat_interleave(side, 0).repeat_interleave(side, 1)
     return "data:image/png;base64," + base64.b64encode(_encode(indices)).decode()
 
 
 @cache
 def palette() -> tuple[colors.Rgb, ...]:
-    """Returns the colour of each index, no two of them alike: a script can read them back."""
-    white = (255, 255, 255)
-    offsets = sorted(itertools.product((0, 1, 2), repeat=3), key=sum)
-    found: list[colors.Rgb] = []
-    for index in range(-STEPS, STEPS + 1):
-        red, green, blue = colors.shade((index / STEPS) * abs(index / STEPS))
-        near = ((red - a, green - b, blue - c) for a, b, c in offsets)
-        fresh = (shade for shade in near if shade != white and shade not in found)
-        found.append(next(fresh) if index else white)
+    """Returns the colour of each index."""
+    shades = (colors.shade(index / STEPS) for index in range(-STEPS, STEPS + 1))
     orange, grey = map(colors.parse, (colors.INFINITE, colors.NOTHING))
-    return (*found, orange, grey, grey)
+    return (*shades, orange, grey, grey)
 
 
 def _encode(indices: torch.Tensor) -> bytes:

@@ -12,9 +12,8 @@ import base64
 import math
 from collections.abc import Sequence
 
-from tl_contextmix.plotting import colors, graph, png, series_charts, tables
+from tl_contextmix.plotting import colors, graph, png, scales, series_charts, tables
 from tl_contextmix.plotting.display_text import LABEL_LENGTH, cells, escape, prose
-from tl_contextmix.plotting.heatmap import scale_ends
 from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 from tl_contextmix.plotting.survey import coarse
 
@@ -51,9 +50,9 @@ def fallback(panel: Panel) -> str:
 
 def _maps(panel: Heatmap) -> str:
     """Returns the sheets of a map side by side, tokens on both axes, the scale above them."""
-    shown = panel.survey.pixels[:SHEETS]
-    block = math.ceil(max(shown.shape[1:]) / _SHEET[1])
-    sheets = [coarse(sheet, block) for sheet in shown]
+    pixels = panel.survey.pixels
+    block = math.ceil(max(pixels.shape[1:]) / _SHEET[1])
+    sheets = [coarse(sheet, block) for sheet in scales.depths(pixels)[:SHEETS]]
     rows, columns = sheets[0].shape
     side = max(rows, columns)
     cell = 1 if side * _CELL[0] > _SHEET[1] else max(_CELL[0], min(_CELL[1], _SHEET[0] // side))
@@ -71,11 +70,11 @@ def _maps(panel: Heatmap) -> str:
     for index, sheet in enumerate(sheets):
         down, right = divmod(index, across)
         corner = round(right * wide + left + 8, 1), round(down * high + _HEAD + 16, 1)
-        source = png.data_uri(sheet, panel.survey.largest, cell)
+        source = png.data_uri(sheet, cell)
         size = f'width="{columns * cell}" height="{rows * cell}"'
         pieces.append(_sheet(panel.sheets[index], source, size, corner, names, cell))
     # The last column label leans out to the left, the scale and its unit run along the top.
-    width = max(across * wide, 420.0)
+    width = max(across * wide, 560.0)
     height = math.ceil(len(sheets) / across) * high + _HEAD
     name = escape(f"{' '.join(panel.title.split())}, map")
     return (
@@ -116,7 +115,7 @@ def _sheet(
 
 
 def _scale(panel: Heatmap) -> str:
-    low, high = scale_ends(panel)
+    low, high = scales.ends(panel.survey.low, panel.survey.high)
     ends = ("#fff", colors.POSITIVE)
     stops = (colors.NEGATIVE, *ends) if panel.survey.signed else ends
     steps = "".join(
@@ -124,6 +123,7 @@ def _scale(panel: Heatmap) -> str:
         for place, colour in enumerate(stops)
     )
     unit = f" {escape(panel.unit)}" if panel.unit else ""
+    unit += f" · {told}" if (told := scales.told(panel.survey.pixels)) else ""
     rest = len(panel.sheets) - SHEETS
     more = f" · the first {SHEETS} of {len(panel.sheets)} sheets" if rest > 0 else ""
     return (

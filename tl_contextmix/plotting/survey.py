@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch.nn.functional import pad
 
 # Of a larger stack, each pixel stands for several cells.
-PIXELS = 2_500_000
+PIXELS = 1_000_000
 TOP_CELLS = 10
 
 
@@ -28,6 +28,7 @@ class Survey:
         top: Sheet, row, column and value of the numbers farthest from zero, farthest first.
         block: How many cells along each axis a pixel stands for.
         pixels: The number farthest from zero of each block; NaN where there is none.
+        hidden: Blocks whose cells are all hidden; None: none can be.
     """
 
     low: float
@@ -38,6 +39,7 @@ class Survey:
     top: tuple[tuple[int, int, int, float], ...]
     block: int
     pixels: Float[torch.Tensor, "sheet row column"]
+    hidden: Bool[torch.Tensor, "row column"] | None = None
 
     @property
     def largest(self) -> float:
@@ -85,8 +87,10 @@ def survey(
             top += [(-size, place, at, float(flat[at])) for size, at in pairs if size >= 0]
             top = sorted(top)[:TOP_CELLS]
         pixels[place] = coarse(sheet, block)
+    covered = None
     if hidden is not None and values.numel():
-        pixels.masked_fill_(_reduced(hidden.float(), block, torch.amin, 1.0) > 0, math.nan)
+        covered = _reduced(hidden.float(), block, torch.amin, 1.0) > 0
+        pixels.masked_fill_(covered, math.nan)
     return Survey(
         low=low if low <= high else 0.0,
         high=high if low <= high else 0.0,
@@ -96,6 +100,7 @@ def survey(
         top=tuple((place, *divmod(at, sides[1]), value) for _, place, at, value in top),
         block=block,
         pixels=pixels,
+        hidden=covered,
     )
 
 

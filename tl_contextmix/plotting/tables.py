@@ -95,6 +95,7 @@ def draw_samples(panel: Samples, charts: Charts) -> str:
     ] or [markup.note("There is nothing to show: no texts.")]
     if panel.labels and finite and positive and charts.fits(count):
         element = charts.add("TopkSamples", topk_samples(panel), count)
-        chart = f'<div class="scroll"><div class="cv single" id="{element}"></div></div>'
-        body = [chart, markup.details("Numbers", "".join(body))]
+        # Unfolded until the chart is there: without scripts, or without CircuitsVis, it is not.
+        chart = f'<div class="scroll" hidden><div class="cv single" id="{element}"></div></div>'
+        body = [chart, markup.details("Numbers", "".join(body), unfolded=True)]
     return markup.figure("samples", panel.title, panel.caption, body, wide=True)

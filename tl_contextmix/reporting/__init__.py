@@ -16,7 +16,14 @@ from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
 from tl_contextmix.methods.memories import Triggers, load_triggers
 from tl_contextmix.plotting import Page, Section, require_writable
-from tl_contextmix.reporting.sections import SECTIONS, SectionName, chosen, facts, missing_section
+from tl_contextmix.reporting.sections import (
+    SECTIONS,
+    SectionName,
+    chosen,
+    facts,
+    missing_section,
+    notes,
+)
 from tl_contextmix.reporting.story import default_text, read
 from tl_contextmix.results import Provenance, Result
 
@@ -26,57 +33,88 @@ DEFAULT_PATH = "tl_contextmix_report.html"
 COMPANION = "encoder-decoder"
 
 
-def build_report(
-    model: object,
-    text: str | Ids,
+def report(
+    model: object = None,
+    text: str | Ids | None = None,
     *,
     title: str | None = None,
     sections: Sequence[SectionName] | None = None,
-    triggers: Triggers | None = None,
-    pairs: Sequence[MinimalPair] | None = None,
+    triggers: Triggers | str | Path | None = None,
+    pairs: Sequence[MinimalPair] | str | Path | None = None,
     companion: object = None,
     target: Target | None = None,
     foil: Target | None = None,
     pos: int | None = None,
+    generate: int | None = None,
     labels: Labels | None = None,
 ) -> Page:
-    """Returns a page on what a model's blocks do to a sentence.
+    """Returns a page on what a model's blocks do to a sentence, and why it says what it says.
 
-    ``prediction``: what the model predicts. ``mixing``: which tokens were mixed, and where.
-    ``feed-forward``: what the feed-forward block changed. ``memories``: which memories fired and
-    what triggers them. ``components``: which components wrote the answer, tested by knockout.
-    ``graph``: which token went through which head and block to make it.
-    ``encoder-layers``: what each encoder layer already knows. ``comparison``: which map to
-    believe. ``points``, only on request: the map at every point of a block.
+    A notebook shows it; ``.save(path)`` writes it, ``.open()`` shows it in the browser.
+
+    ``prediction``: what the model predicts. ``answer``: what each token of an answer of several was
+    made of. ``mixing``: which tokens were mixed, and where. ``feed-forward``: what the feed-forward
+    block changed. ``memories``: which memories fired and what triggers them. ``components``: which
+    components wrote the answer, tested by knockout. ``graph``: which token went through which head
+    and block to make it. ``encoder-layers``: what each encoder layer already knows. ``comparison``:
+    which map to believe. ``points``, only on request: the map at every point of a block.
 
     For an encoder-decoder, maps are the encoder's and components the decoder's. Sections that do
     not apply to the model or text are listed at the end with the reason.
 
     Args:
-        model: Any model `as_view` reads.
-        text: The sentence, or its token ids.
+        model: A model, or what `load_model` takes. None: the bundled causal language model, with
+            the bundled encoder-decoder for ``encoder-layers``.
+        text: The sentence, or its token ids; None for an example that suits the demo models.
         title: Heading of the page.
         sections: Sections to include; None for all but ``points``. Their order is fixed.
-        triggers: Triggers of the model's memories (`load_triggers`, with model and corpus). None:
-            mined from the grammar of a demo model.
-        pairs: Minimal pairs to compare methods on; the first 8 are used. None: from the grammar
-            of a demo model.
+        triggers: Triggers of the model's memories (`load_triggers`, with model and corpus), or the
+            folder that `mine_triggers` wrote for it. None: mined from the grammar of a demo model.
+        pairs: Minimal pairs to compare methods on, or a file of them (`load_minimal_pairs`); the
+            first 8 are used. None: from the grammar of a demo model.
         companion: An encoder-decoder for ``encoder-layers`` if the model has no encoder.
         target: The predicted token that the page explains, see `Asked`; None: the model's best.
         foil: What it is contrasted with, see `Asked`.
         pos: The predicting position; None: the last, or the mask.
+        generate: How many tokens of what the model says next ``answer`` explains, at most. None:
+            of an encoder-decoder all, up to 30; else there is no such section.
         labels: Names of the token ids, see `Inputs`.
 
     Raises:
-        ContextMixError: If the model, the text or the sections cannot be used.
+        ContextMixError: If the model, the text, a file or the sections cannot be used.
 
     Warns:
-        ContextMixWarning: If a demo model was not trained on a word of the text.
+        ContextMixWarning: If a demo model was not trained on a word of the text. The page says so,
+            too.
+
+    Example:
+        >>> import tl_contextmix as cm
+        >>> page = cm.report("causal-lm", "the keys to the cabinet", sections=["prediction"])
+        >>> page.sections[0].finding.split(" (")[0]
+        'After “cabinet” the model predicts “are”'
     """
+    _require_no_results(model)
     names = chosen(sections)
-    given = {"triggers": triggers, "pairs": pairs, "companion": companion, "labels": labels}
+    if model is None:
+        model = DEFAULT_MODEL
+        if companion is None and "encoder-layers" in names:
+            # No class of TransformerLens 2 computes the bundled encoder-decoder correctly.
+            with suppress(UnsupportedModel):
+                companion = load_model(COMPANION)
+    if isinstance(model, (str, Path)):
+        model = load_model(model)
+    given = {
+        "triggers": load_triggers(triggers, model=model)
+        if isinstance(triggers, (str, Path))
+        else triggers,
+        "pairs": load_minimal_pairs(pairs) if isinstance(pairs, (str, Path)) else pairs,
+        "companion": companion,
+        "labels": labels,
+        "generate": generate,
+    }
     with _progress(len(names) + 1) as bar:
         bar.set_description("maps")
+        text = default_text(model) if text is None else text
         story = read(model, text, answer=Answer(target, foil, pos), **given)
         bar.update()
         told, missing = [], []
@@ -85,72 +123,38 @@ def build_report(
             section = SECTIONS[name](story)
             if isinstance(section, Section):
                 told.append(section)
-            else:
+            elif section:
                 missing.append((name, section))
             bar.update()
     if missing:
         told.append(missing_section(missing))
-    return Page((), title or "Context-mixing report", facts(story), tuple(told))
+    return Page((), title or "Context-mixing report", facts(story), tuple(told), notes(story))
 
 
 def write_report(
-    model_or_name: object = None,
+    model: object = None,
     text: str | None = None,
     path: str | Path = DEFAULT_PATH,
-    *,
-    title: str | None = None,
-    sections: Sequence[SectionName] | None = None,
-    triggers: str | Path | None = None,
-    pairs: str | Path | None = None,
-    target: Target | None = None,
-    foil: Target | None = None,
-    pos: int | None = None,
+    **options: Any,
 ) -> Path:
-    """Writes `build_report` to a file; returns its path.
+    """Writes `report` to a file, which is checked before the work begins; returns its path.
 
     Args:
-        model_or_name: A model, or what `load_model` takes. None: the bundled causal language
-            model, with the bundled encoder-decoder for ``encoder-layers``.
-        text: The sentence; None for a default example.
+        model: See `report`.
+        text: See `report`.
         path: The file.
-        title: Heading of the page.
-        sections: See `build_report`.
-        triggers: Folder that `mine_triggers` wrote for this model; its corpus file must still
-            exist.
-        pairs: File of minimal pairs, see `load_minimal_pairs`.
-        target: See `build_report`.
-        foil: See `build_report`.
-        pos: See `build_report`.
+        **options: See `report`.
 
     Raises:
         ContextMixError: If the model, the text, a file or the path cannot be used.
     """
     require_writable(path)
-    names = chosen(sections)
-    companion = None
-    if model_or_name is None:
-        model_or_name = DEFAULT_MODEL
-        # No class of TransformerLens 2 computes the bundled encoder-decoder correctly.
-        with suppress(UnsupportedModel):
-            companion = load_model(COMPANION) if "encoder-layers" in names else None
-    named = isinstance(model_or_name, (str, Path))
-    model = load_model(model_or_name) if named else model_or_name
-    page = build_report(
-        model,
-        default_text(model) if text is None else text,
-        title=title,
-        sections=names,
-        triggers=None if triggers is None else load_triggers(triggers, model=model),
-        pairs=None if pairs is None else load_minimal_pairs(pairs),
-        companion=companion,
-        target=target,
-        foil=foil,
-        pos=pos,
-    )
-    return page.save(path)
+    return report(model, text, **options).save(path)
 
 
-def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "Results") -> Path:
+def write_results(
+    results: Result | Sequence[Any], path: str | Path, *, title: str = "Results"
+) -> Path:
     """Writes results to one page, a section each; returns its path.
 
     Args:
@@ -164,6 +168,18 @@ def report(results: Result | Sequence[Any], path: str | Path, *, title: str = "R
     listed = [results] if isinstance(results, Result) else results
     sections = tuple(_result_section(result) for result in listed)
     return Page((), title=title, sections=sections).save(path)
+
+
+def _require_no_results(model: object) -> None:
+    """Raises InvalidInput for what `report` took before: results, and the name of a file."""
+    several = isinstance(model, Sequence) and not isinstance(model, str)
+    if several or isinstance(model, Result):
+        raise bad(
+            "report explains what a model says to a text",
+            f"a {type(model).__name__} in the place of the model",
+            "a model and a text",
+            "Write results with tl_contextmix.reporting.write_results(results, path).",
+        )
 
 
 def _result_section(result: object) -> Section:

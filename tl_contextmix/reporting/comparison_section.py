@@ -144,11 +144,11 @@ def _best(found: Comparison) -> Table:
     chance = found.best(metric)["chance"].iloc[0]
     known = "" if found.correct is None else f" The model is right on {found.correct}."
     return Table(
-        title=f"Every method at its best layer: {metric}",
+        title=f"Every method at its best layer, by {_COLUMNS.get(metric, metric)}",
         caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
         "The best layer is selected on the same sentences, so values are slightly optimistic. "
         "Cost: FLOPs relative to a forward pass.",
-        columns=("method", metric, "layer", "cost"),
+        columns=("method", _COLUMNS.get(metric, metric), "layer", "cost"),
         rows=tuple(rows),
     )
 
@@ -200,11 +200,31 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
     )
 
 
+_COLUMNS = {"dot": "alignment with the cue"}
+_METRICS = {
+    "dot": "aligned with the cue",
+    "average precision": "at ranking the cue first",
+    "blank-out": "at ranking tokens as blanking them does (blank-out)",
+    "comprehensiveness": "by comprehensiveness",
+    "sufficiency": "by sufficiency",
+}
+
+
 def _finding(found: Comparison) -> str:
+    """Returns the best method; where intervals overlap, that none is."""
     first = found.metrics[0]
-    best = found.best(first).iloc[0]
-    figures = f"{best['value']:.2f} ({best['low']:.2f} to {best['high']:.2f}; chance"
-    where = f"{best['method']} at layer {best['layer']}"
-    if first == "dot":
-        return f"Best aligned with the cue: {where}, {figures} {best['chance']:.2f})."
-    return f"Best by {first}: {where}, {figures} {best['chance']:.2f})."
+    table = found.best(first)
+    best = table.iloc[0]
+    figures = (
+        f"{best['value']:.2f} ({best['low']:.2f} to {best['high']:.2f}; chance "
+        f"{best['chance']:.2f})"
+    )
+    where = f"{_SHOWN.get(best['method'], best['method'])} at layer {best['layer']}"
+    told = f"Best {_METRICS.get(first, f'by {first}')}: {where}, {figures}."
+    others = table.iloc[1:]
+    alike = others[(others["high"] >= best["low"]) & (others["low"] <= best["high"])]
+    if len(alike):
+        names = [_SHOWN.get(str(name), str(name)) for name in alike["method"]]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        told += f" It does not stand out: intervals overlap with {shown}."
+    return told

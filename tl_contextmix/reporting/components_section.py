@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
@@ -10,7 +11,7 @@ from tl_contextmix.methods.log_prob.knockout import knockout
 from tl_contextmix.methods.log_prob.readouts import component_readouts
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Bars, Heatmap, Panel, Table
-from tl_contextmix.reporting.drawing import quoted
+from tl_contextmix.reporting.drawing import quoted, stands_out
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import ComponentReadouts, LogProbContributions
 
@@ -45,15 +46,7 @@ def components(story: Story) -> Section | str:
         _speaking(readouts, "feed-forward neurons" if neurons else "heads"),
         fall,
     )
-    best, source = layers.top(1), read.top(1)
-    word = source.to_dataframe().source_token[0]
-    finding = (
-        f"{best.labels()[0]} adds most to {layers.asked(quote=quoted)} "
-        f"({float(best.scores[0, 0]):+.2f} nats); the top source is {quoted(word)} in layer "
-        f"{int(source.components.layer[0, 0])} ({float(source.scores[0, 0]):+.2f}). Ablating "
-        f"{fall.rows[-1][0]} takes {_what(layers)} from {fall.rows[-1][1]:.0%} to "
-        f"{fall.rows[-1][2]:.0%} (random ones: {fall.rows[-1][3]:.0%})."
-    )
+    finding = " ".join((_best_layer(layers), _best_source(read), _fall(layers, fall)))
     text = (
         "A component's score is how much its vector raises the answer's log-probability when "
         "added to the residual stream before it. Scores of sublayers sum to the log-probability "
@@ -63,6 +56,53 @@ def components(story: Story) -> Section | str:
     )
     citation = sources("yu2023exploring", "yu2024neuron")
     return Section("Which components wrote the answer?", text, panels, citation, finding)
+
+
+def _best_layer(layers: LogProbContributions) -> str:
+    """Returns which sublayer adds most, if one stands out."""
+    best, asked = layers.top(1), layers.asked(quote=quoted)
+    told = f"{in_words(best.labels()[0])} ({float(best.scores[0, 0]):+.2f} nats)"
+    if stands_out(layers.scores[0].tolist()) is None:
+        return f"No single sublayer stands out for {asked}: {told} adds most."
+    return f"{told[:1].upper()}{told[1:]} adds most to {asked}."
+
+
+def _best_source(read: LogProbContributions) -> str:
+    """Returns from which token in which layer most comes, if one stands out."""
+    source = read.top(1)
+    row = source.to_dataframe().iloc[0]
+    word = quoted(row.source_token)
+    frame = read.to_dataframe()
+    if frame[frame.source_token.map(quoted) == word].source.nunique() > 1:
+        word += f" ({row.source})"
+    layer = int(source.components.layer[0, 0])
+    told = f"{word} in layer {layer} ({float(source.scores[0, 0]):+.2f})"
+    if stands_out(read.scores[0].nan_to_num().tolist()) is None:
+        return f"No single source does: the largest is {told}."
+    return f"The top source is {told}."
+
+
+def _fall(layers: LogProbContributions, fall: Table) -> str:
+    """Returns what the knockout did."""
+    row: tuple[Any, ...] = fall.rows[-1]
+    name, before, after, random, _ = row
+    if abs(after - before) < 0.01:
+        return f"Ablating {name} changes {_what(layers)} by less than a percentage point."
+    return (
+        f"Ablating {name} takes {_what(layers)} from {before:.0%} to {after:.0%} "
+        f"(random ones: {random:.0%})."
+    )
+
+
+def in_words(label: str) -> str:
+    """Returns the name of a sublayer, such as ``L2 mlp``, in words."""
+    kinds = {"attn": "attention", "cross_attn": "cross-attention", "mlp": "the feed-forward block"}
+    if label == "embed":
+        return "the token's embedding"
+    layer, _, kind = label.partition(" ")
+    if kind not in kinds or not layer[1:].isdecimal():
+        return label
+    return f"{kinds[kind]} in layer {layer[1:]}"
 
 
 def _what(layers: LogProbContributions) -> str:

@@ -36,10 +36,13 @@ def feed_forward(story: Story) -> Section | str:
     finding = _largest_change(change)
     if pairs.amplified:
         top = max(pairs.amplified, key=lambda pair: pair.change)
-        finding += (
+        told = (
             f" Most amplified: {quoted(top.source_token)} for {quoted(top.target_token)} in layer "
             f"{top.layer}, from {top.before:.0%} to {top.after:.0%} of the row."
         )
+        # In whole percents, as they are told.
+        small = round(top.after, 2) <= round(top.before, 2)
+        finding += " No pair's share grows by a percentage point." if small else told
     text = (
         "FF is the feed-forward block, RES the residual connection, LN the layer norm. The first "
         "chart compares the ranking of token pairs before and after each component; it is blind "
@@ -52,17 +55,27 @@ def feed_forward(story: Story) -> Section | str:
     return Section(title, text, panels, sources("kobayashi2024analyzing"), finding)
 
 
+_NAMES = {
+    "ATB": "attention",
+    "FF": "the feed-forward block",
+    "RES": "the residual connection",
+    "LN": "the layer norm",
+}
+
+
 def _largest_change(change: LayerFigures) -> str:
     layer, quantity = largest(change.values[0])
+    name = change.quantities[quantity]
+    told = _NAMES.get(name.rstrip("0123456789"), name)
     return (
-        f"Largest change: {change.quantities[quantity]} in layer {change.layers[layer]} "
-        f"({float(change.values[0, layer, quantity]):.3f})."
+        f"The ranking of token pairs changes most through {told} ({name}) in layer "
+        f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
     )
 
 
 def _difference(story: Story) -> Heatmap:
     """Returns the map after the feed-forward block minus the map before it."""
-    after = shares(story.maps["mlp_out"], "Share after FF minus before (mlp_out - mlp_in)", "")
+    after = shares(story.maps["mlp_out"], "Share after the feed-forward block minus before", "")
     before = story.maps["mlp_in"].normalize()
     return replace(
         after,

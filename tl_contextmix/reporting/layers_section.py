@@ -60,6 +60,12 @@ def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel
         "the final one.",
         "gold NLL": "Negative log-likelihood of the final output in nats per token.",
     }
+    titles = {
+        "edit distance": "Distance from the final output, by layer",
+        "gold NLL": "How improbable the final output is, by layer",
+    }
     curves = said.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
     charts = [panel for panel in curves.panels() if isinstance(panel, Bars)]
-    return tuple(replace(chart, title=chart.unit, caption=captions[chart.unit]) for chart in charts)
+    return tuple(
+        replace(chart, title=titles[chart.unit], caption=captions[chart.unit]) for chart in charts
+    )

@@ -13,7 +13,7 @@ from tl_contextmix.methods.memories.ff_memories import ff_memories
 from tl_contextmix.methods.memories.token_memory import token_memory
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Panel, Samples, Table
-from tl_contextmix.reporting.drawing import quoted
+from tl_contextmix.reporting.drawing import quoted, stands_out
 from tl_contextmix.reporting.story import Story
 
 _MEMORIES = 3
@@ -49,10 +49,7 @@ def memories(story: Story) -> Section | str:
     longest = rows[0]
     # Triggers are contexts of the highest coefficients, so they explain positive ones.
     triggers, origin = _triggers(story, [row[0] for row in rows if row[2] > 0])
-    finding = (
-        f"{longest[0]} writes the longest vector: it promotes {quoted(longest[1])}, and its top "
-        f"source is {quoted(longest[4])}."
-    )
+    finding = _finding(story, longest, [row[3] for row in rows])
     text = (
         "A feed-forward block outputs the sum of its neurons' value vectors, each times a "
         "coefficient. A promoted token is the top token of one value in isolation; the sum of "
@@ -65,6 +62,20 @@ def memories(story: Story) -> Section | str:
     panels = (table, cases, *triggers)
     title = "Which memories fired, and what triggers them?"
     return Section(title, text, panels, citation, finding)
+
+
+def _finding(story: Story, longest: tuple, lengths: list[float]) -> str:
+    """Returns which memory writes the longest vector, and whether that is the answer."""
+    layer, neuron = longest[0][1:].split(".")
+    logits = story.done.trace.logits
+    told = f"neuron {neuron} of layer {layer}, which promotes {quoted(longest[1])}"
+    if logits is not None and story.focus is not None:
+        best = story.done.view.to_output(int(logits[0, story.focus].argmax()))
+        told += "" if best == longest[1] else f" (the model predicts {quoted(best)})"
+    source = f"Its top source is {quoted(longest[4])}."
+    if stands_out(lengths) is None:
+        return f"No single memory stands out; the longest vector is that of {told}. {source}"
+    return f"The longest vector is that of {told}. {source}"
 
 
 def _fed(story: Story, top: Any) -> list[tuple]:

@@ -9,28 +9,52 @@ import torch
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
-from tl_contextmix.plotting import Section
+from tl_contextmix.plotting import Opening, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel
-from tl_contextmix.reporting.drawing import largest, layer_names, quoted, shares, table_of
+from tl_contextmix.reporting.drawing import (
+    largest,
+    layer_names,
+    quoted,
+    quoted_at,
+    shares,
+    stands_out,
+    table_of,
+)
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import ContextMap
 
 _SCOPES = {
-    "attn_out": ("attention", "The output of the attention sublayer, before the residual."),
-    "resid_mid": ("attention + residual", "With the token's residual stream added."),
-    "mlp_in": ("input of the feed-forward block", "After the layer norm before it."),
-    "mlp_out": ("output of the feed-forward block", "The parts carried through its neurons."),
-    "resid_post": ("feed-forward + residual", "With the residual stream added."),
-    "block_out": ("whole block", "The input of the next layer."),
+    "attn_out": (
+        "attention",
+        "The output of the attention sublayer, before the residual.",
+        "attention output",
+    ),
+    "resid_mid": (
+        "attention + residual",
+        "With the token's residual stream added.",
+        "stream after attention",
+    ),
+    "mlp_in": (
+        "input of the feed-forward block",
+        "After the layer norm before it.",
+        "feed-forward input",
+    ),
+    "mlp_out": (
+        "output of the feed-forward block",
+        "The parts carried through its neurons.",
+        "feed-forward output",
+    ),
+    "resid_post": ("feed-forward + residual", "With the residual stream added.", "output"),
+    "block_out": ("whole block", "The input of the next layer.", "output"),
 }
 
 
 def mixing(story: Story) -> Section:
     """Returns maps of the blocks' outputs by two methods, and rolled out over layers."""
     panels = _maps(story)
-    finding = ""
+    finding, opens = "", None
     if story.focus is not None:
-        row, finding = _focus(story)
+        row, finding, opens = _focus(story)
         panels.append(row)
     panels.append(_ratios(story))
     text = (
@@ -50,7 +74,7 @@ def mixing(story: Story) -> Section:
         "modarressi2022globenc",
     )
     title = "Which tokens were mixed, and where?"
-    return Section(title, text, tuple(panels), citation, finding)
+    return Section(title, text, tuple(panels), citation, finding, opens)
 
 
 def points(story: Story) -> Section:
@@ -63,10 +87,10 @@ def points(story: Story) -> Section:
         del maps["block_out"]
     panels = []
     for point, map in maps.items():
-        name, meaning = _SCOPES[point]
-        title = f"{point}: {name}"
+        name, meaning, _ = _SCOPES[point]
+        title = f"{name.capitalize()} ({point})"
         if same and point == "resid_post":
-            title = "resid_post = block_out: whole block"
+            title = "Whole block (resid_post, here the same as block_out)"
         panels.append(shares(map, title, meaning))
     text = (
         "The same sentence at every point of a block, in order of computation. A cell is the norm "
@@ -86,11 +110,11 @@ def _maps(story: Story) -> list[Panel]:
     panels: list[Panel] = []
     if story.last_point != "attn_out":
         caption = "Norms of each token's part in the attention output, before the residual."
-        panels.append(shares(story.maps["attn_out"], "Attention output (attn_out)", caption))
+        panels.append(shares(story.maps["attn_out"], "Attention output by source", caption))
     panels.append(
         shares(
             story.maps[story.last_point],
-            f"Each layer's output by source ({story.last_point})",
+            f"Each layer's {_SCOPES[story.last_point][2]} by source",
             "Norms of the parts. Rows are target tokens, columns source tokens.",
         )
     )
@@ -101,8 +125,8 @@ def _maps(story: Story) -> list[Panel]:
     return [*panels, _rolled(story)]
 
 
-def _focus(story: Story) -> tuple[Heatmap, str]:
-    """Returns the predicting token's row in every layer, and its largest entry."""
+def _focus(story: Story) -> tuple[Heatmap, str, Opening]:
+    """Returns the predicting token's row in every layer, its largest entry, and where that is."""
     map = _predicting(story)
     focus = story.focus
     assert focus is not None
@@ -113,15 +137,22 @@ def _focus(story: Story) -> tuple[Heatmap, str]:
         layer_names(map.layers),
         sources_,
         title=f"Sources of {quoted(here)} by layer",
-        caption=f"The row of the predicting position at {map.point}.",
+        caption=f"The row of the predicting position in the {_SCOPES[map.point][2]}.",
         unit="share of row",
     )
     layer, source = largest(row, skip=focus)
-    finding = (
-        f"In layer {map.layers[layer]}, {float(row[layer, source]):.0%} of {quoted(here)} comes "
-        f"from {quoted(sources_[source])}."
-    )
-    return panel, finding
+    share, here = float(row[layer, source]), quoted(here)
+    name = quoted_at(sources_, source)
+    rest = [float(value) for place, value in enumerate(row[layer]) if place != focus]
+    finding = f"In layer {map.layers[layer]}, {share:.0%} of {here} comes from {name}."
+    if stands_out(rest) is None:
+        finding = (
+            f"No single source stands out for {here}: the largest share is {share:.0%}, of {name} "
+            f"in layer {map.layers[layer]}."
+        )
+    # Maps of an encoder have other tokens.
+    position = map.target.labels()[focus] if story.stack is None else None
+    return panel, finding, Opening(map.layers[layer], position)
 
 
 def _predicting(story: Story) -> ContextMap:
@@ -156,6 +187,7 @@ def _rolled(story: Story) -> Heatmap:
         caption="The product of single-layer maps: an estimate of how much of each input token "
         "remains. The first map covers all layers, later ones fewer.",
         values=panel.values.flip(0),
+        layers=tuple(reversed(panel.layers)),
         sheets=tuple(f"0 to {layer}" for layer in reversed(rolled.layers)),
         unit="share of row",
     )

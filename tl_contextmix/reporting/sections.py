@@ -9,6 +9,7 @@ from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Table
+from tl_contextmix.reporting.answer_section import answer
 from tl_contextmix.reporting.comparison_section import comparison
 from tl_contextmix.reporting.components_section import components
 from tl_contextmix.reporting.feed_forward_section import feed_forward
@@ -21,6 +22,7 @@ from tl_contextmix.reporting.story import Story
 
 SectionName = Literal[
     "prediction",
+    "answer",
     "mixing",
     "points",
     "feed-forward",
@@ -30,9 +32,10 @@ SectionName = Literal[
     "encoder-layers",
     "comparison",
 ]
-# Each returns its section, or why there is none.
+# Each returns its section, or why there is none; nothing where nobody would miss it.
 SECTIONS: dict[SectionName, Callable[[Story], Section | str]] = {
     "prediction": prediction,
+    "answer": answer,
     "mixing": mixing,
     "points": points,
     "feed-forward": feed_forward,
@@ -91,3 +94,12 @@ def facts(story: Story) -> tuple[tuple[str, str], ...]:
     if story.stack == "encoder":
         facts.insert(3, ("Maps of", "the encoder"))
     return tuple(facts)
+
+
+def notes(story: Story) -> tuple[str, ...]:
+    """Returns what there is to know before anything is read: odd words, and abbreviations."""
+    return (
+        *story.notes,
+        "L2H1 is head 1 of layer 2, counted from 0. A nat is the unit of a natural logarithm: what "
+        "is 1 nat more probable is 2.7 times as probable.",
+    )

@@ -28,6 +28,8 @@ from tl_contextmix.results import ContextMap
 
 _TEXT = "the keys to the cabinet"
 # French has two words for a bat, which the encoder must disambiguate.
+# Of an encoder-decoder every token of the output is explained, up to so many.
+_OUTPUT = 30
 _TEXTS = {"encoder-decoder": "the bat burned ."}
 
 
@@ -47,6 +49,8 @@ class Story:
         triggers: Mined triggers of the model's memories, or None.
         pairs: Minimal pairs to compare methods on, or None.
         companion: An encoder-decoder to show if the model has no encoder, or None.
+        generate: How many tokens of the answer are explained one by one, or None for none.
+        notes: What is odd about the text.
     """
 
     model: object
@@ -60,6 +64,8 @@ class Story:
     triggers: Triggers | None = None
     pairs: Sequence[MinimalPair] | None = None
     companion: object = None
+    generate: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -98,6 +104,7 @@ def read(
     companion: object = None,
     answer: Answer | None = None,
     labels: Labels | None = None,
+    generate: int | None = None,
 ) -> Story:
     """Returns the data for a report on a model and a sentence.
 
@@ -109,6 +116,7 @@ def read(
         companion: Likewise.
         answer: What is asked; None for the last position or the mask, and the model's best token.
         labels: Names of the token ids, see `Inputs`.
+        generate: See `Story`; None: for an encoder-decoder, 30.
 
     Raises:
         ContextMixError: If the model or the text cannot be used.
@@ -125,8 +133,7 @@ def read(
             "one sentence as a str, or its token ids",
             "Write one report per sentence.",
         )
-    if isinstance(asked, str):
-        _warn_about_words(view.name, asked)
+    notes = _foreign_words(view.name, asked) if isinstance(asked, str) else ()
     if labels is not None:
         model = view  # every method takes it for the model, with its names
     done = run_pass(view, Given(asked), logits=True)
@@ -135,9 +142,11 @@ def read(
     answer = answer or Answer()
     focus = _focus(model, done) if answer.empty else _asked(done, answer)
     answer = replace(answer, pos=focus)
-    return Story(
-        model, asked, done, stack, maps, missing, focus, answer, triggers, pairs, companion
-    )
+    notes += _unknown_tokens(model, done)
+    if generate is None and stack is not None and answer.target is None:
+        generate = _OUTPUT
+    shared = (triggers, pairs, companion, generate, notes)
+    return Story(model, asked, done, stack, maps, missing, focus, answer, *shared)
 
 
 def _asked(done: Pass, answer: Answer) -> int:
@@ -187,18 +196,36 @@ def _mask_token(model: object) -> str | None:
     return getattr(getattr(model, "tokenizer", None), "mask_token", None)
 
 
-def _warn_about_words(name: str, text: str) -> None:
+def _foreign_words(name: str, text: str) -> tuple[str, ...]:
+    """Returns, and warns of, words that a demo model has never seen."""
     if name not in DEMO_NAMES:
-        return
+        return ()
     # Marks such as [MASK] and <s> are tokens, not words.
     words = re.findall(r"[^\W_]+|[^\w\s]", re.sub(r"\[\w+\]|<[^<>\s]+>", " ", text))
     foreign = list(dict.fromkeys(word for word in words if word not in known_words(name)))
-    if foreign:
-        warn(
-            four_parts(
-                f"{name} was not trained on some of these words, so its maps of them mean nothing",
-                ", ".join(map(repr, foreign)),
-                "words of its artificial grammar (tl_contextmix.demo_models.known_words)",
-                "Use other words, or a model trained on real text.",
-            )
+    if not foreign:
+        return ()
+    listed = ", ".join(map(repr, foreign))
+    warn(
+        four_parts(
+            f"{name} was not trained on some of these words, so its maps of them mean nothing",
+            listed,
+            "words of its artificial grammar (tl_contextmix.demo_models.known_words)",
+            "Use other words, or a model trained on real text.",
         )
+    )
+    return (f"{name} was never trained on {listed}: what this page says of them means nothing.",)
+
+
+def _unknown_tokens(model: object, done: Pass) -> tuple[str, ...]:
+    """Returns where the tokenizer knows no piece of the text."""
+    tokenizer = getattr(model, "tokenizer", None)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    # GPT-2 has one token for what is unknown, which nothing is, and for where a text begins.
+    if unknown is None or "unk" not in str(getattr(tokenizer, "unk_token", "")).lower():
+        return ()
+    ids = done.tokens["encoder" if "encoder" in done.tokens else "decoder"].ids
+    places = (ids[0] == unknown).nonzero()[:, 0].tolist()
+    where = ", ".join(map(str, places))
+    told = f"The tokenizer does not know what stands at position {where} of the text."
+    return (told,) if places else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class Shown:
         # itself, and nobody should have to know the module that draws.
         from tl_contextmix.plotting import Page
 
-        return Page(self.panels(), title=type(self).__name__)
+        return Page(self.panels(), title=in_words(type(self).__name__))
 
     def _repr_html_(self) -> str:
         return self._page()._repr_html_()
@@ -136,6 +137,11 @@ class Result(Shown):
             FileFormatError: If the file holds anything else.
         """
         return storage.load(cls, path)
+
+
+def in_words(name: str) -> str:
+    """Returns the name of a class as a heading: ``ContextMap`` is a "Context map"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).capitalize()
 
 
 @functools.cache

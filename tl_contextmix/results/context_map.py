@@ -21,6 +21,25 @@ from tl_contextmix.results.token_groups import Groups, find_groups
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
+# How methods and points are called where they head a picture.
+_METHODS = {
+    "value_zeroing": "Value Zeroing",
+    "alti": "ALTI",
+    "decompx": "DecompX",
+    "globenc": "GlobEnc",
+    "log_prob_contributions": "log-probability contributions",
+    "gradient_x_input": "gradient times input",
+}
+_POINTS = {
+    "attn_out": "attention output",
+    "resid_mid": "stream after attention",
+    "mlp_in": "feed-forward input",
+    "mlp_out": "feed-forward output",
+    "resid_post": "stream after the block",
+    "block_out": "block output",
+    "resid_in": "input of the model",
+    "pattern": "pattern",
+}
 # What rounding leaves of a row that sums to 1, in half precision too.
 _SUM = 1e-2
 
@@ -114,7 +133,7 @@ class ContextMap(LabelledArray):
             return ("prediction",) * len(self.layers)
         return tuple(f"input to {n}" if self.from_input else str(n) for n in self.layers)
 
-    def normalize(self, how: Literal["sum", "max"] = "sum") -> ContextMap:
+    def normalize(self, how: Literal["sum", "max"] = "sum", *, exclude: Any = None) -> ContextMap:
         """Returns the map with each row divided by its sum or by its maximum.
 
         A row of zeros stays a row of zeros; a row with a NaN becomes NaN. `bias` and `sink` are
@@ -124,20 +143,45 @@ class ContextMap(LabelledArray):
         Args:
             how: ``"sum"`` (rows add up to 1, their sink's share included) or ``"max"`` (the largest
                 score of a row is 1).
+            exclude: Sources that are taken out first, as `select` takes them, such as the first
+                token (0), which heads attend to when they have nothing to attend to: their scores
+                become 0, and rows that read nothing else rows of zeros. `unit` and the options of
+                `provenance` name them.
 
         Raises:
-            InvalidInput: If ``how`` is neither, or the map is a difference.
+            InvalidInput: If ``how`` is neither, the map is a difference, or a source is not there.
+
+        Example:
+            >>> import tl_contextmix as cm
+            >>> pattern = cm.attention(cm.load_demo("causal-lm"), "the keys to the cabinet")
+            >>> pattern.normalize(exclude=0).scores[0, 0, 0, :2, :2].round(decimals=2)
+            tensor([[0., 0.],
+                    [0., 1.]])
         """
         require_choice("way to normalize", how, ("sum", "max"))
         self.require_unsigned("normalize")
-        reduced = self._row_sums() if how == "sum" else self.scores.amax(-1)
+        kept = self if exclude is None else self._without(exclude)
+        reduced = kept._row_sums() if how == "sum" else kept.scores.amax(-1)
         divisor = torch.where(reduced == 0, torch.ones_like(reduced), reduced)
         return replace(
-            self,
-            scores=self.scores / divisor[..., None],
-            **self._beside(lambda values: values / divisor),
+            kept,
+            scores=kept.scores / divisor[..., None],
+            **kept._beside(lambda values: values / divisor),
             normalized=how,
-            unit=f"{self.unit} / row {'sum' if how == 'sum' else 'maximum'}",
+            unit=f"{kept.unit} / row {'sum' if how == 'sum' else 'maximum'}",
+        )
+
+    def _without(self, sources: Any) -> ContextMap:
+        """Returns the map with the scores of some sources at 0."""
+        places = self.source.find("source", sources, [*range(len(self.source.strings))])
+        index = torch.tensor(places, dtype=torch.long, device=self.scores.device)
+        names = [self.source.labels()[place] for place in places]
+        options = {**self.provenance.options, "exclude": names}
+        return replace(
+            self,
+            scores=self.scores.index_fill(-1, index, 0),
+            unit=f"{self.unit} without source {', '.join(map(str, names))}",
+            provenance=replace(self.provenance, options=options),
         )
 
     def mean(self, axis: Literal["head"] = "head") -> ContextMap:
@@ -209,6 +253,15 @@ class ContextMap(LabelledArray):
         """Method, or methods of a difference, and point."""
         other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
         return f"{' - '.join(dict.fromkeys((self.provenance.method, other)))} at {self.point}"
+
+    @property
+    def _title(self) -> str:
+        """The same in words, as a heading."""
+        other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
+        methods = dict.fromkeys((self.provenance.method, other))
+        told = " minus ".join(_METHODS.get(one, one.replace("_", " ")) for one in methods)
+        points = " and ".join(_POINTS.get(one, one) for one in self.point.split(" - "))
+        return f"{told[:1].upper()}{told[1:]}, {points}"
 
     def words(
         self,
@@ -451,15 +504,19 @@ class ContextMap(LabelledArray):
             }
             part = self._part({"batch": [row], **places})
             panel = Heatmap(
-                title=self._name,
-                caption=self._caption(part),
+                title=self._title,
+                caption=self._caption(),
                 values=part.scores.detach().cpu().flatten(1, 2)[0],
                 sheets=self._sheet_names(),
                 rows=part.target.strings[0],
                 columns=part.source.strings[0],
                 causal=part.causal,
                 unit=self.unit,
-                groups=self._groups(),
+                layers=self._sheet_layers(),
+                heads=tuple(self.heads) * len(self.layers) if len(self.heads) > 1 else (),
+                tokens=("rows", "columns"),
+                row_positions=part.target.labels(),
+                column_positions=part.source.labels(),
                 masked=part._later(),
                 sides=part.source.sides if len(part.source.sides) > 1 else (),
             )
@@ -494,13 +551,11 @@ class ContextMap(LabelledArray):
             return tuple(f"layer {name}" for name in self.layer_names)
         return tuple(f"L{layer}H{head}" for layer in self.layers for head in self.heads)
 
-    def _groups(self) -> tuple[str, ...]:
-        if len(self.heads) == 1:
-            return ()
-        return tuple(f"layer {name}" for name in self.layer_names for _ in self.heads)
+    def _sheet_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer in self.layers for _ in self.heads)
 
-    def _caption(self, part: ContextMap) -> str:
-        """Returns how to read a map; of a selection, also where in the input it is."""
+    def _caption(self) -> str:
+        """Returns how to read a map."""
         scale = {
             "none": "",
             "sum": " Each row is divided by its sum.",
@@ -509,12 +564,6 @@ class ContextMap(LabelledArray):
         if self.signed:
             other = "is more than in the other map, red less"
             scale += f" Blue {other if self.is_difference else 'speaks for it, red against it'}."
-        for name, whole, some in (
-            ("Rows", self.target, part.target),
-            ("Columns", self.source, part.source),
-        ):
-            if whole.numbers is not None:
-                scale += f" {name}: positions {', '.join(map(str, some.labels()))} of the input."
         predicts = self.target.sides[0][0] == "prediction"
         row = "the predicted token" if predicts else "the token being written"
         if self.sink is not None:

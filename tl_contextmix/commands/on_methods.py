@@ -1,0 +1,180 @@
+"""A command for each method: its options are those of the function."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+
+import tl_contextmix
+from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.commands.names import METHODS
+from tl_contextmix.commands.shared_options import (
+    add_asked,
+    add_model,
+    asked,
+    flat,
+    load_options,
+    several,
+)
+from tl_contextmix.engine.registry import methods
+from tl_contextmix.engine.selection import Chosen
+from tl_contextmix.errors import bad
+from tl_contextmix.plotting import require_writable
+
+_PICTURES = (".pdf", ".svg", ".png")
+_ENDINGS = (".html", ".json", ".csv", ".safetensors", *_PICTURES)
+# Asked for in words of their own, or of no use in a command.
+_NOT_OPTIONS = ("model", "input", "pos", "inputs", "tokenizer", "dictionary")
+
+
+class Numbered(click.ParamType):
+    """Numbers with dots between them, such as a layer and a neuron."""
+
+    name = "N.N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Returns the numbers."""
+        try:
+            return tuple(map(int, str(value).split(".")))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form 2.78", param, ctx)
+
+
+def command(name: str) -> click.Command:
+    """Returns the command of a method."""
+    function = methods()[name.replace("-", "_")].function
+    hints = typing.get_type_hints(function)
+    taken = get_args(hints.get("inputs"))
+    known = typing.get_type_hints(taken[0]) if taken else {}
+
+    def run(**given: Any) -> None:
+        run_method(function.__name__, given)
+
+    run = _add_output(run)
+    for one in reversed([*inspect.signature(function).parameters.values()]):
+        option = _option(one, hints[one.name])
+        run = run if option is None else option(run)
+    if "target" in known:
+        run = add_asked(generate=True)(run)
+    run = click.argument("text", metavar="TEXT")(run)
+    run = add_model()(run)
+    told = METHODS[name]
+    help = (
+        f"Prints {told}.\n\nThe options are those of tl_contextmix.{function.__name__}, where "
+        "their values can be written here."
+    )
+    example = f'\b\nExample:\n  tl-contextmix {name} causal-lm "the keys to the cabinet" --json'
+    return click.command(name, help=help, epilog=example)(run)
+
+
+def _add_output(run: Any) -> Any:
+    for one in (
+        click.option(
+            "-o",
+            "--output",
+            metavar="PATH",
+            help=f"Write the result: {', '.join(_ENDINGS)}.",
+        ),
+        click.option("--quiet", is_flag=True, help="Print no result and no warnings."),
+        click.option("--csv", is_flag=True, help="Print the table as CSV."),
+        click.option("--json", "as_json", is_flag=True, help="Print the table as JSON."),
+    ):
+        run = one(run)
+    return run
+
+
+def _option(parameter: inspect.Parameter, hint: Any) -> Any:
+    """Returns the option of a parameter; None where its values are none of the command line."""
+    if parameter.name in _NOT_OPTIONS:
+        return None
+    name = f"--{parameter.name.replace('_', '-')}"
+    if parameter.name == "neurons" and hint is Chosen:
+        told = "Layer and number, such as 2.78, or layer, head and number."
+        return several(name, kind=Numbered(), help=told, required=True)
+    default = parameter.default
+    shown: dict[str, Any] = {"required": True} if default is inspect.Parameter.empty else {}
+    arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = [one for arm in arms if get_origin(arm) is Literal for one in get_args(arm)]
+    told = "" if default in (None, inspect.Parameter.empty) else f"Default: {default}."
+    if choices and all(isinstance(one, str) for one in choices):
+        return click.option(name, type=click.Choice(choices), help=told, **shown)
+    if bool in arms:
+        return click.option(f"{name}/--no-{name[2:]}", default=None, help=told)
+    if int in arms:
+        if any(get_origin(arm) not in (None, Literal) for arm in arms):
+            return several(name, kind=click.INT, help=told, **shown)
+        return click.option(name, type=int, metavar="N", help=told, **shown)
+    if float in arms:
+        return click.option(name, type=float, metavar="NUMBER", help=told, **shown)
+    if str in arms:
+        return click.option(name, metavar="NAME", help=told, **shown)
+    return None
+
+
+def run_method(name: str, given: dict[str, Any]) -> None:
+    """Runs a method and prints, and writes, what it returns."""
+    output, as_json, csv = (given.pop(one) for one in ("output", "as_json", "csv"))
+    quiet = given.pop("quiet")
+    if output is not None:
+        _require_ending(output)
+        require_writable(output)
+    model, text, loading = given.pop("model"), given.pop("text"), load_options(given)
+    question = asked(given) if "target" in given else {}
+    options = {
+        key: flat(value) if isinstance(value, tuple) else value for key, value in given.items()
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    method = getattr(tl_contextmix, name)  # with its checks of what it is given
+    found = method(load_model(model, **loading), text, **options, **question)
+    if as_json or csv:
+        click.echo(_as_text(found, "json" if as_json else "csv"))
+    elif not quiet:
+        click.echo(str(found))
+    if output is not None:
+        _write(found, Path(output))
+        if not (quiet or as_json or csv):
+            click.echo(output)
+
+
+def _require_ending(output: str) -> None:
+    if Path(output).suffix not in _ENDINGS:
+        raise bad(
+            "a result cannot be written in this form",
+            repr(output),
+            f"a name that ends in {', '.join(_ENDINGS)}",
+            "Give another --output.",
+        )
+
+
+def _as_text(found: Any, form: str) -> str:
+    """Returns a result's table; positions are those of the input, and there is no padding."""
+    frame = found.to_dataframe()
+    if form == "csv":
+        return frame.to_csv(index=False).rstrip("\n")
+    made = found.provenance
+    told = {
+        "method": made.method,
+        "model": made.model,
+        "unit": getattr(found, "unit", None),
+        "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
+    }
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _write(found: Any, path: Path) -> None:
+    if path.suffix == ".html":
+        found.show().save(path)
+    elif path.suffix == ".safetensors":
+        found.save(path)
+    elif path.suffix in _PICTURES:
+        found.figure().savefig(path)
+    else:
+        path.write_text(_as_text(found, path.suffix[1:]) + "\n", encoding="utf-8")
