@@ -59,6 +59,14 @@ REFERENCE = {
         evaluation.faithfulness.faithfulness evaluation.agreement.agreement
         evaluation.probing.probe evaluation.minimal_pairs.MinimalPair
         evaluation.minimal_pairs.load_minimal_pairs evaluation.minimal_pairs.demo_pairs""",
+    "Experiments": """
+        evaluation.corpus_figures.over_corpus evaluation.word_labels.by_kind
+        evaluation.word_labels.label_tokens evaluation.norm_statistics.alignment_error_rate
+        evaluation.norm_statistics.frequency_correlation
+        evaluation.norm_statistics.expansion_rates evaluation.annotations.read_annotations
+        evaluation.log_prob_curves.log_prob_path evaluation.log_prob_curves.knockout_curve
+        evaluation.answer_metrics.alias_match evaluation.answer_metrics.assigns_variables
+        evaluation.answer_metrics.satisfies evaluation.answer_metrics.in_language""",
     "Pages and citations": """
         reporting.report reporting.write_report reporting.write_results engine.citations.cite""",
     "Results": """
