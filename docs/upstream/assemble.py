@@ -26,6 +26,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SHARED, TOOLS = "_block_reading", ("value_zeroing", "decoder_lens", "log_prob_contributions")
 HOME = "transformer_lens.tools.analysis"
+# Parts of the reading, and sums of its numbers, whichever tools use them today.
+ALWAYS_SHARED = ("tl_contextmix.core.model_view", "tl_contextmix.core.log_means")
 ISORT = {"profile": "black", "line_length": 100, "known_first_party": ["transformer_lens"]}
 # This package's errors are what TransformerLens raises itself.
 ERRORS = {"InvalidInput": "ValueError", "UnsupportedModel": "NotImplementedError"}
@@ -93,7 +95,11 @@ class Assembly:
             before = len(self._attributes)
             needed = {tool: self._reach(read(tool)) for tool in TOOLS}
         users = Counter(reference for found in needed.values() for reference in found)
-        common = {reference for reference, count in users.items() if count > 1}
+        common = {
+            reference
+            for reference, count in users.items()
+            if count > 1 or reference[0] in ALWAYS_SHARED
+        }
         self.kept = {SHARED: common, **{tool: needed[tool] - common for tool in TOOLS}}
         self._renamed = self._new_names(needed)
 
