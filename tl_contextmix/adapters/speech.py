@@ -42,8 +42,7 @@ from tl_contextmix.core.model_view import CacheReader, Hooks, ModelView, PassOut
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
-_SOUND = ("input_features", "input_values")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_FAMILIES = ("whisper", "wav2vec2", "hubert")
 # How the modules of a block are called: Whisper's, those of wav2vec2 and HuBERT.
 _ATTENTIONS = (("self_attn", "self"), ("attention", "self"), ("encoder_attn", "cross"))
 _NORMS = {
@@ -61,15 +60,13 @@ _PROBE_SAMPLES = 6400
 
 
 def is_sound(model: object) -> bool:
-    """Whether a model is a Hugging Face one of sound, with blocks that are read here."""
-    if not isinstance(model, nn.Module) or hasattr(model, "original_model"):
-        return False
-    if getattr(model, "main_input_name", "") not in _SOUND:
-        return False
-    stacks = _stacks(model)
-    first = next(iter(stacks.values()), None)
-    attention = None if first is None else _attention_modules(first.layers[0])
-    return bool(attention) and all(hasattr(m, p) for _, m, _ in attention for p in _PROJECTIONS)
+    """Whether a model is a Hugging Face one of sound, of a family that is read here.
+
+    Others mix frames in ways of their own, or count them otherwise (Speech2Text, WavLM).
+    """
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    known = isinstance(model, nn.Module) and not hasattr(model, "original_model")
+    return known and family in _FAMILIES and bool(_stacks(model))
 
 
 def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityReport]:
