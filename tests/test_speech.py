@@ -17,6 +17,7 @@ from torch import Tensor
 from zoo_refused import _SPEECH
 
 import tl_contextmix as cm
+from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import ContextMap
 
 pytestmark = pytest.mark.newest
@@ -125,7 +126,7 @@ def test_parts_add_up_to_the_model_s_own_states(kind: str, stack: str) -> None:
     # Convolutions leave Whisper's stream with its axes in another order in memory.
     assert relative(parts, torch.stack(outputs(hf, kind, side), 1)) < EXACT
     if stack != "cross":
-        whole = cm.decompx_vectors(hf, sound(kind), **asked(kind, stack)).total()
+        whole = decompx_vectors(hf, sound(kind), **asked(kind, stack)).total()
         assert relative(whole[:, -1], outputs(hf, kind, side)[-1]) < EXACT
     norms = cm.attention_norms(hf, sound(kind), at="attn_out", **asked(kind, stack))
     assert norms.source.strings[0][:3] != norms.target.strings[0][:3] or stack != "cross"
