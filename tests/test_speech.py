@@ -17,6 +17,7 @@ from torch import Tensor
 from zoo_refused import _SPEECH
 
 import tl_contextmix as cm
+from tl_contextmix.errors import ContextMixError
 from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import ContextMap
 
@@ -219,7 +220,7 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
         (lambda: cm.log_prob_contributions(made("HubertModel"), sound(""), target=9), "readout"),
     ]
     for ask, match in asks:
-        with pytest.raises(cm.ContextMixError, match=match):
+        with pytest.raises(ContextMixError, match=match):
             ask()
     for wrong in ("a text", torch.zeros(1, 8, 23), torch.zeros(8, 24), torch.tensor([[1, 2]])):
         with pytest.raises(cm.InvalidInput, match="cannot hear this.*got"):
