@@ -72,6 +72,8 @@ def table() -> str:
         lines.append(f"| {name} | TransformerBridge ({held}) | {' | '.join(cells)} |")
     for name in _direct():
         lines.append(f"| {name} | the Hugging Face model itself | {' | '.join(_DIRECT_CELLS)} |")
+    for name, cells in _SPEECH_CELLS.items():
+        lines.append(f"| {name} | the Hugging Face model itself | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -83,6 +85,8 @@ def summary() -> str:
     for name, _, cells in _once():
         groups.setdefault(cells, []).append(name)
     groups[_DIRECT_CELLS] = [*_direct()]
+    for name, cells in _SPEECH_CELLS.items():
+        groups.setdefault(cells, []).append(name)
     columns = goldens.METHODS
     lines = [f"| {' | '.join(columns)} | families |", "|---|" + "---|" * len(columns)]
     for cells, names in groups.items():
@@ -121,8 +125,15 @@ def _direct() -> Iterator[str]:
     for other in zoo_others.DIRECT.values():
         if other.name not in read:
             yield other.name
-    yield "Whisper"  # see `test_decoder_lens_speech.py`
 
 
 ENDED_CELLS = ("up to `mlp_in`", "at `mlp_out`", "yes", "all but `flow`", "-")
 """What is answered where a third sublayer ends the block, see `test_third_sublayers.py`."""
+
+
+# See `test_speech.py`.
+_SPEECH_CELLS = {
+    "Whisper": ("all but gradients", "yes", "yes", "yes", "yes"),
+    "wav2vec2": ("all but gradients", "yes", "-", "-", "-"),
+    "HuBERT": ("all but gradients", "yes", "-", "-", "-"),
+}

@@ -114,6 +114,10 @@ def test_a_bridge_that_shows_too_little_for_maps_is_read_directly(kind: str) -> 
     assert found.texts == plain.texts
     with pytest.raises(cm.InvalidInput, match="tokenizer would change nothing"):
         ask(bridge, tokenizer=tokenizer())
+    bridge.original_model.generation_config.suppress_tokens = [int(plain.ids[0, -1, 0])]
+    with zoo_build.quiet():
+        assert int(ask(bridge).ids[0, -1, 0]) != int(plain.ids[0, -1, 0])
+    bridge.original_model.generation_config.suppress_tokens = None
     # Its hooks would not be seen by what decodes.
     block = bridge.encoder_blocks[0].hook_out
     hooked = bridge.hooks(fwd_hooks=[(block.name, lambda tensor, hook: 0 * tensor)])

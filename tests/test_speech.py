@@ -145,6 +145,24 @@ def test_whisper_s_words_are_explained() -> None:
     scores = cm.log_prob_contributions(hf, features(), target=9, decoder_input=DECODER)
     said = run(hf, "Whisper").logits[:, -1].log_softmax(-1)[:, 9]
     assert relative(scores.trajectory[:, -1], said) < EXACT
+    cut = cm.knockout(hf, features(), target=9, heads=[(0, 1)], decoder_input=DECODER, controls=0)
+    projection = hf.get_decoder().layers[0].self_attn.out_proj
+    handle = projection.register_forward_pre_hook(
+        lambda module, args: args[0].index_fill(-1, torch.arange(8, 16), 0)
+    )
+    without = run(hf, "Whisper").logits[:, -1].log_softmax(-1)[:, 9]
+    handle.remove()
+    everywhere = cm.knockout(
+        hf,
+        features(),
+        target=9,
+        heads=[(0, 1)],
+        decoder_input=DECODER,
+        controls=0,
+        everywhere=True,
+    )
+    assert relative(everywhere.after[:, 0], without) < EXACT
+    assert not torch.equal(cut.after, cut.before)
     memories = cm.ff_memories(hf, features(), decoder_input=DECODER)
     assert torch.equal(memories.final_top, run(hf, "Whisper").logits.argmax(-1))
     # Fused attention is made eager for a pass, and is what it was.
@@ -194,6 +212,7 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
     options: dict[str, Any] = {"target": 9, "decoder_input": DECODER}
     asks: list[tuple[Any, str]] = [
         (lambda: cm.gradient_x_input(hf, features(), **options), "gradients"),
+        (lambda: cm.integrated_gradients(hf, features(), **options), "gradients"),
         (
             lambda: cm.attention_knockout(hf, features(), sources=[0], pos=-1, **options),
             "attention pattern|frames|source",
@@ -210,6 +229,9 @@ def test_what_a_model_of_sound_does_not_answer_is_refused_by_name() -> None:
         cm.value_zeroing(hf, features(), attention_mask=torch.ones(3, 12))
     with pytest.raises(cm.InvalidInput, match="cannot hear"):
         cm.value_zeroing(made("HubertModel"), torch.zeros(1, 5))
+    wavlm = made("WavLMModel")
+    with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
+        cm.value_zeroing(wavlm, sound(""))
     handle = hf.get_encoder().layers[0].register_forward_hook(lambda module, args, out: out)
     with pytest.raises(cm.UnsupportedModel, match="hooks on a Hugging Face model"):
         cm.value_zeroing(hf, features())

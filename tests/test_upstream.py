@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformer_lens
 import zoo
+import zoo_build
 import zoo_others
 from asked import bound, keywords, relative, stacks
 from jaxtyping import install_import_hook
@@ -509,3 +510,24 @@ def test_registered_adapters_are_found_with_the_patch(monkeypatch: pytest.Monkey
     found = "determine_architecture_from_hf_config"
     monkeypatch.setitem(names, found, patched[found])
     names["test_registered_adapter_is_found"](monkeypatch)
+
+
+@pytest.mark.newest
+def test_switch_shows_patterns_with_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.factories import architecture_adapter_factory as factory
+    from transformer_lens.model_bridge.supported_architectures import switch_transformers
+
+    path = "transformer_lens/model_bridge/supported_architectures/switch_transformers.py"
+    patch = (ROOT / "docs" / "upstream" / "switch_patterns.patch").read_text(encoding="utf-8")
+    old, new = _patched(path, patch)
+    source = Path(switch_transformers.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    names: dict[str, Any] = {"__name__": switch_transformers.__name__}
+    exec(compile(source.replace(old, new), path, "exec"), names)
+    hf = zoo_others.direct("SwitchTransformers")
+    kind, adapter = type(hf).__name__, names["SwitchTransformersArchitectureAdapter"]
+    for table in (factory.SUPPORTED_ARCHITECTURES, factory.ArchitectureAdapterFactory._adapters):
+        monkeypatch.setitem(table, kind, adapter)
+    with zoo_build.quiet():
+        bridge = zoo_build.bridge(hf, "bart", dtype=torch.float64, processed=False)
+    assert cm.check(bridge).ok

@@ -7,8 +7,7 @@ have one kind of block, whose activations are read at the model's own modules.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -22,13 +21,8 @@ from tl_contextmix.adapters.building import text_side
 from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts, major
-from tl_contextmix.adapters.running import (
-    hooked_places,
-    lock_of,
-    require_no_autocast,
-    require_no_dropout,
-    without_hooks,
-)
+from tl_contextmix.adapters.running import hooked_places, without_hooks
+from tl_contextmix.adapters.speech_passes import refused, run_speech, stacks_of
 from tl_contextmix.adapters.verification import (
     IdentityReport,
     check_rows,
@@ -38,12 +32,11 @@ from tl_contextmix.adapters.verification import (
     tolerance_of,
 )
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
-from tl_contextmix.core.model_view import CacheReader, Hooks, ModelView, PassOutput, Readout
+from tl_contextmix.core.model_view import CacheReader, ModelView, Readout
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 
-_SOUND = ("input_features", "input_values")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_FAMILIES = ("whisper", "wav2vec2", "hubert")
 # How the modules of a block are called: Whisper's, those of wav2vec2 and HuBERT.
 _ATTENTIONS = (("self_attn", "self"), ("attention", "self"), ("encoder_attn", "cross"))
 _NORMS = {
@@ -57,19 +50,16 @@ _NEURONS = (
 )
 _RATE = 16_000  # samples a second that all of these models were trained on
 _HOP = 160  # samples between Whisper's mel frames
-_PROBE_SAMPLES = 6400
 
 
 def is_sound(model: object) -> bool:
-    """Whether a model is a Hugging Face one of sound, with blocks that are read here."""
-    if not isinstance(model, nn.Module) or hasattr(model, "original_model"):
-        return False
-    if getattr(model, "main_input_name", "") not in _SOUND:
-        return False
-    stacks = _stacks(model)
-    first = next(iter(stacks.values()), None)
-    attention = None if first is None else _attention_modules(first.layers[0])
-    return bool(attention) and all(hasattr(m, p) for _, m, _ in attention for p in _PROJECTIONS)
+    """Whether a model is a Hugging Face one of sound, of a family that is read here.
+
+    Others mix frames in ways of their own, or count them otherwise (Speech2Text, WavLM).
+    """
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    known = isinstance(model, nn.Module) and not hasattr(model, "original_model")
+    return known and family in _FAMILIES and bool(stacks_of(model))
 
 
 def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityReport]:
@@ -105,7 +95,7 @@ class _Host:
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
         self.cfg = SimpleNamespace()
-        self._modules = {"decoder_blocks": None} if "decoder" in _stacks(model) else {}
+        self._modules = {"decoder_blocks": None} if "decoder" in stacks_of(model) else {}
         self.W_E = torch.empty(int(getattr(model.config, "vocab_size", 0)), 0)
 
     @property
@@ -122,18 +112,6 @@ class _Host:
         return getattr(self.original_model, "tokenizer", None)
 
 
-def _stacks(model: Any) -> dict[str, Any]:
-    """Returns the modules that hold the blocks of each stack."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
-    found = {side: getattr(base, side, None) for side in ("encoder", "decoder")}
-    lists = {side: getattr(module, "layers", None) for side, module in found.items()}
-    return {
-        side: found[side]
-        for side, layers in lists.items()
-        if isinstance(layers, nn.ModuleList) and len(layers)
-    }
-
-
 def _attention_modules(block: nn.Module) -> list[tuple[str, Any, Any]]:
     """Returns names, modules and kinds of a block's attention sublayers."""
     named = [(name, getattr(block, name, None), kind) for name, kind in _ATTENTIONS]
@@ -147,7 +125,7 @@ def _unsettled(model: Any, host: _Host, fingerprint: str, version: str) -> Model
     handle = Handle(weakref.ref(host), "TransformerBridge", dtype, first.device)
     facts = Facts(model=host, host="TransformerBridge", major=major(), architecture=kind)
     stacks, points = {}, {}
-    for side, module in _stacks(model).items():
+    for side, module in stacks_of(model).items():
         found = [_block(host, handle, side, n, points) for n in range(len(module.layers))]
         stacks[side] = tuple(found)
     stacks = dict(sorted(stacks.items(), reverse=True))
@@ -178,7 +156,7 @@ def _unsettled(model: Any, host: _Host, fingerprint: str, version: str) -> Model
         without_hooks=lambda: without_hooks(host.original_model),
         follow=_no_hooks,
         cached=CacheReader(lambda name: (), {}, lambda *ids: torch.empty(0)),
-        runner=partial(_run, host, d_vocab, points),
+        runner=partial(run_speech, host, d_vocab, points),
         generate=_no_generation,
         hears=partial(_heard, host, d_vocab),
         **{**text, "to_string": to_string},
@@ -195,7 +173,7 @@ def _block(
     host: _Host, handle: Handle, side: str, layer: int, points: dict[str, tuple[str, str, str]]
 ) -> Block:
     """Returns a block without norms, and adds where its activations are to ``points``."""
-    module = _stacks(host.original_model)[side].layers[layer]
+    module = stacks_of(host.original_model)[side].layers[layer]
     here = f"{side}.{layer}"
 
     def point(path: str, name: str, kind: str) -> str:
@@ -257,7 +235,7 @@ def _attention_weight(
     projection = {"Q": "q_proj", "K": "k_proj", "V": "v_proj", "O": "out_proj"}.get(letter)
     if projection is None:
         return None
-    module = getattr(_stacks(host.original_model)[side].layers[layer], name)
+    module = getattr(stacks_of(host.original_model)[side].layers[layer], name)
     linear = getattr(module, projection)
     found = linear.weight if kind == "W" else linear.bias
     if found is None:
@@ -276,7 +254,7 @@ def _neuron_weight(
     kind, _, leaf = weight.partition("_")
     if leaf not in ("in", "out"):
         return None
-    block = _stacks(host.original_model)[side].layers[layer]
+    block = stacks_of(host.original_model)[side].layers[layer]
     linear = block.get_submodule(pair[leaf == "out"])
     return handle.ready(linear.weight.T if kind == "W" else linear.bias)
 
@@ -288,7 +266,7 @@ def _norm(module: Any, dtype: torch.dtype) -> Norm:
 
 def _placements(host: _Host, view: ModelView, side: str, block: Block) -> list[Block]:
     """Returns the readings of a block: with its norms before its sublayers, or behind them."""
-    module = _stacks(host.original_model)[side].layers[block.layer]
+    module = stacks_of(host.original_model)[side].layers[block.layer]
 
     def norm(name: str) -> Norm:
         return _norm(getattr(module, name), view.dtype)
@@ -310,14 +288,14 @@ def _final_norms(model: Any, handle: Handle) -> dict[str, Norm]:
     """Returns the norms behind the last blocks; wav2vec2's may stand before the first."""
     return {
         side: _norm(stack.layer_norm, handle.dtype)
-        for side, stack in _stacks(model).items()
+        for side, stack in stacks_of(model).items()
         if "StableLayerNorm" in type(stack).__name__ or "Whisper" in type(stack).__name__
     }
 
 
 def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
     model = host.original_model
-    head = model.get_output_embeddings() if "decoder" in _stacks(model) else None
+    head = model.get_output_embeddings() if "decoder" in stacks_of(model) else None
     if head is None:
         refusal = four_parts(
             f"{kind} has no vocabulary readout",
@@ -334,146 +312,7 @@ def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
         return weight.new_zeros(len(weight)) if name == "b_U" else None
 
     weights: Weights = read
-    return Readout(_norm(_stacks(model)["decoder"].layer_norm, handle.dtype), None, weights)
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Lets a model compute attention patterns for a while, which fused kernels do not show."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-
-
-def _run(
-    host: _Host,
-    d_vocab: int,
-    points: Mapping[str, tuple[str, str, str]],
-    batch: Batch,
-    hooks: Hooks,
-    grad: bool,
-    watch: bool,
-    logits: bool = True,
-) -> PassOutput:
-    """Runs a model of sound once, see `ModelView.run`."""
-    del watch, logits
-    model = host.original_model
-    require_no_dropout(model)
-    device = next(model.parameters()).device
-    require_no_autocast(device)
-    _require_plain(model, batch, d_vocab, grad)
-    kept: dict[str, Tensor] = {}
-    handles: list[Any] = []
-    stacks = _stacks(model)
-    with lock_of(model), torch.no_grad(), _eager(model):
-        try:
-            for name, edit in hooks:
-                side, path, kind = points[name]
-                module = stacks[side].get_submodule(path)
-                if kind.endswith("in"):
-                    see = partial(_before, name, kind, edit, kept, _heads(stacks, side, path))
-                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
-                else:
-                    see = partial(_after, name, kind, edit, kept, _heads(stacks, side, path))
-                    handles.append(module.register_forward_hook(see))
-            output = model(**_arguments(model, batch, device))
-        finally:
-            for handle in handles:
-                handle.remove()
-    said = getattr(output, "logits", None) if batch.decoder is not None else None
-    return said, kept, {}
-
-
-def _heads(stacks: Mapping[str, Any], side: str, path: str) -> int:
-    module = stacks[side].get_submodule(path.rpartition(".")[0])
-    return int(getattr(module, "num_heads", 1))
-
-
-def _before(
-    name: str,
-    kind: str,
-    edit: Any,
-    kept: dict[str, Tensor],
-    heads: int,
-    module: nn.Module,
-    given: tuple[Any, ...],
-    named: dict[str, Any],
-) -> Any:
-    del module
-    value = given[0] if given else named["hidden_states"]
-    seen = value.unflatten(-1, (heads, -1)) if kind == "heads in" else value
-    seen = kept[name] = seen if edit is None else edit(seen)
-    if edit is None:
-        return None
-    value = seen.flatten(2) if kind == "heads in" else seen
-    return ((value, *given[1:]), named) if given else (given, {**named, "hidden_states": value})
-
-
-def _after(
-    name: str,
-    kind: str,
-    edit: Any,
-    kept: dict[str, Tensor],
-    heads: int,
-    module: nn.Module,
-    given: tuple[Any, ...],
-    output: Any,
-) -> Any:
-    del module, given
-    if kind == "pattern":
-        if edit is not None:
-            raise _refused("an attention pattern", "edited")
-        kept[name] = output[1]
-        return None
-    value = output[0] if isinstance(output, tuple) else output
-    seen = value.unflatten(-1, (heads, -1)) if kind == "heads out" else value
-    seen = kept[name] = seen if edit is None else edit(seen)
-    if edit is None:
-        return None
-    value = seen.flatten(2) if kind == "heads out" else seen
-    return (value, *output[1:]) if isinstance(output, tuple) else value
-
-
-def _arguments(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
-    name = model.main_input_name
-    sound = batch.further.get(name)
-    if sound is None:  # probes look at how the model computes, whatever it hears
-        config, rows = model.config, len(batch.main.ids)
-        shape = (rows, _PROBE_SAMPLES)
-        if name == "input_features":
-            shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
-        sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = {name: sound.to(device, next(model.parameters()).dtype)}
-    if batch.decoder is not None:
-        found |= {"decoder_input_ids": batch.decoder.ids.to(device), "use_cache": False}
-    return found
-
-
-def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
-    """Checks that a pass is over what is heard, as it is heard."""
-    if grad:
-        raise _refused("gradients", "taken through sound")
-    if hooked_places(model):
-        raise _refused("hooks on a Hugging Face model", "followed")
-    expected = d_vocab + torch.arange(batch.main.ids.shape[1])
-    if model.main_input_name in batch.further and not torch.equal(
-        batch.main.ids.cpu(), expected.expand(batch.main.ids.shape)
-    ):
-        raise _refused("frames of sound", "replaced or left out")
-
-
-def _refused(what: str, done: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        four_parts(
-            f"{what} cannot be {done}",
-            "a model of sound",
-            "a model of text",
-            "Value Zeroing, norms, attention, decompositions and memories are answered.",
-        )
-    )
+    return Readout(_norm(stacks_of(model)["decoder"].layer_norm, handle.dtype), None, weights)
 
 
 def _no_hooks(trace: Any, *rest: Any) -> Any:
@@ -481,7 +320,7 @@ def _no_hooks(trace: Any, *rest: Any) -> Any:
 
 
 def _no_generation(batch: Batch, count: int) -> list[list[int]]:
-    raise _refused("a transcript", "continued here")
+    raise refused("a transcript", "continued here")
 
 
 def _heard(host: _Host, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from tl_contextmix.errors import bad
 
 Spans = Sequence[tuple[int, int]]
 """Stretches ``(start, stop)`` of positions."""
-Times = Sequence[tuple[float, float]]
+Times = Sequence[tuple[int | float, int | float]]
 """Stretches ``(start, stop)`` of time, in seconds."""
 
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -159,7 +159,7 @@ def require_spans(spans: Spans, length: int) -> list[tuple[int, int]]:
     return [_require_span(span, length) for span in listed]
 
 
-def frames_of(times: object, per_second: float) -> list[tuple[int, int]]:
+def frames_of(times: object, per_second: int | float) -> list[tuple[int, int]]:
     """Returns stretches of frames, given those of time.
 
     A time is cut at the nearest frame, so that stretches without a gap have none; at least one

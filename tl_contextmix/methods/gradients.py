@@ -266,7 +266,7 @@ class _Asked:
         """Returns the predictions [row] at other inputs, as many times the sentences."""
         edits = {name: _instead(x) for name, x in inputs.items()}
         times = len(next(iter(inputs.values()))) // len(self.rows)
-        batch = self.batch.each(lambda tensor: tensor.repeat(times, 1))
+        batch = self.batch.each(lambda some: torch.cat([some] * times))
         logits = self.view.run(batch, [], edits=edits, grad=grad).logits
         assert logits is not None
         each = torch.arange(len(self.rows) * times)

@@ -269,7 +269,7 @@ class ContextMap(LabelledArray):
         *,
         rows: Literal["mean", "max"] = "mean",
         columns: Literal["sum", "max"] = "sum",
-        per_second: float | None = None,
+        per_second: int | float | None = None,
     ) -> ContextMap:
         """Returns the map of words by words; a row that sums to 1 still does.
 
@@ -375,7 +375,7 @@ class ContextMap(LabelledArray):
         )
 
     def by_span(
-        self, spans: Stretches | Times = "sentences", *, per_second: float | None = None
+        self, spans: Stretches | Times = "sentences", *, per_second: int | float | None = None
     ) -> ContextMap:
         """Returns the map with the columns of each stretch of source tokens added up.
 

@@ -94,6 +94,7 @@ def held_in(model: Any) -> Any | None:
     twin = bridge_twin(model)
     if twin is None:
         return None
+    twin.generation_config = original.generation_config
     weights = list(twin.parameters())
     device = weights[0].device
     ids = (11 + 7 * torch.arange(_PROBE)[None]).to(device) % int(original.config.vocab_size)

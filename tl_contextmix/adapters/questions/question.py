@@ -90,7 +90,7 @@ class Question:
         copy = torch.arange(times).repeat_interleave(predictions)
         return replace(
             self,
-            batch=self.batch.each(lambda some: some.repeat(times, *[1] * (some.ndim - 1))),
+            batch=self.batch.each(lambda some: torch.cat([some] * times)),
             sentences=self.sentences.repeat(times) + count * copy,
             rows=self.rows.repeat(times),
         )

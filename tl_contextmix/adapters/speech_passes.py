@@ -1,0 +1,187 @@
+"""Passes of Hugging Face models of sound: their activations at the modules that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.running import (
+    hooked_places,
+    lock_of,
+    require_no_autocast,
+    require_no_dropout,
+)
+from tl_contextmix.core.blocks import Batch
+from tl_contextmix.core.model_view import Hooks, PassOutput
+from tl_contextmix.errors import UnsupportedModel, four_parts
+
+_PROBE_SAMPLES = 6400
+
+
+def stacks_of(model: Any) -> dict[str, Any]:
+    """Returns the modules that hold the blocks of each stack."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+    found = {side: getattr(base, side, None) for side in ("encoder", "decoder")}
+    lists = {side: getattr(module, "layers", None) for side, module in found.items()}
+    return {
+        side: found[side]
+        for side, layers in lists.items()
+        if isinstance(layers, nn.ModuleList) and len(layers)
+    }
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Lets a model compute attention patterns for a while, which fused kernels do not show."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def run_speech(
+    host: Any,
+    d_vocab: int,
+    points: Mapping[str, tuple[str, str, str]],
+    batch: Batch,
+    hooks: Hooks,
+    grad: bool,
+    watch: bool,
+    logits: bool = True,
+) -> PassOutput:
+    """Runs a model of sound once, see `ModelView.run`.
+
+    Args:
+        host: Holds the model as ``original_model``.
+        d_vocab: The id of the first frame.
+        points: By name of an activation: the stack, the module's path in it, and whether it is what
+            goes into the module, what comes out, either by head, or an attention pattern.
+        batch: The frames, what is heard, and the decoder's tokens.
+        hooks: Names of activations, and what edits them.
+        grad: Whether gradients are asked for, which are refused.
+        watch: Without a meaning: models with hooks are refused.
+        logits: Without a meaning: a pass goes to its end.
+    """
+    del watch, logits
+    model = host.original_model
+    require_no_dropout(model)
+    device = next(model.parameters()).device
+    require_no_autocast(device)
+    _require_plain(model, batch, d_vocab, grad)
+    kept: dict[str, Tensor] = {}
+    handles: list[Any] = []
+    stacks = stacks_of(model)
+    with lock_of(model), torch.no_grad(), _eager(model):
+        try:
+            for name, edit in hooks:
+                side, path, kind = points[name]
+                module = stacks[side].get_submodule(path)
+                if kind.endswith("in"):
+                    see = partial(_before, name, kind, edit, kept, _heads(stacks, side, path))
+                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+                else:
+                    see = partial(_after, name, kind, edit, kept, _heads(stacks, side, path))
+                    handles.append(module.register_forward_hook(see))
+            output = model(**_arguments(model, batch, device))
+        finally:
+            for handle in handles:
+                handle.remove()
+    said = getattr(output, "logits", None) if batch.decoder is not None else None
+    return said, kept, {}
+
+
+def _heads(stacks: Mapping[str, Any], side: str, path: str) -> int:
+    module = stacks[side].get_submodule(path.rpartition(".")[0])
+    return int(getattr(module, "num_heads", 1))
+
+
+def _before(
+    name: str,
+    kind: str,
+    edit: Any,
+    kept: dict[str, Tensor],
+    heads: int,
+    module: nn.Module,
+    given: tuple[Any, ...],
+    named: dict[str, Any],
+) -> Any:
+    del module
+    value = given[0] if given else named["hidden_states"]
+    seen = value.unflatten(-1, (heads, -1)) if kind == "heads in" else value
+    seen = kept[name] = seen if edit is None else edit(seen)
+    if edit is None:
+        return None
+    value = seen.flatten(2) if kind == "heads in" else seen
+    return ((value, *given[1:]), named) if given else (given, {**named, "hidden_states": value})
+
+
+def _after(
+    name: str,
+    kind: str,
+    edit: Any,
+    kept: dict[str, Tensor],
+    heads: int,
+    module: nn.Module,
+    given: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    del module, given
+    if kind == "pattern":
+        if edit is not None:
+            raise refused("an attention pattern", "edited")
+        kept[name] = output[1]
+        return None
+    value = output[0] if isinstance(output, tuple) else output
+    seen = value.unflatten(-1, (heads, -1)) if kind == "heads out" else value
+    seen = kept[name] = seen if edit is None else edit(seen)
+    if edit is None:
+        return None
+    value = seen.flatten(2) if kind == "heads out" else seen
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _arguments(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
+    name = model.main_input_name
+    sound = batch.further.get(name)
+    if sound is None:  # probes look at how the model computes, whatever it hears
+        config, rows = model.config, len(batch.main.ids)
+        shape = (rows, _PROBE_SAMPLES)
+        if name == "input_features":
+            shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+        sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = {name: sound.to(device, next(model.parameters()).dtype)}
+    if batch.decoder is not None:
+        found |= {"decoder_input_ids": batch.decoder.ids.to(device), "use_cache": False}
+    return found
+
+
+def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
+    """Checks that a pass is over what is heard, as it is heard."""
+    if grad:
+        raise refused("gradients", "taken through sound")
+    if hooked_places(model):
+        raise refused("hooks on a Hugging Face model", "followed")
+    expected = d_vocab + torch.arange(batch.main.ids.shape[1])
+    if model.main_input_name in batch.further and not torch.equal(
+        batch.main.ids.cpu(), expected.expand(batch.main.ids.shape)
+    ):
+        raise refused("frames of sound", "replaced or left out")
+
+
+def refused(what: str, done: str) -> UnsupportedModel:
+    """Returns the refusal of what a model of sound does not answer."""
+    return UnsupportedModel(
+        four_parts(
+            f"{what} cannot be {done}",
+            "a model of sound",
+            "a model of text",
+            "Value Zeroing, norms, attention, decompositions and memories are answered.",
+        )
+    )
