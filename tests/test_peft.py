@@ -9,6 +9,7 @@ import torch
 import zoo
 import zoo_build
 from asked import FLOAT32_INSIDE, relative
+from zoo_configs import TokenizerKind
 
 import tl_contextmix as cm
 
@@ -19,7 +20,11 @@ pytestmark = [
     # PEFT's own, with newer releases of transformers.
     pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*checkpointing:FutureWarning"),
 ]
-FAMILIES = {"llama": "llama", "gpt2": "gpt", "bert": "bert"}  # and their tokenizers
+FAMILIES: dict[str, TokenizerKind] = {
+    "llama": "llama",
+    "gpt2": "gpt",
+    "bert": "bert",
+}  # and their tokenizers
 
 
 def adapted(family: str, *modules: str) -> Any:
@@ -57,7 +62,7 @@ def test_adapters_are_merged_in_a_copy(family: str, modules: tuple[str, ...]) ->
     merged = cm.load_model(model, tokenizer=zoo_build.load_tokenizer(FAMILIES[family]))
     report = cm.check(merged)
     assert report.ok, str(report)
-    options = asked(family)
+    options: dict[str, Any] = asked(family)
     found = cm.log_prob_contributions(merged, tokens, **options)
     said = expected[:, options["pos"]].log_softmax(dim=-1)[:, 9]
     assert relative(found.trajectory[:, -1], said) <= FLOAT32_INSIDE
@@ -69,11 +74,12 @@ def test_adapters_in_a_bridge_are_followed_where_weights_are_not_needed() -> Non
     model, tokens = adapted("llama", "q_proj", "v_proj"), ids()
     merged = cm.load_model(model, tokenizer=zoo_build.load_tokenizer("llama"))
     kept = zoo_build.bridge(model.get_base_model(), "llama", dtype=torch.float64, processed=False)
-    for method, options in (
+    plain: list[tuple[Any, dict[str, Any]]] = [
         (cm.value_zeroing, {}),
         (cm.attention_norms, {"at": "block_out"}),
         (cm.gradient_x_input, asked("llama")),
-    ):
+    ]
+    for method, options in plain:
         found, expected = (method(one, tokens, **options).scores for one in (kept, merged))
         assert relative(found, expected) <= FLOAT32_INSIDE
     scores, expected = (
@@ -83,11 +89,12 @@ def test_adapters_in_a_bridge_are_followed_where_weights_are_not_needed() -> Non
     assert relative(scores.scores, expected.scores) <= FLOAT32_INSIDE
     match = r"W_V of blocks.\d.attn is not what it computes with.*adapters.*load_model"
     neurons = cm.log_prob_contributions(kept, tokens[:1], **asked("llama"), by="attn_neuron").top(1)
-    for method, options in (
+    weighted: list[tuple[Any, dict[str, Any]]] = [
         (cm.decompx, {}),
         (cm.flow, asked("llama")),
         (cm.query_contributions, {"neurons": neurons}),
-    ):
+    ]
+    for method, options in weighted:
         with pytest.raises(cm.UnsupportedModel, match=match):
             method(kept, tokens[:1], **options)
 

@@ -136,7 +136,7 @@ def _with_head(hf_model: Any) -> Any:
 
 def _like(module: nn.Module, kind: type, modules: dict[str, Any]) -> Any:
     """Returns a module with another's attributes and weights and modules of its own."""
-    found = kind.__new__(kind)
+    found: Any = object.__new__(kind)
     own = module.__dict__.items()
     found.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in own)
     found._modules = modules

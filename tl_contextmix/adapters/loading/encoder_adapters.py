@@ -72,7 +72,7 @@ class _EncoderAdapter(BertArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.cfg.gated_mlp = "gate" in self.paths
-        self.weight_processing_conversions = self._qkvo_weight_conversions(include_biases=True)
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=True)}
         embedded = {name: f"{self.model}.{path}" for name, path in self.embeddings.items()}
         dense, norm, unembed = self.head
         final = f"{self.model}.{self.final_norm}" if self.final_norm else ""
@@ -395,7 +395,8 @@ def _classifier(adapter: type[_EncoderAdapter], kind: str) -> type[_EncoderAdapt
     layers = kind == OF_TEXTS or modern
     dense, norm = "head.dense" if layers else "", "head.norm" if modern else ""
     own = {"head": (dense, norm, "head.classifier"), "__doc__": f"{adapter.__doc__} {kind}."}
-    return type(f"{adapter.__name__}{kind}", (adapter,), own)
+    made: Any = type(f"{adapter.__name__}{kind}", (adapter,), own)
+    return made
 
 
 _ENCODERS: dict[str, type[_EncoderAdapter]] = {
