@@ -30,6 +30,8 @@ HERE = Path(__file__).parent
 # The grammar of the embedded translator belongs to the scripts that train it.
 sys.path.append(str(HERE.parent / "scripts" / "demo_models"))
 STORED = HERE / "results"
+# The signs of five differences are all the same by chance in more than 5 % of cases.
+LEAST = 6
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be said here"
 
 
@@ -64,7 +66,7 @@ class Scored:
         high: Upper end.
         count: Over how many sentences, pairs, memories or facts.
         verdict: "holds" where the whole interval is above the claim's bound, "does not hold" where
-            it is below, else "cannot be said here".
+            it is below, else, or where there are fewer than six, "cannot be said here".
     """
 
     claim: Claim
@@ -77,9 +79,9 @@ class Scored:
 
     def __post_init__(self) -> None:
         verdict = OPEN
-        if self.count > 1 and self.low > self.claim.above:
+        if self.count >= LEAST and self.low > self.claim.above:
             verdict = HOLDS
-        elif self.count > 1 and self.high < self.claim.above:
+        elif self.count >= LEAST and self.high < self.claim.above:
             verdict = FAILS
         object.__setattr__(self, "verdict", verdict)
 

@@ -103,8 +103,9 @@ def without_outliers(model: Any, texts: list[str], dims: int = 2) -> Any:
                 "share of squares": 1 - float(rest.square().sum() / whole[layer].square().sum()),
                 "1 - rank correlation": 1 - float(spearman(whole[layer][real], rest[real])),
             }
-            norm = blocks[layer].feed_forward.norm_after
-            if norm is not None:
+            block = blocks[layer].feed_forward
+            norm = None if block is None else block.norm_after
+            if norm is not None and norm.weight is not None:
                 gain = norm.weight.abs()
                 figures["gain there / mean gain"] = float(gain[some].mean() / gain.mean())
             rows += [

@@ -50,9 +50,9 @@ def test_every_script_scores_its_claims(name: str, tmp_path: Path) -> None:
 def verdict(one: dict[str, Any]) -> str:
     """What follows from an interval and a bound."""
     low, high = (math.nan if one[end] is None else one[end] for end in ("low", "high"))
-    if one["count"] > 1 and low > one["above"]:
+    if one["count"] >= 6 and low > one["above"]:
         return "holds"
-    return "does not hold" if one["count"] > 1 and high < one["above"] else "cannot be said here"
+    return "does not hold" if one["count"] >= 6 and high < one["above"] else "cannot be said here"
 
 
 def test_the_page_shows_what_was_found() -> None:
@@ -64,7 +64,7 @@ def test_the_page_shows_what_was_found() -> None:
 
 def test_a_verdict_needs_the_whole_interval() -> None:
     claim = claims.Claim("c", "words", "place", "figure", 0.5)
-    rows = [(0.7, 0.6, 0.8, 9), (0.3, 0.2, 0.4, 9), (0.6, 0.4, 0.8, 9), (0.7, 0.7, 0.7, 1)]
+    rows = [(0.7, 0.6, 0.8, 9), (0.3, 0.2, 0.4, 9), (0.6, 0.4, 0.8, 9), (0.7, 0.7, 0.7, 5)]
     found = [claims.Scored(claim, "model", *row).verdict for row in rows]
     assert found == ["holds", "does not hold", "cannot be said here", "cannot be said here"]
     nothing = claims.Scored(claim, "model", math.nan, math.nan, math.nan, 9)
