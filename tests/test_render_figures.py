@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hand_built
 import matplotlib
+import matplotlib.figure
 import pytest
 import torch
 from hand_built import map_of, random_map, tokens
@@ -248,3 +250,47 @@ def test_many_tokens_and_sheets_fit():
     assert len(meshes(many)) == 30
     alone = dataclasses.replace(map_of(torch.rand(1, 1)), target=tokens(1, 1))
     assert len(meshes(alone.figure())) == 1
+
+
+# Where it is drawn
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [
+        heatmap(torch.rand(1, 4, 4), rows=WORDS, columns=WORDS),
+        Bars("t", "c", ("a", "b"), (("s", (1.0, -2.0)),), "nats"),
+        Curves("t", "c", ("a", "b"), (("s", (1.0, 2.0)), ("r", (0.0, 1.0))), "nats"),
+        hand_built.graph().panels()[0],
+    ],
+    ids=lambda panel: type(panel).__name__,
+)
+def test_axes_of_ones_own_and_a_width(panel: Panel):
+    import matplotlib.pyplot as plt
+
+    whole, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    right.plot([0, 1], [0, 1])
+    ends, ticks = right.get_xlim(), right.get_xticks().tolist()
+    assert draw(panel, ax=left) is whole
+    assert tuple(whole.get_size_inches()) == (8, 3)
+    assert left.get_title() == panel.title or panel.title in texts(whole)
+    assert (right.get_xlim(), right.get_xticks().tolist()) == (ends, ticks)
+    plt.close(whole)
+    wide = draw(panel, width=3.3)
+    assert wide.get_figwidth() == pytest.approx(3.3)
+    assert panel.title in texts(wide)
+
+
+def test_what_does_not_fit_into_axes_is_refused():
+    axes = matplotlib.figure.Figure().subplots()
+    table = Table("t", "c", ("a",), (("x",),))
+    for panel, options, words in (
+        (table, {"ax": axes}, "text stands"),
+        (table, {"width": 3.0}, "text stands"),
+        (heatmap(torch.rand(2, 4, 4)), {"ax": axes}, "one map"),
+        (heatmap(torch.rand(1, 4, 4)), {"ax": axes, "width": 3.0}, "size"),
+        (heatmap(torch.rand(1, 4, 4)), {"width": -1}, "size"),
+        (heatmap(torch.rand(1, 4, 4)), {"ax": 3}, "no place"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            draw(panel, **options)

@@ -7,19 +7,27 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tl_contextmix.errors import ContextMixError, bad, four_parts
-from tl_contextmix.plotting.panels import Heatmap, Panel
+from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def draw_figure(
-    panels: Sequence[Panel], panel: int, *, sheet: int | str | None, fonts: Sequence[str]
+    panels: Sequence[Panel],
+    panel: int,
+    *,
+    sheet: int | str | None,
+    fonts: Sequence[str],
+    ax: Axes | None = None,
+    width: float | None = None,
 ) -> Figure:
     """Returns one of some panels as a figure; see `Shown.figure`.
 
     Raises:
-        InvalidInput: If there is no such panel, sheet or font.
+        InvalidInput: If there is no such panel, sheet or font, or it does not fit into the axes, or
+            the width.
         ContextMixError: If matplotlib is not installed.
     """
     chosen = _one_sheet(_one_panel(panels, panel), sheet)
@@ -32,9 +40,44 @@ def draw_figure(
                 'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
             )
         )
-    from tl_contextmix.plotting.matplotlib_figures import draw
+    from tl_contextmix.plotting.matplotlib_figures import draw, draw_into
 
-    return draw(chosen, fonts)
+    _require_place(chosen, ax, width)
+    if ax is None:
+        return draw(chosen, fonts, width)
+    draw_into(ax, chosen, fonts)
+    return ax.figure.figure
+
+
+def _require_place(panel: Panel, ax: object, width: object) -> None:
+    """Raises InvalidInput where a panel cannot be drawn into axes, or as wide as is asked."""
+    if ax is None and width is None:
+        return
+    words = f"ax={type(ax).__name__}, width={width!r}"
+    if not isinstance(panel, (Heatmap, Bars, Graph)):
+        raise bad(
+            "text stands where it is put",
+            f"{words}, for a {type(panel).__name__}",
+            "a map, bars, curves or a graph",
+            "Leave ax= and width= out, or choose another panel.",
+        )
+    if ax is not None and isinstance(panel, Heatmap) and len(panel.sheets) > 1:
+        raise bad(
+            "one pair of axes holds one map",
+            f"{len(panel.sheets)} maps",
+            f"sheet= with a position or name of {list(panel.sheets[:6])}",
+            "Draw them into axes of their own, one by one.",
+        )
+    number = isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < 100
+    if (ax is not None and width is not None) or (ax is None and not number):
+        raise bad(
+            "a figure cannot have this size",
+            words,
+            "ax=, or a width in inches above 0 and below 100",
+            "Axes have the size that their figure gives them.",
+        )
+    if ax is not None and not hasattr(ax, "get_position"):
+        raise bad("this is no place to draw", words, "a matplotlib Axes", "plt.subplots() has one.")
 
 
 def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:

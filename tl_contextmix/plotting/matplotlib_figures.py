@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -61,21 +62,68 @@ class PaperFigure(Figure):
         return written.getvalue()
 
 
-def draw(panel: Panel, fonts: Sequence[str]) -> PaperFigure:
-    """Returns a panel as a figure."""
+def draw(panel: Panel, fonts: Sequence[str], width: float | None = None) -> PaperFigure:
+    """Returns a panel as a figure; `width` in inches, the height with it; None: as it needs."""
     lettering = Lettering(fonts)
     with _style(lettering.families):
         figure = PaperFigure(layout="constrained")
         figure.families = lettering.families
-        drawn = panel if type(panel) in _DRAW else panel.table()
+        drawn = _drawn(panel)
         _DRAW[type(drawn)](figure, drawn, lettering)
-        # matplotlib reads `$` as the beginning of a formula.
-        for text in figure.findobj(Text):
-            cast(Text, text).set_parse_math(False)
+        if width is not None:
+            wide, high = figure.get_size_inches()
+            figure.set_size_inches(width, high * width / wide)
+        _without_formulas(figure)
         # Laid out once: each further time would move things by a hair, and files would differ.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return figure
+
+
+def draw_into(axes: Axes, panel: Panel, fonts: Sequence[str]) -> None:
+    """Draws a panel into axes of a figure of somebody else's, whose size and layout stay."""
+    lettering, drawn = Lettering(fonts), _drawn(panel)
+    holder = _Holder(axes)
+    with _style(lettering.families):
+        _DRAW[type(drawn)](cast(Figure, holder), drawn, lettering)
+        _without_formulas(axes)
+
+
+class _Holder:
+    """Stands for a figure where there is room for one picture, in axes that are there."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.figure: Any = axes.get_figure()
+
+    def set_size_inches(self, *size: float) -> None:
+        """Leaves the size as it is."""
+
+    def get_figheight(self) -> float:
+        """Returns the height of the axes, in inches."""
+        return self.figure.get_figheight() * self.axes.get_position().height
+
+    def subplots(self, *count: int, **options: Any) -> Any:
+        """Returns the axes; for a stack of maps as the only one of a grid."""
+        return numpy.array([[self.axes]]) if options else self.axes
+
+    def colorbar(self, drawn: Any, **options: Any) -> Any:
+        """Adds a colour bar beside the axes."""
+        return self.figure.colorbar(drawn, **{**options, "ax": self.axes})
+
+    def suptitle(self, text: str, **options: Any) -> None:
+        """Writes the title above the axes."""
+        self.axes.set_title(text, **options)
+
+
+def _drawn(panel: Panel) -> Panel:
+    return panel if type(panel) in _DRAW else panel.table()
+
+
+def _without_formulas(artist: Any) -> None:
+    # matplotlib reads `$` as the beginning of a formula.
+    for text in artist.findobj(Text):
+        text.set_parse_math(False)
 
 
 def _style(families: Sequence[str]) -> Any:
@@ -159,7 +207,8 @@ def _token_axis(axes: Axes, name: str, tokens: Sequence[str]) -> None:
     upright = all(len(label) <= 2 for label in labels)
     figure = axes.get_figure()
     assert figure is not None
-    for one in figure.axes:
+    # Those of a grid share their ticks; others of the same figure are none of ours.
+    for one in axes.get_shared_x_axes().get_siblings(axes):
         one.set_xticks(ticks, labels, **({} if upright else _TURNED))
 
 

@@ -19,6 +19,7 @@ from tl_contextmix.results.components import Components
 from tl_contextmix.results.labels import Tokens
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from tl_contextmix.plotting import Page
@@ -34,7 +35,13 @@ class Shown:
         raise NotImplementedError
 
     def figure(
-        self, panel: int = 0, *, sheet: int | str | None = None, fonts: Sequence[str] = ()
+        self,
+        panel: int = 0,
+        *,
+        sheet: int | str | None = None,
+        fonts: Sequence[str] = (),
+        ax: Axes | None = None,
+        width: float | None = None,
     ) -> Figure:
         r"""Returns one picture as a matplotlib figure, for a paper.
 
@@ -46,14 +53,19 @@ class Shown:
             sheet: Of a stack of maps, which one, by position or name; None: all, side by side.
             fonts: Names of installed fonts to look in for characters that DejaVu Sans lacks.
                 Characters that none of them has are written as ``\uXXXX``.
+            ax: Axes of your own to draw into: one map, bars, curves or a graph; the figure is then
+                theirs, and its size stays.
+            width: In inches, the height with it (a column of a paper has about 3.3); None: as much
+                as it needs. Not of tables and texts.
 
         Raises:
-            InvalidInput: If there is no such panel, sheet or font.
+            InvalidInput: If there is no such panel, sheet or font, or it does not fit into axes or
+                a width.
             ContextMixError: If matplotlib is not installed (``tl-contextmix[figures]``).
         """
         from tl_contextmix.plotting import draw_figure
 
-        return draw_figure(self.panels(), panel, sheet=sheet, fonts=fonts)
+        return draw_figure(self.panels(), panel, sheet=sheet, fonts=fonts, ax=ax, width=width)
 
     def _page(self) -> Page:
         # The one import against the direction of the layers: a result must be able to show
