@@ -246,11 +246,12 @@ def measure(
     """
     attention, head = ruler.attention, ruler.edge.head
     heads, d_head = len(attention.W_O), raw[0].shape[1]
+    own_dtype = ruler.plain.values[attention.query].dtype
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def drawn(like: Tensor, count: int) -> Tensor:
-        found = torch.randn(count, *like.shape, generator=generator, device="cpu")
-        return found.to(like) * d_head**-0.25
+        found = torch.randn(count, *like.shape, generator=generator, device="cpu") * d_head**-0.25
+        return found.to(own_dtype).to(like)  # as a half-precision model rounds them
 
     def finished(x: Tensor, side: Side, after: bool) -> Tensor:
         found = x if after else side.finished(x)
