@@ -272,6 +272,7 @@ def test_a_graph_says_why_its_heads_look_there(demo):
         ({"edge": (3, 0, -1, 0), "by": "ff_neuron"}, "not cut so finely"),
         ({"edge": (3, 0, -1, 0), "target": " are"}, "asked about alone"),
         ({"edge": (3, 0, -1, 0), "neurons": [(1, 2)]}, "asked about alone"),
+        ({"edge": (3, 0, -1, 0), "norm": "recompute"}, "asked about alone"),
         ({"edge": (3, 0, -1, 0), "input": [TEXT, TEXT]}, "one text"),
         ({"neurons": [(1, 2)], "stack": "decoder"}, "no stack"),
         ({}, "nothing to ask about"),

@@ -165,7 +165,7 @@ def query_contributions(
     if edge is not None:
         with torch.no_grad():
             given, answer = apart(input, inputs)
-            _require_edge_alone(neurons, answer, share, k)
+            _require_edge_alone(neurons, answer, (share, k, norm) == ("exact", None, "frozen+beta"))
             return score_contributions(
                 as_view(model), given, edge, by=by, stack=stack, max_bytes=max_bytes
             )
@@ -231,13 +231,13 @@ def query_contributions(
     )
 
 
-def _require_edge_alone(neurons: object, answer: Answer, share: str, k: int | None) -> None:
+def _require_edge_alone(neurons: object, answer: Answer, plain: bool) -> None:
     """Raises InvalidInput where an edge is asked about together with something else."""
-    if neurons is None and answer.empty and share == "exact" and k is None:
+    if neurons is None and answer.empty and plain:
         return
     raise bad(
         "an edge is asked about alone",
-        "neurons=" if neurons is not None else "target=, foil=, pos=, share= or k= with edge=",
+        "neurons=" if neurons is not None else "target=, foil=, pos=, share=, k= or norm=",
         "edge=, stack= and by=",
         "A score is no matter of what is predicted, and all of its parts are returned.",
     )
