@@ -187,7 +187,7 @@ class Ruler:
         return int(seen.nonzero()[0]) if bool(seen.any()) else None
 
     def __call__(
-        self, query: Float[Tensor, "copy head d_head"], key: Float[Tensor, "copy head d_head"]
+        self, query: Float[Tensor, "copy head d_head"], key: Float[Tensor, "copy key_head d_head"]
     ) -> Float[Tensor, "copy head"]:
         """Returns the scores of queries and keys, before a soft cap.
 
