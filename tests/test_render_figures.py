@@ -208,7 +208,7 @@ def test_a_panel_and_a_sheet_can_be_chosen():
 @pytest.mark.parametrize(
     ("panel", "sheet", "message"),
     [
-        (2, None, r"no such panel: got 2; expected an integer from -2 to 1. They are: 0 by_hand"),
+        (2, None, r"no such panel: got 2; expected an integer from -2 to 1. They are: 0 By hand"),
         (True, None, "no such panel: got True"),
         (0, 3, r"no such sheet: got 3; expected a position or name of \['layer 0'"),
         (0, "layer 7", "no such sheet: got 'layer 7'"),
