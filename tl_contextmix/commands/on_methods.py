@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-import tl_contextmix
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.commands.names import METHODS
 from tl_contextmix.commands.shared_options import (
@@ -22,6 +21,7 @@ from tl_contextmix.commands.shared_options import (
     load_options,
     several,
 )
+from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.engine.selection import Chosen
 from tl_contextmix.errors import bad
@@ -68,7 +68,7 @@ def command(name: str) -> click.Command:
     run = add_model()(run)
     told = METHODS[name]
     help = (
-        f"Prints {told}.\n\nThe options are those of tl_contextmix.{function.__name__}, where "
+        f"Prints {told}.\n\nThe options are those of {function.__name__} in Python, where "
         "their values can be written here."
     )
     example = f'\b\nExample:\n  tl-contextmix {name} causal-lm "the keys to the cabinet" --json'
@@ -132,7 +132,7 @@ def run_method(name: str, given: dict[str, Any]) -> None:
         key: flat(value) if isinstance(value, tuple) else value for key, value in given.items()
     }
     options = {key: value for key, value in options.items() if value is not None}
-    method = getattr(tl_contextmix, name)  # with its checks of what it is given
+    method = checked(methods()[name].function)
     found = method(load_model(model, **loading), text, **options, **question)
     if as_json or csv:
         click.echo(_as_text(found, "json" if as_json else "csv"))
