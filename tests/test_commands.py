@@ -172,7 +172,7 @@ def test_what_is_not_understood_is_said(capsys):
 
 
 def test_a_warning_is_said_once_and_not_at_all_if_quiet(capsys, monkeypatch):
-    def warned(*_: Any, **__: Any) -> Any:
+    def warned(*given: Any, **options: Any) -> Any:
         for _ in range(3):
             cm.errors.warn("something is odd")
         return cm.load_demo("causal-lm")
