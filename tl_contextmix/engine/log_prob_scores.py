@@ -491,8 +491,10 @@ def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[I
         there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
         steps += [split.step] * (split.grid.count + len(biases))
     together = torch.cat(vectors, dim=1)
-    # What writes nothing gains nothing: experts that no sentence is routed to.
-    read = torch.cat([one.to(together.device) for one in there], dim=1) & together.any(dim=2)
+    read = torch.cat([one.to(together.device) for one in there], dim=1)
+    if any(name == "expert" for split in splits for name, _ in split.grid.axes):
+        # Experts that no sentence is routed to write nothing, which gains nothing.
+        read &= together.any(dim=2)
     read = read.cpu()
     found = prediction.vocabulary.gains_at(
         prediction.stream.states, torch.tensor(steps, device=together.device), together, read
