@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -738,6 +739,11 @@ class Side:
     mask: Bool[Tensor, "batch pos"]
     roles: Int[Tensor, "batch pos"] | None = None
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether no token is padding."""
+        return bool(self.mask.all())
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Side:
         """Returns the side with its tensors changed."""
         roles = None if self.roles is None else change(self.roles)
@@ -818,10 +824,10 @@ class Trace:
     def pattern(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target source"]:
         """Returns attention probabilities; rows of padding are zero, they are not the model's."""
         pattern = self[attention.pattern]
-        real = self.batch.side(attention.stack).mask.to(pattern.device)
-        if bool(real.all()):
+        side = self.batch.side(attention.stack)
+        if side.whole:
             return pattern
-        return pattern.masked_fill(~real[:, None, :, None], 0)
+        return pattern.masked_fill(~side.mask.to(pattern.device)[:, None, :, None], 0)
 
     def sink(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target"]:
         """Returns the share of each row that goes to the softmax's own sink; 0 without one."""

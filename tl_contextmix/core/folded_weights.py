@@ -94,11 +94,11 @@ def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor) -> Tensor | None:
     kept = block.folds
     if kept is None:
         return None
-    sums = [_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)]
+    sums = torch.cat([_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)])
     known = kept.get(name)
-    if known is None or not all(torch.equal(a, b) for a, b in zip(sums, known, strict=False)):
-        known = kept[name] = (*sums, W_O @ W_in)
-    return known[-1]
+    if known is None or not torch.equal(sums, known[0]):
+        known = kept[name] = (sums, W_O @ W_in)
+    return known[1]
 
 
 def _column_sums(matrix: Tensor) -> Tensor:

@@ -364,6 +364,7 @@ def decompose_stream(
     every = view.stacks[stack]
     blocks = every if stop is None else every[: stop.layer + 1]
     each = torch.arange(len(rows)) if sentences is None else sentences
+    whole = each.tolist() == [*range(len(trace.batch.main.ids))]
     each = each.to(view.device)
     rows = rows.to(view.device)
     x = trace.resid_in(blocks[0])[each, rows]
@@ -379,10 +380,12 @@ def decompose_stream(
         for place in range(len(kinds) + 1):
             if block.rewrite is not None and block.rewrite.written == place:
                 features, start = block.rewrite.features, None
-                step, x = _step(block, features, trace, (each, rows), torch.zeros_like(x))
+                step, x = _step(
+                    block, features, trace, (each, rows), torch.zeros_like(x), whole=whole
+                )
                 steps = [step]
             if place < len(kinds):
-                step, x = _step(block, kinds[place][1], trace, (each, rows), x)
+                step, x = _step(block, kinds[place][1], trace, (each, rows), x, whole=whole)
                 steps.append(step)
     if stop is not None and not stop.normed and isinstance(step := steps[-1], _Step):
         steps[-1] = replace(step, norm_after=FrozenNorm.at(None, x))
@@ -424,8 +427,13 @@ def _step(
     trace: Trace,
     at: tuple[Tensor, Tensor],
     x: Tensor,
+    *,
+    whole: bool,
 ) -> tuple[_Step, Tensor]:
-    """Returns a sublayer's parts and the stream after it."""
+    """Returns a sublayer's parts and the stream after it.
+
+    Values are not copied where these are all sentences, each once (``whole``).
+    """
 
     def edit(names: tuple[str, ...]) -> Tensor | None:
         added = trace.edit(names)
@@ -434,7 +442,7 @@ def _step(
     kind, missing = _kind(sublayer), None
     if isinstance(sublayer, AttentionSublayer):
         pattern, gate = trace.mixing(sublayer)[at[0], :, at[1]], trace.gate(sublayer)
-        value = _of_sentences(trace.value(sublayer), at[0])
+        value = trace.value(sublayer) if whole else trace.value(sublayer)[at[0]]
         parts: dict[str, Any] = {
             "pattern": pattern,
             "value": value if gate is None else value * gate[at][:, None],
@@ -475,12 +483,6 @@ def _step(
         kind, block.layer, constant, added, steering, missing, parts, raw, norm_out, norm_after
     )
     return step, norm_after.affine(x)
-
-
-def _of_sentences(values: Tensor, sentences: Tensor) -> Tensor:
-    """Returns the values of sentences, without a copy where it is each of them once."""
-    each = torch.arange(len(values), device=sentences.device)
-    return values if sentences.equal(each) else values[sentences]
 
 
 def _readable(

@@ -486,8 +486,8 @@ class TokenSum:
         first = touched.byte().argmax(dim=1)
         last = self.sources - touched.byte().flip(1).argmax(dim=1)
         nothing = ~touched.any(dim=1)
-        first[nothing], last[nothing] = self.sources, 0
-        return Support(first.tolist(), last.tolist())
+        first, last = first.masked_fill(nothing, self.sources), last.masked_fill(nothing, 0)
+        return Support(*torch.stack([first, last]).tolist())
 
 
 @dataclass(frozen=True)

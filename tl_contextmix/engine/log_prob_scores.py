@@ -330,7 +330,7 @@ class Split:
     @property
     def possible(self) -> Int[Tensor, " batch"]:
         """How many are there in each sentence."""
-        return self.there.sum(dim=1).cpu()
+        return self.there.sum(dim=1)
 
     @property
     def coefficients(self) -> Float[Tensor, "batch component"]:
@@ -391,8 +391,9 @@ def split_stream(stream: Stream, by: By) -> Iterator[Split]:
     Raises:
         UnsupportedModel: If it is split by neurons of a sublayer whose neurons are not known.
     """
+    rows = stream.rows.cpu()
     for step, component in enumerate(stream.components):
-        yield from _split(component, by, step, stream.rows)
+        yield from _split(component, by, step, rows)
 
 
 def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Split]:
@@ -490,8 +491,11 @@ def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[I
         there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
         steps += [split.step] * (split.grid.count + len(biases))
     together = torch.cat(vectors, dim=1)
-    # What writes nothing gains nothing: experts that no sentence is routed to.
-    read = torch.cat([one.cpu() for one in there], dim=1) & together.any(dim=2).cpu()
+    read = torch.cat([one.to(together.device) for one in there], dim=1)
+    if any(name == "expert" for split in splits for name, _ in split.grid.axes):
+        # Experts that no sentence is routed to write nothing, which gains nothing.
+        read &= together.any(dim=2)
+    read = read.cpu()
     found = prediction.vocabulary.gains_at(
         prediction.stream.states, torch.tensor(steps, device=together.device), together, read
     )
@@ -617,8 +621,11 @@ class _Search:
         """Returns the exact scores of some components."""
         vectors = self.states.new_empty(len(places), self.states.shape[1])
         split_of, rows = self._split_of(places), slice(self.row, self.row + 1)
-        for index in split_of.unique().tolist():
-            mine = split_of == index
+        # Sorted out on the host: a mask on a GPU is waited for.
+        owners = split_of.tolist()
+        for index in sorted(set(owners)):
+            mine = [place for place, owner in enumerate(owners) if owner == index]
+            mine = torch.tensor(mine).to(places.device, non_blocking=True)
             inside = (places[mine] - self.first[index])[None]
             vectors[mine] = self.splits[index].written(inside, rows)[0]
         before, at = self._before(self.steps[split_of])

@@ -485,13 +485,22 @@ def fresh_trace(
 
 def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None:
     mask = trace.batch.side(stack).mask
-    for block in blocks:
-        for name in (block.resid_in, *(attention.mixed for attention in block.attentions)):
-            value = trace.values.get(name)
-            if value is None or bool(value[mask.to(value.device)].isfinite().all()):
-                continue
-            where = f"{name}, at a real token"
-            raise InvalidInput(why_not_finite(where, value.dtype, padded=not bool(mask.all())))
+    names = [
+        name
+        for block in blocks
+        for name in (block.resid_in, *(attention.mixed for attention in block.attentions))
+        if name in trace.values
+    ]
+    if not names:
+        return
+    # Asked once for all of them: a GPU would wait for each answer.
+    finite = [trace.values[name].isfinite().flatten(2).all(dim=2) for name in names]
+    real = [(some | ~mask.to(some.device)).all() for some in finite]
+    if bool(torch.stack([some.to(real[0].device) for some in real]).all()):
+        return
+    name = next(name for name, fine in zip(names, real, strict=True) if not bool(fine))
+    where, dtype = f"{name}, at a real token", trace.values[name].dtype
+    raise InvalidInput(why_not_finite(where, dtype, padded=not bool(mask.all())))
 
 
 def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:

@@ -277,14 +277,12 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     which, place = side_by_side("split", -1), side_by_side("place", 0)
     components = padding(*which.shape)
     coefficients, logits = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
-    for index, split in enumerate(splits):
-        mine = which == index
-        if not bool(mine.any()):
-            continue
+    for index in sorted({*which.flatten().tolist()} - {-1}):
+        split, mine = splits[index], which == index
         inside = place.clamp(max=split.grid.count - 1)
         components = components.fill(mine.cpu(), split.grid.at(inside))
         logits = torch.where(mine, vocabulary.target_logits(split.written(inside)), logits)
-        coefficients = torch.where(mine, split.coefficients.gather(1, inside), coefficients)
+        coefficients = torch.where(mine, _gathered(split, inside), coefficients)
     return _Found(
         scores,
         coefficients,
@@ -296,8 +294,15 @@ def _best(prediction: Prediction, splits: list[Split], k: int) -> _Found:
     )
 
 
+def _gathered(split: Split, places: Tensor) -> Tensor:
+    """Returns the coefficients of some components."""
+    return split.coefficients.to(places.device).gather(1, places)
+
+
 def _possible(splits: list[Split]) -> Tensor:
-    return torch.stack([split.possible for split in splits]).sum(dim=0)
+    # Where something is read from sources is where the model is.
+    device = next((one.read.device for one in splits if one.read is not None), None)
+    return torch.stack([split.possible.to(device) for split in splits]).sum(dim=0).cpu()
 
 
 def _logits(prediction: Prediction, split: Split) -> Tensor:
