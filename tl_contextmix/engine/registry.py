@@ -26,7 +26,7 @@ class Method:
         compared: Rows of `tl_contextmix.compare`, each with the options that make it a map.
         of_prediction: Whether it explains one predicted token, so that ``pos`` and ``target`` say
             which.
-        on_text: Whether it takes a model and a text, so that ``tl-contextmix run`` knows it.
+        on_text: Whether it takes a model and a text, so that it is a command, too.
         estimated: Whether `tl_contextmix.estimate` can tell its cost, and knows it by name.
     """
 
