@@ -188,7 +188,7 @@ def test_what_cannot_be_read_or_asked_about(model: Any, chosen: Any) -> None:
     with pytest.raises(cm.InvalidInput, match=r"this components: got .*expected a LogProbC"):
         unchecked(cm.component_readouts)(model, TOKENS, components=chosen)
     if chosen != [(1, 3)]:
-        with pytest.raises(cm.InvalidInput, match=r"nothing was chosen|this neurons: got"):
+        with pytest.raises(cm.InvalidInput, match=r"nothing (was chosen|to ask)|this neurons: got"):
             unchecked(cm.query_contributions)(model, TOKENS, neurons=chosen)
 
 

@@ -19,6 +19,7 @@ import torch
 import zoo
 import zoo_build
 from asked import case_of, view_of
+from public import FUNCTIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import tl_contextmix as cm
@@ -413,7 +414,7 @@ def test_tokens_of_a_text_are_no_list_of_texts() -> None:
 def asked_of_text() -> Iterator[tuple[str, Any]]:
     """Every method that takes a model and a text, with what else it needs."""
     for name, method in methods().items():
-        ask = getattr(cm, name)
+        ask = FUNCTIONS[name]
         if not method.on_text or "labels" not in inspect.signature(ask).parameters:
             continue
         key = {"component_readouts": "components", "query_contributions": "neurons"}.get(name)
