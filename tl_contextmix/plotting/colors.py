@@ -1,4 +1,4 @@
-"""Colours of the pages: blue above zero, red below, white at zero.
+"""Colours of the pages: blue above zero, red below, the ground at zero.
 
 Blue and red stay apart for every common kind of colour blindness. The scale is linear, like that
 of CircuitsVis, so that a cell has the same colour whichever of the two drew it.
@@ -24,16 +24,20 @@ ZERO_LINE = "#8b949e"
 FONT = "system-ui, sans-serif"
 
 _WHITE = (255, 255, 255)
+# The same on a dark page: zero, above and below it, as in its maps (page.css).
+_DARK = ("#161b21", "#8cc1f2", "#f2938c")
 
 Rgb = tuple[int, int, int]
 
 
-def shade(fraction: float) -> Rgb:
+def shade(fraction: float, *, dark: bool = False) -> Rgb:
     """Returns the colour of a number from -1 to 1."""
-    end = parse(POSITIVE if fraction >= 0 else NEGATIVE)
+    zero, above, below = _DARK if dark else (as_hex(_WHITE), POSITIVE, NEGATIVE)
+    end = parse(above if fraction >= 0 else below)
     share = min(1.0, abs(fraction))
     red, green, blue = (
-        round(white + (colour - white) * share) for white, colour in zip(_WHITE, end, strict=True)
+        round(ground + (colour - ground) * share)
+        for ground, colour in zip(parse(zero), end, strict=True)
     )
     return red, green, blue
 
@@ -54,13 +58,22 @@ def cell_class(value: float, largest: float) -> str:
 
 
 def stylesheet() -> str:
-    """Returns the rules behind `cell_class`."""
-    rules = []
-    for sign, prefix in ((1, "p"), (-1, "n")):
-        for level in range(1, LEVELS + 1):
-            paper = shade(sign * level / LEVELS)
-            rules.append(f".{prefix}{level}{{background:{as_hex(paper)};color:{ink_on(paper)}}}")
-    return "\n".join(rules)
+    """Returns the rules behind `cell_class`, in both schemes."""
+    dark = _rules(dark=True)
+    return f"{_rules()}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _rules(*, dark: bool = False) -> str:
+    names = {"zero": 0.0} | {
+        f"{prefix}{level}": sign * level / LEVELS
+        for sign, prefix in ((1, "p"), (-1, "n"))
+        for level in range(1, LEVELS + 1)
+    }
+    papers = {name: shade(fraction, dark=dark) for name, fraction in names.items()}
+    return "\n".join(
+        f".{name}{{background:{as_hex(paper)};color:{ink_on(paper)}}}"
+        for name, paper in papers.items()
+    )
 
 
 def ink_on(paper: Rgb) -> str:
