@@ -374,7 +374,7 @@ def test_a_generated_map_is_kept_shown_and_written(tmp_path: Path, capsys: Any) 
     assert "later token, cannot be read" in page
     best = {row["target_token"]: row["source_token"] for row in reversed(said.top(30))}
     assert (best[" clés"], best[" rouges"]) == (" keys", " red")
-    assert main(["run", "value_zeroing", "causal-lm", TEXT, "--generate", "3"]) == 0
+    assert main(["value-zeroing", "causal-lm", TEXT, "--generate", "3"]) == 0
     assert "target 3" in capsys.readouterr().out
-    assert main(["run", "alti", "causal-lm", TEXT, "--target", " are", "--foil", " is"]) == 2
+    assert main(["alti", "causal-lm", TEXT, "--target", " are", "--foil", " is"]) == 2
     assert "the same whatever the foil" in capsys.readouterr().err

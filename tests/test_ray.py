@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 import torch
 import tl_contextmix as cm
+from tl_contextmix.methods.memories import mine_on_ray
 
 out, corpus = Path(sys.argv[1]), sys.argv[2]
 options = {"k": 4, "shard_size": 8, "batch_size": 4, "checkpoint_seconds": 0.0}

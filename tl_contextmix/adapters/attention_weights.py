@@ -25,11 +25,22 @@ _LAYERS = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
 _LAYERS |= {"W_in": "in", "W_gate": "gate", "W_out": "out"}
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether one of a module's layers may have adapters (PEFT), merged or not."""
+    return any(map(_is_adapter, module._modules.values()))
+
+
+def _is_adapter(module: nn.Module | None) -> bool:
+    layer = getattr(module, "original_component", None)
+    return callable(getattr(layer, "get_base_layer", None))
+
+
 def adapted(module: nn.Module, name: str) -> bool:
     """Whether a layer computes with adapters (PEFT) that are not merged into its weight."""
-    layer = getattr(module._modules.get(_LAYERS.get(name, "")), "original_component", None)
-    if not callable(getattr(layer, "get_base_layer", None)):
+    held = module._modules.get(_LAYERS.get(name, ""))
+    if not _is_adapter(held):
         return False
+    layer: Any = getattr(held, "original_component", None)
     return not (getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False))
 
 

@@ -7,6 +7,7 @@ between HookedEncoder and TransformerBridge and between versions, and is recompu
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tl_contextmix.adapters.attention_weights import (
     adapted,
     borrows,
     compression,
+    has_adapters,
     is_latent,
     is_special,
     latent_scales,
@@ -111,13 +113,19 @@ class Handle:
         """
         renamed = renamed or {}
 
+        @functools.cache  # a module that is replaced has a new reader
+        def kinds() -> tuple[bool, bool]:
+            module = self.get().get_submodule(path)
+            return is_special(module), has_adapters(module)
+
         def read(name: str) -> Tensor | None:
             module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
-            if adapted(module, name):
+            special, adapters = kinds()
+            if adapters and adapted(module, name):
                 raise _adapters_apart(path, name)
-            if is_special(module):
+            if special:
                 weight = special_weight(module, name, int(self.get().cfg.n_heads))
             if weight is None and attribute is not None:
                 weight = _attribute(module, attribute)
