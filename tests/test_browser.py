@@ -504,7 +504,7 @@ def test_numbers_are_within_reach_of_a_keyboard(browser, panel, tmp_path):
             if seen.page.evaluate("document.activeElement.tagName") == "SUMMARY":
                 break
         seen.page.keyboard.press("Enter")
-        assert table.is_visible()
+        table.wait_for(state="visible")  # it is filled in once it is asked for
         seen.page.keyboard.press("Tab")
         focused = "document.activeElement.closest('details') !== null"
         assert seen.page.evaluate(focused), "the table can be scrolled by keyboard"

@@ -124,7 +124,7 @@ def test_neurons_are_numbered_by_layer(capsys):
     expected = cm.query_contributions(cm.load_demo("causal-lm"), TEXT, neurons=[(2, 78), (3, 5)])
     assert code == 0
     assert len(out.splitlines()) == len(expected.to_dataframe()) + 1
-    assert "is not of the form 2.78" in run(capsys, *asked[:4], "2.x")[2]
+    assert "is not of the form N.N" in run(capsys, *asked[:4], "2.x")[2]
 
 
 def test_precision_and_device_are_those_asked_for(capsys):
@@ -163,7 +163,8 @@ def test_what_is_not_understood_is_said(capsys):
         (("value-zeroing", "causal-lm", TEXT, "--metric", "x"), "is not one of 'cosine'"),
         (("value-zeroing", "causal-lm", TEXT, "--layer", "x"), "not a valid integer"),
         (("unknown",), "No such command 'unknown'"),
-        (("query-contributions", "causal-lm", TEXT), "Missing option '--neurons'"),
+        (("query-contributions", "causal-lm", TEXT), "expected neurons=, or edge="),
+        (("query-contributions", "causal-lm", TEXT, "--edge", "3,0"), "not of the form L.H.T.S"),
     ]
     for given, message in mistakes:
         code, _, err = run(capsys, *given)

@@ -175,7 +175,9 @@ def test_an_estimate_is_less_work_than_the_call(name: str, middle: Any) -> None:
         cm.estimate(middle, 512, method)
     assert estimate.operators < 1.5 * call.operators
     assert estimate.numbers < call.numbers / 20
-    assert longer.operators < 1.2 * estimate.operators
+    # Tiles of Value Zeroing fit the cache: a longer input has more of them.
+    growth = 2 if name == "value_zeroing" else 1.2
+    assert longer.operators < growth * estimate.operators
 
 
 class _Work(TorchDispatchMode):

@@ -36,7 +36,9 @@ _NOT_OPTIONS = ("model", "input", "pos", "inputs", "tokenizer", "dictionary")
 class Numbered(click.ParamType):
     """Numbers with dots between them, such as a layer and a neuron."""
 
-    name = "N.N"
+    def __init__(self, name: str = "N.N") -> None:
+        """Takes what stands for them in the help."""
+        self.name = name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -45,7 +47,7 @@ class Numbered(click.ParamType):
         try:
             return tuple(map(int, str(value).split(".")))
         except ValueError:
-            self.fail(f"{value!r} is not of the form 2.78", param, ctx)
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
 
 
 def command(name: str) -> click.Command:
@@ -96,9 +98,11 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
     if parameter.name in _NOT_OPTIONS:
         return None
     name = f"--{parameter.name.replace('_', '-')}"
-    if parameter.name == "neurons" and hint is Chosen:
+    if parameter.name == "neurons" and hint in (Chosen, Chosen | None):
         told = "Layer and number, such as 2.78, or layer, head and number."
-        return several(name, kind=Numbered(), help=told, required=True)
+        return several(name, kind=Numbered(), help=told, required=hint == Chosen)
+    if parameter.name == "edge":
+        return click.option(name, type=Numbered("L.H.T.S"), help="Layer, head, target, source.")
     default = parameter.default
     shown: dict[str, Any] = {"required": True} if default is inspect.Parameter.empty else {}
     arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -129,7 +133,8 @@ def run_method(name: str, given: dict[str, Any]) -> None:
     model, text, loading = given.pop("model"), given.pop("text"), load_options(given)
     question = asked(given) if "target" in given else {}
     options = {
-        key: flat(value) if isinstance(value, tuple) else value for key, value in given.items()
+        key: flat(value) if isinstance(value, tuple) and key != "edge" else value
+        for key, value in given.items()
     }
     options = {key: value for key, value in options.items() if value is not None}
     method = checked(methods()[name].function)
