@@ -24,6 +24,8 @@ from types import ModuleType
 from typing import Any
 import torch
 import tl_contextmix as cm
+from tl_contextmix.evaluation import over_corpus, over_corpus_on_ray
+from tl_contextmix.methods.memories import mine_on_ray
 
 out, corpus = Path(sys.argv[1]), sys.argv[2]
 options = {"k": 4, "shard_size": 8, "batch_size": 4, "checkpoint_seconds": 0.0}
@@ -43,11 +45,34 @@ def load():
     mining.save_part = once
     return cm.load_demo("causal-lm")
 
+def ratio(model, texts):
+    calls = Path(corpus).with_name("calls")
+    size, mark = calls.stat().st_size, calls.with_name("killed")
+    if size == 3 and not mark.exists():
+        mark.touch()
+        os._exit(137)
+    with calls.open("a") as file:
+        file.write(".")
+    return cm.mixing_ratio(model, texts)
+
+def demo():
+    torch.set_num_threads(1)
+    return cm.load_demo("causal-lm")
+
 import ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
 found = mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
 assert (out / ".killed").exists()
-torch.set_num_threads(1)
+del options["k"]
+calls = Path(corpus).with_name("calls")
+calls.touch()
+figures = over_corpus_on_ray(demo, corpus, ratio, out=out / "all", parts=3, options=options)
+assert calls.with_name("killed").exists()
+assert calls.stat().st_size == 18, "17 batches, one of them again"
+alone = over_corpus(demo(), corpus, ratio, out=out / "alone", **options)
+assert vars(figures) == vars(alone)
+assert (out / "all" / "figures.json").read_bytes() == (out / "alone").read_bytes()
+options["k"] = 4
 cm.mine_triggers(cm.load_demo("causal-lm"), corpus, out=out / "one", **options)
 for name in ("triggers.parquet", "manifest.json"):
     assert (out / name).read_bytes() == (out / "one" / name).read_bytes(), name
