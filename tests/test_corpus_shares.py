@@ -109,8 +109,8 @@ def test_exact_moments_are_those_of_fractions_in_any_order() -> None:
     numbers += [5e-324, -5e-324, 1.7e308, 0.0]
     for some in (numbers, numbers[:2], numbers[:1], [0.1] * 10, [1e8 + x / 8 for x in range(9)]):
         exact = [Fraction(number) for number in some]
-        mean = sum(exact) / len(exact)
-        spread = sum((one - mean) ** 2 for one in exact)
+        mean = sum(exact, Fraction(0)) / len(exact)
+        spread = sum(((one - mean) ** 2 for one in exact), Fraction(0))
         whole = ExactMoments.of(some)
         assert whole.mean() == float(mean)
         assert whole.standard_error() == root(spread / max(len(exact) - 1, 1) / len(exact))

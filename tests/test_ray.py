@@ -1,4 +1,4 @@
-"""Mining on a local Ray of two CPUs; every run in a process of its own, under a timeout."""
+"""Corpora on a local Ray of two CPUs, in a process of its own, under a timeout."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from test_mining import texts
 
 import tl_contextmix as cm
+from tl_contextmix.evaluation import over_corpus_on_ray
 from tl_contextmix.methods.memories import mine_on_ray
 
 ROOT = Path(__file__).parent.parent
@@ -20,8 +21,6 @@ ROOT = Path(__file__).parent.parent
 _RUN = """
 import os, sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 import torch
 import tl_contextmix as cm
 from tl_contextmix.evaluation import over_corpus, over_corpus_on_ray
@@ -45,12 +44,14 @@ def load():
     mining.save_part = once
     return cm.load_demo("causal-lm")
 
+calls = Path(corpus).with_name("calls")
+
 def ratio(model, texts):
-    calls = Path(corpus).with_name("calls")
-    size, mark = calls.stat().st_size, calls.with_name("killed")
-    if size == 3 and not mark.exists():
-        mark.touch()
-        os._exit(137)
+    # A run that is stopped in its fourth batch; workers, which go on, write into the same file.
+    calls.touch()
+    if calls.stat().st_size == 3 and not calls.with_name("stopped").exists():
+        calls.with_name("stopped").touch()
+        raise KeyboardInterrupt
     with calls.open("a") as file:
         file.write(".")
     return cm.mixing_ratio(model, texts)
@@ -64,16 +65,19 @@ ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level
 found = mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
 assert (out / ".killed").exists()
 del options["k"]
-calls = Path(corpus).with_name("calls")
-calls.touch()
-figures = over_corpus_on_ray(demo, corpus, ratio, out=out / "all", parts=3, options=options)
-assert calls.with_name("killed").exists()
-assert calls.stat().st_size == 18, "17 batches, one of them again"
-alone = over_corpus(demo(), corpus, ratio, out=out / "alone", **options)
+model, folder = demo(), out / "all"
+folder.mkdir()
+part = folder / "part-00000-of-00003.json"
+try:
+    over_corpus(model, corpus, ratio, out=part, rank=0, world_size=3, **options)
+except KeyboardInterrupt:
+    pass
+figures = over_corpus_on_ray(demo, corpus, ratio, out=folder, parts=3, options=options)
+assert calls.stat().st_size == 18, "17 batches, the one before the stop again"
+alone = over_corpus(model, corpus, ratio, out=out / "alone", **options)
 assert vars(figures) == vars(alone)
-assert (out / "all" / "figures.json").read_bytes() == (out / "alone").read_bytes()
-options["k"] = 4
-cm.mine_triggers(cm.load_demo("causal-lm"), corpus, out=out / "one", **options)
+assert (folder / "figures.json").read_bytes() == (out / "alone").read_bytes()
+cm.mine_triggers(model, corpus, out=out / "one", k=4, **options)
 for name in ("triggers.parquet", "manifest.json"):
     assert (out / name).read_bytes() == (out / "one" / name).read_bytes(), name
 print("the same bytes")
@@ -97,9 +101,11 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -
     assert "the same bytes" in done.stdout, done.stderr[-3000:]
 
 
-def test_options_of_mining_are_known(tmp_path: Path) -> None:
+def test_options_are_known(tmp_path: Path) -> None:
     with pytest.raises(cm.InvalidInput, match="got 'rank'; expected some of"):
         mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
+    with pytest.raises(cm.InvalidInput, match="over_corpus does not have this option.*got 'k'"):
+        over_corpus_on_ray(object, "corpus.txt", cm.mixing_ratio, out=tmp_path, options={"k": 1})
 
 
 def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
