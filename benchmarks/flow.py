@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from meters import command_line, markdown, show, with_interval
 from torch import Tensor
 

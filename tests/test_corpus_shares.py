@@ -83,8 +83,13 @@ def test_parts_that_are_no_whole_are_not_merged(masked: Any, tmp_path: Path) -> 
     ):
         with pytest.raises(InvalidInput, match=message):
             merge_figures(parts, out=tmp_path / "merged")
-    unfinished = json.loads(part("last", TEXTS, 1).read_text())
-    (tmp_path / "last").write_text(json.dumps({**unfinished, "finished": False}))
+    whole = json.loads(part("last", TEXTS, 1).read_text())
+    (tmp_path / "damaged").write_text(
+        json.dumps({**whole, "moments": [["a", "b", 0, "x", 1, 1, 0]]})
+    )
+    with pytest.raises(FileFormatError, match="holds no figures"):
+        merge_figures([first, tmp_path / "damaged"], out=tmp_path / "merged")
+    (tmp_path / "last").write_text(json.dumps({**whole, "finished": False}))
     with pytest.raises(InvalidInput, match="an unfinished part of process 1"):
         merge_figures([first, tmp_path / "last"], out=tmp_path / "merged")
     with pytest.raises(FileFormatError, match="holds no figures"):

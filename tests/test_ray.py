@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,6 +107,11 @@ def test_options_are_known(tmp_path: Path) -> None:
         mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
     with pytest.raises(cm.InvalidInput, match="over_corpus does not have this option.*got 'k'"):
         over_corpus_on_ray(object, "corpus.txt", cm.mixing_ratio, out=tmp_path, options={"k": 1})
+
+
+def test_a_measure_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cm.InvalidInput, match=r"Define one with def"):
+        over_corpus_on_ray(object, "corpus.txt", partial(cm.mixing_ratio), out=tmp_path)
 
 
 def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

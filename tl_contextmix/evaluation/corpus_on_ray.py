@@ -14,6 +14,7 @@ from tl_contextmix.core.validation import (
     PositiveNumber,
     checked,
 )
+from tl_contextmix.errors import bad, seen
 from tl_contextmix.evaluation.corpus_figures import Measure, over_corpus
 from tl_contextmix.evaluation.corpus_state import merge_figures
 from tl_contextmix.methods.memories.on_ray import on_ray, require_options
@@ -73,10 +74,17 @@ def over_corpus_on_ray(
         `LayerCurves`.
 
     Raises:
-        InvalidInput: If Ray is not installed, would deadlock, or an option is none of
-            `over_corpus`.
+        InvalidInput: If Ray is not installed, would deadlock, an option is none of `over_corpus`,
+            or ``measure`` has no name, such as a ``functools.partial``.
     """
     options = require_options(options, over_corpus)
+    if not hasattr(measure, "__qualname__"):
+        raise bad(
+            "measure= has no name by which parts are known to be of one run",
+            seen(measure),
+            "a function with a name of its own",
+            "Define one with def.",
+        )
     # Workers may be started in another folder than this process.
     corpus, folder = str(Path(corpus).absolute()), make_folder(out).absolute()
     work = partial(_share, corpus=corpus, measure=measure, out=folder, options=options)

@@ -129,8 +129,8 @@ def load_state(path: Path) -> tuple[State, str]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         rank, world_size = kept["share"]
         moments = {
-            (metric, category, layer): ExactMoments(*sums)
-            for metric, category, layer, *sums in kept["moments"]
+            (metric, category, layer): ExactMoments(int(n), int(total), int(squares), float(rest))
+            for metric, category, layer, n, total, squares, rest in kept["moments"]
         }
         state = State(kept["run"], len(moments), rank, world_size, moments)
         state.read, state.finished = kept["read"], kept["finished"]
