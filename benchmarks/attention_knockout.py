@@ -12,11 +12,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-from meters import command_line, show
+from meters import command_line, say_means
 
 import tl_contextmix as cm
-from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.evaluation import demo_pairs
 
 KINDS = ("agreement", "fact", "name")
@@ -53,12 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     model = cm.load_demo("causal-lm")
     for kind in KINDS:
-        cells = []
-        for name, values in changes(model, kind, given.pairs).items():
-            column = torch.tensor(values, dtype=torch.float64)
-            low, high = bootstrap_interval(column)
-            cells.append(f"{name} {float(column.mean()):.1f} ({low:.1f} to {high:.1f})")
-        show(f"{kind}: {', '.join(cells)}; {given.pairs} pairs\n")
+        found = changes(model, kind, given.pairs)
+        say_means(kind, found, f"{given.pairs} pairs", digits=1)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from meters import command_line, show
+from meters import command_line, say_means
 
 import tl_contextmix as cm
-from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.demo_models.lexicon import FACTS
 from tl_contextmix.evaluation.context_reliance import By
 
@@ -80,12 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     found = measured(cm.load_demo("causal-lm"), given.facts)
     for way, figures in found.items():
-        cells = []
-        for name, values in figures.items():
-            column = torch.tensor(values, dtype=torch.float64)
-            low, high = bootstrap_interval(column)
-            cells.append(f"{name} {float(column.mean()):.2f} ({low:.2f} to {high:.2f})")
-        show(f"{way}: {', '.join(cells)}; {given.facts} facts\n")
+        say_means(way, figures, f"{given.facts} facts")
 
 
 if __name__ == "__main__":

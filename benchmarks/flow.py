@@ -27,12 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from meters import command_line, show
+from meters import command_line, markdown, show, with_interval
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.core.statistics import bootstrap_interval, spearman
+from tl_contextmix.core.statistics import spearman
 from tl_contextmix.evaluation import demo_pairs
 from tl_contextmix.results import AttributionGraph
 
@@ -125,22 +124,15 @@ def measured(model: Any, kind: str, count: int) -> dict[str, dict[str, list[floa
     return found
 
 
-def cell(values: list[float]) -> str:
-    """Returns a mean and its interval."""
-    column = torch.tensor(values, dtype=torch.float64)
-    low, high = bootstrap_interval(column)
-    return f"{float(column.nanmean()):.2f} ({low:.2f} to {high:.2f})"
-
-
 def table(model: Any, count: int) -> str:
     """Returns the Markdown table."""
-    lines = [f"| task | nodes by | {' | '.join(FIGURES)} |", "|---" * (len(FIGURES) + 2) + "|"]
+    rows = []
     for kind, says in KINDS.items():
         for name, figures in measured(model, kind, count).items():
-            cells = [cell(figures[one]) if one in figures else "-" for one in FIGURES]
+            cells = [with_interval(figures[one]) if one in figures else "-" for one in FIGURES]
             prompts = len(figures[FIGURES[0]])
-            lines.append(f"| {says}, {prompts} prompts | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([f"{says}, {prompts} prompts", name, *cells])
+    return markdown(["task", "nodes by", *FIGURES], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -151,10 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     found = table(cm.load_demo("causal-lm"), given.prompts)
-    show(f"{found}\n")
+    show(found)
     if given.write:
         text = PAGE.read_text()
-        PAGE.write_text(_MARKED.sub(lambda m: f"{m[1]}\n{found}\n\n{m[2]}", text))
+        PAGE.write_text(_MARKED.sub(lambda m: f"{m[1]}\n{found}\n{m[2]}", text))
 
 
 if __name__ == "__main__":

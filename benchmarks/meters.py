@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import shape_wrapper
 
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.core.counters import Memory, Operations
+from tl_contextmix.core.statistics import bootstrap_interval
 
 __all__ = [
     "ELEMENTWISE",
@@ -39,8 +40,10 @@ __all__ = [
     "markdown",
     "row",
     "say",
+    "say_means",
     "seconds",
     "show",
+    "with_interval",
 ]
 
 _POINTWISE = (
@@ -171,6 +174,28 @@ def say(line: str = "") -> None:
 def row(*cells: object) -> None:
     """Writes a row of a Markdown table."""
     show(_line(cells))
+
+
+def with_interval(values: Sequence[float], digits: int = 2) -> str:
+    """Returns a mean with its 95 % bootstrap interval; NaN values are skipped."""
+    column = torch.tensor(values, dtype=torch.float64)
+    mean, low, high = (
+        f"{x:.{digits}f}" for x in (float(column.nanmean()), *bootstrap_interval(column))
+    )
+    return f"{mean} ({low} to {high})"
+
+
+def say_means(of: str, figures: Mapping[str, Sequence[float]], among: str, digits: int = 2) -> None:
+    """Writes a line of means with their intervals.
+
+    Args:
+        of: What they are of.
+        figures: The values of each, by name.
+        among: How many values there were, in words.
+        digits: Digits after the point.
+    """
+    cells = [f"{name} {with_interval(values, digits)}" for name, values in figures.items()]
+    say(f"{of}: {', '.join(cells)}; {among}")
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:

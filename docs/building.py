@@ -60,7 +60,8 @@ REFERENCE = {
         evaluation.probing.probe evaluation.minimal_pairs.MinimalPair
         evaluation.minimal_pairs.load_minimal_pairs evaluation.minimal_pairs.demo_pairs""",
     "Experiments": """
-        evaluation.corpus_figures.over_corpus evaluation.word_labels.by_kind
+        evaluation.corpus_figures.over_corpus evaluation.corpus_on_ray.over_corpus_on_ray
+        evaluation.corpus_state.merge_figures evaluation.word_labels.by_kind
         evaluation.word_labels.label_tokens evaluation.norm_statistics.alignment_error_rate
         evaluation.norm_statistics.frequency_correlation
         evaluation.norm_statistics.expansion_rates evaluation.annotations.read_annotations

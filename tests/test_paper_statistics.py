@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -701,15 +701,21 @@ def test_formulas_are_checked_as_python_does() -> None:
 
 
 @once
-def test_languages_are_told_where_the_package_is() -> None:
-    if importlib.util.find_spec("py3langid") is None:
-        with pytest.raises(ContextMixError, match="pip install py3langid"):
-            in_language("fr")
-        return
+def test_languages_are_told() -> None:
+    pytest.importorskip("py3langid")
     french = in_language("fr")
     assert french("les chevaux sont rouges et le bateau tombait dans la mer", None, "") == 1.0
     assert french("the horses are red and the boat fell into the sea", None, "") == 0.0
     assert math.isnan(french(" ", None, ""))
+    with pytest.raises(InvalidInput, match="got 'french'; expected one of .*'fr'"):
+        in_language("french")
+
+
+@once
+def test_without_the_package_languages_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    with pytest.raises(ContextMixError, match=r"pip install .tl-contextmix\[metrics\]"):
+        in_language("fr")
 
 
 def test_reciprocal_ranks_are_those_of_the_answer() -> None:

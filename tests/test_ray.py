@@ -1,10 +1,11 @@
-"""Mining on a local Ray of two CPUs; every run in a process of its own, under a timeout."""
+"""Corpora on a local Ray of two CPUs, in a process of its own, under a timeout."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from test_mining import texts
 
 import tl_contextmix as cm
+from tl_contextmix.evaluation import over_corpus_on_ray
 from tl_contextmix.methods.memories import mine_on_ray
 
 ROOT = Path(__file__).parent.parent
@@ -20,10 +22,9 @@ ROOT = Path(__file__).parent.parent
 _RUN = """
 import os, sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 import torch
 import tl_contextmix as cm
+from tl_contextmix.evaluation import over_corpus, over_corpus_on_ray
 from tl_contextmix.methods.memories import mine_on_ray
 
 out, corpus = Path(sys.argv[1]), sys.argv[2]
@@ -44,12 +45,40 @@ def load():
     mining.save_part = once
     return cm.load_demo("causal-lm")
 
+calls = Path(corpus).with_name("calls")
+
+def ratio(model, texts):
+    # A run that is stopped in its fourth batch; workers, which go on, write into the same file.
+    calls.touch()
+    if calls.stat().st_size == 3 and not calls.with_name("stopped").exists():
+        calls.with_name("stopped").touch()
+        raise KeyboardInterrupt
+    with calls.open("a") as file:
+        file.write(".")
+    return cm.mixing_ratio(model, texts)
+
+def demo():
+    torch.set_num_threads(1)
+    return cm.load_demo("causal-lm")
+
 import ray
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
 found = mine_on_ray(load, corpus, out=out, workers=1, parts=3, options=options)
 assert (out / ".killed").exists()
-torch.set_num_threads(1)
-cm.mine_triggers(cm.load_demo("causal-lm"), corpus, out=out / "one", **options)
+del options["k"]
+model, folder = demo(), out / "all"
+folder.mkdir()
+part = folder / "part-00000-of-00003.json"
+try:
+    over_corpus(model, corpus, ratio, out=part, rank=0, world_size=3, **options)
+except KeyboardInterrupt:
+    pass
+figures = over_corpus_on_ray(demo, corpus, ratio, out=folder, parts=3, options=options)
+assert calls.stat().st_size == 18, "17 batches, the one before the stop again"
+alone = over_corpus(model, corpus, ratio, out=out / "alone", **options)
+assert vars(figures) == vars(alone)
+assert (folder / "figures.json").read_bytes() == (out / "alone").read_bytes()
+cm.mine_triggers(model, corpus, out=out / "one", k=4, **options)
 for name in ("triggers.parquet", "manifest.json"):
     assert (out / name).read_bytes() == (out / "one" / name).read_bytes(), name
 print("the same bytes")
@@ -73,9 +102,16 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(tmp_path: Path) -
     assert "the same bytes" in done.stdout, done.stderr[-3000:]
 
 
-def test_options_of_mining_are_known(tmp_path: Path) -> None:
+def test_options_are_known(tmp_path: Path) -> None:
     with pytest.raises(cm.InvalidInput, match="got 'rank'; expected some of"):
         mine_on_ray(object, "corpus.txt", out=tmp_path, options={"rank": 1})
+    with pytest.raises(cm.InvalidInput, match="over_corpus does not have this option.*got 'k'"):
+        over_corpus_on_ray(object, "corpus.txt", cm.mixing_ratio, out=tmp_path, options={"k": 1})
+
+
+def test_a_measure_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cm.InvalidInput, match=r"Define one with def"):
+        over_corpus_on_ray(object, "corpus.txt", partial(cm.mixing_ratio), out=tmp_path)
 
 
 def test_without_ray_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

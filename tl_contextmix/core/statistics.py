@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+_SMALLEST = 1074
+"""Every finite double is a whole multiple of two to the power of minus this."""
 
 
 def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -172,6 +176,65 @@ class Moments:
             self.mean + apart * (other.count / count),
             self.squares + other.squares + apart.square() * (self.count * other.count / count),
         )
+
+
+@dataclass(frozen=True)
+class ExactMoments:
+    """Count, mean and spread of numbers in any order: their sums are kept without rounding.
+
+    Every finite double is a whole multiple of 2**-1074, so that the sums are integers.
+
+    Attributes:
+        count: How many numbers there were.
+        total: Sum of the finite ones, in units of 2**-1074.
+        squares: Sum of their squares, in units of 2**-2148.
+        infinite: Sum of the others: 0.0 without any, or not finite.
+    """
+
+    count: int = 0
+    total: int = 0
+    squares: int = 0
+    infinite: float = 0.0
+
+    @staticmethod
+    def of(numbers: Iterable[float]) -> ExactMoments:
+        """Returns those of some numbers."""
+        count = total = squares = 0
+        infinite = 0.0
+        for number in numbers:
+            count += 1
+            if not math.isfinite(number):
+                infinite += number
+                continue
+            over, under = number.as_integer_ratio()
+            shift = _SMALLEST + 1 - under.bit_length()
+            total += over << shift
+            squares += over * over << 2 * shift
+        return ExactMoments(count, total, squares, infinite)
+
+    def merge(self, other: ExactMoments) -> ExactMoments:
+        """Returns those of the numbers of both."""
+        return ExactMoments(
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+            self.infinite + other.infinite,
+        )
+
+    def mean(self) -> float:
+        """Returns the mean, rounded once."""
+        return self.infinite or self.total / (self.count << _SMALLEST)
+
+    def standard_error(self) -> float:
+        """Returns that of the mean; zero for one number."""
+        if self.infinite:
+            return float("nan")
+        apart = self.count * self.squares - self.total**2
+        under = self.count**2 * max(self.count - 1, 1)
+        try:
+            return math.sqrt(apart / (under << 2 * _SMALLEST))
+        except OverflowError:
+            return float("inf")
 
 
 @functools.lru_cache(maxsize=1024)

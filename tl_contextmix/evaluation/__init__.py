@@ -10,6 +10,8 @@ from tl_contextmix.evaluation.answer_metrics import (
     satisfies,
 )
 from tl_contextmix.evaluation.corpus_figures import over_corpus
+from tl_contextmix.evaluation.corpus_on_ray import over_corpus_on_ray
+from tl_contextmix.evaluation.corpus_state import merge_figures
 from tl_contextmix.evaluation.faithfulness import (
     Drop,
     blank_token,
@@ -58,7 +60,9 @@ __all__ = [
     "label_tokens",
     "load_minimal_pairs",
     "log_prob_path",
+    "merge_figures",
     "over_corpus",
+    "over_corpus_on_ray",
     "overlapping",
     "place_tokens",
     "read_annotations",

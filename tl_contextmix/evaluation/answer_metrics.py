@@ -150,6 +150,8 @@ def _no_formula(formula: str) -> Exception:
 def in_language(code: str) -> UserMetric:
     """Returns a metric: whether an output is in a language, as py3langid tells it.
 
+    Needs ``pip install tl-contextmix[metrics]``.
+
     With one metric for the source's language and one for the target's, the curve shows in which
     encoder layer the output changes from one to the other. A short output is hard to tell.
 
@@ -171,7 +173,7 @@ def in_language(code: str) -> UserMetric:
                 "languages cannot be told apart",
                 str(error),
                 "the package py3langid",
-                "Install it: pip install py3langid.",
+                'Install it: pip install "tl-contextmix[metrics]".',
             )
         ) from error
     known = sorted({language for language, _ in py3langid.rank("a")})

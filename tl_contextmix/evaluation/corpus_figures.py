@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,25 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import provenance
-from tl_contextmix.core.statistics import Moments, t_quantile
-from tl_contextmix.core.validation import FilePath, NotNegativeNumber, Positive, checked
-from tl_contextmix.errors import FileFormatError, bad, four_parts, seen
+from tl_contextmix.core.validation import (
+    FilePath,
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    checked,
+)
+from tl_contextmix.errors import bad, seen
+from tl_contextmix.evaluation.corpus_state import Key, State
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
-from tl_contextmix.methods.memories.mining import changed, require_run
+from tl_contextmix.methods.memories.mining import changed, require_rank
 from tl_contextmix.methods.memories.shards import Shard, expect, progress, read_shards
 from tl_contextmix.methods.memories.store import alone
-from tl_contextmix.results import CurvePoint, LayerCurves
+from tl_contextmix.results import LayerCurves
 from tl_contextmix.results.curves import EVERY
 from tl_contextmix.results.scores import ScoreTable
 
 Measure = Callable[[Any, list[Any]], Any]
 """A function of a model and some documents that returns a result or a table with their rows."""
-Key = tuple[str, str, int]
 
 
 @checked
@@ -47,6 +52,8 @@ def over_corpus(
     shard_size: Positive = 256,
     checkpoint_seconds: NotNegativeNumber = 60.0,
     most: Positive = 10_000,
+    rank: NotNegative = 0,
+    world_size: Positive = 1,
 ) -> LayerCurves:
     r"""Returns the mean over a corpus of whatever a method says of a sentence, layer by layer.
 
@@ -56,8 +63,8 @@ def over_corpus(
     .. math:: \bar x \pm t_{n-1} \sqrt{\frac{\sum_i (x_i - \bar x)^2}{n (n - 1)}}
 
     (Student's t, 95 %, for sentences drawn independently), over the sentences that have such a
-    row; NaN is no figure. Means and squares are updated batch by batch in double precision (Chan
-    et al. 1983), and nothing of a sentence is kept.
+    row; NaN is no figure. Of the sentences only sums are kept, of figures and of squares, and these
+    exactly: in whatever order, and by however many processes, the result is the same to the bit.
 
     Args:
         model: Any TransformerLens model, or a mapping from names to models: their figures then
@@ -80,16 +87,20 @@ def over_corpus(
         shard_size: Documents that are read at a time.
         checkpoint_seconds: How often the file is written; at most that much work is lost.
         most: How many figures there may be, so that memory is bounded.
+        rank: Number of this process; it takes every ``world_size``-th shard.
+        world_size: How many processes share the corpus, each with an ``out`` of its own;
+            `merge_figures` puts these together.
 
     Returns:
-        `LayerCurves`, the same whether it was stopped or not.
+        `LayerCurves`, the same whether it was stopped or not; where there are other processes,
+        of this one's documents.
 
     Raises:
         InvalidInput: If a document cannot be read, what ``measure`` returns has no such columns,
             there are too many figures, or the file holds another run.
         FileFormatError: If the file holds something else.
 
-    Cost: that of ``measure``; 24 bytes for each figure.
+    Cost: that of ``measure``; 1 kB for each figure.
 
     Example:
         >>> import tl_contextmix as cm
@@ -99,6 +110,7 @@ def over_corpus(
         >>> {point.sentences for point in found.points}
         {2}
     """
+    require_rank(rank, world_size)
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     opened = open_corpus(corpus, column, rows=rows)
     options = {
@@ -110,15 +122,15 @@ def over_corpus(
         "batch_size": batch_size,
         "shard_size": shard_size,
     }
-    origins = {
-        name: provenance(as_view(one), "over_corpus", options) for name, one in models.items()
+    run = {
+        name or "model": vars(provenance(as_view(one), "over_corpus", options))
+        for name, one in models.items()
     }
-    run = {name or "model": vars(origin) for name, origin in origins.items()}
-    state = _State(most)
+    state = State(run, most, rank, world_size)
     path = None if out is None else Path(out)
     lock = nullcontext() if path is None else alone(path.with_name(f".{path.name}.lock"))
     with lock, torch.no_grad(), progress("over_corpus", unit="document") as bar:
-        known = "" if path is None or not path.is_file() else state.resume(path, run)
+        known = "" if path is None or not path.is_file() else state.resume(path)
         resumed, finished = state.read, state.finished
         done, last, size, read = hashlib.sha256(), time.monotonic(), opened.size(), 0
         for shard in read_shards(opened, shard_size):
@@ -130,7 +142,8 @@ def over_corpus(
                 continue
             if finished or shard.first < resumed:
                 raise changed(opened, f"{end} documents where there were {resumed}")
-            documents = [*_documents(shard, opened.name, rows)]
+            own = shard.index % world_size == rank
+            documents = [*_documents(shard, opened.name, rows)] if own else []
             for start in range(0, len(documents), batch_size):
                 given = documents[start : start + batch_size]
                 for name, one in models.items():
@@ -140,21 +153,14 @@ def over_corpus(
             bar.update(end - bar.n)
             expect(bar, read, size)
             if path is not None and time.monotonic() - last >= checkpoint_seconds:
-                state.save(path, run, done.hexdigest())
+                state.save(path, done.hexdigest())
                 last = time.monotonic()
         if state.read and done.hexdigest() != known and state.read == resumed:
             raise changed(opened, f"fewer than the {resumed} documents there were")
         state.finished = True
         if path is not None:
-            state.save(path, run, done.hexdigest())
-    first = next(iter(origins.values()))
-    return LayerCurves(
-        points=state.points(),
-        title="Over a corpus",
-        caption=f"Means over the sentences of {state.read:,} documents, with 95 % intervals "
-        "(Student's t).",
-        provenance=first,
-    )
+            state.save(path, done.hexdigest())
+    return state.curves()
 
 
 def _documents(shard: Shard, name: str, rows: bool) -> Iterator[Any]:
@@ -175,13 +181,13 @@ def _documents(shard: Shard, name: str, rows: bool) -> Iterator[Any]:
 
 def _figures(
     found: Any, value: str, metric: str | None, category: str | None, count: int
-) -> Iterator[tuple[Key, torch.Tensor]]:
+) -> Iterator[tuple[Key, list[float]]]:
     """Yields the figures of the sentences of a batch, by metric, category and layer."""
     if isinstance(found, ScoreTable):
         for row in found.rows:
-            numbers = torch.tensor(row.values, dtype=torch.float64)
             layer, name = _layer_of(row.layer)
-            yield (row.metric + name, row.method, layer), numbers[~numbers.isnan()]
+            numbers = [float(value) for value in row.values if not math.isnan(value)]
+            yield (row.metric + name, row.method, layer), numbers
         return
     frame = found.to_dataframe() if hasattr(found, "to_dataframe") else found
     columns = [*getattr(frame, "columns", ())]
@@ -201,7 +207,7 @@ def _figures(
         one = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         which = str(one[metric]) if metric else value
         label = str(one[category]) if category else EVERY
-        yield (which, label, int(one["layer"])), torch.tensor([*part], dtype=torch.float64)
+        yield (which, label, int(one["layer"])), part.astype(float).tolist()
 
 
 def _layer_of(name: str) -> tuple[int, str]:
@@ -209,84 +215,3 @@ def _layer_of(name: str) -> tuple[int, str]:
     words = name.replace(",", "").split()
     number = next(int(word) for word in reversed(words) if word.isdigit())
     return number, "" if name.isdigit() else f" ({name.replace(str(number), 'here')})"
-
-
-@dataclass
-class _State:
-    """What has been found so far.
-
-    Attributes:
-        most: How many figures there may be.
-        moments: Moments of each figure over sentences.
-        read: Documents read.
-        finished: Whether that was all.
-    """
-
-    most: int
-    moments: dict[Key, Moments] = field(default_factory=dict)
-    read: int = 0
-    finished: bool = False
-
-    def add(self, found: Iterator[tuple[Key, torch.Tensor]], model: str) -> None:
-        """Takes in the figures of a batch."""
-        for (metric, category, layer), numbers in found:
-            if model:
-                category = model if category == EVERY else f"{model}: {category}"
-            key, some = (metric, category, layer), Moments.of(numbers[:, None])
-            if some.count:
-                self.moments[key] = self.moments[key].merge(some) if key in self.moments else some
-        if len(self.moments) > self.most:
-            raise bad(
-                "there are too many figures",
-                f"{len(self.moments)} metrics, categories and layers",
-                f"at most {self.most}",
-                "Group by another column, or raise most=.",
-            )
-
-    def points(self) -> tuple[CurvePoint, ...]:
-        """Returns every figure with its interval."""
-        found = []
-        for metric, category, layer in sorted(self.moments):
-            one = self.moments[metric, category, layer]
-            mean, n = float(one.mean), one.count
-            error = (float(one.squares) / max(n - 1, 1) / n) ** 0.5
-            wide = t_quantile(n - 1) * error
-            found.append(CurvePoint(metric, category, layer, mean, mean - wide, mean + wide, n))
-        return tuple(found)
-
-    def save(self, path: Path, run: Mapping[str, Any], digest: str) -> None:
-        """Writes the state to a file."""
-        moments = [
-            [*key, one.count, float(one.mean), float(one.squares)]
-            for key, one in self.moments.items()
-        ]
-        kept = {"run": run, "digest": digest, "read": self.read, "finished": self.finished}
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps({**kept, "moments": moments}), encoding="utf-8")
-        part.replace(path)
-
-    def resume(self, path: Path, run: dict[str, Any]) -> str:
-        """Goes on from a file, and returns the hash of what was read.
-
-        Raises:
-            InvalidInput: If it is another run.
-            FileFormatError: If it is no state.
-        """
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            before, self.read, self.finished = kept["run"], kept["read"], kept["finished"]
-            for metric, category, layer, count, mean, squares in kept["moments"]:
-                numbers = (torch.tensor([x], dtype=torch.float64) for x in (mean, squares))
-                self.moments[metric, category, layer] = Moments(count, *numbers)
-            digest = kept["digest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                four_parts(
-                    f"{path} holds no figures over a corpus",
-                    repr(error)[:200],
-                    "a file that over_corpus wrote",
-                    "Choose another file.",
-                )
-            ) from error
-        require_run(before, json.loads(json.dumps(run)), path)
-        return digest

@@ -167,13 +167,7 @@ def mine_triggers(
     view = with_dictionaries(as_view(model), dictionary)
     how = Cutting(shard_size, batch_size, too_long, malformed, prepend_bos, special)
     miner = make_miner(view, how, k, layer, neurons, stack, unit, tails, duplicates)
-    if rank >= world_size:
-        raise bad(
-            "there is no such process",
-            f"rank={rank} of world_size={world_size}",
-            "0 <= rank < world_size",
-            "Number the processes from 0.",
-        )
+    require_rank(rank, world_size)
     opened, folder = open_corpus(corpus, column), make_folder(out)
     load = partial(load_triggers, folder, model=model, dictionary=dictionary, labels=labels)
     run = miner.describe(opened, source)
@@ -334,20 +328,32 @@ def _require_whole(parts: list[Part], places: list[Path]) -> None:
     """Raises InvalidInput unless the parts of all processes are there and finished."""
     named = ", ".join(map(str, places))
     if not parts:
-        raise _cannot_merge("no part", f"parts of a run in {named}")
+        raise cannot_merge("no part", f"parts of a run in {named}")
     size = parts[0].world_size
     ranks = sorted(part.rank for part in parts)
     if ranks != list(range(size)):
-        raise _cannot_merge(f"the parts of processes {ranks}", f"one of each of {size}")
+        raise cannot_merge(f"the parts of processes {ranks}", f"one of each of {size}")
     for part in parts:
         require_run(parts[0].run, part.run, places[0])
         if not part.done or part.shards != parts[0].shards:
-            raise _cannot_merge(f"an unfinished part of process {part.rank}", "finished parts")
+            raise cannot_merge(f"an unfinished part of process {part.rank}", "finished parts")
 
 
-def _cannot_merge(seen: str, expected: str) -> InvalidInput:
+def cannot_merge(seen: str, expected: str) -> InvalidInput:
+    """Returns the error for parts that are no whole."""
     remedy = "Run the processes that are missing or were stopped again: they go on."
     return bad("the parts cannot be merged", seen, expected, remedy)
+
+
+def require_rank(rank: int, world_size: int) -> None:
+    """Raises InvalidInput unless there is such a process."""
+    if rank >= world_size:
+        raise bad(
+            "there is no such process",
+            f"rank={rank} of world_size={world_size}",
+            "0 <= rank < world_size",
+            "Number the processes from 0.",
+        )
 
 
 def require_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mining on many machines with Ray Data; needs ``pip install tl-contextmix[ray]``.
+"""A corpus on many machines with Ray Data; needs ``pip install tl-contextmix[ray]``.
 
 The table that Ray maps over has one row per part of the corpus, and a worker writes its part to the
 shared folder: nothing but the path of a file goes through Ray. A worker that is killed is tried
@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,28 @@ from tl_contextmix.methods.memories.mining import merge_triggers, mine_triggers
 from tl_contextmix.methods.memories.store import make_folder, part_path
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
-_OURS = ("model", "corpus", "out", "rank", "world_size")
+_OURS = ("model", "corpus", "measure", "out", "rank", "world_size")
+Work = Callable[[Any, int, int], Path]
+"""Works on one part, given the model, the part's number and how many there are; returns its file.
+
+It goes on from the file where there is one, as a worker that was killed is tried again.
+"""
 
 
 class _Worker:
     """One model on one device, and the parts it is given."""
 
-    def __init__(
-        self, load: Callable[[], object], corpus: str, out: str, options: Mapping[str, Any]
-    ) -> None:
-        self.model, self.corpus, self.out, self.options = load(), corpus, out, options
+    def __init__(self, load: Callable[[], object], work: Work) -> None:
+        self.model, self.work = load(), work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        paths = []
-        for rank, size in zip(batch["rank"].tolist(), batch["world_size"].tolist(), strict=True):
-            mine_triggers(
-                self.model, self.corpus, out=self.out, rank=rank, world_size=size, **self.options
-            )
-            paths.append(str(part_path(Path(self.out), rank, size)))
-        return {"path": paths}
+        parts = zip(batch["rank"].tolist(), batch["world_size"].tolist(), strict=True)
+        return {"path": [str(self.work(self.model, *part)) for part in parts]}
+
+
+def _mine(model: object, rank: int, size: int, *, corpus: str, out: Path, options: Any) -> Path:
+    mine_triggers(model, corpus, out=out, rank=rank, world_size=size, **options)
+    return part_path(out, rank, size)
 
 
 @checked
@@ -86,15 +90,36 @@ def mine_on_ray(
         InvalidInput: If Ray is not installed, would deadlock, or an option is none of
             `mine_triggers`.
     """
-    options = _require_options(options)
-    count = max(2, 4 * workers if parts is None else parts)
+    options = require_options(options, mine_triggers)
     # Workers may be started in another folder than this process.
     corpus, folder = Path(corpus).absolute(), make_folder(out).absolute()
+    work = partial(_mine, corpus=str(corpus), out=folder, options=options)
+    on_ray(load, work, workers, parts, num_cpus, num_gpus)
+    return load_triggers(merge_triggers(folder), corpus=corpus, column=options.get("column"))
+
+
+def on_ray(
+    load: Callable[[], object],
+    work: Work,
+    workers: int,
+    parts: int | None,
+    num_cpus: float,
+    num_gpus: float,
+) -> list[Path]:
+    """Has all parts worked on; see `mine_on_ray` for the arguments.
+
+    Returns:
+        The file of each part.
+
+    Raises:
+        InvalidInput: If Ray is not installed, or would deadlock.
+    """
+    count = max(2, 4 * workers if parts is None else parts)
     with _ray(workers * num_cpus) as ray:
         table = ray.data.from_items([{"rank": r, "world_size": count} for r in range(count)])
         done = table.repartition(count).map_batches(
             _Worker,
-            fn_constructor_args=(load, str(corpus), str(folder), options),
+            fn_constructor_args=(load, work),
             batch_size=1,
             concurrency=workers,
             num_cpus=num_cpus,
@@ -102,20 +127,26 @@ def mine_on_ray(
             max_restarts=-1,
             max_task_retries=-1,
         )
-        done.materialize()
-    return load_triggers(merge_triggers(folder), corpus=corpus, column=options.get("column"))
+        return sorted(Path(row["path"]) for row in done.take_all())
 
 
-def _require_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = dict(given or {})
-    known = [n for n in inspect.signature(mine_triggers).parameters if n not in _OURS]
+def require_options(
+    given: Mapping[str, Any] | None, function: Callable[..., Any]
+) -> dict[str, Any]:
+    """Returns further arguments of a function.
+
+    Raises:
+        InvalidInput: If it has no such argument, or Ray sets it.
+    """
+    options, name = dict(given or {}), function.__name__
+    known = [n for n in inspect.signature(function).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise bad(
-            "mine_triggers does not have this option",
+            f"{name} does not have this option",
             repr(unknown[0]),
             f"some of {known}",
-            "See the docstring of mine_triggers.",
+            f"See the docstring of {name}.",
         )
     return options
 
@@ -130,7 +161,7 @@ def _ray(wanted: float) -> Iterator[Any]:
         import ray.data
     except ImportError as error:
         raise bad(
-            "there is no Ray to mine on",
+            "there is no Ray to work on",
             str(error),
             "ray[data]",
             "Install tl-contextmix[ray], or share the corpus by rank and world_size.",
