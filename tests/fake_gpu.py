@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
+from gpu_waits import Waits, require_few
 from torch import Tensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -34,6 +35,7 @@ GPU = torch.device("privateuseone:0")
 _UNORDERED = {"cumsum", "cumsum_", "histc", "kthvalue", "put", "put_"}
 _ANYWHERE = {"copy_", "_to_copy"}
 _INDEXING = {"index", "index_put", "index_put_"}
+WAITS = Waits()
 
 
 class GpuTensor(Tensor):
@@ -62,6 +64,7 @@ class GpuTensor(Tensor):
 
     def tolist(self) -> Any:
         """Returns the numbers as lists."""
+        WAITS.see("tolist", [True], (self,), None)
         return self.numbers.tolist()
 
     @classmethod
@@ -97,9 +100,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if unordered and torch.are_deterministic_algorithms_enabled():
         raise RuntimeError(f"{name} does not have a deterministic implementation")
     device, plain = kwargs.get("device"), kwargs
+    asked = None if device is None else torch.device(device).type == GPU.type
     to_gpu = any(there) if name not in _ANYWHERE else there[0]
+    WAITS.see(name, there, args, asked)
     if device is not None:
-        to_gpu = torch.device(device).type == GPU.type
+        to_gpu = bool(asked)
         plain = {**kwargs, "device": torch.device("cpu")}
     with _disable_current_modes():
         found = func(*tree_map(_numbers, args), **tree_map(_numbers, plain))
@@ -299,6 +304,8 @@ def main(families: list[str]) -> int:
     for family in families:
         ask_methods(asked, family)
     ask_options(asked, "gpt2")
+    with FakeGpu():
+        asked.call("waits", lambda: require_few(WAITS, GPU))
     with tempfile.TemporaryDirectory() as place:
         ask_functions(asked, Path(place))
     sys.stdout.write("\n".join([*asked.failed, f"{asked.made} calls, {len(asked.failed)} failed"]))

@@ -409,9 +409,9 @@ def test_support_is_the_stretch_of_sources_with_parts() -> None:
     token_sum.terms[1].pattern[0, 1, 1, 1] = 0.5
     token_sum.terms[1].pattern[0, 1, 3, 4] = 0.5
     # A target that reads nothing has an empty stretch which moves no other's bounds.
-    assert token_sum.support() == Support([9, 1, 9, 8], [0, 6, 0, 9])
+    assert Support.of(token_sum) == [Support([9, 1, 9, 8], [0, 6, 0, 9])]
     own = replace(token_sum, own=random(BATCH, TARGETS, OUT))
-    assert own.support() == Support([0, 1, 2, 3], [1, 6, 3, 9])
+    assert Support.of(own) == [Support([0, 1, 2, 3], [1, 6, 3, 9])]
 
 
 def test_support_of_some_targets_within_some_sources() -> None:

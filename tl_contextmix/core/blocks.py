@@ -557,7 +557,7 @@ class FeedForward:
         return shift(found, trace[self.missing][where] if self.missing else None)
 
     def output(
-        self, trace: Trace, where: slice | Tensor = slice(None)
+        self, trace: Trace, where: slice | Tensor | tuple[Tensor, ...] = slice(None)
     ) -> Float[Tensor, "*some d_model"]:
         """Returns what the sublayer adds to the residual stream at some places, edits included."""
         raw, out = trace.edit(self.edits.raw), trace.edit(self.edits.out)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, FeedForward
-from tl_contextmix.core.token_sums import FrozenNorm, TokenSum, blocks
+from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks
 
 Bias = Literal["contributor", "fixed"]
 DEFAULT_MAX_BYTES = 2**30
@@ -146,8 +146,9 @@ class FeedForwardParts:
         plan = _plan(folded, max_bytes)
         for rows in blocks(self.bias.shape[0], plan.batch):
             some = folded.row(rows)
-            read = whole = some.read.support()
-            whole = whole if some.residual is None else whole.join(some.residual.support())
+            sums = (some.read,) if some.residual is None else (some.read, some.residual)
+            read, *residual = Support.of(*sums)
+            whole = read.join(residual[0]) if residual else read
             for span in some.stretches(plan.sources):
                 ready = some.ready(span, hidden=plan.neurons >= self.W_out.shape[0])
                 for targets in blocks(self.bias.shape[1], plan.targets):

@@ -193,15 +193,20 @@ class _Search:
         # Nothing goes its way: nothing is followed.
         total = (total if ff is None else total + ff).clamp(min=1e-30)
         below = self._below(index, states, place)
-        for target, share in zip(targets, (before / total).tolist(), strict=True):
+        # What is followed depends on the numbers: they are copied to the host, all at once.
+        each = [before, *([] if ff is None else [ff]), *heads]
+        rows_of = [sizes.reshape(len(rows), -1) / total[:, None] for sizes in each]
+        listed = torch.cat(rows_of, dim=1).cpu().split([one.shape[1] for one in rows_of], dim=1)
+        for target, share in zip(targets, listed[0][:, 0].tolist(), strict=True):
             self._follow(target, below._replace(pos=target.pos), share)
         if ff is not None:
-            for target, share in zip(targets, (ff / total).tolist(), strict=True):
+            for target, share in zip(targets, listed[1][:, 0].tolist(), strict=True):
                 self._through(target, "mlp", -1, below._replace(pos=target.pos), share)
-        for (one, _), sizes in zip(state.attentions, heads, strict=True):
+        of_heads = listed[len(each) - len(heads) :]
+        for (one, _), found, sizes in zip(state.attentions, of_heads, heads, strict=True):
             cross = one.kind == "cross"
             source = RouteNode("resid_post", 1, self._stacks[1][-1].layer, 0) if cross else below
-            shares = sizes / total[:, None, None]
+            shares = found.view(sizes.shape)
             for row, head, pos in (shares > self._threshold).nonzero().tolist():
                 read, share = source._replace(pos=pos), float(shares[row, head, pos])
                 self._through(targets[row], "cross_attn" if cross else "attn", head, read, share)

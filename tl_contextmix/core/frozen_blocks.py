@@ -8,6 +8,7 @@ any few of them can be carried alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,13 +156,6 @@ class FrozenBlock:
         read = before if self.block.parallel else stream
         return self.feed_forward(stream, read, constant)
 
-    @property
-    def causal(self) -> bool:
-        """Whether no target reads a later one."""
-        own = (a.pattern for a in self.attentions if a.sublayer.kind == "self")
-        # What is read is asked, not how much: `estimate` has no numbers.
-        return not any(bool((pattern != 0).triu(1).any()) for pattern in own)
-
     def since(self, first: int) -> FrozenBlock:
         """Returns the block at the targets from one on, which read no earlier ones."""
         if first == 0:
@@ -169,6 +163,15 @@ class FrozenBlock:
         attentions = tuple(one.since(first) for one in self.attentions)
         ff = self.feed_forward
         return FrozenBlock(self.block, attentions, None if ff is None else ff.since(first))
+
+
+def causal(frozen: Sequence[FrozenBlock]) -> bool:
+    """Returns whether no target reads a later one in any of some blocks."""
+    own = [a.pattern for block in frozen for a in block.attentions if a.sublayer.kind == "self"]
+    # What is read is asked, not how much: `estimate` has no numbers. Of all blocks at once, as a
+    # GPU is waited for.
+    later = [(pattern != 0).triu(1).any() for pattern in own]
+    return not later or not bool(torch.stack([one.to(later[0].device) for one in later]).any())
 
 
 def freeze(

@@ -475,15 +475,28 @@ class LinearGraph:
 
     def best(self, pulled: Pulled, most: int) -> list[Place]:
         """Returns the nodes of largest absolute score, largest first."""
+        sizes, tops = [], []
+        for at in pulled.gradients:
+            sizes.append(self.scores(pulled, *at).abs())
+            tops.append(sizes[-1].flatten().topk(min(most, sizes[-1].numel())))
         found: list[tuple[float, Place]] = []
-        for index, step in pulled.gradients:
-            size = self.scores(pulled, index, step).abs()
-            flat = size.flatten()
-            for at in flat.topk(min(most, len(flat))).indices.tolist():
-                place = Place(index, step, *divmod(at, size.shape[1]))
-                found.append((float(flat[at]), place))
+        each = zip(
+            pulled.gradients,
+            sizes,
+            listed([top.values for top in tops]),
+            listed([top.indices for top in tops]),
+            strict=True,
+        )
+        for (index, step), size, values, places in each:
+            for value, at in zip(values, places, strict=True):
+                found.append((value, Place(index, step, *divmod(int(at), size.shape[1]))))
         order = sorted(found, key=lambda one: (-one[0], one[1]))
         return [place for size, place in order[:most] if size]
+
+    def possible(self, pulled: Pulled) -> int:
+        """Returns how many nodes have a score other than zero."""
+        counts = [(self.scores(pulled, *at) != 0).sum() for at in pulled.gradients]
+        return int(torch.stack([count.to(counts[0].device) for count in counts]).sum())
 
     def writes(self, kept: Sequence[Place]) -> Float[Tensor, "some d_model"]:
         """Returns what some nodes write to the stream, in their order."""
@@ -696,6 +709,14 @@ class _Table:
 
 
 _NOWHERE = torch.zeros(0, 2, dtype=torch.long)
+
+
+def listed(vectors: Sequence[Tensor]) -> list[list[float]]:
+    """Returns the numbers of some vectors, copied to the host at once."""
+    if not vectors:
+        return []
+    whole = torch.cat([vector.to(vectors[0].device) for vector in vectors])
+    return [part.tolist() for part in whole.cpu().split([len(vector) for vector in vectors])]
 
 
 def _by_step(kept: Sequence[Place]) -> dict[tuple[int, int], Places]:

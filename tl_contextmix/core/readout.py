@@ -239,8 +239,9 @@ class _Running:
     def _count(self, logits: Tensor, columns: slice, side: int) -> None:
         ahead = (torch.gt if side == 0 else torch.lt)(logits, self.target[:, None])
         # The target is not ahead of itself, however its two products were rounded.
-        here = ((self.targets >= columns.start) & (self.targets < columns.stop)).nonzero()[:, 0]
-        ahead[here, self.targets[here] - columns.start] = False
+        here = (self.targets >= columns.start) & (self.targets < columns.stop)
+        own = (self.targets - columns.start).clamp(0, ahead.shape[1] - 1)[:, None]
+        ahead.scatter_(1, own, ahead.gather(1, own) & ~here[:, None])
         self.rank[:, side] += ahead.sum(-1)
 
     def scan(self) -> Scan:

@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 T = TypeVar("T", bound="AttentionTerm")
@@ -474,8 +474,8 @@ class TokenSum:
         out = self.terms[0].diagonal()
         return out if self.own is None else out + self.own
 
-    def support(self) -> Support:
-        """Returns which sources each target reads (causal masks, sliding windows, padding)."""
+    def ends(self) -> Int[Tensor, "2 target"]:
+        """Returns the first source that each target reads, and one past the last."""
         rows = self.bias.shape[1]
         touched = torch.zeros(rows, self.sources, dtype=torch.bool, device=self.bias.device)
         for read, span, owned in self.segments():
@@ -487,7 +487,7 @@ class TokenSum:
         last = self.sources - touched.byte().flip(1).argmax(dim=1)
         nothing = ~touched.any(dim=1)
         first, last = first.masked_fill(nothing, self.sources), last.masked_fill(nothing, 0)
-        return Support(*torch.stack([first, last]).tolist())
+        return torch.stack([first, last])
 
 
 @dataclass(frozen=True)
@@ -501,6 +501,16 @@ class Support:
 
     first: list[int]
     last: list[int]
+
+    @classmethod
+    def of(cls, *sums: TokenSum) -> list[Support]:
+        """Returns which sources each target reads (causal masks, sliding windows, padding).
+
+        Args:
+            sums: With as many targets each; one after the other would make a GPU wait for each.
+        """
+        ends = [one.ends() for one in sums]
+        return [cls(*pair) for pair in torch.stack(ends).tolist()]
 
     def columns(self, rows: slice, within: slice) -> slice:
         """Returns the stretch of sources, within another, that some targets read."""

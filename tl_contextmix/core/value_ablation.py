@@ -17,7 +17,8 @@ else 1) and of the norm before the feed-forward sublayer. Folding costs as much 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,6 +80,7 @@ class ValueAblation:
         fixed: The feed-forward output where it does not see the change (parallel), else None.
         pre: The model's own pre-activations by branch where the pass kept them, else None.
         added: What hooks add to the residual sum after the feed-forward sublayer, or None.
+        reached: `touched` on the host, by spans, as far as it was asked for.
     """
 
     block: Block
@@ -91,6 +93,7 @@ class ValueAblation:
     fixed: Float[Tensor, "batch target d_model"] | None
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None = None
     added: Float[Tensor, "batch target d_model"] | None = None
+    reached: dict[Any, Tensor] = field(default_factory=dict)
 
     def touched(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
         """Returns which targets read which sources (or spans) in any row of the batch."""
@@ -99,10 +102,17 @@ class ValueAblation:
             return touched
         return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
 
+    def _reached(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
+        """Returns `touched` on the host, where it decides what is done: copied once."""
+        key = None if spans is None else tuple(map(tuple, spans))
+        if key not in self.reached:
+            self.reached[key] = self.touched(spans).cpu()
+        return self.reached[key]
+
     def heads(self, group: Sequence[int]) -> ValueAblation:
         """Returns the replay in which only some heads' values are zeroed."""
         found = tuple(replace(branch, read=branch.read.heads(group)) for branch in self.branches)
-        return replace(self, read=self.read.heads(group), branches=found)
+        return replace(self, read=self.read.heads(group), branches=found, reached={})
 
     def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
@@ -121,7 +131,7 @@ class ValueAblation:
         width, size = self.before.shape[2], self.before.element_size()
         # In products of one vector with W_in. A fold that is kept is paid for once; by eighths,
         # as what is done must not depend on whether this is the first call.
-        pairs = repeats * batch * int(self.touched(spans).sum())
+        pairs = repeats * batch * int(self._reached(spans).sum())
         fold = min(batch * source * heads, width + batch * source)
         fold = fold if self.block.folds is None else width // 8 + batch * source
         held = len(ff.branches()) * (width + batch * heads) * ff.width * size
@@ -145,7 +155,7 @@ class ValueAblation:
         plan = _plan(self, spans, max_bytes)
         terms = [self.read, *(branch.read for branch in self.branches)]
         # Which tiles there are is decided on the host, at once.
-        touched, alone = self.touched(spans).cpu(), self._alone(spans)
+        touched, alone = self._reached(spans), self._alone(spans)
         lonely = None if alone is None else alone.any(dim=0).cpu()
         kept: dict[int, Tensor] = {}
         for columns in blocks(touched.shape[1], plan.columns):

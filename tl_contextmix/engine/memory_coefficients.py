@@ -222,7 +222,8 @@ class LayerReadout:
         states: How streams and outputs are read.
         table: How values are read.
         active: Which memories count as active.
-        where: Positions that are read.
+        where: Sentences and positions that are read; not a mask, whose size a GPU would be asked
+            for at every use.
         scale: Scale of the final norm at them, for where it is frozen.
         final: The model's top token at them.
     """
@@ -233,7 +234,7 @@ class LayerReadout:
     states: Unembedding
     table: Unembedding
     active: Active
-    where: Bool[Tensor, "batch pos"]
+    where: tuple[Int[Tensor, " place"], Int[Tensor, " place"]]
     scale: Float[Tensor, "place 1"]
     final: Int[Tensor, " place"]
 
@@ -251,7 +252,7 @@ class LayerReadout:
         trace: Trace,
         how: tuple[Unembedding, Unembedding],
         active: Active,
-        where: Bool[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"],
     ) -> LayerReadout:
         """Returns the readout of a pass.
 
@@ -260,12 +261,13 @@ class LayerReadout:
             trace: The pass, with what `names` asks for.
             how: How states and how values are read.
             active: Which memories count as active.
-            where: Positions to read.
+            mask: Positions to read.
 
         Raises:
             UnsupportedModel: If hooks of the user's own edit what follows the last block.
         """
-        where = where.to(view.device)
+        row, pos = mask.to(view.device).nonzero(as_tuple=True)
+        where = row, pos
         last = trace[view.blocks()[-1].resid_out][where]
         norm = view.readout.norm
         scale = torch.ones_like(last[..., :1]) if norm is None else norm.scale(last)
@@ -311,7 +313,7 @@ class LayerReadout:
         return seen.sum(-1)
 
 
-def _final_top(view: ModelView, trace: Trace, where: Tensor, last: Tensor) -> Tensor:
+def _final_top(view: ModelView, trace: Trace, where: tuple[Tensor, ...], last: Tensor) -> Tensor:
     """Returns the model's top tokens, from its logits where the pass has left them.
 
     Raises:
@@ -320,12 +322,14 @@ def _final_top(view: ModelView, trace: Trace, where: Tensor, last: Tensor) -> Te
     hooked = view.hooked()
     # Logits in half precision tie; what they are compared with is read in more digits.
     if trace.logits is not None and not hooked and trace.logits.dtype == view.dtype:
-        return trace.logits[where.to(trace.logits.device)].argmax(dim=-1).to(where.device)
+        own = trace.logits[tuple(place.to(trace.logits.device) for place in where)]
+        return own.argmax(dim=-1).to(last.device)
     whole = Unembedding(view.readout, "model")
     final = whole.scan(whole.hidden(last), sides=1).ids[:, 0, 0]
     if trace.logits is None:
         return final
-    own = trace.logits[where.to(trace.logits.device)].to(final.device, view.dtype)
+    own = trace.logits[tuple(place.to(trace.logits.device) for place in where)]
+    own = own.to(final.device, view.dtype)
     found = own.gather(-1, final[:, None])[:, 0]
     best = own.amax(dim=-1)
     # A tie may be broken otherwise; another token may not be the highest.
@@ -359,8 +363,12 @@ def cases(
     """Returns which of the five cases top tokens are, as indices into `CASES`."""
     by_residual, by_ffn, alike = residual == output, ffn == output, residual == ffn
     found = torch.full_like(output, CASES.index("composition"))
-    found[by_residual & ~by_ffn] = CASES.index("residual")
-    found[by_ffn & ~by_residual] = CASES.index("ffn")
-    found[by_residual & by_ffn] = CASES.index("agreement")
-    found[alike & ~by_residual] = CASES.index("conflict")
+    each = {
+        "residual": by_residual & ~by_ffn,
+        "ffn": by_ffn & ~by_residual,
+        "agreement": by_residual & by_ffn,
+        "conflict": alike & ~by_residual,
+    }
+    for name, which in each.items():
+        found.masked_fill_(which, CASES.index(name))
     return found

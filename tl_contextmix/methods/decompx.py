@@ -22,7 +22,7 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
-from tl_contextmix.core.frozen_blocks import FrozenStack, freeze_stack, own_parts
+from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive, checked
@@ -277,8 +277,7 @@ class _Carried:
                         if asked.layer == layer:
                             found[index].append(read(first, parts))
                             totals[index][:, first:] += parts.sum(dim=2)
-        for block, total in zip(self.asked, totals, strict=True):
-            _require_complete(self.done, block, total)
+        _require_complete(self.done, self.asked, totals)
         return found
 
     def _starts(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -288,9 +287,10 @@ class _Carried:
         """
         trace = self.done.trace
         x = trace.resid_in(self.own.blocks[0].block)
-        causal = all(block.causal for block in self.own.blocks)
-        for chunk in blocks(x.shape[1], min(self.size, _few(x.shape[1])) if causal else self.size):
-            first = chunk.start if causal else 0
+        no_later = causal(self.own.blocks)
+        size = min(self.size, _few(x.shape[1])) if no_later else self.size
+        for chunk in blocks(x.shape[1], size):
+            first = chunk.start if no_later else 0
             yield first, own_parts(x, chunk)[:, first:], None
         if self.encoder is None:
             return
@@ -354,13 +354,20 @@ def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     return max(1, max_bytes // per_token)
 
 
-def _require_complete(done: Pass, block: Block, total: Tensor) -> None:
-    """Raises UnsupportedModel unless the vectors add up to the model's own residual stream."""
-    real = done.target.mask.to(total.device)
-    expected = done.trace[block.resid_out][real]
-    error = float((total[real] - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    tolerance = _TOLERANCE.get(done.trace.values[block.resid_out].dtype, 1e-4)
-    if not error <= tolerance:
+def _require_complete(done: Pass, asked: tuple[Block, ...], totals: list[Tensor]) -> None:
+    """Raises UnsupportedModel unless the vectors add up to the model's own residual streams."""
+    errors = []
+    for block, total in zip(asked, totals, strict=True):
+        padding = ~done.target.mask.to(total.device)[..., None]
+        expected = done.trace[block.resid_out]
+        off = (total - expected).masked_fill(padding, 0).abs().max()
+        size = expected.masked_fill(padding, 0).abs().max()
+        errors.append((off / size.clamp(min=1e-30)).to(totals[0].device))
+    # Of all layers at once: a GPU is waited for.
+    for block, error in zip(asked, torch.stack(errors).tolist(), strict=True):
+        tolerance = _TOLERANCE.get(done.trace.values[block.resid_out].dtype, 1e-4)
+        if error <= tolerance:
+            continue
         raise UnsupportedModel(
             four_parts(
                 f"the vectors of {done.view.name} do not add up at layer {block.layer}",

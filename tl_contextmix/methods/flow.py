@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
@@ -22,6 +23,7 @@ from tl_contextmix.core.linear_graph import (
     Node,
     Place,
     Pulled,
+    listed,
 )
 from tl_contextmix.core.validation import Positive, Rule
 from tl_contextmix.engine.linear_graphs import linear_graph, require_sums, run_single
@@ -132,7 +134,7 @@ def flow(
             nodes=_named(prediction, whole, graph),
             score=whole.score,
             explained=whole.passed_on(kept),
-            possible=sum(int((whole.scores(pulled, *at) != 0).sum()) for at in pulled.gradients),
+            possible=whole.possible(pulled),
             log_prob=float(prediction.log_prob[0]),
             pos=int(prediction.stream.rows[0]),
             target=prediction.target,
@@ -206,6 +208,12 @@ def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[Gr
         words = ([prediction.view.to_output(i) for i in row] for row in ids.tolist())
         promoted = {place: tuple(row) for place, row in zip(own, words, strict=True)}
     layers = whole.stacks[0].steps[-1].layer + 1
+    patterns: dict[Place, Tensor] = {}
+    for place in places:
+        nodes = None if place.step < 0 else whole.stacks[place.stack].steps[place.step].nodes
+        if isinstance(nodes, Heads):
+            patterns[place] = nodes.pattern[place.column, place.pos]
+    read = dict(zip(patterns, listed([*patterns.values()]), strict=True))
 
     def name(node: Node) -> GraphNode:
         if node.layer > layers:
@@ -225,7 +233,7 @@ def _named(prediction: Prediction, whole: LinearGraph, graph: Graph) -> tuple[Gr
         nodes = step.nodes
         head, neuron, pattern = -1, -1, ()
         if isinstance(nodes, Heads):
-            head, pattern = place.column, tuple(nodes.pattern[place.column, place.pos].tolist())
+            head, pattern = place.column, tuple(read[place])
         elif isinstance(nodes, FeedForwards) and nodes.split:
             neuron = place.column
         return GraphNode(

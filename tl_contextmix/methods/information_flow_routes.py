@@ -96,7 +96,7 @@ def information_flow_routes(
             nodes=nodes,
             score=whole.score,
             explained=whole.passed_on(written),
-            possible=sum(int((whole.scores(pulled, *at) != 0).sum()) for at in pulled.gradients),
+            possible=whole.possible(pulled),
             log_prob=float(prediction.log_prob[0]),
             pos=pos,
             target=prediction.target,

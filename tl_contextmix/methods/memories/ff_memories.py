@@ -115,7 +115,7 @@ def ff_memories(
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
 
     def placed(numbers: Tensor) -> Tensor:
-        whole = numbers.new_zeros(*readout.where.shape, *numbers.shape[1:])
+        whole = numbers.new_zeros(*done.target.mask.shape, *numbers.shape[1:])
         whole[readout.where] = numbers
         return whole
 

@@ -112,7 +112,8 @@ class TopK:
         columns = live[columns]
         found = (values, *locate(rows, columns, values))
         worst, last = self.values[columns, -1], self.places[columns, -1]
-        better = (values > worst) | (found[1] < last)
+        # As places: a mask's size is asked of a GPU at every use.
+        better = ((values > worst) | (found[1] < last)).nonzero()[:, 0]
         self._insert(columns[better], [entry[better] for entry in found])
 
     def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
@@ -131,7 +132,8 @@ class TopK:
         starts = torch.searchsorted(index[order], torch.arange(len(touched), device=index.device))
         rank = torch.arange(len(order), device=index.device) - starts[index[order]]
         # Of each column its k best.
-        order, rank = order[rank < k], rank[rank < k]
+        few = (rank < k).nonzero()[:, 0]
+        order, rank = order[few], rank[few]
         size = k if self.keys is not None else int(rank.max()) + 1
         table = TopK.zero(
             len(touched), size, new[0].dtype, index.device, distinct=self.keys is not None
