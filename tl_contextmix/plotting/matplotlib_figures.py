@@ -77,12 +77,13 @@ def draw(panels: Sequence[Panel], fonts: Sequence[str], width: float | None = No
         figure.families = lettering.families
         if len(shown) == 1:
             _DRAW[type(shown[0])](figure, shown[0], lettering)
-            figure.set_size_inches(*_scaled(figure.get_size_inches(), width))
+            figure.set_size_inches(*_scaled(figure, width))
         else:
             _several(figure, shown, lettering, width)
         _without_formulas(figure)
-        # Laid out once: each further time would move things by a hair, and files would differ.
-        figure.draw_without_rendering()
+        # And then no more: each further time would move things by a hair, and files would differ.
+        for _ in range(1 if len(shown) == 1 else 2):  # the layout of parts converges
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return figure
 
@@ -95,7 +96,7 @@ def _several(
     for panel in panels:
         alone = Figure()  # only to see how large it is
         _DRAW[type(panel)](alone, panel, lettering)
-        wide, high = _scaled(alone.get_size_inches(), width)
+        wide, high = _scaled(alone, width)
         sizes.append((wide, high if _is_text(panel) else high + _GAP))
     rows = _rows(panels, [wide for wide, _ in sizes])
     heights = [max(sizes[place][1] for place in row) for row in rows]
@@ -130,8 +131,8 @@ def _is_text(panel: Panel) -> bool:
     return isinstance(panel, (Table, ColoredText, Samples))
 
 
-def _scaled(size: Sequence[float], width: float | None) -> tuple[float, float]:
-    wide, high = map(float, size)
+def _scaled(figure: Figure, width: float | None) -> tuple[float, float]:
+    wide, high = map(float, figure.get_size_inches())
     return (wide, high) if width is None else (width, high * width / wide)
 
 
