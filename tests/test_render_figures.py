@@ -281,7 +281,7 @@ def test_charts_stand_side_by_side_and_nothing_overlaps():
     renderer = FigureCanvasAgg(figure).get_renderer()
     parts = [part.get_tightbbox(renderer) for part in figure.subfigs]
     lefts = [part.bbox.x0 for part in figure.subfigs]
-    assert [lefts[0], *lefts[2:5]] == pytest.approx([0.0] * 4)
+    assert [lefts[0], *lefts[2:5]] == pytest.approx([0.0] * 4, abs=1e-6)
     assert lefts[1] > 200
     hair = 0.06  # inches
     for place, one in enumerate(parts):

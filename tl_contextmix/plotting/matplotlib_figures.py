@@ -39,7 +39,6 @@ _PAGE = 7.2  # inches of text across a page: panels stand side by side within it
 _GAP = 0.12  # inches below a map or a chart of several
 _LONGEST = 200  # inches
 _NAME = 0.16  # inches for the name of an axis
-_INSIDE = 3  # series that a legend within the chart names; of more it stands beside
 _LABELLED = 48  # tokens on an axis; of more, only some are named
 _MESH = 20_000  # cells that are drawn as vectors; more are drawn as one picture
 _TURNED: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
@@ -244,7 +243,7 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
         across * (side[0] + 0.15) + left + 0.9 + _NAME * bool(panel.axes[0]),
         down * (side[1] + 0.25) + 0.75 * below + 0.5 + _NAME * bool(panel.axes[1]),
     )
-    told = sheets == 1 and panel.sheets[0] in (*panel.axes, *panel.title.split(", "))
+    told = sheets == 1 and panel.sheets[0] in (*panel.axes, panel.unit, *panel.title.split(", "))
     headings = ("",) if told else panel.sheets
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     mesh = None
@@ -321,7 +320,7 @@ def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
     turned = (longest + 0.1) * len(labels) > width - 0.6
     height = 2.4 + _NAME * bool(panel.axis)
     names = [lettering.width(lettering.shown(name), SIZE) for name, _ in panel.series]
-    beside = 0.5 + max(names) if len(names) > _INSIDE else 0.0
+    beside = 0.5 + max(names) if _crowded(panel) else 0.0
     figure.set_size_inches(width + beside, height + (0.75 * longest if turned else 0.0))
     axes = figure.subplots()
     axes.set_title(lettering.prose(panel.title), fontsize=SIZE + 1)
@@ -412,10 +411,15 @@ def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
     figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
 
 
+def _crowded(panel: Bars) -> bool:
+    """Whether a legend would stand on what is drawn."""
+    return len(panel.series) > (3 if isinstance(panel, Curves) else 1)
+
+
 def _legend(figure: Figure | _Holder, axes: Axes, panel: Bars) -> None:
     if len(panel.series) > 1:
         # Beside the chart only where the layout makes room for it.
-        beside = len(panel.series) > _INSIDE and not isinstance(figure, _Holder)
+        beside = _crowded(panel) and not isinstance(figure, _Holder)
         place: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
         axes.legend(frameon=False, fontsize=SIZE - 1, **place)
 
