@@ -1,6 +1,6 @@
 """Makes the figures of the methods' pages: ``python docs/figures.py``, TransformerLens 3 or 4.
 
-Each is what ``result.figure()`` gives of the page's own example.
+Each is what ``result.figure()`` gives of the page's own example; of some, the first panel alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tl_contextmix.results import Result
 
 IMAGES = Path(__file__).parent / "pages" / "images"
 POINTS = ("resid_mid", "mlp_in", "mlp_out", "resid_post", "block_out")
+FIRST = {"flow", "probing"}  # long tables would follow, or the same chart of other figures
 TEXT = "the keys to the cabinet are"
 
 
@@ -63,7 +64,8 @@ def main() -> None:
     """Writes a figure for each result."""
     IMAGES.mkdir(exist_ok=True)
     for name, result in results().items():
-        result.figure().savefig(IMAGES / f"{name}.svg", bbox_inches="tight")
+        figure = result.figure(0 if name in FIRST else None)
+        figure.savefig(IMAGES / f"{name}.svg", bbox_inches="tight")
 
 
 if __name__ == "__main__":

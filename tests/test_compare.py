@@ -466,7 +466,7 @@ def test_saved_shown_and_printed(found: Comparison, tmp_path: Path) -> None:
     assert Comparison.load(found.save(tmp_path / "c")).equals(found)
     page = found.show().html()
     assert "value_zeroing" in page
-    assert "comprehensiveness, by method and layer" in page
+    assert "Comprehensiveness, by method and layer" in page
     assert "Comparison of 5 methods over 6 sentences of causal-lm" in repr(found)
 
 

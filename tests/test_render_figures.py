@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +18,27 @@ import pytest
 import torch
 from hand_built import map_of, random_map, tokens
 from hostile import HOSTILE
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
+from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.text import Text
 from test_render import heatmap, hostile_panels
 
 from tl_contextmix.errors import ContextMixError, InvalidInput
-from tl_contextmix.plotting import draw_figure
+from tl_contextmix.plotting import draw_figure, matplotlib_figures, matplotlib_fonts
 from tl_contextmix.plotting.panels import Bars, ColoredText, Curves, Heatmap, Panel, Samples, Table
 
 pytestmark = pytest.mark.newest
+REGIONS = ("HK", "JP", "KR", "SC", "TC")
 WORDS = ("<s>", " the", " keys", "</s>")
 
 
 def draw(panel: Panel, **options: Any) -> Any:
     return draw_figure([panel], 0, **({"sheet": None, "fonts": ()} | options))
+
+
+def draw_all(panels: list[Panel]) -> Any:
+    return draw_figure(panels, None, sheet=None, fonts=())
 
 
 def texts(figure: Any) -> list[str]:
@@ -168,7 +176,42 @@ def test_every_token_is_on_the_axes_as_itself():
     assert not any(text.get_parse_math() for text in draw(hostile_map()).findobj(Text))
 
 
-def test_characters_that_no_font_has_are_written_out():
+def test_an_installed_font_is_found_for_what_the_first_one_lacks(monkeypatch, tmp_path):
+    # One that comes with matplotlib, as if the system had it.
+    shipped = [font for font in fontManager.ttflist if matplotlib.get_data_path() in font.fname]
+    (known,) = [font for font in shipped if Path(font.fname).name == "STIXGeneral.ttf"]
+    path = shutil.copy(known.fname, tmp_path)
+    entry = FontEntry(fname=str(path), name=known.name, weight=400)
+    monkeypatch.setattr(fontManager, "ttflist", [*shipped, entry])
+    matplotlib_fonts._installed.cache_clear()
+    panel = ColoredText("t \u210a", "", ("\u210a", "\ue000"), (1.0, 2.0))
+    figure = draw(panel)
+    matplotlib_fonts._installed.cache_clear()
+    assert {"t \u210a", "\u210a", "\\ue000"} <= set(texts(figure))
+    assert figure.families == ["DejaVu Sans", known.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("漢字", ["Noto Sans CJK SC"]),
+        ("漢字かな", ["Noto Sans CJK JP"]),
+        ("漢字한", ["Noto Sans CJK KR"]),
+        ("漢🦜", ["Noto Sans CJK SC", "Symbola"]),
+        ("a\ue000", []),
+    ],
+)
+def test_of_several_fonts_the_one_that_suits_is_taken(monkeypatch, text, expected):
+    east = frozenset(map(ord, "漢字かな한"))
+    fonts = {f"Noto {kind} CJK {end}": east for kind in ("Serif", "Sans") for end in REGIONS}
+    fonts |= {"Symbola": frozenset({ord("🦜")}), "Ink": frozenset(map(ord, "漢a\ue000"))}
+    monkeypatch.setattr(matplotlib_fonts, "_installed", lambda: fonts)
+    monkeypatch.setattr(matplotlib_fonts, "_characters", lambda name: frozenset({ord("a")}))
+    assert matplotlib_fonts.Lettering((), [text]).families[1:] == expected
+
+
+def test_characters_that_no_font_has_are_written_out(monkeypatch):
+    monkeypatch.setattr(matplotlib_fonts, "_installed", dict)
     panel = ColoredText("t", "", ("\u4f60", "a"), (1.0, 2.0))
     assert "\\u4f60" in texts(draw(panel))
     with pytest.raises(InvalidInput, match="cannot be drawn in this font: got 'No Such Font'"):
@@ -198,7 +241,7 @@ def test_vector_files_hold_vectors(tmp_path):
 
 def test_a_panel_and_a_sheet_can_be_chosen():
     result = random_map(2, 3, 1, 4)
-    assert len(meshes(result.figure())) == 3
+    assert len(meshes(result.figure(0))) == 3
     (mesh,) = meshes(result.figure(1, sheet="layer 2"))
     expected = result.scores[1, 2, 0].numpy()
     assert (mesh.get_array().data.reshape(4, 4) == expected).all()
@@ -217,6 +260,56 @@ def test_a_panel_and_a_sheet_can_be_chosen():
 def test_what_is_not_there_cannot_be_drawn(panel, sheet, message):
     with pytest.raises(InvalidInput, match=message):
         draw_figure(random_map(2, 3, 1, 4).panels(), panel, sheet=sheet, fonts=())
+
+
+def test_all_panels_of_a_result_are_drawn():
+    result = random_map(2, 2, 1, 3)
+    whole = result.figure()
+    assert len(whole.subfigs) == 2
+    for part, numbers in zip(whole.subfigs, result.scores, strict=True):
+        for mesh, sheet in zip(meshes(part), numbers[:, 0], strict=True):
+            assert (mesh.get_array().data.reshape(3, 3) == sheet.numpy()).all()
+    narrow = result.figure(sheet=1, width=3.3)
+    assert [len(meshes(part)) for part in narrow.subfigs] == [1, 1]
+    assert narrow.get_figwidth() == pytest.approx(6.6)
+
+
+def test_charts_stand_side_by_side_and_nothing_overlaps():
+    bars = Bars("bars", "", ("a", "b"), (("x", (1.0, 2.0)),), "nats", axis="token")
+    table = Table("a table", "", ("name",), (("b",),))
+    figure = draw_all([bars, bars, bars, table, bars, hostile_map()])
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    parts = [part.get_tightbbox(renderer) for part in figure.subfigs]
+    lefts = [part.bbox.x0 for part in figure.subfigs]
+    assert [lefts[0], *lefts[2:5]] == pytest.approx([0.0] * 4, abs=1e-6)
+    assert lefts[1] > 200
+    hair = 0.06  # inches
+    for place, one in enumerate(parts):
+        for other in parts[place + 1 :]:
+            apart = one.y0 - other.y1, other.x0 - one.x1
+            assert max(apart) / figure.dpi > -hair
+        assert one.x1 <= figure.bbox.x1 + hair * figure.dpi
+    assert {"bars", "a table", "name", "token", "nats"} <= set(texts(figure))
+
+
+def test_axes_are_named():
+    found = texts(random_map(1, 2, 1, 4).figure())
+    assert {"target", "source"} <= set(found)
+    layers = Bars("b", "", ("layer 0", "layer 2"), (("x", (1.0, 2.0)),), "nats", axis="layer")
+    axes = draw(layers).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "nats")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
+
+
+def test_too_many_panels_for_a_page_are_refused(monkeypatch):
+    monkeypatch.setattr(matplotlib_figures, "_LONGEST", 3)
+    text = ColoredText("t", "", ("a",), (1.0,))
+    assert draw_all([text] * 2)
+    with pytest.raises(InvalidInput, match=r"too long: got \d+ inches for 12 panels"):
+        draw_all([text] * 12)
+    axes = matplotlib.figure.Figure().subplots()
+    with pytest.raises(InvalidInput, match=r"holds one panel: got 2 panels.*0 By hand"):
+        random_map(2, 1, 1, 4).figure(ax=axes)
 
 
 def test_a_chart_has_no_sheets():

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import operator
 import pkgutil
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from shown import every_class
 
 import tl_contextmix as cm
 from tl_contextmix import results
+from tl_contextmix.plotting.panels import Table
 from tl_contextmix.results import Score
 from tl_contextmix.results.base import Result, Shown
 
@@ -94,6 +96,16 @@ def test_every_panel_is_a_figure(result: Any):
         width, height = result.figure(place).get_size_inches()
         assert 0.5 < width < 40
         assert 0.3 < height < 40
+
+
+@pytest.mark.parametrize("result", EACH)
+def test_headings_are_words(result: Any):
+    for panel in result.panels():
+        headings = [panel.title, getattr(panel, "unit", "")]
+        headings += panel.columns if isinstance(panel, Table) and len(panel.columns) < 12 else ()
+        assert not [heading for heading in headings if re.search(r"[a-z]_[a-z]", heading)]
+        named = getattr(panel, "axes", ()) or [getattr(panel, "axis", "none")]
+        assert all(named), f"{panel.title}: an axis without a name"
 
 
 def test_a_terminal_prints_no_representation_of_a_class():

@@ -44,6 +44,7 @@ from tl_contextmix.engine.parts import (
 from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import bad
 from tl_contextmix.results import ContextMap, TokenFigures
+from tl_contextmix.results.headings import in_plain_words
 
 
 @overload
@@ -274,7 +275,7 @@ def mixing_ratio(
         values=values * done.target.mask.to(values.device)[:, None],
         layers=done.layers,
         tokens=done.target,
-        title=f"Mixing ratio at {at}",
+        title=f"Mixing ratio, {in_plain_words(at)}",
         caption="Share of each token that comes from other tokens: 0 all its own, 1 all others'.",
         unit="ratio",
         provenance=done.provenance("mixing_ratio", {"at": at, "bias": bias}),

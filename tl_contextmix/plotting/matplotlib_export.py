@@ -16,21 +16,23 @@ if TYPE_CHECKING:
 
 def draw_figure(
     panels: Sequence[Panel],
-    panel: int,
+    panel: int | None,
     *,
     sheet: int | str | None,
     fonts: Sequence[str],
     ax: Axes | None = None,
     width: float | None = None,
 ) -> Figure:
-    """Returns one of some panels as a figure; see `Shown.figure`.
+    """Returns panels, all or one of them, as a figure; see `Shown.figure`.
 
     Raises:
         InvalidInput: If there is no such panel, sheet or font, or it does not fit into the axes, or
             the width.
         ContextMixError: If matplotlib is not installed.
     """
-    chosen = _one_sheet(_one_panel(panels, panel), sheet)
+    chosen = [*panels] if panel is None else [_one_panel(panels, panel)]
+    maps = [one for one in chosen if isinstance(one, Heatmap)] or chosen
+    chosen = [_one_sheet(one, sheet) if one in maps else one for one in chosen]
     if find_spec("matplotlib") is None:
         raise ContextMixError(
             four_parts(
@@ -42,10 +44,18 @@ def draw_figure(
         )
     from tl_contextmix.plotting.matplotlib_figures import draw, draw_into
 
-    _require_place(chosen, ax, width)
+    for one in chosen:
+        _require_place(one, ax, width)
     if ax is None:
         return draw(chosen, fonts, width)
-    draw_into(ax, chosen, fonts)
+    if len(chosen) > 1:
+        raise bad(
+            "one pair of axes holds one panel",
+            f"{len(chosen)} panels",
+            f"panel= with an integer from 0 to {len(chosen) - 1}",
+            f"They are: {_listed(chosen)}.",
+        )
+    draw_into(ax, chosen[0], fonts)
     return ax.figure.figure
 
 
@@ -81,15 +91,19 @@ def _require_place(panel: Panel, ax: object, width: object) -> None:
 
 
 def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
-    titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
     place = _place(
         "panel",
         wanted,
         len(panels),
         f"an integer from {-len(panels)} to {len(panels) - 1}",
-        f"They are: {titles}{' ...' if len(panels) > 12 else ''}.",
+        f"They are: {_listed(panels)}.",
     )
     return panels[place]
+
+
+def _listed(panels: Sequence[Panel]) -> str:
+    titles = "; ".join(f"{place} {panel.title}" for place, panel in enumerate(panels[:12]))
+    return f"{titles}{' ...' if len(panels) > 12 else ''}"
 
 
 def _one_sheet(panel: Panel, wanted: object) -> Panel:

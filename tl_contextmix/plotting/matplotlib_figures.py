@@ -13,12 +13,13 @@ import numpy
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Drawn
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 
+from tl_contextmix.errors import bad
 from tl_contextmix.plotting import colors, graph, matplotlib_tables
 from tl_contextmix.plotting.display_text import cells, largest, number
 from tl_contextmix.plotting.matplotlib_fonts import SIZE, Lettering
@@ -34,6 +35,10 @@ from tl_contextmix.plotting.panels import (
 )
 
 _SIDE = (1.1, 4.5)  # smallest and largest side of a map, in inches
+_PAGE = 7.2  # inches of text across a page: panels stand side by side within it
+_GAP = 0.12  # inches below a map or a chart of several
+_LONGEST = 200  # inches
+_NAME = 0.16  # inches for the name of an axis
 _LABELLED = 48  # tokens on an axis; of more, only some are named
 _MESH = 20_000  # cells that are drawn as vectors; more are drawn as one picture
 _TURNED: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
@@ -62,31 +67,112 @@ class PaperFigure(Figure):
         return written.getvalue()
 
 
-def draw(panel: Panel, fonts: Sequence[str], width: float | None = None) -> PaperFigure:
-    """Returns a panel as a figure; `width` in inches, the height with it; None: as it needs."""
-    lettering = Lettering(fonts)
+def draw(panels: Sequence[Panel], fonts: Sequence[str], width: float | None = None) -> PaperFigure:
+    """Returns panels as one figure; each `width` inches wide, or as wide as it needs."""
+    shown = [*map(_drawn, panels)]
+    lettering = Lettering(fonts, shown)
     with _style(lettering.families):
         figure = PaperFigure(layout="constrained")
         figure.families = lettering.families
-        drawn = _drawn(panel)
-        _DRAW[type(drawn)](figure, drawn, lettering)
-        if width is not None:
-            wide, high = figure.get_size_inches()
-            figure.set_size_inches(width, high * width / wide)
+        if len(shown) == 1:
+            _DRAW[type(shown[0])](figure, shown[0], lettering)
+            figure.set_size_inches(*_scaled(figure, width))
+        else:
+            _several(figure, shown, lettering, width)
         _without_formulas(figure)
-        # Laid out once: each further time would move things by a hair, and files would differ.
-        figure.draw_without_rendering()
+        # And then no more: each further time would move things by a hair, and files would differ.
+        for _ in range(1 if len(shown) == 1 else 2):  # the layout of parts converges
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return figure
 
 
+def _several(
+    figure: Figure, panels: Sequence[Panel], lettering: Lettering, width: float | None
+) -> None:
+    """Draws panels below each other; maps and charts side by side where the page has room."""
+    sizes = []
+    for panel in panels:
+        alone = Figure()  # only to see how large it is
+        _DRAW[type(panel)](alone, panel, lettering)
+        wide, high = _scaled(alone, width)
+        sizes.append((wide, high if _is_text(panel) else high + _GAP))
+    rows = _rows(panels, [wide for wide, _ in sizes])
+    heights = [max(sizes[place][1] for place in row) for row in rows]
+    whole = max(sum(sizes[place][0] for place in row) for row in rows)
+    _require_paper(sum(heights), len(panels))
+    figure.set_size_inches(whole, sum(heights))
+    grid = figure.add_gridspec(len(rows), 1, height_ratios=heights)
+    for line, row in enumerate(rows):
+        widths = [sizes[place][0] for place in row]
+        spare = whole - sum(widths)
+        ratios = [*widths, spare] if spare > 1e-6 else widths
+        cells = grid[line].subgridspec(1, len(ratios), width_ratios=ratios)
+        for column, place in enumerate(row):
+            part: Any = _Part(figure.add_subfigure(cells[column]), sizes[place])
+            _DRAW[type(panels[place])](part, panels[place], lettering)
+
+
+def _rows(panels: Sequence[Panel], widths: Sequence[float]) -> list[list[int]]:
+    """Returns which panels stand side by side; a table or a text has a line of its own."""
+    rows: list[list[int]] = []
+    for place, panel in enumerate(panels):
+        before = [] if not rows or _is_text(panel) else rows[-1]
+        used = sum(widths[other] for other in before)
+        if before and not _is_text(panels[before[-1]]) and used + widths[place] <= _PAGE:
+            before.append(place)
+        else:
+            rows.append([place])
+    return rows
+
+
+def _is_text(panel: Panel) -> bool:
+    return isinstance(panel, (Table, ColoredText, Samples))
+
+
+def _scaled(figure: Figure, width: float | None) -> tuple[float, float]:
+    wide, high = map(float, figure.get_size_inches())
+    return (wide, high) if width is None else (width, high * width / wide)
+
+
+def _require_paper(height: float, count: int) -> None:
+    if height > _LONGEST:
+        raise bad(
+            "a figure of all panels would be too long",
+            f"{height:.0f} inches for {count} panels",
+            f"at most {_LONGEST} inches, the longest page of a PDF",
+            "Choose with panel=, or select fewer sentences.",
+        )
+
+
 def draw_into(axes: Axes, panel: Panel, fonts: Sequence[str]) -> None:
     """Draws a panel into axes of a figure of somebody else's, whose size and layout stay."""
-    lettering, drawn = Lettering(fonts), _drawn(panel)
+    drawn = _drawn(panel)
+    lettering = Lettering(fonts, [drawn])
     holder = _Holder(axes)
     with _style(lettering.families):
         _DRAW[type(drawn)](cast(Figure, holder), drawn, lettering)
         _without_formulas(axes)
+
+
+class _Part:
+    """Stands for a figure where a part of one is drawn into, which cannot change its size."""
+
+    def __init__(self, part: SubFigure, size: tuple[float, float]) -> None:
+        self._part, self._height = part, size[1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def set_size_inches(self, *size: float) -> None:
+        """Leaves the size as it is: the same was found before."""
+
+    def set_layout_engine(self, engine: str) -> None:
+        """Leaves the layout to the whole figure; axes at a place of their own keep it."""
+
+    def get_figheight(self) -> float:
+        """Returns the height of the part, in inches."""
+        return self._height
 
 
 class _Holder:
@@ -154,15 +240,18 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
         max((lettering.width(name, SIZE) for name in axis), default=0.0) for axis in names
     )
     figure.set_size_inches(
-        across * (side[0] + 0.15) + left + 0.9, down * (side[1] + 0.25) + 0.75 * below + 0.5
+        across * (side[0] + 0.15) + left + 0.9 + _NAME * bool(panel.axes[0]),
+        down * (side[1] + 0.25) + 0.75 * below + 0.5 + _NAME * bool(panel.axes[1]),
     )
+    told = sheets == 1 and panel.sheets[0] in (*panel.axes, panel.unit, *panel.title.split(", "))
+    headings = ("",) if told else panel.sheets
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     mesh = None
     for index, axes in enumerate(grid.flat):
         axes.set_visible(index < sheets)
         if index < sheets:
             mesh = _sheet(axes, panel, panel.values[index].detach().cpu().double(), scale)
-            axes.set_title(lettering.prose(panel.sheets[index]), pad=3)
+            axes.set_title(lettering.prose(headings[index]), pad=3)
     _token_axis(grid[0, 0], "y", names[0])
     _token_axis(grid[0, 0], "x", names[1])
     if mesh is not None:
@@ -170,6 +259,10 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
         bar = figure.colorbar(mesh, ax=grid, shrink=shrink, pad=0.02)
         bar.set_label(lettering.prose(panel.unit))
         bar.outline.set_linewidth(0.4)  # type: ignore[union-attr]
+    for axes in grid[:, 0]:
+        axes.set_ylabel(lettering.prose(panel.axes[0]))
+    for axes in grid[-1]:
+        axes.set_xlabel(lettering.prose(panel.axes[1]))
     figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
 
 
@@ -216,13 +309,23 @@ def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
     width = min(7.0, max(3.2, 0.45 * len(panel.labels) + 1.2))
     every = math.ceil(len(panel.labels) / _LABELLED) or 1
     places = range(0, len(panel.labels), every)
-    labels = [lettering.shown(panel.labels[place]) for place in places]
+    start = f"{panel.axis} " if panel.axis else ""
+    # "layer 0", "layer 1" below an axis that is named "layer" need their numbers only.
+    named = all(label.startswith(start) for label in panel.labels)
+    labels = [
+        lettering.shown(panel.labels[place].removeprefix(start) if named else panel.labels[place])
+        for place in places
+    ]
     longest = max((lettering.width(label, SIZE) for label in labels), default=0.0)
     turned = (longest + 0.1) * len(labels) > width - 0.6
-    figure.set_size_inches(width, 2.4 + (0.75 * longest if turned else 0.0))
+    height = 2.4 + _NAME * bool(panel.axis)
+    names = [lettering.width(lettering.shown(name), SIZE) for name, _ in panel.series]
+    beside = 0.5 + max(names) if _crowded(panel) else 0.0
+    figure.set_size_inches(width + beside, height + (0.75 * longest if turned else 0.0))
     axes = figure.subplots()
     axes.set_title(lettering.prose(panel.title), fontsize=SIZE + 1)
     axes.set_ylabel(lettering.prose(panel.unit))
+    axes.set_xlabel(lettering.prose(panel.axis))
     axes.set_xticks(list(places), labels, **(_TURNED if turned else {}))
     axes.spines[["top", "right"]].set_visible(False)
     return axes
@@ -240,7 +343,7 @@ def _bars(figure: Figure, panel: Bars, lettering: Lettering) -> None:
             if not math.isfinite(value):
                 axes.text(at, 0, number(value, 0), ha="center", va="bottom")
     axes.axhline(0, color=colors.ZERO_LINE, linewidth=0.6)
-    _legend(axes, panel)
+    _legend(figure, axes, panel)
 
 
 def _curves(figure: Figure, panel: Curves, lettering: Lettering) -> None:
@@ -253,7 +356,7 @@ def _curves(figure: Figure, panel: Curves, lettering: Lettering) -> None:
         if panel.intervals:
             low, high = zip(*panel.intervals[index], strict=True)
             axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-    _legend(axes, panel)
+    _legend(figure, axes, panel)
 
 
 def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
@@ -263,7 +366,10 @@ def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
     left = max((lettering.width(name, SIZE) for name in names), default=0.0)
     unit = 0.9 / graph.COLUMN  # inches for a pixel of the page
     wide, high = graph.COLUMN * len(columns), graph.ROW * len(panel.rows)
-    figure.set_size_inches(wide * unit + left + 0.4, high * unit + 0.75 * below + 0.7)
+    figure.set_size_inches(
+        wide * unit + left + 0.4 + _NAME * bool(panel.axes[0]),
+        high * unit + 0.75 * below + 0.7 + _NAME * bool(panel.axes[1]),
+    )
     axes = figure.subplots()
     at = graph.places(panel)
     drawn = panel.largest_edges(graph.EDGES)
@@ -298,14 +404,24 @@ def _graph(figure: Figure, panel: Graph, lettering: Lettering) -> None:
     axes.set_xticks(middles, columns, **_TURNED)
     heights = [graph.TOP + (high - (place + 0.5) * graph.ROW) for place in range(len(panel.rows))]
     axes.set_yticks(heights, names)
+    axes.set_ylabel(lettering.prose(panel.axes[0]))
+    axes.set_xlabel(lettering.prose(panel.axes[1]))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.suptitle(lettering.prose(panel.title), fontsize=SIZE + 1)
 
 
-def _legend(axes: Axes, panel: Bars) -> None:
+def _crowded(panel: Bars) -> bool:
+    """Whether a legend would stand on what is drawn."""
+    return len(panel.series) > (3 if isinstance(panel, Curves) else 1)
+
+
+def _legend(figure: Figure | _Holder, axes: Axes, panel: Bars) -> None:
     if len(panel.series) > 1:
-        axes.legend(frameon=False, fontsize=SIZE - 1)
+        # Beside the chart only where the layout makes room for it.
+        beside = _crowded(panel) and not isinstance(figure, _Holder)
+        place: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        axes.legend(frameon=False, fontsize=SIZE - 1, **place)
 
 
 _DRAW: dict[type, Callable[[Figure, Any, Lettering], None]] = {

@@ -67,6 +67,7 @@ class Heatmap(Panel):
         masked: Cells that there is no number for, where rows and columns are not the same tokens.
         sides: Names of stretches of columns and their lengths, such as a prompt and an output;
             empty: there is but one.
+        axes: What rows and columns are, for figures.
     """
 
     values: Float[torch.Tensor, "sheet row column"]
@@ -82,6 +83,7 @@ class Heatmap(Panel):
     column_positions: tuple[int, ...] = ()
     masked: Bool[torch.Tensor, "row column"] | None = None
     sides: tuple[tuple[str, int], ...] = ()
+    axes: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         for name, tokens in (("row_positions", self.rows), ("column_positions", self.columns)):
@@ -153,11 +155,13 @@ class Bars(Panel):
         labels: The horizontal axis, for example layers.
         series: Name and values of each series, every one as long as ``labels``.
         unit: What the vertical axis measures.
+        axis: What the labels are, for figures.
     """
 
     labels: tuple[str, ...]
     series: tuple[tuple[str, tuple[float, ...]], ...]
     unit: str = ""
+    axis: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         for name, values in self.series:
@@ -310,6 +314,7 @@ class Graph(Panel):
         nodes: The nodes.
         edges: From a node (a column) to another (a row); 0 where there is none.
         unit: What sizes measure.
+        axes: What rows and columns are, for figures.
     """
 
     columns: tuple[Place | str, ...]
@@ -317,6 +322,7 @@ class Graph(Panel):
     nodes: tuple[Dot, ...]
     edges: Float[torch.Tensor, "target source"]
     unit: str = ""
+    axes: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
         count = len(self.nodes)

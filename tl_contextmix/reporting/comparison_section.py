@@ -20,6 +20,7 @@ from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.reporting.drawing import quoted, table_of
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import Comparison
+from tl_contextmix.results.headings import in_plain_words
 
 COMPARISON_PATH = "tl_contextmix_comparison.html"
 COMPARED = 50
@@ -144,11 +145,11 @@ def _best(found: Comparison) -> Table:
     chance = found.best(metric)["chance"].iloc[0]
     known = "" if found.correct is None else f" The model is right on {found.correct}."
     return Table(
-        title=f"Every method at its best layer, by {_COLUMNS.get(metric, metric)}",
+        title=f"Every method at its best layer, by {in_plain_words(metric)}",
         caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
         "The best layer is selected on the same sentences, so values are slightly optimistic. "
         "Cost: FLOPs relative to a forward pass.",
-        columns=("method", _COLUMNS.get(metric, metric), "layer", "cost"),
+        columns=("method", in_plain_words(metric), "layer", "cost"),
         rows=tuple(rows),
     )
 
@@ -200,7 +201,6 @@ def _listed(name: str, pairs: str | Path | None, count: int | None) -> tuple[Min
     )
 
 
-_COLUMNS = {"dot": "alignment with the cue"}
 _METRICS = {
     "dot": "aligned with the cue",
     "average precision": "at ranking the cue first",

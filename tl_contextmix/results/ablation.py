@@ -110,7 +110,7 @@ class Knockout(Result):
                 title=f"{self._count()} components ablated",
                 caption="The target before, after, and with as many random components of the same "
                 f"kinds ablated (mean of {self.controls.shape[1]} draws).",
-                columns=("sentence", *frame.columns[1:]),
+                columns=("sentence", *(name.replace("_", " ") for name in frame.columns[1:])),
                 rows=tuple(map(tuple, frame.to_numpy().tolist())),
             ),
         )
@@ -215,6 +215,7 @@ class FlowKnockout(Result):
                     tuple((low, high) for _, low, high in random),
                 ),
                 unit="nats",
+                axis="nodes",
             ),
             Table(
                 title=f"Score and effect of nodes of the graph of {asked}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -130,13 +130,15 @@ class AttentionKnockout(LabelledArray):
             if len(labels) == 1 or len(groups) > _CURVES:
                 caption = f"{text} Rows: the layers that are cut together; columns: sources."
                 sheets = tuple("all heads" if h == "all" else f"head {h}" for h in self.heads)
-                found.append(Heatmap(title, caption, lines, sheets, labels, names, unit=unit))
+                panel = Heatmap(title, caption, lines, sheets, labels, names, unit=unit)
+                found.append(replace(panel, axes=("layers that are cut", "source")))
                 continue
             for head, some in zip(self.heads, lines, strict=True):
                 which = "" if len(self.heads) == 1 else f", head {head}"
                 series = zip(names, map(tuple, some.T.tolist()), strict=True)
                 caption = f"{text} A line for each group of tokens that is not attended to."
-                found.append(Curves(title + which, caption, labels, tuple(series), unit))
+                told = title + which
+                found.append(Curves(told, caption, labels, tuple(series), unit, axis="layers"))
         return tuple(found)
 
     def _name(self, row: int, group: int) -> str:

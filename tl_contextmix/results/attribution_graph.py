@@ -421,6 +421,7 @@ class AttributionGraph(Result):
                 nodes=dots,
                 edges=self.edges,
                 unit=self.unit,
+                axes=("layer", "token"),
             ),
             Table(
                 title=f"{title}: largest effects",

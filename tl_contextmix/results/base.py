@@ -36,31 +36,33 @@ class Shown:
 
     def figure(
         self,
-        panel: int = 0,
+        panel: int | None = None,
         *,
         sheet: int | str | None = None,
         fonts: Sequence[str] = (),
         ax: Axes | None = None,
         width: float | None = None,
     ) -> Figure:
-        r"""Returns one picture as a matplotlib figure, for a paper.
+        r"""Returns what there is to see as a matplotlib figure, for a paper.
 
-        It has the size of its content in inches, lives outside pyplot, and ``savefig`` writes the
-        same bytes each time: vector graphics for ``.pdf`` (fonts embedded) and ``.svg``.
+        Panels stand below each other, maps and charts side by side where a page has room. The
+        figure has the size of its content in inches, lives outside pyplot, and ``savefig`` writes
+        the same bytes each time: vector graphics for ``.pdf`` (fonts embedded) and ``.svg``.
 
         Args:
-            panel: Which of `panels`; negative counts from the end.
+            panel: Which of `panels`; negative counts from the end. None: all of them.
             sheet: Of a stack of maps, which one, by position or name; None: all, side by side.
-            fonts: Names of installed fonts to look in for characters that DejaVu Sans lacks.
-                Characters that none of them has are written as ``\uXXXX``.
+            fonts: Names of installed fonts to look in first for characters that DejaVu Sans lacks;
+                the others that are installed follow. Characters that none of them has are written
+                as ``\uXXXX``.
             ax: Axes of your own to draw into: one map, bars, curves or a graph; the figure is then
                 theirs, and its size stays.
-            width: In inches, the height with it (a column of a paper has about 3.3); None: as much
-                as it needs. Not of tables and texts.
+            width: Of each panel, in inches, the height with it (a column of a paper has about 3.3);
+                None: as much as it needs. Not of tables and texts.
 
         Raises:
-            InvalidInput: If there is no such panel, sheet or font, or it does not fit into axes or
-                a width.
+            InvalidInput: If there is no such panel, sheet or font, or it does not fit into axes, a
+                width or a page of 200 inches.
             ContextMixError: If matplotlib is not installed (``tl-contextmix[figures]``).
         """
         from tl_contextmix.plotting import draw_figure

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.results import storage
+from tl_contextmix.results.headings import as_heading, in_plain_words
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import as_text
 from tl_contextmix.results.scores import ALIGNMENT, BEST, METRICS, ScoreRow, ScoreTable
@@ -208,13 +209,14 @@ class Comparison(ScoreTable):
         frame = self.table(metric)
         better, meaning = METRICS[metric]
         return Heatmap(
-            title=f"{metric}, by method and layer",
+            title=f"{as_heading(in_plain_words(metric))}, by method and layer",
             caption=f"{meaning} {'Higher' if better else 'Lower'} is better.",
             values=torch.tensor(frame.to_numpy())[None],
             sheets=(metric,),
             rows=tuple(frame.index),
             columns=tuple(frame.columns),
             unit=metric,
+            axes=("method", "layer"),
         )
 
     def likeness(self) -> Heatmap:
@@ -229,6 +231,7 @@ class Comparison(ScoreTable):
             rows=self.alike_methods,
             columns=self.alike_methods,
             unit="Spearman",
+            axes=("method", "method"),
         )
 
     def without(self) -> tuple[Table, ...]:

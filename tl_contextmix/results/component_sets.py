@@ -24,6 +24,7 @@ from tl_contextmix.results.components import (
     Components,
     taken,
 )
+from tl_contextmix.results.headings import in_plain_words
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Tokens
 
@@ -258,13 +259,14 @@ def component_grids(
         }[column]
         found.append(
             Heatmap(
-                title=title if len(kinds) > 1 else f"{title}, {kinds[0]}",
+                title=title if len(kinds) > 1 else f"{title}, {in_plain_words(kinds[0])}",
                 caption=caption,
                 values=values,
                 sheets=(by,),
                 rows=tuple(f"layer {number}" for number in layers.tolist()),
                 columns=tuple(map(names, places.tolist())),
                 unit=unit,
+                axes=("layer", "sublayer" if column is None else column),
             )
         )
     return found

@@ -15,31 +15,13 @@ from tl_contextmix.core.words import Spans, Times, frames_of, merge, require_spa
 from tl_contextmix.errors import bad, four_parts, warn
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.results import storage
+from tl_contextmix.results.headings import as_heading, in_plain_words
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
 from tl_contextmix.results.labels import Provenance, Stretches, Tokens
 from tl_contextmix.results.token_groups import Groups, find_groups
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
-# How methods and points are called where they head a picture.
-_METHODS = {
-    "value_zeroing": "Value Zeroing",
-    "alti": "ALTI",
-    "decompx": "DecompX",
-    "globenc": "GlobEnc",
-    "log_prob_contributions": "log-probability contributions",
-    "gradient_x_input": "gradient times input",
-}
-_POINTS = {
-    "attn_out": "attention output",
-    "resid_mid": "stream after attention",
-    "mlp_in": "feed-forward input",
-    "mlp_out": "feed-forward output",
-    "resid_post": "stream after the block",
-    "block_out": "block output",
-    "resid_in": "input of the model",
-    "pattern": "pattern",
-}
 # What rounding leaves of a row that sums to 1, in half precision too.
 _SUM = 1e-2
 
@@ -259,9 +241,9 @@ class ContextMap(LabelledArray):
         """The same in words, as a heading."""
         other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
         methods = dict.fromkeys((self.provenance.method, other))
-        told = " minus ".join(_METHODS.get(one, one.replace("_", " ")) for one in methods)
-        points = " and ".join(_POINTS.get(one, one) for one in self.point.split(" - "))
-        return f"{told[:1].upper()}{told[1:]}, {points}"
+        told = " minus ".join(map(in_plain_words, methods))
+        points = " and ".join(map(in_plain_words, self.point.split(" - ")))
+        return f"{as_heading(told)}, {points}"
 
     def words(
         self,
@@ -519,6 +501,7 @@ class ContextMap(LabelledArray):
                 column_positions=part.source.labels(),
                 masked=part._later(),
                 sides=part.source.sides if len(part.source.sides) > 1 else (),
+                axes=("target", "source"),
             )
             found.append(panel if part.sink is None else part._with_sink(panel))
         return tuple(found)

@@ -115,6 +115,7 @@ class LayerCurves(RowTable):
                 for category in categories
             ),
             unit=metric,
+            axis="layer",
         )
 
 

@@ -57,6 +57,7 @@ class LayerFigures(LabelledArray):
                     for index, name in enumerate(self.quantities)
                 ),
                 unit=self.unit,
+                axis="layer",
             )
             for values in self.values.detach().cpu()
         )

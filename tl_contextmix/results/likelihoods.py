@@ -142,6 +142,7 @@ class LayerwiseLikelihood(LabelledArray):
                     rows=tuple(f"layer {layer}" for layer in self.layers),
                     columns=columns,
                     unit="probability",
+                    axes=("encoder layer", "token of the answer"),
                 )
             )
         return tuple(found)
@@ -199,6 +200,7 @@ class LayerwiseScores(LabelledArray):
                     for place, string in enumerate(self.strings)
                 ),
                 unit="probability",
+                axis="layer",
             )
             for row, given in enumerate(self.inputs)
         )

@@ -18,6 +18,7 @@ from tl_contextmix.results.axes import largest
 from tl_contextmix.results.component_sets import SHOWN, ComponentSet, component_table
 from tl_contextmix.results.components import COLUMNS, Components
 from tl_contextmix.results.context_map import ContextMap
+from tl_contextmix.results.headings import in_plain_words
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 from tl_contextmix.results.predicted_rows import PredictedRows, split_at
 
@@ -292,7 +293,7 @@ class LogProbContributions(ComponentSet):
         if self.by == "position" and len(self.sentence.unique()) < len(self.sentence):
             found += self.as_map().panels() if self._all_there() else ()
         for row in range(len(self.target.strings)):
-            title = f"Contributions by {self.by} to {self.asked(row)}"
+            title = f"Contributions by {in_plain_words(self.by)} to {self.asked(row)}"
             caption = "Blue raises the log-probability of the token, red lowers it."
             if self.foil is not None:
                 caption = "Blue speaks for the first, red for the second."
@@ -317,7 +318,7 @@ class LogProbContributions(ComponentSet):
         evaluated, possible = int(self.evaluated[row]), int(self.possible[row])
         how = f"{evaluated:,} of {possible:,} evaluated exactly."
         return component_table(
-            title=f"Largest of {possible:,} components by {self.by}",
+            title=f"Largest of {possible:,} components by {in_plain_words(self.by)}",
             caption=f"{self.unit}, for {self.asked(row)}. {how} {self.note}".strip(),
             columns=("component", "source", "score", "logit", "coefficient"),
             rows=self._row_table(row, SHOWN),
@@ -335,4 +336,5 @@ class LogProbContributions(ComponentSet):
             labels=self.steps,
             series=(("value" if self.of_direction else "log p", tuple(steps.tolist())),),
             unit=self.unit if self.of_direction else "nats",
+            axis="so far written by",
         )

@@ -27,6 +27,12 @@ FIGURES: dict[str, str] = {
     "final one.",
     "probability": "Probability of the model's final token, read from the residual stream.",
 }
+_TITLES = {
+    "active": "Active memories",
+    "zero agreement": "No memory agrees with its layer",
+    "residual = final": "The stream has the final token",
+    "probability": "Probability of the final token",
+}
 
 
 @storage.storable
@@ -107,8 +113,8 @@ class CompositionFigures(Result):
         columns = as_array(self.values).T.tolist()
         note = f" Over {self.examples:,} positions."
         charts = [
-            Bars(name, text + note, labels, ((name, tuple(column)),), "share")
-            for (name, text), column in zip(FIGURES.items(), columns, strict=False)
+            Bars(title, FIGURES[name] + note, labels, ((name, tuple(each)),), "share", axis="layer")
+            for (name, title), each in zip(_TITLES.items(), columns, strict=False)
         ]
         series = tuple(
             (name, tuple(column))
@@ -119,4 +125,5 @@ class CompositionFigures(Result):
             "output's, both (agreement) or neither (composition); conflict: both have the same "
             "one, the sum another, which a norm with a bias makes possible."
         )
-        return (*charts, Bars("how outputs come about", caption + note, labels, series, "share"))
+        title = "How outputs come about"
+        return (*charts, Bars(title, caption + note, labels, series, "share", axis="layer"))

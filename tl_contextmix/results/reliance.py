@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from tl_contextmix.plotting.panels import ColoredText, Heatmap, Panel, Table
 from tl_contextmix.results import storage
+from tl_contextmix.results.headings import in_plain_words
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.row_tables import token_at
@@ -89,7 +90,7 @@ class ContextReliance(LabelledArray):
                 float(self.log_prob[0, place]),
                 float(self.log_prob_without[0, place]),
                 self.without[0][place],
-                "yes" if bool(self.flagged[0, place]) else "",
+                bool(self.flagged[0, place]),
                 sources[int(self.scores[0, place].argmax())],
             )
             for place, word in enumerate(words)
@@ -110,13 +111,14 @@ class ContextReliance(LabelledArray):
                 rows=tuple(rows),
             ),
             Heatmap(
-                title=f"What the answer depends on, by {self.by}",
+                title=f"What the answer depends on, by {in_plain_words(self.by)}",
                 caption="Rows: tokens of the answer. Columns: passages of the context.",
                 values=self.scores.detach().cpu(),
                 sheets=("answer",),
                 rows=words,
                 columns=sources,
                 unit=self.unit,
+                axes=("token of the answer", "passage of the context"),
             ),
         )
 

@@ -21,6 +21,7 @@ from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.component_sets import SHOWN, component_grids, component_table
 from tl_contextmix.results.components import KINDS, Components
 from tl_contextmix.results.curves import EVERY
+from tl_contextmix.results.headings import in_plain_words
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance
 
@@ -277,16 +278,16 @@ class Scan(LabelledArray):
         whole, count = self.pooled(), int(self.prompts.sum())
         for level in self.levels:
             part = whole.of(level)
-            title = f"Mean contribution by {level} over {count:,} prompts"
+            title = f"Mean contribution by {in_plain_words(level)} over {count:,} prompts"
             caption = "Blue raises the answer, red lowers it."
             found += component_grids(
                 part.components, part.mean, 0, level, {}, title, caption, "nats"
             )
-            found.append(part._table(f"Largest means by {level}, all prompts"))
+            found.append(part._table(f"Largest means by {in_plain_words(level)}, all prompts"))
             if len(self.categories) > 1:
                 for row, name in enumerate(self.categories[:SHOWN]):
                     one = self.of(level)._part({"category": [row]})
-                    found.append(one._table(f"Largest means by {level}, {name}"))
+                    found.append(one._table(f"Largest means by {in_plain_words(level)}, {name}"))
                 found.append(self.of(level)._overlaps(level))
         return tuple(found)
 
@@ -296,7 +297,7 @@ class Scan(LabelledArray):
         return component_table(
             title=title,
             caption=f"nats, with 95 % intervals, over {int(self.prompts):,} prompts.",
-            columns=columns,
+            columns=tuple(name.replace("_", " ") for name in columns),
             rows=[tuple(row[name] for name in columns) for row in rows],
             signed=("mean",),
         )
@@ -309,13 +310,14 @@ class Scan(LabelledArray):
         untold = len(self.categories) - SHOWN
         more = f" {untold} categories more have no table here; see to_dataframe()." * (untold > 0)
         return Heatmap(
-            title=f"Shared among the {k} largest means by {level}",
+            title=f"Shared among the {k} largest means by {in_plain_words(level)}",
             caption=f"Of sets drawn at random, {k * k / len(self._own()):.1f} are expected.{more}",
             values=values,
             sheets=(level,),
             rows=self.categories,
             columns=self.categories,
             unit="components",
+            axes=("category", "category"),
         )
 
 

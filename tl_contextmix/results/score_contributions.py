@@ -157,6 +157,7 @@ class ScoreContributions(Result):
                 unit="score",
                 row_positions=(-1,) * len(queries),
                 column_positions=(-1,) * len(keys),
+                axes=("wrote what the query reads", "wrote what the key reads"),
             ),
             Table(
                 title=f"{title}: both sides",

@@ -281,6 +281,7 @@ class TriggerAgreement(Result):
                 labels,
                 rates,
                 "share",
+                axis="layer",
             ),
             Bars(
                 "Rank of the next token",
@@ -289,6 +290,7 @@ class TriggerAgreement(Result):
                 labels,
                 ranks,
                 "rank",
+                axis="layer",
             ),
             Bars(
                 "Agreement by probability",
@@ -297,6 +299,7 @@ class TriggerAgreement(Result):
                 groups,
                 (("agreement", tuple(bins["agreement"])),),
                 "share",
+                axis="probability",
             ),
             table_of(
                 [*best.head(20).itertuples()],
