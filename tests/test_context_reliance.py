@@ -103,7 +103,7 @@ def test_what_the_model_says_itself(model: Any, tmp_path: Any) -> None:
     panels: Any = found.panels()
     colored, table, map = panels
     assert colored.values == pytest.approx(found.kl[0].tolist())
-    assert [row[5] for row in table.rows].count("yes") == 1
+    assert [row[5] for row in table.rows].count(True) == 1
     assert (map.rows, map.columns) == (found.target.strings[0], found.source.strings[0])
     frame = found.to_dataframe()
     assert len(frame) == found.scores.numel()

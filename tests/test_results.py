@@ -585,6 +585,7 @@ def test_layer_figures_become_tables_and_bars():
         ("layer 2", "layer 3"),
         (("FF", (5.0, 7.0)), ("LN", (6.0, 8.0))),
         "unit",
+        axis="layer",
     )
 
 
