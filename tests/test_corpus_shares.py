@@ -35,7 +35,7 @@ def mixing(model: Any, texts: list[str]) -> Any:
 
 def test_processes_that_share_a_corpus_find_the_same_bits(masked: Any, tmp_path: Path) -> None:
     texts = [f"{text[:-1]}{'old ' * more}." for more in range(4) for text in TEXTS]
-    how: dict[str, Any] = {"batch_size": 2, "shard_size": 3, "checkpoint_seconds": 0}
+    how: dict[str, Any] = {"batch_size": 2, "shard_size": 3, "checkpoint_seconds": 0.0}
     whole = over_corpus(masked, texts, mixing, out=tmp_path / "whole", **how)
     paths = [tmp_path / f"part {rank}" for rank in range(3)]
     calls: list[int] = []

@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on(masked: Any, tmp_path: Path) -> None:
             raise Stopped
         return cm.mixing_ratio(model, texts)
 
-    how: dict[str, Any] = {"batch_size": 2, "shard_size": 2, "checkpoint_seconds": 0}
+    how: dict[str, Any] = {"batch_size": 2, "shard_size": 2, "checkpoint_seconds": 0.0}
     how["out"] = tmp_path / "figures.json"
     with pytest.raises(Stopped):
         over_corpus(masked, TEXTS, measure, **how)
