@@ -408,8 +408,9 @@ def test_a_model_without_a_corpus_or_pairs_says_how_to_get_them(causal, monkeypa
 @pytest.mark.once
 def test_both_schemes_and_paper_are_provided_for(page):
     html = page.html()
-    for query in ("screen and (prefers-color-scheme: dark)", "@media print"):
-        assert html.count(query) == 1
+    # Of the page and of the numbers in its tables.
+    assert html.count("screen and (prefers-color-scheme: dark)") == 2
+    assert html.count("@media print") == 1
     dark = html[html.index("prefers-color-scheme: dark") :]
     ink, ground = (_colour(dark, name) for name in ("--ink", "--ground"))
     assert colors._contrast(ink, ground) > 7
