@@ -29,7 +29,7 @@ def run(path: Path) -> None:
             data = output.get("data", {})
             if "<iframe" in data.get("text/html", ""):
                 del data["text/html"]
-    notebook.metadata.pop("language_info", None)  # the version of Python that ran it
+    notebook.metadata["language_info"] = {"name": "python"}  # not the version that ran it
     nbformat.write(notebook, path)
 
 
