@@ -127,7 +127,7 @@ def calls(folder: Path) -> dict[str, dict[str, Any]]:
         "mine_triggers": {"model": model, "corpus": corpus, "out": folder / "again", "k": 2},
         "probe": {**on_ids, "classes": [0, 1], "pos": -1, "seeds": 1},
         "query_contributions": {**on_ids, "neurons": [(1, 3)]},
-        "report": {"model": model, "text": IDS[:1], "sections": ["mixing"]},
+        "report": {"model": model, "text": IDS[:1], "sections": ["prediction"]},
         "scan": {"model": model, "rows": [([5, 6, 7], 3, 4, "a"), ([5, 6], 3, 4, "b")]},
     }
     plain = {name: on_ids for name in FUNCTIONS if name not in special}
