@@ -120,7 +120,7 @@ def test_pages_are_quiet_at_either_width_in_either_scheme(browser, tmp_path):
             zero = seen.page.eval_on_selector(
                 "article.text .word .zero", "node => getComputedStyle(node).backgroundColor"
             )
-            assert zero == "rgb(255, 255, 255)", "zero is white"
+            assert zero == ("rgb(22, 27, 33)" if dark else "rgb(255, 255, 255)")
             screenshot(seen, f"panels-{'dark' if dark else 'light'}-{width}", tmp_path)
 
 
