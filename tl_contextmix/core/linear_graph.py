@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -711,8 +711,8 @@ class _Table:
 _NOWHERE = torch.zeros(0, 2, dtype=torch.long)
 
 
-def listed(vectors: Sequence[Tensor]) -> list[list[float]]:
-    """Returns the numbers of some vectors, copied to the host at once."""
+def listed(vectors: Sequence[Tensor]) -> list[list[Any]]:
+    """Returns the numbers of some vectors, whole or not, copied to the host at once."""
     if not vectors:
         return []
     whole = torch.cat([vector.to(vectors[0].device) for vector in vectors])
