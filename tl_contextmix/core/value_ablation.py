@@ -198,13 +198,14 @@ class ValueAblation:
         found = touched.new_zeros(len(self.raw), *touched.shape)
         if not isinstance(ff, Experts) or self.fixed is not None:
             return found
+        tiles = [*blocks(touched.shape[0], plan.rows)]
+        kept = [ff.chosen(self._middle(rows)[0]) for rows in tiles]
         for columns in blocks(touched.shape[1], plan.columns):
             read = self.read.ready(_tokens(spans, columns))
-            for rows in blocks(touched.shape[0], plan.rows):
-                kept = ff.chosen(self._middle(rows)[0])
+            for rows, own in zip(tiles, kept, strict=True):
                 (removed,) = self._removed([read], rows, columns, spans, alone)
                 chosen = ff.chosen(self._middle(rows, removed)[0])
-                found[:, rows, columns] = (chosen != kept).any(dim=-1).transpose(1, 2)
+                found[:, rows, columns] = (chosen != own).any(dim=-1).transpose(1, 2)
         return found
 
     def _removed(
