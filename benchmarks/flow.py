@@ -33,6 +33,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.evaluation import demo_pairs
+from tl_contextmix.methods.flow_knockout import flow_knockout
 from tl_contextmix.results import AttributionGraph
 
 PAGE = Path(__file__).parent.parent / "docs" / "pages" / "methods" / "flow.md"
@@ -99,8 +100,8 @@ def measured(model: Any, kind: str, count: int) -> dict[str, dict[str, list[floa
             order = [p for p in sizes.argsort(descending=True).tolist() if graph.nodes[p].written]
             nodes = order[:NODES]
             options: Any = {"graph": graph, "nodes": nodes, "replace_with": "mean"}
-            out = cm.flow_knockout(model, asked.prompt, **options)
-            kept = cm.flow_knockout(model, asked.prompt, **options, others=True)
+            out = flow_knockout(model, asked.prompt, **options)
+            kept = flow_knockout(model, asked.prompt, **options, others=True)
             embeds = [graph.nodes[p].pos for p in nodes if graph.nodes[p].kind == "embed"]
             few, most = kept.counts.index(SOME), len(kept.counts) - 1
             values = (

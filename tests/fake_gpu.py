@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tl_contextmix.methods.flow_knockout import flow_knockout
 from tl_contextmix.results import LogProbContributions
 
 GPU = torch.device("privateuseone:0")
@@ -271,7 +272,7 @@ def ask_options(asked: Asked, family: str) -> None:
                 model, given.tokens[:1].to(GPU), target=5, foil=6, neurons=True, k=20
             ),
             "routes": lambda: cm.information_flow_routes(model, given.tokens[:1].to(GPU), target=5),
-            "graph without nodes": lambda: cm.flow_knockout(
+            "graph without nodes": lambda: flow_knockout(
                 model,
                 given.tokens[:1].to(GPU),
                 graph=cm.flow(model, given.tokens[:1].to(GPU), prune="influence", k=6),

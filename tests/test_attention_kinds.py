@@ -25,6 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 import tl_contextmix as cm
 from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.evaluation import hook_names
 from tl_contextmix.plotting.panels import Heatmap
 from tl_contextmix.results import ContextMap
 
@@ -131,7 +132,7 @@ def found_places(own: Any, found: Any) -> tuple[Tensor, Tensor]:
 
 def test_latent_attention_is_read_from_caches_and_edited_by_head() -> None:
     (model, plain), tokens = built("deepseek_v3"), given().tokens
-    names = cm.hook_names(model, "value_zeroing")
+    names = hook_names(model, "value_zeroing")
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
     kept = cm.value_zeroing(model, tokens, cache=cache).scores
     assert relative(kept, cm.value_zeroing(model, tokens).scores) <= FLOAT32_INSIDE

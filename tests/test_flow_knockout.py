@@ -12,6 +12,7 @@ from asked import bound, case_of, keywords, shared, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
+from tl_contextmix.methods.flow_knockout import flow_knockout
 from tl_contextmix.plotting.panels import Curves, Table
 from tl_contextmix.results import AttributionGraph, FlowKnockout, Result
 
@@ -29,7 +30,7 @@ def of_case(case: zoo.Case, **options: Any) -> tuple[AttributionGraph, FlowKnock
     """A graph and its knockout."""
     model, given = shared(case)
     graph = cm.flow(model, **one(given), pos=-1, target=3, foil=5, share=1.0, k=1000)
-    return graph, cm.flow_knockout(model, **one(given), graph=graph, **options)
+    return graph, flow_knockout(model, **one(given), graph=graph, **options)
 
 
 def literal(case: zoo.Case, pos: int, edits: Any) -> float:
@@ -58,7 +59,7 @@ def test_what_the_linear_model_loses_without_a_node_is_its_score(family: str):
     graph = cm.flow(model, **one(given), pos=-1, target=3, foil=5, share=1.0, k=6)
     for place in [p for p, node in enumerate(graph.nodes) if node.written][::2]:
         options: Any = {"nodes": [place], "controls": 1}
-        found = cm.flow_knockout(model, **one(given), graph=graph, **options)
+        found = flow_knockout(model, **one(given), graph=graph, **options)
         assert float(found.linear[0]) == pytest.approx(float(graph.scores[place]), abs=limit)
         assert float(found.together[0]) == pytest.approx(float(found.alone[0]), abs=1e-8)
 
@@ -109,7 +110,7 @@ def test_random_nodes_are_of_the_same_sublayers_and_reproducible(demo: Any):
     whole = cm.flow(demo, TEXT, **ARE, share=1.0, k=1000)
     last = [p for p, node in enumerate(whole.nodes) if node.label in ("L3H0", "L3H1")]
     once, again, other = (
-        cm.flow_knockout(demo, TEXT, graph=whole, nodes=last, controls=12, seed=seed)
+        flow_knockout(demo, TEXT, graph=whole, nodes=last, controls=12, seed=seed)
         for seed in (1, 1, 2)
     )
     assert once.equals(again)
@@ -117,12 +118,12 @@ def test_random_nodes_are_of_the_same_sublayers_and_reproducible(demo: Any):
     # One node drawn: one of the four heads at the last position, ablated alone.
     heads = [p for p, n in enumerate(whole.nodes) if n.layer == 3 and n.head >= 0]
     assert len(heads) == 4
-    alone = cm.flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=0).alone
+    alone = flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=0).alone
     near = (once.random[0][:, None] - alone[None]).abs().min(dim=1)
     assert float(near.values.max()) < 1e-4
     assert len(near.indices.unique()) > 1
     # All four in any order are the same set.
-    four = cm.flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=3)
+    four = flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=3)
     assert torch.allclose(four.random[-1], four.together[-1].expand(3), atol=1e-4)
 
 
@@ -132,7 +133,7 @@ def test_all_nodes_left_leave_everything(demo: Any, replace_with: Any):
     """Without all others: with every node kept nothing falls, with one kept nearly all does."""
     whole = cm.flow(demo, TEXT, **ARE, share=1.0, k=1000)
     options: Any = {"graph": whole, "k": 1000, "controls": 2, "replace_with": replace_with}
-    found = cm.flow_knockout(demo, TEXT, **options, others=True)
+    found = flow_knockout(demo, TEXT, **options, others=True)
     assert found.counts[-1] == whole.possible
     assert abs(float(found.together[-1])) < 1e-4
     assert float(found.random[-1].abs().max()) < 1e-4
@@ -143,7 +144,7 @@ def test_all_nodes_left_leave_everything(demo: Any, replace_with: Any):
 
 @pytest.mark.once
 def test_the_nodes_of_a_graph_hold_more_than_random_ones(demo: Any, graph: AttributionGraph):
-    found = cm.flow_knockout(demo, TEXT, graph=graph, others=True, replace_with="mean")
+    found = flow_knockout(demo, TEXT, graph=graph, others=True, replace_with="mean")
     frame = found.to_dataframe().set_index("count")
     last = frame.loc[frame.index[-1]]
     assert abs(last["together"]) < last["random_low"]
@@ -153,7 +154,7 @@ def test_the_nodes_of_a_graph_hold_more_than_random_ones(demo: Any, graph: Attri
 @pytest.mark.once
 def test_workspace_and_batches_change_no_number(demo: Any, graph: AttributionGraph):
     wide, narrow = (
-        cm.flow_knockout(demo, TEXT, graph=graph, k=6, controls=2, max_bytes=size)
+        flow_knockout(demo, TEXT, graph=graph, k=6, controls=2, max_bytes=size)
         for size in (2**30, 1)
     )
     for name in ("alone", "together", "random"):
@@ -165,7 +166,7 @@ def test_neurons_are_ablated_one_by_one(demo: Any):
     graph = cm.flow(demo, TEXT, **ARE, neurons=True, k=40)
     place = next(p for p, node in enumerate(graph.nodes) if node.neuron >= 0)
     node = graph.nodes[place]
-    found = cm.flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=2)
+    found = flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=2)
     # At one position alone: every position is ablated where there is but one.
     if node.pos == graph.pos:
         same = cm.knockout(demo, TEXT, neurons=[(node.layer, node.neuron)], **ARE, controls=0)
@@ -180,7 +181,7 @@ def test_without_a_foil_the_log_probability_falls(demo: Any):
     graph = cm.flow(demo, TEXT, target=" are")
     place = next(p for p, n in enumerate(graph.nodes) if n.head >= 0 and n.pos == graph.pos)
     node = graph.nodes[place]
-    found = cm.flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=0)
+    found = flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=0)
     same = cm.knockout(demo, TEXT, heads=[(node.layer, node.head)], target=" are", controls=0)
     assert found.log_prob == pytest.approx(float(same.before[0, 0]), abs=1e-5)
     assert float(found.alone[0]) == pytest.approx(
@@ -190,7 +191,7 @@ def test_without_a_foil_the_log_probability_falls(demo: Any):
 
 @pytest.mark.once
 def test_what_cannot_be_ablated(demo: Any, graph: AttributionGraph):
-    ask: Any = cm.flow_knockout
+    ask: Any = flow_knockout
     answer = len(graph.nodes) - 1
     for options, words in (
         ({"nodes": [answer]}, "cannot be ablated.*each once"),
@@ -202,12 +203,12 @@ def test_what_cannot_be_ablated(demo: Any, graph: AttributionGraph):
         with pytest.raises(cm.InvalidInput, match=words):
             ask(demo, TEXT, graph=graph, **options)
     with pytest.raises(cm.InvalidInput, match="belong to another input"):
-        cm.flow_knockout(demo, "the key to the cabinet", graph=graph)
+        flow_knockout(demo, "the key to the cabinet", graph=graph)
 
 
 @pytest.mark.once
 def test_tables_files_and_pages(demo: Any, graph: AttributionGraph, tmp_path: Any):
-    found = cm.flow_knockout(demo, TEXT, graph=graph, k=8)
+    found = flow_knockout(demo, TEXT, graph=graph, k=8)
     assert Result.load(found.save(tmp_path / "out.safetensors")).equals(found)
     counts, nodes = found.to_dataframe(), found.to_dataframe("nodes")
     assert counts["count"].tolist() == [1, 2, 4, 8]

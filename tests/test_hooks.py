@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 import tl_contextmix as cm
 from tl_contextmix.engine.parts import POINTS
+from tl_contextmix.evaluation import hook_names
 from tl_contextmix.methods.decompx import decompx_vectors
 
 
@@ -416,19 +417,19 @@ def test_a_cache_of_the_names_that_a_method_reads_is_enough(case: zoo.Case) -> N
     model, given = shared(case)
     for name, options in NAMED.items():
         method = getattr(cm, name)
-        names = cm.hook_names(model, partial(method, **options))
+        names = hook_names(model, partial(method, **options))
         if not options:
-            assert cm.hook_names(model, name) == names
+            assert hook_names(model, name) == names
         _, cache = model.run_with_cache(given.tokens, names_filter=names)
         found = method(model, given.tokens, cache=cache, **options).scores
         fresh = method(model, given.tokens, **options).scores
         assert relative(found.nan_to_num(), fresh.nan_to_num()) <= 1e-12
-    some = cm.hook_names(model, partial(cm.attention, layer=1))
+    some = hook_names(model, partial(cm.attention, layer=1))
     assert {name.split(".")[1] for name in some if name.startswith("blocks")} == {"1"}
     with pytest.raises(cm.InvalidInput, match="a method that takes `cache`"):
-        cm.hook_names(model, "gradient_x_input")
+        hook_names(model, "gradient_x_input")
     with pytest.raises(cm.InvalidInput, match="value_zeroing"):
-        cm.hook_names(model, "value_zero")
+        hook_names(model, "value_zero")
 
 
 @pytest.mark.parametrize("case", GPT2)

@@ -18,6 +18,12 @@ from .engine.citations import (
     cite as cite,
 )
 from .errors import (
+    ContextMixError as ContextMixError,
+)
+from .errors import (
+    ContextMixWarning as ContextMixWarning,
+)
+from .errors import (
     InvalidInput as InvalidInput,
 )
 from .errors import (
@@ -34,9 +40,6 @@ from .evaluation.context_reliance import (
 )
 from .evaluation.cost.estimate import (
     estimate as estimate,
-)
-from .evaluation.hook_names import (
-    hook_names as hook_names,
 )
 from .evaluation.probing import (
     probe as probe,
@@ -67,9 +70,6 @@ from .methods.decompx import (
 )
 from .methods.flow import (
     flow as flow,
-)
-from .methods.flow_knockout import (
-    flow_knockout as flow_knockout,
 )
 from .methods.globenc import (
     globenc as globenc,

@@ -20,6 +20,7 @@ from tl_contextmix.evaluation.faithfulness import (
     faithfulness_of,
     warn_of_short,
 )
+from tl_contextmix.evaluation.hook_names import hook_names
 from tl_contextmix.evaluation.log_prob_curves import knockout_curve, log_prob_path
 from tl_contextmix.evaluation.minimal_pairs import (
     MinimalPair,
@@ -55,6 +56,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_of",
     "frequency_correlation",
+    "hook_names",
     "in_language",
     "knockout_curve",
     "label_tokens",

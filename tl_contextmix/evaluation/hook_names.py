@@ -9,17 +9,18 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import names_read
-from tl_contextmix.core.validation import require_choice
+from tl_contextmix.core.validation import checked, require_choice
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad
 
 
+@checked
 def hook_names(model: object, method: Callable[..., Any] | str) -> list[str]:
     """Returns the names of the activations that a method reads, and of those it checks them by.
 
     A ``names_filter`` for TransformerLens' ``run_with_cache``, whose cache the method then takes:
 
-    ``_, cache = model.run_with_cache(text, names_filter=cm.hook_names(model, "alti"))``
+    ``_, cache = model.run_with_cache(text, names_filter=hook_names(model, "alti"))``
 
     Args:
         model: Any TransformerLens model, see `tl_contextmix.check`.

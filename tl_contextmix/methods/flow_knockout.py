@@ -15,7 +15,7 @@ from tl_contextmix.adapters.inputs import Given, Input, TokenInputs, read_batch,
 from tl_contextmix.adapters.questions import Question, ask_about
 from tl_contextmix.core.linear_graph import FeedForwards, LinearGraph, Place
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.validation import NotNegative, Positive, whole_number
+from tl_contextmix.core.validation import NotNegative, Positive, checked, whole_number
 from tl_contextmix.engine.edited_runs import Ablation, Replacement, run_bytes
 from tl_contextmix.engine.linear_graphs import (
     NEEDS,
@@ -35,6 +35,7 @@ from tl_contextmix.results.components import COLUMNS, KINDS, Components
 Nodes = Sequence[int]
 
 
+@checked
 @method(cites=("ameisen2025circuit",), on_text=False)
 def flow_knockout(
     model: object,

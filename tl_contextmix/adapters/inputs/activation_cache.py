@@ -99,7 +99,7 @@ def trace_of(
             "the cache lacks activations that are read",
             f"{len(reader.names)} activations without {', '.join(missing)}",
             f"all {len(needed)} that are read",
-            "Cache with names_filter=tl_contextmix.hook_names(model, method) or "
+            "Cache with names_filter=tl_contextmix.evaluation.hook_names(model, method) or "
             "names_filter=None, or leave `cache` out. Where an SAE is attached, a cache has other "
             "names: leave it out.",
         )
