@@ -7,6 +7,7 @@ from pathlib import Path
 
 COMMANDS = {
     "report": ("on_texts", "write a page on what a model's blocks do to a sentence"),
+    "explore": ("on_texts", "ask a model about texts of your own, on a page of this machine"),
     "explain": ("on_texts", "say in words why a model predicts a token"),
     "compare": ("on_texts", "compare all methods on minimal pairs"),
     "check": ("on_texts", "verify that a model is read correctly"),

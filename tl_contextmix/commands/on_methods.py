@@ -52,10 +52,8 @@ class Numbered(click.ParamType):
 
 def command(name: str) -> click.Command:
     """Returns the command of a method."""
-    function = methods()[name.replace("-", "_")].function
-    hints = typing.get_type_hints(function)
-    taken = get_args(hints.get("inputs"))
-    known = typing.get_type_hints(taken[0]) if taken else {}
+    method = methods()[name.replace("-", "_")]
+    function, hints = method.function, typing.get_type_hints(method.function)
 
     def run(**given: Any) -> None:
         run_method(function.__name__, given)
@@ -64,7 +62,7 @@ def command(name: str) -> click.Command:
     for one in reversed([*inspect.signature(function).parameters.values()]):
         option = _option(one, hints[one.name])
         run = run if option is None else option(run)
-    if "target" in known:
+    if method.asks:
         run = add_asked(generate=True)(run)
     run = click.argument("text", metavar="TEXT")(run)
     run = add_model()(run)

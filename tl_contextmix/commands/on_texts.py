@@ -1,4 +1,4 @@
-"""Commands on texts: report, compare, explain; and check."""
+"""Commands on texts: report, explore, compare, explain; and check."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tl_contextmix.commands.shared_options import (
     several,
     written,
 )
+from tl_contextmix.exploring import HOST, MAX_FLOPS, MAX_GIB
+from tl_contextmix.exploring import explore as exploring
 from tl_contextmix.plotting import Page
 from tl_contextmix.plotting.display_text import visible
 from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison
@@ -84,6 +86,31 @@ def report(
         loaded, text, output, sections=flat(sections), **given, **question
     )
     written(path, opened)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  tl-contextmix explore\n"
+    "  tl-contextmix explore gpt2 --port 8000 --no-browser"
+)
+@add_model(required=False)
+@click.option("--host", default=HOST, show_default=True, help="An address of this machine alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
+@click.option("--browser/--no-browser", default=True, help="Default: open the page.")
+@click.option("--max-flops", type=float, default=MAX_FLOPS, show_default=True, metavar="NUMBER")
+@click.option("--max-gib", type=float, default=MAX_GIB, show_default=True, metavar="NUMBER")
+def explore(model: str | None, **given: Any) -> None:
+    """Serves a page to type a text, a target and a foil, and see what the report says.
+
+    Only this machine can open the page, at the address that is printed. Ctrl-C ends it. --max-flops
+    and --max-gib are the most that a question may take, by its estimate.
+    """
+    loading = load_options(given)
+    exploring(
+        model or reporting.DEFAULT_MODEL,
+        loading=loading,
+        ready=lambda address: click.echo(f"{address}\nCtrl-C ends it."),
+        **given,
+    )
 
 
 @click.command(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 F = TypeVar("F", bound=Callable[..., Any])
 Sources = Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]]
@@ -41,6 +41,12 @@ class Method:
     def name(self) -> str:
         """The function's name."""
         return self.function.__name__
+
+    @property
+    def asks(self) -> bool:
+        """Whether it takes ``target``, ``foil`` and ``pos``."""
+        taken = get_args(get_type_hints(self.function).get("inputs"))
+        return bool(taken) and "target" in get_type_hints(taken[0])
 
     def sources(self, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
         """Returns the keys of what a call with some options rests on."""

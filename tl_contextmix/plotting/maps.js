@@ -212,6 +212,8 @@
       if (section.key[1] !== null) parts.set("head", section.key[1]);
     }
     if (chosen.token) parts.set("target", chosen.token.position);
+    // The page of `tl-contextmix explore` keeps it in an address of its own.
+    if (parent !== window) parent.postMessage({ tl_contextmix: "place", place: String(parts) }, "*");
     try {
       history.replaceState(null, "", `#${parts}`);
     } catch {

@@ -132,19 +132,9 @@ class Page:
         """Returns the page; in the frame of a notebook CircuitsVis comes from around it."""
         charts = Charts(framed=framed)
         body = self._body(charts)
-        scripts = [_resource("page.js")] + [_resource("maps.js")] * bool(charts.maps)
+        scripts = [resource("page.js")] + [resource("maps.js")] * bool(charts.maps)
         allowed = [*scripts, circuitsvis_source.script()] if charts.wanted else scripts
-        return "\n".join(
-            [
-                "<!DOCTYPE html>",
-                '<html lang="en">',
-                _head(self.title, allowed),
-                f"<body>\n{body}",
-                _data(charts),
-                *(f"<script>{script}</script>" for script in scripts),
-                "</body>\n</html>\n",
-            ]
-        )
+        return document(self.title, f"{body}\n{_data(charts)}", scripts, policy(allowed))
 
     def _repr_html_(self) -> str:
         # The frame keeps our styles from the notebook's and CircuitsVis's globals from other
@@ -290,25 +280,56 @@ def _data(charts: Charts) -> str:
     return "\n".join(pieces)
 
 
-def _head(title: str, scripts: Sequence[str]) -> str:
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
-    # Nothing but these very scripts may run and nothing may be fetched, whatever a token holds.
-    policy = (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+def policy(scripts: Sequence[str], *others: str) -> str:
+    """Returns the policy under which nothing but these very scripts runs and nothing is fetched.
+
+    Args:
+        scripts: The scripts, whole.
+        *others: Further directives.
+    """
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
+    listed = (
+        "default-src 'none'",
+        f"script-src {hashes}",
+        "style-src 'unsafe-inline'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        *others,
     )
-    style = _resource("page.css") + colors.stylesheet()
-    return (
-        '<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{prose(title) or 'tl_contextmix'}</title>\n"
-        f"<style>\n{style}\n</style>\n</head>"
+    return "; ".join(listed)
+
+
+def document(title: str, body: str, scripts: Sequence[str], allowed: str, style: str = "") -> str:
+    """Returns a complete document in the style of all pages.
+
+    Args:
+        title: Of its window.
+        body: HTML.
+        scripts: Run at its end.
+        allowed: Its `policy`, whatever a token holds.
+        style: Rules of its own.
+    """
+    rules = resource("page.css") + colors.stylesheet() + style
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            '<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{allowed}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{prose(title) or 'tl_contextmix'}</title>",
+            f"<style>\n{rules}\n</style>\n</head>",
+            f"<body>\n{body}",
+            *(f"<script>{script}</script>" for script in scripts),
+            "</body>\n</html>\n",
+        ]
     )
 
 
 @cache
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Returns a script or a stylesheet of this folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 

@@ -15,18 +15,19 @@ from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
 from tl_contextmix.methods.memories import Triggers, load_triggers
-from tl_contextmix.plotting import Page, Section, require_writable
+from tl_contextmix.plotting import Page, require_writable
 from tl_contextmix.reporting.sections import (
-    SECTIONS,
     SectionName,
     chosen,
     facts,
-    missing_section,
     notes,
+    result_section,
+    tell,
 )
 from tl_contextmix.reporting.story import default_text, read
-from tl_contextmix.results import Provenance, Result
+from tl_contextmix.results import Result
 
+TITLE = "Context-mixing report"
 DEFAULT_MODEL = "causal-lm"
 DEFAULT_PATH = "tl_contextmix_report.html"
 # Provides the section on encoder layers in the default model's report.
@@ -116,19 +117,13 @@ def report(
         bar.set_description("maps")
         text = default_text(model) if text is None else text
         story = read(model, text, answer=Answer(target, foil, pos), **given)
-        bar.update()
-        told, missing = [], []
-        for name in names:
-            bar.set_description(name)
-            section = SECTIONS[name](story)
-            if isinstance(section, Section):
-                told.append(section)
-            elif section:
-                missing.append((name, section))
+
+        def begin(name: str) -> None:
             bar.update()
-    if missing:
-        told.append(missing_section(missing))
-    return Page((), title or "Context-mixing report", facts(story), tuple(told), notes(story))
+            bar.set_description(name)
+
+        told = tell(story, names, begin)
+    return Page((), title or TITLE, facts(story), told, notes(story))
 
 
 def write_report(
@@ -166,7 +161,7 @@ def write_results(
         InvalidInput: If an item is not a result, or the file cannot be written.
     """
     listed = [results] if isinstance(results, Result) else results
-    sections = tuple(_result_section(result) for result in listed)
+    sections = tuple(result_section(result) for result in listed)
     return Page((), title=title, sections=sections).save(path)
 
 
@@ -180,26 +175,6 @@ def _require_no_results(model: object) -> None:
             "a model and a text",
             "Write results with tl_contextmix.reporting.write_results(results, path).",
         )
-
-
-def _result_section(result: object) -> Section:
-    if not isinstance(result, Result):
-        raise bad(
-            "cannot write this to a page",
-            f"a {type(result).__name__}",
-            "results of this package's methods",
-            "Pass one result or a list of them.",
-        )
-    provenance: Provenance | None = getattr(result, "provenance", None)
-    if provenance is None:
-        return Section(type(result).__name__, "", result.panels())
-    options = ", ".join(f"{name}={value!r}" for name, value in provenance.options.items())
-    processing = ", ".join(provenance.processing) or "as published"
-    text = (
-        f"{provenance.method}({options}) of {provenance.model} on {provenance.host} "
-        f"{provenance.host_version}, weights {processing}."
-    )
-    return Section(provenance.method, text, result.panels())
 
 
 def _progress(total: int) -> tqdm:

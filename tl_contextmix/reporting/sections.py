@@ -19,6 +19,7 @@ from tl_contextmix.reporting.memories_section import memories
 from tl_contextmix.reporting.mixing_section import mixing, points
 from tl_contextmix.reporting.prediction_section import prediction
 from tl_contextmix.reporting.story import Story
+from tl_contextmix.results import Provenance, Result
 
 SectionName = Literal[
     "prediction",
@@ -68,6 +69,27 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
     return tuple(name for name in SECTIONS if name in listed)
 
 
+def tell(
+    story: Story, names: Sequence[SectionName], begin: Callable[[str], object]
+) -> tuple[Section, ...]:
+    """Returns the sections that apply, and as the last one why the others do not.
+
+    Args:
+        story: What they share.
+        names: Sections to include, in order.
+        begin: Called with the name of each section before it is made.
+    """
+    told, missing = [], []
+    for name in names:
+        begin(name)
+        section = SECTIONS[name](story)
+        if isinstance(section, Section):
+            told.append(section)
+        elif section:
+            missing.append((name, section))
+    return (*told, missing_section(missing)) if missing else tuple(told)
+
+
 def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
     """Returns the sections that were skipped, and why."""
     table = Table(
@@ -77,6 +99,31 @@ def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
         rows=tuple(reasons),
     )
     return Section("What is not on this page", "", (table,))
+
+
+def result_section(result: object) -> Section:
+    """Returns what a result of a method shows, and how it was made.
+
+    Raises:
+        InvalidInput: If this is no result.
+    """
+    if not isinstance(result, Result):
+        raise bad(
+            "cannot write this to a page",
+            f"a {type(result).__name__}",
+            "results of this package's methods",
+            "Pass one result or a list of them.",
+        )
+    provenance: Provenance | None = getattr(result, "provenance", None)
+    if provenance is None:
+        return Section(type(result).__name__, "", result.panels())
+    options = ", ".join(f"{name}={value!r}" for name, value in provenance.options.items())
+    processing = ", ".join(provenance.processing) or "as published"
+    text = (
+        f"{provenance.method}({options}) of {provenance.model} on {provenance.host} "
+        f"{provenance.host_version}, weights {processing}."
+    )
+    return Section(provenance.method, text, result.panels())
 
 
 def facts(story: Story) -> tuple[tuple[str, str], ...]:
