@@ -51,12 +51,7 @@ class HalfWeight(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, dtype: torch.dtype) -> HalfWeight:
-        """Returns a weight that says it has another dtype.
-
-        Args:
-            held: The weight in half precision.
-            dtype: Dtype of the maths.
-        """
+        """Returns a weight that says it has the dtype of the maths."""
         made = Tensor._make_wrapper_subclass(
             cls,
             held.size(),
