@@ -93,7 +93,8 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
         view, last = _settle_readout(view, probe)
         view = replace(view, limits=_limits(view), notice=make_notice(facts, view))
         rows = (*check_rows(view, probe), *last, *hugging_face_rows(model, probe))
-        cause = why_overflown(probe)
+        sound = all(row.ok for row in rows) and not view.readout.refusal
+        cause = "" if sound else why_overflown(probe)
     name = f"{view.name} ({view.host})"
     report = IdentityReport(model=name, rows=rows, limits=view.limits, cause=cause)
     return view, report

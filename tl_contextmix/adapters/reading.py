@@ -42,6 +42,7 @@ from tl_contextmix.core.blocks import (
     Weights,
     require_weight,
 )
+from tl_contextmix.core.half_weights import in_precision
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -102,7 +103,7 @@ class Handle:
 
     def ready(self, weight: Tensor) -> Tensor:
         """Returns a weight in the dtype and on the device of the maths."""
-        return weight.detach().to(self.device, self.dtype)
+        return in_precision(weight.detach().to(self.device), self.dtype)
 
     def weights(self, path: str, renamed: dict[str, str | None] | None = None) -> Weights:
         """Returns a reader of the weights of one submodule.

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -55,10 +56,15 @@ def make_runner(
         layouts: Of activations that the model shows with other axes.
     """
     under_way: list[_Pass] = []
+    # A rate, or a module, that changes is seen elsewhere: there is a new runner then.
+    dropping: list[list[weakref.ref[nn.Module]]] = []
 
     def run(batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True) -> PassOutput:
         model = handle.get()
-        require_no_dropout(model)
+        if not dropping:
+            dropping.append([weakref.ref(one) for one in model.modules() if _rate(one) > 0])
+        if any(one is None or one.training for one in (known() for known in dropping[0])):
+            require_no_dropout(model)
         require_no_autocast(handle.device)
         if not splices:
             return run_hooked(model, batch, hooks, grad, watch, logits)
@@ -381,19 +387,20 @@ def require_no_dropout(model: nn.Module) -> None:
         InvalidInput: If a module is in train mode and drops activations.
     """
     for name, module in model.named_modules():
-        if not module.training:
-            continue
-        rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
-        for attribute in _RATES:
-            value = module.__dict__.get(attribute)
-            rate = max(rate, value) if isinstance(value, float) else rate
-        if rate > 0:
+        if module.training and _rate(module) > 0:
             raise bad(
                 "the model is in train mode and drops activations at random",
-                f"dropout {rate} in {name or type(module).__name__}",
+                f"dropout {_rate(module)} in {name or type(module).__name__}",
                 "a model in eval mode",
                 "Call model.eval() first.",
             )
+
+
+def _rate(module: nn.Module) -> float:
+    """Returns the rate at which a module drops activations in train mode."""
+    rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
+    rates = (module.__dict__.get(attribute) for attribute in _RATES)
+    return max([rate, *(value for value in rates if isinstance(value, float))])
 
 
 def require_no_autocast(device: torch.device) -> None:
@@ -419,9 +426,14 @@ def make_hooked(handle: Handle, splices: Sequence[str] = ()) -> Callable[..., tu
         handle: The model.
         splices: Paths of modules where hook points were: they count.
     """
+    modules: list[weakref.ref[nn.Module]] = []
 
     def hooked(*, backward: bool = False) -> tuple[str, ...]:
         model = handle.get()
+        if not modules:  # those of a model that changes are in a new view
+            modules.extend(map(weakref.ref, model.modules()))
+        if not (backward or splices or _any_hooked(modules)):
+            return ()
         found = dict.fromkeys([*splices, *hooked_places(model, backward=backward)])
         return tuple(_spoken(model, found)) if found else ()
 
@@ -456,6 +468,17 @@ def hooked_places(model: nn.Module, *, backward: bool = False) -> tuple[str, ...
         if is_hooked(module)
         or (backward and _any_own((module._backward_hooks, module._backward_pre_hooks)))
     )
+
+
+def _any_hooked(modules: Sequence[weakref.ref[nn.Module]]) -> bool:
+    """Whether one of some modules is hooked, or is gone: much sooner than which."""
+    found = [known() for known in modules]
+    if None in found:
+        return True
+    dicts = [*map(vars, found)]
+    tables = (*map(itemgetter("_forward_hooks"), dicts),)
+    tables += (*map(itemgetter("_forward_pre_hooks"), dicts),)
+    return _any_own(filter(None, tables))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -609,9 +632,8 @@ def _inner(hook: Callable[..., Any]) -> Any:
     """Returns the function a HookPoint was given, which it wraps in functions of its own."""
     names: tuple[str, ...] = getattr(getattr(hook, "__code__", None), "co_freevars", ())
     cells = getattr(hook, "__closure__", None) or ()
-    held = dict(zip(names, cells, strict=True))
-    if "hook" in held:
-        return held["hook"].cell_contents
-    if "full_hook" in held:  # that of a backward pass is wrapped twice
-        return _inner(held["full_hook"].cell_contents)
+    if "hook" in names:
+        return cells[names.index("hook")].cell_contents
+    if "full_hook" in names:  # that of a backward pass is wrapped twice
+        return _inner(cells[names.index("full_hook")].cell_contents)
     return hook

@@ -37,6 +37,7 @@ _NEUTRAL = frozenset(
 )
 _CONFIGS = ("cfg", "config")
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_WATCHED_OTHERWISE = (*_VALUES, Tensor, nn.Module)
 # Views of weights that are kept to be compared would keep the memory of weights that were moved to
 # another device until the next call. Those of larger models are made anew, 4 us a weight.
 _KEPT_BYTES = 2**26
@@ -74,10 +75,16 @@ class Glance:
         self._counted = not any(weight.is_inference() for weight in weights)
         every = dicts + list(map(_held, configs))
         # The names are kept, too: a getter does not say what it gets.
-        self._names = [[name for name in own if _plain(name, own[name])] for own in every]
+        public = [
+            [name for name in own if name not in _STANDARD and _public(name)] for own in every
+        ]
+        self._names = [
+            [name for name in some if isinstance(own[name], _VALUES)]
+            for own, some in zip(every, public, strict=True)
+        ]
         self._getters = [(i, itemgetter(*some)) for i, some in enumerate(self._names) if some]
         self._places = [
-            (i, name) for i, own in enumerate(every) for name in own if _referred(name, own[name])
+            (i, name) for i, some in enumerate(public) for name in some if _referred(every[i][name])
         ]
         self._others = self._refs([every[i][name] for i, name in self._places])
         self._others += self._refs(map(_forward, kinds))
@@ -166,16 +173,12 @@ def _weights(dicts: list[dict[str, Any]]) -> list[Tensor]:
     ]
 
 
-def _plain(name: str, value: Any) -> bool:
-    return _public(name) and isinstance(value, _VALUES)
-
-
-def _referred(name: str, value: Any) -> bool:
-    """Whether an attribute is a function or an object of which a death can be noticed.
+def _referred(value: Any) -> bool:
+    """Whether the value of an attribute is a function or an object of which a death can be noticed.
 
     Lists and dicts, which passes fill, are none; modules are aliases here.
     """
-    return _public(name) and not isinstance(value, (*_VALUES, Tensor, nn.Module)) and _dies(value)
+    return not isinstance(value, _WATCHED_OTHERWISE) and _dies(value)
 
 
 def _dies(value: Any) -> bool:
@@ -188,7 +191,7 @@ def _dies(value: Any) -> bool:
 
 
 def _public(name: str) -> bool:
-    return not (name.startswith("_") or name in _STANDARD or name in _NEUTRAL)
+    return not (name.startswith("_") or name in _NEUTRAL)
 
 
 class _Sample:

@@ -96,7 +96,9 @@ def _unwrapped(model: nn.Module) -> Iterator[None]:
 def _as_split(module: nn.Module) -> bool:
     """Whether the pieces of fused weights are still what the fused weights hold."""
     for splitter, names in _SPLITTERS.items():
-        split = getattr(module, splitter, None)
+        if splitter not in vars(module) and not hasattr(type(module), splitter):
+            continue
+        split = getattr(module, splitter)
         if split is None:
             continue
         pieces = [_inner(module._modules[name]) for name in names]

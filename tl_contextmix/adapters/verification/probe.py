@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tl_contextmix.core.blocks import (
 )
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
-from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.model_view import Edit, ModelView
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 # Correct readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
@@ -55,7 +56,7 @@ def _tensor_float() -> bool:
 
 @dataclass(frozen=True)
 class Probe:
-    """The two forward passes over four tokens.
+    """A forward pass over four tokens, and one with edits.
 
     Attributes:
         clean: Without edits.
@@ -69,7 +70,7 @@ class Probe:
 
 
 def run_probe(view: ModelView) -> Probe:
-    """Runs the two passes over fixed tokens; the view's blocks only need hook names."""
+    """Runs both over fixed tokens, in one batch; the view's blocks only need hook names."""
     batch = probe_batch(view)
     names, edits = [], {}
     for _, block in view.every_block():
@@ -79,11 +80,32 @@ def run_probe(view: ModelView) -> Probe:
         edits |= {a.value: _zero_first for a in block.attentions}
         if block.feed_forward is not None:
             edits |= dict.fromkeys(block.feed_forward.pre_names[:1], _grid)
-    return Probe(
-        clean=view.run(batch, names),
-        edited=view.run(batch, names, edits=edits),
-        tolerance=view.tolerance,
+    clean, edited = _both(view, batch, names, edits)
+    # Readings of a block share most of what is recomputed, and it is recomputed again as a check.
+    return Probe(replace(clean, known={}), replace(edited, known={}), view.tolerance)
+
+
+def _both(
+    view: ModelView, batch: Batch, names: Sequence[str], edits: Mapping[str, Edit]
+) -> tuple[Trace, Trace]:
+    """Returns a pass without edits and one with them: rows of one batch, where all has rows."""
+    twice = batch.each(lambda tensor: torch.cat([tensor, tensor]))
+    halves = {name: partial(_second, edit) for name, edit in edits.items()}
+    both = view.run(twice, names, edits=halves)
+    logits = both.logits
+    shown = [*both.values.values(), *([] if logits is None else [logits])]
+    if any(len(value) != 2 for value in shown):
+        return view.run(batch, names), view.run(batch, names, edits=edits)
+    one, other = (
+        replace(both.part(row), logits=None if logits is None else logits[row])
+        for row in (slice(0, 1), slice(1, 2))
     )
+    return one, other
+
+
+def _second(edit: Edit, value: Tensor) -> Tensor:
+    """Returns an activation of two rows, the second one edited."""
+    return torch.cat([value[:1], edit(value[1:])])
 
 
 def why_overflown(probe: Probe) -> str:
@@ -136,9 +158,8 @@ def settle_block(
         resid_out: Name of the block's output in the probe: the next block's input, or its own.
         host_activation: The host's own activation function, used if no named one matches.
     """
-    errors = [reading_error(reading, probe, resid_out) for reading in readings]
-    block = readings[errors.index(min(errors))]
-    if min(errors) == float("inf"):
+    block, error = _closest(readings, probe, resid_out)
+    if error == float("inf"):
         return block  # weights and activations do not fit: there is nothing to settle
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
     ff = block.feed_forward
@@ -153,15 +174,43 @@ def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
     Both are needed: parallel and sequential blocks sum the same three tensors and differ only in
     the feed-forward input. Infinite where weights and activations do not fit, or are not there.
     """
+    return max(_output_error(block, probe, resid_out), _input_error(block, probe))
+
+
+def _closest(readings: Sequence[Block], probe: Probe, resid_out: str) -> tuple[Block, float]:
+    """Returns the first reading of those with the least error, and that error.
+
+    Its input is looked at only where the output does not say already that another one is closer.
+    """
+    outputs = [_output_error(reading, probe, resid_out) for reading in readings]
+    errors = [float("inf")] * len(readings)
+    for index in sorted(range(len(readings)), key=outputs.__getitem__):
+        if outputs[index] <= min(errors):
+            errors[index] = max(outputs[index], _input_error(readings[index], probe))
+    best = errors.index(min(errors))
+    return readings[best], errors[best]
+
+
+def _output_error(block: Block, probe: Probe, resid_out: str) -> float:
+    return _error_of(lambda: [relative_error(block.output(probe.clean), probe.clean[resid_out])])
+
+
+def _input_error(block: Block, probe: Probe) -> float:
+    ff = block.feed_forward
+    if ff is None:
+        return 0.0
+    return _error_of(lambda: [error for _, error in pre_errors(block, ff, probe.clean)])
+
+
+def _error_of(compare: Callable[[], list[float]]) -> float:
+    """Returns the largest of errors; infinite where what is compared cannot be computed."""
     try:
-        errors = [relative_error(block.output(probe.clean), probe.clean[resid_out])]
-        if block.feed_forward is not None:
-            errors += [error for _, error in pre_errors(block, block.feed_forward, probe.clean)]
+        errors = compare()
     except torch.OutOfMemoryError:
         raise
     except (LookupError, RuntimeError, UnsupportedModel):
         return float("inf")
-    return max(error if error == error else float("inf") for error in errors)
+    return max((error if error == error else float("inf") for error in errors), default=0.0)
 
 
 def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
@@ -189,7 +238,7 @@ def pre_errors(
     """Yields what is recomputed of the feed-forward sublayer's input, and the error of each."""
     x = block.feed_forward_input(trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
-    for label, name, found in ff.reread(x):
+    for label, name, found in trace.once(f"reread {ff.read_names}", x, lambda: [*ff.reread(x)]):
         yield label, relative_error(found, trace[name], real=real)
 
 

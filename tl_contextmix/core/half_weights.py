@@ -1,0 +1,157 @@
+"""Weights in half precision that take part in single-precision maths without being copied whole.
+
+A product needs a weight in single precision only while it reads it. Stretches that fit the
+processor's cache are converted one after the other and multiplied there, so that the weight is read
+from memory once, in half precision, and takes no other memory. A copy of the whole weight costs
+several times as much as the product itself for the few rows of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+
+from tl_contextmix.core.token_sums import blocks
+
+TILE_BYTES = 2**22
+"""Single-precision bytes of a stretch; smaller weights are copied."""
+_DEVICE_TILE_BYTES = 2**28
+"""The same on a GPU, which would wait for many small products."""
+_HALF = (torch.float16, torch.bfloat16)
+_aten = torch.ops.aten
+
+
+def in_precision(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight in the dtype of the maths, on its device: itself, a copy, or `HalfWeight`.
+
+    Args:
+        weight: The weight; it is read when it is used.
+        dtype: Dtype of the maths.
+    """
+    if weight.dtype not in _HALF or dtype == weight.dtype or isinstance(weight, HalfWeight):
+        return weight.to(dtype)
+    whole = 4 * weight.numel() <= TILE_BYTES or weight.ndim < 2 or weight.is_meta
+    return weight.to(dtype) if whole else HalfWeight(weight, dtype)
+
+
+class HalfWeight(Tensor):
+    """A weight kept in half precision that other code sees in the dtype of the maths.
+
+    Views of it are of the same kind, products convert it stretch by stretch, and what picks
+    entries converts those. Anything else gets a copy.
+
+    Attributes:
+        held: The weight in half precision.
+    """
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor, dtype: torch.dtype) -> HalfWeight:
+        """Returns a weight that says it has the dtype of the maths."""
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=dtype,
+            device=held.device,
+            storage_size=0,
+        )
+        made.held = held
+        return made
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        """Returns shape and dtypes; the numbers are the weight's."""
+        del tensor_contents
+        return f"HalfWeight({tuple(self.shape)}, {self.held.dtype} as {self.dtype})"
+
+    def whole(self) -> Tensor:
+        """Returns a copy in the dtype of the maths."""
+        return self.held.to(self.dtype)
+
+    @classmethod
+    @no_type_check
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator on the weight in half precision, where its result is the same."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func in _PRODUCTS and isinstance(args[1], HalfWeight):
+            return _PRODUCTS[func](_plain(first), args[1])
+        if func in _WITH_BIAS and isinstance(args[2], HalfWeight) and not kwargs:
+            return _product(_plain(args[1]), args[2]).add_(_plain(first))
+        if func is _aten.mv.default and isinstance(first, HalfWeight):
+            return _product(_plain(args[1])[None], first.t())[0]
+        if func is _aten.mm.default and isinstance(first, HalfWeight):
+            return _product(args[1].t(), first.t()).t().contiguous()
+        if isinstance(first, HalfWeight) and not any(isinstance(x, HalfWeight) for x in args[1:]):
+            if func.is_view or func in _COPIES:
+                return _each(func(first.held, *args[1:], **kwargs), first.dtype)
+            if func in _PICKING:
+                return func(first.held, *args[1:], **kwargs).to(first.dtype)
+            if func in _MAKING:
+                return func(first.held, *args[1:], **{"dtype": first.dtype, **kwargs})
+        return func(*map(_plain, args), **{name: _plain(one) for name, one in kwargs.items()})
+
+
+def _plain(value: Any) -> Any:
+    """Returns an argument with weights as copies in the dtype of the maths."""
+    if isinstance(value, HalfWeight):
+        return value.whole()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _each(found: Any, dtype: torch.dtype) -> Any:
+    """Returns views of a weight in half precision as weights."""
+    if isinstance(found, (list, tuple)):
+        return type(found)(HalfWeight(one, dtype) for one in found)
+    return HalfWeight(found, dtype)
+
+
+def _product(x: Tensor, weight: HalfWeight) -> Tensor:
+    """Returns ``x @ weight``, of matrices."""
+    held, (inner, width) = weight.held, weight.shape
+    room = (TILE_BYTES if held.device.type == "cpu" else _DEVICE_TILE_BYTES) // x.element_size()
+    if held.stride(0) <= held.stride(1):  # columns lie together
+        out = x.new_empty(len(x), width)
+        for part in blocks(width, max(1, room // max(1, inner))):
+            torch.mm(x, held[:, part].to(x.dtype), out=out[:, part])
+        return out
+    out = x.new_zeros(len(x), width)
+    for part in blocks(inner, max(1, room // max(1, width))):
+        out.addmm_(x[:, part], held[part].to(x.dtype))
+    return out
+
+
+def _products(x: Tensor, weight: HalfWeight) -> Tensor:
+    """Returns ``x @ weight``, of batches of matrices."""
+    if len(x) == 1:
+        return _product(x[0], weight[0])[None]
+    pairs = zip(x, weight.unbind(), strict=True)
+    return torch.stack([_product(one, other) for one, other in pairs])
+
+
+_PRODUCTS: dict[Any, Callable[[Tensor, HalfWeight], Tensor]] = {
+    _aten.mm.default: _product,
+    _aten.bmm.default: _products,
+}
+_WITH_BIAS = {_aten.addmm.default}
+_COPIES = {_aten.clone.default, _aten.contiguous.default, _aten._unsafe_view.default}
+_PICKING = {
+    _aten.index.Tensor,
+    _aten.index_select.default,
+    _aten.embedding.default,
+    _aten.gather.default,
+}
+_MAKING = {
+    _aten.new_zeros.default,
+    _aten.new_ones.default,
+    _aten.new_full.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
