@@ -156,10 +156,10 @@ def attention_norms(
     """
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
-    if precision != "full":
-        _require_products(points)
     needs = identities(points)
     done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
+    if precision != "full":
+        _require_products(done, points)
     found = _maps(done, list(dict.fromkeys(points)), heads, bias, precision, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 
@@ -174,14 +174,19 @@ def _require_heads(heads: Heads, points: list[Point]) -> None:
         )
 
 
-def _require_products(points: list[Point]) -> None:
-    if not set(points) & set(POINTS[3:]):
-        raise bad(
-            "nothing here is computed in bfloat16",
-            f"precision='bfloat16' at {points}",
-            f"a point after the feed-forward block: {list(POINTS[3:])}",
-            "Leave precision out.",
-        )
+def _require_products(done: Pass, points: list[Point]) -> None:
+    """Raises InvalidInput unless value vectors are multiplied, and with more than a few pairs."""
+    seen = f"precision='bfloat16' at {points}"
+    if any(block.feed_forward is not None and block.feed_forward.routes for block in done.blocks):
+        seen += ", a model of experts"
+    elif set(points) & set(POINTS[3:]):
+        return
+    raise bad(
+        "nothing here is computed in bfloat16",
+        seen,
+        f"a point after a feed-forward block without experts: {list(POINTS[3:])}",
+        "Leave precision out.",
+    )
 
 
 def _maps(
