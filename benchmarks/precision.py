@@ -2,7 +2,8 @@
 
 ``python benchmarks/precision.py [--write]`` prints the tables of docs/pages/numbers.md; ``--write``
 stores what was measured in results.json beside this file and puts the tables into the page.
-``tests/rounding.py`` says what is measured. Takes minutes; needs TransformerLens 4.
+``tests/rounding.py`` says what is measured. Takes minutes; needs TransformerLens 4. ``--only
+products`` repeats the table of ``precision="bfloat16"`` alone, in seconds.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import methods
 import tables
 import torch
+from memories import gpt2
 from meters import command_line, machine, show
 
 # The models of the tests are not part of the package.
@@ -57,25 +60,54 @@ def _widen(largest: dict[str, float], found: Mapping[str, float]) -> None:
         largest[name] = max(error, largest.get(name, 0.0))
 
 
+def products(draws: int) -> dict[str, dict[str, list[float]]]:
+    """Returns errors of ``precision="bfloat16"`` by model and point: the largest, the median.
+
+    The largest relative to the largest norm, over families and draws; the median relative to each
+    norm.
+    """
+    cases = {case.family: case for case in zoo.cases()}
+    tiny = [
+        rounding.products(cases[family], s) for family in rounding.FAMILIES for s in range(draws)
+    ]
+    wide, ids = gpt2(methods.LAYERS, 768, methods.VOCABULARY), methods.words(64, methods.VOCABULARY)
+    found = {"tests' families": tiny, "GPT-2's widths": [rounding.of_products(wide, ids)]}
+    return {
+        name: {
+            at: [max(one[at][0] for one in rows), max(one[at][1] for one in rows)] for at in rows[0]
+        }
+        for name, rows in found.items()
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, and stores if asked to."""
     parser = command_line(__doc__)
     parser.add_argument("--write", action="store_true", help="store, and update the page")
     parser.add_argument("--draws", type=int, default=3, help="of weights, for each family")
+    parser.add_argument("--only", choices=("products",), help="measure this part")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    numbers = measured(rounding.FAMILIES, given.draws) | {
-        "kinked": measured((rounding.KINKED,), given.draws)["errors"],
+    found: dict[str, Any] = {"products": products(given.draws)}
+    if given.only is None:
+        found["numbers"] = _numbers(given.draws)
+        show(f"\n{tables.numbers(found)}\n")
+    show(f"\n{tables.products(found)}\n")
+    if given.write:
+        tables.keep(found)
+        tables.write()
+
+
+def _numbers(draws: int) -> dict[str, Any]:
+    """Returns what the page's first tables are made of."""
+    return measured(rounding.FAMILIES, draws) | {
+        "kinked": measured((rounding.KINKED,), draws)["errors"],
         "machine": machine().rpartition("; ")[0],
         "families": ", ".join(rounding.FAMILIES),
-        "draws": given.draws,
+        "draws": draws,
         "identities": {name: text for name, (text, _) in rounding.IDENTITIES.items()},
     }
-    show(f"\n{tables.numbers({'numbers': numbers})}\n")
-    if given.write:
-        tables.keep({"numbers": numbers})
-        tables.write()
 
 
 if __name__ == "__main__":

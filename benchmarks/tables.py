@@ -223,6 +223,17 @@ def _kinked(part: Mapping[str, Any], low: list[str]) -> Iterator[list[str]]:
             yield [name, *(f"{whole[dtype][name]:.0e}" for dtype in low)]
 
 
+def products(found: Mapping[str, Any]) -> str:
+    """Returns the table of errors of products in bfloat16."""
+    head = ["models", "point", "largest error", "median error"]
+    rows = (
+        [model, f"`{at}`", _pair(largest), f"{median:.0e}"]
+        for model, points in found["products"].items()
+        for at, (largest, median) in points.items()
+    )
+    return markdown(head, rows)
+
+
 def _pairs(errors: Mapping[str, Any], low: list[str], name: str) -> list[str]:
     cells = [_pair(errors[dtype][name]["whole"]) for dtype in low]
     return cells + [_pair(errors[dtype][name].get("ours")) for dtype in low]
@@ -239,6 +250,7 @@ _MAKERS = {
     "growth": ("growth", growth),
     "against": ("against", against),
     "numbers": ("numbers", numbers),
+    "products": ("products", products),
     "inseq outputs": ("inseq", inseq_outputs),
     "inseq times": ("inseq", inseq_times),
     "generated": ("generated", generated),

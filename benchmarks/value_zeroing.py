@@ -7,10 +7,14 @@ one thread). GPT-2's sizes: d=768, 12 heads, 3072 neurons. Both ways' distances 
 *Bound*: the product with W_out that every pair needs, n (n + 1) d_mlp d (causal) or 2 n^2 d_mlp d.
 *With H terms*: and what every pair needs per head, and what every source's values are to the
 neurons, 2 n d d_mlp. *First call*: W_O folded into W_in besides, 2 d^2 d_mlp, which a model keeps.
+
+``--trapezoid`` prints what a rotated W_out would save instead: distances need norms and inner
+products alone, so that d rows of it may be made triangular.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +26,7 @@ from torch.nn import functional
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
-from tl_contextmix.core.value_ablation import ablate_values
+from tl_contextmix.core.value_ablation import TILE_BYTES, ablate_values
 
 D, HEADS, M = 768, 12, 3072
 MAX_BYTES = 2**30
@@ -197,13 +201,66 @@ def seconds(sizes: list[int], runs: int) -> None:
             row(causal, n, f"{here:.3f}", f"{there:.3f}", f"{there / here:.1f}", f"{apart:.1e}")
 
 
+def rotated(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns W_out in a basis in which its first d rows are lower triangular, and the basis."""
+    basis = torch.linalg.qr(weight[:D].T)[0]
+    found = weight @ basis
+    found[:D].tril_()
+    return found, basis
+
+
+def by_blocks(post: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Returns a product with a rotated W_out, without what is zero in so many blocks of rows."""
+    out, step = post[:, D:] @ weight[D:], D // count
+    for start in range(0, D, step):
+        rows = slice(start, start + step)
+        out[:, : rows.stop].addmm_(post[:, rows], weight[rows, : rows.stop])
+    return out
+
+
+def trapezoid(sizes: list[int], runs: int, count: int = 8) -> None:
+    """Prints what a product that leaves out a triangle of W_out would save of a call."""
+    row("n", "operations", "product", "call", "rotation, in calls", "kept (MiB)", "difference")
+    row(*["---"] * 7)
+    for n in sizes:
+        layer = made(n, True)
+        block, trace = layer.view()
+        weight = layer.weights["W_out"]
+        post = torch.randn(TILE_BYTES // (4 * (3 * M + 11 * D)), M)
+        turned, basis = rotated(weight)
+        apart = (by_blocks(post, turned, count) @ basis.T - post @ weight).abs().max()
+        ours(block, trace)  # what a model keeps
+        ways = (
+            partial(ours, block, trace),
+            partial(torch.matmul, post, weight),
+            partial(by_blocks, post, turned, count),
+            partial(rotated, weight),
+        )
+        call, whole, part, turn = interleaved(ways, runs, time.process_time)
+        tiles = n * (n + 1) / 2 / len(post)
+        row(
+            n,
+            f"{D * (1 - 1 / count) / (2 * M):.1%} fewer",
+            f"{1 - part / whole:.1%} less",
+            f"{tiles * (whole - part) / call:.1%} less",
+            f"{turn / call:.2f}",
+            f"{4 * (M * D + D * D) / 2**20:.0f}",
+            f"{float(apart / (post @ weight).abs().max()):.0e}",
+        )
+
+
 def main() -> None:
     """Prints the tables."""
     parser = command_line(__doc__)
+    parser.add_argument("--trapezoid", action="store_true", help="of a rotated W_out alone")
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
-    quick = parser.parse_args().quick
+    given = parser.parse_args()
+    quick = given.quick
     torch.set_num_threads(1)
     with torch.no_grad():
+        if given.trapezoid:
+            trapezoid([32, 64] if quick else [64, 128, 256], 3 if quick else 7)
+            return
         operations([32, 64, 128] if quick else [32, 64, 128, 256, 512])
         say()
         memory([256] if quick else [256, 512, 1024])

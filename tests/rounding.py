@@ -24,6 +24,7 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import building, views
+from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.methods.decompx import decompx_vectors
 from tl_contextmix.results import (
     ContextMap,
@@ -115,6 +116,30 @@ def _of_passes(low: Any, exact: Any, case: zoo.Case) -> dict[str, float]:
         layers.append(torch.stack([trace[block.resid_out].double() for block in blocks]))
     logits = [zoo.logits(model, given).double() for model in (low, exact)]
     return {LAYERS: relative(*layers), LOGITS: relative(*logits)}
+
+
+# Products in bfloat16
+
+
+def products(case: zoo.Case, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Errors of ``precision="bfloat16"`` in a float64 model, see `of_products`."""
+    given = zoo.inputs(case)
+    return of_products(zoo.build(case, seed=seed), given.tokens, **keywords(given))
+
+
+def of_products(model: Any, tokens: Tensor, **given: Any) -> dict[str, tuple[float, float]]:
+    """By point: the largest error relative to the largest norm, the median relative to each."""
+    points = POINTS[3:]
+    exact, low = (
+        cm.attention_norms(model, tokens, at=points, precision=precision, **given)
+        for precision in ("full", "bfloat16")
+    )
+    found = {}
+    for at in points:
+        there, here = exact[at].scores, low[at].scores
+        each = ((here - there).abs() / there)[there > 0]
+        found[at] = relative(here, there), float(each.median())
+    return found
 
 
 # Identities

@@ -41,6 +41,7 @@ class Activation:
             is ``relu`` to the last digit of float64. None for every other activation.
         integral: An antiderivative in closed form, where there is one.
         kink: Whether a derivative jumps at zero.
+        silent: Whether it is exactly zero over a stretch, as ReLU is below zero.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Activation:
     tail: float | None = None
     integral: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     kink: bool = False
+    silent: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the activation of every element."""
@@ -282,8 +284,14 @@ ACTIVATIONS: tuple[Activation, ...] = (
     Activation("gelu", functional.gelu, gate=_normal_cdf, tail=9.0),
     Activation("gelu_new", lambda x: x * _tanh_cdf(x), gate=_tanh_cdf, tail=9.0),
     Activation("silu", functional.silu, gate=torch.sigmoid, tail=45.0),
-    Activation("relu", functional.relu, gate=_step, tail=0.0, kink=True),
-    Activation("relu2", lambda x: functional.relu(x) ** 2, gate=functional.relu, kink=True),
+    Activation("relu", functional.relu, gate=_step, tail=0.0, kink=True, silent=True),
+    Activation(
+        "relu2",
+        lambda x: functional.relu(x) ** 2,
+        gate=functional.relu,
+        kink=True,
+        silent=True,
+    ),
     Activation(
         "quick_gelu",
         lambda x: x * torch.sigmoid(1.702 * x),

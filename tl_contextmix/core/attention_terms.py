@@ -49,6 +49,15 @@ class GatedTerm(AttentionTerm):
         mixed = (read * self.gate[:, rows]).flatten(3)
         return (mixed @ self.weight.flatten(0, 1)).transpose(0, 1)
 
+    def before_weights(
+        self, batch: int, target: int, sources: slice
+    ) -> Float[Tensor, "source read"]:
+        """Returns what a target reads of each source before the heads' weights, one after another.
+
+        ``dense`` is its product with ``weight.flatten(0, 1)``.
+        """
+        return super().before_weights(batch, target, sources) * self.gate[batch, target].flatten()
+
     def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
         """Returns the sum over heads and sources."""
         pattern, value = self.pattern[:, :, rows, sources], self.value[:, sources]

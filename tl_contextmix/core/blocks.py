@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
 from tl_contextmix.core.token_sums import AttentionTerm, Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -330,6 +331,11 @@ class FeedForward:
         return self.pre_linear is not None
 
     @property
+    def silent(self) -> bool:
+        """Whether neurons can have slopes of exactly zero."""
+        return self.activation is not None and self.activation.silent
+
+    @property
     def pre_names(self) -> tuple[str, ...]:
         """Names of the branches' pre-activations, in the order of `branches`."""
         return (self.pre,) if self.pre_linear is None else (self.pre, self.pre_linear)
@@ -504,13 +510,21 @@ class FeedForward:
         self, parts: Float[Tensor, "... d_model"], slopes: Sequence[Tensor]
     ) -> Float[Tensor, "... d_model"]:
         """Returns what parts of its input [*place *more d_model] become, by slopes."""
+        W_out, weights = self.W_out, [weight for weight, _ in self.branches()]
+        places = slopes[0].ndim - 1
+        if 0 < places < parts.ndim - 1:  # several parts of a place, which has slopes of its own
+            flat = [slope.flatten(0, -2) for slope in slopes]
+            some = parts.flatten(0, places - 1).flatten(1, -2)
+            out = transmit(some, weights, flat, W_out, self.silent)
+            if out is not None:
+                return out.view(*parts.shape[:-1], W_out.shape[1])
         found = None
-        for (weight, _), slope in zip(self.branches(), slopes, strict=True):
+        for weight, slope in zip(weights, slopes, strict=True):
             more = [1] * (parts.ndim - slope.ndim)
             share = (parts @ weight).mul_(slope.view(*slope.shape[:-1], *more, slope.shape[-1]))
             found = share if found is None else found.add_(share)
         assert found is not None
-        return found @ self.W_out
+        return found @ W_out
 
     def pull_back(
         self, gradient: Float[Tensor, "some neuron"], slopes: Sequence[Tensor]

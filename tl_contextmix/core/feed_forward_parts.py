@@ -12,19 +12,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import product
 from operator import add
 from typing import Literal
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import Block, FeedForward
-from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks
+from tl_contextmix.core.blocks import FeedForward
+from tl_contextmix.core.neuron_routes import Neurons, Route, active_at, fold, in_use
+from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks, within
 
 Bias = Literal["contributor", "fixed"]
+Precision = Literal["full", "bfloat16"]
+"""What products with value vectors are taken in: the dtype of the maths, or bfloat16."""
 DEFAULT_MAX_BYTES = 2**30
-# Of which shares of neurons are made at once: fewer take longer, more take memory for nothing.
-_TARGETS = 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class FeedForwardParts:
         return replace(self, hidden=tuple(self.read.map(weight) for weight in self.weights))
 
     def stages(
-        self, rows: slice, columns: slice, read: slice, neurons: int
+        self, rows: slice, columns: slice, read: slice, way: Way
     ) -> Iterator[Float[Tensor, "batch source target d_model"]]:
         """Yields the parts for a block of rows and sources: mlp_out, resid_post, block_out.
 
@@ -77,11 +80,16 @@ class FeedForwardParts:
             rows: Contiguous targets.
             columns: Contiguous sources.
             read: Those of them that the feed-forward sublayer reads.
-            neurons: How many neurons at a time.
+            way: How they go through the neurons.
         """
-        out = self._through_experts(rows, read) if self.sublayer.routes else None
-        for part in blocks(self.W_out.shape[0], neurons):
-            out = self._through(rows, read, part, out)
+        if self.sublayer.routes:
+            out = self._through_experts(rows, read)
+        elif way.route == "all":
+            out = None
+            for part in blocks(self.W_out.shape[0], way.neurons):
+                out = self._through(rows, read, part, out)
+        else:
+            out = self._one_by_one(rows, read, way)
         assert out is not None
         out = out if read == columns else _placed(out, read, columns)
         out = self.norm_out.part(place=rows).linear(out)
@@ -93,14 +101,69 @@ class FeedForwardParts:
             yield self.norm_after.part(place=rows).linear(out)
 
     def _through(self, rows: slice, columns: slice, part: slice, out: Tensor | None) -> Tensor:
-        shares = None
+        shares, W_out = None, self.W_out[part]
         for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
             share = token_sum.dense(rows, columns, part)
             share *= slope[:, None, rows, part]
             shares = share if shares is None else shares.add_(share)
         assert shares is not None
-        product = (shares.transpose(0, 1) @ self.W_out[part]).transpose(0, 1)
-        return product if out is None else out.add_(product)
+        found = shares.transpose(0, 1).to(W_out.dtype) @ W_out
+        found = found.to(self.bias.dtype).transpose(0, 1)
+        return found if out is None else out.add_(found)
+
+    def _one_by_one(self, rows: slice, columns: slice, way: Way) -> Tensor:
+        """Returns the same target by target."""
+        batch, width = len(self.bias), self.bias.shape[2]
+        shape = (columns.stop - columns.start, batch, rows.stop - rows.start, width)
+        out = self.bias.new_zeros(shape).transpose(0, 1)
+        for row, target in product(range(batch), range(rows.start, rows.stop)):
+            for term, (_, span, _) in enumerate(self.read.segments()):
+                local = within(columns, span)
+                if local.start == local.stop:
+                    continue
+                if way.route == "folded":
+                    found = self._through_matrix(term, row, target, local)
+                else:
+                    neurons = way.active[row * self.bias.shape[1] + target]
+                    found = self._through_some(term, row, target, local, neurons)
+                first = span.start + local.start - columns.start
+                out[row, first : first + len(found), target - rows.start] = found
+        return out
+
+    def _through_some(
+        self, term: int, row: int, target: int, sources: slice, neurons: Tensor
+    ) -> Float[Tensor, "source d_model"]:
+        """Returns what one target gets from some sources through some neurons alone."""
+        shares = None
+        for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
+            share = token_sum.terms[term].of_neurons(row, target, sources, neurons)
+            if self._owned(term, target, sources):
+                share[target - sources.start] += token_sum.own[row, target, neurons]
+            share *= slope[row, target, neurons]
+            shares = share if shares is None else shares.add_(share)
+        assert shares is not None
+        return shares.to(self.W_out.dtype) @ self.W_out[neurons]
+
+    def _through_matrix(
+        self, term: int, row: int, target: int, sources: slice
+    ) -> Float[Tensor, "source d_model"]:
+        """Returns what one target gets from some sources, its slopes folded into the weights."""
+        reads = [token_sum.terms[term] for token_sum in self.hidden]
+        weights = [read.weight.flatten(0, 1) for read in reads]
+        matrix = fold(weights, self.slopes, self.W_out, row, target)
+        out = reads[0].before_weights(row, target, sources).to(matrix.dtype) @ matrix
+        if self._owned(term, target, sources):
+            owns = (
+                token_sum.own[row, target] * slope[row, target]
+                for token_sum, slope in zip(self.hidden, self.slopes, strict=True)
+            )
+            out[target - sources.start] += reduce(add, owns).to(out.dtype) @ self.W_out
+        return out
+
+    def _owned(self, term: int, target: int, sources: slice) -> bool:
+        """Returns whether a target's own path is among some sources of a term."""
+        owned = term == 0 and self.read.own is not None
+        return owned and sources.start <= target < sources.stop
 
     def _through_experts(self, rows: slice, columns: slice) -> Tensor:
         """Returns the same by expert, without folding: few pairs go through each of them."""
@@ -136,29 +199,80 @@ class FeedForwardParts:
             total=self.total[batch],
         )
 
-    def tiles(self, max_bytes: int) -> Iterator[tuple[slice, slice, slice, Iterator[Tensor]]]:
+    def tiles(
+        self, max_bytes: int, low: torch.dtype | None = None
+    ) -> Iterator[tuple[slice, slice, slice, Iterator[Tensor]]]:
         """Yields all parts, tile by tile: batch rows, targets, sources and `stages`.
 
         Sources outside the tiles have parts of exactly zero. What the neurons see of a source is
         computed once for all targets.
+
+        Args:
+            max_bytes: Workspace.
+            low: A dtype to take products with value vectors in; None for that of the maths.
         """
         folded = self.folded()
+        folded = replace(folded, W_out=self.W_out if low is None else self.W_out.to(low))
         plan = _plan(folded, max_bytes)
         for rows in blocks(self.bias.shape[0], plan.batch):
             some = folded.row(rows)
             sums = (some.read,) if some.residual is None else (some.read, some.residual)
             read, *residual = Support.of(*sums)
             whole = read.join(residual[0]) if residual else read
-            for span in some.stretches(plan.sources):
-                ready = some.ready(span, hidden=plan.neurons >= self.W_out.shape[0])
-                for targets in blocks(self.bias.shape[1], plan.targets):
-                    columns = whole.columns(targets, span)
-                    if columns.start < columns.stop:
-                        inner = read.columns(targets, columns)
-                        stages = ready.stages(targets, columns, inner, plan.neurons)
-                        yield rows, targets, columns, stages
-                # Or two stretches would be held at once; a generator keeps what it came from.
-                ready = stages = None
+            for size, ways in some._ways(plan, read):
+                for span in some.stretches(size):
+                    hidden = ways[0][1].route != "folded" and plan.neurons >= self.W_out.shape[0]
+                    ready = some.ready(span, hidden=hidden)
+                    for targets, way in ways:
+                        columns = whole.columns(targets, span)
+                        if columns.start < columns.stop:
+                            inner = read.columns(targets, columns)
+                            yield rows, targets, columns, ready.stages(targets, columns, inner, way)
+                    # Or two stretches would be held at once; a generator keeps what it came from.
+                    ready = None
+
+    def _ways(self, plan: _Plan, read: Support) -> Iterator[tuple[int, list[tuple[slice, Way]]]]:
+        """Yields tiles of targets and how they go through the neurons, by stretches of sources."""
+        batch, target, width = self.bias.shape
+        tiles = [*blocks(target, plan.targets)]
+        if self.sublayer.routes:
+            yield plan.sources, [(tile, Way("all", 0)) for tile in tiles]
+            return
+        mixed = len(self.slopes) * max(term.pattern.shape[1] for term in self.read.terms)
+        sizes = Neurons(len(self.W_out), width, mixed, self.folded_width, mixed, width)
+        spans = [read.columns(tile, slice(0, self.sources)) for tile in tiles]
+        pairs = [span.stop - span.start for span in spans]
+        counts = [batch * (tile.stop - tile.start) for tile in tiles]
+        active, used = [0] * len(tiles), None
+        if plan.gathers and any(map(sizes.may_gather, pairs, counts)):
+            used = in_use(self.slopes)
+            each = used.sum(dim=(0, 2)).tolist()
+            active = [sum(each[tile]) for tile in tiles]
+        routes = [
+            sizes.route(*one, active=some, times=-(-one[0] // plan.fold_sources))
+            for some, *one in zip(active, pairs, counts, strict=True)
+        ]
+        found = active_at(used) if used is not None and "active" in routes else []
+        near = [
+            (tile, Way(route, plan.neurons, found))
+            for tile, route in zip(tiles, routes, strict=True)
+            if route != "folded"
+        ]
+        long = [
+            (slice(tile.start + part.start, tile.start + part.stop), Way("folded", 0))
+            for tile, route in zip(tiles, routes, strict=True)
+            if route == "folded"
+            for part in blocks(tile.stop - tile.start, plan.fold_targets)
+        ]
+        if near:
+            yield plan.sources, near
+        if long:
+            yield plan.fold_sources, long
+
+    @property
+    def folded_width(self) -> int:
+        """How many numbers of a source a target reads before the heads' weights."""
+        return sum(term.value.shape[2] * term.value.shape[3] for term in self.hidden[0].terms)
 
     def stretches(self, size: int) -> Iterator[slice]:
         """Yields stretches of sources that stay within one attention sublayer's."""
@@ -174,12 +288,17 @@ class FeedForwardParts:
             residual=None if self.residual is None else self.residual.ready(sources),
         )
 
-    def stage_norms(self, max_bytes: int) -> list[Float[Tensor, "batch target source"]]:
-        """Returns the norm of every part at each of `stages`, holding no more than a tile."""
+    def stage_norms(
+        self, max_bytes: int, low: torch.dtype | None = None
+    ) -> list[Float[Tensor, "batch target source"]]:
+        """Returns the norm of every part at each of `stages`, holding no more than a tile.
+
+        Arguments are those of `tiles`. Vectors are rounded in ``low``, their norms are not.
+        """
         batch, target, _ = self.bias.shape
         count = 1 + (self.residual is not None) + (self.norm_after is not None)
         found = [self.bias.new_zeros(batch, target, self.sources) for _ in range(count)]
-        for rows, targets, columns, stages in self.tiles(max_bytes):
+        for rows, targets, columns, stages in self.tiles(max_bytes, low):
             parts = None
             for out, parts in zip(found, stages, strict=True):
                 out[rows, targets, columns] = parts.norm(dim=-1).transpose(1, 2)
@@ -198,11 +317,29 @@ class FeedForwardParts:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a tile goes through the neurons.
+
+    Attributes:
+        route: See `neuron_routes`.
+        neurons: How many at a time, where it is through all of them.
+        active: The active ones of every target, where it is through these.
+    """
+
+    route: Route
+    neurons: int
+    active: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
 class _Plan:
     batch: int
     targets: int
     sources: int
     neurons: int
+    gathers: bool
+    fold_targets: int
+    fold_sources: int
 
 
 def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
@@ -218,23 +355,38 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     branches, residual = len(parts.slopes), parts.residual
     heads = max(read.value.shape[2] for read in parts.read.terms)
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
-    vectors = 4 * width + max(read.per_pair for read in parts.read.terms)
+    per_pair = max(read.per_pair for read in parts.read.terms)
+    vectors = 4 * width + per_pair
     token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
     held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
     # Vectors per token: the token sums' totals and biases, and the parts'.
     held += 10 * batch * target * width
+    # Which neurons are active, and their vectors copied; a gate leaves no vectors to copy.
+    gathers = parts.sublayer.silent and not parts.sublayer.routes and not per_pair
+    held += gathers * 5 * batch * target * neuron // 4
+    low = parts.W_out.dtype != parts.bias.dtype
+    held += low * parts.W_out.numel() // 2
+    share = branches * neuron + low * (neuron + width) // 2
     budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
-    view, pair = branches * heads * neuron + beside, branches * neuron + vectors
+    view, pair = branches * heads * neuron * (2 + gathers) // 2 + beside, share + vectors
     view = heads * width + beside if parts.sublayer.routes else view
     neurons = neuron
     if view + pair > room and not parts.sublayer.routes:
+        gathers = False
         neurons = max(1, (room - beside - vectors) // (branches * (heads + 1)))
         view, pair = branches * heads * neurons + beside, branches * neurons + vectors
     targets = max(1, min(-(-target // 16), (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))
-    return _Plan(rows, targets, sources, neurons)
+    if parts.sublayer.routes:
+        return _Plan(rows, targets, sources, neurons, gathers, 1, 1)
+    # Folded, a target holds its matrix, and a pair what it reads before the heads' weights.
+    alone, pair = parts.folded_width * (2 * neuron + width), parts.folded_width + vectors
+    room = max(room - alone, budget // 4)
+    fold_sources = max(1, min(source, room // (beside + pair)))
+    fold_targets = max(1, min(targets, (room // fold_sources - beside) // pair))
+    return _Plan(rows, targets, sources, neurons, gathers, fold_targets, fold_sources)
 
 
 def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
@@ -243,100 +395,3 @@ def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
     whole = parts.new_zeros(columns.stop - columns.start, batch, *rest).transpose(0, 1)
     whole[:, at.start - columns.start : at.stop - columns.start] = parts
     return whole
-
-
-def feed_forward_points(
-    block: Block, points: dict[str, TokenSum], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
-) -> dict[str, FeedForwardParts]:
-    """Returns a block's parts at and after its feed-forward output; they share what they hold.
-
-    Args:
-        block: The block.
-        points: Its token sums from `decompose.linear_points`.
-        bias: The bias convention, see `decompose`.
-        max_bytes: Workspace.
-    """
-    ff = block.feed_forward
-    assert ff is not None
-    added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
-    stream = points["residual"]
-    total, parts_bias = added.total + stream.total, added.bias + stream.bias
-    summed = replace(added, residual=stream, bias=parts_bias, total=total)
-    normed = summed
-    if ff.norm_after is not None:
-        norm = FrozenNorm.at(ff.norm_after, total)
-        normed = replace(
-            summed, norm_after=norm, bias=norm.affine(parts_bias), total=ff.norm_after(total)
-        )
-    return {"mlp_out": added, "resid_post": summed, "block_out": normed}
-
-
-def neuron_shares(
-    ff: FeedForward,
-    read: TokenSum,
-    convention: Bias,
-    rows: Sequence[int],
-    neurons: Int[Tensor, " neuron"],
-    shares: Float[Tensor, "batch target source neuron"],
-) -> Float[Tensor, "batch target neuron"]:
-    """Writes each source's share of some neurons' activations; returns the share of no source.
-
-    Args:
-        ff: The feed-forward sublayer.
-        read: What it reads, from `decompose.linear_points`.
-        convention: The bias convention, see `decompose`.
-        rows: The targets.
-        neurons: The neurons.
-        shares: Where the shares are written: they are many, and made a few targets at a time.
-    """
-    some = ff.holding(read.total).select(neurons)
-    start, end = (some.pre_activations(x) for x in (read.bias, read.total))
-    slopes, rest = some.linearise(start, end, convention == "fixed")
-    hidden = [read.map(weight).ready() for weight, _ in some.branches()]
-    # Tiles are contiguous: of all targets a few at a time, of others one each.
-    whole = list(rows) == list(range(read.bias.shape[1]))
-    branched = list(zip(hidden, slopes, strict=True))
-    for places in blocks(len(rows), _TARGETS if whole else 1):
-        tile = places if whole else slice(rows[places.start], rows[places.start] + 1)
-        parts = (token_sum.dense(tile) * slope[:, None, tile] for token_sum, slope in branched)
-        shares[:, places] = reduce(add, parts).transpose(1, 2)
-    return rest[:, list(rows)]
-
-
-def _feed_forward(
-    ff: FeedForward, read: TokenSum, convention: Bias, max_bytes: int
-) -> FeedForwardParts:
-    ff, branches, W_out = ff.holding(read.total), (), read.bias[0, :0]
-    if not ff.routes:
-        branches, W_out = ff.branches(), ff.W_out
-    shape = read.bias.shape[:2]
-    flat = ff if ff.gain is None else replace(ff, gain=ff.gain.flatten(0, 1))
-    slopes = tuple(read.bias.new_empty(*shape, ff.width) for _ in range(1 + ff.gated))
-    # Not like what is read, whose axes may lie in another order in memory: flat views are written.
-    bias, total = (read.bias.new_empty(read.bias.shape) for _ in range(2))
-    # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
-    size = 16 * len(slopes) * ff.width * bias.element_size()
-    for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
-        begun, ended = (x.flatten(0, 1)[rows] for x in (read.bias, read.total))
-        held = flat.part(rows)
-        start, end, constant = *map(held.pre_activations, (begun, ended)), held.constant()
-        pieces, rest = held.linearise(start, end, convention == "fixed")
-        for slope, piece in zip(slopes, pieces, strict=True):
-            slope.flatten(0, 1)[rows] = piece
-        bias.flatten(0, 1)[rows] = held.write(rest) + constant
-        total.flatten(0, 1)[rows] = held.write(held.activate(end)) + constant
-    norm_out = FrozenNorm.at(ff.norm_out, total)
-    bias = norm_out.affine(bias)
-    total = total if ff.norm_out is None else ff.norm_out(total)
-    return FeedForwardParts(
-        sublayer=ff,
-        read=read,
-        weights=tuple(weight for weight, _ in branches),
-        slopes=slopes,
-        W_out=W_out,
-        norm_out=norm_out,
-        residual=None,
-        norm_after=None,
-        bias=bias,
-        total=total,
-    )

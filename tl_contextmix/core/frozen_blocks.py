@@ -63,26 +63,39 @@ class FrozenAttention:
         if read is None:
             assert not constant
             return _pass(self.norm_after, stream, constant)
-        weights = self.sublayer.weights
+        return self.write(stream, self.mix(self.value(read, constant)), constant)
+
+    def value(
+        self, read: Parts, constant: bool = False
+    ) -> Float[Tensor, "batch source part *head"]:
+        """Returns the parts of its values, given those of what it reads."""
         value = torch.einsum("bskm,hmd->bskhd", read, self.sublayer.W_V)
-        b_V, b_O = weights("b_V"), weights("b_O")
+        b_V = self.sublayer.weights("b_V")
         value = value + b_V if constant and b_V is not None else value
-        value = value if self.value_scale is None else value / self.value_scale[:, :, None]
-        mixed = torch.einsum("bhts,bskhd->btkhd", self.pattern, value)
+        return value if self.value_scale is None else value / self.value_scale[:, :, None]
+
+    def mix(self, value: Tensor) -> Float[Tensor, "batch target part head d_head"]:
+        """Returns the parts of what heads read, before a gate."""
+        return torch.einsum("bhts,bskhd->btkhd", self.pattern, value)
+
+    def write(self, stream: Parts, mixed: Tensor, constant: bool = False) -> Parts:
+        """Returns the parts of the residual stream after it, given those of what heads read."""
         mixed = mixed if self.gate is None else mixed * self.gate[:, :, None]
         out = torch.einsum("btkhd,hdm->btkm", mixed, self.sublayer.W_O)
+        b_O = self.sublayer.weights("b_O")
         out = out + b_O if constant and b_O is not None else out
         return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
-    def since(self, first: int) -> FrozenAttention:
-        """Returns the sublayer at the targets from one on, which read no earlier ones."""
-        seen = 0 if self.sublayer.kind == "cross" else first
-        norms = (self.norm_in, self.norm_out, self.norm_after)
-        later = (norm.part(place=slice(first, None)) for norm in norms)
-        scale = None if self.value_scale is None else self.value_scale[:, seen:]
-        pattern = self.pattern[:, :, first:, seen:]
-        gate = None if self.gate is None else self.gate[:, first:]
-        return FrozenAttention(self.sublayer, pattern, *later, value_scale=scale, gate=gate)
+    def at(self, rows: slice, seen: slice) -> FrozenAttention:
+        """Returns the sublayer at some targets, which read some sources."""
+        cross = self.sublayer.kind == "cross"
+        seen = slice(None) if cross else seen
+        norm_in = self.norm_in.part(place=rows if cross else seen)
+        later = (norm.part(place=rows) for norm in (self.norm_out, self.norm_after))
+        scale = None if self.value_scale is None else self.value_scale[:, seen]
+        pattern = self.pattern[:, :, rows, seen]
+        gate = None if self.gate is None else self.gate[:, rows]
+        return FrozenAttention(self.sublayer, pattern, norm_in, *later, scale, gate)
 
 
 @dataclass(frozen=True)
@@ -121,13 +134,13 @@ class FrozenFeedForward:
             out = ff.transmit(entering, self.slopes)
         return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
 
-    def since(self, first: int) -> FrozenFeedForward:
-        """Returns the sublayer at the targets from one on."""
-        slopes = tuple(slope[:, first:] for slope in self.slopes)
+    def at(self, rows: slice) -> FrozenFeedForward:
+        """Returns the sublayer at some targets."""
+        slopes = tuple(slope[:, rows] for slope in self.slopes)
         norms = (self.norm_in, self.norm_out, self.norm_after)
-        later = (norm.part(place=slice(first, None)) for norm in norms)
-        sublayer = self.sublayer.part((slice(None), slice(first, None)))
-        return FrozenFeedForward(sublayer, slopes, self.constant[:, first:], *later)
+        later = (norm.part(place=rows) for norm in norms)
+        sublayer = self.sublayer.part((slice(None), rows))
+        return FrozenFeedForward(sublayer, slopes, self.constant[:, rows], *later)
 
 
 @dataclass(frozen=True)
@@ -160,9 +173,39 @@ class FrozenBlock:
         """Returns the block at the targets from one on, which read no earlier ones."""
         if first == 0:
             return self
-        attentions = tuple(one.since(first) for one in self.attentions)
+        rows = slice(first, None)
+        attentions = tuple(one.at(rows, rows) for one in self.attentions)
         ff = self.feed_forward
-        return FrozenBlock(self.block, attentions, None if ff is None else ff.since(first))
+        return FrozenBlock(self.block, attentions, None if ff is None else ff.at(rows))
+
+    def triangle(self, parts: list[Parts], rows: list[slice]) -> list[Parts]:
+        """Returns the parts of its output by stretches of targets, none of which reads later ones.
+
+        A stretch has the parts of the tokens up to its last target alone, and all of them at once:
+        half the work of a square.
+
+        Args:
+            parts: Parts of its input by stretch. Used up.
+            rows: The stretches, one after another from the first target on.
+        """
+        before = parts[:] if self.block.parallel else parts
+        for attention in self.attentions:
+            own = [attention.at(stretch, stretch) for stretch in rows]
+            values = [
+                one.value(_pass(one.norm_in, some, False))
+                for one, some in zip(own, parts, strict=True)
+            ]
+            for index, (one, some) in enumerate(zip(own, parts, strict=True)):
+                mixed = torch.zeros_like(values[index])
+                for seen, value in zip(rows[: index + 1], values, strict=False):
+                    mixed[:, :, : seen.stop] += attention.at(rows[index], seen).mix(value)
+                parts[index] = one.write(some, mixed)
+        if self.feed_forward is None:
+            return parts
+        for index, stretch in enumerate(rows):
+            found = self.feed_forward.at(stretch)(parts[index], before[index], False)
+            parts[index] = found
+        return parts
 
 
 def causal(frozen: Sequence[FrozenBlock]) -> bool:

@@ -191,6 +191,25 @@ class AttentionTerm:
         mixing = rearrange(pattern, "batch head target source -> source batch target head")
         return (mixing @ self.vectors(sources).transpose(0, 1)).transpose(0, 1)
 
+    def before_weights(
+        self, batch: int, target: int, sources: slice
+    ) -> Float[Tensor, "source read"]:
+        """Returns what a target reads of each source before the heads' weights, one after another.
+
+        ``dense`` is its product with ``weight.flatten(0, 1)``.
+        """
+        pattern = self.pattern[batch, :, target, sources] / self.scale[batch, target]
+        return (self.value[batch, sources] * pattern.T[:, :, None]).flatten(1)
+
+    def of_neurons(
+        self, batch: int, target: int, sources: slice, neurons: Int[Tensor, " neuron"]
+    ) -> Float[Tensor, "source neuron"]:
+        """Returns some output dimensions of `dense` for one target, from vectors that are kept."""
+        assert self.kept is not None
+        pattern = self.pattern[batch, :, target, sources] / self.scale[batch, target]
+        vectors = self.vectors(sources)[batch].index_select(-1, neurons)
+        return (pattern.T[:, None] @ vectors)[:, 0]
+
     def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
         """Returns the sum over heads and sources."""
         mixing = rearrange(
@@ -400,7 +419,7 @@ class TokenSum:
         """Returns the token sum with the vectors of some sources (None: all) computed and kept."""
         found = []
         for read, span, _ in self.segments():
-            local = None if columns is None else _within(columns, span)
+            local = None if columns is None else within(columns, span)
             found.append(read.ready(local))
         return replace(self, terms=tuple(found))
 
@@ -436,7 +455,7 @@ class TokenSum:
         neurons = slice(0, self.bias.shape[-1]) if neurons is None else neurons
         found = []
         for read, span, owned in self.segments():
-            local = _within(columns, span)
+            local = within(columns, span)
             if local.start == local.stop:
                 continue
             block = read.columns(neurons).dense(rows, local)
@@ -523,7 +542,7 @@ class Support:
         return Support(first, [max(pair) for pair in zip(self.last, other.last, strict=True)])
 
 
-def _within(columns: slice, span: slice) -> slice:
+def within(columns: slice, span: slice) -> slice:
     """Returns a stretch's share of a span, counted from the span's start."""
     low = min(max(columns.start, span.start), span.stop)
     return slice(low - span.start, max(low, min(columns.stop, span.stop)) - span.start)

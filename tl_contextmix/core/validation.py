@@ -161,9 +161,17 @@ def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
+# Options that other methods have, and why not these.
+_WITHOUT = {
+    ("value_zeroing", "precision"): "Its distances are between vectors that are nearly equal: "
+    "bfloat16 would leave them no digit. ",
+}
+
+
 def _no_such_option(function: str, name: str, known: Sequence[str]) -> UnknownOption:
     new = RENAMED.get(f"{function}.{name}")
     remedy = f"It is now called {new}. " if new else did_you_mean(name, known)
+    remedy = _WITHOUT.get((function, name), remedy)
     return UnknownOption(
         four_parts(
             f"{function} has no such option",

@@ -21,8 +21,9 @@ from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,
     Bias,
     FeedForwardParts,
-    feed_forward_points,
+    Precision,
 )
+from tl_contextmix.core.linearised_neurons import feed_forward_points
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.errors import bad
@@ -185,12 +186,19 @@ def parts_of_heads(
 
 
 def norms_at(
-    parts: Mapping[Point, TokenSum | FeedForwardParts], max_bytes: int
+    parts: Mapping[Point, TokenSum | FeedForwardParts],
+    max_bytes: int,
+    precision: Precision = "full",
 ) -> dict[Point, Float[Tensor, "batch target source"]]:
     """Returns the norms of the parts at several points of one block.
 
     The points after the feed-forward sublayer are three looks at the same tiles: all of them
     cost what the last one costs.
+
+    Args:
+        parts: The parts.
+        max_bytes: Workspace.
+        precision: Of the products with value vectors.
     """
     found: dict[Point, Tensor] = {
         at: token_sum.norms(max_bytes)
@@ -201,7 +209,8 @@ def norms_at(
     if after:
         last = parts[after[-1]]
         assert isinstance(last, FeedForwardParts)
-        stages = last.stage_norms(max_bytes)
+        low = torch.bfloat16 if precision == "bfloat16" else None
+        stages = last.stage_norms(max_bytes, low)
         # Where no norm follows, block_out is resid_post.
         found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in after}
     return found

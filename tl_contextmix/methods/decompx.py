@@ -24,6 +24,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.neuron_routes import Neurons
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
@@ -102,7 +103,9 @@ def decompx(
             them or have a masked-LM head, which is not linear.
 
     Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
-    for more than a hundred tokens of which none reads a later one.
+    for more than a hundred tokens of which none reads a later one. Where a token has many parts at
+    once (439 in GPT-2 small), its slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for its
+    feed-forward block. That takes ``max_bytes`` for all tokens, about ``8 n^2 d`` numbers' bytes.
     """
     view, names = as_view(model), ("target", "foil", "generate")
     wanted = any(inputs.get(name) is not None for name in names)
@@ -113,8 +116,7 @@ def decompx(
 
     def norms(part: Pass) -> dict[str, tuple[str, Tensor]]:
         carried = _carry(part, asked.blocks, bias, max_bytes)
-        found = carried.collect(lambda first, parts: _after_zeros(first, parts.norm(dim=-1)))
-        scores = torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
+        scores = carried.norms(max_bytes)
         return {
             "scores": ("batch layer target source:block_out", scores),
             "bias": ("batch layer target", carried.bias().norm(dim=-1)),
@@ -277,6 +279,44 @@ class _Carried:
                         if asked.layer == layer:
                             found[index].append(read(first, parts))
                             totals[index][:, first:] += parts.sum(dim=2)
+        _require_complete(self.done, self.asked, totals)
+        return found
+
+    def norms(self, max_bytes: int) -> Float[Tensor, "batch layer target source"]:
+        """Returns the norms of the parts after each layer asked for."""
+        if self._long(max_bytes):
+            return self._norms_of_all()
+        found = self.collect(lambda first, parts: _after_zeros(first, parts.norm(dim=-1)))
+        return torch.stack([torch.cat(some, dim=2) for some in found], dim=1)
+
+    def _long(self, max_bytes: int) -> bool:
+        """Returns whether all tokens fit at once, and folding slopes for that many is cheaper."""
+        x = self.done.trace.resid_in(self.own.blocks[0].block)
+        ff, (batch, count, width) = self.own.blocks[0].block.feed_forward, x.shape
+        # Triangles of the stream, of values and of both once more while they are replaced.
+        held = 4 * batch * count * (count + 2 * _few(count)) // 2 * width * x.element_size()
+        if self.encoder is not None or ff is None or ff.routes or held > max_bytes:
+            return False
+        own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
+        mixed = width * (1 + ff.gated)
+        sizes = Neurons(ff.width, width, mixed, read=width, copied=0, gathered=mixed + width)
+        return own and sizes.route(count, 1) == "folded" and causal(self.own.blocks)
+
+    def _norms_of_all(self) -> Float[Tensor, "batch layer target source"]:
+        """Returns the same with all tokens carried at once, a triangle of targets and sources."""
+        x = self.done.trace.resid_in(self.own.blocks[0].block)
+        rows = [*blocks(x.shape[1], _few(x.shape[1]) // 2)]
+        found = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
+        totals = list(self.bias().unbind(dim=1))
+        with torch.no_grad():
+            parts = [own_parts(x, slice(0, some.stop))[:, some] for some in rows]
+            for layer, block in enumerate(self.own.blocks):
+                parts = block.triangle(parts, rows)
+                for index, asked in enumerate(self.asked):
+                    for some, part in zip(rows, parts, strict=True):
+                        if asked.layer == layer:
+                            found[:, index, some, : some.stop] = part.norm(dim=-1)
+                            totals[index][:, some] += part.sum(dim=2)
         _require_complete(self.done, self.asked, totals)
         return found
 

@@ -124,7 +124,8 @@ def cancellation(maps: Maps) -> LayerFigures:
         `LayerFigures` [batch layer quantity].
 
     Raises:
-        InvalidInput: If a map is missing or normalised, or the maps are not of the same tokens.
+        InvalidInput: If a map is missing, normalised or in bfloat16, or the maps are not of the
+            same tokens.
     """
     _require_maps(maps)
     layout = _layout(maps)
@@ -136,6 +137,7 @@ def cancellation(maps: Maps) -> LayerFigures:
             "norms: one figure is a ratio of them",
             "Leave .normalize() out; rows are scaled inside where they must be.",
         )
+    _require_full(before, after, out)
     figures = [
         *_undoing(before, after, out),
         _correlations(before, out) - _correlations(before, after),
@@ -254,6 +256,17 @@ def _require_maps(maps: Maps) -> None:
         )
     for point in _POINTS[1:]:
         _require_same(maps[_POINTS[0]], maps[point])
+
+
+def _require_full(*maps: ContextMap) -> None:
+    """Raises InvalidInput unless the maps are exact enough for cosines of their differences."""
+    for map in maps:
+        if map.provenance.options.get("precision", "full") != "full":
+            raise _incomparable(
+                f"norms with precision={map.provenance.options['precision']!r}",
+                "norms in full precision: cosines are of small differences between maps",
+                "Leave precision out of attention_norms.",
+            )
 
 
 def _require_same(before: ContextMap, after: ContextMap) -> None:

@@ -6,7 +6,7 @@ and 2024 ("Analyzing feed-forward blocks in transformers through the lens of att
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 import torch
@@ -23,6 +23,7 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block
+from tl_contextmix.core.feed_forward_parts import FeedForwardParts, Precision
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.core.validation import Layers, Positive
@@ -42,9 +43,12 @@ from tl_contextmix.engine.parts import (
     parts_at_all,
 )
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import bad
+from tl_contextmix.errors import bad, warn
 from tl_contextmix.results import ContextMap, TokenFigures
 from tl_contextmix.results.headings import in_plain_words
+
+# From so many operations on, about a second of one core, it pays to choose another precision.
+_MANY = 10**11
 
 
 @overload
@@ -57,6 +61,7 @@ def attention_norms(
     layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
+    precision: Precision = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[AnswerInputs],
 ) -> ContextMap: ...
@@ -72,6 +77,7 @@ def attention_norms(
     layer: Layers | None = ...,
     stack: StackName | None = ...,
     bias: Bias = ...,
+    precision: Precision = ...,
     max_bytes: Positive = ...,
     **inputs: Unpack[AnswerInputs],
 ) -> dict[Point, ContextMap]: ...
@@ -87,6 +93,7 @@ def attention_norms(
     layer: Layers | None = None,
     stack: StackName | None = None,
     bias: Bias = "contributor",
+    precision: Precision = "full",
     max_bytes: Positive = DEFAULT_MAX_BYTES,
     **inputs: Unpack[AnswerInputs],
 ) -> ContextMap | dict[Point, ContextMap]:
@@ -125,6 +132,9 @@ def attention_norms(
         layer: Layer or layers; None for all.
         stack: See `decompose`.
         bias: See `decompose`; it changes the points after the feed-forward block.
+        precision: ``"bfloat16"`` takes the products with W_out in bfloat16, nearly all operations
+            of the points after the feed-forward block. Its error is in the documentation (numerical
+            accuracy). A bfloat16 model gets a warning where it would save much.
         max_bytes: Workspace, see `decompose`.
         **inputs: ``target``, ``pos`` or ``generate`` for the rows that predict, see `Asked`; mask,
             padding and the like, see `Inputs`.
@@ -140,12 +150,17 @@ def attention_norms(
     Cost per layer: up to ``mlp_in`` ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers;
     after the feed-forward block ``2 n^2 d_mlp (d + H)`` operations (half if causal) within
     ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
+    Of ReLU neurons only active ones count where they are few. A target of many sources has its
+    slopes folded into the weights where that is cheaper (from about 1,000 of them in GPT-2 small):
+    ``2 d^2 (d_mlp + n)`` for each.
     """
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
     needs = identities(points)
     done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
-    found = _maps(done, list(dict.fromkeys(points)), heads, bias, max_bytes)
+    if precision != "full":
+        _require_products(done, points)
+    found = _maps(done, list(dict.fromkeys(points)), heads, bias, precision, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 
 
@@ -159,10 +174,26 @@ def _require_heads(heads: Heads, points: list[Point]) -> None:
         )
 
 
+def _require_products(done: Pass, points: list[Point]) -> None:
+    """Raises InvalidInput unless value vectors are multiplied, and with more than a few pairs."""
+    seen = f"precision='bfloat16' at {points}"
+    if any(block.feed_forward is not None and block.feed_forward.routes for block in done.blocks):
+        seen += ", a model of experts"
+    elif set(points) & set(POINTS[3:]):
+        return
+    raise bad(
+        "nothing here is computed in bfloat16",
+        seen,
+        f"a point after a feed-forward block without experts: {list(POINTS[3:])}",
+        "Leave precision out.",
+    )
+
+
 def _maps(
-    done: Pass, points: list[Point], heads: Heads, bias: Bias, max_bytes: int
+    done: Pass, points: list[Point], heads: Heads, bias: Bias, precision: Precision, max_bytes: int
 ) -> dict[Point, ContextMap]:
     groups = head_groups(done, heads)
+    products: list[tuple[Tensor, int, int]] = []
 
     def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
         scores: dict[str, list[Tensor]] = {point: [] for point in points}
@@ -170,7 +201,9 @@ def _maps(
         for block in part.progress("attention_norms"):
             linear = linear_points(block, part.trace, part.stack, points)
             parts = parts_at_all(block.held(part.trace), linear, points, bias, max_bytes)
-            norms = norms_at(parts, max_bytes) if groups is None else {}
+            norms = norms_at(parts, max_bytes, precision) if groups is None else {}
+            if part.trace.values[block.resid_in].dtype == torch.bfloat16:
+                products.extend(_products(parts))
             for point, terms in parts.items():
                 biases[point].append(terms.bias.norm(dim=-1)[:, None])
                 if groups is None:
@@ -187,7 +220,10 @@ def _maps(
 
     with torch.no_grad():
         numbers = done.together(norms_of)
+    if precision == "full":
+        _offer_bfloat16(products)
     found = {}
+    lower = {} if precision == "full" else {"precision": precision}
     for point in points:
         found[point] = done.map(
             "attention_norms",
@@ -195,12 +231,43 @@ def _maps(
             point,
             "norm",
             heads=group_labels(groups),
-            options={"at": point, "heads": heads, "bias": bias},
+            options={"at": point, "heads": heads, "bias": bias} | lower,
             includes_residual=point != "attn_out",
             # The output bias belongs to no head.
             bias=numbers[f"{point} bias"] if groups is None else None,
         )
     return found
+
+
+def _products(
+    parts: Mapping[Point, TokenSum | FeedForwardParts],
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Yields how many pairs go through neurons, and the operations of each: all, and with W_out."""
+    found = [one for one in parts.values() if isinstance(one, FeedForwardParts)]
+    if not found or found[-1].sublayer.routes:
+        return
+    neurons, width = found[-1].W_out.shape
+    for read in found[-1].read.terms:
+        mixed = len(found[-1].slopes) * read.pattern.shape[1]
+        pairs = (read.pattern != 0).any(dim=1).sum()
+        yield pairs, 2 * neurons * (width + mixed), 2 * neurons * width
+
+
+def _offer_bfloat16(products: list[tuple[Tensor, int, int]]) -> None:
+    """Warns of products in float32 that a bfloat16 model could take in bfloat16, if many."""
+    if not products:
+        return
+    pairs = torch.stack([count.cpu() for count, _, _ in products]).double()
+    whole, low = (
+        float(pairs @ torch.tensor([one[place] for one in products], dtype=torch.float64))
+        for place in (1, 2)
+    )
+    if whole >= _MANY:
+        warn(
+            f"these norms took {whole / 1e12:.2g} TFLOP in float32 though the model is in "
+            f"bfloat16: precision='bfloat16' takes {low / whole:.0%} of them in bfloat16, in half "
+            "the time or less where the machine has such products"
+        )
 
 
 def _grouped(read: AttentionTerm, groups: list[list[int]], max_bytes: int) -> Tensor:

@@ -1,0 +1,189 @@
+"""Parts go through the feed-forward neurons by three routes to the same numbers, by counts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
+
+from blocks import Sizes, build
+from meters import flops
+from run import measure, ours
+
+from tl_contextmix.core import neuron_routes
+from tl_contextmix.core.activations import ACTIVATIONS
+from tl_contextmix.core.attention_terms import GatedTerm
+from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.feed_forward_parts import FeedForwardParts
+from tl_contextmix.core.neuron_routes import Neurons, Route
+from tl_contextmix.engine.parts import linear_points, parts_at
+
+pytestmark = pytest.mark.once
+SMALL = Sizes(10, d=12, heads=3, m=40)
+CASES = {
+    "causal": SMALL,
+    "both ways": replace(SMALL, causal=False, post_norm=True),
+    "gated": replace(SMALL, gated=True),
+    "sandwich": replace(SMALL, sandwich=True),
+    "parallel": replace(SMALL, parallel=True),
+    "with an encoder": replace(SMALL, encoder=7),
+    "a batch": replace(SMALL, batch=3, window=4),
+}
+
+
+def with_relu(block: Block, trace: Trace, share: float | None = None) -> Block:
+    """The block with ReLU neurons; a share of them active where one is given."""
+    ff = block.feed_forward
+    assert ff is not None
+    relu = next(known for known in ACTIVATIONS if known.name == "relu")
+    weights = {name: ff.weights(name) for name in ("W_in", "W_gate", "b_gate", "W_out", "b_out")}
+    weights["b_in"] = ff.weights("b_in")
+    if share is not None:
+        read = linear_points(block, trace, "decoder")["mlp_in"].total
+        weights["b_in"] = -(read @ ff.branches()[0][0]).quantile(1 - share, dim=1)[0]
+    return replace(block, feed_forward=replace(ff, activation=relu, weights=weights.get))
+
+
+def parts_of(block: Block, trace: Trace, max_bytes: int = 2**30) -> Tensor:
+    """Every part of a block's output."""
+    found = parts_at(
+        block, linear_points(block, trace, "decoder"), "block_out", "contributor", max_bytes
+    )
+    assert isinstance(found, FeedForwardParts)
+    return found.parts(max_bytes)
+
+
+def by(route: Route, patch: pytest.MonkeyPatch) -> list[Route]:
+    """Has everything go by one route; returns what will have been asked."""
+    asked: list[Route] = []
+
+    def fixed(self: Neurons, *counts: int, **more: Any) -> Route:
+        del self, counts
+        asked.append(route)
+        # Nothing is gathered where no neuron was counted.
+        return "all" if route == "active" and not more.get("active") else route
+
+    patch.setattr(Neurons, "route", fixed)
+    patch.setattr(Neurons, "may_gather", lambda *counts: True)
+    return asked
+
+
+@pytest.mark.parametrize("max_bytes", [2**30, 40_000])
+@pytest.mark.parametrize("name", CASES)
+def test_every_route_leads_to_the_same_parts(
+    name: str, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, trace = build(CASES[name], torch.float64)
+    with torch.no_grad():
+        for one in (block, with_relu(block, trace)):
+            by("all", monkeypatch)
+            expected = parts_of(one, trace)
+            for route in ("folded", "active"):
+                asked = by(route, monkeypatch)
+                found = parts_of(one, trace, max_bytes)
+                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+                assert asked
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_route_transmits_the_same(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DecompX does: several parts of each place."""
+    block, trace = build(replace(SMALL, gated=gated), torch.float64)
+    ff = with_relu(block, trace).feed_forward
+    assert ff is not None
+    x = torch.randn(2, 5, SMALL.d, dtype=torch.float64)
+    parts = torch.randn(2, 5, 3, SMALL.d, dtype=torch.float64)
+    slopes, _ = ff.linearise(ff.pre_activations(x * 0), ff.pre_activations(x), False)
+    found = {}
+    for route in ("all", "folded", "active"):
+        by(route, monkeypatch)
+        found[route] = ff.transmit(parts, slopes)
+    alone = [ff.transmit(parts[..., place, :], slopes) for place in range(3)]
+    for one in found.values():
+        torch.testing.assert_close(one, torch.stack(alone, dim=2), rtol=1e-11, atol=1e-11)
+
+
+def test_what_is_read_before_the_weights_of_a_gated_head() -> None:
+    draw = partial(torch.randn, dtype=torch.float64)
+    gate, term = draw(2, 4, 3, 5), (draw(2, 3, 4, 6), draw(2, 6, 3, 5), draw(3, 5, 8))
+    read = GatedTerm(*term, 1 + draw(2, 4, 1).abs(), gate=gate)
+    whole = read.dense(slice(0, 4), slice(1, 6))
+    one = read.before_weights(1, 2, slice(1, 6)) @ read.weight.flatten(0, 1)
+    torch.testing.assert_close(one, whole[1, :, 2])
+
+
+# Counts
+
+
+def test_a_tenth_of_relu_neurons_costs_a_quarter_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, trace = build(Sizes(128))
+    found: dict[str, Tensor] = {}
+
+    def work(name: str) -> None:
+        found[name] = ours(block, trace, "block_out")["block_out"]
+
+    with torch.no_grad():
+        block = with_relu(block, trace, 0.1)
+        few = flops(partial(work, "few"))
+        by("all", monkeypatch)
+        assert flops(partial(work, "all")) >= 4 * few
+    torch.testing.assert_close(found["few"], found["all"])
+
+
+def test_half_of_them_active_are_not_gathered() -> None:
+    sizes = Neurons(3072, 768, 12, 768, copied=12, gathered=768)
+    share = {part: sizes.route(64, 64, active=int(64 * 3072 * part)) for part in (0.1, 0.2, 0.5)}
+    assert share == {0.1: "active", 0.2: "active", 0.5: "all"}
+    # Nor are neurons of a small model, whatever they are: each target would be looked at alone.
+    small = Neurons(64, 16, 4, 16, copied=4, gathered=16)
+    assert not small.may_gather(32, 32)
+
+
+@pytest.mark.parametrize(("causal", "least"), [(True, 1.6), (False, 2.2)])
+def test_long_inputs_are_folded(
+    causal: bool, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a length of 5.3 times the width: 4,096 tokens in GPT-2 small."""
+    sizes = Sizes(512, d=96, heads=2, m=384, causal=causal, post_norm=not causal)
+    # As in a model of that size, where a target's own calls are nothing.
+    monkeypatch.setattr(neuron_routes, "_PER_TARGET", 0)
+    block, trace = build(sizes)
+    folded = measure(partial(ours, block, trace, "block_out"), products=False)
+    by("all", monkeypatch)
+    plain = measure(partial(ours, block, trace, "block_out"), products=False)
+    assert plain.flops >= least * folded.flops
+    assert folded.peak <= 1.1 * plain.peak
+
+
+def test_short_inputs_are_not() -> None:
+    sizes = Neurons(3072, 768, 12, 768, copied=12, gathered=768)
+    routes = {pairs: sizes.route(pairs, 64) for pairs in (512, 1024, 1200, 2048)}
+    assert routes == {512: "all", 1024: "all", 1200: "folded", 2048: "folded"}
+
+
+def test_many_parts_of_a_place_are_folded() -> None:
+    ff = build(Sizes(4, d=96, heads=2, m=384))[0].feed_forward
+    assert ff is not None
+    slopes = (torch.rand(1, 300, 384),)
+    few, many = (
+        flops(partial(ff.transmit, torch.randn(1, 300, count, 96), slopes), elementwise=False)
+        for count in (16, 768)
+    )
+    assert few == 300 * 16 * 4 * 96 * 384
+    assert many <= few * 768 / 16 / 3
+
+
+def test_the_count_of_active_neurons_is_their_own() -> None:
+    used = torch.rand(2, 3, 7) < 0.4
+    found = neuron_routes.active_at(used)
+    expected = [one.nonzero()[:, 0] for one in used.flatten(0, 1)]
+    assert all(map(torch.equal, found, expected))
