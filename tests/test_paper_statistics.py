@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -315,82 +316,99 @@ def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
             by_kind(whole, texts=text, arcs=wrong)
 
 
+# Own sentences after BLiMP's templates: set, sentence with the right and the wrong word, cues, lures.
 BLIMP = [
+    ("anaphor_number_agreement", "Most bakers amused {themselves|herself}.", "Most bakers", ""),
     (
         "anaphor_number_agreement",
-        "Many teenagers were helping themselves.",
-        "herself",
-        ["teenagers"],
-        [],
+        "A lot of nurses weren't blaming {themselves|itself}.",
+        "A lot of nurses",
+        "",
     ),
+    ("anaphor_number_agreement", "Olga praised {herself|themselves}.", "Olga", ""),
     (
         "anaphor_number_agreement",
-        "A lot of actresses adore themselves.",
-        "herself",
-        ["actresses"],
-        [],
+        "Some high schools had praised {themselves|himself}.",
+        "Some high schools",
+        "",
     ),
-    ("anaphor_number_agreement", "Susan revealed herself.", "themselves", ["Susan"], []),
-    ("determiner_noun_agreement_2", "Raymond is selling this sketch.", "these", ["sketch"], []),
+    ("determiner_noun_agreement_2", "Ivan repaired {this|these} kettle.", "kettle", ""),
+    ("determiner_noun_agreement_2", "Those cats like {these|this} art galleries.", "galleries", ""),
     (
         "determiner_noun_agreement_with_adj_2",
-        "Cynthia scans these hard books.",
-        "this",
-        ["books"],
-        [],
+        "Olga paints {those|that} round tables.",
+        "tables",
+        "",
+    ),
+    (
+        "determiner_noun_agreement_with_adj_2",
+        "Ivan sees {that|those} out in the open grocery store.",
+        "store",
+        "",
     ),
     (
         "distractor_agreement_relational_noun",
-        "A sketch of lights doesn't appear.",
-        "don't",
-        ["sketch"],
-        ["lights"],
+        "The poster of kettles {hasn't|haven't} faded.",
+        "poster",
+        "kettles",
     ),
     (
+        "distractor_agreement_relational_noun",
+        "The newspaper articles about Winston Churchill {bore|bores} Olga.",
+        "articles",
+        "Churchill",
+    ),
+    ("regular_plural_subject_verb_agreement_1", "Ivan {paints|paint} kettles.", "Ivan", ""),
+    (
         "regular_plural_subject_verb_agreement_1",
-        "Jeffrey hasn't criticized Donald.",
-        "haven't",
-        ["Jeffrey"],
-        [],
+        "A lot of bakers {are|is} sleeping.",
+        "bakers",
+        "",
     ),
 ]
-WRONG = {"this": "these", "these": "this"}
+
+
+def blimp_row(uid: str, text: str) -> dict[str, Any]:
+    """Returns a line in BLiMP's published format."""
+    start, right, wrong, end = re.split(r"[{|}]", text)
+    return {
+        "sentence_good": f"{start}{right}{end}",
+        "sentence_bad": f"{start}{wrong}{end}",
+        **{"field": "morphology", "linguistics_term": uid.rpartition("_")[0], "UID": uid},
+        **{"simple_LM_method": True, "one_prefix_method": False, "two_prefix_method": True},
+        **{"lexically_identical": True, "pairID": "0"},
+    }
 
 
 @once
 def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
     path = tmp_path / "blimp.jsonl"
-    rows = []
-    for uid, good, wrong, _, _ in BLIMP:
-        right = next(
-            word
-            for word in good.strip(".").split()
-            if word in ("themselves", "herself", "this", "these", "doesn't", "hasn't")
-        )
-        rows.append({"sentence_good": good, "sentence_bad": good.replace(right, wrong), "UID": uid})
+    rows = [blimp_row(uid, text) for uid, text, _, _ in BLIMP]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert not any(pair.cues for pair in load_minimal_pairs(path))
-    for pair, row in zip(load_minimal_pairs(path, cues="derived"), BLIMP, strict=True):
+    for pair, (_, text, *expected) in zip(
+        load_minimal_pairs(path, cues="derived"), BLIMP, strict=True
+    ):
         words = [[pair.good[slice(*span)] for span in some] for some in (pair.cues, pair.lures)]
-        assert words == [*row[3:]], row
+        assert words == [one.split() for one in expected], text
     path.write_text(json.dumps({**rows[0], "UID": "wh_island"}))
     with pytest.raises(FileFormatError, match="line 1.*no rule.*wh_island"):
         load_minimal_pairs(path, cues="derived")
     path.write_text(
         json.dumps(
             {
-                **rows[3],
-                "sentence_good": "Raymond likes this",
-                "sentence_bad": "Raymond likes these",
+                **rows[4],
+                "sentence_good": "Ivan likes this",
+                "sentence_bad": "Ivan likes these",
             }
         )
     )
     with pytest.raises(FileFormatError, match="does not fit this sentence"):
         load_minimal_pairs(path, cues="derived")
-    given = {**rows[0], "cues": ["Many"]}
+    given = {**rows[0], "cues": ["amused"]}
     path.write_text(json.dumps(given))
     (pair,) = load_minimal_pairs(path, cues="derived")
-    assert pair.good[slice(*pair.cues[0])] == "Many", "what a line says itself has priority"
+    assert pair.good[slice(*pair.cues[0])] == "amused", "what a line says itself has priority"
 
 
 @once
