@@ -3,8 +3,10 @@
     python reproductions/feed_forward_maps.py
     python reproductions/feed_forward_maps.py --model bert-base-uncased --data sentences.txt
 
---data: a sentence per line. The paper has Wikipedia excerpts that the authors publish with
-https://github.com/gorokoba560/norm-analysis-of-transformer, and SST-2.
+--data: a sentence per line, or the rows of a JSON, JSON lines, CSV or TSV file with text, sentence,
+words or tokens. The authors' code reads Wikipedia in the segments of Clark et al. 2019, which
+preprocess_unlabeled.py of https://github.com/clarkkev/attention-analysis writes as JSON (the file
+that is published with it, unlabeled_attn.pkl, is a pickle and not read). SST-2: GLUE's dev.tsv.
 --tags: JSON lines, for each sentence a list with a label for each of its words (parts of speech).
 """
 
@@ -34,21 +36,21 @@ WORDS = (
 PIECES = Claim(
     "FF amplifies the pieces of a word",
     WORDS,
-    "abstract; section 5",
+    "abstract",
     "change that FF makes to a row's share, pieces of one word less unrelated tokens, lower "
     "half of the layers",
 )
 NEIGHBOURS = Claim(
     "FF amplifies neighbouring words",
     WORDS,
-    "abstract; section 5",
+    "abstract",
     "change that FF makes to a row's share, next words less unrelated tokens, lower half "
     "of the layers",
 )
 CANCEL = Claim(
     "FF and its surroundings cancel",
     "“FF and its surrounding components tend to cancel out each other's effects”",
-    "abstract; section 6",
+    "abstract",
     "-cos(change by FF, change by what follows), mean over layers; 0.5 is that of unrelated maps",
     0.5,
 )
@@ -89,7 +91,7 @@ def most_frequent(found: LayerCurves, k: int = 5) -> Any:
 def without_outliers(model: Any, texts: list[str], dims: int = 2) -> Any:
     """Returns how much of the map after FF is of its two largest dimensions, by layer.
 
-    With the gain that the norm after FF has there, over its mean, in post-LN models (section 7).
+    With the gain that the norm after FF has there, over its mean, in post-LN models.
     """
     rows, blocks = [], as_view(model).blocks()
     for row, text in enumerate(texts):
@@ -146,15 +148,17 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
             tags = dict(zip(texts, map(json.loads, lines), strict=False))
         score(found, name, model, texts)
         curves = over_corpus(model, texts, changes)
-        found.show(
-            f"{name}: contextualization change (figure 3)", "By component and layer.", curves
-        )
+        found.show(f"{name}: contextualization change", "By component and layer.", curves)
         found.show(f"{name}: cancellation", "", over_corpus(model, texts, undone))
         by = over_corpus(model, texts, partial(amplified, tags=tags))
         found.show(f"{name}: what FF amplifies, by kind of pair", "Change of a row's share.", by)
         found.table(f"{name}: what FF amplifies", "Change of a row's share.", by.to_dataframe())
         top = over_corpus(model, texts, pairs, value="change", category="pair")
-        found.table(f"{name}: pairs amplified most often", "As table 1.", most_frequent(top))
+        found.table(
+            f"{name}: pairs amplified most often",
+            "Of different words, in most texts first.",
+            most_frequent(top),
+        )
         rest = over_corpus(model, texts, without_outliers)
         found.table(
             f"{name}: FF's outlier dimensions",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas
 import pytest
 import torch
 import zoo
+from published import BLIMP, blimp_row
 from scipy import stats
 
 import tl_contextmix as cm
@@ -314,70 +314,6 @@ def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
     for wrong, match in (([], "arcs do not fit"), ([[(1, 2, "x")]], "no arcs of the text")):
         with pytest.raises(InvalidInput, match=match):
             by_kind(whole, texts=text, arcs=wrong)
-
-
-# Own sentences after BLiMP's templates: set, sentence with the right and the wrong word, cues, lures.
-BLIMP = [
-    ("anaphor_number_agreement", "Most bakers amused {themselves|herself}.", "Most bakers", ""),
-    (
-        "anaphor_number_agreement",
-        "A lot of nurses weren't blaming {themselves|itself}.",
-        "A lot of nurses",
-        "",
-    ),
-    ("anaphor_number_agreement", "Olga praised {herself|themselves}.", "Olga", ""),
-    (
-        "anaphor_number_agreement",
-        "Some high schools had praised {themselves|himself}.",
-        "Some high schools",
-        "",
-    ),
-    ("determiner_noun_agreement_2", "Ivan repaired {this|these} kettle.", "kettle", ""),
-    ("determiner_noun_agreement_2", "Those cats like {these|this} art galleries.", "galleries", ""),
-    (
-        "determiner_noun_agreement_with_adj_2",
-        "Olga paints {those|that} round tables.",
-        "tables",
-        "",
-    ),
-    (
-        "determiner_noun_agreement_with_adj_2",
-        "Ivan sees {that|those} out in the open grocery store.",
-        "store",
-        "",
-    ),
-    (
-        "distractor_agreement_relational_noun",
-        "The poster of kettles {hasn't|haven't} faded.",
-        "poster",
-        "kettles",
-    ),
-    (
-        "distractor_agreement_relational_noun",
-        "The newspaper articles about Winston Churchill {bore|bores} Olga.",
-        "articles",
-        "Churchill",
-    ),
-    ("regular_plural_subject_verb_agreement_1", "Ivan {paints|paint} kettles.", "Ivan", ""),
-    (
-        "regular_plural_subject_verb_agreement_1",
-        "A lot of bakers {are|is} sleeping.",
-        "bakers",
-        "",
-    ),
-]
-
-
-def blimp_row(uid: str, text: str) -> dict[str, Any]:
-    """Returns a line in BLiMP's published format."""
-    start, right, wrong, end = re.split(r"[{|}]", text)
-    return {
-        "sentence_good": f"{start}{right}{end}",
-        "sentence_bad": f"{start}{wrong}{end}",
-        **{"field": "morphology", "linguistics_term": uid.rpartition("_")[0], "UID": uid},
-        **{"simple_LM_method": True, "one_prefix_method": False, "two_prefix_method": True},
-        **{"lexically_identical": True, "pairID": "0"},
-    }
 
 
 @once
