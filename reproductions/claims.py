@@ -314,6 +314,12 @@ def texts_of(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def segmented(texts: Sequence[str]) -> list[Any]:
+    """Returns texts of two segments as pairs, so that a BERT tells the segments apart."""
+    pairs = [tuple(text.split(" [SEP] ")) for text in texts]
+    return [*pairs] if {len(pair) for pair in pairs} == {2} else [*texts]
+
+
 def _text_of(row: dict[str, Any]) -> str:
     if "tokens" in row:
         # The mark between two segments stays.

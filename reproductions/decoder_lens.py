@@ -37,7 +37,7 @@ from tl_contextmix.evaluation import (
     satisfies,
 )
 
-WORDS = "“several specific subtasks that are solved at low or intermediate layers”"
+WORDS = "“simpler subtasks are solved with high precision by low and intermediate encoder layers”"
 KNOWN = "of what the last layer has right"
 STEPS = {"qa": 3000, "logic": 900, "asr": 500}
 
@@ -47,7 +47,7 @@ def order_claim(easy: str, hard: str) -> Claim:
     return Claim(
         f"{easy} before {hard}",
         WORDS,
-        "abstract",
+        "abstract, as published",
         f"share right from the middle encoder layer, {easy} less {hard}, {KNOWN}",
     )
 
@@ -57,7 +57,7 @@ def precise_claim(easy: str) -> Claim:
     return Claim(
         f"{easy}: high precision",
         WORDS,
-        "abstract",
+        "abstract, as published",
         f"share right from the middle encoder layer, {easy}, {KNOWN}",
         0.8,
     )

@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas
 import torch
-from claims import Claim, Reproduction, load, read_options, sentences
+from claims import Claim, Reproduction, load, read_options, segmented, sentences
 from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
@@ -76,7 +76,7 @@ def on_special(map: ContextMap) -> torch.Tensor:
     return (shares.sum(-1) * rows).sum((1, 2)) / rows.sum((1, 2)) / shares.shape[1]
 
 
-def mixing(found: Reproduction, name: str, model: Any, texts: list[str]) -> None:
+def mixing(found: Reproduction, name: str, model: Any, texts: list[Any]) -> None:
     """Scores how much attention mixes, and shows how that goes with word frequency."""
     # Masked models end the attention block with a norm, causal ones do not.
     end = "mlp_in" if getattr(model.tokenizer, "mask_token", None) else "resid_mid"
@@ -103,7 +103,7 @@ def mixing(found: Reproduction, name: str, model: Any, texts: list[str]) -> None
     )
 
 
-def special(found: Reproduction, name: str, model: Any, texts: list[str]) -> None:
+def special(found: Reproduction, name: str, model: Any, texts: list[Any]) -> None:
     """Scores the attention to special tokens."""
     apart = []
     for start in range(0, len(texts), 16):
@@ -239,7 +239,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     )
     found = Reproduction("norms", "kobayashi2020attention", options)
     for name, model in load(options.model).items():
-        texts = sentences(options, name)
+        texts = segmented(sentences(options, name))
         special(found, name, model, texts)
         mixing(found, name, model, texts)
     for name, model in load(options.translator).items():

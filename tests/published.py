@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _lines(rows: Any) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
-def blimp(folder: Path, *uids: str) -> str:
+def blimp(folder: Path, uids: Sequence[str]) -> str:
     """Writes a file for each set, named as BLiMP's are; returns their paths, with commas."""
     paths = []
     for uid in uids:
