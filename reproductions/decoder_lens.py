@@ -30,6 +30,7 @@ from claims import Claim, Reproduction, apart, load, read_options, rows_of
 from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
+from tl_contextmix.core.text_metrics import edit_distance
 from tl_contextmix.evaluation import (
     alias_match,
     assigns_variables,
@@ -149,6 +150,12 @@ def same(out: str, reference: str | None, source: str) -> float:
     return float(out.split() == (reference or "").split())
 
 
+def word_errors(out: str, reference: str | None, source: str) -> float:
+    """Returns how many words have to change, over those of the reference."""
+    right = (reference or "").split()
+    return edit_distance(out.split(), right) / len(right)
+
+
 def questions(found: Reproduction, count: int, steps: int) -> None:
     """Scores questions of one step against those of two."""
     model, examples = _text_task(tiny_tasks.question, count, steps)
@@ -185,6 +192,8 @@ def speech(found: Reproduction, count: int, steps: int) -> None:
         "number of tones": lambda out, right, _: float(len(out.split()) == len(right.split())),
         "every tone": same,
     }
+    rates = said.metrics(metric={"word error rate": word_errors})
+    found.table("asr: word error rate", "By layer, mean over inputs.", rates.to_dataframe())
     right = outputs(found, "asr", said, checks, None)
     subtasks(found, "asr", ("number of tones", "every tone"), right)
 

@@ -4,9 +4,9 @@
     python reproductions/feed_forward_maps.py --model bert-base-uncased --data sentences.txt
 
 --data: a sentence per line, or the rows of a JSON, JSON lines, CSV or TSV file with text, sentence,
-words or tokens. The paper has SST-2 (GLUE's dev.tsv) and Wikipedia, in the segments of Clark et al. 2019, which
-preprocess_unlabeled.py of https://github.com/clarkkev/attention-analysis writes as JSON (the file
-that is published with it, unlabeled_attn.pkl, is a pickle and not read).
+words or tokens. The paper has SST-2 (GLUE's dev.tsv) and Wikipedia: the segments of Clark et al.
+2019, which preprocess_unlabeled.py of https://github.com/clarkkev/attention-analysis writes as JSON
+(the file that is published with it, unlabeled_attn.pkl, is a pickle and not read).
 --tags: JSON lines, for each sentence a list with a label for each of its words (parts of speech).
 """
 

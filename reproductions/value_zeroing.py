@@ -24,6 +24,7 @@ from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.evaluation import MinimalPair, demo_pairs, load_minimal_pairs
 from tl_contextmix.results.scores import ALIGNMENT
 
@@ -82,7 +83,7 @@ def with_cues(file: str) -> tuple[MinimalPair, ...]:
     """Returns the pairs of a file, with derived cues if its set has a rule for them."""
     try:
         return load_minimal_pairs(file, cues="derived")
-    except cm.FileFormatError:
+    except FileFormatError:
         return load_minimal_pairs(file)
 
 
