@@ -21,7 +21,8 @@ from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.demo_models.grammar import Grammar
 from tl_contextmix.engine.citations import references
-from tl_contextmix.errors import ContextMixWarning
+from tl_contextmix.errors import ContextMixWarning, bad
+from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Panel, Table
 from tl_contextmix.results.base import Shown
@@ -288,8 +289,7 @@ def sentences(options: argparse.Namespace, name: str) -> list[str]:
     Python's reference, which comes with Python.
     """
     if options.data:
-        lines = Path(options.data).read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()][: options.limit]
+        return texts_of(options.data)[: options.limit]
     if name in DEMO_NAMES:
         return [one.text for one in Grammar(7, "test").sentences(options.limit)]
     from pydoc_data.topics import topics
@@ -299,6 +299,46 @@ def sentences(options: argparse.Namespace, name: str) -> list[str]:
         r"(?<=[.] )[A-Z][a-z]*(?: [a-z][a-z'-]*,?){7,24}[.](?= )", " ".join(prose.split())
     )
     return list(dict.fromkeys(found))[: options.limit]
+
+
+def texts_of(path: str) -> list[str]:
+    """Returns the texts of a file: its lines or rows that are not blank.
+
+    Rows are of JSON, JSON lines, CSV or TSV, and have a ``text``, a ``sentence`` (GLUE), ``words``,
+    or ``tokens`` of a BERT with its marks (Clark et al. 2019).
+    """
+    if Path(path).suffix in (".json", ".jsonl", ".csv", ".tsv"):
+        lines = map(_text_of, rows_of(path))
+    else:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def segmented(texts: Sequence[str]) -> list[Any]:
+    """Returns texts of two segments as pairs, so that a BERT tells the segments apart."""
+    pairs = [tuple(text.split(" [SEP] ")) for text in texts]
+    return [*pairs] if {len(pair) for pair in pairs} == {2} else [*texts]
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    if "tokens" in row:
+        # The mark between two segments stays.
+        return " ".join(row["tokens"][1:-1]).replace(" ##", "")
+    return " ".join(row["words"]) if "words" in row else row.get("text") or row["sentence"]
+
+
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """Returns the rows of a JSON, JSON lines, CSV or TSV file.
+
+    Raises:
+        InvalidInput: If there is no such file, or one cannot be read.
+    """
+    rows = []
+    for number, found in enumerate(open_corpus(path, rows=True).documents()):
+        if found.text is None:
+            raise bad(f"row {number} of {path} cannot be read", found.problem, "a row", "Fix it.")
+        rows.append(json.loads(found.text))
+    return rows
 
 
 def stored() -> list[dict[str, Any]]:

@@ -2,13 +2,16 @@
 
     python reproductions/decoder_lens.py
     python reproductions/decoder_lens.py --task mt,qa,logic,asr
-    python reproductions/decoder_lens.py --model google/flan-t5-base --data questions.jsonl
+    python reproductions/decoder_lens.py --model google/flan-t5-base --data wikipedia-dev.json
+    python reproductions/decoder_lens.py --model NAME --language fr --data eng.dev,fra.dev
 
---data: JSON lines with source, target (a text, or a list of those that are right) and category. The
-paper has TriviaQA (https://nlp.cs.washington.edu/triviaqa/), propositional logic of DeepLTL,
-FLORES-101 and Common Voice.
+--data: rows (JSON, JSON lines, CSV or TSV) with source, target (a text, or a list of those that are
+right) and category; TriviaQA's JSON (https://nlp.cs.washington.edu/triviaqa/); or two files with a
+sentence per line, as FLORES-101 has for each language (https://github.com/facebookresearch/flores).
+--order: two categories of the file, the easier one first, to score what the paper claims of them.
 --task: the embedded translator, and models that are trained here first: questions of one step and
-two, satisfiable formulas, tones in the shape of speech.
+two, satisfiable formulas, tones in the shape of speech. The paper's model of formulas is no model
+of Hugging Face's, and recordings are not read.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas
 import tiny_tasks
 import torch
-from claims import Claim, Reproduction, apart, load, read_options
+from claims import Claim, Reproduction, apart, load, read_options, rows_of
 from grammar_fr import TranslationGrammar
 
 import tl_contextmix as cm
+from tl_contextmix.core.text_metrics import edit_distance
 from tl_contextmix.evaluation import (
     alias_match,
     assigns_variables,
@@ -43,7 +48,7 @@ def order_claim(easy: str, hard: str) -> Claim:
     return Claim(
         f"{easy} before {hard}",
         WORDS,
-        "abstract",
+        "abstract, as published",
         f"share right from the middle encoder layer, {easy} less {hard}, {KNOWN}",
     )
 
@@ -53,7 +58,7 @@ def precise_claim(easy: str) -> Claim:
     return Claim(
         f"{easy}: high precision",
         WORDS,
-        "abstract",
+        "abstract, as published",
         f"share right from the middle encoder layer, {easy}, {KNOWN}",
         0.8,
     )
@@ -126,23 +131,29 @@ def outputs(found: Reproduction, name: str, said: Any, checks: dict[str, Any], k
     curves = said.metrics(metric=checks, categories=kinds)
     found.show(f"{name}: subtasks by layer", "", curves)
     found.table(f"{name}: subtasks", "By layer and kind of input.", curves.to_dataframe())
-    texts = said.references or [""] * len(said.inputs)
+    frame = said.sentence_metrics(metric=checks)
+    whole, half = (
+        frame[frame.layer == layer].pivot(index="batch", columns="quantity", values="value")
+        for layer in (said.layers[-1], said.layers[middle(said)])
+    )
+    half = half.where((whole == 1).all(axis=1), float("nan"))
+    return {label: torch.tensor(half[label].to_numpy()) for label in checks}
 
-    def passed(place: int) -> dict[str, torch.Tensor]:
-        rows = [*zip((row[place] for row in said.texts), texts, said.inputs, strict=True)]
-        return {
-            label: torch.tensor([float(check(*row)) for row in rows]).double()
-            for label, check in checks.items()
-        }
 
-    known = torch.stack([*passed(-1).values()]).amin(0) == 1
-    half = passed(middle(said))
-    return {label: torch.where(known, values, torch.nan) for label, values in half.items()}
+def of_kind(right: torch.Tensor, kinds: Sequence[str], kind: str) -> torch.Tensor:
+    """Returns what sentences of one kind have right; NaN for others."""
+    return torch.where(torch.tensor([k == kind for k in kinds]), right, torch.nan)
 
 
 def same(out: str, reference: str | None, source: str) -> float:
     """Returns whether an output is the reference."""
     return float(out.split() == (reference or "").split())
+
+
+def word_errors(out: str, reference: str | None, source: str) -> float:
+    """Returns how many words have to change, over those of the reference."""
+    right = (reference or "").split()
+    return edit_distance(out.split(), right) / len(right)
 
 
 def questions(found: Reproduction, count: int, steps: int) -> None:
@@ -151,12 +162,8 @@ def questions(found: Reproduction, count: int, steps: int) -> None:
     kinds = [one.kind for one in examples]
     said = cm.decoder_lens(model, [e.source for e in examples], [e.target for e in examples])
     right = outputs(found, "qa", said, {"exact match": same}, kinds)["exact match"]
-    nothing = torch.tensor(torch.nan).double()
-    values = {
-        kind: torch.where(torch.tensor([k == kind for k in kinds]), right, nothing)
-        for kind in ("one step", "two steps")
-    }
-    subtasks(found, "qa", ("one step", "two steps"), values)
+    order = ("one step", "two steps")
+    subtasks(found, "qa", order, {kind: of_kind(right, kinds, kind) for kind in order})
 
 
 def logic(found: Reproduction, count: int, steps: int) -> None:
@@ -185,25 +192,67 @@ def speech(found: Reproduction, count: int, steps: int) -> None:
         "number of tones": lambda out, right, _: float(len(out.split()) == len(right.split())),
         "every tone": same,
     }
+    rates = said.metrics(metric={"word error rate": word_errors})
+    found.table("asr: word error rate", "By layer, mean over inputs.", rates.to_dataframe())
     right = outputs(found, "asr", said, checks, None)
     subtasks(found, "asr", ("number of tones", "every tone"), right)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A line of a file.
+
+    Attributes:
+        source: The input.
+        answers: Right answers.
+        kind: Its category.
+    """
+
+    source: str
+    answers: tuple[str, ...]
+    kind: str
+
+
+def asked_of(data: str) -> list[Asked]:
+    """Returns the lines of a file in one of the formats named above."""
+    first, *second = data.split(",")
+    if second:
+        sides = [Path(file).read_text(encoding="utf-8").splitlines() for file in (first, *second)]
+        return [Asked(source, (target,), "") for source, target in zip(*sides, strict=True)]
+    if Path(first).suffix == ".json":
+        whole = json.loads(Path(first).read_text(encoding="utf-8"))
+        if isinstance(whole, dict) and "Data" in whole:
+            return [
+                Asked(one["Question"], (one["Answer"]["Value"], *one["Answer"]["Aliases"]), "")
+                for one in whole["Data"]
+            ]
+    return [
+        Asked(row["source"], tuple(answers), str(row.get("category") or ""))
+        for row in rows_of(first)
+        for answers in [[row["target"]] if isinstance(row["target"], str) else row["target"]]
+    ]
+
+
 def given_data(found: Reproduction, name: str, model: Any, options: Any) -> None:
     """Shows what the decoder says of a file, layer by layer."""
-    lines = Path(options.data).read_text(encoding="utf-8").splitlines()[: options.limit]
-    rows = [json.loads(line) for line in lines if line.strip()]
-    aliases = {
-        row["source"]: [row["target"]] if isinstance(row["target"], str) else row["target"]
-        for row in rows
-    }
-    said = cm.decoder_lens(model, [*aliases], [some[0] for some in aliases.values()])
-    kinds = [str(row.get("category", "other")) for row in rows]
-    curves = said.metrics(
-        metric={"exact match": alias_match(aliases), "chrF": "chrF"}, categories=kinds
-    )
-    found.show(f"{name}: answers by layer", "", curves, said)
+    asked = asked_of(options.data)[: options.limit]
+    sources, kinds = [one.source for one in asked], [one.kind or "other" for one in asked]
+    references = [one.answers[0] for one in asked]
+    how = {"language": options.language} if options.language else {}
+    said = cm.decoder_lens(model, sources, references, **how)
+    match = {"exact match": alias_match({one.source: one.answers for one in asked})}
+    grouped = kinds if any(one.kind for one in asked) else None
+    curves = said.metrics(metric=match | {"chrF": "chrF"}, categories=grouped)
+    judged = cm.decoder_lens(model, sources, references, mode="teacher_forced", **how)
+    curves += judged.metrics(metric="MRR", categories=grouped)
+    found.show(f"{name}: answers by layer", "MRR: of the first answer's tokens.", curves)
+    found.show(f"{name}: five outputs", "What the decoder says.", *said.panels()[:5])
     found.table(f"{name}: answers", "By layer and category.", curves.to_dataframe())
+    if options.order:
+        right = outputs(found, name, said, match, grouped)["exact match"]
+        easy, hard = options.order.split(",")
+        values = {kind: of_kind(right, kinds, kind) for kind in (easy, hard)}
+        subtasks(found, name, (easy, hard), values)
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
@@ -215,6 +264,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         model="encoder-decoder",
         task={"default": "mt,qa,logic,asr", "help": "mt, qa, logic, asr (default: %(default)s)"},
         steps={"type": int, "default": 0, "help": "steps of training, where not the usual"},
+        language="language that a model with several is to write",
+        order="two categories of the file, with a comma, the easier one first",
     )
     found = Reproduction("decoder_lens", "langedijk2024decoderlens", options)
     tasks = {"qa": questions, "logic": logic, "asr": speech}

@@ -3,8 +3,10 @@
     python reproductions/feed_forward_maps.py
     python reproductions/feed_forward_maps.py --model bert-base-uncased --data sentences.txt
 
---data: a sentence per line. The paper has Wikipedia excerpts that the authors publish with
-https://github.com/gorokoba560/norm-analysis-of-transformer, and SST-2.
+--data: a sentence per line, or the rows of a JSON, JSON lines, CSV or TSV file with text, sentence,
+words or tokens. The paper has SST-2 (GLUE's dev.tsv) and Wikipedia: the segments of Clark et al.
+2019, which preprocess_unlabeled.py of https://github.com/clarkkev/attention-analysis writes as JSON
+(the file that is published with it, unlabeled_attn.pkl, is a pickle and not read).
 --tags: JSON lines, for each sentence a list with a label for each of its words (parts of speech).
 """
 
@@ -18,7 +20,7 @@ from typing import Any
 
 import pandas
 import torch
-from claims import Claim, Reproduction, load, read_options, sentences
+from claims import Claim, Reproduction, load, read_options, segmented, sentences
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
@@ -34,21 +36,21 @@ WORDS = (
 PIECES = Claim(
     "FF amplifies the pieces of a word",
     WORDS,
-    "abstract; section 5",
+    "abstract; section 5.2, table 1",
     "change that FF makes to a row's share, pieces of one word less unrelated tokens, lower "
     "half of the layers",
 )
 NEIGHBOURS = Claim(
     "FF amplifies neighbouring words",
     WORDS,
-    "abstract; section 5",
+    "abstract; section 5.2, table 1",
     "change that FF makes to a row's share, next words less unrelated tokens, lower half "
     "of the layers",
 )
 CANCEL = Claim(
     "FF and its surroundings cancel",
     "“FF and its surrounding components tend to cancel out each other's effects”",
-    "abstract; section 6",
+    "abstract",
     "-cos(change by FF, change by what follows), mean over layers; 0.5 is that of unrelated maps",
     0.5,
 )
@@ -56,24 +58,24 @@ CANCEL = Claim(
 
 def changes(model: Any, texts: list[str]) -> Any:
     """Returns how much FF, RES and LN change the maps of some texts."""
-    return cm.contextualization_change(cm.attention_norms(model, texts, at=POINTS))
+    return cm.contextualization_change(cm.attention_norms(model, segmented(texts), at=POINTS))
 
 
 def undone(model: Any, texts: list[str]) -> Any:
     """Returns how far what follows FF undoes its changes."""
-    return cm.cancellation(cm.attention_norms(model, texts, at=POINTS))
+    return cm.cancellation(cm.attention_norms(model, segmented(texts), at=POINTS))
 
 
 def amplified(model: Any, texts: list[str], tags: dict[str, list[str]] | None = None) -> Any:
     """Returns the change that FF makes to shares, by kind of pair."""
-    maps = cm.attention_norms(model, texts, at=["mlp_in", "mlp_out"])
+    maps = cm.attention_norms(model, segmented(texts), at=["mlp_in", "mlp_out"])
     labels = {"texts": texts, "labels": [tags[text] for text in texts]} if tags else {}
     return by_kind(maps["mlp_out"].normalize() - maps["mlp_in"].normalize(), **labels)
 
 
 def pairs(model: Any, texts: list[str]) -> Any:
     """Returns the pairs of different words that FF amplifies most in each text."""
-    maps = cm.attention_norms(model, texts, at=["mlp_in", "mlp_out"])
+    maps = cm.attention_norms(model, segmented(texts), at=["mlp_in", "mlp_out"])
     frame = cm.amplified_pairs(maps["mlp_in"], maps["mlp_out"], k=10).to_dataframe()
     frame = frame[(frame.direction == "amplified") & (frame.source_token != frame.target_token)]
     return frame.assign(pair=frame.source_token + " -> " + frame.target_token)
@@ -89,11 +91,11 @@ def most_frequent(found: LayerCurves, k: int = 5) -> Any:
 def without_outliers(model: Any, texts: list[str], dims: int = 2) -> Any:
     """Returns how much of the map after FF is of its two largest dimensions, by layer.
 
-    With the gain that the norm after FF has there, over its mean, in post-LN models (section 7).
+    With the gain that the norm after FF has there, over its mean, in post-LN models.
     """
     rows, blocks = [], as_view(model).blocks()
     for row, text in enumerate(texts):
-        parts = cm.decompose(model, text, at="mlp_out")
+        parts = cm.decompose(model, segmented([text]), at="mlp_out")
         whole = parts.norms().scores[0, :, 0]
         largest = parts.parts[0].square().sum((1, 2)).topk(dims).indices.tolist()
         for layer, some in enumerate(largest):
@@ -154,7 +156,11 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         found.show(f"{name}: what FF amplifies, by kind of pair", "Change of a row's share.", by)
         found.table(f"{name}: what FF amplifies", "Change of a row's share.", by.to_dataframe())
         top = over_corpus(model, texts, pairs, value="change", category="pair")
-        found.table(f"{name}: pairs amplified most often", "As table 1.", most_frequent(top))
+        found.table(
+            f"{name}: pairs amplified most often (table 1)",
+            "Of different words, those of most texts first.",
+            most_frequent(top),
+        )
         rest = over_corpus(model, texts, without_outliers)
         found.table(
             f"{name}: FF's outlier dimensions",

@@ -3,13 +3,16 @@
     python reproductions/feed_forward_memories.py
     python reproductions/feed_forward_memories.py --model gpt2 --data wiki.train.tokens
 
---data: a document per line. The paper has WikiText-103 (https://huggingface.co/datasets/wikitext)
-and a model of fairseq (Baevski & Auli), which TransformerLens does not read.
+--data: a document per line, or rows with text; a document is cut after " . " into sentences, and
+headings (" = Title = ") are left out, as WikiText-103 has them (https://huggingface.co/datasets/
+Salesforce/wikitext; the files of the archive are wiki.train.tokens and the like). The paper's
+model is fairseq's (Baevski & Auli 2019), which TransformerLens does not read.
 --sheet: where to write the annotators' sheet; --annotated: sheets that were filled in, with commas.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -25,39 +28,39 @@ from tl_contextmix.evaluation import read_annotations
 SHALLOW = Claim(
     "lower layers are shallower",
     "“lower layers tend to capture shallow patterns, while upper layers learn more semantic ones”",
-    "abstract; figure 2",
+    "abstract; section 3.2, figure 2",
     "share of a memory's triggers with the same ending, lower half of the layers less upper half",
 )
 LAST = Claim(
     "the last token matters more than the first",
     "removing the last token has more impact than removing the first",
-    "section 3.2; figure 3",
+    "section 3.2, figure 3",
     "relative change of coefficients without the first token less that without the last",
 )
 UPPER = Claim(
     "upper values agree with what follows",
     "“inducing output distributions that concentrate probability mass on tokens likely to appear "
     "immediately after each pattern, particularly in the upper layers”",
-    "abstract; figure 4",
+    "abstract; section 4, figure 4",
     "rate at which a value's top token follows its first trigger, upper half less lower half",
 )
 CHANCE = Claim(
     "upper values agree more than by chance",
     "the agreement rate rises above that of a random baseline",
-    "section 4; figure 4",
+    "section 4, figure 4",
     "the same rate in the upper half, less that of next tokens dealt out at random",
 )
 COMPOSITION = Claim(
     "a layer's output is a composition",
     "“the output of a feed-forward layer is a composition of its memories”",
-    "abstract; figure 8",
+    "abstract; section 5.1, figure 8",
     "share of positions where no active memory promotes the top token of the layer's output",
     0.5,
 )
 REFINED = Claim(
     "residual connections refine the prediction",
     "“subsequently refined throughout the model's layers via residual connections”",
-    "abstract; figure 9",
+    "abstract; section 5.2, figure 9",
     "share of positions where the residual stream's top token is the final one, last layer less "
     "first",
 )
@@ -97,7 +100,7 @@ def values_say(found: Reproduction, name: str, triggers: Any) -> None:
     found.table(f"{name}: agreement (figures 4 and 5)", "Rates and ranks.", rates)
     found.table(f"{name}: by probability (figure 6)", "Equal groups.", agreement.by_max_prob())
     best = agreement.to_dataframe().query("agree").nlargest(10, "max_prob")
-    found.table(f"{name}: values that agree (table 3)", "Those with the highest probability.", best)
+    found.table(f"{name}: values that agree (table 2)", "Those with the highest probability.", best)
 
 
 def layers_say(found: Reproduction, name: str, model: Any, texts: list[str]) -> None:
@@ -140,7 +143,9 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     )
     found = Reproduction("feed_forward_memories", "geva2021transformer", options)
     for name, model in load(options.model).items():
-        texts = list(dict.fromkeys(sentences(options, name)))
+        documents = [one for one in sentences(options, name) if not one.startswith("= ")]
+        cut = [text for one in documents for text in re.split(r"(?<= [.?!]) ", one)]
+        texts = list(dict.fromkeys(cut))
         with tempfile.TemporaryDirectory() as folder:
             triggers = cm.mine_triggers(model, texts, out=folder)
             assert triggers is not None  # nothing was left to other processes

@@ -1,23 +1,32 @@
 """Mohebbi, Zuidema, Chrupała, Alishahi: Quantifying Context Mixing (EACL 2023), Value Zeroing.
 
     python reproductions/value_zeroing.py
-    python reproductions/value_zeroing.py --model bert-base-uncased --data FILE.jsonl
+    python reproductions/value_zeroing.py --model bert-base-uncased,./finetuned --data FILE,FILE
 
---data: a file of BLiMP (https://github.com/alexwarstadt/blimp, data/*.jsonl). Cues of the paper's
-five sets are derived from their sentences; a file of yours may name them in a field "cues".
+--data: files of BLiMP (https://github.com/alexwarstadt/blimp, data/*.jsonl), with commas. The paper
+has anaphor_number_agreement, determiner_noun_agreement_2, determiner_noun_agreement_with_adj_2,
+distractor_agreement_relational_noun and regular_plural_subject_verb_agreement_1, whose cues are
+derived from their sentences. Of any other file, a line may name its cues in a field "cues"; without
+them there are no cue metrics. Contractions are written out, as the authors do. Folders of
+fine-tuned models are models like any other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
 from tl_contextmix.core.statistics import spearman
+from tl_contextmix.errors import FileFormatError
 from tl_contextmix.evaluation import MinimalPair, demo_pairs, load_minimal_pairs
+from tl_contextmix.results.scores import ALIGNMENT
 
 RIVALS = {
     "attention": "attention weights",
@@ -35,7 +44,7 @@ def cue_claim(rival: str) -> Claim:
     return Claim(
         f"nearer to cues than {RIVALS[rival]}",
         WORDS,
-        "abstract; section 5",
+        "abstract",
         f"alignment with the cue (dot) less that of {RIVALS[rival]}, each at its best layer",
     )
 
@@ -45,7 +54,7 @@ def faithful_claim(rival: str, identity: str) -> Claim:
     return Claim(
         f"more faithful than {RIVALS[rival]}, {identity}",
         WORDS,
-        "abstract; section 7",
+        "abstract",
         f"blank-out rank correlation of the rollout {identity} less that of {RIVALS[rival]}",
     )
 
@@ -53,17 +62,74 @@ def faithful_claim(rival: str, identity: str) -> Claim:
 PROBING = Claim(
     "the curve follows probing",
     WORDS + ", among others by probing",
-    "abstract; section 6",
+    "abstract",
     "rank correlation over layers of cue alignment and of the label's compression (MDL)",
 )
 
 
-def pairs_of(options: Any, name: str) -> tuple[MinimalPair, ...]:
-    """Returns minimal pairs with cues."""
+def sets_of(options: Any, count: int, **how: Any) -> dict[str, list[MinimalPair]]:
+    """Returns about so many minimal pairs by set, with cues where they are known."""
     if not options.data:
-        return demo_pairs(count=options.limit)
-    pairs = load_minimal_pairs(options.data, cues="derived")
-    return pairs[: options.limit]
+        return {"agreement": [*demo_pairs(count=count, **how)]}
+    files = options.data.split(",")
+    known = {Path(file).stem: map(expanded, with_cues(file)) for file in files}
+    share = -(-count // len(files))
+    return {
+        name: [*{pair.good: pair for pair in some}.values()][:share] for name, some in known.items()
+    }
+
+
+def with_cues(file: str) -> tuple[MinimalPair, ...]:
+    """Returns the pairs of a file, with derived cues if its set has a rule for them."""
+    try:
+        return load_minimal_pairs(file, cues="derived")
+    except FileFormatError:
+        return load_minimal_pairs(file)
+
+
+def expanded(pair: MinimalPair) -> MinimalPair:
+    """Returns a pair without contractions, so that a verb is one word."""
+
+    def places(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple((len(full(pair.good[:a])), len(full(pair.good[:b]))) for a, b in spans)
+
+    return MinimalPair(full(pair.good), full(pair.bad), places(pair.cues), places(pair.lures))
+
+
+def full(text: str) -> str:
+    """Returns a text without contractions of "not"."""
+    text = text.replace("won't", "will not").replace("can't", "cannot")
+    return re.sub(r"(\w)n't\b", r"\1 not", text)
+
+
+def is_singular(pair: MinimalPair) -> bool:
+    """Returns whether the right word is singular, the wrong one being the plural, or vice versa."""
+    plurals = {"themselves", "these", "those"} & {pair.answer, pair.wrong}
+    if plurals:
+        return pair.answer not in plurals
+    # Verbs: has, not have; kisses, not kiss.
+    ends = (pair.answer.endswith("s"), pair.wrong.endswith("s"))
+    return len(pair.answer) > len(pair.wrong) if all(ends) else ends[0]
+
+
+def balanced(pairs: list[MinimalPair]) -> list[MinimalPair]:
+    """Returns as many singular as plural pairs, the first ones."""
+    kinds = [[pair for pair in pairs if is_singular(pair) == kind] for kind in (True, False)]
+    least = min(map(len, kinds))
+    return [pair for some in kinds for pair in some[:least]]
+
+
+def by_set(compared: Any, sets: dict[str, list[MinimalPair]]) -> Any:
+    """Returns cue alignment by set, method and layer."""
+    left_out = {text for text, _ in compared.dropped}
+    names = [name for name, some in sets.items() for pair in some if pair.good not in left_out]
+    rows = []
+    for row in compared.rows:
+        if row.metric in ALIGNMENT:
+            means = pandas.Series(row.values, dtype=float).groupby(names).agg(["mean", "count"])
+            about = {"method": row.method, "layer": row.layer, "metric": row.metric}
+            rows += [{"set": name, **about, **one} for name, one in means.to_dict("index").items()]
+    return pandas.DataFrame(rows)
 
 
 def rollouts(found: Any) -> dict[str, tuple[str, str]]:
@@ -109,6 +175,20 @@ def follow(found: Reproduction, name: str, probing: Any, compared: Any) -> None:
     found.score(PROBING, name, curve, interval=(value, *ends))
 
 
+def probe(found: Reproduction, name: str, model: Any, options: Any, compared: Any) -> None:
+    """Probes for the number of the word that is asked for, beside the maps."""
+    sets = sets_of(options, options.texts, seed=11)
+    known = balanced([pair for some in sets.values() for pair in some])
+    if not known:
+        return
+    mask = getattr(model.tokenizer, "mask_token", None)
+    texts = [pair.masked(mask) if mask else pair.prefix for pair in known]
+    probing = cm.probe(model, texts, [*map(is_singular, known)], seeds=options.seeds)
+    follow(found, name, probing, compared)
+    found.show(f"{name}: maps beside probes", "By layer.", probing.beside(compared))
+    found.table(f"{name}: probing", "By layer.", probing.curves().to_dataframe())
+
+
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the reproduction."""
     options = read_options(
@@ -121,27 +201,19 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     )
     found = Reproduction("value_zeroing", "mohebbi2023quantifying", options)
     for name, model in load(options.model).items():
-        pairs = pairs_of(options, name)
+        sets = sets_of(options, options.limit)
+        pairs = [pair for some in sets.values() for pair in some]
         methods = ["value_zeroing", *RIVALS]
         compared = cm.compare(model, pairs, methods=methods, unusable="drop")
         score(found, name, compared)
-        found.show(f"{name}: every method", "Figures 2 to 4.", compared)
+        found.show(f"{name}: every method", "Cue alignment and faithfulness.", compared)
         frame = compared.to_dataframe()
         kept = ["method", "layer", "metric", "value", "low", "high", "chance", "sentences"]
         found.table(f"{name}: every figure", "By method, layer and metric.", frame[kept])
         if "dot" not in compared.metrics:
             continue
-        known = pairs if options.data else demo_pairs(count=options.texts, seed=11)
-        mask = getattr(model.tokenizer, "mask_token", None)
-        texts = [pair.masked(mask) if mask else pair.prefix for pair in known]
-        number = [pair.answer.endswith("s") for pair in known]
-        if len({*number}) < 2:
-            continue
-        probing = cm.probe(model, texts, number, seeds=options.seeds)
-        follow(found, name, probing, compared)
-        beside = probing.beside(compared)
-        found.show(f"{name}: maps beside probes", "Section 6.", beside)
-        found.table(f"{name}: probing", "By layer.", probing.curves().to_dataframe())
+        found.table(f"{name}: by set", "Cue alignment.", by_set(compared, sets))
+        probe(found, name, model, options, compared)
     return found.write()
 
 

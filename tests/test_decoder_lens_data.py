@@ -199,6 +199,27 @@ def test_intervals_hold_the_figure_and_come_again() -> None:
     assert (spread.low, spread.high) == (0, 1), "one of three sentences is wrong"
 
 
+def test_figures_of_sentences_average_to_those_of_the_corpus() -> None:
+    found = decoding()
+    metrics = {"exact match": "exact match", "CER": "CER", "half": lambda out, _, __: len(out) / 2}
+    each = found.sentence_metrics(metric=metrics)
+    assert [*each.columns] == ["batch", "layer", "quantity", "value"]
+    assert len(each) == 3 * len(found.layers) * len(found.inputs)
+    means = each.groupby(["quantity", "layer"]).value.mean()
+    for name in ("exact match", "half"):
+        curve = found.metrics(metric={name: metrics[name]}).select(name)
+        assert [means[name, point.layer] for point in curve] == pytest.approx(
+            [point.value for point in curve]
+        )
+    one = each[(each.quantity == "CER") & (each.batch == 1)].value.tolist()
+    alone = decoding().metrics(metric="CER", categories=["x", "y", "x"]).select("CER", "y")
+    assert one == pytest.approx([point.value for point in alone])
+    nothing = found.sentence_metrics(metric=lambda *_: float("nan"))
+    assert nothing.value.isna().all()
+    with pytest.raises(cm.InvalidInput, match="compares with a right answer"):
+        dataclasses.replace(found, references=None).sentence_metrics(metric="WER")
+
+
 def test_first_layers() -> None:
     found = decoding()
     assert found.first_correct_layer() == (2, 1, 1)

@@ -16,6 +16,7 @@ import pandas
 import pytest
 import torch
 import zoo
+from published import BLIMP, blimp_row
 from scipy import stats
 
 import tl_contextmix as cm
@@ -315,82 +316,35 @@ def test_arcs_tie_heads_to_dependents(masked: Any) -> None:
             by_kind(whole, texts=text, arcs=wrong)
 
 
-BLIMP = [
-    (
-        "anaphor_number_agreement",
-        "Many teenagers were helping themselves.",
-        "herself",
-        ["teenagers"],
-        [],
-    ),
-    (
-        "anaphor_number_agreement",
-        "A lot of actresses adore themselves.",
-        "herself",
-        ["actresses"],
-        [],
-    ),
-    ("anaphor_number_agreement", "Susan revealed herself.", "themselves", ["Susan"], []),
-    ("determiner_noun_agreement_2", "Raymond is selling this sketch.", "these", ["sketch"], []),
-    (
-        "determiner_noun_agreement_with_adj_2",
-        "Cynthia scans these hard books.",
-        "this",
-        ["books"],
-        [],
-    ),
-    (
-        "distractor_agreement_relational_noun",
-        "A sketch of lights doesn't appear.",
-        "don't",
-        ["sketch"],
-        ["lights"],
-    ),
-    (
-        "regular_plural_subject_verb_agreement_1",
-        "Jeffrey hasn't criticized Donald.",
-        "haven't",
-        ["Jeffrey"],
-        [],
-    ),
-]
-WRONG = {"this": "these", "these": "this"}
-
-
 @once
 def test_cues_of_blimp_are_derived(tmp_path: Path) -> None:
     path = tmp_path / "blimp.jsonl"
-    rows = []
-    for uid, good, wrong, _, _ in BLIMP:
-        right = next(
-            word
-            for word in good.strip(".").split()
-            if word in ("themselves", "herself", "this", "these", "doesn't", "hasn't")
-        )
-        rows.append({"sentence_good": good, "sentence_bad": good.replace(right, wrong), "UID": uid})
+    rows = [blimp_row(uid, text) for uid, text, _, _ in BLIMP]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert not any(pair.cues for pair in load_minimal_pairs(path))
-    for pair, row in zip(load_minimal_pairs(path, cues="derived"), BLIMP, strict=True):
+    for pair, (_, text, *expected) in zip(
+        load_minimal_pairs(path, cues="derived"), BLIMP, strict=True
+    ):
         words = [[pair.good[slice(*span)] for span in some] for some in (pair.cues, pair.lures)]
-        assert words == [*row[3:]], row
+        assert words == [one.split() for one in expected], text
     path.write_text(json.dumps({**rows[0], "UID": "wh_island"}))
     with pytest.raises(FileFormatError, match="line 1.*no rule.*wh_island"):
         load_minimal_pairs(path, cues="derived")
     path.write_text(
         json.dumps(
             {
-                **rows[3],
-                "sentence_good": "Raymond likes this",
-                "sentence_bad": "Raymond likes these",
+                **rows[4],
+                "sentence_good": "Ivan likes this",
+                "sentence_bad": "Ivan likes these",
             }
         )
     )
     with pytest.raises(FileFormatError, match="does not fit this sentence"):
         load_minimal_pairs(path, cues="derived")
-    given = {**rows[0], "cues": ["Many"]}
+    given = {**rows[0], "cues": ["amused"]}
     path.write_text(json.dumps(given))
     (pair,) = load_minimal_pairs(path, cues="derived")
-    assert pair.good[slice(*pair.cues[0])] == "Many", "what a line says itself has priority"
+    assert pair.good[slice(*pair.cues[0])] == "amused", "what a line says itself has priority"
 
 
 @once

@@ -37,7 +37,7 @@ def cue_alignment(
 ) -> Score:
     r"""Returns how well a map's target rows align with the cues that decide the target.
 
-    Two metrics per layer, averaged over sentences (Mohebbi et al. 2023, section 5):
+    Two metrics per layer, averaged over sentences (Mohebbi et al. 2023):
 
     * ``dot``: :math:`\sum_{j \in cues} C_{ij}` of a row that sums to 1. Chance: the share of
       readable tokens that are cues.

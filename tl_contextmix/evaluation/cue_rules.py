@@ -15,8 +15,16 @@ _DETERMINERS = frozenset(
 )
 
 
-def _subject(words: Sequence[str]) -> int:
-    """Returns the noun that a sentence begins with, after what determines it, or a name."""
+# How the nouns and names of two words in these sets begin.
+_COMPOUNDS = (
+    *("art galler", "college campus", "current event", "great lakes", "grocery store"),
+    *("harvard university", "high school", "movie theater", "newspaper article"),
+    *("public park", "winston churchill"),
+)
+
+
+def _after_determiner(words: Sequence[str]) -> int:
+    """Returns the first word that is no determiner."""
     place = 3 if [word.lower() for word in words[:3]] == ["a", "lot", "of"] else 0
     while place < len(words) - 1 and words[place].lower() in _DETERMINERS:
         place += 1
@@ -24,30 +32,35 @@ def _subject(words: Sequence[str]) -> int:
 
 
 def _antecedent(words: Sequence[str], target: int) -> Found:
-    return [_subject(words)], []
+    """Returns the words of the phrase that the sentence begins with."""
+    noun = _after_determiner(words)
+    compound = " ".join(words[noun : noun + 2]).lower().startswith(_COMPOUNDS)
+    return [*range(noun + 1 + compound)], []
 
 
-def _noun_after(distance: int) -> Callable[[Sequence[str], int], Found]:
-    def find(words: Sequence[str], target: int) -> Found:
-        return [target + distance], []
-
-    return find
+def _last_noun(words: Sequence[str], target: int) -> Found:
+    """Returns the noun of the determiner: these sentences end with it."""
+    nouns = [at for at in range(target + 1, len(words)) if words[at][0].isalpha()]
+    return nouns[-1:], []
 
 
 def _before_verb(words: Sequence[str], target: int) -> Found:
     return [target - 1], []
 
 
-def _relational(words: Sequence[str], target: int) -> Found:
-    return [_subject(words)], [target - 1]
+def _before_preposition(words: Sequence[str], target: int) -> Found:
+    """Returns the noun before "of" or "about", and the noun that stands next to the verb."""
+    between = range(_after_determiner(words), target)
+    found = [at - 1 for at in between if words[at] in ("of", "about")]
+    return found[:1], [target - 1]
 
 
 # The five sets of Mohebbi et al. 2023. Cues are what they name: antecedent, noun, subject.
 RULES: dict[str, Callable[[Sequence[str], int], Found]] = {
     "anaphor_number_agreement": _antecedent,
-    "determiner_noun_agreement_2": _noun_after(1),
-    "determiner_noun_agreement_with_adj_2": _noun_after(2),
-    "distractor_agreement_relational_noun": _relational,
+    "determiner_noun_agreement_2": _last_noun,
+    "determiner_noun_agreement_with_adj_2": _last_noun,
+    "distractor_agreement_relational_noun": _before_preposition,
     "regular_plural_subject_verb_agreement_1": _before_verb,
 }
 
@@ -73,7 +86,11 @@ def derive_cues(uid: object, words: Sequence[str], target: int) -> Found:
         )
     cues, lures = rule(words, target)
     places = [*cues, *lures]
-    if not all(0 <= one < len(words) and one != target for one in places) or {*cues} & {*lures}:
+    if (
+        not cues
+        or not all(0 <= one < len(words) and one != target for one in places)
+        or {*cues} & {*lures}
+    ):
         raise bad(
             f"the rule of {uid} does not fit this sentence",
             " ".join(words),

@@ -36,7 +36,7 @@ def log_prob_path(
 
     .. math:: \log p(w \mid h^0 + a (h^L - h^0)), \qquad a = 0, 1/n, \dots, 1
 
-    (Yu & Ananiadou 2024, section 3.2). The probability stays near 0 for most of the way and rises
+    (Yu & Ananiadou 2024, figure 3). The probability stays near 0 for most of the way and rises
     at its end, which would give all of it to whatever comes last; the log-probability rises from
     the start.
 

@@ -170,8 +170,9 @@ def load_minimal_pairs(
     than once. All other fields are ignored, and empty lines skipped.
 
     BLiMP has no cues. For the five of its sets that Mohebbi et al. (2023) use, they follow from
-    the template: the antecedent of an anaphor, the noun of a determiner, the subject of a verb
-    (the noun it stands next to is the lure).
+    the template: the words of an anaphor's antecedent, the noun of a determiner, the noun that a
+    verb agrees with (the noun next to the verb is the lure). The authors take them from a parser
+    and a coreference resolver, which in "a lot of girls" see ``lot`` as the subject.
 
     Args:
         path: The file.

@@ -119,7 +119,7 @@ def frequency_correlation(
 
     Spearman's correlation over tokens of the figure, such as `tl_contextmix.mixing_ratio`, and the
     token's frequency rank, 1 being the most frequent: above 0 rare tokens have the larger figures
-    (Kobayashi et al. 2020 and 2021). Marks such as ``[CLS]`` are left out.
+    (Kobayashi et al. 2021, section 5.2, table 3). Marks such as ``[CLS]`` are left out.
 
     Args:
         figures: A figure for each token and layer.
@@ -197,6 +197,8 @@ def expansion_rates(model: object, *, stack: StackName | None = None) -> LayerFi
     :math:`W = W_V W_O`,
 
     .. math:: \sqrt{\mathrm{E} \frac{||x W||^2}{||x||^2}} = \sqrt{\frac{\sum_i \sigma_i^2}{d}}
+
+    (Kobayashi et al. 2021, section 4.4).
 
     Args:
         model: Any TransformerLens model.

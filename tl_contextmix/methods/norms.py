@@ -293,8 +293,8 @@ def mixing_ratio(
 
     .. math:: r_i = \frac{||\sum_{j \ne i} F_{ij}||}{||\sum_{j \ne i} F_{ij}|| + ||F_{ii}||}
 
-    (Kobayashi et al. 2021, eq. 8: mixing against preserving). 0: the token kept itself; 1: all
-    from others.
+    (Kobayashi et al. 2021, section 3.3: mixing against preserving). 0: the token kept itself; 1:
+    all from others.
 
     Args:
         model: Any TransformerLens model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,9 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.curves import LayerCurves, as_texts, category_groups, curve_point
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @storage.storable
@@ -171,15 +174,8 @@ class LayerwiseDecoding(LabelledArray):
                 lengths do not fit.
             ContextMixError: If a metric's package is not installed.
         """
-        right = self._references(reference, needed=False)
-        default = UNREFERENCED_METRICS if right is None else DEFAULT_METRICS
-        items = metric_items(default if metric is None else metric)
-        chosen = require_measurable(items, referenced=right is not None, last=self._complete)
+        chosen, outputs = self._measured(reference, metric)
         groups = category_groups(categories, len(self.inputs))
-        outputs = [
-            [self._output(row, place, right) for row in range(len(self.inputs))]
-            for place in range(len(self.layers))
-        ]
         points = [
             curve_point(
                 one.name, one.figure, name, layer, [one.counts(column[row]) for row in rows]
@@ -194,6 +190,49 @@ class LayerwiseDecoding(LabelledArray):
             caption="Layer 0: the embeddings. Means or sums over sentences.",
             provenance=self.provenance,
         )
+
+    def sentence_metrics(
+        self, reference: str | Sequence[str] | None = None, *, metric: MetricChoice | None = None
+    ) -> pandas.DataFrame:
+        """Returns the figures of `metrics` sentence by sentence.
+
+        As columns ``batch``, ``layer``, ``quantity`` and ``value``, which
+        `tl_contextmix.evaluation.over_corpus` averages. A figure of the corpus (BLEU) is no mean of
+        those of its sentences.
+
+        Args:
+            reference: See `metrics`.
+            metric: Likewise.
+
+        Raises:
+            InvalidInput: Likewise.
+            ContextMixError: Likewise.
+        """
+        import pandas
+
+        chosen, outputs = self._measured(reference, metric)
+        rows = [
+            (row, layer, one.name, one.figure(counts) if any(counts) else float("nan"))
+            for one in chosen
+            for layer, column in zip(self.layers, outputs, strict=True)
+            for row, output in enumerate(column)
+            for counts in [one.counts(output)]
+        ]
+        return pandas.DataFrame(rows, columns=["batch", "layer", "quantity", "value"])
+
+    def _measured(
+        self, reference: str | Sequence[str] | None, metric: MetricChoice | None
+    ) -> tuple[list[Metric], list[list[Output]]]:
+        """Returns metrics, and the outputs by layer and sentence."""
+        right = self._references(reference, needed=False)
+        default = UNREFERENCED_METRICS if right is None else DEFAULT_METRICS
+        items = metric_items(default if metric is None else metric)
+        chosen = require_measurable(items, referenced=right is not None, last=self._complete)
+        outputs = [
+            [self._output(row, place, right) for row in range(len(self.inputs))]
+            for place in range(len(self.layers))
+        ]
+        return chosen, outputs
 
     def _columns(self) -> dict[str, Any]:
         import numpy as np
