@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pandas
 import pytest
-from click.shell_completion import BashComplete
+from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
 import tl_contextmix as cm
 from tl_contextmix.__main__ import main
-from tl_contextmix.commands import commands, on_methods
-from tl_contextmix.commands.names import COMMANDS, METHODS
+from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.commands import as_options, commands, on_corpora, on_methods, on_texts
+from tl_contextmix.commands.names import COMMANDS, DEMOS, METHODS
+from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.registry import methods
+from tl_contextmix.evaluation.compare import comparable
 from tl_contextmix.results import Result
 
 pytestmark = pytest.mark.once
@@ -157,19 +165,185 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     assert message in err
 
 
-def test_what_is_not_understood_is_said(capsys):
+def test_what_is_not_understood_is_said_on_one_line(capsys):
+    see = "See 'tl-contextmix value-zeroing --help'."
     mistakes: list[tuple[tuple[str, ...], str]] = [
-        (("value-zeroing", "causal-lm"), "Missing argument 'TEXT'"),
+        (("value-zeroing", "causal-lm"), f"Missing argument 'TEXT'. {see}"),
         (("value-zeroing", "causal-lm", TEXT, "--metric", "x"), "is not one of 'cosine'"),
         (("value-zeroing", "causal-lm", TEXT, "--layer", "x"), "not a valid integer"),
+        (("value-zeroing", "causal-lm", TEXT, "--layr", "1"), "Did you mean '--layer'? See '"),
         (("unknown",), "No such command 'unknown'"),
-        (("query-contributions", "causal-lm", TEXT), "expected neurons=, or edge="),
+        (("value-zeroin", "causal-lm", TEXT), "No such command 'value-zeroin'"),
         (("query-contributions", "causal-lm", TEXT, "--edge", "3,0"), "not of the form L.H.T.S"),
+        # What is refused names the options of the command, not the arguments in Python.
+        (("query-contributions", "causal-lm", TEXT), "expected --neurons, or --edge (layer"),
+        (("explain", "causal-lm", TEXT, "--foil", " is"), "got --foil ' is' and no target"),
     ]
     for given, message in mistakes:
-        code, _, err = run(capsys, *given)
-        assert code == 2
-        assert message in err
+        code, out, err = run(capsys, *given)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert err.startswith("tl-contextmix: error: ")
+        assert message in err, err
+
+
+def test_messages_on_arguments_become_messages_on_options():
+    command = commands.get_command(click.Context(commands), "value-zeroing")
+    text = "Pass heads=True, heads=False, pos=3 or layer=; see dictionary=, and mylayer=4."
+    assert as_options(text, command) == (
+        "Pass --heads, --no-heads, --position 3 or --layer; see dictionary=, and mylayer=4."
+    )
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *METHODS])
+def test_model_is_spelled_alike(name):
+    command = commands.get_command(click.Context(commands), name)
+    assert command is not None
+    models = [one for one in command.params if one.name == "model"]
+    assert (name == "merge") == (not models)
+    for one in models:
+        assert isinstance(one, click.Argument)
+        assert one.metavar in ("MODEL", "[MODEL]")
+        ctx = click.Context(command)
+        assert [item.value for item in one.shell_complete(ctx, "ca")] == ["causal-lm"]
+        assert [item.type for item in one.shell_complete(ctx, "./ca")] == ["dir"]
+    assert set(DEMOS) == set(DEMO_NAMES)
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = functools.cache(load_model)
+    for module in (on_methods, on_texts, on_corpora):
+        monkeypatch.setattr(module, "load_model", load)
+
+
+def test_the_examples_in_the_help_run(capsys, loaded_once):
+    """Those on a demo model: others name a model or a file of the reader's."""
+    ran = []
+    for name in (*METHODS, "check", "explain", "compare"):
+        told = run(capsys, name, "--help")[1]
+        for line in re.findall(rf"^ +(tl-contextmix {name} \S+-\S+.*)$", told, re.MULTILINE):
+            code, out, err = run(capsys, *shlex.split(line)[1:])
+            assert code == 0, line
+            # Few sentences are said to be few.
+            assert (name == "compare") or not err, line
+            if line.endswith("--json"):
+                assert json.loads(out)["rows"], line
+            ran.append(name)
+    assert set(ran) >= {*METHODS, "check", "explain", "compare"}
+
+
+def test_what_commands_on_texts_find_as_data(capsys, tmp_path, monkeypatch, loaded_once):
+    monkeypatch.chdir(tmp_path)
+    asked = ("causal-lm", TEXT, "--target", " are", "--foil", " is")
+    told = json.loads(run(capsys, "explain", *asked, "--json")[1])
+    prediction, components = told["sections"]
+    assert "\u201care\u201d" in prediction["finding"]
+    assert components["title"] == "Which components wrote the answer?"
+    report = ("report", *asked, "--sections", "prediction")
+    told = json.loads(run(capsys, *report, "--json")[1])
+    assert told["page"] == "tl_contextmix_report.html"
+    assert told["sections"] == [prediction]
+    assert run(capsys, *report, "--quiet", "-o", "quiet.html") == (0, "", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"tl_contextmix_report.html", "quiet.html"}
+    told = json.loads(run(capsys, "check", "causal-lm", "--json")[1])
+    expected = cm.check(cm.load_demo("causal-lm"))
+    assert [row["identity"] for row in told["rows"]] == [row.identity for row in expected.rows]
+    assert all(row["ok"] for row in told["rows"])
+    assert run(capsys, "check", "causal-lm", "--quiet") == (0, "", "")
+
+
+def test_what_a_comparison_finds_as_data(capsys, tmp_path, monkeypatch, loaded_once):
+    few = {name: comparable()[name] for name in ("attention", "value_zeroing")}
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", lambda: few)
+    monkeypatch.chdir(tmp_path)
+    asked = ("compare", "causal-lm", "--sentences", "2")
+    rows = json.loads(run(capsys, *asked, "--json")[1])["rows"]
+    table = run(capsys, *asked, "--csv")[1]
+    assert {row["method"] for row in rows} == {*few}
+    assert not [*tmp_path.iterdir()]
+    assert run(capsys, *asked, "--quiet", "-o", "found.csv") == (0, "", "")
+    read, printed = (
+        pandas.read_csv(one).drop(columns="seconds") for one in ("found.csv", io.StringIO(table))
+    )
+    assert read.equals(printed)
+    assert [row["value"] for row in rows] == pytest.approx(read.value.tolist(), nan_ok=True)
+    assert len(rows) == len(read)
+
+
+def test_what_commands_on_corpora_find_as_data(capsys, tmp_path, loaded_once):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,target,foil\nthe keys, are, is\nthe key, is, are\n")
+    scan = ("scan", "causal-lm", str(rows), "--by", "head")
+    told = json.loads(run(capsys, *scan, "--json")[1])
+    assert told["method"] == "scan"
+    assert {"component", "mean"} <= set(told["rows"][0])
+    assert len(run(capsys, *scan, "--csv")[1].splitlines()) == len(told["rows"]) + 1
+    assert run(capsys, *scan, "--quiet") == (0, "", "")
+    corpus, folder = tmp_path / "corpus.txt", str(tmp_path / "mined")
+    corpus.write_text("the keys are old\nthe key is old\n")
+    mine = ("mine", "causal-lm", str(corpus), "-o", folder, "-k", "2", "--layer", "1")
+    few = ("--neurons", "3,5")
+    part = run(capsys, *mine, *few, "--rank", "0", "--world-size", "2", "--json")[1]
+    assert json.loads(part) == {"part": 0, "of": 2}
+    assert run(capsys, *mine, *few, "--rank", "1", "--world-size", "2", "--quiet")[1] == ""
+    told = json.loads(run(capsys, "merge", folder, "--json")[1])
+    assert (told["folder"], told["counts"]["documents"]) == (folder, 2)
+    assert json.loads(run(capsys, "show", folder, "--json")[1]) == told
+    table = pandas.read_csv(io.StringIO(run(capsys, "show", folder, "--csv")[1]))
+    assert len(table) == len(cm.load_triggers(folder).to_dataframe())
+    one = ("show", folder, "--layer", "1", "--neuron", "3")
+    shown = json.loads(run(capsys, *one, "--json")[1])["rows"]
+    assert len(shown) == (table.neuron == 3).sum()
+    path = tmp_path / "one.csv"
+    assert run(capsys, *one, "--quiet", "-o", str(path)) == (0, "", "")
+    assert len(pandas.read_csv(path)) == len(shown)
+    assert "ends in .csv" in run(capsys, "show", folder, "-o", "page.html")[2]
+
+
+def test_a_shell_completes_commands_options_and_models(tmp_path):
+    """With the line that the help shows, in a real bash."""
+    program = tmp_path / "tl-contextmix"
+    root = Path(cm.__file__).parents[1]
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{root}" exec "{sys.executable}" -m tl_contextmix "$@"\n'
+    )
+    program.chmod(0o755)
+    script = """
+eval "$(_TL_CONTEXTMIX_COMPLETE=bash_source tl-contextmix)"
+complete -p tl-contextmix
+completed() {
+  COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+  _tl_contextmix_completion tl-contextmix 2> /dev/null  # compopt is of real completions only
+  echo "${COMPREPLY[@]}"
+}
+completed tl-contextmix value
+completed tl-contextmix check mask
+completed tl-contextmix check --dt
+"""
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    assert done.stderr == ""
+    bound, *found = done.stdout.splitlines()
+    assert "_tl_contextmix_completion" in bound
+    assert [line.split()[:1] for line in found] == [["value-zeroing"], ["masked-lm"], ["--dtype"]]
+    for shell, kind in (("zsh", ZshComplete), ("fish", FishComplete)):
+        made = kind(commands, {}, "tl-contextmix", "_TL_CONTEXTMIX_COMPLETE")
+        assert f"_TL_CONTEXTMIX_COMPLETE={shell}_complete" in made.source()
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    reads, writes = os.pipe()
+    os.close(reads)
+    root = Path(cm.__file__).parents[1]
+    command = [sys.executable, "-m", "tl_contextmix", "--help"]
+    with open(writes, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, cwd=root)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_warning_is_said_once_and_not_at_all_if_quiet(capsys, monkeypatch):

@@ -701,13 +701,19 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]],
-)
-def test_command_mistakes_exit_with_the_usage(arguments, capsys):
-    assert command_line.main(arguments) == 2
+def test_a_command_line_of_no_words_is_answered_by_the_help(capsys):
+    assert command_line.main([]) == 2
     assert "Usage: tl-contextmix" in capsys.readouterr().err
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "arguments", [["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]]
+)
+def test_command_mistakes_exit_with_one_line(arguments, capsys):
+    assert command_line.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"tl-contextmix: error: .*\. See 'tl-contextmix.* --help'\.", line)
 
 
 @pytest.mark.once

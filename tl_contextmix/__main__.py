@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 import click
 
-from tl_contextmix.commands import commands
-from tl_contextmix.errors import ContextMixError, ContextMixWarning
+from tl_contextmix.commands import as_options, commands
+from tl_contextmix.errors import ContextMixWarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0: success. 1: `check` found an identity that does not hold. 2: the command failed, or was not
-    understood. 130: interrupted.
+    0: success. 1: `check` found an identity that does not hold, or the reader of the output closed
+    it. 2: the command failed, or was not understood. 130: interrupted.
 
     Args:
         arguments: Command-line arguments; None for those of the process.
@@ -31,13 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _Told()
         try:
             code = commands.main(listed, prog_name="tl-contextmix", standalone_mode=False)
-        except ContextMixError as error:
-            click.echo(f"tl-contextmix: error: {_one_line(error)}", err=True)
-            return 2
-        except click.ClickException as error:
+        except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             return 2
+        except click.ClickException as error:
+            click.echo(f"tl-contextmix: error: {_one_line(_misunderstood(error))}", err=True)
+            return 2
     return code or 0
+
+
+def _misunderstood(error: click.ClickException) -> str:
+    """Returns what a command line is told that cannot be understood."""
+    ctx = getattr(error, "ctx", None)
+    advice = "" if ctx is None else f" See '{ctx.command_path} --help'."
+    message = error.format_message()
+    return f"{message}{'' if message[-1:] in '.?!' else '.'}{advice}"
 
 
 class _Told:
@@ -49,7 +57,8 @@ class _Told:
     def __call__(
         self, message: Warning | str, category: type[Warning], *rest: object, **more: object
     ) -> None:
-        line = _one_line(message)
+        ctx = click.get_current_context(silent=True)
+        line = _one_line(as_options(str(message), ctx.command if ctx else None))
         if line not in self.told:
             self.told.add(line)
             click.echo(f"tl-contextmix: warning: {line}", err=True)

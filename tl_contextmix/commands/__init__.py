@@ -7,6 +7,7 @@ and completion need not wait for torch.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tl_contextmix.commands.names import COMMANDS, METHODS
+from tl_contextmix.errors import ContextMixError
 
 EPILOG = """\
 \b
@@ -25,14 +27,30 @@ Examples:
 \b
 Exit codes:
   0    done
-  1    `check` found an identity that does not hold
+  1    `check` found an identity that does not hold, or the reader of the output closed it
   2    the command failed, or was not understood
   130  interrupted
 
 \b
-Completion, for bash (zsh and fish alike):
-  eval "$(_TL_CONTEXTMIX_COMPLETE=bash_source tl-contextmix)"
+Completion of commands, options and demo models; in the settings of the shell:
+  eval "$(_TL_CONTEXTMIX_COMPLETE=bash_source tl-contextmix)"           bash
+  eval "$(_TL_CONTEXTMIX_COMPLETE=zsh_source tl-contextmix)"            zsh
+  _TL_CONTEXTMIX_COMPLETE=fish_source tl-contextmix | source            fish
 """
+
+
+def as_options(text: str, command: click.Command | None) -> str:
+    """Returns a message on arguments in Python as one on the options of a command."""
+    for one in () if command is None else command.params:
+        if not isinstance(one, click.Option):
+            continue
+        name, shown = {"position": "pos"}.get(one.name or "", one.name), one.opts[-1]
+        text = re.sub(rf"\b{name}=True\b", shown, text)
+        if one.secondary_opts:
+            text = re.sub(rf"\b{name}=False\b", one.secondary_opts[-1], text)
+        text = re.sub(rf"\b{name}=(?=[\s,.;:)]|$)", shown, text)
+        text = re.sub(rf"\b{name}=(?=\S)", f"{shown} ", text)
+    return text
 
 
 class Commands(click.Group):
@@ -60,9 +78,12 @@ class Commands(click.Group):
         return (None if name is None else name.replace("_", "-")), command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command; where it is interrupted, says so on one line."""
+        """Runs a command; says on one line where it is interrupted, or what cannot be done."""
         try:
             return super().invoke(ctx)
+        except ContextMixError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            raise click.ClickException(as_options(str(error), command)) from error
         except KeyboardInterrupt:
             click.echo("tl-contextmix: interrupted", err=True)
             raise click.exceptions.Exit(130) from None

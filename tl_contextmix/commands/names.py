@@ -18,6 +18,9 @@ COMMANDS = {
 }
 """Name, module and first line of the help of each command that is no method."""
 
+DEMOS = ("causal-lm", "masked-lm", "encoder-decoder")
+"""What MODEL may be, beside folders and names of published weights."""
+
 _ROOT = Path(__file__).parents[1]
 _METHOD = re.compile(
     r'^@method\((?P<declared>(?:.|\n)*?)^def (?P<name>\w+)\((?P<takes>(?:.|\n)*?)"""(?P<told>.*)$',

@@ -9,17 +9,19 @@ from typing import Any
 import click
 
 from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.commands.output_options import add_output, wanted
 from tl_contextmix.commands.shared_options import (
     add_model,
     flat,
     load_options,
+    model_argument,
     resumable,
     several,
 )
 from tl_contextmix.errors import bad
 from tl_contextmix.evaluation.prompt_rows import NAMES
 from tl_contextmix.evaluation.scan import scan as scanning
-from tl_contextmix.methods.memories import load_triggers, merge_triggers, mine_triggers
+from tl_contextmix.methods.memories import Triggers, load_triggers, merge_triggers, mine_triggers
 from tl_contextmix.results.scanned import LEVELS
 
 
@@ -28,7 +30,8 @@ from tl_contextmix.results.scanned import LEVELS
 )
 @add_model()
 @click.argument("rows", metavar="FILE")
-@click.option("-o", "--output", metavar="PATH", help="File for the result.")
+@click.option("-o", "--output", metavar="PATH", help="File for the result; it can be resumed.")
+@add_output(written=None)
 @several(
     "--by",
     kind=click.Choice(LEVELS),
@@ -43,7 +46,7 @@ from tl_contextmix.results.scanned import LEVELS
 @click.option("--batch-size", type=int, default=16, metavar="N", show_default=True)
 @click.option("--page", metavar="PATH", help="Write a page.")
 @resumable
-def scan(model: str, rows: str, output: str | None, page: str | None, **given: Any) -> None:
+def scan(model: str, rows: str, page: str | None, **given: Any) -> None:
     """Finds the layers, heads and neurons that answer many prompts.
 
     Explains every row of FILE (CSV, TSV, jsonl, JSON or parquet, with the columns prompt, target,
@@ -51,19 +54,19 @@ def scan(model: str, rows: str, output: str | None, page: str | None, **given: A
     components raise the answers most, on average and by category. If interrupted, run the same
     command to resume.
     """
+    want = wanted(given, endings=())
     found = scanning(
         load_model(model, **load_options(given)),
         rows,
         by=flat(given["by"]) or [],
         columns=dict(_pair(one) for one in flat(given["columns"]) or ()),
         unusable="drop" if given["drop_unusable"] else "error",
-        out=output,
+        out=want.output,
         batch_size=given["batch_size"],
     )
-    click.echo(str(found))
-    click.echo(found.sentence())
+    want.tell(found, found, found.sentence())
     if page is not None:
-        click.echo(found.show().save(page))
+        want.wrote(found.show().save(page))
 
 
 def _pair(given: str) -> tuple[str, str]:
@@ -94,6 +97,7 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
 @add_model()
 @click.argument("corpus", metavar="CORPUS")
 @click.option("-o", "--output", metavar="DIR", required=True, help="Output folder.")
+@add_output(csv=False, written=None)
 @click.option("-k", type=int, default=25, show_default=True, help="Triggers per memory.")
 @click.option("--column", help="Column with the texts.  [default: text]")
 @several("--layer", kind=click.INT, help="Default: all.")
@@ -124,50 +128,64 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
     help="Number of processes that share the corpus; then run `tl-contextmix merge`.",
 )
 @resumable
-def mine(model: str, corpus: str, output: str, **given: Any) -> None:
+def mine(model: str, corpus: str, **given: Any) -> None:
     """Finds the contexts in a corpus that activate each memory most.
 
     Reads CORPUS (text, one document per line; jsonl or parquet) once and writes the triggers of
     every feed-forward memory to a folder. If interrupted, run the same command to resume.
     """
+    want = wanted(given, endings=())
     loaded = load_model(model, **load_options(given))
     given |= {name: flat(given[name]) for name in ("layer", "neurons")}
-    found = mine_triggers(loaded, corpus, out=output, source=model, **given)
+    found = mine_triggers(loaded, corpus, out=str(want.output), source=model, **given)
+    part = {"part": given["rank"], "of": given["world_size"]}
     done = f"part {given['rank']} of {given['world_size']} is done"
-    click.echo(done if found is None else str(found))
+    want.tell(found, found or done, facts=part if found is None else _mined(found))
 
 
 @click.command(epilog="\b\nExample:\n  tl-contextmix merge mined")
 @click.argument("folder", metavar="DIR")
 @click.argument("parts", metavar="[PARTS]...", nargs=-1)
-def merge(folder: str, parts: tuple[str, ...]) -> None:
+@add_output(csv=False, written=None)
+def merge(folder: str, parts: tuple[str, ...], **given: Any) -> None:
     """Merges the results of several processes in DIR.
 
     Writes the same files, byte for byte, that a single process would write. PARTS are the folders
     that the processes wrote; by default they are in DIR.
     """
-    click.echo(str(load_triggers(merge_triggers(folder, parts=list(parts)))))
+    want = wanted(given, endings=())
+    found = load_triggers(merge_triggers(folder, parts=list(parts)))
+    want.tell(found, facts=_mined(found))
+
+
+def _mined(found: Triggers) -> dict[str, Any]:
+    """Returns what a folder of triggers holds."""
+    told = {name: found.manifest[name] for name in ("run", "counts")}
+    return {"folder": str(found.folder), **told}
 
 
 @click.command(epilog="\b\nExample:\n  tl-contextmix show mined --layer 3 --neuron 17")
 @click.argument("folder", metavar="DIR")
-@click.argument("model", metavar="[MODEL]", required=False)
+@model_argument(required=False)
 @click.option("--layer", type=int)
 @click.option("--neuron", type=int)
 @click.option("--tail", help="Tail of the coefficients. Default: the first mined.")
 @click.option("--corpus", metavar="CORPUS", help="Default: the corpus that was mined.")
 @click.option("--column", help="Column of the corpus.")
-@click.option("-o", "--output", metavar="PATH", help="Write a page.")
-def show(folder: str, model: str | None, output: str | None, **given: Any) -> None:
+@add_output()
+def show(folder: str, model: str | None, **given: Any) -> None:
     """Shows mined triggers.
 
-    Prints a summary, or with --layer and --neuron that memory's triggers and promoted tokens. MODEL
-    is by default the one that was mined.
+    Prints a summary, as CSV a row for every trigger; with --layer and --neuron that memory's
+    triggers and promoted tokens. MODEL is by default the one that was mined.
     """
+    one = given["layer"] is not None or given["neuron"] is not None
+    want = wanted(given) if one else wanted(given, endings=(".csv",))
     layer, neuron = given["layer"], given["neuron"]
     bare = load_triggers(folder)
-    if layer is None and neuron is None:
-        click.echo(str(bare))
+    if not one:
+        want.tell(bare, facts=_mined(bare))
+        want.write(bare)
         return
     if layer is None or neuron is None:
         raise bad(
@@ -179,9 +197,8 @@ def show(folder: str, model: str | None, output: str | None, **given: Any) -> No
     loaded = load_model(_source(model, bare))
     mined = load_triggers(folder, model=loaded, corpus=given["corpus"], column=given["column"])
     found = mined.examples(layer, neuron, tail=given["tail"])
-    click.echo(str(found))
-    if output is not None:
-        click.echo(found.show().save(output))
+    want.tell(found)
+    want.write(found)
 
 
 def _source(model: str | None, bare: Any) -> str:

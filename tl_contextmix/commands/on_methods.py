@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.commands.names import METHODS
+from tl_contextmix.commands.output_options import add_output, wanted
 from tl_contextmix.commands.shared_options import (
     add_asked,
     add_model,
@@ -24,13 +23,14 @@ from tl_contextmix.commands.shared_options import (
 from tl_contextmix.core.validation import checked
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.engine.selection import Chosen
-from tl_contextmix.errors import bad
-from tl_contextmix.plotting import require_writable
 
-_PICTURES = (".pdf", ".svg", ".png")
-_ENDINGS = (".html", ".json", ".csv", ".safetensors", *_PICTURES)
 # Asked for in words of their own, or of no use in a command.
 _NOT_OPTIONS = ("model", "input", "pos", "inputs", "tokenizer", "dictionary")
+# What is asked of other models, or cannot be asked with defaults alone.
+_EXAMPLES = {
+    "decoder-lens": 'encoder-decoder "the bat burned ."',
+    "query-contributions": 'causal-lm "the keys to the cabinet" --neurons 2.78',
+}
 
 
 class Numbered(click.ParamType):
@@ -58,7 +58,7 @@ def command(name: str) -> click.Command:
     def run(**given: Any) -> None:
         run_method(function.__name__, given)
 
-    run = _add_output(run)
+    run = add_output()(run)
     for one in reversed([*inspect.signature(function).parameters.values()]):
         option = _option(one, hints[one.name])
         run = run if option is None else option(run)
@@ -71,24 +71,9 @@ def command(name: str) -> click.Command:
         f"Prints {told}.\n\nThe options are those of {function.__name__} in Python, where "
         "their values can be written here."
     )
-    example = f'\b\nExample:\n  tl-contextmix {name} causal-lm "the keys to the cabinet" --json'
+    asks = _EXAMPLES.get(name, 'causal-lm "the keys to the cabinet"')
+    example = f"\b\nExample:\n  tl-contextmix {name} {asks} --json"
     return click.command(name, help=help, epilog=example)(run)
-
-
-def _add_output(run: Any) -> Any:
-    for one in (
-        click.option(
-            "-o",
-            "--output",
-            metavar="PATH",
-            help=f"Write the result: {', '.join(_ENDINGS)}.",
-        ),
-        click.option("--quiet", is_flag=True, help="Print no result and no warnings."),
-        click.option("--csv", is_flag=True, help="Print the table as CSV."),
-        click.option("--json", "as_json", is_flag=True, help="Print the table as JSON."),
-    ):
-        run = one(run)
-    return run
 
 
 def _option(parameter: inspect.Parameter, hint: Any) -> Any:
@@ -123,11 +108,7 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
 
 def run_method(name: str, given: dict[str, Any]) -> None:
     """Runs a method and prints, and writes, what it returns."""
-    output, as_json, csv = (given.pop(one) for one in ("output", "as_json", "csv"))
-    quiet = given.pop("quiet")
-    if output is not None:
-        _require_ending(output)
-        require_writable(output)
+    want = wanted(given)
     model, text, loading = given.pop("model"), given.pop("text"), load_options(given)
     question = asked(given) if "target" in given else {}
     options = {
@@ -137,47 +118,5 @@ def run_method(name: str, given: dict[str, Any]) -> None:
     options = {key: value for key, value in options.items() if value is not None}
     method = checked(methods()[name].function)
     found = method(load_model(model, **loading), text, **options, **question)
-    if as_json or csv:
-        click.echo(_as_text(found, "json" if as_json else "csv"))
-    elif not quiet:
-        click.echo(str(found))
-    if output is not None:
-        _write(found, Path(output))
-        if not (quiet or as_json or csv):
-            click.echo(output)
-
-
-def _require_ending(output: str) -> None:
-    if Path(output).suffix not in _ENDINGS:
-        raise bad(
-            "a result cannot be written in this form",
-            repr(output),
-            f"a name that ends in {', '.join(_ENDINGS)}",
-            "Give another --output.",
-        )
-
-
-def _as_text(found: Any, form: str) -> str:
-    """Returns a result's table; positions are those of the input, and there is no padding."""
-    frame = found.to_dataframe()
-    if form == "csv":
-        return frame.to_csv(index=False).rstrip("\n")
-    made = found.provenance
-    told = {
-        "method": made.method,
-        "model": made.model,
-        "unit": getattr(found, "unit", None),
-        "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
-    }
-    return json.dumps(told, ensure_ascii=False)
-
-
-def _write(found: Any, path: Path) -> None:
-    if path.suffix == ".html":
-        found.show().save(path)
-    elif path.suffix == ".safetensors":
-        found.save(path)
-    elif path.suffix in _PICTURES:
-        found.figure().savefig(path)
-    else:
-        path.write_text(_as_text(found, path.suffix[1:]) + "\n", encoding="utf-8")
+    want.tell(found)
+    want.write(found)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tl_contextmix import reporting
 from tl_contextmix.adapters import check as check_model
 from tl_contextmix.adapters.loading import load_model
+from tl_contextmix.commands.output_options import Wanted, add_output, wanted
 from tl_contextmix.commands.shared_options import (
     add_asked,
     add_model,
@@ -16,30 +18,36 @@ from tl_contextmix.commands.shared_options import (
     asked,
     flat,
     load_options,
+    open_if,
     several,
-    written,
 )
 from tl_contextmix.exploring import HOST, MAX_FLOPS, MAX_GIB
 from tl_contextmix.exploring import explore as exploring
-from tl_contextmix.plotting import Page
+from tl_contextmix.plotting import Page, require_writable
 from tl_contextmix.plotting.display_text import visible
-from tl_contextmix.reporting.comparison_section import COMPARED, COMPARISON_PATH, write_comparison
+from tl_contextmix.reporting.comparison_section import (
+    COMPARED,
+    COMPARISON_PATH,
+    compared_page,
+)
 from tl_contextmix.reporting.sections import SECTIONS
 
 
 @click.command(
-    epilog='\b\nExample:\n  tl-contextmix explain causal-lm "the keys to the cabinet" --foil " is"'
+    epilog="\b\nExample:\n"
+    '  tl-contextmix explain causal-lm "the keys to the cabinet" --target " are" --foil " is"'
 )
 @add_model()
 @click.argument("text", metavar="TEXT")
 @add_asked()
-@click.option("-o", "--output", metavar="PATH", help="Write a page.")
-def explain(text: str, model: str, output: str | None, **given: Any) -> None:
+@add_output(csv=False, written="Write a page.")
+def explain(text: str, model: str, **given: Any) -> None:
     """Says in words why a model predicts a token.
 
     Prints what the model predicts, which layers, sources and neurons wrote it, and whether it falls
-    without them.
+    without them; as JSON, the sentences. The numbers are those of log-prob-contributions.
     """
+    want = wanted(given, endings=(".html",))
     page = reporting.report(
         load_model(model, **load_options(given)),
         text,
@@ -47,11 +55,17 @@ def explain(text: str, model: str, output: str | None, **given: Any) -> None:
         sections=("prediction", "components"),
         **asked(given),
     )
-    for section in page.sections:
-        click.echo(visible(section.finding or section.title))
-    click.echo(f"\n{Page(page.sections[-1].panels).text()}")
-    if output is not None:
-        click.echo(page.save(output))
+    lines = [visible(section.finding or section.title) for section in page.sections]
+    lines.append(f"\n{Page(page.sections[-1].panels).text()}")
+    want.tell(page, *lines, facts=_findings(page))
+    if want.output is not None:
+        want.wrote(page.save(want.output))
+
+
+def _findings(page: Page) -> dict[str, Any]:
+    """Returns what a page says in sentences."""
+    told = [{"title": one.title, "finding": one.finding or None} for one in page.sections]
+    return {"title": page.title, "notes": list(page.notes), "sections": told}
 
 
 @click.command(
@@ -71,21 +85,23 @@ def explain(text: str, model: str, output: str | None, **given: Any) -> None:
 )
 @click.option("--pairs", metavar="FILE", help="Minimal pairs to compare methods on; see `compare`.")
 @add_page(reporting.DEFAULT_PATH)
-def report(
-    model: str | None, text: str | None, output: str, opened: bool, sections: Any, **given: Any
-) -> None:
+@add_output(csv=False, written=None)
+def report(model: str | None, text: str | None, opened: bool, sections: Any, **given: Any) -> None:
     """Writes one self-contained page on what a model's blocks do to a sentence.
 
     Without MODEL it is about the bundled causal language model, with a section on the bundled
-    encoder-decoder; without TEXT, about an example.
+    encoder-decoder; without TEXT, about an example. Prints where the page is; as JSON, what it
+    finds, too.
     """
+    want = wanted(given, endings=())
+    require_writable(str(want.output))
     loading = load_options(given)
     loaded = load_model(model or reporting.DEFAULT_MODEL, **loading) if loading else model
     question = asked(given)
-    path = reporting.write_report(
-        loaded, text, output, sections=flat(sections), **given, **question
-    )
-    written(path, opened)
+    page = reporting.report(loaded, text, sections=flat(sections), **given, **question)
+    path = str(page.save(str(want.output)))
+    want.tell(page, path, facts={"page": path, **_findings(page)})
+    open_if(opened, path)
 
 
 @click.command(
@@ -114,7 +130,8 @@ def explore(model: str | None, **given: Any) -> None:
 
 
 @click.command(
-    epilog="\b\nExample:\n  tl-contextmix compare gpt2 --pairs blimp.jsonl --sentences 50"
+    epilog="\b\nExamples:\n  tl-contextmix compare causal-lm --sentences 3 --csv\n"
+    "  tl-contextmix compare gpt2 --pairs blimp.jsonl --sentences 50"
 )
 @add_model(required=False)
 @click.option(
@@ -135,33 +152,51 @@ def explore(model: str | None, **given: Any) -> None:
 @click.option("--words", is_flag=True, help="Aggregate maps over the tokens of each word.")
 @click.option("--drop-unusable", is_flag=True, help="Skip, and list, pairs that cannot be scored.")
 @add_page(COMPARISON_PATH)
-def compare(model: str | None, output: str, opened: bool, **given: Any) -> None:
+@add_output(written=None)
+def compare(model: str | None, opened: bool, **given: Any) -> None:
     """Compares all methods on the same minimal pairs.
 
-    Prints scores and cost, and writes one self-contained page. Without MODEL, on the bundled causal
+    Prints scores and cost, and writes one self-contained page, or with another ending of --output
+    the table; with --json or --csv alone it writes nothing. Without MODEL, on the bundled causal
     language model.
     """
-    path, found = write_comparison(
+    source = click.get_current_context().get_parameter_source("output")
+    if (given["as_json"] or given["csv"]) and source is ParameterSource.DEFAULT:
+        given["output"] = None
+    want = wanted(given)
+    page, found = compared_page(
         load_model(model or reporting.DEFAULT_MODEL, **load_options(given)),
         given["pairs"],
-        output,
         count=given["sentences"],
         words=given["words"],
         unusable="drop" if given["drop_unusable"] else "error",
         contrast=given["contrast"],
     )
-    click.echo(str(found))
-    written(path, opened)
+    want.tell(found)
+    _write_compared(want, page, found, opened)
 
 
-@click.command(epilog="\b\nExample:\n  tl-contextmix check gpt2")
+def _write_compared(want: Wanted, page: Page, found: Any, opened: bool) -> None:
+    """Writes a comparison: its page has a heading and facts that the bare result has not."""
+    if want.output is None or not want.output.endswith(".html"):
+        want.write(found)
+        return
+    path = page.save(want.output)
+    want.wrote(path)
+    open_if(opened, path)
+
+
+@click.command(epilog="\b\nExample:\n  tl-contextmix check causal-lm")
 @add_model()
+@add_output()
 def check(model: str, **given: Any) -> int:
     """Verifies that a model is read correctly.
 
     Recomputes its activations from its weights and a few hooks, and prints the largest errors.
     Exits with 1 if an identity does not hold.
     """
+    want = wanted(given)
     found = check_model(load_model(model, **load_options(given)))
-    click.echo(str(found))
+    want.tell(found)
+    want.write(found)
     return 0 if found.ok else 1

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from tl_contextmix.commands.names import DEMOS
 
 Decorator = Callable[[Any], Any]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -50,6 +53,19 @@ def several(*names: str, kind: click.ParamType = click.STRING, **options: Any) -
     return click.option(*names, type=Listed(kind), multiple=True, **options)
 
 
+def model_argument(*, required: bool) -> Decorator:
+    """Adds MODEL, spelled and completed alike in every command."""
+
+    def complete(
+        ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        named = [CompletionItem(one) for one in DEMOS if one.startswith(incomplete)]
+        return named or [CompletionItem(incomplete, type="dir")]
+
+    shown = "MODEL" if required else "[MODEL]"
+    return click.argument("model", metavar=shown, required=required, shell_complete=complete)
+
+
 def add_model(*, required: bool = True) -> Decorator:
     """Adds the model, and where and how it is loaded."""
 
@@ -59,7 +75,7 @@ def add_model(*, required: bool = True) -> Decorator:
             click.option(
                 "--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."
             ),
-            click.argument("model", metavar="MODEL" if required else "[MODEL]", required=required),
+            model_argument(required=required),
         ):
             function = one(function)
         return function
@@ -148,11 +164,10 @@ def add_page(path: str) -> Decorator:
     return add
 
 
-def written(path: Path, opened: bool) -> None:
-    """Prints, and opens, a page that was written."""
+def open_if(opened: bool, path: str | Path) -> None:
+    """Opens a page that was written, where that was asked for."""
     if opened:
-        webbrowser.open(path.resolve().as_uri())
-    click.echo(path)
+        webbrowser.open(Path(path).resolve().as_uri())
 
 
 def resumable(function: Any) -> Any:

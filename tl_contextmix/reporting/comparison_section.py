@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,23 +61,50 @@ def write_comparison(
     unusable: Unusable = "error",
     contrast: bool = False,
 ) -> tuple[Path, Comparison]:
-    """Writes `compare` of minimal pairs to one page; returns its path and the comparison.
+    """Writes `compared_page` to a file, which is checked first; returns its path, and the figures.
 
     Args:
-        model_or_name: A causal or masked model, or what `load_model` takes.
-        pairs: A file as `load_minimal_pairs` reads it; None for a demo model's own grammar.
+        model_or_name: See `compared_page`.
+        pairs: Likewise.
         path: The page.
-        count: Use only the first so many; None for all of a file, or 50 of the grammar.
-        words: See `compare`.
+        count: See `compared_page`.
+        words: Likewise.
         unusable: Likewise.
         contrast: Likewise.
 
     Raises:
         ContextMixError: If the model, the pairs or the path cannot be used.
     """
+    require_writable(path)
+    options: dict[str, Any] = {"words": words, "unusable": unusable, "contrast": contrast}
+    page, found = compared_page(model_or_name, pairs, count=count, **options)
+    return page.save(path), found
+
+
+def compared_page(
+    model_or_name: object,
+    pairs: str | Path | None = None,
+    *,
+    count: int | None = None,
+    words: bool = False,
+    unusable: Unusable = "error",
+    contrast: bool = False,
+) -> tuple[Page, Comparison]:
+    """Returns a page on `compare` of minimal pairs, and the comparison.
+
+    Args:
+        model_or_name: A causal or masked model, or what `load_model` takes.
+        pairs: A file as `load_minimal_pairs` reads it; None for a demo model's own grammar.
+        count: Use only the first so many; None for all of a file, or 50 of the grammar.
+        words: See `compare`.
+        unusable: Likewise.
+        contrast: Likewise.
+
+    Raises:
+        ContextMixError: If the model or the pairs cannot be used.
+    """
     if count is not None and count < 1:
         raise bad("cannot compare methods", count, "at least 1 sentence", "Use 50 or more.")
-    require_writable(path)
     named = isinstance(model_or_name, (str, Path))
     model = load_model(model_or_name) if named else model_or_name
     view = as_view(model)
@@ -92,8 +120,7 @@ def write_comparison(
     section = Section(
         "Which map to believe?", _READING, found.panels(), sources(*_SOURCES), _finding(found)
     )
-    page = Page((), title="Comparison of methods", facts=facts, sections=(section,))
-    return page.save(path), found
+    return Page((), title="Comparison of methods", facts=facts, sections=(section,)), found
 
 
 def comparison(story: Story) -> Section | str:
