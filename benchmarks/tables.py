@@ -124,6 +124,19 @@ def _against_row(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def peers(found: Mapping[str, Any]) -> str:
+    """Returns the table of published code, with what has to be known to read it."""
+    head = ["method", "beside", "on", "difference", "GFLOP", "theirs / ours", "seconds"]
+    head += ["theirs / ours, seconds", "note"]
+    return markdown(head, map(_peers_row, found["peers"]))
+
+
+def _peers_row(row: Mapping[str, Any]) -> list[str]:
+    cells = _against_row(row)
+    del cells[5]  # nobody has said what the least is
+    return [*cells, row["note"] or "-"]
+
+
 def inseq_outputs(found: Mapping[str, Any]) -> str:
     """Returns the table of how far Value Zeroing here and in inseq is off the literal one."""
     part = found["inseq"]
