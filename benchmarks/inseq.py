@@ -26,9 +26,9 @@ import torch
 import transformers
 from hf_literal import Stack, as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
 from meters import command_line, flops, markdown, seconds, show
+from processes import Failed, Process
 from saved_models import FAMILIES, WIDE, Subject, demos, saved, zoo_build
 from torch import Tensor
-from processes import Failed, Process
 
 import tl_contextmix as cm
 

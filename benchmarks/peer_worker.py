@@ -41,7 +41,7 @@ def package(name, folder, **names):
 
 
 def module(name, file):
-    """Returns a file as a module of that name, for code that takes the place of an installed one."""
+    """Returns a file as a module of that name: code that takes the place of an installed one."""
     spec = importlib.util.spec_from_file_location(name, file)
     made = importlib.util.module_from_spec(spec)
     sys.modules[name] = made
@@ -76,7 +76,7 @@ class Kobayashi:
         """Returns its norms: of heads, of their sum, with the residual, past the norm; a ratio."""
         norms = self.model(ids, output_norms=True)[-1]
         names = ("heads", "attn_out", "resid_mid", "mlp_in", "", "", "ratio")
-        found = zip(names, zip(*norms), strict=True)
+        found = zip(names, zip(*norms, strict=True), strict=True)
         return {name: torch.stack(some)[:, 0] for name, some in found if name}
 
 
@@ -171,7 +171,7 @@ class Notebook:
         self.names |= {"HEAD_NUM": heads, "HEAD_DIM": config.n_embd // heads}
         exec(next(one for one in source if one.startswith("def transfer_output")), self.names)
         # No pictures, and no words for ids.
-        self.names |= {"plt_bar": len, "plt_heatmap": len}
+        self.names |= dict.fromkeys(("plt_bar", "plt_heatmap"), lambda *_: None)
         self.names["tokenizer"] = types.SimpleNamespace(decode=str)
         self.code = {s: next(one for one in source if one.startswith(s)) for s in self.cells}
         self.asked = self.cells
@@ -210,13 +210,21 @@ class LlmTt:
     def __init__(self, checkout, folder):
         sys.path.insert(0, str(checkout))
         tlens = importlib.import_module("llm_transparency_tool.models.tlens_model")
-        self.tlens, self.graph = tlens, importlib.import_module("llm_transparency_tool.routes.graph")
+        self.tlens = tlens
+        self.graph = importlib.import_module("llm_transparency_tool.routes.graph")
         hugging_face = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        # TransformerLens asks for the configuration by the model's published name.
-        place = tempfile.mkdtemp()
-        Path(place, "gpt2").symlink_to(folder)
-        os.chdir(place)
-        loaded = tlens.load_hooked_transformer(
+        # TransformerLens asks for the configuration and tokenizer by the model's published name.
+        place = Path(tempfile.mkdtemp(), "gpt2")
+        place.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            (place / name).symlink_to(Path(folder, name))
+        roles = json.loads(Path(folder, "tokenizer_config.json").read_text())
+        roles = {role: token for role, token in roles.items() if role.endswith("_token")}
+        named = roles | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (place / "tokenizer_config.json").write_text(json.dumps(named))
+        os.chdir(place.parent)
+        # Without Streamlit's cache, which does not take this model as a key.
+        loaded = tlens.load_hooked_transformer.__wrapped__(
             "gpt2", hf_model=hugging_face, tlens_device="cpu", supported_model_name="gpt2"
         )
         loaded.set_use_attn_result(True)
@@ -259,9 +267,9 @@ class Delphi:
         """Returns the largest activations of each neuron, from everything that it keeps."""
         cache = self.code.LatentCache(self.model, dict(self.points), len(ids))
         cache.run(ids.numel(), ids)
-        tops = []
+        tops, kept = [], cache.cache
         for point in self.points:
-            places, values = cache.cache.latent_locations[point], cache.cache.latent_activations[point]
+            places, values = kept.latent_locations[point], kept.latent_activations[point]
             dense = torch.full((ids.numel(), cache.width), -torch.inf)
             dense[places[:, 0] * ids.shape[1] + places[:, 1], places[:, 2]] = values
             tops.append(dense.topk(TOP, dim=0).values.T)

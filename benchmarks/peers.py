@@ -1,9 +1,9 @@
-"""Methods beside the code that was published for them: outputs first, then operations and seconds.
+"""Methods beside the code that was published for them: outputs first, then what both take.
 
-``python benchmarks/peers.py --peers FOLDER`` prints a Markdown table. In FOLDER are checkouts of the
-repositories, under their own names, and the environments that README.md beside this file says how
-to make. Nobody's code is in this repository: `peer_worker.py` calls it there, as it is, on weights
-that are saved here.
+``python benchmarks/peers.py --peers FOLDER`` prints a Markdown table. In FOLDER are checkouts of
+the repositories, under their own names, and the environments that README.md beside this file says
+how to make. Nobody's code is in this repository: `peer_worker.py` calls it there, as it is, on
+weights that are saved here.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def value_zeroing(
     rerouted: dict[str, list[int]] = {}
 
     def distances(part: Pass, block: Block) -> Tensor:
+        part.trace.look_up(part.blocks)
         norm = _final_norm(part, block) if final_norm else None
         how = _How(kind, part.own(rows), groups or [None], spans, metric, norm, max_bytes)
         if block.feed_forward is not None and block.feed_forward.routes:

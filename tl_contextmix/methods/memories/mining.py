@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -292,32 +292,38 @@ def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
     listed = [parts] if isinstance(parts, (str, Path)) else parts
     places = [require_path(part) for part in listed] or [require_path(out)]
     files = sorted(path for place in places for path in place.glob("part-*.safetensors"))
-    found = [load_part(path, torch.device("cpu")) for path in files]
+    device = torch.device("cpu")
+    # Each is read twice, and its triggers are held only while they are merged.
+    heads = [(replace(load_part(path, device), tops={}), path) for path in files]
+    heads.sort(key=lambda pair: pair[0].rank)
+    found = [head for head, _ in heads]
     _require_whole(found, places)
     folder = make_folder(out)
     with alone(folder / ".merge.lock"):
         if (folder / MANIFEST).exists():
             require_run(read_manifest(folder)["run"], found[0].run, folder)
-        finish(found, folder)
+        finish((load_part(path, device) for _, path in heads), folder)
     return folder
 
 
-def finish(parts: list[Part], folder: Path) -> None:
-    """Writes the result of the parts of all processes."""
-    parts = sorted(parts, key=lambda part: part.rank)
-    tops = dict(parts[0].tops)
-    for part in parts[1:]:
+def finish(parts: Iterable[Part], folder: Path) -> None:
+    """Writes the result of the parts of all processes, given by rank; two are held at a time."""
+    every = iter(parts)
+    first = next(every)
+    tops, counts, digests = dict(first.tops), first.counts, [first.digests]
+    for part in every:
         tops = {key: top.merge(part.tops[key]) for key, top in tops.items()}
-    counts = sum((part.counts for part in parts), start=Counter())
+        counts = counts + part.counts
+        digests.append(part.digests)
+        del part  # before the next one is read
     whole = hashlib.sha256()
-    for index in range(parts[0].shards):
-        whole.update(bytes(parts[index % len(parts)].digests[index // len(parts)].tolist()))
-    run = parts[0].run
+    for index in range(first.shards):
+        whole.update(bytes(digests[index % len(digests)][index // len(digests)].tolist()))
     manifest = {
         "format": FORMAT_VERSION,
-        "run": run,
-        "neurons": run["options"]["neurons"],
-        "corpus": {"digest": whole.hexdigest(), "shards": parts[0].shards},
+        "run": first.run,
+        "neurons": first.run["options"]["neurons"],
+        "corpus": {"digest": whole.hexdigest(), "shards": first.shards},
         "counts": {name: counts[name] for name in COUNTS},
     }
     write_result(folder, tops, manifest)
