@@ -57,6 +57,7 @@ class Pair:
         theirs: Runs the other.
         bound: The least operations; 0 where nobody has said.
         products: Whether products of matrices alone are counted, as `bound` does.
+        note: What has to be known to read the row.
     """
 
     method: str
@@ -66,6 +67,7 @@ class Pair:
     theirs: Work
     bound: int = 0
     products: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Compared:
         operations: Counted.
         bound: The least there can be; 0 where nobody has said.
         seconds: The processor's, medians of interleaved runs.
+        note: What has to be known to read the row.
     """
 
     method: str
@@ -89,6 +92,7 @@ class Compared:
     operations: tuple[int, int]
     bound: int
     seconds: tuple[float, float]
+    note: str = ""
 
 
 def compared(pair: Pair, runs: int) -> dict[str, Any]:
@@ -106,7 +110,8 @@ def compared(pair: Pair, runs: int) -> dict[str, Any]:
     ours, theirs = (flops(way, elementwise=not pair.products) for way in ways)
     one, other = interleaved(ways, runs, time.process_time)
     named = (pair.method, pair.other, pair.on)
-    return asdict(Compared(*named, apart, (ours, theirs), pair.bound, (one, other)))
+    counted, took = (ours, theirs), (one, other)
+    return asdict(Compared(*named, apart, counted, pair.bound, took, pair.note))
 
 
 def blocks_of(sizes: Sizes, steps_at: int) -> Iterator[Pair]:
@@ -210,6 +215,7 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.gradient_x_input(model, ids, target=target).scores[0, 0, 0],
         lambda: InputXGradient(logit).attribute(x.clone().requires_grad_()).norm(dim=-1).detach(),
         products=True,
+        note="theirs is given embeddings and a plain model; ours token ids, and says what is left",
     )
     # Ours walks the path as u^4; captum integrates the same function of u.
     explain = IntegratedGradients(lambda u: logit(x * u**4))
@@ -226,6 +232,38 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.integrated_gradients(model, ids, steps=STEPS, target=target).scores[0, 0, 0],
         integrated,
         products=True,
+        note="ours takes one pass more: bias is what the steps miss",
+    )
+
+
+def transformer_lens(layers: int, width: int, vocabulary: int, n: int) -> Iterator[Pair]:
+    """Yields contributions against what TransformerLens has, on its processed weights."""
+    model = gpt2(layers, width, vocabulary)
+    model.enable_compatibility_mode()
+    ids, target = words(n, vocabulary), 7
+    where = f"GPT-2's widths, {layers} layers, V={vocabulary:,}, n={n}"
+
+    def of_heads() -> Tensor:
+        found = cm.log_prob_contributions(model, ids, target=target, by="head")
+        return found.logits[0][found.components.of_kind("attn")[0]]
+
+    yield Pair(
+        "log_prob_contributions, layer",
+        "TransformerLens' decompose_resid, norm and W_U",
+        where,
+        lambda: cm.log_prob_contributions(model, ids, target=target).scores[0],
+        partial(log_prob.decompose_resid, model, ids, target),
+        products=True,
+        note="ours reads each sublayer's change on its own, for the digits of small increases",
+    )
+    yield Pair(
+        "log_prob_contributions, head",
+        "TransformerLens' direct_logit_attribution",
+        where,
+        of_heads,
+        partial(log_prob.logit_attribution, model, ids, target),
+        products=True,
+        note="theirs stops at logits: ours reads every head as a distribution",
     )
 
 
@@ -381,4 +419,5 @@ def pairs(quick: bool) -> Iterator[Pair]:
     yield lens(2 if quick else 8)
     yield from hand_written(width, 8 if quick else 32)
     yield from captum(width, 8 if quick else 32)
+    yield from transformer_lens(*((2, 192, 2000, 8) if quick else (12, 768, 50257, 64)))
     yield from word_by_word(6)

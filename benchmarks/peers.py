@@ -64,6 +64,7 @@ class Peer:
         rows: Sentences.
         n: Tokens of each.
         part: What of it is asked for, where it has parts.
+        shown: The row of README's table that it belongs to; empty for none.
         note: What has to be known to read the row.
     """
 
@@ -77,6 +78,7 @@ class Peer:
     rows: int = 1
     n: int = 64
     part: str = ""
+    shown: str = ""
     note: str = ""
 
 
@@ -135,6 +137,7 @@ PEERS = (
         "published",
         _BERT_MODEL,
         _norms,
+        shown="attention_norms, mlp_in",
         note="three calls of ours, one of theirs, which has two more ratios",
     ),
     Peer(
@@ -145,6 +148,7 @@ PEERS = (
         "published",
         _BERT_MODEL,
         _map("globenc", cm.globenc),
+        shown="globenc",
         note="theirs returns the maps of Kobayashi et al. with it",
     ),
     Peer(
@@ -155,6 +159,7 @@ PEERS = (
         "published",
         _BERT_MODEL,
         _map("alti", cm.alti),
+        shown="alti",
         note="its wrapper computes everything twice; once is measured",
     ),
     Peer(
@@ -165,6 +170,7 @@ PEERS = (
         "published",
         _NO_BIAS,
         _map("norms", cm.decompx),
+        shown="decompx",
         note="the published code lets the first layer's value bias travel with its token",
     ),
     Peer(
@@ -175,6 +181,7 @@ PEERS = (
         "published",
         _BERT_MODEL,
         _map("norms", cm.attention_norms, at="block_out"),
+        shown="attention_norms, block_out",
     ),
     *(
         Peer(
@@ -186,11 +193,13 @@ PEERS = (
             "GPT-2 small",
             _increases(by, name),
             part=cell,
+            shown=f"log_prob_contributions, {by}",
+            note=note,
         )
-        for by, name, cell in (
-            ("layer", "layer", "#layer-level increase"),
-            ("head", "head", "#head-level increase"),
-            ("ff_neuron", "neuron", "#FFN neuron"),
+        for by, name, cell, note in (
+            ("layer", "layer", "#layer-level increase", ""),
+            ("head", "head", "#head-level increase", "theirs rounds to four digits"),
+            ("ff_neuron", "neuron", "#FFN neuron", ""),
         )
     ),
     Peer(
@@ -202,6 +211,7 @@ PEERS = (
         "GPT-2's widths, 2 layers, b_V 0",
         _edges,
         n=32,
+        shown="information_flow_routes",
         note="the published code adds b_V twice; ours also finds each edge's effect on the answer",
     ),
     Peer(
@@ -213,6 +223,7 @@ PEERS = (
         "GPT-2's widths, 2 layers",
         _mined,
         rows=16,
+        shown="mine_triggers, one sentence",
         note=f"theirs keeps every activation, ours the {K} largest of each neuron",
     ),
 )
@@ -292,6 +303,7 @@ def beside(peer: Peer, place: Path, subject: Subject, runs: int) -> dict[str, An
         "operations": counted,
         "bound": 0,
         "seconds": [statistics.median(column) for column in zip(*taken, strict=True)],
+        "shown": peer.shown,
         "note": peer.note,
     }
 

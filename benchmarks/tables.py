@@ -22,12 +22,17 @@ _SHOWN = {
     "attention_norms, mlp_in": "norms up to the feed-forward block",
     "attention_norms, block_out": "norms through the feed-forward block",
     "value_zeroing": "Value Zeroing",
+    "globenc": "GlobEnc",
+    "alti": "ALTI",
     "decompx": "DecompX",
     "gradient_x_input": "gradient x input",
     "integrated_gradients, 10 steps": "integrated gradients, 10 steps",
+    "log_prob_contributions, layer": "log-prob contributions by sublayer",
+    "log_prob_contributions, head": "log-prob contributions by head",
     "log_prob_contributions, head_position": "log-prob contributions by head and position",
     "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
     "query_contributions, ff_neuron": "what activates a neuron",
+    "information_flow_routes": "information flow routes",
     "mine_triggers, one sentence": "mining memories",
     "decoder_lens, 20 tokens": "DecoderLens, 20 tokens",
 }
@@ -105,8 +110,9 @@ def _power(exponent: float | None) -> str:
 def against(found: Mapping[str, Any]) -> str:
     """Returns the table of literal formulations and of captum."""
     head = ["method", "against", "on", "difference", "GFLOP", "/ bound", "theirs / ours"]
-    head += ["seconds", "theirs / ours, seconds"]
-    return markdown(head, map(_against_row, found["against"]))
+    head += ["seconds", "theirs / ours, seconds", "note"]
+    rows = ([*_against_row(row), row.get("note") or "-"] for row in found["against"])
+    return markdown(head, rows)
 
 
 def _against_row(row: Mapping[str, Any]) -> list[str]:
@@ -135,6 +141,11 @@ def _peers_row(row: Mapping[str, Any]) -> list[str]:
     cells = _against_row(row)
     del cells[5]  # nobody has said what the least is
     return [*cells, row["note"] or "-"]
+
+
+def mining(found: Mapping[str, Any]) -> str:
+    """Returns the table of mining beside the body's pass."""
+    return markdown(found["mining"]["columns"], iter(found["mining"]["rows"]))
 
 
 def inseq_outputs(found: Mapping[str, Any]) -> str:
@@ -185,9 +196,9 @@ def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
     cells = []
-    for row in found.get("against", []):
+    for row in (*found.get("against", []), *found.get("peers", [])):
         if row["method"].split(", ")[0] == name.split(", ")[0] == "decoder_lens" or (
-            row["method"] == name and "word by word" not in row["other"]
+            row.get("shown", row["method"]) == name and "word by word" not in row["other"]
         ):
             (ours, theirs), (here, there) = row["operations"], row["seconds"]
             cells.append([row["other"], f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
@@ -252,6 +263,8 @@ _MAKERS = {
     "growth": ("growth", growth),
     "against": ("against", against),
     "numbers": ("numbers", numbers),
+    "mining": ("mining", mining),
+    "peers": ("peers", peers),
     "inseq outputs": ("inseq", inseq_outputs),
     "inseq times": ("inseq", inseq_times),
     "generated": ("generated", generated),

@@ -10,7 +10,7 @@ order: the k highest of distinct keys are a commutative monoid, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -268,6 +268,18 @@ def _repeated(column: Tensor, keys: Tensor, order: Tensor) -> Int[Tensor, " some
 def _blank(entries: list[Tensor], where: Tensor) -> None:
     for entry, nothing in zip(entries, (-torch.inf, _NOWHERE, -1, -1, -1), strict=True):
         entry[where] = nothing
+
+
+def on_host(tops: Mapping[tuple[int, str], TopK]) -> dict[tuple[int, str], TopK]:
+    """Returns states on the host, copied by column: a GPU is not waited for in every layer."""
+    columns = [one.columns() for one in tops.values()]
+    if not columns or columns[0][0].device.type == "cpu":
+        return dict(tops)
+    rows = [len(one[0]) for one in columns]
+    copied = [torch.cat(column).cpu().split(rows) for column in zip(*columns, strict=True)]
+    # Files take no tensors that share memory.
+    each = zip(*([part.clone() for part in column] for column in copied), strict=True)
+    return {key: TopK(*one) for key, one in zip(tops, each, strict=True)}
 
 
 def hash_prefixes(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
