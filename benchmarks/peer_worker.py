@@ -249,7 +249,7 @@ class LlmTt:
                 for source in range(count):
                     edge = graph.edges.get((f"{below}_{source}", f"A{layer}_{target}"))
                     found[layer, target, source] = edge["weight"] if edge else 0
-        return {"edges": found}
+        return {"edges": found[:-1], "last": found[-1, -1]}
 
 
 class Delphi:
@@ -307,8 +307,11 @@ class Session:
         return {}
 
     def numbers(self, ids):
-        """Returns what it computes."""
-        return {name: one.tolist() for name, one in self.runs(torch.tensor(ids)).items()}
+        """Returns what it computes, and operations in products of matrices."""
+        with FlopCounterMode(display=False) as counter:
+            found = self.runs(torch.tensor(ids))
+        numbers = {name: one.tolist() for name, one in found.items()}
+        return {"numbers": numbers, "flops": counter.get_total_flops()}
 
     def seconds(self, ids):
         """Returns the processor's seconds of one call."""
@@ -316,12 +319,6 @@ class Session:
         start = time.process_time()
         self.runs(given)
         return {"seconds": time.process_time() - start}
-
-    def flops(self, ids):
-        """Returns operations in products of matrices of one call."""
-        with FlopCounterMode(display=False) as counter:
-            self.runs(torch.tensor(ids))
-        return {"flops": counter.get_total_flops()}
 
 
 def main():

@@ -31,6 +31,8 @@ import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 
 Numbers = dict[str, Tensor]
+# Seconds of both after which a row is not measured again.
+PATIENCE = 20.0
 
 _BERT = {
     "hidden_size": 768,
@@ -107,9 +109,12 @@ def _increases(by: str, name: str) -> Callable[[Any, Tensor], Numbers]:
 
 
 def _edges(model: Any, ids: Tensor) -> Numbers:
-    """Returns importances [layer target source] of all heads and of the residual, added up."""
+    """Returns importances [layer target source] of all heads and of the residual, added up.
+
+    In the last layer of the target that is asked about: others lead to other predictions.
+    """
     found = cm.information_flow_routes(model, ids, threshold=0.0, pos=-1)
-    count, layers = ids.shape[1], as_view(model).n_layers
+    count, layers = ids.shape[1], len(as_view(model).blocks())
     edges = torch.zeros(layers, count, count)
     places = found.edges.nonzero().tolist()
     for target, source in places:
@@ -117,7 +122,7 @@ def _edges(model: Any, ids: Tensor) -> Numbers:
         below = read.kind in ("embed", "resid_post")
         if below and one.kind in ("attn", "resid_mid"):
             edges[one.layer, one.pos, read.pos] += found.edges[target, source]
-    return {"edges": edges}
+    return {"edges": edges[:-1], "last": edges[-1, -1]}
 
 
 def _mined(model: Any, ids: Tensor) -> Numbers:
@@ -287,20 +292,23 @@ def beside(peer: Peer, place: Path, subject: Subject, runs: int) -> dict[str, An
     ids = torch.randint(5, subject.config.vocab_size, (peer.rows, peer.n), generator=generator)
     given = {"ids": ids.tolist()}
     here = partial(peer.ours, model, ids)
+    peer.ours(model, ids[:1, :8])  # what is asked of a model once
+    found: list[Numbers] = []
+    ours = flops(lambda: found.append(here()), elementwise=False)
     with asked(peer, place, subject.folder) as process:
-        apart = relative(here(), process.ask("numbers", **given))
-        counted = flops(here, elementwise=False), process.ask("flops", **given)["flops"]
-        taken = [
-            (seconds(here, time.process_time), process.ask("seconds", **given)["seconds"])
-            for _ in range(runs)
-        ]
+        answer = process.ask("numbers", **given)
+        apart = relative(found[0], answer["numbers"])
+        taken: list[tuple[float, float]] = []
+        while len(taken) < runs and sum(map(sum, taken)) < PATIENCE:
+            mine = seconds(here, time.process_time)
+            taken.append((mine, process.ask("seconds", **given)["seconds"]))
     length = f"{peer.rows} x {peer.n} tokens" if peer.rows > 1 else f"n={peer.n}"
     return {
         "method": peer.method,
         "other": peer.other,
         "on": f"{peer.on}, {length}",
         "difference": apart,
-        "operations": counted,
+        "operations": (ours, answer["flops"]),
         "bound": 0,
         "seconds": [statistics.median(column) for column in zip(*taken, strict=True)],
         "shown": peer.shown,

@@ -30,8 +30,6 @@ _BY_MASK = {"index", "index_put", "index_put_"}
 # method that is not named waits as often for four layers as for two. Numbers may only fall: lower
 # them here when they do.
 PER_LAYER = {
-    # Whether kept products of weights still hold.
-    "value_zeroing": 1,
     # The few pairs whose heads nearly cancel, which are computed anew.
     "globenc": 1,
     # Whether a mean of exponentials is out of reach, by tile of components.

@@ -117,13 +117,16 @@ class ValueAblation:
         found = tuple(replace(branch, read=branch.read.heads(group)) for branch in self.branches)
         return replace(self, read=self.read.heads(group), branches=found, reached={})
 
-    def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> ValueAblation:
+    def folded(
+        self, spans: Spans | None, repeats: int, max_bytes: int, *, checked: bool = False
+    ) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
         Args:
             spans: The spans that are zeroed, or None.
             repeats: How often all pairs are gone through (groups of heads).
             max_bytes: Workspace.
+            checked: See `branches`.
         """
         ff = self.block.feed_forward
         if ff is None or self.fixed is not None or self.later:
@@ -140,7 +143,8 @@ class ValueAblation:
         held = len(ff.branches()) * (width + batch * heads) * ff.width * size
         if pairs <= fold or held > max_bytes // 2:
             return self
-        found = branches(self.block, ff, self.attention, self.read, self.raw, self.before, self.pre)
+        of = self.block, ff, self.attention, self.read, self.raw, self.before, self.pre
+        found = branches(*of, checked=checked)
         return replace(self, branches=tuple(found))
 
     def tiles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.dictionaries import Dictionaries
@@ -59,6 +61,7 @@ from tl_contextmix.methods.memories.store import (
     save_part,
     write_result,
 )
+from tl_contextmix.methods.memories.topk import TopK
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
 
@@ -308,22 +311,22 @@ def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
 
 def finish(parts: Iterable[Part], folder: Path) -> None:
     """Writes the result of the parts of all processes, given by rank; two are held at a time."""
-    every = iter(parts)
-    first = next(every)
-    tops, counts, digests = dict(first.tops), first.counts, [first.digests]
-    for part in every:
-        tops = {key: top.merge(part.tops[key]) for key, top in tops.items()}
+    tops: dict[tuple[int, str], TopK] = {}
+    run, shards, counts, digests = dict[str, Any](), 0, Counter[str](), list[Tensor]()
+    for part in parts:
+        tops = {key: tops[key].merge(top) if tops else top for key, top in part.tops.items()}
+        run, shards = part.run, part.shards
         counts = counts + part.counts
         digests.append(part.digests)
         del part  # before the next one is read
     whole = hashlib.sha256()
-    for index in range(first.shards):
+    for index in range(shards):
         whole.update(bytes(digests[index % len(digests)][index // len(digests)].tolist()))
     manifest = {
         "format": FORMAT_VERSION,
-        "run": first.run,
-        "neurons": first.run["options"]["neurons"],
-        "corpus": {"digest": whole.hexdigest(), "shards": first.shards},
+        "run": run,
+        "neurons": run["options"]["neurons"],
+        "corpus": {"digest": whole.hexdigest(), "shards": shards},
         "counts": {name: counts[name] for name in COUNTS},
     }
     write_result(folder, tops, manifest)
