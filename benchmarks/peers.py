@@ -128,8 +128,8 @@ def _edges(model: Any, ids: Tensor) -> Numbers:
 def _mined(model: Any, ids: Tensor) -> Numbers:
     view = as_view(model)
     miner, tops = miner_of(view, len(ids))
-    found = miner.take(tops, documents_of(view, ids))
-    return {"top": torch.stack([top.values for top in found.values()])}
+    miner.take(tops, documents_of(view, ids))
+    return {"top": torch.stack([top.values for top in tops.values()])}
 
 
 _BERT_MODEL, _NO_BIAS = list(MODELS)[:2]
