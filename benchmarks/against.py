@@ -43,6 +43,7 @@ from tl_contextmix.results import LogProbContributions
 
 Work = Callable[[], Any]
 SAID = 16
+_BRIDGE = "theirs runs the bare Hugging Face model, ours the bridge around it"
 
 
 @dataclass(frozen=True)
@@ -215,14 +216,16 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.gradient_x_input(model, ids, target=target).scores[0, 0, 0],
         lambda: InputXGradient(logit).attribute(x.clone().requires_grad_()).norm(dim=-1).detach(),
         products=True,
-        note="theirs is given embeddings and a plain model; ours token ids, and says what is left",
+        note=_BRIDGE,
     )
     # Ours walks the path as u^4; captum integrates the same function of u.
     explain = IntegratedGradients(lambda u: logit(x * u**4))
     ones = torch.ones_like(x)
 
     def integrated() -> Tensor:
-        parts = explain.attribute(ones, ones * 0, n_steps=STEPS, method="gausslegendre")
+        # With what the steps miss, which ours returns as the bias.
+        how: dict[str, Any] = {"method": "gausslegendre", "return_convergence_delta": True}
+        parts, _ = explain.attribute(ones, ones * 0, n_steps=STEPS, **how)
         return parts.norm(dim=-1).detach()
 
     yield Pair(
@@ -232,7 +235,7 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.integrated_gradients(model, ids, steps=STEPS, target=target).scores[0, 0, 0],
         integrated,
         products=True,
-        note="ours takes one pass more: bias is what the steps miss",
+        note=_BRIDGE,
     )
 
 
@@ -300,45 +303,52 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
             rows.append(functional.pad(row, (0, SAID - step)))
         return torch.stack(rows, dim=1)
 
-    for method, other, ours, theirs in (
+    same = "nearly all of both is the pass"
+    for method, other, ours, theirs, note in (
         (
             f"value_zeroing, {SAID} generated tokens",
             "a call per token",
             lambda: cm.value_zeroing(model, ids, generate=SAID).scores[0, :, 0],
             token_by_token,
+            "",
         ),
         (
             "mixing_ratio",
             vectors,
             lambda: cm.mixing_ratio(model, ids).values[0],
             partial(literal.mixing_ratio, model, ids),
+            same,
         ),
         (
             "token_memory",
             f"{vectors}, times W_in",
             lambda: cm.token_memory(model, ids).shares[0],
             partial(literal.token_memory, model, ids),
+            "",
         ),
         (
             "ff_memories",
             "the model's readout of each state",
             tops,
             partial(literal.top_tokens, model, ids),
+            "ours counts active memories, too",
         ),
         (
             "knockout, one head",
             "a hook that zeroes it",
             before_and_after,
             partial(literal.knockout, model, ids, 0, 1, target),
+            same,
         ),
         (
             "query_contributions, ff_neuron",
             "each neuron's vector through the norm",
             brought,
             partial(literal.queries, model, ids, 1, neuron),
+            same,
         ),
     ):
-        yield Pair(method, other, where, ours, theirs)
+        yield Pair(method, other, where, ours, theirs, note=note)
 
 
 def word_by_word(n: int) -> Iterator[Pair]:

@@ -182,6 +182,8 @@ def speed(found: Mapping[str, Any]) -> str:
 def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
     rows = found["growth"]
     for name, says in _SHOWN.items():
+        if name not in rows:  # not measured yet
+            continue
         row = rows[name]
         first = [
             says,
@@ -201,7 +203,9 @@ def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
             row.get("shown", row["method"]) == name and "word by word" not in row["other"]
         ):
             (ours, theirs), (here, there) = row["operations"], row["seconds"]
-            cells.append([row["other"], f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
+            less = min(theirs / ours, there / here) < 1
+            other = f"{row['other']} ({row['note']})" if less and row["note"] else row["other"]
+            cells.append([other, f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
     if name == "value_zeroing" and "inseq" in found:
         columns = found["inseq"]["columns"]
         places = [columns.index(column) for column in ("inseq / ours", "method / ours")]
