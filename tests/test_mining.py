@@ -208,7 +208,7 @@ def test_updates_and_merges_equal_a_sort_of_everything(k: int):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("together", [1, 500, 2**26])
+@pytest.mark.parametrize("together", [1, 500, 2**24])
 def test_states_that_are_updated_together_are_those_updated_alone(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ POSITION_BITS = 20
 _NOWHERE = torch.iinfo(torch.int64).max
 Locate = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 # The most bytes of values that are copied to be looked at together.
-_TOGETHER = 2**26
+_TOGETHER = 2**24
 # splitmix64's constants as signed numbers.
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
