@@ -43,6 +43,7 @@ from tl_contextmix.results import LogProbContributions
 
 Work = Callable[[], Any]
 SAID = 16
+_BRIDGE = "theirs runs the bare Hugging Face model, ours the bridge around it"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Pair:
         theirs: Runs the other.
         bound: The least operations; 0 where nobody has said.
         products: Whether products of matrices alone are counted, as `bound` does.
+        note: What has to be known to read the row.
     """
 
     method: str
@@ -66,6 +68,7 @@ class Pair:
     theirs: Work
     bound: int = 0
     products: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Compared:
         operations: Counted.
         bound: The least there can be; 0 where nobody has said.
         seconds: The processor's, medians of interleaved runs.
+        note: What has to be known to read the row.
     """
 
     method: str
@@ -89,6 +93,7 @@ class Compared:
     operations: tuple[int, int]
     bound: int
     seconds: tuple[float, float]
+    note: str = ""
 
 
 def compared(pair: Pair, runs: int) -> dict[str, Any]:
@@ -106,7 +111,8 @@ def compared(pair: Pair, runs: int) -> dict[str, Any]:
     ours, theirs = (flops(way, elementwise=not pair.products) for way in ways)
     one, other = interleaved(ways, runs, time.process_time)
     named = (pair.method, pair.other, pair.on)
-    return asdict(Compared(*named, apart, (ours, theirs), pair.bound, (one, other)))
+    counted, took = (ours, theirs), (one, other)
+    return asdict(Compared(*named, apart, counted, pair.bound, took, pair.note))
 
 
 def blocks_of(sizes: Sizes, steps_at: int) -> Iterator[Pair]:
@@ -210,13 +216,16 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.gradient_x_input(model, ids, target=target).scores[0, 0, 0],
         lambda: InputXGradient(logit).attribute(x.clone().requires_grad_()).norm(dim=-1).detach(),
         products=True,
+        note=_BRIDGE,
     )
     # Ours walks the path as u^4; captum integrates the same function of u.
     explain = IntegratedGradients(lambda u: logit(x * u**4))
     ones = torch.ones_like(x)
 
     def integrated() -> Tensor:
-        parts = explain.attribute(ones, ones * 0, n_steps=STEPS, method="gausslegendre")
+        # With what the steps miss, which ours returns as the bias.
+        how: dict[str, Any] = {"method": "gausslegendre", "return_convergence_delta": True}
+        parts, _ = explain.attribute(ones, ones * 0, n_steps=STEPS, **how)
         return parts.norm(dim=-1).detach()
 
     yield Pair(
@@ -226,6 +235,38 @@ def captum(width: int, n: int) -> Iterator[Pair]:
         lambda: cm.integrated_gradients(model, ids, steps=STEPS, target=target).scores[0, 0, 0],
         integrated,
         products=True,
+        note=_BRIDGE,
+    )
+
+
+def transformer_lens(layers: int, width: int, vocabulary: int, n: int) -> Iterator[Pair]:
+    """Yields contributions against what TransformerLens has, on its processed weights."""
+    model = gpt2(layers, width, vocabulary)
+    model.enable_compatibility_mode()
+    ids, target = words(n, vocabulary), 7
+    where = f"GPT-2's widths, {layers} layers, V={vocabulary:,}, n={n}"
+
+    def of_heads() -> Tensor:
+        found = cm.log_prob_contributions(model, ids, target=target, by="head")
+        return found.logits[0][found.components.of_kind("attn")[0]]
+
+    yield Pair(
+        "log_prob_contributions, layer",
+        "TransformerLens' decompose_resid, norm and W_U",
+        where,
+        lambda: cm.log_prob_contributions(model, ids, target=target).scores[0],
+        partial(log_prob.decompose_resid, model, ids, target),
+        products=True,
+        note="ours reads each sublayer's change on its own, for the digits of small increases",
+    )
+    yield Pair(
+        "log_prob_contributions, head",
+        "TransformerLens' direct_logit_attribution",
+        where,
+        of_heads,
+        partial(log_prob.logit_attribution, model, ids, target),
+        products=True,
+        note="theirs stops at logits: ours reads every head as a distribution",
     )
 
 
@@ -262,45 +303,52 @@ def hand_written(width: int, n: int) -> Iterator[Pair]:
             rows.append(functional.pad(row, (0, SAID - step)))
         return torch.stack(rows, dim=1)
 
-    for method, other, ours, theirs in (
+    same = "nearly all of both is the pass"
+    for method, other, ours, theirs, note in (
         (
             f"value_zeroing, {SAID} generated tokens",
             "a call per token",
             lambda: cm.value_zeroing(model, ids, generate=SAID).scores[0, :, 0],
             token_by_token,
+            "",
         ),
         (
             "mixing_ratio",
             vectors,
             lambda: cm.mixing_ratio(model, ids).values[0],
             partial(literal.mixing_ratio, model, ids),
+            same,
         ),
         (
             "token_memory",
             f"{vectors}, times W_in",
             lambda: cm.token_memory(model, ids).shares[0],
             partial(literal.token_memory, model, ids),
+            "",
         ),
         (
             "ff_memories",
             "the model's readout of each state",
             tops,
             partial(literal.top_tokens, model, ids),
+            "ours counts active memories, too",
         ),
         (
             "knockout, one head",
             "a hook that zeroes it",
             before_and_after,
             partial(literal.knockout, model, ids, 0, 1, target),
+            same,
         ),
         (
             "query_contributions, ff_neuron",
             "each neuron's vector through the norm",
             brought,
             partial(literal.queries, model, ids, 1, neuron),
+            same,
         ),
     ):
-        yield Pair(method, other, where, ours, theirs)
+        yield Pair(method, other, where, ours, theirs, note=note)
 
 
 def word_by_word(n: int) -> Iterator[Pair]:
@@ -381,4 +429,5 @@ def pairs(quick: bool) -> Iterator[Pair]:
     yield lens(2 if quick else 8)
     yield from hand_written(width, 8 if quick else 32)
     yield from captum(width, 8 if quick else 32)
+    yield from transformer_lens(*((2, 192, 2000, 8) if quick else (12, 768, 50257, 64)))
     yield from word_by_word(6)

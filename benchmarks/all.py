@@ -3,23 +3,26 @@
 ``python benchmarks/all.py [--quick] [--write] [--python INSEQ_ENV/bin/python ...]`` prints the
 tables; ``--write`` stores what was measured in results.json beside this file and puts the tables
 into benchmarks/README.md and README.md. ``--only`` repeats one part, ``--rows`` some of its rows.
-Without ``--python`` nothing
-is asked of inseq, and what was stored about it stays. It needs TransformerLens 4 and captum.
+Without ``--python`` nothing is asked of inseq, without ``--peers`` nothing of other published code,
+and what was stored about them stays. It needs TransformerLens 4 and captum.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import against
+import memories
 import methods
+import peers
 import tables
 import torch
 from meters import command_line, machine, show
 
-PARTS = ("counts", "growth", "against", "inseq", "generated")
+PARTS = ("counts", "growth", "against", "mining", "peers", "inseq", "generated")
 
 
 def comparisons(quick: bool, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -31,6 +34,14 @@ def comparisons(quick: bool, names: Sequence[str] | None = None) -> list[dict[st
         found.append(against.compared(pair, 1 if quick else 3))
         show(f"{pair.method} against {pair.other}: {found[-1]['difference']:.0e} apart\n")
     return found
+
+
+def mining(quick: bool) -> dict[str, Any]:
+    """Returns what mining takes beside the body's pass, and a hook with a running top-k."""
+    sizes = [(2, 192)] if quick else [(4, 768), (12, 768)]
+    ks = (5,) if quick else (10, 25, 50)
+    rows = [row for size in sizes for row in memories.mining(*size, 4, ks)]
+    return {"columns": memories.MINING, "rows": rows}
 
 
 def beside_inseq(pythons: list[str], quick: bool) -> dict[str, Any]:
@@ -72,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part")
     parser.add_argument("--rows", nargs="+", help="of growth and against; others stay as stored")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128], help="tokens")
+    parser.add_argument("--peers", type=Path, help="checkouts of published code, see peers.py")
     parser.add_argument("--python", action="append", default=[], help="of inseq's environment")
     given = parser.parse_args(arguments)
     if given.quick and given.write:
@@ -85,6 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
             lengths, 1 if given.quick else 3, width=width, names=given.rows
         ),
         "against": lambda: comparisons(given.quick, given.rows),
+        "mining": lambda: mining(given.quick),
+        "peers": lambda: peers.all_peers(given.peers, 1 if given.quick else 3, given.rows),
         "inseq": lambda: beside_inseq(given.python, given.quick),
         "generated": lambda: generated_text(given.python, given.quick),
     }
@@ -93,8 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
         for name in given.only or PARTS:
             if name in ("inseq", "generated") and not given.python:
                 continue
+            if name == "peers" and given.peers is None:
+                continue
             found[name] = parts[name]()
-            if given.rows is not None:
+            if given.rows is not None or name == "peers":  # of those whose checkout is there
                 found[name] = tables.with_stored(name, found[name])
             if given.write:
                 tables.keep(found)

@@ -8,10 +8,8 @@ asked of `inseq_worker.py`; several environments can be given, for several versi
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,60 +26,25 @@ import torch
 import transformers
 from hf_literal import Stack, as_inseq, hidden_states, literal, one_minus_cosine, stacks_of
 from meters import command_line, flops, markdown, seconds, show
+from processes import Failed, Process
 from saved_models import FAMILIES, WIDE, Subject, demos, saved, zoo_build
 from torch import Tensor
 
 import tl_contextmix as cm
 
 
-class Failed(Exception):
-    """What does not run, and why."""
-
-
-class Worker:
+class Worker(Process):
     """A process with inseq in it."""
 
     def __init__(self, python: str) -> None:
-        # -I: from this folder, ``import inseq`` would find this file.
-        self.process = subprocess.Popen(
-            [python, "-I", str(Path(__file__).with_name("inseq_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        super().__init__(python, "inseq_worker.py")
         self.versions = self.ask("versions")
-
-    def ask(self, do: str, **given: Any) -> dict[str, Any]:
-        """Returns the answer to one request.
-
-        Raises:
-            Failed: If it is an error.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"do": do, **given}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with status {self.process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise Failed(answer["error"])
-        return answer
 
     def load(self, subject: Subject) -> None:
         """Has the worker load a model."""
         named = subject.tokenizer.special_tokens_map.items()
         roles = {role: token for role, token in named if isinstance(token, str)}
         self.ask("load", folder=str(subject.folder), roles=roles)
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
     def __str__(self) -> str:
         return f"inseq {self.versions['inseq']}, transformers {self.versions['transformers']}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from meters import Memory, WithoutProducts, command_line, flops, row, say
@@ -144,6 +144,39 @@ def work_table(shape: tuple[int, int, int, int], ks: list[int]) -> None:
                     f"{every / spent:.0f}x",
                     f"{used / 2**20:.0f}",
                 )
+
+
+def decompose_resid(model: Any, ids: Tensor, target: int) -> Tensor:
+    """Returns increases by sublayer [component], as a user of TransformerLens takes them.
+
+    From its `decompose_resid`, the states one after the other through the final norm, its scale
+    frozen, and the unembedding: for models whose final norm is folded into W_U.
+    """
+
+    def needed(name: str) -> bool:
+        read = (
+            "hook_attn_out",
+            "hook_mlp_out",
+            "hook_embed",
+            "hook_pos_embed",
+            "ln_final.hook_scale",
+        )
+        return name.endswith(read)
+
+    _, cache = model.run_with_cache(ids, names_filter=needed)
+    parts = cache.decompose_resid(pos_slice=-1)[:, 0]
+    # Token and position embeddings are one component here.
+    states = torch.cat([torch.zeros_like(parts[:1]), parts.cumsum(dim=0)[1:]])
+    read = cache.apply_ln_to_stack(states[:, None], pos_slice=-1)[:, 0] @ model.W_U + model.b_U
+    return read.log_softmax(dim=-1)[:, target].diff()
+
+
+def logit_attribution(model: Any, ids: Tensor, target: int) -> Tensor:
+    """Returns what each head brings to a logit, by TransformerLens' tool."""
+    from transformer_lens.tools.analysis import direct_logit_attribution
+
+    found = direct_logit_attribution(model, ids, answer_tokens=target, unit="head")
+    return found.attribution[:-1, 0]  # the last is everything else
 
 
 def facts(count: int | None = None) -> Iterator[tuple[str, list[str], list[str]]]:

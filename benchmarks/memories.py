@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meters import Memory, command_line, flops, say, seconds
+from meters import Memory, command_line, flops, markdown, say, seconds
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
@@ -80,41 +80,101 @@ def documents_of(view: Any, ids: torch.Tensor, start: int = 0) -> Documents:
     )
 
 
-def miner_of(view: Any, rows: int) -> tuple[Miner, dict[tuple[int, str], TopK]]:
+def miner_of(view: Any, rows: int, k: int = K) -> tuple[Miner, dict[tuple[int, str], TopK]]:
     """Returns what mines batches of so many rows, and where nothing was found yet."""
     how = Cutting(256, rows, "cut", "error", None, False)
-    miner: Miner = make_miner(view, how, K, None, None, None, "prefix", "positive", "keep")
+    miner: Miner = make_miner(view, how, k, None, None, None, "prefix", "positive", "keep")
     return miner, miner.zero()
 
 
-def mining(layers: int, d_model: int, count: int) -> None:
-    """Prints what a forward pass takes and the same with mining, in turns, batch by batch.
+class Hooked:
+    """What a user writes: a hook on every activation, and a running top-k of each neuron.
 
-    Seconds are the processor's, which other processes on the machine change less.
+    Args:
+        body: A GPT-2 of Hugging Face, without its readout.
+        k: How many are kept.
     """
-    model = gpt2(layers, d_model)
+
+    def __init__(self, body: Any, k: int) -> None:
+        self.body, self.k = body, k
+        self.values: dict[int, torch.Tensor] = {}
+        self.places: dict[int, torch.Tensor] = {}
+
+    def take(self, ids: torch.Tensor, start: int) -> None:
+        """Runs the body on a batch and takes in its activations."""
+        every = torch.arange(start, start + ids.numel())[:, None]
+        hooks = [
+            block.mlp.act.register_forward_hook(partial(self._keep, layer, every))
+            for layer, block in enumerate(self.body.h)
+        ]
+        self.body(ids)
+        for hook in hooks:
+            hook.remove()
+
+    def _keep(
+        self, layer: int, every: torch.Tensor, module: Any, given: Any, out: torch.Tensor
+    ) -> None:
+        scores = out.flatten(0, 1)
+        places = every.expand_as(scores)
+        if layer in self.values:
+            scores = torch.cat([self.values[layer], scores])
+            places = torch.cat([self.places[layer], places])
+        self.values[layer], index = scores.topk(self.k, dim=0)
+        self.places[layer] = places.gather(0, index)
+
+
+def mining(layers: int, d_model: int, count: int, ks: tuple[int, ...]) -> list[list[str]]:
+    """Returns rows: mining against the body's pass alone, and against a hook with a running top-k.
+
+    All in turns, batch by batch; outputs are compared at the end. Seconds are the processor's,
+    which other processes on the machine change less; medians without the first batch.
+    """
+    model, body = gpt2(layers, d_model), plain_gpt2(layers, d_model).transformer
     view = as_view(model)
-    miner, tops = miner_of(view, BATCH)
-    bare, mined = [], []
     read = list(batches(view, count))
-    for documents in read:
-        bare.append(seconds(lambda d=documents: view.run(d.batch, []), time.process_time))
-        mined.append(seconds(lambda d=documents: miner.take(tops, d), time.process_time))
-    operations = [
-        flops(lambda: view.run(read[-1].batch, [])),
-        flops(lambda: miner.take(tops, read[-1])),
-    ]
-    say(f"\nMining {layers} layers, d={d_model}, batches of {BATCH} x {LENGTH}, k={K}\n")
-    say("| batches | forward | with mining | over the forward pass |\n|---|---|---|---|")
-    half = count // 2
-    for name, part in (("first half", slice(0, half)), ("second half", slice(half, None))):
-        a, b = statistics.median(bare[part]), statistics.median(mined[part])
-        over = statistics.median(
-            two / one - 1 for one, two in zip(bare[part], mined[part], strict=True)
+    passes: list[float] = []
+    ours: dict[int, list[float]] = {k: [] for k in ks}
+    theirs: dict[int, list[float]] = {k: [] for k in ks}
+    miners = {k: miner_of(view, BATCH, k) for k in ks}
+    hooked = {k: Hooked(body, k) for k in ks}
+    for index, documents in enumerate(read):
+        ids = documents.batch.main.ids
+        passes.append(seconds(lambda ids=ids: body(ids), time.process_time))
+        for k in ks:
+            miner, tops = miners[k]
+            mine = partial(miner.take, tops, documents)
+            hook = partial(hooked[k].take, ids, index * ids.numel())
+            ours[k].append(seconds(mine, time.process_time))
+            theirs[k].append(seconds(hook, time.process_time))
+    rows = []
+    for k in ks:
+        for (layer, _), top in miners[k][1].items():
+            assert (top.values - hooked[k].values[layer].T).abs().max() < 1e-4
+        # Of each batch: what the machine does meanwhile is the same for all three.
+        here, there = (
+            statistics.median(a / b for a, b in zip(some[k][1:], passes[1:], strict=True))
+            for some in (ours, theirs)
         )
-        say(f"| {name} of {count} | {a:.2f} s | {b:.2f} s | {over:+.1%} |")
-    one, two = operations
-    say(f"| operations in the last | {one:.3g} | {two:.3g} | {two / one - 1:+.1%} |")
+        rows.append(
+            [
+                f"{layers} layers, d={d_model}, k={k}",
+                f"{statistics.median(passes[1:]):.2f}",
+                f"{BATCH * LENGTH / statistics.median(ours[k][1:]):,.0f}",
+                f"{here:.3f}",
+                f"{there:.3f}",
+            ]
+        )
+    return rows
+
+
+MINING = (
+    "model",
+    f"body's pass of {BATCH} x {LENGTH} tokens, s",
+    "mining, tokens/s",
+    "mining / body's pass",
+    "hook with a running top-k / body's pass",
+)
+"""Columns of `mining`."""
 
 
 def merging(columns: int) -> None:
@@ -213,7 +273,9 @@ def main() -> int:
         corpus(tokens)
         merging(2_000 if quick else 36_864)
         table(256 if quick else 3_072, 128 if quick else 768, 5_000 if quick else 50_257)
-        mining(2 if quick else 12, 128 if quick else 768, 2 if quick else 8)
+        for layers in (2,) if quick else (4, 12):
+            rows = mining(layers, 128 if quick else 768, 4, (10, K, 50))
+            say(f"\nMining, and a hook with a running top-k\n\n{markdown(MINING, rows)}")
     return 0
 
 

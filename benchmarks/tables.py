@@ -22,12 +22,17 @@ _SHOWN = {
     "attention_norms, mlp_in": "norms up to the feed-forward block",
     "attention_norms, block_out": "norms through the feed-forward block",
     "value_zeroing": "Value Zeroing",
+    "globenc": "GlobEnc",
+    "alti": "ALTI",
     "decompx": "DecompX",
     "gradient_x_input": "gradient x input",
     "integrated_gradients, 10 steps": "integrated gradients, 10 steps",
+    "log_prob_contributions, layer": "log-prob contributions by sublayer",
+    "log_prob_contributions, head": "log-prob contributions by head",
     "log_prob_contributions, head_position": "log-prob contributions by head and position",
     "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
     "query_contributions, ff_neuron": "what activates a neuron",
+    "information_flow_routes": "information flow routes",
     "mine_triggers, one sentence": "mining memories",
     "decoder_lens, 20 tokens": "DecoderLens, 20 tokens",
 }
@@ -105,8 +110,9 @@ def _power(exponent: float | None) -> str:
 def against(found: Mapping[str, Any]) -> str:
     """Returns the table of literal formulations and of captum."""
     head = ["method", "against", "on", "difference", "GFLOP", "/ bound", "theirs / ours"]
-    head += ["seconds", "theirs / ours, seconds"]
-    return markdown(head, map(_against_row, found["against"]))
+    head += ["seconds", "theirs / ours, seconds", "note"]
+    rows = ([*_against_row(row), row.get("note") or "-"] for row in found["against"])
+    return markdown(head, rows)
 
 
 def _against_row(row: Mapping[str, Any]) -> list[str]:
@@ -122,6 +128,24 @@ def _against_row(row: Mapping[str, Any]) -> list[str]:
         f"{here:.3g}",
         f"{there / here:.3g}",
     ]
+
+
+def peers(found: Mapping[str, Any]) -> str:
+    """Returns the table of published code, with what has to be known to read it."""
+    head = ["method", "beside", "on", "difference", "GFLOP", "theirs / ours", "seconds"]
+    head += ["theirs / ours, seconds", "note"]
+    return markdown(head, map(_peers_row, found["peers"]))
+
+
+def _peers_row(row: Mapping[str, Any]) -> list[str]:
+    cells = _against_row(row)
+    del cells[5]  # nobody has said what the least is
+    return [*cells, row["note"] or "-"]
+
+
+def mining(found: Mapping[str, Any]) -> str:
+    """Returns the table of mining beside the body's pass."""
+    return markdown(found["mining"]["columns"], iter(found["mining"]["rows"]))
 
 
 def inseq_outputs(found: Mapping[str, Any]) -> str:
@@ -158,6 +182,8 @@ def speed(found: Mapping[str, Any]) -> str:
 def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
     rows = found["growth"]
     for name, says in _SHOWN.items():
+        if name not in rows:  # not measured yet
+            continue
         row = rows[name]
         first = [
             says,
@@ -172,12 +198,14 @@ def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _others(found: Mapping[str, Any], name: str) -> list[list[str]]:
     cells = []
-    for row in found.get("against", []):
+    for row in (*found.get("against", []), *found.get("peers", [])):
         if row["method"].split(", ")[0] == name.split(", ")[0] == "decoder_lens" or (
-            row["method"] == name and "word by word" not in row["other"]
+            row.get("shown", row["method"]) == name and "word by word" not in row["other"]
         ):
             (ours, theirs), (here, there) = row["operations"], row["seconds"]
-            cells.append([row["other"], f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
+            less = min(theirs / ours, there / here) < 1
+            other = f"{row['other']} ({row['note']})" if less and row["note"] else row["other"]
+            cells.append([other, f"{theirs / ours:.3g}x", f"{there / here:.3g}x"])
     if name == "value_zeroing" and "inseq" in found:
         columns = found["inseq"]["columns"]
         places = [columns.index(column) for column in ("inseq / ours", "method / ours")]
@@ -251,6 +279,8 @@ _MAKERS = {
     "against": ("against", against),
     "numbers": ("numbers", numbers),
     "products": ("products", products),
+    "mining": ("mining", mining),
+    "peers": ("peers", peers),
     "inseq outputs": ("inseq", inseq_outputs),
     "inseq times": ("inseq", inseq_times),
     "generated": ("generated", generated),

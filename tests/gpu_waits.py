@@ -30,21 +30,12 @@ _BY_MASK = {"index", "index_put", "index_put_"}
 # method that is not named waits as often for four layers as for two. Numbers may only fall: lower
 # them here when they do.
 PER_LAYER = {
-    # Which sources the targets of a layer read, by which tiles are cut; of each head in turn.
-    "decompose": 1,
-    "attention_norms": 1,
-    "decompose, heads": 5,
-    # The same, and whether kept products of weights still hold.
-    "value_zeroing": 2,
     # The few pairs whose heads nearly cancel, which are computed anew.
     "globenc": 1,
     # Whether a mean of exponentials is out of reach, by tile of components.
     "query_contributions": 3,
-    # Nodes of a graph are chosen by their numbers, a layer after the other.
-    "flow": 2,
+    # Which sources are followed in a layer depends on what was in the layer above.
     "information_flow_routes": 2,
-    # What is among the highest so far: eight in a pass; and eight for the files at the end.
-    "mine_triggers": 16,
 }
 
 

@@ -24,7 +24,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core.counters import Memory
 from tl_contextmix.errors import ContextMixWarning, FileFormatError
-from tl_contextmix.methods.memories import merge_triggers, mining
+from tl_contextmix.methods.memories import merge_triggers, mining, topk
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
 from tl_contextmix.methods.memories.topk import TopK
@@ -205,6 +205,38 @@ def test_updates_and_merges_equal_a_sort_of_everything(k: int):
     one = filled([entry for part in parts for entry in part], k)
     assert torch.equal(one.values, whole.values)
     assert torch.equal(one.places, whole.places)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("together", [1, 500, 2**24])
+def test_states_that_are_updated_together_are_those_updated_alone(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk, "_TOGETHER", together)
+    generator = torch.Generator().manual_seed(0)
+    widths, counted = (5, 1, 7), torch.ones(30, dtype=torch.bool)
+    counted[3] = False
+    every, alone = (
+        [TopK.zero(width, 4, torch.float64, torch.device("cpu")) for width in widths]
+        for _ in range(2)
+    )
+    for step in range(6):
+        # Ties, fewer and fewer of which are new.
+        scores = [
+            torch.randint(-3, 9, (30, width), generator=generator).double() / (1 + step)
+            for width in widths
+        ]
+        places = torch.randperm(30, generator=generator) + 30 * step
+
+        def locate(rows: Any, *_: Any, places: Any = places) -> Any:
+            return places[rows], places[rows] * 7, places[rows] * 5
+
+        topk.update_all(every, scores, counted, locate)
+        for one, some in zip(alone, scores, strict=True):
+            one.update(some, counted, locate)
+        for one, other in zip(every, alone, strict=True):
+            assert all(map(torch.equal, one.columns(), other.columns()))
+    assert bool((every[0].values > 0).all())
 
 
 # Division of the work

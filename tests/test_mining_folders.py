@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,8 +31,8 @@ from test_mining import result, texts
 
 import tl_contextmix as cm
 from tl_contextmix.errors import FileFormatError
-from tl_contextmix.methods.memories import merge_triggers
-from tl_contextmix.methods.memories.store import alone
+from tl_contextmix.methods.memories import merge_triggers, mining
+from tl_contextmix.methods.memories.store import alone, load_part
 
 pytestmark = pytest.mark.once
 
@@ -390,6 +391,29 @@ def test_a_merge_does_not_replace_another_run(mined: Any, part: Any, tmp_path: P
     with pytest.raises(cm.InvalidInput, match="differs in options: k"):
         merge_triggers(other, parts=[tmp_path])
     assert result(other) == before
+
+
+def test_of_the_parts_that_are_merged_two_are_held(
+    mined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of an 8B model takes 300 MiB: all of a cluster's at once would fit nowhere."""
+    model, corpus, whole = mined
+    for rank in range(4):
+        cm.mine_triggers(model, corpus, out=tmp_path, rank=rank, world_size=4, **OPTIONS)
+    held: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def load(path: Path, device: torch.device) -> mining.Part:
+        nonlocal most
+        part = load_part(path, device)
+        held.append(weakref.ref(next(iter(part.tops.values())).values))
+        most = max(most, sum(one() is not None for one in held))
+        return part
+
+    monkeypatch.setattr(mining, "load_part", load)
+    merge_triggers(tmp_path)
+    assert most == 2
+    assert result(tmp_path) == result(whole)
 
 
 def test_triggers_know_their_column_and_their_tokenizer(

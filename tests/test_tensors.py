@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm, Norm, Support, TokenSum, blocks
+from tl_contextmix.core.token_sums import (
+    AttentionTerm,
+    FrozenNorm,
+    Norm,
+    Support,
+    TokenSum,
+    blocks,
+    ends_of,
+)
 
 pytestmark = pytest.mark.once
 
@@ -412,6 +420,17 @@ def test_support_is_the_stretch_of_sources_with_parts() -> None:
     assert Support.of(token_sum) == [Support([9, 1, 9, 8], [0, 6, 0, 9])]
     own = replace(token_sum, own=random(BATCH, TARGETS, OUT))
     assert Support.of(own) == [Support([0, 1, 2, 3], [1, 6, 3, 9])]
+    # The same from what was looked up of all layers at once.
+    for one in (token_sum, own, own.row(slice(1, 2))):
+        spans = [ends_of((read.pattern != 0).any(dim=1)) for read in one.terms]
+        pairs = zip(one.terms, spans, strict=True)
+        known = replace(one, terms=tuple(replace(read, span=span) for read, span in pairs))
+        assert Support.of(known) == Support.of(one)
+        # Of no heads there is nothing, and of some what all of them read.
+        none = replace(known, own=None, terms=tuple(r.through(slice(0)) for r in known.terms))
+        assert Support.of(none) == [Support([9] * TARGETS, [0] * TARGETS)]
+        some = replace(known, terms=tuple(read.through(slice(1)) for read in known.terms))
+        assert Support.of(some) == Support.of(one)
 
 
 def test_support_of_some_targets_within_some_sources() -> None:

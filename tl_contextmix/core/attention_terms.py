@@ -86,6 +86,7 @@ class GatedTerm(AttentionTerm):
             value=self.value[batch],
             scale=self.scale[batch],
             gate=self.gate[batch],
+            span=None if self.span is None else self.span[:, batch],
         )
 
     def ready(self, sources: slice | None = None) -> GatedTerm:

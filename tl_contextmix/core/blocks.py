@@ -20,7 +20,7 @@ from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
-from tl_contextmix.core.token_sums import AttentionTerm, Norm
+from tl_contextmix.core.token_sums import AttentionTerm, Norm, ends_of
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 FOLD_BYTES = 2**28
@@ -212,9 +212,12 @@ class AttentionSublayer:
         """Returns what it writes at some targets of a pass, before a norm of its output."""
         pattern, gate = trace.mixing(self)[:, :, rows], trace.gate(self)
         scale = pattern.new_ones(pattern.shape[0], pattern.shape[2], 1)
+        span = trace.spans.get(self.pattern)
+        span = None if span is None else span[:, :, rows]
+        value, W_O = trace.value(self), self.W_O
         if gate is None:
-            return AttentionTerm(pattern, trace.value(self), self.W_O, scale)
-        return GatedTerm(pattern, trace.value(self), self.W_O, scale, gate=gate[:, rows])
+            return AttentionTerm(pattern, value, W_O, scale, span=span)
+        return GatedTerm(pattern, value, W_O, scale, span=span, gate=gate[:, rows])
 
     def join(
         self, stream: Float[Tensor, "*batch target d_model"], raw: Tensor
@@ -805,6 +808,7 @@ class Trace:
         changed: Names of `AttentionSublayer.mixed` that are not pattern times value.
         edited: Whether hooks may have edited the pass.
         known: What was recomputed, by name and input, where that is kept; see `once`.
+        spans: What `look_up` has found, by the name of the pattern.
     """
 
     batch: Batch
@@ -817,6 +821,7 @@ class Trace:
     known: dict[str, list[tuple[Tensor, Any]]] | None = field(
         default=None, repr=False, compare=False
     )
+    spans: dict[str, Int[Tensor, "2 batch target"]] = field(default_factory=dict)
 
     def once(self, name: str, x: Tensor, make: Callable[[], Any]) -> Any:
         """Returns what is made of an input; if `known` is there, of the same input only once.
@@ -844,7 +849,25 @@ class Trace:
         values = {name: value[rows] for name, value in self.values.items()}
         batch = self.batch.each(lambda tensor: tensor[rows])
         edits = {name: edit[rows] for name, edit in self.edits.items()}
-        return replace(self, batch=batch, values=values, logits=None, edits=edits)
+        spans = {name: span[:, rows] for name, span in self.spans.items()}
+        return replace(self, batch=batch, values=values, logits=None, edits=edits, spans=spans)
+
+    def look_up(self, blocks: Sequence[Block]) -> None:
+        """Copies to the host which sources the targets of some blocks read: of all at once.
+
+        What is skipped where nothing is read is decided there; a GPU would be waited for in every
+        layer.
+        """
+        every = [attention for block in blocks for attention in block.attentions]
+        new = {one.pattern: one for one in every if one.pattern in self.values}
+        new = {name: one for name, one in new.items() if name not in self.spans}
+        if not new:
+            return
+        found = [ends_of((self.pattern(one) != 0).any(dim=1)) for one in new.values()]
+        together = torch.cat([span.flatten() for span in found]).cpu()
+        parts = together.split([span.numel() for span in found])
+        spans = (part.view(span.shape) for part, span in zip(parts, found, strict=True))
+        self.spans.update(zip(new, spans, strict=True))
 
     def edit(self, names: Sequence[str]) -> Tensor | None:
         """Returns what hooks added at some points, in the dtype of the maths; None if nothing."""

@@ -6,7 +6,7 @@ for the scales of norms, so W_O and W_in become one matrix per head. It is kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,7 @@ def branches(
     raw: Float[Tensor, "batch target d_model"],
     before: Float[Tensor, "batch target d_model"],
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None,
+    checked: bool = False,
 ) -> Iterator[Branch]:
     """Yields the branches of a block's feed-forward sublayer.
 
@@ -54,6 +55,7 @@ def branches(
         raw: Its output, before a norm of it.
         before: The residual stream it adds to.
         pre: The model's own pre-activations, where the pass kept them, else None.
+        checked: Whether `drop_stale_folds` was called since weights may have changed.
     """
     first = attention.norm_out
     second = ff.norm_in if attention.norm_after is None else attention.norm_after
@@ -78,14 +80,48 @@ def branches(
             # One scale at most lies between the neurons and what entered.
             changed = (pre[index] - constant) * scale
         yield Branch(
-            read=read.map(weight, _fold(block, f"{attention.kind} {index}", read.weight, weight)),
+            read=read.map(
+                weight, _fold(block, _name(attention, index), read.weight, weight, checked)
+            ),
             base=None if first is None else base @ weight,
             changed=changed,
             constant=constant,
         )
 
 
-def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor) -> Tensor | None:
+def drop_stale_folds(blocks: Sequence[Block], kind: str) -> None:
+    """Forgets kept products of weights that have changed; asks a GPU about all of them at once.
+
+    Args:
+        blocks: The blocks.
+        kind: Of the attention sublayers whose products are used next.
+    """
+    found, known = list[Tensor](), list[tuple[dict[str, tuple[Tensor, ...]], str]]()
+    for block in blocks:
+        ff = block.feed_forward
+        if not block.folds or ff is None:
+            continue
+        attention = block.attention(kind)
+        W_O, second = attention.W_O, attention.norm_after
+        for norm in (attention.norm_out, ff.norm_in if second is None else second):
+            W_O = W_O if norm is None else norm.linear(W_O)
+        for index, (weight, _) in enumerate(ff.branches()):
+            name = _name(attention, index)
+            if name in block.folds:
+                found.append((_marks(W_O, weight) == block.folds[name][0]).all())
+                known.append((block.folds, name))
+    if found:
+        same = torch.stack([one.to(found[0].device) for one in found]).tolist()
+        for (folds, name), holds in zip(known, same, strict=True):
+            if not holds:
+                del folds[name]
+
+
+def _name(attention: AttentionSublayer, index: int) -> str:
+    return f"{attention.kind} {index}"
+
+
+def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor, checked: bool) -> Tensor | None:
     """Returns W_O, the linear parts of norms after it included, folded into W_in; None: not kept.
 
     Kept with a weighted sum of every column of the two: edits through ``.data`` leave no other
@@ -94,11 +130,15 @@ def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor) -> Tensor | None:
     kept = block.folds
     if kept is None:
         return None
-    sums = torch.cat([_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)])
     known = kept.get(name)
-    if known is None or not torch.equal(sums, known[0]):
-        known = kept[name] = (sums, W_O @ W_in)
+    if known is not None and (checked or torch.equal(_marks(W_O, W_in), known[0])):
+        return known[1]
+    known = kept[name] = (_marks(W_O, W_in), W_O @ W_in)
     return known[1]
+
+
+def _marks(W_O: Tensor, W_in: Tensor) -> Float[Tensor, " column"]:
+    return torch.cat([_column_sums(W_O.flatten(0, 1)), _column_sums(W_in)])
 
 
 def _column_sums(matrix: Tensor) -> Tensor:

@@ -672,11 +672,12 @@ class _Table:
     def of(cls, graph: LinearGraph, pulled: Pulled, kept: Sequence[Place]) -> _Table:
         """Returns the nodes of a graph that keeps some."""
         scores: dict[Node, Tensor] = {}
+        left: dict[Node, Tensor] = {}
         some = _by_step(kept)
         for index in reversed(range(len(graph.stacks))):
             layers = [-1, *(step.layer for step in graph.stacks[index].steps)]
             for layer in dict.fromkeys(layers):
-                rest: dict[str, Tensor] = {}
+                rest: dict[Node, Tensor] = {}
                 for step in (place - 1 for place, its in enumerate(layers) if its == layer):
                     found = graph.scores(pulled, index, step)
                     at = some.get((index, step), _NOWHERE)
@@ -685,14 +686,18 @@ class _Table:
                         scores[node] = found[pos, column].clone()
                     found[at[:, 0], at[:, 1]] = 0
                     errors = step >= 0 and isinstance(graph.stacks[index].steps[step].nodes, Errors)
-                    kind = "error rest" if errors else "rest"
-                    if bool((found != 0).any()):
-                        rest[kind] = found.sum() + rest.get(kind, 0)
+                    node = Node("error rest" if errors else "rest", index, layer)
+                    rest[node] = found.sum() + rest.get(node, 0)
+                    left[node] = (found != 0).any() | left.get(node, False)
                 if layer >= 0:
                     scores[Node("bias", index, layer)] = pulled.biases[index, layer]
-                scores |= {Node(kind, index, layer): total for kind, total in rest.items()}
+                scores |= rest
         scores[Node("bias", 0, READOUT)] = graph.slope.new_tensor(graph.constant)
         scores[Node("answer", 0, READOUT)] = graph.slope.new_tensor(graph.score)
+        # Rests of nothing are no nodes.
+        for node, some_left in zip(left, listed([torch.stack([*left.values()])])[0], strict=True):
+            if not some_left:
+                del scores[node]
         nodes = tuple(scores)
         ids = {node: place for place, node in enumerate(nodes)}
         return cls(nodes, torch.stack([*scores.values()]), ids)

@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 T = TypeVar("T", bound="AttentionTerm")
@@ -153,6 +153,8 @@ class AttentionTerm:
         scale: Product of the frozen norm scales passed so far.
         kept: `vectors` of a stretch of sources, where they are used again and again; else None.
         first: The first source of that stretch.
+        span: The first source that each target reads through any head and one past the last, on the
+            host, where they were looked up (`Trace.look_up`); None where they were not.
     """
 
     pattern: Float[Tensor, "batch head target source"]
@@ -161,6 +163,7 @@ class AttentionTerm:
     scale: Float[Tensor, "batch target 1"]
     kept: Float[Tensor, "batch stretch head d_out"] | None = None
     first: int = 0
+    span: Int[Tensor, "2 batch target"] | None = None
 
     @property
     def held(self) -> int:
@@ -266,8 +269,14 @@ class AttentionTerm:
 
     def row(self: T, batch: slice) -> T:
         """Returns the read of some rows of the batch."""
-        pattern, value = self.pattern[batch], self.value[batch]
-        return replace(self, pattern=pattern, value=value, scale=self.scale[batch], kept=None)
+        return replace(
+            self,
+            pattern=self.pattern[batch],
+            value=self.value[batch],
+            scale=self.scale[batch],
+            kept=None,
+            span=None if self.span is None else self.span[:, batch],
+        )
 
     def ready(self, sources: slice | None = None) -> AttentionTerm:
         """Returns the read with the vectors of some sources (None: all) computed and kept."""
@@ -494,19 +503,44 @@ class TokenSum:
         return out if self.own is None else out + self.own
 
     def ends(self) -> Int[Tensor, "2 target"]:
-        """Returns the first source that each target reads, and one past the last."""
+        """Returns the first source that each target reads, and one past the last.
+
+        On the host where all terms have their `span`; of some heads alone it may then be wider.
+        """
         rows = self.bias.shape[1]
+        if self.terms and all(read.span is not None for read in self.terms):
+            return self._looked_up(rows)
         touched = torch.zeros(rows, self.sources, dtype=torch.bool, device=self.bias.device)
         for read, span, owned in self.segments():
             touched[:, span] = (read.pattern != 0).flatten(0, 1).any(dim=0)
             if owned:
                 touched[:, span].diagonal().fill_(True)
-        # argmax returns the first of equals.
-        first = touched.byte().argmax(dim=1)
-        last = self.sources - touched.byte().flip(1).argmax(dim=1)
-        nothing = ~touched.any(dim=1)
-        first, last = first.masked_fill(nothing, self.sources), last.masked_fill(nothing, 0)
+        return ends_of(touched)
+
+    def _looked_up(self, rows: int) -> Int[Tensor, "2 target"]:
+        """Returns `ends` from what is known on the host."""
+        first, last = torch.full((rows,), self.sources), torch.zeros(rows, dtype=torch.long)
+        for read, span, owned in self.segments():
+            if read.pattern.shape[1] and read.span is not None:
+                low, high = read.span[0].amin(dim=0), read.span[1].amax(dim=0)
+                nothing = high == 0
+                low = (low + span.start).masked_fill(nothing, self.sources)
+                first = first.minimum(low)
+                last = last.maximum((high + span.start).masked_fill(nothing, 0))
+            if owned:
+                own = torch.arange(span.start, span.start + rows)
+                first, last = first.minimum(own), last.maximum(own + 1)
         return torch.stack([first, last])
+
+
+def ends_of(touched: Bool[Tensor, "*some source"]) -> Int[Tensor, two * some]:
+    """Returns the first true place of each row and one past the last; of none the length and 0."""
+    length = touched.shape[-1]
+    # argmax returns the first of equals.
+    first = touched.byte().argmax(dim=-1)
+    last = length - touched.byte().flip(-1).argmax(dim=-1)
+    nothing = ~touched.any(dim=-1)
+    return torch.stack([first.masked_fill(nothing, length), last.masked_fill(nothing, 0)])
 
 
 @dataclass(frozen=True)

@@ -97,16 +97,19 @@ class ValueAblation:
 
     def touched(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
         """Returns which targets read which sources (or spans) in any row of the batch."""
-        touched = (self.read.pattern != 0).flatten(0, 1).any(dim=0)
-        if spans is None:
-            return touched
-        return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
+        return _by_span((self.read.pattern != 0).flatten(0, 1).any(dim=0), spans)
 
     def _reached(self, spans: Spans | None) -> Bool[Tensor, "target source"]:
-        """Returns `touched` on the host, where it decides what is done: copied once."""
+        """Returns `touched`, or what lies around it, on the host, where it decides what is done."""
         key = None if spans is None else tuple(map(tuple, spans))
         if key not in self.reached:
-            self.reached[key] = self.touched(spans).cpu()
+            if self.read.span is None:
+                found = self.touched(spans).cpu()
+            else:
+                first, last = self.read.span[..., None]
+                place = torch.arange(self.read.pattern.shape[3])
+                found = _by_span(((place >= first) & (place < last)).any(dim=0), spans)
+            self.reached[key] = found
         return self.reached[key]
 
     def heads(self, group: Sequence[int]) -> ValueAblation:
@@ -114,13 +117,16 @@ class ValueAblation:
         found = tuple(replace(branch, read=branch.read.heads(group)) for branch in self.branches)
         return replace(self, read=self.read.heads(group), branches=found, reached={})
 
-    def folded(self, spans: Spans | None, repeats: int, max_bytes: int) -> ValueAblation:
+    def folded(
+        self, spans: Spans | None, repeats: int, max_bytes: int, *, checked: bool = False
+    ) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
         Args:
             spans: The spans that are zeroed, or None.
             repeats: How often all pairs are gone through (groups of heads).
             max_bytes: Workspace.
+            checked: See `branches`.
         """
         ff = self.block.feed_forward
         if ff is None or self.fixed is not None or self.later:
@@ -137,7 +143,8 @@ class ValueAblation:
         held = len(ff.branches()) * (width + batch * heads) * ff.width * size
         if pairs <= fold or held > max_bytes // 2:
             return self
-        found = branches(self.block, ff, self.attention, self.read, self.raw, self.before, self.pre)
+        of = self.block, ff, self.attention, self.read, self.raw, self.before, self.pre
+        found = branches(*of, checked=checked)
         return replace(self, branches=tuple(found))
 
     def tiles(
@@ -323,6 +330,13 @@ class ValueAblation:
 
 TILE_BYTES = 2**25
 """A tile of pairs and what is made of it; more of them at once are no faster."""
+
+
+def _by_span(touched: Bool[Tensor, "target source"], spans: Spans | None) -> Tensor:
+    """Returns which targets read which sources or, where there are any, spans of them."""
+    if spans is None:
+        return touched
+    return torch.stack([touched[:, start:stop].any(dim=1) for start, stop in spans], dim=1)
 
 
 def needed_names(block: Block, kind: str, spare: bool) -> list[str]:

@@ -22,6 +22,7 @@ from tl_contextmix.adapters.questions import (
     label_sets,
     read_direction,
 )
+from tl_contextmix.adapters.verification import tolerance_of
 from tl_contextmix.core.blocks import Identity, Trace
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.residual_stream import (
@@ -269,16 +270,25 @@ def run_predictions(
         also=lambda block: () if block.layer else names,
         needs=needs,
         batch=question.batch,
-        logits=True,
+        logits=bool(view.hooked()) or (reading is None and _is_coarse(view)),
     )
     return AskedPass(forward_pass, question, reading)
 
 
+def _is_coarse(view: ModelView) -> bool:
+    """Whether the model rounds more than the maths: what it says is then taken from itself."""
+    return view.tolerance > tolerance_of({view.dtype}, torch.device("cpu"))
+
+
 def _logits(question: Question, trace: Trace, stream: Stream) -> Float[Tensor, "row d_vocab"]:
-    """Returns what the model says at the positions asked about."""
+    """Returns what the model says at the positions asked about.
+
+    It is read from its last stream where that is the same but for rounding, and the pass has ended
+    there: the model would read all positions.
+    """
     view = question.view
-    if trace.logits is None:  # a cache keeps none
-        return view.readout(stream.total)
+    if trace.logits is None:
+        return question.require(view.readout(stream.total))
     logits = question.read(trace.logits)
     hooked = view.hooked()
     if hooked:

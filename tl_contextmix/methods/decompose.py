@@ -16,6 +16,7 @@ from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
+    POINTS,
     Point,
     identities,
     linear_points,
@@ -96,6 +97,8 @@ def decompose(
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
         nonlocal labels
         parts, biases = torch.empty(0), []
+        if at in POINTS[3:]:
+            part.trace.look_up(part.blocks)
         for index, block in enumerate(part.progress("decompose")):
             linear = linear_points(block, part.trace, part.stack, (at,))
             found = parts_at(block.held(part.trace), linear, at, bias, max_bytes)

@@ -198,6 +198,8 @@ def _maps(
     def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
         scores: dict[str, list[Tensor]] = {point: [] for point in points}
         biases: dict[str, list[Tensor]] = {point: [] for point in points}
+        if set(points) & {*POINTS[3:]}:
+            part.trace.look_up(part.blocks)
         for block in part.progress("attention_norms"):
             linear = linear_points(block, part.trace, part.stack, points)
             parts = parts_at_all(block.held(part.trace), linear, points, bias, max_bytes)

@@ -15,6 +15,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, Pass
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block, Trace
+from tl_contextmix.core.folded_weights import drop_stale_folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
 from tl_contextmix.core.validation import Layers, Positive
@@ -114,6 +115,7 @@ def value_zeroing(
     rerouted: dict[str, list[int]] = {}
 
     def distances(part: Pass, block: Block) -> Tensor:
+        part.trace.look_up(part.blocks)
         norm = _final_norm(part, block) if final_norm else None
         how = _How(kind, part.own(rows), groups or [None], spans, metric, norm, max_bytes)
         if block.feed_forward is not None and block.feed_forward.routes:
@@ -122,6 +124,8 @@ def value_zeroing(
             rerouted[str(block.layer)] = [sum(pair) for pair in pairs]
         return how.scores(block, part.trace)
 
+    with torch.no_grad():
+        drop_stale_folds(done.blocks, kind)
     source = "source:attn_out" if spans is None else "span"
     scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
     if view.hooked() and inputs.get("cache") is None:
@@ -236,7 +240,7 @@ class _How:
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:
         found = ablate_values(block, trace, self.kind, self.rows)
-        found = found.folded(self.spans, len(self.groups), self.max_bytes)
+        found = found.folded(self.spans, len(self.groups), self.max_bytes, checked=True)
         batch, targets, _ = found.before.shape
         sources = found.read.pattern.shape[3] if self.spans is None else len(self.spans)
         out = found.before.new_zeros(batch, len(self.groups), targets, sources)

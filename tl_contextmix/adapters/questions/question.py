@@ -130,9 +130,12 @@ class Question:
             InvalidInput: If one is NaN or +inf.
         """
         at = (self.sentences.to(logits.device), self.rows.to(logits.device))
-        found = logits[at]
-        require_predictions(found, padded=not bool(self.batch.main.mask.all()))
-        return found.to(self.view.device, self.view.dtype)
+        return self.require(logits[at]).to(self.view.device, self.view.dtype)
+
+    def require(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
+        """Returns the logits of each prediction; raises InvalidInput if one is NaN or +inf."""
+        require_predictions(logits, padded=not bool(self.batch.main.mask.all()))
+        return logits
 
     def contrast(self, logits: Float[Tensor, "row d_vocab"]) -> Contrast:
         """Returns what is asked of the logits of each prediction.

@@ -34,6 +34,7 @@ from tl_contextmix.methods.memories.topk import (
     hash_prefixes,
     pack_places,
     pack_tokens,
+    update_all,
 )
 from tl_contextmix.results.axes import positions
 
@@ -42,6 +43,8 @@ Tails = Literal["positive", "both", "quadrants"]
 Duplicates = Literal["keep", "drop"]
 # Of all triggers: no common question needs as many (k=1000 of GPT-2's 36,864 take 0.7 GiB).
 _MANY_BYTES = 4 * 2**30
+# Of copies of coefficients that are held at once, beyond those of one layer.
+_MOST_COPIED = 2**28
 # Cases, accents, widths, white space: what tokenizers with one vocabulary treat differently.
 _PROBE = "The cat sat, didn't it?\n  3.14 na\u00efve nai\u0308ve \uff21 \u65e5\u672c \U0001f642"
 NEGATIVE = ("negative", "+-", "-+")
@@ -154,12 +157,31 @@ class Miner:
         if self.duplicates == "drop":
             entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
             once = self._once(counted, places, entries[3])
+        for some in self._together(trace):
+            self._require_finite(some, trace, counted)
+            named = [(b.layer, *pair) for b, found in some for pair in self._tails(b, found, trace)]
+            every = [tops[layer, tail] for layer, tail, _ in named]
+            values = [value for _, _, value in named]
+            if self.unit == "document":
+                self._best(every, values, counted, entries)
+            else:
+                self._every(every, values, once, entries)
+
+    def _together(self, trace: Trace) -> Iterator[list[tuple[Block, Tensor]]]:
+        """Yields coefficients of layers: of all at once, unless copies of theirs would be held."""
+        some, copied = list[tuple[Block, Tensor]](), 0
         for block in self.blocks:
-            for tail, values in self._scores(block, trace, counted):
-                if self.unit == "document":
-                    self._best(tops[block.layer, tail], values, counted, entries)
-                else:
-                    self._every(tops[block.layer, tail], values, once, entries)
+            ff = require_feed_forward(block)
+            found = ff.coefficients(trace)
+            same = found.data_ptr() == trace.values[ff.post].data_ptr()
+            as_is = self.tails == "positive" and same
+            copied += 0 if as_is else found.nbytes * len(TAILS[self.tails])
+            some.append((block, found))
+            if copied > _MOST_COPIED:
+                yield some
+                some, copied = [], 0
+        if some:
+            yield some
 
     def _keys(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Returns a hash of what each position has read."""
@@ -182,20 +204,28 @@ class Miner:
         ff = require_feed_forward(block)
         return branch_names(ff) if self.tails == "quadrants" else (ff.post,)
 
-    def _scores(self, block: Block, trace: Trace, counted: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yields each tail with its values: positive where there is something to be found."""
-        ff = require_feed_forward(block)
-        found = ff.coefficients(trace)
+    @staticmethod
+    def _require_finite(
+        some: Sequence[tuple[Block, Tensor]], trace: Trace, counted: Tensor
+    ) -> None:
+        """Raises InvalidInput if a coefficient that counts is not finite."""
         # A sum is finite where every number is; not worth a mask unless it is not.
-        if not bool(found.sum().isfinite()) and not bool(found[counted].isfinite().all()):
-            where = f"the coefficients of layer {block.layer}"
-            raise InvalidInput(why_not_finite(where, trace.values[ff.post].dtype))
+        if bool(torch.stack([found.sum() for _, found in some]).isfinite().all()):
+            return
+        for block, found in some:
+            if not bool(found[counted].isfinite().all()):
+                where = f"the coefficients of layer {block.layer}"
+                dtype = trace.values[require_feed_forward(block).post].dtype
+                raise InvalidInput(why_not_finite(where, dtype))
+
+    def _tails(self, block: Block, found: Tensor, trace: Trace) -> Iterator[tuple[str, Tensor]]:
+        """Yields each tail with its values: positive where there is something to be found."""
         some = None
         if self.neurons is not None:
             some = torch.tensor(self.chosen(block), device=found.device)
             found = found[..., some]
         if self.tails == "quadrants":
-            places = quadrants(ff, trace)
+            places = quadrants(require_feed_forward(block), trace)
             places = places if some is None else places[..., some]
             for index, tail in enumerate(QUADRANTS):
                 yield tail, found.abs().masked_fill(places != index, 0)
@@ -205,26 +235,41 @@ class Miner:
             yield "negative", -found
 
     @staticmethod
-    def _every(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
+    def _every(
+        tops: list[TopK], values: list[Tensor], counted: Tensor, entries: list[Tensor]
+    ) -> None:
         flat = [entry.flatten() for entry in entries]
-        top.update(
-            values.flatten(0, 1),
+        update_all(
+            tops,
+            [one.flatten(0, 1) for one in values],
             counted.flatten(),
             lambda rows, *_: tuple(entry[rows] for entry in flat),
         )
 
     @staticmethod
-    def _best(top: TopK, values: Tensor, counted: Tensor, entries: list[Tensor]) -> None:
-        masked = values.masked_fill(~counted[..., None], -torch.inf)
-        steps = torch.arange(values.shape[1], device=values.device)
+    def _best(
+        tops: list[TopK], values: list[Tensor], counted: Tensor, entries: list[Tensor]
+    ) -> None:
+        masked = [one.masked_fill(~counted[..., None], -torch.inf) for one in values]
+        steps = torch.arange(counted.shape[1], device=counted.device)
 
-        def locate(rows: Tensor, columns: Tensor, best: Tensor) -> tuple[Tensor, ...]:
+        def locate(
+            rows: Tensor, columns: Tensor, best: Tensor, here: Tensor | None
+        ) -> tuple[Tensor, ...]:
             # The first of the document's positions that have its highest value.
-            there = masked[rows, :, columns] == best[:, None]
+            assert here is not None
+            there = here[rows, :, columns] == best[:, None]
             pos = torch.where(there, steps, len(steps)).amin(dim=1)
             return tuple(entry[rows, pos] for entry in entries)
 
-        top.update(masked.amax(dim=1), counted.any(dim=1), locate, repeats=top.keys is not None)
+        update_all(
+            tops,
+            [one.amax(dim=1) for one in masked],
+            counted.any(dim=1),
+            locate,
+            along=masked,
+            repeats=tops[0].keys is not None,
+        )
 
 
 def tokenizer_hash(view: ModelView, prepend_bos: bool | None) -> str:

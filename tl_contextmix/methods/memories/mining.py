@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.dictionaries import Dictionaries
@@ -59,6 +61,7 @@ from tl_contextmix.methods.memories.store import (
     save_part,
     write_result,
 )
+from tl_contextmix.methods.memories.topk import TopK
 from tl_contextmix.methods.memories.triggers import Triggers, load_triggers
 
 
@@ -292,32 +295,38 @@ def merge_triggers(out: FilePath, *, parts: Sequence[FilePath] = ()) -> Path:
     listed = [parts] if isinstance(parts, (str, Path)) else parts
     places = [require_path(part) for part in listed] or [require_path(out)]
     files = sorted(path for place in places for path in place.glob("part-*.safetensors"))
-    found = [load_part(path, torch.device("cpu")) for path in files]
+    device = torch.device("cpu")
+    # Each is read twice, and its triggers are held only while they are merged.
+    heads = [(replace(load_part(path, device), tops={}), path) for path in files]
+    heads.sort(key=lambda pair: pair[0].rank)
+    found = [head for head, _ in heads]
     _require_whole(found, places)
     folder = make_folder(out)
     with alone(folder / ".merge.lock"):
         if (folder / MANIFEST).exists():
             require_run(read_manifest(folder)["run"], found[0].run, folder)
-        finish(found, folder)
+        finish((load_part(path, device) for _, path in heads), folder)
     return folder
 
 
-def finish(parts: list[Part], folder: Path) -> None:
-    """Writes the result of the parts of all processes."""
-    parts = sorted(parts, key=lambda part: part.rank)
-    tops = dict(parts[0].tops)
-    for part in parts[1:]:
-        tops = {key: top.merge(part.tops[key]) for key, top in tops.items()}
-    counts = sum((part.counts for part in parts), start=Counter())
+def finish(parts: Iterable[Part], folder: Path) -> None:
+    """Writes the result of the parts of all processes, given by rank; two are held at a time."""
+    tops: dict[tuple[int, str], TopK] = {}
+    run, shards, counts, digests = dict[str, Any](), 0, Counter[str](), list[Tensor]()
+    for part in parts:
+        tops = {key: tops[key].merge(top) if tops else top for key, top in part.tops.items()}
+        run, shards = part.run, part.shards
+        counts = counts + part.counts
+        digests.append(part.digests)
+        del part  # before the next one is read
     whole = hashlib.sha256()
-    for index in range(parts[0].shards):
-        whole.update(bytes(parts[index % len(parts)].digests[index // len(parts)].tolist()))
-    run = parts[0].run
+    for index in range(shards):
+        whole.update(bytes(digests[index % len(digests)][index // len(digests)].tolist()))
     manifest = {
         "format": FORMAT_VERSION,
         "run": run,
         "neurons": run["options"]["neurons"],
-        "corpus": {"digest": whole.hexdigest(), "shards": parts[0].shards},
+        "corpus": {"digest": whole.hexdigest(), "shards": shards},
         "counts": {name: counts[name] for name in COUNTS},
     }
     write_result(folder, tops, manifest)

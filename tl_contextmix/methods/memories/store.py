@@ -28,7 +28,7 @@ from tl_contextmix.methods.memories.corpus_arguments import (
     check_table,
     require_path,
 )
-from tl_contextmix.methods.memories.topk import TopK, unpack_places, unpack_tokens
+from tl_contextmix.methods.memories.topk import TopK, on_host, unpack_places, unpack_tokens
 from tl_contextmix.results.storage import replacing
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def save_part(part: Part, folder: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {"digests": part.digests}
-    for (layer, tail), top in part.tops.items():
+    for (layer, tail), top in on_host(part.tops).items():
         for name, entry in zip(_ENTRY, top.columns(), strict=False):
-            tensors[f"{layer} {tail} {name}"] = entry.cpu().contiguous()
+            tensors[f"{layer} {tail} {name}"] = entry.contiguous()
     facts = {name: getattr(part, name) for name in _FACTS}
     facts |= {"format": FORMAT_VERSION, "counts": dict(part.counts)}
     metadata = {"part": json.dumps(facts, sort_keys=True)}
@@ -189,7 +189,7 @@ def _write_table(
     import pyarrow
     import pyarrow.parquet
 
-    writer = None
+    writer, tops = None, on_host(tops)
     with ExitStack() as stack:
         for layer, keys in groupby(sorted(tops), lambda key: key[0]):
             rows = [_rows(*key, tops[key], neurons[str(layer)]) for key in keys]
@@ -203,10 +203,10 @@ def _write_table(
 def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
     import pyarrow
 
-    values = top.values.cpu()
+    values = top.values
     column, rank = (values > -torch.inf).nonzero(as_tuple=True)
-    documents, positions = unpack_places(top.places.cpu()[column, rank])
-    tokens, next_tokens = unpack_tokens(top.tokens.cpu()[column, rank])
+    documents, positions = unpack_places(top.places[column, rank])
+    tokens, next_tokens = unpack_tokens(top.tokens[column, rank])
     chosen = torch.tensor(neurons)[column]
     numbers = {
         "layer": torch.full_like(column, layer).int(),
@@ -217,7 +217,7 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
         "position": positions.int(),
         "token": tokens.int(),
         "next_token": next_tokens.int(),
-        "hash": top.hashes.cpu()[column, rank],
+        "hash": top.hashes[column, rank],
     }
     arrays = {name: pyarrow.array(tensor.numpy()) for name, tensor in numbers.items()}
     names = pyarrow.array([tail] * len(column), type=pyarrow.string())

@@ -10,8 +10,9 @@ order: the k highest of distinct keys are a commutative monoid, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,9 @@ from tl_contextmix.methods.memories.corpus_formats import TOKEN_BITS
 POSITION_BITS = 20
 """A place is a document's number times 2 ** 20, plus a position."""
 _NOWHERE = torch.iinfo(torch.int64).max
+Locate = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
+# The most bytes of values that are copied to be looked at together.
+_TOGETHER = 2**24
 # splitmix64's constants as signed numbers.
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
@@ -78,38 +82,36 @@ class TopK:
         self,
         scores: Float[Tensor, "row column"],
         counted: Bool[Tensor, " row"],
-        locate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        locate: Locate,
         *,
         repeats: bool = False,
     ) -> None:
-        """Takes in new values; columns none of whose values is high enough cost a comparison.
+        """Takes in new values of one state, see `update_all`."""
+        update_all([self], [scores], counted, locate, repeats=repeats)
 
-        Args:
-            scores: The values.
-            counted: Which rows count.
-            locate: Returns places, tokens, hashes and, where there are any, keys of entries, given
-                their rows, columns and values.
-            repeats: Whether several of these rows may have the same key.
-        """
+    def _part(self, columns: Int[Tensor, " some"]) -> TopK:
+        """Returns the state of some columns."""
+        return TopK(*(entry[columns] for entry in self.columns()))
+
+    def _take(
+        self,
+        scores: Float[Tensor, "row column"],
+        counted: Bool[Tensor, " row"],
+        locate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        repeats: bool,
+    ) -> None:
+        """Takes in new values of all columns."""
         k = self.values.shape[1]
         limit = self.values[:, -1].clamp(min=_smallest(scores.dtype))
-        # Later on hardly any column has anything new: one look at each number is all there is.
-        live = (~(scores.amax(dim=0) < limit)).nonzero()[:, 0]  # with what is no number
-        if not len(live):
-            return
-        if 2 * len(live) < scores.shape[1]:
-            scores, limit = scores[:, live], limit[live]
-        else:
-            live = torch.arange(scores.shape[1], device=scores.device)
         hit = (scores >= limit) & counted[:, None]
         # At the start everything is high enough: the k highest of this batch are all that can stay.
-        if not repeats and k < len(scores) and int(hit.count_nonzero()) > 2 * k * len(live):
+        most = 2 * k * scores.shape[1]
+        if not repeats and k < len(scores) and int(hit.count_nonzero()) > most:
             among = scores.masked_fill(~counted[:, None], -torch.inf).T.contiguous()
             kth = among.topk(k, dim=1).values[:, -1]
             hit = (scores >= torch.maximum(limit, kth)) & counted[:, None]
         rows, columns = hit.nonzero(as_tuple=True)
         values = scores[rows, columns]
-        columns = live[columns]
         found = (values, *locate(rows, columns, values))
         worst, last = self.values[columns, -1], self.places[columns, -1]
         # As places: a mask's size is asked of a GPU at every use.
@@ -161,6 +163,93 @@ class TopK:
         return both
 
 
+def update_all(
+    tops: Sequence[TopK],
+    scores: Sequence[Float[Tensor, "row _"]],
+    counted: Bool[Tensor, " row"],
+    locate: Locate,
+    *,
+    along: Sequence[Float[Tensor, "row pos _"]] | None = None,
+    repeats: bool = False,
+) -> None:
+    """Takes in new values of several states; columns with nothing high enough cost a comparison.
+
+    The others of all states are treated as columns of one, as far as `_TOGETHER` allows: a GPU is
+    waited for as often as for one state.
+
+    Args:
+        tops: The states, of one k and one dtype.
+        scores: The values of each.
+        counted: Which rows count.
+        locate: Returns places, tokens, hashes and, where there are any, keys of entries, given
+            their rows, columns and values, and ``along`` of these columns.
+        along: What the columns of each state have for every position of a row, for ``locate``.
+        repeats: Whether several of these rows may have the same key.
+    """
+    # Later on hardly any column has anything new: one look at each number is all there is.
+    live = torch.cat([_live(*pair) for pair in zip(tops, scores, strict=True)]).nonzero()[:, 0]
+    if not len(live):
+        return
+    ends = [0, *accumulate(one.shape[1] for one in scores)]
+    cuts = torch.searchsorted(live, torch.tensor(ends, device=live.device)).tolist()
+    wide = 1 if along is None else 1 + along[0].shape[1]
+    sizes = [(stop - start) * len(counted) * wide for start, stop in pairwise(cuts)]
+    for some in _groups(sizes, _TOGETHER // scores[0].element_size()):
+        # Mostly live states are looked at as they are.
+        alone = len(some) == 1 and 2 * sizes[some[0]] >= scores[some[0]].numel() * wide
+        columns = [None if alone else live[cuts[i] : cuts[i + 1]] - ends[i] for i in some]
+        state = _joined([tops[i] for i in some], columns)
+        beside = None if along is None else _picked([along[i] for i in some], columns)
+        state._take(
+            _picked([scores[i] for i in some], columns),
+            counted,
+            lambda rows, where, values, beside=beside: locate(rows, where, values, beside),
+            repeats,
+        )
+        first = 0
+        for i, mine in zip(some, columns, strict=True):
+            if mine is not None:
+                for column, entry in zip(tops[i].columns(), state.columns(), strict=True):
+                    column[mine] = entry[first : first + len(mine)]
+                first += len(mine)
+
+
+def _live(top: TopK, scores: Float[Tensor, "row column"]) -> Bool[Tensor, " column"]:
+    """Returns the columns that a value may enter, and those with what is no number."""
+    limit = top.values[:, -1].clamp(min=_smallest(scores.dtype))
+    return ~(scores.amax(dim=0) < limit)
+
+
+def _groups(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yields places of sizes one after the other, together no more than so much, or one."""
+    some, total = list[int](), 0
+    for place, size in enumerate(sizes):
+        if size and total + size > most and some:
+            yield some
+            some, total = [], 0
+        if size:
+            some.append(place)
+            total += size
+    if some:
+        yield some
+
+
+def _joined(tops: Sequence[TopK], columns: Sequence[Tensor | None]) -> TopK:
+    """Returns some columns of states as one; a state of which all are wanted is itself."""
+    pairs = zip(tops, columns, strict=True)
+    parts = [top if some is None else top._part(some) for top, some in pairs]
+    if len(parts) == 1:
+        return parts[0]
+    return TopK(*map(torch.cat, zip(*(part.columns() for part in parts), strict=True)))
+
+
+def _picked(tensors: Sequence[Tensor], columns: Sequence[Tensor | None]) -> Tensor:
+    """Returns some columns, the last dimension, of tensors side by side."""
+    pairs = zip(tensors, columns, strict=True)
+    parts = [one if some is None else one[..., some] for one, some in pairs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:
     """Returns the order of entries by column, then value, then place."""
     order = entries[1].argsort(stable=True)
@@ -179,6 +268,18 @@ def _repeated(column: Tensor, keys: Tensor, order: Tensor) -> Int[Tensor, " some
 def _blank(entries: list[Tensor], where: Tensor) -> None:
     for entry, nothing in zip(entries, (-torch.inf, _NOWHERE, -1, -1, -1), strict=True):
         entry[where] = nothing
+
+
+def on_host(tops: Mapping[tuple[int, str], TopK]) -> dict[tuple[int, str], TopK]:
+    """Returns states on the host, copied by column: a GPU is not waited for in every layer."""
+    columns = [one.columns() for one in tops.values()]
+    if not columns or columns[0][0].device.type == "cpu":
+        return dict(tops)
+    rows = [len(one[0]) for one in columns]
+    copied = [torch.cat(column).cpu().split(rows) for column in zip(*columns, strict=True)]
+    # Files take no tensors that share memory.
+    each = zip(*([part.clone() for part in column] for column in copied), strict=True)
+    return {key: TopK(*one) for key, one in zip(tops, each, strict=True)}
 
 
 def hash_prefixes(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
