@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, FeedForward
+from tl_contextmix.core.frozen_blocks import FrozenFeedForward, freeze_feed_forward
 from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks
 
 Bias = Literal["contributor", "fixed"]
@@ -43,6 +44,7 @@ class FeedForwardParts:
         bias: What belongs to no token, at the end of all this.
         total: What parts and bias add up to.
         hidden: Shares of each branch's pre-activation, once `folded`.
+        ending: A third sublayer that reads the sum and adds to it, or None.
     """
 
     sublayer: FeedForward
@@ -56,6 +58,7 @@ class FeedForwardParts:
     bias: Float[Tensor, "batch target d_model"]
     total: Float[Tensor, "batch target d_model"]
     hidden: tuple[TokenSum, ...] = ()
+    ending: FrozenFeedForward | None = None
 
     @property
     def sources(self) -> int:
@@ -88,6 +91,9 @@ class FeedForwardParts:
         yield out
         if self.residual is not None:
             out += self.residual.dense(rows, columns)
+            if self.ending is not None:
+                parts = out.transpose(1, 2)
+                out = out + self.ending.part(place=rows).adds(parts, False).transpose(1, 2)
             yield out
         if self.norm_after is not None:
             yield self.norm_after.part(place=rows).linear(out)
@@ -114,6 +120,8 @@ class FeedForwardParts:
         out = self.norm_out.linear(self.sublayer.transmit(self.read.diagonal(), self.slopes))
         if self.residual is not None:
             out = out + self.residual.diagonal()
+        if self.ending is not None:
+            out = out + self.ending.adds(out[:, :, None], False)[:, :, 0]
         return out if self.norm_after is None else self.norm_after.linear(out)
 
     def of_head(self, term: int | None, head: int) -> FeedForwardParts:
@@ -132,6 +140,7 @@ class FeedForwardParts:
             norm_out=self.norm_out.part(batch),
             residual=None if self.residual is None else self.residual.row(batch),
             norm_after=None if self.norm_after is None else self.norm_after.part(batch),
+            ending=None if self.ending is None else self.ending.part(batch),
             bias=self.bias[batch],
             total=self.total[batch],
         )
@@ -219,6 +228,7 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     heads = max(read.value.shape[2] for read in parts.read.terms)
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
     vectors = 4 * width + max(read.per_pair for read in parts.read.terms)
+    vectors += 0 if parts.ending is None else 2 * width + 2 * parts.ending.sublayer.width
     token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
     held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
     # Vectors per token: the token sums' totals and biases, and the parts'.
@@ -261,13 +271,16 @@ def feed_forward_points(
     added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
     stream = points["residual"]
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
-    summed = replace(added, residual=stream, bias=parts_bias, total=total)
-    normed = summed
-    if ff.norm_after is not None:
-        norm = FrozenNorm.at(ff.norm_after, total)
-        normed = replace(
-            summed, norm_after=norm, bias=norm.affine(parts_bias), total=ff.norm_after(total)
-        )
+    ending = None
+    if block.ending is not None:
+        ending = freeze_feed_forward(block.ending, total, total, parts_bias, bias == "fixed")
+        parts_bias = parts_bias + ending.adds(parts_bias[:, :, None], True)[:, :, 0]
+        total = total + block.ending(total)
+    summed = replace(added, residual=stream, bias=parts_bias, total=total, ending=ending)
+    normed, last = summed, block.feed_forwards[-1].norm_after
+    if last is not None:
+        norm = FrozenNorm.at(last, total)
+        normed = replace(summed, norm_after=norm, bias=norm.affine(parts_bias), total=last(total))
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
 
 

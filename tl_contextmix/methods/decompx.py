@@ -271,8 +271,9 @@ class _Carried:
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             for first, parts, memory in self._starts():
+                entered: dict[int, Tensor] = {}
                 for layer, block in enumerate(self.own.blocks):
-                    parts = block.since(first)(parts, memory)
+                    parts = block.since(first)(parts, memory, entered)
                     for index, asked in enumerate(self.asked):
                         if asked.layer == layer:
                             found[index].append(read(first, parts))
@@ -346,11 +347,16 @@ def _carry(done: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: int) -> 
 
 
 def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
-    """Returns how many tokens fit: neurons of each branch twice, and eight streams per position."""
+    """Returns how many tokens fit: neurons of each branch twice, and eight streams per position.
+
+    And one for each layer whose values are used again.
+    """
     x = max((done.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
     neurons = 0 if ff is None else 2 * ff.width * (1 + ff.gated)
-    per_token = x.shape[0] * x.shape[1] * (neurons + 8 * x.shape[2]) * x.element_size()
+    lenders = {attention.lender for block in every for attention in block.attentions} - {None}
+    streams = (8 + len(lenders)) * x.shape[2]
+    per_token = x.shape[0] * x.shape[1] * (neurons + streams) * x.element_size()
     return max(1, max_bytes // per_token)
 
 
