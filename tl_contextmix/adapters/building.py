@@ -18,6 +18,7 @@ from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_de
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
+from tl_contextmix.adapters.per_layer_embeddings import find_unseen, with_unseen
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
@@ -335,7 +336,7 @@ def _unsettled(
     dtypes = {weight.dtype for weight in model.parameters()}
     tolerance = tolerance_of(dtypes, handle.device)
     text = text_side(handle, facts, pair=len(stacks) == 2)
-    layouts = find_layouts(handle, stacks)
+    layouts, unseen = find_layouts(handle, stacks), find_unseen(handle, stacks)
     return ModelView(
         name=_name(facts),
         host=type(model).__name__,
@@ -356,8 +357,8 @@ def _unsettled(
         hooked=make_hooked(handle, splices),
         without_hooks=lambda: without_hooks(handle.get()),
         follow=partial(follow, tolerance),
-        cached=cache_reader(handle, facts, stacks, layouts),
-        runner=make_runner(handle, text["pad_id"], splices, layouts),
+        cached=cache_reader(handle, facts, stacks, layouts, unseen),
+        runner=with_unseen(make_runner(handle, text["pad_id"], splices, layouts), unseen),
         generate=make_generate(handle),
         classes=facts.classes,
         answers_at=0 if facts.architecture.endswith("ForSequenceClassification") else None,

@@ -31,6 +31,7 @@ from tl_contextmix.adapters.attention_weights import (
 from tl_contextmix.adapters.expert_reading import has_experts, read_experts
 from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
+from tl_contextmix.adapters.per_layer_embeddings import with_ending
 from tl_contextmix.adapters.recognition import MIXERS, Host
 from tl_contextmix.core.blocks import (
     AttentionSublayer,
@@ -224,7 +225,9 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     for ff in _feed_forwards(handle, path, block, edits["mlp"]):
         for reading in _placements(replace(bare, feed_forward=ff), norms):
             if handle.bridge:
-                reading = _with_ending(reading, handle, path, block)
+                reading = with_ending(
+                    reading, handle, path, block, partial(read_norm, handle=handle)
+                )
                 reading = _with_placed_edits(with_multipliers(reading, block, like))
             yield reading
 
@@ -246,32 +249,6 @@ def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
         f"{remedy}; log-prob contributions and feed-forward memories are of all layers.",
     )
     return Mixer(f"{where}.hook_out", refusal, int(handle.get().cfg.d_model))
-
-
-def _with_ending(block: Block, handle: Handle, path: str, module: nn.Module) -> Block:
-    """Returns a reading with the sublayer of per-layer embeddings (Gemma 4), where there is one."""
-    if "per_layer_projection" not in module._modules:
-        return block
-    where = f"{path}.per_layer_projection"
-    refusal = four_parts(
-        f"what layer {block.layer} writes last is not taken apart",
-        f"per-layer embeddings ({where}): an embedding of the token, gated by the stream",
-        "a block whose feed-forward sublayer writes last",
-        "Ask for at='mlp_out' or a point before it, attention, gradients or "
-        "log_prob_contributions, where it is one component.",
-    )
-    norm, after = "post_per_layer_input_norm", (f"{path}.hook_out",)
-    ending = Mixer(
-        f"{where}.hook_out",
-        refusal,
-        int(handle.get().cfg.d_model),
-        norm_out=read_norm(module._modules[norm], handle),
-        edits=EditPoints(out=(f"{path}.{norm}.hook_out",), stream=after),
-        kind="per_layer_embed",
-    )
-    ff = block.feed_forward
-    ff = None if ff is None else replace(ff, edits=replace(ff.edits, stream=()))
-    return replace(block, feed_forward=ff, ending=ending)
 
 
 def _with_placed_edits(block: Block) -> Block:
@@ -399,7 +376,7 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         value_norm=_value_norm(handle, here),
         gate=f"{here}.hook_q_gate" if "hook_q_gate" in module._modules else "",
         sink_scores="" if weights("sinks") is None else f"{here}.hook_attn_scores",
-        borrowed="" if lender == here else _borrowed(here, lender),
+        lender=None if lender == here else int(lender.split(".")[1]),
         query=f"{here}.hook_q",
         scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
         soft_cap=_soft_cap(handle, module),
@@ -424,16 +401,6 @@ def _lender(handle: Handle, path: str, name: str) -> str:
         if inner(index).store_full_length_kv and inner(index).layer_type == kind
     )
     return f"{prefix}.{next(lent)}.{name}"
-
-
-def _borrowed(here: str, lender: str) -> str:
-    return four_parts(
-        f"what the values of {here} read is not in its own layer",
-        f"keys and values of {lender}",
-        "values of the stream that enters the layer",
-        "Ask about layers with values of their own, or for maps at 'attn_out', attention, "
-        "gradients or log_prob_contributions.",
-    )
 
 
 def _divisors(

@@ -95,8 +95,7 @@ class AttentionSublayer:
         sink_scores: Name of the scores, where the softmax over them has one more logit per head
             (the weight ``sinks``) of which nothing is read; or an empty string.
         gate: Name of the gate whose sigmoid multiplies what heads read, or an empty string.
-        borrowed: Why nothing is known of what its values read, where they are those of an earlier
-            layer; empty where they are its own.
+        lender: The layer whose keys and values it uses, where they are not its own; else None.
         query: Name of the queries.
         scores: Name of what may be the scores before the softmax, or an empty string.
         soft_cap: Soft cap of the scores, or None.
@@ -123,7 +122,7 @@ class AttentionSublayer:
     value_norm: ValueNorm | None = None
     sink_scores: str = ""
     gate: str = ""
-    borrowed: str = ""
+    lender: int | None = None
     query: str = ""
     scores: str = ""
     soft_cap: float | None = None
@@ -134,13 +133,22 @@ class AttentionSublayer:
     )
 
     def require_own_values(self) -> None:
-        """Checks that its values are made of what it reads.
+        """Checks that its keys and values are made of what it reads.
 
         Raises:
             UnsupportedModel: If they are an earlier layer's.
         """
-        if self.borrowed:
-            raise UnsupportedModel(self.borrowed)
+        if self.lender is not None:
+            raise UnsupportedModel(
+                four_parts(
+                    f"what the values of {self.pattern.rpartition('.')[0]} read is not in its "
+                    "own layer",
+                    f"keys and values of layer {self.lender}",
+                    "values of the stream that enters the layer",
+                    "Ask about layers with values of their own, or for maps, attention, flow, "
+                    "gradients or log_prob_contributions.",
+                )
+            )
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:
@@ -229,10 +237,9 @@ class AttentionSublayer:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A sublayer that is one component of the stream: what it puts out.
+    """A sublayer that mixes tokens without attention weights: linear attention, a state space.
 
-    One that mixes tokens without attention weights (linear attention, a state space) reads what
-    attention reads; one that ends a block (Gemma 4's per-layer embeddings) what it has written.
+    It reads what attention reads, and is one component of the stream: what it puts out.
 
     Attributes:
         out: Name of what it puts out.
@@ -242,7 +249,6 @@ class Mixer:
         norm_out: Norm of its output before the residual sum, or None.
         edits: Where hooks may edit what it writes.
         norm_after: Norm of the residual sum, or None.
-        kind: What it is among the components of the stream.
     """
 
     out: str
@@ -252,7 +258,6 @@ class Mixer:
     norm_out: Norm | None = None
     edits: EditPoints = EditPoints()
     norm_after: Norm | None = None
-    kind: Literal["mixer", "per_layer_embed"] = "mixer"
 
     def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns what it adds to the residual stream."""
@@ -313,6 +318,11 @@ class FeedForward:
     def routes(self) -> bool:
         """Whether there are experts, some of which each token goes through, see `Experts`."""
         return False
+
+    @property
+    def held_names(self) -> tuple[str, ...]:
+        """Names of the activations that `followed` reads."""
+        return ()
 
     @property
     def busy(self) -> int:
@@ -622,7 +632,7 @@ class Block:
     feed_forward: FeedForward | None
     parallel: bool = False
     mixers: tuple[Mixer, ...] = ()
-    ending: Mixer | None = None
+    ending: FeedForward | None = None
     folds: dict[str, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
     rewrite: Rewrite | None = None
 
@@ -646,15 +656,6 @@ class Block:
         for mixer in self.mixers:
             raise UnsupportedModel(mixer.refusal)
 
-    def require_no_ending(self) -> None:
-        """Checks that the feed-forward sublayer writes last.
-
-        Raises:
-            UnsupportedModel: If a third sublayer does.
-        """
-        if self.ending is not None:
-            raise UnsupportedModel(self.ending.refusal)
-
     @property
     def memories(self) -> FeedForward | None:
         """Its features, where a dictionary stands in its stream, or feed-forward sublayer."""
@@ -663,8 +664,12 @@ class Block:
     @property
     def sublayers(self) -> tuple[AttentionSublayer | Mixer | FeedForward, ...]:
         """Its sublayers in order."""
-        last = [one for one in (self.feed_forward, self.ending) if one is not None]
-        return (*self.attentions, *self.mixers, *last)
+        return (*self.attentions, *self.mixers, *self.feed_forwards)
+
+    @property
+    def feed_forwards(self) -> tuple[FeedForward, ...]:
+        """Its feed-forward sublayer and a third one, as far as there are any."""
+        return tuple(one for one in (self.feed_forward, self.ending) if one is not None)
 
     @property
     def d_model(self) -> int:
@@ -681,13 +686,14 @@ class Block:
         """Returns the names of the activations that a map of this block needs."""
         reads = [n for a in self.attentions for n in (a.pattern, a.value, a.gate) if n]
         reads += [mixer.out for mixer in self.mixers]
-        ff = self.feed_forward
-        return (self.resid_in, *reads, *([ff.post] if ff is not None and ff.routes else []))
+        return (self.resid_in, *reads, *(n for ff in self.feed_forwards for n in ff.held_names))
 
     def held(self, trace: Trace) -> Block:
-        """Returns the block with the routing of a pass held; itself without experts."""
-        ff = self.feed_forward
-        return replace(self, feed_forward=ff.followed(trace)) if ff and ff.routes else self
+        """Returns the block with what is held of a pass: routings, a third sublayer's vectors."""
+        names = ("feed_forward", "ending")
+        every = {name: getattr(self, name) for name in names}
+        held = {name: ff.followed(trace) for name, ff in every.items() if ff and ff.held_names}
+        return replace(self, **held) if held else self
 
     def spared(self) -> tuple[str, ...]:
         """Returns the names of activations that spare work where they are at hand."""
@@ -697,11 +703,7 @@ class Block:
         """Returns the names of the activations that tell whether the block is read right."""
         mixed = tuple(attention.mixed for attention in self.attentions)
         mixed += tuple(mixer.out for mixer in self.mixers)
-        mixed += () if self.ending is None else (self.ending.out,)
-        ff = self.feed_forward
-        if ff is None:
-            return (*mixed, self.resid_out)
-        return (*mixed, *ff.shown(), self.resid_out)
+        return (*mixed, *(n for ff in self.feed_forwards for n in ff.shown()), self.resid_out)
 
     def fold_size(self) -> int:
         """Returns how many numbers its W_O takes when folded into its W_in."""
@@ -714,6 +716,12 @@ class Block:
     def feed_forward_input(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream that the feed-forward sublayer reads, before its norm."""
         return trace.resid_in(self) if self.parallel else self.middle(trace)
+
+    def read_by(self, ff: FeedForward, trace: Trace) -> Float[Tensor, "batch target d_model"]:
+        """Returns the residual stream that a feed-forward or third sublayer reads."""
+        if ff is self.ending:
+            return self.written(trace, len(self.sublayers) - 1)
+        return self.feed_forward_input(trace)
 
     def middle(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
         """Returns the residual stream after the attention sublayers, mixers and their norms."""

@@ -52,6 +52,11 @@ class Experts(FeedForward):
         return True
 
     @property
+    def held_names(self) -> tuple[str, ...]:
+        """Names of the activations that `followed` reads."""
+        return (self.post,)
+
+    @property
     def gated(self) -> bool:
         """Whether the experts have two branches."""
         return self.experts[0].gated

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import FeedForward
+from tl_contextmix.core.frozen_blocks import FrozenFeedForward
 from tl_contextmix.core.neuron_routes import Neurons, Route, active_at, fold, in_use
 from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks, within
 
@@ -46,6 +47,7 @@ class FeedForwardParts:
         bias: What belongs to no token, at the end of all this.
         total: What parts and bias add up to.
         hidden: Shares of each branch's pre-activation, once `folded`.
+        ending: A third sublayer that reads the sum and adds to it, or None.
     """
 
     sublayer: FeedForward
@@ -59,6 +61,7 @@ class FeedForwardParts:
     bias: Float[Tensor, "batch target d_model"]
     total: Float[Tensor, "batch target d_model"]
     hidden: tuple[TokenSum, ...] = ()
+    ending: FrozenFeedForward | None = None
 
     @property
     def sources(self) -> int:
@@ -96,6 +99,9 @@ class FeedForwardParts:
         yield out
         if self.residual is not None:
             out += self.residual.dense(rows, columns)
+            if self.ending is not None:
+                parts = out.transpose(1, 2)
+                out = out + self.ending.part(place=rows).adds(parts, False).transpose(1, 2)
             yield out
         if self.norm_after is not None:
             yield self.norm_after.part(place=rows).linear(out)
@@ -177,6 +183,8 @@ class FeedForwardParts:
         out = self.norm_out.linear(self.sublayer.transmit(self.read.diagonal(), self.slopes))
         if self.residual is not None:
             out = out + self.residual.diagonal()
+        if self.ending is not None:
+            out = out + self.ending.adds(out[:, :, None], False)[:, :, 0]
         return out if self.norm_after is None else self.norm_after.linear(out)
 
     def of_head(self, term: int | None, head: int) -> FeedForwardParts:
@@ -195,6 +203,7 @@ class FeedForwardParts:
             norm_out=self.norm_out.part(batch),
             residual=None if self.residual is None else self.residual.row(batch),
             norm_after=None if self.norm_after is None else self.norm_after.part(batch),
+            ending=None if self.ending is None else self.ending.part(batch),
             bias=self.bias[batch],
             total=self.total[batch],
         )
@@ -357,6 +366,7 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
     per_pair = max(read.per_pair for read in parts.read.terms)
     vectors = 4 * width + per_pair
+    vectors += 0 if parts.ending is None else 2 * width + 2 * parts.ending.sublayer.width
     token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
     held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
     # Vectors per token: the token sums' totals and biases, and the parts'.

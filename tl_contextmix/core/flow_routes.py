@@ -29,8 +29,9 @@ class RouteNode(NamedTuple):
     """A state of the residual stream at a position, or what adds to one.
 
     Attributes:
-        kind: ``"resid_mid"``, ``"resid_mid_cross"`` or ``"resid_post"`` (states), ``"embed"``,
-            ``"attn"``, ``"cross_attn"``, ``"mlp"`` or ``"answer"``.
+        kind: ``"resid_mid"``, ``"resid_mid_cross"``, ``"resid_mid_mlp"`` (in front of a third
+            sublayer) or ``"resid_post"`` (states), ``"embed"``, ``"attn"``, ``"cross_attn"``,
+            ``"mlp"``, ``"per_layer_embed"`` or ``"answer"``.
         stack: Its stack: 0 writes the answer, 1 is the encoder that it reads.
         layer: Its layer; -1 for embeddings.
         pos: Its position.
@@ -69,7 +70,8 @@ class _State:
         value: The state itself.
         norm: The norm of the sum.
         attentions: The attention sublayers that add to it, each with the norm of what it writes.
-        feed_forward: What the feed-forward block adds, or None.
+        feed_forward: What the feed-forward block, or a third sublayer, adds; or None.
+        writer: Which of them it is.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class _State:
     norm: FrozenNorm
     attentions: tuple[tuple[AttentionSublayer, FrozenNorm], ...]
     feed_forward: Float[Tensor, "target d_model"] | None
+    writer: str = "mlp"
 
     @classmethod
     def of(
@@ -93,7 +96,7 @@ class _State:
         sublayers = block.sublayers[some]
         value = block.written(trace, some.stop)
         added = sum(one.output(trace) for one in sublayers)
-        ff = [one.output(trace)[0] for one in sublayers if isinstance(one, FeedForward)]
+        ff = [one for one in sublayers if isinstance(one, FeedForward)]
         return cls(
             kind=kind,
             layer=block.layer,
@@ -105,13 +108,13 @@ class _State:
                 for one in sublayers
                 if isinstance(one, AttentionSublayer)
             ),
-            feed_forward=ff[0] if ff else None,
+            feed_forward=ff[0].output(trace)[0] if ff else None,
+            writer=ff[0].kind if ff else "mlp",
         )
 
 
 def _states(block: Block, trace: Trace) -> list[_State]:
     """Returns the states of the stream in a block, from below; of a parallel block the last."""
-    block.require_no_ending()
     stream = trace.resid_in(block)
     if block.parallel:
         return [_State.of("resid_post", block, stream, slice(0, len(block.sublayers)), trace)]
@@ -119,7 +122,8 @@ def _states(block: Block, trace: Trace) -> list[_State]:
     for place, one in enumerate(block.sublayers):
         last = one is block.sublayers[-1]
         cross = isinstance(one, AttentionSublayer) and one.kind == "cross"
-        kind = "resid_post" if last else "resid_mid_cross" if cross else "resid_mid"
+        before = "resid_mid_mlp" if one is block.feed_forward else "resid_mid"
+        kind = "resid_post" if last else "resid_mid_cross" if cross else before
         found.append(_State.of(kind, block, stream, slice(place, place + 1), trace))
         stream = found[-1].value[None]
     return found
@@ -152,6 +156,11 @@ def find_routes(
             for place in reversed(range(len(states))):
                 search.expand(index, states, place)
     return Routes(search.nodes, search.edges)
+
+
+def _entering(index: int, layer: int) -> RouteNode:
+    """Returns the state that enters a layer, at any position."""
+    return RouteNode("resid_post" if layer else "embed", index, layer - 1, 0)
 
 
 class _Search:
@@ -201,11 +210,12 @@ class _Search:
             self._follow(target, below._replace(pos=target.pos), share)
         if ff is not None:
             for target, share in zip(targets, listed[1][:, 0].tolist(), strict=True):
-                self._through(target, "mlp", -1, below._replace(pos=target.pos), share)
+                self._through(target, state.writer, -1, below._replace(pos=target.pos), share)
         of_heads = listed[len(each) - len(heads) :]
         for (one, _), found, sizes in zip(state.attentions, of_heads, heads, strict=True):
             cross = one.kind == "cross"
             source = RouteNode("resid_post", 1, self._stacks[1][-1].layer, 0) if cross else below
+            source = source if one.lender is None else _entering(index, one.lender)
             shares = found.view(sizes.shape)
             for row, head, pos in (shares > self._threshold).nonzero().tolist():
                 read, share = source._replace(pos=pos), float(shares[row, head, pos])
@@ -216,8 +226,7 @@ class _Search:
         layer = states[place].layer
         if place:
             return RouteNode(states[place - 1].kind, index, layer, 0)
-        kind = "resid_post" if layer else "embed"
-        return RouteNode(kind, index, layer - 1, 0)
+        return _entering(index, layer)
 
     def _through(
         self, target: RouteNode, kind: str, head: int, source: RouteNode, share: float

@@ -9,7 +9,7 @@ any few of them can be carried alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum
@@ -39,6 +39,7 @@ class FrozenAttention:
         norm_after: Norm of the residual sum.
         value_scale: Scale of a norm between W_V and values, or None.
         gate: What multiplies what heads read, or None.
+        lender: The earlier sublayer whose values it uses, where they are not its own; else None.
     """
 
     sublayer: AttentionSublayer
@@ -48,8 +49,16 @@ class FrozenAttention:
     norm_after: FrozenNorm
     value_scale: Float[Tensor, "batch source #head 1"] | None = None
     gate: Float[Tensor, "batch target head d_head"] | None = None
+    lender: FrozenAttention | None = None
 
-    def __call__(self, stream: Parts, memory: Tensor | None, constant: bool) -> Parts:
+    @property
+    def reader(self) -> FrozenAttention:
+        """The sublayer that makes the values: itself, or the one whose values it uses."""
+        return self.lender or self
+
+    def __call__(
+        self, stream: Parts, memory: Tensor | None, constant: bool, lent: Parts | None = None
+    ) -> Parts:
         """Returns the parts of the residual stream after the sublayer.
 
         Args:
@@ -57,13 +66,16 @@ class FrozenAttention:
             memory: Parts of the encoder's output [batch source part d_model], for cross-attention;
                 None for none.
             constant: Whether biases are added: the parts are then the bias, one of them.
+            lent: Parts before the sublayer whose values it uses, where they are not its own.
         """
-        cross = self.sublayer.kind == "cross"
-        read = memory if cross else _pass(self.norm_in, stream, constant)
+        cross, reader = self.sublayer.kind == "cross", self.reader
+        read = (
+            memory if cross else _pass(reader.norm_in, stream if lent is None else lent, constant)
+        )
         if read is None:
             assert not constant
             return _pass(self.norm_after, stream, constant)
-        return self.write(stream, self.mix(self.value(read, constant)), constant)
+        return self.write(stream, self.mix(reader.value(read, constant)), constant)
 
     def value(
         self, read: Parts, constant: bool = False
@@ -95,7 +107,8 @@ class FrozenAttention:
         scale = None if self.value_scale is None else self.value_scale[:, seen]
         pattern = self.pattern[:, :, rows, seen]
         gate = None if self.gate is None else self.gate[:, rows]
-        return FrozenAttention(self.sublayer, pattern, norm_in, *later, scale, gate)
+        lender = None if self.lender is None else self.lender.at(seen, seen)
+        return FrozenAttention(self.sublayer, pattern, norm_in, *later, scale, gate, lender)
 
 
 @dataclass(frozen=True)
@@ -126,21 +139,24 @@ class FrozenFeedForward:
             read: Parts it reads, before its norm.
             constant: Whether the parts are the bias.
         """
+        return _pass(self.norm_after, stream + self.adds(read, constant), constant)
+
+    def adds(self, read: Parts, constant: bool) -> Parts:
+        """Returns the parts of what it adds to the residual stream."""
         ff = self.sublayer
         if constant:
             out = (ff.write(self.constant) + ff.constant())[:, :, None]
         else:
-            entering = _pass(self.norm_in, read, False)
-            out = ff.transmit(entering, self.slopes)
-        return _pass(self.norm_after, stream + _pass(self.norm_out, out, constant), constant)
+            out = ff.transmit(_pass(self.norm_in, read, False), self.slopes)
+        return _pass(self.norm_out, out, constant)
 
-    def at(self, rows: slice) -> FrozenFeedForward:
-        """Returns the sublayer at some targets."""
-        slopes = tuple(slope[:, rows] for slope in self.slopes)
+    def part(self, batch: slice = slice(None), place: slice = slice(None)) -> FrozenFeedForward:
+        """Returns the sublayer at some rows of the batch and some targets."""
+        slopes = tuple(slope[batch, place] for slope in self.slopes)
         norms = (self.norm_in, self.norm_out, self.norm_after)
-        later = (norm.part(place=rows) for norm in norms)
-        sublayer = self.sublayer.part((slice(None), rows))
-        return FrozenFeedForward(sublayer, slopes, self.constant[:, rows], *later)
+        later = (norm.part(batch, place) for norm in norms)
+        sublayer = self.sublayer.part((batch, place))
+        return FrozenFeedForward(sublayer, slopes, self.constant[batch, place], *later)
 
 
 @dataclass(frozen=True)
@@ -152,33 +168,53 @@ class FrozenBlock:
         attentions: Its attention sublayers.
         feed_forward: Its feed-forward sublayer, or None.
         rewrite: The features of a dictionary in its stream, or None.
+        ending: A third sublayer, or None.
+        lends: Whether later blocks use its values.
     """
 
     block: Block
     attentions: tuple[FrozenAttention, ...]
     feed_forward: FrozenFeedForward | None
     rewrite: FrozenFeedForward | None = None
+    ending: FrozenFeedForward | None = None
+    lends: bool = False
 
-    def __call__(self, stream: Parts, memory: Tensor | None, constant: bool = False) -> Parts:
-        """Returns the parts of the block's output; arguments as for `FrozenAttention`."""
+    def __call__(self, stream: Parts, memory: Tensor | None, entered: dict[int, Parts]) -> Parts:
+        """Returns the parts of the block's output.
+
+        Args:
+            stream: Parts of its input.
+            memory: As for `FrozenAttention`.
+            entered: Parts of the inputs of earlier blocks whose values are used again, by layer;
+                those of this one are added.
+        """
         before = stream
+        if self.lends:
+            entered[self.block.layer] = stream
         for attention in self.attentions:
-            stream = attention(stream, memory, constant)
-        if self.feed_forward is None:
-            return stream
-        read = before if self.block.parallel else stream
-        return self.feed_forward(stream, read, constant)
+            lender = attention.sublayer.lender
+            lent = None if lender is None else entered[lender]
+            stream = attention(stream, memory, False, lent)
+        if self.feed_forward is not None:
+            read = before if self.block.parallel else stream
+            stream = self.feed_forward(stream, read, False)
+        return stream if self.ending is None else self.ending(stream, stream, False)
 
     def since(self, first: int) -> FrozenBlock:
         """Returns the block at the targets from one on, which read no earlier ones."""
         if first == 0:
             return self
-        rows = slice(first, None)
-        attentions = tuple(one.at(rows, rows) for one in self.attentions)
-        ff = self.feed_forward
-        return FrozenBlock(self.block, attentions, None if ff is None else ff.at(rows))
+        later = slice(first, None)
+        ff, ending = (
+            None if one is None else one.part(place=later)
+            for one in (self.feed_forward, self.ending)
+        )
+        attentions = tuple(one.at(later, later) for one in self.attentions)
+        return FrozenBlock(self.block, attentions, ff, ending=ending, lends=self.lends)
 
-    def triangle(self, parts: list[Parts], rows: list[slice]) -> list[Parts]:
+    def triangle(
+        self, parts: list[Parts], rows: list[slice], entered: dict[int, list[Parts]]
+    ) -> list[Parts]:
         """Returns the parts of its output by stretches of targets, none of which reads later ones.
 
         A stretch has the parts of the tokens up to its last target alone, and all of them at once:
@@ -187,24 +223,32 @@ class FrozenBlock:
         Args:
             parts: Parts of its input by stretch. Used up.
             rows: The stretches, one after another from the first target on.
+            entered: As for a call, by stretch.
         """
         before = parts[:] if self.block.parallel else parts
+        if self.lends:
+            entered[self.block.layer] = parts[:]
         for attention in self.attentions:
-            own = [attention.at(stretch, stretch) for stretch in rows]
+            lender = attention.sublayer.lender
+            readers = (attention.reader.at(stretch, stretch) for stretch in rows)
             values = [
                 one.value(_pass(one.norm_in, some, False))
-                for one, some in zip(own, parts, strict=True)
+                for one, some in zip(
+                    readers, parts if lender is None else entered[lender], strict=True
+                )
             ]
-            for index, (one, some) in enumerate(zip(own, parts, strict=True)):
+            for index, stretch in enumerate(rows):
                 mixed = torch.zeros_like(values[index])
                 for seen, value in zip(rows[: index + 1], values, strict=False):
-                    mixed[:, :, : seen.stop] += attention.at(rows[index], seen).mix(value)
-                parts[index] = one.write(some, mixed)
-        if self.feed_forward is None:
-            return parts
+                    mixed[:, :, : seen.stop] += attention.at(stretch, seen).mix(value)
+                parts[index] = attention.at(stretch, stretch).write(parts[index], mixed)
         for index, stretch in enumerate(rows):
-            found = self.feed_forward.at(stretch)(parts[index], before[index], False)
-            parts[index] = found
+            if self.feed_forward is not None:
+                ff = self.feed_forward.part(place=stretch)
+                parts[index] = ff(parts[index], before[index], False)
+            if self.ending is not None:
+                ending = self.ending.part(place=stretch)
+                parts[index] = ending(parts[index], parts[index], False)
         return parts
 
 
@@ -223,6 +267,7 @@ def freeze(
     bias: Float[Tensor, "batch target d_model"],
     memory_bias: Float[Tensor, "batch source d_model"] | None,
     fixed: bool,
+    lent: tuple[FrozenAttention, Float[Tensor, "batch source d_model"]] | None = None,
 ) -> tuple[FrozenBlock, Float[Tensor, "batch target d_model"]]:
     """Returns a block frozen at a forward pass, and the bias after it.
 
@@ -232,40 +277,47 @@ def freeze(
         bias: What belongs to no token in the block's input.
         memory_bias: The same of the encoder's output, where the block reads it.
         fixed: Whether feed-forward paths start from the bias alone rather than from zero.
+        lent: The earlier attention sublayer whose values it uses, and what belongs to no token in
+            the input of that one's block; None where values are its own.
 
     Raises:
-        UnsupportedModel: If it mixes tokens in another way than by attention, or has a third
-            sublayer.
+        UnsupportedModel: If it mixes tokens in another way than by attention.
     """
     block.require_attention()
-    block.require_no_ending()
     stream, parts = trace.resid_in(block), bias[:, :, None]
     memory = None if memory_bias is None else memory_bias[:, :, None]
     attentions, streams = [], [stream]
     for sublayer in block.attentions:
-        frozen = _freeze_attention(sublayer, trace, stream)
+        lender, read = (None, None) if lent is None else (lent[0], lent[1][:, :, None])
+        frozen = _freeze_attention(sublayer, trace, stream, lender)
         attentions.append(frozen)
-        parts = frozen(parts, memory, constant=True)
+        parts = frozen(parts, memory, constant=True, lent=read)
         stream = stream + sublayer.output(trace)
         stream = stream if sublayer.norm_after is None else sublayer.norm_after(stream)
         streams.append(stream)
-    ff = None
+    ff = ending = None
     if block.feed_forward is not None:
         read, own = (streams[0], bias) if block.parallel else (stream, parts[:, :, 0])
         held = block.feed_forward.followed(trace)
-        ff = _freeze_feed_forward(held, trace, stream, read, own, fixed)
+        ff = freeze_feed_forward(held, stream, read, own, fixed, trace)
         parts = ff(parts, own[:, :, None], constant=True)
+        stream = stream if block.ending is None else stream + held(read)
+    if block.ending is not None:
+        own = parts[:, :, 0]
+        ending = freeze_feed_forward(block.ending.followed(trace), stream, stream, own, fixed)
+        parts = ending(parts, parts, constant=True)
     features = None
     if block.rewrite is not None:
         streams.append(trace[block.resid_out])
         read = streams[block.rewrite.written]
         none = torch.zeros_like(read)
-        features = _freeze_feed_forward(block.rewrite.features, trace, none, read, none, fixed)
-    return FrozenBlock(block, tuple(attentions), ff, features), parts[:, :, 0]
+        features = freeze_feed_forward(block.rewrite.features, none, read, none, fixed, trace)
+    return FrozenBlock(block, tuple(attentions), ff, features, ending), parts[:, :, 0]
 
 
-def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor) -> FrozenAttention:
-    sublayer.require_own_values()
+def _freeze_attention(
+    sublayer: AttentionSublayer, trace: Trace, stream: Tensor, lender: FrozenAttention | None
+) -> FrozenAttention:
     raw, norm_in = sublayer.raw_output(trace), FrozenNorm.at(sublayer.norm_in, stream)
     return FrozenAttention(
         sublayer=sublayer,
@@ -273,21 +325,37 @@ def _freeze_attention(sublayer: AttentionSublayer, trace: Trace, stream: Tensor)
         norm_in=norm_in,
         norm_out=FrozenNorm.at(sublayer.norm_out, raw),
         norm_after=FrozenNorm.at(sublayer.norm_after, stream + sublayer.output(trace)),
-        value_scale=sublayer.value_scale(norm_in.affine(stream)),
+        value_scale=None if lender else sublayer.value_scale(norm_in.affine(stream)),
         gate=trace.gate(sublayer),
+        lender=lender,
     )
 
 
-def _freeze_feed_forward(
-    ff: FeedForward, trace: Trace, stream: Tensor, read: Tensor, bias: Tensor, fixed: bool
+def freeze_feed_forward(
+    ff: FeedForward,
+    stream: Float[Tensor, "batch target d_model"],
+    read: Float[Tensor, "batch target d_model"],
+    bias: Float[Tensor, "batch target d_model"],
+    fixed: bool,
+    trace: Trace | None = None,
 ) -> FrozenFeedForward:
+    """Returns a feed-forward sublayer with its slopes and its norms' scales frozen.
+
+    Args:
+        ff: The sublayer, with the routing of its experts held.
+        stream: The residual stream that it adds to.
+        read: The residual stream that it reads.
+        bias: What belongs to no token in what it reads.
+        fixed: See `freeze`.
+        trace: The pass, of which the features of a dictionary are read.
+    """
     norm_in = FrozenNorm.at(ff.norm_in, read)
     total = ff.pre_activations(read if ff.norm_in is None else ff.norm_in(read))
     # Which features pass is decided by a hair: by those of the pass, not by rounding.
-    total = [trace[ff.pre]] if ff.missing else total
+    total = [trace[ff.pre]] if ff.missing and trace is not None else total
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
     out = ff.write(ff.activate(total)) + ff.constant()
-    out = out + trace[ff.missing] if ff.missing else out
+    out = out + trace[ff.missing] if ff.missing and trace is not None else out
     norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(
         sublayer=ff,
@@ -319,8 +387,9 @@ class FrozenStack:
 
     def memory(self, parts: Parts) -> Parts:
         """Returns the parts of the output that another stack reads, given those of its input."""
+        entered: dict[int, Parts] = {}
         for block in self.blocks:
-            parts = block(parts, None)
+            parts = block(parts, None, entered)
         return _pass(self.final_norm, parts, False)
 
 
@@ -342,13 +411,17 @@ def freeze_stack(
     """
     bias = torch.zeros_like(trace.resid_in(blocks[0]))
     memory_bias = None if encoder is None else encoder.memory_bias()
-    frozen, biases = [], []
+    frozen, biases, entering = [], [], []
+    lenders = {attention.lender for block in blocks for attention in block.attentions}
     for block in blocks:
         if trace.edited and block.layer:
             # What hooks added between blocks is no token's; exactly zero without.
             bias = bias + (trace.resid_in(block) - trace[blocks[block.layer - 1].resid_out])
-        one, bias = freeze(block, trace, bias, memory_bias, fixed)
-        frozen.append(one)
+        entering.append(bias)
+        lender = next((a.lender for a in block.attentions if a.lender is not None), None)
+        lent = None if lender is None else (frozen[lender].attentions[0], entering[lender])
+        one, bias = freeze(block, trace, bias, memory_bias, fixed, lent)
+        frozen.append(replace(one, lends=block.layer in lenders))
         biases.append(bias)
     whole = bias if final_norm is None else trace[blocks[-1].resid_out]
     return FrozenStack(tuple(frozen), tuple(biases), FrozenNorm.at(final_norm, whole))

@@ -60,7 +60,7 @@ class Heads:
     @cached_property
     def _reading(self) -> Float[Tensor, "head target source"]:
         """What W_V's output is weighted with: the pattern, over the scale of a norm of values."""
-        scale = self.frozen.value_scale
+        scale = self.frozen.reader.value_scale
         return self.pattern if scale is None else self.pattern / scale[0, :, :, 0].T[:, None]
 
     @property
@@ -119,20 +119,22 @@ class Heads:
     def _norm(self, read: Gradient) -> Gradient:
         # Cross-attention reads its values after the encoder's final norm.
         cross = self.frozen.sublayer.kind == "cross"
-        return read if cross else self.frozen.norm_in.pull_back(read)
+        return read if cross else self.frozen.reader.norm_in.pull_back(read)
 
     @cached_property
     def _bias(self) -> Float[Tensor, "head d_head"]:
         """The values of a stream of zeros."""
-        W_V, norm = self._weight("W_V"), self.frozen.norm_in
+        reader = self.frozen.reader
+        W_V, norm = self._weight("W_V"), reader.norm_in
         found = W_V.new_zeros(W_V.shape[0], W_V.shape[2])
         if self.frozen.sublayer.kind == "self" and norm.bias is not None:
             found = found + torch.einsum("m,hmd->hd", norm.bias, W_V)
-        b_V = self.frozen.sublayer.weights("b_V")
+        b_V = reader.sublayer.weights("b_V")
         return found if b_V is None else found + b_V
 
     def _weight(self, name: str) -> Tensor:
-        return require_weight(self.frozen.sublayer.weights, name)
+        frozen = self.frozen.reader if name == "W_V" else self.frozen
+        return require_weight(frozen.sublayer.weights, name)
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ class Step:
         first: Whether it is the first sublayer of its block.
         rewrites: Whether what it writes takes the place of the stream.
         entered: What hooks added to the stream in front of it, or None.
+        lender: The layer whose input its values are made of, where they are not its own; or None.
     """
 
     kind: str
@@ -272,6 +275,7 @@ class Step:
     first: bool = False
     rewrites: bool = False
     entered: Float[Tensor, "pos d_model"] | None = None
+    lender: int | None = None
 
     @classmethod
     def of(cls, frozen: FrozenBlock, trace: Trace, split: bool) -> list[Step]:
@@ -280,13 +284,16 @@ class Step:
         for place, attention in enumerate(frozen.attentions):
             kind = "cross_attn" if attention.sublayer.kind == "cross" else "attn"
             nodes = Heads(attention, trace.mixed(attention.sublayer)[0])
-            found.append([cls(kind, layer, nodes, first=place == 0)])
+            lender = attention.sublayer.lender
+            found.append([cls(kind, layer, nodes, first=place == 0, lender=lender)])
         if frozen.feed_forward is not None:
             found.append(_memories(frozen.feed_forward, layer, trace, split, frozen.block.parallel))
         if frozen.rewrite is not None and frozen.block.rewrite is not None:
             features, *error = _memories(frozen.rewrite, layer, trace, True, False)
             place = frozen.block.rewrite.written
             found.insert(place, [replace(features, rewrites=True), *error])
+        if frozen.ending is not None:
+            found.append(_memories(frozen.ending, layer, trace, False, False))
         return [step for steps in found for step in steps]
 
 
@@ -631,6 +638,7 @@ class LinearGraph:
             if index + 1 < len(self.stacks):
                 memory = gradient.new_zeros(len(gradient), *self.stacks[index + 1].start.shape)
             entry: Gradient | float = 0.0
+            lent: dict[int, Gradient | float] = {}
             for place in reversed(range(len(stack.steps))):
                 step = stack.steps[place]
                 frozen = step.nodes.frozen
@@ -644,12 +652,14 @@ class LinearGraph:
                     memory = memory + read
                 elif step.entry:
                     entry = entry + read
+                elif step.lender is not None:
+                    lent[step.lender] = read + lent.get(step.lender, 0.0)
                 elif step.rewrites:
                     gradient = torch.zeros_like(gradient) + read
                 else:
                     gradient = gradient + read
                 if step.first:
-                    gradient, entry = gradient + entry, 0.0
+                    gradient, entry = gradient + entry + lent.pop(step.layer, 0.0), 0.0
                 bias(index, step.layer, _along(gradient, step.entered))
             end(index, gradient)
 

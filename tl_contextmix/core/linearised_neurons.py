@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, FeedForward
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
+from tl_contextmix.core.frozen_blocks import freeze_feed_forward
 from tl_contextmix.core.token_sums import FrozenNorm, TokenSum, blocks
 
 # Of which shares of neurons are made at once: fewer take longer, more take memory for nothing.
@@ -34,13 +35,16 @@ def feed_forward_points(
     added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
     stream = points["residual"]
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
-    summed = replace(added, residual=stream, bias=parts_bias, total=total)
-    normed = summed
-    if ff.norm_after is not None:
-        norm = FrozenNorm.at(ff.norm_after, total)
-        normed = replace(
-            summed, norm_after=norm, bias=norm.affine(parts_bias), total=ff.norm_after(total)
-        )
+    ending = None
+    if block.ending is not None:
+        ending = freeze_feed_forward(block.ending, total, total, parts_bias, bias == "fixed")
+        parts_bias = parts_bias + ending.adds(parts_bias[:, :, None], True)[:, :, 0]
+        total = total + block.ending(total)
+    summed = replace(added, residual=stream, bias=parts_bias, total=total, ending=ending)
+    normed, last = summed, block.feed_forwards[-1].norm_after
+    if last is not None:
+        norm = FrozenNorm.at(last, total)
+        normed = replace(summed, norm_after=norm, bias=norm.affine(parts_bias), total=last(total))
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
 
 

@@ -331,10 +331,7 @@ class _Entry:
 
 def needed(block: Block) -> tuple[str, ...]:
     """Returns names of the activations that a stream needs besides those of maps."""
-    ff = block.feed_forward
-    own = (block.resid_out,) if ff is None else (block.resid_out, ff.post)
-    ending = () if block.ending is None else (block.ending.out,)
-    return (*own, *ending, *block.made())
+    return (block.resid_out, *(ff.post for ff in block.feed_forwards), *block.made())
 
 
 def decompose_stream(
@@ -404,7 +401,7 @@ def _kind(sublayer: AttentionSublayer | Mixer | FeedForward) -> Kind:
     if isinstance(sublayer, FeedForward):
         return cast("Kind", sublayer.kind)
     if isinstance(sublayer, Mixer):
-        return sublayer.kind
+        return "mixer"
     return "attn" if sublayer.kind == "self" else "cross_attn"
 
 

@@ -79,7 +79,7 @@ class ValueAblation:
         later: Attention sublayers after it.
         fixed: The feed-forward output where it does not see the change (parallel), else None.
         pre: The model's own pre-activations by branch where the pass kept them, else None.
-        added: What hooks add to the residual sum after the feed-forward sublayer, or None.
+        added: What hooks add to the residual sum after the last sublayer, or None.
         reached: `touched` on the host, by spans, as far as it was asked for.
     """
 
@@ -274,9 +274,7 @@ class ValueAblation:
             return stream
         if self.fixed is not None:
             stream = stream + self.fixed[:, None, rows]
-            stream = shift(stream, None if self.added is None else self.added[:, None, rows])
-            return stream if ff.norm_after is None else ff.norm_after(stream)
-        if self.branches:
+        elif self.branches:
             second = second if ff.norm_in is None else ff.norm_in.scale(stream)
             pre = self._pre(rows, first, second, images)
             if among is not None:
@@ -285,11 +283,16 @@ class ValueAblation:
         else:
             stream = stream if among is None else stream[:, source, target]
             stream = stream + ff(stream)
+        if self.block.ending is not None:
+            ending = self.block.ending.part((slice(None), None, rows))
+            ending = ending if among is None else ending.part((slice(None), 0, target))
+            stream = stream + ending(stream)
         if self.added is not None:
             added = self.added[:, None, rows]
             added = added if among is None else added[:, 0, target]
             stream = stream + added
-        return stream if ff.norm_after is None else ff.norm_after(stream)
+        last = self.block.feed_forwards[-1]
+        return stream if last.norm_after is None else last.norm_after(stream)
 
     def _middle(
         self, rows: slice, removed: Tensor | None = None
@@ -367,13 +370,13 @@ def ablate_values(
         rows: Targets to look at; None for all.
 
     Raises:
-        UnsupportedModel: If the feed-forward activation is not elementwise, a third sublayer
-            follows, or the values are another layer's.
+        UnsupportedModel: If the feed-forward activation is not elementwise.
     """
-    block.require_no_ending()
     picked = slice(None) if rows is None else list(rows)
     attention = block.attention(kind)
-    attention.require_own_values()
+    if block.ending is not None:
+        held = block.ending.followed(trace, (slice(None), picked))
+        block = replace(block, ending=held)
     kinds: list[str] = [attention.kind for attention in block.attentions]
     position = kinds.index(kind)
     stream = x = trace.resid_in(block)[:, picked]
@@ -397,7 +400,7 @@ def ablate_values(
         later=tuple(_later(a, trace, picked) for a in block.attentions[position + 1 :]),
         fixed=fixed,
         pre=pre,
-        added=None if ff is None else _added(ff, trace, picked),
+        added=None if ff is None else _added(block.feed_forwards[-1], trace, picked),
     )
 
 
@@ -486,6 +489,8 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     # Pre-activations, those of the pairs that read something or what the activation makes of
     # them, and one more; vectors before and after.
     pair = (3 + (ff is not None and ff.gated)) * neurons + 11 * width
+    ending = found.block.ending
+    pair += 0 if ending is None else 3 * ending.width + 2 * width
     pair += found.read.per_pair
     # Queries, scores, their softmax and the mixed values of later attention.
     pair += sum(3 * width + 4 * later.seen.shape[2] * later.seen.shape[3] for later in found.later)

@@ -242,7 +242,7 @@ class LayerReadout:
     def names(view: ModelView, block: Block) -> tuple[str, ...]:
         """Returns the activations that reading a layer needs, besides the block's points."""
         ff = require_feed_forward(block)
-        ending = () if block.ending is None else (block.ending.out,)
+        ending = () if block.ending is None else (block.ending.post,)
         return (*branch_names(ff), *block.spared(), *ending, view.blocks()[-1].resid_out)
 
     @classmethod

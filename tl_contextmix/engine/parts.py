@@ -128,8 +128,7 @@ def parts_at(
 
     Raises:
         InvalidInput: If the block has no feed-forward sublayer and the point is inside of one.
-        UnsupportedModel: If the point lies after an activation that is not elementwise, or after a
-            third sublayer.
+        UnsupportedModel: If the point lies after an activation that is not elementwise.
     """
     return parts_at_all(block, points, (at,), bias, max_bytes)[at]
 
@@ -145,8 +144,6 @@ def parts_at_all(
     found: dict[Point, TokenSum | FeedForwardParts] = {}
     expanded: dict[str, FeedForwardParts] = {}
     for at in asked:
-        if at in ("resid_post", "block_out"):
-            block.require_no_ending()
         if at in points:
             found[at] = points[at]
         elif block.feed_forward is not None:

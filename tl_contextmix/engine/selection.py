@@ -222,11 +222,19 @@ def every_sublayer(view: ModelView) -> Iterator[Sublayer]:
 
 
 def every_place(view: ModelView) -> Iterator[Sublayer]:
-    """Yields what enters each stack, as if it were a sublayer, and all sublayers."""
+    """Yields what enters each stack, as if it were a sublayer, and all sublayers.
+
+    A third sublayer is ablated as a whole.
+    """
     for stack, blocks in view.stacks.items():
         prefix = "" if stack == view.base_stack(None) else "encoder "
         yield Sublayer(f"{prefix}embed", -1, 0, 0, blocks[0].resid_in)
     yield from every_sublayer(view)
+    for _, block in view.every_block():
+        ending = block.ending
+        if ending is not None:
+            kind, post = ending.kind, ending.post
+            yield Sublayer(kind, block.layer, 0, 0, post, feed_forward=ending)
 
 
 def without_sources(chosen: Components, *, per_position: bool) -> Components:

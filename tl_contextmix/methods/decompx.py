@@ -273,8 +273,9 @@ class _Carried:
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             for first, parts, memory in self._starts():
+                entered: dict[int, Tensor] = {}
                 for layer, block in enumerate(self.own.blocks):
-                    parts = block.since(first)(parts, memory)
+                    parts = block.since(first)(parts, memory, entered)
                     for index, asked in enumerate(self.asked):
                         if asked.layer == layer:
                             found[index].append(read(first, parts))
@@ -293,8 +294,10 @@ class _Carried:
         """Returns whether all tokens fit at once, and folding slopes for that many is cheaper."""
         x = self.done.trace.resid_in(self.own.blocks[0].block)
         ff, (batch, count, width) = self.own.blocks[0].block.feed_forward, x.shape
-        # Triangles of the stream, of values and of both once more while they are replaced.
-        held = 4 * batch * count * (count + 2 * _few(count)) // 2 * width * x.element_size()
+        # Triangles of the stream, of values and of both once more while they are replaced, and of
+        # what later blocks read again.
+        triangles = 4 + sum(one.lends for one in self.own.blocks)
+        held = triangles * batch * count * (count + 2 * _few(count)) // 2 * width * x.element_size()
         if self.encoder is not None or ff is None or ff.routes or held > max_bytes:
             return False
         own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
@@ -310,8 +313,9 @@ class _Carried:
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             parts = [own_parts(x, slice(0, some.stop))[:, some] for some in rows]
+            entered: dict[int, list[Tensor]] = {}
             for layer, block in enumerate(self.own.blocks):
-                parts = block.triangle(parts, rows)
+                parts = block.triangle(parts, rows, entered)
                 for index, asked in enumerate(self.asked):
                     for some, part in zip(rows, parts, strict=True):
                         if asked.layer == layer:
@@ -386,11 +390,16 @@ def _carry(done: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: int) -> 
 
 
 def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
-    """Returns how many tokens fit: neurons of each branch twice, and eight streams per position."""
+    """Returns how many tokens fit: neurons of each branch twice, and eight streams per position.
+
+    And one for each layer whose values are used again.
+    """
     x = max((done.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
     neurons = 0 if ff is None else 2 * ff.width * (1 + ff.gated)
-    per_token = x.shape[0] * x.shape[1] * (neurons + 8 * x.shape[2]) * x.element_size()
+    lenders = {attention.lender for block in every for attention in block.attentions} - {None}
+    streams = (8 + len(lenders)) * x.shape[2]
+    per_token = x.shape[0] * x.shape[1] * (neurons + streams) * x.element_size()
     return max(1, max_bytes // per_token)
 
 

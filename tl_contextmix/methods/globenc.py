@@ -42,7 +42,8 @@ def globenc(
     The paper defines it for post-LN encoders (BERT). A pre-LN block has no norm after its sums,
     so that both :math:`L` are the identity and the map is that of
     ``attention_norms(at="resid_mid")``; norms of a sublayer's output (sandwich) are part of
-    :math:`T_{ij}`. In a decoder with cross-attention :math:`T` is what both attentions bring.
+    :math:`T_{ij}`. In a decoder with cross-attention :math:`T` is what both attentions bring. The
+    output of a third sublayer (per-layer embeddings) is skipped like that of the feed-forward one.
 
     There is no published version to a prediction: ``decompx(of="logit")`` by the same authors and
     ``alti(of="logit")`` explain a logit.
@@ -79,7 +80,6 @@ def globenc(
     )
 
     def norms(part: Pass, block: Block) -> Tensor:
-        block.require_no_ending()
         stream = linear_points(block, part.trace, part.stack)["residual"]
         return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
 
@@ -88,15 +88,14 @@ def globenc(
 
 
 def _neurons(block: Block) -> list[str]:
-    ff = block.feed_forward
-    return [] if ff is None or ff.norm_after is None else [ff.post]
+    last = [ff.norm_after for ff in block.feed_forwards]
+    return [] if not last or last[-1] is None else [ff.post for ff in block.feed_forwards]
 
 
 def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
     """Returns the stream past the block's last norm, whose scale alone knows the neurons."""
-    ff = block.feed_forward
-    if ff is None or ff.norm_after is None:
-        return stream
-    raw = ff.raw_output(trace)
-    whole = stream.total + (raw if ff.norm_out is None else ff.norm_out(raw))
-    return replace(stream, sum_up=lambda: whole).linear(ff.norm_after)
+    norm, whole = None, stream.total
+    for ff in block.feed_forwards:
+        raw, norm = ff.raw_output(trace), ff.norm_after
+        whole = whole + (raw if ff.norm_out is None else ff.norm_out(raw))
+    return stream if norm is None else replace(stream, sum_up=lambda: whole).linear(norm)

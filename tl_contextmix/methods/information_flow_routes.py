@@ -110,7 +110,10 @@ def information_flow_routes(
         )
 
 
-_KINDS = ("embed", "attn", "resid_mid", "cross_attn", "resid_mid_cross", "mlp", "resid_post")
+_KINDS = (
+    *("embed", "attn", "resid_mid", "cross_attn", "resid_mid_cross"),
+    *("mlp", "resid_mid_mlp", "per_layer_embed", "resid_post"),
+)
 
 
 def _order(node: RouteNode) -> tuple[int, ...]:

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 _SHOWN = 80
 _SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
-WRITTEN = ("embed", "attn", "cross_attn", "mlp", "encoder embed", "encoder attn", "encoder mlp")
+WRITTEN = (
+    *("embed", "attn", "cross_attn", "mlp", "per_layer_embed"),
+    *("encoder embed", "encoder attn", "encoder mlp"),
+)
 """Kinds of nodes that the model writes to its stream at one position."""
-STATES = ("resid_mid", "resid_mid_cross", "resid_post")
+STATES = ("resid_mid", "resid_mid_cross", "resid_mid_mlp", "resid_post")
 """Kinds of nodes of information flow routes that stand for the stream itself."""
 
 
@@ -48,12 +51,12 @@ class GraphNode:
     """Something that writes to the residual stream, or what gathers several.
 
     Attributes:
-        kind: ``"embed"``, ``"attn"``, ``"cross_attn"``, ``"mlp"``, ``"bias"`` (of a layer),
-            ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or ``"answer"``; of an
-            encoder-decoder's encoder ``"encoder embed"`` and so on. Of a dictionary ``"mlp
-            feature"``, ``"mlp error"``, ``"resid_pre feature"`` and so on, and ``"error rest"``
-            (of a layer: errors that were pruned). Of information flow routes also states:
-            ``"resid_mid"``, ``"resid_mid_cross"``, ``"resid_post"``.
+        kind: ``"embed"``, ``"attn"``, ``"cross_attn"``, ``"mlp"``, ``"per_layer_embed"``,
+            ``"bias"`` (of a layer), ``"rest"`` (of a layer: what was pruned), ``"readout bias"`` or
+            ``"answer"``; of an encoder-decoder's encoder ``"encoder embed"`` and so on. Of a
+            dictionary ``"mlp feature"``, ``"mlp error"``, ``"resid_pre feature"`` and so on, and
+            ``"error rest"`` (of a layer: errors that were pruned). Of routes also states:
+            ``"resid_mid"``, ``"resid_mid_cross"``, ``"resid_mid_mlp"``, ``"resid_post"``.
         layer: Its layer; -1 for embeddings, the number of layers for the readout and the answer.
         pos: Its position; -1 for what gathers several.
         head: Its head; -1 for no head.

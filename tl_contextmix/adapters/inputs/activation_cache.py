@@ -88,7 +88,9 @@ def trace_of(
             "activations by name, as TransformerLens' caching run returns them",
             "Pass the second of its results; the first are the logits.",
         )
-    needed, checks = list(dict.fromkeys(needed)), [n for b in blocks for n in b.checkpoints()]
+    made = {name: view.cached.made[name] for name in needed if name in view.cached.made}
+    needed = [*dict.fromkeys(made[name][0] if name in made else name for name in needed)]
+    checks = [name for block in blocks for name in block.checkpoints()]
     if isinstance(cache, NamesOnly):
         embedded = [name for names in view.cached.embedded.values() for name in names]
         raise NamesRead(needed, [*checks, *embedded])
@@ -107,6 +109,8 @@ def trace_of(
     _require_shapes(values, batch, blocks)
     _require_masked(view, values, batch, blocks)
     _require_tokens(view, reader, batch)
+    for name, (source, make) in made.items():
+        values[name] = make(batch.main.ids, values[source])
     return Trace(batch=batch, values=values, dtype=view.dtype)
 
 

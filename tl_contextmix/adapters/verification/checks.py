@@ -39,11 +39,14 @@ def check_rows(view: ModelView, probe: Probe) -> Iterator[CheckRow]:
         following = view.stacks[stack][block.layer + 1 :]
         output = following[0].resid_in if following else block.resid_out
         yield _block_row(where, block, probe.clean, output, probe.tolerance)
-        ff = block.feed_forward
-        if ff is not None:
-            name = f"{where} feed-forward"
+        for ff in block.feed_forwards:
+            name = f"{where} {_called(ff)}"
             yield from _pre_rows(name, block, ff, probe.clean, probe.tolerance)
             yield from _activation_rows(name, ff, probe.edited, probe.tolerance)
+
+
+def _called(ff: FeedForward) -> str:
+    return "feed-forward" if ff.kind == "mlp" else ff.kind
 
 
 def _probe_rows(where: str, attention: AttentionSublayer, probe: Probe) -> Iterator[CheckRow]:
@@ -237,7 +240,6 @@ def _pass_rows(
         if "attn" in needs:
             error = _edit_error(trace, attention, real)
             yield "attn", CheckRow("heads + bias = attention output", place, error, tolerance)
-    ff = block.feed_forward
     if "unsteered" in needs:
         for sublayer in block.sublayers:
             added = trace.edit(sublayer.edits.stream)
@@ -246,21 +248,20 @@ def _pass_rows(
                 "unsteered",
                 CheckRow("nothing else on the stream", where, error, tolerance),
             )
-    last = [name for name in (ff and ff.post, block.ending and block.ending.out) if name]
+    last = [ff.post for ff in block.feed_forwards]
     if "block" in needs and there.issuperset((block.resid_out, *last)):
         yield "block", _block_row(where, block, trace, block.resid_out, tolerance, real)
-    if ff is None:
-        return
-    name = f"{where} feed-forward"
-    if "read" in needs and set(ff.read_names) <= there:
-        for row in _pre_rows(name, block, ff, trace, tolerance, real):
-            yield "read", row
-    if "activation" in needs and set(ff.shown()) <= there:
-        for row in _activation_rows(name, ff, trace, tolerance, real):
-            yield "activation", row
-    if "mlp" in needs:
-        error = _edit_error(trace, ff, real)
-        yield "mlp", CheckRow("neurons + bias = feed-forward output", name, error, tolerance)
+    for ff in block.feed_forwards:
+        name = f"{where} {_called(ff)}"
+        if "read" in needs and set(ff.read_names) <= there:
+            for row in _pre_rows(name, block, ff, trace, tolerance, real):
+                yield "read", row
+        if "activation" in needs and there.issuperset((*ff.shown(), *ff.held_names)):
+            for row in _activation_rows(name, ff, trace, tolerance, real):
+                yield "activation", row
+        if "mlp" in needs:
+            error = _edit_error(trace, ff, real)
+            yield "mlp", CheckRow("neurons + bias = feed-forward output", name, error, tolerance)
 
 
 def _head_rows(

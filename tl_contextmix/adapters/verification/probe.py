@@ -78,8 +78,8 @@ def run_probe(view: ModelView) -> Probe:
         names += [a.key for a in block.attentions if a.kind == "cross"]
         names += [a.sink_scores for a in block.attentions if a.sink_scores]
         edits |= {a.value: _zero_first for a in block.attentions}
-        if block.feed_forward is not None:
-            edits |= dict.fromkeys(block.feed_forward.pre_names[:1], _grid)
+        for ff in block.feed_forwards:
+            edits |= dict.fromkeys(ff.pre_names[:1], _grid)
     clean, edited = _both(view, batch, names, edits)
     # Readings of a block share most of what is recomputed, and it is recomputed again as a check.
     return Probe(replace(clean, known={}), replace(edited, known={}), view.tolerance)
@@ -162,7 +162,9 @@ def settle_block(
     if error == float("inf"):
         return block  # weights and activations do not fit: there is nothing to settle
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
-    ff = block.feed_forward
+    ff, ending = block.feed_forward, block.ending
+    if ending is not None:
+        block = replace(block, ending=_settle_activation(ending, probe, None))
     if ff is None or ff.refusal or ff.routes:  # of experts the activation is known
         return block
     return replace(block, feed_forward=_settle_activation(ff, probe, host_activation))
@@ -196,10 +198,11 @@ def _output_error(block: Block, probe: Probe, resid_out: str) -> float:
 
 
 def _input_error(block: Block, probe: Probe) -> float:
-    ff = block.feed_forward
-    if ff is None:
-        return 0.0
-    return _error_of(lambda: [error for _, error in pre_errors(block, ff, probe.clean)])
+    return _error_of(
+        lambda: [
+            error for ff in block.feed_forwards for _, error in pre_errors(block, ff, probe.clean)
+        ]
+    )
 
 
 def _error_of(compare: Callable[[], list[float]]) -> float:
@@ -235,8 +238,8 @@ def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
 def pre_errors(
     block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
 ) -> Iterator[tuple[str, float]]:
-    """Yields what is recomputed of the feed-forward sublayer's input, and the error of each."""
-    x = block.feed_forward_input(trace)
+    """Yields what is recomputed of what a feed-forward sublayer reads, and the error of each."""
+    x = block.read_by(ff, trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
     for label, name, found in trace.once(f"reread {ff.read_names}", x, lambda: [*ff.reread(x)]):
         yield label, relative_error(found, trace[name], real=real)
@@ -273,7 +276,7 @@ def _mean_error(ff: FeedForward, probe: Probe) -> float:
 
 
 def _post(ff: FeedForward, trace: Trace) -> Tensor:
-    return ff.post_activation([trace[name] for name in ff.pre_names])
+    return ff.followed(trace).post_activation([trace[name] for name in ff.pre_names])
 
 
 def activation_error(ff: FeedForward, trace: Trace, real: Tensor | None = None) -> float:

@@ -1,0 +1,115 @@
+"""Gemma 4's per-layer embeddings: read as a sublayer, and the vectors that no hook shows.
+
+Every token has a vector for each layer: an embedding of its own, and a projection of what enters
+the first block. The host's own module makes it anew of these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_contextmix.adapters.expert_reading import inner
+from tl_contextmix.core.blocks import Batch, Block, EditPoints
+from tl_contextmix.core.model_view import Hooks, PassOutput, Runner
+from tl_contextmix.core.per_layer_embedding import PerLayerEmbedding
+from tl_contextmix.core.token_sums import Norm
+
+_NORM = "post_per_layer_input_norm"
+_LAYERS = {"W_in": "per_layer_input_gate", "W_out": "per_layer_projection"}
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """An activation that no hook shows, and what it is made of.
+
+    Attributes:
+        source: Name of the activation that it is made of.
+        make: Makes it of token ids and that activation.
+    """
+
+    source: str
+    make: Callable[[Tensor, Tensor], Tensor]
+
+
+def with_ending(
+    block: Block, handle: Any, path: str, module: nn.Module, norm: Callable[[Any], Norm | None]
+) -> Block:
+    """Returns a reading with the sublayer of per-layer embeddings, where there is one.
+
+    Args:
+        block: The reading without it.
+        handle: The model, a `Handle`.
+        path: Path of the block.
+        module: The block.
+        norm: Reads a norm.
+    """
+    if _LAYERS["W_out"] not in module._modules:
+        return block
+
+    def weights(name: str) -> Tensor | None:
+        if name not in _LAYERS:
+            return None  # its layers have no biases
+        layer = inner(handle.get().get_submodule(f"{path}.{_LAYERS[name]}"))
+        return handle.ready(layer.weight.T)
+
+    ending = PerLayerEmbedding(
+        pre=f"{path}.{_LAYERS['W_in']}.hook_out",
+        post=f"{path}.{_LAYERS['W_out']}.hook_in",
+        pre_linear=None,
+        weights=weights,
+        norm_out=norm(module._modules[_NORM]),
+        edits=EditPoints(
+            raw=(f"{path}.{_LAYERS['W_out']}.hook_out",), out=(f"{path}.{_NORM}.hook_out",)
+        ),
+        vector=f"{path}.per_layer_input",
+    )
+    ff = block.feed_forward
+    ff = None if ff is None else replace(ff, edits=replace(ff.edits, stream=()))
+    return replace(block, feed_forward=ff, ending=ending)
+
+
+def find_unseen(handle: Any, stacks: Mapping[str, tuple[Block, ...]]) -> dict[str, Unseen]:
+    """Returns how the activations that no hook shows are made, by name."""
+    return {
+        block.ending.vector: Unseen(blocks[0].resid_in, partial(_vector, handle, block.layer))
+        for blocks in stacks.values()
+        for block in blocks
+        if isinstance(block.ending, PerLayerEmbedding)
+    }
+
+
+def _vector(handle: Any, layer: int, ids: Tensor, entering: Tensor) -> Tensor:
+    """Returns the vectors of a layer [batch pos neuron], given what enters the first block."""
+    modules = handle.get().original_model.modules()
+    own = next(one for one in modules if hasattr(one, "project_per_layer_inputs"))
+    with torch.no_grad():
+        embedded = own.get_per_layer_inputs(ids.to(entering.device), None)
+        return own.project_per_layer_inputs(entering, embedded)[:, :, layer]
+
+
+def with_unseen(run: Runner, unseen: Mapping[str, Unseen]) -> Runner:
+    """Returns a runner that makes what hooks do not show, too."""
+
+    def whole(
+        batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True
+    ) -> PassOutput:
+        made = [name for name, _ in hooks if name in unseen]
+        shown = {name: edit for name, edit in hooks if name not in unseen}
+        for name in made:
+            shown.setdefault(unseen[name].source, None)
+        output, values, added = run(batch, [*shown.items()], grad, watch, logits)
+        for name in made:
+            source = unseen[name].source
+            entering = values[source].detach()
+            if source in added:  # in front of the block, behind what the vectors are made of
+                entering = entering - added[source].to(entering)
+            values[name] = unseen[name].make(batch.main.ids, entering)
+        return output, values, added
+
+    return whole if unseen else run
