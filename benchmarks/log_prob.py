@@ -1,17 +1,18 @@
 """Log-probability contributions: how much work the bound spares, and which score finds neurons.
 
-``python benchmarks/log_prob.py`` prints three Markdown tables; ``--quick`` takes seconds. What they
+``python benchmarks/log_prob.py`` prints Markdown tables; ``--quick`` takes seconds. What they
 say, and on which numbers, is in README.md beside this file.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, get_args
 
 import torch
-from meters import Memory, WithoutProducts, command_line, flops, row, say
+from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -179,6 +180,34 @@ def logit_attribution(model: Any, ids: Tensor, target: int) -> Tensor:
     return found.attribution[:-1, 0]  # the last is everything else
 
 
+def all_neurons(shape: tuple[int, int, int, int]) -> None:
+    """Prints what evaluating every neuron of a layer takes, and the notebook's loop.
+
+    The loop is that of Yu and Ananiadou's notebook, on tensors: all neurons of a layer at once.
+    `peers.py` runs the notebook itself.
+    """
+    sizes = Sizes(*shape)
+    split, target = sizes.splits[0], int(sizes.target[0])
+    assert split.neurons is not None
+    neurons, base = split.neurons, sizes.states[0, split.step]
+    scale = sizes.states[:, -1].var(dim=-1, unbiased=False).add(1e-5).sqrt()
+
+    def read(states: Tensor) -> Tensor:
+        logits = (states - states.mean(-1, keepdim=True)) / scale @ sizes.weights["W_U"]
+        return torch.log(torch.softmax(logits, -1)[..., target])
+
+    def loop() -> Tensor:
+        return read(neurons.activations[0, 0, :, None] * neurons.rows + base) - read(base)
+
+    ways = (lambda: sizes.full(1)[0], loop)
+    assert float((ways[0]() - loop()).abs().max()) < 1e-4
+    row(f"all {shape[1]:,} neurons of a layer, V={shape[3]:,}", "seconds", "peak MiB")
+    row(*["---"] * 3)
+    for name, way in zip(("ours", "the notebook's loop"), ways, strict=True):
+        taken = interleaved([way], 3, time.process_time)[0]
+        row(name, f"{taken:.2f}", f"{peak(way) / 2**20:.0f}")
+
+
 def facts(count: int | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields a pattern, its texts and their answers: what the embedded model knows.
 
@@ -250,6 +279,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         work_table((3, 256, 64, 2000) if quick else GPT2, [10] if quick else [10, 100])
+        say()
+        all_neurons((3, 256, 64, 2000) if quick else GPT2)
         model = cm.load_demo("causal-lm")
         say()
         facts_each = 4 if quick else None

@@ -273,7 +273,7 @@ class Delphi:
             dense = torch.full((ids.numel(), cache.width), -torch.inf)
             dense[places[:, 0] * ids.shape[1] + places[:, 1], places[:, 2]] = values
             tops.append(dense.topk(TOP, dim=0).values.T)
-        return {"top": torch.stack(tops)}
+        return {"top": torch.stack(tops).clamp(min=0)}  # negative ones do not count here
 
 
 PEERS = {

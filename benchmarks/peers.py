@@ -129,7 +129,7 @@ def _mined(model: Any, ids: Tensor) -> Numbers:
     view = as_view(model)
     miner, tops = miner_of(view, len(ids))
     miner.take(tops, documents_of(view, ids))
-    return {"top": torch.stack([top.values for top in tops.values()])}
+    return {"top": torch.stack([top.values for top in tops.values()]).clamp(min=0)}
 
 
 _BERT_MODEL, _NO_BIAS = list(MODELS)[:2]
@@ -217,7 +217,7 @@ PEERS = (
         _edges,
         n=32,
         shown="information_flow_routes",
-        note="the published code adds b_V twice; ours also finds each edge's effect on the answer",
+        note="theirs adds b_V twice and floors every share; ours also says what reaches the answer",
     ),
     Peer(
         "mine_triggers",

@@ -10,12 +10,14 @@ measured is in docs/pages/scale.md, which ``--write`` updates.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import resource
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,12 +161,11 @@ def parts_and_merge(shape: Shape, folder: Path) -> Iterator[Row]:
     yield "taken in", f"{total / taken / 1e6:,.0f} million a second"
     yield "a part on disk", f"{size / 2**20:,.0f} MiB, written in {saved / PARTS:.1f} s"
     yield "going on from a checkpoint", f"read in {again:.1f} s"
-    before = peak()
-    parts = (load_part(place, cpu) for place in places)
     merged = folder / "merged"
     merged.mkdir()
-    _, seconds = timed(lambda: finish(parts, merged))
-    yield "most memory of the process before and after", f"{before:,.0f} and {peak():,.0f} MiB"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        seconds, most = pool.submit(merge, places, merged).result()
+    yield "most memory of the process that merges", f"{most:,.0f} MiB"
     table = merged / TABLE
     yield "the table", f"{table.stat().st_size / 2**20:,.0f} MiB of {memories * K:,} rows at most"
     whole = empty(shape, 0, 1)
@@ -179,6 +180,14 @@ def parts_and_merge(shape: Shape, folder: Path) -> Iterator[Row]:
     same = same and (merged / MANIFEST).read_bytes() == (alone / MANIFEST).read_bytes()
     assert same
     yield "the same bytes as from one process that was never stopped", "yes"
+
+
+def merge(places: list[Path], folder: Path) -> tuple[float, float]:
+    """Merges parts; returns seconds, and the most memory that this process has had, in MiB."""
+    torch.set_num_threads(1)
+    parts = (load_part(place, torch.device("cpu")) for place in places)
+    _, seconds = timed(partial(finish, parts, folder))
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def long_run(shape: Shape) -> Iterator[Row]:
@@ -201,11 +210,6 @@ def reading(folder: Path, count: int) -> Iterator[Row]:
     corpus = open_corpus(str(path), "text")
     _, seconds = timed(lambda: sum(shard.size for shard in read_shards(corpus, 1024)))
     yield "reading past the shards of others", f"{path.stat().st_size / seconds / 2**20:,.0f} MiB/s"
-
-
-def peak() -> float:
-    """Returns the most memory that the process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main(arguments: list[str] | None = None) -> None:

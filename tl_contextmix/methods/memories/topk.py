@@ -26,6 +26,8 @@ _NOWHERE = torch.iinfo(torch.int64).max
 Locate = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, ...]]
 # The most bytes of values that are copied to be looked at together.
 _TOGETHER = 2**24
+# A table of new entries this much wider than k is not worth it: they are sorted instead.
+_WIDE = 4
 # splitmix64's constants as signed numbers.
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
@@ -110,7 +112,8 @@ class TopK:
             among = scores.masked_fill(~counted[:, None], -torch.inf).T.contiguous()
             kth = among.topk(k, dim=1).values[:, -1]
             hit = (scores >= torch.maximum(limit, kth)) & counted[:, None]
-        rows, columns = hit.nonzero(as_tuple=True)
+        # Column by column, so that nothing has to be sorted by column.
+        columns, rows = hit.T.contiguous().nonzero(as_tuple=True)
         values = scores[rows, columns]
         found = (values, *locate(rows, columns, values))
         worst, last = self.values[columns, -1], self.places[columns, -1]
@@ -119,29 +122,35 @@ class TopK:
         self._insert(columns[better], [entry[better] for entry in found])
 
     def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
+        """Takes in entries, those of each column one after the other."""
         if not len(columns):
             return
         k = self.values.shape[1]
-        touched, index = columns.unique(return_inverse=True)
+        touched, index = columns.unique_consecutive(return_inverse=True)
         kept = [one[touched] for one in self.columns()]
         if self.keys is not None:
             old = torch.arange(len(touched), device=columns.device).repeat_interleave(k)
             index = torch.cat([old, index])
             pairs = zip(kept, new, strict=True)
             new = [torch.cat([some.flatten(), one]) for some, one in pairs]
-            _blank(new, _repeated(index, new[4], _ordered(index, new)))
-        order = _ordered(index, new)
-        starts = torch.searchsorted(index[order], torch.arange(len(touched), device=index.device))
-        rank = torch.arange(len(order), device=index.device) - starts[index[order]]
-        # Of each column its k best.
-        few = (rank < k).nonzero()[:, 0]
-        order, rank = order[few], rank[few]
+            order = _ordered(index, new)
+            _blank(new, _repeated(index, new[4], order))
+            order = _ordered(index, new)
+            index, new = index[order], [entry[order] for entry in new]
+        rank = _ranks(index, len(touched))
         size = k if self.keys is not None else int(rank.max()) + 1
+        if self.keys is None and size > _WIDE * k:
+            order, size = _ordered(index, new), k
+            new = [entry[order] for entry in new]
+        if size == k:
+            # Of each column its k best.
+            few = (rank < k).nonzero()[:, 0]
+            index, rank, new = index[few], rank[few], [entry[few] for entry in new]
         table = TopK.zero(
             len(touched), size, new[0].dtype, index.device, distinct=self.keys is not None
         )
         for column, entry in zip(table.columns(), new, strict=True):
-            column[index[order], rank] = entry[order]
+            column[index, rank] = entry
         if self.keys is None:
             table = TopK(*kept).merge(table)
         for column, entry in zip(self.columns(), table.columns(), strict=True):
@@ -153,14 +162,31 @@ class TopK:
         if self.keys is None:
             pairs = zip(self.columns(), other.columns(), strict=True)
             entries = [torch.cat(pair, dim=1) for pair in pairs]
-            order = entries[1].argsort(dim=1, stable=True)
-            values = entries[0].gather(1, order)
-            order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))[:, :k]
-            return TopK(*(entry.gather(1, order) for entry in entries))
+            order = entries[0].argsort(dim=1, descending=True, stable=True)
+            values, places = (entry.gather(1, order) for entry in entries[:2])
+            ties = (values[:, 1:] == values[:, :-1]) & (places[:, 1:] < places[:, :-1])
+            if bool(ties.any()):
+                order = entries[1].argsort(dim=1, stable=True)
+                values = entries[0].gather(1, order)
+                order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))
+            return TopK(*(entry.gather(1, order[:, :k]) for entry in entries))
         both = TopK(*(entry.clone() for entry in self.columns()))
         columns = torch.arange(len(self.values), device=self.values.device).repeat_interleave(k)
         both._insert(columns, [entry.flatten() for entry in other.columns()])
         return both
+
+
+def _ranks(index: Int[Tensor, " entry"], count: int) -> Int[Tensor, " entry"]:
+    """Returns how many entries of its own column come before each, those of a column together."""
+    starts = torch.searchsorted(index, torch.arange(count, device=index.device))
+    return torch.arange(len(index), device=index.device) - starts[index]
+
+
+def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:
+    """Returns the order of entries by column, then value, then place."""
+    order = entries[1].argsort(stable=True)
+    order = order[entries[0][order].argsort(descending=True, stable=True)]
+    return order[column[order].argsort(stable=True)]
 
 
 def update_all(
