@@ -18,7 +18,6 @@ from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_de
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
-from tl_contextmix.adapters.per_layer_embeddings import find_unseen, with_unseen
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
 from tl_contextmix.adapters.recognition import Facts, host_version
 from tl_contextmix.adapters.refusals import solu_refusal
@@ -42,6 +41,7 @@ from tl_contextmix.adapters.tokenizers import (
     special_ids,
     special_tokens,
 )
+from tl_contextmix.adapters.unseen import find_unseen, with_unseen
 from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,

@@ -33,6 +33,7 @@ from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
 from tl_contextmix.adapters.recognition import MIXERS, Host
+from tl_contextmix.adapters.unseen import EXPERTS_OUT, SUMMED
 from tl_contextmix.core.blocks import (
     AttentionSublayer,
     Block,
@@ -458,7 +459,7 @@ def _window(handle: Handle, layer: int) -> int | None:
 
 def _mlp_name(block: nn.Module) -> str:
     """Returns what a block calls its feed-forward module; Granite has names of its own."""
-    others = ("shared_mlp", "block_sparse_moe")
+    others = ("moe", "shared_mlp", "block_sparse_moe")
     return next((name for name in others if name in block._modules), "mlp")
 
 
@@ -472,11 +473,19 @@ def _feed_forwards(
         yield None
         return
     here = f"{path}.{name}"
-    opaque = _opaque(handle, path, here, edits)
+    # Granite 4 adds a layer that every token goes through to its experts in the block itself.
+    beside = f"{path}.{SUMMED[1]}" if {*SUMMED} <= set(block._modules) else ""
+    written = f"{path}.{EXPERTS_OUT}" if beside else ""
+    if beside:
+        names = (f"{name}.hook_out", *(f"{SUMMED[1]}.{leaf}hook_out" for leaf in ("out.", "")))
+        edits = replace(edits, raw=_under(path, names))
+    opaque = _opaque(handle, path, here, edits, beside, written)
     if _attribute(mlp, "W_in") is not None:
         yield _neurons(handle, here, mlp, edits)
     elif has_experts(mlp):
-        experts = read_experts(handle, here, edits, opaque.module)
+        experts = read_experts(handle, here, edits, opaque.module, beside)
+        if experts is not None and written:
+            experts = replace(experts, written=written, edited=experts.written)
         if experts is not None:
             yield experts
     else:
@@ -505,18 +514,32 @@ def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> Fe
     )
 
 
-def _opaque(handle: Handle, path: str, here: str, edits: EditPoints) -> OpaqueFeedForward:
-    """Returns a feed-forward sublayer as one component, which does not need its weights."""
+def _opaque(
+    handle: Handle, path: str, here: str, edits: EditPoints, beside: str = "", written: str = ""
+) -> OpaqueFeedForward:
+    """Returns a feed-forward sublayer as one component, which does not need its weights.
 
-    def module(x: Tensor) -> Tensor:
+    Args:
+        handle: The model.
+        path: Path of the block.
+        here: Path of the module.
+        edits: Where hooks may edit what it writes.
+        beside: Path of a module whose output is added to its own; empty for none.
+        written: Name of that sum.
+    """
+
+    def call(place: str, x: Tensor) -> Tensor:
         model = handle.get()
         like = next(model.parameters())
         with torch.no_grad():
-            found = model.get_submodule(here)(x.to(like.device, like.dtype))
+            found = model.get_submodule(place)(x.to(like.device, like.dtype))
         return handle.ready(found[0] if isinstance(found, tuple) else found)
 
+    def module(x: Tensor) -> Tensor:
+        return call(here, x) + call(beside, x) if beside else call(here, x)
+
     kind = type(handle.get().get_submodule(here)).__name__
-    out = f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out"
+    out = written or (f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out")
     return OpaqueFeedForward(
         pre=out,
         post=out,
