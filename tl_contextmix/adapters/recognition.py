@@ -115,6 +115,23 @@ class Facts:
         return getattr(getattr(self.model, "original_model", None), "config", None)
 
 
+def require_no_images(model: Any) -> None:
+    """Checks that a Hugging Face model does not read images alone (ViT).
+
+    Raises:
+        UnsupportedModel: If it does.
+    """
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        raise UnsupportedModel(
+            four_parts(
+                "models of images are not supported: their positions are no tokens of a text",
+                f"a {type(model).__name__}, which reads images (pixel_values)",
+                "a model of text or sound",
+                "Models of images and text (LLaVA, Gemma 3) are asked about text.",
+            )
+        )
+
+
 def recognise(model: Any) -> Facts:
     """Returns what is known of a TransformerLens model.
 
@@ -125,6 +142,7 @@ def recognise(model: Any) -> Facts:
     host = next((name for name in get_args(Host) if name in mro), None)
     known = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
     if not known or host is None:
+        require_no_images(model)
         raise UnsupportedModel(
             four_parts(
                 "not a TransformerLens model with weights",
