@@ -28,7 +28,7 @@ from tl_contextmix.adapters.attention_weights import (
     latent_scales,
     special_weight,
 )
-from tl_contextmix.adapters.expert_reading import has_experts, read_experts
+from tl_contextmix.adapters.expert_reading import has_experts, inner, read_experts
 from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
@@ -292,20 +292,26 @@ def _edit_points(
         found = {
             name: EditPoints(
                 raw=_under(path, (f"{name}.o.hook_out", f"{name}.hook_out")),
-                out=_under(path, ("ln1_post.hook_out",)) if "ln1_post" in block._modules else (),
+                out=_post_norm(path, block, index + 1),
                 stream=_under(path, (f"ln{index + 1}.hook_in",)),
             )
             for index, name in enumerate(attentions)
         }
         found["mlp"] = EditPoints(
             raw=_under(path, (f"{mlp}.out.hook_out", f"{mlp}.hook_out")),
-            out=_under(path, ("ln2_post.hook_out",)) if "ln2_post" in block._modules else (),
+            out=_post_norm(path, block, len(attentions) + 1),
             stream=_under(path, (f"ln{len(attentions) + 1}.hook_in", "hook_out")),
         )
     if mlp not in block._modules and attentions:
         last = found[attentions[-1]]
         found[attentions[-1]] = replace(last, stream=last.stream + found["mlp"].stream)
     return found
+
+
+def _post_norm(path: str, block: nn.Module, number: int) -> tuple[str, ...]:
+    """Returns the hook point behind the norm of a sublayer's output, where there is one."""
+    name = f"ln{number}_post"
+    return _under(path, (f"{name}.hook_out",)) if name in block._modules else ()
 
 
 def _under(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -328,12 +334,13 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
         mixers = tuple(replace(mixer, norm_in=norms.get("ln1")) for mixer in block.mixers)
         block = replace(block, mixers=mixers)
     if "ln1_post" in norms:
-        attention = replace(
-            block.attentions[0], norm_in=norms.get("ln1"), norm_out=norms["ln1_post"]
+        around = [{"norm_in": norms.get(n), "norm_out": norms.get(f"{n}_post")} for n in names]
+        attentions = tuple(
+            replace(attention, **own)
+            for attention, own in zip(block.attentions, around, strict=False)
         )
-        if ff is not None:
-            ff = replace(ff, norm_in=norms.get("ln2"), norm_out=norms["ln2_post"])
-        yield replace(block, attentions=(attention, *block.attentions[1:]), feed_forward=ff)
+        ff = None if ff is None else replace(ff, **around[count])
+        yield replace(block, attentions=attentions, feed_forward=ff)
         return
     before = tuple(
         replace(attention, norm_in=norms.get(name))
@@ -380,6 +387,7 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         query=f"{here}.hook_q",
         scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
         soft_cap=_soft_cap(handle, module),
+        scale=getattr(inner(module), "scaling", None) if kind == "cross" else None,
         query_norm=read_head_norm(module, "q", width, handle.dtype),
         key_norm=read_head_norm(module, "k", width, handle.dtype),
         divisors=_divisors(handle, here) if is_latent(module) else None,

@@ -115,6 +115,15 @@ class Facts:
         return getattr(getattr(self.model, "original_model", None), "config", None)
 
 
+def token_embedding(model: Any) -> Any:
+    """Returns the weights of the token embedding of a TransformerLens model.
+
+    A bridge of T5Gemma has one for each side and none of its own; they are tied.
+    """
+    sides = model._modules.get("encoder_embed")
+    return model.W_E if sides is None else sides.original_component.weight
+
+
 def require_no_images(model: Any) -> None:
     """Checks that a Hugging Face model does not read images alone (ViT).
 

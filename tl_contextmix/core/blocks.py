@@ -197,6 +197,8 @@ class AttentionSublayer:
         query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
         query = shift(query, self.weights("b_Q"))
         scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def raw_output(
