@@ -113,7 +113,7 @@ def _once() -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
     for one in (*zoo_others.ENCODERS.values(), *zoo_others.WRAPPERS.values()):
         yield one.name, one.majors, (*every, "-")
     for other in zoo_others.ENDINGS.values():
-        yield other.name, other.majors, ENDED_CELLS
+        yield other.name, other.majors, (*every, "-")
 
 
 _DIRECT_CELLS = ("-", "-", "-", "-", "yes")
@@ -127,13 +127,10 @@ def _direct() -> Iterator[str]:
             yield other.name
 
 
-ENDED_CELLS = ("up to `mlp_in`", "at `mlp_out`", "yes", "all but `flow`", "-")
-"""What is answered where a third sublayer ends the block, see `test_third_sublayers.py`."""
-
-
 # See `test_speech.py`.
 _SPEECH_CELLS = {
     "Whisper": ("all but gradients", "yes", "yes", "yes", "yes"),
-    "wav2vec2": ("all but gradients", "yes", "-", "-", "-"),
-    "HuBERT": ("all but gradients", "yes", "-", "-", "-"),
+    # With a CTC head; without one there is nothing that is predicted.
+    "wav2vec2": ("all but gradients", "yes", "yes", "yes", "-"),
+    "HuBERT": ("all but gradients", "yes", "yes", "yes", "-"),
 }

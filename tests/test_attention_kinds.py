@@ -191,6 +191,41 @@ def test_rows_and_the_sink_sum_to_one() -> None:
     assert cm.attention(zoo_others.build("qwen3"), tokens).sink is None
 
 
+def test_a_table_has_the_sink_as_the_first_source_of_each_row() -> None:
+    model, tokens = with_sinks()[0], given().tokens
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    found = cm.attention(model, tokens, attention_mask=mask, layer=[1, 0])
+    assert found.sink is not None
+    frame = found.to_dataframe()
+    rows = frame.groupby(["batch", "layer", "head", "target"], sort=False)
+    assert len(rows) == 2 * 4 * (7 + 5)
+    assert float((rows.score.sum() - 1).abs().max()) <= FLOAT32_INSIDE
+    first = rows.first()
+    assert (first.source == -1).all()
+    assert (first.source_token == "(sink)").all()
+    real = mask.bool()[:, None, None].expand_as(found.sink)
+    assert torch.equal(torch.tensor(first.score.to_numpy()), found.sink[real])
+    assert (frame.source == -1).sum() == len(rows)
+
+
+def test_an_edited_pattern_takes_nothing_from_the_sink() -> None:
+    model, tokens = with_sinks()[0], given().tokens
+    plain, name = cm.attention(model, tokens), "blocks.1.attn.hook_pattern"
+    assert plain.sink is not None
+    with model.hooks(fwd_hooks=[(name, lambda pattern, hook: pattern / 2)]):
+        edited = cm.attention(model, tokens)
+        _, cache = model.run_with_cache(tokens)
+    assert relative(2 * edited.scores[:, 1], plain.scores[:, 1]) <= FLOAT32_INSIDE
+    for found in (edited, cm.attention(model, tokens, cache=cache)):
+        assert found.sink is not None
+        assert relative(found.sink[:, 1], plain.sink[:, 1]) <= FLOAT32_INSIDE
+    _, cache = model.run_with_cache(tokens, names_filter=cm.hook_names(model, cm.attention))
+    kept = cm.attention(model, tokens, cache=cache)
+    assert kept.sink is not None
+    assert relative(kept.sink, plain.sink) <= FLOAT32_INSIDE
+
+
 def test_a_rollout_shows_what_has_ended_in_sinks(tmp_path: Path) -> None:
     model, tokens = with_sinks()[0], given().tokens
     found = cm.attention(model, tokens, heads=False)

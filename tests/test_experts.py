@@ -32,7 +32,7 @@ pytestmark = [
 ]
 MIXTURES = (
     *("ernie4_5_moe", "flex_olmo", "glm4_moe", "llama4_text", "minimax_m2"),
-    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "granitemoehybrid, experts"),
 )
 F = 16  # neurons of an expert
 
@@ -324,6 +324,28 @@ def test_a_knocked_out_expert_is_one_without_its_value_vectors(model: Any, tmp_p
         cm.knockout(model, tokens, experts=[(1, 4)], target=9)
     with pytest.raises(cm.InvalidInput, match="no such component"):
         cm.knockout(model, tokens, neurons=[(1, 3)], target=9)
+
+
+def test_granite_4_adds_a_shared_layer_to_its_experts_in_the_block() -> None:
+    granite, tokens = zoo_others.build("granitemoehybrid, experts"), given().tokens
+    asked: dict[str, Any] = {"target": 9, "controls": 0, "everywhere": True}
+    shared, neuron = 4, 7  # the last expert is the layer that every token goes through
+    found = cm.knockout(granite, tokens, experts=[(1, shared, neuron)], **asked)
+
+    def silence(post: Tensor, hook: Any) -> Tensor:
+        post = post.clone()
+        post[..., neuron] = 0
+        return post
+
+    with torch.no_grad():
+        hooks = [("blocks.1.shared_mlp.hook_post", silence)]
+        said = granite.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1].log_softmax(dim=-1)[:, 9]
+    assert relative(found.after[:, 0], said) < FLOAT32_INSIDE
+    assert relative(found.before[:, 0], said) > FLOAT32_INSIDE
+    names = cm.hook_names(granite, cm.decompose)
+    _, cache = granite.run_with_cache(tokens, names_filter=names)
+    kept = cm.decompose(granite, tokens, at="block_out", cache=cache).parts
+    assert torch.equal(kept, cm.decompose(granite, tokens, at="block_out").parts)
 
 
 def test_experts_neurons_are_nodes_of_a_graph(model: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
+import zoo_refused
 from asked import FLOAT32_INSIDE, relative, view_of
 from test_attention_knockout import literal as with_edges_cut
 from test_value_zeroing import literal
@@ -203,6 +204,22 @@ def test_a_model_of_images_and_text_is_asked_about_text(
     scores = cm.log_prob_contributions(model, inputs.tokens, target=9)
     said = expected.logits[:, -1].log_softmax(dim=-1)[:, 9]
     assert relative(scores.trajectory[:, -1], said) <= 1e-5
+
+
+@pytest.mark.newest
+def test_what_reads_images_alone_and_what_lacks_a_library_are_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = "ViTModel", "ViTConfig"
+    sight = zoo_build.hugging_face(*names, zoo_refused._VIT, dtype=torch.float32, seed=0)
+    for ask in (lambda: cm.load_model(sight), lambda: cm.attention(sight, "a text")):
+        with pytest.raises(cm.UnsupportedModel, match=r"a ViTModel, which reads images"):
+            ask()
+    factory = "transformer_lens.factories.architecture_adapter_factory"
+    known = importlib.import_module(factory).SUPPORTED_ARCHITECTURES
+    monkeypatch.setattr(known["GPT2LMHeadModel"], "required_libraries", ["not_a_library"])
+    with pytest.raises(cm.UnsupportedModel, match=r"not_a_library.*Install what it names"):
+        cm.load_model(zoo.hf_model("gpt2"), tokenizer=zoo_build.load_tokenizer("gpt"))
 
 
 @pytest.mark.newest

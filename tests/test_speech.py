@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Wav2Vec2ForCTC",
         {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
     ),
-    "HuBERT": ("HubertModel", {}),
+    "HuBERT": ("HubertForCTC", {}),
     "Whisper": ("WhisperForConditionalGeneration", {}),
 }
 
@@ -181,6 +181,42 @@ def made_whisper() -> Any:
     )
     fused.set_attn_implementation("sdpa")
     return fused
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2 with a head", "HuBERT"])
+def test_symbols_of_a_ctc_head_are_targets_at_a_frame(kind: str) -> None:
+    hf = model(kind)
+    assert "readout(last residual) = logits" in {row.identity for row in cm.check(hf).rows}
+    said = run(hf, kind).logits.log_softmax(dim=-1)
+    asked: dict[str, Any] = {"target": 9, "pos": 3}
+    layers = cm.log_prob_contributions(hf, sound(kind), **asked)
+    assert relative(layers.trajectory[:, -1], said[:, 3, 9]) < EXACT
+    contrast = cm.log_prob_contributions(hf, sound(kind), foil=12, **asked)
+    head = hf.lm_head
+    apart = head.bias[9] - head.bias[12]
+    if kind != "HuBERT":  # whose last norm is in its last block
+        apart = apart + (head.weight[9] - head.weight[12]) @ behind(hf, "encoder", 1).bias
+    summed = contrast.scores.nansum(dim=-1) + apart.detach()
+    assert relative(summed, said[:, 3, 9] - said[:, 3, 12]) < EXACT
+    memories = cm.ff_memories(hf, sound(kind))
+    assert torch.equal(memories.final_top, said.argmax(dim=-1))
+    graph = cm.flow(hf, sound(kind)[:1], foil=12, **asked)
+    assert graph.score == pytest.approx(float(said[0, 3, 9] - said[0, 3, 12]), abs=1e-9)
+    cut = cm.knockout(hf, sound(kind), heads=[(0, 1)], controls=0, everywhere=True, **asked)
+    block = layers_of(hf, "encoder").layers[0].attention.out_proj
+    width = block.in_features // 4
+
+    def ablate(module: Any, args: Any) -> Any:
+        heads = args[0].clone()
+        heads[..., width : 2 * width] = 0
+        return (heads,)
+
+    handle = block.register_forward_pre_hook(ablate)
+    without = run(hf, kind).logits.log_softmax(dim=-1)[:, 3, 9]
+    handle.remove()
+    assert relative(cut.after[:, 0], without) < EXACT
+    rows, every = cm.value_zeroing(hf, sound(kind), **asked), cm.value_zeroing(hf, sound(kind))
+    assert relative(rows.scores[:, :, :, 0], every.scores[:, :, :, 3]) < EXACT
 
 
 def test_frames_are_joined_to_words_by_their_times() -> None:

@@ -270,12 +270,23 @@ def test_a_cache_and_a_steered_pass_tell_the_vectors_too() -> None:
         assert relative(found.total(), own) <= FLOAT32_INSIDE
 
 
-def test_what_borrowed_values_read_is_refused_by_name() -> None:
+def test_what_borrowed_values_read_is_what_enters_the_lender() -> None:
     model, inputs = built(), given()
-    neurons = cm.log_prob_contributions(model, inputs.tokens[:1], target=9, by="attn_neuron")
-    asked: dict[str, Any] = {"neurons": neurons.top(1), "target": 9}
-    assert int(asked["neurons"].components.layer) == 3
-    with pytest.raises(cm.UnsupportedModel, match=r"blocks.3.attn read.*values of layer 1"):
-        cm.query_contributions(model, inputs.tokens[:1], **asked)
+    tokens = inputs.tokens[:1]
+    neurons = cm.log_prob_contributions(model, tokens, target=9, by="attn_neuron")
+    top = neurons.top(1)
+    one = top.components.at(0, 0)
+    assert one["layer"] == 3
+    found = cm.query_contributions(model, tokens, neurons=top, target=9)
+    trace, blocks = host_trace(view_of(model), zoo.Inputs(tokens), None)
+    attention = blocks[3].attentions[0]
+    head, source, index = one["head"], one["source"], one["neuron"]
+    weight = trace.pattern(attention)[0, head, one["pos"], source]
+    value = trace.value(attention)[0, source, head, index]
+    assert relative(found.activation, (weight * value)[None, None]) <= FLOAT32_INSIDE
+    assert relative(found.shares.nansum(dim=-1), found.activation) <= FLOAT32_INSIDE
+    assert int(found.components.layer.max()) == 0  # of layers before the lender's alone
     own = view_of(model).blocks()[1].attention("self")
     assert own.W_V.shape == (4, 32, 16)
+    with pytest.raises(cm.UnsupportedModel, match=r"blocks.3.attn read.*values of layer 1"):
+        _ = attention.W_V

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Other:
         sizes: Names and values that make it small.
         majors: Major versions of TransformerLens whose bridge can be read.
         tokenizer: Kind of an encoder-decoder's tokenizer; None for a causal model.
+        kind: What transformers calls it, where its key is another name.
         loaded: Whether its bridge is one of `load_model`, not of TransformerLens alone.
     """
 
@@ -76,6 +77,7 @@ class Other:
     )
     majors: tuple[int, ...] = (3, 4)
     tokenizer: TokenizerKind | None = None
+    kind: str = ""
     loaded: bool = False
 
 
@@ -255,6 +257,14 @@ OTHERS: dict[str, Other] = {
     "youtu": Other("Youtu", _LATENT, majors=(4,)),
 }
 
+# Experts beside the layer that every token goes through.
+_SOME = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+OTHERS["granitemoehybrid, experts"] = replace(
+    OTHERS["granitemoehybrid"],
+    name="Granite 4 (experts)",
+    options=OTHERS["granitemoehybrid"].options | _SOME,
+    kind="granitemoehybrid",
+)
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 # In layer 0 no attention, but for Falcon-H1, which has both in every layer; see `test_hybrids.py`.
 HYBRIDS: dict[str, Other] = {
@@ -277,7 +287,8 @@ HYBRIDS: dict[str, Other] = {
         },
     ),
     "granitemoehybrid": Other(
-        "Granite 4", OTHERS["granitemoehybrid"].options | {"layer_types": ["mamba", "attention"]}
+        "Granite 4",
+        OTHERS["granitemoehybrid"].options | _SOME | {"layer_types": ["mamba", "attention"]},
     ),
     "jamba": Other(
         "Jamba",
@@ -594,7 +605,7 @@ def build(
 
     other = (HYBRIDS if hybrid else ENDINGS if ending else OTHERS).get(kind, Other(kind))
     config = AutoConfig.for_model(
-        kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
+        other.kind or kind, vocab_size=D_VOCAB, **{**other.sizes, **other.options, **options}
     )
     config.pad_token_id = 0
     kinds = AutoModelForSeq2SeqLM if other.tokenizer else AutoModelForCausalLM

@@ -18,9 +18,8 @@ from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_de
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
-from tl_contextmix.adapters.per_layer_embeddings import find_unseen, with_unseen
 from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
-from tl_contextmix.adapters.recognition import Facts, host_version
+from tl_contextmix.adapters.recognition import Facts, host_version, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
     arguments_taken,
@@ -42,6 +41,7 @@ from tl_contextmix.adapters.tokenizers import (
     special_ids,
     special_tokens,
 )
+from tl_contextmix.adapters.unseen import find_unseen, with_unseen
 from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,
@@ -350,7 +350,7 @@ def _unsettled(
         device=handle.device,
         n_ctx=_longest_input(facts),
         # A bridge's config takes it from whatever tokenizer it is given.
-        d_vocab=int(model.W_E.shape[0]),
+        d_vocab=int(token_embedding(model).shape[0]),
         tolerance=tolerance,
         limits=(),
         takes=arguments_taken(facts),
@@ -405,7 +405,7 @@ def _predicts_tokens(facts: Facts) -> bool:
     outputs = getattr(facts.model.cfg, "d_vocab_out", -1)
     # A bridge of a Hugging Face model says nothing about it.
     wraps = facts.bridge and facts.hf_config() is not None
-    return wraps or outputs in (None, -1, int(facts.model.W_E.shape[0]))
+    return wraps or outputs in (None, -1, int(token_embedding(facts.model).shape[0]))
 
 
 def _longest_input(facts: Facts) -> int | None:

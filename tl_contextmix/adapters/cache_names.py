@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.layouts import Layout
-from tl_contextmix.adapters.per_layer_embeddings import Unseen
 from tl_contextmix.adapters.reading import Handle
-from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.adapters.recognition import Facts, token_embedding
+from tl_contextmix.adapters.unseen import Unseen
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import CacheReader
 
@@ -62,7 +62,7 @@ def cache_reader(
         # RoBERTa counts from after its padding's.
         first_position=0 if padding is None else padding + 1,
         read=lambda name, value: layouts[name].read(value) if name in layouts else value,
-        made={name: (one.source, one.make) for name, one in unseen.items()},
+        made={name: (one.sources, one.make) for name, one in unseen.items()},
     )
 
 
@@ -80,7 +80,7 @@ def _embedding(handle: Handle, first: int) -> Callable[..., Tensor]:
         if name == "position_ids":
             weight, ids = model.pos_embed.original_component.weight, ids + first
         elif name != "token_type_ids":
-            weight = model.W_E
+            weight = token_embedding(model)
         elif handle.bridge:
             weight = model.token_type_embed.original_component.weight
         else:

@@ -70,7 +70,7 @@ def _tied_scale(handle: Handle, architecture: str) -> float:
     # mT5 of transformers 5 never scales, whatever is tied.
     t5 = handle.host == "HookedEncoderDecoder" or (
         ("T5" in architecture or architecture.startswith("Switch"))
-        and not architecture.startswith("MT5")
+        and not architecture.startswith(("MT5", "T5Gemma"))
     )
     config = getattr(getattr(model, "original_model", None), "config", model.cfg)
     # transformers 5 scales where `scale_decoder_outputs` says so, and ties the two by default.

@@ -1,4 +1,4 @@
-"""Gemma 4's per-layer embeddings: read as a sublayer, and the vectors that no hook shows.
+"""Gemma 4's per-layer embeddings, read as a sublayer, and the vectors that they are made of.
 
 Every token has a vector for each layer: an embedding of its own, and a projection of what enters
 the first block. The host's own module makes it anew of these two.
@@ -6,35 +6,20 @@ the first block. The host's own module makes it anew of these two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.expert_reading import inner
-from tl_contextmix.core.blocks import Batch, Block, EditPoints
-from tl_contextmix.core.model_view import Hooks, PassOutput, Runner
+from tl_contextmix.core.blocks import Block, EditPoints
 from tl_contextmix.core.per_layer_embedding import PerLayerEmbedding
 from tl_contextmix.core.token_sums import Norm
 
 _NORM = "post_per_layer_input_norm"
 _LAYERS = {"W_in": "per_layer_input_gate", "W_out": "per_layer_projection"}
-
-
-@dataclass(frozen=True)
-class Unseen:
-    """An activation that no hook shows, and what it is made of.
-
-    Attributes:
-        source: Name of the activation that it is made of.
-        make: Makes it of token ids and that activation.
-    """
-
-    source: str
-    make: Callable[[Tensor, Tensor], Tensor]
 
 
 def with_ending(
@@ -74,42 +59,17 @@ def with_ending(
     return replace(block, feed_forward=ff, ending=ending)
 
 
-def find_unseen(handle: Any, stacks: Mapping[str, tuple[Block, ...]]) -> dict[str, Unseen]:
-    """Returns how the activations that no hook shows are made, by name."""
-    return {
-        block.ending.vector: Unseen(blocks[0].resid_in, partial(_vector, handle, block.layer))
-        for blocks in stacks.values()
-        for block in blocks
-        if isinstance(block.ending, PerLayerEmbedding)
-    }
+def vector_of(handle: Any, layer: int, ids: Tensor, entering: Tensor) -> Tensor:
+    """Returns the vectors of a layer [batch pos neuron].
 
-
-def _vector(handle: Any, layer: int, ids: Tensor, entering: Tensor) -> Tensor:
-    """Returns the vectors of a layer [batch pos neuron], given what enters the first block."""
+    Args:
+        handle: The model, a `Handle`.
+        layer: The layer.
+        ids: The tokens.
+        entering: What enters the first block.
+    """
     modules = handle.get().original_model.modules()
     own = next(one for one in modules if hasattr(one, "project_per_layer_inputs"))
     with torch.no_grad():
         embedded = own.get_per_layer_inputs(ids.to(entering.device), None)
         return own.project_per_layer_inputs(entering, embedded)[:, :, layer]
-
-
-def with_unseen(run: Runner, unseen: Mapping[str, Unseen]) -> Runner:
-    """Returns a runner that makes what hooks do not show, too."""
-
-    def whole(
-        batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True
-    ) -> PassOutput:
-        made = [name for name, _ in hooks if name in unseen]
-        shown = {name: edit for name, edit in hooks if name not in unseen}
-        for name in made:
-            shown.setdefault(unseen[name].source, None)
-        output, values, added = run(batch, [*shown.items()], grad, watch, logits)
-        for name in made:
-            source = unseen[name].source
-            entering = values[source].detach()
-            if source in added:  # in front of the block, behind what the vectors are made of
-                entering = entering - added[source].to(entering)
-            values[name] = unseen[name].make(batch.main.ids, entering)
-        return output, values, added
-
-    return whole if unseen else run

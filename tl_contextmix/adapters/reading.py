@@ -28,11 +28,12 @@ from tl_contextmix.adapters.attention_weights import (
     latent_scales,
     special_weight,
 )
-from tl_contextmix.adapters.expert_reading import has_experts, read_experts
+from tl_contextmix.adapters.expert_reading import has_experts, inner, read_experts
 from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
 from tl_contextmix.adapters.recognition import MIXERS, Host
+from tl_contextmix.adapters.unseen import EXPERTS_OUT, SUMMED
 from tl_contextmix.core.blocks import (
     AttentionSublayer,
     Block,
@@ -292,20 +293,26 @@ def _edit_points(
         found = {
             name: EditPoints(
                 raw=_under(path, (f"{name}.o.hook_out", f"{name}.hook_out")),
-                out=_under(path, ("ln1_post.hook_out",)) if "ln1_post" in block._modules else (),
+                out=_post_norm(path, block, index + 1),
                 stream=_under(path, (f"ln{index + 1}.hook_in",)),
             )
             for index, name in enumerate(attentions)
         }
         found["mlp"] = EditPoints(
             raw=_under(path, (f"{mlp}.out.hook_out", f"{mlp}.hook_out")),
-            out=_under(path, ("ln2_post.hook_out",)) if "ln2_post" in block._modules else (),
+            out=_post_norm(path, block, len(attentions) + 1),
             stream=_under(path, (f"ln{len(attentions) + 1}.hook_in", "hook_out")),
         )
     if mlp not in block._modules and attentions:
         last = found[attentions[-1]]
         found[attentions[-1]] = replace(last, stream=last.stream + found["mlp"].stream)
     return found
+
+
+def _post_norm(path: str, block: nn.Module, number: int) -> tuple[str, ...]:
+    """Returns the hook point behind the norm of a sublayer's output, where there is one."""
+    name = f"ln{number}_post"
+    return _under(path, (f"{name}.hook_out",)) if name in block._modules else ()
 
 
 def _under(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -328,12 +335,13 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
         mixers = tuple(replace(mixer, norm_in=norms.get("ln1")) for mixer in block.mixers)
         block = replace(block, mixers=mixers)
     if "ln1_post" in norms:
-        attention = replace(
-            block.attentions[0], norm_in=norms.get("ln1"), norm_out=norms["ln1_post"]
+        around = [{"norm_in": norms.get(n), "norm_out": norms.get(f"{n}_post")} for n in names]
+        attentions = tuple(
+            replace(attention, **own)
+            for attention, own in zip(block.attentions, around, strict=False)
         )
-        if ff is not None:
-            ff = replace(ff, norm_in=norms.get("ln2"), norm_out=norms["ln2_post"])
-        yield replace(block, attentions=(attention, *block.attentions[1:]), feed_forward=ff)
+        ff = None if ff is None else replace(ff, **around[count])
+        yield replace(block, attentions=attentions, feed_forward=ff)
         return
     before = tuple(
         replace(attention, norm_in=norms.get(name))
@@ -380,6 +388,7 @@ def _attention(handle: Handle, stack: str, path: str, name: str, kind: Any) -> A
         query=f"{here}.hook_q",
         scores=f"{here}.hook_attn_scores" if "hook_attn_scores" in module._modules else "",
         soft_cap=_soft_cap(handle, module),
+        scale=getattr(inner(module), "scaling", None) if kind == "cross" else None,
         query_norm=read_head_norm(module, "q", width, handle.dtype),
         key_norm=read_head_norm(module, "k", width, handle.dtype),
         divisors=_divisors(handle, here) if is_latent(module) else None,
@@ -459,7 +468,7 @@ def _window(handle: Handle, layer: int) -> int | None:
 
 def _mlp_name(block: nn.Module) -> str:
     """Returns what a block calls its feed-forward module; Granite has names of its own."""
-    others = ("shared_mlp", "block_sparse_moe")
+    others = ("moe", "shared_mlp", "block_sparse_moe")
     return next((name for name in others if name in block._modules), "mlp")
 
 
@@ -473,11 +482,19 @@ def _feed_forwards(
         yield None
         return
     here = f"{path}.{name}"
-    opaque = _opaque(handle, path, here, edits)
+    # Granite 4 adds a layer that every token goes through to its experts in the block itself.
+    beside = f"{path}.{SUMMED[1]}" if {*SUMMED} <= set(block._modules) else ""
+    written = f"{path}.{EXPERTS_OUT}" if beside else ""
+    if beside:
+        names = (f"{name}.hook_out", *(f"{SUMMED[1]}.{leaf}hook_out" for leaf in ("out.", "")))
+        edits = replace(edits, raw=_under(path, names))
+    opaque = _opaque(handle, path, here, edits, beside, written)
     if _attribute(mlp, "W_in") is not None:
         yield _neurons(handle, here, mlp, edits)
     elif has_experts(mlp):
-        experts = read_experts(handle, here, edits, opaque.module)
+        experts = read_experts(handle, here, edits, opaque.module, beside)
+        if experts is not None and written:
+            experts = replace(experts, written=written, edited=experts.written)
         if experts is not None:
             yield experts
     else:
@@ -506,18 +523,32 @@ def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> Fe
     )
 
 
-def _opaque(handle: Handle, path: str, here: str, edits: EditPoints) -> OpaqueFeedForward:
-    """Returns a feed-forward sublayer as one component, which does not need its weights."""
+def _opaque(
+    handle: Handle, path: str, here: str, edits: EditPoints, beside: str = "", written: str = ""
+) -> OpaqueFeedForward:
+    """Returns a feed-forward sublayer as one component, which does not need its weights.
 
-    def module(x: Tensor) -> Tensor:
+    Args:
+        handle: The model.
+        path: Path of the block.
+        here: Path of the module.
+        edits: Where hooks may edit what it writes.
+        beside: Path of a module whose output is added to its own; empty for none.
+        written: Name of that sum.
+    """
+
+    def call(place: str, x: Tensor) -> Tensor:
         model = handle.get()
         like = next(model.parameters())
         with torch.no_grad():
-            found = model.get_submodule(here)(x.to(like.device, like.dtype))
+            found = model.get_submodule(place)(x.to(like.device, like.dtype))
         return handle.ready(found[0] if isinstance(found, tuple) else found)
 
+    def module(x: Tensor) -> Tensor:
+        return call(here, x) + call(beside, x) if beside else call(here, x)
+
     kind = type(handle.get().get_submodule(here)).__name__
-    out = f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out"
+    out = written or (f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out")
     return OpaqueFeedForward(
         pre=out,
         post=out,

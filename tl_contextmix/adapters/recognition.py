@@ -115,6 +115,32 @@ class Facts:
         return getattr(getattr(self.model, "original_model", None), "config", None)
 
 
+def token_embedding(model: Any) -> Any:
+    """Returns the weights of the token embedding of a TransformerLens model.
+
+    A bridge of T5Gemma has one for each side and none of its own; they are tied.
+    """
+    sides = model._modules.get("encoder_embed")
+    return model.W_E if sides is None else sides.original_component.weight
+
+
+def require_no_images(model: Any) -> None:
+    """Checks that a Hugging Face model does not read images alone (ViT).
+
+    Raises:
+        UnsupportedModel: If it does.
+    """
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        raise UnsupportedModel(
+            four_parts(
+                "models of images are not supported: their positions are no tokens of a text",
+                f"a {type(model).__name__}, which reads images (pixel_values)",
+                "a model of text or sound",
+                "Models of images and text (LLaVA, Gemma 3) are asked about text.",
+            )
+        )
+
+
 def recognise(model: Any) -> Facts:
     """Returns what is known of a TransformerLens model.
 
@@ -125,6 +151,7 @@ def recognise(model: Any) -> Facts:
     host = next((name for name in get_args(Host) if name in mro), None)
     known = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
     if not known or host is None:
+        require_no_images(model)
         raise UnsupportedModel(
             four_parts(
                 "not a TransformerLens model with weights",

@@ -161,13 +161,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "its encoder uses windowed attention, without a full attention pattern",
         "Use BART or T5, which have full attention; decoder_lens takes it.",
     ),
-    Refusal(
-        "T5Gemma",
-        lambda facts: facts.architecture if facts.architecture.startswith("T5Gemma") else "",
-        "its bridge has no embedding matrix, and its blocks name the norms before and after each "
-        "sublayer differently",
-        "Use T5, BART, Marian, mBART, M2M100 or Pegasus; decoder_lens takes it.",
-    ),
 )
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from tl_contextmix.adapters.layouts import Layout
 from tl_contextmix.adapters.reading import Handle
-from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -372,7 +372,7 @@ def arguments_taken(facts: Facts) -> dict[str, int | None]:
     table = "pos_embed" in host._modules and "decoder_blocks" not in host._modules
     bounds = {
         # GPT-2 looks segments up among its tokens.
-        "token_type_ids": getattr(config, "type_vocab_size", int(host.W_E.shape[0])),
+        "token_type_ids": getattr(config, "type_vocab_size", int(token_embedding(host).shape[0])),
         "position_ids": getattr(config, "max_position_embeddings", None) if table else None,
     }
     named = inspect.signature(host.original_model.forward).parameters

@@ -22,7 +22,7 @@ from tl_contextmix.adapters.inputs.activation_cache import describe
 from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts, major
 from tl_contextmix.adapters.running import hooked_places, without_hooks
-from tl_contextmix.adapters.speech_passes import refused, run_speech, stacks_of
+from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of
 from tl_contextmix.adapters.verification import (
     IdentityReport,
     check_rows,
@@ -295,24 +295,27 @@ def _final_norms(model: Any, handle: Handle) -> dict[str, Norm]:
 
 def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
     model = host.original_model
-    head = model.get_output_embeddings() if "decoder" in stacks_of(model) else None
-    if head is None:
+    side = "decoder" if "decoder" in stacks_of(model) else "encoder"
+    if head_of(model) is None:
         refusal = four_parts(
             f"{kind} has no vocabulary readout",
-            "an encoder of sound",
-            "a decoder that predicts tokens, such as Whisper's",
+            "an encoder of sound without a head, or behind an adapter that joins frames",
+            "a decoder that predicts tokens, such as Whisper's, or a CTC head",
             "Maps of its layers are fine; vocabulary questions are not answered for this model.",
         )
         return Readout(None, None, lambda name: None, refusal=refusal)
 
     def read(name: str) -> Tensor | None:
-        weight = handle.ready(host.original_model.get_output_embeddings().weight)
+        head = head_of(host.original_model)
+        weight = handle.ready(head.weight)
         if name == "W_U":
             return weight.T
-        return weight.new_zeros(len(weight)) if name == "b_U" else None
+        if name != "b_U":
+            return None
+        return weight.new_zeros(len(weight)) if head.bias is None else handle.ready(head.bias)
 
     weights: Weights = read
-    return Readout(_norm(stacks_of(model)["decoder"].layer_norm, handle.dtype), None, weights)
+    return Readout(_final_norms(model, handle).get(side), None, weights)
 
 
 def _no_hooks(trace: Any, *rest: Any) -> Any:

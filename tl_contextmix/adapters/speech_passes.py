@@ -35,6 +35,15 @@ def stacks_of(model: Any) -> dict[str, Any]:
     }
 
 
+def head_of(model: Any) -> Any:
+    """Returns what makes logits of the last states: an unembedding or a CTC head; None without."""
+    if "decoder" in stacks_of(model):
+        return model.get_output_embeddings()
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+    joined = getattr(base, "adapter", None) is not None  # frames behind it are fewer
+    return None if joined else getattr(model, "lm_head", None)
+
+
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Lets a model compute attention patterns for a while, which fused kernels do not show."""
@@ -93,7 +102,7 @@ def run_speech(
         finally:
             for handle in handles:
                 handle.remove()
-    said = getattr(output, "logits", None) if batch.decoder is not None else None
+    said = None if head_of(model) is None else output.logits
     return said, kept, {}
 
 

@@ -12,7 +12,7 @@ from itertools import dropwhile
 from typing import Annotated, Any
 
 from tl_contextmix.adapters.reading import Handle
-from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes
 from tl_contextmix.core.validation import LATER
@@ -270,7 +270,7 @@ def make_pad_id(handle: Handle, facts: Facts) -> Callable[[], int]:
     RoBERTa counts positions by it, so the model's own comes before the tokenizer's, to which
     TransformerLens adds one where it has none; that one may lie outside of the vocabulary.
     """
-    d_vocab = int(facts.model.W_E.shape[0])
+    d_vocab = int(token_embedding(facts.model).shape[0])
     configured = getattr(facts.hf_config(), "pad_token_id", None)
 
     def pad_id() -> int:

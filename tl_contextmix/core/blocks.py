@@ -198,6 +198,8 @@ class AttentionSublayer:
         query = torch.einsum("...tm,hmd->...thd", x, require_weight(self.weights, "W_Q"))
         query = shift(query, self.weights("b_Q"))
         scores = torch.einsum("...thd,...khd->...thk", query, key) * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
 
     def raw_output(
@@ -895,11 +897,22 @@ class Trace:
         return pattern.masked_fill(~side.mask.to(pattern.device)[:, None, :, None], 0)
 
     def sink(self, attention: AttentionSublayer) -> Float[Tensor, "batch head target"]:
-        """Returns the share of each row that goes to the softmax's own sink; 0 without one."""
-        sums = self.pattern(attention).sum(-1)
+        """Returns the share of each row that goes to the softmax's own sink; 0 without one.
+
+        What hooks of the user's own make of the pattern takes nothing from it. What they did
+        before a cache was made is not known: the share is then that of the scores, if they are
+        there.
+        """
+        pattern, edit = self.pattern(attention), self.edit((attention.pattern,))
         if not attention.sink_scores:
-            return torch.zeros_like(sums)
-        real = self.batch.side(attention.stack).mask.to(sums.device)
+            return torch.zeros_like(pattern[..., 0])
+        real = self.batch.side(attention.stack).mask.to(pattern.device)
+        if attention.sink_scores in self.values:
+            scores = self[attention.sink_scores]
+            logit = require_weight(attention.weights, "sinks")[:, None, None]
+            both = torch.cat([scores, logit.to(scores).expand_as(scores[..., :1])], dim=-1)
+            return both.softmax(dim=-1)[..., -1] * real[:, None]
+        sums = (pattern if edit is None else pattern - edit).sum(-1)
         return (1 - sums).clamp(min=0) * real[:, None]
 
     def value(self, attention: AttentionSublayer) -> Float[Tensor, "batch source head d_head"]:

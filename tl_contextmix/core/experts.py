@@ -34,6 +34,7 @@ class Experts(FeedForward):
         experts: The experts, shared ones last.
         router: Returns the gain of every expert; zero for those that a token is not routed to.
         written: Name of what the sublayer computes.
+        edited: Name of an activation that is part of that and can be edited; empty: all of it.
         sizes: How many neurons each expert has.
         active: How many experts a token is routed to, shared ones included.
         d_model: Width of what it reads and writes.
@@ -42,6 +43,7 @@ class Experts(FeedForward):
     experts: tuple[FeedForward, ...] = ()
     router: Router | None = field(default=None, repr=False)
     written: str = ""
+    edited: str = ""
     sizes: tuple[int, ...] = ()
     active: int = 0
     d_model: int = 0
@@ -213,7 +215,7 @@ class Experts(FeedForward):
             before = held.activate(held.pre_activations(x))
             return out + held.write(change(before) - before).to(out)
 
-        return {self.post: read, self.written: write}
+        return {self.post: read, self.edited or self.written: write}
 
     def along(self, gradient: Float[Tensor, "... d_model"]) -> Float[Tensor, "... neuron"]:
         """Returns the inner products with the chosen experts' value vectors, else zero."""

@@ -53,7 +53,7 @@ class CacheReader:
         first_position: The position of a text's first token.
         read: Returns an activation, given its name, with the axes that `Trace` has it with.
         made: Of activations that no hook shows, by name: what they are made of, and how, given
-            token ids and that.
+            token ids and these.
     """
 
     other_names: Callable[[str], tuple[str, ...]]
@@ -61,7 +61,7 @@ class CacheReader:
     embedding: Callable[..., Tensor]
     first_position: int = 0
     read: Callable[[str, Tensor], Tensor] = field(default=lambda name, value: value, repr=False)
-    made: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = field(
+    made: Mapping[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = field(
         default_factory=dict, repr=False
     )
 

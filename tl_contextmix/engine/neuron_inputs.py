@@ -124,7 +124,10 @@ def place_of(view: ModelView, chosen: Components, row: int, index: int) -> Place
     if kind == "cross_attn":
         return Place("encoder", one["source"], None)
     kind = kind.removeprefix("encoder ")
-    stop = Stop.before(view.stacks[stack][layer], kind)
+    block = view.stacks[stack][layer]
+    if kind == "attn" and (lender := block.attention("self").lender) is not None:
+        block = view.stacks[stack][lender]  # whose values it uses
+    stop = Stop.before(block, kind)
     return Place(stack, one["pos"] if kind == "mlp" else one["source"], stop)
 
 
@@ -204,12 +207,15 @@ def _attention(
     kind = chosen.at(row, some[0])["kind"].removeprefix("encoder ")
     sublayer = next(a for a in block.attentions if (a.kind == "self") == (kind == "attn"))
     heads, index = (getattr(chosen, name)[row][some].to(view.device) for name in ("head", "neuron"))
-    key = sublayer.W_V[heads, :, index].T
-    bias = sublayer.weights("b_V")
-    norm_in = view.final_norms.get("encoder") if place.stop is None else sublayer.norm_in
+    reader = sublayer
+    if sublayer.lender is not None:
+        reader = view.stacks[place.stack][sublayer.lender].attention("self")
+    key = reader.W_V[heads, :, index].T
+    bias = reader.weights("b_V")
+    norm_in = view.final_norms.get("encoder") if place.stop is None else reader.norm_in
     norm = FrozenNorm.at(norm_in, stream.total)
     bias = None if bias is None else bias[heads, index]
-    scale = sublayer.value_scale(norm.affine(stream.total)[0])
+    scale = reader.value_scale(norm.affine(stream.total)[0])
     if scale is not None:
         scale = scale[:, 0].expand(len(sublayer.W_O))[heads]
         key, bias = key / scale, None if bias is None else bias / scale

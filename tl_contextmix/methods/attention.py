@@ -57,7 +57,15 @@ def attention(
 
     Cost: a forward pass.
     """
-    done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs={"pattern"})
+    view, cached = as_view(model), inputs.get("cache") is not None
+    kind = "cross" if stack == "cross" else "self"
+
+    def also(block: Block) -> list[str]:
+        # A cache does not say whether hooks edited the pattern that it holds.
+        scores = block.attention(kind).sink_scores
+        return [scores] if cached and scores else []
+
+    done = run_asked(view, input, inputs, layer=layer, stack=stack, needs={"pattern"}, also=also)
     groups = head_groups(done, heads)
 
     def grouped(found: Tensor) -> Tensor:

@@ -94,8 +94,11 @@ def _neurons(block: Block) -> list[str]:
 
 def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
     """Returns the stream past the block's last norm, whose scale alone knows the neurons."""
-    norm, whole = None, stream.total
+    norm = block.feed_forwards[-1].norm_after if block.feed_forwards else None
+    if norm is None:
+        return stream
+    whole = stream.total
     for ff in block.feed_forwards:
-        raw, norm = ff.raw_output(trace), ff.norm_after
+        raw = ff.raw_output(trace)
         whole = whole + (raw if ff.norm_out is None else ff.norm_out(raw))
-    return stream if norm is None else replace(stream, sum_up=lambda: whole).linear(norm)
+    return replace(stream, sum_up=lambda: whole).linear(norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,9 @@ from tl_contextmix.results.headings import as_heading, in_plain_words
 from tl_contextmix.results.labelled_arrays import LabelledArray, unlike
 from tl_contextmix.results.labels import Provenance, Stretches, Tokens
 from tl_contextmix.results.token_groups import Groups, find_groups
+
+if TYPE_CHECKING:
+    import pandas
 
 # A text representation reads the scores only of maps up to this size; larger ones may fill memory.
 _SMALL = 1_000_000
@@ -193,6 +196,27 @@ class ContextMap(LabelledArray):
         """Returns what stands beside the scores of each row, changed."""
         found = {"bias": self.bias, "sink": self.sink}
         return {name: None if one is None else change(one) for name, one in found.items()}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Returns one row per number, with labels; padding is omitted.
+
+        Columns: the axes, positions being those of the input; the tokens there; the numbers. An
+        attention `sink` is the first source of its row: at position -1, by the name of ``(sink)``.
+        """
+        frame = super().to_dataframe()
+        if self.sink is None:
+            return frame
+        import numpy as np
+        import pandas
+
+        axes = ("batch", "layer", "head", "target")
+        beside = self._frame(axes, self.sink.shape, {"score": self.sink})
+        beside = beside.assign(source=-1, source_token="(sink)")[[*frame.columns]]
+        pairs = self._real((*axes, "source")).expand(self.scores.shape).sum(dim=-1)
+        rows = pairs[self._real(axes).expand(self.sink.shape)]
+        each = np.arange(len(beside))
+        order = np.argsort(np.concatenate([each, np.repeat(each, rows.numpy())]), kind="stable")
+        return pandas.concat([beside, frame], ignore_index=True).iloc[order].reset_index(drop=True)
 
     def require_unsigned(self, operation: str) -> None:
         """Raises InvalidInput if scores have a sign, which the operation has no use for."""

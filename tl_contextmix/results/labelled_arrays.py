@@ -245,12 +245,16 @@ class LabelledArray(Result):
 
         Columns: the axes, positions being those of the input; the tokens there; the numbers.
         """
+        field = next(iter(self.COLUMNS.values()))
+        return self._frame(axes_of(type(self), field), getattr(self, field).shape, self._columns())
+
+    def _frame(
+        self, axes: Sequence[str], shape: Sequence[int], columns: Mapping[str, Any]
+    ) -> pandas.DataFrame:
+        """Returns a table of numbers on some axes."""
         import numpy as np
         import pandas
 
-        columns = self._columns()
-        field = next(iter(self.COLUMNS.values()))
-        axes, shape = axes_of(type(self), field), getattr(self, field).shape
         real = self._real(axes).expand(shape).numpy()
         found = self._labelled(axes, np.nonzero(real))
         for name, values in columns.items():

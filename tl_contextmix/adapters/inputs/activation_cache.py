@@ -89,7 +89,8 @@ def trace_of(
             "Pass the second of its results; the first are the logits.",
         )
     made = {name: view.cached.made[name] for name in needed if name in view.cached.made}
-    needed = [*dict.fromkeys(made[name][0] if name in made else name for name in needed)]
+    shown = [made[name][0] if name in made else (name,) for name in needed]
+    needed = [*dict.fromkeys(name for names in shown for name in names)]
     checks = [name for block in blocks for name in block.checkpoints()]
     if isinstance(cache, NamesOnly):
         embedded = [name for names in view.cached.embedded.values() for name in names]
@@ -109,8 +110,8 @@ def trace_of(
     _require_shapes(values, batch, blocks)
     _require_masked(view, values, batch, blocks)
     _require_tokens(view, reader, batch)
-    for name, (source, make) in made.items():
-        values[name] = make(batch.main.ids, values[source])
+    for name, (sources, make) in made.items():
+        values[name] = make(batch.main.ids, *(values[source] for source in sources))
     return Trace(batch=batch, values=values, dtype=view.dtype)
 
 

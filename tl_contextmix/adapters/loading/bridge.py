@@ -59,12 +59,16 @@ def load_bridge(source: Source, placement: Placement) -> Any:
     except torch.OutOfMemoryError:
         raise
     except _FAILURES as e:
+        expected = f"an architecture that TransformerLens {host_version()} knows"
+        remedy = "Use another version of TransformerLens or its Hooked classes, or another model."
+        if isinstance(e, ImportError):
+            expected, remedy = "the libraries that its bridge needs", "Install what it names."
         raise UnsupportedModel(
             four_parts(
                 f"cannot load {source.label!r} on TransformerBridge",
                 _seen(architecture, e),
-                f"an architecture that TransformerLens {host_version()} knows",
-                "Use another version of TransformerLens or its Hooked classes, or another model.",
+                expected,
+                remedy,
             )
         ) from e
     bridge.cfg.model_name = source.label

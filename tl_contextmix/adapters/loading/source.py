@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tl_contextmix.adapters.loading.classifiers import classifies
-from tl_contextmix.adapters.recognition import major
+from tl_contextmix.adapters.recognition import major, require_no_images
 from tl_contextmix.adapters.refusals import quantized, quantized_in
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
@@ -134,6 +134,7 @@ def held_source(model: Any, tokenizer: Any) -> Source:
     config = getattr(model, "config", None)
     kind = _held_kind(model)
     if kind is None:
+        require_no_images(model)
         raise UnsupportedModel(
             four_parts(
                 "cannot load this object as a model",

@@ -219,14 +219,17 @@ def _error_of(compare: Callable[[], list[float]]) -> float:
 def _settle_scales(block: Block, probe: Probe) -> Iterator[AttentionSublayer]:
     """Yields the attention sublayers, cross-attention with the scale of its scores.
 
-    It is 1 in T5 and 1 / sqrt(d_head) in BART, and no config field has it on every host.
+    It is 1 in T5 and 1 / sqrt(d_head) in BART, and no config field has it on every host; T5Gemma's
+    module has a number of its own.
     """
     stream = probe.clean.resid_in(block)
     for attention in block.attentions:
         if attention.kind == "cross":
             key = probe.clean.key(attention)
             expected = probe.clean.pattern(attention).permute(0, 2, 1, 3)
-            for scale in (1.0, key.shape[-1] ** -0.5):
+            told = [] if attention.scale is None else [attention.scale]
+            attention = replace(attention, scale=None)
+            for scale in (1.0, key.shape[-1] ** -0.5, *told):
                 tried = replace(attention, scale=scale)
                 found = tried.cross_pattern(stream, key, expected >= 0)
                 if relative_error(found, expected) <= probe.tolerance:
