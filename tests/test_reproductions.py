@@ -17,6 +17,7 @@ import transformers
 import zoo_build
 
 from tl_contextmix.demo_models import demo_folder
+from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.evaluation import MinimalPair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +170,34 @@ def test_cue_metrics_come_from_sets_of_blimp_alone(folders: dict[str, str], tmp_
     assert "No dot and average precision: the sentences have no cues." in page
     assert not any("nearer to cues" in one["name"] for one in found["claims"])
     assert any("more faithful" in one["name"] for one in found["claims"])
+
+
+def test_a_model_without_a_head_has_cue_alignment(folders: dict[str, str], tmp_path: Path) -> None:
+    encoder = transformers.AutoModel.from_pretrained(folders["masked-lm"], add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["masked-lm"])
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    some = ["--limit", "4", "--texts", "20", "--seeds", "1", "-o", str(tmp_path)]
+    some += ["--data", published.blimp(tmp_path, BLIMP_SETS[:2]), "--model"]
+    with pytest.warns(ContextMixWarning, match="without a masked-LM head"):
+        found = value_zeroing.main([*some, str(tmp_path / "encoder")])
+    kinds = {one["name"].split(" ")[0] for one in found["claims"]}
+    assert kinds == {"nearer", "the"}, "cues and probing, nothing about predictions"
+    whole = value_zeroing.main([*some, folders["masked-lm"]])
+    for name in ("every figure", "by set"):
+        alone, beside = (
+            {
+                (row.get("set"), row["method"], row["layer"], row["metric"]): row.get(
+                    "value", row.get("mean")
+                )
+                for row in one["tables"][f"{model}: {name}"]
+            }
+            for one, model in (
+                (found, str(tmp_path / "encoder")),
+                (whole, folders["masked-lm"]),
+            )
+        )
+        assert alone == {key: pytest.approx(beside[key], abs=2e-4) for key in alone}
 
 
 @pytest.mark.parametrize(
