@@ -24,6 +24,7 @@ from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.errors import FileFormatError
 from tl_contextmix.evaluation import (
@@ -139,7 +140,7 @@ def compare(model: Any, pairs: list[MinimalPair]) -> tuple[ScoreTable, Dropped]:
     if not view.readout.refusal:
         compared = cm.compare(model, pairs, methods=methods, unusable="drop")
         return compared, compared.dropped
-    known, dropped = sentences_of(model, view, pairs, None, "drop")
+    known, dropped = sentences_of(model, view, pairs, None, "drop", answer=Answer())
     places, cues = [one.place for one in known], [[*one.cues] for one in known]
     rows: list[ScoreRow] = []
     for name in methods:
