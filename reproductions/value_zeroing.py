@@ -23,10 +23,19 @@ import torch
 from claims import Claim, Reproduction, load, read_options
 
 import tl_contextmix as cm
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.errors import FileFormatError
-from tl_contextmix.evaluation import MinimalPair, demo_pairs, load_minimal_pairs
-from tl_contextmix.results.scores import ALIGNMENT
+from tl_contextmix.evaluation import (
+    MinimalPair,
+    cue_alignment,
+    demo_pairs,
+    load_minimal_pairs,
+    sentences_of,
+)
+from tl_contextmix.evaluation.compare import comparable
+from tl_contextmix.results.scores import ALIGNMENT, Score, ScoreRow, ScoreTable
 
 RIVALS = {
     "attention": "attention weights",
@@ -37,6 +46,7 @@ RIVALS = {
 }
 WORDS = "“the superiority of our context mixing score over other analysis methods”"
 DRAWS = 2000
+Dropped = Sequence[tuple[str, str]]
 
 
 def cue_claim(rival: str) -> Claim:
@@ -119,9 +129,31 @@ def balanced(pairs: list[MinimalPair]) -> list[MinimalPair]:
     return [pair for some in kinds for pair in some[:least]]
 
 
-def by_set(compared: Any, sets: dict[str, list[MinimalPair]]) -> Any:
+def compare(model: Any, pairs: list[MinimalPair]) -> tuple[ScoreTable, Dropped]:
+    """Returns all methods' figures, and what was left out.
+
+    A model without a head predicts nothing that a map could be faithful to: of it there is cue
+    alignment alone.
+    """
+    methods = ["value_zeroing", *RIVALS]
+    view = as_view(model)
+    if not view.readout.refusal:
+        compared = cm.compare(model, pairs, methods=methods, unusable="drop")
+        return compared, compared.dropped
+    known, dropped = sentences_of(model, view, pairs, None, "drop", answer=Answer())
+    places, cues = [one.place for one in known], [[*one.cues] for one in known]
+    rows: list[ScoreRow] = []
+    for name in methods:
+        maps = [comparable()[name](model, one) for one in known]
+        maps = [(one.mean("head") if len(one.heads) > 1 else one).normalize() for one in maps]
+        rows += cue_alignment(maps, cues, pos=places, method=name).rows
+    text = "Of a model without a head, whose maps cannot be held against a prediction."
+    return Score(rows=tuple(rows), title="Cue alignment", caption=text), dropped
+
+
+def by_set(compared: ScoreTable, dropped: Dropped, sets: dict[str, list[MinimalPair]]) -> Any:
     """Returns cue alignment by set, method and layer."""
-    left_out = {text for text, _ in compared.dropped}
+    left_out = {text for text, _ in dropped}
     names = [name for name, some in sets.items() for pair in some if pair.good not in left_out]
     rows = []
     for row in compared.rows:
@@ -147,7 +179,9 @@ def score(found: Reproduction, name: str, compared: Any) -> None:
         if "dot" in compared.metrics:
             row = compared.difference("value_zeroing", rival, metric="dot", layer="best").rows[0]
             scored(found, cue_claim(rival), name, row)
-        for identity, layers in rollouts(compared).items():
+        for identity, layers in (
+            rollouts(compared).items() if "blank-out" in compared.metrics else ()
+        ):
             row = compared.difference("value_zeroing", rival, metric="blank-out", layer=layers)
             scored(found, faithful_claim(rival, identity), name, row.rows[0])
 
@@ -195,7 +229,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         __doc__,
         given,
         limit=60,
-        model="masked-lm,causal-lm",
+        model="masked-lm,causal-lm,minilm",
         texts={"type": int, "default": 400, "help": "texts that probes are trained on"},
         seeds={"type": int, "default": 5, "help": "seeds of the probes"},
     )
@@ -203,8 +237,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     for name, model in load(options.model).items():
         sets = sets_of(options, options.limit)
         pairs = [pair for some in sets.values() for pair in some]
-        methods = ["value_zeroing", *RIVALS]
-        compared = cm.compare(model, pairs, methods=methods, unusable="drop")
+        compared, dropped = compare(model, pairs)
         score(found, name, compared)
         found.show(f"{name}: every method", "Cue alignment and faithfulness.", compared)
         frame = compared.to_dataframe()
@@ -212,7 +245,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         found.table(f"{name}: every figure", "By method, layer and metric.", frame[kept])
         if "dot" not in compared.metrics:
             continue
-        found.table(f"{name}: by set", "Cue alignment.", by_set(compared, sets))
+        if len(sets) > 1:
+            found.table(f"{name}: by set", "Cue alignment.", by_set(compared, dropped, sets))
         probe(found, name, model, options, compared)
     return found.write()
 

@@ -24,7 +24,7 @@ from tl_contextmix.core.statistics import spearman
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.engine.stream_points import state_at
 from tl_contextmix.evaluation import demo_pairs
-from tl_contextmix.results import Comparison, Probing, Result
+from tl_contextmix.results import Comparison, Probing, Result, Score
 
 once = pytest.mark.once
 
@@ -212,8 +212,11 @@ def test_means_and_intervals_over_seeds(found: Probing, compared: Comparison) ->
     table = beside.panels()[0].table()
     assert [row[0] for row in table.rows] == ["compression, block_out", "value_zeroing", "decompx"]
     assert "Without layers: gradient_x_input" in beside.panels()[0].caption
-    with pytest.raises(cm.InvalidInput, match="no figures of this metric"):
-        found.beside(compared, "accuracy")
+    alone = Score(rows=compared.rows, title="t", caption="c")
+    assert found.beside(alone, "average precision").points == beside.points
+    for scores in (compared, alone):
+        with pytest.raises(cm.InvalidInput, match="no figures of this metric"):
+            found.beside(scores, "accuracy")
 
 
 @once

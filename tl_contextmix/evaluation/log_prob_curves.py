@@ -123,6 +123,17 @@ def knockout_curve(
         InvalidInput: If there are fewer components than are to be ablated.
 
     Cost: that of `tl_contextmix.knockout` for each count.
+
+    Example:
+        >>> import tl_contextmix as cm
+        >>> from tl_contextmix.evaluation import knockout_curve
+        >>> model, text = cm.load_demo("causal-lm"), "the capital of france is"
+        >>> asked = {"target": " paris"}
+        >>> best = cm.log_prob_contributions(model, text, by="ff_neuron", k=30, **asked)
+        >>> found = knockout_curve(model, text, best, counts=[1, 30], **asked)
+        >>> rows = found[(found.quantity == "probability") & (found.when == "after")]
+        >>> rows["mean"].round(2).tolist()
+        [0.98, 0.0]
     """
     import pandas
 

@@ -48,6 +48,17 @@ def alignment_error_rate(
 
     Raises:
         InvalidInput: If there are not links of each sentence, or one is outside of the map.
+
+    Example:
+        >>> import tl_contextmix as cm
+        >>> from tl_contextmix.evaluation import alignment_error_rate
+        >>> model = cm.load_demo("encoder-decoder")
+        >>> french = {"decoder_input": "la batte brûlait .", "stack": "cross"}
+        >>> maps = cm.attention_norms(model, "the bat burned .", at="attn_out", **french)
+        >>> predicts = [(0, 0), (1, 1), (2, 2), (3, 3)]  # <pad> predicts the first word
+        >>> found = alignment_error_rate(maps.words(), [predicts])
+        >>> [round(point.value, 2) for point in found.points]
+        [0.5, 0.5, 0.43, 0.14]
     """
     gold = [(_links(map, row, s), _links(map, row, p)) for row, s, p in _rows(map, sure, possible)]
     points = []
@@ -115,11 +126,14 @@ def _strongest(map: ContextMap, row: int, scores: torch.Tensor) -> set[tuple[int
 def frequency_correlation(
     figures: TokenFigures, frequencies: Annotated[Mapping[int, float], LATER]
 ) -> LayerCurves:
-    """Returns whether a figure of tokens goes with how frequent they are, layer by layer.
+    r"""Returns whether a figure of tokens goes with how frequent they are, layer by layer.
 
-    Spearman's correlation over tokens of the figure, such as `tl_contextmix.mixing_ratio`, and the
-    token's frequency rank, 1 being the most frequent: above 0 rare tokens have the larger figures
-    (Kobayashi et al. 2021, section 5.2, table 3). Marks such as ``[CLS]`` are left out.
+    .. math:: \rho(x_i, \mathrm{rank}(w_i))
+
+    Spearman's correlation over tokens :math:`w_i` of the figure :math:`x_i`, such as
+    `tl_contextmix.mixing_ratio`, and the token's frequency rank, 1 being the most frequent: above 0
+    rare tokens have the larger figures (Kobayashi et al. 2021, section 5.2, table 3). Marks such as
+    ``[CLS]`` are left out.
 
     Args:
         figures: A figure for each token and layer.
@@ -131,6 +145,17 @@ def frequency_correlation(
 
     Raises:
         InvalidInput: If the frequency of a token is not known.
+
+    Example:
+        >>> from collections import Counter
+        >>> import tl_contextmix as cm
+        >>> from tl_contextmix.evaluation import frequency_correlation
+        >>> texts = ["the keys to the cabinet are old .", "the doctors near the farmer sing ."]
+        >>> ratios = cm.mixing_ratio(cm.load_demo("masked-lm"), texts)
+        >>> counts = Counter(ratios.tokens.ids[ratios.tokens.mask].tolist())
+        >>> found = frequency_correlation(ratios, counts)
+        >>> len(found.points), found.points[0].sentences
+        (4, 2)
     """
     tokens = figures.tokens
     kept = [
@@ -212,6 +237,13 @@ def expansion_rates(model: object, *, stack: StackName | None = None) -> LayerFi
         InvalidInput: If there is no such stack.
 
     Cost: ``2 d^2 d_head`` operations for each head.
+
+    Example:
+        >>> import tl_contextmix as cm
+        >>> from tl_contextmix.evaluation import expansion_rates
+        >>> rates = expansion_rates(cm.load_demo("masked-lm"))
+        >>> [round(float(rate), 2) for rate in rates.select(quantity="all heads").values.flatten()]
+        [0.33, 0.39, 0.49, 0.47]
     """
     view = as_view(model)
     blocks = view.stacks[view.base_stack(stack)]

@@ -134,9 +134,12 @@ def by_kind(
     of: Of = "pos",
     arcs: Labels | None = None,
 ) -> LayerFigures:
-    """Returns the mean score of a map by the kind of its pairs: which compositions are amplified?
+    r"""Returns the mean score of a map by the kind of its pairs: which compositions are amplified?
 
-    Every pair of a target and a source is of one kind, the first that fits:
+    .. math:: \frac{1}{|P_k|} \sum_{(i, j) \in P_k} F_{ij}
+
+    with :math:`P_k` the pairs of kind :math:`k`. Every pair of a target and a source is of one
+    kind, the first that fits:
 
     ================== ============================================================================
     ``special``        one of the two is a mark such as ``[CLS]`` or ``<s>``

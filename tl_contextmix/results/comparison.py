@@ -108,7 +108,7 @@ class Comparison(ScoreTable):
         Raises:
             InvalidInput: If there are no figures of this metric.
         """
-        metric = self._require(metric)
+        metric = self.require_metric(metric)
         frame = self.to_dataframe().drop(columns="flops")
         frame = frame[frame.metric == metric]
         frame = frame.sort_values("value", ascending=not METRICS[metric][0], kind="stable")
@@ -125,7 +125,7 @@ class Comparison(ScoreTable):
         """
         import pandas
 
-        metric = self._require(metric)
+        metric = self.require_metric(metric)
         rows = [row for row in self.rows if row.metric == metric]
         layers = sorted({row.layer for row in self.rows}, key=_layer_order)
         values = {(row.method, row.layer): row.value for row in rows}

@@ -17,7 +17,7 @@ from tl_contextmix.results.comparison import Comparison
 from tl_contextmix.results.curves import CurvePoint, LayerCurves
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance
-from tl_contextmix.results.scores import METRICS, ScoreRow
+from tl_contextmix.results.scores import METRICS, Score, ScoreRow
 
 COMPRESSION = "compression"
 
@@ -130,14 +130,15 @@ class Probing(LabelledArray):
         """Returns a chart of each figure by layer, and the table with intervals."""
         return self.curves().panels()
 
-    def beside(self, comparison: Comparison, metric: str | None = None) -> ProbedMaps:
+    def beside(self, comparison: Comparison | Score, metric: str | None = None) -> ProbedMaps:
         """Returns the curve of each method of a comparison by layer beside the probe's.
 
         What a layer's probe reads and what that layer's map shows belong together where the label
-        has to come from the tokens that the maps are scored on (Mohebbi et al. 2023, section 6).
+        has to come from the tokens that the maps are scored on (Mohebbi et al. 2023).
 
         Args:
-            comparison: Of the same model and sentences, see `tl_contextmix.compare`.
+            comparison: Of the same model and sentences, see `tl_contextmix.compare`; or figures
+                such as those of `cue_alignment`.
             metric: Which figure of the maps; None for the first there is (``"dot"`` where cues are
                 known).
 
@@ -148,8 +149,7 @@ class Probing(LabelledArray):
         Raises:
             InvalidInput: If the comparison has no such metric.
         """
-        metric = metric or comparison.metrics[0]
-        comparison.table(metric)  # which refuses a metric that it does not have
+        metric = comparison.require_metric(metric)
         points = self._points(COMPRESSION, self.compression)
         missing = []
         for method in comparison.methods:
@@ -165,7 +165,7 @@ class Probing(LabelledArray):
             title="Maps beside probes",
             caption=f"{METRICS[metric][1]} 95 % intervals: of compression over seeds, of maps over "
             f"sentences.{without}",
-            provenance=comparison.provenance,
+            provenance=getattr(comparison, "provenance", self.provenance),
         )
 
 

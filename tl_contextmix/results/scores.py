@@ -168,7 +168,7 @@ class ScoreTable(RowTable):
                 one layer, two have figures of different sentences, or the sentences' figures were
                 not kept (files of older versions).
         """
-        metric = self._require(metric)
+        metric = self.require_metric(metric)
         one = self._values(method, metric)
         pairs = [(layer, layer)] if isinstance(layer, str) else layer and [tuple(layer)]
         rows = []
@@ -221,7 +221,12 @@ class ScoreTable(RowTable):
             )
         return found
 
-    def _require(self, metric: str | None) -> str:
+    def require_metric(self, metric: str | None) -> str:
+        """Returns a metric there are figures of: the first one for None.
+
+        Raises:
+            InvalidInput: If there are none.
+        """
         if metric is None:
             return self.metrics[0]
         if metric not in self.metrics:
