@@ -11,12 +11,12 @@ import secrets
 import socket
 import tempfile
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad, four_parts
@@ -24,6 +24,9 @@ from tl_contextmix.exploring import question_form
 from tl_contextmix.exploring.limits import MAX_FLOPS, MAX_GIB, Limits
 from tl_contextmix.exploring.one_at_a_time import Explorer
 from tl_contextmix.exploring.request_guard import Guard
+
+if TYPE_CHECKING:
+    from uvicorn import Server
 
 HOST = "127.0.0.1"
 
@@ -61,7 +64,7 @@ def explore(
             uvicorn are not installed.
     """
     _require_server()
-    with _listening(host, port) as (listener, hosts):
+    with listening(host, port) as (listener, hosts):
         token = secrets.token_urlsafe(24)
         try:
             if isinstance(model, (str, Path)):
@@ -73,19 +76,31 @@ def explore(
         address = f"http://{hosts[0]}/{token}/"
         with _opened(address) if browser else contextlib.nullcontext():
             ready(address)
-            _serve(explorer, form, token, hosts, listener)
+            try:
+                # Interrupting it is how it ends.
+                with contextlib.suppress(KeyboardInterrupt):
+                    server(explorer, form, token, hosts).run(sockets=[listener])
+            finally:
+                if explorer is not None:
+                    explorer.stop()
 
 
-def _serve(
-    explorer: Explorer | None, form: str, token: str, hosts: list[str], listener: socket.socket
-) -> None:
-    """Answers until it is interrupted; what is under way is stopped."""
+def server(explorer: Explorer | None, form: str, token: str, hosts: Sequence[str]) -> Server:
+    """Returns the server, which answers once it runs.
+
+    Args:
+        explorer: Who answers; None where the model is refused.
+        form: The page with the form.
+        token: First part of every path.
+        hosts: Its names, with the port.
+    """
     import uvicorn
 
     from tl_contextmix.exploring.web_application import application
 
+    guarded: Any = Guard(application(explorer, form, token), token, hosts)
     settings = uvicorn.Config(
-        Guard(application(explorer, form, token), token, hosts),  # type: ignore[arg-type]
+        guarded,
         access_log=False,  # addresses hold the token
         log_level="warning",
         lifespan="off",
@@ -94,13 +109,7 @@ def _serve(
         proxy_headers=False,
         timeout_graceful_shutdown=1,
     )
-    try:
-        uvicorn.Server(settings).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # this is how it ends
-    finally:
-        if explorer is not None:
-            explorer.stop()
+    return uvicorn.Server(settings)
 
 
 def _require_server() -> None:
@@ -117,7 +126,7 @@ def _require_server() -> None:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]:
+def listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]:
     """Listens on an address that only this machine reaches, and yields its names, with the port."""
     number = "127.0.0.1" if host == "localhost" else host
     try:

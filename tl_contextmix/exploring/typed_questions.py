@@ -174,12 +174,12 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
         # On the page this is a note.
         warnings.filterwarnings("ignore", ".* was not trained on some of these words")
         begin("maps")
-        said = question.generate
-        if said is None and "answer" in question.sections:
-            said = None if len(as_view(model).stacks) == 2 and question.target is None else SAID
-        story = read(model, question.text, answer=question.answer, generate=said)
+        view = as_view(model)
+        story = read(model, question.text, answer=question.answer, generate=_said(view, question))
         sections = [*tell(story, question.sections, begin)]
         refused = []
+        if "answer" in question.sections and story.generate is None:
+            refused.append(("answer", "the model has no decoder, which would say more"))
         for name in question.methods:
             begin(name)
             try:
@@ -191,6 +191,13 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
     told = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
     page = Page((), TITLE, facts(story), tuple(sections), (*notes(story), *told))
     return Told(page, _likely(story))
+
+
+def _said(view: ModelView, question: TypedQuestion) -> int | None:
+    """Returns how many tokens of its answer a model says; None for what the report does."""
+    asked = "answer" in question.sections and "decoder" in view.stacks
+    whole = len(view.stacks) == 2 and question.target is None
+    return SAID if asked and question.generate is None and not whole else question.generate
 
 
 def _ours(category: type[Warning]) -> bool:
