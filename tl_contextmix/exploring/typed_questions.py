@@ -111,7 +111,9 @@ def as_typed(given: object) -> TypedQuestion:
         InvalidInput: If it is none.
     """
     if not isinstance(given, dict) or not set(given) <= {*_KEYS}:
-        raise bad("this is no question", visible(repr(given))[:80], f"{_KEYS}", "Reload the page.")
+        raise bad(
+            "this is no question", visible(repr(given))[:80], ", ".join(_KEYS), "Reload the page."
+        )
     text, show = given.get("text"), given.get("show")
     if not isinstance(text, str) or not text:
         raise bad("there is nothing to ask about", "no text", "a text", "Type one.")
@@ -119,11 +121,11 @@ def as_typed(given: object) -> TypedQuestion:
     if not isinstance(show, list) or not show or not all(one in known for one in show):
         seen = "nothing" if not show else visible(repr(show))[:80]
         raise bad("nothing to show is chosen", seen, f"some of {', '.join(known)}", "Tick some.")
-    for name, kind in (("target", str), ("foil", str), ("pos", int), ("generate", int)):
-        value = given.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise bad(f"{name} cannot be read", repr(value)[:80], f"{kind.__name__}", "Change it.")
     kept = {name: given.get(name) for name in ("target", "foil", "pos", "generate")}
+    for name, value in kept.items():
+        kind, words = (str, "a text") if name in ("target", "foil") else (int, "a whole number")
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise bad(f"{name} cannot be read", visible(repr(value))[:80], words, "Change it.")
     return TypedQuestion(text, tuple(show), **kept)
 
 
