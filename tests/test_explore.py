@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import queue
 import re
 import signal
 import subprocess
@@ -444,19 +445,20 @@ def test_what_is_missing_is_one_line(monkeypatch, capsys):
 
 
 def test_the_browser_is_given_a_file_that_others_cannot_read(monkeypatch):
-    opened: list[Path] = []
+    opened: queue.Queue[Path] = queue.Queue()
 
     def looked(address: str) -> bool:
         path = Path(address.removeprefix("file://"))
         assert path.stat().st_mode & 0o077 == 0
         assert "url=http://127.0.0.1:1/t&amp;0/" in path.read_text()
-        opened.append(path)
+        opened.put(path)
         return True
 
     monkeypatch.setattr("webbrowser.open", looked)
     with exploring._opened("http://127.0.0.1:1/t&0/"):
-        assert opened[0].exists()
-    assert not opened[0].exists()
+        path = opened.get(timeout=10)
+        assert path.exists()
+    assert not path.exists()
 
 
 # In the browser

@@ -10,6 +10,7 @@ import ipaddress
 import secrets
 import socket
 import tempfile
+import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad, four_parts
 from tl_contextmix.exploring import question_form
-from tl_contextmix.exploring.limits import MAX_FLOPS, MAX_GIB, Limits
+from tl_contextmix.exploring.limits import MAX_GIB, Limits
 from tl_contextmix.exploring.one_at_a_time import Explorer
 from tl_contextmix.exploring.request_guard import Guard
 
@@ -37,7 +38,7 @@ def explore(
     host: str = HOST,
     port: int = 0,
     browser: bool = True,
-    max_flops: float = MAX_FLOPS,
+    max_flops: float | None = None,
     max_gib: float = MAX_GIB,
     loading: dict[str, Any] | None = None,
     ready: Callable[[str], object] = lambda address: None,
@@ -54,7 +55,8 @@ def explore(
         host: An address of this machine that no other can reach.
         port: 0: one that is free.
         browser: Whether the page is opened.
-        max_flops: Operations that a question may take, by `estimate`.
+        max_flops: Operations that a question may take, by `estimate`; None: 1e13, and 1e15 where
+            the model is not on the processor.
         max_gib: Memory that it may take beside the weights, in 2^30 bytes.
         loading: Options of `load_model`.
         ready: Called with the address.
@@ -82,7 +84,7 @@ def explore(
                     server(explorer, form, token, hosts).run(sockets=[listener])
             finally:
                 if explorer is not None:
-                    explorer.stop()
+                    explorer.close()
 
 
 def server(explorer: Explorer | None, form: str, token: str, hosts: Sequence[str]) -> Server:
@@ -163,6 +165,6 @@ def _opened(address: str) -> Iterator[None]:
         path = Path(folder) / "open.html"
         path.touch(mode=0o600)
         path.write_text(f'<meta http-equiv="refresh" content="0; url={escape(address)}">')
-        with contextlib.suppress(webbrowser.Error):
-            webbrowser.open(path.as_uri())
+        # In a thread: some browsers of terminals return when they are left.
+        threading.Thread(target=webbrowser.open, args=(path.as_uri(),), daemon=True).start()
         yield

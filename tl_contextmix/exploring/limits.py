@@ -25,8 +25,9 @@ from tl_contextmix.methods.memories.ff_memories import ff_memories
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
 
-MAX_FLOPS = 1e13
 MAX_GIB = 4.0
+# Some minutes of the processor, and less than that of a GPU.
+_FLOPS, _FLOPS_ELSEWHERE = 1e13, 1e15
 
 ALWAYS_ESTIMATED = (
     *("memories", "ff_memories"),  # they read the values of all neurons, of any text
@@ -61,15 +62,19 @@ class Limits:
 
     Args:
         model: The model that is asked.
-        flops: Operations in products of matrices.
+        flops: Operations in products of matrices; None: what takes a few minutes where it is.
         gib: Bytes of tensors alive at once, weights not counted, in 2^30.
     """
 
     def __init__(
-        self, model: torch.nn.Module, flops: float = MAX_FLOPS, gib: float = MAX_GIB
+        self, model: torch.nn.Module, flops: float | None = None, gib: float = MAX_GIB
     ) -> None:
-        self.model, self.flops, self.gib = model, flops, gib
-        self._weights = sum(weight.numel() for weight in model.parameters())
+        weights = [*model.parameters()]
+        on_processor = all(weight.device.type == "cpu" for weight in weights)
+        usual = _FLOPS if on_processor else _FLOPS_ELSEWHERE
+        self.model, self.gib = model, gib
+        self.flops = usual if flops is None else flops
+        self._weights = sum(weight.numel() for weight in weights)
         self._known: dict[tuple[str, int], tuple[float, float]] = {}
 
     def require(
@@ -86,6 +91,8 @@ class Limits:
             InvalidInput: If it is too much, or the text cannot be read.
         """
         length = make_batch(view, Given(question.text)).main.ids.shape[1]
+        if "answer" in question.sections:  # it is read, too
+            length += _said(view, question)
         works = [*_works(view, question)]
         if all(self.surely(work.name, length) for work in works):
             return
@@ -157,11 +164,15 @@ def _works(view: ModelView, question: TypedQuestion) -> Iterator[_Work]:
     yield _Work("maps", partial(attention_norms, at=POINTS, stack=stack))
     for name in question.sections:
         for index, function in enumerate(_of_section(name, stack)):
-            said = question.generate or (SAID if stack is None else _OUTPUT)
-            times = said if name == "answer" else 1
+            times = _said(view, question) if name == "answer" else 1
             yield _Work(f"{name} {index + 1}" if index else name, function, times)
     for name in question.methods:
         yield _Work(name, methods()[name].function)
+
+
+def _said(view: ModelView, question: TypedQuestion) -> int:
+    """Returns how many tokens of an answer are explained, at most."""
+    return question.generate or (_OUTPUT if len(view.stacks) == 2 else SAID)
 
 
 def _of_section(name: str, stack: StackName | None) -> list[Callable[..., Any]]:
