@@ -70,7 +70,7 @@ def hooks(model: Any) -> int:
     )
 
 
-@pytest.mark.parametrize("at", [1, 40, 300, 700, 1300, 1800])
+@pytest.mark.parametrize("at", [1, 40, 300, 700, 1300])
 def test_work_stops_at_any_call_and_leaves_nothing_behind(model, at):
     expected = cm.value_zeroing(model, TEXT)
     before = hooks(model)
@@ -83,7 +83,8 @@ def test_work_stops_at_any_call_and_leaves_nothing_behind(model, at):
 
     mode = Early()
     with pytest.raises(Stopped), mode:
-        cm.log_prob_contributions(model, TEXT, by="position")
+        # Of another text, so that the model runs.
+        cm.log_prob_contributions(model, f"{'the ' * (1 + at % 7)}cat", by="position")
     assert mode.calls > at, "what cleans up may call PyTorch"
     assert hooks(model) == before
     # Its lock is free, for other threads too, and its numbers are what they were.
