@@ -33,7 +33,7 @@ LAYERS = [
     {"engine"},
     {"methods"},
     {"evaluation"},
-    {"reporting", "commands", "__init__", "__main__"},
+    {"reporting", "exploring", "commands", "__init__", "__main__"},
 ]
 
 

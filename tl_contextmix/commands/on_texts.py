@@ -21,7 +21,7 @@ from tl_contextmix.commands.shared_options import (
     open_if,
     several,
 )
-from tl_contextmix.exploring import HOST, MAX_FLOPS, MAX_GIB
+from tl_contextmix.exploring import HOST, MAX_GIB
 from tl_contextmix.exploring import explore as exploring
 from tl_contextmix.plotting import Page, require_writable
 from tl_contextmix.plotting.display_text import visible
@@ -112,7 +112,7 @@ def report(model: str | None, text: str | None, opened: bool, sections: Any, **g
 @click.option("--host", default=HOST, show_default=True, help="An address of this machine alone.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
 @click.option("--browser/--no-browser", default=True, help="Default: open the page.")
-@click.option("--max-flops", type=float, default=MAX_FLOPS, show_default=True, metavar="NUMBER")
+@click.option("--max-flops", type=float, metavar="NUMBER", help="Default: 1e13; 1e15 on a GPU.")
 @click.option("--max-gib", type=float, default=MAX_GIB, show_default=True, metavar="NUMBER")
 def explore(model: str | None, **given: Any) -> None:
     """Serves a page to type a text, a target and a foil, and see what the report says.

@@ -10,20 +10,24 @@ import ipaddress
 import secrets
 import socket
 import tempfile
+import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad, four_parts
 from tl_contextmix.exploring import question_form
-from tl_contextmix.exploring.limits import MAX_FLOPS, MAX_GIB, Limits
+from tl_contextmix.exploring.limits import MAX_GIB, Limits
 from tl_contextmix.exploring.one_at_a_time import Explorer
 from tl_contextmix.exploring.request_guard import Guard
+
+if TYPE_CHECKING:
+    from uvicorn import Server
 
 HOST = "127.0.0.1"
 
@@ -34,7 +38,7 @@ def explore(
     host: str = HOST,
     port: int = 0,
     browser: bool = True,
-    max_flops: float = MAX_FLOPS,
+    max_flops: float | None = None,
     max_gib: float = MAX_GIB,
     loading: dict[str, Any] | None = None,
     ready: Callable[[str], object] = lambda address: None,
@@ -51,7 +55,8 @@ def explore(
         host: An address of this machine that no other can reach.
         port: 0: one that is free.
         browser: Whether the page is opened.
-        max_flops: Operations that a question may take, by `estimate`.
+        max_flops: Operations that a question may take, by `estimate`; None: 1e13, and 1e15 where
+            the model is not on the processor.
         max_gib: Memory that it may take beside the weights, in 2^30 bytes.
         loading: Options of `load_model`.
         ready: Called with the address.
@@ -61,7 +66,7 @@ def explore(
             uvicorn are not installed.
     """
     _require_server()
-    with _listening(host, port) as (listener, hosts):
+    with listening(host, port) as (listener, hosts):
         token = secrets.token_urlsafe(24)
         try:
             if isinstance(model, (str, Path)):
@@ -73,19 +78,31 @@ def explore(
         address = f"http://{hosts[0]}/{token}/"
         with _opened(address) if browser else contextlib.nullcontext():
             ready(address)
-            _serve(explorer, form, token, hosts, listener)
+            try:
+                # Interrupting it is how it ends.
+                with contextlib.suppress(KeyboardInterrupt):
+                    server(explorer, form, token, hosts).run(sockets=[listener])
+            finally:
+                if explorer is not None:
+                    explorer.close()
 
 
-def _serve(
-    explorer: Explorer | None, form: str, token: str, hosts: list[str], listener: socket.socket
-) -> None:
-    """Answers until it is interrupted; what is under way is stopped."""
+def server(explorer: Explorer | None, form: str, token: str, hosts: Sequence[str]) -> Server:
+    """Returns the server, which answers once it runs.
+
+    Args:
+        explorer: Who answers; None where the model is refused.
+        form: The page with the form.
+        token: First part of every path.
+        hosts: Its names, with the port.
+    """
     import uvicorn
 
     from tl_contextmix.exploring.web_application import application
 
+    guarded: Any = Guard(application(explorer, form, token), token, hosts)
     settings = uvicorn.Config(
-        Guard(application(explorer, form, token), token, hosts),  # type: ignore[arg-type]
+        guarded,
         access_log=False,  # addresses hold the token
         log_level="warning",
         lifespan="off",
@@ -94,13 +111,7 @@ def _serve(
         proxy_headers=False,
         timeout_graceful_shutdown=1,
     )
-    try:
-        uvicorn.Server(settings).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # this is how it ends
-    finally:
-        if explorer is not None:
-            explorer.stop()
+    return uvicorn.Server(settings)
 
 
 def _require_server() -> None:
@@ -117,7 +128,7 @@ def _require_server() -> None:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]:
+def listening(host: str, port: int) -> Iterator[tuple[socket.socket, list[str]]]:
     """Listens on an address that only this machine reaches, and yields its names, with the port."""
     number = "127.0.0.1" if host == "localhost" else host
     try:
@@ -154,6 +165,6 @@ def _opened(address: str) -> Iterator[None]:
         path = Path(folder) / "open.html"
         path.touch(mode=0o600)
         path.write_text(f'<meta http-equiv="refresh" content="0; url={escape(address)}">')
-        with contextlib.suppress(webbrowser.Error):
-            webbrowser.open(path.as_uri())
+        # In a thread: some browsers of terminals return when they are left.
+        threading.Thread(target=webbrowser.open, args=(path.as_uri(),), daemon=True).start()
         yield

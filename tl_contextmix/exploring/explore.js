@@ -79,11 +79,9 @@
     }
   }
 
-  function progress({ step, done, steps, seconds }) {
+  function progress({ step, done, steps }) {
     at("progress").max = steps;
     at("progress").value = done;
-    // Spoken only where something changes.
-    at("status").dataset.seconds = seconds;
     tell(`Step ${Math.min(done + 1, steps)} of ${steps}: ${step}.`);
   }
 
@@ -119,6 +117,7 @@
     form.setAttribute("aria-busy", name !== null);
   }
 
+  // Spoken only where something changes.
   function tell(text) {
     if (at("status").textContent !== text) at("status").textContent = text;
   }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from tl_contextmix.adapters.inputs.tokens import Given, make_batch
-from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.engine.parts import POINTS
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import ContextMixError, bad
@@ -24,13 +25,36 @@ from tl_contextmix.methods.memories.ff_memories import ff_memories
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
 
-MAX_FLOPS = 1e13
 MAX_GIB = 4.0
+# Some minutes of the processor, and less than that of a GPU.
+_FLOPS, _FLOPS_ELSEWHERE = 1e13, 1e15
+
+ALWAYS_ESTIMATED = (
+    *("memories", "ff_memories"),  # they read the values of all neurons, of any text
+    *("encoder-layers", "decoder_lens"),  # they generate
+    "integrated_gradients",  # in many steps at once
+)
+"""What `Limits.surely` does not know."""
 
 _GIB = 2**30
 # Of an encoder-decoder, the report explains so many tokens of the output.
 _OUTPUT = 30
-_Work = Callable[..., Any]
+_Cost = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One part of a question.
+
+    Attributes:
+        name: What it is for.
+        function: The method behind it.
+        times: How often it is called.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    times: int = 1
 
 
 class Limits:
@@ -38,15 +62,19 @@ class Limits:
 
     Args:
         model: The model that is asked.
-        flops: Operations in products of matrices.
+        flops: Operations in products of matrices; None: what takes a few minutes where it is.
         gib: Bytes of tensors alive at once, weights not counted, in 2^30.
     """
 
     def __init__(
-        self, model: torch.nn.Module, flops: float = MAX_FLOPS, gib: float = MAX_GIB
+        self, model: torch.nn.Module, flops: float | None = None, gib: float = MAX_GIB
     ) -> None:
-        self.model, self.flops, self.gib = model, flops, gib
-        self._weights = sum(weight.numel() for weight in model.parameters())
+        weights = [*model.parameters()]
+        on_processor = all(weight.device.type == "cpu" for weight in weights)
+        usual = _FLOPS if on_processor else _FLOPS_ELSEWHERE
+        self.model, self.gib = model, gib
+        self.flops = usual if flops is None else flops
+        self._weights = sum(weight.numel() for weight in weights)
         self._known: dict[tuple[str, int], tuple[float, float]] = {}
 
     def require(
@@ -63,23 +91,49 @@ class Limits:
             InvalidInput: If it is too much, or the text cannot be read.
         """
         length = make_batch(view, Given(question.text)).main.ids.shape[1]
+        if "answer" in question.sections:  # it is read, too
+            length += _said(view, question)
         works = [*_works(view, question)]
-        if all(self.surely(name, length) for name, _, _ in works):
+        if all(self.surely(work.name, length) for work in works):
             return
         begin("estimate")
         rounded = min(1 << (length - 1).bit_length(), view.n_ctx or 1 << 62)
         # What a longer text may take a shorter one may, so that few lengths are estimated.
-        for tokens in dict.fromkeys((rounded, length)):
-            costs = {name: self._cost(name, work, tokens, times) for name, work, times in works}
-            flops = sum(cost[0] for cost in costs.values())
-            gib = max(cost[1] for cost in costs.values()) / _GIB
-            if flops <= self.flops and gib <= self.gib:
-                return
+        if self._fit(self._costs(works, rounded)):
+            return
+        costs = self._costs(works, length)
+        if not self._fit(costs):
+            raise self._too_much(costs, length)
+
+    def _costs(self, works: Sequence[_Work], length: int) -> dict[str, _Cost]:
+        """Returns what each part takes: operations and bytes; nothing for what is refused.
+
+        The page itself says what is refused.
+        """
+        found = {}
+        for work in works:
+            if (work.name, length) not in self._known:
+                try:
+                    told = estimate(self.model, length, work.function)
+                    cost = (told.flops, told.peak_bytes)
+                except ContextMixError:
+                    cost = (0, 0)
+                self._known[work.name, length] = cost
+            flops, held = self._known[work.name, length]
+            found[work.name] = (work.times * flops, held)
+        return found
+
+    def _fit(self, costs: dict[str, _Cost]) -> bool:
+        flops, gib = _totals(costs)
+        return flops <= self.flops and gib <= self.gib
+
+    def _too_much(self, costs: dict[str, _Cost], length: int) -> ContextMixError:
+        flops, gib = _totals(costs)
         most = max(costs, key=lambda name: costs[name])
         enough = (
             f"--max-flops {_up(max(flops, self.flops)):.0e} --max-gib {_up(max(gib, self.gib)):g}"
         )
-        raise bad(
+        return bad(
             "this would take more than this page allows",
             f"{flops:.1e} FLOPs and {gib:.2g} GiB for {length} tokens, most of it for {most}",
             f"at most {self.flops:.1e} FLOPs and {self.gib:g} GiB",
@@ -89,53 +143,53 @@ class Limits:
     def surely(self, name: str, length: int) -> bool:
         """Returns whether so few tokens are within the limits, whatever the estimate.
 
-        No question takes as much as 16 passes for each token, or a quarter of the weights for each
-        (a test holds them against their estimates), but those whose work does not begin with the
-        text: values of all neurons as tokens, and what is generated.
+        No part takes as much as 16 passes for each token, or a byte for each weight and token; a
+        test holds them against their estimates.
         """
-        if name in ("memories", "encoder-layers", "ff_memories", "decoder_lens"):
+        if name in ALWAYS_ESTIMATED:
             return False
-        flops, held = 16 * length * 2 * self._weights * length, self._weights * length / 4
+        flops, held = 16 * length * 2 * self._weights * length, length * self._weights
         return flops <= self.flops / 8 and held <= self.gib * _GIB
 
-    def _cost(self, name: str, work: _Work, length: int, times: int) -> tuple[float, float]:
-        """Returns operations and bytes; nothing for what is refused, which the page says itself."""
-        if (name, length) not in self._known:
-            try:
-                told = estimate(self.model, length, work)
-                self._known[name, length] = (told.flops, told.peak_bytes)
-            except ContextMixError:
-                self._known[name, length] = (0, 0)
-        flops, held = self._known[name, length]
-        return times * flops, held
+
+def _totals(costs: dict[str, _Cost]) -> tuple[float, float]:
+    """Returns all operations, and the most memory at once in GiB."""
+    flops, held = zip(*costs.values(), strict=True)
+    return sum(flops), max(held) / _GIB
 
 
-def _works(view: ModelView, question: TypedQuestion) -> Iterator[tuple[str, _Work, int]]:
-    """Yields what a question makes the model do: a name, the function, and how often."""
+def _works(view: ModelView, question: TypedQuestion) -> Iterator[_Work]:
+    """Yields what a question makes the model do."""
     stack = "encoder" if len(view.stacks) == 2 else None
-    yield "maps", partial(attention_norms, at=POINTS, stack=stack), 1
+    yield _Work("maps", partial(attention_norms, at=POINTS, stack=stack))
     for name in question.sections:
-        for index, (work, times) in enumerate(_of_section(name, view, question)):
-            yield f"{name} {index}" if index else name, work, times
+        for index, function in enumerate(_of_section(name, stack)):
+            times = _said(view, question) if name == "answer" else 1
+            yield _Work(f"{name} {index + 1}" if index else name, function, times)
     for name in question.methods:
-        yield name, methods()[name].function, 1
+        yield _Work(name, methods()[name].function)
 
 
-def _of_section(name: str, view: ModelView, question: TypedQuestion) -> list[tuple[_Work, int]]:
-    stack = "encoder" if len(view.stacks) == 2 else None
-    by_layer, by_position = (partial(log_prob_contributions, by=by) for by in ("layer", "position"))
-    said = question.generate or (SAID if stack is None else _OUTPUT)
-    works: dict[str, list[_Work]] = {
+def _said(view: ModelView, question: TypedQuestion) -> int:
+    """Returns how many tokens of an answer are explained, at most."""
+    return question.generate or (_OUTPUT if len(view.stacks) == 2 else SAID)
+
+
+def _of_section(name: str, stack: StackName | None) -> list[Callable[..., Any]]:
+    """Returns the methods behind a section of the report that cost more than its maps."""
+    by_layer, by_position, by_head = (
+        partial(log_prob_contributions, by=by) for by in ("layer", "position", "head")
+    )
+    works: dict[str, list[Callable[..., Any]]] = {
         "answer": [by_layer, by_position],
         "mixing": [partial(value_zeroing, stack=stack), partial(mixing_ratio, stack=stack)],
         "memories": [ff_memories],
-        # The neurons, or heads, and what is knocked out of them.
-        "components": [by_layer, by_position, partial(log_prob_contributions, by="head")],
+        "components": [by_layer, by_position, by_head],
         "graph": [partial(flow, neurons=False, k=60)],
-        "encoder-layers": [decoder_lens] if stack else [],
-        "comparison": [] if stack else [value_zeroing, alti, decompx],
+        "encoder-layers": [decoder_lens],
+        "comparison": [value_zeroing, alti, decompx],
     }
-    return [(work, said if name == "answer" else 1) for work in works.get(name, [])]
+    return works.get(name, [])
 
 
 def _up(number: float) -> float:

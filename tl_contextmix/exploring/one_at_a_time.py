@@ -7,15 +7,18 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tl_contextmix.core.interruption import Stoppable, Stopped
-from tl_contextmix.errors import ContextMixError, reason
+from tl_contextmix.errors import ContextMixError, ContextMixWarning, reason
 from tl_contextmix.exploring.limits import Limits
 from tl_contextmix.exploring.typed_questions import TypedQuestion, answered, require_text_model
 
 _KEPT = 8
+# Seconds: one operator may take that long.
+_PATIENCE = 5.0
 State = Literal["running", "done", "refused", "stopped", "failed"]
 
 
@@ -87,6 +90,7 @@ class Explorer:
         self._lock = threading.Lock()
         self._calls: dict[str, Call] = {}
         self._under_way: Call | None = None
+        self._thread: threading.Thread | None = None
 
     def ask(self, question: TypedQuestion) -> Call:
         """Begins to answer a question.
@@ -101,7 +105,8 @@ class Explorer:
             self._calls[call.name] = call
             for old in [*self._calls][:-_KEPT]:
                 del self._calls[old]
-        threading.Thread(target=self._answer, args=(call,), daemon=True).start()
+            self._thread = threading.Thread(target=self._answer, args=(call,), daemon=True)
+            self._thread.start()
         return call
 
     def call(self, name: str) -> Call | None:
@@ -113,6 +118,12 @@ class Explorer:
         call = self._under_way if name is None else self._calls.get(name)
         if call is not None:
             call.mode.stop()
+
+    def close(self) -> None:
+        """Stops what is under way, and waits a little for it."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
 
     def _answer(self, call: Call) -> None:
         state: State = "failed"
@@ -135,7 +146,10 @@ class Explorer:
 
     def _work(self, call: Call) -> None:
         view = require_text_model(self.model)
-        self.limits.require(view, call.question, call.begin)
+        with warnings.catch_warnings():
+            # They are given again, where the page tells them.
+            warnings.simplefilter("ignore", ContextMixWarning)
+            self.limits.require(view, call.question, call.begin)
         told = answered(self.model, call.question, call.begin)
         call.begin("draw")
         call.html, call.likely = told.page.html(), told.likely

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from html import escape as quoted
 from pathlib import Path
+from typing import Any
 
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import ContextMixError
@@ -103,10 +104,11 @@ your own machine, and nowhere else.</p></noscript>
 <footer>Made by tl_contextmix. What is typed stays on this machine.</footer>"""
 
 
-def _fitting(view: ModelView, names: Mapping[str, str]) -> dict[str, str]:
-    """Returns what there is to tick; without an encoder to decode, nothing asks for its layers."""
-    alone = () if len(view.stacks) == 2 else ("encoder-layers", "decoder_lens")
-    return {name: told for name, told in names.items() if name not in alone}
+def _fitting(view: ModelView, names: Mapping[Any, str]) -> dict[str, str]:
+    """Returns what there is to tick: layers of an encoder to decode, answers of a decoder."""
+    missing: tuple[str, ...] = () if len(view.stacks) == 2 else ("encoder-layers", "decoder_lens")
+    missing += () if "decoder" in view.stacks else ("answer",)
+    return {name: told for name, told in names.items() if name not in missing}
 
 
 def _said(view: ModelView) -> str:

@@ -111,7 +111,9 @@ def as_typed(given: object) -> TypedQuestion:
         InvalidInput: If it is none.
     """
     if not isinstance(given, dict) or not set(given) <= {*_KEYS}:
-        raise bad("this is no question", visible(repr(given))[:80], f"{_KEYS}", "Reload the page.")
+        raise bad(
+            "this is no question", visible(repr(given))[:80], ", ".join(_KEYS), "Reload the page."
+        )
     text, show = given.get("text"), given.get("show")
     if not isinstance(text, str) or not text:
         raise bad("there is nothing to ask about", "no text", "a text", "Type one.")
@@ -119,11 +121,11 @@ def as_typed(given: object) -> TypedQuestion:
     if not isinstance(show, list) or not show or not all(one in known for one in show):
         seen = "nothing" if not show else visible(repr(show))[:80]
         raise bad("nothing to show is chosen", seen, f"some of {', '.join(known)}", "Tick some.")
-    for name, kind in (("target", str), ("foil", str), ("pos", int), ("generate", int)):
-        value = given.get(name)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise bad(f"{name} cannot be read", repr(value)[:80], f"{kind.__name__}", "Change it.")
     kept = {name: given.get(name) for name in ("target", "foil", "pos", "generate")}
+    for name, value in kept.items():
+        kind, words = (str, "a text") if name in ("target", "foil") else (int, "a whole number")
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise bad(f"{name} cannot be read", visible(repr(value))[:80], words, "Change it.")
     return TypedQuestion(text, tuple(show), **kept)
 
 
@@ -174,12 +176,12 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
         # On the page this is a note.
         warnings.filterwarnings("ignore", ".* was not trained on some of these words")
         begin("maps")
-        said = question.generate
-        if said is None and "answer" in question.sections:
-            said = None if len(as_view(model).stacks) == 2 and question.target is None else SAID
-        story = read(model, question.text, answer=question.answer, generate=said)
+        view = as_view(model)
+        story = read(model, question.text, answer=question.answer, generate=_said(view, question))
         sections = [*tell(story, question.sections, begin)]
         refused = []
+        if "answer" in question.sections and story.generate is None:
+            refused.append(("answer", "the model has no decoder, which would say more"))
         for name in question.methods:
             begin(name)
             try:
@@ -191,6 +193,13 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
     told = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
     page = Page((), TITLE, facts(story), tuple(sections), (*notes(story), *told))
     return Told(page, _likely(story))
+
+
+def _said(view: ModelView, question: TypedQuestion) -> int | None:
+    """Returns how many tokens of its answer a model says; None for what the report does."""
+    asked = "answer" in question.sections and "decoder" in view.stacks
+    whole = len(view.stacks) == 2 and question.target is None
+    return SAID if asked and question.generate is None and not whole else question.generate
 
 
 def _ours(category: type[Warning]) -> bool:

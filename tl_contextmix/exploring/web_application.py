@@ -98,7 +98,7 @@ async def _question(request: Request) -> TypedQuestion:
             if len(body) > LONGEST:
                 raise bad("the text is too long", f"over {LONGEST:,} bytes", "fewer", "Shorten it.")
         given: Any = json.loads(bytes(body))
-    except (ClientDisconnect, ValueError) as error:
+    except (ClientDisconnect, ValueError, RecursionError) as error:
         if isinstance(error, InvalidInput):
             raise
         raise bad("this is no question", "no JSON", "what the page sends", "Reload it.") from error
