@@ -484,23 +484,34 @@ def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:
 # The table that registered adapters are not in
 
 
-def _hunks(path: str, text: str) -> list[tuple[str, str]]:
-    """Returns the lines of a file before and after each hunk of a patch that touches it."""
+def _hunks(path: str, text: str) -> list[tuple[int, str, str]]:
+    """Returns where each hunk of a patch begins in a file, and its lines before and after."""
     found = []
-    for hunk in text.split(f"+++ b/{path}\n")[1].split("\ndiff ")[0].split("\n@@ "):
-        lines = hunk.splitlines()[1:]
+    changed = text.split(f"+++ b/{path}\n")[1].split("\ndiff ")[0]
+    for hunk in re.split(r"^@@ -", changed, flags=re.MULTILINE)[1:]:
+        head, *lines = hunk.splitlines()
         old, new = (
             "".join(f"{line[1:]}\n" for line in lines if line[:1] in (" ", sign, ""))
             for sign in ("-", "+")
         )
-        found.append((old, new))
+        found.append((int(re.split(r"\D", head)[0]), old, new))
     return found
 
 
 def _patched(path: str, text: str) -> tuple[str, str]:
     """Returns the lines of a file before and after the one hunk of a patch that touches it."""
-    (found,) = _hunks(path, text)
-    return found
+    ((_, old, new),) = _hunks(path, text)
+    return old, new
+
+
+def _applied(source: str, path: str, text: str) -> str:
+    """Returns a file with a patch applied, each hunk at the line that it names."""
+    lines = source.splitlines(keepends=True)
+    for start, old, new in reversed(_hunks(path, text)):
+        stop = start - 1 + len(old.splitlines())
+        assert "".join(lines[start - 1 : stop]) == old, (path, start)
+        lines[start - 1 : stop] = [new]
+    return "".join(lines)
 
 
 @pytest.mark.newest
@@ -558,11 +569,8 @@ def circuitsvis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in reversed(CIRCUITSVIS):
         text = (ROOT / "docs" / "upstream" / f"circuitsvis_{name}.patch").read_text("utf-8")
         for path in re.findall(r"^\+\+\+ b/(python/.*)$", text, re.MULTILINE):
-            source = (tmp_path / path).read_text("utf-8")
-            for old, new in _hunks(path, text):
-                assert source.count(old) == 1, (name, path)
-                source = source.replace(old, new)
-            (tmp_path / path).write_text(source, "utf-8")
+            file = tmp_path / path
+            file.write_text(_applied(file.read_text("utf-8"), path, text), "utf-8")
     for name in [name for name in sys.modules if name.split(".")[0] == "circuitsvis"]:
         monkeypatch.delitem(sys.modules, name)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""TransformerLens' model for LIT (the Language Interpretability Tool) with more fields.
+"""TransformerLens' model for LIT (the Learning Interpretability Tool) with more fields.
 
 LIT is optional, and TransformerLens' wrapper is a class of LIT's only where LIT is installed, so
 that ours is made when it is asked for.

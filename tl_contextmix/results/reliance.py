@@ -69,8 +69,8 @@ class ContextReliance(LabelledArray):
             said = "the model prefers the same" if instead == word else f"it prefers {instead!r}"
             best = self.source.strings[0][int(self.scores[0, place].argmax())]
             found.append(
-                f"{word!r} depends on the context (KL divergence {float(self.kl[0, place]):.2f} nats; without "
-                f"it {said}), most on {best!r}."
+                f"{word!r} depends on the context (KL divergence "
+                f"{float(self.kl[0, place]):.2f} nats; without it {said}), most on {best!r}."
             )
         return tuple(found)
 
