@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 import pytest
@@ -614,6 +615,45 @@ def test_a_frame_lets_no_other_program_in(browser, tmp_path):
         assert seen.dialogs == []
         frame = seen.page.frames[1]
         assert frame.locator(".word").first.is_visible(), "the page's own drawing stays"
+
+
+# What is documented of hosts that cannot be run here. Colab puts each output into a frame of
+# another origin, so that cells cannot reach each other, and fits the frame to its content. VS Code
+# puts all outputs into one webview, whose policy lets inline scripts run and nothing be fetched.
+_COLAB = '<iframe sandbox="allow-scripts" style="width:100%;height:1500px" srcdoc="{}"></iframe>'
+_VS_CODE = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+    'child-src data: blob:">'
+)
+
+
+@pytest.mark.parametrize("host", ["colab", "vs code"])
+def test_a_result_is_seen_in_the_frames_of_other_hosts(browser, host, tmp_path):
+    map, texts = random_map(1, 2, 1, 4), Page((samples((0.5, 2.0), (1.0, 3.0)),))
+    library = notebooks._LIBRARY % circuitsvis_source.packed()
+    # The cell that brought CircuitsVis is reached by the others in one host, not in the other.
+    cells = [library + map._repr_html_(), texts._repr_html_()]
+    if host == "colab":
+        head = f"<!DOCTYPE html><meta charset=utf-8>{_VS_CODE}"
+        cells = [_COLAB.format(escape(head + cell, quote=True)) for cell in cells]
+    page = tmp_path / "notebook.html"
+    head = _VS_CODE if host == "vs code" else ""
+    page.write_text(f"<!DOCTYPE html><meta charset=utf-8>{head}{''.join(cells)}", encoding="utf-8")
+    with opened(browser, page) as seen:
+        # Frames in frames in Colab: of each cell, ours is the one inside.
+        inner = [frame for frame in seen.page.frames if not frame.child_frames][:2]
+        inner[0].wait_for_function("() => document.querySelector('.map[data-ready]')")
+        words = ".word" if host == "colab" else ".colored-tokens"
+        inner[1].wait_for_function(f"() => document.querySelector('{words}')?.textContent.trim()")
+        for frame in inner:
+            frame.wait_for_function(
+                "() => document.documentElement.scrollHeight <= innerHeight + 1"
+            )
+            outer = frame.parent_frame
+            assert outer is not None
+            assert not outer.locator(".tl-contextmix-still").first.is_visible()
+        assert (seen.errors, seen.requests, seen.dialogs) == ([], [], [])
 
 
 def test_where_scripts_are_stripped_a_picture_is_left(browser, tmp_path):

@@ -152,6 +152,51 @@ def test_method_pages_are_whole(page: Path) -> None:
     assert all((page.parent / figure).exists() for figure in figures)
 
 
+EXPLAINED = {
+    "ALTI": "aggregation of layer-wise token-to-token",
+    "ATB": "attention block",
+    "BOS": "beginning",
+    "CTC": "connectionist temporal",
+    "DLA": "direct logit attribution",
+    "FFN?": "feed-forward",
+    "FLOPs?": "floating-point operations",
+    "KL": "kullback-leibler",
+    "LN": "layernorm",
+    "MDL": "minimum description length",
+    "MRR": "mean reciprocal rank",
+    "NLL": "negative log-likelihood",
+    "OV": "output-value",
+    "PEFT": "parameter-efficient",
+    "P-?CXMI": "pointwise conditional cross-mutual",
+    "QK": "query-key",
+    "RES": "residual",
+    "SAEs?": "sparse autoencoder",
+}
+"""Abbreviations, and the words that a page has for one where it uses it first."""
+
+
+def _prose(page: Path) -> str:
+    """A page without code, equations and the addresses of links."""
+    text = page.read_text(encoding="utf-8")
+    for left_out in (r"```.*?```", r"\$\$.*?\$\$", r"`[^`\n]*`", r"\]\([^)]*\)"):
+        text = re.sub(left_out, "", text, flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))], ids=lambda path: path.stem
+)
+def test_abbreviations_are_explained_where_they_first_stand(page: Path) -> None:
+    text = _prose(page)
+    for short, words in EXPLAINED.items():
+        first = re.search(rf"\b{short}\b", text)
+        if first is not None:
+            # In the same sentence, or the next one where it stands in a heading or a table.
+            before = text[: first.end() + 200].lower()
+            assert words in before, f"{first[0]}: ...{text[max(0, first.start() - 60) :][:160]}"
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda path: path.stem)
 def test_examples_of_the_pages_run(page: Path) -> None:

@@ -838,6 +838,21 @@ def test_the_picture_that_is_left_holds_the_map():
         assert torch.equal(indices, (steps + 126).to(torch.int64))
 
 
+def test_the_words_beside_the_scale_of_a_still_fit():
+    panel = dataclasses.replace(
+        heatmap(torch.eye(2)[None]), unit="cosine distance / sum of the row"
+    )
+    drawn = ElementTree.fromstring(still.picture(panel) or "")
+    (words,) = (
+        node
+        for node in drawn.iter("{http://www.w3.org/2000/svg}text")
+        if "colour by" in (node.text or "")
+    )
+    # 11 pixels high, so that a letter is 5.5 to 6 wide.
+    end = float(words.attrib["x"]) + 6 * len(words.text or "")
+    assert 560 < end <= float(drawn.attrib["width"])
+
+
 def test_a_frame_hides_the_picture_and_nothing_else_does():
     markup = Page((heatmap(torch.eye(3)[None]),))._repr_html_()
     rule = "<style>iframe[srcdoc]+.tl-contextmix-still{display:none}</style>"

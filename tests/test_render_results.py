@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import pytest
+from hostile import HOSTILE
 from shown import every_class
 
 import tl_contextmix as cm
@@ -98,14 +99,34 @@ def test_every_panel_is_a_figure(result: Any):
         assert 0.3 < height < 40
 
 
+def _headings(panel: Any) -> list[str]:
+    """What a panel says in words of its own: titles, axes, units, and names that no user gave."""
+    axes = getattr(panel, "axes", ())
+    found = [panel.title, getattr(panel, "unit", ""), getattr(panel, "axis", ""), *axes]
+    found += [*getattr(panel, "sheets", ()), *(name for name, _ in getattr(panel, "series", ()))]
+    table = isinstance(panel, Table) and len(panel.columns) < 12
+    columns = panel.columns if table or axes[1:] == ("sublayer",) else ()
+    return [one for one in (*found, *columns) if one not in HOSTILE]
+
+
+# Names in the code of points, kinds of components, methods, levels and metrics, and its
+# abbreviations.
+_BARE = re.compile(r"\b(\w*[a-z]_[a-z]\w*|(attn|mlp|resid|ffn|embed|dot|kl|max prob)$)")
+
+
 @pytest.mark.parametrize("result", EACH)
 def test_headings_are_words(result: Any):
     for panel in result.panels():
-        headings = [panel.title, getattr(panel, "unit", "")]
-        headings += panel.columns if isinstance(panel, Table) and len(panel.columns) < 12 else ()
-        assert not [heading for heading in headings if re.search(r"[a-z]_[a-z]", heading)]
+        assert not [heading for heading in _headings(panel) if _BARE.search(heading)]
         named = getattr(panel, "axes", ()) or [getattr(panel, "axis", "none")]
         assert all(named), f"{panel.title}: an axis without a name"
+
+
+def test_a_heading_that_is_a_name_would_be_seen():
+    for bare in ("Contributions, mlp", "attn", "Norms at block_out", "Every method by dot"):
+        assert _BARE.search(bare)
+    for words in ("feed-forward block", "log p", "embedding", "Knockout of the best components"):
+        assert not _BARE.search(words)
 
 
 def test_a_terminal_prints_no_representation_of_a_class():

@@ -7,8 +7,10 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -482,14 +484,34 @@ def test_decoder_lens_refuses_a_single_stack(made: Any) -> None:
 # The table that registered adapters are not in
 
 
+def _hunks(path: str, text: str) -> list[tuple[int, str, str]]:
+    """Returns where each hunk of a patch begins in a file, and its lines before and after."""
+    found = []
+    changed = text.split(f"+++ b/{path}\n")[1].split("\ndiff ")[0]
+    for hunk in re.split(r"^@@ -", changed, flags=re.MULTILINE)[1:]:
+        head, *lines = hunk.splitlines()
+        old, new = (
+            "".join(f"{line[1:]}\n" for line in lines if line[:1] in (" ", sign, ""))
+            for sign in ("-", "+")
+        )
+        found.append((int(re.split(r"\D", head)[0]), old, new))
+    return found
+
+
 def _patched(path: str, text: str) -> tuple[str, str]:
-    """Returns a file before and after the one hunk of a patch that touches it."""
-    hunk = text.split(f"+++ b/{path}\n")[1].split("\ndiff ")[0].splitlines()[1:]
-    old, new = (
-        "".join(f"{line[1:]}\n" for line in hunk if line[:1] in (" ", sign, ""))
-        for sign in ("-", "+")
-    )
+    """Returns the lines of a file before and after the one hunk of a patch that touches it."""
+    ((_, old, new),) = _hunks(path, text)
     return old, new
+
+
+def _applied(source: str, path: str, text: str) -> str:
+    """Returns a file with a patch applied, each hunk at the line that it names."""
+    lines = source.splitlines(keepends=True)
+    for start, old, new in reversed(_hunks(path, text)):
+        stop = start - 1 + len(old.splitlines())
+        assert "".join(lines[start - 1 : stop]) == old, (path, start)
+        lines[start - 1 : stop] = [new]
+    return "".join(lines)
 
 
 @pytest.mark.newest
@@ -531,3 +553,84 @@ def test_switch_shows_patterns_with_the_patch(monkeypatch: pytest.MonkeyPatch) -
     with zoo_build.quiet():
         bridge = zoo_build.bridge(hf, "bart", dtype=torch.float64, processed=False)
     assert cm.check(bridge).ok
+
+
+# CircuitsVis: what of the patches is Python, on the installed package
+
+
+CIRCUITSVIS = ("escaping", "offline", "palette", "labels")
+
+
+@pytest.fixture
+def circuitsvis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The installed CircuitsVis with all patches applied, in any order, to a copy of it."""
+    package = Path(importlib.import_module("circuitsvis").__file__ or "").parent
+    shutil.copytree(package, tmp_path / "python" / "circuitsvis")
+    for name in reversed(CIRCUITSVIS):
+        text = (ROOT / "docs" / "upstream" / f"circuitsvis_{name}.patch").read_text("utf-8")
+        for path in re.findall(r"^\+\+\+ b/(python/.*)$", text, re.MULTILINE):
+            file = tmp_path / path
+            file.write_text(_applied(file.read_text("utf-8"), path, text), "utf-8")
+    for name in [name for name in sys.modules if name.split(".")[0] == "circuitsvis"]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path / "python")
+        found = importlib.import_module("circuitsvis.attention")
+        assert str(tmp_path) in str(found.__file__)
+        yield found
+    for name in [name for name in sys.modules if name.split(".")[0] == "circuitsvis"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_circuitsvis_with_the_patches(circuitsvis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = ["</script><script>alert(1)</script>", "<s>"]
+    words = {"source_label": "zeroed", "destination_label": "changed", "title": "Layers"}
+    made = circuitsvis.attention_heads([[[1, 0], [0, 1]]], tokens, **words)
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket, "socket", no_network)
+    shown = made._repr_html_()
+    assert "unpkg.com" not in shown
+    assert "var CircuitsVis=" in shown
+    # One element that is closed, and one script that no token ends.
+    for text in (shown, str(made)):
+        assert text.count("<div") == text.count("></div>") == 1
+        assert re.findall(r"</script>", text) == ["</script>"]
+        props = json.loads(re.findall(r"\{\"attention\".*\}", text)[-1])
+        assert props["tokens"] == tokens
+        assert [props[name] for name in ("sourceLabel", "destinationLabel", "title")] == [
+            "zeroed",
+            "changed",
+            "Layers",
+        ]
+    assert "Label" not in str(circuitsvis.attention_pattern(["a"], [[1]]))
+
+
+def test_circuitsvis_as_it_is_needs_the_patches() -> None:
+    attention = importlib.import_module("circuitsvis.attention")
+    made = str(attention.attention_pattern(["</script>"], [[1]]))
+    assert made.count("</script>") == 2
+    assert '<div id="' in made
+    assert "</div>" not in made
+    render = importlib.import_module("circuitsvis.utils.render")
+    assert "google.com" in inspect.getsource(render.internet_on)
+
+
+@pytest.mark.parametrize("name", CIRCUITSVIS)
+def test_patches_of_circuitsvis_can_be_proposed(name: str) -> None:
+    """Each says what it changes and why, and brings a test."""
+    text = (ROOT / "docs" / "upstream" / f"circuitsvis_{name}.patch").read_text("utf-8")
+    told, _, changed = text.partition("\ndiff --git ")
+    assert len(told.splitlines()[0]) <= 72
+    assert told.splitlines()[1] == ""
+    assert len(told) > 300
+    files = re.findall(r"^\+\+\+ b/(.*)$", changed, re.MULTILINE)
+    assert any("test" in Path(path).name.lower() for path in files)
+    # Lines of hunks are as many as their heads say.
+    for hunk in re.split(r"^@@ ", changed, flags=re.MULTILINE)[1:]:
+        head, *lines = hunk.split("\ndiff ")[0].splitlines()
+        counts = [int(n or 1) for n in re.findall(r"[-+]\d+(?:,(\d+))?", head.split("@@")[0])]
+        counted = [sum(line[:1] in (" ", sign) for line in lines) for sign in "-+"]
+        assert counts == counted, head

@@ -23,6 +23,7 @@ _WIDTH = 900
 _SHEET = (200, 320)  # side of a sheet that is aimed at, and the most pixels it has
 _CELL = (3, 24)  # smallest and largest side of a cell
 _CHAR = 6.2
+_SCALE = 168  # where the words beside the scale begin
 _GAP = 18
 _HEAD = 34
 
@@ -73,8 +74,9 @@ def _maps(panel: Heatmap) -> str:
         source = png.data_uri(sheet, cell)
         size = f'width="{columns * cell}" height="{rows * cell}"'
         pieces.append(_sheet(panel.sheets[index], source, size, corner, names, cell))
+    _, high_end = scales.ends(panel.survey.low, panel.survey.high)
     # The last column label leans out to the left, the scale and its unit run along the top.
-    width = max(across * wide, 560.0)
+    width = max(across * wide, _SCALE + 8 + len(high_end + _scale_words(panel)) * _CHAR, 560.0)
     height = math.ceil(len(sheets) / across) * high + _HEAD
     name = escape(f"{' '.join(panel.title.split())}, map")
     return (
@@ -122,13 +124,17 @@ def _scale(panel: Heatmap) -> str:
         f'<stop offset="{place / (len(stops) - 1)}" stop-color="{colour}"/>'
         for place, colour in enumerate(stops)
     )
-    unit = f" {escape(panel.unit)}" if panel.unit else ""
-    unit += f" · {told}" if (told := scales.told(panel.survey.pixels)) else ""
-    rest = len(panel.sheets) - SHEETS
-    more = f" · the first {SHEETS} of {len(panel.sheets)} sheets" if rest > 0 else ""
     return (
         f'<defs><linearGradient id="scale">{steps}</linearGradient></defs>'
         f'<text x="66" y="16" text-anchor="end">{low}</text>'
         f'<rect x="72" y="6" width="90" height="12" fill="url(#scale)" stroke="{colors.GRID}"/>'
-        f'<text x="168" y="16">{high}{unit}{more}</text>'
+        f'<text x="{_SCALE}" y="16">{high}{_scale_words(panel)}</text>'
     )
+
+
+def _scale_words(panel: Heatmap) -> str:
+    """Returns what stands after the largest number of the scale."""
+    unit = f" {escape(panel.unit)}" if panel.unit else ""
+    unit += f" · {told}" if (told := scales.told(panel.survey.pixels)) else ""
+    rest = len(panel.sheets) - SHEETS
+    return unit + (f" · the first {SHEETS} of {len(panel.sheets)} sheets" if rest > 0 else "")

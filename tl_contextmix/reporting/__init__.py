@@ -16,6 +16,7 @@ from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.evaluation import MinimalPair, load_minimal_pairs
 from tl_contextmix.methods.memories import Triggers, load_triggers
 from tl_contextmix.plotting import Page, require_writable
+from tl_contextmix.reporting.lit_fields import lit_model as lit_model
 from tl_contextmix.reporting.sections import (
     SectionName,
     chosen,

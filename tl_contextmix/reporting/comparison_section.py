@@ -175,7 +175,8 @@ def _best(found: Comparison) -> Table:
         title=f"Every method at its best layer, by {in_plain_words(metric)}",
         caption=f"95 % interval over {found.counted}; chance is {chance:.2f}.{known} "
         "The best layer is selected on the same sentences, so values are slightly optimistic. "
-        "Cost: FLOPs relative to a forward pass.",
+        "Cost: floating-point operations relative to a forward pass. ALTI: aggregation of "
+        "layer-wise token-to-token interactions.",
         columns=("method", in_plain_words(metric), "layer", "cost"),
         rows=tuple(rows),
     )

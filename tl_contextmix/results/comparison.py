@@ -163,7 +163,8 @@ class Comparison(ScoreTable):
                 cells.append(f"{row['value']:.2f} ({interval}; {row['layer']})")
             rows.append((*cells, costs[method].seconds, costs[method].forward))
         chance = ", ".join(
-            f"{metric} {frame['chance'].iloc[0]:.2f}" for metric, frame in best.items()
+            f"{in_plain_words(metric)} {frame['chance'].iloc[0]:.2f}"
+            for metric, frame in best.items()
         )
         known = (
             ""
@@ -178,7 +179,7 @@ class Comparison(ScoreTable):
             f"levels: {chance}. Sufficiency is better when low. The layer is chosen on these "
             "sentences, which flatters a little. Cost is that of one sentence: seconds, and "
             f"operations over those of a forward pass.{self._missing()}",
-            columns=("method", *self.metrics, "seconds", "FLOPs / forward"),
+            columns=("method", *map(in_plain_words, self.metrics), "seconds", "forward passes"),
             rows=tuple(rows),
         )
 
@@ -200,7 +201,7 @@ class Comparison(ScoreTable):
                 caption="Each method less the one with the best mean, sentence by sentence (paired "
                 "95 % bootstrap interval; p of a permutation test, not corrected for how many "
                 "there are). Layers are chosen on all sentences but the one they are used for.",
-                columns=("method", *self.metrics),
+                columns=("method", *map(in_plain_words, self.metrics)),
                 rows=tuple((method, *texts) for method, texts in cells.items()),
             ),
         )
@@ -212,10 +213,10 @@ class Comparison(ScoreTable):
             title=f"{as_heading(in_plain_words(metric))}, by method and layer",
             caption=f"{meaning} {'Higher' if better else 'Lower'} is better.",
             values=torch.tensor(frame.to_numpy())[None],
-            sheets=(metric,),
+            sheets=(in_plain_words(metric),),
             rows=tuple(frame.index),
             columns=tuple(frame.columns),
-            unit=metric,
+            unit=in_plain_words(metric),
             axes=("method", "layer"),
         )
 
@@ -230,7 +231,7 @@ class Comparison(ScoreTable):
             sheets=("agreement",),
             rows=self.alike_methods,
             columns=self.alike_methods,
-            unit="Spearman",
+            unit="rank correlation",
             axes=("method", "method"),
         )
 

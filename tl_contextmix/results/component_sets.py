@@ -255,14 +255,14 @@ def component_grids(
             "head": lambda index: f"head {index}",
             "expert": lambda index: f"expert {index}",
             "source": lambda index, kind=kinds[0]: words[kind][index],
-            None: lambda index: KINDS[index],
+            None: lambda index: in_plain_words(KINDS[index]),
         }[column]
         found.append(
             Heatmap(
                 title=title if len(kinds) > 1 else f"{title}, {in_plain_words(kinds[0])}",
                 caption=caption,
                 values=values,
-                sheets=(by,),
+                sheets=(in_plain_words(by),),
                 rows=tuple(f"layer {number}" for number in layers.tolist()),
                 columns=tuple(map(names, places.tolist())),
                 unit=unit,

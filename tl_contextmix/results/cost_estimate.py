@@ -74,7 +74,8 @@ class Estimate(RowTable):
         return (
             Table(
                 title=f"What {self.method} would take",
-                caption=f"{self.batch} x {self._tokens()} tokens; nothing was computed. FLOPs in "
+                caption=f"{self.batch} x {self._tokens()} tokens; nothing was computed. FLOPs "
+                "(floating-point operations) in "
                 "products of matrices; bytes when most are held, weights not counted.",
                 columns=("part", "FLOPs", "bytes"),
                 rows=(*rows, ("in all", f"{self.flops:.2e}", _bytes(self.peak_bytes))),

@@ -13,6 +13,7 @@ from tl_contextmix.core.text_metrics import Figure
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Curves, Panel
 from tl_contextmix.results import storage
+from tl_contextmix.results.headings import known_in_words
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import RowTable, interval, table_of
 
@@ -107,7 +108,7 @@ class LayerCurves(RowTable):
             caption=self.caption,
             labels=tuple(f"layer {layer}" for layer in layers),
             series=tuple(
-                (category, tuple(found[category, layer].value for layer in layers))
+                (known_in_words(category), tuple(found[category, layer].value for layer in layers))
                 for category in categories
             ),
             intervals=tuple(

@@ -22,10 +22,15 @@ _WORDS = {
     "attn": "attention",
     "cross_attn": "cross-attention",
     "mlp": "feed-forward block",
+    "embed": "embedding",
+    "per_layer_embed": "embedding of the layer",
     # levels
     "head_position": "head and position",
     "ff_neuron": "feed-forward neuron",
     "attn_neuron": "attention neuron",
+    # whose top token an output has
+    "residual": "residual stream",
+    "ffn": "feed-forward output",
     # metrics
     "dot": "alignment with the cue",
 }
@@ -34,6 +39,11 @@ _WORDS = {
 def in_plain_words(name: str) -> str:
     """Returns a method, point, level, kind of component or metric in words."""
     return _WORDS.get(name, name.replace("_", " "))
+
+
+def known_in_words(name: str) -> str:
+    """Returns a name of this package in words; what others named, such as a category, stays."""
+    return _WORDS.get(name, name)
 
 
 def as_heading(text: str) -> str:

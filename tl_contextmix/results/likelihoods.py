@@ -103,7 +103,9 @@ class LayerwiseLikelihood(LabelledArray):
         return LayerCurves(
             points=tuple(points),
             title="What the decoder makes of the answer after each encoder layer",
-            caption="Layer 0: the embeddings. Per token.",
+            caption="Layer 0: the embeddings. Per token. Gold NLL: the negative log-likelihood of "
+            "the answer; KL: the Kullback-Leibler divergence of the last layer's prediction from "
+            "this one's (both in nats); MRR: the mean reciprocal rank of the answer.",
             provenance=self.provenance,
         )
 

@@ -13,6 +13,7 @@ from tl_contextmix.plotting.panels import Bars, Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array
 from tl_contextmix.results.base import Result
+from tl_contextmix.results.headings import in_plain_words
 from tl_contextmix.results.labels import Provenance
 from tl_contextmix.results.row_tables import as_text
 
@@ -113,11 +114,13 @@ class CompositionFigures(Result):
         columns = as_array(self.values).T.tolist()
         note = f" Over {self.examples:,} positions."
         charts = [
-            Bars(title, FIGURES[name] + note, labels, ((name, tuple(each)),), "share", axis="layer")
+            Bars(
+                title, FIGURES[name] + note, labels, ((title, tuple(each)),), "share", axis="layer"
+            )
             for (name, title), each in zip(_TITLES.items(), columns, strict=False)
         ]
         series = tuple(
-            (name, tuple(column))
+            (in_plain_words(name), tuple(column))
             for name, column in zip(self.cases, columns[len(FIGURES) :], strict=True)
         )
         caption = (

@@ -15,6 +15,8 @@ from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.row_tables import token_at
 
+_METRICS = {"kl": "KL divergence", "pcxmi": "gain in log-probability"}
+
 
 @storage.storable
 @dataclass(frozen=True, eq=False)
@@ -67,8 +69,8 @@ class ContextReliance(LabelledArray):
             said = "the model prefers the same" if instead == word else f"it prefers {instead!r}"
             best = self.source.strings[0][int(self.scores[0, place].argmax())]
             found.append(
-                f"{word!r} depends on the context (KL {float(self.kl[0, place]):.2f} nats; without "
-                f"it {said}), most on {best!r}."
+                f"{word!r} depends on the context (KL divergence "
+                f"{float(self.kl[0, place]):.2f} nats; without it {said}), most on {best!r}."
             )
         return tuple(found)
 
@@ -95,18 +97,21 @@ class ContextReliance(LabelledArray):
             )
             for place, word in enumerate(words)
         ]
-        names = ("token", "KL", "log p", "log p without", "best without", "flagged", "most on")
+        names = ("token", "KL divergence", "log p", "log p without", "best without")
+        names += ("flagged", "most on")
         return (
             ColoredText(
                 title="Which tokens depend on the context",
                 caption=" ".join(self.sentences) or "None is flagged.",
                 tokens=words,
                 values=tuple(value[0].tolist()),
-                unit="KL, nats" if self.metric == "kl" else "gain in log-probability, nats",
+                unit=f"{_METRICS[self.metric]}, nats",
             ),
             Table(
                 title="The answer with the context and without",
-                caption=f"Nats. Flagged by {self.metric}; no token is omitted.",
+                caption="Nats. KL divergence: how far the prediction with the context is from the "
+                f"one without (Kullback-Leibler). Flagged by {_METRICS[self.metric]}; no token is "
+                "omitted.",
                 columns=names,
                 rows=tuple(rows),
             ),

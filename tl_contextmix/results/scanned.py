@@ -313,7 +313,7 @@ class Scan(LabelledArray):
             title=f"Shared among the {k} largest means by {in_plain_words(level)}",
             caption=f"Of sets drawn at random, {k * k / len(self._own()):.1f} are expected.{more}",
             values=values,
-            sheets=(level,),
+            sheets=(in_plain_words(level),),
             rows=self.categories,
             columns=self.categories,
             unit="components",

@@ -308,7 +308,7 @@ class TriggerAgreement(Result):
                     "promotes": "promotes",
                     precise: "precise",
                     "triggers": "triggers",
-                    "max prob": "max_prob",
+                    "largest probability": "max_prob",
                 },
                 "Memories that agree most",
                 "By the share of their triggers that are followed by what they promote.",

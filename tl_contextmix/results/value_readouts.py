@@ -134,7 +134,7 @@ class ValueReadouts(Result):
                 caption="Tokens with the highest logits of each value vector, how probable the "
                 "first is in its softmax, the entropy in nats, and the tokens it demotes: those "
                 "it promotes when its coefficient is negative.",
-                columns=("value", "promotes", "max prob", "entropy", "demotes"),
+                columns=("value", "promotes", "largest probability", "entropy", "demotes"),
                 rows=tuple(rows),
             ),
         )

@@ -1,0 +1,84 @@
+"""LIT: TransformerLens' model of it with our fields, in LIT's own checks where it is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import tl_contextmix as cm
+from tl_contextmix.reporting import lit_fields, lit_model
+
+pytestmark = pytest.mark.once
+TEXT = "the keys to the cabinet"
+
+
+def test_without_lit_its_name_is_said():
+    if find_spec("lit_nlp") is not None:
+        pytest.skip("LIT is installed")
+    with pytest.raises(cm.errors.ContextMixError, match="Install lit-nlp"):
+        lit_model(cm.load_demo("causal-lm"))
+
+
+def test_methods_that_lit_cannot_show_are_refused():
+    model = cm.load_demo("causal-lm")
+    with pytest.raises(cm.InvalidInput, match="Did you mean 'value_zeroing'"):
+        lit_model(model, maps=["value_zeroin"])
+    with pytest.raises(cm.InvalidInput, match="one of gradient_x_input"):
+        lit_model(model, salience=["value_zeroing"])
+
+
+def test_fields_have_the_numbers_of_the_methods(monkeypatch):
+    """Those that are given to TransformerLens' wrapper, which is not needed for it."""
+    given = {}
+    monkeypatch.setattr(
+        lit_fields, "lit_wrapper", lambda *args: given.update(zip(_TAKEN, args, strict=True))
+    )
+    model = cm.load_demo("causal-lm")
+    lit_model(model, maps=["value_zeroing"], salience=["gradient_x_input"])
+    assert given["fields"] == {
+        "Value Zeroing, a layer as a head": "map",
+        "Gradient times input": "salience",
+    }
+    ids = model.to_tokens(TEXT)
+    found = given["compute"](ids)
+    map = cm.value_zeroing(model, ids).normalize()
+    shares = torch.as_tensor(found["Value Zeroing, a layer as a head"])
+    assert torch.equal(shares, map.scores[0, :, 0])
+    scores = cm.gradient_x_input(model, ids).scores
+    assert torch.equal(torch.as_tensor(found["Gradient times input"]), scores[0, 0, 0, 0])
+
+
+_TAKEN = ("model", "fields", "compute", "config")
+
+
+def test_lit_takes_it():
+    """LIT's own validation of what a model says it outputs and what it outputs."""
+    pytest.importorskip("lit_nlp.api.model")
+    from transformer_lens import lit
+
+    model = cm.load_demo("causal-lm")
+    made = lit_model(model)
+    assert isinstance(made, getattr(lit, "TransformerLensLIT", lit.HookedTransformerLIT))
+    (found,) = made.predict([{"text": TEXT}])
+    spec = made.output_spec()
+    assert set(found) == set(spec)
+    given = {"text": TEXT}
+    for name in ("Attention norms, a layer as a head", "Value Zeroing, a layer as a head"):
+        spec[name].validate_output(found[name], spec, found, made.input_spec(), {}, given)
+        assert found[name].shape == found["layer_0/attention"].shape  # as many layers as heads
+        assert torch.as_tensor(found[name]).sum(-1) == pytest.approx(1, abs=1e-5)
+    salience = found["Gradient times input"]
+    assert list(salience.tokens) == found["tokens"]
+    assert len(salience.salience) == len(found["tokens"])
+
+
+def test_lit_shows_it_as_salience_of_the_model():
+    components = pytest.importorskip("lit_nlp.components.model_salience")
+    made = lit_model(cm.load_demo("causal-lm"))
+    interpreter = components.ModelSalience({"demo": made})
+    assert interpreter.is_compatible(made, None)
+    assert "demo:Gradient times input" in interpreter.meta_spec()
+    (found,) = interpreter.run([{"text": TEXT}], made, None)
+    assert list(found) == ["Gradient times input"]
