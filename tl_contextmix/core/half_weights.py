@@ -71,7 +71,7 @@ class HalfWeight(Tensor):
 
     def whole(self) -> Tensor:
         """Returns a copy in the dtype of the maths."""
-        return self.held.to(self.dtype)
+        return _converted(self.held, self.dtype)
 
     @classmethod
     @no_type_check
@@ -97,6 +97,11 @@ class HalfWeight(Tensor):
         return func(*map(_plain, args), **{name: _plain(one) for name, one in kwargs.items()})
 
 
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns (a stretch of) a weight in the dtype of the maths."""
+    return weight.to(dtype)
+
+
 def _plain(value: Any) -> Any:
     """Returns an argument with weights as copies in the dtype of the maths."""
     if isinstance(value, HalfWeight):
@@ -120,11 +125,11 @@ def _product(x: Tensor, weight: HalfWeight) -> Tensor:
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
-            torch.mm(x, held[:, part].to(x.dtype), out=out[:, part])
+            torch.mm(x, _converted(held[:, part], x.dtype), out=out[:, part])
         return out
     out = x.new_zeros(len(x), width)
     for part in blocks(inner, max(1, room // max(1, width))):
-        out.addmm_(x[:, part], held[part].to(x.dtype))
+        out.addmm_(x[:, part], _converted(held[part], x.dtype))
     return out
 
 
@@ -132,8 +137,10 @@ def _products(x: Tensor, weight: HalfWeight) -> Tensor:
     """Returns ``x @ weight``, of batches of matrices."""
     if len(x) == 1:
         return _product(x[0], weight[0])[None]
-    pairs = zip(x, weight.unbind(), strict=True)
-    return torch.stack([_product(one, other) for one, other in pairs])
+    out = x.new_empty(*x.shape[:2], weight.shape[2])
+    for into, one, other in zip(out, x, weight.unbind(), strict=True):
+        into.copy_(_product(one, other))
+    return out
 
 
 _PRODUCTS: dict[Any, Callable[[Tensor, HalfWeight], Tensor]] = {
