@@ -255,8 +255,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def as_view(model: Any) -> ModelView:
     """Returns the one shape of a TransformerLens model, its reading checked against the model.
 
-    The check runs two forward passes over four tokens (four where a feed-forward block cannot be
-    taken apart) and one of the Hugging Face model that a bridge holds, once per model and again
+    The check runs a forward pass over two rows of four tokens (two where a feed-forward block
+    cannot be taken apart) and one of the Hugging Face model that a bridge holds, once per model and again
     only when it has changed: a weight, a module or its ``forward``, a plain attribute, a config
     entry.
 
@@ -284,9 +284,9 @@ def check(model: Any) -> IdentityReport:
     activation: pattern @ v with z, the recomputed block with the block's output, the activation of
     the pre-activation with the neurons, the readout with the logits, and a bridge's logits with
     those of the Hugging Face model that it holds, run without the bridge (where its weights are the
-    bridge's: not after weight processing). A failed identity is a row, not an error. Cost: two
-    forward passes over four tokens (four where a feed-forward block cannot be taken apart), and one
-    of the Hugging Face model, without hooks of your own and SAEs: where they are is in
+    bridge's: not after weight processing). A failed identity is a row, not an error. Cost: a
+    forward pass over two rows of four tokens (two where a feed-forward block cannot be taken
+    apart), and one of the Hugging Face model, without hooks of your own and SAEs: where they are is in
     `IdentityReport.hooked`, and what they do is checked in each pass.
 
     Args:
