@@ -62,16 +62,17 @@ def llama(layers: int, width: int, neurons: int, words: int) -> Any:
     import transformers
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    config = transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=width,
-        intermediate_size=neurons,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 256,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": neurons,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 256,
+        "tie_word_embeddings": True,
+        "attn_implementation": "eager",
+    }
+    config = transformers.LlamaConfig(**sizes)
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

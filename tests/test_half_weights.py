@@ -143,18 +143,20 @@ def llama() -> Any:
     import transformers
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    config = transformers.LlamaConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="eager",
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 2048,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_implementation": "eager",
+    }
+    config = transformers.LlamaConfig(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).to(HALF).eval().requires_grad_(False)
+        model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(HALF).eval().requires_grad_(False)
     return build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config)
 
 

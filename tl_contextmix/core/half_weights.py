@@ -80,13 +80,13 @@ class HalfWeight(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if func in _PRODUCTS and isinstance(args[1], HalfWeight):
-            return _PRODUCTS[func](_plain(first), args[1])
+            return _PRODUCTS[func](_plain(first), args[1].held)
         if func in _WITH_BIAS and isinstance(args[2], HalfWeight) and not kwargs:
-            return _product(_plain(args[1]), args[2]).add_(_plain(first))
+            return _product(_plain(args[1]), args[2].held).add_(_plain(first))
         if func is _aten.mv.default and isinstance(first, HalfWeight):
-            return _product(_plain(args[1])[None], first.t())[0]
+            return _product(_plain(args[1])[None], first.held.t())[0]
         if func is _aten.mm.default and isinstance(first, HalfWeight):
-            return _product(args[1].t(), first.t()).t().contiguous()
+            return _product(args[1].t(), first.held.t()).t().contiguous()
         if isinstance(first, HalfWeight) and not any(isinstance(x, HalfWeight) for x in args[1:]):
             if func.is_view or func in _COPIES:
                 return _each(func(first.held, *args[1:], **kwargs), first.dtype)
@@ -118,9 +118,9 @@ def _each(found: Any, dtype: torch.dtype) -> Any:
     return HalfWeight(found, dtype)
 
 
-def _product(x: Tensor, weight: HalfWeight) -> Tensor:
-    """Returns ``x @ weight``, of matrices."""
-    held, (inner, width) = weight.held, weight.shape
+def _product(x: Tensor, held: Tensor) -> Tensor:
+    """Returns ``x @ held`` in the precision of ``x``, of matrices."""
+    inner, width = held.shape
     room = (TILE_BYTES if held.device.type == "cpu" else _DEVICE_TILE_BYTES) // x.element_size()
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
@@ -133,17 +133,17 @@ def _product(x: Tensor, weight: HalfWeight) -> Tensor:
     return out
 
 
-def _products(x: Tensor, weight: HalfWeight) -> Tensor:
-    """Returns ``x @ weight``, of batches of matrices."""
+def _products(x: Tensor, held: Tensor) -> Tensor:
+    """Returns ``x @ held`` in the precision of ``x``, of batches of matrices."""
     if len(x) == 1:
-        return _product(x[0], weight[0])[None]
-    out = x.new_empty(*x.shape[:2], weight.shape[2])
-    for into, one, other in zip(out, x, weight.unbind(), strict=True):
+        return _product(x[0], held[0])[None]
+    out = x.new_empty(*x.shape[:2], held.shape[2])
+    for into, one, other in zip(out, x, held, strict=True):
         into.copy_(_product(one, other))
     return out
 
 
-_PRODUCTS: dict[Any, Callable[[Tensor, HalfWeight], Tensor]] = {
+_PRODUCTS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     _aten.mm.default: _product,
     _aten.bmm.default: _products,
 }
