@@ -42,7 +42,7 @@ class Conversions:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> Conversions:
     """Small stretches, and what they come to."""
     found = Conversions()
-    monkeypatch.setattr(half_weights, "TILE_BYTES", TILE)
+    monkeypatch.setattr(half_weights, "STRETCH_BYTES", TILE)
     monkeypatch.setattr(half_weights, "_converted", found.convert)
     return found
 
@@ -122,7 +122,7 @@ def test_no_number_depends_on_how_weights_are_read(
     }
     plain, stretched = model_in_half(family), model_in_half(family)
     expected = {name: ask(plain, tokens) for name, ask in asked.items()}
-    monkeypatch.setattr(half_weights, "TILE_BYTES", TILE // 4)
+    monkeypatch.setattr(half_weights, "STRETCH_BYTES", TILE // 4)
     for name, ask in asked.items():
         found = ask(stretched, tokens)
         if not hasattr(found, "__dataclass_fields__"):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tl_contextmix.core.token_sums import blocks
 
-TILE_BYTES = 2**22
+STRETCH_BYTES = 2**22
 """Single-precision bytes of a stretch; smaller weights are copied."""
-_DEVICE_TILE_BYTES = 2**28
+_DEVICE_STRETCH_BYTES = 2**28
 """The same on a GPU, which would wait for many small products."""
 _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
@@ -33,7 +33,7 @@ def in_precision(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype not in _HALF or dtype == weight.dtype or isinstance(weight, HalfWeight):
         return weight.to(dtype)
-    whole = 4 * weight.numel() <= TILE_BYTES or weight.ndim < 2 or weight.is_meta
+    whole = 4 * weight.numel() <= STRETCH_BYTES or weight.ndim < 2 or weight.is_meta
     return weight.to(dtype) if whole else HalfWeight(weight, dtype)
 
 
@@ -121,7 +121,9 @@ def _each(found: Any, dtype: torch.dtype) -> Any:
 def _product(x: Tensor, held: Tensor) -> Tensor:
     """Returns ``x @ held`` in the precision of ``x``, of matrices."""
     inner, width = held.shape
-    room = (TILE_BYTES if held.device.type == "cpu" else _DEVICE_TILE_BYTES) // x.element_size()
+    room = (
+        STRETCH_BYTES if held.device.type == "cpu" else _DEVICE_STRETCH_BYTES
+    ) // x.element_size()
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
