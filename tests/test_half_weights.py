@@ -81,9 +81,12 @@ def test_what_is_made_of_a_weight_is_made_of_its_copy(
     weight = in_precision(held, torch.float32)
     assert isinstance(weight, HalfWeight)
     assert (weight.shape, weight.dtype) == (held.shape, torch.float32)
-    found = make(x, weight)
-    assert type(found) is Tensor
-    torch.testing.assert_close(found, make(x, held.float()), rtol=1e-5, atol=1e-4)
+    expected = make(x, held.float())
+    with torch.inference_mode():
+        inferred = make(x, in_precision(held, torch.float32))
+    for found in (make(x, weight), inferred):
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     if name in PRODUCTS:
         assert conversions.largest <= TILE
 

@@ -94,6 +94,10 @@ class HalfWeight(Tensor):
                 return func(first.held, *args[1:], **kwargs).to(first.dtype)
             if func in _MAKING:
                 return func(first.held, *args[1:], **{"dtype": first.dtype, **kwargs})
+        # Under inference mode operators that are made of others arrive here whole.
+        found = func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
         return func(*map(_plain, args), **{name: _plain(one) for name, one in kwargs.items()})
 
 
@@ -121,9 +125,8 @@ def _each(found: Any, dtype: torch.dtype) -> Any:
 def _product(x: Tensor, held: Tensor) -> Tensor:
     """Returns ``x @ held`` in the precision of ``x``, of matrices."""
     inner, width = held.shape
-    room = (
-        STRETCH_BYTES if held.device.type == "cpu" else _DEVICE_STRETCH_BYTES
-    ) // x.element_size()
+    room = STRETCH_BYTES if held.device.type == "cpu" else _DEVICE_STRETCH_BYTES
+    room //= x.element_size()
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
