@@ -171,7 +171,7 @@ def _settled(
     """Returns the view with blocks that reproduce the model's, and the passes that say so.
 
     A block that is not reproduced neuron by neuron is tried with its feed-forward sublayer as one
-    component, in two passes more.
+    component, in a pass more.
     """
 
     def settle(readings: _Readings) -> tuple[ModelView, Probe]:

@@ -104,8 +104,11 @@ class Handle:
         return model
 
     def ready(self, weight: Tensor) -> Tensor:
-        """Returns a weight in the dtype and on the device of the maths."""
-        return in_precision(weight.detach().to(self.device), self.dtype)
+        """Returns a weight in the dtype and on the device of the maths, see `in_precision`."""
+        weight = weight.detach()
+        if weight.dtype.itemsize >= self.dtype.itemsize:
+            return weight.to(self.device, self.dtype)
+        return in_precision(weight.to(self.device), self.dtype)
 
     def weights(self, path: str, renamed: dict[str, str | None] | None = None) -> Weights:
         """Returns a reader of the weights of one submodule.

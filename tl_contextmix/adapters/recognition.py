@@ -21,6 +21,18 @@ _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 Host = Literal["HookedTransformer", "HookedEncoder", "HookedEncoderDecoder", "TransformerBridge"]
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Returns what ``model.modules()`` yields, in its order and much sooner."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(reversed(module._modules.values()))
+    return [*found]
+
+
 @functools.cache
 def major() -> int:
     """Returns the major version of TransformerLens, detected from its modules.
@@ -87,7 +99,7 @@ class Facts:
 
     def has_class(self, *words: str) -> str:
         """Returns the name of the first module class that contains one of the words, or ""."""
-        for module in self.model.modules():
+        for module in every_module(self.model):
             name = type(module).__name__
             # A bridge's class of experts may hold a dense layer.
             if any(word in name for word in words) and not getattr(module, "bound_dense", False):

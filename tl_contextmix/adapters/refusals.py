@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from tl_contextmix.adapters.recognition import Facts
+from tl_contextmix.adapters.recognition import Facts, every_module
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 
@@ -63,9 +64,8 @@ def _recurrence(facts: Facts) -> str:
 def quantized_in(model: nn.Module) -> str:
     """Returns the first quantized layer of a model, or an empty string."""
     for name, module in model.named_modules():
-        kind = type(module)
-        place = f"{kind.__name__} in {name or 'the model itself'}"
-        if any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS):
+        place = f"{type(module).__name__} in {name or 'the model itself'}"
+        if _quantizes(type(module)):
             return place
         for own, weight in {**module._buffers, **module._parameters}.items():
             if weight is None:
@@ -74,6 +74,11 @@ def quantized_in(model: nn.Module) -> str:
             if packed or type(weight).__module__.startswith("torchao"):
                 return f"{own} of {weight.dtype} in a {place}"
     return ""
+
+
+@functools.cache
+def _quantizes(kind: type) -> bool:
+    return any(word in f"{kind.__module__}.{kind.__name__}".lower() for word in _QUANTIZERS)
 
 
 # Libraries that quantize, and their layers, as their modules' paths and names have them.
@@ -96,7 +101,7 @@ def _biases_for_patterns(facts: Facts) -> str:
     if not facts.architecture.startswith("Switch"):
         return ""
     flag = "requires_relative_position_bias"
-    modules = [one for one in facts.model.modules() if hasattr(one, flag)]
+    modules = [one for one in every_module(facts.model) if hasattr(one, flag)]
     return (
         "" if all(getattr(one, flag) for one in modules) else f"{facts.architecture}, {flag}=False"
     )

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from tl_contextmix.adapters.layouts import Layout
 from tl_contextmix.adapters.reading import Handle
-from tl_contextmix.adapters.recognition import Facts, token_embedding
+from tl_contextmix.adapters.recognition import Facts, every_module, token_embedding
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import Edit, Hooks, PassOutput, Runner
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -62,7 +62,7 @@ def make_runner(
     def run(batch: Batch, hooks: Hooks, grad: bool, watch: bool, logits: bool = True) -> PassOutput:
         model = handle.get()
         if not dropping:
-            dropping.append([weakref.ref(one) for one in model.modules() if _rate(one) > 0])
+            dropping.append([weakref.ref(one) for one in every_module(model) if _rate(one) > 0])
         if any(one is None or one.training for one in (known() for known in dropping[0])):
             require_no_dropout(model)
         require_no_autocast(handle.device)
@@ -386,6 +386,8 @@ def require_no_dropout(model: nn.Module) -> None:
     Raises:
         InvalidInput: If a module is in train mode and drops activations.
     """
+    if not any(module.training for module in every_module(model)):
+        return
     for name, module in model.named_modules():
         if module.training and _rate(module) > 0:
             raise bad(
@@ -431,7 +433,7 @@ def make_hooked(handle: Handle, splices: Sequence[str] = ()) -> Callable[..., tu
     def hooked(*, backward: bool = False) -> tuple[str, ...]:
         model = handle.get()
         if not modules:  # those of a model that changes are in a new view
-            modules.extend(map(weakref.ref, model.modules()))
+            modules.extend(map(weakref.ref, every_module(model)))
         if not (backward or splices or _any_hooked(modules)):
             return ()
         found = dict.fromkeys([*splices, *hooked_places(model, backward=backward)])
@@ -601,7 +603,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         return
     taken = [
         (table, dict(table))
-        for module in model.modules()
+        for module in every_module(model)
         for table in _tables(module)
         if any(not _of_host(hook) for hook in table.values())
     ]

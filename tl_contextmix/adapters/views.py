@@ -15,7 +15,7 @@ from tl_contextmix.adapters.building import build
 from tl_contextmix.adapters.encoder_decoder.direct import from_text, held_in, is_text
 from tl_contextmix.adapters.encoder_decoder.model import EncoderDecoder, from_view
 from tl_contextmix.adapters.encoder_decoder.whisper import from_speech, is_speech
-from tl_contextmix.adapters.recognition import recognise
+from tl_contextmix.adapters.recognition import every_module, recognise
 from tl_contextmix.adapters.refusals import require_supported
 from tl_contextmix.adapters.running import lock_of, require_no_autocast, require_no_dropout
 from tl_contextmix.adapters.speech import build_speech, is_sound
@@ -155,9 +155,9 @@ class Glance:
 
 def _modules(model: nn.Module) -> list[nn.Module]:
     own = model.__dict__
-    found = dict.fromkeys(model.modules())
+    found = dict.fromkeys(every_module(model))
     if isinstance(original := own.get("original_model"), nn.Module):
-        found.update(dict.fromkeys(original.modules()))
+        found.update(dict.fromkeys(every_module(original)))
     return list(found)
 
 
@@ -255,10 +255,10 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 def as_view(model: Any) -> ModelView:
     """Returns the one shape of a TransformerLens model, its reading checked against the model.
 
-    The check runs two forward passes over four tokens (four where a feed-forward block cannot be
-    taken apart) and one of the Hugging Face model that a bridge holds, once per model and again
-    only when it has changed: a weight, a module or its ``forward``, a plain attribute, a config
-    entry.
+    The check runs a forward pass over two rows of four tokens (two where a feed-forward block
+    cannot be taken apart) and one of the Hugging Face model that a bridge holds, once per model and
+    again only when it has changed: a weight, a module or its ``forward``, a plain attribute, a
+    config entry.
 
     Args:
         model: A HookedTransformer, HookedEncoder or HookedEncoderDecoder (TransformerLens 2 and
@@ -284,10 +284,10 @@ def check(model: Any) -> IdentityReport:
     activation: pattern @ v with z, the recomputed block with the block's output, the activation of
     the pre-activation with the neurons, the readout with the logits, and a bridge's logits with
     those of the Hugging Face model that it holds, run without the bridge (where its weights are the
-    bridge's: not after weight processing). A failed identity is a row, not an error. Cost: two
-    forward passes over four tokens (four where a feed-forward block cannot be taken apart), and one
-    of the Hugging Face model, without hooks of your own and SAEs: where they are is in
-    `IdentityReport.hooked`, and what they do is checked in each pass.
+    bridge's: not after weight processing). A failed identity is a row, not an error. Cost: a
+    forward pass over two rows of four tokens (two where a feed-forward block cannot be taken
+    apart), and one of the Hugging Face model, without hooks of your own and SAEs: where they are is
+    in `IdentityReport.hooked`, and what they do is checked in each pass.
 
     Args:
         model: As in `as_view`.

@@ -208,7 +208,8 @@ class AttentionSublayer:
         """Returns what the sublayer computes at some targets, before a norm of its output."""
         axes = "batch target head d_head, head d_head d_model -> batch target d_model"
         mixed = trace.mixed(self)[:, rows]
-        out = trace.once(self.mixed, mixed, lambda: einsum(mixed, self.W_O, axes))
+        key = (self.mixed, self.weights)
+        out = trace.once(key, mixed, lambda: einsum(mixed, self.W_O, axes))
         edit = trace.edit(self.edits.raw)
         return shift(shift(out, self.b_O), None if edit is None else edit[:, rows])
 
@@ -581,7 +582,8 @@ class FeedForward:
     def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
         """Returns what it computed in a pass, before a norm of that and edits."""
         post = trace[self.post][where]
-        found = trace.once(self.post, post, lambda: affine(post, self.W_out, self.weights("b_out")))
+        key = (self.post, self.weights)
+        found = trace.once(key, post, lambda: affine(post, self.W_out, self.weights("b_out")))
         return shift(found, trace[self.missing][where] if self.missing else None)
 
     def output(
@@ -817,7 +819,7 @@ class Trace:
             hook left everything as it was.
         changed: Names of `AttentionSublayer.mixed` that are not pattern times value.
         edited: Whether hooks may have edited the pass.
-        known: What was recomputed, by name and input, where that is kept; see `once`.
+        known: What was recomputed, by key and input, where that is kept; see `once`.
         spans: What `look_up` has found, by the name of the pattern.
     """
 
@@ -828,22 +830,22 @@ class Trace:
     edits: Mapping[str, Tensor] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
     edited: bool = False
-    known: dict[str, list[tuple[Tensor, Any]]] | None = field(
+    known: dict[Any, list[tuple[Tensor, Any]]] | None = field(
         default=None, repr=False, compare=False
     )
     spans: dict[str, Int[Tensor, "2 batch target"]] = field(default_factory=dict)
 
-    def once(self, name: str, x: Tensor, make: Callable[[], Any]) -> Any:
+    def once(self, key: object, x: Tensor, make: Callable[[], Any]) -> Any:
         """Returns what is made of an input; if `known` is there, of the same input only once.
 
         Args:
-            name: What is made.
+            key: What is made, and of which weights.
             x: What it is made of.
             make: Makes it.
         """
         if self.known is None:
             return make()
-        before = self.known.setdefault(name, [])
+        before = self.known.setdefault(key, [])
         for other, found in before:
             if other.shape == x.shape and torch.equal(other, x):
                 return found

@@ -142,8 +142,7 @@ class Experts(FeedForward):
 
     def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
         """Returns what it computed in a pass, before a norm of that and edits."""
-        x = trace[self.post][where]
-        return trace.once(self.written, x, lambda: self.compute(x))
+        return self.compute(trace[self.post][where])
 
     def compute(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Returns what it makes of its (normed) input, before a norm of that; it routes anew."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tl_contextmix.core.token_sums import blocks
 
-TILE_BYTES = 2**22
+STRETCH_BYTES = 2**22
 """Single-precision bytes of a stretch; smaller weights are copied."""
-_DEVICE_TILE_BYTES = 2**28
+_DEVICE_STRETCH_BYTES = 2**28
 """The same on a GPU, which would wait for many small products."""
 _HALF = (torch.float16, torch.bfloat16)
 _aten = torch.ops.aten
@@ -33,7 +33,7 @@ def in_precision(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype not in _HALF or dtype == weight.dtype or isinstance(weight, HalfWeight):
         return weight.to(dtype)
-    whole = 4 * weight.numel() <= TILE_BYTES or weight.ndim < 2 or weight.is_meta
+    whole = 4 * weight.numel() <= STRETCH_BYTES or weight.ndim < 2 or weight.is_meta
     return weight.to(dtype) if whole else HalfWeight(weight, dtype)
 
 
@@ -71,7 +71,7 @@ class HalfWeight(Tensor):
 
     def whole(self) -> Tensor:
         """Returns a copy in the dtype of the maths."""
-        return self.held.to(self.dtype)
+        return _converted(self.held, self.dtype)
 
     @classmethod
     @no_type_check
@@ -80,13 +80,13 @@ class HalfWeight(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if func in _PRODUCTS and isinstance(args[1], HalfWeight):
-            return _PRODUCTS[func](_plain(first), args[1])
+            return _PRODUCTS[func](_plain(first), args[1].held)
         if func in _WITH_BIAS and isinstance(args[2], HalfWeight) and not kwargs:
-            return _product(_plain(args[1]), args[2]).add_(_plain(first))
+            return _product(_plain(args[1]), args[2].held).add_(_plain(first))
         if func is _aten.mv.default and isinstance(first, HalfWeight):
-            return _product(_plain(args[1])[None], first.t())[0]
+            return _product(_plain(args[1])[None], first.held.t())[0]
         if func is _aten.mm.default and isinstance(first, HalfWeight):
-            return _product(args[1].t(), first.t()).t().contiguous()
+            return _product(args[1].t(), first.held.t()).t().contiguous()
         if isinstance(first, HalfWeight) and not any(isinstance(x, HalfWeight) for x in args[1:]):
             if func.is_view or func in _COPIES:
                 return _each(func(first.held, *args[1:], **kwargs), first.dtype)
@@ -94,7 +94,16 @@ class HalfWeight(Tensor):
                 return func(first.held, *args[1:], **kwargs).to(first.dtype)
             if func in _MAKING:
                 return func(first.held, *args[1:], **{"dtype": first.dtype, **kwargs})
+        # Under inference mode operators that are made of others arrive here whole.
+        found = func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
         return func(*map(_plain, args), **{name: _plain(one) for name, one in kwargs.items()})
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns (a stretch of) a weight in the dtype of the maths."""
+    return weight.to(dtype)
 
 
 def _plain(value: Any) -> Any:
@@ -113,30 +122,33 @@ def _each(found: Any, dtype: torch.dtype) -> Any:
     return HalfWeight(found, dtype)
 
 
-def _product(x: Tensor, weight: HalfWeight) -> Tensor:
-    """Returns ``x @ weight``, of matrices."""
-    held, (inner, width) = weight.held, weight.shape
-    room = (TILE_BYTES if held.device.type == "cpu" else _DEVICE_TILE_BYTES) // x.element_size()
+def _product(x: Tensor, held: Tensor) -> Tensor:
+    """Returns ``x @ held`` in the precision of ``x``, of matrices."""
+    inner, width = held.shape
+    room = STRETCH_BYTES if held.device.type == "cpu" else _DEVICE_STRETCH_BYTES
+    room //= x.element_size()
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
-            torch.mm(x, held[:, part].to(x.dtype), out=out[:, part])
+            torch.mm(x, _converted(held[:, part], x.dtype), out=out[:, part])
         return out
     out = x.new_zeros(len(x), width)
     for part in blocks(inner, max(1, room // max(1, width))):
-        out.addmm_(x[:, part], held[part].to(x.dtype))
+        out.addmm_(x[:, part], _converted(held[part], x.dtype))
     return out
 
 
-def _products(x: Tensor, weight: HalfWeight) -> Tensor:
-    """Returns ``x @ weight``, of batches of matrices."""
+def _products(x: Tensor, held: Tensor) -> Tensor:
+    """Returns ``x @ held`` in the precision of ``x``, of batches of matrices."""
     if len(x) == 1:
-        return _product(x[0], weight[0])[None]
-    pairs = zip(x, weight.unbind(), strict=True)
-    return torch.stack([_product(one, other) for one, other in pairs])
+        return _product(x[0], held[0])[None]
+    out = x.new_empty(*x.shape[:2], held.shape[2])
+    for into, one, other in zip(out, x, held, strict=True):
+        into.copy_(_product(one, other))
+    return out
 
 
-_PRODUCTS: dict[Any, Callable[[Tensor, HalfWeight], Tensor]] = {
+_PRODUCTS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     _aten.mm.default: _product,
     _aten.bmm.default: _products,
 }

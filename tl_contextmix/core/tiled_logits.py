@@ -476,7 +476,7 @@ def read_vocabulary(
         rule: The rule.
         final: The stream after the last block: its norm's scale is the one that is frozen.
         asked: The tokens asked about, and their foils, in each sentence.
-        max_bytes: Workspace, besides W_U in the dtype of the maths.
+        max_bytes: Workspace.
 
     Raises:
         UnsupportedModel: If there are no logits to read.

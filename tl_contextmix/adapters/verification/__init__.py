@@ -1,9 +1,9 @@
 """Verifies a view against its model, by identities that every method relies on.
 
-Two forward passes over four tokens. The first is clean. The second zeroes every layer's first
-value vector and replaces every neuron's input by a known grid, which exposes hooks whose output
-is ignored and activations that differ from the config. A third one is of the Hugging Face model
-that a bridge holds, without the bridge.
+One forward pass over two rows of four tokens. The first row is clean. In the second every layer's
+first value vector is zeroed and every neuron's input replaced by a known grid, which exposes hooks
+whose output is ignored and activations that differ from the config. Another pass is of the Hugging
+Face model that a bridge holds, without the bridge.
 """
 
 from tl_contextmix.adapters.verification.checks import check_rows, follow, readout_row

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_contextmix.adapters.recognition import every_module
 from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE, CheckRow
 from tl_contextmix.adapters.verification.probe import Probe, relative_error
 from tl_contextmix.core.blocks import Batch
@@ -38,7 +39,7 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
     if config is None or getattr(model, "_weights_processed", False):
         return
     assert probe.clean.logits is not None
-    modules = [*model.modules()]  # a bridge's own, which are among those that are put aside
+    modules = every_module(model)  # a bridge's own, which are among those that are put aside
     with _unwrapped(original):
         if not all(_as_split(module) for module in modules):
             return

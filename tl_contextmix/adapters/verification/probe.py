@@ -1,4 +1,4 @@
-"""The two forward passes, and the reading of each block that they support."""
+"""The forward pass that is looked at, and the reading of each block that they support."""
 
 from __future__ import annotations
 
@@ -244,7 +244,9 @@ def pre_errors(
     """Yields what is recomputed of what a feed-forward sublayer reads, and the error of each."""
     x = block.read_by(ff, trace)
     x = x if ff.norm_in is None else ff.norm_in(x)
-    for label, name, found in trace.once(f"reread {ff.read_names}", x, lambda: [*ff.reread(x)]):
+    key = ("reread", ff.read_names, ff.weights)
+    read = ff.reread(x) if ff.routes else trace.once(key, x, lambda: [*ff.reread(x)])
+    for label, name, found in read:
         yield label, relative_error(found, trace[name], real=real)
 
 
