@@ -15,12 +15,11 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
-from blocks import Sizes, build
+from blocks import Sizes, build, with_relu
 from meters import flops
 from run import measure, ours
 
 from tl_contextmix.core import neuron_routes
-from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts
@@ -38,19 +37,6 @@ CASES = {
     "with an encoder": replace(SMALL, encoder=7),
     "a batch": replace(SMALL, batch=3, window=4),
 }
-
-
-def with_relu(block: Block, trace: Trace, share: float | None = None) -> Block:
-    """The block with ReLU neurons; a share of them active where one is given."""
-    ff = block.feed_forward
-    assert ff is not None
-    relu = next(known for known in ACTIVATIONS if known.name == "relu")
-    weights = {name: ff.weights(name) for name in ("W_in", "W_gate", "b_gate", "W_out", "b_out")}
-    weights["b_in"] = ff.weights("b_in")
-    if share is not None:
-        read = linear_points(block, trace, "decoder")["mlp_in"].total
-        weights["b_in"] = -(read @ ff.branches()[0][0]).quantile(1 - share, dim=1)[0]
-    return replace(block, feed_forward=replace(ff, activation=relu, weights=weights.get))
 
 
 def parts_of(block: Block, trace: Trace, max_bytes: int = 2**30) -> Tensor:
