@@ -24,7 +24,7 @@ import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.feed_forward_parts import Precision
-from tl_contextmix.core.neuron_routes import Neurons
+from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.engine.parts import POINTS, Point, linear_points, norms_at, parts_at_all
 
 MAX_BYTES = 2**30
@@ -80,7 +80,7 @@ def ours(
 @contextmanager
 def all_neurons() -> Iterator[None]:
     """Has every part go through all neurons, whatever would be cheaper."""
-    with mock.patch.object(Neurons, "route", return_value="all"):
+    with mock.patch.object(Costs, "route", return_value="all"):
         yield
 
 

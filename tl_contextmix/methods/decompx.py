@@ -24,7 +24,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
-from tl_contextmix.core.neuron_routes import Neurons
+from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
@@ -299,7 +299,7 @@ class _Carried:
             return False
         own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
         mixed = width * (1 + ff.gated)
-        sizes = Neurons(ff.width, width, mixed, read=width, copied=0, gathered=mixed + width)
+        sizes = Costs(ff.width, width, mixed, mixed, width)
         return own and sizes.route(count, 1) == "folded" and causal(self.own.blocks)
 
     def _norms_of_all(self) -> Float[Tensor, "batch layer target source"]:
