@@ -162,10 +162,10 @@ def through_some(
     """Returns what parts become through some neurons, given their slopes; in W_out's dtype."""
     share = None
     for weight, slope in zip(weights, slopes, strict=True):
-        one = (parts @ weight[some].T).mul_(slope)
+        one = (parts @ weight.index_select(0, some).T).mul_(slope)
         share = one if share is None else share.add_(one)
     assert share is not None
-    return share.to(W_out.dtype) @ W_out[some]
+    return share.to(W_out.dtype) @ W_out.index_select(0, some)
 
 
 def fold(
