@@ -292,9 +292,12 @@ class FeedForwardParts:
         if self.sublayer.routes or not self.sublayer.silent:
             return None
         batch, target, _ = self.bias.shape
-        read, _ = self.support()
-        pairs = sum(map(max, map(int.__sub__, read.last, read.first), [0] * target))
         count, costs = batch * target, self._costs()
+        if not costs.may_gather(self.sources, count):
+            return None
+        read, _ = self.support()
+        ends = zip(read.first, read.last, strict=True)
+        pairs = sum(max(0, last - first) for first, last in ends)
         if not costs.may_gather(pairs // target, count):
             return None
         used = in_use(self.slopes)

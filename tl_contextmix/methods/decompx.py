@@ -33,6 +33,8 @@ from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
 
+# Of targets, where all tokens are carried at once: so many leave 1/32 of the work for nothing.
+_STRETCHES = 32
 # Largest relative error of the sums, by the model's own dtype: rounding over all layers.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
@@ -294,7 +296,7 @@ class _Carried:
         x = self.done.trace.resid_in(self.own.blocks[0].block)
         ff, (batch, count, width) = self.own.blocks[0].block.feed_forward, x.shape
         # Triangles of the stream, of values and of both once more while they are replaced.
-        held = 4 * batch * count * (count + 2 * _few(count)) // 2 * width * x.element_size()
+        held = 4 * batch * count * (count + count // _STRETCHES) // 2 * width * x.element_size()
         if self.encoder is not None or ff is None or ff.routes or held > max_bytes:
             return False
         own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
@@ -305,11 +307,11 @@ class _Carried:
     def _norms_of_all(self) -> Float[Tensor, "batch layer target source"]:
         """Returns the same with all tokens carried at once, a triangle of targets and sources."""
         x = self.done.trace.resid_in(self.own.blocks[0].block)
-        rows = [*blocks(x.shape[1], _few(x.shape[1]) // 2)]
+        rows = [*blocks(x.shape[1], -(-x.shape[1] // _STRETCHES))]
         found = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
-            parts = [own_parts(x, slice(0, some.stop))[:, some] for some in rows]
+            parts = [own_parts(x, slice(0, some.stop), some) for some in rows]
             for layer, block in enumerate(self.own.blocks):
                 parts = block.triangle(parts, rows)
                 for index, asked in enumerate(self.asked):
