@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +23,7 @@ import reference
 import run
 import torch
 import value_zeroing
-from blocks import Sizes, build
+from blocks import Sizes, build, with_relu
 from memories import gpt2, plain_gpt2
 from meters import flops, interleaved
 from methods import LAYERS, STEPS, VOCABULARY, words
@@ -37,13 +38,27 @@ import oracles_log_prob
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.parts import Point
-from tl_contextmix.results import LogProbContributions
+from tl_contextmix.evaluation import demo_pairs
+from tl_contextmix.results import ContextMap, LogProbContributions
 
 Work = Callable[[], Any]
 SAID = 16
 _BRIDGE = "theirs runs the bare Hugging Face model, ours the bridge around it"
+MAPS: dict[str, Callable[..., ContextMap]] = {
+    "attention": cm.attention,
+    "attention_norms, mlp_in": partial(cm.attention_norms, at="mlp_in"),
+    "attention_norms, block_out": cm.attention_norms,
+    "value_zeroing": cm.value_zeroing,
+    "globenc": cm.globenc,
+    "alti": cm.alti,
+    "decompx": cm.decompx,
+    "gradient_x_input": cm.gradient_x_input,
+}
+"""What is asked of many prompts. Integrated gradients and attention flow have work of their own
+for each prompt, hundreds of passes and maximum flows, and take nearly as long in one call."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,57 @@ def blocks_of(sizes: Sizes, steps_at: int) -> Iterator[Pair]:
         value_zeroing.bounds(sizes.n, True)[0],
         products=True,
     )
+
+
+def cheaper_routes(sizes: Sizes) -> Iterator[Pair]:
+    """Yields norms through the feed-forward block by a cheaper route against all neurons."""
+    block, trace = build(sizes)
+    where = f"a block of d={sizes.d}, n={sizes.n}"
+
+    def norms(block: Block, **options: Any) -> Tensor:
+        return run.ours(block, trace, "block_out", **options)["block_out"][0]
+
+    yield Pair(
+        "attention_norms, block_out, in bfloat16",
+        "products in float32",
+        where,
+        partial(norms, block, precision="bfloat16"),
+        partial(norms, block),
+    )
+    for share in (0.05, 0.1, 0.2):
+        sparse = with_relu(block, trace, share)
+        yield Pair(
+            f"attention_norms, block_out, ReLU, {share:.0%} active",
+            "all neurons",
+            where,
+            partial(norms, sparse),
+            run.all_neurons()(partial(norms, sparse)),
+            products=True,
+        )
+
+
+def lists(count: int) -> Iterator[Pair]:
+    """Yields maps of many short prompts in one call against a call for each."""
+    model, by_length = cm.load_demo("causal-lm"), defaultdict(list)
+    for pair in demo_pairs(count=20 * count):
+        by_length[len(pair.good.split())].append(pair.good)
+    texts = sorted(dict.fromkeys(max(by_length.values(), key=len)))[:count]
+
+    def numbers(method: Callable[..., ContextMap], given: list[str]) -> Tensor:
+        found = method(model, given)
+        real = found.target.real_pairs(found.source)
+        each = zip(found.scores.detach(), real, strict=True)
+        return torch.cat([scores[..., pairs].flatten() for scores, pairs in each])
+
+    for name, method in MAPS.items():
+        yield Pair(
+            f"{name}, {count} prompts",
+            "a call for each",
+            "the embedded model",
+            partial(numbers, method, texts),
+            lambda method=method: torch.cat([numbers(method, [text]) for text in texts]),
+            products=True,
+        )
 
 
 def neurons(shape: tuple[int, int, int, int]) -> Pair:
@@ -425,6 +491,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
     width = 192 if quick else 768
     sizes = Sizes(16, d=192, heads=3, m=768) if quick else Sizes(64)
     yield from blocks_of(sizes, 8)
+    yield from cheaper_routes(sizes if quick else Sizes(128))
+    yield from lists(4 if quick else 32)
     yield neurons((2, 256, 64, 5000) if quick else (LAYERS, 3072, 768, VOCABULARY))
     yield lens(2 if quick else 8)
     yield from hand_written(width, 8 if quick else 32)

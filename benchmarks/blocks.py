@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.engine.parts import linear_points
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,16 @@ def _feed_forward(sizes: Sizes, draw: _Draw) -> FeedForward:
         norm_out=draw.norm(d) if sizes.sandwich else None,
         norm_after=draw.norm(d) if sizes.post_norm else None,
     )
+
+
+def with_relu(block: Block, trace: Trace, share: float | None = None) -> Block:
+    """Returns a block with ReLU neurons, each active at a share of the tokens (None: whatever)."""
+    ff = block.feed_forward
+    assert ff is not None
+    names = ("W_in", "b_in", "W_gate", "b_gate", "W_out", "b_out")
+    weights = {name: ff.weights(name) for name in names}
+    if share is not None:
+        read = linear_points(block, trace, "decoder")["mlp_in"].total
+        weights["b_in"] = -(read @ ff.branches()[0][0]).quantile(1 - share, dim=1)[0]
+    relu = next(known for known in ACTIVATIONS if known.name == "relu")
+    return replace(block, feed_forward=replace(ff, activation=relu, weights=weights.get))

@@ -32,7 +32,7 @@ from tl_contextmix.methods.memories.topk import TopK
 BATCH, LENGTH, K = 16, 128, 25
 
 
-def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
+def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257, positions: int = 1024) -> Any:
     """Returns a Hugging Face model of GPT-2's shape with random weights."""
     import transformers
 
@@ -41,6 +41,7 @@ def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
         n_embd=d_model,
         n_head=d_model // 64,
         vocab_size=d_vocab,
+        n_positions=positions,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -49,11 +50,11 @@ def plain_gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, **eager).eval()
 
 
-def gpt2(layers: int, d_model: int, d_vocab: int = 50257) -> Any:
+def gpt2(layers: int, d_model: int, d_vocab: int = 50257, positions: int = 1024) -> Any:
     """Returns the same model on the TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = plain_gpt2(layers, d_model, d_vocab)
+    model = plain_gpt2(layers, d_model, d_vocab, positions)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return TransformerBridge.boot_transformers(

@@ -1,7 +1,8 @@
 """Attention norms of one block: operations, memory and seconds against the field's way.
 
 ``python benchmarks/run.py`` prints three Markdown tables; ``--quick`` does so for small sizes, in
-seconds. What the columns mean is in README.md beside this file.
+seconds. ``--long`` prints what folding slopes into weights saves of long inputs, in operations.
+What the columns mean is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest import mock
 
 import reference
 import torch
 from blocks import Sizes, build
 from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 
+import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.feed_forward_parts import Precision
+from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.engine.parts import POINTS, Point, linear_points, norms_at, parts_at_all
 
 MAX_BYTES = 2**30
@@ -59,10 +64,24 @@ def measure(work: Callable[[], object], *, products: bool = True) -> Cost:
     return Cost(count, memory.peak, memory.largest)
 
 
-def ours(block: Block, trace: Trace, *points: Point, max_bytes: int = MAX_BYTES) -> dict:
+def ours(
+    block: Block,
+    trace: Trace,
+    *points: Point,
+    max_bytes: int = MAX_BYTES,
+    precision: Precision = "full",
+) -> dict:
     """Returns the norms at some points, as `tl_contextmix.attention_norms` computes them."""
     linear = linear_points(block, trace, "decoder", points)
-    return norms_at(parts_at_all(block, linear, points, "contributor", max_bytes), max_bytes)
+    parts = parts_at_all(block, linear, points, "contributor", max_bytes)
+    return norms_at(parts, max_bytes, precision)
+
+
+@contextmanager
+def all_neurons() -> Iterator[None]:
+    """Has every part go through all neurons, whatever would be cheaper."""
+    with mock.patch.object(Costs, "route", return_value="all"):
+        yield
 
 
 def bound(sizes: Sizes) -> int:
@@ -163,6 +182,35 @@ def neuron_table(lengths: list[int], base: Sizes) -> None:
             )
 
 
+def long_table(lengths: list[int], base: Sizes, layers: int = 2) -> None:
+    """Prints what folding slopes into weights saves: norms of a block, and DecompX of a model."""
+    from memories import gpt2  # needs TransformerLens
+
+    row("method", "mask", "n", "plain", "ours", "less by", "ours MiB", "plain MiB")
+    row(*["---"] * 8)
+    for mask, sizes in masks(lengths, base):
+        block, trace = build(sizes)
+        work = partial(ours, block, trace, "block_out")
+        here = measure(work, products=False)
+        with all_neurons():
+            there = measure(work, products=False)
+        _long_row("norms, block_out", mask, sizes.n, here.flops, there.flops, here.peak, there.peak)
+    model = gpt2(layers, base.d, 64, max(lengths))
+    for n in lengths:
+        # Without a limit, so that all tokens are carried at once.
+        work = partial(cm.estimate, model, n, partial(cm.decompx, max_bytes=2**40))
+        here = work()
+        with all_neurons():
+            there = cm.estimate(model, n, cm.decompx)
+        counts = here.flops, there.flops, here.peak_bytes, there.peak_bytes
+        _long_row(f"DecompX, {layers} layers", "causal", n, *counts)
+
+
+def _long_row(name: str, mask: str, n: int, here: int, there: int, *peaks: int) -> None:
+    times = f"{there / here:.2f}x"
+    row(name, mask, n, _short(there), _short(here), times, *map(_mib, peaks))
+
+
 def seconds_table(lengths: list[int], base: Sizes, runs: int) -> None:
     """Prints medians of interleaved runs."""
     names = (
@@ -213,7 +261,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes and few runs")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--long", action="store_true", help="long inputs alone; minutes")
+    given = parser.parse_args(arguments)
+    quick = given.quick
     torch.set_num_threads(1)
     base = Sizes(0, d=48, heads=4, m=192) if quick else Sizes(0)
     lengths = [8, 16] if quick else [64, 128, 256, 512]
@@ -223,6 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
         "of which one is used, float32; "
         f"d={base.d}, H={base.heads}, m={base.m}, one row, max_bytes {MAX_BYTES}."
     )
+    if given.long:
+        with torch.no_grad():
+            long_table([64, 128] if quick else [1024, 2048, 4096], base)
+        return
     with torch.no_grad():
         say("\nUp to the feed-forward input: operations beyond the products with W_O\n")
         linear_table(lengths, base)

@@ -31,6 +31,7 @@ PER_METHOD: dict[str, Callable[..., Any]] = {
     "decompose": partial(cm.decompose, layer=[0, 1]),
     "attention_norms": cm.attention_norms,
     "attention_norms small": partial(cm.attention_norms, layer=-1, max_bytes=150_000),
+    "attention_norms bfloat16": partial(cm.attention_norms, precision="bfloat16"),
     "attention_norms heads": partial(cm.attention_norms, at=POINTS[0], heads=True),
     "attention_norms points": partial(cm.attention_norms, at=POINTS[1:3]),
     "mixing_ratio": cm.mixing_ratio,

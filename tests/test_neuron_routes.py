@@ -15,17 +15,20 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("meters", reason="the benchmarks are part of the repository only")
 
-from blocks import Sizes, build
+import zoo
+from blocks import Sizes, build, with_relu
+from memories import gpt2
 from meters import flops
 from run import measure, ours
 
+import tl_contextmix as cm
 from tl_contextmix.core import neuron_routes
-from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts
-from tl_contextmix.core.neuron_routes import Neurons, Route
-from tl_contextmix.engine.parts import linear_points, parts_at
+from tl_contextmix.core.neuron_routes import Costs, Route
+from tl_contextmix.engine.parts import POINTS, linear_points, parts_at
+from tl_contextmix.methods import decompx, norms
 
 pytestmark = pytest.mark.once
 SMALL = Sizes(10, d=12, heads=3, m=40)
@@ -38,19 +41,6 @@ CASES = {
     "with an encoder": replace(SMALL, encoder=7),
     "a batch": replace(SMALL, batch=3, window=4),
 }
-
-
-def with_relu(block: Block, trace: Trace, share: float | None = None) -> Block:
-    """The block with ReLU neurons; a share of them active where one is given."""
-    ff = block.feed_forward
-    assert ff is not None
-    relu = next(known for known in ACTIVATIONS if known.name == "relu")
-    weights = {name: ff.weights(name) for name in ("W_in", "W_gate", "b_gate", "W_out", "b_out")}
-    weights["b_in"] = ff.weights("b_in")
-    if share is not None:
-        read = linear_points(block, trace, "decoder")["mlp_in"].total
-        weights["b_in"] = -(read @ ff.branches()[0][0]).quantile(1 - share, dim=1)[0]
-    return replace(block, feed_forward=replace(ff, activation=relu, weights=weights.get))
 
 
 def parts_of(block: Block, trace: Trace, max_bytes: int = 2**30) -> Tensor:
@@ -66,14 +56,14 @@ def by(route: Route, patch: pytest.MonkeyPatch) -> list[Route]:
     """Has everything go by one route; returns what will have been asked."""
     asked: list[Route] = []
 
-    def fixed(self: Neurons, *counts: int, **more: Any) -> Route:
+    def fixed(self: Costs, *counts: int, **more: Any) -> Route:
         del self, counts
         asked.append(route)
         # Nothing is gathered where no neuron was counted.
         return "all" if route == "active" and not more.get("active") else route
 
-    patch.setattr(Neurons, "route", fixed)
-    patch.setattr(Neurons, "may_gather", lambda *counts: True)
+    patch.setattr(Costs, "route", fixed)
+    patch.setattr(Costs, "may_gather", lambda *counts: True)
     return asked
 
 
@@ -140,11 +130,11 @@ def test_a_tenth_of_relu_neurons_costs_a_quarter_at_most(monkeypatch: pytest.Mon
 
 
 def test_half_of_them_active_are_not_gathered() -> None:
-    sizes = Neurons(3072, 768, 12, 768, copied=12, gathered=768)
+    sizes = Costs(3072, 768, 12, 768, 768)
     share = {part: sizes.route(64, 64, active=int(64 * 3072 * part)) for part in (0.1, 0.2, 0.5)}
     assert share == {0.1: "active", 0.2: "active", 0.5: "all"}
     # Nor are neurons of a small model, whatever they are: each target would be looked at alone.
-    small = Neurons(64, 16, 4, 16, copied=4, gathered=16)
+    small = Costs(64, 16, 4, 16, 16)
     assert not small.may_gather(32, 32)
 
 
@@ -165,7 +155,7 @@ def test_long_inputs_are_folded(
 
 
 def test_short_inputs_are_not() -> None:
-    sizes = Neurons(3072, 768, 12, 768, copied=12, gathered=768)
+    sizes = Costs(3072, 768, 12, 768, 768)
     routes = {pairs: sizes.route(pairs, 64) for pairs in (512, 1024, 1200, 2048)}
     assert routes == {512: "all", 1024: "all", 1200: "folded", 2048: "folded"}
 
@@ -187,3 +177,65 @@ def test_the_count_of_active_neurons_is_their_own() -> None:
     found = neuron_routes.active_at(used)
     expected = [one.nonzero()[:, 0] for one in used.flatten(0, 1)]
     assert all(map(torch.equal, found, expected))
+
+
+# DecompX
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+def test_decompx_carries_all_tokens_at_once_to_the_same_numbers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in zoo.cases() if case.family == family)
+    model, given = zoo.shared(case), zoo.inputs(case)
+    chunks = cm.decompx(model, given.tokens)
+    monkeypatch.setattr(decompx._Carried, "_long", lambda self, max_bytes: True)
+    monkeypatch.setattr(decompx, "_STRETCHES", 3)
+    whole = cm.decompx(model, given.tokens)
+    torch.testing.assert_close(whole.scores, chunks.scores, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(whole.bias, chunks.bias)
+
+
+def test_decompx_of_a_long_input_takes_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 2.7 times the width, 2,048 tokens in GPT-2 small; where all of them fit."""
+    monkeypatch.setattr(neuron_routes, "_PER_TARGET", 0)
+    model = gpt2(1, 64, 64)
+    found, tight = (
+        cm.estimate(model, 172, partial(cm.decompx, max_bytes=size)) for size in (2**30, 2**22)
+    )
+    assert found.peak_bytes <= 4 * 5 * 172**2 // 2 * 64 * 4
+    assert tight.flops >= 1.7 * found.flops
+
+
+# In bfloat16
+
+
+def test_products_in_bfloat16_are_offered_where_they_would_save_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    low, text = cm.load_demo("causal-lm", dtype=torch.bfloat16), "the keys to the cabinet are"
+    cm.attention_norms(low, text)
+    monkeypatch.setattr(norms, "_MANY", 10**6)
+    with pytest.warns(cm.errors.ContextMixWarning, match="precision='bfloat16' takes 97% of"):
+        cm.attention_norms(low, text)
+    for quiet in ({"precision": "bfloat16"}, {"at": "mlp_in"}):
+        cm.attention_norms(low, text, **quiet)
+    cm.attention_norms(cm.load_demo("causal-lm"), text)
+
+
+def test_where_nothing_is_in_bfloat16_it_is_refused() -> None:
+    model, text = cm.load_demo("causal-lm"), "the keys to the cabinet are"
+    with pytest.raises(cm.InvalidInput, match=r"nothing here is computed in bfloat16.*mlp_in"):
+        cm.attention_norms(model, text, at=["resid_mid", "mlp_in"], precision="bfloat16")
+    with pytest.raises(cm.InvalidInput, match="nearly equal: bfloat16 would leave them no digit"):
+        cm.value_zeroing(model, text, precision="bfloat16")
+    experts = next(case for case in zoo.cases() if case.family == "mixtral")
+    with pytest.raises(cm.InvalidInput, match="a model of experts"):
+        cm.attention_norms(zoo.shared(experts), zoo.inputs(experts).tokens, precision="bfloat16")
+    maps = cm.attention_norms(model, text, at=POINTS, precision="bfloat16")
+    with pytest.raises(cm.InvalidInput, match="cosines are of small differences"):
+        cm.cancellation(maps)
+    assert cm.contextualization_change(maps).values.isfinite().all()
+    assert maps["mlp_out"].provenance.options["precision"] == "bfloat16"

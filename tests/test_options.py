@@ -123,6 +123,7 @@ ROWS = [
     Row(cm.attention_norms, "at", ("resid_mid", "mlp_in"), idle=()),
     Row(cm.attention_norms, "heads", (False, True), given={"at": "attn_out"}),
     Row(cm.attention_norms, "bias", BIAS, given=MLP, idle=UNBIASED),
+    Row(cm.attention_norms, "precision", ("full", "bfloat16"), given=MLP),
     Row(cm.attention_norms, "layer", LAYERS),
     Row(cm.mixing_ratio, "at", ("resid_mid", "mlp_out"), "values"),
     Row(cm.mixing_ratio, "bias", BIAS, "values", MLP, idle=UNBIASED),

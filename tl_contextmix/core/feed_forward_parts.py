@@ -22,7 +22,14 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import FeedForward
 from tl_contextmix.core.frozen_blocks import FrozenFeedForward
-from tl_contextmix.core.neuron_routes import Neurons, Route, active_at, fold, in_use
+from tl_contextmix.core.neuron_routes import (
+    Costs,
+    Route,
+    active_at,
+    fold,
+    in_use,
+    through_some,
+)
 from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks, within
 
 Bias = Literal["contributor", "fixed"]
@@ -92,7 +99,8 @@ class FeedForwardParts:
             for part in blocks(self.W_out.shape[0], way.neurons):
                 out = self._through(rows, read, part, out)
         else:
-            out = self._one_by_one(rows, read, way)
+            through = self._by_matrices if way.route == "folded" else self._by_active_neurons
+            out = through(rows, read, way)
         assert out is not None
         out = out if read == columns else _placed(out, read, columns)
         out = self.norm_out.part(place=rows).linear(out)
@@ -117,38 +125,29 @@ class FeedForwardParts:
         found = found.to(self.bias.dtype).transpose(0, 1)
         return found if out is None else out.add_(found)
 
-    def _one_by_one(self, rows: slice, columns: slice, way: Way) -> Tensor:
-        """Returns the same target by target."""
+    def _by_active_neurons(self, rows: slice, columns: slice, way: Way) -> Tensor:
+        """Returns the same, target by target through its active neurons alone; of one text."""
+        read = self.read.dense(rows, columns)[0]
+        out = torch.empty_like(read)
+        for place, target in enumerate(range(rows.start, rows.stop)):
+            some = way.active[target]
+            slopes = [slope[0, target, some] for slope in self.slopes]
+            out[:, place] = through_some(read[:, place], way.weights, slopes, self.W_out, some)
+        return out[None]
+
+    def _by_matrices(self, rows: slice, columns: slice, way: Way) -> Tensor:
+        """Returns the same, target by target with its slopes folded into the weights."""
         batch, width = len(self.bias), self.bias.shape[2]
         shape = (columns.stop - columns.start, batch, rows.stop - rows.start, width)
         out = self.bias.new_zeros(shape).transpose(0, 1)
         for row, target in product(range(batch), range(rows.start, rows.stop)):
             for term, (_, span, _) in enumerate(self.read.segments()):
                 local = within(columns, span)
-                if local.start == local.stop:
-                    continue
-                if way.route == "folded":
+                if local.start < local.stop:
                     found = self._through_matrix(term, row, target, local)
-                else:
-                    neurons = way.active[row * self.bias.shape[1] + target]
-                    found = self._through_some(term, row, target, local, neurons)
-                first = span.start + local.start - columns.start
-                out[row, first : first + len(found), target - rows.start] = found
+                    first = span.start + local.start - columns.start
+                    out[row, first : first + len(found), target - rows.start] = found
         return out
-
-    def _through_some(
-        self, term: int, row: int, target: int, sources: slice, neurons: Tensor
-    ) -> Float[Tensor, "source d_model"]:
-        """Returns what one target gets from some sources through some neurons alone."""
-        shares = None
-        for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
-            share = token_sum.terms[term].of_neurons(row, target, sources, neurons)
-            if self._owned(term, target, sources):
-                share[target - sources.start] += token_sum.own[row, target, neurons]
-            share *= slope[row, target, neurons]
-            shares = share if shares is None else shares.add_(share)
-        assert shares is not None
-        return shares.to(self.W_out.dtype) @ self.W_out[neurons]
 
     def _through_matrix(
         self, term: int, row: int, target: int, sources: slice
@@ -158,18 +157,13 @@ class FeedForwardParts:
         weights = [read.weight.flatten(0, 1) for read in reads]
         matrix = fold(weights, self.slopes, self.W_out, row, target)
         out = reads[0].before_weights(row, target, sources).to(matrix.dtype) @ matrix
-        if self._owned(term, target, sources):
+        if term == 0 and self.read.own is not None and sources.start <= target < sources.stop:
             owns = (
                 token_sum.own[row, target] * slope[row, target]
                 for token_sum, slope in zip(self.hidden, self.slopes, strict=True)
             )
             out[target - sources.start] += reduce(add, owns).to(out.dtype) @ self.W_out
         return out
-
-    def _owned(self, term: int, target: int, sources: slice) -> bool:
-        """Returns whether a target's own path is among some sources of a term."""
-        owned = term == 0 and self.read.own is not None
-        return owned and sources.start <= target < sources.stop
 
     def _through_experts(self, rows: slice, columns: slice) -> Tensor:
         """Returns the same by expert, without folding: few pairs go through each of them."""
@@ -208,9 +202,7 @@ class FeedForwardParts:
             total=self.total[batch],
         )
 
-    def tiles(
-        self, max_bytes: int, low: torch.dtype | None = None
-    ) -> Iterator[tuple[slice, slice, slice, Iterator[Tensor]]]:
+    def tiles(self, max_bytes: int, low: torch.dtype | None = None) -> Iterator[Tile]:
         """Yields all parts, tile by tile: batch rows, targets, sources and `stages`.
 
         Sources outside the tiles have parts of exactly zero. What the neurons see of a source is
@@ -220,19 +212,28 @@ class FeedForwardParts:
             max_bytes: Workspace.
             low: A dtype to take products with value vectors in; None for that of the maths.
         """
+        some = self if low is None else replace(self, W_out=self.W_out.to(low))
+        active = some._active_neurons()
+        if active is None:
+            yield from some._tiles_of_all(max_bytes)
+        else:
+            yield from some._tiles_of_active(active, max_bytes)
+
+    def _tiles_of_all(self, max_bytes: int) -> Iterator[Tile]:
         folded = self.folded()
-        folded = replace(folded, W_out=self.W_out if low is None else self.W_out.to(low))
         plan = _plan(folded, max_bytes)
         for rows in blocks(self.bias.shape[0], plan.batch):
             some = folded.row(rows)
-            sums = (some.read,) if some.residual is None else (some.read, some.residual)
-            read, *residual = Support.of(*sums)
-            whole = read.join(residual[0]) if residual else read
-            for size, ways in some._ways(plan, read):
-                for span in some.stretches(size):
-                    hidden = ways[0][1].route != "folded" and plan.neurons >= self.W_out.shape[0]
-                    ready = some.ready(span, hidden=hidden)
-                    for targets, way in ways:
+            read, whole = some.support()
+            near, long = some._routes(plan, read)
+            hidden = plan.neurons >= self.W_out.shape[0]
+            for size, tiles, way, kept in (
+                (plan.sources, near, Way("all", plan.neurons), hidden),
+                (plan.fold_sources, long, Way("folded"), False),
+            ):
+                for span in some.stretches(size) if tiles else ():
+                    ready = some.ready(span, hidden=kept)
+                    for targets in tiles:
                         columns = whole.columns(targets, span)
                         if columns.start < columns.stop:
                             inner = read.columns(targets, columns)
@@ -240,48 +241,77 @@ class FeedForwardParts:
                     # Or two stretches would be held at once; a generator keeps what it came from.
                     ready = None
 
-    def _ways(self, plan: _Plan, read: Support) -> Iterator[tuple[int, list[tuple[slice, Way]]]]:
-        """Yields tiles of targets and how they go through the neurons, by stretches of sources."""
-        batch, target, width = self.bias.shape
-        tiles = [*blocks(target, plan.targets)]
-        if self.sublayer.routes:
-            yield plan.sources, [(tile, Way("all", 0)) for tile in tiles]
-            return
-        mixed = len(self.slopes) * max(term.pattern.shape[1] for term in self.read.terms)
-        sizes = Neurons(len(self.W_out), width, mixed, self.folded_width, mixed, width)
-        spans = [read.columns(tile, slice(0, self.sources)) for tile in tiles]
-        pairs = [span.stop - span.start for span in spans]
-        counts = [batch * (tile.stop - tile.start) for tile in tiles]
-        active, used = [0] * len(tiles), None
-        if plan.gathers and any(map(sizes.may_gather, pairs, counts)):
-            used = in_use(self.slopes)
-            each = used.sum(dim=(0, 2)).tolist()
-            active = [sum(each[tile]) for tile in tiles]
-        routes = [
-            sizes.route(*one, active=some, times=-(-one[0] // plan.fold_sources))
-            for some, *one in zip(active, pairs, counts, strict=True)
-        ]
-        found = active_at(used) if used is not None and "active" in routes else []
-        near = [
-            (tile, Way(route, plan.neurons, found))
-            for tile, route in zip(tiles, routes, strict=True)
-            if route != "folded"
-        ]
-        long = [
-            (slice(tile.start + part.start, tile.start + part.stop), Way("folded", 0))
-            for tile, route in zip(tiles, routes, strict=True)
-            if route == "folded"
-            for part in blocks(tile.stop - tile.start, plan.fold_targets)
-        ]
-        if near:
-            yield plan.sources, near
-        if long:
-            yield plan.fold_sources, long
+    def _routes(self, plan: _Plan, read: Support) -> tuple[list[slice], list[slice]]:
+        """Returns tiles of targets that go through all neurons, and those that are folded."""
+        batch, target, _ = self.bias.shape
+        near, long = [], []
+        for tile in blocks(target, plan.targets):
+            span = read.columns(tile, slice(0, self.sources))
+            pairs, count = span.stop - span.start, batch * (tile.stop - tile.start)
+            times = -(-pairs // plan.fold_sources)
+            if self.sublayer.routes or self._costs().route(pairs, count, times=times) == "all":
+                near.append(tile)
+                continue
+            for part in blocks(count // batch, plan.fold_targets):
+                long.append(slice(tile.start + part.start, tile.start + part.stop))
+        return near, long
 
-    @property
-    def folded_width(self) -> int:
-        """How many numbers of a source a target reads before the heads' weights."""
-        return sum(term.value.shape[2] * term.value.shape[3] for term in self.hidden[0].terms)
+    def _tiles_of_active(self, active: Sequence[Tensor], max_bytes: int) -> Iterator[Tile]:
+        batch, target, width = self.bias.shape
+        weights = tuple(weight.T.contiguous() for weight in self.weights)
+        sums = (self.read,) if self.residual is None else (self.read, self.residual)
+        budget = max_bytes // self.bias.element_size()
+        held = sum(slope.numel() for slope in self.slopes) + sum(map(Tensor.numel, weights))
+        held += 10 * batch * target * width + sum(map(len, active)) * 2
+        room = max(budget - held, budget // 4)
+        # What heads read of a source; of a pair, what enters and what comes out of it.
+        view = sum(width * max(r.value.shape[2] for r in each.terms) for each in sums)
+        targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
+        sources = max(
+            1, min(self.sources, room // (view + 6 * width * targets + self.W_out.shape[0]))
+        )
+        for row in range(batch):
+            rows = slice(row, row + 1)
+            some = self.row(rows)
+            read, whole = some.support()
+            way = Way("active", 0, active[row * target : (row + 1) * target], weights)
+            for span in some.stretches(sources):
+                ready = replace(some.ready(span, hidden=False), read=some.read.ready(span))
+                for tile in blocks(target, targets):
+                    columns = whole.columns(tile, span)
+                    if columns.start < columns.stop:
+                        inner = read.columns(tile, columns)
+                        yield rows, tile, columns, ready.stages(tile, columns, inner, way)
+                ready = None
+
+    def support(self) -> tuple[Support, Support]:
+        """Returns where parts of what is read can be other than zero, and where those of all."""
+        sums = (self.read,) if self.residual is None else (self.read, self.residual)
+        read, *residual = Support.of(*sums)
+        return read, read.join(residual[0]) if residual else read
+
+    def _costs(self) -> Costs:
+        branches, width = len(self.slopes), self.bias.shape[2]
+        mixed = branches * max(term.pattern.shape[1] for term in self.read.terms)
+        read = sum(term.value.shape[2] * term.value.shape[3] for term in self.read.terms)
+        return Costs(self.W_out.shape[0], width, mixed, branches * width, read)
+
+    def _active_neurons(self) -> list[Tensor] | None:
+        """Returns the active neurons of every target, where they are few; None elsewhere."""
+        if self.sublayer.routes or not self.sublayer.silent:
+            return None
+        batch, target, _ = self.bias.shape
+        count, costs = batch * target, self._costs()
+        if not costs.may_gather(self.sources, count):
+            return None
+        read, _ = self.support()
+        ends = zip(read.first, read.last, strict=True)
+        pairs = sum(max(0, last - first) for first, last in ends)
+        if not costs.may_gather(pairs // target, count):
+            return None
+        used = in_use(self.slopes)
+        route = costs.route(pairs // target, count, active=int(used.sum()))
+        return active_at(used) if route == "active" else None
 
     def stretches(self, size: int) -> Iterator[slice]:
         """Yields stretches of sources that stay within one attention sublayer's."""
@@ -333,11 +363,16 @@ class Way:
         route: See `neuron_routes`.
         neurons: How many at a time, where it is through all of them.
         active: The active ones of every target, where it is through these.
+        weights: Each branch's input weights then, a row for each neuron.
     """
 
     route: Route
-    neurons: int
+    neurons: int = 0
     active: Sequence[Tensor] = ()
+    weights: Sequence[Float[Tensor, "neuron d_model"]] = ()
+
+
+Tile = tuple[slice, slice, slice, Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -346,7 +381,6 @@ class _Plan:
     targets: int
     sources: int
     neurons: int
-    gathers: bool
     fold_targets: int
     fold_sources: int
 
@@ -364,39 +398,35 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     branches, residual = len(parts.slopes), parts.residual
     heads = max(read.value.shape[2] for read in parts.read.terms)
     beside = 0 if residual is None else width * max(r.value.shape[2] for r in residual.terms)
-    per_pair = max(read.per_pair for read in parts.read.terms)
-    vectors = 4 * width + per_pair
+    vectors = 4 * width + max(read.per_pair for read in parts.read.terms)
     vectors += 0 if parts.ending is None else 2 * width + 2 * parts.ending.sublayer.width
     token_sums = (*parts.hidden, parts.read, *([] if residual is None else [residual]))
     held = sum(m.held for m in token_sums) + sum(slope.numel() for slope in parts.slopes)
     # Vectors per token: the token sums' totals and biases, and the parts'.
     held += 10 * batch * target * width
-    # Which neurons are active, and their vectors copied; a gate leaves no vectors to copy.
-    gathers = parts.sublayer.silent and not parts.sublayer.routes and not per_pair
-    held += gathers * 5 * batch * target * neuron // 4
     low = parts.W_out.dtype != parts.bias.dtype
     held += low * parts.W_out.numel() // 2
     share = branches * neuron + low * (neuron + width) // 2
     budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
-    view, pair = branches * heads * neuron * (2 + gathers) // 2 + beside, share + vectors
+    view, pair = branches * heads * neuron + beside, share + vectors
     view = heads * width + beside if parts.sublayer.routes else view
     neurons = neuron
     if view + pair > room and not parts.sublayer.routes:
-        gathers = False
         neurons = max(1, (room - beside - vectors) // (branches * (heads + 1)))
         view, pair = branches * heads * neurons + beside, branches * neurons + vectors
     targets = max(1, min(-(-target // 16), (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))
     if parts.sublayer.routes:
-        return _Plan(rows, targets, sources, neurons, gathers, 1, 1)
+        return _Plan(rows, targets, sources, neurons, 1, 1)
     # Folded, a target holds its matrix, and a pair what it reads before the heads' weights.
-    alone, pair = parts.folded_width * (2 * neuron + width), parts.folded_width + vectors
+    read = parts._costs().read
+    alone, pair = read * (2 * neuron + width), read + vectors
     room = max(room - alone, budget // 4)
     fold_sources = max(1, min(source, room // (beside + pair)))
     fold_targets = max(1, min(targets, (room // fold_sources - beside) // pair))
-    return _Plan(rows, targets, sources, neurons, gathers, fold_targets, fold_sources)
+    return _Plan(rows, targets, sources, neurons, fold_targets, fold_sources)
 
 
 def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:

@@ -427,7 +427,15 @@ def freeze_stack(
     return FrozenStack(tuple(frozen), tuple(biases), FrozenNorm.at(final_norm, whole))
 
 
-def own_parts(x: Float[Tensor, "batch pos d_model"], sources: slice) -> Parts:
-    """Returns the input of the first block as parts: each token its own, for some tokens."""
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, sources]
-    return einsum(x, eye, "batch pos d_model, pos part -> batch pos part d_model")
+def own_parts(
+    x: Float[Tensor, "batch pos d_model"], sources: slice, targets: slice = slice(None)
+) -> Parts:
+    """Returns the input of the first block as parts: each token its own, for some tokens.
+
+    Args:
+        x: The input.
+        sources: The tokens.
+        targets: Positions to return.
+    """
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[targets, sources]
+    return einsum(x[:, targets], eye, "batch pos d_model, pos part -> batch pos part d_model")

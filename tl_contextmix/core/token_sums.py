@@ -204,15 +204,6 @@ class AttentionTerm:
         pattern = self.pattern[batch, :, target, sources] / self.scale[batch, target]
         return (self.value[batch, sources] * pattern.T[:, :, None]).flatten(1)
 
-    def of_neurons(
-        self, batch: int, target: int, sources: slice, neurons: Int[Tensor, " neuron"]
-    ) -> Float[Tensor, "source neuron"]:
-        """Returns some output dimensions of `dense` for one target, from vectors that are kept."""
-        assert self.kept is not None
-        pattern = self.pattern[batch, :, target, sources] / self.scale[batch, target]
-        vectors = self.vectors(sources)[batch].index_select(-1, neurons)
-        return (pattern.T[:, None] @ vectors)[:, 0]
-
     def together(self, rows: slice, sources: slice) -> Float[Tensor, "batch target d_out"]:
         """Returns the sum over heads and sources."""
         mixing = rearrange(

@@ -181,11 +181,12 @@ def _closer(block: Block, trace: Trace, max_bytes: int) -> Tensor:
     heads = sum(read.pattern.shape[1] for read in stream.terms)
     pair, room = width * stream.total.element_size(), min(max_bytes, _TILE_BYTES)
     # Per source its vectors through each head, per pair the part and three of its kind.
-    columns = max(1, room // (4 * heads * pair))
-    rows = max(1, room // (5 * pair * min(columns, stream.sources)))
+    columns = max(1, min(stream.sources, room // (4 * heads * pair)))
+    rows = max(1, min(target, room // (5 * pair * columns)))
+    texts = max(1, room // (pair * columns * (4 * heads + 5 * rows)))
     out = stream.total.new_zeros(batch, target, stream.sources)
-    for row in range(batch):
-        one = stream.row(slice(row, row + 1))
+    for some in blocks(batch, texts):
+        one = stream.row(some)
         for sources in blocks(stream.sources, columns):
             ready = one.ready(sources)
             for targets in blocks(target, rows):
@@ -193,5 +194,5 @@ def _closer(block: Block, trace: Trace, max_bytes: int) -> Tensor:
                 parts = ready.dense(targets, sources)
                 # Term by term: what contributes nothing scores exactly 0, in any order of the sum.
                 gain = (y.abs() - (y - parts).abs()).sum(dim=-1).clamp(min=0)
-                out[row, targets, sources] = gain[0].T
+                out[some, targets, sources] = gain.transpose(1, 2)
     return out

@@ -24,7 +24,7 @@ from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
-from tl_contextmix.core.neuron_routes import Neurons
+from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
@@ -33,6 +33,8 @@ from tl_contextmix.engine.registry import method
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
 from tl_contextmix.results import ContextMap, Decomposition
 
+# Of targets, where all tokens are carried at once: so many leave 1/32 of the work for nothing.
+_STRETCHES = 32
 # Largest relative error of the sums, by the model's own dtype: rounding over all layers.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
@@ -297,22 +299,23 @@ class _Carried:
         # Triangles of the stream, of values and of both once more while they are replaced, and of
         # what later blocks read again.
         triangles = 4 + sum(one.lends for one in self.own.blocks)
-        held = triangles * batch * count * (count + 2 * _few(count)) // 2 * width * x.element_size()
+        targets = batch * count * (count + count // _STRETCHES) // 2
+        held = triangles * targets * width * x.element_size()
         if self.encoder is not None or ff is None or ff.routes or held > max_bytes:
             return False
         own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
         mixed = width * (1 + ff.gated)
-        sizes = Neurons(ff.width, width, mixed, read=width, copied=0, gathered=mixed + width)
+        sizes = Costs(ff.width, width, mixed, mixed, width)
         return own and sizes.route(count, 1) == "folded" and causal(self.own.blocks)
 
     def _norms_of_all(self) -> Float[Tensor, "batch layer target source"]:
         """Returns the same with all tokens carried at once, a triangle of targets and sources."""
         x = self.done.trace.resid_in(self.own.blocks[0].block)
-        rows = [*blocks(x.shape[1], _few(x.shape[1]) // 2)]
+        rows = [*blocks(x.shape[1], -(-x.shape[1] // _STRETCHES))]
         found = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
-            parts = [own_parts(x, slice(0, some.stop))[:, some] for some in rows]
+            parts = [own_parts(x, slice(0, some.stop), some) for some in rows]
             entered: dict[int, list[Tensor]] = {}
             for layer, block in enumerate(self.own.blocks):
                 parts = block.triangle(parts, rows, entered)
