@@ -40,6 +40,7 @@ from tl_contextmix.exploring.typed_questions import (
     as_typed,
     offered_methods,
 )
+from tl_contextmix.plotting import Page
 from tl_contextmix.reporting.sections import SECTIONS
 
 pytestmark = pytest.mark.newest
@@ -146,10 +147,10 @@ def test_everything_that_can_be_ticked_is_on_the_page_or_named(model):
     assert all("encoder" in why for why in skipped[0].values())
     # Each in a section of its own, and those that were skipped in the last one.
     assert len(titles) == len(question.sections) - 1 + len(offered_methods())
-    assert {"alti", "attention_flow", "value_zeroing", "token_memory"} <= set(titles)
-    assert "query_contributions" not in offered_methods()
-    flow = next(part for part in told.page.sections if part.title == "flow")
-    assert "target=' are'" in flow.text
+    assert {"alti", "attention_norms", "value_zeroing", "token_memory"} <= set(titles)
+    assert not {"query_contributions", "attention_flow"} & set(offered_methods())
+    parts = next(one for one in told.page.sections if one.title == "log_prob_contributions")
+    assert "are" in Page(parts.panels).text()
 
 
 @pytest.mark.parametrize("name", ["masked-lm", "encoder-decoder"])
@@ -247,9 +248,12 @@ def test_no_more_is_done_than_the_limits_allow(model):
     assert found, call.message
     known = dict(limits._known)
     estimated = sum(cost[0] for (_, length), cost in known.items() if length == 6)
-    assert 5e7 < estimated <= 1.1 * float(found[1]) <= 1.1 * float(found[4]) < 2.2 * float(found[1])
+    told, enough = float(found[1]), float(found[4])
+    assert 5e7 < estimated == pytest.approx(told, rel=0.06)
+    assert told <= 1.06 * enough
+    assert enough <= 2.2 * told
     # What it says is enough is enough, and nothing is estimated twice.
-    limits.flops, limits.gib = float(found[4]), float(found[5])
+    limits.flops, limits.gib = enough, float(found[5])
     limits.require(as_view(model), question, lambda step: None)
     # What a longer text may take a shorter one may.
     limits.flops = 5e9
@@ -266,7 +270,7 @@ def test_what_is_not_estimated_is_surely_little(model):
     # What the model does for a section is what it does for methods, or more of it.
     question = TypedQuestion(TEXT, ("answer", "mixing", "components", "graph", *offered_methods()))
     works = [*_works(as_view(model), question)]
-    for length in (6, 48):
+    for length in (6, 24):
         for name, (flops, held) in limits._costs(works, length).items():
             if name not in ALWAYS_ESTIMATED:
                 assert flops <= 16 * length * 2 * limits._weights * length, name
@@ -586,6 +590,7 @@ def test_hostile_texts_are_texts(browser, address):
                 "([id, text]) => document.getElementById(id).value = text",
                 ["text", "the keys " + " ".join(some)],
             )
+            page.evaluate("document.getElementById('status').textContent = ''")
             page.get_by_role("button", name="Explain").click()
             status = page.get_by_role("status")
             page.locator("#status", has_text=re.compile(" after |Not asked")).wait_for()
@@ -596,9 +601,7 @@ def test_hostile_texts_are_texts(browser, address):
                 assert "Traceback" not in page.locator("#explanation").text_content()
         page.get_by_label("Target", exact=True).fill("<img src=x onerror=alert(1)>")
         page.get_by_role("button", name="Explain").click()
-        alert = page.get_by_role("alert")
-        alert.wait_for()
-        assert "<img src=x onerror=alert(1)>" in alert.text_content()
+        page.get_by_role("alert").filter(has_text="<img src=x onerror=alert(1)>").wait_for()
         assert page.locator("#explanation *").count() == 0
         assert problems(page) == []
         assert wrong == []

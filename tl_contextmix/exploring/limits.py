@@ -31,7 +31,6 @@ _FLOPS, _FLOPS_ELSEWHERE = 1e13, 1e15
 
 ALWAYS_ESTIMATED = (
     *("memories", "ff_memories"),  # they read the values of all neurons, of any text
-    *("encoder-layers", "decoder_lens"),  # they generate
     "integrated_gradients",  # in many steps at once
 )
 """What `Limits.surely` does not know."""
@@ -144,7 +143,8 @@ class Limits:
         """Returns whether so few tokens are within the limits, whatever the estimate.
 
         No part takes as much as 16 passes for each token, or a byte for each weight and token; a
-        test holds them against their estimates.
+        test holds them against their estimates. What an encoder-decoder says is about as long as
+        the text.
         """
         if name in ALWAYS_ESTIMATED:
             return False

@@ -21,10 +21,10 @@ from tl_contextmix.reporting.sections import (
     SECTIONS,
     SectionName,
     facts,
-    missing_section,
     notes,
     result_section,
     tell,
+    with_missing,
 )
 from tl_contextmix.reporting.story import Story, read
 
@@ -53,7 +53,10 @@ _KEYS = ("text", "target", "foil", "pos", "generate", "show")
 
 @cache
 def offered_methods() -> Mapping[str, str]:
-    """Returns the methods that need a model and a text alone, with what they return."""
+    """Returns the methods that need a model and a text alone, with what they return.
+
+    What a method takes must be known, so that the limits hold for it.
+    """
     found = {}
     for name, method in methods().items():
         parameters = inspect.signature(method.function).parameters.values()
@@ -62,7 +65,7 @@ def offered_methods() -> Mapping[str, str]:
             for one in parameters
             if one.default is one.empty and one.kind != one.VAR_KEYWORD
         ]
-        if method.on_text and needed == ["model", "input"] and name not in _NEEDS_OPTIONS:
+        if method.estimated and needed == ["model", "input"] and name not in _NEEDS_OPTIONS:
             told = (inspect.getdoc(method.function) or "").splitlines()[0]
             found[name] = told.removeprefix("Returns ").rstrip(".")
     return found
@@ -178,20 +181,17 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
         begin("maps")
         view = as_view(model)
         story = read(model, question.text, answer=question.answer, generate=_said(view, question))
-        sections = [*tell(story, question.sections, begin)]
-        refused = []
+        sections, skipped = tell(story, question.sections, begin)
         if "answer" in question.sections and story.generate is None:
-            refused.append(("answer", "the model has no decoder, which would say more"))
+            skipped.append(("answer", "the model has no decoder, which would say more"))
         for name in question.methods:
             begin(name)
             try:
                 sections.append(result_section(_called(name, story)))
             except ContextMixError as error:
-                refused.append((name, str(error)))
-        if refused:
-            sections.append(missing_section(refused))
+                skipped.append((name, str(error)))
     told = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
-    page = Page((), TITLE, facts(story), tuple(sections), (*notes(story), *told))
+    page = Page((), TITLE, facts(story), with_missing(sections, skipped), (*notes(story), *told))
     return Told(page, _likely(story))
 
 

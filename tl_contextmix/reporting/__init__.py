@@ -24,6 +24,7 @@ from tl_contextmix.reporting.sections import (
     notes,
     result_section,
     tell,
+    with_missing,
 )
 from tl_contextmix.reporting.story import default_text, read
 from tl_contextmix.results import Result
@@ -123,7 +124,7 @@ def report(
             bar.update()
             bar.set_description(name)
 
-        told = tell(story, names, begin)
+        told = with_missing(*tell(story, names, begin))
     return Page((), title or TITLE, facts(story), told, notes(story))
 
 

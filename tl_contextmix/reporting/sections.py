@@ -71,15 +71,16 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
 
 def tell(
     story: Story, names: Sequence[SectionName], begin: Callable[[str], object]
-) -> tuple[Section, ...]:
-    """Returns the sections that apply, and as the last one why the others do not.
+) -> tuple[list[Section], list[tuple[str, str]]]:
+    """Returns the sections that apply, and which do not, each with the reason.
 
     Args:
         story: What they share.
         names: Sections to include, in order.
         begin: Called with the name of each section before it is made.
     """
-    told, missing = [], []
+    told: list[Section] = []
+    missing: list[tuple[str, str]] = []
     for name in names:
         begin(name)
         section = SECTIONS[name](story)
@@ -87,18 +88,22 @@ def tell(
             told.append(section)
         elif section:
             missing.append((name, section))
-    return (*told, missing_section(missing)) if missing else tuple(told)
+    return told, missing
 
 
-def missing_section(reasons: Sequence[tuple[str, str]]) -> Section:
-    """Returns the sections that were skipped, and why."""
+def with_missing(
+    told: Sequence[Section], reasons: Sequence[tuple[str, str]]
+) -> tuple[Section, ...]:
+    """Returns sections, and as the last one what was skipped, and why, if anything was."""
+    if not reasons:
+        return tuple(told)
     table = Table(
         title="Skipped sections",
         caption="Sections that do not apply to this model or text.",
         columns=("section", "reason"),
         rows=tuple(reasons),
     )
-    return Section("What is not on this page", "", (table,))
+    return (*told, Section("What is not on this page", "", (table,)))
 
 
 def result_section(result: object) -> Section:
