@@ -69,8 +69,8 @@ REFERENCE = {
         evaluation.answer_metrics.alias_match evaluation.answer_metrics.assigns_variables
         evaluation.answer_metrics.satisfies evaluation.answer_metrics.in_language""",
     "Pages and citations": """
-        reporting.report reporting.write_report reporting.write_results reporting.lit_model
-        exploring.explore engine.citations.cite""",
+        reporting.report reporting.write_report reporting.write_results
+        reporting.lit_fields.lit_model exploring.explore engine.citations.cite""",
     "Results": """
         results.base.Result results.labelled_arrays.LabelledArray
         results.context_map.ContextMap results.decomposition.Decomposition

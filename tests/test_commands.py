@@ -217,8 +217,10 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "load_model", load)
 
 
-def test_the_examples_in_the_help_run(capsys, loaded_once):
+def test_the_examples_in_the_help_run(capsys, loaded_once, monkeypatch):
     """Those on a demo model: others name a model or a file of the reader's."""
+    few = {"attention": comparable()["attention"]}
+    monkeypatch.setattr("tl_contextmix.evaluation.compare.comparable", lambda: few)
     ran = []
     for name in (*METHODS, "check", "explain", "compare"):
         told = run(capsys, name, "--help")[1]

@@ -15,7 +15,8 @@ import torch
 from tl_contextmix.errors import ContextMixError, four_parts
 
 Shown = Literal["map", "salience"]
-"""What LIT shows a field as: [head, target, source], or a number for each token."""
+"""What LIT shows a field as: a number for each target and source ``[target, source]``, or for each
+token."""
 
 
 def lit_wrapper(
@@ -53,7 +54,7 @@ def lit_wrapper(
 
     def spec(kind: Shown) -> Any:
         if kind == "map":
-            return types.AttentionHeads(align_in="tokens", align_out="tokens")
+            return types.SequenceSalience(autorun=True, signed=False)
         return types.TokenSalience(autorun=True, signed=True)
 
     class ContextMixingLIT(base):
@@ -78,7 +79,9 @@ def lit_wrapper(
             )
             found = compute(ids[None])
             return {
-                name: found[name] if kind == "map" else dtypes.TokenSalience(tokens, found[name])
+                name: dtypes.SequenceSalienceMap([], tokens, found[name])
+                if kind == "map"
+                else dtypes.TokenSalience(tokens, found[name])
                 for name, kind in fields.items()
             }
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.lit_wrapper import Shown, lit_wrapper
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad, did_you_mean
-from tl_contextmix.results import ContextMap
 from tl_contextmix.results.headings import as_heading, in_plain_words
 
 _MAPS = ("attention_norms", "value_zeroing")
@@ -26,10 +26,11 @@ def lit_model(
 ) -> Any:
     """Returns TransformerLens' LIT model of a model, with context-mixing maps and attributions.
 
-    LIT's "Attention" shows each map with a layer in the place of a head, as shares of rows
-    (`ContextMap.normalize`); "Salience Maps" shows attributions of the model's best next token,
-    under "Model-provided salience". The rest is TransformerLens' own: tokens, predictions,
-    attention, embeddings, gradients. Pass the result to ``transformer_lens.lit.serve``.
+    Under "Model-provided salience" LIT's "Sequence Salience" shows the map of each layer, as shares
+    of rows (`ContextMap.normalize`): a token that is pointed at is the target, the others are
+    coloured as its sources. "Salience Maps" shows attributions of the model's best next token. The
+    rest is TransformerLens' own: tokens, predictions, embeddings, gradients. Pass the result to
+    ``transformer_lens.lit.serve``.
 
     Args:
         model: A causal model of TransformerLens with a tokenizer.
@@ -42,7 +43,7 @@ def lit_model(
         InvalidInput: If a method is no such method.
         ContextMixError: If LIT is not installed.
 
-    Cost: TransformerLens' passes, and one call of each method for each text.
+    Cost: TransformerLens' passes, and one call of each method for each text; one more on one token.
     """
     known = methods()
     explain = [name for name, one in known.items() if one.of_prediction]
@@ -56,26 +57,24 @@ def lit_model(
                     f"one of {', '.join(allowed)}",
                     did_you_mean(name, allowed) + "Pass other names in maps= or salience=.",
                 )
-    shown: dict[str, Shown] = {f"{_words(name)}, a layer as a head": "map" for name in maps}
-    shown |= {_words(name): "salience" for name in salience}
 
-    def compute(ids: torch.Tensor) -> Mapping[str, Any]:
-        found = [_layers(known[name].function(model, ids)) for name in maps]
-        found += [_tokens(known[name].function(model, ids)) for name in salience]
-        return dict(zip(shown, found, strict=True))
+    def compute(ids: torch.Tensor) -> dict[str, Any]:
+        found = {}
+        for name in maps:
+            map = known[name].function(model, ids).normalize()
+            for layer, scores in zip(map.layers, map.scores[0, :, 0].cpu(), strict=True):
+                found[f"{_words(name)}, layer {layer}"] = scores.numpy()
+        for name in salience:
+            found[_words(name)] = known[name].function(model, ids).scores.flatten().cpu().numpy()
+        return found
 
+    # What there is a map of, such as the layers of a hybrid with attention, is known by asking.
+    shown: dict[str, Shown] = {
+        name: "map" if scores.ndim == 2 else "salience"
+        for name, scores in compute(torch.tensor([as_view(model).encode("the", True)])).items()
+    }
     return lit_wrapper(model, shown, compute, config)
 
 
 def _words(method: str) -> str:
     return as_heading(in_plain_words(method))
-
-
-def _layers(map: ContextMap) -> Any:
-    """Returns the shares of one text as [layer and head, target, source]."""
-    return map.normalize().scores[0].flatten(0, 1).cpu().numpy()
-
-
-def _tokens(map: ContextMap) -> Any:
-    """Returns the scores of one text's sources for its last prediction."""
-    return map.scores.flatten().cpu().numpy()
