@@ -15,7 +15,7 @@ from torch import Tensor
 import tl_contextmix as cm
 from tl_contextmix.adapters import views
 from tl_contextmix.core import half_weights
-from tl_contextmix.core.counters import Operations
+from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.half_weights import HalfWeight, in_precision
 
 pytestmark = [pytest.mark.once, pytest.mark.newest]
@@ -216,6 +216,7 @@ def test_the_first_answer_takes_less_than_a_pass_more(llama: Any, conversions: C
 def test_an_estimate_knows_how_weights_are_read(llama: Any, conversions: Conversions) -> None:
     cm.check(llama)
     told = cm.estimate(llama, 32, cm.value_zeroing)
-    with Operations() as counter:
+    with Memory() as memory, Operations() as counter:
         cm.value_zeroing(llama, IDS)
     assert told.flops == pytest.approx(counter.total, rel=0.05)
+    assert told.peak_bytes == pytest.approx(memory.peak, rel=0.2)

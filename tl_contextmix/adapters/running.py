@@ -400,6 +400,8 @@ def require_no_dropout(model: nn.Module) -> None:
 
 def _rate(module: nn.Module) -> float:
     """Returns the rate at which a module drops activations in train mode."""
+    if not isinstance(module, nn.Dropout) and module.__dict__.keys().isdisjoint(_RATES):
+        return 0.0
     rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else 0.0
     rates = (module.__dict__.get(attribute) for attribute in _RATES)
     return max([rate, *(value for value in rates if isinstance(value, float))])
