@@ -43,6 +43,8 @@ def package(name, folder, **names):
 def module(name, file):
     """Returns a file as a module of that name: code that takes the place of an installed one."""
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     sys.modules[name] = made
     spec.loader.exec_module(made)

@@ -16,7 +16,7 @@ else 1) and of the norm before the feed-forward sublayer. Folding costs as much 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,7 +118,12 @@ class ValueAblation:
         return replace(self, read=self.read.heads(group), branches=found, reached={})
 
     def folded(
-        self, spans: Spans | None, repeats: int, max_bytes: int, *, checked: bool = False
+        self,
+        spans: Spans | None,
+        repeats: int,
+        max_bytes: int,
+        *,
+        check: Callable[[], object] | None = None,
     ) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
@@ -126,7 +131,7 @@ class ValueAblation:
             spans: The spans that are zeroed, or None.
             repeats: How often all pairs are gone through (groups of heads).
             max_bytes: Workspace.
-            checked: See `branches`.
+            check: Called before kept products of weights are used; drops those that are stale.
         """
         ff = self.block.feed_forward
         if ff is None or self.fixed is not None or self.later:
@@ -143,8 +148,10 @@ class ValueAblation:
         held = len(ff.branches()) * (width + batch * heads) * ff.width * size
         if pairs <= fold or held > max_bytes // 2:
             return self
+        if check is not None:
+            check()
         of = self.block, ff, self.attention, self.read, self.raw, self.before, self.pre
-        found = branches(*of, checked=checked)
+        found = branches(*of, checked=check is not None)
         return replace(self, branches=tuple(found))
 
     def tiles(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -113,19 +113,19 @@ def value_zeroing(
     spans = _require_spans(spans, span_rows, rows, done)
 
     rerouted: dict[str, list[int]] = {}
+    check = cache(partial(drop_stale_folds, done.blocks, kind))
 
     def distances(part: Pass, block: Block) -> Tensor:
         part.trace.look_up(part.blocks)
         norm = _final_norm(part, block) if final_norm else None
-        how = _How(kind, part.own(rows), groups or [None], spans, metric, norm, max_bytes)
+        zeroed = kind, part.own(rows), groups or [None], spans
+        how = _How(*zeroed, metric, norm, max_bytes, check)
         if block.feed_forward is not None and block.feed_forward.routes:
             before = rerouted.get(str(block.layer), [0, 0])
             pairs = zip(before, how.rerouted(block, part.trace), strict=True)
             rerouted[str(block.layer)] = [sum(pair) for pair in pairs]
         return how.scores(block, part.trace)
 
-    with torch.no_grad():
-        drop_stale_folds(done.blocks, kind)
     source = "source:attn_out" if spans is None else "span"
     scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
     if view.hooked() and inputs.get("cache") is None:
@@ -218,6 +218,7 @@ class _How:
     metric: Metric
     norm: Norm | None
     max_bytes: int
+    check: Callable[[], object] | None = None
 
     def scores(self, block: Block, trace: Trace) -> Tensor:
         """Returns distances [batch head target source] of one block."""
@@ -240,7 +241,7 @@ class _How:
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:
         found = ablate_values(block, trace, self.kind, self.rows)
-        found = found.folded(self.spans, len(self.groups), self.max_bytes, checked=True)
+        found = found.folded(self.spans, len(self.groups), self.max_bytes, check=self.check)
         batch, targets, _ = found.before.shape
         sources = found.read.pattern.shape[3] if self.spans is None else len(self.spans)
         out = found.before.new_zeros(batch, len(self.groups), targets, sources)

@@ -182,13 +182,6 @@ def _ranks(index: Int[Tensor, " entry"], count: int) -> Int[Tensor, " entry"]:
     return torch.arange(len(index), device=index.device) - starts[index]
 
 
-def _ordered(column: Tensor, entries: list[Tensor]) -> Int[Tensor, " entry"]:
-    """Returns the order of entries by column, then value, then place."""
-    order = entries[1].argsort(stable=True)
-    order = order[entries[0][order].argsort(descending=True, stable=True)]
-    return order[column[order].argsort(stable=True)]
-
-
 def update_all(
     tops: Sequence[TopK],
     scores: Sequence[Float[Tensor, "row _"]],
