@@ -26,7 +26,8 @@ MIXTURES = (
     *("qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "llama4_text", "deepseek_v2"),
     *("deepseek_v3", "ernie4_5_moe", "flex_olmo", "switch_transformers"),
 )
-KINDS = ("youtu", "qwen3_5_text", "granite")
+KINDS = ("youtu", "qwen3_5_text", "granite", "t5gemma")
+PAIRS = ("switch_transformers", "t5gemma")
 HYBRIDS = tuple(f"{kind}, hybrid" for kind in zoo_others.HYBRIDS)
 ENDINGS = ("gemma4_text, ending",)
 MASKED = tuple(zoo_others.ENCODERS)
@@ -60,7 +61,7 @@ def built(family: str) -> Any:
 def inputs(family: str, rows: slice = slice(None)) -> zoo.Inputs:
     """Two sentences, or one of them."""
     tokens = given().tokens[rows]
-    return zoo.Inputs(tokens, tokens[:, 2:6] if family == "switch_transformers" else None)
+    return zoo.Inputs(tokens, tokens[:, 2:6] if family in PAIRS else None)
 
 
 def options(method: contract.Method, family: str) -> dict[str, Any]:

@@ -193,7 +193,6 @@ def test_refusals_name_what_they_saw(case: zoo.RefusedCase) -> None:
     seen = {
         "mamba": "got SSMBlockBridge",
         "led": "got LEDForConditionalGeneration",
-        "t5gemma": "got T5GemmaForConditionalGeneration",
         "olmo2": "got a relative error of",
         "t5": "HookedEncoderDecoder",
         "vit": "got ViTForImageClassification",

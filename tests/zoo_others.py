@@ -533,6 +533,9 @@ _BART = {
     "max_position_embeddings": 64,
 }
 _GEMMA = {**_TEXT, **_WIDE, **_WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 16}
+OTHERS["t5gemma"] = Other(
+    "T5Gemma", sizes={side: {**_GEMMA, "num_hidden_layers": 2} for side in _SIDES}, tokenizer="t5"
+)
 # Encoder-decoders of which the Hugging Face model itself is asked, see
 # `test_decoder_lens_direct.py`; by the beginning of Hugging Face's names.
 DIRECT: dict[str, Other] = {

@@ -72,10 +72,6 @@ _LED = {
 }
 del _LED["max_position_embeddings"]
 
-_T5GEMMA = {
-    name: value for name, value in rows.LLAMA_LIKE.items() if name != "tie_word_embeddings"
-} | {"head_dim": rows.D_HEAD, "query_pre_attn_scalar": 16, "sliding_window": 4}
-
 _VIT: dict[str, Any] = {
     "hidden_size": rows.D_MODEL,
     "num_hidden_layers": 2,
@@ -120,15 +116,6 @@ _ROWS = [
         "LEDConfig",
         _LED,
         "bart",
-    ),
-    RefusedCase(
-        "t5gemma",
-        _BRIDGE,
-        "T5Gemma",
-        (4,),
-        "T5GemmaForConditionalGeneration",
-        "T5GemmaConfig",
-        {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": rows.D_VOCAB},
     ),
     *(
         RefusedCase(family, _BRIDGE, match, (4,), model, config, options)

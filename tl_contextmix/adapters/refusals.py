@@ -161,9 +161,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "Use a transformer, or a hybrid with layers of attention.",
     ),
     Refusal(
-        "LED",
-        lambda facts: facts.architecture if facts.architecture.startswith("LED") else "",
-        "its encoder uses windowed attention, without a full attention pattern",
+        "LED or LongT5",
+        lambda facts: (
+            facts.architecture if facts.architecture.startswith(("LED", "LongT5")) else ""
+        ),
+        "its encoder attends in windows, without a full attention pattern",
         "Use BART or T5, which have full attention; decoder_lens takes it.",
     ),
 )

@@ -167,7 +167,7 @@ def decoder_lens(
         model: A HookedEncoderDecoder (TransformerLens 3), an encoder-decoder on a
             TransformerBridge, or a Hugging Face model itself: Whisper, umT5, NLLB-MoE, ProphetNet
             or Pegasus-X, which TransformerLens has no class for, or any like T5, BART or LED. Of a
-            bridge that shows too little for maps (LED, LongT5, T5Gemma, Switch Transformers) the
+            bridge that shows too little for maps (LED, LongT5, Switch Transformers) the
             model in it is read.
         input: A text, several, or token ids [batch, pos]; for Whisper features [batch, mel, frame].
         references: The right answers, one per input.
