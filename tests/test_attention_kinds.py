@@ -220,7 +220,7 @@ def test_an_edited_pattern_takes_nothing_from_the_sink() -> None:
     for found in (edited, cm.attention(model, tokens, cache=cache)):
         assert found.sink is not None
         assert relative(found.sink[:, 1], plain.sink[:, 1]) <= FLOAT32_INSIDE
-    _, cache = model.run_with_cache(tokens, names_filter=cm.hook_names(model, cm.attention))
+    _, cache = model.run_with_cache(tokens, names_filter=hook_names(model, cm.attention))
     kept = cm.attention(model, tokens, cache=cache)
     assert kept.sink is not None
     assert relative(kept.sink, plain.sink) <= FLOAT32_INSIDE

@@ -24,6 +24,7 @@ from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, gat
 from tl_contextmix.core.blocks import EditPoints
 from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.experts import Experts
+from tl_contextmix.evaluation import hook_names
 from tl_contextmix.methods.decompx import decompx_vectors
 
 pytestmark = [
@@ -342,7 +343,7 @@ def test_granite_4_adds_a_shared_layer_to_its_experts_in_the_block() -> None:
         said = granite.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1].log_softmax(dim=-1)[:, 9]
     assert relative(found.after[:, 0], said) < FLOAT32_INSIDE
     assert relative(found.before[:, 0], said) > FLOAT32_INSIDE
-    names = cm.hook_names(granite, cm.decompose)
+    names = hook_names(granite, cm.decompose)
     _, cache = granite.run_with_cache(tokens, names_filter=names)
     kept = cm.decompose(granite, tokens, at="block_out", cache=cache).parts
     assert torch.equal(kept, cm.decompose(granite, tokens, at="block_out").parts)

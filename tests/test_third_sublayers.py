@@ -16,7 +16,9 @@ from test_value_zeroing import literal
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.evaluation import hook_names
 from tl_contextmix.methods.decompx import decompx_vectors
+from tl_contextmix.methods.flow_knockout import flow_knockout
 
 pytestmark = [
     pytest.mark.once,
@@ -202,7 +204,7 @@ def test_vectors_and_graphs_run_through_third_sublayers_and_borrowed_values() ->
     assert relative(graph.edges.sum(dim=1)[reads], graph.scores[reads]) <= FLOAT32_INSIDE
     ends = [n for n, node in enumerate(graph.nodes) if node.kind == "per_layer_embed"]
     assert ends
-    tested = cm.flow_knockout(model, tokens, graph=graph, nodes=ends[:2], controls=0)
+    tested = flow_knockout(model, tokens, graph=graph, nodes=ends[:2], controls=0)
     assert relative(tested.linear[:1], graph.scores[ends[:1]]) <= FLOAT32_INSIDE
     view, without = view_of(model), [graph.nodes[ends[0]]]
     ablated = view.run(
@@ -256,7 +258,7 @@ def test_routes_pass_the_state_in_front_of_a_third_sublayer() -> None:
 
 def test_a_cache_and_a_steered_pass_tell_the_vectors_too() -> None:
     model, inputs = built(), given()
-    names = cm.hook_names(model, cm.decompose)
+    names = hook_names(model, cm.decompose)
     _, cache = model.run_with_cache(inputs.tokens, names_filter=names)
     asked: dict[str, Any] = {"at": "block_out"}
     kept = cm.decompose(model, inputs.tokens, cache=cache, **asked).parts

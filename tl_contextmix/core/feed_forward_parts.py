@@ -161,6 +161,7 @@ class FeedForwardParts:
             owns = (
                 token_sum.own[row, target] * slope[row, target]
                 for token_sum, slope in zip(self.hidden, self.slopes, strict=True)
+                if token_sum.own is not None
             )
             out[target - sources.start] += reduce(add, owns).to(out.dtype) @ self.W_out
         return out

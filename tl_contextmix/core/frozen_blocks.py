@@ -103,12 +103,14 @@ class FrozenAttention:
         cross = self.sublayer.kind == "cross"
         seen = slice(None) if cross else seen
         norm_in = self.norm_in.part(place=rows if cross else seen)
-        later = (norm.part(place=rows) for norm in (self.norm_out, self.norm_after))
+        norm_out, norm_after = (n.part(place=rows) for n in (self.norm_out, self.norm_after))
         scale = None if self.value_scale is None else self.value_scale[:, seen]
         pattern = self.pattern[:, :, rows, seen]
         gate = None if self.gate is None else self.gate[:, rows]
         lender = None if self.lender is None else self.lender.at(seen, seen)
-        return FrozenAttention(self.sublayer, pattern, norm_in, *later, scale, gate, lender)
+        return FrozenAttention(
+            self.sublayer, pattern, norm_in, norm_out, norm_after, scale, gate, lender
+        )
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,10 @@ class LabelledArray(Result):
         Columns: the axes, positions being those of the input; the tokens there; the numbers.
         """
         field = next(iter(self.COLUMNS.values()))
-        return self._frame(axes_of(type(self), field), getattr(self, field).shape, self._columns())
+        shape = getattr(self, field).shape
+        return self._numbers_as_table(axes_of(type(self), field), shape, self._columns())
 
-    def _frame(
+    def _numbers_as_table(
         self, axes: Sequence[str], shape: Sequence[int], columns: Mapping[str, Any]
     ) -> pandas.DataFrame:
         """Returns a table of numbers on some axes."""
