@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import FeedForward
-from tl_contextmix.core.frozen_blocks import FrozenFeedForward
+from tl_contextmix.core.blocks import Block, FeedForward
+from tl_contextmix.core.frozen_blocks import FrozenFeedForward, freeze_feed_forward
 from tl_contextmix.core.neuron_routes import (
     Costs,
     Route,
@@ -436,3 +436,71 @@ def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
     whole = parts.new_zeros(columns.stop - columns.start, batch, *rest).transpose(0, 1)
     whole[:, at.start - columns.start : at.stop - columns.start] = parts
     return whole
+
+
+def feed_forward_points(
+    block: Block, points: dict[str, TokenSum], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
+) -> dict[str, FeedForwardParts]:
+    """Returns a block's parts at and after its feed-forward output; they share what they hold.
+
+    Args:
+        block: The block.
+        points: Its token sums from `decompose.linear_points`.
+        bias: The bias convention, see `decompose`.
+        max_bytes: Workspace.
+    """
+    ff = block.feed_forward
+    assert ff is not None
+    added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
+    stream = points["residual"]
+    total, parts_bias = added.total + stream.total, added.bias + stream.bias
+    ending = None
+    if block.ending is not None:
+        ending = freeze_feed_forward(block.ending, total, total, parts_bias, bias == "fixed")
+        parts_bias = parts_bias + ending.adds(parts_bias[:, :, None], True)[:, :, 0]
+        total = total + block.ending(total)
+    summed = replace(added, residual=stream, bias=parts_bias, total=total, ending=ending)
+    normed, last = summed, block.feed_forwards[-1].norm_after
+    if last is not None:
+        norm = FrozenNorm.at(last, total)
+        normed = replace(summed, norm_after=norm, bias=norm.affine(parts_bias), total=last(total))
+    return {"mlp_out": added, "resid_post": summed, "block_out": normed}
+
+
+def _feed_forward(
+    ff: FeedForward, read: TokenSum, convention: Bias, max_bytes: int
+) -> FeedForwardParts:
+    ff, branches, W_out = ff.holding(read.total), (), read.bias[0, :0]
+    if not ff.routes:
+        branches, W_out = ff.branches(), ff.W_out
+    shape = read.bias.shape[:2]
+    flat = ff if ff.gain is None else replace(ff, gain=ff.gain.flatten(0, 1))
+    slopes = tuple(read.bias.new_empty(*shape, ff.width) for _ in range(1 + ff.gated))
+    # Not like what is read, whose axes may lie in another order in memory: flat views are written.
+    bias, total = (read.bias.new_empty(read.bias.shape) for _ in range(2))
+    # Some tokens at a time: slopes take a dozen tensors of their own size on the way.
+    size = 16 * len(slopes) * ff.width * bias.element_size()
+    for rows in blocks(shape.numel(), max(16, max_bytes // 4 // size)):
+        begun, ended = (x.flatten(0, 1)[rows] for x in (read.bias, read.total))
+        held = flat.part(rows)
+        start, end, constant = *map(held.pre_activations, (begun, ended)), held.constant()
+        pieces, rest = held.linearise(start, end, convention == "fixed")
+        for slope, piece in zip(slopes, pieces, strict=True):
+            slope.flatten(0, 1)[rows] = piece
+        bias.flatten(0, 1)[rows] = held.write(rest) + constant
+        total.flatten(0, 1)[rows] = held.write(held.activate(end)) + constant
+    norm_out = FrozenNorm.at(ff.norm_out, total)
+    bias = norm_out.affine(bias)
+    total = total if ff.norm_out is None else ff.norm_out(total)
+    return FeedForwardParts(
+        sublayer=ff,
+        read=read,
+        weights=tuple(weight for weight, _ in branches),
+        slopes=slopes,
+        W_out=W_out,
+        norm_out=norm_out,
+        residual=None,
+        norm_after=None,
+        bias=bias,
+        total=total,
+    )

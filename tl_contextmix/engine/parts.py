@@ -22,8 +22,8 @@ from tl_contextmix.core.feed_forward_parts import (
     Bias,
     FeedForwardParts,
     Precision,
+    feed_forward_points,
 )
-from tl_contextmix.core.linearised_neurons import feed_forward_points
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.errors import bad

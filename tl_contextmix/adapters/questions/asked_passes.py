@@ -11,7 +11,7 @@ import torch
 from tl_contextmix.adapters.inputs.passes import Pass, run_pass
 from tl_contextmix.adapters.inputs.predictions import Predictions
 from tl_contextmix.adapters.inputs.tokens import Given, Input, read_batch
-from tl_contextmix.adapters.questions.asked import Answer, split, within_chats
+from tl_contextmix.adapters.questions.asked import Answer, Asked, split, within_chats
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows
 from tl_contextmix.adapters.questions.question import Question, ask
@@ -35,10 +35,10 @@ def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **option
         InvalidInput: If there is a foil, on which no such map depends, or the stack asked for
             predicts nothing.
     """
-    given, answer = split(input, inputs)
-    if answer.empty:
-        return run_pass(view, given, **options)
-    given, answer = within_chats(given, answer)
+    if all(inputs.get(name) is None for name in Asked.__annotations__):
+        given = {name: value for name, value in inputs.items() if name not in Asked.__annotations__}
+        return run_pass(view, Given(input, **given), **options)
+    given, answer = within_chats(*split(input, inputs))
     if answer.foil is not None:
         raise bad(
             "this map is the same whatever the foil",

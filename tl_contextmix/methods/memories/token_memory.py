@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import Bias
-from tl_contextmix.core.linearised_neurons import neuron_shares
 from tl_contextmix.core.model_view import StackName
+from tl_contextmix.core.neuron_shares import neuron_shares
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import require_feed_forward
 from tl_contextmix.engine.parts import identities, linear_points
