@@ -596,6 +596,7 @@ def test_hostile_texts_are_texts(browser, address):
                 # Too many tokens, or none that can be read: said as text.
                 assert page.locator("#explanation").text_content()
                 assert "Traceback" not in page.locator("#explanation").text_content()
+        page.get_by_label("Text").fill("the keys")
         page.get_by_label("Target", exact=True).fill("<img src=x onerror=alert(1)>")
         page.get_by_role("button", name="Explain").click()
         page.get_by_role("alert").filter(has_text="<img src=x onerror=alert(1)>").wait_for()
