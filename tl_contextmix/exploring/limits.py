@@ -31,7 +31,7 @@ _FLOPS, _FLOPS_ELSEWHERE = 1e13, 1e15
 
 ALWAYS_ESTIMATED = (
     *("memories", "ff_memories"),  # they read the values of all neurons, of any text
-    "integrated_gradients",  # in many steps at once
+    *("integrated_gradients", "attention_knockout"),  # many runs at once
 )
 """What `Limits.surely` does not know."""
 
