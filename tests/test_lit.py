@@ -37,13 +37,13 @@ def test_fields_have_the_numbers_of_the_methods(monkeypatch):
     )
     model = cm.load_demo("causal-lm")
     lit_model(model, maps=["value_zeroing"], salience=["gradient_x_input"])
-    maps = {f"Value Zeroing, layer {layer}": "map" for layer in range(4)}
-    assert given["fields"] == {**maps, "Gradient times input": "salience"}
+    maps = {f"Value Zeroing, layer {layer}": False for layer in range(4)}
+    assert given["fields"] == {**maps, "Gradient times input": True}
     ids = model.to_tokens(TEXT)
     found = given["compute"](ids)
     map = cm.value_zeroing(model, ids).normalize()
     for layer, name in enumerate(maps):
-        assert torch.equal(torch.as_tensor(found[name]), map.scores[0, layer, 0])
+        assert torch.equal(torch.as_tensor(found[name]), map.scores[0, layer, 0, -1])
     scores = cm.gradient_x_input(model, ids).scores
     assert torch.equal(torch.as_tensor(found["Gradient times input"]), scores[0, 0, 0, 0])
 
@@ -62,14 +62,12 @@ def test_lit_takes_it():
     (found,) = made.predict([{"text": TEXT}])
     spec = made.output_spec()
     assert set(found) == set(spec)
-    for name in ("Attention norms, layer 3", "Value Zeroing, layer 0"):
-        assert list(found[name].tokens_out) == found["tokens"]
-        shares = torch.as_tensor(found[name].salience)
-        assert shares.shape == (len(found["tokens"]),) * 2
-        assert shares.sum(-1).tolist() == pytest.approx([1] * len(shares), abs=1e-5)
-    salience = found["Gradient times input"]
-    assert list(salience.tokens) == found["tokens"]
-    assert len(salience.salience) == len(found["tokens"])
+    for name in ("Attention norms, layer 3", "Value Zeroing, layer 0", "Gradient times input"):
+        assert list(found[name].tokens) == found["tokens"]
+        assert len(found[name].salience) == len(found["tokens"])
+        assert spec[name].signed == (name == "Gradient times input")
+        if not spec[name].signed:
+            assert float(found[name].salience.sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_lit_shows_it_as_salience_of_the_model():

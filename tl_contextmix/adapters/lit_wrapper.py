@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tl_contextmix.errors import ContextMixError, four_parts
 
-Shown = Literal["map", "salience"]
-"""What LIT shows a field as: a number for each target and source ``[target, source]``, or for each
-token."""
-
 
 def lit_wrapper(
     model: Any,
-    fields: Mapping[str, Shown],
+    fields: Mapping[str, bool],
     compute: Callable[[torch.Tensor], Mapping[str, Any]],
     config: Any = None,
 ) -> Any:
@@ -29,9 +25,9 @@ def lit_wrapper(
 
     Args:
         model: A model of TransformerLens 3 or 4, or a HookedTransformer of 2.18.
-        fields: Name of each field, and what it is shown as.
+        fields: Name of each field, and whether its numbers, one for each token, have signs.
         compute: Takes token ids ``[1, pos]``, as TransformerLens' wrapper has them, and returns the
-            arrays of all fields.
+            numbers ``[pos]`` of all fields.
         config: Of TransformerLens' wrapper; None for its defaults.
 
     Raises:
@@ -52,17 +48,16 @@ def lit_wrapper(
     types, dtypes = (import_module(f"lit_nlp.api.{name}") for name in ("types", "dtypes"))
     reading = import_module("transformer_lens.lit.utils").get_tokens_from_model
 
-    def spec(kind: Shown) -> Any:
-        if kind == "map":
-            return types.SequenceSalience(autorun=True, signed=False)
-        return types.TokenSalience(autorun=True, signed=True)
-
     class ContextMixingLIT(base):
         """TransformerLens' wrapper, and what this package computes of the same tokens."""
 
         def output_spec(self) -> dict[str, Any]:
             """Returns TransformerLens' fields and ours."""
-            return {**super().output_spec(), **{name: spec(kind) for name, kind in fields.items()}}
+            own = {
+                name: types.TokenSalience(autorun=True, signed=signed)
+                for name, signed in fields.items()
+            }
+            return {**super().output_spec(), **own}
 
         def predict(self, inputs: Iterable[dict[str, Any]], **more: Any) -> Iterator[Any]:
             """Yields TransformerLens' outputs and ours."""
@@ -78,11 +73,6 @@ def lit_wrapper(
                 max_length=self.config.max_seq_length,
             )
             found = compute(ids[None])
-            return {
-                name: dtypes.SequenceSalienceMap([], tokens, found[name])
-                if kind == "map"
-                else dtypes.TokenSalience(tokens, found[name])
-                for name, kind in fields.items()
-            }
+            return {name: dtypes.TokenSalience(tokens, found[name]) for name in fields}
 
     return ContextMixingLIT(model, config)

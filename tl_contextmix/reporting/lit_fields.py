@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.lit_wrapper import Shown, lit_wrapper
+from tl_contextmix.adapters.lit_wrapper import lit_wrapper
 from tl_contextmix.engine.registry import methods
 from tl_contextmix.errors import bad, did_you_mean
 from tl_contextmix.results.headings import as_heading, in_plain_words
@@ -26,11 +26,10 @@ def lit_model(
 ) -> Any:
     """Returns TransformerLens' LIT model of a model, with context-mixing maps and attributions.
 
-    Under "Model-provided salience" LIT's "Sequence Salience" shows the map of each layer, as shares
-    of rows (`ContextMap.normalize`): a token that is pointed at is the target, the others are
-    coloured as its sources. "Salience Maps" shows attributions of the model's best next token. The
-    rest is TransformerLens' own: tokens, predictions, embeddings, gradients. Pass the result to
-    ``transformer_lens.lit.serve``.
+    LIT's "Salience Maps" shows them under "Model-provided salience": of each layer, what the last
+    token draws from every token, as shares (`ContextMap.normalize`); and attributions of the
+    model's best next token. The rest is TransformerLens' own: tokens, predictions, embeddings,
+    gradients. Pass the result to ``transformer_lens.lit.serve``.
 
     Args:
         model: A causal model of TransformerLens with a tokenizer.
@@ -61,19 +60,17 @@ def lit_model(
     def compute(ids: torch.Tensor) -> dict[str, Any]:
         found = {}
         for name in maps:
-            map = known[name].function(model, ids).normalize()
-            for layer, scores in zip(map.layers, map.scores[0, :, 0].cpu(), strict=True):
+            shares = known[name].function(model, ids).normalize()
+            for layer, scores in zip(shares.layers, shares.scores[0, :, 0, -1].cpu(), strict=True):
                 found[f"{_words(name)}, layer {layer}"] = scores.numpy()
         for name in salience:
             found[_words(name)] = known[name].function(model, ids).scores.flatten().cpu().numpy()
         return found
 
     # What there is a map of, such as the layers of a hybrid with attention, is known by asking.
-    shown: dict[str, Shown] = {
-        name: "map" if scores.ndim == 2 else "salience"
-        for name, scores in compute(torch.tensor([as_view(model).encode("the", True)])).items()
-    }
-    return lit_wrapper(model, shown, compute, config)
+    names = compute(torch.tensor([as_view(model).encode("the", True)]))
+    signed = {name: name in map(_words, salience) for name in names}
+    return lit_wrapper(model, signed, compute, config)
 
 
 def _words(method: str) -> str:
