@@ -121,7 +121,7 @@ def test_a_bridge_that_shows_too_little_for_maps_is_read_directly(kind: str) -> 
     # Its hooks would not be seen by what decodes.
     block = bridge.encoder_blocks[0].hook_out
     hooked = bridge.hooks(fwd_hooks=[(block.name, lambda tensor, hook: 0 * tensor)])
-    with hooked, pytest.raises(cm.UnsupportedModel, match=r"LED|Switch"):
+    with hooked, pytest.raises(cm.UnsupportedModel):
         ask(bridge)
     with torch.no_grad():
         for name, weight in bridge.original_model.named_parameters():

@@ -210,7 +210,7 @@ class ContextMap(LabelledArray):
         import pandas
 
         axes = ("batch", "layer", "head", "target")
-        beside = self._numbers_as_table(axes, self.sink.shape, {"score": self.sink})
+        beside = self._tabulated(axes, self.sink.shape, {"score": self.sink})
         beside = beside.assign(source=-1, source_token="(sink)")[[*frame.columns]]
         pairs = self._real((*axes, "source")).expand(self.scores.shape).sum(dim=-1)
         rows = pairs[self._real(axes).expand(self.sink.shape)]

@@ -246,10 +246,11 @@ class LabelledArray(Result):
         Columns: the axes, positions being those of the input; the tokens there; the numbers.
         """
         field = next(iter(self.COLUMNS.values()))
-        shape = getattr(self, field).shape
-        return self._numbers_as_table(axes_of(type(self), field), shape, self._columns())
+        return self._tabulated(
+            axes_of(type(self), field), getattr(self, field).shape, self._columns()
+        )
 
-    def _numbers_as_table(
+    def _tabulated(
         self, axes: Sequence[str], shape: Sequence[int], columns: Mapping[str, Any]
     ) -> pandas.DataFrame:
         """Returns a table of numbers on some axes."""
