@@ -227,11 +227,11 @@ def test_products_in_bfloat16_are_offered_where_they_would_save_much(
 
 def test_where_nothing_is_in_bfloat16_it_is_refused() -> None:
     model, text = cm.load_demo("causal-lm"), "the keys to the cabinet are"
-    ask: Any = cm.value_zeroing
+    asked: dict[str, Any] = {"precision": "bfloat16"}
     with pytest.raises(cm.InvalidInput, match=r"nothing here is computed in bfloat16.*mlp_in"):
         cm.attention_norms(model, text, at=["resid_mid", "mlp_in"], precision="bfloat16")
     with pytest.raises(cm.InvalidInput, match="nearly equal: bfloat16 would leave them no digit"):
-        ask(model, text, precision="bfloat16")
+        cm.value_zeroing(model, text, **asked)
     experts = next(case for case in zoo.cases() if case.family == "mixtral")
     with pytest.raises(cm.InvalidInput, match="a model of experts"):
         cm.attention_norms(zoo.shared(experts), zoo.inputs(experts).tokens, precision="bfloat16")

@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import product
-from operator import add
 from typing import Literal
 
 import torch
@@ -157,13 +155,11 @@ class FeedForwardParts:
         weights = [read.weight.flatten(0, 1) for read in reads]
         matrix = fold(weights, self.slopes, self.W_out, row, target)
         out = reads[0].before_weights(row, target, sources).to(matrix.dtype) @ matrix
-        if term == 0 and self.read.own is not None and sources.start <= target < sources.stop:
-            owns = (
-                token_sum.own[row, target] * slope[row, target]
-                for token_sum, slope in zip(self.hidden, self.slopes, strict=True)
-                if token_sum.own is not None
-            )
-            out[target - sources.start] += reduce(add, owns).to(out.dtype) @ self.W_out
+        if term == 0 and sources.start <= target < sources.stop:
+            for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
+                if token_sum.own is not None:
+                    own = token_sum.own[row, target] * slope[row, target]
+                    out[target - sources.start] += own.to(out.dtype) @ self.W_out
         return out
 
     def _through_experts(self, rows: slice, columns: slice) -> Tensor:

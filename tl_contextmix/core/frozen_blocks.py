@@ -102,14 +102,15 @@ class FrozenAttention:
         """Returns the sublayer at some targets, which read some sources."""
         cross = self.sublayer.kind == "cross"
         seen = slice(None) if cross else seen
-        norm_in = self.norm_in.part(place=rows if cross else seen)
-        norm_out, norm_after = (n.part(place=rows) for n in (self.norm_out, self.norm_after))
-        scale = None if self.value_scale is None else self.value_scale[:, seen]
-        pattern = self.pattern[:, :, rows, seen]
-        gate = None if self.gate is None else self.gate[:, rows]
-        lender = None if self.lender is None else self.lender.at(seen, seen)
         return FrozenAttention(
-            self.sublayer, pattern, norm_in, norm_out, norm_after, scale, gate, lender
+            sublayer=self.sublayer,
+            pattern=self.pattern[:, :, rows, seen],
+            norm_in=self.norm_in.part(place=rows if cross else seen),
+            norm_out=self.norm_out.part(place=rows),
+            norm_after=self.norm_after.part(place=rows),
+            value_scale=None if self.value_scale is None else self.value_scale[:, seen],
+            gate=None if self.gate is None else self.gate[:, rows],
+            lender=None if self.lender is None else self.lender.at(seen, seen),
         )
 
 
