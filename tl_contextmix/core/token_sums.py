@@ -514,7 +514,7 @@ class TokenSum:
         return torch.stack([first, last])
 
 
-def ends_of(touched: Bool[Tensor, "*some source"]) -> Int[Tensor, two * some]:
+def ends_of(touched: Bool[Tensor, "*some source"]) -> Int[Tensor, "2 ..."]:
     """Returns the first true place of each row and one past the last; of none the length and 0."""
     length = touched.shape[-1]
     # argmax returns the first of equals.
