@@ -229,7 +229,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         __doc__,
         given,
         limit=60,
-        model="masked-lm,causal-lm,minilm",
+        model="masked-lm,causal-lm",
         texts={"type": int, "default": 400, "help": "texts that probes are trained on"},
         seeds={"type": int, "default": 5, "help": "seeds of the probes"},
     )
