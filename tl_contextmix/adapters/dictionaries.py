@@ -212,12 +212,12 @@ Dictionaries = Dictionary | Sequence[Dictionary] | None
 
 def _numbers(given: Any, name: str, axes: int) -> Tensor:
     try:
-        found = torch.as_tensor(given).detach()
+        result = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
-        found = torch.zeros(())
-    if found.ndim != axes or not found.is_floating_point() or not bool(found.isfinite().all()):
+        result = torch.zeros(())
+    if result.ndim != axes or not result.is_floating_point() or not bool(result.isfinite().all()):
         raise _unfit(f"{name}={seen(given)}", f"finite real numbers with {axes} axes")
-    return found
+    return result
 
 
 def _unfit(found: str, expected: str) -> InvalidInput:

@@ -130,10 +130,10 @@ def _of_all(experts: tuple[FeedForward, ...], name: str) -> Tensor | None:
 
 
 def _module(handle: Any, here: str, path: str) -> Any:
-    found = inner(handle.get().get_submodule(here))
+    result = inner(handle.get().get_submodule(here))
     for name in path.split("."):
-        found = inner(found.get_submodule(name))
-    return found
+        result = inner(result.get_submodule(name))
+    return result
 
 
 def _routed(handle: Any, here: str, held: Any, blank: FeedForward) -> Iterator[FeedForward]:

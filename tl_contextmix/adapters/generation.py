@@ -65,13 +65,13 @@ def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[
     if batch.decoder is not None:
         said = _real(batch.decoder.ids, batch.decoder.mask, device)
     end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
-    found: list[int] = []
-    while len(found) < count and (not found or found[-1] != end):
+    result: list[int] = []
+    while len(result) < count and (not result or result[-1] != end):
         logits = model(text) if said is None else model(text, said)
         token = logits[:, -1:].argmax(dim=-1)
         if said is None:
             text = torch.cat([text, token], dim=1)
         else:
             said = torch.cat([said, token], dim=1)
-        found.append(int(token))
-    return found
+        result.append(int(token))
+    return result

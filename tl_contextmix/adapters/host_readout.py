@@ -135,7 +135,7 @@ def _head_activation(handle: Handle) -> Callable[[Tensor], Tensor]:
     for module in [] if original is None else original.modules():
         if any(child is dense for child in module._modules.values()):
             for name in ("transform_act_fn", "activation", "act"):
-                found: Callable[[Tensor], Tensor] | None = getattr(module, name, None)
-                if callable(found):
-                    return found
+                result: Callable[[Tensor], Tensor] | None = getattr(module, name, None)
+                if callable(result):
+                    return result
     return functional.gelu  # HookedEncoder's and RoBERTa's, whatever the configuration says

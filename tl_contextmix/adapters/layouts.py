@@ -52,9 +52,9 @@ def _of_attention(handle: Handle, attention: AttentionSublayer) -> dict[str, Lay
 
 
 def _put_beside_gates(x: Tensor, like: Tensor) -> Tensor:
-    found = like.clone()
-    found[:, :, ::2] = x
-    return found
+    result = like.clone()
+    result[:, :, ::2] = x
+    return result
 
 
 # Queries whose projection holds the gates, too, are shown with them: head, gate, head, gate.

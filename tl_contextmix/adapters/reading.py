@@ -280,20 +280,20 @@ def _edit_points(
     if not handle.bridge:
         cross = {"cross_attn": "_cross"}
         outs = {"cross_attn": ("hook_cross_attn_out",)}
-        found = {
+        result = {
             name: EditPoints(
                 out=_under(path, outs.get(name, ("hook_attn_out",))),
                 stream=_under(path, (f"hook_resid_mid{cross.get(name, '')}",)),
             )
             for name in attentions
         }
-        found["mlp"] = EditPoints(
+        result["mlp"] = EditPoints(
             raw=_under(path, ("mlp.hook_out",)),
             out=_under(path, ("hook_mlp_out",)),
             stream=_under(path, ("hook_resid_post",)),
         )
     else:
-        found = {
+        result = {
             name: EditPoints(
                 raw=_under(path, (f"{name}.o.hook_out", f"{name}.hook_out")),
                 out=_post_norm(path, block, index + 1),
@@ -301,15 +301,15 @@ def _edit_points(
             )
             for index, name in enumerate(attentions)
         }
-        found["mlp"] = EditPoints(
+        result["mlp"] = EditPoints(
             raw=_under(path, (f"{mlp}.out.hook_out", f"{mlp}.hook_out")),
             out=_post_norm(path, block, len(attentions) + 1),
             stream=_under(path, (f"ln{len(attentions) + 1}.hook_in", "hook_out")),
         )
     if mlp not in block._modules and attentions:
-        last = found[attentions[-1]]
-        found[attentions[-1]] = replace(last, stream=last.stream + found["mlp"].stream)
-    return found
+        last = result[attentions[-1]]
+        result[attentions[-1]] = replace(last, stream=last.stream + result["mlp"].stream)
+    return result
 
 
 def _post_norm(path: str, block: nn.Module, number: int) -> tuple[str, ...]:

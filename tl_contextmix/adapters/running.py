@@ -246,11 +246,11 @@ class _Softmax(TorchFunctionMode):
     edit: Edit | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         edit = self.edit
-        if edit is not None and func.__name__ == "softmax" and found.ndim == 4:
-            self.edit, found = None, edit(found)
-        return found
+        if edit is not None and func.__name__ == "softmax" and result.ndim == 4:
+            self.edit, result = None, edit(result)
+        return result
 
 
 # By name, as importing them imports TransformerLens.
@@ -263,14 +263,14 @@ def _late_patterns(model: Any, edits: Mapping[str, Edit | None]) -> dict[str, nn
     A bridge that leaves attention to Hugging Face's module shows the pattern after the output, and
     discards what hooks make of it.
     """
-    found = {}
+    result = {}
     for name, edit in edits.items():
         path, _, point = name.rpartition(".")
         if edit is not None and point == "hook_pattern":
             module = model.get_submodule(path)
             if type(module).forward.__qualname__ in _SHOWING_LATE:
-                found[name] = module
-    return found
+                result[name] = module
+    return result
 
 
 def _no_softmax(name: str) -> UnsupportedModel:

@@ -272,7 +272,7 @@ def _placements(host: _Host, view: ModelView, side: str, block: Block) -> list[B
         return _norm(getattr(module, name), view.dtype)
 
     names = [name for name, _, _ in _attention_modules(module)]
-    found = []
+    result = []
     for place in ("norm_in", "norm_after"):
         attentions = tuple(
             replace(attention, **{place: norm(_NORMS[name])})
@@ -280,8 +280,8 @@ def _placements(host: _Host, view: ModelView, side: str, block: Block) -> list[B
         )
         assert block.feed_forward is not None
         ff = replace(block.feed_forward, **{place: norm("final_layer_norm")})
-        found.append(replace(block, attentions=attentions, feed_forward=ff))
-    return found
+        result.append(replace(block, attentions=attentions, feed_forward=ff))
+    return result
 
 
 def _final_norms(model: Any, handle: Handle) -> dict[str, Norm]:
@@ -358,12 +358,12 @@ def _heard(host: _Host, d_vocab: int, given: Any) -> tuple[Side, dict[str, Tenso
 def _frames(model: Any, samples: int) -> int:
     """Returns how many frames a model makes of samples."""
     count: Callable[[int], Any] = model._get_feat_extract_output_lengths
-    found = int(count(samples))
-    if found < 1:
+    result = int(count(samples))
+    if result < 1:
         raise bad(
             "a model of sound cannot hear this",
             f"{samples} samples",
             "at least one frame",
             "Give a longer sound.",
         )
-    return found
+    return result

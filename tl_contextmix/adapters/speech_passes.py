@@ -165,10 +165,10 @@ def _arguments(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]
         if name == "input_features":
             shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
         sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = {name: sound.to(device, next(model.parameters()).dtype)}
+    result = {name: sound.to(device, next(model.parameters()).dtype)}
     if batch.decoder is not None:
-        found |= {"decoder_input_ids": batch.decoder.ids.to(device), "use_cache": False}
-    return found
+        result |= {"decoder_input_ids": batch.decoder.ids.to(device), "use_cache": False}
+    return result
 
 
 def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:

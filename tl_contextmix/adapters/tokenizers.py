@@ -190,13 +190,13 @@ _PUBLISHED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 def _published(tokenizer: Any) -> Any:
     """Returns a tokenizer as it was before TransformerLens asked for a BOS token."""
-    found = _PUBLISHED.get(tokenizer)
-    if found is None:
+    result = _PUBLISHED.get(tokenizer)
+    if result is None:
         options = {**tokenizer.init_kwargs, "local_files_only": True}
         del options["add_bos_token"]
         place = options.pop("name_or_path", tokenizer.name_or_path)
         try:
-            found = type(tokenizer).from_pretrained(place, **options)
+            result = type(tokenizer).from_pretrained(place, **options)
         except (OSError, ValueError) as error:
             raise bad(
                 "the special tokens of a text are not known",
@@ -205,8 +205,8 @@ def _published(tokenizer: Any) -> Any:
                 "the tokenizer as published where it was loaded from",
                 "Put it back there, or pass token ids.",
             ) from error
-        _PUBLISHED[tokenizer] = found
-    return found
+        _PUBLISHED[tokenizer] = result
+    return result
 
 
 @contextmanager
@@ -241,13 +241,13 @@ def make_pieces(handle: Handle) -> Callable[[str], list[int]]:
             with target_mode(tokenizer):
                 return list(tokenizer(**{name: text}, add_special_tokens=False)["input_ids"])
 
-        found = bare(text)
-        if len(found) > 1 and text.startswith(" "):
-            first = tokenizer.convert_ids_to_tokens(found[0])
+        result = bare(text)
+        if len(result) > 1 and text.startswith(" "):
+            first = tokenizer.convert_ids_to_tokens(result[0])
             if isinstance(first, str) and first and not first.strip("\u2581"):
                 fewer = bare(text[1:])
-                found = fewer if len(fewer) < len(found) else found
-        return found
+                result = fewer if len(fewer) < len(result) else result
+        return result
 
     return pieces
 
@@ -275,9 +275,9 @@ def make_pad_id(handle: Handle, facts: Facts) -> Callable[[], int]:
 
     def pad_id() -> int:
         tokenizer = getattr(handle.get(), "tokenizer", None)
-        for found in (configured, getattr(tokenizer, "pad_token_id", None)):
-            if isinstance(found, int) and 0 <= found < d_vocab:
-                return found
+        for result in (configured, getattr(tokenizer, "pad_token_id", None)):
+            if isinstance(result, int) and 0 <= result < d_vocab:
+                return result
         return 0
 
     return pad_id
@@ -428,15 +428,15 @@ def name_tokens(view: ModelView, labels: Labels | None) -> ModelView:
         if not known:
             for token in range(view.readout.outputs or view.d_vocab):
                 known.setdefault(to_output(token), []).append(token)
-        found = known.get(text, [])
-        if len(found) > 1:
+        result = known.get(text, [])
+        if len(result) > 1:
             raise bad(
                 "a label does not say which token is meant",
-                f"{text!r}, of the ids {found[:5]}",
+                f"{text!r}, of the ids {result[:5]}",
                 "a label that is given once",
                 "Pass the id.",
             )
-        return found
+        return result
 
     @cache
     def spaced() -> bool:

@@ -42,19 +42,19 @@ def find_unseen(handle: Any, stacks: Mapping[str, tuple[Block, ...]]) -> dict[st
         handle: The model, a `Handle`.
         stacks: Its blocks.
     """
-    found: dict[str, Unseen] = {}
+    result: dict[str, Unseen] = {}
     for blocks in stacks.values():
         for block in blocks:
             for ff in block.feed_forwards:
                 if isinstance(ff, PerLayerEmbedding):
                     make = partial(vector_of, handle, block.layer)
-                    found[ff.vector] = Unseen((blocks[0].resid_in,), make, plain=True)
+                    result[ff.vector] = Unseen((blocks[0].resid_in,), make, plain=True)
                 written = ff.written if isinstance(ff, Experts) else ff.post
                 path, _, leaf = written.rpartition(".")
                 if leaf == EXPERTS_OUT:
                     names = tuple(f"{path}.{name}.hook_out" for name in SUMMED)
-                    found[written] = Unseen(names, lambda ids, one, other: one + other)
-    return found
+                    result[written] = Unseen(names, lambda ids, one, other: one + other)
+    return result
 
 
 def with_unseen(run: Runner, unseen: Mapping[str, Unseen]) -> Runner:

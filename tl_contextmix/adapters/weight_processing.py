@@ -55,14 +55,14 @@ def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
 
 def _centred(matrix: Tensor) -> bool:
     """Whether the rows of a matrix have no mean; those of zeros (ablated heads) are ignored."""
-    found = False
+    result = False
     for rows in matrix.flatten(0, -2).split(_ROWS):  # the first few tell in most models
         size = rows.pow(2).mean(-1).sqrt()
         rows, size = rows[size > 0], size[size > 0]
         if not bool((rows.mean(-1).abs() / size < _CENTRED).all()):
             return False
-        found = found or rows.numel() > 0
-    return found
+        result = result or rows.numel() > 0
+    return result
 
 
 def _orthonormal(W_O: Tensor) -> bool:

@@ -86,12 +86,12 @@ def add_model(*, required: bool = True) -> Decorator:
 def load_options(given: dict[str, Any]) -> dict[str, Any]:
     """Takes out of the options of a command those of loading, and returns them."""
     device, dtype = given.pop("device"), given.pop("dtype")
-    found: dict[str, Any] = {} if device is None else {"device": device}
+    result: dict[str, Any] = {} if device is None else {"device": device}
     if dtype is not None:
         import torch
 
-        found["dtype"] = getattr(torch, dtype)
-    return found
+        result["dtype"] = getattr(torch, dtype)
+    return result
 
 
 def add_asked(*, generate: bool = False) -> Decorator:
@@ -139,16 +139,16 @@ def add_asked(*, generate: bool = False) -> Decorator:
 
 def asked(given: dict[str, Any]) -> dict[str, Any]:
     """Takes out of the options of a command what is asked, and returns it as a method takes it."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name in ("target", "foil"):
         tokens = given.pop(name)
         if tokens:
-            found[name] = tokens[0] if len(tokens) == 1 else set(tokens)
+            result[name] = tokens[0] if len(tokens) == 1 else set(tokens)
     for name, option in (("pos", "position"), ("generate", "generate")):
         number = given.pop(option, None)
         if number is not None:
-            found[name] = number
-    return found
+            result[name] = number
+    return result
 
 
 def add_page(path: str) -> Decorator:

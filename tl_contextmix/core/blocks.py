@@ -546,10 +546,10 @@ class FeedForward:
         self, gradient: Float[Tensor, "some neuron"], slopes: Sequence[Tensor]
     ) -> Float[Tensor, "some d_model"]:
         """Returns the gradient of its input, given that of its coefficients."""
-        found = gradient.new_zeros(())
+        result = gradient.new_zeros(())
         for (weight, _), slope in zip(self.branches(), slopes, strict=True):
-            found = found + (gradient * slope) @ weight.T
-        return found
+            result = result + (gradient * slope) @ weight.T
+        return result
 
     def offsets(self, shared: Float[Tensor, " d_model"] | None) -> list[Tensor]:
         """Returns the branches of an input that is the same for all: a norm's bias, or nothing."""
@@ -846,9 +846,9 @@ class Trace:
         if self.known is None:
             return make()
         before = self.known.setdefault(key, [])
-        for other, found in before:
+        for other, result in before:
             if other.shape == x.shape and torch.equal(other, x):
-                return found
+                return result
         before.append((x, make()))
         return before[-1][1]
 

@@ -134,11 +134,11 @@ class Experts(FeedForward):
         -1 in experts that a token is not routed to.
         """
         x, activation = trace[self.post], self.require_activation()
-        found = x.new_full((*x.shape[:-1], self.width), -1, dtype=torch.long)
+        result = x.new_full((*x.shape[:-1], self.width), -1, dtype=torch.long)
         for one, rows, columns in self.routed(x)._each():
             gate, linear = one.pre_activations(x[rows])
-            found[_index(rows, columns)] = 2 * (activation(gate) < 0).long() + (linear < 0).long()
-        return found
+            result[_index(rows, columns)] = 2 * (activation(gate) < 0).long() + (linear < 0).long()
+        return result
 
     def raw_output(self, trace: Trace, where: Any = slice(None)) -> Float[Tensor, "*some d_model"]:
         """Returns what it computed in a pass, before a norm of that and edits."""
@@ -163,11 +163,11 @@ class Experts(FeedForward):
     def pre_activations(self, x: Tensor) -> list[Tensor]:
         """Returns what the chosen experts' branches compute; zero in the others."""
         x = x.expand(*self._held.shape[:-1], -1) if x.ndim < self._held.ndim else x
-        found = [x.new_zeros(*x.shape[:-1], self.width) for _ in range(1 + self.gated)]
+        result = [x.new_zeros(*x.shape[:-1], self.width) for _ in range(1 + self.gated)]
         for one, rows, columns in self._each():
-            for out, pre in zip(found, one.pre_activations(x[rows]), strict=True):
+            for out, pre in zip(result, one.pre_activations(x[rows]), strict=True):
                 out[_index(rows, ..., columns)] = pre
-        return found
+        return result
 
     def activate(self, pre: Sequence[Tensor]) -> Tensor:
         """Returns the neurons' coefficients, given the branches."""
@@ -180,13 +180,13 @@ class Experts(FeedForward):
         self, start: Sequence[Tensor | None], end: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Returns for each branch what a share is multiplied with; zero where not chosen."""
-        found = tuple(torch.zeros_like(one) for one in end)
+        result = tuple(torch.zeros_like(one) for one in end)
         for one, rows, columns in self._each():
             begin = [None if x is None else _some([x], rows, columns)[0] for x in start]
             slopes = one.secant_slopes(begin, _some(end, rows, columns))
-            for out, slope in zip(found, slopes, strict=True):
+            for out, slope in zip(result, slopes, strict=True):
                 out[_index(rows, ..., columns)] = slope
-        return found
+        return result
 
     def write(self, coefficients: Float[Tensor, "... neuron"]) -> Float[Tensor, "... d_model"]:
         """Returns the sum of the value vectors, each times its coefficient.

@@ -333,13 +333,13 @@ class FeedForwardParts:
         """
         batch, target, _ = self.bias.shape
         count = 1 + (self.residual is not None) + (self.norm_after is not None)
-        found = [self.bias.new_zeros(batch, target, self.sources) for _ in range(count)]
+        result = [self.bias.new_zeros(batch, target, self.sources) for _ in range(count)]
         for rows, targets, columns, stages in self.tiles(max_bytes, low):
             parts = None
-            for out, parts in zip(found, stages, strict=True):
+            for out, parts in zip(result, stages, strict=True):
                 out[rows, targets, columns] = parts.norm(dim=-1).transpose(1, 2)
             del parts
-        return found
+        return result
 
     def parts(self, max_bytes: int) -> Float[Tensor, "batch target source d_model"]:
         """Returns every part."""

@@ -118,15 +118,15 @@ def _states(block: Block, trace: Trace) -> list[_State]:
     stream = trace.resid_in(block)
     if block.parallel:
         return [_State.of("resid_post", block, stream, slice(0, len(block.sublayers)), trace)]
-    found: list[_State] = []
+    result: list[_State] = []
     for place, one in enumerate(block.sublayers):
         last = one is block.sublayers[-1]
         cross = isinstance(one, AttentionSublayer) and one.kind == "cross"
         before = "resid_mid_mlp" if one is block.feed_forward else "resid_mid"
         kind = "resid_post" if last else "resid_mid_cross" if cross else before
-        found.append(_State.of(kind, block, stream, slice(place, place + 1), trace))
-        stream = found[-1].value[None]
-    return found
+        result.append(_State.of(kind, block, stream, slice(place, place + 1), trace))
+        stream = result[-1].value[None]
+    return result
 
 
 def importance(

@@ -15,11 +15,11 @@ Edges = Float[Tensor, "target source"]
 def influence(edges: Edges) -> Float[Tensor, " node"]:
     """Returns the influence of each node: the products of shares along all paths to the answer."""
     shares = _shares(edges)
-    found = edges.new_zeros(len(edges))
+    result = edges.new_zeros(len(edges))
     answer = len(edges) - 1
     for target in reversed(range(len(edges))):
-        found = found + shares[target] * (found[target] + (target == answer))
-    return found
+        result = result + shares[target] * (result[target] + (target == answer))
+    return result
 
 
 def kept_by_influence(

@@ -95,9 +95,9 @@ class HalfWeight(Tensor):
             if func in _MAKING:
                 return func(first.held, *args[1:], **{"dtype": first.dtype, **kwargs})
         # Under inference mode operators that are made of others arrive here whole.
-        found = func.decompose(*args, **kwargs)
-        if found is not NotImplemented:
-            return found
+        result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         return func(*map(_plain, args), **{name: _plain(one) for name, one in kwargs.items()})
 
 

@@ -436,14 +436,14 @@ class LinearGraph:
             without: Whether all but these do.
         """
         at = None if some is None else _by_step(some)
-        found = Pulled({}, {})
+        result = Pulled({}, {})
 
         def bias(index: int, layer: int, brought: Tensor) -> None:
-            found.biases[index, layer] = found.biases.get((index, layer), 0) + brought.sum()
+            result.biases[index, layer] = result.biases.get((index, layer), 0) + brought.sum()
 
         def visit(index: int, place: int, gradient: Gradient) -> Read:
             step = self.stacks[index].steps[place]
-            found.gradients[index, place] = gradient[0]
+            result.gradients[index, place] = gradient[0]
             if isinstance(step.nodes, Errors):
                 return torch.zeros_like(gradient)
             mask = None if at is None else step.nodes.mask(at.get((index, place))) != without
@@ -452,10 +452,10 @@ class LinearGraph:
             return read[None]
 
         def end(index: int, gradient: Gradient) -> None:
-            found.gradients[index, -1] = gradient[0]
+            result.gradients[index, -1] = gradient[0]
 
         self._descend(self.slope[None], visit, bias, end)
-        return found
+        return result
 
     def passed_on(self, some: Sequence[Place], *, without: bool = False) -> float:
         """Returns the part of the score that runs through these nodes, and biases, alone.
@@ -744,10 +744,10 @@ def _by_step(kept: Sequence[Place]) -> dict[tuple[int, int], Places]:
 
 def _mask(like: Tensor, at: Places | None) -> Bool[Tensor, "pos column"]:
     """Returns which places of a table are these."""
-    found = torch.zeros_like(like, dtype=torch.bool)
+    result = torch.zeros_like(like, dtype=torch.bool)
     if at is not None:
-        found[at[:, 0], at[:, 1]] = True
-    return found
+        result[at[:, 0], at[:, 1]] = True
+    return result
 
 
 def _along(gradient: Gradient, vector: Tensor | None) -> Float[Tensor, " some"]:

@@ -80,9 +80,9 @@ def log_mean(like: Tensor, add_to: Callable[[LogMean], None]) -> Tensor:
     """Returns log E exp(shift) of the tiles that a function adds, twice if need be."""
     near = LogMean(like)
     add_to(near)
-    found = near.value()
-    if bool(found.isnan().any()):
+    result = near.value()
+    if bool(result.isnan().any()):
         far = LogMean(like, far=True)
         add_to(far)
-        found = torch.where(found.isnan(), far.value(), found)
-    return found
+        result = torch.where(result.isnan(), far.value(), result)
+    return result

@@ -126,8 +126,8 @@ def _fit(
     def loss() -> Tensor:
         optimizer.zero_grad()
         size = torch.stack([parameter.square().sum() for parameter in probes]).sum()
-        found = (_losses(_logits(probes, x), one_hot) * weights).sum() + penalty / 2 * size
-        found.backward()
-        return found
+        result = (_losses(_logits(probes, x), one_hot) * weights).sum() + penalty / 2 * size
+        result.backward()
+        return result
 
     optimizer.step(loss)

@@ -68,6 +68,6 @@ def _onto(
 ) -> Float[Tensor, "batch row source"]:
     """Returns rows over a layer's sources as rows over the input's, which have reached them."""
     own = reached.shape[1]
-    found = rows[..., :own] @ reached
-    found[..., own:] += rows[..., own:]
-    return found
+    result = rows[..., :own] @ reached
+    result[..., own:] += rows[..., own:]
+    return result

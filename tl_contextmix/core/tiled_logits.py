@@ -147,21 +147,21 @@ class Vocabulary:
         self, states: Float[Tensor, "batch step d_model"]
     ) -> Float[Tensor, "batch step"]:
         """Returns the target's log-probability, less the foil's, at states."""
-        found = states.new_empty(states.shape[:2])
+        result = states.new_empty(states.shape[:2])
         rows, _ = self._tiles(states.shape[1], whole=True)
         for row in range(len(states)):
             for part in blocks(states.shape[1], rows):
-                found[row, part] = self.of_target(self.log_probs(states[row, part], row), row)
-        return found
+                result[row, part] = self.of_target(self.log_probs(states[row, part], row), row)
+        return result
 
     def of_target(
         self, log_probs: Float[Tensor, "some d_vocab"], row: int
     ) -> Float[Tensor, " some"]:
         """Returns the target's log-probability, less the foil's, in distributions."""
-        found = log_probs[:, self.asked.target[row]].logsumexp(dim=1)
+        result = log_probs[:, self.asked.target[row]].logsumexp(dim=1)
         if self.asked.foil is not None:
-            found = found - log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
-        return found
+            result = result - log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
+        return result
 
     def gains(
         self,
@@ -173,7 +173,7 @@ class Vocabulary:
 
         Where ``there`` is given, the others gain 0.
         """
-        found = vectors.new_zeros(vectors.shape[:2])
+        result = vectors.new_zeros(vectors.shape[:2])
         rows, tile = self._tiles(vectors.shape[1])
         every = torch.arange(vectors.shape[1])
         for row in range(len(base)):
@@ -181,8 +181,8 @@ class Vocabulary:
             start = self.hidden(base[row : row + 1], row)
             for part in (every if there is None else every[there[row].cpu()]).split(rows):
                 shift = self._shift(start, base[row], vectors[row, part], row)
-                found[row, part] = self._gained(_columns_of(before), shift, row, tile)
-        return found
+                result[row, part] = self._gained(_columns_of(before), shift, row, tile)
+        return result
 
     def gains_at(
         self,
@@ -196,21 +196,21 @@ class Vocabulary:
         Linear readouts multiply W_U once with all states and once with all vectors of a sentence,
         as far as these fit, not once for each step.
         """
-        found = vectors.new_zeros(vectors.shape[:2])
+        result = vectors.new_zeros(vectors.shape[:2])
         if self.nonlinear:
             for step in steps.unique().tolist():
                 mine = steps == step
                 some = None if there is None else there[:, mine.to(there.device)]
-                found[:, mine] = self.gains(states[:, step], vectors[:, mine], some)
-            return found
+                result[:, mine] = self.gains(states[:, step], vectors[:, mine], some)
+            return result
         every = torch.arange(len(steps))
         for row in range(len(states)):
             some = every if there is None else every[there[row].cpu()]
             for part in some.split(self.rows_that_fit(max(1, len(some)))):
                 used, at = steps[part].unique(return_inverse=True)
                 before = self.log_probs(states[row, used], row)
-                found[row, part] = self.gains_from(before, at, vectors[row, part], row)
-        return found
+                result[row, part] = self.gains_from(before, at, vectors[row, part], row)
+        return result
 
     def gains_from(
         self,
@@ -296,7 +296,7 @@ class Vocabulary:
         each = range(len(base))
         before = torch.cat([self.log_probs(base[row : row + 1], row) for row in each])
         scaled = coefficients / self.divisor[:, None]
-        found = torch.empty_like(coefficients)
+        result = torch.empty_like(coefficients)
         for part in blocks(count, rows):
             moved = self.direction(vectors(part))
             some = scaled[:, :, part]
@@ -314,22 +314,22 @@ class Vocabulary:
             else:
                 rest = self._alternatives(self.asked.foil, before, moved, some)
             gained = self._alternatives(self.asked.target, before, moved, some)
-            found[:, :, part] = gained - rest
-        return found
+            result[:, :, part] = gained - rest
+        return result
 
     def _alternatives(
         self, sets: tuple[Tensor, ...], before: Tensor, moved: Tensor, scaled: Tensor
     ) -> Float[Tensor, "batch source some"]:
         """Returns what neurons add to the log-sum-exp of each sentence's tokens."""
-        found = torch.empty_like(scaled)
+        result = torch.empty_like(scaled)
         for row, ids in enumerate(sets):
             shift = moved @ self.weight[:, ids]
             for source, numbers in enumerate(scaled[row]):
                 changes = numbers[:, None] * shift
-                found[row, source] = _log_mean_of(
+                result[row, source] = _log_mean_of(
                     ids, _columns_of(before[row : row + 1]), lambda _, changes=changes: changes
                 )
-        return found
+        return result
 
     def _each_neuron(
         self,
@@ -338,13 +338,13 @@ class Vocabulary:
         coefficients: Tensor,
         rows: int,
     ) -> Tensor:
-        found = torch.empty_like(coefficients)
+        result = torch.empty_like(coefficients)
         for part in blocks(coefficients.shape[2], rows):
             some = vectors(part)
             for source in range(coefficients.shape[1]):
                 scaled = coefficients[:, source, part, None] * some
-                found[:, source, part] = self.gains(base, scaled)
-        return found
+                result[:, source, part] = self.gains(base, scaled)
+        return result
 
     def slopes(
         self, before: Float[Tensor, "step d_vocab"], row: int

@@ -219,15 +219,15 @@ def require_shape(name: str, shape: tuple[int, ...], expected: tuple[int | str, 
 
 def require_number(name: str, value: Any, least: int = 1) -> int:
     """Returns a whole number that is given; raises InvalidInput unless it is at least so large."""
-    found = whole_number(value)
-    if found is None or not least <= found < MOST:
+    result = whole_number(value)
+    if result is None or not least <= result < MOST:
         raise bad(
             f"{name} must be a whole number",
             f"{name}={value!r}"[:200],
             "a positive integer" if least == 1 else f"an integer from {least} on",
             "Leave it out for the default.",
         )
-    return found
+    return result
 
 
 def _accepted(function: str, name: str, value: Any, hint: Any) -> Any:
@@ -236,9 +236,9 @@ def _accepted(function: str, name: str, value: Any, hint: Any) -> Any:
     Raises:
         InvalidInput: If its annotation does not allow it.
     """
-    found = _fit(value, hint)
-    if found is not _MISFIT:
-        return found
+    result = _fit(value, hint)
+    if result is not _MISFIT:
+        return result
     listed = value if isinstance(value, (list, tuple)) else [value]
     choices = _choices(hint)
     texts = [one for one in listed if isinstance(one, str)]

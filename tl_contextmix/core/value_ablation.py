@@ -209,9 +209,9 @@ class ValueAblation:
         """
         ff, plan = self.block.feed_forward, _plan(self, spans, max_bytes)
         touched, alone = self.touched(spans), self._alone(spans)
-        found = touched.new_zeros(len(self.raw), *touched.shape)
+        result = touched.new_zeros(len(self.raw), *touched.shape)
         if not isinstance(ff, Experts) or self.fixed is not None:
-            return found
+            return result
         tiles = [*blocks(touched.shape[0], plan.rows)]
         kept = [ff.chosen(self._middle(rows)[0]) for rows in tiles]
         for columns in blocks(touched.shape[1], plan.columns):
@@ -219,8 +219,8 @@ class ValueAblation:
             for rows, own in zip(tiles, kept, strict=True):
                 (removed,) = self._removed([read], rows, columns, spans, alone)
                 chosen = ff.chosen(self._middle(rows, removed)[0])
-                found[:, rows, columns] = (chosen != own).any(dim=-1).transpose(1, 2)
-        return found
+                result[:, rows, columns] = (chosen != own).any(dim=-1).transpose(1, 2)
+        return result
 
     def _removed(
         self,
@@ -231,13 +231,13 @@ class ValueAblation:
         alone: Tensor | None,
     ) -> list[Tensor]:
         """Returns the terms of sources (or spans), and their images, one per branch."""
-        found = [_terms(read, rows, columns, spans) for read in reads]
+        result = [_terms(read, rows, columns, spans) for read in reads]
         if alone is None:
-            return found
+            return result
         whole = [self.raw, *(branch.changed for branch in self.branches)]
         return [
             torch.where(alone[:, columns, rows, None], one[:, None, rows], terms)
-            for one, terms in zip(whole, found, strict=False)
+            for one, terms in zip(whole, result, strict=False)
         ]
 
     def _alone(self, spans: Spans | None) -> Bool[Tensor, "batch source target"] | None:
@@ -326,7 +326,7 @@ class ValueAblation:
     def _pre(
         self, rows: slice, first: Tensor | None, second: Tensor | None, images: list[Tensor] | None
     ) -> list[Tensor]:
-        found = []
+        result = []
         for branch in self.branches:
             changed = branch.changed[:, None, rows]
             # Taken off the caller's list: they are as large as anything there is.
@@ -334,8 +334,8 @@ class ValueAblation:
             if first is not None and branch.base is not None:
                 whole = whole.div_(first).add_(branch.base[:, None, rows])
             whole = whole if second is None else whole.div_(second)
-            found.append(whole.add_(branch.constant))
-        return found
+            result.append(whole.add_(branch.constant))
+        return result
 
 
 TILE_BYTES = 2**25

@@ -38,19 +38,19 @@ def find_words(pieces: Sequence[str], real: Sequence[bool], spaced: bool) -> lis
         real: Whether it is no padding.
         spaced: Whether a word begins with a space; else pieces that continue one with ``##``.
     """
-    found: list[tuple[int, int]] = []
+    result: list[tuple[int, int]] = []
     word, before = "", ""
     for start, stop in whole_characters(pieces):
         piece = join_pieces(pieces[start:stop]) if real[start] else ""
         joins = _joins(word, before, piece) if spaced else word and piece.startswith("##")
         if joins:
-            found[-1] = (found[-1][0], stop)
+            result[-1] = (result[-1][0], stop)
         elif real[start]:
-            found.append((start, stop))
+            result.append((start, stop))
         # What is drawn on a character leaves it what it is: a letter or not.
         before = before + piece if joins and _extends(piece[0]) else piece
         word = word + piece if joins else piece
-    return found
+    return result
 
 
 def is_mark(piece: str) -> bool:
@@ -93,19 +93,19 @@ def find_sentences(
         pieces: Text of each token.
         words: Stretches that are words, as `find_words` returns them.
     """
-    found: list[tuple[int, int]] = []
+    result: list[tuple[int, int]] = []
     ends = True
     for start, stop in words:
         text = join_pieces(pieces[start:stop])
         bare = text.strip(_CLOSERS)
         mark = bool(_MARK.fullmatch(text.strip()))
-        closes = not mark and not bare and "\n" not in text and ends and bool(found)
+        closes = not mark and not bare and "\n" not in text and ends and bool(result)
         if (ends and not closes) or mark:
-            found.append((start, stop))
+            result.append((start, stop))
         else:
-            found[-1] = (found[-1][0], stop)
+            result[-1] = (result[-1][0], stop)
         ends = mark or closes or bare[-1:] in _TERMINAL or "\n" in text
-    return found
+    return result
 
 
 def find_text(
@@ -122,7 +122,7 @@ def find_text(
         spaced: See `join_pieces`.
     """
     for read in (str, _letters):
-        wanted, found, start = read(text), list[tuple[int, int]](), 0
+        wanted, result, start = read(text), list[tuple[int, int]](), 0
         while wanted and start < len(pieces):
             for stop in range(start + 1, len(pieces) + 1):
                 if not real[start] or not real[stop - 1]:
@@ -130,7 +130,7 @@ def find_text(
                 together = join_pieces(pieces[start:stop], spaced)
                 joined = read(together)
                 if joined == wanted and read(pieces[start]):
-                    found.append((start, stop))
+                    result.append((start, stop))
                     start = stop - 1
                 # What ends within a character may still become it.
                 if not has_parts(together) and (
@@ -138,8 +138,8 @@ def find_text(
                 ):
                     break
             start += 1
-        if found:
-            return found
+        if result:
+            return result
     return []
 
 
@@ -221,16 +221,16 @@ def merge(
         mask: True at real tokens [batch pos]: a mean leaves out the others. None: all are real.
     """
     longest = max(map(len, spans))
-    found = values.new_zeros(*values.shape[:-1], longest)
+    result = values.new_zeros(*values.shape[:-1], longest)
     for row, stretches in enumerate(spans):
         for word, (start, stop) in enumerate(stretches):
             part = values[row, ..., start:stop]
             if how == "max":
-                found[row, ..., word] = part.amax(-1)
+                result[row, ..., word] = part.amax(-1)
                 continue
             total = part.sum(-1)
             if how == "mean":
                 real = stop - start if mask is None else int(mask[row, start:stop].sum())
                 total = total / max(real, 1)
-            found[row, ..., word] = total
-    return found
+            result[row, ..., word] = total
+    return result

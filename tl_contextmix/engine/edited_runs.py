@@ -105,10 +105,10 @@ def _changed(pairs: list[tuple[Sublayer, Edit]], activation: Tensor) -> Tensor:
     return new
 
 
-def run_bytes(done: Pass) -> int:
+def run_bytes(forward_pass: Pass) -> int:
     """Returns about how much memory a run of the batch takes."""
-    view, batch = done.view, done.batch
-    longest = max(tokens.shape[1] for tokens in done.tokens.values())
+    view, batch = forward_pass.view, forward_pass.batch
+    longest = max(tokens.shape[1] for tokens in forward_pass.tokens.values())
     logits, largest = 2 * longest * view.d_vocab, 0
     for _, block in view.every_block():
         pairs = sum(4 * len(a.W_O) * longest for a in block.attentions)

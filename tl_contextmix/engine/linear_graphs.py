@@ -79,13 +79,13 @@ def require_sums(view: ModelView, error: float) -> None:
 
 def step_names(whole: LinearGraph) -> dict[tuple[str, int], tuple[int, int]]:
     """Returns stack and step of everything that is written, by its kind and layer."""
-    found = {}
+    result = {}
     for index, stack in enumerate(whole.stacks):
         prefix = "encoder " if index else ""
-        found[f"{prefix}embed", -1] = index, -1
+        result[f"{prefix}embed", -1] = index, -1
         for place, step in enumerate(stack.steps):
-            found[f"{prefix}{step.kind}", step.layer] = index, place
-    return found
+            result[f"{prefix}{step.kind}", step.layer] = index, place
+    return result
 
 
 def places_of(whole: LinearGraph, nodes: Sequence[GraphNode]) -> list[Place]:

@@ -103,8 +103,8 @@ def logit_map(
             )
         )
     given, answer = apart(input, inputs)
-    question, done = ask_in_pass(view, given, answer, stack=stack, logits=True, **needed)
-    turns, chosen = [*question.rounds()], select_blocks(done.blocks, layer)
+    question, forward_pass = ask_in_pass(view, given, answer, stack=stack, logits=True, **needed)
+    turns, chosen = [*question.rounds()], select_blocks(forward_pass.blocks, layer)
 
     def read(part: Pass) -> dict[str, tuple[str, Tensor]]:
         each = [_reader(part, turn.within(part), max_bytes) for turn, _ in turns]
@@ -120,17 +120,17 @@ def logit_map(
         }
 
     with torch.no_grad():
-        found = done.together(read)
+        found = forward_pass.together(read)
     there = torch.stack([there for _, there in turns], dim=1)
     predicted = question.target or [[token] for token in found["best"][there].tolist()]
-    rows = predictions(question, done.target, predicted)
+    rows = predictions(question, forward_pass.target, predicted)
     there = there.to(found["scores"].device)
     scores = found["scores"] * there[:, None, :, None]
     bias = (found["total"] * there)[:, None] - scores.sum(dim=-1)
     facts: dict[str, Any] = {"layers": (0,), "point": "prediction", "bias": bias[:, :, None]}
     if layer is not None:
         facts = {"layers": tuple(block.layer for block in chosen), "point": "attn_out"}
-    return replace(done, asked=rows).map(
+    return replace(forward_pass, asked=rows).map(
         method,
         scores[:, :, None],
         "block_out",

@@ -362,7 +362,7 @@ def cases(
 ) -> Int[Tensor, "*some"]:
     """Returns which of the five cases top tokens are, as indices into `CASES`."""
     by_residual, by_ffn, alike = residual == output, ffn == output, residual == ffn
-    found = torch.full_like(output, CASES.index("composition"))
+    result = torch.full_like(output, CASES.index("composition"))
     each = {
         "residual": by_residual & ~by_ffn,
         "ffn": by_ffn & ~by_residual,
@@ -370,5 +370,5 @@ def cases(
         "conflict": alike & ~by_residual,
     }
     for name, which in each.items():
-        found.masked_fill_(which, CASES.index(name))
-    return found
+        result.masked_fill_(which, CASES.index(name))
+    return result

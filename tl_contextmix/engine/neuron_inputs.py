@@ -155,14 +155,14 @@ def neuron_inputs_at(
         index = block.feed_forward.number(*(x.to(view.device) for x in numbers))
         at = torch.zeros_like(pos), pos
         ff = block.feed_forward.followed(trace, at).select(index)
-        found = _feed_forward(ff, stream)
+        result = _feed_forward(ff, stream)
         own = block.feed_forward.coefficients(trace, at)[0, index]
     else:
-        found, value = _attention(view, trace, block, place, stream, chosen, row, some)
-        own = found.slopes[0] * value
+        result, value = _attention(view, trace, block, place, stream, chosen, row, some)
+        own = result.slopes[0] * value
     if view.hooked():
-        _require_own(view, found, own)
-    return found
+        _require_own(view, result, own)
+    return result
 
 
 def _require_own(view: ModelView, found: NeuronInputs, own: Float[Tensor, " neuron"]) -> None:

@@ -76,26 +76,26 @@ def linear_points(
         block.require_attention()
     x = trace.resid_in(block)
     stream = TokenSum(terms=(), own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
-    found: dict[str, TokenSum] = {}
+    result: dict[str, TokenSum] = {}
     for attention in block.attentions:
         out = _attention_sum(attention, trace)
         stream = stream.join(out).shifted(trace.edit(attention.edits.stream))
         if attention.kind == kind:
-            found |= {"attn_out": out, "resid_mid": stream}
-            if set(asked) <= set(found):
-                return found
+            result |= {"attn_out": out, "resid_mid": stream}
+            if set(asked) <= set(result):
+                return result
         if attention.norm_after is not None:
             stream = stream.linear(attention.norm_after)
-    found["stream"] = found["residual"] = stream
+    result["stream"] = result["residual"] = stream
     ff = block.feed_forward
     if ff is not None:
-        found["residual"] = stream.shifted(trace.edit(ff.edits.stream))
+        result["residual"] = stream.shifted(trace.edit(ff.edits.stream))
         read = stream
         if block.parallel:
             silent = tuple(read.through(slice(0)) for read in stream.terms)
             read = replace(stream, terms=silent, own=x, bias=torch.zeros_like(x), sum_up=lambda: x)
-        found["mlp_in"] = read if ff.norm_in is None else read.linear(ff.norm_in)
-    return found
+        result["mlp_in"] = read if ff.norm_in is None else read.linear(ff.norm_in)
+    return result
 
 
 def _attention_sum(attention: AttentionSublayer, trace: Trace) -> TokenSum:
@@ -141,16 +141,16 @@ def parts_at_all(
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> dict[Point, TokenSum | FeedForwardParts]:
     """Returns a block's parts at several points, which share what is computed; see `parts_at`."""
-    found: dict[Point, TokenSum | FeedForwardParts] = {}
+    result: dict[Point, TokenSum | FeedForwardParts] = {}
     expanded: dict[str, FeedForwardParts] = {}
     for at in asked:
         if at in points:
-            found[at] = points[at]
+            result[at] = points[at]
         elif block.feed_forward is not None:
             expanded = expanded or feed_forward_points(block, points, bias, max_bytes)
-            found[at] = expanded[at]
+            result[at] = expanded[at]
         elif at in ("resid_post", "block_out"):
-            found[at] = points["residual"]
+            result[at] = points["residual"]
         else:
             raise bad(
                 f"there is no {at} in layer {block.layer}",
@@ -158,7 +158,7 @@ def parts_at_all(
                 "'attn_out', 'resid_mid', 'resid_post' or 'block_out'",
                 "Ask for one of these.",
             )
-    return found
+    return result
 
 
 def parts_of_heads(
@@ -197,7 +197,7 @@ def norms_at(
         max_bytes: Workspace.
         precision: Of the products with value vectors.
     """
-    found: dict[Point, Tensor] = {
+    result: dict[Point, Tensor] = {
         at: token_sum.norms(max_bytes)
         for at, token_sum in parts.items()
         if isinstance(token_sum, TokenSum)
@@ -209,15 +209,15 @@ def norms_at(
         low = torch.bfloat16 if precision == "bfloat16" else None
         stages = last.stage_norms(max_bytes, low)
         # Where no norm follows, block_out is resid_post.
-        found |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in after}
-    return found
+        result |= {at: stages[min(POINTS[3:].index(at), len(stages) - 1)] for at in after}
+    return result
 
 
-def head_groups(done: Pass, heads: Heads) -> list[list[int]] | None:
+def head_groups(forward_pass: Pass, heads: Heads) -> list[list[int]] | None:
     """Returns the heads of each map; None for all of them together, in one map.
 
     Args:
-        done: A pass.
+        forward_pass: A pass.
         heads: What was asked for.
 
     Raises:
@@ -232,7 +232,7 @@ def head_groups(done: Pass, heads: Heads) -> list[list[int]] | None:
             "a truth value, a head, or a list of them",
             "Give heads=False for all of them together, heads=True for each alone.",
         )
-    count = done.blocks[0].attention(done.kind).W_O.shape[0]
+    count = forward_pass.blocks[0].attention(forward_pass.kind).W_O.shape[0]
     if heads is True:
         return [[head] for head in range(count)]
     asked: list[Any] = [heads]

@@ -63,13 +63,13 @@ def chosen_components(
             parts.append(_of_result(given, len(pos)))
         else:
             parts += [_of_tuple(name, one, pos) for one in _listed(name, given)]
-    found = join(parts) if parts else None
-    if found is None or bool(found.is_empty().all()):
+    result = join(parts) if parts else None
+    if result is None or bool(result.is_empty().all()):
         raise bad(
             "nothing was chosen", "no neurons, heads or experts", "at least one of them", _REMEDY
         )
-    _require_there(view, found)
-    return found
+    _require_there(view, result)
+    return result
 
 
 def _of_result(result: LogProbContributions | QueryContributions, batch: int) -> Components:

@@ -72,12 +72,12 @@ def readable(map: ContextMap, row: int, place: int) -> Tensor:
 
     In a decoder: those of its own stack up to itself, also for a selection of the map.
     """
-    found = map.source.mask[row].cpu().clone()
+    result = map.source.mask[row].cpu().clone()
     if map.stack != "encoder":
         own = torch.tensor([name != "encoder" for name in map.source.names()])
         later = map.source.positions()[row] > map.target.positions()[row, place]
-        found &= ~(own & later)
-    return found
+        result &= ~(own & later)
+    return result
 
 
 def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]:
@@ -86,15 +86,15 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     Raises:
         InvalidInput: If their number differs from that of the sentences.
     """
-    found = [given] * count if isinstance(given, int) else [*given]
-    if len(found) != count:
+    result = [given] * count if isinstance(given, int) else [*given]
+    if len(result) != count:
         raise bad(
             f"{what} do not match the sentences",
-            f"{len(found)} for {count} sentences",
+            f"{len(result)} for {count} sentences",
             "one for all, or one for each",
             "Pass an integer, or a list with one per sentence.",
         )
-    return found
+    return result
 
 
 def summarise(method: str, figures: Figures) -> tuple[ScoreRow, ...]:

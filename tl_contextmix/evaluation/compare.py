@@ -307,14 +307,14 @@ def _row(map: ContextMap, place: int) -> Tensor:
 
 def _alike(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Returns the mean rank correlation of each two methods' rows, over sentences without NaN."""
-    found = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
+    result = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
     for a, first in enumerate(rows):
         for b, second in enumerate(rows):
             # Gradient maps of a causal model do not extend beyond the target.
             pairs = [(x[: len(y)], y[: len(x)]) for x, y in zip(first, second, strict=True)]
             values = torch.stack([spearman(x, y) for x, y in pairs])
-            found[a, b] = values[~values.isnan()].mean()
-    return found
+            result[a, b] = values[~values.isnan()].mean()
+    return result
 
 
 def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None:

@@ -317,11 +317,11 @@ class Drop:
 def _shuffled(units: Sequence[int], seed: int) -> list[list[int]]:
     """Returns random orders, independent between sentences so that errors average out."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    result = []
     for _ in range(_ORDERS):
         order = torch.randperm(len(units), generator=generator).tolist()
-        found.append([units[index] for index in order])
-    return found
+        result.append([units[index] for index in order])
+    return result
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,12 +46,12 @@ def hook_names(model: object, method: Callable[..., Any] | str) -> list[str]:
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
     if view.encode_decoder is not None:
         given["decoder_input"] = ids
-    found = names_read(model, lambda cache: method(model, ids, cache=cache, **given))
-    if found is None:
+    result = names_read(model, lambda cache: method(model, ids, cache=cache, **given))
+    if result is None:
         raise bad(
             "there are no names to cache",
             f"a method that reads none: {getattr(method, '__name__', method)!r}",
             "a method that takes `cache`",
             "Call it without a cache.",
         )
-    return found
+    return result

@@ -287,7 +287,7 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
     """
     places = [index for index, char in enumerate(text) if not char.isspace()]
     plain = _lower(text[index] for index in places)
-    found: list[Stretch | None] = []
+    result: list[Stretch | None] = []
     unread: list[int] = []  # tokens without matching text, until the next that matches
     at = 0
     strings, mask = tokens.strings[row], tokens.mask[row].tolist()
@@ -300,16 +300,16 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         start = plain.find(word, at) if unread else at
         if real and _unreadable(piece) and not plain.startswith(word, at):
             unread += range(first, last)
-            found += [None] * (last - first)
+            result += [None] * (last - first)
         elif not real or not word or start < 0 or not plain.startswith(word, start):
-            found += [None] * (last - first)
+            result += [None] * (last - first)
         else:
             if start > at:
-                _spread(found, unread, (places[at], places[start - 1] + 1))
+                _spread(result, unread, (places[at], places[start - 1] + 1))
             unread, at = [], start + len(word)
-            found += [(places[start], places[at - 1] + 1)] * (last - first)
+            result += [(places[start], places[at - 1] + 1)] * (last - first)
     if unread and at < len(plain):
-        _spread(found, unread, (places[at], places[-1] + 1))
+        _spread(result, unread, (places[at], places[-1] + 1))
         at = len(plain)
     if at < len(plain):
         raise bad(
@@ -318,7 +318,7 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
             "tokens that spell out the text",
             "Remove this sentence's cues, or pass texts with cues= as positions.",
         )
-    return found
+    return result
 
 
 def _unreadable(piece: str) -> bool:

@@ -98,8 +98,8 @@ def _rows(map: ContextMap, sure: Any, possible: Any) -> list[tuple[int, Any, Any
 
 def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
     real = map.target.mask[row].tolist(), map.source.mask[row].tolist()
-    found = {(int(target), int(source)) for target, source in pairs}
-    for pair in found:
+    result = {(int(target), int(source)) for target, source in pairs}
+    for pair in result:
         if not all(0 <= at < len(side) and side[at] for at, side in zip(pair, real, strict=True)):
             raise bad(
                 "a link is outside of the map",
@@ -107,7 +107,7 @@ def _links(map: ContextMap, row: int, pairs: Any) -> set[tuple[int, int]]:
                 f"a target of {sum(real[0])}, a source of {sum(real[1])}",
                 "Count positions as the map does, marks included.",
             )
-    return found
+    return result
 
 
 def _strongest(map: ContextMap, row: int, scores: torch.Tensor) -> set[tuple[int, int]]:

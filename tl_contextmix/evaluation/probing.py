@@ -243,10 +243,10 @@ def _states(
     side = batch.side(view.base_stack(stack))
     order = side.mask.sum(dim=1).argsort(stable=True).cpu()
     some = [order.sort().values] if view.hooked() else order.split(batch_size)
-    found, done = [], None
+    found, forward_pass = [], None
     with torch.no_grad():
         for texts in some:
-            done = run_pass(
+            forward_pass = run_pass(
                 view,
                 given,
                 layer=layer,
@@ -256,11 +256,13 @@ def _states(
                 batch=batch.each(lambda tensor, texts=texts: tensor[texts]),
             )
             places = rows[texts]
-            part = done.together(lambda part, p=places: {"states": ("batch", read(part, p))})
+            part = forward_pass.together(
+                lambda part, p=places: {"states": ("batch", read(part, p))}
+            )
             found.append(part["states"])
-    assert done is not None
+    assert forward_pass is not None
     states = torch.cat(found)
-    return done, states[torch.cat([*some]).argsort()]
+    return forward_pass, states[torch.cat([*some]).argsort()]
 
 
 def _standardised(x: Float[Tensor, "text d_model"]) -> Float[Tensor, "text d_model"]:

@@ -157,10 +157,10 @@ def scan(
             raise changed(corpus, f"fewer than the {scanner.read} rows there were")
         if before is not None and before.finished:
             return before
-        found = scanner.result(done.hexdigest(), finished=True)
+        result = scanner.result(done.hexdigest(), finished=True)
         if path is not None:
-            _save(found, path)
-    return found
+            _save(result, path)
+    return result
 
 
 def _save(found: Scan, path: Path) -> None:

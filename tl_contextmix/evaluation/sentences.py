@@ -254,12 +254,12 @@ def mask_id(model: object) -> int:
     Raises:
         InvalidInput: If its tokenizer has none.
     """
-    found = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
-    if not isinstance(found, int):
+    result = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
+    if not isinstance(result, int):
         raise bad(
             "a masked model needs a mask token",
             "a tokenizer without one, or no tokenizer",
             "a tokenizer with a mask token",
             "Set model.tokenizer.",
         )
-    return found
+    return result

@@ -235,14 +235,14 @@ def _kinds(
     target, source = (
         _places(side, row, spans) for side, spans in ((map.target, ours), (map.source, theirs))
     )
-    found: dict[str, list[tuple[int, int]]] = {}
+    result: dict[str, list[tuple[int, int]]] = {}
     for t, s in product(target, source):
         if causal and s > t:
             continue
         kind = _kind(target[t], source[s], t == s if both else False, both)
         kind = kind if kind in _KINDS[:4] else tied.get((t, s), kind)
-        found.setdefault(kind, []).append((t, s))
-    return found
+        result.setdefault(kind, []).append((t, s))
+    return result
 
 
 def _all_arcs(
@@ -258,7 +258,7 @@ def _all_arcs(
             "as many of each",
             "Pass a list with the arcs of each text, even of one.",
         )
-    found = []
+    result = []
     for row, (text, one) in enumerate(zip(texts, given, strict=True)):
         target, source = (place_tokens(text, side, row) for side in (map.target, map.source))
         pairs: dict[tuple[int, int], str] = {}
@@ -266,19 +266,19 @@ def _all_arcs(
             for name, (a, b) in (("head", (head, dependent)), ("dependent", (dependent, head))):
                 for pair in product(overlapping(target, a), overlapping(source, b)):
                     pairs.setdefault(pair, f"{relation}: {name}")
-        found.append(pairs)
-    return found
+        result.append(pairs)
+    return result
 
 
 def _arcs(text: str, given: Any) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
     """Returns the spans of head and dependent of each arc, with its relation."""
     if hasattr(given, "sentences"):  # stanza
-        found = []
+        result = []
         for sentence in given.sentences:
             known = {word.id: word for word in sentence.words if word.start_char is not None}
             some = [(known[w.head], w) for w in known.values() if w.head in known]
-            found += [(_ends(h), _ends(w), str(w.deprel)) for h, w in some]
-        return found
+            result += [(_ends(h), _ends(w), str(w.deprel)) for h, w in some]
+        return result
     if hasattr(given, "ents"):  # spaCy
         spans = {word.i: (word.idx, word.idx + len(word.text)) for word in given}
         some = [(w.head.i, w.i, w.dep_) for w in given if w.head.i != w.i]

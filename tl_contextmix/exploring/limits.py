@@ -109,7 +109,7 @@ class Limits:
 
         The page itself says what is refused.
         """
-        found = {}
+        result = {}
         for work in works:
             if (work.name, length) not in self._known:
                 try:
@@ -119,8 +119,8 @@ class Limits:
                     cost = (0, 0)
                 self._known[work.name, length] = cost
             flops, held = self._known[work.name, length]
-            found[work.name] = (work.times * flops, held)
-        return found
+            result[work.name] = (work.times * flops, held)
+        return result
 
     def _fit(self, costs: dict[str, _Cost]) -> bool:
         flops, gib = _totals(costs)

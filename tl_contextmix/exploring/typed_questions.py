@@ -57,7 +57,7 @@ def offered_methods() -> Mapping[str, str]:
 
     What a method takes must be known, so that the limits hold for it.
     """
-    found = {}
+    result = {}
     for name, method in methods().items():
         parameters = inspect.signature(method.function).parameters.values()
         needed = [
@@ -67,8 +67,8 @@ def offered_methods() -> Mapping[str, str]:
         ]
         if method.estimated and needed == ["model", "input"] and name not in _NEEDS_OPTIONS:
             told = (inspect.getdoc(method.function) or "").splitlines()[0]
-            found[name] = told.removeprefix("Returns ").rstrip(".")
-    return found
+            result[name] = told.removeprefix("Returns ").rstrip(".")
+    return result
 
 
 @dataclass(frozen=True)

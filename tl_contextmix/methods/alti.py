@@ -99,16 +99,18 @@ def alti(
     view, needs = as_view(model), identities(("resid_mid",))
     if of == "logit":
         return _to_prediction(view, input, inputs, layer, stack, max_bytes)
-    done = run_asked(view, input, inputs, layer=layer, stack=stack, needs=needs)
+    forward_pass = run_asked(view, input, inputs, layer=layer, stack=stack, needs=needs)
 
     def closer(part: Pass, block: Block) -> Tensor:
         return _closer(block, part.trace, max_bytes)[:, None]
 
-    scores = done.by_block("alti", "batch head target source:block_out", closer)
-    after_norm = done.blocks[0].attentions[-1].norm_after is not None
+    scores = forward_pass.by_block("alti", "batch head target source:block_out", closer)
+    after_norm = forward_pass.blocks[0].attentions[-1].norm_after is not None
     point = "mlp_in" if after_norm else "resid_mid"
     options = {"of": "distance"}
-    return done.map("alti", scores, "block_out", "L1 distance", options=options, point=point)
+    return forward_pass.map(
+        "alti", scores, "block_out", "L1 distance", options=options, point=point
+    )
 
 
 def _to_prediction(
@@ -165,13 +167,13 @@ def _brought(part: Pass, read: LogitReader) -> Float[Tensor, "batch layer source
     view, stack = part.view, part.view.base_stack(None)
     stream = decompose_stream(view, part.trace, stack, read.rows)
     own, sources = part.target.shape[1], part.source("block_out").shape[1]
-    found = read.total.new_zeros(len(read.rows), len(part.blocks), sources)
+    result = read.total.new_zeros(len(read.rows), len(part.blocks), sources)
     for component in stream.components:
         if isinstance(component, AttentionComponent):
             logits = read.vocabulary.target_logits(component.sources())
             columns = slice(own) if component.kind == "attn" else slice(own, None)
-            found[:, component.layer, columns] = logits
-    return found
+            result[:, component.layer, columns] = logits
+    return result
 
 
 def _closer(block: Block, trace: Trace, max_bytes: int) -> Tensor:

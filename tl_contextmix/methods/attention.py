@@ -65,8 +65,10 @@ def attention(
         scores = block.attention(kind).sink_scores
         return [scores] if cached and scores else []
 
-    done = run_asked(view, input, inputs, layer=layer, stack=stack, needs={"pattern"}, also=also)
-    groups = head_groups(done, heads)
+    forward_pass = run_asked(
+        view, input, inputs, layer=layer, stack=stack, needs={"pattern"}, also=also
+    )
+    groups = head_groups(forward_pass, heads)
 
     def grouped(found: Tensor) -> Tensor:
         if heads is True:
@@ -81,11 +83,11 @@ def attention(
     def share(part: Pass, block: Block) -> Tensor:
         return grouped(part.trace.sink(block.attention(part.kind)).detach())
 
-    scores = done.by_block("attention", "batch head target source:attn_out", pattern)
+    scores = forward_pass.by_block("attention", "batch head target source:attn_out", pattern)
     sink = None
-    if any(block.attention(done.kind).sink_scores for block in done.blocks):
-        sink = done.by_block("attention", "batch head target", share)
-    return done.map(
+    if any(block.attention(forward_pass.kind).sink_scores for block in forward_pass.blocks):
+        sink = forward_pass.by_block("attention", "batch head target", share)
+    return forward_pass.map(
         "attention",
         scores,
         "attn_out",

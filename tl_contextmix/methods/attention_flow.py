@@ -66,8 +66,8 @@ def attention_flow(
             "'encoder' or 'decoder'",
             "For both, roll out a map of the decoder with encoder=.",
         )
-    done = run_asked(as_view(model), input, inputs, stack=stack, needs={"pattern"})
-    for block in done.blocks:
+    forward_pass = run_asked(as_view(model), input, inputs, stack=stack, needs={"pattern"})
+    for block in forward_pass.blocks:
         block.require_attention()
 
     def flows(part: Pass) -> dict[str, tuple[str, Tensor]]:
@@ -81,9 +81,9 @@ def attention_flow(
         scores = torch.from_numpy(found).to(weights[0])[:, :, None]
         return {"scores": ("batch layer head target source:attn_out", scores)}
 
-    return done.map(
+    return forward_pass.map(
         "attention_flow",
-        done.together(flows)["scores"],
+        forward_pass.together(flows)["scores"],
         "attn_out",
         "attention flow",
         heads=["mean"],

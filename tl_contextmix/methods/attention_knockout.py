@@ -94,19 +94,19 @@ def attention_knockout(
     view.readout.require()
     given, answer = apart(input, inputs)
     question = ask(view, read_batch(view, given), answer)
-    done = run_pass(view, given, layer=layer, stack=stack, batch=question.batch)
-    found = find_groups("sources", done.source("attn_out"), sources)
-    readers = _readers(done, question, to)
-    groups = head_groups(done, heads)
-    windows = _windows(done.layers, window, len(view.blocks(stack)))
+    forward_pass = run_pass(view, given, layer=layer, stack=stack, batch=question.batch)
+    found = find_groups("sources", forward_pass.source("attn_out"), sources)
+    readers = _readers(forward_pass, question, to)
+    groups = head_groups(forward_pass, heads)
+    windows = _windows(forward_pass.layers, window, len(view.blocks(stack)))
     names, members = group_labels(groups), found.members
     cuts = [*product(windows.values(), groups or [None], range(members.shape[1]))]
     scores = []
     with torch.no_grad():
-        logits = _read(done, question)
+        logits = _read(forward_pass, question)
         asked = question.contrast(logits)
         # Hooks may count on the sentences that were given.
-        at_once = 1 if view.hooked() else max(1, max_bytes // run_bytes(done))
+        at_once = 1 if view.hooked() else max(1, max_bytes // run_bytes(forward_pass))
         parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
         for part in tqdm(parts, desc="attention_knockout", delay=2, leave=False, disable=None):
             several = question.repeated(len(part))
@@ -132,12 +132,12 @@ def attention_knockout(
         windows=tuple(windows.values()),
         heads=names,
         source=found.labels.select(question.sentences.tolist(), [*range(members.shape[1])]),
-        stack=done.stack,
+        stack=forward_pass.stack,
         pos=question.rows,
         target=label_sets(view, asked.target),
         foil=None if asked.foil is None else label_sets(view, asked.foil),
         sentence=question.sentences,
-        provenance=done.provenance("attention_knockout", options),
+        provenance=forward_pass.provenance("attention_knockout", options),
     )
 
 
@@ -149,39 +149,41 @@ def _windows(layers: Sequence[int], window: int | None, count: int) -> dict[int,
     return {n: tuple(range(max(0, n - before), min(count, n + after))) for n in layers}
 
 
-def _readers(done: Pass, question: Question, to: object) -> Bool[Tensor, "batch target"]:
+def _readers(forward_pass: Pass, question: Question, to: object) -> Bool[Tensor, "batch target"]:
     """Returns the positions that can no longer attend to the sources."""
-    if to is None and done.view.base_stack(done.stack) == question.stack:
-        found = torch.zeros_like(done.target.mask)
-        found[question.sentences, question.rows] = True
-        return found
+    if to is None and forward_pass.view.base_stack(forward_pass.stack) == question.stack:
+        result = torch.zeros_like(forward_pass.target.mask)
+        result[question.sentences, question.rows] = True
+        return result
     if to is None or (isinstance(to, str) and to == "all"):
-        return done.target.mask
-    return find_groups("to", done.target, {"": to}).members[:, 0]
+        return forward_pass.target.mask
+    return find_groups("to", forward_pass.target, {"": to}).members[:, 0]
 
 
-def _read(done: Pass, question: Question, edits: Mapping[str, Edit] | None = None) -> Tensor:
+def _read(
+    forward_pass: Pass, question: Question, edits: Mapping[str, Edit] | None = None
+) -> Tensor:
     """Returns the logits of each prediction in a run of the model."""
-    logits = done.again(edits=edits).logits
+    logits = forward_pass.again(edits=edits).logits
     assert logits is not None
     return question.read(logits)
 
 
 def _edits(
-    done: Pass,
+    forward_pass: Pass,
     members: Bool[Tensor, "batch group source"],
     readers: Bool[Tensor, "batch target"],
     cuts: Sequence[_Cut],
 ) -> dict[str, Edit]:
     """Returns the edits of attention patterns that make one cut in each copy of a batch."""
-    found = {}
-    for block in done.view.blocks(done.stack):
+    result = {}
+    for block in forward_pass.view.blocks(forward_pass.stack):
         mine = [cut if block.layer in cut[0] else None for cut in cuts]
         if any(mine):
-            attention = block.attention(done.kind)
+            attention = block.attention(forward_pass.kind)
             whole = 1.0 if attention.sink_scores else None
-            found[attention.pattern] = partial(_without_edges, members, readers, mine, whole)
-    return found
+            result[attention.pattern] = partial(_without_edges, members, readers, mine, whole)
+    return result
 
 
 def _without_edges(

@@ -90,7 +90,9 @@ def decompose(
     ``heads``, that for each of them.
     """
     needs = identities((at,))
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
+    forward_pass = run_pass(
+        as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs
+    )
 
     labels: tuple[str, ...] = ()
 
@@ -120,17 +122,17 @@ def decompose(
         }
 
     with torch.no_grad():
-        found = done.together(vectors)
+        found = forward_pass.together(vectors)
     made = partial(HeadDecomposition, heads=labels) if heads else Decomposition
     return made(
         parts=found["parts"],
         bias=found["bias"],
-        layers=done.layers,
+        layers=forward_pass.layers,
         point=at,
-        stack=done.stack,
-        target=done.target,
-        source=done.source(at),
-        provenance=done.provenance("decompose", {"at": at, "heads": heads, "bias": bias}),
+        stack=forward_pass.stack,
+        target=forward_pass.target,
+        source=forward_pass.source(at),
+        provenance=forward_pass.provenance("decompose", {"at": at, "heads": heads, "bias": bias}),
     )
 
 

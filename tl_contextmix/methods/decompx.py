@@ -113,8 +113,8 @@ def decompx(
     wanted = any(inputs.get(name) is not None for name in names)
     if of == "logit" or (of is None and wanted):
         return _to_prediction(view, input, inputs, layer, stack, bias, max_bytes)
-    done = run_asked(view, input, inputs, **_needed(view, stack))
-    asked = replace(done, blocks=select_blocks(done.blocks, layer))
+    forward_pass = run_asked(view, input, inputs, **_needed(view, stack))
+    asked = replace(forward_pass, blocks=select_blocks(forward_pass.blocks, layer))
 
     def norms(part: Pass) -> dict[str, tuple[str, Tensor]]:
         carried = _carry(part, asked.blocks, bias, max_bytes)
@@ -124,7 +124,7 @@ def decompx(
             "bias": ("batch layer target", carried.bias().norm(dim=-1)),
         }
 
-    found = done.together(norms)
+    found = forward_pass.together(norms)
     return asked.map(
         "decompx",
         found["scores"][:, :, None],
@@ -220,8 +220,8 @@ def decompx_vectors(
     Cost: that of `decompx`, and ``n^2 d_model`` numbers per layer for the result.
     """
     view = as_view(model)
-    done = run_pass(view, Given(input, **inputs), **_needed(view, stack))
-    asked = replace(done, blocks=select_blocks(done.blocks, layer))
+    forward_pass = run_pass(view, Given(input, **inputs), **_needed(view, stack))
+    asked = replace(forward_pass, blocks=select_blocks(forward_pass.blocks, layer))
 
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
         carried = _carry(part, asked.blocks, bias, max_bytes)
@@ -233,7 +233,7 @@ def decompx_vectors(
         }
 
     return Decomposition(
-        **done.together(vectors),
+        **forward_pass.together(vectors),
         layers=asked.layers,
         point="block_out",
         stack=asked.stack,
@@ -271,7 +271,7 @@ class _Carried:
         Args:
             read: Reads parts [batch target part d_model], given the first of their targets.
         """
-        found: list[list[Tensor]] = [[] for _ in self.asked]
+        result: list[list[Tensor]] = [[] for _ in self.asked]
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             for first, parts, memory in self._starts():
@@ -280,10 +280,10 @@ class _Carried:
                     parts = block.since(first)(parts, memory, entered)
                     for index, asked in enumerate(self.asked):
                         if asked.layer == layer:
-                            found[index].append(read(first, parts))
+                            result[index].append(read(first, parts))
                             totals[index][:, first:] += parts.sum(dim=2)
         _require_complete(self.done, self.asked, totals)
-        return found
+        return result
 
     def norms(self, max_bytes: int) -> Float[Tensor, "batch layer target source"]:
         """Returns the norms of the parts after each layer asked for."""
@@ -312,7 +312,7 @@ class _Carried:
         """Returns the same with all tokens carried at once, a triangle of targets and sources."""
         x = self.done.trace.resid_in(self.own.blocks[0].block)
         rows = [*blocks(x.shape[1], -(-x.shape[1] // _STRETCHES))]
-        found = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
+        result = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
             parts = [own_parts(x, slice(0, some.stop), some) for some in rows]
@@ -322,10 +322,10 @@ class _Carried:
                 for index, asked in enumerate(self.asked):
                     for some, part in zip(rows, parts, strict=True):
                         if asked.layer == layer:
-                            found[:, index, some, : some.stop] = part.norm(dim=-1)
+                            result[:, index, some, : some.stop] = part.norm(dim=-1)
                             totals[index][:, some] += part.sum(dim=2)
         _require_complete(self.done, self.asked, totals)
-        return found
+        return result
 
     def _starts(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Yields the stack's input and the encoder's output as parts of a few input tokens.
@@ -380,24 +380,32 @@ def _encoder(view: ModelView, stack: StackName | None) -> tuple[Block, ...]:
     return view.stacks.get("encoder", ()) if view.base_stack(stack) == "decoder" else ()
 
 
-def _carry(done: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: int) -> _Carried:
-    encoder = _encoder(done.view, done.stack)
+def _carry(forward_pass: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: int) -> _Carried:
+    encoder = _encoder(forward_pass.view, forward_pass.stack)
     last = max(block.layer for block in asked)
     with torch.no_grad():
         frozen = None
         if encoder:
-            norm = done.view.final_norms.get("encoder")
-            frozen = freeze_stack(encoder, done.trace, bias == "fixed", final_norm=norm)
-        own = freeze_stack(done.blocks[: last + 1], done.trace, bias == "fixed", encoder=frozen)
-    return _Carried(done, asked, own, frozen, _size(done, (*encoder, *done.blocks), max_bytes))
+            norm = forward_pass.view.final_norms.get("encoder")
+            frozen = freeze_stack(encoder, forward_pass.trace, bias == "fixed", final_norm=norm)
+        own = freeze_stack(
+            forward_pass.blocks[: last + 1], forward_pass.trace, bias == "fixed", encoder=frozen
+        )
+    return _Carried(
+        forward_pass,
+        asked,
+        own,
+        frozen,
+        _size(forward_pass, (*encoder, *forward_pass.blocks), max_bytes),
+    )
 
 
-def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
+def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     """Returns how many tokens fit: neurons of each branch twice, and eight streams per position.
 
     And one for each layer whose values are used again.
     """
-    x = max((done.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
+    x = max((forward_pass.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
     neurons = 0 if ff is None else 2 * ff.width * (1 + ff.gated)
     lenders = {attention.lender for block in every for attention in block.attentions} - {None}
@@ -406,23 +414,23 @@ def _size(done: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     return max(1, max_bytes // per_token)
 
 
-def _require_complete(done: Pass, asked: tuple[Block, ...], totals: list[Tensor]) -> None:
+def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list[Tensor]) -> None:
     """Raises UnsupportedModel unless the vectors add up to the model's own residual streams."""
     errors = []
     for block, total in zip(asked, totals, strict=True):
-        padding = ~done.target.mask.to(total.device)[..., None]
-        expected = done.trace[block.resid_out]
+        padding = ~forward_pass.target.mask.to(total.device)[..., None]
+        expected = forward_pass.trace[block.resid_out]
         off = (total - expected).masked_fill(padding, 0).abs().max()
         size = expected.masked_fill(padding, 0).abs().max()
         errors.append((off / size.clamp(min=1e-30)).to(totals[0].device))
     # Of all layers at once: a GPU is waited for.
     for block, error in zip(asked, torch.stack(errors).tolist(), strict=True):
-        tolerance = _TOLERANCE.get(done.trace.values[block.resid_out].dtype, 1e-4)
+        tolerance = _TOLERANCE.get(forward_pass.trace.values[block.resid_out].dtype, 1e-4)
         if error <= tolerance:
             continue
         raise UnsupportedModel(
             four_parts(
-                f"the vectors of {done.view.name} do not add up at layer {block.layer}",
+                f"the vectors of {forward_pass.view.name} do not add up at layer {block.layer}",
                 f"a relative error of {error:.2g} against the model's own residual stream",
                 f"at most {tolerance:.0e}",
                 "Its values or its norms are not the plain ones, or hooks of your own edit them; "

@@ -228,12 +228,12 @@ class _Runs:
 
     def drops(self, sets: Components, others: bool = False) -> Tensor:
         """Returns how far the score falls without each set, or without all others."""
-        done = run_pass(self.view, self.given, batch=self.question.batch)
-        plain = Ablation(done, self.question, others=others)
+        forward_pass = run_pass(self.view, self.given, batch=self.question.batch)
+        plain = Ablation(forward_pass, self.question, others=others)
         logits, filling = plain.before([sets] if self.mean else [])
         asked, found = self.question.contrast(logits), []
         # Hooks may count on the sentences that were given.
-        at_once = 1 if self.view.hooked() else max(1, self.max_bytes // run_bytes(done))
+        at_once = 1 if self.view.hooked() else max(1, self.max_bytes // run_bytes(forward_pass))
         rows = torch.arange(len(sets.kind)).split(at_once)
         for some in tqdm(rows, desc="flow_knockout", delay=2, leave=False, disable=None):
             several = self.question.repeated(len(some))

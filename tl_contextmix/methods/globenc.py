@@ -69,7 +69,7 @@ def globenc(
     Cost per layer: ``2 n H^2 d + 2 n^2 H^2`` operations and ``n^2 H`` numbers; the
     [target, source, d_model] tensor is never built.
     """
-    done = run_asked(
+    forward_pass = run_asked(
         as_view(model),
         input,
         inputs,
@@ -83,8 +83,8 @@ def globenc(
         stream = linear_points(block, part.trace, part.stack)["residual"]
         return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
 
-    scores = done.by_block("globenc", "batch head target source:block_out", norms)
-    return done.map("globenc", scores, "block_out", "norm")
+    scores = forward_pass.by_block("globenc", "batch head target source:block_out", norms)
+    return forward_pass.map("globenc", scores, "block_out", "norm")
 
 
 def _neurons(block: Block) -> list[str]:

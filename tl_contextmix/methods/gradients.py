@@ -376,13 +376,13 @@ def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> li
     logits = view.run(batch, [], edits={name: enter(name) for name in entries}, grad=grad).logits
     assert logits is not None
     inputs = {name: leaves[name] for name in entries}
-    found = []
+    result = []
     for turn in turns:
         own = replace(turn.within(part), batch=batch)
         read = own.read(logits)
         contrast = own.contrast(read.detach())
-        found.append(_Asked(own, inputs, contrast, of, contrast.score(read, of)))
-    return found
+        result.append(_Asked(own, inputs, contrast, of, contrast.score(read, of)))
+    return result
 
 
 def _best(asked: list[_Asked]) -> Found:

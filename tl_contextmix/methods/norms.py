@@ -157,10 +157,10 @@ def attention_norms(
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
     needs = identities(points)
-    done = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
+    forward_pass = run_asked(as_view(model), input, inputs, layer=layer, stack=stack, needs=needs)
     if precision != "full":
-        _require_products(done, points)
-    found = _maps(done, list(dict.fromkeys(points)), heads, bias, precision, max_bytes)
+        _require_products(forward_pass, points)
+    found = _maps(forward_pass, list(dict.fromkeys(points)), heads, bias, precision, max_bytes)
     return found[points[0]] if isinstance(at, str) else found
 
 
@@ -174,10 +174,13 @@ def _require_heads(heads: Heads, points: list[Point]) -> None:
         )
 
 
-def _require_products(done: Pass, points: list[Point]) -> None:
+def _require_products(forward_pass: Pass, points: list[Point]) -> None:
     """Raises InvalidInput unless value vectors are multiplied, and with more than a few pairs."""
     seen = f"precision='bfloat16' at {points}"
-    if any(block.feed_forward is not None and block.feed_forward.routes for block in done.blocks):
+    if any(
+        block.feed_forward is not None and block.feed_forward.routes
+        for block in forward_pass.blocks
+    ):
         seen += ", a model of experts"
     elif set(points) & set(POINTS[3:]):
         return
@@ -190,9 +193,14 @@ def _require_products(done: Pass, points: list[Point]) -> None:
 
 
 def _maps(
-    done: Pass, points: list[Point], heads: Heads, bias: Bias, precision: Precision, max_bytes: int
+    forward_pass: Pass,
+    points: list[Point],
+    heads: Heads,
+    bias: Bias,
+    precision: Precision,
+    max_bytes: int,
 ) -> dict[Point, ContextMap]:
-    groups = head_groups(done, heads)
+    groups = head_groups(forward_pass, heads)
     products: list[tuple[Tensor, int, int]] = []
 
     def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
@@ -213,21 +221,21 @@ def _maps(
                 else:
                     assert isinstance(terms, TokenSum)
                     scores[point].append(_grouped(terms.terms[0], groups, max_bytes))
-        found = {}
+        result = {}
         for point in points:
             axes = f"batch layer head target source:{point}"
-            found[point] = axes, torch.stack(scores[point], dim=1)
-            found[f"{point} bias"] = "batch layer head target", torch.stack(biases[point], dim=1)
-        return found
+            result[point] = axes, torch.stack(scores[point], dim=1)
+            result[f"{point} bias"] = "batch layer head target", torch.stack(biases[point], dim=1)
+        return result
 
     with torch.no_grad():
-        numbers = done.together(norms_of)
+        numbers = forward_pass.together(norms_of)
     if precision == "full":
         _offer_bfloat16(products)
-    found = {}
+    result = {}
     lower = {} if precision == "full" else {"precision": precision}
     for point in points:
-        found[point] = done.map(
+        result[point] = forward_pass.map(
             "attention_norms",
             numbers[point],
             point,
@@ -238,7 +246,7 @@ def _maps(
             # The output bias belongs to no head.
             bias=numbers[f"{point} bias"] if groups is None else None,
         )
-    return found
+    return result
 
 
 def _products(
@@ -321,8 +329,10 @@ def mixing_ratio(
     feed-forward block also one row of neurons per token, never all pairs.
     """
     needs = identities((at,))
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
-    if at == "attn_out" and done.stack == "cross":
+    forward_pass = run_pass(
+        as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs
+    )
+    if at == "attn_out" and forward_pass.stack == "cross":
         raise bad(
             "there is no mixing ratio of cross-attention alone",
             "at='attn_out', stack='cross'",
@@ -339,13 +349,13 @@ def mixing_ratio(
         both = mixing + preserving
         return torch.where(both > 0, mixing / both, torch.zeros_like(both))
 
-    values = done.by_block("mixing_ratio", "batch target", ratios)
+    values = forward_pass.by_block("mixing_ratio", "batch target", ratios)
     return TokenFigures(
-        values=values * done.target.mask.to(values.device)[:, None],
-        layers=done.layers,
-        tokens=done.target,
+        values=values * forward_pass.target.mask.to(values.device)[:, None],
+        layers=forward_pass.layers,
+        tokens=forward_pass.target,
         title=f"Mixing ratio, {in_plain_words(at)}",
         caption="Share of each token that comes from other tokens: 0 all its own, 1 all others'.",
         unit="ratio",
-        provenance=done.provenance("mixing_ratio", {"at": at, "bias": bias}),
+        provenance=forward_pass.provenance("mixing_ratio", {"at": at, "bias": bias}),
     )

@@ -104,16 +104,16 @@ def value_zeroing(
     whole = spans is not None  # stretches of the whole axis
     # A cache does not show what its pass would have done with a value zeroed.
     needs = _FOLLOWED if inputs.get("cache") is None else IDENTITIES
-    done = run_asked(
+    forward_pass = run_asked(
         view, input, inputs, layer=layer, stack=stack, also=also, needs=needs, whole=whole
     )
-    groups = head_groups(done, heads)
+    groups = head_groups(forward_pass, heads)
     labels = group_labels(groups)
-    rows = None if done.asked is None else done.asked.rows
-    spans = _require_spans(spans, span_rows, rows, done)
+    rows = None if forward_pass.asked is None else forward_pass.asked.rows
+    spans = _require_spans(spans, span_rows, rows, forward_pass)
 
     rerouted: dict[str, list[int]] = {}
-    check = cache(partial(drop_stale_folds, done.blocks, kind))
+    check = cache(partial(drop_stale_folds, forward_pass.blocks, kind))
 
     def distances(part: Pass, block: Block) -> Tensor:
         part.trace.look_up(part.blocks)
@@ -127,10 +127,10 @@ def value_zeroing(
         return how.scores(block, part.trace)
 
     source = "source:attn_out" if spans is None else "span"
-    scores = done.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
+    scores = forward_pass.by_block("value_zeroing", f"batch head rows {source}", distances, rows)
     if view.hooked() and inputs.get("cache") is None:
-        for block in done.blocks:
-            _require_followed(done, block, kind)
+        for block in forward_pass.blocks:
+            _require_followed(forward_pass, block, kind)
     options = {
         "heads": list(labels),
         "spans": spans,
@@ -140,20 +140,20 @@ def value_zeroing(
     }
     if rerouted:
         options |= {"routing": "anew", "rerouted": rerouted}
-    target = done.target
+    target = forward_pass.target
     if rows is not None:
         target = target.select([*range(len(scores))], rows)
     labelled = {"target": target}
     if spans is not None:
         each = [spans] * len(scores)
-        source = done.source("attn_out").join(each)
+        source = forward_pass.source("attn_out").join(each)
         if span_rows != "keep":
             scores = merge(scores.transpose(3, 4), each, span_rows, target.mask).transpose(3, 4)
             target = source
         labelled = {"target": target, "source": source}
         real = target.real_pairs(source).to(scores.device)
         scores = scores.masked_fill(~real[:, None, None], 0)
-    return done.map(
+    return forward_pass.map(
         "value_zeroing",
         scores,
         "attn_out",
@@ -166,7 +166,7 @@ def value_zeroing(
 
 
 @torch.no_grad()
-def _require_followed(done: Pass, block: Block, kind: str) -> None:
+def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
     """Checks that hooks do the same in a pass of the model with a value zeroed.
 
     They do where they scale heads and add to the stream, not where they replace either.
@@ -174,7 +174,7 @@ def _require_followed(done: Pass, block: Block, kind: str) -> None:
     Raises:
         UnsupportedModel: If they do not.
     """
-    trace = done.trace
+    trace = forward_pass.trace
     read = block.attention(kind)
     scaled = any(one.mixed in trace.changed for one in block.attentions)
     if not scaled and all(trace.edit(one.edits.stream) is None for one in block.sublayers):
@@ -187,21 +187,21 @@ def _require_followed(done: Pass, block: Block, kind: str) -> None:
         value[:, place] = 0
         return value
 
-    found = done.again([block.resid_out], {read.value: zero})[block.resid_out]
+    found = forward_pass.again([block.resid_out], {read.value: zero})[block.resid_out]
     replay, span = ablate_values(block, trace, kind), [(place, place + 1)]
     expected = trace[block.resid_out].clone()
     for rows, _, changed, _ in replay.tiles(span, DEFAULT_MAX_BYTES):
         expected[:, rows] = changed[:, 0]
-    real = done.target.mask.to(found.device)
+    real = forward_pass.target.mask.to(found.device)
     error = float((found - expected)[real].abs().max() / expected[real].abs().max())
-    if error <= done.view.tolerance:
+    if error <= forward_pass.view.tolerance:
         return
     raise UnsupportedModel(
         four_parts(
             f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
-            f"a relative error of {error:.2g}, at {', '.join(done.view.hooked()[:3])}",
-            f"at most {done.view.tolerance:.0e}: hooks that scale heads or add to the stream, "
-            "whatever is there",
+            f"a relative error of {error:.2g}, at {', '.join(forward_pass.view.hooked()[:3])}",
+            f"at most {forward_pass.view.tolerance:.0e}: hooks that scale heads or add to the "
+            "stream, whatever is there",
             "Take off hooks that replace what is there.",
         )
     )
@@ -264,17 +264,17 @@ class _How:
         return found.masked_fill(same, 0)
 
 
-def _final_norm(done: Pass, block: Block) -> Norm | None:
-    base = done.view.base_stack(done.stack)
-    last = block.layer == len(done.view.stacks[base]) - 1
-    return done.view.final_norms.get(base) if last else None
+def _final_norm(forward_pass: Pass, block: Block) -> Norm | None:
+    base = forward_pass.view.base_stack(forward_pass.stack)
+    last = block.layer == len(forward_pass.view.stacks[base]) - 1
+    return forward_pass.view.final_norms.get(base) if last else None
 
 
 def _require_spans(
-    spans: Spans | None, span_rows: str, rows: list[int] | None, done: Pass
+    spans: Spans | None, span_rows: str, rows: list[int] | None, forward_pass: Pass
 ) -> list[tuple[int, int]] | None:
     merged = span_rows != "keep"
-    if merged and (spans is None or rows is not None or done.stack == "cross"):
+    if merged and (spans is None or rows is not None or forward_pass.stack == "cross"):
         raise bad(
             "rows cannot be merged",
             f"span_rows={span_rows!r}",
@@ -283,4 +283,4 @@ def _require_spans(
         )
     if spans is None:
         return None
-    return require_spans(spans, done.source("attn_out").ids.shape[1])
+    return require_spans(spans, forward_pass.source("attn_out").ids.shape[1])

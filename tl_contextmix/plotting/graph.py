@@ -44,14 +44,14 @@ def places(panel: Graph) -> list[tuple[float, float]]:
     inside = defaultdict(list)
     for index, dot in enumerate(panel.nodes):
         inside[dot.column, dot.row].append(index)
-    found = [(0.0, 0.0)] * len(panel.nodes)
+    result = [(0.0, 0.0)] * len(panel.nodes)
     for (column, row), some in inside.items():
         step = min(18.0, (COLUMN - 16) / len(some))
         for place, index in enumerate(some):
             x = LEFT + (column + 0.5) * COLUMN + (place - (len(some) - 1) / 2) * step
             y = TOP + (len(panel.rows) - row - 0.5) * ROW
-            found[index] = round(x, 1), round(y, 1)
-    return found
+            result[index] = round(x, 1), round(y, 1)
+    return result
 
 
 def radius(value: float, most: float) -> float:

@@ -118,13 +118,13 @@ def _region(characters: frozenset[int]) -> str:
 def _installed() -> dict[str, frozenset[int]]:
     """Returns the characters of each installed font that text can be set in."""
     own = Path(matplotlib.get_data_path())  # symbols and formulas, but for DejaVu Sans
-    found: dict[str, frozenset[int]] = {}
+    result: dict[str, frozenset[int]] = {}
     for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
         plain = entry.style == entry.variant == "normal" and entry.weight in _UPRIGHT
         last = "last" in entry.name.lower() and "resort" in entry.name.lower()
-        if plain and not last and entry.name not in found and own not in Path(entry.fname).parents:
-            found[entry.name] = _outlines(entry)
-    return found
+        if plain and not last and entry.name not in result and own not in Path(entry.fname).parents:
+            result[entry.name] = _outlines(entry)
+    return result
 
 
 def _outlines(entry: FontEntry) -> frozenset[int]:

@@ -196,12 +196,12 @@ class Curves(Bars):
         _require(seen in ([], expected), self.title, seen, expected)
 
     def _columns(self) -> list[tuple[str, tuple[Cell, ...]]]:
-        found = super()._columns()
+        result = super()._columns()
         for place, ends in reversed([*enumerate(self.intervals, start=1)]):
             low, high = zip(*ends, strict=True) if ends else ((), ())
-            name = found[place][0]
-            found[place + 1 : place + 1] = [(f"{name}, from", low), (f"{name}, to", high)]
-        return found
+            name = result[place][0]
+            result[place + 1 : place + 1] = [(f"{name}, from", low), (f"{name}, to", high)]
+        return result
 
 
 @dataclass(frozen=True)

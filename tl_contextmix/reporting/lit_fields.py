@@ -58,15 +58,15 @@ def lit_model(
                 )
 
     def compute(ids: torch.Tensor) -> dict[str, Any]:
-        found = {}
+        result = {}
         # First what has signs: LIT colours all fields of a model as the first.
         for name in salience:
-            found[_words(name)] = known[name].function(model, ids).scores.flatten().cpu().numpy()
+            result[_words(name)] = known[name].function(model, ids).scores.flatten().cpu().numpy()
         for name in maps:
             shares = known[name].function(model, ids).normalize()
             for layer, scores in zip(shares.layers, shares.scores[0, :, 0, -1].cpu(), strict=True):
-                found[f"{_words(name)}, layer {layer}"] = scores.numpy()
-        return found
+                result[f"{_words(name)}, layer {layer}"] = scores.numpy()
+        return result
 
     # What there is a map of, such as the layers of a hybrid with attention, is known by asking.
     names = compute(torch.tensor([as_view(model).encode("the", True)]))

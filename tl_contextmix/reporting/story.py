@@ -136,22 +136,22 @@ def read(
     notes = _foreign_words(view.name, asked) if isinstance(asked, str) else ()
     if labels is not None:
         model = view  # every method takes it for the model, with its names
-    done = run_pass(view, Given(asked), logits=True)
+    forward_pass = run_pass(view, Given(asked), logits=True)
     stack: StackName | None = "encoder" if len(view.stacks) == 2 else None
     maps, missing = _maps(model, asked, stack)
     answer = answer or Answer()
-    focus = _focus(model, done) if answer.empty else _asked(done, answer)
+    focus = _focus(model, forward_pass) if answer.empty else _asked(forward_pass, answer)
     answer = replace(answer, pos=focus)
-    notes += _unknown_tokens(model, done)
+    notes += _unknown_tokens(model, forward_pass)
     if generate is None and stack is not None and answer.target is None:
         generate = _OUTPUT
     shared = (triggers, pairs, companion, generate, notes)
-    return Story(model, asked, done, stack, maps, missing, focus, answer, *shared)
+    return Story(model, asked, forward_pass, stack, maps, missing, focus, answer, *shared)
 
 
-def _asked(done: Pass, answer: Answer) -> int:
+def _asked(forward_pass: Pass, answer: Answer) -> int:
     """Returns the position of the one prediction that is asked about."""
-    question = ask(done.view, done.trace.batch, answer)
+    question = ask(forward_pass.view, forward_pass.trace.batch, answer)
     if len(question.rows) != 1:
         raise bad(
             "a report is on one prediction",
@@ -181,12 +181,12 @@ def _maps(
     return found, str(first)
 
 
-def _focus(model: object, done: Pass) -> int | None:
+def _focus(model: object, forward_pass: Pass) -> int | None:
     """Returns the predicting position: the last one, the mask, or where a classifier answers."""
-    if done.view.answers_at is not None:
-        return done.view.answers_at
-    words = done.target.strings[0]
-    if "decoder" in done.view.stacks:
+    if forward_pass.view.answers_at is not None:
+        return forward_pass.view.answers_at
+    words = forward_pass.target.strings[0]
+    if "decoder" in forward_pass.view.stacks:
         return len(words) - 1
     mask = _mask_token(model)
     return next((place for place, word in enumerate(words) if word.strip() == mask), None)
@@ -217,14 +217,14 @@ def _foreign_words(name: str, text: str) -> tuple[str, ...]:
     return (f"{name} was never trained on {listed}: what this page says of them means nothing.",)
 
 
-def _unknown_tokens(model: object, done: Pass) -> tuple[str, ...]:
+def _unknown_tokens(model: object, forward_pass: Pass) -> tuple[str, ...]:
     """Returns where the tokenizer knows no piece of the text."""
     tokenizer = getattr(model, "tokenizer", None)
     unknown = getattr(tokenizer, "unk_token_id", None)
     # GPT-2 has one token for what is unknown, which nothing is, and for where a text begins.
     if unknown is None or "unk" not in str(getattr(tokenizer, "unk_token", "")).lower():
         return ()
-    ids = done.tokens["encoder" if "encoder" in done.tokens else "decoder"].ids
+    ids = forward_pass.tokens["encoder" if "encoder" in forward_pass.tokens else "decoder"].ids
     places = (ids[0] == unknown).nonzero()[:, 0].tolist()
     where = ", ".join(map(str, places))
     told = f"The tokenizer does not know what stands at position {where} of the text."

@@ -40,12 +40,12 @@ def positions(axis: str, wanted: Any, labels: Sequence[int] | Sequence[str]) -> 
     known |= {place - length: place for place in range(length)}
     if not numbered:
         known |= {place: place for place in range(length)}
-    found = []
+    result = []
     for one in _asked(axis, wanted):
         if one not in known:
             raise _absent(axis, one, _known(labels, numbered))
-        found.append(known[one])
-    return found
+        result.append(known[one])
+    return result
 
 
 def _known(labels: Sequence[int] | Sequence[str], numbered: bool) -> str:
@@ -65,13 +65,13 @@ def _asked(axis: str, wanted: Any) -> list[int | str]:
     listed = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted
     if not listed:
         raise _absent(axis, "an empty list", "at least one entry")
-    found = []
+    result = []
     for one in listed:
         number = one if isinstance(one, str) else whole_number(one)
         if number is None:
             raise _absent(axis, one, "integers")
-        found.append(number)
-    return found
+        result.append(number)
+    return result
 
 
 def _absent(axis: str, seen: object, expected: str) -> InvalidInput:

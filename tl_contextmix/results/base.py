@@ -161,12 +161,12 @@ def in_words(name: str) -> str:
 @functools.cache
 def tensor_axes(kind: type) -> dict[str, tuple[str, ...]]:
     """Returns the axes of each tensor that a class holds, as its annotations name them."""
-    found = {}
+    result = {}
     for name, hint in storage.field_types(kind).items():
         for one in (hint, *typing.get_args(hint)):
             if hasattr(one, "dim_str"):
-                found[name] = tuple(one.dim_str.split())
-    return found
+                result[name] = tuple(one.dim_str.split())
+    return result
 
 
 @functools.cache

@@ -238,7 +238,7 @@ def component_grids(
     groups = [("mlp",)] if by == "expert" else groups
     if column is None and by != "layer":
         return []
-    found = []
+    result = []
     for kinds in groups:
         numbers = [KINDS.index(kind) for kind in kinds]
         chosen = torch.isin(components.kind[row], torch.tensor(numbers))
@@ -257,7 +257,7 @@ def component_grids(
             "source": lambda index, kind=kinds[0]: words[kind][index],
             None: lambda index: in_plain_words(KINDS[index]),
         }[column]
-        found.append(
+        result.append(
             Heatmap(
                 title=title if len(kinds) > 1 else f"{title}, {in_plain_words(kinds[0])}",
                 caption=caption,
@@ -269,7 +269,7 @@ def component_grids(
                 axes=("layer", "sublayer" if column is None else column),
             )
         )
-    return found
+    return result
 
 
 def join_rows(parts: Sequence[S]) -> S:

@@ -151,11 +151,11 @@ class Components:
 
     def numbers(self) -> Int[torch.Tensor, "batch component"]:
         """Returns one number for each component, the same wherever in this table it stands."""
-        found = torch.zeros_like(self.kind)
+        result = torch.zeros_like(self.kind)
         for field in fields(self) if self.kind.numel() else ():
             column = getattr(self, field.name)
-            found = found * (int(column.max()) + 2) + column + 1
-        return found
+            result = result * (int(column.max()) + 2) + column + 1
+        return result
 
     def is_empty(self) -> torch.Tensor:
         """Returns which places hold no component."""

@@ -80,8 +80,8 @@ class LayerCurves(RowTable):
         Raises:
             InvalidInput: If there is none of this metric and category.
         """
-        found = tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
-        if not found:
+        result = tuple(p for p in self.points if (p.metric, p.category) == (metric, category))
+        if not result:
             known = list(dict.fromkeys((p.metric, p.category) for p in self.points))
             raise bad(
                 "there is no such curve",
@@ -89,7 +89,7 @@ class LayerCurves(RowTable):
                 f"one of {known}",
                 "Ask for this metric, or for this category.",
             )
-        return found
+        return result
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns a chart per metric, a series per category, and the table with intervals."""

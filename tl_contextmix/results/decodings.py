@@ -282,17 +282,17 @@ class LayerwiseDecoding(LabelledArray):
         )
 
     def _references(self, given: object, *, needed: bool) -> Sequence[str] | None:
-        found = self.references if given is None else as_texts(given, "references")
-        if found is None and not needed:
+        result = self.references if given is None else as_texts(given, "references")
+        if result is None and not needed:
             return None
-        if found is None or len(found) != len(self.inputs) or not all(map(words, found)):
+        if result is None or len(result) != len(self.inputs) or not all(map(words, result)):
             raise bad(
                 "the outputs cannot be compared with a reference",
-                "none" if found is None else f"{len(found)} references: {list(found)[:3]}",
+                "none" if result is None else f"{len(result)} references: {list(result)[:3]}",
                 f"{len(self.inputs)} references, one per input, each with a word in it",
                 "Pass the right answers.",
             )
-        return found
+        return result
 
     @property
     def _complete(self) -> bool:
@@ -313,8 +313,8 @@ def require_measurable(
         InvalidInput: If one is unknown, or what it compares with is not there.
         ContextMixError: If the package it needs is not installed.
     """
-    found = make_metrics(metrics)
-    lacking = [one.name for one in found if one.referenced and not referenced]
+    result = make_metrics(metrics)
+    lacking = [one.name for one in result if one.referenced and not referenced]
     if lacking:
         raise bad(
             "this metric compares with a right answer",
@@ -324,7 +324,7 @@ def require_measurable(
         )
     if "edit distance" in metrics.values() and not last:
         raise _no_final_output()
-    return found
+    return result
 
 
 def _no_final_output() -> InvalidInput:

@@ -157,13 +157,13 @@ class Tokens:
         listed = [*wanted] if isinstance(wanted, (list, tuple)) else [wanted]
         if not any(isinstance(one, str) for one in listed):
             return positions(axis, wanted, self.labels())
-        found = []
+        result = []
         for one in listed:
             if isinstance(one, str):
-                found += self.side(one) or self._occurrences(axis, one, batch)
+                result += self.side(one) or self._occurrences(axis, one, batch)
             else:
-                found += positions(axis, [one], self.labels())
-        return found
+                result += positions(axis, [one], self.labels())
+        return result
 
     def _occurrences(self, axis: str, token: str, batch: list[int]) -> list[int]:
         """Returns the places of a token; padding is none."""
@@ -274,15 +274,15 @@ class Tokens:
         ``<s>`` or ``[MASK]`` and other punctuation stand alone. No word reaches from one stack into
         another, and none depends on the other rows.
         """
-        found: list[list[tuple[int, int]]] = [[] for _ in self.strings]
+        result: list[list[tuple[int, int]]] = [[] for _ in self.strings]
         for start, stop in self._stretches():
             for row, (words, mask) in enumerate(zip(self.strings, self.mask, strict=True)):
                 spaced = self.spaced
                 if spaced is None:
                     spaced = any(word[:1].isspace() and word.strip() for word in words)
                 part = find_words(words[start:stop], mask[start:stop].tolist(), spaced)
-                found[row] += [(start + first, start + last) for first, last in part]
-        return found
+                result[row] += [(start + first, start + last) for first, last in part]
+        return result
 
     def spans(self, of: Stretches) -> list[list[tuple[int, int]]]:
         """Returns stretches ``(start, stop)`` of tokens per row that together hold all real ones.
@@ -302,15 +302,15 @@ class Tokens:
         words = self.words() if of in ("words", "sentences") else []
         if of == "words":
             return words
-        found = []
+        result = []
         for row, pieces in enumerate(self.strings):
             if of == "sentences":
                 parts = self.by_side(words)
                 mine = [one for part in parts for one in find_sentences(pieces, part[row])]
             else:
                 mine = [] if isinstance(of, str) else sorted(self._span(row, one) for one in of)
-            found.append(self._filled(row, mine))
-        return found
+            result.append(self._filled(row, mine))
+        return result
 
     def _span(self, row: int, one: str | tuple[int, int]) -> tuple[int, int]:
         if not isinstance(one, str):
@@ -329,7 +329,7 @@ class Tokens:
 
     def _filled(self, row: int, spans: Spans) -> list[tuple[int, int]]:
         """Returns stretches of a row, and between them those of the other real tokens."""
-        mask, found = self.mask[row].tolist(), []
+        mask, result = self.mask[row].tolist(), []
         for (at, stop), mine in zip(self._stretches(), self.by_side([spans]), strict=True):
             for first, last in (*mine[0], (stop, stop)):
                 if first < at:
@@ -339,9 +339,9 @@ class Tokens:
                         "stretches that share no token",
                         "Ask for one after the other.",
                     )
-                found += [(at, first)] * any(mask[at:first]) + [(first, last)] * (first < last)
+                result += [(at, first)] * any(mask[at:first]) + [(first, last)] * (first < last)
                 at = last
-        return found
+        return result
 
     def join(self, spans: Sequence[Spans]) -> Tokens:
         """Returns one label per stretch of tokens: their text, and the id of the first.
@@ -367,17 +367,17 @@ class Tokens:
         Raises:
             InvalidInput: If a stretch reaches from one stack into another.
         """
-        found = []
+        result = []
         for start, stop in self._stretches():
-            found.append([[(a, b) for a, b in row if start <= a < stop] for row in spans])
-            for a, b in (span for row in found[-1] for span in row):
+            result.append([[(a, b) for a, b in row if start <= a < stop] for row in spans])
+            for a, b in (span for row in result[-1] for span in row):
                 if b > stop:
                     raise _unbuilt(
                         f"the stretch ({a}, {b}) over {self.sides}",
                         "stretches of tokens of one stack",
                         "Cut it where the next stack begins.",
                     )
-        return found
+        return result
 
     def _joined(self, side: str, spans: Sequence[Spans]) -> Tokens:
         longest = max(map(len, spans))

@@ -236,7 +236,7 @@ class LogProbContributions(ComponentSet):
                 return written
             return written.cat(self.encoder.select(first, [*range(width - count)]))
 
-        found = ContextMap(
+        result = ContextMap(
             scores=parts[order].permute(0, 2, 3, 1, 4) * mask[..., None],
             layers=tuple(numbers.tolist()) if layers else (0,),
             heads=("all",) if shape[2] == 1 else tuple(map(str, range(shape[2]))),
@@ -251,10 +251,10 @@ class LogProbContributions(ComponentSet):
             signed=True,
         )
         if not self._continues():
-            return found
+            return result
         prompt = "prompt" if self.encoder is None else "decoder"
         own = split_at(own, [int(self.pos[row]) + 1 for row in first], (prompt, "output"))
-        return found.at(found.target, source(own))
+        return result.at(result.target, source(own))
 
     def _all_there(self) -> bool:
         """Whether no component is missing, as biases are after `top`."""

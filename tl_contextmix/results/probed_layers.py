@@ -187,20 +187,20 @@ class ProbedMaps(LayerCurves):
     def correlations(self) -> dict[tuple[str, str], float]:
         """Returns Spearman's correlation over layers of each method with each probed point."""
         probes, maps = self._by_name(True), self._by_name(False)
-        found = {}
+        result = {}
         for method, curve in maps.items():
             for point, probe in probes.items():
                 shared = sorted(set(curve) & set(probe))
                 a, b = (torch.tensor([one[n] for n in shared]).double() for one in (curve, probe))
-                found[method, point] = float(spearman(a, b)) if shared else float("nan")
-        return found
+                result[method, point] = float(spearman(a, b)) if shared else float("nan")
+        return result
 
     def _by_name(self, probed: bool) -> dict[str, dict[int, float]]:
-        found: dict[str, dict[int, float]] = {}
+        result: dict[str, dict[int, float]] = {}
         for one in self.points:
             if (one.metric == COMPRESSION) == probed:
-                found.setdefault(one.category, {})[one.layer] = one.value
-        return found
+                result.setdefault(one.category, {})[one.layer] = one.value
+        return result
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns probes and maps by layer in one table, then charts and intervals."""

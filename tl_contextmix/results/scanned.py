@@ -323,27 +323,27 @@ class Scan(LabelledArray):
 
 def level_of(components: Components) -> Int[torch.Tensor, " component"]:
     """Returns the place in `LEVELS` of each component of the first row; biases with theirs."""
-    found = torch.zeros_like(components.kind[0])
+    result = torch.zeros_like(components.kind[0])
     biases = [KINDS[kind].endswith("bias") for kind in components.kind[0].tolist()]
     heads = ["attn" in KINDS[kind] for kind in components.kind[0].tolist()]
     bias, head = torch.tensor(biases, dtype=torch.bool), torch.tensor(heads, dtype=torch.bool)
-    found[(components.head[0] >= 0) | (bias & head)] = 1
-    found[(components.neuron[0] >= 0) | (bias & ~head)] = 2
-    return found
+    result[(components.head[0] >= 0) | (bias & head)] = 1
+    result[(components.neuron[0] >= 0) | (bias & ~head)] = 2
+    return result
 
 
 def ranks(
     scores: Float[torch.Tensor, "row component"], components: Components
 ) -> Float[torch.Tensor, "row component"]:
     """Returns the rank of each score among those of its level, from 1; NaN for biases."""
-    found = torch.full_like(scores, torch.nan, dtype=torch.float64)
+    result = torch.full_like(scores, torch.nan, dtype=torch.float64)
     level, bias = level_of(components), components.is_bias()[0]
     for place in range(len(LEVELS)):
         own = ((level == place) & ~bias).nonzero()[:, 0]
         order = scores[:, own].argsort(dim=1, descending=True, stable=True)
         counted = torch.arange(1, len(own) + 1, dtype=torch.float64).expand(order.shape)
-        found[:, own] = torch.empty(order.shape, dtype=torch.float64).scatter(1, order, counted)
-    return found
+        result[:, own] = torch.empty(order.shape, dtype=torch.float64).scatter(1, order, counted)
+    return result
 
 
 def _places(components: Components, level: str) -> list[int]:

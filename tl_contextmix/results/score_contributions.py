@@ -100,11 +100,11 @@ class ScoreContributions(Result):
 
     def _largest(self, k: int) -> list[tuple[str, str, float]]:
         queries, keys = self.labels("target"), self.labels("source")
-        found = []
+        result = []
         for place in largest(self.scores.abs().flatten(), k).tolist():
             row, column = divmod(place, len(keys))
-            found.append((queries[row], keys[column], float(self.scores[row, column])))
-        return found
+            result.append((queries[row], keys[column], float(self.scores[row, column])))
+        return result
 
     def to_dataframe(self, rows: str = "pairs") -> pandas.DataFrame:
         """Returns a table.

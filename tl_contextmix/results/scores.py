@@ -208,9 +208,9 @@ class ScoreTable(RowTable):
                 f"one of {list(self.methods)}",
                 did_you_mean(method, self.methods) or "Compare it, too.",
             )
-        found = {row.layer: torch.tensor(row.values, dtype=torch.float64) for row in rows}
-        if len(found) < len(rows) or not all(len(values) for values in found.values()):
-            several = len(found) < len(rows)
+        result = {row.layer: torch.tensor(row.values, dtype=torch.float64) for row in rows}
+        if len(result) < len(rows) or not all(len(values) for values in result.values()):
+            several = len(result) < len(rows)
             raise bad(
                 "figures cannot be compared sentence by sentence",
                 f"two figures of {method!r} for one layer" if several else "means alone",
@@ -219,7 +219,7 @@ class ScoreTable(RowTable):
                 if several
                 else "Compute them again: files of older versions did not keep these.",
             )
-        return found
+        return result
 
     def require_metric(self, metric: str | None) -> str:
         """Returns a metric there are figures of: the first one for None.

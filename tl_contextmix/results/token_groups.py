@@ -43,19 +43,19 @@ class TokenGroups:
         Raises:
             InvalidInput: If one has gaps, or does not come after the one before.
         """
-        found: list[tuple[int, int]] = []
+        result: list[tuple[int, int]] = []
         for label, chosen in zip(self.labels.strings[row], self.members[row], strict=True):
             places = chosen.nonzero()[:, 0].tolist()
-            end = found[-1][1] if found else 0
+            end = result[-1][1] if result else 0
             if places[0] < end or places[-1] - places[0] >= len(places):
                 raise bad(
                     "these groups of tokens are not stretches one after the other",
-                    f"{label!r}, at {places}" + f", after one up to {end - 1}" * bool(found),
+                    f"{label!r}, at {places}" + f", after one up to {end - 1}" * bool(result),
                     "neighbouring tokens, in the order of the text",
                     "Name each stretch on its own, as (start, stop), in order.",
                 )
-            found.append((places[0], places[-1] + 1))
-        return found
+            result.append((places[0], places[-1] + 1))
+        return result
 
 
 def find_groups(option: str, tokens: Tokens, wanted: Any) -> TokenGroups:

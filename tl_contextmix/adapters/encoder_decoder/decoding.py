@@ -264,9 +264,9 @@ def _encoded(memory: Tensor) -> Any:
     """Returns encoder states as what an encoder returns."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    found: Any = BaseModelOutput(last_hidden_state=memory)
-    found.router_logits = None  # mixtures of experts pass them on
-    return found
+    result: Any = BaseModelOutput(last_hidden_state=memory)
+    result.router_logits = None  # mixtures of experts pass them on
+    return result
 
 
 def _unrouted(model: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def further_arguments(
     Raises:
         InvalidInput: If the model's forward takes no such argument, or not these values.
     """
-    found = {}
+    result = {}
     for name, value in given.items():
         value = torch.tensor(0.5) if isinstance(value, (int, float)) else value  # fits no tokens
         whole = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
@@ -58,8 +58,8 @@ def further_arguments(
                 "integers from 0" + ("" if bound is None else f" to {bound - 1}"),
                 "Take them from the model's own tokenizer.",
             )
-        found[name] = value.to(main.ids.device).long().expand(shape)
-    return found
+        result[name] = value.to(main.ids.device).long().expand(shape)
+    return result
 
 
 def warn_of_lost_segments(view: ModelView, main: Side) -> None:

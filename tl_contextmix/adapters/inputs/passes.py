@@ -111,11 +111,11 @@ class Pass:
         """Returns a part of an activation as an edit of the whole leaves it."""
         places = self._places(self._axes_of(name), part, value)
         whole = edit(self._put(None, part, places, value))
-        found = value.clone()
-        for row, one in zip(_rows(part), found, strict=True):
+        result = value.clone()
+        for row, one in zip(_rows(part), result, strict=True):
             for to, at in _stretches(places):
                 one[at] = whole[(row, *to)]
-        return found
+        return result
 
     @functools.cached_property
     def _activation_axes(self) -> dict[str, str]:
@@ -151,16 +151,16 @@ class Pass:
         Returns:
             The tensors of the whole batch, 0 where there is padding.
         """
-        found: dict[K, Tensor] = {}
+        result: dict[K, Tensor] = {}
         for part in self.parts():
             for name, (axes, value) in compute(part).items():
                 value = part._without_padding(axes, value, part.own(rows))
                 if part.crop is None:
-                    found[name] = value
+                    result[name] = value
                     continue
                 places = self._places(axes, part, value, rows)
-                found[name] = self._put(found.get(name), part, places, value)
-        return found
+                result[name] = self._put(result.get(name), part, places, value)
+        return result
 
     def _without_padding(self, axes: str, value: Tensor, rows: list[int] | None) -> Tensor:
         """Returns what was computed of a part with 0 at its padding."""
@@ -339,10 +339,10 @@ class Pass:
             "includes_residual": True,
             "provenance": self.provenance(method, options),
         }
-        found = ContextMap(**{**fields, **facts})
+        result = ContextMap(**{**fields, **facts})
         if self.asked is None:
-            return found
-        return self.asked.rows_of(found, whole="source" not in facts)
+            return result
+        return self.asked.rows_of(result, whole="source" not in facts)
 
     def provenance(self, method: str, options: Mapping[str, Any], **given: str) -> Provenance:
         """Returns where the results of a method on this pass come from; see `provenance`."""
@@ -433,15 +433,15 @@ def _stretches(places: Sequence[Place | None]) -> Iterator[tuple[Index, Index]]:
 
 def _axes_of_activations(view: ModelView) -> dict[str, str]:
     """Returns the axes of activations by name: batch, heads, and positions of a side."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for stack, block in view.every_block():
-        found |= dict.fromkeys(_names(block), f"batch {stack}")
+        result |= dict.fromkeys(_names(block), f"batch {stack}")
         for attention in block.attentions:
             read = "encoder" if attention.kind == "cross" else stack
-            found |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
-            found[attention.pattern] = f"batch head {stack} {read}"
-            found |= {attention.gate: f"batch {stack}"} if attention.gate else {}
-    return found
+            result |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
+            result[attention.pattern] = f"batch head {stack} {read}"
+            result |= {attention.gate: f"batch {stack}"} if attention.gate else {}
+    return result
 
 
 def _names(block: Block) -> Iterator[str]:

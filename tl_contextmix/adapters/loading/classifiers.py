@@ -66,16 +66,16 @@ def on_every_token(hf_model: Any) -> Any:
     ids = torch.tensor([[11, 18, 25, 32]], device=hf_model.device) % hf_model.config.vocab_size
     with torch.no_grad():
         expected = hf_model(ids).logits
-    found = _with_head(hf_model)
+    result = _with_head(hf_model)
     each = expected.ndim == 3
     errors = []
-    for activation in _activations(found.head.activation):
-        found.head.activation = activation
+    for activation in _activations(result.head.activation):
+        result.head.activation = activation
         with torch.no_grad():
-            logits = found(ids).logits
+            logits = result(ids).logits
         errors.append(_error(logits if each else logits[:, 0], expected))
         if errors[-1] <= _TOLERANCE.get(expected.dtype, 2e-2):
-            return found
+            return result
     raise UnsupportedModel(
         four_parts(
             f"the answer of {type(hf_model).__name__} is not its head's on the first token",
@@ -136,11 +136,11 @@ def _with_head(hf_model: Any) -> Any:
 
 def _like(module: nn.Module, kind: type, modules: dict[str, Any]) -> Any:
     """Returns a module with another's attributes and weights and modules of its own."""
-    found: Any = object.__new__(kind)
+    result: Any = object.__new__(kind)
     own = module.__dict__.items()
-    found.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in own)
-    found._modules = modules
-    return found
+    result.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in own)
+    result._modules = modules
+    return result
 
 
 @functools.cache

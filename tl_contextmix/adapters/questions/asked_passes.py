@@ -51,8 +51,8 @@ def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **option
     stack, batch = view.base_stack(options.get("stack")), read_batch(view, given)
     if answer.target is None and answer.generate is None:
         rows = predicting_rows(view, batch, stack, answer.pos)
-        done = run_pass(view, given, batch=batch, **options)
-        return replace(done, asked=_at_positions(done.target, rows, answer.pos))
+        forward_pass = run_pass(view, given, batch=batch, **options)
+        return replace(forward_pass, asked=_at_positions(forward_pass.target, rows, answer.pos))
     if stack != view.base_stack(None):
         raise bad(
             "this stack predicts no tokens",
@@ -60,9 +60,9 @@ def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **option
             "stack='decoder' or 'cross'",
             "Leave stack out, or ask for rows of the encoder with pos=.",
         )
-    question, done = ask_in_pass(view, given, answer, **options)
+    question, forward_pass = ask_in_pass(view, given, answer, **options)
     assert question.target is not None
-    return replace(done, asked=predictions(question, done.target, question.target))
+    return replace(forward_pass, asked=predictions(question, forward_pass.target, question.target))
 
 
 def ask_in_pass(

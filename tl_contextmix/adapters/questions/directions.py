@@ -86,9 +86,9 @@ class Direction:
 
 def _numbers(vector: Any) -> Tensor:
     with suppress(TypeError, ValueError, RuntimeError):
-        found = torch.as_tensor(vector).detach().clone()
-        if found.ndim == 1 and found.is_floating_point() and bool(found.isfinite().all()):
-            return found
+        result = torch.as_tensor(vector).detach().clone()
+        if result.ndim == 1 and result.is_floating_point() and bool(result.isfinite().all()):
+            return result
     raise bad(
         "this is no direction",
         seen(vector),

@@ -37,8 +37,8 @@ def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> l
             "Give pos=: this model has a class for every token.",
         )
     if pos is None and stack == "encoder":
-        found = masks(view, side)
-        counts = [len(some) for some in found]
+        result = masks(view, side)
+        counts = [len(some) for some in result]
         if any(count != 1 for count in counts):
             row = next(row for row, count in enumerate(counts) if count != 1)
             raise bad(
@@ -47,7 +47,7 @@ def predicting_rows(view: ModelView, batch: Batch, stack: str, pos: object) -> l
                 "one mask in every sentence",
                 "Put the tokenizer's mask token where a word is to be predicted, or give pos=.",
             )
-        return found
+        return result
     if isinstance(pos, str) and pos == "all":
         return [mask.nonzero()[:, 0].tolist() for mask in side.mask.cpu()]
     listed = items(pos)

@@ -97,38 +97,38 @@ def _pieces(view: ModelView, text: str, name: str) -> list[int]:
     """
     if view.classes:
         return _class_called(view, text, name)
-    found = view.pieces(text) if is_text(text) else []
-    if not found and view.labelled:
+    result = view.pieces(text) if is_text(text) else []
+    if not result and view.labelled:
         raise bad(
             "no label is called that",
             repr(text),
             "one of the labels",
             f"Name the {name} as labels= does, or pass an id.",
         )
-    if not found:
+    if not result:
         raise no_target(text, name)
     unknown = None if view.labelled else view.special_ids().get("unknown")
-    for token in found:
+    for token in result:
         if token == unknown and view.to_output(token).strip() != text.strip():
             raise bad(
                 f"the {name} is not in the vocabulary",
-                f"{text!r}, which becomes {''.join(map(view.to_output, found))!r}",
+                f"{text!r}, which becomes {''.join(map(view.to_output, result))!r}",
                 "words of this model's vocabulary",
                 "Use another word, or pass an id.",
             )
-    return found
+    return result
 
 
 def _class_called(view: ModelView, text: str, name: str) -> list[int]:
-    found = [index for index, called in enumerate(view.classes) if called == text]
-    if len(found) != 1:
+    result = [index for index, called in enumerate(view.classes) if called == text]
+    if len(result) != 1:
         raise bad(
             "no class is called that",
             repr(text),
             f"one of {list(view.classes)}",
             f"Name the {name} as the model's id2label does, or pass its number.",
         )
-    return found
+    return result
 
 
 def single_token(view: ModelView, one: object, name: str = "target") -> int:

@@ -58,10 +58,10 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
 
 
 def _arguments(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    found = {"input_ids": batch.main.ids.to(device)}
+    result = {"input_ids": batch.main.ids.to(device)}
     if batch.decoder is not None:
-        found["decoder_input_ids"] = batch.decoder.ids.to(device)
-    return found
+        result["decoder_input_ids"] = batch.decoder.ids.to(device)
+    return result
 
 
 def _inner(module: Any) -> Any:

@@ -99,15 +99,15 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
     """Returns the right answers, one per input, or None."""
     if given is None:
         return None
-    found = as_texts(given, "references")
-    if len(found) != count:
+    result = as_texts(given, "references")
+    if len(result) != count:
         raise bad(
             "references and inputs do not fit each other",
-            f"{len(found)} references for {count} inputs",
+            f"{len(result)} references for {count} inputs",
             "one reference per input",
             "Give as many.",
         )
-    for text in found:
+    for text in result:
         if not words(text) or not _content(model, text):
             raise bad(
                 "a reference has no tokens",
@@ -115,7 +115,7 @@ def read_references(model: EncoderDecoder, given: object, count: int) -> tuple[s
                 "at least one token beside the special ones",
                 "Leave the input out, or correct its reference.",
             )
-    return found
+    return result
 
 
 def _content(model: EncoderDecoder, text: str) -> list[int]:

@@ -85,10 +85,10 @@ def score_contributions(
     )
 
 
-def _sides(done: Pass) -> tuple[str, str]:
+def _sides(forward_pass: Pass) -> tuple[str, str]:
     """Returns the stacks whose streams queries and keys are made of."""
-    side = done.view.base_stack(done.stack)
-    return side, "encoder" if done.kind == "cross" else side
+    side = forward_pass.view.base_stack(forward_pass.stack)
+    return side, "encoder" if forward_pass.kind == "cross" else side
 
 
 def _pass(view: ModelView, given: Given, stack: StackName | None, layer: int) -> Pass:
@@ -98,7 +98,7 @@ def _pass(view: ModelView, given: Given, stack: StackName | None, layer: int) ->
     attention = view.stacks[side][layer].attention("cross" if stack == "cross" else "self")
     names = [name for block in every for name in (*block.points(), *needed(block))]
     names += [attention.query, attention.key, *([attention.scores] if attention.scores else [])]
-    done = run_pass(
+    forward_pass = run_pass(
         view,
         given,
         layer=range(layer + 1),
@@ -106,25 +106,25 @@ def _pass(view: ModelView, given: Given, stack: StackName | None, layer: int) ->
         also=lambda block: () if block.layer else names,
         needs=frozenset({"pattern", "mixing"}),
     )
-    if len(done.batch.main.ids) != 1:
+    if len(forward_pass.batch.main.ids) != 1:
         raise bad(
             "an edge is of one text",
-            f"{len(done.batch.main.ids)} texts",
+            f"{len(forward_pass.batch.main.ids)} texts",
             "one text",
             "Ask about each alone.",
         )
-    return done
+    return forward_pass
 
 
 def _edge(
-    done: Pass, attention: AttentionSublayer, layer: int, edge: tuple[int, int, int, int]
+    forward_pass: Pass, attention: AttentionSublayer, layer: int, edge: tuple[int, int, int, int]
 ) -> Edge:
     """Returns the edge, its numbers counted from the start.
 
     Raises:
         InvalidInput: If there is no such head or position.
     """
-    masks = [done.batch.side(one).mask for one in _sides(done)]
+    masks = [forward_pass.batch.side(one).mask for one in _sides(forward_pass)]
     head = _place("head", edge[1], len(attention.W_O))
     return Edge(
         layer, head, _position("target", edge[2], masks[0]), _position("source", edge[3], masks[1])
@@ -171,24 +171,26 @@ def _position(name: str, given: int, mask: Tensor) -> int:
     return at
 
 
-def _streams(done: Pass, attention: AttentionSublayer, at: Edge) -> list[tuple[Stream, FrozenNorm]]:
+def _streams(
+    forward_pass: Pass, attention: AttentionSublayer, at: Edge
+) -> list[tuple[Stream, FrozenNorm]]:
     """Returns the streams that query and key are made of, and the norms that they are read after.
 
     Cross-attention reads the encoder's, after its final norm.
     """
-    view, (side, other) = done.view, _sides(done)
-    kind = "cross_attn" if done.kind == "cross" else "attn"
+    view, (side, other) = forward_pass.view, _sides(forward_pass)
+    kind = "cross_attn" if forward_pass.kind == "cross" else "attn"
     stop = Stop.before(view.stacks[side][at.layer], kind)
     norms = [attention.norm_in] * 2
     stops: list[Stop | None] = [stop] * 2
-    if done.kind == "cross":
+    if forward_pass.kind == "cross":
         norms[1], stops[1] = view.final_norms.get("encoder"), None
-    found = []
+    result = []
     pairs = zip((side, other), (at.target, at.source), stops, norms, strict=True)
     for stack, pos, stop, norm in pairs:
-        stream = decompose_stream(view, done.trace, stack, torch.tensor([pos]), stop=stop)
-        found.append((stream, FrozenNorm.at(norm, stream.total)))
-    return found
+        stream = decompose_stream(view, forward_pass.trace, stack, torch.tensor([pos]), stop=stop)
+        result.append((stream, FrozenNorm.at(norm, stream.total)))
+    return result
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class _Read:
 
 
 def _read(
-    done: Pass,
+    forward_pass: Pass,
     attention: AttentionSublayer,
     at: Edge,
     stream: Stream,
@@ -239,7 +241,7 @@ def _read(
 ) -> _Read:
     """Returns what query (``"Q"``) or key (``"K"``) of an edge is made of."""
     hook, pos = (attention.query, at.target) if name == "Q" else (attention.key, at.source)
-    shown, x = done.trace[hook][0, pos], norm.affine(stream.total)[0]
+    shown, x = forward_pass.trace[hook][0, pos], norm.affine(stream.total)[0]
     side = Side.of(attention, name, at.head, len(shown), x)
     return _Read(side, stream, norm, side.raw(x), shown)
 

@@ -88,8 +88,8 @@ def knockout(
         batch = question.batch
         if not question.plain:  # a run of its own for each prediction
             batch = batch.each(lambda x: x[question.sentences])
-        done = run_pass(view, given, batch=batch, logits=True)
-        ablation = Ablation(done, question, everywhere)
+        forward_pass = run_pass(view, given, batch=batch, logits=True)
+        ablation = Ablation(forward_pass, question, everywhere)
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
         asked = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
@@ -103,7 +103,7 @@ def knockout(
         target=label_sets(view, asked.target),
         foil=None if asked.foil is None else label_sets(view, asked.foil),
         best=label_sets(view, [*after.argmax(dim=-1)[:, None]]),
-        provenance=done.provenance(
+        provenance=forward_pass.provenance(
             "knockout",
             {
                 "pos": answer.pos,

@@ -400,9 +400,9 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
     """Returns the scores of the neurons themselves."""
     if isinstance(neurons, (LogProbContributions, QueryContributions)):
         return neurons.scores.to(prediction.log_prob)
-    found = prediction.log_prob.new_empty(chosen.kind.shape)
+    result = prediction.log_prob.new_empty(chosen.kind.shape)
     states, components = prediction.stream.states, prediction.stream.components
-    for index in range(found.shape[1]):
+    for index in range(result.shape[1]):
         one = chosen.at(0, index)
         sublayers = [(component.kind, component.layer) for component in components]
         if (one["kind"], one["layer"]) not in sublayers:
@@ -421,8 +421,8 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
             vectors = component.neurons()
         number = torch.tensor([one["neuron"]])
         vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
-        found[:, index] = prediction.vocabulary.gains(states[:, step], vector)[:, 0]
-    return found
+        result[:, index] = prediction.vocabulary.gains(states[:, step], vector)[:, 0]
+    return result
 
 
 def _nothing_read(chosen: Components, by: str) -> InvalidInput:

@@ -107,19 +107,19 @@ def _vectors(
         InvalidInput: If one is not written to the stream.
     """
     shape = (*there.shape, prediction.stream.total.shape[1])
-    found = prediction.stream.total.new_zeros(shape)
+    result = prediction.stream.total.new_zeros(shape)
     missing = there.clone()
     for split in split_stream(prediction.stream, by):
         place = split.grid.find(wanted)
         mine = (place >= 0) & there
         if bool(mine.any()):
-            row = mine.nonzero()[:, 0].to(found.device)
-            found[mine] = _vectors_of(split, row, place[mine].to(found.device))
+            row = mine.nonzero()[:, 0].to(result.device)
+            result[mine] = _vectors_of(split, row, place[mine].to(result.device))
             missing &= ~mine
         if split.bias is not None:
             grid, vector = split.bias
             mine = (grid.find(wanted) >= 0) & there
-            found[mine] = vector[mine.nonzero()[:, 0], 0]
+            result[mine] = vector[mine.nonzero()[:, 0], 0]
             missing &= ~mine
     if bool(missing.any()) or not bool(there.any()):
         odd = missing.nonzero()[:1].tolist()
@@ -129,7 +129,7 @@ def _vectors(
             "components written to the stream of the position they were found at",
             "Take them from a result's .top(k), and give the input they were found on.",
         )
-    return found
+    return result
 
 
 def _vectors_of(split: Split, row: Tensor, place: Tensor) -> Float[Tensor, "some d_model"]:

@@ -117,8 +117,8 @@ class Corpus:
         wanted = sorted(needed.union(spare))
         with _named(self.name):
             picked = _picked(self, wanted) if wanted else ()
-            found = {number: document for number, document in picked if not document.problem}
-        missing = [number for number in sorted(needed) if number not in found]
+            result = {number: document for number, document in picked if not document.problem}
+        missing = [number for number in sorted(needed) if number not in result]
         if missing:
             raise bad(
                 f"{self.name} no longer has a document",
@@ -126,7 +126,7 @@ class Corpus:
                 "the corpus that was mined",
                 "Pass the corpus again; an iterator can be read only once.",
             )
-        return found
+        return result
 
 
 def open_corpus(
@@ -150,15 +150,15 @@ def open_corpus(
     if isinstance(corpus, Corpus):
         return corpus
     if rows:
-        found = replace(_open(corpus, None, ""), rows=True)
-        if found.kind == "text":
+        result = replace(_open(corpus, None, ""), rows=True)
+        if result.kind == "text":
             expected = "the path of a jsonl, JSON, CSV, TSV or parquet file"
-            raise _no_corpus(f"{found.name}, a text", expected, "Give the file its suffix.")
-        return found
-    found = _open(corpus, column, default or "text")
-    if found.kind == "table":
-        _require_column(found, getattr(corpus, "column_names", corpus.columns))
-    return found
+            raise _no_corpus(f"{result.name}, a text", expected, "Give the file its suffix.")
+        return result
+    result = _open(corpus, column, default or "text")
+    if result.kind == "table":
+        _require_column(result, getattr(corpus, "column_names", corpus.columns))
+    return result
 
 
 def _open(corpus: Any, column: str | None, default: str) -> Corpus:

@@ -96,7 +96,7 @@ def ff_memories(
     stack = view.base_stack(None)
     require_predicting(view, stack)
     how = readings(view, projection)
-    done = run_pass(
+    forward_pass = run_pass(
         view,
         Given(input, **inputs),
         layer=layer,
@@ -104,18 +104,21 @@ def ff_memories(
         needs=LayerReadout.NEEDS,
         logits=True,
     )
-    ffs = [require_feed_forward(block) for block in done.blocks]
-    require_as_many(done.blocks)
+    ffs = [require_feed_forward(block) for block in forward_pass.blocks]
+    require_as_many(forward_pass.blocks)
     rule = active_rule(active, ffs[0].gated)
     with torch.no_grad():
-        readout = LayerReadout.of(view, done.trace, how, rule, done.target.mask)
-        found = [readout.read(block, done.trace) for block in done.progress("ff_memories")]
-        tables = torch.stack([promoted(view, block, how[1]) for block in done.blocks])
-        signs = [_quadrants(ff, done) for ff in ffs]
+        readout = LayerReadout.of(view, forward_pass.trace, how, rule, forward_pass.target.mask)
+        found = [
+            readout.read(block, forward_pass.trace)
+            for block in forward_pass.progress("ff_memories")
+        ]
+        tables = torch.stack([promoted(view, block, how[1]) for block in forward_pass.blocks])
+        signs = [_quadrants(ff, forward_pass) for ff in ffs]
         norms = torch.stack([values(ff).norm(dim=-1) for ff in ffs])
 
     def placed(numbers: Tensor) -> Tensor:
-        whole = numbers.new_zeros(*done.target.mask.shape, *numbers.shape[1:])
+        whole = numbers.new_zeros(*forward_pass.target.mask.shape, *numbers.shape[1:])
         whole[readout.where] = numbers
         return whole
 
@@ -131,11 +134,13 @@ def ff_memories(
         quadrants=torch.stack(signs, dim=1),
         promoted=tables,
         norm=norms,
-        layers=done.layers,
+        layers=forward_pass.layers,
         cases=CASES,
-        tokens=done.target,
-        words=word_table(done.view, *tops, final, tables),
-        provenance=done.provenance("ff_memories", {"active": rule, "projection": projection}),
+        tokens=forward_pass.target,
+        words=word_table(forward_pass.view, *tops, final, tables),
+        provenance=forward_pass.provenance(
+            "ff_memories", {"active": rule, "projection": projection}
+        ),
         expert=_experts(ffs),
     )
 
@@ -148,10 +153,10 @@ def _experts(ffs: list[FeedForward]) -> Tensor | None:
     return torch.stack([torch.full((ffs[0].width,), -1) if one is None else one for one in each])
 
 
-def _quadrants(ff: FeedForward, done: Pass) -> Tensor:
+def _quadrants(ff: FeedForward, forward_pass: Pass) -> Tensor:
     """Returns the share of neurons in each quadrant; no quadrant where there are no gates."""
-    post = done.trace[ff.post]
+    post = forward_pass.trace[ff.post]
     if not ff.gated:
         return post.new_zeros(*post.shape[:2], 0)
-    found = quadrants(ff, done.trace)
+    found = quadrants(ff, forward_pass.trace)
     return torch.stack([(found == one).to(post).mean(-1) for one in range(len(QUADRANTS))], dim=-1)

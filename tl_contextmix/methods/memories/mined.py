@@ -64,7 +64,7 @@ class Mined(Shown):
 
         With ``tails="both"`` or ``"quadrants"`` these are those that no token was routed to.
         """
-        found: dict[int, tuple[int, ...]] = {}
+        result: dict[int, tuple[int, ...]] = {}
         sizes = self.manifest["run"]["options"].get("experts", {})
         for layer, each in sizes.items():
             spoken = set(
@@ -76,8 +76,8 @@ class Mined(Shown):
                 silent += [expert] if own and not own & spoken else []
                 start += size
             if silent:
-                found[int(layer)] = tuple(silent)
-        return found
+                result[int(layer)] = tuple(silent)
+        return result
 
     @property
     def k(self) -> int:
@@ -115,15 +115,15 @@ class Mined(Shown):
             conditions.append(("neuron", "=", neuron))
         if tail is not None:
             conditions.append(("tail", "=", self.known_tail(tail)))
-        found = read_table(self.folder, self.manifest, conditions)
+        result = read_table(self.folder, self.manifest, conditions)
         if self.view is not None:
             most = max(
-                (int(found[n].max()) for n in ("token", "next_token") if len(found)), default=0
+                (int(result[n].max()) for n in ("token", "next_token") if len(result)), default=0
             )
             if most >= self.view.d_vocab:
                 seen = f"token {most} of a vocabulary of {self.view.d_vocab}"
                 raise unreadable(self.folder / TABLE, seen)
-        return found
+        return result
 
     def known_tail(self, tail: str | None) -> str:
         """Returns a tail that was mined; None is the first."""

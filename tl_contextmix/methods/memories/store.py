@@ -176,9 +176,9 @@ def read_table(
         schema = pyarrow.parquet.read_schema(path)
         if schema.names != _READABLE[manifest["format"]]:
             raise ValueError(f"columns {schema.names}")
-        found = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
-        check_table(found, manifest)
-        return found
+        result = pyarrow.parquet.read_table(path, filters=conditions or None).to_pandas()
+        check_table(result, manifest)
+        return result
     except Exception as error:  # a hostile file can fail anywhere
         raise unreadable(path, error) from error
 

@@ -68,13 +68,15 @@ def token_memory(
     ``2 p n H K`` to mix it at p positions. The shares are ``p n K`` numbers per layer, held once.
     """
     needs = identities(("mlp_out",)) - {"mlp"}
-    done = run_pass(as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs)
-    sizes = {require_feed_forward(block).width for block in done.blocks}
+    forward_pass = run_pass(
+        as_view(model), Given(input, **inputs), layer=layer, stack=stack, needs=needs
+    )
+    sizes = {require_feed_forward(block).width for block in forward_pass.blocks}
     chosen = positions("neuron", neurons, range(min(sizes)))
-    rows = positions("pos", pos, done.target.labels())
-    source = done.source("mlp_out")
-    target = done.target.select(list(range(len(done.target.ids))), rows)
-    device = done.view.device
+    rows = positions("pos", pos, forward_pass.target.labels())
+    source = forward_pass.source("mlp_out")
+    target = forward_pass.target.select(list(range(len(forward_pass.target.ids))), rows)
+    device = forward_pass.view.device
     columns = torch.tensor(chosen, device=device)
 
     def memories(part: Pass) -> dict[str, tuple[str, Tensor]]:
@@ -93,16 +95,16 @@ def token_memory(
         }
 
     with torch.no_grad():
-        found = done.together(memories, rows)
+        found = forward_pass.together(memories, rows)
     padding = ~target.mask.to(device), ~source.mask.to(device)
     unread = padding[0][:, :, None] | padding[1][:, None, :]
     return TokenMemory(
         shares=found["shares"].masked_fill_(unread[:, None, :, :, None], 0),
         bias=found["bias"].masked_fill_(padding[0][:, None, :, None], 0),
         neurons=tuple(chosen),
-        layers=done.layers,
-        stack=done.stack,
+        layers=forward_pass.layers,
+        stack=forward_pass.stack,
         target=target,
         source=source,
-        provenance=done.provenance("token_memory", {"pos": rows, "bias": bias}),
+        provenance=forward_pass.provenance("token_memory", {"pos": rows, "bias": bias}),
     )

@@ -303,14 +303,14 @@ def on_host(tops: Mapping[tuple[int, str], TopK]) -> dict[tuple[int, str], TopK]
 
 def hash_prefixes(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     """Returns 64 bits for each prefix, equal for equal prefixes."""
-    found, state = torch.empty_like(ids), torch.zeros_like(ids[:, 0])
+    result, state = torch.empty_like(ids), torch.zeros_like(ids[:, 0])
     for pos in range(ids.shape[1]):
         # A step of splitmix64 for each token; integers wrap.
         state = state * _ODD[0] + ids[:, pos] + 1
         for shift, factor in ((30, _ODD[1]), (27, _ODD[2])):
             state = (state ^ (state >> shift)) * factor
-        found[:, pos] = state ^ (state >> 31)
-    return found
+        result[:, pos] = state ^ (state >> 31)
+    return result
 
 
 def first_of_each(keys: Int[Tensor, " row"], places: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:

@@ -56,7 +56,7 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
     """
     picked = _picked(triggers, set(frame["document"].tolist()))
     ids = {number: _as_mined(triggers, document) for number, document in picked.items()}
-    found, hashes = {}, frame.get("hash", frame["document"].map(lambda _: None))
+    result, hashes = {}, frame.get("hash", frame["document"].map(lambda _: None))
     for place, token, mined in zip(places_of(frame), frame["token"], hashes, strict=True):
         document, position = place
         whole = ids[document]
@@ -69,8 +69,8 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
                 f"the text whose token {token} is at position {position}",
                 "Pass the corpus that was mined with load_triggers(..., corpus=...).",
             )
-        found[place] = whole if triggers.both_ways else whole[: position + 1]
-    return found
+        result[place] = whole if triggers.both_ways else whole[: position + 1]
+    return result
 
 
 def _picked(triggers: Mined, needed: set[int], spare: Iterable[int] = ()) -> dict[int, Document]:
@@ -89,7 +89,7 @@ def sample(triggers: Mined) -> list[list[int]]:
 
     Without the tokens that frame them, and without documents that were not mined.
     """
-    total, found = triggers.manifest["counts"]["documents"], []
+    total, result = triggers.manifest["counts"]["documents"], []
     drawn = random.Random(0).sample(range(total), min(_SAMPLE, total))
     whole = triggers.manifest["run"]["options"]["too_long"] != "cut"
     for document in _picked(triggers, set(), drawn).values():
@@ -98,8 +98,8 @@ def sample(triggers: Mined) -> list[list[int]]:
         if whole and len(ids) < len(encode(triggers.require_view(), document, triggers.bos)):
             continue
         if len(ids) > before + after:
-            found.append(ids[before : len(ids) - after])
-    return found
+            result.append(ids[before : len(ids) - after])
+    return result
 
 
 def coefficients_of(
@@ -113,7 +113,7 @@ def coefficients_of(
         blocks: The layers.
         last: How many positions at the end are kept; 0 for all.
     """
-    found: list[dict[int, Tensor]] = []
+    result: list[dict[int, Tensor]] = []
     names = [require_feed_forward(block).post for block in blocks]
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
@@ -122,11 +122,11 @@ def coefficients_of(
             batch = make_batch(view, Given(side.ids, attention_mask=side.mask))
             trace = view.run(batch, names, logits=False)
             layers = {b.layer: require_feed_forward(b).coefficients(trace) for b in blocks}
-        found += [
+        result += [
             {layer: one[index, : len(row)][-last:].cpu() for layer, one in layers.items()}
             for index, row in enumerate(some)
         ]
-    return found
+    return result
 
 
 def examples(

@@ -174,18 +174,18 @@ def common(
     contexts: list[tuple[int, ...]], left_out: frozenset[int] = frozenset()
 ) -> list[tuple[str, tuple[int, ...], float]]:
     """Returns the patterns of contexts: kind, tokens, share; none but an ending is `left_out`."""
-    found = []
+    result = []
     for length in _ENDINGS:
         endings = Counter(c[-length:] for c in contexts if len(c) >= length)
         tokens, count = endings.most_common(1)[0] if endings else ((), 0)
         if length == 1 or count >= _KEPT * len(contexts):
-            found.append(("ends with", tokens, count / len(contexts)))
+            result.append(("ends with", tokens, count / len(contexts)))
             break
     before = Counter(token for c in contexts for token in set(c[:-1]) - left_out)
     if before:
         token, count = before.most_common(1)[0]
-        found.append(("contains", (token,), count / len(contexts)))
-    return found
+        result.append(("contains", (token,), count / len(contexts)))
+    return result
 
 
 def removal(triggers: Mined, frame: pandas.DataFrame, seed: int) -> LayerFigures:
