@@ -23,7 +23,7 @@ _SHOWN = {
     "attention_norms, block_out": "norms through the feed-forward block",
     "value_zeroing": "Value Zeroing",
     "globenc": "GlobEnc",
-    "alti": "ALTI",
+    "alti": "ALTI, aggregation of layer-wise token-to-token interactions",
     "decompx": "DecompX",
     "gradient_x_input": "gradient x input",
     "integrated_gradients, 10 steps": "integrated gradients, 10 steps",

@@ -338,12 +338,13 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
         mixers = tuple(replace(mixer, norm_in=norms.get("ln1")) for mixer in block.mixers)
         block = replace(block, mixers=mixers)
     if "ln1_post" in norms:
-        around = [{"norm_in": norms.get(n), "norm_out": norms.get(f"{n}_post")} for n in names]
         attentions = tuple(
-            replace(attention, **own)
-            for attention, own in zip(block.attentions, around, strict=False)
+            replace(attention, norm_in=norms.get(name), norm_out=norms.get(f"{name}_post"))
+            for attention, name in zip(block.attentions, names, strict=False)
         )
-        ff = None if ff is None else replace(ff, **around[count])
+        if ff is not None:
+            last = names[count]
+            ff = replace(ff, norm_in=norms.get(last), norm_out=norms.get(f"{last}_post"))
         yield replace(block, attentions=attentions, feed_forward=ff)
         return
     before = tuple(

@@ -37,6 +37,12 @@ def in_precision(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if whole else HalfWeight(weight, dtype)
 
 
+def _described(weight: HalfWeight, *, tensor_contents: object = None) -> str:
+    """Returns shape and dtypes; the numbers are the weight's."""
+    del tensor_contents
+    return f"HalfWeight({tuple(weight.shape)}, {weight.held.dtype} as {weight.dtype})"
+
+
 class HalfWeight(Tensor):
     """A weight kept in half precision that other code sees in the dtype of the maths.
 
@@ -64,10 +70,8 @@ class HalfWeight(Tensor):
         made.held = held
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        """Returns shape and dtypes; the numbers are the weight's."""
-        del tensor_contents
-        return f"HalfWeight({tuple(self.shape)}, {self.held.dtype} as {self.dtype})"
+    # By assignment: mypy reads the option of the tensor's own as one without a name.
+    __repr__: Any = _described
 
     def whole(self) -> Tensor:
         """Returns a copy in the dtype of the maths."""

@@ -22,7 +22,7 @@ Route = Literal["all", "active", "folded"]
 
 # Measured on one core: to move a number takes as long as so many operations of a product, and a
 # target that is looked at alone as many as these, for its calls.
-_PER_MOVE, _PER_TARGET = 100, 2 * 10**7
+_PER_MOVE, _PER_TARGET = 100, 5 * 10**7
 # A route that is hardly cheaper is no faster: it works through smaller products.
 _SAVES = 0.9
 
@@ -46,7 +46,7 @@ class Costs:
     entering: int
     read: int
 
-    def active(self, pairs: int, targets: int, active: int) -> float:
+    def active(self, pairs: int, targets: int, active: int) -> int:
         """Returns what the active neurons of some targets cost, all targets together.
 
         Args:
@@ -57,11 +57,11 @@ class Costs:
         weights = self.d_model + self.entering
         return active * weights * (2 * pairs + _PER_MOVE) + targets * _PER_TARGET
 
-    def all(self, pairs: int, targets: int) -> float:
+    def all(self, pairs: int, targets: int) -> int:
         """Returns what all neurons cost."""
         return targets * pairs * self.width * 2 * (self.d_model + self.mixed)
 
-    def folded(self, pairs: int, targets: int, times: int = 1) -> float:
+    def folded(self, pairs: int, targets: int, times: int = 1) -> int:
         """Returns what a matrix for each target costs.
 
         Args:
