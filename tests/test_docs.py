@@ -131,7 +131,9 @@ def test_search_finds_every_page(site: Path, served: str) -> None:
     with launched() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(served)
-        page.fill("input.md-search__input", "left padding numbers")
+        page.focus("input.md-search__input")  # it reads its index then, and misses words before
+        page.get_by_text("Type to start searching").wait_for(state="attached")
+        page.keyboard.type("left padding numbers")
         page.wait_for_selector(".md-search-result__link")
         links = page.eval_on_selector_all(
             ".md-search-result__link", "nodes => nodes.map((n) => n.getAttribute('href'))"

@@ -343,8 +343,8 @@ def _placements(block: Block, norms: dict[str, Norm | None]) -> Iterator[Block]:
             for attention, name in zip(block.attentions, names, strict=False)
         )
         if ff is not None:
-            last = names[count]
-            ff = replace(ff, norm_in=norms.get(last), norm_out=norms.get(f"{last}_post"))
+            name = names[count]
+            ff = replace(ff, norm_in=norms.get(name), norm_out=norms.get(f"{name}_post"))
         yield replace(block, attentions=attentions, feed_forward=ff)
         return
     before = tuple(
