@@ -102,9 +102,13 @@ def main(arguments: list[str] | None = None) -> None:
         "inseq": lambda: beside_inseq(given.python, given.quick),
         "generated": lambda: generated_text(given.python, given.quick),
     }
-    found: dict[str, Any] = {"machine": machine()} if given.rows is None else {}
+    wanted, found = given.only or PARTS, dict[str, Any]()
+    if given.rows is None:
+        # Published code takes checkouts, so its rows may be another machine's.
+        keys = {"growth": "machine", "peers": "peers machine"}
+        found = {key: machine() for part, key in keys.items() if part in wanted}
     with torch.no_grad():
-        for name in given.only or PARTS:
+        for name in wanted:
             if name in ("inseq", "generated") and not given.python:
                 continue
             if name == "peers" and given.peers is None:

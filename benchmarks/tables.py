@@ -134,7 +134,7 @@ def peers(found: Mapping[str, Any]) -> str:
     """Returns the table of published code, with what has to be known to read it."""
     head = ["method", "beside", "on", "difference", "GFLOP", "theirs / ours", "seconds"]
     head += ["theirs / ours, seconds", "note"]
-    return markdown(head, map(_peers_row, found["peers"]))
+    return f"{found['peers machine']}.\n\n{markdown(head, map(_peers_row, found['peers']))}"
 
 
 def _peers_row(row: Mapping[str, Any]) -> list[str]:
@@ -176,7 +176,9 @@ def speed(found: Mapping[str, Any]) -> str:
     n = next(iter(rows.values()))["lengths"][-1]
     head = ["question", f"operations, in forward passes (n={n})", "own work grows as", "seconds"]
     head += ["compared with", "fewer operations", "faster"]
-    return f"{markdown(head, _speed_rows(found))}\n{found['machine']}.\n"
+    where, other = found["machine"], found.get("peers machine", found["machine"])
+    also = "" if where == other else f" Published code and ours beside it: {other.split('; ')[1]}."
+    return f"{markdown(head, _speed_rows(found))}\n{where}.{also}\n"
 
 
 def _speed_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:

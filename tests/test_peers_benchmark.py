@@ -36,7 +36,7 @@ def test_every_peer_is_asked_the_same_as_the_package(peer: Peer) -> None:
 def test_the_reason_stands_beside_a_ratio_below_one() -> None:
     row = {"method": "globenc", "other": "X", "on": "Y", "difference": 0.0, "bound": 0}
     row |= {"operations": (2, 1), "seconds": (1.0, 3.0), "shown": "globenc", "note": "why"}
-    assert "| 0.5 | 1 | 3 | why |" in tables.peers({"peers": [row]})
+    assert "| 0.5 | 1 | 3 | why |" in tables.peers({"peers": [row], "peers machine": "here"})
     grown = {"operations": [4], "own_exponent": None, "seconds": 1.0, "lengths": [8]}
     rows = {"forward pass, causal-lm": grown, "globenc": grown}
     assert "X (why)" in tables.speed({"growth": rows, "peers": [row], "machine": ""})
