@@ -313,7 +313,7 @@ def _edit_points(
 
 
 def _post_norm(path: str, block: nn.Module, number: int) -> tuple[str, ...]:
-    """Returns the hook point behind the norm of a sublayer's output, where there is one."""
+    """Returns the hook point after the norm of a sublayer's output, where there is one."""
     name = f"ln{number}_post"
     return _under(path, (f"{name}.hook_out",)) if name in block._modules else ()
 

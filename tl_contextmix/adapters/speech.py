@@ -299,7 +299,7 @@ def _readout(host: _Host, handle: Handle, kind: str) -> Readout:
     if head_of(model) is None:
         refusal = four_parts(
             f"{kind} has no vocabulary readout",
-            "an encoder of sound without a head, or behind an adapter that joins frames",
+            "an encoder of sound without a head, or after an adapter that joins frames",
             "a decoder that predicts tokens, such as Whisper's, or a CTC head",
             "Maps of its layers are fine; vocabulary questions are not answered for this model.",
         )

@@ -40,7 +40,7 @@ def head_of(model: Any) -> Any:
     if "decoder" in stacks_of(model):
         return model.get_output_embeddings()
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
-    joined = getattr(base, "adapter", None) is not None  # frames behind it are fewer
+    joined = getattr(base, "adapter", None) is not None  # frames after it are fewer
     return None if joined else getattr(model, "lm_head", None)
 
 

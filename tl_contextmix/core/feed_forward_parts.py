@@ -256,13 +256,12 @@ class FeedForwardParts:
     def _tiles_of_active(self, active: Sequence[Tensor], max_bytes: int) -> Iterator[Tile]:
         batch, target, width = self.bias.shape
         weights = tuple(weight.T.contiguous() for weight in self.weights)
-        sums = (self.read,) if self.residual is None else (self.read, self.residual)
         budget = max_bytes // self.bias.element_size()
         held = sum(slope.numel() for slope in self.slopes) + sum(map(Tensor.numel, weights))
         held += 10 * batch * target * width + sum(map(len, active)) * 2
         room = max(budget - held, budget // 4)
         # What heads read of a source; of a pair, what enters and what comes out of it.
-        view = sum(width * max(r.value.shape[2] for r in each.terms) for each in sums)
+        view = sum(width * max(r.value.shape[2] for r in each.terms) for each in self._sums)
         targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
         sources = max(
             1, min(self.sources, room // (view + 6 * width * targets + self.W_out.shape[0]))
@@ -283,9 +282,12 @@ class FeedForwardParts:
 
     def support(self) -> tuple[Support, Support]:
         """Returns where parts of what is read can be other than zero, and where those of all."""
-        sums = (self.read,) if self.residual is None else (self.read, self.residual)
-        read, *residual = Support.of(*sums)
+        read, *residual = Support.of(*self._sums)
         return read, read.join(residual[0]) if residual else read
+
+    @property
+    def _sums(self) -> tuple[TokenSum, ...]:
+        return (self.read,) if self.residual is None else (self.read, self.residual)
 
     def _costs(self) -> Costs:
         branches, width = len(self.slopes), self.bias.shape[2]

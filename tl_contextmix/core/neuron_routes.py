@@ -46,6 +46,11 @@ class Costs:
     entering: int
     read: int
 
+    @classmethod
+    def of_parts(cls, neurons: int, d_model: int, width: int, branches: int) -> Costs:
+        """Returns the sizes where parts of some width enter, not what heads mix."""
+        return cls(neurons, d_model, branches * width, branches * width, width)
+
     def active(self, pairs: int, targets: int, active: int) -> int:
         """Returns what the active neurons of some targets cost, all targets together.
 
@@ -130,8 +135,7 @@ def transmit(
     """
     count, pairs, width = parts.shape
     neuron, d_out = W_out.shape
-    mixed = len(weights) * width
-    sizes = Costs(neuron, d_out, mixed, mixed, width)
+    sizes = Costs.of_parts(neuron, d_out, width, len(weights))
     used, active = None, None
     if silent and sizes.may_gather(pairs, count):
         used = in_use(slopes)

@@ -106,8 +106,8 @@ def decompx(
 
     Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
     for more than a hundred tokens of which none reads a later one. Where a token has many parts at
-    once (439 in GPT-2 small), its slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for its
-    feed-forward block. That takes ``max_bytes`` for all tokens, about ``8 n^2 d`` numbers' bytes.
+    once (`neuron_routes` counts), its slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for
+    its feed-forward block. That takes ``max_bytes`` for all tokens, ``8 n^2 d`` bytes in float32.
     """
     view, names = as_view(model), ("target", "foil", "generate")
     wanted = any(inputs.get(name) is not None for name in names)
@@ -304,8 +304,7 @@ class _Carried:
         if self.encoder is not None or ff is None or ff.routes or held > max_bytes:
             return False
         own = all(a.sublayer.kind == "self" for one in self.own.blocks for a in one.attentions)
-        mixed = width * (1 + ff.gated)
-        sizes = Costs(ff.width, width, mixed, mixed, width)
+        sizes = Costs.of_parts(ff.width, width, width, 1 + ff.gated)
         return own and sizes.route(count, 1) == "folded" and causal(self.own.blocks)
 
     def _norms_of_all(self) -> Float[Tensor, "batch layer target source"]:
