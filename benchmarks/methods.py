@@ -1,8 +1,9 @@
 """What every method takes against the length of its input: operations, bytes, seconds, exponents.
 
-The models: GPT-2's widths with a sixth of its layers and words, and the embedded encoder-decoder's
-shape in six layers, both with random weights. `all.py` prints and stores what is found here;
-`counts` is what `tests/test_cost_counts.py` repeats on the embedded models.
+The models: GPT-2's widths with a sixth of its layers and words; all of GPT-2 small's shape, for what
+grows with both; the embedded encoder-decoder's shape in six layers, for DecoderLens. Their weights
+are random. `all.py` prints and stores what is found here; `counts` is what
+`tests/test_cost_counts.py` repeats on the embedded models.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, make_batch
 
 Work = Callable[[], object]
-Kind = Literal["causal-lm", "encoder-decoder"]
+Kind = Literal["causal-lm", "GPT-2 small", "encoder-decoder"]
 STEPS, ANSWER, SHARD = 10, 20, 32
 # A sixth of GPT-2's layers and words: passes are made of blocks and of the readout as in GPT-2.
 LAYERS, VOCABULARY = 2, 8376
+SMALL_LAYERS, SMALL_VOCABULARY = 12, 50_257
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ class Method:
     Attributes:
         make: Returns what asks it.
         passes: How many forward passes nothing can do without; None where nobody has said.
-        own: The least operations beyond them for a number of tokens, in a model of `LAYERS` layers
-            of GPT-2's widths.
+        own: The least operations beyond them for a number of tokens, in a model of its kind.
         kind: Of the model.
     """
 
@@ -73,9 +74,14 @@ def _scanning_many(model: Any, ids: Tensor) -> Work:
     return partial(cm.scan, model, rows, shard_size=SHARD)
 
 
-def _readouts(components: Callable[[int], int]) -> Callable[[int], int]:
-    """Returns the operations of reading some components as distributions, 2 d V each."""
-    return lambda n: 2 * components(n) * 768 * VOCABULARY
+def _contributions(components: Callable[[int], int] | None = None, **options: Any) -> Method:
+    """Returns contributions in GPT-2 small, some components read as distributions, 2 d V each."""
+    return Method(
+        _call(cm.log_prob_contributions, **options),
+        1,
+        lambda n: 2 * components(n) * 768 * SMALL_VOCABULARY if components else 0,
+        "GPT-2 small",
+    )
 
 
 def _pairs(n: int) -> int:
@@ -122,37 +128,22 @@ METHODS: dict[str, Method] = {
     f"integrated_gradients, {STEPS} steps": Method(
         _call(cm.integrated_gradients, steps=STEPS), 2 * STEPS
     ),
-    "log_prob_contributions, layer": Method(
-        _call(cm.log_prob_contributions), 1, _readouts(lambda n: 2 * LAYERS + 1)
+    "log_prob_contributions, layer": _contributions(lambda n: 2 * SMALL_LAYERS + 1),
+    "log_prob_contributions, head": _contributions(lambda n: 12 * SMALL_LAYERS, by="head"),
+    "log_prob_contributions, position": _contributions(lambda n: n * SMALL_LAYERS, by="position"),
+    "log_prob_contributions, head_position": _contributions(
+        lambda n: 12 * n * SMALL_LAYERS, by="head_position"
     ),
-    "log_prob_contributions, head": Method(
-        _call(cm.log_prob_contributions, by="head"), 1, _readouts(lambda n: 12 * LAYERS)
+    "log_prob_contributions, best 10 head_position": _contributions(by="head_position", k=10),
+    "log_prob_contributions, best 10 ff_neurons": _contributions(by="ff_neuron", k=10),
+    "log_prob_contributions, best 10 attn_neurons": _contributions(by="attn_neuron", k=10),
+    "log_prob_contributions, head, foil": _contributions(by="head", target=5, foil=7),
+    "log_prob_contributions, head, two tokens": _contributions(by="head", target=[[5, 7]]),
+    "log_prob_contributions, layer, all positions": _contributions(
+        lambda n: n * (2 * SMALL_LAYERS + 1), pos="all"
     ),
-    "log_prob_contributions, position": Method(
-        _call(cm.log_prob_contributions, by="position"), 1, _readouts(lambda n: n * LAYERS)
-    ),
-    "log_prob_contributions, head_position": Method(
-        _call(cm.log_prob_contributions, by="head_position"),
-        1,
-        _readouts(lambda n: 12 * n * LAYERS),
-    ),
-    "log_prob_contributions, best 10 ff_neurons": Method(
-        _call(cm.log_prob_contributions, by="ff_neuron", k=10), 1
-    ),
-    "log_prob_contributions, best 10 attn_neurons": Method(
-        _call(cm.log_prob_contributions, by="attn_neuron", k=10), 1
-    ),
-    "log_prob_contributions, head, foil": Method(
-        _call(cm.log_prob_contributions, by="head", target=5, foil=7), 1
-    ),
-    "log_prob_contributions, head, two tokens": Method(
-        _call(cm.log_prob_contributions, by="head", target=[[5, 7]]), 1
-    ),
-    "log_prob_contributions, layer, all positions": Method(
-        _call(cm.log_prob_contributions, pos="all"), 1, _readouts(lambda n: n * (2 * LAYERS + 1))
-    ),
-    "log_prob_contributions, head, direction": Method(
-        _call(cm.log_prob_contributions, by="head", target=cm.Direction(layer=-1, neuron=3)), 1
+    "log_prob_contributions, head, direction": _contributions(
+        by="head", target=cm.Direction(layer=-1, neuron=3)
     ),
     "decompose, heads at resid_mid of the last layer": Method(
         _call(cm.decompose, at="resid_mid", heads=True, layer=-1), 1
@@ -174,7 +165,9 @@ METHODS: dict[str, Method] = {
     "scan, one prompt by layer and head": Method(_scanning, 1),
     "scan, n prompts of 12 tokens": Method(_scanning_many),
     "value_zeroing, 8 generated tokens": Method(_call(cm.value_zeroing, generate=8)),
-    "ff_memories": Method(_call(cm.ff_memories), 1, _readouts(lambda n: (3 * LAYERS - 1) * n)),
+    "ff_memories": Method(
+        _call(cm.ff_memories), 1, lambda n: (3 * LAYERS - 1) * n * 2 * 768 * VOCABULARY
+    ),
     "token_memory": Method(
         _call(cm.token_memory), 1, lambda n: LAYERS * _pairs(n) * 2 * 12 * 4 * 768
     ),
@@ -190,6 +183,7 @@ class Growth:
     """What one method took.
 
     Attributes:
+        kind: Of its model.
         lengths: Tokens.
         operations: Products of matrices, for each length.
         bytes: The most that were alive at once, beside weights.
@@ -200,6 +194,7 @@ class Growth:
         bytes_exponent: Of the bytes.
     """
 
+    kind: Kind
     lengths: list[int]
     operations: list[int]
     bytes: list[int]
@@ -240,10 +235,14 @@ def growth(
     Args:
         lengths: Numbers of tokens.
         runs: How many times each is timed, at the largest length.
-        width: Of the first model; bounds are known for 768.
+        width: Of the causal models; bounds are known for 768.
         names: Methods, None for all.
     """
-    models = {"causal-lm": gpt2(LAYERS, width, VOCABULARY), "encoder-decoder": bridged(plain(6))}
+    models = {
+        "causal-lm": gpt2(LAYERS, width, VOCABULARY),
+        "GPT-2 small": gpt2(SMALL_LAYERS, width, SMALL_VOCABULARY),
+        "encoder-decoder": bridged(plain(6)),
+    }
     every = {f"forward pass, {kind}": Method(forward, 1, kind=kind) for kind in models} | METHODS  # type: ignore[arg-type]
     asked = {
         name: method
@@ -282,6 +281,7 @@ def _grown(
     least = [(method.passes or 0) * p + method.own(n) for p, n in zip(passes, lengths, strict=True)]
     matters = all(a > 0.01 * b for a, b in zip(own, passes, strict=True))
     return Growth(
+        method.kind,
         lengths,
         operations,
         held,
@@ -295,6 +295,7 @@ def _grown(
 def counts(length: int = 12) -> dict[str, int]:
     """Returns the operations of every method on so many tokens, of the embedded models."""
     models = {kind: cm.load_demo(kind) for kind in ("causal-lm", "encoder-decoder")}
+    models["GPT-2 small"] = models["causal-lm"]
     found: dict[str, int] = {}
     for name, method in METHODS.items():
         model = models[method.kind]

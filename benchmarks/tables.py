@@ -30,6 +30,7 @@ _SHOWN = {
     "log_prob_contributions, layer": "log-prob contributions by sublayer",
     "log_prob_contributions, head": "log-prob contributions by head",
     "log_prob_contributions, head_position": "log-prob contributions by head and position",
+    "log_prob_contributions, best 10 head_position": "the best 10 pairs of head and position",
     "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
     "query_contributions, ff_neuron": "what activates a neuron",
     "information_flow_routes": "information flow routes",
@@ -98,9 +99,7 @@ def _growth_rows(rows: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _pass(rows: Mapping[str, Any], name: str) -> int:
-    decodes = name.startswith("decoder_lens") or name.endswith("encoder-decoder")
-    kind = "encoder-decoder" if decodes else "causal-lm"
-    return rows[f"forward pass, {kind}"]["operations"][-1]
+    return rows[f"forward pass, {rows[name]['kind']}"]["operations"][-1]
 
 
 def _power(exponent: float | None) -> str:

@@ -38,5 +38,6 @@ def test_the_reason_stands_beside_a_ratio_below_one() -> None:
     row |= {"operations": (2, 1), "seconds": (1.0, 3.0), "shown": "globenc", "note": "why"}
     assert "| 0.5 | 1 | 3 | why |" in tables.peers({"peers": [row], "peers machine": "here"})
     grown = {"operations": [4], "own_exponent": None, "seconds": 1.0, "lengths": [8]}
+    grown |= {"kind": "causal-lm"}
     rows = {"forward pass, causal-lm": grown, "globenc": grown}
     assert "X (why)" in tables.speed({"growth": rows, "peers": [row], "machine": ""})
