@@ -1,9 +1,9 @@
 """What every method takes against the length of its input: operations, bytes, seconds, exponents.
 
-The models: GPT-2's widths with a sixth of its layers and words; all of GPT-2 small's shape, for what
-grows with both; the embedded encoder-decoder's shape in six layers, for DecoderLens. Their weights
-are random. `all.py` prints and stores what is found here; `counts` is what
-`tests/test_cost_counts.py` repeats on the embedded models.
+The models: GPT-2's widths with a sixth of its layers and words; GPT-2 small's own, for what grows
+with both; the embedded encoder-decoder's shape in six layers, for DecoderLens. Their weights are
+random. `all.py` prints and stores what is found here; `counts` is what `tests/test_cost_counts.py`
+repeats on the embedded models.
 """
 
 from __future__ import annotations
