@@ -309,12 +309,13 @@ def transformer_lens(layers: int, width: int, vocabulary: int, n: int) -> Iterat
     """Yields contributions against what TransformerLens has, on its processed weights."""
     model = gpt2(layers, width, vocabulary)
     model.enable_compatibility_mode()
-    ids, target = words(n, vocabulary), 7
+    ids, target, foil = words(n, vocabulary), 7, 9
     where = f"GPT-2's widths, {layers} layers, V={vocabulary:,}, n={n}"
 
-    def of_heads() -> Tensor:
-        found = cm.log_prob_contributions(model, ids, target=target, by="head")
-        return found.logits[0][found.components.of_kind("attn")[0]]
+    def of_heads(foil: int | None = None) -> Tensor:
+        found = cm.log_prob_contributions(model, ids, target=target, foil=foil, by="head")
+        logits = found.logits if foil is None else found.scores
+        return logits[0][found.components.of_kind("attn")[0]]
 
     yield Pair(
         "log_prob_contributions, layer",
@@ -333,6 +334,14 @@ def transformer_lens(layers: int, width: int, vocabulary: int, n: int) -> Iterat
         partial(log_prob.logit_attribution, model, ids, target),
         products=True,
         note="theirs stops at logits: ours reads every head as a distribution",
+    )
+    yield Pair(
+        "log_prob_contributions, head, foil",
+        "TransformerLens' direct_logit_attribution, a difference of logits",
+        where,
+        partial(of_heads, foil),
+        partial(log_prob.logit_attribution, model, ids, target, foil),
+        products=True,
     )
 
 

@@ -172,11 +172,13 @@ def decompose_resid(model: Any, ids: Tensor, target: int) -> Tensor:
     return read.log_softmax(dim=-1)[:, target].diff()
 
 
-def logit_attribution(model: Any, ids: Tensor, target: int) -> Tensor:
-    """Returns what each head brings to a logit, by TransformerLens' tool."""
+def logit_attribution(model: Any, ids: Tensor, target: int, foil: int | None = None) -> Tensor:
+    """Returns what each head brings to a logit, or a difference, by TransformerLens' tool."""
     from transformer_lens.tools.analysis import direct_logit_attribution
 
-    found = direct_logit_attribution(model, ids, answer_tokens=target, unit="head")
+    found = direct_logit_attribution(
+        model, ids, answer_tokens=target, incorrect_tokens=foil, unit="head"
+    )
     return found.attribution[:-1, 0]  # the last is everything else
 
 

@@ -29,6 +29,7 @@ _SHOWN = {
     "integrated_gradients, 10 steps": "integrated gradients, 10 steps",
     "log_prob_contributions, layer": "log-prob contributions by sublayer",
     "log_prob_contributions, head": "log-prob contributions by head",
+    "log_prob_contributions, head, foil": "log-prob contributions by head, against a foil",
     "log_prob_contributions, head_position": "log-prob contributions by head and position",
     "log_prob_contributions, best 10 head_position": "the best 10 pairs of head and position",
     "log_prob_contributions, best 10 ff_neurons": "the best 10 feed-forward neurons",
