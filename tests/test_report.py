@@ -556,9 +556,9 @@ def test_a_model_without_any_map_is_refused(causal, monkeypatch):
 @pytest.mark.once
 def test_a_model_without_readout_predicts_nothing(causal):
     told = read(causal, TEXT)
-    view = told.done.view
+    view = told.forward_pass.view
     silent = replace(view, readout=replace(view.readout, refusal="no trained head"))
-    told = replace(told, done=replace(told.done, view=silent))
+    told = replace(told, forward_pass=replace(told.forward_pass, view=silent))
     for name in ("prediction", "memories", "components", "graph", "comparison"):
         assert sections.SECTIONS[name](told) == "no trained head"
 

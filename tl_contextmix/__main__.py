@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if "--quiet" in listed else "always", ContextMixWarning)
-        warnings.showwarning = _Told()
+        warnings.showwarning = _EachOnce()
         try:
             code = commands.main(listed, prog_name="tl-contextmix", standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -48,19 +48,19 @@ def _misunderstood(error: click.ClickException) -> str:
     return f"{message}{'' if message[-1:] in '.?!' else '.'}{advice}"
 
 
-class _Told:
+class _EachOnce:
     """Prints each warning on one line, and no warning twice."""
 
     def __init__(self) -> None:
-        self.told: set[str] = set()
+        self.shown: set[str] = set()
 
     def __call__(
         self, message: Warning | str, category: type[Warning], *rest: object, **more: object
     ) -> None:
         ctx = click.get_current_context(silent=True)
         line = _one_line(as_options(str(message), ctx.command if ctx else None))
-        if line not in self.told:
-            self.told.add(line)
+        if line not in self.shown:
+            self.shown.add(line)
             click.echo(f"tl-contextmix: warning: {line}", err=True)
 
 

@@ -128,11 +128,11 @@ def _speaking(tokenizer: Any, language: str | None) -> Iterator[None]:
         tokenizer.tgt_lang = before
 
 
-def caution(language: str, told: list[str]) -> str:
+def caution(language: str, prompt: list[str]) -> str:
     """Returns what to say of a target language that a tokenizer knows and generation ignores."""
     return four_parts(
         "the tokenizer's target language is not what generate() makes the decoder start with",
-        f"{language!r}, and a decoder that is told {' '.join(map(str, told))} here",
+        f"{language!r}, and a decoder that is told {' '.join(map(str, prompt))} here",
         "the language in model.generation_config (forced_bos_token_id, or language)",
         "Set it there, or give decoder_input.",
     )

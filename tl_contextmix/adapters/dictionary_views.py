@@ -50,8 +50,8 @@ def with_dictionaries(view: ModelView, given: Dictionaries) -> ModelView:
         stack, block = _block_of(view, dictionary)
         one = _place(view, dictionary, block)
         before = stacks[stack][block.layer]
-        taken = before.rewrite if one.written is not None else before.feed_forward
-        if isinstance(taken, Rewrite) or (taken is not None and taken.point):
+        occupied = before.rewrite if one.written is not None else before.feed_forward
+        if isinstance(occupied, Rewrite) or (occupied is not None and occupied.point):
             raise bad(
                 "two dictionaries stand at one place",
                 f"another one at {dictionary.hook_name}",

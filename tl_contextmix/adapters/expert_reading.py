@@ -39,7 +39,7 @@ def read_experts(
     here: str,
     edits: EditPoints,
     module_of: Callable[[Tensor], Tensor],
-    beside: str = "",
+    dense_path: str = "",
 ) -> Experts | None:
     """Returns the experts of a feed-forward module; None where they do not compute what it does.
 
@@ -50,10 +50,10 @@ def read_experts(
         here: Path of the module.
         edits: Where hooks may edit what it writes.
         module_of: Calls the module.
-        beside: Path of a dense layer that every token goes through, too; empty for none.
+        dense_path: Path of a dense layer that every token goes through, too; empty for none.
     """
     try:
-        found = _experts(handle, here, edits, beside)
+        found = _experts(handle, here, edits, dense_path)
         return found if found is not None and _same(handle, found, module_of) else None
     except torch.OutOfMemoryError:
         raise
@@ -61,7 +61,7 @@ def read_experts(
         return None
 
 
-def _experts(handle: Any, here: str, edits: EditPoints, beside: str) -> Experts | None:
+def _experts(handle: Any, here: str, edits: EditPoints, dense_path: str) -> Experts | None:
     module = inner(handle.get().get_submodule(here))
     router = next((name for name in _ROUTERS if getattr(module, name, None) is not None), None)
     held = inner(module.experts)
@@ -71,9 +71,9 @@ def _experts(handle: Any, here: str, edits: EditPoints, beside: str) -> Experts 
     routed = list(_routed(handle, here, held, blank))
     shared = [name for name in _SHARED if getattr(module, name, None) is not None]
     experts = (*routed, *(_dense(handle, here, name, blank) for name in shared))
-    if beside:
-        shared.append(beside)
-        experts = (*experts, replace(blank, weights=handle.weights(beside)))
+    if dense_path:
+        shared.append(dense_path)
+        experts = (*experts, replace(blank, weights=handle.weights(dense_path)))
     probe = torch.zeros(1, 2, _width(handle), dtype=handle.dtype, device=handle.device)
     route = _route(handle, here, router, len(routed), shared)
     activation = _activation(held)

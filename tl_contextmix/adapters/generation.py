@@ -61,17 +61,17 @@ def _by_hugging_face(original: Any, batch: Batch, count: int, device: torch.devi
 
 def _greedy(model: Any, batch: Batch, count: int, device: torch.device) -> list[int]:
     text = _real(batch.main.ids, batch.main.mask, device)
-    said = None
+    decoder_ids = None
     if batch.decoder is not None:
-        said = _real(batch.decoder.ids, batch.decoder.mask, device)
+        decoder_ids = _real(batch.decoder.ids, batch.decoder.mask, device)
     end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
     result: list[int] = []
     while len(result) < count and (not result or result[-1] != end):
-        logits = model(text) if said is None else model(text, said)
+        logits = model(text) if decoder_ids is None else model(text, decoder_ids)
         token = logits[:, -1:].argmax(dim=-1)
-        if said is None:
+        if decoder_ids is None:
             text = torch.cat([text, token], dim=1)
         else:
-            said = torch.cat([said, token], dim=1)
+            decoder_ids = torch.cat([decoder_ids, token], dim=1)
         result.append(int(token))
     return result

@@ -487,16 +487,16 @@ def _feed_forwards(
         return
     here = f"{path}.{name}"
     # Granite 4 adds a layer that every token goes through to its experts in the block itself.
-    beside = f"{path}.{SUMMED[1]}" if {*SUMMED} <= set(block._modules) else ""
-    written = f"{path}.{EXPERTS_OUT}" if beside else ""
-    if beside:
+    added_path = f"{path}.{SUMMED[1]}" if {*SUMMED} <= set(block._modules) else ""
+    written = f"{path}.{EXPERTS_OUT}" if added_path else ""
+    if added_path:
         names = (f"{name}.hook_out", *(f"{SUMMED[1]}.{leaf}hook_out" for leaf in ("out.", "")))
         edits = replace(edits, raw=_under(path, names))
-    opaque = _opaque(handle, path, here, edits, beside, written)
+    opaque = _opaque(handle, path, here, edits, added_path, written)
     if _attribute(mlp, "W_in") is not None:
         yield _neurons(handle, here, mlp, edits)
     elif has_experts(mlp):
-        experts = read_experts(handle, here, edits, opaque.module, beside)
+        experts = read_experts(handle, here, edits, opaque.module, added_path)
         if experts is not None and written:
             experts = replace(experts, written=written, edited=experts.written)
         if experts is not None:
@@ -528,7 +528,7 @@ def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> Fe
 
 
 def _opaque(
-    handle: Handle, path: str, here: str, edits: EditPoints, beside: str = "", written: str = ""
+    handle: Handle, path: str, here: str, edits: EditPoints, added_path: str = "", written: str = ""
 ) -> OpaqueFeedForward:
     """Returns a feed-forward sublayer as one component, which does not need its weights.
 
@@ -537,7 +537,7 @@ def _opaque(
         path: Path of the block.
         here: Path of the module.
         edits: Where hooks may edit what it writes.
-        beside: Path of a module whose output is added to its own; empty for none.
+        added_path: Path of a module whose output is added to its own; empty for none.
         written: Name of that sum.
     """
 
@@ -549,7 +549,7 @@ def _opaque(
         return handle.ready(found[0] if isinstance(found, tuple) else found)
 
     def module(x: Tensor) -> Tensor:
-        return call(here, x) + call(beside, x) if beside else call(here, x)
+        return call(here, x) + call(added_path, x) if added_path else call(here, x)
 
     kind = type(handle.get().get_submodule(here)).__name__
     out = written or (f"{here}.hook_out" if handle.bridge else f"{path}.hook_mlp_out")

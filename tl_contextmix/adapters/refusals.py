@@ -43,14 +43,14 @@ def _t5_on_bridge_3(facts: Facts) -> str:
 def _falcon_with_alibi(facts: Facts) -> str:
     # As the eager path of Hugging Face does, which the plain one does not.
     config = facts.hf_config()
-    told = facts.architecture.startswith("Falcon") and getattr(config, "alibi", False)
-    return f"{facts.architecture} with alibi=True" if told else ""
+    unsupported = facts.architecture.startswith("Falcon") and getattr(config, "alibi", False)
+    return f"{facts.architecture} with alibi=True" if unsupported else ""
 
 
 def _convolving_deberta(facts: Facts) -> str:
     width = getattr(facts.hf_config(), "conv_kernel_size", 0)
-    told = facts.architecture.startswith("Deberta") and width
-    return f"{facts.architecture} with conv_kernel_size={width}" if told else ""
+    unsupported = facts.architecture.startswith("Deberta") and width
+    return f"{facts.architecture} with conv_kernel_size={width}" if unsupported else ""
 
 
 def _recurrence(facts: Facts) -> str:

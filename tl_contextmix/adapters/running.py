@@ -376,8 +376,8 @@ def arguments_taken(facts: Facts) -> dict[str, int | None]:
         "position_ids": getattr(config, "max_position_embeddings", None) if table else None,
     }
     named = inspect.signature(host.original_model.forward).parameters
-    taken = [name for name in named if name.endswith("_ids") or name == "langs"]
-    return {name: bounds.get(name) for name in taken if not name.endswith("input_ids")}
+    accepted = [name for name in named if name.endswith("_ids") or name == "langs"]
+    return {name: bounds.get(name) for name in accepted if not name.endswith("input_ids")}
 
 
 def require_no_dropout(model: nn.Module) -> None:
@@ -603,20 +603,20 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         with stand_ins(model, splices, around=False), without_hooks(model):
             yield
         return
-    taken = [
+    removed = [
         (table, dict(table))
         for module in every_module(model)
         for table in _tables(module)
         if any(not _of_host(hook) for hook in table.values())
     ]
     try:
-        for table, before in taken:
+        for table, before in removed:
             for key, hook in before.items():
                 if not _of_host(hook):
                     del table[key]
         yield
     finally:
-        for table, before in taken:
+        for table, before in removed:
             added = {key: hook for key, hook in table.items() if key not in before}
             # The tables themselves stay: handles for removal refer to them.
             table.clear()

@@ -102,8 +102,7 @@ def run_speech(
         finally:
             for handle in handles:
                 handle.remove()
-    said = None if head_of(model) is None else output.logits
-    return said, kept, {}
+    return None if head_of(model) is None else output.logits, kept, {}
 
 
 def _heads(stacks: Mapping[str, Any], side: str, path: str) -> int:
@@ -184,11 +183,11 @@ def _require_plain(model: Any, batch: Batch, d_vocab: int, grad: bool) -> None:
         raise refused("frames of sound", "replaced or left out")
 
 
-def refused(what: str, done: str) -> UnsupportedModel:
+def refused(what: str, verb: str) -> UnsupportedModel:
     """Returns the refusal of what a model of sound does not answer."""
     return UnsupportedModel(
         four_parts(
-            f"{what} cannot be {done}",
+            f"{what} cannot be {verb}",
             "a model of sound",
             "a model of text",
             "Value Zeroing, norms, attention, decompositions and memories are answered.",

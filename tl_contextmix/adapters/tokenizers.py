@@ -56,8 +56,8 @@ def make_encode(handle: Handle, facts: Facts) -> Callable[[str, bool | None], li
         if not framed:
             options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
             ids = model.to_tokens(text, truncate=False, **options)[0].tolist()
-            asked = prepend_bos is None or prepend_bos
-            return _with_one_bos(tokenizer, text, ids) if asked else ids
+            wants_bos = prepend_bos is None or prepend_bos
+            return _with_one_bos(tokenizer, text, ids) if wants_bos else ids
         if prepend_bos is not None:
             raise bad(
                 "prepend_bos has no meaning for an encoder",

@@ -90,17 +90,20 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands, without importing them."""
-        told = {name: text for name, (_, text) in COMMANDS.items()}
-        for heading, rows in (("Commands", told), ("Methods, each on a model and a text", METHODS)):
+        commands = {name: text for name, (_, text) in COMMANDS.items()}
+        for heading, rows in (
+            ("Commands", commands),
+            ("Methods, each on a model and a text", METHODS),
+        ):
             with formatter.section(heading):
                 formatter.write_dl([*rows.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Returns the commands that begin so, without importing them."""
-        told = {name: text for name, (_, text) in COMMANDS.items()} | METHODS
+        summaries = {name: text for name, (_, text) in COMMANDS.items()} | METHODS
         found = [
             CompletionItem(name, help=text)
-            for name, text in told.items()
+            for name, text in summaries.items()
             if name.startswith(incomplete)
         ]
         return found or click.Command.shell_complete(self, ctx, incomplete)

@@ -23,7 +23,8 @@ DEMOS = ("causal-lm", "masked-lm", "encoder-decoder")
 
 _ROOT = Path(__file__).parents[1]
 _METHOD = re.compile(
-    r'^@method\((?P<declared>(?:.|\n)*?)^def (?P<name>\w+)\((?P<takes>(?:.|\n)*?)"""(?P<told>.*)$',
+    r"^@method\((?P<declared>(?:.|\n)*?)^def (?P<name>\w+)\((?P<takes>(?:.|\n)*?)"
+    r'"""(?P<summary>.*)$',
     re.MULTILINE,
 )
 
@@ -36,8 +37,8 @@ def _methods() -> dict[str, str]:
             for one in _METHOD.finditer(path.read_text(encoding="utf-8")):
                 on_text = "on_text=False" not in one["declared"]
                 if on_text and re.search(r"\binput:", one["takes"]):
-                    told = one["told"].removeprefix("Returns ").rstrip(".")
-                    found[one["name"].replace("_", "-")] = told
+                    summary = one["summary"].removeprefix("Returns ").rstrip(".")
+                    found[one["name"].replace("_", "-")] = summary
     return dict(sorted(found.items()))
 
 

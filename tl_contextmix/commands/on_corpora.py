@@ -64,7 +64,7 @@ def scan(model: str, rows: str, page: str | None, **given: Any) -> None:
         out=want.output,
         batch_size=given["batch_size"],
     )
-    want.tell(found, found, found.sentence())
+    want.emit(found, found, found.sentence())
     if page is not None:
         want.wrote(found.show().save(page))
 
@@ -139,8 +139,8 @@ def mine(model: str, corpus: str, **given: Any) -> None:
     given |= {name: flat(given[name]) for name in ("layer", "neurons")}
     found = mine_triggers(loaded, corpus, out=str(want.output), source=model, **given)
     part = {"part": given["rank"], "of": given["world_size"]}
-    done = f"part {given['rank']} of {given['world_size']} is done"
-    want.tell(found, found or done, facts=part if found is None else _mined(found))
+    part_done = f"part {given['rank']} of {given['world_size']} is done"
+    want.emit(found, found or part_done, facts=part if found is None else _mined(found))
 
 
 @click.command(epilog="\b\nExample:\n  tl-contextmix merge mined")
@@ -155,13 +155,13 @@ def merge(folder: str, parts: tuple[str, ...], **given: Any) -> None:
     """
     want = wanted(given, endings=())
     found = load_triggers(merge_triggers(folder, parts=list(parts)))
-    want.tell(found, facts=_mined(found))
+    want.emit(found, facts=_mined(found))
 
 
 def _mined(found: Triggers) -> dict[str, Any]:
     """Returns what a folder of triggers holds."""
-    told = {name: found.manifest[name] for name in ("run", "counts")}
-    return {"folder": str(found.folder), **told}
+    manifest = {name: found.manifest[name] for name in ("run", "counts")}
+    return {"folder": str(found.folder), **manifest}
 
 
 @click.command(epilog="\b\nExample:\n  tl-contextmix show mined --layer 3 --neuron 17")
@@ -184,7 +184,7 @@ def show(folder: str, model: str | None, **given: Any) -> None:
     layer, neuron = given["layer"], given["neuron"]
     bare = load_triggers(folder)
     if not one:
-        want.tell(bare, facts=_mined(bare))
+        want.emit(bare, facts=_mined(bare))
         want.write(bare)
         return
     if layer is None or neuron is None:
@@ -197,7 +197,7 @@ def show(folder: str, model: str | None, **given: Any) -> None:
     loaded = load_model(_source(model, bare))
     mined = load_triggers(folder, model=loaded, corpus=given["corpus"], column=given["column"])
     found = mined.examples(layer, neuron, tail=given["tail"])
-    want.tell(found)
+    want.emit(found)
     want.write(found)
 
 

@@ -66,9 +66,9 @@ def command(name: str) -> click.Command:
         run = add_asked(generate=True)(run)
     run = click.argument("text", metavar="TEXT")(run)
     run = add_model()(run)
-    told = METHODS[name]
+    summary = METHODS[name]
     help = (
-        f"Prints {told}.\n\nThe options are those of {function.__name__} in Python, where "
+        f"Prints {summary}.\n\nThe options are those of {function.__name__} in Python, where "
         "their values can be written here."
     )
     asks = _EXAMPLES.get(name, 'causal-lm "the keys to the cabinet"')
@@ -82,27 +82,27 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
         return None
     name = f"--{parameter.name.replace('_', '-')}"
     if parameter.name == "neurons" and hint in (Chosen, Chosen | None):
-        told = "Layer and number, such as 2.78, or layer, head and number."
-        return several(name, kind=Numbered(), help=told, required=hint == Chosen)
+        help_text = "Layer and number, such as 2.78, or layer, head and number."
+        return several(name, kind=Numbered(), help=help_text, required=hint == Chosen)
     if parameter.name == "edge":
         return click.option(name, type=Numbered("L.H.T.S"), help="Layer, head, target, source.")
     default = parameter.default
     shown: dict[str, Any] = {"required": True} if default is inspect.Parameter.empty else {}
     arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     choices = [one for arm in arms if get_origin(arm) is Literal for one in get_args(arm)]
-    told = "" if default in (None, inspect.Parameter.empty) else f"Default: {default}."
+    help_text = "" if default in (None, inspect.Parameter.empty) else f"Default: {default}."
     if choices and all(isinstance(one, str) for one in choices):
-        return click.option(name, type=click.Choice(choices), help=told, **shown)
+        return click.option(name, type=click.Choice(choices), help=help_text, **shown)
     if bool in arms:
-        return click.option(f"{name}/--no-{name[2:]}", default=None, help=told)
+        return click.option(f"{name}/--no-{name[2:]}", default=None, help=help_text)
     if int in arms:
         if any(get_origin(arm) not in (None, Literal) for arm in arms):
-            return several(name, kind=click.INT, help=told, **shown)
-        return click.option(name, type=int, metavar="N", help=told, **shown)
+            return several(name, kind=click.INT, help=help_text, **shown)
+        return click.option(name, type=int, metavar="N", help=help_text, **shown)
     if float in arms:
-        return click.option(name, type=float, metavar="NUMBER", help=told, **shown)
+        return click.option(name, type=float, metavar="NUMBER", help=help_text, **shown)
     if str in arms:
-        return click.option(name, metavar="NAME", help=told, **shown)
+        return click.option(name, metavar="NAME", help=help_text, **shown)
     return None
 
 
@@ -118,5 +118,5 @@ def run_method(name: str, given: dict[str, Any]) -> None:
     options = {key: value for key, value in options.items() if value is not None}
     method = checked(methods()[name].function)
     found = method(load_model(model, **loading), text, **options, **question)
-    want.tell(found)
+    want.emit(found)
     want.write(found)

@@ -57,15 +57,15 @@ def explain(text: str, model: str, **given: Any) -> None:
     )
     lines = [visible(section.finding or section.title) for section in page.sections]
     lines.append(f"\n{Page(page.sections[-1].panels).text()}")
-    want.tell(page, *lines, facts=_findings(page))
+    want.emit(page, *lines, facts=_findings(page))
     if want.output is not None:
         want.wrote(page.save(want.output))
 
 
 def _findings(page: Page) -> dict[str, Any]:
     """Returns what a page says in sentences."""
-    told = [{"title": one.title, "finding": one.finding or None} for one in page.sections]
-    return {"title": page.title, "notes": list(page.notes), "sections": told}
+    sections = [{"title": one.title, "finding": one.finding or None} for one in page.sections]
+    return {"title": page.title, "notes": list(page.notes), "sections": sections}
 
 
 @click.command(
@@ -100,7 +100,7 @@ def report(model: str | None, text: str | None, opened: bool, sections: Any, **g
     question = asked(given)
     page = reporting.report(loaded, text, sections=flat(sections), **given, **question)
     path = str(page.save(str(want.output)))
-    want.tell(page, path, facts={"page": path, **_findings(page)})
+    want.emit(page, path, facts={"page": path, **_findings(page)})
     open_if(opened, path)
 
 
@@ -172,7 +172,7 @@ def compare(model: str | None, opened: bool, **given: Any) -> None:
         unusable="drop" if given["drop_unusable"] else "error",
         contrast=given["contrast"],
     )
-    want.tell(found)
+    want.emit(found)
     _write_compared(want, page, found, opened)
 
 
@@ -197,6 +197,6 @@ def check(model: str, **given: Any) -> int:
     """
     want = wanted(given)
     found = check_model(load_model(model, **load_options(given)))
-    want.tell(found)
+    want.emit(found)
     want.write(found)
     return 0 if found.ok else 1

@@ -34,11 +34,11 @@ class Wanted:
     quiet: bool
 
     @property
-    def said(self) -> bool:
+    def in_words(self) -> bool:
         """Whether the result is said in words, and where it was written."""
         return not (self.quiet or self.as_json or self.csv)
 
-    def tell(self, found: Any, *lines: object, facts: dict[str, Any] | None = None) -> None:
+    def emit(self, found: Any, *lines: object, facts: dict[str, Any] | None = None) -> None:
         """Prints what was found.
 
         Args:
@@ -47,17 +47,17 @@ class Wanted:
             facts: Its JSON; None: its table, with method, model and unit.
         """
         if self.as_json:
-            told = as_text(found, ".json") if facts is None else json.dumps(facts, **_JSON)
-            click.echo(told)
+            text = as_text(found, ".json") if facts is None else json.dumps(facts, **_JSON)
+            click.echo(text)
         elif self.csv:
             click.echo(as_text(found, ".csv"))
-        elif self.said:
+        elif self.in_words:
             for line in lines or (found,):
                 click.echo(str(line))
 
     def wrote(self, path: object) -> None:
         """Says where something was written."""
-        if self.said:
+        if self.in_words:
             click.echo(path)
 
     def write(self, found: Any) -> None:
@@ -84,8 +84,8 @@ def add_output(*, csv: bool = True, written: str | None = "") -> Decorator:
         added.append(click.option("--csv", is_flag=True, help="Print the table as CSV."))
     added.append(click.option("--quiet", is_flag=True, help="Print no result and no warnings."))
     if written is not None:
-        told = written or f"Write the result: {', '.join(ENDINGS)}."
-        added.append(click.option("-o", "--output", metavar="PATH", help=told))
+        help_text = written or f"Write the result: {', '.join(ENDINGS)}."
+        added.append(click.option("-o", "--output", metavar="PATH", help=help_text))
 
     def add(function: Any) -> Any:
         for one in reversed(added):
@@ -124,13 +124,13 @@ def as_text(found: Any, form: str) -> str:
     if form == ".csv":
         return frame.to_csv(index=False).rstrip("\n")
     made = getattr(found, "provenance", None)
-    told = {
+    fields = {
         "method": getattr(made, "method", None),
         "model": getattr(found if made is None else made, "model", None),
         "unit": getattr(found, "unit", None),
         "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
     }
-    return json.dumps(told, **_JSON)
+    return json.dumps(fields, **_JSON)
 
 
 def _write(found: Any, path: Path) -> None:

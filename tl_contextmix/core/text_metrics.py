@@ -145,11 +145,12 @@ def character_ngrams(output: Output) -> Counts:
 
     Blanks do not count. As sacrebleu does: n-grams that are longer than the reference are none.
     """
-    said, right = ("".join(words(text)) for text in (output.text, output.reference))
+    hypothesis, reference = ("".join(words(text)) for text in (output.text, output.reference))
     found: list[float] = []
     for n in range(1, _CHRF_ORDER + 1):
         a, b = (
-            Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (said, right)
+            Counter(text[i : i + n] for i in range(len(text) - n + 1))
+            for text in (hypothesis, reference)
         )
         found += (sum(a.values()) if b else 0, sum(b.values()), sum((a & b).values()))
     return tuple(map(float, found))
@@ -161,7 +162,11 @@ def chrf(sums: Sequence[float]) -> float:
     Means over the orders that output and reference both have, as in sacrebleu.
     """
     orders = [sums[i : i + 3] for i in range(0, len(sums), 3)]
-    shares = [(both / said, both / right) for said, right, both in orders if said and right]
+    shares = [
+        (both / hypothesis, both / reference)
+        for hypothesis, reference, both in orders
+        if hypothesis and reference
+    ]
     if not any(precision for precision, _ in shares):
         return 0.0
     precision, recall = (sum(column) / len(shares) for column in zip(*shares, strict=True))

@@ -25,13 +25,13 @@ class Ablation:
     """Runs of the model with components replaced.
 
     Attributes:
-        done: The pass that is run again.
+        forward_pass: The pass that is run again.
         question: What is read from it.
         everywhere: Whether they are replaced at all positions.
         others: Whether all but them are replaced, what enters the stacks included.
     """
 
-    done: Pass
+    forward_pass: Pass
     question: Question
     everywhere: bool = False
     others: bool = False
@@ -43,13 +43,13 @@ class Ablation:
         """
         touched = [
             one
-            for one in every_place(self.done.view)
+            for one in every_place(self.forward_pass.view)
             if any(self._touches(one, some) for some in sets)
         ]
-        trace = self.done.again([one.name for one in touched])
+        trace = self.forward_pass.rerun([one.name for one in touched])
         means = {}
         for one in touched:
-            stack = "encoder" if one.kind.startswith("encoder ") else self.done.stack
+            stack = "encoder" if one.kind.startswith("encoder ") else self.forward_pass.stack
             values = one.values(trace)
             means[one.place] = values[trace.batch.side(stack).mask.to(values.device)].mean(dim=0)
         return self._read(trace), means
@@ -58,14 +58,14 @@ class Ablation:
         """Returns the logits with components replaced by means, or by zero where there are none."""
         edits: dict[str, Edit] = {}
         changes: dict[str, list[tuple[Sublayer, Edit]]] = {}
-        for one in every_place(self.done.view):
+        for one in every_place(self.forward_pass.view):
             if self._touches(one, some):
                 edit = self._edit(one, some, filling.get(one.place, one.constant))
                 changes.setdefault(one.name, []).append((one, edit))
         for name, pairs in changes.items():
             ff = pairs[0][0].feed_forward
             edits |= {name: pairs[0][1]} if ff is None else ff.edits_by(partial(_changed, pairs))
-        return self._read(self.done.again(edits=edits))
+        return self._read(self.forward_pass.rerun(edits=edits))
 
     def _touches(self, one: Sublayer, some: Components) -> bool:
         return self.others or bool(one.holds(some).any())

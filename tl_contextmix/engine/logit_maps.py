@@ -23,9 +23,9 @@ from tl_contextmix.adapters.inputs import Input, Pass, select_blocks
 from tl_contextmix.adapters.questions import (
     AnswerInputs,
     Question,
-    apart,
     ask_in_pass,
     predictions,
+    split_answer,
 )
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
@@ -102,7 +102,7 @@ def logit_map(
                 "Ask gradient_x_input, or with another of= and pos=.",
             )
         )
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     question, forward_pass = ask_in_pass(view, given, answer, stack=stack, logits=True, **needed)
     turns, chosen = [*question.rounds()], select_blocks(forward_pass.blocks, layer)
 

@@ -45,8 +45,8 @@ class Method:
     @property
     def asks(self) -> bool:
         """Whether it takes ``target``, ``foil`` and ``pos``."""
-        taken = get_args(get_type_hints(self.function).get("inputs"))
-        return bool(taken) and "target" in get_type_hints(taken[0])
+        options = get_args(get_type_hints(self.function).get("inputs"))
+        return bool(options) and "target" in get_type_hints(options[0])
 
     def sources(self, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, ...]:
         """Returns the keys of what a call with some options rests on."""

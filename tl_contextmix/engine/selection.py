@@ -299,12 +299,12 @@ class Controls:
         at = numbers.heads(layer, head, expert)
         inside = numbers.start[at[neurons]] + neuron[neurons]
         # Drawn by number: tables of all neurons would take seconds in a large model.
-        taken = torch.zeros(len(numbers.layer), dtype=torch.bool)
-        taken[at[mine]] = True
-        new = self._others(at[heads], taken, kind)
-        taken[:] = False
-        taken[at[heads]] = taken[new] = True
-        within = taken[numbers.head_of]
+        used = torch.zeros(len(numbers.layer), dtype=torch.bool)
+        used[at[mine]] = True
+        new = self._others(at[heads], used, kind)
+        used[:] = False
+        used[at[heads]] = used[new] = True
+        within = used[numbers.head_of]
         within[inside] = True
         drawn = self._others(inside, within, kind)
         new_at = torch.cat([new, numbers.head_of[drawn]])
@@ -313,11 +313,11 @@ class Controls:
         expert[both] = numbers.expert[new_at]
         neuron[neurons] = drawn - numbers.start[numbers.head_of[drawn]]
 
-    def _others(self, chosen: Tensor, taken: Tensor, kind: str) -> Tensor:
+    def _others(self, chosen: Tensor, used: Tensor, kind: str) -> Tensor:
         """Returns as many numbers that are not taken, the same one for the same."""
         # A neuron selected at several positions is ablated at each; so is its control.
         once, again = chosen.unique(return_inverse=True)
-        pool = (~taken).nonzero()[:, 0]
+        pool = (~used).nonzero()[:, 0]
         if len(pool) < len(once):
             raise bad(
                 "there are not enough others for a random control",

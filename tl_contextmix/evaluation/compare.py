@@ -324,18 +324,18 @@ def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None
     return sum(drop.prefers(s.wrong) for s, drop in pairs if s.wrong is not None)
 
 
-def _methods(asked: Any) -> dict[str, Make]:
+def _methods(methods: Any) -> dict[str, Make]:
     known = comparable()
-    if asked is None:
+    if methods is None:
         return known
-    if isinstance(asked, Mapping) and asked:
-        return {name: _own(make) for name, make in asked.items()}
-    listed = [*asked] if isinstance(asked, (list, tuple)) else []
+    if isinstance(methods, Mapping) and methods:
+        return {name: _own(make) for name, make in methods.items()}
+    listed = [*methods] if isinstance(methods, (list, tuple)) else []
     unknown = [name for name in listed if name not in known]
     if unknown or not listed:
         raise bad(
             "unknown methods",
-            repr(unknown or asked),
+            repr(unknown or methods),
             f"a list of some of {list(known)}",
             "Or pass a dict of functions of a model and token ids.",
         )

@@ -160,7 +160,7 @@ def _require_texts(parts: Sequence[object], prompt: object) -> None:
 
 def _logits(view: ModelView, given: Given, question: Question) -> Tensor:
     """Returns the logits of each prediction."""
-    logits = run_pass(view, given, batch=question.batch).again().logits
+    logits = run_pass(view, given, batch=question.batch).rerun().logits
     assert logits is not None
     return question.read(logits)
 

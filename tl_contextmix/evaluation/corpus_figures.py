@@ -132,12 +132,12 @@ def over_corpus(
     with lock, torch.no_grad(), progress("over_corpus", unit="document") as bar:
         known = "" if path is None or not path.is_file() else state.resume(path)
         resumed, finished = state.read, state.finished
-        done, last, size, read = hashlib.sha256(), time.monotonic(), opened.size(), 0
+        digest, last, size, read = hashlib.sha256(), time.monotonic(), opened.size(), 0
         for shard in read_shards(opened, shard_size):
-            done.update(shard.digest())
+            digest.update(shard.digest())
             read, end = read + shard.size, shard.first + len(shard.documents)
             if end <= resumed:
-                if end == resumed and done.hexdigest() != known:
+                if end == resumed and digest.hexdigest() != known:
                     raise changed(opened, f"other documents among the first {end}")
                 continue
             if finished or shard.first < resumed:
@@ -153,13 +153,13 @@ def over_corpus(
             bar.update(end - bar.n)
             expect(bar, read, size)
             if path is not None and time.monotonic() - last >= checkpoint_seconds:
-                state.save(path, done.hexdigest())
+                state.save(path, digest.hexdigest())
                 last = time.monotonic()
-        if state.read and done.hexdigest() != known and state.read == resumed:
+        if state.read and digest.hexdigest() != known and state.read == resumed:
             raise changed(opened, f"fewer than the {resumed} documents there were")
         state.finished = True
         if path is not None:
-            state.save(path, done.hexdigest())
+            state.save(path, digest.hexdigest())
     return state.curves()
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, TokenAnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, TokenAnswerInputs, split_answer
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import LATER, NotNegative, Positive, checked
 from tl_contextmix.engine.log_prob_scores import run_question
@@ -70,7 +70,7 @@ def log_prob_path(
     """
     import pandas
 
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     with torch.no_grad():
         prediction = run_question(as_view(model), given, answer).prediction(norm, max_bytes)
         states = prediction.stream.states

@@ -121,7 +121,7 @@ def probe(
     batch = read_batch(view, given)
     rows = _positions(view, batch, base, pos)
     names, labels = _classes(classes, len(rows))
-    done, states = _states(view, given, batch, (points, layer, stack), rows, batch_size)
+    forward_pass, states = _states(view, given, batch, (points, layer, stack), rows, batch_size)
     tokens = batch.side(base).ids.cpu().gather(1, rows[:, None])[:, 0].tolist()
     orders, controls = _draws(labels, _types(control, tokens, len(rows)), seeds)
     every = torch.cat([labels.expand(seeds, -1), controls])
@@ -147,7 +147,7 @@ def probe(
         accuracy=accuracy[0],
         control_accuracy=accuracy[1],
         points=points,
-        layers=done.layers,
+        layers=forward_pass.layers,
         classes=names,
         counts=tuple(labels.bincount(minlength=len(names)).tolist()),
         provenance=provenance(

@@ -15,7 +15,7 @@ import torch
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, pad_rows, provenance, read_batch
-from tl_contextmix.adapters.questions import Question, apart, ask
+from tl_contextmix.adapters.questions import Question, ask, split_answer
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.statistics import Moments
@@ -133,14 +133,14 @@ def scan(
     with lock, torch.no_grad(), progress("scan", unit="prompt") as bar:
         before = None if path is None or not path.is_file() else scanner.resume(path)
         known = "" if before is None else before.digest
-        done, last, size, read = hashlib.sha256(), time.monotonic(), corpus.size(), 0
+        digest, last, size, read = hashlib.sha256(), time.monotonic(), corpus.size(), 0
         for shard in read_shards(corpus, shard_size):
-            done.update(shard.digest())
+            digest.update(shard.digest())
             read, end = read + shard.size, shard.first + len(shard.documents)
             if end < scanner.read:
                 continue
             if known:
-                if end != scanner.read or done.hexdigest() != known:
+                if end != scanner.read or digest.hexdigest() != known:
                     raise changed(corpus, f"other rows among the first {end}")
                 known = ""
                 continue
@@ -151,13 +151,13 @@ def scan(
             expect(bar, read, size)
             due = time.monotonic() - last >= checkpoint_seconds
             if path is not None and due and scanner.prompts:
-                _save(scanner.result(done.hexdigest(), finished=False), path)
+                _save(scanner.result(digest.hexdigest(), finished=False), path)
                 last = time.monotonic()
         if known:
             raise changed(corpus, f"fewer than the {scanner.read} rows there were")
         if before is not None and before.finished:
             return before
-        result = scanner.result(done.hexdigest(), finished=True)
+        result = scanner.result(digest.hexdigest(), finished=True)
         if path is not None:
             _save(result, path)
     return result
@@ -234,7 +234,7 @@ class _Scanner:
         """Returns what a prompt asks, and of what tokens."""
         if not isinstance(prompt.text, MinimalPair):
             asked = {name: getattr(prompt, name) for name in ("target", "foil")}
-            given, answer = apart(
+            given, answer = split_answer(
                 prompt.text, {"prepend_bos": self.options["prepend_bos"], **asked}
             )
         else:
@@ -246,11 +246,11 @@ class _Scanner:
     def _add(self, asked: Sequence[tuple[str, Question]]) -> None:
         """Runs the model on a batch and adds its scores."""
         question = _together([one for _, one in asked])
-        done = run_predictions(question, Given(question.batch.main.ids), *self.by)
+        forward_pass = run_predictions(question, Given(question.batch.main.ids), *self.by)
         norm: NormRule = self.options["norm"]
         parts = [
             [contributions_to(some, by, norm=norm) for by in self.by]
-            for some in done.predictions(norm, self.max_bytes)
+            for some in forward_pass.predictions(norm, self.max_bytes)
         ]
         each = [join_rows(some).summed() for some in zip(*parts, strict=True)]
         self._require_same(join([_placeless(one.components) for one in each]))

@@ -91,7 +91,7 @@ class Limits:
         """
         length = make_batch(view, Given(question.text)).main.ids.shape[1]
         if "answer" in question.sections:  # it is read, too
-            length += _said(view, question)
+            length += _answer_length(view, question)
         works = [*_works(view, question)]
         if all(self.surely(work.name, length) for work in works):
             return
@@ -113,8 +113,8 @@ class Limits:
         for work in works:
             if (work.name, length) not in self._known:
                 try:
-                    told = estimate(self.model, length, work.function)
-                    cost = (told.flops, told.peak_bytes)
+                    estimated = estimate(self.model, length, work.function)
+                    cost = (estimated.flops, estimated.peak_bytes)
                 except ContextMixError:
                     cost = (0, 0)
                 self._known[work.name, length] = cost
@@ -164,13 +164,13 @@ def _works(view: ModelView, question: TypedQuestion) -> Iterator[_Work]:
     yield _Work("maps", partial(attention_norms, at=POINTS, stack=stack))
     for name in question.sections:
         for index, function in enumerate(_of_section(name, stack)):
-            times = _said(view, question) if name == "answer" else 1
+            times = _answer_length(view, question) if name == "answer" else 1
             yield _Work(f"{name} {index + 1}" if index else name, function, times)
     for name in question.methods:
         yield _Work(name, methods()[name].function)
 
 
-def _said(view: ModelView, question: TypedQuestion) -> int:
+def _answer_length(view: ModelView, question: TypedQuestion) -> int:
     """Returns how many tokens of an answer are explained, at most."""
     return question.generate or (_OUTPUT if len(view.stacks) == 2 else SAID)
 

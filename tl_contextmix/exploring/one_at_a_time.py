@@ -63,7 +63,7 @@ class Call:
             self.done += 1
         self.step = step
 
-    def told(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """Returns what a page is told of it."""
         running = self.state == "running"
         seconds = time.monotonic() - self.started if running else self.seconds
@@ -150,9 +150,9 @@ class Explorer:
             # They are given again, where the page tells them.
             warnings.simplefilter("ignore", ContextMixWarning)
             self.limits.require(view, call.question, call.begin)
-        told = answered(self.model, call.question, call.begin)
+        explanation = answered(self.model, call.question, call.begin)
         call.begin("draw")
-        call.html, call.likely = told.page.html(), told.likely
+        call.html, call.likely = explanation.page.html(), explanation.likely
         call.mode.check()
 
 

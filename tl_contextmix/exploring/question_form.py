@@ -86,7 +86,7 @@ type it, too. After an answer the lists hold the most probable tokens.</p>
 <div><label for="pos">Position</label>
 <input id="pos" type="number" step="1" placeholder="the last, or the mask"></div>
 <div><label for="generate">Tokens of “answer”</label>
-<input id="generate" type="number" step="1" min="1" placeholder="{_said(view)}"></div>
+<input id="generate" type="number" step="1" min="1" placeholder="{_answer_length(view)}"></div>
 </div></details>
 <fieldset><legend>Show</legend>
 {_boxes(_fitting(view, SECTIONS_IN_WORDS), FIRST)}
@@ -108,10 +108,10 @@ def _fitting(view: ModelView, names: Mapping[Any, str]) -> dict[str, str]:
     """Returns what there is to tick: layers of an encoder to decode, answers of a decoder."""
     missing: tuple[str, ...] = () if len(view.stacks) == 2 else ("encoder-layers", "decoder_lens")
     missing += () if "decoder" in view.stacks else ("answer",)
-    return {name: told for name, told in names.items() if name not in missing}
+    return {name: words for name, words in names.items() if name not in missing}
 
 
-def _said(view: ModelView) -> str:
+def _answer_length(view: ModelView) -> str:
     return "all" if len(view.stacks) == 2 else str(SAID)
 
 
@@ -119,6 +119,6 @@ def _boxes(names: Mapping[str, str], ticked: Iterable[str]) -> str:
     return "\n".join(
         f'<label class="box"><input type="checkbox" name="show" value="{quoted(name)}"'
         f"{' checked' if name in ticked else ''}><span><b>{prose(name.replace('_', ' '))}</b> "
-        f"{prose(told)}</span></label>"
-        for name, told in names.items()
+        f"{prose(words)}</span></label>"
+        for name, words in names.items()
     )

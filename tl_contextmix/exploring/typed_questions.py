@@ -23,8 +23,8 @@ from tl_contextmix.reporting.sections import (
     facts,
     notes,
     result_section,
-    tell,
     with_missing,
+    write_sections,
 )
 from tl_contextmix.reporting.story import Story, read
 
@@ -66,8 +66,8 @@ def offered_methods() -> Mapping[str, str]:
             if one.default is one.empty and one.kind != one.VAR_KEYWORD
         ]
         if method.estimated and needed == ["model", "input"] and name not in _NEEDS_OPTIONS:
-            told = (inspect.getdoc(method.function) or "").splitlines()[0]
-            result[name] = told.removeprefix("Returns ").rstrip(".")
+            summary = (inspect.getdoc(method.function) or "").splitlines()[0]
+            result[name] = summary.removeprefix("Returns ").rstrip(".")
     return result
 
 
@@ -150,7 +150,7 @@ def require_text_model(model: object) -> ModelView:
 
 
 @dataclass(frozen=True)
-class Told:
+class Explanation:
     """What there is to see.
 
     Attributes:
@@ -162,7 +162,7 @@ class Told:
     likely: tuple[str, ...]
 
 
-def answered(model: object, question: TypedQuestion, begin: Callable[[str], object]) -> Told:
+def answered(model: object, question: TypedQuestion, begin: Callable[[str], object]) -> Explanation:
     """Returns a page with what was picked, and the most probable tokens.
 
     Args:
@@ -180,8 +180,10 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
         warnings.filterwarnings("ignore", ".* was not trained on some of these words")
         begin("maps")
         view = as_view(model)
-        story = read(model, question.text, answer=question.answer, generate=_said(view, question))
-        sections, skipped = tell(story, question.sections, begin)
+        story = read(
+            model, question.text, answer=question.answer, generate=_answer_length(view, question)
+        )
+        sections, skipped = write_sections(story, question.sections, begin)
         if "answer" in question.sections and story.generate is None:
             skipped.append(("answer", "the model has no decoder, which would say more"))
         for name in question.methods:
@@ -190,12 +192,14 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
                 sections.append(result_section(_called(name, story)))
             except ContextMixError as error:
                 skipped.append((name, str(error)))
-    told = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
-    page = Page((), TITLE, facts(story), with_missing(sections, skipped), (*notes(story), *told))
-    return Told(page, _likely(story))
+    messages = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
+    page = Page(
+        (), TITLE, facts(story), with_missing(sections, skipped), (*notes(story), *messages)
+    )
+    return Explanation(page, _likely(story))
 
 
-def _said(view: ModelView, question: TypedQuestion) -> int | None:
+def _answer_length(view: ModelView, question: TypedQuestion) -> int | None:
     """Returns how many tokens of its answer a model says; None for what the report does."""
     asked = "answer" in question.sections and "decoder" in view.stacks
     whole = len(view.stacks) == 2 and question.target is None
@@ -214,7 +218,7 @@ def _called(name: str, story: Story) -> Any:
 
 def _likely(story: Story) -> tuple[str, ...]:
     """Returns the tokens that can be typed of those that are most probable."""
-    view, logits = story.done.view, story.done.trace.logits
+    view, logits = story.forward_pass.view, story.forward_pass.trace.logits
     if story.focus is None or logits is None or view.readout.refusal:
         return ()
     row = logits[0, story.focus]

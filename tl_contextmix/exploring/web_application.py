@@ -43,7 +43,7 @@ def application(explorer: Explorer | None, form: str, token: str) -> Starlette:
 def _calls(explorer: Explorer) -> list[Route]:
     """Returns what is asked, told and stopped."""
 
-    async def asked(request: Request) -> Response:
+    async def ask(request: Request) -> Response:
         try:
             call = explorer.ask(await _question(request))
         except InvalidInput as error:
@@ -52,11 +52,11 @@ def _calls(explorer: Explorer) -> list[Route]:
             return JSONResponse({"message": _BUSY}, 409)
         return JSONResponse({"name": call.name}, 202)
 
-    async def told(request: Request) -> Response:
+    async def status(request: Request) -> Response:
         call = explorer.call(request.path_params["name"])
-        return _gone() if call is None else JSONResponse(call.told())
+        return _gone() if call is None else JSONResponse(call.status())
 
-    async def stopped(request: Request) -> Response:
+    async def stop(request: Request) -> Response:
         explorer.stop(request.path_params["name"])
         return Response(status_code=204)
 
@@ -67,9 +67,9 @@ def _calls(explorer: Explorer) -> list[Route]:
         return HTMLResponse(call.html, headers=_only(_ANSWER_POLICY))
 
     return [
-        Route("/calls", asked, methods=["POST"]),
-        Route("/calls/{name}", told),
-        Route("/calls/{name}/stop", stopped, methods=["POST"]),
+        Route("/calls", ask, methods=["POST"]),
+        Route("/calls/{name}", status),
+        Route("/calls/{name}/stop", stop, methods=["POST"]),
         Route("/calls/{name}/page", page),
     ]
 

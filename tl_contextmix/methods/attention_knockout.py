@@ -18,9 +18,9 @@ from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, 
 from tl_contextmix.adapters.questions import (
     Question,
     TokenAnswerInputs,
-    apart,
     ask,
     label_sets,
+    split_answer,
 )
 from tl_contextmix.core.model_view import Edit, StackName
 from tl_contextmix.core.validation import Layers, Positive, whole_number
@@ -92,7 +92,7 @@ def attention_knockout(
     """
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     question = ask(view, read_batch(view, given), answer)
     forward_pass = run_pass(view, given, layer=layer, stack=stack, batch=question.batch)
     found = find_groups("sources", forward_pass.source("attn_out"), sources)
@@ -104,7 +104,7 @@ def attention_knockout(
     scores = []
     with torch.no_grad():
         logits = _read(forward_pass, question)
-        asked = question.contrast(logits)
+        contrast = question.contrast(logits)
         # Hooks may count on the sentences that were given.
         at_once = 1 if view.hooked() else max(1, max_bytes // run_bytes(forward_pass))
         parts = [cuts[start : start + at_once] for start in range(0, len(cuts), at_once)]
@@ -112,7 +112,7 @@ def attention_knockout(
             several = question.repeated(len(part))
             run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
             read = _read(run, several, _edits(run, members, readers, part))
-            contrast = asked.repeat(len(part))
+            contrast = contrast.repeat(len(part))
             scores.append(torch.stack([contrast.score(read), contrast.score(read, "prob")]))
     sizes = (2, len(windows), len(names), members.shape[1], len(logits))
     log_probs, probs = torch.cat(scores, dim=1).view(sizes).movedim(-1, 1)
@@ -126,16 +126,16 @@ def attention_knockout(
     return AttentionKnockout(
         log_probs=log_probs,
         probs=probs,
-        log_prob=asked.score(logits),
-        prob=asked.score(logits, "prob"),
+        log_prob=contrast.score(logits),
+        prob=contrast.score(logits, "prob"),
         layers=tuple(windows),
         windows=tuple(windows.values()),
         heads=names,
         source=found.labels.select(question.sentences.tolist(), [*range(members.shape[1])]),
         stack=forward_pass.stack,
         pos=question.rows,
-        target=label_sets(view, asked.target),
-        foil=None if asked.foil is None else label_sets(view, asked.foil),
+        target=label_sets(view, contrast.target),
+        foil=None if contrast.foil is None else label_sets(view, contrast.foil),
         sentence=question.sentences,
         provenance=forward_pass.provenance("attention_knockout", options),
     )
@@ -164,7 +164,7 @@ def _read(
     forward_pass: Pass, question: Question, edits: Mapping[str, Edit] | None = None
 ) -> Tensor:
     """Returns the logits of each prediction in a run of the model."""
-    logits = forward_pass.again(edits=edits).logits
+    logits = forward_pass.rerun(edits=edits).logits
     assert logits is not None
     return question.read(logits)
 

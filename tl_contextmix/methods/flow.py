@@ -13,7 +13,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, split_answer
 from tl_contextmix.core.graph_pruning import kept_by_influence
 from tl_contextmix.core.linear_graph import (
     FeedForwards,
@@ -114,7 +114,7 @@ def flow(
     and for each kept node the gradient of what it reads: ``n d`` operations for each norm of the
     layers below and ``d`` for each kept node there; the scores of all neurons come with the first.
     """
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     with torch.no_grad():
         view = with_dictionaries(as_view(model), dictionary)
         asked = run_single(view, given, answer)

@@ -195,12 +195,12 @@ def _components(whole: LinearGraph, sets: Sequence[Sequence[Place]]) -> Componen
     for row, some in enumerate(sets):
         for column, place in enumerate(some):
             kind, layer = names[place[:2]]
-            told = {"kind": KINDS.index(kind), "layer": layer, "pos": place.pos}
+            entry = {"kind": KINDS.index(kind), "layer": layer, "pos": place.pos}
             if kind.endswith("attn"):
-                told["head"] = place.column
+                entry["head"] = place.column
             elif kind.endswith("mlp") and whole.split:
-                told |= _neuron(whole, place)
-            for name, number in told.items():
+                entry |= _neuron(whole, place)
+            for name, number in entry.items():
                 columns[name][row, column] = number
     return Components(**columns)
 

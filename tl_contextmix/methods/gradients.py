@@ -19,9 +19,9 @@ from tl_contextmix.adapters.inputs import (
 from tl_contextmix.adapters.questions import (
     Question,
     TokenAnswerInputs,
-    apart,
     ask_in_pass,
     predictions,
+    split_answer,
 )
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
@@ -94,7 +94,7 @@ def gradient_x_input(
     """
     # What inference mode makes can have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        given, answer = apart(input, inputs)
+        given, answer = split_answer(input, inputs)
         question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 
@@ -161,7 +161,7 @@ def integrated_gradients(
     Cost: for each position ``steps`` forward and backward passes and one more; and a forward pass.
     """
     with torch.inference_mode(False), torch.no_grad():
-        given, answer = apart(input, inputs)
+        given, answer = split_answer(input, inputs)
         question, whole = ask_in_pass(as_view(model), given, answer)
         turns = [*question.rounds()]
 

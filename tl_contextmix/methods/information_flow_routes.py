@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, apart
+from tl_contextmix.adapters.questions import AnswerInputs, split_answer
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.flow_routes import RouteNode, find_routes
 from tl_contextmix.core.validation import Positive, Rule
@@ -72,7 +72,7 @@ def information_flow_routes(
     Cost: a forward pass, two linearised ones, and ``5 n d`` operations for each head of each state
     that is reached.
     """
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     with torch.no_grad():
         asked = run_single(as_view(model), given, answer)
         prediction = asked.prediction("frozen+beta", max_bytes)

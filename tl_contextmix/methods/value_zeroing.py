@@ -187,7 +187,7 @@ def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
         value[:, place] = 0
         return value
 
-    found = forward_pass.again([block.resid_out], {read.value: zero})[block.resid_out]
+    found = forward_pass.rerun([block.resid_out], {read.value: zero})[block.resid_out]
     replay, span = ablate_values(block, trace, kind), [(place, place + 1)]
     expected = trace[block.resid_out].clone()
     for rows, _, changed, _ in replay.tiles(span, DEFAULT_MAX_BYTES):

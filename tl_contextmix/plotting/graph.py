@@ -80,7 +80,7 @@ def draw(panel: Graph, charts: Charts) -> str:
         "Arrow keys walk: left and right to the next node, up and down along the largest "
         "edge. Escape lets go.</p>"
     )
-    told = markup.scroll(tables.grid(panel.table()), f"{panel.title}, numbers")
+    numbers = markup.scroll(tables.grid(panel.table()), f"{panel.title}, numbers")
     body = [
         f'<div class="explored"><script type="application/json">{_data(panel)}</script>',
         chooser,
@@ -88,7 +88,7 @@ def draw(panel: Graph, charts: Charts) -> str:
         _legend(panel),
         hint,
         '<div class="detail" aria-live="polite"></div></div>',
-        markup.details("Numbers", told),
+        markup.details("Numbers", numbers),
     ]
     return markup.figure("graph", panel.title, panel.caption, body, wide=True)
 
@@ -118,8 +118,8 @@ def _data(panel: Graph) -> str:
         [source, target, rounded(value)]
         for source, target, value in panel.largest_edges(panel.edges.numel())
     ]
-    told = {"nodes": nodes, "edges": edges, "ranked": panel.ranked, "drawn": EDGES}
-    return json.dumps(told, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    payload = {"nodes": nodes, "edges": edges, "ranked": panel.ranked, "drawn": EDGES}
+    return json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def picture(panel: Graph) -> str:
@@ -187,12 +187,12 @@ def _edges(panel: Graph, at: Sequence[tuple[float, float]]) -> str:
 
 def _nodes(panel: Graph, at: Sequence[tuple[float, float]]) -> list[str]:
     most = largest(dot.value for dot in panel.nodes)
-    digits, beside = decimals(most), set(named(panel))
+    digits, labelled = decimals(most), set(named(panel))
     names, pieces = cells(panel.columns, lambda token: escape(token)), []
     for index, (dot, (x, y)) in enumerate(zip(panel.nodes, at, strict=True)):
         size = radius(dot.value, most)
         value = number(dot.value, digits, signed=True)
-        told = f"{escape(dot.label)}, {names[dot.column]}: {value}"
+        description = f"{escape(dot.label)}, {names[dot.column]}: {value}"
         shape = (
             f'<rect x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size:.1f}" '
             f'height="{2 * size:.1f}" fill="{colors.NEGATIVE}"/>'
@@ -200,13 +200,13 @@ def _nodes(panel: Graph, at: Sequence[tuple[float, float]]) -> list[str]:
             else f'<circle cx="{x}" cy="{y}" r="{size}" fill="{colors.POSITIVE}"/>'
         )
         label = ""
-        if index in beside:
+        if index in labelled:
             label = (
                 f'<text x="{x}" y="{y - size - 2:.1f}" text-anchor="middle" font-size="9.5">'
                 f"{escape(dot.label, _TEXT)}</text>"
             )
         pieces.append(
-            f'<g class="node" role="button" aria-label="{told}" data-node="{index}"'
-            f"{data(dot.value)}>{shape}{label}<title>{told}</title></g>"
+            f'<g class="node" role="button" aria-label="{description}" data-node="{index}"'
+            f"{data(dot.value)}>{shape}{label}<title>{description}</title></g>"
         )
     return pieces

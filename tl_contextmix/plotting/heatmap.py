@@ -30,9 +30,9 @@ def draw(panel: Heatmap, charts: Charts) -> str:
         note = markup.note("There is nothing to show: the map has no cells.")
         return markup.figure("heatmap", panel.title, panel.caption, [note])
     charts.maps += 1
-    told = json.dumps(_told(panel, charts), ensure_ascii=False, separators=(",", ":"))
+    payload = json.dumps(_payload(panel, charts), ensure_ascii=False, separators=(",", ":"))
     # Nothing between "<" and ">" may end the element; JSON reads the escape as the character.
-    data = f'<script type="application/json">{told.replace("<", chr(92) + "u003c")}</script>'
+    data = f'<script type="application/json">{payload.replace("<", chr(92) + "u003c")}</script>'
     still = "" if charts.framed else f"<noscript>{stills.fallback(panel)}</noscript>"
     body = [f'<div class="map">{data}{still}</div>', _remark(panel), _largest(panel)]
     wide = len(panel.columns) > NARROW
@@ -50,11 +50,11 @@ def for_circuitsvis(panel: Heatmap) -> bool:
     return panel.whole and finite and panel.values.numel() <= CHART_CELLS
 
 
-def _told(panel: Heatmap, charts: Charts) -> dict[str, object]:
+def _payload(panel: Heatmap, charts: Charts) -> dict[str, object]:
     """Returns what the page knows of a map."""
     seen = panel.survey
     sheets, rows, columns = seen.pixels.shape
-    told: dict[str, object] = {
+    payload: dict[str, object] = {
         "sheets": [_text(name) for name in panel.sheets],
         "layers": [*panel.layers],
         "heads": [_text(name) for name in panel.heads],
@@ -71,8 +71,8 @@ def _told(panel: Heatmap, charts: Charts) -> dict[str, object]:
     }
     if for_circuitsvis(panel):
         charts.wanted = True
-        told["causal"] = panel.causal
-    return told
+        payload["causal"] = panel.causal
+    return payload
 
 
 def _text(text: str) -> str:

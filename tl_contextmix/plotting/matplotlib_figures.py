@@ -243,8 +243,12 @@ def _heatmap(figure: Figure, panel: Heatmap, lettering: Lettering) -> None:
         across * (side[0] + 0.15) + left + 0.9 + _NAME * bool(panel.axes[0]),
         down * (side[1] + 0.25) + 0.75 * below + 0.5 + _NAME * bool(panel.axes[1]),
     )
-    told = sheets == 1 and panel.sheets[0] in (*panel.axes, panel.unit, *panel.title.split(", "))
-    headings = ("",) if told else panel.sheets
+    redundant = sheets == 1 and panel.sheets[0] in (
+        *panel.axes,
+        panel.unit,
+        *panel.title.split(", "),
+    )
+    headings = ("",) if redundant else panel.sheets
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     mesh = None
     for index, axes in enumerate(grid.flat):
@@ -320,8 +324,8 @@ def _chart(figure: Figure, panel: Bars, lettering: Lettering) -> Axes:
     turned = (longest + 0.1) * len(labels) > width - 0.6
     height = 2.4 + _NAME * bool(panel.axis)
     names = [lettering.width(lettering.shown(name), SIZE) for name, _ in panel.series]
-    beside = 0.5 + max(names) if _crowded(panel) else 0.0
-    figure.set_size_inches(width + beside, height + (0.75 * longest if turned else 0.0))
+    legend_width = 0.5 + max(names) if _crowded(panel) else 0.0
+    figure.set_size_inches(width + legend_width, height + (0.75 * longest if turned else 0.0))
     axes = figure.subplots()
     axes.set_title(lettering.prose(panel.title), fontsize=SIZE + 1)
     axes.set_ylabel(lettering.prose(panel.unit))
@@ -337,8 +341,8 @@ def _bars(figure: Figure, panel: Bars, lettering: Lettering) -> None:
     for index, (name, values) in enumerate(panel.series):
         finite = [value if math.isfinite(value) else 0.0 for value in values]
         left = [place - 0.4 + width * (index + 0.5) for place in range(len(values))]
-        colour, told = colors.series(index), lettering.shown(name)
-        axes.bar(left, finite, width * 0.92, color=colour, label=told)
+        colour, text = colors.series(index), lettering.shown(name)
+        axes.bar(left, finite, width * 0.92, color=colour, label=text)
         for at, value in zip(left, values, strict=True):
             if not math.isfinite(value):
                 axes.text(at, 0, number(value, 0), ha="center", va="bottom")
@@ -419,8 +423,8 @@ def _crowded(panel: Bars) -> bool:
 def _legend(figure: Figure | _Holder, axes: Axes, panel: Bars) -> None:
     if len(panel.series) > 1:
         # Beside the chart only where the layout makes room for it.
-        beside = _crowded(panel) and not isinstance(figure, _Holder)
-        place: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+        outside = _crowded(panel) and not isinstance(figure, _Holder)
+        place: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if outside else {}
         axes.legend(frameon=False, fontsize=SIZE - 1, **place)
 
 

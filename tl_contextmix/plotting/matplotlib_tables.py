@@ -68,21 +68,21 @@ def _texts(
     for tokens, values in texts:
         left = 0.0
         for token, value in zip(tokens, values, strict=True):
-            shown, told = lettering.shown(token), number(value, decimals(deepest))
-            width = max(lettering.width(shown, SIZE), lettering.width(told, SIZE - 2)) + _PAD
+            shown, figure_text = lettering.shown(token), number(value, decimals(deepest))
+            width = max(lettering.width(shown, SIZE), lettering.width(figure_text, SIZE - 2)) + _PAD
             if left and left + width > _LINE:
                 left, top = 0.0, top + _WORDS
-            words.append((shown, told, value, (left, top, width, _WORDS / 2)))
+            words.append((shown, figure_text, value, (left, top, width, _WORDS / 2)))
             left += width + 0.03
         top += _WORDS
     wide = max((left + width for *_, (left, _, width, _) in words), default=1.0)
     axes = _paper(figure, title, wide, max(top, _WORDS), lettering)
-    for shown, told, value, (left, above, width, height) in words:
+    for shown, figure_text, value, (left, above, width, height) in words:
         ink = _box(axes, (left, above, width, height), value, deepest)
         middle = left + width / 2
         axes.text(middle, above + height / 2, shown, ha="center", va="center_baseline", color=ink)
         below = above + 1.4 * height
-        axes.text(middle, below, told, ha="center", va="center", fontsize=SIZE - 2)
+        axes.text(middle, below, figure_text, ha="center", va="center", fontsize=SIZE - 2)
 
 
 def _paper(figure: Figure, title: str, width: float, height: float, lettering: Lettering) -> Axes:

@@ -121,8 +121,8 @@ class Page:
 
     def text(self) -> str:
         """Returns the page as plain text: titles, and the numbers that stand out."""
-        told = [self.title, *self.notes, *map(plain_text.describe, self._all_panels())]
-        return "\n\n".join(told).strip()
+        parts = [self.title, *self.notes, *map(plain_text.describe, self._all_panels())]
+        return "\n\n".join(parts).strip()
 
     def html(self) -> str:
         """Returns the page as one complete document."""

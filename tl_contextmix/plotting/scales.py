@@ -31,7 +31,7 @@ def depths(cells: Float[torch.Tensor, "*cells"]) -> Float[torch.Tensor, "*cells"
     return torch.where(sizes.isfinite(), found, cells.detach().double())
 
 
-def told(cells: Float[torch.Tensor, "*cells"]) -> str:
+def describe_ranks(cells: Float[torch.Tensor, "*cells"]) -> str:
     """Returns in words what the colours of `depths` stand for; nothing where there is no number."""
     sizes = cells.detach().double().abs()
     counted = sizes[sizes.isfinite() & (sizes > 0)]

@@ -91,9 +91,9 @@ def draw(panel: Bars, charts: Charts) -> str:
         return markup.figure(kind, panel.title, panel.caption, body)
     ends = panel.intervals if isinstance(panel, Curves) else ()
     bands = any(low < high for series in ends for low, high in series)
-    told = markup.scroll(tables.grid(panel.table()), f"{panel.title}, numbers")
+    numbers = markup.scroll(tables.grid(panel.table()), f"{panel.title}, numbers")
     note = markup.note("Shaded: intervals.") if bands else ""
-    body = [_key(panel), drawn, note, markup.details("Numbers", told)]
+    body = [_key(panel), drawn, note, markup.details("Numbers", numbers)]
     return markup.figure(kind, panel.title, panel.caption, body)
 
 
@@ -146,17 +146,19 @@ def _key(chart: Bars) -> str:
         f'<i style="background:{colors.series(index)}"></i><span>{label(name)}</span>'
         for index, (name, _) in enumerate(chart.series)
     ]
-    told = "".join(names if len(names) > 1 else []) + unit
-    return f'<p class="legend">{told}</p>' if told else ""
+    legend = "".join(names if len(names) > 1 else []) + unit
+    return f'<p class="legend">{legend}</p>' if legend else ""
 
 
 def _mark(chart: Bars, index: int, place: int, axis: Axis, shape: str) -> str:
     """Returns the mark of one number in the colour of its series, its tooltip inside."""
     name, values = chart.series[index]
-    told = f"{escape(f'{chart.labels[place]}, {name}')}: {number(values[place], axis.places)}"
+    description = (
+        f"{escape(f'{chart.labels[place]}, {name}')}: {number(values[place], axis.places)}"
+    )
     tag = shape.split()[0]
     colour = f'fill="{colors.series(index)}"{data(values[place])}'
-    return f"<{shape} {colour}><title>{told}</title></{tag}>"
+    return f"<{shape} {colour}><title>{description}</title></{tag}>"
 
 
 def _bars(chart: Bars, index: int, axis: Axis) -> str:

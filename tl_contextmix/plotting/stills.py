@@ -135,6 +135,6 @@ def _scale(panel: Heatmap) -> str:
 def _scale_words(panel: Heatmap) -> str:
     """Returns what stands after the largest number of the scale."""
     unit = f" {escape(panel.unit)}" if panel.unit else ""
-    unit += f" · {told}" if (told := scales.told(panel.survey.pixels)) else ""
+    unit += f" · {ranks}" if (ranks := scales.describe_ranks(panel.survey.pixels)) else ""
     rest = len(panel.sheets) - SHEETS
     return unit + (f" · the first {SHEETS} of {len(panel.sheets)} sheets" if rest > 0 else "")

@@ -124,9 +124,9 @@ def _reduced(
     sheet: torch.Tensor, block: int, reduce: Callable[..., torch.Tensor], beyond: float = 0.0
 ) -> torch.Tensor:
     """Returns one number for each square of cells; beyond the border all have the same."""
-    below, beside = (-side % block for side in sheet.shape)
-    if below or beside:
-        sheet = pad(sheet, (0, beside, 0, below), value=beyond)
+    below, right = (-side % block for side in sheet.shape)
+    if below or right:
+        sheet = pad(sheet, (0, right, 0, below), value=beyond)
     rows, columns = (side // block for side in sheet.shape)
     lines = reduce(sheet.reshape(rows, block, columns * block), dim=1)
     return reduce(lines.view(rows, columns, block), dim=2)

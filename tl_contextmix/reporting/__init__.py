@@ -23,8 +23,8 @@ from tl_contextmix.reporting.sections import (
     facts,
     notes,
     result_section,
-    tell,
     with_missing,
+    write_sections,
 )
 from tl_contextmix.reporting.story import default_text, read
 from tl_contextmix.results import Result
@@ -124,8 +124,8 @@ def report(
             bar.update()
             bar.set_description(name)
 
-        told = with_missing(*tell(story, names, begin))
-    return Page((), title or TITLE, facts(story), told, notes(story))
+        written = with_missing(*write_sections(story, names, begin))
+    return Page((), title or TITLE, facts(story), written, notes(story))
 
 
 def write_report(

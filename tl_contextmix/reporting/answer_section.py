@@ -19,8 +19,8 @@ def answer(story: Story) -> Section | str:
     """Returns, for every token that the model says, its probability, sublayers and sources."""
     if story.generate is None:
         return ""
-    if story.done.view.readout.refusal:
-        return story.done.view.readout.refusal
+    if story.forward_pass.view.readout.refusal:
+        return story.forward_pass.view.readout.refusal
     count = story.generate
     try:
         layers, parts = (

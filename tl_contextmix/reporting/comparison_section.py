@@ -125,7 +125,7 @@ def compared_page(
 
 def comparison(story: Story) -> Section | str:
     """Returns the predicting row by every method, and how each scores on minimal pairs."""
-    view, focus = story.done.view, story.focus
+    view, focus = story.forward_pass.view, story.focus
     if focus is None:
         return "the text has no mask token to predict"
     if len(view.stacks) == 2:
@@ -190,7 +190,7 @@ def _likeness(found: Comparison) -> Heatmap:
 
 def _rows(story: Story) -> Heatmap:
     """Returns the predicting row of every method, from the input to the last layer."""
-    tokens = story.done.target
+    tokens = story.forward_pass.target
     assert story.focus is not None
     here = tokens.strings[0][story.focus]
     asked = Sentence(tokens.ids[:1], story.focus, story.answer)
@@ -248,11 +248,11 @@ def _finding(found: Comparison) -> str:
         f"{best['chance']:.2f})"
     )
     where = f"{_SHOWN.get(best['method'], best['method'])} at layer {best['layer']}"
-    told = f"Best {_METRICS.get(first, f'by {first}')}: {where}, {figures}."
+    finding = f"Best {_METRICS.get(first, f'by {first}')}: {where}, {figures}."
     others = table.iloc[1:]
     alike = others[(others["high"] >= best["low"]) & (others["low"] <= best["high"])]
     if len(alike):
         names = [_SHOWN.get(str(name), str(name)) for name in alike["method"]]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        told += f" It does not stand out: intervals overlap with {shown}."
-    return told
+        finding += f" It does not stand out: intervals overlap with {shown}."
+    return finding

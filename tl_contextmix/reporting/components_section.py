@@ -21,7 +21,7 @@ _HEADS = 3
 
 def components(story: Story) -> Section | str:
     """Returns the sublayers, sources and neurons that wrote the answer, and a knockout."""
-    view, focus = story.done.view, story.focus
+    view, focus = story.forward_pass.view, story.focus
     if focus is None:
         return "the text has no mask token to predict"
     if view.readout.refusal:
@@ -61,10 +61,10 @@ def components(story: Story) -> Section | str:
 def _best_layer(layers: LogProbContributions) -> str:
     """Returns which sublayer adds most, if one stands out."""
     best, asked = layers.top(1), layers.asked(quote=quoted)
-    told = f"{in_words(best.labels()[0])} ({float(best.scores[0, 0]):+.2f} nats)"
+    description = f"{in_words(best.labels()[0])} ({float(best.scores[0, 0]):+.2f} nats)"
     if stands_out(layers.scores[0].tolist()) is None:
-        return f"No single sublayer stands out for {asked}: {told} adds most."
-    return f"{told[:1].upper()}{told[1:]} adds most to {asked}."
+        return f"No single sublayer stands out for {asked}: {description} adds most."
+    return f"{description[:1].upper()}{description[1:]} adds most to {asked}."
 
 
 def _best_source(read: LogProbContributions) -> str:
@@ -76,10 +76,10 @@ def _best_source(read: LogProbContributions) -> str:
     if frame[frame.source_token.map(quoted) == word].source.nunique() > 1:
         word += f" ({row.source})"
     layer = int(source.components.layer[0, 0])
-    told = f"{word} in layer {layer} ({float(source.scores[0, 0]):+.2f})"
+    description = f"{word} in layer {layer} ({float(source.scores[0, 0]):+.2f})"
     if stands_out(read.scores[0].nan_to_num().tolist()) is None:
-        return f"No single source does: the largest is {told}."
-    return f"The top source is {told}."
+        return f"No single source does: the largest is {description}."
+    return f"The top source is {description}."
 
 
 def _fall(layers: LogProbContributions, fall: Table) -> str:

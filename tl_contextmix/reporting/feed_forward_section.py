@@ -36,13 +36,13 @@ def feed_forward(story: Story) -> Section | str:
     finding = _largest_change(change)
     if pairs.amplified:
         top = max(pairs.amplified, key=lambda pair: pair.change)
-        told = (
+        sentence = (
             f" Most amplified: {quoted(top.source_token)} for {quoted(top.target_token)} in layer "
             f"{top.layer}, from {top.before:.0%} to {top.after:.0%} of the row."
         )
         # In whole percents, as they are told.
         small = round(top.after, 2) <= round(top.before, 2)
-        finding += " No pair's share grows by a percentage point." if small else told
+        finding += " No pair's share grows by a percentage point." if small else sentence
     text = (
         "FF is the feed-forward block, RES the residual connection, LN the layer norm. The first "
         "chart compares the ranking of token pairs before and after each component; it is blind "
@@ -66,9 +66,9 @@ _NAMES = {
 def _largest_change(change: LayerFigures) -> str:
     layer, quantity = largest(change.values[0])
     name = change.quantities[quantity]
-    told = _NAMES.get(name.rstrip("0123456789"), name)
+    where = _NAMES.get(name.rstrip("0123456789"), name)
     return (
-        f"The ranking of token pairs changes most through {told} ({name}) in layer "
+        f"The ranking of token pairs changes most through {where} ({name}) in layer "
         f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
     )
 

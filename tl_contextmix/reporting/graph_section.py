@@ -14,7 +14,7 @@ _NODES = 60
 
 def graph(story: Story) -> Section | str:
     """Returns the attribution graph of the answer."""
-    view = story.done.view
+    view = story.forward_pass.view
     if story.focus is None:
         return "the text has no mask token to predict"
     if view.readout.refusal:
@@ -30,14 +30,14 @@ def graph(story: Story) -> Section | str:
     frame = found.to_dataframe()
     single = frame[(frame.pos >= 0) & (frame.kind != "answer")]
     heads, tokens = single[single["head"] >= 0], single[single.kind.str.endswith("embed")]
-    told = []
+    findings = []
     for what, rows in (("token", tokens), ("head", heads)):
         if len(rows):
             row = rows.loc[rows.score.abs().idxmax()]
             name = quoted(row.token) if what == "token" else f"{row.label} at {quoted(row.token)}"
-            told.append(f"the {what} with the largest effect is {name} ({row.score:+.2f} nats)")
+            findings.append(f"the {what} with the largest effect is {name} ({row.score:+.2f} nats)")
     share = found.explained / found.score if found.score else 1.0
-    finding = f"{'; '.join(told)}. {len(single)} of {found.possible:,} nodes carry {share:.0%}"
+    finding = f"{'; '.join(findings)}. {len(single)} of {found.possible:,} nodes carry {share:.0%}"
     text = (
         "With attention patterns, norms and activation slopes frozen at their real values, the "
         "answer's score is a sum over paths from tokens through heads and feed-forward blocks. "

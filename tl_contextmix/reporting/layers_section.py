@@ -22,38 +22,38 @@ def encoder_layers(story: Story) -> Section | str:
     model, text, about = story.model, story.text, ""
     if isinstance(model, ModelView):
         return "with labels, ask decoder_lens itself"
-    if len(story.done.view.stacks) != 2:
+    if len(story.forward_pass.view.stacks) != 2:
         if story.companion is None:
             return "the model has no encoder and decoder"
         model, text = story.companion, default_text(story.companion)
-        name = as_view(model).name
-        about = f"{story.done.view.name} has no encoder; this is the bundled {name} on “{text}”. "
-    said = decoder_lens(model, text)
+        own, name = story.forward_pass.view.name, as_view(model).name
+        about = f"{own} has no encoder; this is the bundled {name} on “{text}”. "
+    decoding = decoder_lens(model, text)
     judged = decoder_lens(model, text, mode="teacher_forced")
-    assert isinstance(said, LayerwiseDecoding)
+    assert isinstance(decoding, LayerwiseDecoding)
     assert isinstance(judged, LayerwiseLikelihood)
-    table, map = said.panels()[0], judged.panels()[0]
+    table, map = decoding.panels()[0], judged.panels()[0]
     assert isinstance(table, Table)
     panels: tuple[Panel, ...] = (
         replace(table, title="Output by layer"),
         replace(map, title="Log-probability of the final output by layer"),
-        *_charts(said, judged),
+        *_charts(decoding, judged),
     )
-    stable = said.first_stable_layer()[0]
+    stable = decoding.first_stable_layer()[0]
     reading = about + (
         "DecoderLens lets the decoder read an earlier encoder layer, as if the later blocks were "
         "removed. Layer 0 is the embeddings. The decoder was trained on the last layer only, so a "
         "layer that it cannot read may still encode the answer."
     )
-    finding = f"The output is stable from layer {stable}: “{said.texts[0][-1]}”."
-    if stable == said.depth:
-        finding = f"The output changes until the last layer: “{said.texts[0][-1]}”."
+    finding = f"The output is stable from layer {stable}: “{decoding.texts[0][-1]}”."
+    if stable == decoding.depth:
+        finding = f"The output changes until the last layer: “{decoding.texts[0][-1]}”."
     citation = sources("langedijk2024decoderlens")
     title = "What does each encoder layer already know?"
     return Section(title, reading, panels, citation, finding)
 
 
-def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel, ...]:
+def _charts(decoding: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel, ...]:
     """Returns each layer's distance from the final output."""
     captions = {
         "edit distance": "Token substitutions, deletions and insertions from a layer's output to "
@@ -64,7 +64,7 @@ def _charts(said: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel
         "edit distance": "Distance from the final output, by layer",
         "gold NLL": "How improbable the final output is, by layer",
     }
-    curves = said.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
+    curves = decoding.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
     charts = [panel for panel in curves.panels() if isinstance(panel, Bars)]
     return tuple(
         replace(chart, title=titles[chart.unit], caption=captions[chart.unit]) for chart in charts

@@ -24,7 +24,7 @@ _SENTENCES = 500
 
 def memories(story: Story) -> Section | str:
     """Returns the memories that write most at the predicting position, and their triggers."""
-    view, focus = story.done.view, story.focus
+    view, focus = story.forward_pass.view, story.focus
     if not story.complete:
         return story.missing
     if focus is None:
@@ -35,7 +35,7 @@ def memories(story: Story) -> Section | str:
         return view.readout.refusal
     found = ff_memories(story.model, story.text)
     rows = _fed(story, found.top(_MEMORIES, pos=focus))
-    here = story.done.target.strings[0][focus]
+    here = story.forward_pass.target.strings[0][focus]
     table = Table(
         title=f"Memories that fired at {quoted(here)}",
         caption=f"Per layer, the {_MEMORIES} memories that write the longest vectors: the token "
@@ -67,15 +67,15 @@ def memories(story: Story) -> Section | str:
 def _finding(story: Story, longest: tuple, lengths: list[float]) -> str:
     """Returns which memory writes the longest vector, and whether that is the answer."""
     layer, neuron = longest[0][1:].split(".")
-    logits = story.done.trace.logits
-    told = f"neuron {neuron} of layer {layer}, which promotes {quoted(longest[1])}"
+    logits = story.forward_pass.trace.logits
+    description = f"neuron {neuron} of layer {layer}, which promotes {quoted(longest[1])}"
     if logits is not None and story.focus is not None:
-        best = story.done.view.to_output(int(logits[0, story.focus].argmax()))
-        told += "" if best == longest[1] else f" (the model predicts {quoted(best)})"
+        best = story.forward_pass.view.to_output(int(logits[0, story.focus].argmax()))
+        description += "" if best == longest[1] else f" (the model predicts {quoted(best)})"
     source = f"Its top source is {quoted(longest[4])}."
     if stands_out(lengths) is None:
-        return f"No single memory stands out; the longest vector is that of {told}. {source}"
-    return f"The longest vector is that of {told}. {source}"
+        return f"No single memory stands out; the longest vector is that of {description}. {source}"
+    return f"The longest vector is that of {description}. {source}"
 
 
 def _fed(story: Story, top: Any) -> list[tuple]:
@@ -100,7 +100,7 @@ def _triggers(story: Story, names: list[str]) -> tuple[list[Panel], str]:
     """
     if story.triggers is not None:
         return _samples(story.triggers, names), "These were mined beforehand."
-    if story.done.view.name not in DEMO_NAMES or not story.done.view.reads_text():
+    if story.forward_pass.view.name not in DEMO_NAMES or not story.forward_pass.view.reads_text():
         return [], (
             "None are shown here: mine a corpus with `tl-contextmix mine` and pass the folder as "
             "`--triggers`."
@@ -114,7 +114,7 @@ def _triggers(story: Story, names: list[str]) -> tuple[list[Panel], str]:
             out=folder,
             k=_TRIGGERS,
             layer=sorted({int(name[1:].split(".")[0]) for name in names[:_SHOWN]}),
-            unit="prefix" if "decoder" in story.done.view.stacks else "document",
+            unit="prefix" if "decoder" in story.forward_pass.view.stacks else "document",
             batch_size=64,
         )
         assert mined is not None

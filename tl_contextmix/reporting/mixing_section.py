@@ -131,7 +131,7 @@ def _focus(story: Story) -> tuple[Heatmap, str, Opening]:
     focus = story.focus
     assert focus is not None
     row, sources_ = map.scores[0, :, 0, focus], map.source.strings[0]
-    here = story.done.target.strings[0][focus]
+    here = story.forward_pass.target.strings[0][focus]
     panel = table_of(
         row,
         layer_names(map.layers),

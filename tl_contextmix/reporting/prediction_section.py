@@ -17,7 +17,7 @@ _CANDIDATES = 8
 
 def prediction(story: Story) -> Section | str:
     """Returns the most probable tokens, here and at every earlier position."""
-    view, logits, focus = story.done.view, story.done.trace.logits, story.focus
+    view, logits, focus = story.forward_pass.view, story.forward_pass.trace.logits, story.focus
     if focus is None:
         return "the text has no mask token to predict"
     if logits is None or view.readout.refusal:
@@ -25,7 +25,7 @@ def prediction(story: Story) -> Section | str:
     probabilities = logits[0].detach().float().softmax(-1)
     found = probabilities[focus].topk(min(_CANDIDATES, probabilities.shape[-1]))
     names = tuple(view.to_output(token) for token in found.indices.tolist())
-    here = story.done.target.strings[0][focus]
+    here = story.forward_pass.target.strings[0][focus]
     causal = "decoder" in view.stacks
     kind = "classes" if view.classes else "tokens"
     preposition = "after" if causal else "at"
@@ -68,7 +68,7 @@ def _lead(story: Story) -> str:
 
 def _expected(story: Story, probabilities: torch.Tensor) -> Table:
     """Returns what the model expected after each token, and the actual next token."""
-    view, tokens = story.done.view, story.done.target
+    view, tokens = story.forward_pass.view, story.forward_pass.target
     rows = []
     for place, word in enumerate(tokens.strings[0][:-1]):
         best = int(probabilities[place].argmax())

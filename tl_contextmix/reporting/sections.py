@@ -69,7 +69,7 @@ def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
     return tuple(name for name in SECTIONS if name in listed)
 
 
-def tell(
+def write_sections(
     story: Story, names: Sequence[SectionName], begin: Callable[[str], object]
 ) -> tuple[list[Section], list[tuple[str, str]]]:
     """Returns the sections that apply, and which do not, each with the reason.
@@ -79,31 +79,31 @@ def tell(
         names: Sections to include, in order.
         begin: Called with the name of each section before it is made.
     """
-    told: list[Section] = []
+    sections: list[Section] = []
     missing: list[tuple[str, str]] = []
     for name in names:
         begin(name)
         section = SECTIONS[name](story)
         if isinstance(section, Section):
-            told.append(section)
+            sections.append(section)
         elif section:
             missing.append((name, section))
-    return told, missing
+    return sections, missing
 
 
 def with_missing(
-    told: Sequence[Section], reasons: Sequence[tuple[str, str]]
+    sections: Sequence[Section], reasons: Sequence[tuple[str, str]]
 ) -> tuple[Section, ...]:
     """Returns sections, and as the last one what was skipped, and why, if anything was."""
     if not reasons:
-        return tuple(told)
+        return tuple(sections)
     table = Table(
         title="Skipped sections",
         caption="Sections that do not apply to this model or text.",
         columns=("section", "reason"),
         rows=tuple(reasons),
     )
-    return (*told, Section("What is not on this page", "", (table,)))
+    return (*sections, Section("What is not on this page", "", (table,)))
 
 
 def result_section(result: object) -> Section:
@@ -133,7 +133,7 @@ def result_section(result: object) -> Section:
 
 def facts(story: Story) -> tuple[tuple[str, str], ...]:
     """Returns text, model and versions as names and values."""
-    view, text = story.done.view, story.text
+    view, text = story.forward_pass.view, story.text
     if not isinstance(text, str):
         text = view.to_text(text.flatten().tolist())
     facts = [

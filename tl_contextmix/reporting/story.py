@@ -40,7 +40,7 @@ class Story:
     Attributes:
         model: The model; where labels name its tokens, its view with these names.
         text: The sentence, or its token ids.
-        done: The forward pass.
+        forward_pass: The forward pass.
         stack: The stack of the maps; None if there is only one.
         maps: Maps by point, without points that do not apply to the model.
         missing: Why points are missing; empty if none are.
@@ -55,7 +55,7 @@ class Story:
 
     model: object
     text: str | Tensor
-    done: Pass
+    forward_pass: Pass
     stack: StackName | None
     maps: Mapping[str, ContextMap]
     missing: str
@@ -227,5 +227,5 @@ def _unknown_tokens(model: object, forward_pass: Pass) -> tuple[str, ...]:
     ids = forward_pass.tokens["encoder" if "encoder" in forward_pass.tokens else "decoder"].ids
     places = (ids[0] == unknown).nonzero()[:, 0].tolist()
     where = ", ".join(map(str, places))
-    told = f"The tokenizer does not know what stands at position {where} of the text."
-    return (told,) if places else ()
+    note = f"The tokenizer does not know what stands at position {where} of the text."
+    return (note,) if places else ()

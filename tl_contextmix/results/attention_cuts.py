@@ -137,8 +137,8 @@ class AttentionKnockout(LabelledArray):
                 which = "" if len(self.heads) == 1 else f", head {head}"
                 series = zip(names, map(tuple, some.T.tolist()), strict=True)
                 caption = f"{text} A line for each group of tokens that is not attended to."
-                told = title + which
-                found.append(Curves(told, caption, labels, tuple(series), unit, axis="layers"))
+                heading = title + which
+                found.append(Curves(heading, caption, labels, tuple(series), unit, axis="layers"))
         return tuple(found)
 
     def _name(self, row: int, group: int) -> str:

@@ -285,11 +285,14 @@ class AttributionGraph(Result):
 
         graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
         for place, node in enumerate(self.nodes):
-            told = asdict(node)
-            told |= {"token": visible(node.token), "promotes": visible(" ".join(node.promotes))}
+            attributes = asdict(node)
+            attributes |= {
+                "token": visible(node.token),
+                "promotes": visible(" ".join(node.promotes)),
+            }
             for name in ("pattern", "triggers", "reasons"):
-                told.pop(name)
-            graph.add_node(place, label=node.label, score=float(self.scores[place]), **told)
+                attributes.pop(name)
+            graph.add_node(place, label=node.label, score=float(self.scores[place]), **attributes)
         for target, source in (self.edges != 0).nonzero().tolist():
             graph.add_edge(source, target, weight=float(self.edges[target, source]))
         return graph
@@ -321,16 +324,16 @@ class AttributionGraph(Result):
         order = self.scores.abs().cpu().argsort(descending=True, stable=True)
         size = self.scores.abs().cpu()[order]
         influence = torch.empty_like(size).scatter(0, order, (size / size.sum()).cumsum(0)).tolist()
-        told = [self._told(node) for node in self.nodes]
+        nodes = [self._circuit_tracer_node(node) for node in self.nodes]
         for one, node, score, share in zip(
-            told, self.nodes, self.scores.tolist(), influence, strict=True
+            nodes, self.nodes, self.scores.tolist(), influence, strict=True
         ):
             label = f"{node.label}: {', '.join(node.promotes)}" if node.promotes else node.label
             one |= {"activation": score, "influence": share, "clerp": one.get("clerp", label)}
         links = [
             {
-                "source": told[source]["node_id"],
-                "target": told[target]["node_id"],
+                "source": nodes[source]["node_id"],
+                "target": nodes[target]["node_id"],
                 "weight": float(self.edges[target, source]),
             }
             for target, source in (self.edges != 0).nonzero().tolist()
@@ -355,11 +358,11 @@ class AttributionGraph(Result):
                 "clickedId": "",
                 "sg_pos": "",
             },
-            "nodes": told,
+            "nodes": nodes,
             "links": links,
         }
 
-    def _told(self, node: GraphNode) -> dict[str, Any]:
+    def _circuit_tracer_node(self, node: GraphNode) -> dict[str, Any]:
         """Returns a node as circuit-tracer names it."""
         pos, layer = (node.pos if node.pos >= 0 else self.pos), str(node.layer)
         last = len(self.nodes) - 1

@@ -306,14 +306,14 @@ def component_table(
     signed: tuple[str, ...],
 ) -> Table:
     """Returns a table without the columns that have no meaning for any of its components."""
-    told = [
+    filled = [
         index
         for index in range(len(columns))
         if not rows or any(row[index] == row[index] and row[index] != "" for row in rows)
     ]
-    names = tuple(columns[index] for index in told)
+    names = tuple(columns[index] for index in filled)
     # Nothing is not the empty token.
-    cells = [tuple(None if row[i] == "" else row[i] for i in told) for row in rows]
+    cells = [tuple(None if row[i] == "" else row[i] for i in filled) for row in rows]
     return Table(
         title, caption, names, tuple(cells), tuple(name for name in signed if name in names)
     )

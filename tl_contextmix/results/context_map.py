@@ -151,7 +151,7 @@ class ContextMap(LabelledArray):
         return replace(
             kept,
             scores=kept.scores / divisor[..., None],
-            **kept._beside(lambda values: values / divisor),
+            **kept._bias_and_sink(lambda values: values / divisor),
             normalized=how,
             unit=f"{kept.unit} / row {'sum' if how == 'sum' else 'maximum'}",
         )
@@ -182,15 +182,15 @@ class ContextMap(LabelledArray):
             InvalidInput: If ``axis`` is anything else.
         """
         require_choice("axis of a mean", axis, ("head",))
-        beside = self._beside(lambda values: values.mean(2, keepdim=True))
-        return replace(self, scores=self.scores.mean(2, keepdim=True), heads=("mean",), **beside)
+        related = self._bias_and_sink(lambda values: values.mean(2, keepdim=True))
+        return replace(self, scores=self.scores.mean(2, keepdim=True), heads=("mean",), **related)
 
     def _row_sums(self) -> Float[torch.Tensor, "batch layer head target"]:
         """Returns the sum of each row, its sink's share included."""
         sums = self.scores.sum(-1)
         return sums if self.sink is None else sums + self.sink
 
-    def _beside(
+    def _bias_and_sink(
         self, change: Callable[[torch.Tensor], torch.Tensor]
     ) -> dict[str, torch.Tensor | None]:
         """Returns what stands beside the scores of each row, changed."""
@@ -210,13 +210,13 @@ class ContextMap(LabelledArray):
         import pandas
 
         axes = ("batch", "layer", "head", "target")
-        beside = self._tabulated(axes, self.sink.shape, {"score": self.sink})
-        beside = beside.assign(source=-1, source_token="(sink)")[[*frame.columns]]
+        sinks = self._tabulated(axes, self.sink.shape, {"score": self.sink})
+        sinks = sinks.assign(source=-1, source_token="(sink)")[[*frame.columns]]
         pairs = self._real((*axes, "source")).expand(self.scores.shape).sum(dim=-1)
         rows = pairs[self._real(axes).expand(self.sink.shape)]
-        each = np.arange(len(beside))
+        each = np.arange(len(sinks))
         order = np.argsort(np.concatenate([each, np.repeat(each, rows.numpy())]), kind="stable")
-        return pandas.concat([beside, frame], ignore_index=True).iloc[order].reset_index(drop=True)
+        return pandas.concat([sinks, frame], ignore_index=True).iloc[order].reset_index(drop=True)
 
     def require_unsigned(self, operation: str) -> None:
         """Raises InvalidInput if scores have a sign, which the operation has no use for."""
@@ -235,16 +235,16 @@ class ContextMap(LabelledArray):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise unlike(name, repr(theirs), repr(mine))
-        beside: dict[str, torch.Tensor | None] = {}
+        related: dict[str, torch.Tensor | None] = {}
         for name in ("bias", "sink"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            beside[name] = None
+            related[name] = None
             if mine is not None and theirs is not None:
-                beside[name] = mine - theirs.to(mine.device)
+                related[name] = mine - theirs.to(mine.device)
         points = dict.fromkeys((self.point, other.point))
         return {
             **super()._difference(other),
-            **beside,
+            **related,
             "point": " - ".join(points),
             "includes_residual": self.includes_residual and other.includes_residual,
             "signed": True,
@@ -265,9 +265,9 @@ class ContextMap(LabelledArray):
         """The same in words, as a heading."""
         other = self.provenance.options.get("minus", {}).get("method", self.provenance.method)
         methods = dict.fromkeys((self.provenance.method, other))
-        told = " minus ".join(map(in_plain_words, methods))
+        names = " minus ".join(map(in_plain_words, methods))
         points = " and ".join(map(in_plain_words, self.point.split(" - ")))
-        return f"{as_heading(told)}, {points}"
+        return f"{as_heading(names)}, {points}"
 
     def words(
         self,
@@ -316,7 +316,7 @@ class ContextMap(LabelledArray):
             scores=scores,
             target=self.target.join(target),
             source=self.source.join(source),
-            **self._beside(lambda values: _merged(values, self.target, target, rows)),
+            **self._bias_and_sink(lambda values: _merged(values, self.target, target, rows)),
         )
 
     def minus(
@@ -425,7 +425,7 @@ class ContextMap(LabelledArray):
             scores=found.masked_fill(~real, 0),
             target=target,
             source=source,
-            **self._beside(lambda values: values.gather(3, rows) * mask),
+            **self._bias_and_sink(lambda values: values.gather(3, rows) * mask),
         )
 
     def rollout(

@@ -299,10 +299,10 @@ class LabelledArray(Result):
             if getattr(self, name) is not None
         }
         about = ("point", "stack", "unit", "title", "caption")
-        told = {name: getattr(self, name) for name in about if hasattr(self, name)}
+        attributes = {name: getattr(self, name) for name in about if hasattr(self, name)}
         provenance = getattr(self, "provenance", None)
-        told |= {"method": provenance.method, "model": provenance.model} if provenance else {}
-        return xarray.Dataset(arrays, coords, told)
+        attributes |= {"method": provenance.method, "model": provenance.model} if provenance else {}
+        return xarray.Dataset(arrays, coords, attributes)
 
     # Differences
 

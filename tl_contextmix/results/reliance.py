@@ -66,11 +66,13 @@ class ContextReliance(LabelledArray):
         found = []
         for place in self.flagged[0].nonzero()[:, 0].tolist():
             word, instead = self.target.strings[0][place], self.without[0][place]
-            said = "the model prefers the same" if instead == word else f"it prefers {instead!r}"
+            preference = (
+                "the model prefers the same" if instead == word else f"it prefers {instead!r}"
+            )
             best = self.source.strings[0][int(self.scores[0, place].argmax())]
             found.append(
                 f"{word!r} depends on the context (KL divergence "
-                f"{float(self.kl[0, place]):.2f} nats; without it {said}), most on {best!r}."
+                f"{float(self.kl[0, place]):.2f} nats; without it {preference}), most on {best!r}."
             )
         return tuple(found)
 

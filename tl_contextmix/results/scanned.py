@@ -253,13 +253,13 @@ class Scan(LabelledArray):
         """Returns in a sentence what adds most, and how much."""
         best, *_ = self.top(1)
         total = self.pooled()
-        told = f"Over {int(total.prompts):,} prompts, {best['component']} adds most: "
-        told += f"{best['mean']:+.2f} nats{_interval(best)} of {float(total.log_prob):+.2f}."
+        sentence = f"Over {int(total.prompts):,} prompts, {best['component']} adds most: "
+        sentence += f"{best['mean']:+.2f} nats{_interval(best)} of {float(total.log_prob):+.2f}."
         if len(self.categories) > 1:
             names = [self.top(1, category=name)[0]["component"] for name in self.categories]
             times = names.count(best["component"])
-            told += f" It is first in {times} of {len(names)} categories."
-        return told
+            sentence += f" It is first in {times} of {len(names)} categories."
+        return sentence
 
     def __repr__(self) -> str:
         counts = f"{int(self.prompts.sum()):,} prompts in {len(self.categories)} categories"

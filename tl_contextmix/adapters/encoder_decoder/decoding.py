@@ -166,7 +166,7 @@ class MemoryDecoder:
         log_probs[:, :unasked] = 0
         return Generated(ids, real, log_probs, finished, prompt, unasked)
 
-    def told(
+    def generation_prompt(
         self,
         memory: Float[Tensor, "row source d_model"],
         language: str | None = None,
@@ -184,7 +184,7 @@ class MemoryDecoder:
         """
 
         def stop(model: Any, input_ids: Tensor, *_: Any, **__: Any) -> None:
-            raise _Told(input_ids)
+            raise _PromptReached(input_ids)
 
         states = _encoded(self._ready(memory))
         given = {"language": language, "task": task}
@@ -193,8 +193,8 @@ class MemoryDecoder:
         with lock_of(self.owner), torch.no_grad():
             try:
                 self.model.generate(encoder_outputs=states, custom_generate=stop, **options)
-            except _Told as told:
-                return told.ids.cpu()
+            except _PromptReached as reached:
+                return reached.ids.cpu()
             except ValueError as error:
                 if not named:
                     raise
@@ -280,7 +280,7 @@ def _size(config: Any, *names: str, default: int = 1) -> int:
     return next((size for size in found if isinstance(size, int)), default)
 
 
-class _Told(Exception):
+class _PromptReached(Exception):
     """Ends ``generate`` where the decoder would begin; holds what it is given."""
 
     def __init__(self, ids: Tensor) -> None:
@@ -330,7 +330,7 @@ class _Greedy:
         ids, step = input_ids, input_ids
         alive = torch.arange(len(ids), device=ids.device)
         kept, best = [], torch.full_like(ids[:, 0], pad)
-        said, last = alive, memory.new_zeros(0, 1)
+        decoded, last = alive, memory.new_zeros(0, 1)
         padded = mask is not None and not bool(mask.all())
         while len(alive):
             options = _unrouted(model)
@@ -355,13 +355,13 @@ class _Greedy:
             column = logits.new_zeros(len(ids), dtype=self.dtype)
             column[alive] = logits.to(self.dtype).log_softmax(-1)[range(len(alive)), chosen]
             kept.append(column)
-            said, last = alive, logits
+            decoded, last = alive, logits
             left = (~stopping_criteria(ids, None)[alive]).nonzero()[:, 0]
             step = chosen[left][:, None]
             if len(left) < len(alive):
                 alive, memory = alive[left], memory[left]
                 mask = None if mask is None else mask[left]
                 cache.batch_select_indices(left)
-        best[said] = last.argmax(-1)
+        best[decoded] = last.argmax(-1)
         self.ids, self.log_probs, self.best = ids, torch.stack(kept, 1), best
         return ids

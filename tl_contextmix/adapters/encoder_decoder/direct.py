@@ -338,12 +338,12 @@ def _probed(model: Any, found: EncoderDecoder) -> tuple[nn.Module | None, bool]:
         norm, nearest = min(options.items(), key=lambda pair: _error(pair[1], read))
         error, whole, steps = _error(nearest, read), found.decoder, found.decoder
         steps = replace(steps, stepwise=True)
-        told = [one.logits(read, side.mask, ids) for one in (whole, steps)]
-        stepwise = _error(told[0], told[1]) > view.tolerance
+        both_logits = [one.logits(read, side.mask, ids) for one in (whole, steps)]
+        stepwise = _error(both_logits[0], both_logits[1]) > view.tolerance
         for row in range(len(ids)):
             part = slice(row, row + 1)
             alone = (steps if stepwise else whole).logits(read[part], side.mask[part], ids[part])
-            error = max(error, _error(told[stepwise][part], alone))
+            error = max(error, _error(both_logits[stepwise][part], alone))
     if error <= view.tolerance and not _drops(model):
         return norm, stepwise
     raise UnsupportedModel(

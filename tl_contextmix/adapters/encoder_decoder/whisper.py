@@ -131,7 +131,9 @@ def _prompt(
     heard = hasattr(settings, "lang_to_id") and unnamed
     config = decoder.model.config
     size = (len(features), config.max_source_positions, config.d_model)
-    result = decoder.told(memory(features) if heard else torch.zeros(size), language, task)
+    result = decoder.generation_prompt(
+        memory(features) if heard else torch.zeros(size), language, task
+    )
     if known is not None and not set(tokenizer.prefix_tokens[1:2]) <= set(result[0].tolist()):
         warn(caution(known, tokenizer.convert_ids_to_tokens(result[0].tolist())))
     return result

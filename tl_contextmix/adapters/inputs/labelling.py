@@ -44,7 +44,7 @@ def provenance(
         method=method,
         options={
             **options,
-            **{name: _said(value) for name, value in further.items()},
+            **{name: _recorded(value) for name, value in further.items()},
             **({"dictionary": list(view.dictionaries)} if view.dictionaries else {}),
         },
         model=view.name,
@@ -56,7 +56,7 @@ def provenance(
     )
 
 
-def _said(value: Tensor) -> Any:
+def _recorded(value: Tensor) -> Any:
     """Returns what was given of each token; of sound a hash."""
     if not value.is_floating_point():
         return value.tolist()

@@ -77,7 +77,7 @@ class Pass:
         """Its activations; where it ran in groups, all of it, with zeros at padding."""
         return self._joined(lambda part: part.run(part.batch))
 
-    def again(self, names: Sequence[str] = (), edits: Mapping[str, Edit] | None = None) -> Trace:
+    def rerun(self, names: Sequence[str] = (), edits: Mapping[str, Edit] | None = None) -> Trace:
         """Runs the model once more, without a look at its activations.
 
         Args:

@@ -163,22 +163,24 @@ def _heard_batch(view: ModelView, given: Given) -> Batch:
 
 def _tokenized(given: Given) -> Given:
     """Returns what is given with ids and masks as tensors, a tokenizer's result taken apart."""
-    main, mask, said = given.input, given.attention_mask, given.decoder_input
+    main, mask, decoder_input = given.input, given.attention_mask, given.decoder_input
     further = {"token_type_ids": given.token_type_ids, "position_ids": given.position_ids}
     if isinstance(main, Mapping) and "input_ids" in main:
         held = dict(main)
         main = held.pop("input_ids")
-        own, told = (held.pop(name, None) for name in ("attention_mask", "decoder_input_ids"))
-        mask = own if mask is None else mask
-        said = told if said is None else said
+        held_mask, held_decoder_ids = (
+            held.pop(name, None) for name in ("attention_mask", "decoder_input_ids")
+        )
+        mask = held_mask if mask is None else mask
+        decoder_input = held_decoder_ids if decoder_input is None else decoder_input
         further = {**held, **{name: one for name, one in further.items() if one is not None}}
-    if isinstance(said, Mapping) and "input_ids" in said:
-        said = said["input_ids"]
+    if isinstance(decoder_input, Mapping) and "input_ids" in decoder_input:
+        decoder_input = decoder_input["input_ids"]
     return replace(
         given,
         input=as_tensor(main),
         attention_mask=as_tensor(mask),
-        decoder_input=as_tensor(said),
+        decoder_input=as_tensor(decoder_input),
         further={name: as_tensor(one) for name, one in further.items() if one is not None},
     )
 

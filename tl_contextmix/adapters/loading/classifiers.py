@@ -80,7 +80,7 @@ def on_every_token(hf_model: Any) -> Any:
         four_parts(
             f"the answer of {type(hf_model).__name__} is not its head's on the first token",
             f"a relative error of {min(errors):.2g}"
-            + _told(hf_model.config, "classifier_pooling", ", classifier_pooling="),
+            + _setting(hf_model.config, "classifier_pooling", ", classifier_pooling="),
             "a head of one or two layers on the first token",
             "Ask about the same encoder with a masked-LM head, or with a head on the first token.",
         )
@@ -108,14 +108,14 @@ def _require_classes(hf_model: Any) -> None:
     raise UnsupportedModel(
         four_parts(
             f"what {type(hf_model).__name__} answers is not one class of several",
-            f"num_labels={config.num_labels}{_told(config, 'problem_type', ', problem_type=')}",
+            f"num_labels={config.num_labels}{_setting(config, 'problem_type', ', problem_type=')}",
             "two classes or more, of which one is right",
             "Its probabilities would not be a softmax: ask about the encoder itself.",
         )
     )
 
 
-def _told(config: Any, name: str, before: str) -> str:
+def _setting(config: Any, name: str, before: str) -> str:
     value = getattr(config, name, None)
     return "" if value is None else f"{before}{value!r}"
 

@@ -7,7 +7,7 @@ from tl_contextmix.adapters.questions.asked import (
     Pos,
     Target,
     TokenAnswerInputs,
-    apart,
+    split_answer,
 )
 from tl_contextmix.adapters.questions.asked_passes import ask_in_pass, predictions, run_asked
 from tl_contextmix.adapters.questions.directions import Direction, Reading, read_direction
@@ -26,7 +26,6 @@ __all__ = [
     "Reading",
     "Target",
     "TokenAnswerInputs",
-    "apart",
     "ask",
     "ask_about",
     "ask_in_pass",
@@ -38,4 +37,5 @@ __all__ = [
     "rows_at",
     "run_asked",
     "single_token",
+    "split_answer",
 ]

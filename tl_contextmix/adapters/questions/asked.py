@@ -73,7 +73,7 @@ class Answer:
         return all(asked is None for asked in vars(self).values())
 
 
-def apart(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
+def split_answer(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
     """Returns what is given and what is asked, out of the options of one call.
 
     Where nothing is asked, an assistant's last message is the answer that is asked about.

@@ -265,8 +265,8 @@ def _generated(view: ModelView, batch: Batch, stack: str, answer: Answer) -> Ans
             f"at most {view.n_ctx}, the longest input of this model",
             "Ask for fewer tokens, or shorten the text.",
         )
-    said = view.generate(batch, count)
-    return replace(answer, target=said, generate=None)
+    continuation = view.generate(batch, count)
+    return replace(answer, target=continuation, generate=None)
 
 
 def _rows_of_answers(
@@ -323,9 +323,9 @@ def _continued(view: ModelView, side: Side, answers: list[Steps]) -> tuple[Side,
     together = require_ids(view, together, "input and its answer")
     roles = None
     if side.roles is not None:
-        said = ROLES.index("assistant")
+        assistant = ROLES.index("assistant")
         listed = [
-            torch.cat([own[real], own.new_full((len(steps),), said)])
+            torch.cat([own[real], own.new_full((len(steps),), assistant)])
             for own, real, steps in zip(side.roles, side.mask, answers, strict=True)
         ]
         roles = pad_sequence(listed, batch_first=True, padding_value=-1, padding_side=where)

@@ -32,7 +32,7 @@ class Lens:
         listening: What is decoded from which layers.
         inputs: The inputs as text.
         prompt: The decoder's prompt.
-        told: Whether it was given, or is Whisper's: nothing is then forced after it.
+        prompted: Whether it was given, or is Whisper's: nothing is then forced after it.
         references: The right answers, or None.
         max_new_tokens: Longest answer, or None.
         num_beams: 1 for greedy decoding.
@@ -42,7 +42,7 @@ class Lens:
     listening: Listening
     inputs: tuple[str, ...]
     prompt: Side
-    told: bool
+    prompted: bool
     references: tuple[str, ...] | None
     max_new_tokens: int | None
     num_beams: int
@@ -55,15 +55,15 @@ class Lens:
 
     def generate(self) -> LayerwiseDecoding:
         """Decodes freely from every layer."""
-        said = self.listening.generate(self._even_prompt(), self._length(), self.num_beams)
+        generated = self.listening.generate(self._even_prompt(), self._length(), self.num_beams)
         shape = (len(self.inputs), len(self.listening.layers))
-        ids, mask = said.ids.unflatten(0, shape), said.mask.unflatten(0, shape)
+        ids, mask = generated.ids.unflatten(0, shape), generated.mask.unflatten(0, shape)
         content = mask & ~torch.isin(ids, torch.tensor(sorted(self.model.special)))
         return LayerwiseDecoding(
             ids=ids,
             mask=mask,
-            log_probs=said.log_probs.unflatten(0, shape),
-            finished=said.finished.unflatten(0, shape),
+            log_probs=generated.log_probs.unflatten(0, shape),
+            finished=generated.finished.unflatten(0, shape),
             content=content,
             strings=_strings(self.model.to_string, ids),
             texts=tuple(
@@ -127,23 +127,25 @@ class Lens:
         """Returns what the decoder is to see and say, its mask, and where the answer begins."""
         if self.references is not None:
             rows = [
-                [*told, *self.model.encode_target(text, True)]
-                for told, text in zip(self.prompt.ids.tolist(), self.references, strict=True)
+                [*prompt, *self.model.encode_target(text, True)]
+                for prompt, text in zip(self.prompt.ids.tolist(), self.references, strict=True)
             ]
             side = pad_rows(rows, self.model.decoder.pad)
             return side.ids, side.mask, self.prompt.ids.shape[1]
         last = replace(self.listening, layers=(self.model.n_layers,))
-        said = last.generate(self._even_prompt(), self._length(), self.num_beams)
-        ids = torch.cat([said.prompt, said.ids], dim=1)
-        mask = torch.cat([torch.ones_like(said.prompt, dtype=torch.bool), said.mask], dim=1)
-        return ids, mask, said.prompt.shape[1] + said.forced
+        generated = last.generate(self._even_prompt(), self._length(), self.num_beams)
+        ids = torch.cat([generated.prompt, generated.ids], dim=1)
+        mask = torch.cat(
+            [torch.ones_like(generated.prompt, dtype=torch.bool), generated.mask], dim=1
+        )
+        return ids, mask, generated.prompt.shape[1] + generated.forced
 
     def _even_prompt(self) -> Tensor | None:
         """Returns what the decoder has said so far, the same number of tokens in every row.
 
         None where the model's settings say it, which count what they force as said.
         """
-        if not self.told:
+        if not self.prompted:
             return None
         if not bool(self.prompt.mask.all()):
             raise bad(
@@ -157,7 +159,7 @@ class Lens:
     def _length(self) -> int:
         """Returns how many tokens may be said."""
         bound = self.model.decoder.n_ctx
-        used = self.prompt.ids.shape[1] if self.told else 1
+        used = self.prompt.ids.shape[1] if self.prompted else 1
         room = None if bound is None else bound - used
         wanted = self.max_new_tokens
         if wanted is None:

@@ -246,7 +246,7 @@ def decoder_lens(
         listening=Listening(found, source, numbers, final_norm, max_bytes, further),
         inputs=sources,
         prompt=prompt,
-        told=found.view is None or inputs.get("decoder_input") is not None,
+        prompted=found.view is None or inputs.get("decoder_input") is not None,
         references=read_references(found, references, len(sources)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,

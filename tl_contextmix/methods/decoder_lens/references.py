@@ -57,10 +57,10 @@ def read_source(
             "none of them",
             "Pass language and task, or set them in model.generation_config.",
         )
-    return features, _told(model, given.decoder_input, features), ("",) * len(features), {}
+    return features, _speech_prompt(model, given.decoder_input, features), ("",) * len(features), {}
 
 
-def _told(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
+def _speech_prompt(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
     """Returns a speech model's decoder prompt: ids as they are, a text after its prompt."""
     if isinstance(given, Mapping) and "input_ids" in given:
         given = given["input_ids"]
@@ -89,8 +89,8 @@ def _told(model: EncoderDecoder, given: Any, features: Tensor) -> Side:
             "Give one decoder input per input.",
         )
     rows = [
-        [*told, *model.encode_target(text, False)]
-        for told, text in zip(prompt.tolist(), texts, strict=True)
+        [*start, *model.encode_target(text, False)]
+        for start, text in zip(prompt.tolist(), texts, strict=True)
     ]
     return pad_rows(rows, model.decoder.pad)
 

@@ -48,20 +48,20 @@ def score_contributions(
         )
     layer = _place("layer", edge[0], len(view.blocks(stack)))
     attention = view.blocks(stack)[layer].attention("cross" if stack == "cross" else "self")
-    done = _pass(view, given, stack, layer)
-    at = _edge(done, attention, layer, edge)
-    ruler = Ruler(view, done.batch, attention, at, done.trace, max_bytes)
+    forward_pass = _pass(view, given, stack, layer)
+    at = _edge(forward_pass, attention, layer, edge)
+    ruler = Ruler(view, forward_pass.batch, attention, at, forward_pass.trace, max_bytes)
     _require_choice(ruler)
     query, key = (
-        _read(done, attention, at, stream, norm, name)
-        for (stream, norm), name in zip(_streams(done, attention, at), "QK", strict=True)
+        _read(forward_pass, attention, at, stream, norm, name)
+        for (stream, norm), name in zip(_streams(forward_pass, attention, at), "QK", strict=True)
     )
     query, key, normed = _stages(view, attention, query, key)
     measured = measure(ruler, query.side, key.side, (query.shown, key.shown), normed)
     (left, rows), (right, columns) = query.parts(by, at), key.parts(by, at)
     pairs = left @ measured.matrix @ right.T
     _require_sum(view, attention, pairs, measured.position, measured.score)
-    side, other = _sides(done)
+    side, other = _sides(forward_pass)
     encoder = side != view.base_stack(None)
     return ScoreContributions(
         scores=pairs,
@@ -69,7 +69,7 @@ def score_contributions(
         sources=of_encoder(columns) if other != view.base_stack(None) else columns,
         position=measured.position,
         score=measured.score,
-        weight=float(done.trace.pattern(attention)[0, at.head, at.target, at.source]),
+        weight=float(forward_pass.trace.pattern(attention)[0, at.head, at.target, at.source]),
         soft_cap=attention.soft_cap,
         layer=layer,
         head=at.head,
@@ -77,9 +77,9 @@ def score_contributions(
         source=at.source,
         kind="cross_attn" if stack == "cross" else "encoder attn" if encoder else "attn",
         by=by,
-        tokens=done.tokens[side],
-        read=done.tokens[other],
-        provenance=done.provenance(
+        tokens=forward_pass.tokens[side],
+        read=forward_pass.tokens[other],
+        provenance=forward_pass.provenance(
             "query_contributions", {"edge": [*edge], "by": by, "stack": stack}
         ),
     )

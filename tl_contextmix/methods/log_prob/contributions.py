@@ -15,7 +15,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import AnswerInputs, Direction, apart
+from tl_contextmix.adapters.questions import AnswerInputs, Direction, split_answer
 from tl_contextmix.core.tiled_logits import NormRule
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
@@ -143,7 +143,7 @@ def log_prob_contributions(
     multiplied with W_U once for all sources and sentences.
     """
     _require_neurons(by, score)
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     if answer.foil is not None and score in ("prob_increase", "rank", "coefficient_rank"):
         raise bad(
             "this score knows no foil",

@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, name_tokens, read_batch, run_pass
-from tl_contextmix.adapters.questions import TokenAnswerInputs, apart, ask, label_sets
+from tl_contextmix.adapters.questions import TokenAnswerInputs, ask, label_sets, split_answer
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.validation import NotNegative
 from tl_contextmix.engine.edited_runs import Ablation, Replacement
@@ -78,7 +78,7 @@ def knockout(
     """
     view = name_tokens(as_view(model), inputs.get("labels"))
     view.readout.require()
-    given, answer = apart(input, inputs)
+    given, answer = split_answer(input, inputs)
     question = ask(view, read_batch(view, given), answer, neurons, heads, experts)
     chosen = chosen_components(view, neurons, heads, question.rows, experts)
     chosen = without_sources(chosen, per_position=not everywhere)
@@ -91,17 +91,17 @@ def knockout(
         forward_pass = run_pass(view, given, batch=batch, logits=True)
         ablation = Ablation(forward_pass, question, everywhere)
         logits, filling = ablation.before(sets if replace_with == "mean" else [])
-        asked = question.contrast(logits)
+        contrast = question.contrast(logits)
         after, *others = (ablation.run(some, filling) for some in sets)
-    before = _figures(logits, asked)
-    random = [_figures(one, asked) for one in others]
+    before = _figures(logits, contrast)
+    random = [_figures(one, contrast) for one in others]
     return Knockout(
         before=before,
-        after=_figures(after, asked),
+        after=_figures(after, contrast),
         controls=torch.stack(random, dim=1) if random else before.new_empty(len(before), 0, 3),
         components=chosen,
-        target=label_sets(view, asked.target),
-        foil=None if asked.foil is None else label_sets(view, asked.foil),
+        target=label_sets(view, contrast.target),
+        foil=None if contrast.foil is None else label_sets(view, contrast.foil),
         best=label_sets(view, [*after.argmax(dim=-1)[:, None]]),
         provenance=forward_pass.provenance(
             "knockout",
@@ -117,8 +117,8 @@ def knockout(
     )
 
 
-def _figures(logits: Tensor, asked: Contrast) -> Tensor:
+def _figures(logits: Tensor, contrast: Contrast) -> Tensor:
     """Returns log-probability, probability and reciprocal rank of target less foil."""
-    ranks = 1 / asked.best_ranks(logits).to(logits)
-    rank = ranks[:, 0] if asked.foil is None else ranks[:, 0] - ranks[:, 1]
-    return torch.stack([asked.score(logits), asked.score(logits, "prob"), rank], dim=-1)
+    ranks = 1 / contrast.best_ranks(logits).to(logits)
+    rank = ranks[:, 0] if contrast.foil is None else ranks[:, 0] - ranks[:, 1]
+    return torch.stack([contrast.score(logits), contrast.score(logits, "prob"), rank], dim=-1)

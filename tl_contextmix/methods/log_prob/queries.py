@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input
-from tl_contextmix.adapters.questions import Answer, AnswerInputs, apart
+from tl_contextmix.adapters.questions import Answer, AnswerInputs, split_answer
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.residual_stream import AttentionComponent, FeedForwardComponent
 from tl_contextmix.core.tiled_logits import NormRule
@@ -164,7 +164,7 @@ def query_contributions(
     """
     if edge is not None:
         with torch.no_grad():
-            given, answer = apart(input, inputs)
+            given, answer = split_answer(input, inputs)
             _require_edge_alone(neurons, answer, (share, k, norm) == ("exact", None, "frozen+beta"))
             return score_contributions(
                 as_view(model), given, edge, by=by, stack=stack, max_bytes=max_bytes
@@ -179,7 +179,7 @@ def query_contributions(
     _require_vanishing(neurons, share)
     view = as_view(model)
     with torch.no_grad():
-        given, answer = apart(input, inputs)
+        given, answer = split_answer(input, inputs)
         asked = run_question(
             view,
             given,

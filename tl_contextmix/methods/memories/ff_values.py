@@ -212,11 +212,11 @@ def _read(
             reader.scan(reader.hidden(vectors[part] * sign), k, sides=1, max_bytes=max_bytes)
             for sign in (1, -1)
         )
-        parts.append(_beside(ahead, after))
+        parts.append(_as_two_sides(ahead, after))
     return Scan.join(parts), vectors.norm(dim=-1)
 
 
-def _beside(ahead: Scan, after: Scan) -> Scan:
+def _as_two_sides(ahead: Scan, after: Scan) -> Scan:
     """Returns the scans of vectors and of the same times -1 as the two sides of one."""
     names = ("ids", "log_sum", "entropy", "rank")
     both = {name: torch.cat([getattr(s, name) for s in (ahead, after)], dim=1) for name in names}

@@ -117,7 +117,7 @@ def on_ray(
     count = max(2, 4 * workers if parts is None else parts)
     with _ray(workers * num_cpus) as ray:
         table = ray.data.from_items([{"rank": r, "world_size": count} for r in range(count)])
-        done = table.repartition(count).map_batches(
+        tasks = table.repartition(count).map_batches(
             _Worker,
             fn_constructor_args=(load, work),
             batch_size=1,
@@ -127,7 +127,7 @@ def on_ray(
             max_restarts=-1,
             max_task_retries=-1,
         )
-        return sorted(Path(row["path"]) for row in done.take_all())
+        return sorted(Path(row["path"]) for row in tasks.take_all())
 
 
 def require_options(

@@ -146,10 +146,10 @@ def read_shards(corpus: Corpus, size: int) -> Iterator[Shard]:
         index += 1
 
 
-def progress(what: str, done: int = 0, unit: str = "token") -> Any:
+def progress(what: str, initial: int = 0, unit: str = "token") -> Any:
     """Returns a bar with units per second, and the time left once the end is in sight."""
     how = {"unit": unit, "unit_scale": True, "delay": 2, "leave": False, "disable": None}
-    return tqdm(desc=what, initial=done, **how)
+    return tqdm(desc=what, initial=initial, **how)
 
 
 def expect(bar: Any, read: int, size: int | None) -> None:
