@@ -112,8 +112,8 @@ def attention_knockout(
             several = question.repeated(len(part))
             run = run_pass(view, given, layer=layer, stack=stack, batch=several.batch)
             read = _read(run, several, _edits(run, members, readers, part))
-            contrast = contrast.repeat(len(part))
-            scores.append(torch.stack([contrast.score(read), contrast.score(read, "prob")]))
+            repeated = contrast.repeat(len(part))
+            scores.append(torch.stack([repeated.score(read), repeated.score(read, "prob")]))
     sizes = (2, len(windows), len(names), members.shape[1], len(logits))
     log_probs, probs = torch.cat(scores, dim=1).view(sizes).movedim(-1, 1)
     options = {
