@@ -9,6 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy
+import pandas
 import pytest
 import torch
 import zoo
@@ -502,3 +505,19 @@ def test_batches_are_checked_before_the_model_runs(monkeypatch: pytest.MonkeyPat
     make_batch(view, Given(TEXTS[0]))
     with pytest.raises(cm.InvalidInput, match="is empty"):
         make_batch(view, Given([]))
+
+
+def test_columns_and_arrays_of_texts_are_lists() -> None:
+    model, texts = zoo.shared(case_of("gpt2")), TEXTS[:2]
+    expected = cm.attention(model, texts)
+    columns = [
+        pandas.Series(texts, index=[7, 3]),
+        numpy.array(texts),
+        numpy.array(texts, dtype=object),
+        datasets.Dataset.from_dict({"text": texts})["text"],
+    ]
+    for column in columns:
+        assert cm.attention(model, column).equals(expected), type(column)
+    assert cm.attention(model, range(3, 6)).equals(cm.attention(model, [3, 4, 5]))
+    with pytest.raises(cm.InvalidInput, match="the input cannot be read: got a generator"):
+        cm.attention(model, (text for text in texts))  # type: ignore[arg-type]

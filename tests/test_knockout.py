@@ -165,6 +165,21 @@ def test_what_cannot_be_knocked_out() -> None:
             method(model, given.tokens, **options)
 
 
+def test_components_are_named_by_numbers_or_by_label() -> None:
+    model, given = shared(case_of("gpt2"))
+    for name, listed, others in (
+        ("heads", [(1, 2)], ((1, 2), "L1H2", ["L1H2"], torch.tensor([1, 2]))),
+        ("neurons", [(0, 7)], ((0, 7), "L0N7", ["L0.7", (0, 7)])),
+        ("neurons", [(0, 3, 5)], ((0, 3, 5), "L0H3N5")),
+    ):
+        expected = knocked(model, given, **{name: listed})
+        for other in others:
+            assert knocked(model, given, **{name: other}).equals(expected), other
+    for options in ({"heads": "L1N2"}, {"neurons": "L1H2"}, {"heads": "1.2"}, {"experts": "L1"}):
+        with pytest.raises(cm.InvalidInput, match="cannot be read: got .*names such as 'L3"):
+            knocked(model, given, **options)
+
+
 def chosen(view: Any, neurons: Any = None, heads: Any = None) -> Components:
     """Heads and neurons by number, in two sentences."""
     pos = torch.tensor([5, 5])

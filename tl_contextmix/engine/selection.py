@@ -7,6 +7,7 @@ names it for several sources, it is chosen once.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,13 +24,21 @@ from tl_contextmix.errors import bad
 from tl_contextmix.results import LogProbContributions, QueryContributions
 from tl_contextmix.results.components import Components, Grid, join
 
-Named = Sequence[Sequence[int]]
+Named = Sequence[Sequence[int] | str] | Sequence[int] | str
 Chosen = LogProbContributions | QueryContributions | Named
 _REMEDY = "Take them from a result's .top(k)."
 _NAMED = {
-    "neurons": "a list of (layer, neuron) or (layer, head, neuron), counted from 0",
-    "heads": "a list of (layer, head), counted from 0",
-    "experts": "a list of (layer, expert) or (layer, expert, neuron), counted from 0",
+    "neurons": "(layer, neuron) or (layer, head, neuron), counted from 0, a list of them, or names "
+    "such as 'L3N120'",
+    "heads": "(layer, head), counted from 0, a list of them, or names such as 'L3H5'",
+    "experts": "(layer, expert) or (layer, expert, neuron), counted from 0, a list of them, or "
+    "names such as 'L3E2'",
+}
+# As components and memories are labelled.
+_LABELS = {
+    "neurons": re.compile(r"L(\d+)(?:H(\d+))?[N.](\d+)"),
+    "heads": re.compile(r"L(\d+)H(\d+)"),
+    "experts": re.compile(r"L(\d+)E(\d+)(?:N(\d+))?"),
 }
 
 
@@ -44,11 +53,11 @@ def chosen_components(
 
     Args:
         view: The model.
-        neurons: A result whose components are neurons or heads, or a list of ``(layer, neuron)``
-            (feed-forward) and ``(layer, head, neuron)`` (self-attention).
-        heads: The same, a list of ``(layer, head)``.
+        neurons: A result whose components are neurons or heads, or one or a list of ``(layer,
+            neuron)`` (feed-forward) and ``(layer, head, neuron)`` (self-attention), or labels.
+        heads: The same, of ``(layer, head)``.
         pos: Position whose stream they write to, in each sentence.
-        experts: The same, a list of ``(layer, expert)`` and ``(layer, expert, neuron)``.
+        experts: The same, of ``(layer, expert)`` and ``(layer, expert, neuron)``.
 
     Raises:
         InvalidInput: If nothing is meant, or something the model does not have.
@@ -99,15 +108,25 @@ def _of_result(result: LogProbContributions | QueryContributions, batch: int) ->
 def _listed(name: str, given: Any) -> list[tuple[int, ...]]:
     lengths = (2,) if name == "heads" else (2, 3)
     several = isinstance(given, Iterable) and not isinstance(given, str)
+    listed = [*given] if several else [given]
+    if several and listed and all(whole_number(one) is not None for one in listed):
+        listed = [listed]  # one alone, not in a list
     found = []
-    for one in given if several else [given]:
-        numbers = one if isinstance(one, Iterable) and not isinstance(one, str) else ()
-        whole = [whole_number(number) for number in numbers]
+    for one in listed:
+        whole = [whole_number(number) for number in _numbers(name, one)]
         # -1 stands for "no head" among components, so nothing counts from the end.
         if len(whole) not in lengths or any(n is None or n < 0 for n in whole):
             raise bad(f"the {name} cannot be read", repr(one), _NAMED[name], _REMEDY)
         found.append(tuple(n for n in whole if n is not None))
     return list(dict.fromkeys(found))
+
+
+def _numbers(name: str, one: Any) -> Iterable[Any]:
+    """Returns the numbers of a component that is given by them or by its label; none of others."""
+    if isinstance(one, str):
+        match = _LABELS[name].fullmatch(one)
+        return () if match is None else [int(n) for n in match.groups() if n is not None]
+    return one if isinstance(one, Iterable) else ()
 
 
 def _of_tuple(name: str, one: tuple[int, ...], pos: Tensor) -> Components:

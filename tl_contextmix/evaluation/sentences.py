@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given, Labels, label, make_batch, read_batch
-from tl_contextmix.adapters.inputs.tokens import as_tensor
+from tl_contextmix.adapters.inputs.tokens import as_list, as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
@@ -67,9 +66,9 @@ def sentences_of(
         InvalidInput: If they do not match the model or each other.
         UnsupportedModel: If the model has two stacks.
     """
-    several = isinstance(input, (list, tuple, Tensor, numpy.ndarray)) and getattr(input, "ndim", 1)
-    rows = list(input) if several else []
-    listed = [*map(as_tensor, rows)]
+    given = as_list(input)
+    several = isinstance(given, (list, tuple)) or (isinstance(given, Tensor) and given.ndim)
+    listed = [*map(as_tensor, given)] if several else []
     kinds = {type(one) for one in listed}
     if kinds not in ({str}, {Tensor}, {MinimalPair}):
         raise bad(

@@ -186,16 +186,29 @@ def _tokenized(given: Given) -> Given:
 
 
 def as_tensor(given: Any) -> Any:
-    """Returns an array or a list of numbers, or of lists of them, as a tensor; else what it is."""
+    """Returns an array or a list of numbers, or of lists of them, as a tensor; else what it is.
+
+    Columns of texts become a list, see `as_list`.
+    """
     try:
-        if isinstance(given, numpy.ndarray):
+        if isinstance(given, numpy.ndarray) and given.dtype.kind in "iufb":
             return torch.as_tensor(given)
+        given = as_list(given)
         first = given[0] if isinstance(given, (list, tuple)) and given else None
         if isinstance(first, (list, tuple, int, numpy.integer, numpy.ndarray)):
             return torch.tensor(numpy.array(given))
     except (TypeError, ValueError, RuntimeError):
         pass  # texts, or rows of unequal length: said by what reads it
     return given
+
+
+def as_list(given: Any) -> Any:
+    """Returns an array or a column of a table (NumPy, pandas, datasets) as a list; else itself."""
+    if isinstance(given, (str, bytes, Tensor, list, tuple, Mapping)):
+        return given
+    if hasattr(given, "tolist"):
+        return given.tolist()
+    return list(given) if isinstance(given, Sequence) else given
 
 
 def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:

@@ -50,11 +50,12 @@ def knockout(
         model: Any TransformerLens model with a vocabulary readout.
         input: A text, several, or token ids [batch, pos].
         neurons: What to ablate: a result of `log_prob_contributions` or `query_contributions`
-            whose components are neurons or heads (each sentence has its own), or a list of
-            ``(layer, neuron)`` and ``(layer, head, neuron)`` for all sentences.
-        heads: The same, or a list of ``(layer, head)``.
-        experts: The same, or a list of ``(layer, expert)`` and ``(layer, expert, neuron)``. Of an
-            expert all neurons are ablated; routing and its biases stay.
+            whose components are neurons or heads (each sentence has its own), or for all sentences
+            one or several ``(layer, neuron)`` and ``(layer, head, neuron)``, or labels such as
+            ``"L3N120"``.
+        heads: The same, or ``(layer, head)``, such as ``"L3H5"``.
+        experts: The same, or ``(layer, expert)`` and ``(layer, expert, neuron)``. Of an expert all
+            neurons are ablated; routing and its biases stay.
         everywhere: Whether they are ablated at every position, as by setting parameters to zero,
             which the authors do; else only at the position whose stream they were found to write
             to: the predicting one, unless they come from `query_contributions`.

@@ -131,8 +131,9 @@ def query_contributions(
         input: The same text, texts or token ids the neurons were found on.
         neurons: The neurons: a result of `log_prob_contributions` (by ``"ff_neuron"`` or
             ``"attn_neuron"``) or of this function (a chain: what activates what activates),
-            usually its ``.top(k)``; or a list of ``(layer, neuron)``, weighted by their
-            log-probability increase of the target, or by what they write along a direction.
+            usually its ``.top(k)``; or one or several ``(layer, neuron)``, or labels such as
+            ``"L3N120"``, weighted by their log-probability increase of the target, or by what they
+            write along a direction.
         edge: Layer, head, target and source of an attention edge, instead of neurons; negative
             numbers count from the end.
         stack: The edge's stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` of an encoder-decoder
