@@ -175,9 +175,7 @@ class FeedForwardParts:
         sublayer = self.sublayer.part((slice(None), rows))
         return sublayer.transmit(parts, slopes).transpose(1, 2).contiguous()
 
-    def at(
-        self, targets: slice, sources: slice
-    ) -> Float[Tensor, "batch target source d_model"]:
+    def at(self, targets: slice, sources: slice) -> Float[Tensor, "batch target source d_model"]:
         """Returns the parts of some sources at some targets, as one tile.
 
         Args:

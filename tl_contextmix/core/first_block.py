@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts, kept
-from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.frozen_blocks import FrozenAttention, FrozenBlock
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 

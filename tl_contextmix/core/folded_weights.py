@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -89,15 +89,20 @@ def branches(
         )
 
 
+@dataclass
 class Folds:
     """Products of W_O, the norms' linear parts after it included, with W_in that blocks keep.
 
     For one call: weights do not change in it. The first product that is asked for drops those of
     changed weights, of all blocks at once: a GPU is waited for.
+
+    Attributes:
+        blocks: The blocks.
+        checked: Whether that was done.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks, self._checked = blocks, False
+    blocks: Sequence[Block]
+    checked: bool = False
 
     def keep(self, block: Block, attention: AttentionSublayer, branch: int) -> Keep | None:
         """Returns what folds an attention sublayer's W_O into a branch's W_in; None: not kept."""
@@ -112,31 +117,35 @@ class Folds:
 
         Edits through ``.data`` leave no other trace. That costs as much as W_in at one vector.
         """
-        if not self._checked:
+        if not self.checked:
             self._drop_stale()
-            self._checked = True
+            self.checked = True
         if name not in kept:
             kept[name] = (_marks(W_O, W_in), W_O @ W_in)
         return kept[name][1]
 
     def _drop_stale(self) -> None:
         found, known = list[Tensor](), list[tuple[dict[str, tuple[Tensor, ...]], str]]()
-        for block in self._blocks:
-            ff, folds = block.feed_forward, block.folds
-            if not folds or ff is None:
-                continue
-            branches = list(enumerate(ff.branches()))
-            for (place, one), (index, (weight, _)) in product(enumerate(block.attentions), branches):
-                name = _name(one, index)
-                if name in folds:
-                    W_O = _read(block, ff, place)
-                    found.append((_marks(W_O, weight) == folds[name][0]).all())
-                    known.append((folds, name))
+        for folds, name, W_O, W_in in chain.from_iterable(map(_kept, self.blocks)):
+            found.append((_marks(W_O, W_in) == folds[name][0]).all())
+            known.append((folds, name))
         if found:
             same = torch.stack([one.to(found[0].device) for one in found]).tolist()
             for (folds, name), holds in zip(known, same, strict=True):
                 if not holds:
                     del folds[name]
+
+
+def _kept(block: Block) -> Iterator[tuple[dict[str, tuple[Tensor, ...]], str, Tensor, Tensor]]:
+    """Yields where a block keeps each product, its name, and the two weights as they are now."""
+    ff, folds = block.feed_forward, block.folds
+    if ff is None or not folds:
+        return
+    for place, attention in enumerate(block.attentions):
+        for branch, (W_in, _) in enumerate(ff.branches()):
+            name = _name(attention, branch)
+            if name in folds:
+                yield folds, name, _read(block, ff, place), W_in
 
 
 def _read(block: Block, ff: FeedForward, place: int) -> Float[Tensor, "head d_head d_model"]:

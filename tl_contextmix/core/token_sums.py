@@ -233,9 +233,7 @@ class AttentionTerm:
         weight, scale = norm.unscaled(self.weight), self.scale * norm.scale
         return replace(self, weight=weight, scale=scale, kept=None)
 
-    def map(
-        self, matrix: Float[Tensor, "d_out d_new"], keep: Keep | None = None
-    ) -> AttentionTerm:
+    def map(self, matrix: Float[Tensor, "d_out d_new"], keep: Keep | None = None) -> AttentionTerm:
         """Returns the read after a matrix, folded in the cheaper order.
 
         Folding the matrix into every head's weight costs d_out^2 d_new products once; applying it

@@ -218,7 +218,7 @@ class _How:
     metric: Metric
     norm: Norm | None
     max_bytes: int
-    folds: Folds
+    folds: Folds | None = None
 
     def scores(self, block: Block, trace: Trace) -> Tensor:
         """Returns distances [batch head target source] of one block."""
