@@ -405,6 +405,10 @@ class TokenSum:
         sum_up = lambda: self.total + constant  # noqa: E731
         return replace(self, bias=self.bias + constant, sum_up=sum_up)
 
+    def summing_to(self, total: Float[Tensor, "batch target d_out"] | None) -> TokenSum:
+        """Returns the token sum with what it adds up to, where that is known already."""
+        return self if total is None else replace(self, sum_up=lambda: total)
+
     def of_head(self, term: int | None, head: int) -> TokenSum:
         """Returns the parts that come through one head of a read; None: through no head (`own`)."""
         terms = tuple(

@@ -86,7 +86,7 @@ def linear_points(
             if set(asked) <= set(result):
                 return result
         if attention.norm_after is not None:
-            stream = stream.linear(attention.norm_after)
+            stream = stream.summing_to(trace.summed(attention)).linear(attention.norm_after)
     result["stream"] = result["residual"] = stream
     ff = block.feed_forward
     if ff is not None:
