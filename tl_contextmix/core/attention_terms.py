@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.token_sums import AttentionTerm, blocks
+from tl_contextmix.core.token_sums import AttentionTerm, Keep, blocks
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,10 @@ class GatedTerm(AttentionTerm):
         mixed = self.value * seen[..., None] * self.gate
         return mixed.flatten(2) @ self.weight.flatten(0, 1) / self.scale
 
-    def map(
-        self,
-        matrix: Float[Tensor, "d_out d_new"],
-        fold: Float[Tensor, "head d_head d_new"] | None = None,
-    ) -> GatedTerm:
+    def map(self, matrix: Float[Tensor, "d_out d_new"], keep: Keep | None = None) -> GatedTerm:
         """Returns the read after a matrix, folded into every head's weight."""
-        return replace(self, weight=self.weight @ matrix if fold is None else fold)
+        weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
+        return replace(self, weight=weight)
 
     def row(self, batch: slice) -> GatedTerm:
         """Returns the read of some rows of the batch."""

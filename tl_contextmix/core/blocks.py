@@ -597,6 +597,14 @@ class FeedForward:
         return shift(found, None if out is None else out[where])
 
 
+Sublayer = AttentionSublayer | Mixer | FeedForward
+
+
+def sum_names(sublayer: Sublayer) -> tuple[str, ...]:
+    """Returns the name of the residual sum that the norm after a sublayer reads, where shown."""
+    return () if sublayer.norm_after is None else sublayer.edits.stream[:1]
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """A dictionary in the residual stream: features and their error stand for what was written.
@@ -666,7 +674,7 @@ class Block:
         return self.feed_forward if self.rewrite is None else self.rewrite.features
 
     @property
-    def sublayers(self) -> tuple[AttentionSublayer | Mixer | FeedForward, ...]:
+    def sublayers(self) -> tuple[Sublayer, ...]:
         """Its sublayers in order."""
         return (*self.attentions, *self.mixers, *self.feed_forwards)
 
@@ -880,6 +888,14 @@ class Trace:
         parts = together.split([span.numel() for span in found])
         spans = (part.view(span.shape) for part, span in zip(parts, found, strict=True))
         self.spans.update(zip(new, spans, strict=True))
+
+    def summed(self, sublayer: Sublayer) -> Float[Tensor, "batch target d_model"] | None:
+        """Returns the residual sum that the norm after a sublayer read, where it is at hand exactly.
+
+        A half-precision model has rounded it.
+        """
+        kept = [self.values[name] for name in sum_names(sublayer) if name in self.values]
+        return kept[0] if kept and kept[0].dtype == self.dtype else None
 
     def edit(self, names: Sequence[str]) -> Tensor | None:
         """Returns what hooks added at some points, in the dtype of the maths; None if nothing."""

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import Block, FeedForward
+from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.frozen_blocks import FrozenFeedForward, freeze_feed_forward
 from tl_contextmix.core.neuron_routes import (
     Costs,
@@ -28,7 +29,7 @@ from tl_contextmix.core.neuron_routes import (
     in_use,
     through_some,
 )
-from tl_contextmix.core.token_sums import FrozenNorm, Support, TokenSum, blocks, within
+from tl_contextmix.core.token_sums import FrozenNorm, Keep, Support, TokenSum, blocks, within
 
 Bias = Literal["contributor", "fixed"]
 Precision = Literal["full", "bfloat16"]
@@ -53,6 +54,8 @@ class FeedForwardParts:
         total: What parts and bias add up to.
         hidden: Shares of each branch's pre-activation, once `folded`.
         ending: A third sublayer that reads the sum and adds to it, or None.
+        keep: For each branch and read what folds the two and keeps it, or None (`Folds`); empty
+            where nothing is kept.
     """
 
     sublayer: FeedForward
@@ -67,6 +70,7 @@ class FeedForwardParts:
     total: Float[Tensor, "batch target d_model"]
     hidden: tuple[TokenSum, ...] = ()
     ending: FrozenFeedForward | None = None
+    keep: tuple[tuple[Keep | None, ...], ...] = ()
 
     @property
     def sources(self) -> int:
@@ -75,7 +79,9 @@ class FeedForwardParts:
 
     def folded(self) -> FeedForwardParts:
         """Returns the parts with the input weights folded into what is read."""
-        return replace(self, hidden=tuple(self.read.map(weight) for weight in self.weights))
+        keep = self.keep or ((),) * len(self.weights)
+        hidden = map(self.read.map, self.weights, keep)
+        return replace(self, hidden=tuple(hidden))
 
     def stages(
         self, rows: slice, columns: slice, read: slice, way: Way
@@ -90,8 +96,8 @@ class FeedForwardParts:
             read: Those of them that the feed-forward sublayer reads.
             way: How they go through the neurons.
         """
-        if self.sublayer.routes:
-            out = self._through_experts(rows, read)
+        if self.sublayer.routes or way.route == "read":
+            out = self._through_sublayer(rows, read)
         elif way.route == "all":
             out = None
             for part in blocks(self.W_out.shape[0], way.neurons):
@@ -162,12 +168,25 @@ class FeedForwardParts:
                     out[target - sources.start] += own.to(out.dtype) @ self.W_out
         return out
 
-    def _through_experts(self, rows: slice, columns: slice) -> Tensor:
-        """Returns the same by expert, without folding: few pairs go through each of them."""
+    def _through_sublayer(self, rows: slice, columns: slice) -> Tensor:
+        """Returns the same of what is read, nothing folded: few pairs go through each expert."""
         parts = self.read.dense(rows, columns).transpose(1, 2)
         slopes = [slope[:, rows] for slope in self.slopes]
         sublayer = self.sublayer.part((slice(None), rows))
         return sublayer.transmit(parts, slopes).transpose(1, 2).contiguous()
+
+    def at(self, targets: slice, sources: slice) -> Float[Tensor, "batch target source d_model"]:
+        """Returns the parts of some sources at some targets, as one tile.
+
+        Args:
+            targets: Contiguous targets.
+            sources: Contiguous sources of one attention sublayer.
+        """
+        pairs, count = sources.stop - sources.start, targets.stop - targets.start
+        near = self.hidden and self._costs().route(pairs, len(self.bias) * count) == "all"
+        ready = self.ready(sources, hidden=bool(near))
+        way = Way("all" if near else "read", self.W_out.shape[0])
+        return deque(ready.stages(targets, sources, sources, way), maxlen=1).pop().transpose(1, 2)
 
     def diagonal(self) -> Float[Tensor, "batch target d_model"]:
         """Returns what each target gets from itself, without any other pair."""
@@ -181,7 +200,7 @@ class FeedForwardParts:
     def of_head(self, term: int | None, head: int) -> FeedForwardParts:
         """Returns the parts that come through one head, with the slopes of all heads together."""
         residual = None if self.residual is None else self.residual.of_head(term, head)
-        return replace(self, read=self.read.of_head(term, head), residual=residual)
+        return replace(self, read=self.read.of_head(term, head), residual=residual, keep=())
 
     def row(self, batch: slice) -> FeedForwardParts:
         """Returns the parts of some rows of the batch."""
@@ -359,13 +378,13 @@ class Way:
     """How a tile goes through the neurons.
 
     Attributes:
-        route: See `neuron_routes`.
+        route: See `neuron_routes`; ``"read"``: as the sublayer itself takes parts of what it reads.
         neurons: How many at a time, where it is through all of them.
         active: The active ones of every target, where it is through these.
         weights: Each branch's input weights then, a row for each neuron.
     """
 
-    route: Route
+    route: Route | Literal["read"]
     neurons: int = 0
     active: Sequence[Tensor] = ()
     weights: Sequence[Float[Tensor, "neuron d_model"]] = ()
@@ -437,7 +456,11 @@ def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
 
 
 def feed_forward_points(
-    block: Block, points: dict[str, TokenSum], bias: Bias, max_bytes: int = DEFAULT_MAX_BYTES
+    block: Block,
+    points: dict[str, TokenSum],
+    bias: Bias,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    folds: Folds | None = None,
 ) -> dict[str, FeedForwardParts]:
     """Returns a block's parts at and after its feed-forward output; they share what they hold.
 
@@ -446,10 +469,12 @@ def feed_forward_points(
         points: Its token sums from `decompose.linear_points`.
         bias: The bias convention, see `decompose`.
         max_bytes: Workspace.
+        folds: Products of weights that are kept; None for those of this block.
     """
     ff = block.feed_forward
     assert ff is not None
     added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
+    added = replace(added, keep=kept(block, added.weights, folds))
     stream = points["residual"]
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
     ending = None
@@ -463,6 +488,19 @@ def feed_forward_points(
         norm = FrozenNorm.at(last, total)
         normed = replace(summed, norm_after=norm, bias=norm.affine(parts_bias), total=last(total))
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
+
+
+def kept(
+    block: Block, weights: Sequence[Tensor], folds: Folds | None = None
+) -> tuple[tuple[Keep | None, ...], ...]:
+    """Returns what folds what attention writes into each branch, see `FeedForwardParts.keep`."""
+    if block.parallel:  # the feed-forward sublayer does not read what attention writes
+        return ()
+    folds = folds or Folds([block])
+    return tuple(
+        tuple(folds.keep(block, attention, branch) for attention in block.attentions)
+        for branch in range(len(weights))
+    )
 
 
 def _feed_forward(

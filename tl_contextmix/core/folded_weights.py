@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, shift
-from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm
+from tl_contextmix.core.token_sums import AttentionTerm, FrozenNorm, Keep
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def branches(
     raw: Float[Tensor, "batch target d_model"],
     before: Float[Tensor, "batch target d_model"],
     pre: tuple[Float[Tensor, "batch target neuron"], ...] | None,
-    checked: bool = False,
+    folds: Folds,
 ) -> Iterator[Branch]:
     """Yields the branches of a block's feed-forward sublayer.
 
@@ -55,7 +57,7 @@ def branches(
         raw: Its output, before a norm of it.
         before: The residual stream it adds to.
         pre: The model's own pre-activations, where the pass kept them, else None.
-        checked: Whether `drop_stale_folds` was called since weights may have changed.
+        folds: Products of weights that are kept.
     """
     first = attention.norm_out
     second = ff.norm_in if attention.norm_after is None else attention.norm_after
@@ -80,61 +82,86 @@ def branches(
             # One scale at most lies between the neurons and what entered.
             changed = (pre[index] - constant) * scale
         yield Branch(
-            read=read.map(
-                weight, _fold(block, _name(attention, index), read.weight, weight, checked)
-            ),
+            read=read.map(weight, folds.keep(block, attention, index)),
             base=None if first is None else base @ weight,
             changed=changed,
             constant=constant,
         )
 
 
-def drop_stale_folds(blocks: Sequence[Block], kind: str) -> None:
-    """Forgets kept products of weights that have changed; asks a GPU about all of them at once.
+@dataclass
+class Folds:
+    """Products of W_O, the norms' linear parts after it included, with W_in that blocks keep.
 
-    Args:
+    For one call: weights do not change in it. The first product that is asked for drops those of
+    changed weights, of all blocks at once: a GPU is waited for.
+
+    Attributes:
         blocks: The blocks.
-        kind: Of the attention sublayers whose products are used next.
+        checked: Whether that was done.
     """
-    found, known = list[Tensor](), list[tuple[dict[str, tuple[Tensor, ...]], str]]()
-    for block in blocks:
-        ff = block.feed_forward
-        if not block.folds or ff is None:
-            continue
-        attention = block.attention(kind)
-        W_O, second = attention.W_O, attention.norm_after
-        for norm in (attention.norm_out, ff.norm_in if second is None else second):
-            W_O = W_O if norm is None else norm.linear(W_O)
-        for index, (weight, _) in enumerate(ff.branches()):
-            name = _name(attention, index)
-            if name in block.folds:
-                found.append((_marks(W_O, weight) == block.folds[name][0]).all())
-                known.append((block.folds, name))
-    if found:
-        same = torch.stack([one.to(found[0].device) for one in found]).tolist()
-        for (folds, name), holds in zip(known, same, strict=True):
-            if not holds:
-                del folds[name]
+
+    blocks: Sequence[Block]
+    checked: bool = False
+
+    def keep(self, block: Block, attention: AttentionSublayer, branch: int) -> Keep | None:
+        """Returns what folds an attention sublayer's W_O into a branch's W_in; None: not kept."""
+        if block.folds is None:
+            return None
+        return partial(self._fold, block.folds, _name(attention, branch))
+
+    def _fold(
+        self, kept: dict[str, tuple[Tensor, ...]], name: str, W_O: Tensor, W_in: Tensor
+    ) -> Tensor:
+        """Kept with a weighted sum of every column of the two.
+
+        Edits through ``.data`` leave no other trace. That costs as much as W_in at one vector.
+        """
+        if not self.checked:
+            self._drop_stale()
+            self.checked = True
+        if name not in kept:
+            kept[name] = (_marks(W_O, W_in), W_O @ W_in)
+        return kept[name][1]
+
+    def _drop_stale(self) -> None:
+        found, known = list[Tensor](), list[tuple[dict[str, tuple[Tensor, ...]], str]]()
+        for folds, name, W_O, W_in in chain.from_iterable(map(_kept, self.blocks)):
+            found.append((_marks(W_O, W_in) == folds[name][0]).all())
+            known.append((folds, name))
+        if found:
+            same = torch.stack([one.to(found[0].device) for one in found]).tolist()
+            for (folds, name), holds in zip(known, same, strict=True):
+                if not holds:
+                    del folds[name]
 
 
-def _name(attention: AttentionSublayer, index: int) -> str:
-    return f"{attention.kind} {index}"
+def _kept(block: Block) -> Iterator[tuple[dict[str, tuple[Tensor, ...]], str, Tensor, Tensor]]:
+    """Yields where a block keeps each product, its name, and the two weights as they are now."""
+    ff, folds = block.feed_forward, block.folds
+    if ff is None or not folds:
+        return
+    for place, attention in enumerate(block.attentions):
+        for branch, (W_in, _) in enumerate(ff.branches()):
+            name = _name(attention, branch)
+            if name in folds:
+                yield folds, name, _read(block, ff, place), W_in
 
 
-def _fold(block: Block, name: str, W_O: Tensor, W_in: Tensor, checked: bool) -> Tensor | None:
-    """Returns W_O, the linear parts of norms after it included, folded into W_in; None: not kept.
+def _read(block: Block, ff: FeedForward, place: int) -> Float[Tensor, "head d_head d_model"]:
+    """Returns an attention sublayer's W_O as the neurons read it, scales of norms left out."""
+    attention, W_O = block.attentions[place], block.attentions[place].W_O
+    for norm in (
+        attention.norm_out,
+        *(one.norm_after for one in block.attentions[place:]),
+        ff.norm_in,
+    ):
+        W_O = W_O if norm is None else norm.linear(W_O)
+    return W_O
 
-    Kept with a weighted sum of every column of the two: edits through ``.data`` leave no other
-    trace. That costs as much as W_in at one vector.
-    """
-    kept = block.folds
-    if kept is None:
-        return None
-    known = kept.get(name)
-    if known is not None and (checked or torch.equal(_marks(W_O, W_in), known[0])):
-        return known[1]
-    known = kept[name] = (_marks(W_O, W_in), W_O @ W_in)
-    return known[1]
+
+def _name(attention: AttentionSublayer, branch: int) -> str:
+    return f"{attention.kind} {branch}"
 
 
 def _marks(W_O: Tensor, W_in: Tensor) -> Float[Tensor, " column"]:

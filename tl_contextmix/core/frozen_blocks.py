@@ -389,9 +389,9 @@ class FrozenStack:
         return _pass(self.final_norm, self.biases[-1][:, :, None], True)[:, :, 0]
 
     def memory(self, parts: Parts) -> Parts:
-        """Returns the parts of the output that another stack reads, given those of its input."""
+        """Returns the parts of the output that another stack reads, given the first block's."""
         entered: dict[int, Parts] = {}
-        for block in self.blocks:
+        for block in self.blocks[1:]:
             parts = block(parts, None, entered)
         return _pass(self.final_norm, parts, False)
 

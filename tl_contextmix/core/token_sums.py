@@ -26,6 +26,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 T = TypeVar("T", bound="AttentionTerm")
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""Returns the product of two weights, and keeps it for the next call."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,7 @@ class AttentionTerm:
         weight, scale = norm.unscaled(self.weight), self.scale * norm.scale
         return replace(self, weight=weight, scale=scale, kept=None)
 
-    def map(
-        self,
-        matrix: Float[Tensor, "d_out d_new"],
-        fold: Float[Tensor, "head d_head d_new"] | None = None,
-    ) -> AttentionTerm:
+    def map(self, matrix: Float[Tensor, "d_out d_new"], keep: Keep | None = None) -> AttentionTerm:
         """Returns the read after a matrix, folded in the cheaper order.
 
         Folding the matrix into every head's weight costs d_out^2 d_new products once; applying it
@@ -243,15 +241,15 @@ class AttentionTerm:
 
         Args:
             matrix: The matrix.
-            fold: It folded into every head's weight, where that is known already.
+            keep: Folds it into every head's weight where that is kept for the next call. Paid for
+                once, it counts an eighth: what is done must not depend on which call is the first.
         """
-        if fold is not None:
-            return replace(self, weight=fold, kept=None)
         batch, source, head, _ = self.value.shape
-        if batch * source * head < self.weight.shape[1] * head:
+        if batch * source * (1 if keep is None else 8) < self.weight.shape[1]:
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
-        return replace(self, weight=self.weight @ matrix, kept=None)
+        weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
+        return replace(self, weight=weight, kept=None)
 
     def columns(self, part: slice) -> AttentionTerm:
         """Returns the read restricted to some of its output dimensions."""
@@ -363,19 +361,28 @@ class TokenSum:
 
     def linear(self, norm: Norm) -> TokenSum:
         """Returns the token sum after a norm whose scale is frozen at the real value."""
-        frozen = FrozenNorm.at(norm, self.total)
+        return self.frozen(FrozenNorm.at(norm, self.total))
+
+    def frozen(self, norm: FrozenNorm) -> TokenSum:
+        """Returns the token sum after a norm that is frozen already."""
         return TokenSum(
-            terms=tuple(term.linear(frozen) for term in self.terms),
-            own=None if self.own is None else frozen.linear(self.own),
-            bias=frozen.affine(self.bias),
-            sum_up=lambda: norm(self.total),
+            terms=tuple(term.linear(norm) for term in self.terms),
+            own=None if self.own is None else norm.linear(self.own),
+            bias=norm.affine(self.bias),
+            sum_up=lambda: norm.affine(self.total),
         )
 
-    def map(self, matrix: Tensor) -> TokenSum:
-        """Returns the parts after a matrix. The bias stays behind: zeros that take no memory."""
+    def map(self, matrix: Tensor, keep: Sequence[Keep | None] = ()) -> TokenSum:
+        """Returns the parts after a matrix. The bias stays behind: zeros that take no memory.
+
+        Args:
+            matrix: The matrix.
+            keep: See `AttentionTerm.map`, for each read; empty for none.
+        """
         nothing = self.bias.new_zeros(()).expand(*self.bias.shape[:2], matrix.shape[1])
+        terms = zip(self.terms, keep or [None] * len(self.terms), strict=True)
         return TokenSum(
-            terms=tuple(read.map(matrix) for read in self.terms),
+            terms=tuple(read.map(matrix, how) for read, how in terms),
             own=None if self.own is None else self.own @ matrix,
             bias=nothing,
             sum_up=lambda: (self.total - self.bias) @ matrix,
@@ -397,6 +404,10 @@ class TokenSum:
             return self
         sum_up = lambda: self.total + constant  # noqa: E731
         return replace(self, bias=self.bias + constant, sum_up=sum_up)
+
+    def summing_to(self, total: Float[Tensor, "batch target d_out"] | None) -> TokenSum:
+        """Returns the token sum with what it adds up to, where that is known already."""
+        return self if total is None else replace(self, sum_up=lambda: total)
 
     def of_head(self, term: int | None, head: int) -> TokenSum:
         """Returns the parts that come through one head of a read; None: through no head (`own`)."""

@@ -16,7 +16,7 @@ else 1) and of the norm before the feed-forward sublayer. Folding costs as much 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.experts import Experts
-from tl_contextmix.core.folded_weights import Branch, branches
+from tl_contextmix.core.folded_weights import Branch, Folds, branches
 from tl_contextmix.core.token_sums import AttentionTerm, blocks
 from tl_contextmix.core.words import Spans
 
@@ -123,7 +123,7 @@ class ValueAblation:
         repeats: int,
         max_bytes: int,
         *,
-        check: Callable[[], object] | None = None,
+        folds: Folds | None = None,
     ) -> ValueAblation:
         """Returns the replay with W_in folded into the terms, where that is cheaper and fits.
 
@@ -131,7 +131,7 @@ class ValueAblation:
             spans: The spans that are zeroed, or None.
             repeats: How often all pairs are gone through (groups of heads).
             max_bytes: Workspace.
-            check: Called before kept products of weights are used; drops those that are stale.
+            folds: Products of weights that are kept; None for those of this block.
         """
         ff = self.block.feed_forward
         if ff is None or self.fixed is not None or self.later:
@@ -148,10 +148,8 @@ class ValueAblation:
         held = len(ff.branches()) * (width + batch * heads) * ff.width * size
         if pairs <= fold or held > max_bytes // 2:
             return self
-        if check is not None:
-            check()
         of = self.block, ff, self.attention, self.read, self.raw, self.before, self.pre
-        found = branches(*of, checked=check is not None)
+        found = branches(*of, folds or Folds([self.block]))
         return replace(self, branches=tuple(found))
 
     def tiles(

@@ -24,6 +24,7 @@ from tl_contextmix.core.feed_forward_parts import (
     Precision,
     feed_forward_points,
 )
+from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.errors import bad
@@ -85,7 +86,7 @@ def linear_points(
             if set(asked) <= set(result):
                 return result
         if attention.norm_after is not None:
-            stream = stream.linear(attention.norm_after)
+            stream = stream.summing_to(trace.summed(attention)).linear(attention.norm_after)
     result["stream"] = result["residual"] = stream
     ff = block.feed_forward
     if ff is not None:
@@ -116,6 +117,7 @@ def parts_at(
     at: Point,
     bias: Bias,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    folds: Folds | None = None,
 ) -> TokenSum | FeedForwardParts:
     """Returns a block's parts at any point.
 
@@ -125,12 +127,13 @@ def parts_at(
         at: The point.
         bias: The bias convention, see `decompose`.
         max_bytes: Workspace.
+        folds: Products of weights that are kept, of all blocks; None for those of this block.
 
     Raises:
         InvalidInput: If the block has no feed-forward sublayer and the point is inside of one.
         UnsupportedModel: If the point lies after an activation that is not elementwise.
     """
-    return parts_at_all(block, points, (at,), bias, max_bytes)[at]
+    return parts_at_all(block, points, (at,), bias, max_bytes, folds)[at]
 
 
 def parts_at_all(
@@ -139,6 +142,7 @@ def parts_at_all(
     asked: Sequence[Point],
     bias: Bias,
     max_bytes: int = DEFAULT_MAX_BYTES,
+    folds: Folds | None = None,
 ) -> dict[Point, TokenSum | FeedForwardParts]:
     """Returns a block's parts at several points, which share what is computed; see `parts_at`."""
     result: dict[Point, TokenSum | FeedForwardParts] = {}
@@ -147,7 +151,7 @@ def parts_at_all(
         if at in points:
             result[at] = points[at]
         elif block.feed_forward is not None:
-            expanded = expanded or feed_forward_points(block, points, bias, max_bytes)
+            expanded = expanded or feed_forward_points(block, points, bias, max_bytes, folds)
             result[at] = expanded[at]
         elif at in ("resid_post", "block_out"):
             result[at] = points["residual"]

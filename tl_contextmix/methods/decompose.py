@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
+from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.core.validation import Layers, Positive
@@ -95,6 +96,7 @@ def decompose(
     )
 
     labels: tuple[str, ...] = ()
+    folds = Folds(forward_pass.blocks)
 
     def vectors(part: Pass) -> dict[str, tuple[str, Tensor]]:
         nonlocal labels
@@ -103,7 +105,7 @@ def decompose(
             part.trace.look_up(part.blocks)
         for index, block in enumerate(part.progress("decompose")):
             linear = linear_points(block, part.trace, part.stack, (at,))
-            found = parts_at(block.held(part.trace), linear, at, bias, max_bytes)
+            found = parts_at(block.held(part.trace), linear, at, bias, max_bytes, folds)
             each = parts_of_heads(found) if heads else {"all": found}
             labels = (*each,)
             for place, one in enumerate(each.values()):

@@ -22,6 +22,7 @@ from tl_contextmix.adapters.inputs import (
 )
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block
+from tl_contextmix.core.first_block import first_parts, parts_of
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.neuron_routes import Costs
@@ -274,10 +275,9 @@ class _Carried:
         result: list[list[Tensor]] = [[] for _ in self.asked]
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
-            for first, parts, memory in self._starts():
-                entered: dict[int, Tensor] = {}
+            for first, parts, memory, entered in self._starts():
                 for layer, block in enumerate(self.own.blocks):
-                    parts = block.since(first)(parts, memory, entered)
+                    parts = block.since(first)(parts, memory, entered) if layer else parts
                     for index, asked in enumerate(self.asked):
                         if asked.layer == layer:
                             result[index].append(read(first, parts))
@@ -314,10 +314,13 @@ class _Carried:
         result = x.new_zeros(len(x), len(self.asked), x.shape[1], x.shape[1])
         totals = list(self.bias().unbind(dim=1))
         with torch.no_grad():
-            parts = [own_parts(x, slice(0, some.stop), some) for some in rows]
+            first, begun = self.own.blocks[0], first_parts(self.own.blocks[0], x)
+            parts = [parts_of(begun, some, slice(0, some.stop)) for some in rows]
             entered: dict[int, list[Tensor]] = {}
+            if first.lends:
+                entered[0] = [own_parts(x, slice(0, some.stop), some) for some in rows]
             for layer, block in enumerate(self.own.blocks):
-                parts = block.triangle(parts, rows, entered)
+                parts = block.triangle(parts, rows, entered) if layer else parts
                 for index, asked in enumerate(self.asked):
                     for some, part in zip(rows, parts, strict=True):
                         if asked.layer == layer:
@@ -326,24 +329,29 @@ class _Carried:
         _require_complete(self.done, self.asked, totals)
         return result
 
-    def _starts(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yields the stack's input and the encoder's output as parts of a few input tokens.
+    def _starts(self) -> Iterator[tuple[int, Tensor, Tensor | None, dict[int, Tensor]]]:
+        """Yields the first block's output and the encoder's as parts of a few input tokens.
 
-        And the first target that these tokens reach: in front of it, parts are zero.
+        Before them the first target that these tokens reach: in front of it, parts are zero. After
+        them the parts of the block's input, where later blocks use its values.
         """
-        trace = self.done.trace
-        x = trace.resid_in(self.own.blocks[0].block)
-        no_later = causal(self.own.blocks)
+        trace, block = self.done.trace, self.own.blocks[0]
+        x, no_later = trace.resid_in(block.block), causal(self.own.blocks)
+        begun = first_parts(block, x)
         size = min(self.size, _few(x.shape[1])) if no_later else self.size
         for chunk in blocks(x.shape[1], size):
             first = chunk.start if no_later else 0
-            yield first, own_parts(x, chunk)[:, first:], None
+            entered = {0: own_parts(x, chunk)[:, first:]} if block.lends else {}
+            yield first, parts_of(begun, slice(first, x.shape[1]), chunk), None, entered
         if self.encoder is None:
             return
         source = trace.resid_in(self.encoder.blocks[0].block)
+        begun = first_parts(self.encoder.blocks[0], source)
         for chunk in blocks(source.shape[1], self.size):
-            memory = self.encoder.memory(own_parts(source, chunk))
-            yield 0, x.new_zeros(*x.shape[:2], *memory.shape[2:]), memory
+            memory = self.encoder.memory(parts_of(begun, slice(0, source.shape[1]), chunk))
+            entered = dict[int, Tensor]()
+            nothing = x.new_zeros(*x.shape[:2], *memory.shape[2:])
+            yield 0, block(nothing, memory, entered), memory, entered
 
 
 def _few(count: int) -> int:

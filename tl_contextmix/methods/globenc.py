@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, Pass
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
-from tl_contextmix.core.blocks import Block, Trace
+from tl_contextmix.core.blocks import Block, Trace, sum_names
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.core.validation import Layers, Positive
@@ -75,7 +75,7 @@ def globenc(
         inputs,
         layer=layer,
         stack=stack,
-        also=_neurons,
+        also=partial(_needed, spare=inputs.get("cache") is None),
         needs={"mixing", "attn", "read", "mlp", "block"},
     )
 
@@ -87,9 +87,14 @@ def globenc(
     return forward_pass.map("globenc", scores, "block_out", "norm")
 
 
-def _neurons(block: Block) -> list[str]:
-    last = [ff.norm_after for ff in block.feed_forwards]
-    return [] if not last or last[-1] is None else [ff.post for ff in block.feed_forwards]
+def _needed(block: Block, spare: bool) -> list[str]:
+    """Returns the names of the sums that norms read; of a cache, or of a host without, neurons."""
+    last = block.feed_forwards[-1:]
+    if not last or last[0].norm_after is None:
+        return []
+    if spare and sum_names(last[0]):
+        return [name for sublayer in block.sublayers for name in sum_names(sublayer)]
+    return [ff.post for ff in block.feed_forwards]
 
 
 def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
@@ -97,8 +102,11 @@ def _without_output(block: Block, stream: TokenSum, trace: Trace) -> TokenSum:
     norm = block.feed_forwards[-1].norm_after if block.feed_forwards else None
     if norm is None:
         return stream
+    names = sum_names(block.feed_forwards[-1])
+    if trace.values.keys() & names:  # its scale is needed alone: rounded, where the model rounds
+        return stream.summing_to(trace[names[0]]).linear(norm)
     whole = stream.total
     for ff in block.feed_forwards:
         raw = ff.raw_output(trace)
         whole = whole + (raw if ff.norm_out is None else ff.norm_out(raw))
-    return replace(stream, sum_up=lambda: whole).linear(norm)
+    return stream.summing_to(whole).linear(norm)

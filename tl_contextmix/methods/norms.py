@@ -24,6 +24,7 @@ from tl_contextmix.adapters.inputs import (
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts, Precision
+from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import AttentionTerm, TokenSum
 from tl_contextmix.core.validation import Layers, Positive
@@ -200,7 +201,7 @@ def _maps(
     precision: Precision,
     max_bytes: int,
 ) -> dict[Point, ContextMap]:
-    groups = head_groups(forward_pass, heads)
+    groups, folds = head_groups(forward_pass, heads), Folds(forward_pass.blocks)
     products: list[tuple[Tensor, int, int]] = []
 
     def norms_of(part: Pass) -> dict[str, tuple[str, Tensor]]:
@@ -210,7 +211,8 @@ def _maps(
             part.trace.look_up(part.blocks)
         for block in part.progress("attention_norms"):
             linear = linear_points(block, part.trace, part.stack, points)
-            parts = parts_at_all(block.held(part.trace), linear, points, bias, max_bytes)
+            held = block.held(part.trace)
+            parts = parts_at_all(held, linear, points, bias, max_bytes, folds)
             norms = norms_at(parts, max_bytes, precision) if groups is None else {}
             if part.trace.values[block.resid_in].dtype == torch.bfloat16:
                 products.extend(_products(parts))

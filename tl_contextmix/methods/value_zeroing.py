@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Input, Pass
 from tl_contextmix.adapters.questions import AnswerInputs, run_asked
 from tl_contextmix.core.blocks import IDENTITIES, Block, Trace
-from tl_contextmix.core.folded_weights import drop_stale_folds
+from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.token_sums import Norm, blocks
 from tl_contextmix.core.validation import Layers, Positive
@@ -113,13 +113,13 @@ def value_zeroing(
     spans = _require_spans(spans, span_rows, rows, forward_pass)
 
     rerouted: dict[str, list[int]] = {}
-    check = cache(partial(drop_stale_folds, forward_pass.blocks, kind))
+    folds = Folds(forward_pass.blocks)
 
     def distances(part: Pass, block: Block) -> Tensor:
         part.trace.look_up(part.blocks)
         norm = _final_norm(part, block) if final_norm else None
         zeroed = kind, part.own(rows), groups or [None], spans
-        how = _How(*zeroed, metric, norm, max_bytes, check)
+        how = _How(*zeroed, metric, norm, max_bytes, folds)
         if block.feed_forward is not None and block.feed_forward.routes:
             before = rerouted.get(str(block.layer), [0, 0])
             pairs = zip(before, how.rerouted(block, part.trace), strict=True)
@@ -218,7 +218,7 @@ class _How:
     metric: Metric
     norm: Norm | None
     max_bytes: int
-    check: Callable[[], object] | None = None
+    folds: Folds | None = None
 
     def scores(self, block: Block, trace: Trace) -> Tensor:
         """Returns distances [batch head target source] of one block."""
@@ -241,7 +241,7 @@ class _How:
 
     def _scores(self, block: Block, trace: Trace) -> Tensor:
         found = ablate_values(block, trace, self.kind, self.rows)
-        found = found.folded(self.spans, len(self.groups), self.max_bytes, check=self.check)
+        found = found.folded(self.spans, len(self.groups), self.max_bytes, folds=self.folds)
         batch, targets, _ = found.before.shape
         sources = found.read.pattern.shape[3] if self.spans is None else len(self.spans)
         out = found.before.new_zeros(batch, len(self.groups), targets, sources)
