@@ -35,7 +35,7 @@ PER_LAYER = {
     # Whether a mean of exponentials is out of reach, by tile of components.
     "query_contributions": 3,
     # Which sources are followed in a layer depends on what was in the layer above.
-    "information_flow_routes": 2,
+    "information_flow_routes": 1,
 }
 
 
