@@ -32,10 +32,8 @@ _BY_MASK = {"index", "index_put", "index_put_"}
 PER_LAYER = {
     # The few pairs whose heads nearly cancel, which are computed anew.
     "globenc": 1,
-    # Whether a mean of exponentials is out of reach, by tile of components.
-    "query_contributions": 3,
     # Which sources are followed in a layer depends on what was in the layer above.
-    "information_flow_routes": 2,
+    "information_flow_routes": 1,
 }
 
 

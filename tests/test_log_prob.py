@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.tiled_logits import read_vocabulary
+from tl_contextmix.engine.log_prob_scores import run_question
 from tl_contextmix.results import LogProbContributions
 
 CASES = zoo.spread()
@@ -179,3 +182,22 @@ def test_small_gains_keep_their_digits_in_float32(family: str) -> None:
     assert 1e-5 < float(found[1].abs().max()) < 1e-3
     # A logarithm of a sum that is close to 1 keeps 1e-7 nats, a thousandth of these.
     assert relative(found[0].double(), found[1]) <= 1e-6
+
+
+@pytest.mark.once
+def test_increases_beyond_the_reach_of_exponentials() -> None:
+    """Logits of thousands: what is left NaN at first is computed anew, with one look at all."""
+    model, given = zoo.build(case_of("gpt2")), zoo.inputs(case_of("gpt2"))
+    with torch.no_grad():
+        view_of(model).readout.weights("W_U").mul_(3000)
+    whole = asked(model, given, target=9)
+    assert float(whole.scores.abs().max()) > 500
+    assert relative(whole.scores, whole.trajectory.diff(dim=1)) <= 1e-12
+    every, best = (asked(model, given, by="ff_neuron", k=k, target=9) for k in (None, 5))
+    assert bool(every.scores.isfinite().all())
+    assert relative(every.top(5).scores, best.scores) <= 1e-12
+    answer = run_question(view_of(model), Given(given.tokens), Answer(pos=POS))
+    prediction = answer.prediction("frozen+beta", 2**30)
+    states, (first, *_) = prediction.stream.states, prediction.stream.components
+    near = replace(prediction.vocabulary, reach="near")
+    assert near.gains(states[:, 0], first.total[:, None]).isnan().all()

@@ -152,9 +152,7 @@ def find_routes(
     search.reach(RouteNode("answer", 0, stacks[0][-1].layer, pos), 1.0)
     for index, blocks_ in enumerate(stacks):
         for block in reversed(blocks_):
-            states = _states(block, trace)
-            for place in reversed(range(len(states))):
-                search.expand(index, states, place)
+            search.expand(index, _states(block, trace))
     return Routes(search.nodes, search.edges)
 
 
@@ -182,44 +180,61 @@ class _Search:
             self._reached.setdefault((kind, node.stack, node.layer), []).append(node)
         self.nodes[node] = max(self.nodes.get(node, 0.0), score)
 
-    def expand(self, index: int, states: Sequence[_State], place: int) -> None:
-        """Follows what is important in a state at all positions where it was reached."""
-        state = states[place]
-        targets = self._reached.get((state.kind, index, state.layer), [])
-        if not targets:
+    def expand(self, index: int, states: Sequence[_State]) -> None:
+        """Follows what is important in the states of a block, from its last one downwards.
+
+        The others are reached from it, at the same positions: one copy to the host serves all.
+        """
+        last = states[-1]
+        rows = [node.pos for node in self._reached.get((last.kind, index, last.layer), [])]
+        if not rows:
             return
-        rows = [node.pos for node in targets]
+        shares = [self._shares(state, rows) for state in states]
+        listed = torch.cat(shares, dim=1).cpu().split([each.shape[1] for each in shares], dim=1)
+        for place in reversed(range(len(states))):
+            self._follow_parts(index, states, place, dict(zip(rows, listed[place], strict=True)))
+
+    def _shares(self, state: _State, rows: list[int]) -> Float[Tensor, "target part"]:
+        """Returns the importance of the parts of a state at some positions.
+
+        They are the stream before, what the feed-forward block adds, if any, and of each attention
+        its heads and their sources.
+        """
         whole, scale = state.value[rows], state.norm.scale[0, rows]
 
         def alone(parts: Tensor) -> Tensor:
             found = state.norm.unscaled(parts[rows]) / scale
-            return torch.stack([*map(importance, found, whole)])
+            return torch.stack([*map(importance, found, whole)])[:, None]
 
-        before = alone(state.before)
-        ff = None if state.feed_forward is None else alone(state.feed_forward)
-        heads = [self._heads(state, each, rows) for each in state.attentions]
-        total = before + sum(each.sum(dim=(1, 2)) for each in heads)
-        # Nothing goes its way: nothing is followed.
-        total = (total if ff is None else total + ff).clamp(min=1e-30)
-        below = self._below(index, states, place)
-        # What is followed depends on the numbers: they are copied to the host, all at once.
-        each = [before, *([] if ff is None else [ff]), *heads]
-        rows_of = [sizes.reshape(len(rows), -1) / total[:, None] for sizes in each]
-        listed = torch.cat(rows_of, dim=1).cpu().split([one.shape[1] for one in rows_of], dim=1)
-        for target, share in zip(targets, listed[0][:, 0].tolist(), strict=True):
-            self._follow(target, below._replace(pos=target.pos), share)
-        if ff is not None:
-            for target, share in zip(targets, listed[1][:, 0].tolist(), strict=True):
-                self._through(target, state.writer, -1, below._replace(pos=target.pos), share)
-        of_heads = listed[len(each) - len(heads) :]
-        for (one, _), found, sizes in zip(state.attentions, of_heads, heads, strict=True):
+        alones = [state.before, *([] if state.feed_forward is None else [state.feed_forward])]
+        heads = [self._heads(state, each, rows).flatten(1) for each in state.attentions]
+        found = torch.cat([*map(alone, alones), *heads], dim=1)
+        # Where nothing goes its way nothing is followed.
+        return found / found.sum(dim=1, keepdim=True).clamp(min=1e-30)
+
+    def _follow_parts(
+        self, index: int, states: Sequence[_State], place: int, shares: dict[int, Tensor]
+    ) -> None:
+        """Follows the important parts of a state where it was reached, by position."""
+        state, below = states[place], self._below(index, states, place)
+        targets = self._reached.get((state.kind, index, state.layer), [])
+        for target in targets:
+            read = below._replace(pos=target.pos)
+            self._follow(target, read, float(shares[target.pos][0]))
+            if state.feed_forward is not None:
+                self._through(target, state.writer, -1, read, float(shares[target.pos][1]))
+        first = 1 if state.feed_forward is None else 2
+        for one, _ in state.attentions:
+            heads, _, sources = self._trace.mixing(one)[0].shape
             cross = one.kind == "cross"
             source = RouteNode("resid_post", 1, self._stacks[1][-1].layer, 0) if cross else below
             source = source if one.lender is None else _entering(index, one.lender)
-            shares = found.view(sizes.shape)
-            for row, head, pos in (shares > self._threshold).nonzero().tolist():
-                read, share = source._replace(pos=pos), float(shares[row, head, pos])
-                self._through(targets[row], "cross_attn" if cross else "attn", head, read, share)
+            for target in targets:
+                found = shares[target.pos][first : first + heads * sources].view(heads, sources)
+                for head, pos in (found > self._threshold).nonzero().tolist():
+                    read, share = source._replace(pos=pos), float(found[head, pos])
+                    self._through(target, "cross_attn" if cross else "attn", head, read, share)
+            first += heads * sources
 
     def _below(self, index: int, states: Sequence[_State], place: int) -> RouteNode:
         """Returns the state before one, at any position."""

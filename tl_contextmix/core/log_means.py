@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class LogMean:
         self.mass, self.mean, self.excess = (torch.zeros_like(like) for _ in range(3))
         self.highest = torch.full_like(like, -torch.inf)
 
-    def add(self, at: Any, before: Tensor, shift: Float[Tensor, "some tile"]) -> None:
+    def add(self, at: Any, before: Tensor, shift: Float[Tensor, "*some tile"]) -> None:
         """Adds a tile, and overwrites the shifts.
 
         Args:
@@ -68,21 +68,29 @@ class LogMean:
 
 
 def _expected(
-    numbers: Float[Tensor, "some tile"], probs: Float[Tensor, "*one tile"]
-) -> Float[Tensor, " some"]:
+    numbers: Float[Tensor, "*some tile"], probs: Float[Tensor, "*one tile"]
+) -> Float[Tensor, "*some"]:
     """Returns sums of numbers times probabilities, of all rows or of each."""
     if probs.ndim == 2 and len(probs) != 1:
         return (numbers * probs).sum(dim=-1)
     return numbers @ probs.flatten()
 
 
-def log_mean(like: Tensor, add_to: Callable[[LogMean], None]) -> Tensor:
-    """Returns log E exp(shift) of the tiles that a function adds, twice if need be."""
-    near = LogMean(like)
-    add_to(near)
-    result = near.value()
-    if bool(result.isnan().any()):
-        far = LogMean(like, far=True)
-        add_to(far)
-        result = torch.where(result.isnan(), far.value(), result)
+Reach = Literal["near", "far", "either"]
+"""How exponentials are added up: as means; as log-sum-exps; as these where means overflow."""
+
+
+def log_mean(like: Tensor, add_to: Callable[[LogMean], None], reach: Reach = "either") -> Tensor:
+    """Returns log E exp(shift) of the tiles that a function adds.
+
+    Args:
+        like: A number for each shift.
+        add_to: Adds them; called twice if need be.
+        reach: ``"near"`` leaves NaN where exponentials overflow, and asks nothing of the numbers.
+    """
+    mean = LogMean(like, far=reach == "far")
+    add_to(mean)
+    result = mean.value()
+    if reach == "either" and bool(result.isnan().any()):
+        result = torch.where(result.isnan(), log_mean(like, add_to, "far"), result)
     return result

@@ -22,8 +22,8 @@ with :math:`F` the vocabulary where there is no foil. For two single tokens it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tl_contextmix.core.blocks import require_weight, shift
 from tl_contextmix.core.contrast import Contrast
-from tl_contextmix.core.log_means import LogMean, log_mean
+from tl_contextmix.core.log_means import LogMean, Reach, log_mean
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import CACHE_BYTES, Scan, scan, tile_sizes
 from tl_contextmix.core.token_sums import blocks
@@ -58,6 +58,7 @@ class Vocabulary:
         asked: The tokens asked about, and their foils, in each sentence.
         final: The stream after the last block.
         max_bytes: Workspace.
+        reach: How increases are computed, see `log_mean`.
     """
 
     readout: Readout
@@ -68,6 +69,7 @@ class Vocabulary:
     asked: Contrast
     final: Float[Tensor, "batch d_model"]
     max_bytes: int
+    reach: Reach = "either"
 
     @property
     def nonlinear(self) -> str:
@@ -147,12 +149,12 @@ class Vocabulary:
         self, states: Float[Tensor, "batch step d_model"]
     ) -> Float[Tensor, "batch step"]:
         """Returns the target's log-probability, less the foil's, at states."""
-        result = states.new_empty(states.shape[:2])
-        rows, _ = self._tiles(states.shape[1], whole=True)
-        for row in range(len(states)):
-            for part in blocks(states.shape[1], rows):
-                result[row, part] = self.of_target(self.log_probs(states[row, part], row), row)
-        return result
+        return torch.stack([self.trajectory(each, row) for row, each in enumerate(states)])
+
+    def trajectory(self, states: Float[Tensor, "step d_model"], row: int) -> Float[Tensor, " step"]:
+        """Returns `target_log_probs` of one sentence."""
+        parts = states.split(self.rows_that_fit(len(states)))
+        return torch.cat([self.of_target(self.log_probs(part, row), row) for part in parts])
 
     def of_target(
         self, log_probs: Float[Tensor, "some d_vocab"], row: int
@@ -162,6 +164,23 @@ class Vocabulary:
         if self.asked.foil is not None:
             result = result - log_probs[:, self.asked.foil[row]].logsumexp(dim=1)
         return result
+
+    def within_reach(
+        self, compute: Callable[[Vocabulary], Iterable[tuple[Tensor, ...]]]
+    ) -> list[tuple[Tensor, ...]]:
+        """Returns increases that a function computes, anew where exponentials overflow.
+
+        A GPU is waited for once, whatever their number.
+        """
+        found = [*compute(replace(self, reach="near"))]
+        odd = [some.isnan().any() for each in found for some in each]
+        if not bool(torch.stack(odd).any()):
+            return found
+        pairs = zip(found, compute(replace(self, reach="far")), strict=True)
+        return [
+            tuple(torch.where(near.isnan(), far, near) for near, far in zip(*pair, strict=True))
+            for pair in pairs
+        ]
 
     def gains(
         self,
@@ -187,30 +206,37 @@ class Vocabulary:
     def gains_at(
         self,
         states: Float[Tensor, "batch step d_model"],
-        steps: Int[Tensor, " some"],
+        steps: Sequence[int],
         vectors: Float[Tensor, "batch some d_model"],
         there: Bool[Tensor, "batch some"] | None = None,
-    ) -> Float[Tensor, "batch some"]:
-        """Returns `gains` of vectors, each added to the state after a step of its own.
+    ) -> tuple[Float[Tensor, "batch some"], Float[Tensor, "batch step"]]:
+        """Returns `gains` of vectors, each added to a state of its own, and `target_log_probs`.
 
         Linear readouts multiply W_U once with all states and once with all vectors of a sentence,
-        as far as these fit, not once for each step.
+        as far as these fit, not once for each state.
+
+        Args:
+            states: The states.
+            steps: Which of them each vector is added to.
+            vectors: The vectors.
+            there: The others gain 0; None: all are there.
         """
-        result = vectors.new_zeros(vectors.shape[:2])
+        result, each = vectors.new_zeros(vectors.shape[:2]), torch.tensor([*steps])
         if self.nonlinear:
-            for step in steps.unique().tolist():
-                mine = steps == step
+            for step in sorted({*steps}):
+                mine = each == step
                 some = None if there is None else there[:, mine.to(there.device)]
                 result[:, mine] = self.gains(states[:, step], vectors[:, mine], some)
-            return result
-        every = torch.arange(len(steps))
+            return result, self.target_log_probs(states)
+        every, log_probs = torch.arange(len(steps)), []
         for row in range(len(states)):
             some = every if there is None else every[there[row].cpu()]
+            found = Distributions(self, states[row], row)
+            log_probs.append(found.of_target())
             for part in some.split(self.rows_that_fit(max(1, len(some)))):
-                used, at = steps[part].unique(return_inverse=True)
-                before = self.log_probs(states[row, used], row)
+                before, at = found.at(each[part])
                 result[row, part] = self.gains_from(before, at, vectors[row, part], row)
-        return result
+        return result, torch.stack(log_probs)
 
     def gains_from(
         self,
@@ -242,15 +268,26 @@ class Vocabulary:
             row: The sentence.
             tile: How many tokens at once.
         """
-        gained = _log_mean_of(self.asked.target[row], before, shift)
+        gained = self._log_mean_of(self.asked.target[row], before, shift)
         if self.asked.foil is not None:
-            return gained - _log_mean_of(self.asked.foil[row], before, shift)
+            return gained - self._log_mean_of(self.asked.foil[row], before, shift)
 
         def add_to(mean: LogMean) -> None:
             for part in blocks(self.weight.shape[1], tile):
                 mean.add(..., before(part), shift(part))
 
-        return gained - log_mean(gained, add_to)
+        return gained - log_mean(gained, add_to, self.reach)
+
+    def _log_mean_of(
+        self, ids: Int[Tensor, " alternative"], before: Columns, shift: Columns
+    ) -> Tensor:
+        """Returns what changes of logits add to the log-sum-exp of some tokens."""
+        changes = shift(ids)
+        if len(ids) == 1:
+            return changes[..., 0]
+        among = before(ids).log_softmax(dim=-1)
+        like = changes[..., 0]
+        return log_mean(like, lambda mean: mean.add(..., among, changes.clone()), self.reach)
 
     def _shift(self, start: Tensor, base: Tensor, vectors: Tensor, row: int) -> Columns:
         """Returns the function that gives the change of a part of the logits.
@@ -306,27 +343,32 @@ class Vocabulary:
                     for columns in blocks(self.weight.shape[1], tile):
                         shift = moved @ self.weight[:, columns]
                         for row in each:
-                            for source in range(some.shape[1]):
-                                change = some[row, source, :, None] * shift
-                                mean.add((row, source), before[row, columns], change)
+                            for sources in blocks(some.shape[1], rows * tile // shift.numel()):
+                                change = some[row, sources, :, None] * shift
+                                mean.add((row, sources), before[row, columns], change)
 
-                rest = log_mean(some, add_to)
+                rest = log_mean(some, add_to, self.reach)
             else:
-                rest = self._alternatives(self.asked.foil, before, moved, some)
-            gained = self._alternatives(self.asked.target, before, moved, some)
+                rest = self._alternatives(self.asked.foil, before, moved, some, rows * tile)
+            gained = self._alternatives(self.asked.target, before, moved, some, rows * tile)
             result[:, :, part] = gained - rest
         return result
 
     def _alternatives(
-        self, sets: tuple[Tensor, ...], before: Tensor, moved: Tensor, scaled: Tensor
+        self,
+        sets: tuple[Tensor, ...],
+        before: Tensor,
+        moved: Tensor,
+        scaled: Float[Tensor, "batch source some"],
+        room: int,
     ) -> Float[Tensor, "batch source some"]:
         """Returns what neurons add to the log-sum-exp of each sentence's tokens."""
         result = torch.empty_like(scaled)
         for row, ids in enumerate(sets):
             shift = moved @ self.weight[:, ids]
-            for source, numbers in enumerate(scaled[row]):
-                changes = numbers[:, None] * shift
-                result[row, source] = _log_mean_of(
+            for sources in blocks(scaled.shape[1], room // shift.numel()):
+                changes = scaled[row, sources, :, None] * shift
+                result[row, sources] = self._log_mean_of(
                     ids, _columns_of(before[row : row + 1]), lambda _, changes=changes: changes
                 )
         return result
@@ -444,13 +486,34 @@ class Vocabulary:
         return tile_sizes(count, self.weight.shape[1], size, room, whole=whole)
 
 
-def _log_mean_of(ids: Int[Tensor, " alternative"], before: Columns, shift: Columns) -> Tensor:
-    """Returns what changes of logits add to the log-sum-exp of some tokens."""
-    changes = shift(ids)
-    if len(ids) == 1:
-        return changes[..., 0]
-    among = before(ids).log_softmax(dim=-1)
-    return log_mean(changes[..., 0], lambda mean: mean.add(..., among, changes.clone()))
+class Distributions:
+    """The distributions at states of one sentence, kept where all of them fit.
+
+    Args:
+        vocabulary: How the states are read.
+        states: The states.
+        row: The sentence.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, states: Float[Tensor, "step d_model"], row: int
+    ) -> None:
+        self.vocabulary, self.states, self.row = vocabulary, states, row
+        fits = vocabulary.rows_that_fit(len(states)) >= len(states)
+        self._kept = vocabulary.log_probs(states, row) if fits else None
+
+    def at(self, steps: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
+        """Returns distributions, and which of them is that at each of some states."""
+        if self._kept is not None:
+            return self._kept, steps
+        used, at = steps.unique(return_inverse=True)
+        return self.vocabulary.log_probs(self.states[used], self.row), at
+
+    def of_target(self) -> Float[Tensor, " step"]:
+        """Returns `Vocabulary.trajectory`."""
+        if self._kept is None:
+            return self.vocabulary.trajectory(self.states, self.row)
+        return self.vocabulary.of_target(self._kept, self.row)
 
 
 def _columns_of(rows: Float[Tensor, "some d_vocab"], at: Tensor | None = None) -> Columns:

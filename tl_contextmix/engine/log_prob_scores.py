@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -35,7 +36,12 @@ from tl_contextmix.core.residual_stream import (
     decompose_stream,
     needed,
 )
-from tl_contextmix.core.tiled_logits import NormRule, Vocabulary, read_vocabulary
+from tl_contextmix.core.tiled_logits import (
+    Distributions,
+    NormRule,
+    Vocabulary,
+    read_vocabulary,
+)
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, seen
 from tl_contextmix.results import Tokens
@@ -453,31 +459,53 @@ def _split(component: Component, by: By, step: int, rows: Tensor) -> Iterator[Sp
             yield Split(step, some, partial(component.head_sources, one), bias=last, read=read)
 
 
-Increases = tuple[Float[Tensor, "batch component"], Float[Tensor, "batch 1"] | None]
-"""What the components of a split add to the log-probability, and what its bias does."""
+Increases = tuple[Tensor, ...]
+"""What a split's components add to the log-probability [batch component]; then its bias, if any."""
 
 
-def log_prob_increases(prediction: Prediction, splits: list[Split]) -> Iterator[Increases]:
-    """Yields the increase of the log-probability by every component of each split.
+def log_prob_increases(
+    prediction: Prediction, splits: list[Split]
+) -> tuple[list[Increases], Float[Tensor, "batch step"]]:
+    """Returns what each split's components add to the log-probability, and that at every state.
 
     Vectors are read together, those of as many splits as take an eighth of the workspace.
     """
+    *found, (trajectory,) = prediction.vocabulary.within_reach(
+        lambda vocabulary: _increases(replace(prediction, vocabulary=vocabulary), splits)
+    )
+    return found, trajectory
+
+
+def _increases(prediction: Prediction, splits: list[Split]) -> Iterator[Increases]:
+    """Yields the increases of each split, then the log-probability at every state."""
+    states, vocabulary = prediction.stream.states, prediction.vocabulary
     if any(split.neurons is not None for split in splits):
-        for split in splits:
+        for split in progress(splits, "log_prob_contributions"):
             if split.neurons is not None:
                 yield _neurons_increase(prediction, split)
             else:  # what a dictionary misses
-                yield from _vectors_increase(prediction, [split])
+                yield from _vectors_increase(prediction, [split], {split.step})[0]
+        yield (vocabulary.target_log_probs(states),)
         return
-    states = prediction.stream.states
-    room = prediction.vocabulary.max_bytes // (8 * states[:, 0].nbytes)
+    trajectory = torch.empty_like(states[..., 0])
+    unread = {*range(states.shape[1])} - {split.step for split in splits}
+    for some in _batches(splits, vocabulary.max_bytes // (8 * states[:, 0].nbytes)):
+        steps = unread.union(split.step for split in some)
+        unread = set()
+        found, trajectory[:, sorted(steps)] = _vectors_increase(prediction, some, steps)
+        yield from found
+    yield (trajectory,)
+
+
+def _batches(splits: list[Split], room: int) -> Iterator[list[Split]]:
+    """Yields splits, as many at a time as have so many components, or one."""
     some: list[Split] = []
-    for split in splits:
-        if sum(one.grid.count + 1 for one in (*some, split)) > room and some:
-            yield from _vectors_increase(prediction, some)
+    for split in progress(splits, "log_prob_contributions"):
+        if some and sum(one.grid.count + 1 for one in (*some, split)) > room:
+            yield some
             some = []
         some.append(split)
-    yield from _vectors_increase(prediction, some)
+    yield some
 
 
 def _neurons_increase(prediction: Prediction, split: Split) -> Increases:
@@ -488,32 +516,34 @@ def _neurons_increase(prediction: Prediction, split: Split) -> Increases:
         found = prediction.vocabulary.neuron_gains(base, neurons.vectors, neurons.coefficients)
     # Exactly: rounding would put silent neurons in some order.
     found = found.masked_fill(neurons.coefficients == 0, 0).flatten(1)
-    bias = None if split.bias is None else prediction.vocabulary.gains(base, split.bias[1])
-    return found, bias
+    if split.bias is None:
+        return (found,)
+    return found, prediction.vocabulary.gains(base, split.bias[1])
 
 
-def _vectors_increase(prediction: Prediction, splits: list[Split]) -> Iterator[Increases]:
-    vectors, there, steps = [], [], []
+def _vectors_increase(
+    prediction: Prediction, splits: list[Split], steps: set[int]
+) -> tuple[list[Increases], Float[Tensor, "batch step"]]:
+    """Returns the increases of splits, and the log-probability at some states, theirs included."""
+    vectors, there, at = [], [], []
+    read = sorted(steps)
     for split in splits:
         assert split.vectors is not None
         biases = [] if split.bias is None else [split.bias[1]]
         vectors += [split.vectors(), *biases]
         there += [split.there, *(torch.ones(len(bias), 1, dtype=torch.bool) for bias in biases)]
-        steps += [split.step] * (split.grid.count + len(biases))
+        at += [read.index(split.step)] * (split.grid.count + len(biases))
     together = torch.cat(vectors, dim=1)
-    read = torch.cat([one.to(together.device) for one in there], dim=1)
+    known = torch.cat([one.to(together.device) for one in there], dim=1)
     if any(name == "expert" for split in splits for name, _ in split.grid.axes):
         # Experts that no sentence is routed to write nothing, which gains nothing.
-        read &= together.any(dim=2)
-    read = read.cpu()
-    found = prediction.vocabulary.gains_at(
-        prediction.stream.states, torch.tensor(steps, device=together.device), together, read
+        known &= together.any(dim=2)
+    found, log_probs = prediction.vocabulary.gains_at(
+        prediction.stream.states[:, read], at, together, known.cpu()
     )
-    first = 0
-    for split in splits:
-        end = first + split.grid.count
-        yield found[:, first:end], None if split.bias is None else found[:, end : end + 1]
-        first = end + (split.bias is not None)
+    counts = [[split.grid.count] + [1] * (split.bias is not None) for split in splits]
+    columns = iter(found.split([*chain(*counts)], dim=1))
+    return [tuple(next(columns) for _ in each) for each in counts], log_probs
 
 
 @dataclass(frozen=True)
@@ -585,6 +615,7 @@ class _Search:
 
     Attributes:
         first: The place of the first component of each split.
+        before: The distributions at the states.
     """
 
     def __init__(
@@ -594,31 +625,14 @@ class _Search:
         counts = [0, *(split.grid.count for split in splits)]
         self.first = torch.tensor(counts, device=states.device).cumsum(0)
         self.steps = torch.tensor([split.step for split in splits], device=states.device)
-        self._kept: Tensor | None = None
-        if vocabulary.rows_that_fit(len(states)) >= len(states):
-            self._kept = vocabulary.log_probs(states, row)
-
-    def trajectory(self) -> Float[Tensor, " step"]:
-        """Returns the target's log-probability, less the foil's, at every state."""
-        steps, found = torch.arange(len(self.states), device=self.states.device), []
-        for some in steps.split(self.vocabulary.rows_that_fit(len(steps))):
-            before, at = self._before(some)
-            found.append(self.vocabulary.of_target(before[at], self.row))
-        return torch.cat(found)
-
-    def _before(self, steps: Int[Tensor, " some"]) -> tuple[Tensor, Tensor]:
-        """Returns distributions, and which of them is that at each of some states."""
-        if self._kept is not None:
-            return self._kept, steps
-        used, at = steps.unique(return_inverse=True)
-        return self.vocabulary.log_probs(self.states[used], self.row), at
+        self.before = Distributions(vocabulary, states, row)
 
     def bounds(self) -> Float[Tensor, " component"]:
         """Returns what each gains at most; -inf of those that are not there."""
         used, at = self.steps.unique(return_inverse=True)
         found = []
         for some in used.split(self.vocabulary.rows_that_fit(len(used))):
-            before, rows = self._before(some)
+            before, rows = self.before.at(some)
             found.append(self.vocabulary.slopes(before[rows], self.row))
         slopes = torch.cat(found)
         each = zip(self.splits, at.tolist(), strict=True)
@@ -638,7 +652,7 @@ class _Search:
             mine = torch.tensor(mine).to(places.device, non_blocking=True)
             inside = (places[mine] - self.first[index])[None]
             vectors[mine] = self.splits[index].written(inside, rows)[0]
-        before, at = self._before(self.steps[split_of])
+        before, at = self.before.at(self.steps[split_of])
         found = self.vocabulary.gains_from(before, at, vectors, self.row)
         # Exactly: rounding would put what is silent in some order.
         return found.masked_fill(~vectors.any(dim=1), 0)
@@ -650,7 +664,7 @@ class _Search:
         found = places[in_order][best.indices[:k]]
         split = self._split_of(found)
         place = found - self.first[split]
-        return TopComponents(split, place, best.values[:k], len(scores), self.trajectory())
+        return TopComponents(split, place, best.values[:k], len(scores), self.before.of_target())
 
 
 def progress(splits: list[Split], what: str) -> Iterator[Split]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import with_dictionaries
 from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, Direction, split_answer
-from tl_contextmix.core.tiled_logits import NormRule
+from tl_contextmix.core.tiled_logits import NormRule, Vocabulary
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.log_prob_scores import (
     By,
@@ -231,13 +231,11 @@ class _Found:
 
 def _all(prediction: Prediction, splits: list[Split], score: Score) -> _Found:
     """Returns the scores of every component, biases included."""
-    trajectory = prediction.vocabulary.target_log_probs(prediction.stream.states)
+    each, trajectory = _scores(prediction, splits, score)
     columns: dict[str, list[Tensor]] = {"scores": [], "coefficients": [], "logits": []}
     labels, gaps = [], torch.full_like(trajectory, torch.nan)
     parts, vocabulary = torch.zeros_like(trajectory), prediction.vocabulary
-    each = _scores(prediction, splits, score)
-    for split in progress(splits, "log_prob_contributions"):
-        found, bias = next(each)
+    for split, (found, *biases) in zip(splits, each, strict=True):
         found = found.masked_fill(~split.there.to(trajectory.device), torch.nan)
         step = split.step + 1
         parts[:, step] += found.nansum(dim=1)
@@ -245,7 +243,8 @@ def _all(prediction: Prediction, splits: list[Split], score: Score) -> _Found:
         columns["coefficients"].append(split.coefficients.to(found))
         columns["logits"].append(_logits(prediction, split))
         labels.append(split.grid.table())
-        if split.bias is not None and bias is not None:
+        for bias in biases:
+            assert split.bias is not None
             grid, vector = split.bias
             columns["scores"].append(bias)
             columns["coefficients"].append(torch.full_like(bias, torch.nan))
@@ -317,11 +316,20 @@ def _logits(prediction: Prediction, split: Split) -> Tensor:
     return (split.neurons.coefficients * each[:, None]).flatten(1)
 
 
-def _scores(prediction: Prediction, splits: list[Split], score: Score) -> Iterator[Increases]:
-    """Yields the scores of each split's components, and of its bias where that has any."""
+def _scores(
+    prediction: Prediction, splits: list[Split], score: Score
+) -> tuple[list[Increases], Tensor]:
+    """Returns the scores of each split's components, and the log-probability at every state."""
     if score == "log_prob_increase":
         return log_prob_increases(prediction, splits)
-    return ((_neuron_scores(prediction, split, score), None) for split in splits)
+
+    def each(vocabulary: Vocabulary) -> Iterator[Increases]:
+        read = replace(prediction, vocabulary=vocabulary)
+        for split in progress(splits, "log_prob_contributions"):
+            yield (_neuron_scores(read, split, score),)
+
+    vocabulary = prediction.vocabulary
+    return vocabulary.within_reach(each), vocabulary.target_log_probs(prediction.stream.states)
 
 
 def _neuron_scores(prediction: Prediction, split: Split, score: Score) -> Tensor:

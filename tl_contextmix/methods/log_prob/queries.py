@@ -401,11 +401,11 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
     """Returns the scores of the neurons themselves."""
     if isinstance(neurons, (LogProbContributions, QueryContributions)):
         return neurons.scores.to(prediction.log_prob)
-    result = prediction.log_prob.new_empty(chosen.kind.shape)
-    states, components = prediction.stream.states, prediction.stream.components
-    for index in range(result.shape[1]):
+    stream, components = prediction.stream, prediction.stream.components
+    sublayers = [(component.kind, component.layer) for component in components]
+    steps, vectors = [], []
+    for index in range(chosen.kind.shape[1]):
         one = chosen.at(0, index)
-        sublayers = [(component.kind, component.layer) for component in components]
         if (one["kind"], one["layer"]) not in sublayers:
             raise bad(
                 "these neurons write nothing along the direction",
@@ -413,17 +413,21 @@ def _weights(prediction: Prediction, neurons: Chosen, chosen: Components) -> Ten
                 "neurons before it",
                 "Ask about neurons of earlier layers.",
             )
-        step = sublayers.index((one["kind"], one["layer"]))
-        component = components[step]
+        steps.append(sublayers.index((one["kind"], one["layer"])))
+        component = components[steps[-1]]
         assert isinstance(component, (AttentionComponent, FeedForwardComponent))
         if isinstance(component, FeedForwardComponent):
-            vectors = dict(component.neurons())[one["expert"]]
+            written = dict(component.neurons())[one["expert"]]
         else:
-            vectors = component.neurons()
+            written = component.neurons()
         number = torch.tensor([one["neuron"]])
-        vector = vectors.coefficients[:, 0, number, None] * vectors.vectors(number)
-        result[:, index] = prediction.vocabulary.gains(states[:, step], vector)[:, 0]
-    return result
+        vectors.append(written.coefficients[:, 0, number, None] * written.vectors(number))
+    read = sorted({*steps})
+    at, together = [read.index(step) for step in steps], torch.cat(vectors, dim=1)
+    ((found, _),) = prediction.vocabulary.within_reach(
+        lambda vocabulary: [vocabulary.gains_at(stream.states[:, read], at, together)]
+    )
+    return found
 
 
 def _nothing_read(chosen: Components, by: str) -> InvalidInput:
