@@ -99,12 +99,12 @@ class Facts:
 
     def has_class(self, *words: str) -> str:
         """Returns the name of the first module class that contains one of the words, or ""."""
-        for module in every_module(self.model):
-            name = type(module).__name__
-            # A bridge's class of experts may hold a dense layer.
-            if any(word in name for word in words) and not getattr(module, "bound_dense", False):
-                return name
-        return ""
+        modules = every_module(self.model)
+        kinds = {*map(type, modules)}
+        kinds = {kind for kind in kinds if any(word in kind.__name__ for word in words)}
+        # A bridge's class of experts may hold a dense layer.
+        found = (m for m in modules if type(m) in kinds and not getattr(m, "bound_dense", False))
+        return next((type(module).__name__ for module in found), "")
 
     def block_modules(self) -> list[tuple[str, nn.Module]]:
         """Returns the blocks of a bridge with their paths."""

@@ -63,17 +63,26 @@ def _recurrence(facts: Facts) -> str:
 
 def quantized_in(model: nn.Module) -> str:
     """Returns the first quantized layer of a model, or an empty string."""
-    for name, module in model.named_modules():
-        place = f"{type(module).__name__} in {name or 'the model itself'}"
-        if _quantizes(type(module)):
-            return place
-        for own, weight in {**module._buffers, **module._parameters}.items():
+    for module in every_module(model):
+        found = _packed(module)
+        if found is not None:
+            name = next(name for name, one in model.named_modules() if one is module)
+            return f"{found}{type(module).__name__} in {name or 'the model itself'}"
+    return ""
+
+
+def _packed(module: nn.Module) -> str | None:
+    """Returns which weight of a module is quantized: "" for a quantized layer, None for none."""
+    if _quantizes(type(module)):
+        return ""
+    for table in (module._buffers, module._parameters):
+        for own, weight in table.items():
             if weight is None:
                 continue
             packed = weight.dtype in _PACKED and "weight" in own
             if packed or type(weight).__module__.startswith("torchao"):
-                return f"{own} of {weight.dtype} in a {place}"
-    return ""
+                return f"{own} of {weight.dtype} in a "
+    return None
 
 
 @functools.cache

@@ -529,16 +529,26 @@ class _Heads:
 
 def find_splices(model: nn.Module) -> tuple[str, ...]:
     """Returns the paths of modules where hook points were: SAEs that SAELens attached."""
+    if not any(
+        _spliced(name, child)
+        for parent in every_module(model)
+        for name, child in parent._modules.items()
+    ):
+        return ()
     found: list[str] = []
     seen: list[nn.Module] = []  # and what is inside of them
     for path, parent in named(model):
         if isinstance(parent, _hook_point()) or any(parent is one for one in seen):
             continue
         for name, child in parent._modules.items():
-            if name.startswith("hook_") and not isinstance(child, (_hook_point(), type(None))):
+            if _spliced(name, child):
                 found.append(f"{path}.{name}" if path else name)
                 seen += child.modules()
     return tuple(found)
+
+
+def _spliced(name: str, child: nn.Module | None) -> bool:
+    return name.startswith("hook_") and not isinstance(child, (_hook_point(), type(None)))
 
 
 def named(

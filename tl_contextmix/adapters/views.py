@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -29,15 +30,16 @@ from tl_contextmix.adapters.weight_processing import (
 from tl_contextmix.core.model_view import ModelView, NeedsModel
 from tl_contextmix.errors import UnsupportedModel, bad
 
-# What every module has is watched otherwise, or changes no number.
-_STANDARD = frozenset(vars(nn.Module()))
-# Names, what acts on gradients or slices of a cache only, and what hosts count in a pass.
-_NEUTRAL = frozenset(
-    {"name", "backward_scale", "pos_dim", "optional", "context_level", "is_caching"}
+# What every module has is watched otherwise, or changes no number; nor do names, what acts on
+# gradients or slices of a cache only, and what hosts count in a pass.
+_UNWATCHED = frozenset(
+    {
+        *vars(nn.Module()),
+        *("name", "backward_scale", "pos_dim", "optional", "context_level", "is_caching"),
+    }
 )
 _CONFIGS = ("cfg", "config")
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_WATCHED_OTHERWISE = (*_VALUES, Tensor, nn.Module)
 # Views of weights that are kept to be compared would keep the memory of weights that were moved to
 # another device until the next call. Those of larger models are made anew, 4 us a weight.
 _KEPT_BYTES = 2**26
@@ -61,12 +63,8 @@ class Glance:
     def __init__(self, model: nn.Module) -> None:
         modules = _modules(model)
         dicts = list(map(_held, modules))
-        configs = {
-            id(config): config
-            for own in dicts
-            for name in _CONFIGS
-            if hasattr(config := own.get(name), "__dict__") and _dies(config)
-        }.values()
+        configs = {id(config): config for own in dicts for config in map(own.get, _CONFIGS)}
+        configs = [one for one in configs.values() if hasattr(one, "__dict__") and _dies(one)]
         kinds = dict.fromkeys(map(type, modules))
         weights = _weights(dicts)
         self._dead: list[Any] = []
@@ -75,17 +73,18 @@ class Glance:
         self._counted = not any(weight.is_inference() for weight in weights)
         every = dicts + list(map(_held, configs))
         # The names are kept, too: a getter does not say what it gets.
-        public = [
-            [name for name in own if name not in _STANDARD and _public(name)] for own in every
-        ]
-        self._names = [
-            [name for name in some if isinstance(own[name], _VALUES)]
-            for own, some in zip(every, public, strict=True)
-        ]
+        self._names: list[list[str]] = []
+        self._places: list[tuple[int, str]] = []
+        roles = _Roles()
+        for i, own in enumerate(every):
+            found = [
+                (roles[type(own[name])], name)
+                for name in filterfalse(_UNWATCHED.__contains__, own)
+                if not name.startswith("_")
+            ]
+            self._names.append([name for role, name in found if role == "value"])
+            self._places += [(i, name) for role, name in found if role == "object"]
         self._getters = [(i, itemgetter(*some)) for i, some in enumerate(self._names) if some]
-        self._places = [
-            (i, name) for i, some in enumerate(public) for name in some if _referred(every[i][name])
-        ]
         self._others = self._refs([every[i][name] for i, name in self._places])
         self._others += self._refs(map(_forward, kinds))
         self._sizes = list(map(len, every))
@@ -173,25 +172,22 @@ def _weights(dicts: list[dict[str, Any]]) -> list[Tensor]:
     ]
 
 
-def _referred(value: Any) -> bool:
-    """Whether the value of an attribute is a function or an object of which a death can be noticed.
+class _Roles(dict[type, str]):
+    """What the attributes of each class are: "value", "object" or nothing that is watched here.
 
-    Lists and dicts, which passes fill, are none; modules are aliases here.
+    Objects are functions and all else of which a death can be noticed. Lists and dicts, which
+    passes fill, are none; modules are aliases here.
     """
-    return not isinstance(value, _WATCHED_OTHERWISE) and _dies(value)
+
+    def __missing__(self, kind: type) -> str:
+        watched = not issubclass(kind, (Tensor, nn.Module)) and kind.__weakrefoffset__
+        self[kind] = role = "value" if issubclass(kind, _VALUES) else "object" if watched else ""
+        return role
 
 
 def _dies(value: Any) -> bool:
     """Whether the death of an object can be noticed."""
-    try:
-        weakref.ref(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _public(name: str) -> bool:
-    return not (name.startswith("_") or name in _NEUTRAL)
+    return bool(type(value).__weakrefoffset__)
 
 
 class _Sample:

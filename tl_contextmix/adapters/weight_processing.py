@@ -55,8 +55,8 @@ def find_processing(facts: Facts, blocks: list[Block]) -> tuple[str, ...]:
 
 def _centred(matrix: Tensor) -> bool:
     """Whether the rows of a matrix have no mean; those of zeros (ablated heads) are ignored."""
-    result = False
-    for rows in matrix.flatten(0, -2).split(_ROWS):  # the first few tell in most models
+    result, every = False, matrix.flatten(0, -2)
+    for rows in (every[:1], *every[1:].split(_ROWS)):  # the first tells in most models
         size = rows.pow(2).mean(-1).sqrt()
         rows, size = rows[size > 0], size[size > 0]
         if not bool((rows.mean(-1).abs() / size < _CENTRED).all()):
@@ -186,11 +186,10 @@ def fingerprint(weights: Weights) -> str:
     samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in weights.items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        sample = sampled(weight).flatten().to(torch.float64)
-        samples.setdefault(sample.device, []).append(sample)
+        samples.setdefault(weight.device, []).append(sampled(weight).flatten())
     for of_device in samples.values():
         # One transfer for all: on a GPU, each synchronizes.
-        digest.update(torch.cat(of_device).cpu().numpy().tobytes())
+        digest.update(torch.cat(of_device).to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -226,6 +225,10 @@ def require_finite(weights: Weights) -> None:
     Raises:
         InvalidInput: If one contains NaN or infinity.
     """
+    # A sum is finite only if all of its terms are.
+    sums = [weight.detach().sum() for weight in weights.values()]
+    if bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()):
+        return
     for name, weight in weights.items():
         # Minimum and maximum are NaN if any entry is.
         ends = weight.detach().aminmax() if weight.numel() else ()
