@@ -37,6 +37,13 @@ def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
     return zoo.shared(case), zoo.inputs(case)
 
 
+def words(length: int) -> Tensor:
+    """Two rows of random words."""
+    generator = torch.Generator().manual_seed(0)
+    first, shape = zoo.rows.FIRST_WORD_ID, (2, length)
+    return torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator)
+
+
 def bound(case: zoo.Case) -> float:
     """The bound that the issue sets for a host's own activation."""
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE

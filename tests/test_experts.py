@@ -12,7 +12,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
-from asked import EXACT, FLOAT32_INSIDE, host_trace, relative, shared, view_of
+from asked import EXACT, FLOAT32_INSIDE, case_of, host_trace, relative, shared, view_of
 from test_families import given
 from torch import Tensor
 from zoo_configs import LLAMA_LIKE
@@ -446,7 +446,7 @@ def test_single_precision_and_the_host_s_own_kernels() -> None:
 
 
 def test_every_method_answers_about_the_zoo_s_mixture() -> None:
-    model, inputs = shared(next(case for case in zoo.cases() if case.family == "mixtral"))
+    model, inputs = shared(case_of("mixtral"))
     assert cm.check(model).ok
     assert cm.composition(model, [[5, 9, 12, 7, 20]]).examples == 1
     assert cm.ff_values(model, layer=1, neurons=[0, 30, 95]).neuron.tolist() == [0, 30, 95]
