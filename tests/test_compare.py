@@ -32,7 +32,7 @@ from tl_contextmix.evaluation import (
     place_tokens,
 )
 from tl_contextmix.evaluation.compare import comparable
-from tl_contextmix.reporting.comparison_section import write_comparison
+from tl_contextmix.reporting.comparison_section import compared_page
 from tl_contextmix.results import Comparison, ContextMap, Score, ScoreRow, Tokens
 
 pytestmark = pytest.mark.once
@@ -702,7 +702,7 @@ def test_bad_input(causal: Any, given: Any, options: dict[str, Any], message: st
 
 def test_other_models_than_the_demos_need_sentences() -> None:
     with pytest.raises(cm.InvalidInput, match="which is not a demo model.*Pass --pairs FILE"):
-        write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
+        compared_page(zoo.build(case_of("gpt2"), dtype=torch.float32))
 
 
 def test_masked_bad_input() -> None:

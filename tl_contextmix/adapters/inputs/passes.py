@@ -455,7 +455,7 @@ def fresh_trace(
     stack: str,
     blocks: tuple[Block, ...],
     names: Sequence[str],
-    needs: Collection[Identity] = IDENTITIES,
+    needs: Collection[Identity],
     *,
     logits: bool = True,
 ) -> Trace:
