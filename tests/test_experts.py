@@ -19,7 +19,7 @@ from zoo_configs import LLAMA_LIKE
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.expert_reading import read_experts
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, gated_slopes
 from tl_contextmix.core.blocks import EditPoints
 from tl_contextmix.core.counters import count_operations
