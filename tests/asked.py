@@ -44,6 +44,37 @@ def words(length: int) -> Tensor:
     return torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator)
 
 
+def state(model: Any) -> dict[str, Any]:
+    """Everything of a model that a call could leave changed, hooks in their order."""
+    return {
+        "hooks": [
+            (name, [id(hook) for hook in table.values()])
+            for name, module in model.named_modules()
+            for table in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+        ],
+        "records": [
+            (name, len(module.fwd_hooks), len(module.bwd_hooks))
+            for name, module in model.named_modules()
+            if hasattr(module, "fwd_hooks")
+        ],
+        "weights": [
+            (
+                *(name, id(weight), weight.data_ptr(), weight._version),
+                *(weight.requires_grad, weight.grad is None),
+            )
+            for name, weight in model.named_parameters()
+        ],
+        "training": [module.training for module in model.modules()],
+        "config": repr(model.cfg),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
 def bound(case: zoo.Case) -> float:
     """The bound that the issue sets for a host's own activation."""
     inside = (case.family, case.host) in zoo.FLOAT32_INSIDE

@@ -12,8 +12,7 @@ import oracle_decoding as oracle
 import pytest
 import torch
 import zoo
-from asked import case_of, view_of
-from test_conformance import state
+from asked import case_of, state, view_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import case_of, keywords, relative, stacks, view_of
+from asked import case_of, keywords, relative, stacks, state, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
@@ -39,34 +39,6 @@ def maps(model: Any, case: zoo.Case, given: zoo.Inputs) -> Tensor:
 
 
 # Left as it was
-
-
-def state(model: Any) -> dict[str, Any]:
-    """Everything of a model that a call could leave changed, hooks in their order."""
-    return {
-        "hooks": [
-            (name, [id(hook) for hook in table.values()])
-            for name, module in model.named_modules()
-            for table in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ],
-        "records": [
-            (name, len(module.fwd_hooks), len(module.bwd_hooks))
-            for name, module in model.named_modules()
-            if hasattr(module, "fwd_hooks")
-        ],
-        "weights": [
-            (name, id(weight), weight._version, weight.requires_grad, weight.grad is None)
-            for name, weight in model.named_parameters()
-        ],
-        "training": [module.training for module in model.modules()],
-        "config": repr(model.cfg),
-        "grad": torch.is_grad_enabled(),
-    }
 
 
 def record(tensor: Tensor, hook: Any) -> None:
