@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -73,6 +76,18 @@ def state(model: Any) -> dict[str, Any]:
         "config": repr(model.cfg),
         "grad": torch.is_grad_enabled(),
     }
+
+
+def in_threads(work: Callable[[Any], Any], each: Sequence[Any]) -> list[Any]:
+    """What a function returns of each, in as many threads at once; what one raises is raised."""
+    together = threading.Barrier(len(each))
+
+    def run(one: Any) -> Any:
+        together.wait()
+        return work(one)
+
+    with ThreadPoolExecutor(len(each)) as pool:
+        return [*pool.map(run, each)]
 
 
 def bound(case: zoo.Case) -> float:

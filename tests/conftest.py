@@ -79,9 +79,9 @@ def _demo(name: Any) -> Any:
     return cm.load_demo(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A running browser, for all pages that are looked at."""
+    """A running browser. Not for a whole session: others may be launched by themselves."""
     with launched() as running:
         yield running
 
