@@ -416,7 +416,7 @@ def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> Fe
 
 
 def _opaque(
-    handle: Handle, path: str, here: str, edits: EditPoints, beside: str = "", written: str = ""
+    handle: Handle, path: str, here: str, edits: EditPoints, beside: str, written: str
 ) -> OpaqueFeedForward:
     """Returns a feed-forward sublayer as one component, which does not need its weights.
 
