@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -35,6 +38,56 @@ def case_of(*families: str, host: str | None = None) -> zoo.Case:
 def shared(case: zoo.Case) -> tuple[Any, zoo.Inputs]:
     """A model that no test changes, and words for it."""
     return zoo.shared(case), zoo.inputs(case)
+
+
+def words(length: int) -> Tensor:
+    """Two rows of random words."""
+    generator = torch.Generator().manual_seed(0)
+    first, shape = zoo.rows.FIRST_WORD_ID, (2, length)
+    return torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator)
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything of a model that a call could leave changed, hooks in their order."""
+    return {
+        "hooks": [
+            (name, [id(hook) for hook in table.values()])
+            for name, module in model.named_modules()
+            for table in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+        ],
+        "records": [
+            (name, len(module.fwd_hooks), len(module.bwd_hooks))
+            for name, module in model.named_modules()
+            if hasattr(module, "fwd_hooks")
+        ],
+        "weights": [
+            (
+                *(name, id(weight), weight.data_ptr(), weight._version),
+                *(weight.requires_grad, weight.grad is None),
+            )
+            for name, weight in model.named_parameters()
+        ],
+        "training": [module.training for module in model.modules()],
+        "config": repr(model.cfg),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def in_threads(work: Callable[[Any], Any], each: Sequence[Any]) -> list[Any]:
+    """What a function returns of each, in as many threads at once; what one raises is raised."""
+    together = threading.Barrier(len(each))
+
+    def run(one: Any) -> Any:
+        together.wait()
+        return work(one)
+
+    with ThreadPoolExecutor(len(each)) as pool:
+        return [*pool.map(run, each)]
 
 
 def bound(case: zoo.Case) -> float:

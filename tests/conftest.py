@@ -12,12 +12,14 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import gc
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+from browser import launched
 from matrix import FAST, Matrix, is_fast
 from zoo import EXPECTED, major
 
@@ -56,6 +58,32 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def causal() -> Any:
+    """The demo model that predicts the next token; no test changes it."""
+    return _demo("causal-lm")
+
+
+@pytest.fixture(scope="session")
+def masked() -> Any:
+    """The demo model that fills masks; no test changes it."""
+    return _demo("masked-lm")
+
+
+def _demo(name: Any) -> Any:
+    # Imported here: jaxtyping checks only what is imported after this file.
+    import tl_contextmix as cm
+
+    return cm.load_demo(name)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A running browser. Not for a whole session: others may be launched by themselves."""
+    with launched() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, no_type_check
@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     return_and_correct_aliasing,
 )
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tl_contextmix.methods.flow_knockout import flow_knockout
 from tl_contextmix.results import LogProbContributions
@@ -94,7 +93,7 @@ class FakeGpu(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = [*_tensors((args, kwargs))]
     there = [isinstance(x, GpuTensor) for x in given]
     _require_one_device(name, given, there)
     unordered = name in _UNORDERED and any(there) and given[0].is_floating_point()
@@ -108,14 +107,36 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to_gpu = bool(asked)
         plain = {**kwargs, "device": torch.device("cpu")}
     with _disable_current_modes():
-        found = func(*tree_map(_numbers, args), **tree_map(_numbers, plain))
+        found = func(*_each(_numbers, args), **_each(_numbers, plain))
     if not to_gpu:
         return found
-    wrapped = tree_map(lambda x: GpuTensor(x) if isinstance(x, Tensor) else x, found)
+    wrapped = _each(GpuTensor, found)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
-def _numbers(x: Any) -> Any:
+# torch.utils._pytree does the same, and took half of the time.
+
+
+def _each(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Changes the tensors in what an operator takes or gives."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, (tuple, list)):
+        return type(x)([_each(change, one) for one in x])
+    if isinstance(x, dict):
+        return {name: _each(change, one) for name, one in x.items()}
+    return x
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (tuple, list, dict)):
+        for one in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(one)
+
+
+def _numbers(x: Tensor) -> Tensor:
     return x.numbers if isinstance(x, GpuTensor) else x
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import zoo
+from asked import case_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from public import FUNCTIONS
@@ -72,7 +73,7 @@ def junk() -> list[Any]:
 
 def calls(folder: Path) -> dict[str, dict[str, Any]]:
     """Arguments that each public function works with, by its name."""
-    case = next(case for case in zoo.cases() if case.family == "gpt2")
+    case = case_of("gpt2")
     model = zoo.build(case, dtype=torch.float32)
     both = next((case for case in zoo.cases() if case.encoder_decoder), case)
     lens = zoo.build(both, dtype=torch.float32)

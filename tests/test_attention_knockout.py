@@ -212,19 +212,9 @@ def test_a_sweep_is_one_run_or_many(family: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.once
-def test_texts_of_unequal_length_are_as_each_alone() -> None:
-    model = cm.load_demo("causal-lm")
-    texts = ["the keys to the cabinet", "the key", "the books near the old key"]
-    options: dict[str, Any] = {"target": " is", "foil": " are"}
-    each = [cm.attention_knockout(model, text, **options) for text in texts]
-    for side in ("right", "left"):
-        found = cm.attention_knockout(model, texts, padding_side=side, **options)
-        for row, alone in enumerate(each):
-            real = found.source.mask[row]
-            changes = found.changes[row][..., real]
-            torch.testing.assert_close(changes, alone.changes[0], atol=1e-4, rtol=0)
-            assert float(found.changes[row][..., ~real].abs().sum()) < 1e-4
-    nouns = cm.attention_knockout(model, texts[:2], sources=2, **options)
+def test_a_source_is_a_position_of_each_text(causal: Any) -> None:
+    texts = ["the keys to the cabinet", "the key"]
+    nouns = cm.attention_knockout(causal, texts, sources=2, target=" is", foil=" are")
     assert nouns.source.strings == ((" keys",), (" key",))
 
 

@@ -24,7 +24,6 @@ from tl_contextmix.methods.attention import attention
 from tl_contextmix.methods.decompx import decompx, decompx_vectors
 from tl_contextmix.methods.globenc import globenc
 from tl_contextmix.methods.gradients import Score, gradient_x_input, integrated_gradients
-from tl_contextmix.results import ContextMap
 
 CASES = zoo.cases()
 # One host per family for the slow loops: that hosts agree is tested for the engine they share.
@@ -263,9 +262,7 @@ def test_padding_scores_nothing_and_changes_nothing(method: Any, case: zoo.Case)
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "t5"])
 @pytest.mark.parametrize("method", MAPS.values(), ids=list(MAPS))
-def test_a_cache_gives_the_same_map_and_it_can_be_saved(
-    method: Any, name: str, tmp_path: Any
-) -> None:
+def test_a_cache_gives_the_same_map(method: Any, name: str) -> None:
     case = family(name)
     model, given = zoo.shared(case), zoo.inputs(case)
     view = view_of(model)
@@ -278,9 +275,6 @@ def test_a_cache_gives_the_same_map_and_it_can_be_saved(
     fresh = method(model, given.tokens, **keywords(given))
     ready = method(model, given.tokens, cache=cache, **keywords(given))
     assert relative(ready.scores, fresh.scores) <= bound(case)
-    again = ContextMap.load(fresh.save(tmp_path / "map.safetensors"))
-    assert torch.equal(again.scores, fresh.scores)
-    assert again.provenance == fresh.provenance
     with pytest.raises(cm.InvalidInput, match="the cache lacks"):
         method(model, given.tokens, cache={}, **keywords(given))
 

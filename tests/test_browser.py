@@ -6,13 +6,12 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import pytest
 import torch
-from browser import Seen, executable, launched, opened, require_browser, screenshot
+from browser import Seen, executable, opened, require_browser, screenshot
 from hand_built import random_map
 from hostile import HOSTILE
 from maps_on_pages import LISTEN, numbers, point, readable
@@ -35,12 +34,6 @@ from tl_contextmix.plotting.panels import (
 pytestmark = pytest.mark.newest
 WORDS = ("<s>", " the", " keys", " are", "</s>")
 BLUE = (0x21, 0x66, 0xAC)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as running:
-        yield running
 
 
 def square() -> Heatmap:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import launched, opened, require_browser, screenshot
+from browser import opened, require_browser, screenshot
 from maps_on_pages import numbers, readable
 
 import tl_contextmix as cm
@@ -21,12 +20,6 @@ from tl_contextmix.plotting.panels import Bars, ColoredText, Graph, Heatmap, Pan
 from tl_contextmix.reporting import write_report
 
 pytestmark = pytest.mark.newest
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

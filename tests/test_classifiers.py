@@ -10,7 +10,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
-from asked import FLOAT32_INSIDE, relative
+from asked import FLOAT32_INSIDE, relative, words
 from test_value_zeroing import literal
 from zoo_configs import BERT_LIKE
 
@@ -42,17 +42,12 @@ def read(hf: Any) -> Any:
     return cm.load_model(hf, tokenizer=zoo_build.load_tokenizer("bert"))
 
 
-def ids() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(zoo.rows.FIRST_WORD_ID, zoo.rows.D_VOCAB, (2, 6), generator=generator)
-
-
 @pytest.mark.parametrize("of", ["Sequence", "Token"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_log_probabilities_of_classes_are_hugging_faces(name: str, of: str) -> None:
     if of == "Token" and name not in ("Bert", "ModernBert", "EuroBert"):
         pytest.skip("the same head as BERT's")
-    hf, tokens = classifier(name, of), ids()
+    hf, tokens = classifier(name, of), words(6)
     with torch.no_grad():
         own = hf(tokens).logits
     where: dict[str, Any] = {} if of == "Sequence" else {"pos": 3}
@@ -71,7 +66,7 @@ def test_log_probabilities_of_classes_are_hugging_faces(name: str, of: str) -> N
 
 
 def test_gradients_are_those_of_the_class() -> None:
-    hf, tokens = classifier("Bert"), ids()
+    hf, tokens = classifier("Bert"), words(6)
     read_by_blocks: list[torch.Tensor] = []
 
     def keep(module: Any, given: Any, found: torch.Tensor) -> torch.Tensor:
@@ -90,7 +85,7 @@ def test_gradients_are_those_of_the_class() -> None:
 
 
 def test_value_zeroing_and_memories_are_of_the_same_encoder() -> None:
-    model, tokens = read(classifier("Bert")), ids()
+    model, tokens = read(classifier("Bert")), words(6)
     zeroed = cm.value_zeroing(model, tokens).scores[:, :, 0]
     assert relative(zeroed, literal(model, zoo.Inputs(tokens))[1]) <= 1e-10
     tops = cm.ff_memories(model, tokens)
@@ -117,11 +112,11 @@ def test_a_folder_is_read_with_its_head_and_its_names(tmp_path: Path) -> None:
 def test_what_is_no_class_is_refused_by_name() -> None:
     model = read(classifier("Bert"))
     with pytest.raises(cm.InvalidInput, match=r"no class is called that.*'bored'.*'angry'"):
-        cm.gradient_x_input(model, ids(), target="bored")
+        cm.gradient_x_input(model, words(6), target="bored")
     with pytest.raises(cm.InvalidInput, match=r"ids from 0 to 2"):
-        cm.gradient_x_input(model, ids(), target=3)
+        cm.gradient_x_input(model, words(6), target=3)
     with pytest.raises(cm.InvalidInput, match=r"which token's class is meant.*Give pos="):
-        cm.gradient_x_input(read(classifier("Bert", "Token")), ids(), target="glad")
+        cm.gradient_x_input(read(classifier("Bert", "Token")), words(6), target="glad")
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -32,7 +32,7 @@ from tl_contextmix.evaluation import (
     place_tokens,
 )
 from tl_contextmix.evaluation.compare import comparable
-from tl_contextmix.reporting.comparison_section import write_comparison
+from tl_contextmix.reporting.comparison_section import compared_page
 from tl_contextmix.results import Comparison, ContextMap, Score, ScoreRow, Tokens
 
 pytestmark = pytest.mark.once
@@ -41,13 +41,8 @@ FAST = ["attention", "attention_norms block_out", "decompx", "gradient_x_input",
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return cm.load_demo("causal-lm")
-
-
-@pytest.fixture(scope="module")
-def found(model: Any) -> Comparison:
-    return cm.compare(model, demo_pairs(count=6), methods=FAST)
+def found(causal: Any) -> Comparison:
+    return cm.compare(causal, demo_pairs(count=6), methods=FAST)
 
 
 # Minimal pairs
@@ -240,8 +235,8 @@ def test_padding_is_no_word() -> None:
     assert left.words() == [[(1, 2), (2, 3)]]
 
 
-def test_a_map_of_words_by_hand(model: Any) -> None:
-    fmap = cm.attention_norms(model, ["the keys to", "dogs"]).normalize()
+def test_a_map_of_words_by_hand(causal: Any) -> None:
+    fmap = cm.attention_norms(causal, ["the keys to", "dogs"]).normalize()
     spans = [(0, 1), (1, 3), (3, 4)]
     merged = fmap.words(spans)
     assert merged.target.strings[0][1:] == (" the keys", " to")
@@ -267,8 +262,8 @@ def test_a_map_of_words_by_hand(model: Any) -> None:
         ask(fmap, rows="median")
 
 
-def test_cues_as_text_and_on_words(model: Any) -> None:
-    fmap = cm.attention_norms(model, "the keys to the cabinet").normalize()
+def test_cues_as_text_and_on_words(causal: Any) -> None:
+    fmap = cm.attention_norms(causal, "the keys to the cabinet").normalize()
     by_place = cue_alignment(fmap, [[2]]).to_dataframe()
     assert by_place.equals(cue_alignment(fmap, [["keys"]]).to_dataframe())
     # A text stands for all of its kind: both "the".
@@ -289,9 +284,9 @@ def test_cues_as_text_and_on_words(model: Any) -> None:
 # The comparison
 
 
-def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison) -> None:
+def test_figures_are_those_of_the_single_functions(causal: Any, found: Comparison) -> None:
     pairs = demo_pairs(count=6)
-    maps = [cm.value_zeroing(model, pair.prefix).normalize() for pair in pairs]
+    maps = [cm.value_zeroing(causal, pair.prefix).normalize() for pair in pairs]
     cues = []
     for pair, map in zip(pairs, maps, strict=True):
         assert map.target.strings[0][-1].strip() == pair.prefix.split()[-1]
@@ -307,9 +302,9 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison
         assert mine.values == pytest.approx(row.values)
         assert (mine.value, mine.chance) == pytest.approx((row.value, row.chance))
         assert (mine.low, mine.high) == pytest.approx((row.low, row.high))
-    answers = [model.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
+    answers = [causal.to_tokens(pair.prefix + " " + pair.answer)[0, -1].item() for pair in pairs]
     single = [
-        cm.faithfulness(model, pair.prefix, map, target=[answer])
+        cm.faithfulness(causal, pair.prefix, map, target=[answer])
         for pair, map, answer in zip(pairs, maps, answers, strict=True)
     ]
     for metric in ("comprehensiveness", "sufficiency"):
@@ -317,7 +312,7 @@ def test_figures_are_those_of_the_single_functions(model: Any, found: Comparison
         assert ours["1", metric].value == pytest.approx(sum(values) / 6, abs=1e-4)
 
 
-def test_every_method_has_its_rows_and_its_cost(found: Comparison, model: Any) -> None:
+def test_every_method_has_its_rows_and_its_cost(found: Comparison, causal: Any) -> None:
     frame = found.to_dataframe()
     assert set(frame.method) == set(FAST)
     assert found.metrics == (
@@ -452,11 +447,11 @@ def test_the_page_says_how_far_behind_the_best_each_method_is(found: Comparison)
     assert "Behind the best method" not in [panel.title for panel in old.panels()]
 
 
-def test_likeness_by_hand(model: Any, found: Comparison) -> None:
+def test_likeness_by_hand(causal: Any, found: Comparison) -> None:
     values = []
     for pair in demo_pairs(count=6):
-        a = cm.attention(model, pair.prefix, heads=False).normalize().rollout()
-        b = cm.decompx(model, pair.prefix)
+        a = cm.attention(causal, pair.prefix, heads=False).normalize().rollout()
+        b = cm.decompx(causal, pair.prefix)
         values.append(float(spearman(a.scores[0, -1, 0, -1], b.scores[0, -1, 0, -1])))
     here = found.alike[FAST.index("attention"), FAST.index("decompx")]
     assert float(here) == pytest.approx(sum(values) / 6, abs=1e-6)
@@ -488,16 +483,16 @@ def test_masked_models_are_asked_at_the_mask() -> None:
     assert again.correct is None
 
 
-def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
+def test_texts_without_cues_and_methods_of_ones_own(causal: Any) -> None:
     def uniform(model: Any, tokens: torch.Tensor) -> ContextMap:
         map = cm.attention(model, tokens, heads=False)
         return replace(map, scores=torch.ones_like(map.scores).tril())
 
     texts = ["the keys to the cabinet", "the dogs near the cat"]
-    found = cm.compare(model, texts, methods={"uniform": uniform})
+    found = cm.compare(causal, texts, methods={"uniform": uniform})
     assert "dot" not in found.metrics
     assert {row.method for row in found.rows} == {"uniform"}
-    cued = cm.compare(model, texts, cues=[["keys"], ["dogs"]], methods={"uniform": uniform})
+    cued = cm.compare(causal, texts, cues=[["keys"], ["dogs"]], methods={"uniform": uniform})
     for row in cued.rows:
         if row.metric in ("dot", "average precision") and not row.layer.startswith("input"):
             # A map without information is at chance.
@@ -508,41 +503,41 @@ def test_texts_without_cues_and_methods_of_ones_own(model: Any) -> None:
         "mean": lambda m, t: cm.attention_norms(m, t, at="attn_out", heads=True).mean("head"),
         "later": lambda m, t: cm.attention_norms(m, t, layer=(1, 2)),
     }
-    found = cm.compare(model, texts, cues=[["keys"], ["dogs"]], methods=some)
+    found = cm.compare(causal, texts, cues=[["keys"], ["dogs"]], methods=some)
     layers = {name: {r.layer for r in found.rows if r.method == name} for name in some}
     assert len(layers["heads"]) == len(layers["mean"]) > len(layers["later"])
     values = {name: [r.value for r in found.rows if r.method == name] for name in ("heads", "mean")}
     assert values["heads"] == pytest.approx(values["mean"], nan_ok=True)
 
 
-def test_words_of_several_tokens(model: Any) -> None:
+def test_words_of_several_tokens(causal: Any) -> None:
     texts = ["the unbelievable keys to the cabinetry", "the keys to the unbelievable cabinetry"]
     cues = [["keys"], ["keys"]]
     few = ["value_zeroing", "gradient_x_input"]
-    found = cm.compare(model, texts, cues=cues, methods=few, words=True)
-    tokens = cm.compare(model, texts, cues=cues, methods=few)
+    found = cm.compare(causal, texts, cues=cues, methods=few, words=True)
+    tokens = cm.compare(causal, texts, cues=cues, methods=few)
     # A word is a cue where its only piece was; the target's row is now the mean of its pieces'.
     chance = {row.chance for row in found.rows if row.metric == "dot"}
     # Six words and the beginning of the sequence.
     assert chance == {sum([1 / 7, 1 / 7]) / 2}
     assert {row.chance for row in tokens.rows if row.metric == "dot"} != chance
-    maps = [cm.value_zeroing(model, text).normalize().words() for text in texts]
+    maps = [cm.value_zeroing(causal, text).normalize().words() for text in texts]
     expected = {(row.layer, row.metric): row.value for row in cue_alignment(maps, cues).rows}
     ours = {(r.layer, r.metric): r.value for r in found.rows if r.method == "value_zeroing"}
     for key, value in expected.items():
         assert ours[key] == pytest.approx(value, abs=1e-6)
 
 
-def test_words_are_blanked_as_a_whole(model: Any) -> None:
+def test_words_are_blanked_as_a_whole(causal: Any) -> None:
     text = "the unbelievable keys to the cabinet"
-    fmap = cm.attention(model, text, heads=False)
+    fmap = cm.attention(causal, text, heads=False)
     ids, words = fmap.source.ids[0], fmap.source.words()[0]
-    drop = blanked(view_of(model), ids, Answer(pos=-1), 7, words)
+    drop = blanked(view_of(causal), ids, Answer(pos=-1), 7, words)
     long = next(unit for unit, (start, stop) in enumerate(words) if stop - start > 1)
     changed = ids.clone()
     changed[slice(*words[long])] = 7
     with torch.no_grad():
-        before, after = (model(one[None])[0, -1].log_softmax(-1) for one in (ids, changed))
+        before, after = (causal(one[None])[0, -1].log_softmax(-1) for one in (ids, changed))
     answer = int(before.argmax())
     assert drop.answer.target[0].tolist() == [answer]
     expected = float(before[answer] - after[answer])
@@ -562,20 +557,20 @@ def test_no_word_reaches_from_one_stack_into_another() -> None:
         both.join([[(2, 4)]])
 
 
-def test_pairs_that_a_model_cannot_be_asked_about(model: Any) -> None:
+def test_pairs_that_a_model_cannot_be_asked_about(causal: Any) -> None:
     pair = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
     with pytest.raises(cm.InvalidInput, match="a cue after the answer"):
-        cm.compare(model, [pair], methods=["attention"])
+        cm.compare(causal, [pair], methods=["attention"])
 
 
 def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
-    model: Any, tmp_path: Path
+    causal: Any, tmp_path: Path
 ) -> None:
     pairs = list(demo_pairs(count=3))
     other = MinimalPair("the keys are old", "the keys is old", cues=((13, 16),))
     mixed = [other, *pairs[:1], other, *pairs[1:]]
-    found = cm.compare(model, mixed, methods=["attention"], unusable="drop")
-    alone = cm.compare(model, pairs, methods=["attention"])
+    found = cm.compare(causal, mixed, methods=["attention"], unusable="drop")
+    alone = cm.compare(causal, pairs, methods=["attention"])
     assert alone.dropped == ()
     assert alone.without() == ()
     assert found.rows == alone.rows
@@ -597,7 +592,7 @@ def test_sentences_that_cannot_be_asked_about_are_dropped_if_wished_and_listed(
     assert main(["compare", "--pairs", str(path), "-o", str(page)]) == 2
     # Where nothing is left there is nothing to compare.
     with pytest.raises(cm.InvalidInput, match=r"a cue after the answer.*unusable='drop'"):
-        cm.compare(model, [other], methods=["attention"], unusable="drop")
+        cm.compare(causal, [other], methods=["attention"], unusable="drop")
 
 
 def test_only_what_resumes_is_said_to_go_on_when_interrupted(
@@ -618,13 +613,13 @@ def test_only_what_resumes_is_said_to_go_on_when_interrupted(
         assert capsys.readouterr().err == f"tl-contextmix: interrupted{more}\n"
 
 
-def test_sentences_too_short_to_blank_are_warned_of(model: Any) -> None:
+def test_sentences_too_short_to_blank_are_warned_of(causal: Any) -> None:
     with pytest.warns(ContextMixWarning, match="no sentence has at least two tokens") as caught:
-        found = cm.compare(model, ["the keys"], methods=["attention"])
+        found = cm.compare(causal, ["the keys"], methods=["attention"])
     assert len(caught) == 1
     assert all(math.isnan(row.value) for row in found.rows)
     with pytest.warns(ContextMixWarning, match="no sentence has at least two tokens"):
-        cm.faithfulness(model, "the keys", cm.attention(model, "the keys", heads=False))
+        cm.faithfulness(causal, "the keys", cm.attention(causal, "the keys", heads=False))
 
 
 def test_texts_that_ask_for_nothing_are_dropped_if_wished() -> None:
@@ -699,15 +694,15 @@ def test_what_a_model_does_not_support_is_left_out_by_name() -> None:
         (["the keys"], {"blank": 10**6}, r"got 1000000; expected an integer from 0"),
     ],
 )
-def test_bad_input(model: Any, given: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_input(causal: Any, given: Any, options: dict[str, Any], message: str) -> None:
     ask: Any = cm.compare
     with pytest.raises(cm.InvalidInput, match=message):
-        ask(model, given, **{"methods": ["attention"], **options})
+        ask(causal, given, **{"methods": ["attention"], **options})
 
 
 def test_other_models_than_the_demos_need_sentences() -> None:
     with pytest.raises(cm.InvalidInput, match="which is not a demo model.*Pass --pairs FILE"):
-        write_comparison(zoo.build(case_of("gpt2"), dtype=torch.float32))
+        compared_page(zoo.build(case_of("gpt2"), dtype=torch.float32))
 
 
 def test_masked_bad_input() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, shared, stacks, view_of
+from asked import bound, keywords, relative, shared, stacks, state, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -397,25 +397,6 @@ def test_the_model_is_left_as_it_was(method: Method, case: zoo.Case) -> None:
     with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[(last, interrupt)]):
         ask(method, model, case, given)
     assert state(model) == before
-
-
-def state(model: Any) -> list[Any]:
-    """Everything of a model that a method could leave changed."""
-    modules = [
-        (
-            name,
-            module.training,
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._backward_hooks),
-        )
-        for name, module in model.named_modules()
-    ]
-    weights = [
-        (name, weight.requires_grad, weight.grad is None, weight._version, weight.data_ptr())
-        for name, weight in model.named_parameters()
-    ]
-    return [modules, weights, model.training, torch.is_grad_enabled()]
 
 
 @pytest.mark.parametrize(("method", "case"), EVERY)

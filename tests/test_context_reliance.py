@@ -21,27 +21,22 @@ PROMPT = "the capital of france is"
 WAYS = ("gradient_x_input", "attention_knockout", "value_zeroing")
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return cm.load_demo("causal-lm")
-
-
 def rely(model: Any, **options: Any) -> ContextReliance:
     asked: dict[str, Any] = {"target": " rome .", **options}
     return cm.context_reliance(model, PASSAGES, PROMPT, **asked)
 
 
-def test_metrics_are_those_of_two_passes(model: Any) -> None:
-    found = rely(model)
+def test_metrics_are_those_of_two_passes(causal: Any) -> None:
+    found = rely(causal)
     log_probs = []
     for text in (" ".join([*PASSAGES, PROMPT]), PROMPT):
         with torch.no_grad():
-            logits = model(model.to_tokens(f"{text} rome ."))
+            logits = causal(causal.to_tokens(f"{text} rome ."))
         log_probs.append(logits[0, -3:-1].log_softmax(dim=-1))
     there, without = log_probs
     kl = (there.exp() * (there - without)).sum(dim=-1)
     torch.testing.assert_close(found.kl[0], kl, atol=1e-5, rtol=1e-4)
-    ids = model.tokenizer(" rome .", add_special_tokens=False)["input_ids"]
+    ids = causal.tokenizer(" rome .", add_special_tokens=False)["input_ids"]
     assert found.target.ids.tolist() == [ids]
     own = there.gather(1, torch.tensor(ids)[:, None])[:, 0]
     torch.testing.assert_close(found.log_prob[0], own, atol=1e-5, rtol=1e-4)
@@ -49,27 +44,27 @@ def test_metrics_are_those_of_two_passes(model: Any) -> None:
     assert found.without == ((" paris", " ."),)
     assert found.flagged.tolist() == [[True, False]]
     assert found.source.strings == (tuple(f" {text}" for text in PASSAGES),)
-    every = rely(model, threshold=0.0, metric="pcxmi")
+    every = rely(causal, threshold=0.0, metric="pcxmi")
     assert every.metric == "pcxmi"
     assert every.flagged.tolist() == [[True, False]]
 
 
-def test_cues_are_what_the_methods_say(model: Any) -> None:
-    ids = model.to_tokens(" ".join([*PASSAGES, PROMPT]) + " rome .")
+def test_cues_are_what_the_methods_say(causal: Any) -> None:
+    ids = causal.to_tokens(" ".join([*PASSAGES, PROMPT]) + " rome .")
     spans = [(1, 9), (9, 16), (16, 22)]
-    rome, paris = (model.to_single_token(word) for word in (" rome", " paris"))
+    rome, paris = (causal.to_single_token(word) for word in (" rome", " paris"))
     asked: dict[str, Any] = {"target": rome, "foil": paris, "pos": 26}
-    by = {way: rely(model, by=way).scores[0] for way in WAYS}
-    slopes = cm.gradient_x_input(model, ids, of="log_prob", **asked).scores[0, 0, 0, 0]
+    by = {way: rely(causal, by=way).scores[0] for way in WAYS}
+    slopes = cm.gradient_x_input(causal, ids, of="log_prob", **asked).scores[0, 0, 0, 0]
     sums = torch.stack([slopes[start:stop].sum() for start, stop in spans])
     torch.testing.assert_close(by["gradient_x_input"][0], sums)
-    cut = cm.attention_knockout(model, ids, sources=spans, to="all", window=None, **asked)
+    cut = cm.attention_knockout(causal, ids, sources=spans, to="all", window=None, **asked)
     torch.testing.assert_close(by["attention_knockout"][0], -cut.changes[0, 0, 0])
-    zeroed = cm.value_zeroing(model, ids, spans=spans, pos=[26, 27]).scores[0, :, 0].mean(dim=0)
+    zeroed = cm.value_zeroing(causal, ids, spans=spans, pos=[26, 27]).scores[0, :, 0].mean(dim=0)
     torch.testing.assert_close(by["value_zeroing"], zeroed)
     # The full stop is what the model says without the context, too: there is no contrast.
-    stop = model.to_single_token(" .")
-    alone = cm.gradient_x_input(model, ids, of="log_prob", target=stop, pos=27).scores[0, 0, 0, 0]
+    stop = causal.to_single_token(" .")
+    alone = cm.gradient_x_input(causal, ids, of="log_prob", target=stop, pos=27).scores[0, 0, 0, 0]
     sums = torch.stack([alone[start:end].sum() for start, end in spans])
     torch.testing.assert_close(by["gradient_x_input"][1], sums)
 
@@ -95,8 +90,8 @@ def test_other_stacks(name: str, way: Any) -> None:
     assert joined.split() == PASSAGES[1].split()
 
 
-def test_what_the_model_says_itself(model: Any, tmp_path: Any) -> None:
-    found = cm.context_reliance(model, PASSAGES[1], PROMPT, generate=3)
+def test_what_the_model_says_itself(causal: Any, tmp_path: Any) -> None:
+    found = cm.context_reliance(causal, PASSAGES[1], PROMPT, generate=3)
     assert len(found.target.strings[0]) == 3
     assert found.flagged.sum() == 1
     assert "depends on the context" in repr(found)
@@ -127,21 +122,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("why", WRONG)
-def test_what_cannot_be_asked(model: Any, why: str) -> None:
+def test_what_cannot_be_asked(causal: Any, why: str) -> None:
     options, words = WRONG[why]
     asked: dict[str, Any] = {"context": PASSAGES, "prompt": PROMPT, **options}
     with pytest.raises(cm.InvalidInput, match=words):
-        cm.context_reliance(model, **asked)
+        cm.context_reliance(causal, **asked)
 
 
-def test_a_city_that_contradicts_a_fact_is_flagged(model: Any) -> None:
+def test_a_city_that_contradicts_a_fact_is_flagged(causal: Any) -> None:
     import sys
     from pathlib import Path
 
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     import context_reliance as benchmark
 
-    found = benchmark.measured(model, 8)
+    found = benchmark.measured(causal, 8)
     for way in WAYS:
         assert found[way]["flagged"] == [1.0] * 8
     assert sum(found["attention_knockout"]["removal"]) > 8 / 3

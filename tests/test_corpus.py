@@ -76,6 +76,7 @@ def test_what_is_no_document_says_why(data: bytes, problem: str, tmp_path: Path)
         ({"a": "the cat"}, r"Pass one of its parts: \['a'\]"),
         ({"the cat", "a dog"}, "sets have no order"),
         (b"the cat", "got a bytes"),
+        (np.array("the cat"), "got a ndarray"),
         ("a " * 4000, "which is no file"),
         ("a\0b", "which is no file"),
         ("", "which is no file"),

@@ -24,11 +24,6 @@ class Stopped(Exception):
     """A run that is stopped."""
 
 
-@pytest.fixture(scope="module")
-def masked() -> Any:
-    return cm.load_demo("masked-lm")
-
-
 def mixing(model: Any, texts: list[str]) -> Any:
     return cm.mixing_ratio(model, texts)
 

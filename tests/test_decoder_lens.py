@@ -12,8 +12,7 @@ import oracle_decoding as oracle
 import pytest
 import torch
 import zoo
-from asked import view_of
-from test_conformance import state
+from asked import case_of, state, view_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +41,7 @@ def untouched(case: zoo.Case) -> Any:
 @functools.cache
 def end_token(family: str) -> int:
     """A token that the whole model says in the middle of its answer: random ones say no end."""
-    tokens = zoo.inputs(next(case for case in CASES if case.family == family)).tokens
+    tokens = zoo.inputs(case_of(family)).tokens
     said = oracle.said(reference(family), tokens, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
     return int(said[0, 3])
 

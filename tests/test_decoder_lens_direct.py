@@ -11,6 +11,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
+from asked import words
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -28,14 +29,9 @@ def model(kind: str) -> Any:
     """A random model that ends some of its answers; no test changes it."""
     found = zoo_others.direct(kind, dtype=_DTYPES.get(kind, torch.float64))
     with zoo_build.quiet():
-        said = oracle.said(found, given(), max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+        said = oracle.said(found, words(7), max_new_tokens=LENGTH, min_new_tokens=LENGTH)
     found.generation_config.eos_token_id = int(said[0, 3])
     return found
-
-
-def given() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(zoo.rows.FIRST_WORD_ID, zoo.rows.D_VOCAB, (2, 7), generator=generator)
 
 
 @functools.cache
@@ -59,7 +55,7 @@ def step_by_step(short: Any, tokens: Tensor, decoder_tokens: Tensor) -> Tensor:
 @_NEWEST
 @pytest.mark.parametrize("kind", zoo_others.DIRECT)
 def test_every_layer_says_and_thinks_what_the_model_without_later_blocks_does(kind: str) -> None:
-    whole, tokens = model(kind), given()
+    whole, tokens = model(kind), words(7)
     exact = 1e-5 if whole.dtype == torch.float32 else 1e-6
     beams = 2 if kind in ("LED", "T5Gemma") else 1
     with zoo_build.quiet():
@@ -169,33 +165,33 @@ def test_experts_that_depend_on_other_rows_or_on_chance_are_refused(
     options: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(cm.UnsupportedModel, match=match):
-        cm.decoder_lens(zoo_others.direct("NllbMoe", **options), given())
+        cm.decoder_lens(zoo_others.direct("NllbMoe", **options), words(7))
 
 
 @_NEWEST
 def test_hooks_take_part_and_what_does_not_fit_is_refused() -> None:
     t5 = model("UMT5")
     ask: Any = functools.partial(cm.decoder_lens, t5, mode="scores", target=[7, 9])
-    plain = ask(given())
+    plain = ask(words(7))
     block = t5.get_encoder().block[0]
     handle = block.register_forward_hook(lambda module, args, out: out + out[..., :1])
-    edited = ask(given())
+    edited = ask(words(7))
     handle.remove()
     assert torch.equal(edited.logits[:, 0], plain.logits[:, 0])
     assert not torch.allclose(edited.logits[:, 1], plain.logits[:, 1])
     for outer in (t5, t5.get_encoder()):
         handle = outer.register_forward_hook(lambda module, args, out: out)
         with pytest.raises(cm.UnsupportedModel, match="have no effect"):
-            ask(given())
+            ask(words(7))
         handle.remove()
     with pytest.raises(cm.InvalidInput, match="without a tokenizer"):
         ask("the cat")
     with pytest.raises(cm.InvalidInput, match="train mode"):
-        ask(given()) if t5.train() else None
+        ask(words(7)) if t5.train() else None
     t5.eval()
     for maps in (cm.attention_norms, cm.check):
         with pytest.raises(cm.UnsupportedModel, match="not a TransformerLens model"):
-            maps(t5, *([given()] if maps is cm.attention_norms else []))
+            maps(t5, *([words(7)] if maps is cm.attention_norms else []))
     long = torch.full((1, 65), 7)
     with pytest.raises(cm.InvalidInput, match="at most 64"):
         cm.decoder_lens(model("PegasusX"), long, mode="scores", target=[7])

@@ -12,7 +12,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_configs
-from asked import view_of
+from asked import case_of, view_of
 from torch import Tensor
 
 import tl_contextmix as cm
@@ -244,7 +244,7 @@ def test_an_mt5_has_no_scale_before_its_unembedding() -> None:
     )
     with zoo_build.quiet():
         model = zoo_build.bridge(make(), "t5", dtype=torch.float64, processed=False).eval()
-    t5 = next(case for case in CASES if case.family == "t5")
+    t5 = case_of("t5")
     assert view_of(model).readout.scale == 1
     assert view_of(zoo.build(t5)).readout.scale == zoo_configs.D_MODEL**-0.5
     given = zoo.inputs(t5)

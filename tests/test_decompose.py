@@ -200,9 +200,7 @@ def test_a_small_budget_changes_nothing_but_the_order_of_sums(family: str, max_b
 
 def test_more_tokens_than_dimensions() -> None:
     """Only relative positions allow as many in a model as small as the tests have them."""
-    case = next((case for case in CASES if case.family == "t5"), None)
-    if case is None:
-        pytest.skip("this version has no encoder-decoder that runs")
+    case = case_of("t5")
     model, given = zoo.shared(case), zoo.inputs(case, batch=1)
     many = zoo.Inputs(given.tokens.repeat(1, 5), given.decoder_tokens)
     trace, blocks = host_trace(view_of(model), many, "encoder")
@@ -217,7 +215,7 @@ def test_more_tokens_than_dimensions() -> None:
 @pytest.mark.parametrize("bias", BIASES)
 def test_a_mixing_ratio_is_that_of_the_parts(bias: Bias) -> None:
     """2021, eq. 8, at points whose rows are never all in memory."""
-    case = next(case for case in CASES if case.family == "gpt2")
+    case = case_of("gpt2")
     model, given = zoo.shared(case), zoo.inputs(case)
     for point in POINTS:
         parts = cm.decompose(model, given.tokens, at=point, bias=bias).parts
@@ -447,9 +445,7 @@ def test_norms_of_several_points_by_hand(norm: Norm | None, asked: tuple[Point, 
 
 
 def test_padding_on_either_side_is_masked() -> None:
-    case = next((case for case in CASES if case.family == "bart"), None)
-    if case is None:
-        pytest.skip("this version has no encoder-decoder that runs")
+    case = case_of("bart")
     model, given = zoo.shared(case), zoo.inputs(case)
     mask = torch.ones_like(given.tokens)
     mask[1, -2:] = 0

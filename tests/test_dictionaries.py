@@ -197,11 +197,6 @@ def test_features_and_errors_are_those_of_hooks_placed_by_hand():
 
 
 @pytest.fixture(scope="module")
-def demo() -> Any:
-    return cm.load_demo("causal-lm")
-
-
-@pytest.fixture(scope="module")
 def transcoder() -> cm.Dictionary:
     return made(
         128,
@@ -214,41 +209,43 @@ def transcoder() -> cm.Dictionary:
 
 
 @pytest.mark.once
-def test_contributions_have_features_and_their_error(demo, transcoder):
-    found = cm.log_prob_contributions(demo, TEXT, **ARE, by="ff_neuron", dictionary=transcoder)
+def test_contributions_have_features_and_their_error(causal, transcoder):
+    found = cm.log_prob_contributions(causal, TEXT, **ARE, by="ff_neuron", dictionary=transcoder)
     frame = found.to_dataframe()
     mine = frame[frame.layer == 1]
     assert set(mine.kind) == {"mlp feature", "mlp feature bias", "mlp error"}
-    whole = cm.log_prob_contributions(demo, TEXT, **ARE)
+    whole = cm.log_prob_contributions(causal, TEXT, **ARE)
     before = whole.to_dataframe().set_index(["kind", "layer"]).score[("mlp", 1)]
     assert mine.score.sum() == pytest.approx(before, abs=1e-4)
     # Each feature: activation times row of W_dec, read by hand.
-    _, cache = demo.run_with_cache(TEXT)
+    _, cache = causal.run_with_cache(TEXT)
     x = cache["blocks.1.ln2.hook_normalized"][0, -1].double()
     pre = x @ transcoder.W_enc + transcoder.b_enc
     acts = pre.relu() * (pre > transcoder.threshold)
     features = mine[mine.kind == "mlp feature"]
     assert torch.allclose(torch.tensor(features.coefficient.to_numpy()).double(), acts, atol=1e-4)
     assert {"L1F23", "L1 mlp error", "L1 mlp feature bias", "L2N0"} <= {*found.labels()}
-    best = cm.log_prob_contributions(demo, TEXT, **ARE, by="ff_neuron", k=30, dictionary=transcoder)
+    best = cm.log_prob_contributions(
+        causal, TEXT, **ARE, by="ff_neuron", k=30, dictionary=transcoder
+    )
     assert not set(best.to_dataframe().kind) & set(ERRORS)
     assert "jumprelu" in best.provenance.options["dictionary"][0]
 
 
 @pytest.mark.once
-def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
-    read = cm.ff_values(demo, dictionary=transcoder, k=3, projection="none")
+def test_values_and_triggers_are_those_of_features(causal, transcoder, tmp_path):
+    read = cm.ff_values(causal, dictionary=transcoder, k=3, projection="none")
     assert read.neuron.tolist() == [*range(24)]
     assert set(read.layer.tolist()) == {1}
-    logits = transcoder.W_dec.float() @ demo.W_U
+    logits = transcoder.W_dec.float() @ causal.W_U
     assert torch.equal(read.ids[:, 0], logits.topk(3).indices)
     corpus = ["the keys to the cabinet are on the table .", "the dogs near the boy run ."]
     mine: Any = {"out": tmp_path / "mined", "k": 4, "dictionary": transcoder}
-    mined = cm.mine_triggers(demo, corpus, **mine)
+    mined = cm.mine_triggers(causal, corpus, **mine)
     frame = mined.to_dataframe()
     found: dict[int, list[float]] = {}
     for text in corpus:
-        _, cache = demo.run_with_cache(text)
+        _, cache = causal.run_with_cache(text)
         x = cache["blocks.1.ln2.hook_normalized"][0, 1:].double()
         pre = x @ transcoder.W_enc + transcoder.b_enc
         acts = pre.relu() * (pre > transcoder.threshold)
@@ -259,10 +256,10 @@ def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
         own = frame[(frame.layer == 1) & (frame.neuron == feature)].value.tolist()
         assert own == pytest.approx(expected, abs=1e-4)
     most = int(frame.neuron.value_counts().index[0])
-    again = cm.load_triggers(tmp_path / "mined", model=demo, corpus=corpus, dictionary=transcoder)
+    again = cm.load_triggers(tmp_path / "mined", model=causal, corpus=corpus, dictionary=transcoder)
     assert again.examples(1, most).to_dataframe().shape[0] >= 1
     # In a node's detail: the contexts that excite its feature.
-    graph = cm.flow(demo, TEXT, **ARE, share=1.0, k=500, dictionary=transcoder)
+    graph = cm.flow(causal, TEXT, **ARE, share=1.0, k=500, dictionary=transcoder)
     told = graph.with_triggers(again, k=2)
     shown = {node.neuron: node.triggers for node in told.nodes if node.triggers}
     assert shown
@@ -273,27 +270,27 @@ def test_values_and_triggers_are_those_of_features(demo, transcoder, tmp_path):
     assert "triggered by" in told.show().html()
     assert Result.load(told.save(tmp_path / "told.safetensors")).equals(told)
     with pytest.raises(cm.InvalidInput, match="those of other neurons"):
-        cm.flow(demo, TEXT, **ARE).with_triggers(again)
+        cm.flow(causal, TEXT, **ARE).with_triggers(again)
     with pytest.raises(cm.InvalidInput, match="those of other features"):
-        cm.load_triggers(tmp_path / "mined", model=demo)
+        cm.load_triggers(tmp_path / "mined", model=causal)
     other = made(128, 128, 4, hook_name="blocks.1.hook_resid_pre")
     with pytest.raises(cm.InvalidInput, match="differs in dictionaries"):
-        cm.mine_triggers(demo, corpus, **{**mine, "dictionary": other})
+        cm.mine_triggers(causal, corpus, **{**mine, "dictionary": other})
 
 
 @pytest.mark.once
-def test_a_direction_may_be_the_encoder_of_a_feature(demo, transcoder):
+def test_a_direction_may_be_the_encoder_of_a_feature(causal, transcoder):
     key = cm.Direction(layer=1, neuron=5)
-    found = cm.log_prob_contributions(demo, TEXT, target=key, dictionary=transcoder)
-    _, cache = demo.run_with_cache(TEXT)
+    found = cm.log_prob_contributions(causal, TEXT, target=key, dictionary=transcoder)
+    _, cache = causal.run_with_cache(TEXT)
     x = cache["blocks.1.ln2.hook_normalized"][0, -1].double()
     assert float(found.log_prob[0]) == pytest.approx(float(x @ transcoder.W_enc[:, 5]), abs=1e-4)
 
 
 @pytest.mark.once
-def test_graph_files_have_features_and_errors(demo, transcoder, tmp_path):
+def test_graph_files_have_features_and_errors(causal, transcoder, tmp_path):
     sae = made(128, 128, 5, hook_name="blocks.1.hook_resid_mid")
-    graph = cm.flow(demo, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
+    graph = cm.flow(causal, TEXT, **ARE, dictionary=[sae, transcoder], share=1.0, k=200)
     assert Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
     panel = graph.panels()[0]
     assert isinstance(panel, Graph)
@@ -425,10 +422,10 @@ def test_tensors_that_do_not_fit_are_refused(options, words):
 
 
 @pytest.mark.once
-def test_dictionaries_that_do_not_fit_the_model_are_refused(demo, transcoder):
+def test_dictionaries_that_do_not_fit_the_model_are_refused(causal, transcoder):
     def ask(match: str, *some: Any) -> None:
         with pytest.raises(cm.InvalidInput, match=match):
-            cm.ff_values(demo, dictionary=[*some])
+            cm.ff_values(causal, dictionary=[*some])
 
     square: Any = {"d_in": 128, "d_out": 128, "seed": 1}
     ask("no block for this", made(**square, hook_name="blocks.9.hook_resid_pre"))
@@ -439,6 +436,6 @@ def test_dictionaries_that_do_not_fit_the_model_are_refused(demo, transcoder):
     ask("relative error", made(**square, hook_name="blocks.1.hook_attn_out"))
     ask("two dictionaries", transcoder, transcoder)
     ask("expected a Dictionary", object())
-    _, cache = demo.run_with_cache(TEXT)
+    _, cache = causal.run_with_cache(TEXT)
     with pytest.raises(cm.InvalidInput, match="features"):
-        cm.log_prob_contributions(demo, TEXT, **ARE, cache=cache, dictionary=transcoder)
+        cm.log_prob_contributions(causal, TEXT, **ARE, cache=cache, dictionary=transcoder)

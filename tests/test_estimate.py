@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import keywords, view_of
+from asked import case_of, keywords, view_of
 from public import FUNCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -119,7 +119,7 @@ def test_what_is_told_is_what_is_measured(case: zoo.Case, method: Callable[..., 
 @pytest.mark.once
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_sliding_windows_are_known(family: str) -> None:
-    case = next(case for case in zoo.cases() if case.family == family)
+    case = case_of(family)
     model, tokens = model_of(case), torch.arange(60).view(2, 30) % 40 + 15
     windows = [block.attentions[0].window for block in view_of(model).blocks()]
     assert windows == ([4, 4] if family == "mistral" else [4, None])
@@ -134,7 +134,7 @@ def test_sliding_windows_are_known(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_who_reads_whom_is_known_for_long_inputs(family: str) -> None:
     """DecompX carries tokens to those that can read them."""
-    model = model_of(next(case for case in zoo.cases() if case.family == family))
+    model = model_of(case_of(family))
     told = cm.estimate(model, 30, cm.decompx, batch=2)
     tokens = torch.arange(60).view(2, 30) % 40 + 15
     with Memory() as memory, Operations() as counter:
@@ -196,7 +196,7 @@ class _Work(TorchDispatchMode):
 
 
 def test_told_to_a_reader() -> None:
-    case = next(case for case in zoo.cases() if case.family == "gpt2")
+    case = case_of("gpt2")
     model = model_of(case)
     told = cm.estimate(model, 6, partial(cm.attention_norms, at="mlp_out"), batch=3)
     assert told.method == "attention_norms(at='mlp_out')"
@@ -219,7 +219,7 @@ def test_told_to_a_reader() -> None:
     ],
 )
 def test_what_cannot_be_estimated_is_refused(arguments: tuple[Any, ...], message: str) -> None:
-    model = model_of(next(case for case in zoo.cases() if case.family == "gpt2"))
+    model = model_of(case_of("gpt2"))
     with pytest.raises(cm.InvalidInput, match=message):
         cm.estimate(model, *arguments)
 

@@ -21,13 +21,8 @@ TEXT = "the keys to the cabinet"
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return cm.load_demo("causal-lm")
-
-
-@pytest.fixture(scope="module")
-def fmap(model: Any) -> ContextMap:
-    return cm.attention_norms(model, TEXT).normalize()
+def fmap(causal: Any) -> ContextMap:
+    return cm.attention_norms(causal, TEXT).normalize()
 
 
 def rows(score: Score, metric: str) -> list[Any]:
@@ -61,7 +56,7 @@ def test_only_what_a_target_can_read_counts(fmap: ContextMap) -> None:
         cue_alignment(fmap, [[4]], pos=2)
 
 
-def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
+def test_value_zeroing_finds_the_cue_where_the_lure_tempts(causal: Any) -> None:
     """The model card's causal check says that the model uses the cue: a good map must find it."""
     cases = []
     for sentence in Grammar(5, "test").sentences(1500):
@@ -69,22 +64,22 @@ def test_value_zeroing_finds_the_cue_where_the_lure_tempts(model: Any) -> None:
             if site.kind == "agreement" and site.subtype == "pp1" and site.lures:
                 cases.append((" ".join(sentence.words[: site.target]), site.cues[0] + 1))
     cases = cases[:25]
-    maps = [cm.value_zeroing(model, text).normalize() for text, _ in cases]
+    maps = [cm.value_zeroing(causal, text).normalize() for text, _ in cases]
     found = cue_alignment(maps, [[cue] for _, cue in cases])
     best = max(rows(found, "dot"), key=lambda row: row.value)
     assert best.sentences == 25
     # Measured 0.97 in layer 2; attention norms of the whole block stay below 0.3.
     assert best.low > 0.8
     assert best.low > best.chance
-    norms = [cm.attention_norms(model, text).normalize() for text, _ in cases]
+    norms = [cm.attention_norms(causal, text).normalize() for text, _ in cases]
     others = rows(cue_alignment(norms, [[cue] for _, cue in cases]), "dot")
     assert max(row.value for row in others) < best.low
 
 
-def test_a_batch_equals_single_sentences(model: Any) -> None:
+def test_a_batch_equals_single_sentences(causal: Any) -> None:
     texts, cues = ["the dogs near the cat", "the author that the senators admire"], [[2], [2]]
-    together = cm.attention_norms(model, texts).normalize()
-    single = [cm.attention_norms(model, text).normalize() for text in texts]
+    together = cm.attention_norms(causal, texts).normalize()
+    single = [cm.attention_norms(causal, text).normalize() for text in texts]
     for a, b in zip(
         cue_alignment(together, cues).rows, cue_alignment(single, cues).rows, strict=True
     ):
@@ -93,13 +88,13 @@ def test_a_batch_equals_single_sentences(model: Any) -> None:
 
 
 def test_chance_is_that_of_what_a_target_can_read_however_the_map_was_cut(
-    model: Any, fmap: ContextMap
+    causal: Any, fmap: ContextMap
 ) -> None:
     whole = cue_alignment(fmap, [[1]], pos=3).rows
     assert rows(cue_alignment(fmap, [[1]], pos=3), "dot")[0].chance == pytest.approx(1 / 4)
     one = cue_alignment(fmap.select(target=3), [[1]]).rows
-    zeroed = cue_alignment(cm.value_zeroing(model, TEXT, pos=3).normalize(), [[1]]).rows
-    gradient = cue_alignment(cm.gradient_x_input(model, TEXT, pos=3).normalize(), [[1]]).rows
+    zeroed = cue_alignment(cm.value_zeroing(causal, TEXT, pos=3).normalize(), [[1]]).rows
+    gradient = cue_alignment(cm.gradient_x_input(causal, TEXT, pos=3).normalize(), [[1]]).rows
     for found in (one, zeroed, gradient):
         for a, b in zip(found, whole, strict=False):
             assert a.chance == pytest.approx(b.chance)
@@ -116,16 +111,16 @@ def test_agreement_with_itself_and_with_its_reverse(fmap: ContextMap) -> None:
     assert {round(row.value, 9) for row in found.rows} == {-1.0}
 
 
-def test_faithfulness_against_a_literal_loop(model: Any, fmap: ContextMap) -> None:
+def test_faithfulness_against_a_literal_loop(causal: Any, fmap: ContextMap) -> None:
     ids = fmap.target.ids
     with torch.no_grad():
-        answer = int(model(ids)[0, -1].argmax())
-        real = float(model(ids)[0, -1].log_softmax(-1)[answer])
+        answer = int(causal(ids)[0, -1].argmax())
+        real = float(causal(ids)[0, -1].log_softmax(-1)[answer])
 
     def drop(blanked: list[int]) -> float:
         changed = ids.clone()
         changed[0, blanked] = 7
-        return real - float(model(changed)[0, -1].log_softmax(-1)[answer])
+        return real - float(causal(changed)[0, -1].log_softmax(-1)[answer])
 
     with torch.no_grad():
         others = list(range(ids.shape[1] - 1))
@@ -135,47 +130,47 @@ def test_faithfulness_against_a_literal_loop(model: Any, fmap: ContextMap) -> No
         top = [ranked[:k] for k in range(1, len(ranked))]
         comprehensive = sum(drop(s) for s in top) / len(top)
         sufficient = sum(drop([j for j in others if j not in s]) for s in top) / len(top)
-    found = cm.faithfulness(model, TEXT, fmap, blank=7)
+    found = cm.faithfulness(causal, TEXT, fmap, blank=7)
     values = {row.metric: row.value for row in found.rows if row.layer == "1"}
     assert values["comprehensiveness"] == pytest.approx(comprehensive, abs=1e-4)
     assert values["sufficiency"] == pytest.approx(sufficient, abs=1e-4)
     assert values["blank-out"] == pytest.approx(float(spearman(row[others], single)), abs=1e-5)
 
 
-def test_ties_and_rows_of_no_numbers_are_no_information(model: Any, fmap: ContextMap) -> None:
+def test_ties_and_rows_of_no_numbers_are_no_information(causal: Any, fmap: ContextMap) -> None:
     flat = replace(fmap, scores=torch.ones_like(fmap.scores).tril(), bias=None)
-    for row in cm.faithfulness(model, TEXT, flat).rows:
+    for row in cm.faithfulness(causal, TEXT, flat).rows:
         if row.metric == "blank-out":
             assert math.isnan(row.value)
         else:
             # Tied tokens are ranked in random orders; in that of storage it is 1.3 nats off.
             assert row.value == pytest.approx(row.chance, abs=0.3)
     nothing = replace(fmap, scores=fmap.scores * torch.nan, bias=None)
-    for row in cm.faithfulness(model, TEXT, nothing).rows:
+    for row in cm.faithfulness(causal, TEXT, nothing).rows:
         assert math.isnan(row.value)
         assert row.sentences == 0
 
 
-def test_the_target_s_row_is_found_by_its_position(model: Any, fmap: ContextMap) -> None:
-    whole = cm.faithfulness(model, TEXT, fmap, pos=-2)
+def test_the_target_s_row_is_found_by_its_position(causal: Any, fmap: ContextMap) -> None:
+    whole = cm.faithfulness(causal, TEXT, fmap, pos=-2)
     for part in (fmap.select(target=-2), fmap.select(target=[-2, -1])):
-        assert cm.faithfulness(model, TEXT, part, pos=-2).equals(whole)
-    early = cm.gradient_x_input(model, TEXT, pos=3)
+        assert cm.faithfulness(causal, TEXT, part, pos=-2).equals(whole)
+    early = cm.gradient_x_input(causal, TEXT, pos=3)
     with pytest.raises(cm.InvalidInput, match=r"no row for the target: got .*\[3\].*position 5"):
-        cm.faithfulness(model, TEXT, early)
-    assert all(math.isfinite(row.value) for row in cm.faithfulness(model, TEXT, early, pos=3).rows)
-    heads = cm.value_zeroing(model, TEXT, heads=True)
+        cm.faithfulness(causal, TEXT, early)
+    assert all(math.isfinite(row.value) for row in cm.faithfulness(causal, TEXT, early, pos=3).rows)
+    heads = cm.value_zeroing(causal, TEXT, heads=True)
     with pytest.raises(cm.InvalidInput, match="4 heads"):
-        cm.faithfulness(model, TEXT, heads)
+        cm.faithfulness(causal, TEXT, heads)
 
 
-def test_the_blank_itself_is_not_ranked(model: Any, fmap: ContextMap) -> None:
+def test_the_blank_itself_is_not_ranked(causal: Any, fmap: ContextMap) -> None:
     first = int(fmap.target.ids[0, 0])
     scores = fmap.scores.clone()
     scores[..., 0] = 9.0  # the beginning-of-sequence token, with which nothing can be done
     lifted = replace(fmap, scores=scores, bias=None)
-    found = cm.faithfulness(model, TEXT, lifted, blank=first)
-    assert found.equals(cm.faithfulness(model, TEXT, fmap, blank=first))
+    found = cm.faithfulness(causal, TEXT, lifted, blank=first)
+    assert found.equals(cm.faithfulness(causal, TEXT, fmap, blank=first))
 
 
 def test_masked_models_are_asked_at_their_mask() -> None:
@@ -189,12 +184,12 @@ def test_masked_models_are_asked_at_their_mask() -> None:
         cm.faithfulness(masked, "the keys", cm.attention(masked, "the keys", heads=False))
 
 
-def test_gradients_under_inference_mode(model: Any) -> None:
-    plain = cm.gradient_x_input(model, TEXT)
+def test_gradients_under_inference_mode(causal: Any) -> None:
+    plain = cm.gradient_x_input(causal, TEXT)
     with torch.inference_mode():
         ids = plain.source.ids + 0
-        assert torch.equal(cm.gradient_x_input(model, TEXT).scores, plain.scores)
-        assert torch.equal(cm.gradient_x_input(model, ids).scores, plain.scores)
+        assert torch.equal(cm.gradient_x_input(causal, TEXT).scores, plain.scores)
+        assert torch.equal(cm.gradient_x_input(causal, ids).scores, plain.scores)
 
 
 def test_scores_show_save_and_add(fmap: ContextMap, tmp_path: Any) -> None:
@@ -207,9 +202,9 @@ def test_scores_show_save_and_add(fmap: ContextMap, tmp_path: Any) -> None:
     assert "mine" in repr(both)
 
 
-def test_bad_input(model: Any, fmap: ContextMap) -> None:
-    raw = cm.attention_norms(model, TEXT)
-    heads = cm.attention_norms(model, TEXT, at="attn_out", heads=True)
+def test_bad_input(causal: Any, fmap: ContextMap) -> None:
+    raw = cm.attention_norms(causal, TEXT)
+    heads = cm.attention_norms(causal, TEXT, at="attn_out", heads=True)
     for call, message in (
         (lambda: cue_alignment(raw, [[1]]), r"rows that sum to 1.*map\.normalize\(\)"),
         (lambda: cue_alignment(fmap, []), r"got \[\] for 1 sentences.*at least one cue"),
@@ -221,15 +216,15 @@ def test_bad_input(model: Any, fmap: ContextMap) -> None:
         (lambda: cue_alignment(fmap, [[1]], pos=9), r"9 in sentence 0; expected one of"),
         (lambda: agreement(fmap, fmap.select(layer=1)), r"different tokens or layers"),
         (lambda: cue_alignment(heads, [[1]]), r"4 heads"),
-        (lambda: cm.faithfulness(model, "the dogs near", fmap), r"of a different input"),
-        (lambda: cm.faithfulness(model, TEXT, fmap, target=[10**6]), r"no target: got 1000000"),
+        (lambda: cm.faithfulness(causal, "the dogs near", fmap), r"of a different input"),
+        (lambda: cm.faithfulness(causal, TEXT, fmap, target=[10**6]), r"no target: got 1000000"),
         (
-            lambda: cm.faithfulness(model, TEXT, fmap, target=[-1]),
+            lambda: cm.faithfulness(causal, TEXT, fmap, target=[-1]),
             r"no target: got -1; expected a text, a token id",
         ),
-        (lambda: cm.faithfulness(model, TEXT, fmap, target=[1, 2]), r"or a list of 1"),
+        (lambda: cm.faithfulness(causal, TEXT, fmap, target=[1, 2]), r"or a list of 1"),
         (
-            lambda: cm.faithfulness(model, TEXT, fmap, pos=9),
+            lambda: cm.faithfulness(causal, TEXT, fmap, pos=9),
             r"no such position: got 9",
         ),
         (lambda: agreement([fmap], [fmap, fmap]), r"got 1 and 2 sentences"),

@@ -12,14 +12,14 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
-from asked import EXACT, FLOAT32_INSIDE, host_trace, relative, shared, view_of
+from asked import EXACT, FLOAT32_INSIDE, case_of, host_trace, relative, shared, view_of
 from test_families import given
 from torch import Tensor
 from zoo_configs import LLAMA_LIKE
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.expert_reading import read_experts
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.core.activations import ACTIVATIONS, Activation, clamped, gated_slopes
 from tl_contextmix.core.blocks import EditPoints
 from tl_contextmix.core.counters import count_operations
@@ -446,7 +446,7 @@ def test_single_precision_and_the_host_s_own_kernels() -> None:
 
 
 def test_every_method_answers_about_the_zoo_s_mixture() -> None:
-    model, inputs = shared(next(case for case in zoo.cases() if case.family == "mixtral"))
+    model, inputs = shared(case_of("mixtral"))
     assert cm.check(model).ok
     assert cm.composition(model, [[5, 9, 12, 7, 20]]).examples == 1
     assert cm.ff_values(model, layer=1, neurons=[0, 30, 95]).neuron.tolist() == [0, 30, 95]

@@ -6,22 +6,16 @@ import http.client
 import json
 import queue
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from browser import OVERFLOWING, PALE, Seen, launched, screenshot
-from hostile import HOSTILE
-from zoo_refused import REFUSED
 
 import tl_contextmix as cm
 from tl_contextmix import exploring
@@ -47,11 +41,6 @@ pytestmark = pytest.mark.newest
 TEXT = "the keys to the cabinet"
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return cm.load_demo("causal-lm")
-
-
 def over(call: Any, seconds: float = 60) -> Any:
     """A call once it is over."""
     end = time.monotonic() + seconds
@@ -72,9 +61,9 @@ def hooks(model: Any) -> int:
 
 
 @pytest.mark.parametrize("at", [1, 40, 300, 700, 1300])
-def test_work_stops_at_any_call_and_leaves_nothing_behind(model, at):
-    expected = cm.value_zeroing(model, TEXT)
-    before = hooks(model)
+def test_work_stops_at_any_call_and_leaves_nothing_behind(causal, at):
+    expected = cm.value_zeroing(causal, TEXT)
+    before = hooks(causal)
 
     class Early(Stoppable):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -85,12 +74,12 @@ def test_work_stops_at_any_call_and_leaves_nothing_behind(model, at):
     mode = Early()
     with pytest.raises(Stopped), mode:
         # Of another text, so that the model runs.
-        cm.log_prob_contributions(model, f"{'the ' * (1 + at % 7)}cat", by="position")
+        cm.log_prob_contributions(causal, f"{'the ' * (1 + at % 7)}cat", by="position")
     assert mode.calls > at, "what cleans up may call PyTorch"
-    assert hooks(model) == before
+    assert hooks(causal) == before
     # Its lock is free, for other threads too, and its numbers are what they were.
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(cm.value_zeroing(model, TEXT)))
+    thread = threading.Thread(target=lambda: found.append(cm.value_zeroing(causal, TEXT)))
     thread.start()
     thread.join(30)
     assert found[0].equals(expected)
@@ -98,8 +87,8 @@ def test_work_stops_at_any_call_and_leaves_nothing_behind(model, at):
         mode.check()
 
 
-def test_a_call_stops_inside_of_a_step_and_the_next_one_is_answered(model):
-    explorer = Explorer(model, Limits(model))
+def test_a_call_stops_inside_of_a_step_and_the_next_one_is_answered(causal):
+    explorer = Explorer(causal, Limits(causal))
     # Every method on eight sentences: seconds.
     call = explorer.ask(TypedQuestion(TEXT, ("comparison",)))
     while call.step != "comparison":
@@ -124,23 +113,23 @@ def test_a_call_stops_inside_of_a_step_and_the_next_one_is_answered(model):
 # What is answered
 
 
-def test_the_page_is_that_of_the_report(model):
+def test_the_page_is_that_of_the_report(causal):
     question = TypedQuestion(TEXT, ("mixing", "prediction"), " are", " is")
     steps: list[str] = []
     with Stoppable():
-        told = answered(model, question, steps.append)
-    expected = cm.report(model, TEXT, target=" are", foil=" is", sections=["prediction", "mixing"])
+        told = answered(causal, question, steps.append)
+    expected = cm.report(causal, TEXT, target=" are", foil=" is", sections=["prediction", "mixing"])
     assert told.page.html() == expected.html()
     assert steps == ["maps", "prediction", "mixing"]
     assert told.likely[:2] == (" are", " were")
 
 
-def test_everything_that_can_be_ticked_is_on_the_page_or_named(model):
+def test_everything_that_can_be_ticked_is_on_the_page_or_named(causal):
     assert tuple(SECTIONS_IN_WORDS) == tuple(SECTIONS)
     names = (*SECTIONS, *offered_methods())
     # What takes seconds is in the report's own tests.
     question = TypedQuestion(TEXT, tuple(name for name in names if name != "comparison"), " are")
-    told = answered(model, question, lambda step: None)
+    told = answered(causal, question, lambda step: None)
     titles = [section.title for section in told.page.sections]
     table = told.page.sections[-1].panels[0]
     assert isinstance(table, Table)
@@ -174,7 +163,7 @@ def test_other_demo_models_are_answered(name):
     assert ('value="encoder-layers"' in form, 'value="answer"' in form) == (there, there)
 
 
-def test_warnings_are_notes_of_the_page(model):
+def test_warnings_are_notes_of_the_page(causal):
     processed = cm.load_demo("causal-lm")
     processed.enable_compatibility_mode(disable_warnings=True)
     page = answered(processed, TypedQuestion("the zebra", ("prediction",)), lambda step: None).page
@@ -192,19 +181,19 @@ def test_warnings_are_notes_of_the_page(model):
     ],
     ids=["no token", "several", "position", "too long"],
 )
-def test_what_cannot_be_asked_is_explained(model, question, message):
-    call = over(Explorer(model, Limits(model)).ask(question))
+def test_what_cannot_be_asked_is_explained(causal, question, message):
+    call = over(Explorer(causal, Limits(causal)).ask(question))
     assert call.state == "refused"
     assert message in call.message
     assert "Traceback" not in call.message
 
 
-def test_what_goes_wrong_is_told_here_and_there(model, monkeypatch, capsys):
+def test_what_goes_wrong_is_told_here_and_there(causal, monkeypatch, capsys):
     def broken(*_: object) -> None:
         raise RuntimeError("a secret of the machine\nsecond line")
 
     monkeypatch.setattr(one_at_a_time, "answered", broken)
-    call = over(Explorer(model, Limits(model)).ask(TypedQuestion(TEXT, ("prediction",))))
+    call = over(Explorer(causal, Limits(causal)).ask(TypedQuestion(TEXT, ("prediction",))))
     assert call.state == "failed"
     assert call.message.startswith("This failed, and should not have (RuntimeError: a secret")
     assert "second line" not in call.message
@@ -237,9 +226,9 @@ def test_what_is_no_question_is_refused(given):
 # Limits
 
 
-def test_no_more_is_done_than_the_limits_allow(model):
-    question, limits = TypedQuestion(TEXT, ("mixing",)), Limits(model, flops=1e6)
-    call = over(Explorer(model, limits).ask(question))
+def test_no_more_is_done_than_the_limits_allow(causal):
+    question, limits = TypedQuestion(TEXT, ("mixing",)), Limits(causal, flops=1e6)
+    call = over(Explorer(causal, limits).ask(question))
     assert (call.state, call.step) == ("refused", "estimate")
     found = re.search(
         r"got (\S+) FLOPs and (\S+) GiB for 6 tokens, most of it for (maps|mixing); "
@@ -255,22 +244,22 @@ def test_no_more_is_done_than_the_limits_allow(model):
     assert enough <= 2.2 * told
     # What it says is enough is enough, and nothing is estimated twice.
     limits.flops, limits.gib = enough, float(found[5])
-    limits.require(as_view(model), question, lambda step: None)
+    limits.require(as_view(causal), question, lambda step: None)
     # What a longer text may take a shorter one may.
     limits.flops = 5e9
     steps: list[str] = []
-    limits.require(as_view(model), TypedQuestion("the keys to the", ("mixing",)), steps.append)
+    limits.require(as_view(causal), TypedQuestion("the keys to the", ("mixing",)), steps.append)
     assert steps == ["estimate"]
     assert limits._known == known
     assert {length for _, length in known} == {6, 8}
 
 
-def test_what_is_not_estimated_is_surely_little(model):
+def test_what_is_not_estimated_is_surely_little(causal):
     """The bound below which nothing is estimated holds for everything that can be ticked."""
-    limits = Limits(model)
+    limits = Limits(causal)
     # What the model does for a section is what it does for methods, or more of it.
     question = TypedQuestion(TEXT, ("answer", "mixing", "components", "graph", *offered_methods()))
-    works = [one for one in _works(as_view(model), question) if one.name not in ALWAYS_ESTIMATED]
+    works = [one for one in _works(as_view(causal), question) if one.name not in ALWAYS_ESTIMATED]
     length = 24
     for name, (flops, held) in limits._costs(works, length).items():
         assert flops <= 16 * length * 2 * limits._weights * length, name
@@ -299,8 +288,8 @@ def served(explorer: Explorer | None, form: str, token: str = "t0ken") -> Iterat
 
 
 @pytest.fixture(scope="module")
-def address(model: Any) -> Iterator[str]:
-    with served(Explorer(model, Limits(model)), question_form.form(model)) as found:
+def address(causal: Any) -> Iterator[str]:
+    with served(Explorer(causal, Limits(causal)), question_form.form(causal)) as found:
         yield found
 
 
@@ -403,7 +392,7 @@ def test_what_is_sent_is_read_with_care(address):
     assert (status, "over 1,000,000 bytes" in text) == (422, True)
 
 
-def test_one_question_at_a_time(model, monkeypatch):
+def test_one_question_at_a_time(causal, monkeypatch):
     go = threading.Event()
 
     def waiting(*_: object) -> None:
@@ -414,7 +403,7 @@ def test_one_question_at_a_time(model, monkeypatch):
 
     monkeypatch.setattr(one_at_a_time, "answered", waiting)
     body = json.dumps({"text": TEXT, "show": ["prediction"]}).encode()
-    with served(Explorer(model, Limits(model)), "") as address:
+    with served(Explorer(causal, Limits(causal)), "") as address:
         first = json.loads(ask(address, "calls", body)[2])["name"]
         status, _, text = ask(address, "calls", body)
         assert (status, "answers another question" in text) == (409, True)
@@ -464,227 +453,3 @@ def test_the_browser_is_given_a_file_that_others_cannot_read(monkeypatch):
         path = opened.get(timeout=10)
         assert path.exists()
     assert not path.exists()
-
-
-# In the browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as running:
-        yield running
-
-
-@contextmanager
-def window(
-    browser: Any, address: str, *, width: int = 1280, dark: bool = False
-) -> Iterator[tuple[Any, list[str]]]:
-    """A window on an address, and everything that must not happen in it."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
-    )
-    page, wrong = context.new_page(), []
-    own = address.partition("#")[0]
-
-    def asked(request: Any) -> None:
-        if not request.url.startswith((own, "data:", "blob:")):
-            wrong.append(f"request: {request.url}")
-
-    def answered(dialog: Any) -> None:
-        wrong.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-    page.on("request", asked)
-    page.on("dialog", answered)
-    page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-    page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
-    page.goto(address)
-    try:
-        yield page, wrong
-    finally:
-        context.close()
-
-
-def explained(page: Any) -> Any:
-    """The frame with the answer, once it is there and drawn."""
-    page.locator("#status", has_text=re.compile("^Done after")).wait_for(timeout=60_000)
-    frame = page.frames[1]
-    frame.locator("footer").wait_for()
-    for index in range(frame.locator(".map").count()):
-        frame.locator(".map").nth(index).and_(frame.locator("[data-ready]")).wait_for()
-    return frame
-
-
-def problems(page: Any) -> list[str]:
-    return [
-        f"{name} {node}"
-        for frame in page.frames
-        for name, script in (("overflow", OVERFLOWING), ("pale", PALE))
-        for node in frame.evaluate(script)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("width", "dark"), [(1280, False), (400, True)], ids=["wide and light", "narrow and dark"]
-)
-def test_a_text_is_typed_and_explained(browser, address, width, dark, tmp_path):
-    with window(browser, address, width=width, dark=dark) as (page, wrong):
-        # By keyboard alone, the labels say where.
-        page.get_by_label("Text").focus()
-        page.keyboard.press("Control+A")
-        page.keyboard.type("the keys to the old cabinet")
-        page.keyboard.press("Tab")
-        page.keyboard.type(" are")
-        page.keyboard.press("Tab")
-        page.keyboard.type(" is")
-        assert page.evaluate("document.activeElement.id") == "foil"
-        page.keyboard.press("Enter")
-        frame = explained(page)
-        assert page.get_by_role("status").text_content().startswith("Done after")
-        found = frame.locator("header dd").first.text_content()
-        assert found == "the keys to the old cabinet"
-        assert "The page asks why “are” rather than “is”" in frame.locator("main").text_content()
-        # Linked: a token clicked in the answer is in the address of the page.
-        frame.locator(".words button", has_text="keys").first.click()
-        page.wait_for_url(re.compile("place=layer"))
-        assert "target=+are&foil=+is" in page.url
-        likely = page.locator("#likely option").evaluate_all("all => all.map((one) => one.value)")
-        assert " are" in likely
-        assert problems(page) == []
-        name = "explore-narrow-dark" if width == 400 else "explore"
-        assert screenshot(Seen(page), name, tmp_path, height=900).stat().st_size > 20_000
-        with page.expect_download() as download:
-            page.get_by_text("Save the page").click()
-        saved = Path(download.value.path()).read_text(encoding="utf-8")
-        assert "the keys to the old cabinet" in saved
-        assert wrong == []
-
-
-def test_an_address_brings_its_question_back(browser, address):
-    asked = "text=the%20keys%20to%20the%20cabinet&target=%20are&show=mixing,attention"
-    place = quote("layer=1&target=2")
-    with window(browser, f"{address}#{asked}&place={place}") as (page, wrong):
-        frame = explained(page)
-        assert page.get_by_label("Target", exact=True).input_value() == " are"
-        headings = frame.locator("section > h2").all_text_contents()
-        assert len(headings) == 2
-        ready = frame.locator(".map").first.get_attribute("data-ready")
-        assert ready == "layer 1"
-        assert frame.locator(".words [aria-pressed=true]").first.text_content() == "·keys"
-        assert page.locator("#methods").get_attribute("open") is not None
-        assert wrong == []
-
-
-def test_hostile_texts_are_texts(browser, address):
-    rough = [*HOSTILE, "\0", "\u202e\u2066<b>", "'\"><svg onload=alert(1)>", "\ud800"]
-    with window(browser, address) as (page, wrong):
-        for name in ("prediction", "components"):
-            page.locator(f"[value={name}]").uncheck()
-        done = 0
-        for some in _fours(rough):
-            page.evaluate(
-                "([id, text]) => document.getElementById(id).value = text",
-                ["text", "the keys " + " ".join(some)],
-            )
-            page.evaluate("document.getElementById('status').textContent = ''")
-            page.get_by_role("button", name="Explain").click()
-            status = page.get_by_role("status")
-            page.locator("#status", has_text=re.compile(" after |Not asked")).wait_for()
-            told = status.text_content()
-            done += told.startswith("Done")
-            if not told.startswith("Done"):
-                # Too many tokens, or none that can be read: said as text.
-                assert page.locator("#explanation").text_content()
-                assert "Traceback" not in page.locator("#explanation").text_content()
-        assert done >= 3
-        # What is refused is told with what was typed.
-        rejected = "<img src=x onerror=alert(1)> \ud800"
-        page.evaluate("text => document.getElementById('text').value = text", rejected)
-        page.get_by_role("button", name="Explain").click()
-        page.get_by_role("alert").filter(has_text="<img src=x onerror=alert(1)>").wait_for()
-        assert page.locator("#explanation *").count() == 0
-        assert problems(page) == []
-        assert wrong == []
-
-
-def _fours(some: list[str]) -> list[list[str]]:
-    return [some[start : start + 4] for start in range(0, len(some), 4)]
-
-
-def test_stop_and_limits_and_busy_are_said(browser, model, monkeypatch):
-    explorer = Explorer(model, Limits(model))
-    real = one_at_a_time.answered
-
-    def slow(asked: Any, question: TypedQuestion, begin: Any) -> Any:
-        begin("maps")
-        for _ in range(3000 if question.text == "slow" else 0):
-            torch.zeros(1).add(1)
-            time.sleep(0.01)
-        return real(asked, question, begin)
-
-    monkeypatch.setattr(one_at_a_time, "answered", slow)
-    with (
-        served(explorer, question_form.form(model)) as address,
-        window(browser, address) as (page, wrong),
-        window(browser, f"{address}#show=prediction") as (other, others),
-    ):
-        page.get_by_label("Text").fill("slow")
-        page.get_by_role("button", name="Explain").click()
-        page.locator("#status", has_text="Step 1 of 5: maps.").wait_for()
-        assert page.get_by_role("progressbar").is_visible()
-        other.get_by_role("button", name="Explain").click()
-        other.get_by_role("alert").wait_for()
-        assert "answers another question" in other.get_by_role("alert").text_content()
-        page.get_by_role("button", name="Stop").click()
-        page.locator("#status", has_text="Stopped after").wait_for(timeout=10_000)
-        assert page.get_by_role("button", name="Stop").is_disabled()
-        explorer.limits.flops = 1e6
-        other.get_by_role("button", name="Explain").click()
-        other.locator("#status", has_text="Not answered").wait_for(timeout=60_000)
-        assert "--max-flops" in other.get_by_role("alert").text_content()
-        # A window that is closed wants no answer.
-        explorer.limits.flops = 1e13
-        page.get_by_role("button", name="Explain").click()
-        page.locator("#status", has_text="Step 1 of 5: maps.").wait_for()
-        page.goto("about:blank")
-        end = time.monotonic() + 10
-        while explorer._under_way is not None and time.monotonic() < end:
-            time.sleep(0.02)
-        assert explorer._under_way is None
-        # The browser prints what is refused, with its number.
-        assert [told for told in (*wrong, *others) if "409" not in told] == []
-
-
-def test_a_refused_model_is_a_page(browser):
-    case = next(one for one in REFUSED if one.family == "mamba")
-    refused = question_form.form(case.build())
-    with served(None, refused) as address, window(browser, address, width=400) as (page, wrong):
-        assert re.search(case.match, page.get_by_role("alert").text_content())
-        assert page.locator("form").count() == 0
-        assert problems(page) == []
-        assert wrong == []
-        assert ask(address, "calls", b"{}")[0] == 404
-
-
-def test_the_command_serves_a_page_until_it_is_interrupted(browser):
-    command = [sys.executable, "-m", "tl_contextmix", "explore", "masked-lm", "--no-browser"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as running:
-        assert running.stdout is not None
-        address = running.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address)
-        with window(browser, address) as (page, wrong):
-            assert "[MASK]" in page.get_by_label("Text").input_value()
-            page.get_by_role("button", name="Explain").click()
-            assert "What does the model predict?" in explained(page).locator("main").text_content()
-            running.send_signal(signal.SIGINT)
-            assert running.wait(timeout=20) == 0
-            assert wrong == []
-        assert running.stdout.read() == "Ctrl-C ends it.\n"
-        assert running.stderr is not None
-        assert running.stderr.read() == ""

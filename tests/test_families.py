@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 import zoo_others
-from asked import FLOAT32_INSIDE, host_trace, relative, view_of
+from asked import FLOAT32_INSIDE, host_trace, relative, view_of, words
 from test_value_zeroing import literal
 
 import tl_contextmix as cm
@@ -22,9 +22,7 @@ pytestmark = [
 
 def given() -> zoo.Inputs:
     """Two sentences of seven tokens."""
-    generator = torch.Generator().manual_seed(0)
-    shape, first = (2, 7), zoo.rows.FIRST_WORD_ID
-    return zoo.Inputs(torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator))
+    return zoo.Inputs(words(7))
 
 
 CAUSAL = [name for name, other in zoo_others.OTHERS.items() if not other.tokenizer]

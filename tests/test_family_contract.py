@@ -16,7 +16,7 @@ import torch
 import zoo
 import zoo_build
 import zoo_others
-from asked import FLOAT32_INSIDE, relative
+from asked import FLOAT32_INSIDE, relative, state
 from test_families import given
 
 import tl_contextmix as cm
@@ -84,7 +84,7 @@ def test_a_family_meets_the_contract(
 ) -> None:
     family, model = case.family, built(case.family)
     contract.ask(methods[0], model, case, inputs(family), **options(methods[0], family))
-    before = contract.state(model)
+    before = state(model)
     for method in methods:
         asked = functools.partial(contract.ask, method, model, case, **options(method, family))
         beyond = OF_ALL_LAYERS | BEYOND if family == BESIDE else OF_ALL_LAYERS
@@ -107,4 +107,4 @@ def test_a_family_meets_the_contract(
             frame = frame[frame.source_token != "(sink)"]
         column = "value" if method.name == "mixing_ratio" else method.column
         assert frame[column].sum() == pytest.approx(float(numbers.sum()), rel=1e-9), method.name
-    assert contract.state(model) == before
+    assert state(model) == before

@@ -239,11 +239,6 @@ def test_edges_are_those_of_a_literal_pass_with_gates(family: str):
 # ---- pruning, and what is frozen
 
 
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    return cm.load_demo("causal-lm")
-
-
 @pytest.mark.once
 def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
     """Without a node, the linearised model's score is less by the node's: no more, no less."""
@@ -265,13 +260,13 @@ def test_pruned_nodes_carry_exactly_their_score_in_the_linear_model():
 
 
 @pytest.mark.once
-def test_nodes_are_kept_until_the_share_is_explained(demo):
-    few, most = (cm.flow(demo, TEXT, **ARE, share=share) for share in (0.5, 0.95))
+def test_nodes_are_kept_until_the_share_is_explained(causal):
+    few, most = (cm.flow(causal, TEXT, **ARE, share=share) for share in (0.5, 0.95))
     for graph, share in ((few, 0.5), (most, 0.95)):
         conserved(graph, 1e-5)
         assert abs(graph.explained - graph.score) <= (1 - share) * abs(graph.score)
     assert len(few.nodes) < len(most.nodes)
-    every = cm.log_prob_contributions(demo, TEXT, **ARE, by="head")
+    every = cm.log_prob_contributions(causal, TEXT, **ARE, by="head")
     head = most.nodes[most._largest(1)[0]]
     assert head.label == every.top(1).labels()[0] == "L3H0"
     # A head of the last layer is read by the answer and by the last feed-forward block.
@@ -280,46 +275,46 @@ def test_nodes_are_kept_until_the_share_is_explained(demo):
 
 
 @pytest.mark.once
-def test_workspace_changes_no_number(demo):
-    wide, narrow = (cm.flow(demo, TEXT, **ARE, max_bytes=size) for size in (2**30, 1))
+def test_workspace_changes_no_number(causal):
+    wide, narrow = (cm.flow(causal, TEXT, **ARE, max_bytes=size) for size in (2**30, 1))
     assert wide.nodes == narrow.nodes
     assert torch.allclose(wide.edges, narrow.edges, atol=1e-6)
 
 
 @pytest.mark.once
-def test_a_kept_node_costs_less_than_a_backward_pass(demo):
+def test_a_kept_node_costs_less_than_a_backward_pass(causal):
     """Counted: one linearised pass down is the bound for each node."""
 
     def flops(k: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            cm.flow(demo, TEXT, **ARE, share=1.0, k=k)
+            cm.flow(causal, TEXT, **ARE, share=1.0, k=k)
         return counter.get_total_flops()
 
-    ids = demo.to_tokens(TEXT)
-    weights = sum(p.numel() for name, p in demo.named_parameters() if "embed" not in name)
+    ids = causal.to_tokens(TEXT)
+    weights = sum(p.numel() for name, p in causal.named_parameters() if "embed" not in name)
     backward = 2 * weights * ids.shape[1]
     few, more = flops(8), flops(72)
     assert 0 < more - few < 64 * backward
 
 
 @pytest.mark.once
-def test_neurons_take_the_place_of_their_block(demo):
-    graph = cm.flow(demo, TEXT, **ARE, neurons=True, k=40)
+def test_neurons_take_the_place_of_their_block(causal):
+    graph = cm.flow(causal, TEXT, **ARE, neurons=True, k=40)
     conserved(graph, 1e-5)
     some = [node for node in graph.nodes if node.neuron >= 0]
     assert some
     assert not [n for n in graph.nodes if n.kind == "mlp" and n.neuron < 0]
     assert all(len(node.promotes) == 5 for node in some)
     assert {node.label for node in some if node.layer == 3} <= {
-        f"L3N{i}" for i in range(demo.cfg.d_mlp)
+        f"L3N{i}" for i in range(causal.cfg.d_mlp)
     }
 
 
 @pytest.mark.once
-def test_the_linear_part_of_a_log_probability(demo):
-    graph = cm.flow(demo, TEXT, target=" are")
+def test_the_linear_part_of_a_log_probability(causal):
+    graph = cm.flow(causal, TEXT, target=" are")
     with torch.no_grad():
-        logits = demo(demo.to_tokens(TEXT))[0, -1].double()
+        logits = causal(causal.to_tokens(TEXT))[0, -1].double()
     p = logits.softmax(-1)
     token = int(graph.target.ids[0, 0])
     assert graph.score == pytest.approx(float(logits[token] - (p * logits).sum()), abs=1e-4)
@@ -329,7 +324,7 @@ def test_the_linear_part_of_a_log_probability(demo):
 
 
 @pytest.mark.once
-def test_what_hooks_add_and_take_is_in_the_graph(demo):
+def test_what_hooks_add_and_take_is_in_the_graph(causal):
     def ablate(z, hook):
         z[:, :, 0] = 0
         return z
@@ -338,15 +333,15 @@ def test_what_hooks_add_and_take_is_in_the_graph(demo):
         return stream + 0.1
 
     hooks = [("blocks.3.attn.hook_z", ablate), ("blocks.2.hook_resid_pre", steer)]
-    with demo.hooks(fwd_hooks=hooks):
-        graph = cm.flow(demo, TEXT, **ARE, share=1.0)
+    with causal.hooks(fwd_hooks=hooks):
+        graph = cm.flow(causal, TEXT, **ARE, share=1.0)
     conserved(graph, 1e-5)
     assert not [node for node in graph.nodes if node.label == "L3H0"]
     with (
         pytest.raises(cm.UnsupportedModel, match="do not add up"),
-        demo.hooks(fwd_hooks=[("blocks.1.attn.hook_v", lambda v, hook: v * 2)]),
+        causal.hooks(fwd_hooks=[("blocks.1.attn.hook_v", lambda v, hook: v * 2)]),
     ):
-        cm.flow(demo, TEXT, **ARE)
+        cm.flow(causal, TEXT, **ARE)
 
 
 @pytest.mark.once
@@ -366,17 +361,17 @@ def test_a_masked_language_model_has_a_gradient_at_its_head():
         ({"k": 0}, "from 1"),
     ],
 )
-def test_what_is_no_graph_is_refused(demo, asked, words):
+def test_what_is_no_graph_is_refused(causal, asked, words):
     with pytest.raises(cm.InvalidInput, match=words):
-        cm.flow(demo, TEXT, **asked)
+        cm.flow(causal, TEXT, **asked)
 
 
 # ---- what the result can do
 
 
 @pytest.mark.once
-def test_tables_and_files(demo, tmp_path):
-    graph = cm.flow(demo, TEXT, **ARE)
+def test_tables_and_files(causal, tmp_path):
+    graph = cm.flow(causal, TEXT, **ARE)
     assert Result.load(graph.save(tmp_path / "graph.safetensors")).equals(graph)
     nodes, edges = graph.to_dataframe(), graph.to_dataframe("edges")
     assert nodes.label.tolist() == [node.label for node in graph.nodes]
@@ -390,10 +385,10 @@ def test_tables_and_files(demo, tmp_path):
 
 
 @pytest.mark.once
-def test_graphml_and_back(demo, tmp_path):
+def test_graphml_and_back(causal, tmp_path):
     import networkx
 
-    graph = cm.flow(demo, TEXT, **ARE)
+    graph = cm.flow(causal, TEXT, **ARE)
     made = graph.to_networkx()
     networkx.write_graphml(made, tmp_path / "graph.graphml")
     read = networkx.read_graphml(tmp_path / "graph.graphml", node_type=int)
@@ -436,18 +431,18 @@ def readable(told: Any) -> None:
 
 
 @pytest.mark.once
-def test_circuit_tracers_own_reader_takes_the_files(demo):
+def test_circuit_tracers_own_reader_takes_the_files(causal):
     """Where it is installed, which pins versions of its own."""
     models = pytest.importorskip("circuit_tracer.frontend.graph_models")
-    told = cm.flow(demo, TEXT, **ARE, neurons=True, k=30).to_circuit_tracer("keys")
+    told = cm.flow(causal, TEXT, **ARE, neurons=True, k=30).to_circuit_tracer("keys")
     read = models.Model.model_validate(told)
     assert [node.node_id for node in read.nodes] == [node["node_id"] for node in told["nodes"]]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("neurons", [False, True])
-def test_circuit_tracer_files(demo, neurons):
-    graph = cm.flow(demo, TEXT, **ARE, neurons=neurons, k=30)
+def test_circuit_tracer_files(causal, neurons):
+    graph = cm.flow(causal, TEXT, **ARE, neurons=neurons, k=30)
     told = json.loads(json.dumps(graph.to_circuit_tracer("keys"), allow_nan=False))
     readable(told)
     ids = [node["node_id"] for node in told["nodes"]]

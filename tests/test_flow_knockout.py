@@ -95,22 +95,17 @@ def test_nodes_vanish_as_with_hooks_of_ones_own(family: str):
 
 
 @pytest.fixture(scope="module")
-def demo() -> Any:
-    return cm.load_demo("causal-lm")
-
-
-@pytest.fixture(scope="module")
-def graph(demo: Any) -> AttributionGraph:
-    return cm.flow(demo, TEXT, **ARE)
+def graph(causal: Any) -> AttributionGraph:
+    return cm.flow(causal, TEXT, **ARE)
 
 
 @pytest.mark.once
-def test_random_nodes_are_of_the_same_sublayers_and_reproducible(demo: Any):
+def test_random_nodes_are_of_the_same_sublayers_and_reproducible(causal: Any):
     """Of the last layer only the position that predicts has an effect: the pool is small."""
-    whole = cm.flow(demo, TEXT, **ARE, share=1.0, k=1000)
+    whole = cm.flow(causal, TEXT, **ARE, share=1.0, k=1000)
     last = [p for p, node in enumerate(whole.nodes) if node.label in ("L3H0", "L3H1")]
     once, again, other = (
-        flow_knockout(demo, TEXT, graph=whole, nodes=last, controls=12, seed=seed)
+        flow_knockout(causal, TEXT, graph=whole, nodes=last, controls=12, seed=seed)
         for seed in (1, 1, 2)
     )
     assert once.equals(again)
@@ -118,22 +113,22 @@ def test_random_nodes_are_of_the_same_sublayers_and_reproducible(demo: Any):
     # One node drawn: one of the four heads at the last position, ablated alone.
     heads = [p for p, n in enumerate(whole.nodes) if n.layer == 3 and n.head >= 0]
     assert len(heads) == 4
-    alone = flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=0).alone
+    alone = flow_knockout(causal, TEXT, graph=whole, nodes=heads, controls=0).alone
     near = (once.random[0][:, None] - alone[None]).abs().min(dim=1)
     assert float(near.values.max()) < 1e-4
     assert len(near.indices.unique()) > 1
     # All four in any order are the same set.
-    four = flow_knockout(demo, TEXT, graph=whole, nodes=heads, controls=3)
+    four = flow_knockout(causal, TEXT, graph=whole, nodes=heads, controls=3)
     assert torch.allclose(four.random[-1], four.together[-1].expand(3), atol=1e-4)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("replace_with", ["zero", "mean"])
-def test_all_nodes_left_leave_everything(demo: Any, replace_with: Any):
+def test_all_nodes_left_leave_everything(causal: Any, replace_with: Any):
     """Without all others: with every node kept nothing falls, with one kept nearly all does."""
-    whole = cm.flow(demo, TEXT, **ARE, share=1.0, k=1000)
+    whole = cm.flow(causal, TEXT, **ARE, share=1.0, k=1000)
     options: Any = {"graph": whole, "k": 1000, "controls": 2, "replace_with": replace_with}
-    found = flow_knockout(demo, TEXT, **options, others=True)
+    found = flow_knockout(causal, TEXT, **options, others=True)
     assert found.counts[-1] == whole.possible
     assert abs(float(found.together[-1])) < 1e-4
     assert float(found.random[-1].abs().max()) < 1e-4
@@ -143,8 +138,8 @@ def test_all_nodes_left_leave_everything(demo: Any, replace_with: Any):
 
 
 @pytest.mark.once
-def test_the_nodes_of_a_graph_hold_more_than_random_ones(demo: Any, graph: AttributionGraph):
-    found = flow_knockout(demo, TEXT, graph=graph, others=True, replace_with="mean")
+def test_the_nodes_of_a_graph_hold_more_than_random_ones(causal: Any, graph: AttributionGraph):
+    found = flow_knockout(causal, TEXT, graph=graph, others=True, replace_with="mean")
     frame = found.to_dataframe().set_index("count")
     last = frame.loc[frame.index[-1]]
     assert abs(last["together"]) < last["random_low"]
@@ -152,9 +147,9 @@ def test_the_nodes_of_a_graph_hold_more_than_random_ones(demo: Any, graph: Attri
 
 
 @pytest.mark.once
-def test_workspace_and_batches_change_no_number(demo: Any, graph: AttributionGraph):
+def test_workspace_and_batches_change_no_number(causal: Any, graph: AttributionGraph):
     wide, narrow = (
-        flow_knockout(demo, TEXT, graph=graph, k=6, controls=2, max_bytes=size)
+        flow_knockout(causal, TEXT, graph=graph, k=6, controls=2, max_bytes=size)
         for size in (2**30, 1)
     )
     for name in ("alone", "together", "random"):
@@ -162,14 +157,14 @@ def test_workspace_and_batches_change_no_number(demo: Any, graph: AttributionGra
 
 
 @pytest.mark.once
-def test_neurons_are_ablated_one_by_one(demo: Any):
-    graph = cm.flow(demo, TEXT, **ARE, neurons=True, k=40)
+def test_neurons_are_ablated_one_by_one(causal: Any):
+    graph = cm.flow(causal, TEXT, **ARE, neurons=True, k=40)
     place = next(p for p, node in enumerate(graph.nodes) if node.neuron >= 0)
     node = graph.nodes[place]
-    found = flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=2)
+    found = flow_knockout(causal, TEXT, graph=graph, nodes=[place], controls=2)
     # At one position alone: every position is ablated where there is but one.
     if node.pos == graph.pos:
-        same = cm.knockout(demo, TEXT, neurons=[(node.layer, node.neuron)], **ARE, controls=0)
+        same = cm.knockout(causal, TEXT, neurons=[(node.layer, node.neuron)], **ARE, controls=0)
         assert float(found.alone[0]) == pytest.approx(
             float(same.before[0, 0] - same.after[0, 0]), abs=1e-4
         )
@@ -177,12 +172,12 @@ def test_neurons_are_ablated_one_by_one(demo: Any):
 
 
 @pytest.mark.once
-def test_without_a_foil_the_log_probability_falls(demo: Any):
-    graph = cm.flow(demo, TEXT, target=" are")
+def test_without_a_foil_the_log_probability_falls(causal: Any):
+    graph = cm.flow(causal, TEXT, target=" are")
     place = next(p for p, n in enumerate(graph.nodes) if n.head >= 0 and n.pos == graph.pos)
     node = graph.nodes[place]
-    found = flow_knockout(demo, TEXT, graph=graph, nodes=[place], controls=0)
-    same = cm.knockout(demo, TEXT, heads=[(node.layer, node.head)], target=" are", controls=0)
+    found = flow_knockout(causal, TEXT, graph=graph, nodes=[place], controls=0)
+    same = cm.knockout(causal, TEXT, heads=[(node.layer, node.head)], target=" are", controls=0)
     assert found.log_prob == pytest.approx(float(same.before[0, 0]), abs=1e-5)
     assert float(found.alone[0]) == pytest.approx(
         float(same.before[0, 0] - same.after[0, 0]), abs=1e-4
@@ -190,7 +185,7 @@ def test_without_a_foil_the_log_probability_falls(demo: Any):
 
 
 @pytest.mark.once
-def test_what_cannot_be_ablated(demo: Any, graph: AttributionGraph):
+def test_what_cannot_be_ablated(causal: Any, graph: AttributionGraph):
     ask: Any = flow_knockout
     answer = len(graph.nodes) - 1
     for options, words in (
@@ -201,14 +196,14 @@ def test_what_cannot_be_ablated(demo: Any, graph: AttributionGraph):
         ({"replace_with": "noise"}, "replace_with"),
     ):
         with pytest.raises(cm.InvalidInput, match=words):
-            ask(demo, TEXT, graph=graph, **options)
+            ask(causal, TEXT, graph=graph, **options)
     with pytest.raises(cm.InvalidInput, match="belong to another input"):
-        flow_knockout(demo, "the key to the cabinet", graph=graph)
+        flow_knockout(causal, "the key to the cabinet", graph=graph)
 
 
 @pytest.mark.once
-def test_tables_files_and_pages(demo: Any, graph: AttributionGraph, tmp_path: Any):
-    found = flow_knockout(demo, TEXT, graph=graph, k=8)
+def test_tables_files_and_pages(causal: Any, graph: AttributionGraph, tmp_path: Any):
+    found = flow_knockout(causal, TEXT, graph=graph, k=8)
     assert Result.load(found.save(tmp_path / "out.safetensors")).equals(found)
     counts, nodes = found.to_dataframe(), found.to_dataframe("nodes")
     assert counts["count"].tolist() == [1, 2, 4, 8]

@@ -21,6 +21,7 @@ import pytest
 import torch
 import unchecked
 import zoo
+from asked import case_of
 from hand_built import one_of_each
 from public import FUNCTIONS
 
@@ -71,7 +72,7 @@ class Reader:
 
 
 def corpus_reader(path: Path, folder: Path) -> Reader:
-    model = zoo.build(next(case for case in zoo.cases() if case.family == "gpt2"))
+    model = zoo.build(case_of("gpt2"))
 
     def read() -> object:
         return cm.composition(model, path)
@@ -89,7 +90,7 @@ def pages(path: Path) -> Path:
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     folder = tmp_path_factory.mktemp("readers")
-    model = zoo.build(next(case for case in zoo.cases() if case.family == "gpt2"))
+    model = zoo.build(case_of("gpt2"))
     text = folder / "corpus.txt"
     text.write_text("the cat sat on the mat\na dog ran to the house\n" * 2)
     lines = folder / "corpus.jsonl"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from asked import case_of
 from test_estimate import PER_METHOD
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def test_small_weights_and_those_of_other_precision_are_as_they_were() -> None:
 
 def model_in_half(family: str) -> Any:
     """A random model in bfloat16."""
-    case = next(case for case in zoo.cases() if case.family == family)
+    case = case_of(family)
     return zoo.build(case, dtype=HALF)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import case_of, keywords, relative, stacks, view_of
+from asked import case_of, in_threads, keywords, relative, stacks, state, view_of
 from torch import Tensor, nn
 
 import tl_contextmix as cm
@@ -39,34 +38,6 @@ def maps(model: Any, case: zoo.Case, given: zoo.Inputs) -> Tensor:
 
 
 # Left as it was
-
-
-def state(model: Any) -> dict[str, Any]:
-    """Everything of a model that a call could leave changed, hooks in their order."""
-    return {
-        "hooks": [
-            (name, [id(hook) for hook in table.values()])
-            for name, module in model.named_modules()
-            for table in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        ],
-        "records": [
-            (name, len(module.fwd_hooks), len(module.bwd_hooks))
-            for name, module in model.named_modules()
-            if hasattr(module, "fwd_hooks")
-        ],
-        "weights": [
-            (name, id(weight), weight._version, weight.requires_grad, weight.grad is None)
-            for name, weight in model.named_parameters()
-        ],
-        "training": [module.training for module in model.modules()],
-        "config": repr(model.cfg),
-        "grad": torch.is_grad_enabled(),
-    }
 
 
 def record(tensor: Tensor, hook: Any) -> None:
@@ -318,22 +289,7 @@ def test_threads_do_not_fill_each_others_traces(case: zoo.Case) -> None:
     model = zoo.build(case)
     given = [zoo.inputs(case, batch=batch) for batch in (1, 2, 3)]
     expected = [maps(zoo.shared(case), case, one) for one in given]
-    found: list[list[Tensor]] = [[] for _ in given]
-    failed: list[BaseException] = []
-
-    def work(index: int) -> None:
-        try:
-            for _ in range(3):
-                found[index].append(maps(model, case, given[index]))
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(given))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    found = in_threads(lambda one: [maps(model, case, one) for _ in range(3)], given)
     for several, one in zip(found, expected, strict=True):
         assert all(torch.equal(scores, one) for scores in several)
 
@@ -356,27 +312,18 @@ def test_threads_with_different_methods_do_not_disturb_each_other(case: zoo.Case
     asked = {"input": given.tokens, **keywords(given)}
     expected = {name: ask(model, **asked) for name, ask in METHODS.items()}
     others = zoo.inputs(case, batch=1)
-    logits, before, wrong = zoo.logits(model, others), state(model), []
+    logits, before = zoo.logits(model, others), state(model)
 
     def work(name: str) -> None:
-        try:
-            for _ in range(3):
-                if name == "the model":
-                    found, known = zoo.logits(model, others), logits
-                else:
-                    found, known = METHODS[name](model, **asked), expected[name]
-                # A new thread may share its sums among several of OpenMP's: 5e-15 was seen.
-                same = torch.allclose(found, known, rtol=1e-12, atol=1e-12, equal_nan=True)
-                wrong.extend([] if same else [name])
-        except BaseException as error:
-            wrong.append(f"{name}: {error!r}")
+        for _ in range(3):
+            if name == "the model":
+                found, known = zoo.logits(model, others), logits
+            else:
+                found, known = METHODS[name](model, **asked), expected[name]
+            # A new thread may share its sums among several of OpenMP's: 5e-15 was seen.
+            assert torch.allclose(found, known, rtol=1e-12, atol=1e-12, equal_nan=True), name
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in (*METHODS, "the model")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(work, [*METHODS, "the model"])
     assert state(model) == before
 
 

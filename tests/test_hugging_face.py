@@ -11,8 +11,9 @@ import zoo
 import zoo_build
 import zoo_others
 import zoo_refused
-from asked import FLOAT32_INSIDE, relative, view_of
+from asked import FLOAT32_INSIDE, case_of, relative, view_of
 from test_attention_knockout import literal as with_edges_cut
+from test_families import given
 from test_value_zeroing import literal
 from zoo_configs import BERT_LIKE, LLAMA_LIKE
 
@@ -53,7 +54,7 @@ def test_edited_weights_are_no_fault_of_the_bridge() -> None:
 
 
 def test_processed_weights_are_not_compared() -> None:
-    case = next(case for case in BRIDGES if case.family == "gpt2")
+    case = case_of("gpt2", host="TransformerBridge")
     assert compared(zoo.build(case, dtype=torch.float32, processed=True)) == []
 
 
@@ -111,12 +112,6 @@ def held(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
         f"{name}ForMaskedLM", f"{name}Config", row.sizes | row.options, dtype=dtype, seed=0
     )
     return hf, zoo_build.load_tokenizer(row.tokenizer)
-
-
-def given() -> zoo.Inputs:
-    generator = torch.Generator().manual_seed(0)
-    shape, first = (2, 7), zoo.rows.FIRST_WORD_ID
-    return zoo.Inputs(torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator))
 
 
 @pytest.mark.newest

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.verification import (
     CheckRow,
     IdentityReport,

@@ -193,7 +193,7 @@ def test_every_method_masks_where_the_host_does_not(method: Method) -> None:
 
 def test_a_host_that_drops_masks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build(case_of("both_ways"))
-    monkeypatch.setattr("tl_contextmix.adapters.reading.Handle.ignores_masks", False)
+    monkeypatch.setattr("tl_contextmix.adapters.handles.Handle.ignores_masks", False)
     tokens, mask = behind(zoo.inputs(case_of("both_ways")), 0)
     # Rows run without padding there, and where they have to run as they are they are refused.
     found = cm.attention(model, tokens, attention_mask=mask)

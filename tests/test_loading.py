@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import zoo_build
+from asked import in_threads
 from test_inputs import framing
 
 from tl_contextmix.adapters import as_view
@@ -359,15 +359,5 @@ def test_loading_is_quiet_and_leaves_no_trace(capsys):
 
 def test_loading_from_several_threads():
     tokens = torch.tensor([[0, 5, 9, 12]])
-    found = []
-
-    def work():
-        found.append(log_probs(load_demo("causal-lm"), tokens))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
+    found = in_threads(lambda _: log_probs(load_demo("causal-lm"), tokens), range(4))
     assert all(torch.equal(found[0], other) for other in found)

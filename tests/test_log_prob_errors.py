@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from asked import case_of
 
 import tl_contextmix as cm
 from tl_contextmix.results import LogProbContributions
@@ -18,7 +19,7 @@ TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 @pytest.fixture
 def model() -> Any:
-    return zoo.build(next(case for case in CASES if case.family == "gpt2"))
+    return zoo.build(case_of("gpt2"))
 
 
 BAD_QUESTIONS = [
@@ -80,7 +81,7 @@ def test_question_that_cannot_be_asked(options: dict[str, Any], message: str, mo
 
 
 def test_a_mask_is_needed_once() -> None:
-    case = next(case for case in CASES if case.family == "bert")
+    case = case_of("bert")
     model = zoo.shared(case)
     for tokens, seen in ((TOKENS * 0 + 9, "0 masks in sentence 0"), (TOKENS * 0 + 4, "3 masks")):
         with pytest.raises(cm.InvalidInput, match=f"{seen}.*give pos="):
@@ -91,7 +92,7 @@ def test_a_mask_is_needed_once() -> None:
 
 
 def test_no_predictions_without_a_vocabulary_readout(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(case for case in CASES if case.family == "bert")
+    case = case_of("bert")
     model = zoo.build(case)
     monkeypatch.setattr(model, "_tl_contextmix_headless", True, raising=False)
     calls = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import case_of
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -186,7 +187,7 @@ def test_the_count_of_active_neurons_is_their_own() -> None:
 def test_decompx_carries_all_tokens_at_once_to_the_same_numbers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = next(case for case in zoo.cases() if case.family == family)
+    case = case_of(family)
     model, given = zoo.shared(case), zoo.inputs(case)
     chunks = cm.decompx(model, given.tokens)
     monkeypatch.setattr(decompx._Carried, "_long", lambda self, max_bytes: True)
@@ -236,7 +237,7 @@ def test_where_nothing_is_in_bfloat16_it_is_refused() -> None:
         cm.attention_norms(model, text, at=["resid_mid", "mlp_in"], precision="bfloat16")
     with pytest.raises(cm.InvalidInput, match="nearly equal: bfloat16 would leave them no digit"):
         cm.value_zeroing(model, text, **asked)
-    experts = next(case for case in zoo.cases() if case.family == "mixtral")
+    experts = case_of("mixtral")
     with pytest.raises(cm.InvalidInput, match="a model of experts"):
         cm.attention_norms(zoo.shared(experts), zoo.inputs(experts).tokens, precision="bfloat16")
     maps = cm.attention_norms(model, text, at=POINTS, precision="bfloat16")

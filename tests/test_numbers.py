@@ -20,7 +20,7 @@ pytest.importorskip("tables", reason="the benchmarks are part of the repository 
 import tables
 
 import tl_contextmix as cm
-from tl_contextmix.adapters import reading
+from tl_contextmix.adapters import handles
 
 pytestmark = pytest.mark.once
 CASES = {case.family: case for case in zoo.cases()}
@@ -117,13 +117,13 @@ def test_maths_in_half_precision_would_be_noticed(low: Any, right: dict[str, Ten
 
 
 def test_a_bias_left_out_would_be_noticed(low: Any, right: dict[str, Tensor]) -> None:
-    plain = reading._attribute
+    plain = handles.attribute_of
 
     def without(module: Any, name: str) -> Any:
         return None if name == "b_O" else plain(module, name)
 
     cm.check(low)  # read while nothing is left out
-    with mock.patch.object(reading, "_attribute", without):
+    with mock.patch.object(handles, "attribute_of", without):
         found = noticed(low, right)
     # GlobEnc's map of a pre-LN block is of parts that no bias reaches; the others read passes.
     passes = {"attention", "attention_flow", "gradient_x_input", "integrated_gradients", "knockout"}

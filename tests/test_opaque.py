@@ -13,6 +13,7 @@ import zoo
 import zoo_build
 import zoo_others
 from asked import host_trace, relative, view_of
+from test_families import given
 from test_value_zeroing import literal
 
 import tl_contextmix as cm
@@ -21,13 +22,6 @@ from tl_contextmix.core.counters import count_operations
 
 # Hosts run experts in single precision at most.
 EXACT = 2e-6
-
-
-def given() -> zoo.Inputs:
-    """Two sentences of seven tokens."""
-    generator = torch.Generator().manual_seed(0)
-    shape, first = (2, 7), zoo.rows.FIRST_WORD_ID
-    return zoo.Inputs(torch.randint(first, zoo.rows.D_VOCAB, shape, generator=generator))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import pandas
 import pytest
 import torch
 import zoo
+from asked import case_of
 from published import BLIMP, blimp_row
 from scipy import stats
 
@@ -48,16 +49,6 @@ TEXTS = [
     "anna gave a letter to david .",
     "the cow is old .",
 ]
-
-
-@pytest.fixture(scope="module")
-def masked() -> Any:
-    return cm.load_demo("masked-lm")
-
-
-@pytest.fixture(scope="module")
-def causal() -> Any:
-    return cm.load_demo("causal-lm")
 
 
 # Corpora
@@ -426,7 +417,7 @@ def test_frequency_ranks_correlate_as_scipy_says(masked: Any) -> None:
 
 
 def test_expansion_rates_are_those_of_random_directions() -> None:
-    case = next(one for one in zoo.cases() if one.family == "gpt2")
+    case = case_of("gpt2")
     found = expansion_rates(zoo.shared(case)).values[0]
     hf = zoo.hf_model("gpt2", dtype=torch.float64)
     heads = hf.config.n_head
@@ -532,7 +523,7 @@ def test_a_sheet_that_triggers_wrote_is_read(causal: Any, tmp_path: Path) -> Non
 
 
 def test_values_are_read_through_a_head() -> None:
-    case = next(one for one in zoo.cases() if one.family == "gpt2")
+    case = case_of("gpt2")
     model, hf = zoo.shared(case), zoo.hf_model("gpt2", dtype=torch.float64)
     size = hf.config.n_embd // hf.config.n_head
     block, head = hf.transformer.h[1], slice(size, 2 * size)
@@ -568,7 +559,7 @@ def test_values_of_post_ln_blocks_are_not_read_through_heads(masked: Any) -> Non
 
 
 def test_the_way_along_the_stream_is_read_by_hugging_face() -> None:
-    case = next(one for one in zoo.cases() if one.family == "gpt2")
+    case = case_of("gpt2")
     model, hf = zoo.shared(case), zoo.hf_model("gpt2", dtype=torch.float64)
     ids = zoo.inputs(case).tokens[:1]
     kept: list[torch.Tensor] = []

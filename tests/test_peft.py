@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 import zoo_build
-from asked import FLOAT32_INSIDE, relative
+from asked import FLOAT32_INSIDE, relative, words
 from zoo_configs import TokenizerKind
 
 import tl_contextmix as cm
@@ -34,11 +34,6 @@ def adapted(family: str, *modules: str) -> Any:
     return peft.get_peft_model(hf, config).double().eval()
 
 
-def ids() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(zoo.rows.FIRST_WORD_ID, zoo.rows.D_VOCAB, (2, 6), generator=generator)
-
-
 def asked(family: str) -> dict[str, Any]:
     return {"target": 9, "pos": 2 if family == "bert" else -1}
 
@@ -53,7 +48,7 @@ def asked(family: str) -> dict[str, Any]:
     ],
 )
 def test_adapters_are_merged_in_a_copy(family: str, modules: tuple[str, ...]) -> None:
-    model, tokens = adapted(family, *modules), ids()
+    model, tokens = adapted(family, *modules), words(6)
     with torch.no_grad():
         expected = model(tokens).logits
         without = model.get_base_model()
@@ -71,7 +66,7 @@ def test_adapters_are_merged_in_a_copy(family: str, modules: tuple[str, ...]) ->
 
 
 def test_adapters_in_a_bridge_are_followed_where_weights_are_not_needed() -> None:
-    model, tokens = adapted("llama", "q_proj", "v_proj"), ids()
+    model, tokens = adapted("llama", "q_proj", "v_proj"), words(6)
     merged = cm.load_model(model, tokenizer=zoo_build.load_tokenizer("llama"))
     kept = zoo_build.bridge(model.get_base_model(), "llama", dtype=torch.float64, processed=False)
     plain: list[tuple[Any, dict[str, Any]]] = [
@@ -103,4 +98,4 @@ def test_fused_projections_with_adapters_are_refused_in_a_bridge() -> None:
     model = adapted("gpt2", "c_attn")
     kept = zoo_build.bridge(model.get_base_model(), "gpt", dtype=torch.float64, processed=False)
     with pytest.raises(cm.UnsupportedModel, match="does not compute what the Hugging Face model"):
-        cm.value_zeroing(kept, ids())
+        cm.value_zeroing(kept, words(6))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from asked import bound, keywords, relative, view_of
+from asked import bound, case_of, keywords, relative, view_of
 from scipy import stats
 from scipy.optimize import minimize
 
@@ -111,15 +111,10 @@ def test_states_are_what_decompositions_add_up_to(case: zoo.Case) -> None:
 
 @once
 def test_a_layer_s_output_is_the_next_one_s_input() -> None:
-    model = zoo.shared(next(case for case in zoo.cases() if case.family == "gpt2"))
+    model = zoo.shared(case_of("gpt2"))
     ids = torch.arange(5, 45).view(10, 4)
     found = cm.probe(model, ids, [i % 2 for i in range(10)], at=("resid_pre", "block_out"), seeds=1)
     assert found.bits[0, 1, 0] == pytest.approx(float(found.bits[0, 0, 1]), rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return cm.load_demo("masked-lm")
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +125,14 @@ def asked() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(model: Any, asked: dict[str, Any]) -> Probing:
-    return cm.probe(model, **asked)
+def found(masked: Any, asked: dict[str, Any]) -> Probing:
+    return cm.probe(masked, **asked)
 
 
 @pytest.fixture(scope="module")
-def compared(model: Any) -> Comparison:
+def compared(masked: Any) -> Comparison:
     methods = ["value_zeroing", "decompx", "gradient_x_input"]
-    return cm.compare(model, demo_pairs(count=6), methods=methods)
+    return cm.compare(masked, demo_pairs(count=6), methods=methods)
 
 
 @once
@@ -161,35 +156,35 @@ def test_the_number_is_read_where_value_zeroing_sees_the_cue(
 
 @once
 def test_texts_are_read_at_their_own_position(
-    model: Any, asked: dict[str, Any], found: Probing
+    masked: Any, asked: dict[str, Any], found: Probing
 ) -> None:
     pos = [text.split().index("[MASK]") + 1 for text in asked["input"]]
     assert found.provenance.options["pos"] == pos
-    same = cm.probe(model, **asked, pos=pos, layer=[1, 3], batch_size=7)
+    same = cm.probe(masked, **asked, pos=pos, layer=[1, 3], batch_size=7)
     assert same.layers == (1, 3)
     torch.testing.assert_close(same.bits, found.bits[..., [1, 3]], rtol=2e-3, atol=0)
-    first = cm.probe(model, **asked, pos=0, layer=0)
-    last = cm.probe(model, **asked, pos=-1, layer=0)
+    first = cm.probe(masked, **asked, pos=0, layer=0)
+    last = cm.probe(masked, **asked, pos=-1, layer=0)
     assert not first.equals(last)
 
 
 @once
-def test_gradients_may_be_off(model: Any, asked: dict[str, Any]) -> None:
+def test_gradients_may_be_off(masked: Any, asked: dict[str, Any]) -> None:
     few = {"input": asked["input"][:20], "classes": asked["classes"][:20], "layer": 2, "seeds": 1}
-    on = cm.probe(model, **few)
+    on = cm.probe(masked, **few)
     for off in (torch.no_grad, torch.inference_mode):
         with off():
-            assert cm.probe(model, **few).equals(on)
+            assert cm.probe(masked, **few).equals(on)
 
 
 @once
-def test_control_labels(model: Any, asked: dict[str, Any]) -> None:
+def test_control_labels(masked: Any, asked: dict[str, Any]) -> None:
     few = {**asked, "layer": 0, "seeds": 3}
     # Every text is read at its mask: one token, one class.
-    token = cm.probe(model, **few, control="token")
+    token = cm.probe(masked, **few, control="token")
     assert token.control_accuracy.min() > 0.9
     # A value for each text, all different, is as good as none.
-    each = cm.probe(model, **few, control=[*range(100)])
+    each = cm.probe(masked, **few, control=[*range(100)])
     assert each.control_accuracy.max() < 0.8
     # What they are does not change what the probe of the classes finds.
     torch.testing.assert_close(each.bits, token.bits, rtol=2e-3, atol=0)
@@ -231,12 +226,12 @@ def test_saved_and_told(found: Probing, compared: Comparison, tmp_path: Path) ->
 
 
 @once
-def test_padding_and_hooks_change_nothing(model: Any, asked: dict[str, Any]) -> None:
+def test_padding_and_hooks_change_nothing(masked: Any, asked: dict[str, Any]) -> None:
     texts, classes = asked["input"][:20], asked["classes"][:20]
     few: dict[str, Any] = {"layer": 1, "seeds": 1}
-    plain = cm.probe(model, texts, classes, **few)
-    side = model.tokenizer(texts, padding=True, return_tensors="pt")
-    ids = cm.probe(model, side["input_ids"], classes, attention_mask=side["attention_mask"], **few)
+    plain = cm.probe(masked, texts, classes, **few)
+    side = masked.tokenizer(texts, padding=True, return_tensors="pt")
+    ids = cm.probe(masked, side["input_ids"], classes, attention_mask=side["attention_mask"], **few)
     torch.testing.assert_close(ids.bits, plain.bits, rtol=2e-3, atol=0)
 
 
@@ -261,17 +256,17 @@ def test_padding_and_hooks_change_nothing(model: Any, asked: dict[str, Any]) -> 
         ({"input": ["the keys"] * 4, "pos": None}, r"0 masks in sentence 0"),
     ],
 )
-def test_what_cannot_be_probed(model: Any, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_probed(masked: Any, changes: dict[str, Any], message: str) -> None:
     given = {"input": ["the keys [MASK] old ."] * 4, "classes": [0, 1, 0, 1], **changes}
     with pytest.raises(cm.InvalidInput, match=message):
-        cm.probe(model, **given)
+        cm.probe(masked, **given)
 
 
 @once
-def test_constant_activations_are_no_information(model: Any) -> None:
+def test_constant_activations_are_no_information(masked: Any) -> None:
     """The mask's embedding without its position is the same in every text of one length."""
     texts = ["the keys [MASK] old .", "the dogs [MASK] old ."] * 4
-    found = cm.probe(model, texts, [0, 1] * 4, at="resid_pre", layer=0, seeds=1)
+    found = cm.probe(masked, texts, [0, 1] * 4, at="resid_pre", layer=0, seeds=1)
     # Biases alone: a Bernoulli code of the classes seen so far.
     assert bool(found.bits.isfinite().all())
     assert replace(found, points=("x",)).compression.max() < 1.2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from asked import host_trace, stacks, view_of
+from asked import case_of, host_trace, stacks, view_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -251,7 +251,7 @@ def test_operations_are_those_of_the_last_product_and_little_more(n: int, causal
 
 @pytest.mark.once
 def test_kept_folds_change_no_bit_and_no_answer_when_weights_change() -> None:
-    case = next(c for c in zoo.cases() if c.family == "llama")  # gated: two folds per block
+    case = case_of("llama")  # gated: two folds per block
     model = zoo.build(case)
     tokens = torch.arange(3, 27)[None]
     first = cm.value_zeroing(model, tokens)
@@ -289,7 +289,7 @@ def test_every_edit_of_a_weight_is_seen() -> None:
 
 @pytest.mark.once
 def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(c for c in zoo.cases() if c.family == "gpt2")
+    case = case_of("gpt2")
     model = zoo.build(case)
     blocks = as_view(model).blocks()
     d_model, neurons = blocks[0].feed_forward.branches()[0][0].shape
@@ -394,7 +394,7 @@ def test_float32_keeps_the_digits_of_tiny_effects() -> None:
 
 @pytest.mark.once
 def test_values_of_zero_move_nothing_and_rows_of_zeros_stay_zero() -> None:
-    case = next(case for case in zoo.cases() if case.family == "gpt2")
+    case = case_of("gpt2")
     model, given = zoo.shared(case), zoo.inputs(case)
     trace, blocks = host_trace(view_of(model), given, None)
     # Without what the model made of its real values.

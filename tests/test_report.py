@@ -58,16 +58,6 @@ QUESTIONS = {
 
 
 @pytest.fixture(scope="module")
-def causal() -> Any:
-    return cm.load_demo("causal-lm")
-
-
-@pytest.fixture(scope="module")
-def masked() -> Any:
-    return cm.load_demo("masked-lm")
-
-
-@pytest.fixture(scope="module")
 def page(causal: Any) -> Page:
     """The whole story of the causal model, told once."""
     return cm.report(causal, TEXT)

@@ -162,15 +162,10 @@ def test_a_decoder_is_rolled_out_without_the_encoder():
     assert torch.allclose(rolled.scores[0, 1, 0], expected)
 
 
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    return cm.load_demo("causal-lm")
-
-
 @pytest.mark.parametrize(("at", "identity"), [("attn_out", True), ("block_out", False)])
-def test_maps_of_a_model_roll_out(demo: Any, at: Any, identity: bool):
+def test_maps_of_a_model_roll_out(causal: Any, at: Any, identity: bool):
     text = "the keys to the cabinet are old"
-    rolled = cm.attention_norms(demo, text, at=at).normalize().rollout()
+    rolled = cm.attention_norms(causal, text, at=at).normalize().rollout()
     assert rolled.provenance.options["add_identity"] is identity
     assert rolled.causal
     sums = rolled.scores.sum(-1)

@@ -203,16 +203,11 @@ def test_norms_of_queries_and_keys_are_frozen_by_hand():
 # ---- what can be asked, and what the result can do
 
 
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    return cm.load_demo("causal-lm")
-
-
 @pytest.mark.once
-def test_finer_cuts_add_up_to_the_coarser_ones(demo):
-    layers = ask(demo, {"input": TEXT}, (3, 0, -1, 1))
+def test_finer_cuts_add_up_to_the_coarser_ones(causal):
+    layers = ask(causal, {"input": TEXT}, (3, 0, -1, 1))
     for by in ("head", "position", "head_position"):
-        found = ask(demo, {"input": TEXT}, (3, 0, -1, 1), by=by)
+        found = ask(causal, {"input": TEXT}, (3, 0, -1, 1), by=by)
         for axis, other in (("target", 1), ("source", 0)):
             names = [name.split("H")[0].split("<")[0] for name in found.labels(axis)]
             sums = found.scores.sum(dim=other)
@@ -226,8 +221,8 @@ def test_finer_cuts_add_up_to_the_coarser_ones(demo):
 
 
 @pytest.mark.once
-def test_tables_files_and_words(demo, tmp_path):
-    found = ask(demo, {"input": TEXT}, (3, 0, 5, 1))
+def test_tables_files_and_words(causal, tmp_path):
+    found = ask(causal, {"input": TEXT}, (3, 0, 5, 1))
     assert Result.load(found.save(tmp_path / "score.safetensors")).equals(found)
     pairs = found.to_dataframe()
     assert float(pairs.score.sum()) + found.position == pytest.approx(found.score, abs=1e-4)
@@ -244,9 +239,9 @@ def test_tables_files_and_words(demo, tmp_path):
 
 
 @pytest.mark.once
-def test_a_graph_says_why_its_heads_look_there(demo):
-    graph = cm.flow(demo, TEXT, target=" are", foil=" is")
-    found = ask(demo, {"input": TEXT}, (3, 0, 5, 1))
+def test_a_graph_says_why_its_heads_look_there(causal):
+    graph = cm.flow(causal, TEXT, target=" are", foil=" is")
+    found = ask(causal, {"input": TEXT}, (3, 0, 5, 1))
     told = graph.with_scores(found)
     (node,) = (node for node in told.nodes if node.reasons)
     assert (node.label, node.pos) == ("L3H0", 5)
@@ -255,9 +250,9 @@ def test_a_graph_says_why_its_heads_look_there(demo):
     facts = [fact for dot in panel.nodes for fact in dot.facts if fact[0] == "why"]
     assert facts == [("why", node.reasons[0])]
     with pytest.raises(cm.InvalidInput, match="of no node"):
-        graph.with_scores(ask(demo, {"input": "the cats near the dog"}, (3, 0, 5, 1)))
+        graph.with_scores(ask(causal, {"input": "the cats near the dog"}, (3, 0, 5, 1)))
     with pytest.raises(cm.InvalidInput, match="of no node"):
-        graph.with_scores(ask(demo, {"input": TEXT}, (0, 0, 1, 0)))
+        graph.with_scores(ask(causal, {"input": TEXT}, (0, 0, 1, 0)))
 
 
 @pytest.mark.once
@@ -278,10 +273,10 @@ def test_a_graph_says_why_its_heads_look_there(demo):
         ({}, "nothing to ask about"),
     ],
 )
-def test_what_is_no_edge_is_refused(demo, options, words):
+def test_what_is_no_edge_is_refused(causal, options, words):
     asked: Any = {"input": TEXT, **options}
     with pytest.raises(cm.InvalidInput, match=words):
-        cm.query_contributions(demo, **asked)
+        cm.query_contributions(causal, **asked)
 
 
 @pytest.mark.once
@@ -303,30 +298,33 @@ def test_one_source_is_no_choice_where_scores_are_not_shown():
 
 
 @pytest.mark.once
-def test_hooks_that_edit_queries_are_refused_and_on_the_stream_they_count(demo):
+def test_hooks_that_edit_queries_are_refused_and_on_the_stream_they_count(causal):
     def double(q: Tensor, hook: Any) -> Tensor:
         return q * 2
 
     hooks = [("blocks.3.attn.hook_q", double)]
-    with demo.hooks(fwd_hooks=hooks), pytest.raises(cm.UnsupportedModel, match="queries and keys"):
-        ask(demo, {"input": TEXT}, (3, 0, -1, 1))
+    with (
+        causal.hooks(fwd_hooks=hooks),
+        pytest.raises(cm.UnsupportedModel, match="queries and keys"),
+    ):
+        ask(causal, {"input": TEXT}, (3, 0, -1, 1))
 
     def steer(stream: Tensor, hook: Any) -> Tensor:
         return stream + 0.1
 
-    with demo.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", steer)]):
-        found = ask(demo, {"input": TEXT}, (3, 0, -1, 1))
+    with causal.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", steer)]):
+        found = ask(causal, {"input": TEXT}, (3, 0, -1, 1))
     assert "L2 resid_pre steering" in found.labels("target")
     assert float(found.scores.sum()) == pytest.approx(found.score, abs=1e-4)
 
 
 @pytest.mark.once
-def test_a_small_workspace_changes_no_number_and_a_score_costs_few_passes(demo):
-    wide, narrow = (ask(demo, {"input": TEXT}, (3, 0, -1, 1), max_bytes=b) for b in (2**28, 1))
+def test_a_small_workspace_changes_no_number_and_a_score_costs_few_passes(causal):
+    wide, narrow = (ask(causal, {"input": TEXT}, (3, 0, -1, 1), max_bytes=b) for b in (2**28, 1))
     assert torch.allclose(wide.scores, narrow.scores, atol=1e-5)
     with FlopCounterMode(display=False) as counter:
-        ask(demo, {"input": TEXT}, (3, 0, -1, 1))
+        ask(causal, {"input": TEXT}, (3, 0, -1, 1))
     with FlopCounterMode(display=False) as forward:
-        demo(TEXT)
+        causal(TEXT)
     # Not rotary: a pass, and five copies of the text.
     assert counter.get_total_flops() < 6.5 * forward.get_total_flops()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asked import state
 from fuzz_calls import calls
 from hand_built import one_of_each
 from public import FUNCTIONS
-from test_hosts_state import state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

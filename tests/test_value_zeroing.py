@@ -273,28 +273,6 @@ def test_metrics_equal_their_formulas() -> None:
     assert found.unit == "cosine distance"
 
 
-def test_padding_on_either_side_and_batches_change_nothing() -> None:
-    for family in ("gpt2", "bert"):
-        model = zoo.shared(case_of(family))
-        texts = ["the cat sees the dog", "the dog"]
-        alone = [cm.value_zeroing(model, text) for text in texts]
-        for side in ("right", "left"):
-            try:
-                both = cm.value_zeroing(model, texts, padding_side=side)
-            except cm.InvalidInput:
-                # Some hosts number positions wrongly where padding is on the left.
-                if side == "left":
-                    continue
-                raise
-            for row, one in enumerate(alone):
-                real = both.target.mask[row]
-                scores = both.scores[row][:, :, real][..., real]
-                assert relative(scores, one.scores[0]) <= 1e-10, (family, side)
-            padding = ~both.target.mask[1]
-            assert not bool(both.scores[1, ..., padding].any())
-            assert not bool(both.scores[1][:, :, padding].any())
-
-
 @pytest.mark.parametrize("case", zoo.kinds(), ids=str)
 def test_the_future_is_exactly_zero_in_causal_stacks(case: zoo.Case) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)

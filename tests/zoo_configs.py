@@ -18,18 +18,6 @@ D_MODEL, N_HEADS, D_HEAD, N_LAYERS, D_MLP, D_VOCAB, N_CTX = 32, 4, 8, 2, 64, 61,
 
 TokenizerKind = Literal["gpt", "llama", "bert", "roberta", "t5", "bart"]
 
-LLAMA_LIKE = {
-    "vocab_size": D_VOCAB,
-    "hidden_size": D_MODEL,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": N_HEADS,
-    "num_key_value_heads": 2,
-    "intermediate_size": D_MLP,
-    "max_position_embeddings": N_CTX,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 BERT_LIKE = {
     "vocab_size": D_VOCAB,
     "hidden_size": D_MODEL,
@@ -37,6 +25,13 @@ BERT_LIKE = {
     "num_attention_heads": N_HEADS,
     "intermediate_size": D_MLP,
     "max_position_embeddings": N_CTX,
+}
+LLAMA_LIKE = {
+    **BERT_LIKE,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 T5_LIKE = {
     "vocab_size": D_VOCAB,
@@ -55,12 +50,9 @@ T5_LIKE = {
 BART_LIKE = {
     "vocab_size": D_VOCAB,
     "d_model": D_MODEL,
-    "encoder_layers": N_LAYERS,
-    "decoder_layers": N_LAYERS,
-    "encoder_attention_heads": N_HEADS,
-    "decoder_attention_heads": N_HEADS,
-    "encoder_ffn_dim": D_MLP,
-    "decoder_ffn_dim": D_MLP,
+    **{f"{side}_layers": N_LAYERS for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": N_HEADS for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": D_MLP for side in ("encoder", "decoder")},
     "max_position_embeddings": N_CTX,
     "pad_token_id": 1,
     "bos_token_id": 0,
@@ -101,6 +93,20 @@ _DECODER_ONLY = {2: (_HT,), 3: (_HT, _TB), 4: (_TB,)}
 _BRIDGE = {3: (_TB,), 4: (_TB,)}
 _BRIDGE_4 = {4: (_TB,)}
 
+_GPT_IDS = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def _causal(
+    name: str, options: dict[str, Any], tokenizer: TokenizerKind, hosts: dict[int, tuple[str, ...]]
+) -> Family:
+    return Family(f"{name}ForCausalLM", f"{name}Config", options, tokenizer, hosts)
+
+
+def _like_bart(name: str, hosts: dict[int, tuple[str, ...]]) -> Family:
+    names = f"{name}ForConditionalGeneration", f"{name}Config"
+    return Family(*names, BART_LIKE, "bart", hosts, decoder_start=2)
+
+
 FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
     {
         "gpt2": Family(
@@ -114,15 +120,13 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
                 "n_embd": D_MODEL,
                 "n_layer": 3,
                 "n_head": N_HEADS,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
+                **_GPT_IDS,
             },
             "gpt",
             _DECODER_ONLY,
         ),
-        "opt": Family(
-            "OPTForCausalLM",
-            "OPTConfig",
+        "opt": _causal(
+            "OPT",
             {
                 "vocab_size": D_VOCAB,
                 "hidden_size": D_MODEL,
@@ -131,32 +135,16 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
                 "ffn_dim": D_MLP,
                 "max_position_embeddings": N_CTX,
                 "word_embed_proj_dim": D_MODEL,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
+                **_GPT_IDS,
             },
             "gpt",
             _DECODER_ONLY,
         ),
-        "neox": Family(
-            "GPTNeoXForCausalLM",
-            "GPTNeoXConfig",
-            {
-                "vocab_size": D_VOCAB,
-                "hidden_size": D_MODEL,
-                "num_hidden_layers": N_LAYERS,
-                "num_attention_heads": N_HEADS,
-                "intermediate_size": D_MLP,
-                "max_position_embeddings": N_CTX,
-                "rotary_pct": 0.5,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-            },
-            "gpt",
-            _DECODER_ONLY,
+        "neox": _causal(
+            "GPTNeoX", {**BERT_LIKE, "rotary_pct": 0.5, **_GPT_IDS}, "gpt", _DECODER_ONLY
         ),
-        "gptj": Family(
-            "GPTJForCausalLM",
-            "GPTJConfig",
+        "gptj": _causal(
+            "GPTJ",
             {
                 "vocab_size": D_VOCAB,
                 "n_positions": N_CTX,
@@ -164,38 +152,33 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
                 "n_layer": N_LAYERS,
                 "n_head": N_HEADS,
                 "rotary_dim": 4,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
+                **_GPT_IDS,
             },
             "gpt",
             _DECODER_ONLY,
         ),
-        "llama": Family(
-            "LlamaForCausalLM",
-            "LlamaConfig",
+        "llama": _causal(
+            "Llama",
             {**LLAMA_LIKE, "num_hidden_layers": 3},
             "llama",
             _DECODER_ONLY,
         ),
         # HookedTransformer drops these biases without a word, so it is no host of this row.
-        "llama_biased": Family(
-            "LlamaForCausalLM",
-            "LlamaConfig",
+        "llama_biased": _causal(
+            "Llama",
             {**LLAMA_LIKE, "attention_bias": True, "mlp_bias": True},
             "llama",
             _BRIDGE,
         ),
-        "mistral": Family(
-            "MistralForCausalLM",
-            "MistralConfig",
+        "mistral": _causal(
+            "Mistral",
             {**LLAMA_LIKE, "sliding_window": 4},
             "llama",
             _DECODER_ONLY,
         ),
         # Half of the experts for each token.
-        "mixtral": Family(
-            "MixtralForCausalLM",
-            "MixtralConfig",
+        "mixtral": _causal(
+            "Mixtral",
             {
                 **LLAMA_LIKE,
                 "intermediate_size": 24,
@@ -205,10 +188,9 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
             "llama",
             _BRIDGE,
         ),
-        "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", LLAMA_LIKE, "llama", _DECODER_ONLY),
-        "gemma2": Family(
-            "Gemma2ForCausalLM",
-            "Gemma2Config",
+        "qwen2": _causal("Qwen2", LLAMA_LIKE, "llama", _DECODER_ONLY),
+        "gemma2": _causal(
+            "Gemma2",
             {
                 **LLAMA_LIKE,
                 "tie_word_embeddings": True,
@@ -236,7 +218,7 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
             _BRIDGE_4,
         ),
         # Norms behind the sublayers and nowhere before them; 3.x misreads it, see zoo_refused.py.
-        "olmo2": Family("Olmo2ForCausalLM", "Olmo2Config", LLAMA_LIKE, "llama", _BRIDGE_4),
+        "olmo2": _causal("Olmo2", LLAMA_LIKE, "llama", _BRIDGE_4),
         # HookedEncoderDecoder 2.18 and the bridge of 3.x get T5 wrong: see zoo_refused.py.
         "t5": Family(
             "T5ForConditionalGeneration",
@@ -259,42 +241,14 @@ FAMILIES: MappingProxyType[str, Family] = MappingProxyType(
             _BRIDGE_4,
             decoder_start=0,
         ),
-        "bart": Family(
-            "BartForConditionalGeneration",
-            "BartConfig",
-            BART_LIKE,
-            "bart",
-            _BRIDGE,
-            decoder_start=2,
-        ),
+        "bart": _like_bart("Bart", _BRIDGE),
         "marian": Family(
             "MarianMTModel", "MarianConfig", BART_LIKE, "bart", _BRIDGE, decoder_start=2
         ),
         # As BART, but with the norms before the sublayers and one behind each stack.
-        "mbart": Family(
-            "MBartForConditionalGeneration",
-            "MBartConfig",
-            BART_LIKE,
-            "bart",
-            _BRIDGE_4,
-            decoder_start=2,
-        ),
-        "m2m100": Family(
-            "M2M100ForConditionalGeneration",
-            "M2M100Config",
-            BART_LIKE,
-            "bart",
-            _BRIDGE_4,
-            decoder_start=2,
-        ),
-        "pegasus": Family(
-            "PegasusForConditionalGeneration",
-            "PegasusConfig",
-            BART_LIKE,
-            "bart",
-            _BRIDGE_4,
-            decoder_start=2,
-        ),
+        "mbart": _like_bart("MBart", _BRIDGE_4),
+        "m2m100": _like_bart("M2M100", _BRIDGE_4),
+        "pegasus": _like_bart("Pegasus", _BRIDGE_4),
     }
 )
 

@@ -47,6 +47,13 @@ GROUPED = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
@@ -66,36 +73,32 @@ class Other:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    sizes: dict[str, Any] = field(
-        default_factory=lambda: {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-        }
-    )
+    sizes: dict[str, Any] = field(default_factory=lambda: {**_SMALL})
     majors: tuple[int, ...] = (3, 4)
     tokenizer: TokenizerKind | None = None
     kind: str = ""
     loaded: bool = False
 
 
+def _t5(layers: int) -> dict[str, int]:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    return {**sizes, "num_layers": layers, "num_decoder_layers": layers}
+
+
+def _bart(layers: int) -> dict[str, int]:
+    return {
+        "d_model": 32,
+        "max_position_embeddings": 64,
+        **{f"{side}_layers": layers for side in _SIDES},
+        **{f"{side}_attention_heads": 4 for side in _SIDES},
+        **{f"{side}_ffn_dim": 48 for side in _SIDES},
+    }
+
+
 OTHERS: dict[str, Other] = {
     "apertus": Other("Apertus", _HEADS),
     "arcee": Other("Arcee", _HEADS),
-    "blenderbot": Other(
-        "Blenderbot",
-        sizes={
-            "d_model": 32,
-            "max_position_embeddings": 64,
-            **{f"{side}_layers": 2 for side in _SIDES},
-            **{f"{side}_attention_heads": 4 for side in _SIDES},
-            **{f"{side}_ffn_dim": 48 for side in _SIDES},
-        },
-        majors=(4,),
-        tokenizer="bart",
-    ),
+    "blenderbot": Other("Blenderbot", sizes=_bart(2), majors=(4,), tokenizer="bart"),
     "bloom": Other("BLOOM", sizes={"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "codegen": Other("CodeGen", {"rotary_dim": 4}, _GPT),
     "cohere": Other("Cohere", _HEADS),
@@ -195,19 +198,7 @@ OTHERS: dict[str, Other] = {
     ),
     "ministral3": Other("Ministral 3", _WIDE),
     "mpt": Other("MPT", sizes={"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
-    "mt5": Other(
-        "mT5",
-        sizes={
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_heads": 4,
-            "num_layers": 2,
-            "num_decoder_layers": 2,
-        },
-        majors=(4,),
-        tokenizer="t5",
-    ),
+    "mt5": Other("mT5", sizes=_t5(2), majors=(4,), tokenizer="t5"),
     "nanochat": Other("nanochat", _HEADS),
     "nemotron": Other("Nemotron", _HEADS),
     "olmo": Other("OLMo"),
@@ -241,14 +232,7 @@ OTHERS: dict[str, Other] = {
             "num_sparse_decoder_layers": 1,
             "expert_capacity": 16,
         },
-        {
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_heads": 4,
-            "num_layers": 2,
-            "num_decoder_layers": 2,
-        },
+        _t5(2),
         majors=(4,),
         tokenizer="t5",
         loaded=True,
@@ -423,15 +407,7 @@ ENCODERS: dict[str, Other] = {
 }
 
 
-_TEXT = {
-    "vocab_size": D_VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    **_HEADS,
-}
+_TEXT = {"vocab_size": D_VOCAB, **_SMALL, **_HEADS}
 _SIGHT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -517,21 +493,6 @@ WRAPPERS: dict[str, Other] = {
 }
 
 
-_T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_heads": 4,
-    "num_layers": 3,
-    "num_decoder_layers": 3,
-}
-_BART = {
-    "d_model": 32,
-    **{f"{side}_layers": 3 for side in _SIDES},
-    **{f"{side}_attention_heads": 4 for side in _SIDES},
-    **{f"{side}_ffn_dim": 48 for side in _SIDES},
-    "max_position_embeddings": 64,
-}
 _GEMMA = {**_TEXT, **_WIDE, **_WINDOW, "num_hidden_layers": 3, "query_pre_attn_scalar": 16}
 OTHERS["t5gemma"] = Other(
     "T5Gemma", sizes={side: {**_GEMMA, "num_hidden_layers": 2} for side in _SIDES}, tokenizer="t5"
@@ -542,23 +503,23 @@ DIRECT: dict[str, Other] = {
     "LED": Other(
         "LED",
         {"attention_window": 4},
-        {**_BART, **{f"max_{side}_position_embeddings": 64 for side in _SIDES}},
+        {**_bart(3), **{f"max_{side}_position_embeddings": 64 for side in _SIDES}},
         majors=(2, 3, 4),
     ),
     "LongT5": Other(
         "LongT5",
         {"local_radius": 3, "encoder_attention_type": "transient-global", "global_block_size": 2},
-        _T5,
+        _t5(3),
         majors=(2, 3, 4),
     ),
     "NllbMoe": Other(
         "NLLB-MoE",
         {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
-        _BART,
+        _bart(3),
         majors=(2, 3, 4),
     ),
     "PegasusX": Other(
-        "Pegasus-X", {"num_global_tokens": 3, "block_size": 4}, _BART, majors=(2, 3, 4)
+        "Pegasus-X", {"num_global_tokens": 3, "block_size": 4}, _bart(3), majors=(2, 3, 4)
     ),
     "ProphetNet": Other(
         "ProphetNet",
@@ -575,11 +536,11 @@ DIRECT: dict[str, Other] = {
     "SwitchTransformers": Other(
         "Switch Transformers",
         {"num_experts": 4, **{f"num_sparse_{side}_layers": 1 for side in _SIDES}},
-        _T5,
+        _t5(3),
         majors=(2, 3, 4),
     ),
     "T5Gemma": Other("T5Gemma", sizes=dict.fromkeys(_SIDES, _GEMMA), majors=(2, 3, 4)),
-    "UMT5": Other("umT5", sizes=_T5, majors=(2, 3, 4)),
+    "UMT5": Other("umT5", sizes=_t5(3), majors=(2, 3, 4)),
 }
 
 

@@ -22,7 +22,7 @@ from transformer_lens.tools.analysis._model_state import (
     require_eval_mode,
 )
 
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.verification.probe import (
     Probe,
     relative_error,

@@ -40,7 +40,9 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.tools.analysis._model_state import require_int, to_token_ids
 from transformer_lens.tools.analysis.logit_lens import _require_direct_readout
 
-from tl_contextmix.adapters.reading import Handle, candidates, read_norm
+from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.norm_reading import read_norm
+from tl_contextmix.adapters.reading import candidates
 from tl_contextmix.adapters.verification.probe import relative_error
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, shift
 from tl_contextmix.core.contrast import Contrast

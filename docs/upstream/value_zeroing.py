@@ -37,7 +37,8 @@ from jaxtyping import Float
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.tools.analysis._model_state import require_int
 
-from tl_contextmix.adapters.reading import block_lists, candidates, final_norms
+from tl_contextmix.adapters.norm_reading import final_norms
+from tl_contextmix.adapters.reading import block_lists, candidates
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.methods.value_zeroing import Metric, _How
 

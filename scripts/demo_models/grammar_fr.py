@@ -44,6 +44,25 @@ moves before the verb.
 MAX_ENGLISH_WORDS = 20
 MAX_FRENCH_WORDS = 22
 
+_BEFORE_VOWEL = {
+    "le": "l'",
+    "la": "l'",
+    "ce": "cet",
+    "ma": "mon",
+    "ta": "ton",
+    "sa": "son",
+}
+"""Form of a singular determiner before a noun that begins with a vowel sound."""
+_VOWELS = "aeiouhéîê"
+
+_PRONOUNS: dict[tuple[Gender, bool], str] = {
+    ("masculine", False): "il",
+    ("feminine", False): "elle",
+    ("masculine", True): "ils",
+    ("feminine", True): "elles",
+}
+"""French subject pronoun by gender and whether it is plural."""
+
 
 @dataclass
 class Translation:
@@ -205,7 +224,7 @@ class TranslationGrammar:
         _write_french_verb(pair, main)
         _write_phrase(pair, thing)
         pair.add_french("car", [because])
-        word = lex.PRONOUNS[thing.gender, thing.plural]
+        word = _PRONOUNS[thing.gender, thing.plural]
         pair.add_french(word, [pronoun, thing.noun_index], "pronoun")
         _write_french_verb(pair, second)
         complement(pair)
@@ -404,6 +423,6 @@ def _french_determiner(phrase: _Phrase) -> str:
     column = 2 if phrase.plural else int(phrase.gender == "feminine")
     form = lex.DETERMINERS[phrase.determiner][column]
     assert form is not None, (phrase.determiner, phrase.plural)
-    if not phrase.plural and phrase.french[0] in lex.VOWELS:
-        return lex.BEFORE_VOWEL.get(form, form)
+    if not phrase.plural and phrase.french[0] in _VOWELS:
+        return _BEFORE_VOWEL.get(form, form)
     return form

@@ -16,19 +16,21 @@ from tl_contextmix.adapters.cache_names import cache_reader
 from tl_contextmix.adapters.chats import make_encode_chat
 from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_decoder
 from tl_contextmix.adapters.generation import make_generate
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
-from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
+from tl_contextmix.adapters.norm_reading import final_norms
+from tl_contextmix.adapters.reading import block_lists, candidates
 from tl_contextmix.adapters.recognition import Facts, host_version, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
     arguments_taken,
-    find_splices,
     lock_of,
     make_hooked,
     make_runner,
     without_hooks,
 )
+from tl_contextmix.adapters.splices import find_splices
 from tl_contextmix.adapters.tokenizers import (
     make_encode,
     make_encode_pair,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.layouts import Layout
-from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.adapters.unseen import Unseen
 from tl_contextmix.core.blocks import Block

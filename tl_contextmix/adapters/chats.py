@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.tokenizers import require_tokenizer
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.errors import bad, reason, seen

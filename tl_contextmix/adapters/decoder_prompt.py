@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.tokenizers import in_frame, piece_of, require_tokenizer, target_mode
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.running import lock_of
 from tl_contextmix.core.blocks import Batch
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from tl_contextmix.adapters.reading import Handle, read_norm
+from tl_contextmix.adapters.handles import Handle
+from tl_contextmix.adapters.norm_reading import read_norm
 from tl_contextmix.core.blocks import Weights, affine
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.errors import four_parts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tl_contextmix.adapters.attention_weights import is_latent
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.core.blocks import AttentionSublayer, Block
 
 

@@ -7,10 +7,8 @@ between HookedEncoder and TransformerBridge and between versions, and is recompu
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,20 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tl_contextmix.adapters.attention_weights import (
-    adapted,
     borrows,
     compression,
-    has_adapters,
     is_latent,
-    is_special,
     latent_scales,
-    special_weight,
 )
 from tl_contextmix.adapters.expert_reading import has_experts, inner, read_experts
+from tl_contextmix.adapters.handles import Handle, attribute_of
 from tl_contextmix.adapters.head_norms import read_head_norm
 from tl_contextmix.adapters.multipliers import with_multipliers
+from tl_contextmix.adapters.norm_reading import block_norms, read_norm
 from tl_contextmix.adapters.per_layer_embeddings import with_ending
-from tl_contextmix.adapters.recognition import MIXERS, Host
+from tl_contextmix.adapters.recognition import MIXERS
 from tl_contextmix.adapters.unseen import EXPERTS_OUT, SUMMED
 from tl_contextmix.core.blocks import (
     AttentionSublayer,
@@ -41,10 +37,8 @@ from tl_contextmix.core.blocks import (
     FeedForward,
     Mixer,
     ValueNorm,
-    Weights,
     require_weight,
 )
-from tl_contextmix.core.half_weights import in_precision
 from tl_contextmix.core.opaque_feed_forward import OpaqueFeedForward
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.errors import UnsupportedModel, four_parts
@@ -57,117 +51,9 @@ _STACKS = {
     "decoder_blocks": "decoder",
 }
 _ATTENTIONS = (("attn", "self"), ("self_attn", "self"), ("cross_attn", "cross"))
-# Fitting a bridge's norm to a formula leaves rounding only: at most 2e-6 measured in float32 over
-# the families of the test zoo, 4e-3 in bfloat16; a wrong formula is off by 0.1 and more.
-_NORM_FIT = {torch.float64: 1e-5, torch.float32: 1e-4}
 # About how many numbers a feed-forward module holds of each token as it computes, in d_model. The
 # experts that a token is sent to have 4 (gpt-oss) to 7 (Mixtral) neurons for each in all.
 _WORKING = 8
-
-
-@dataclass(frozen=True)
-class Handle:
-    """A model that is not kept alive, and facts about its class.
-
-    Attributes:
-        model: Weak reference to the model.
-        host: The class of TransformerLens it is, or is derived from.
-        dtype: Dtype of the maths.
-        device: Device of the maths: where the first weights are.
-    """
-
-    model: weakref.ref
-    host: Host
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def bridge(self) -> bool:
-        """Whether it is a TransformerBridge."""
-        return self.host == "TransformerBridge"
-
-    @property
-    def ignores_masks(self) -> bool:
-        """Whether the host drops an attention mask: HookedTransformer needs a causal one for it."""
-        both_ways = getattr(self.get().cfg, "attention_dir", "causal") == "bidirectional"
-        return both_ways and self.host == "HookedTransformer"
-
-    def get(self) -> Any:
-        """Returns the model.
-
-        Raises:
-            ReferenceError: If it has been deleted.
-        """
-        model = self.model()
-        if model is None:
-            raise ReferenceError("the model of this view has been deleted")
-        return model
-
-    def ready(self, weight: Tensor) -> Tensor:
-        """Returns a weight in the dtype and on the device of the maths, see `in_precision`."""
-        weight = weight.detach()
-        if weight.dtype.itemsize >= self.dtype.itemsize:
-            return weight.to(self.device, self.dtype)
-        return in_precision(weight.to(self.device), self.dtype)
-
-    def weights(self, path: str, renamed: dict[str, str | None] | None = None) -> Weights:
-        """Returns a reader of the weights of one submodule.
-
-        Args:
-            path: Where the submodule is.
-            renamed: Other names of weights on this host; None for one that it does not have.
-        """
-        renamed = renamed or {}
-
-        @functools.cache  # a module that is replaced has a new reader
-        def kinds() -> tuple[bool, bool]:
-            module = self.get().get_submodule(path)
-            return is_special(module), has_adapters(module)
-
-        def read(name: str) -> Tensor | None:
-            module = self.get().get_submodule(path)
-            attribute = renamed.get(name, name)
-            weight = None
-            special, adapters = kinds()
-            if adapters and adapted(module, name):
-                raise _adapters_apart(path, name)
-            if special:
-                weight = special_weight(module, name, int(self.get().cfg.n_heads))
-            if weight is None and attribute is not None:
-                weight = _attribute(module, attribute)
-            if weight is None:
-                return None
-            weight = self.ready(weight)
-            if name in ("W_V", "b_V"):
-                # Values shared by several query heads: one copy per query head.
-                heads = require_weight(read, "W_O").shape[0]
-                weight = weight.repeat_interleave(heads // weight.shape[0], dim=0)
-            return weight
-
-        return read
-
-
-def _adapters_apart(path: str, name: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        four_parts(
-            f"the weight {name} of {path} is not what it computes with",
-            "adapters beside it that are not merged (PEFT)",
-            "one matrix",
-            "Pass the PEFT model itself to load_model, which merges them in a copy, or call "
-            "merge_and_unload() before wrapping it.",
-        )
-    )
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    """Returns a weight or None; bridges raise AttributeError (4.x) or TypeError (3.x) instead.
-
-    Latent attention raises NotImplementedError, layers with widths of their own a ValueError.
-    """
-    try:
-        return getattr(module, name, None)
-    except (AttributeError, NotImplementedError, TypeError, ValueError):
-        return None
 
 
 def block_lists(model: nn.Module, encoder_only: bool) -> dict[str, tuple[str, nn.ModuleList]]:
@@ -205,7 +91,7 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
     """
     block = handle.get()._modules[prefix][layer]
     path = f"{prefix}.{layer}"
-    norms = _norms(handle, block)
+    norms = block_norms(handle, block)
     attentions = [(name, kind) for name, kind in _ATTENTIONS if name in block._modules]
     mixers = [name for name in MIXERS if name in block._modules]
     names = [name for name, _ in attentions] or mixers
@@ -493,7 +379,7 @@ def _feed_forwards(
         names = (f"{name}.hook_out", *(f"{SUMMED[1]}.{leaf}hook_out" for leaf in ("out.", "")))
         edits = replace(edits, raw=_under(path, names))
     opaque = _opaque(handle, path, here, edits, added_path, written)
-    if _attribute(mlp, "W_in") is not None:
+    if attribute_of(mlp, "W_in") is not None:
         yield _neurons(handle, here, mlp, edits)
     elif has_experts(mlp):
         experts = read_experts(handle, here, edits, opaque.module, added_path)
@@ -503,7 +389,9 @@ def _feed_forwards(
             yield experts
     else:
         # circuit-tracer puts a module of its own around it, with more hook points.
-        inner = [name for name, one in mlp.named_children() if _attribute(one, "W_in") is not None]
+        inner = [
+            name for name, one in mlp.named_children() if attribute_of(one, "W_in") is not None
+        ]
         if len(inner) == 1:
             there = f"{here}.{inner[0]}"
             raw = (f"{there}.hook_out", *edits.raw)
@@ -513,7 +401,7 @@ def _feed_forwards(
 
 def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> FeedForward:
     """Returns a feed-forward sublayer with neurons."""
-    gated = _attribute(mlp, "W_gate") is not None
+    gated = attribute_of(mlp, "W_gate") is not None
     after: dict[str, str | None] = {"b_post": None}
     if gated and not handle.bridge:
         # HookedTransformer's gated block adds b_in after the product of its branches.
@@ -528,7 +416,7 @@ def _neurons(handle: Handle, here: str, mlp: nn.Module, edits: EditPoints) -> Fe
 
 
 def _opaque(
-    handle: Handle, path: str, here: str, edits: EditPoints, added_path: str = "", written: str = ""
+    handle: Handle, path: str, here: str, edits: EditPoints, added_path: str, written: str
 ) -> OpaqueFeedForward:
     """Returns a feed-forward sublayer as one component, which does not need its weights.
 
@@ -569,102 +457,4 @@ def _opaque(
         edits=EditPoints(stream=edits.stream),
         module=module,
         working=_WORKING * int(handle.get().cfg.d_model),
-    )
-
-
-_FINAL_NORMS = {
-    "decoder": ("ln_final", "decoder_ln_final", "decoder_final_ln"),
-    "encoder": ("encoder_ln_final", "encoder_final_ln"),
-}
-
-
-def final_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the module of the norm after the last block of each stack that has one.
-
-    A masked-LM bridge calls the norm inside its head `ln_final`; that is not one of them.
-    """
-    modules = model._modules
-    return {
-        stack: module
-        for stack, names in _FINAL_NORMS.items()
-        for name in names
-        if (module := modules.get(name)) is not None
-        and not (name == "ln_final" and "mlm_head" in modules)
-    }
-
-
-def final_norms(handle: Handle, stacks: Collection[str]) -> dict[str, Norm]:
-    """Returns the norm after the last block of each of the stacks that has one."""
-    modules = final_norm_modules(handle.get())
-    if list(stacks) == ["encoder"]:
-        # A bidirectional HookedTransformer calls its norm as a causal one does.
-        modules = dict(zip(stacks, modules.values(), strict=False))
-    found = {stack: read_norm(module, handle) for stack, module in modules.items()}
-    return {stack: norm for stack, norm in found.items() if norm is not None}
-
-
-def _norms(handle: Handle, block: nn.Module) -> dict[str, Norm | None]:
-    return {
-        name: read_norm(module, handle)
-        for name, module in block._modules.items()
-        if name.startswith("ln") and module is not None
-    }
-
-
-def read_norm(module: Any, handle: Handle) -> Norm | None:
-    """Returns the norm a module computes; None for the identity.
-
-    Raises:
-        UnsupportedModel: If a bridge's norm is neither a LayerNorm nor an RMSNorm.
-    """
-    if handle.bridge:
-        return _fit_norm(module.original_component, handle)
-    kind = type(module).__name__
-    if kind == "Identity":
-        return None
-    weight, bias = getattr(module, "w", None), getattr(module, "b", None)
-    return Norm(
-        kind="rms" if kind.startswith("RMS") else "ln",
-        weight=None if weight is None else handle.ready(weight),
-        bias=None if bias is None else handle.ready(bias),
-        eps=float(module.eps),
-    )
-
-
-def _fit_norm(module: nn.Module | None, handle: Handle) -> Norm | None:
-    """Returns the norm that reproduces a Hugging Face module on random input.
-
-    Neither class names nor config fields say reliably which formula it is: T5's RMSNorm calls
-    itself LayerNorm, and Gemma's gain is 1 + weight. OLMo's has neither gain nor bias.
-    """
-    if module is None or isinstance(module, nn.Identity):
-        return None
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    eps = getattr(module, "eps", None)
-    eps = float(getattr(module, "variance_epsilon", 1e-5) if eps is None else eps)
-    like = next(handle.get().parameters()) if weight is None else weight
-    width = int(handle.get().cfg.d_model) if weight is None else weight.shape[0]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    x = torch.randn(3, width, generator=generator, device="cpu").to(like.device, like.dtype)
-    with torch.no_grad():
-        expected = handle.ready(module(x))
-    x = handle.ready(x)
-    bias = None if bias is None else handle.ready(bias)
-    gains = [None] if weight is None else [handle.ready(weight), handle.ready(weight) + 1]
-    options = [Norm(kind, gain, bias, eps) for kind in ("ln", "rms") for gain in gains]
-    errors = [float((norm(x) - expected).abs().max()) for norm in options]
-    best = min(range(len(options)), key=lambda index: errors[index])
-    if not errors[best] <= _NORM_FIT.get(like.dtype, 5e-2):
-        raise _unknown_norm(module, errors[best])
-    return options[best]
-
-
-def _unknown_norm(module: nn.Module, error: float) -> UnsupportedModel:
-    return UnsupportedModel(
-        four_parts(
-            f"the norm {type(module).__name__} cannot be read",
-            f"an error of {error:.2g} against the nearest formula",
-            "a LayerNorm or an RMSNorm over d_model",
-            "Use a model with one of these.",
-        )
     )

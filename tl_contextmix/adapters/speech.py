@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tl_contextmix.adapters.building import text_side
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.inputs.activation_cache import describe
-from tl_contextmix.adapters.reading import Handle
 from tl_contextmix.adapters.recognition import Facts, major
 from tl_contextmix.adapters.running import hooked_places, without_hooks
 from tl_contextmix.adapters.speech_passes import head_of, refused, run_speech, stacks_of

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import dropwhile
 from typing import Annotated, Any
 
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.recognition import Facts, token_embedding
 from tl_contextmix.core.model_view import ModelView, Padding
 from tl_contextmix.core.pieces import join_pieces, show_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tl_contextmix.commands.shared_options import Decorator
+from tl_contextmix.commands.shared_options import Decorator, together
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting import require_writable
 
@@ -86,13 +86,7 @@ def add_output(*, csv: bool = True, written: str | None = "") -> Decorator:
     if written is not None:
         help_text = written or f"Write the result: {', '.join(ENDINGS)}."
         added.append(click.option("-o", "--output", metavar="PATH", help=help_text))
-
-    def add(function: Any) -> Any:
-        for one in reversed(added):
-            function = one(function)
-        return function
-
-    return add
+    return together(*added)
 
 
 def wanted(given: dict[str, Any], *, endings: tuple[str, ...] = ENDINGS) -> Wanted:

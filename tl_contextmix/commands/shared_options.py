@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import webbrowser
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from tl_contextmix.commands.names import DEMOS
 
 Decorator = Callable[[Any], Any]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def together(*options: Decorator) -> Decorator:
+    """Returns several options as one decorator; help has them in this order."""
+    return lambda function: reduce(lambda made, one: one(made), reversed(options), function)
 
 
 class Listed(click.ParamType):
@@ -68,19 +74,11 @@ def model_argument(*, required: bool) -> Decorator:
 
 def add_model(*, required: bool = True) -> Decorator:
     """Adds the model, and where and how it is loaded."""
-
-    def add(function: Any) -> Any:
-        for one in (
-            click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32."),
-            click.option(
-                "--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."
-            ),
-            model_argument(required=required),
-        ):
-            function = one(function)
-        return function
-
-    return add
+    return together(
+        model_argument(required=required),
+        click.option("--device", metavar="NAME", help="Such as cuda:1. Default: a GPU, if any."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32."),
+    )
 
 
 def load_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -96,45 +94,32 @@ def load_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def add_asked(*, generate: bool = False) -> Decorator:
     """Adds what is asked of a prediction."""
-
-    def add(function: Any) -> Any:
-        listed = [
-            click.option(
-                "--position",
-                type=int,
-                metavar="N",
-                help="The predicting position, from the end if negative. Default: the last, or "
-                "the mask.",
-            ),
-            click.option(
-                "--foil",
-                multiple=True,
-                metavar="TOKEN",
-                help="The token that the target is contrasted with.",
-            ),
-            click.option(
-                "--target",
-                multiple=True,
-                metavar="TOKEN",
-                help="The predicted token, its leading space included; several, with an option "
-                "each, are alternatives. Default: the model's best.",
-            ),
-        ]
-        if generate:
-            listed.insert(
-                0,
-                click.option(
-                    "--generate",
-                    type=int,
-                    metavar="N",
-                    help="Explain what the model itself says next, at most N tokens.",
-                ),
-            )
-        for one in listed:
-            function = one(function)
-        return function
-
-    return add
+    added = [
+        click.option(
+            "--target",
+            multiple=True,
+            metavar="TOKEN",
+            help="The predicted token, its leading space included; several, with an option each, "
+            "are alternatives. Default: the model's best.",
+        ),
+        click.option(
+            "--foil",
+            multiple=True,
+            metavar="TOKEN",
+            help="The token that the target is contrasted with.",
+        ),
+        click.option(
+            "--position",
+            type=int,
+            metavar="N",
+            help="The predicting position, from the end if negative. Default: the last, or the "
+            "mask.",
+        ),
+    ]
+    if generate:
+        told = "Explain what the model itself says next, at most N tokens."
+        added.append(click.option("--generate", type=int, metavar="N", help=told))
+    return together(*added)
 
 
 def asked(given: dict[str, Any]) -> dict[str, Any]:
@@ -153,15 +138,12 @@ def asked(given: dict[str, Any]) -> dict[str, Any]:
 
 def add_page(path: str) -> Decorator:
     """Adds the page that is written."""
-
-    def add(function: Any) -> Any:
-        opened = click.option("--open", "opened", is_flag=True, help="Open the page in a browser.")
-        output = click.option(
+    return together(
+        click.option(
             "-o", "--output", metavar="PATH", default=path, show_default=True, help="The page."
-        )
-        return output(opened(function))
-
-    return add
+        ),
+        click.option("--open", "opened", is_flag=True, help="Open the page in a browser."),
+    )
 
 
 def open_if(opened: bool, path: str | Path) -> None:

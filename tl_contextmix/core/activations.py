@@ -259,10 +259,6 @@ def _nodes(count: int) -> tuple[tuple[float, float], ...]:
     return tuple(zip(((x + 1) / 2).tolist(), (w / 2).tolist(), strict=True))
 
 
-def _normal_cdf(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x)
-
-
 def _tanh_cdf(x: Tensor) -> Tensor:
     # The tanh approximation is x times this, which keeps its slope at zero exact. In place, as it
     # is what replayed blocks spend most of their time on besides products.
@@ -281,7 +277,7 @@ def _xielu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: tuple[Activation, ...] = (
-    Activation("gelu", functional.gelu, gate=_normal_cdf, tail=9.0),
+    Activation("gelu", functional.gelu, gate=torch.special.ndtr, tail=9.0),
     Activation("gelu_new", lambda x: x * _tanh_cdf(x), gate=_tanh_cdf, tail=9.0),
     Activation("silu", functional.silu, gate=torch.sigmoid, tail=45.0),
     Activation("relu", functional.relu, gate=_step, tail=0.0, kink=True, silent=True),

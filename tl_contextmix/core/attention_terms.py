@@ -77,14 +77,7 @@ class GatedTerm(AttentionTerm):
 
     def row(self, batch: slice) -> GatedTerm:
         """Returns the read of some rows of the batch."""
-        return replace(
-            self,
-            pattern=self.pattern[batch],
-            value=self.value[batch],
-            scale=self.scale[batch],
-            gate=self.gate[batch],
-            span=None if self.span is None else self.span[:, batch],
-        )
+        return replace(super().row(batch), gate=self.gate[batch])
 
     def ready(self, sources: slice | None = None) -> GatedTerm:
         """Returns the read itself: there is nothing to keep."""
@@ -92,20 +85,11 @@ class GatedTerm(AttentionTerm):
 
     def through(self, heads: slice) -> GatedTerm:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
-        return self._of(heads)
+        return replace(super().through(heads), gate=self.gate[:, :, heads])
 
     def heads(self, group: Sequence[int]) -> GatedTerm:
         """Returns the read of some heads alone."""
-        return self._of(list(group))
-
-    def _of(self, heads: slice | list[int]) -> GatedTerm:
-        return replace(
-            self,
-            pattern=self.pattern[:, heads],
-            value=self.value[:, :, heads],
-            weight=self.weight[heads],
-            gate=self.gate[:, :, heads],
-        )
+        return replace(super().heads(group), gate=self.gate[:, :, list(group)])
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
         """Returns the norm each head reads from each source."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,6 @@ from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.errors import bad
 
 Projection = Literal["none", "folded", "frozen", "head", "model"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 TILE_BYTES = 2**26
 """Memory for one tile of logits and what is made of it."""
 CACHE_BYTES = 2**23

@@ -39,7 +39,6 @@ from tl_contextmix.core.readout import CACHE_BYTES, Scan, scan, tile_sizes
 from tl_contextmix.core.token_sums import blocks
 
 NormRule = Literal["frozen", "frozen+beta", "recompute"]
-NORM_RULES: tuple[NormRule, ...] = ("frozen", "frozen+beta", "recompute")
 Columns = Callable[[slice | Tensor], Tensor]
 """Numbers of some tokens."""
 

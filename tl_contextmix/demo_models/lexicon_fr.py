@@ -210,25 +210,6 @@ DETERMINERS: dict[str, tuple[str | None, str | None, str | None]] = {
 }
 """English to French (masculine singular, feminine singular, plural); None where there is none."""
 
-BEFORE_VOWEL = {
-    "le": "l'",
-    "la": "l'",
-    "ce": "cet",
-    "ma": "mon",
-    "ta": "ton",
-    "sa": "son",
-}
-"""Form of a singular determiner before a noun that begins with a vowel sound."""
-VOWELS = "aeiouhéîê"
-
-PRONOUNS: dict[tuple[Gender, bool], str] = {
-    ("masculine", False): "il",
-    ("feminine", False): "elle",
-    ("masculine", True): "ils",
-    ("feminine", True): "elles",
-}
-"""French subject pronoun by gender and whether it is plural."""
-
 FUNCTION_WORDS = ("that", "them", "because", "it", "they", ".")
 
 

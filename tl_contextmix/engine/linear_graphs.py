@@ -10,7 +10,8 @@ from tl_contextmix.adapters.inputs import Given
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.blocks import IDENTITIES
 from tl_contextmix.core.frozen_blocks import freeze_stack
-from tl_contextmix.core.linear_graph import LinearGraph, LinearStack, Place
+from tl_contextmix.core.linear_graph import LinearGraph, Place
+from tl_contextmix.core.linear_steps import LinearStack
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts

@@ -21,6 +21,7 @@ from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.readout import Scan, Unembedding, unembedding
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.results.memory_composition import figure_rows
 
 Active = Literal["positive", "nonzero"]
 # Values read at once: a second or so of a processor's time.
@@ -199,18 +200,9 @@ class LayerComposition:
     case: Int[Tensor, " place"]
 
     def sums(self, final: Int[Tensor, " place"]) -> Float[Tensor, " quantity"]:
-        """Returns the sums over positions of the 2021 paper's figures, then how often each case is.
-
-        Active memories, zero agreement, residual = final, probability of the final token.
-        """
-        rows = [
-            self.active,
-            self.agreeing == 0,
-            self.residual_top == final,
-            self.probability,
-            *(self.case == index for index in range(len(CASES))),
-        ]
-        return torch.stack([row.to(self.active).sum() for row in rows])
+        """Returns the sums over positions that `CompositionFigures` has."""
+        seen = (self.active, self.agreeing, self.residual_top == final, self.probability, self.case)
+        return torch.stack([row.sum() for row in figure_rows(*seen, len(CASES))])
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def readable(map: ContextMap, row: int, place: int) -> Tensor:
     return result
 
 
-def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]:
+def per_sentence(given: int | Sequence[int], count: int) -> list[int]:
     """Returns one position per sentence.
 
     Raises:
@@ -89,7 +89,7 @@ def per_sentence(given: int | Sequence[int], count: int, what: str) -> list[int]
     result = [given] * count if isinstance(given, int) else [*given]
     if len(result) != count:
         raise bad(
-            f"{what} do not match the sentences",
+            "positions do not match the sentences",
             f"{len(result)} for {count} sentences",
             "one for all, or one for each",
             "Pass an integer, or a list with one per sentence.",

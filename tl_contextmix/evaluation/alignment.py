@@ -64,7 +64,7 @@ def cue_alignment(
     found: Figures = {}
     listed = list(sentences(maps))
     cues = require_cues(len(listed), cues)
-    places = per_sentence(pos, len(listed), "positions")
+    places = per_sentence(pos, len(listed))
     name = method or (listed[0][0].provenance.method if listed else "")
     for (map, row), asked, target in zip(listed, cues, places, strict=True):
         place = target_place(map, row, target)

@@ -95,7 +95,7 @@ def faithfulness(
         )
     require_same_arguments(view, map.provenance.options, batch)
     count = len(map.source.strings)
-    places = [None] * count if pos is None else per_sentence(pos, count, "positions")
+    places = [None] * count if pos is None else per_sentence(pos, count)
     targets, foils = one_each(target, count, "target"), one_each(foil, count, "foil")
     blank = blank_token(model, view) if blank is None else blank
     drops = []

@@ -46,7 +46,7 @@ def sentences_of(
     view: ModelView,
     input: Any,
     cues: Any,
-    unusable: Unusable = "error",
+    unusable: Unusable,
     *,
     answer: Answer,
     contrast: bool = False,

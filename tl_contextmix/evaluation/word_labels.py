@@ -58,17 +58,8 @@ def label_tokens(
         >>> label_tokens(tokens, text, [["DET", "NOUN", "VERB", "ADJ", None]])
         (((1, 2, 'DET'), (2, 3, 'NOUN'), (3, 4, 'VERB'), (4, 5, 'ADJ')),)
     """
-    texts = [texts] if isinstance(texts, str) else [*texts]
-    given = [labels(text) for text in texts] if callable(labels) else [*labels]
-    if len(texts) != tokens.shape[0] or len(given) != len(texts):
-        raise bad(
-            "labels do not fit the texts",
-            f"labels of {len(given)} texts, {len(texts)} texts, {tokens.shape[0]} rows of tokens",
-            "as many of each",
-            "Pass a list with the labels of each text, even of one.",
-        )
     found = []
-    for row, (text, one) in enumerate(zip(texts, given, strict=True)):
+    for row, (text, one) in enumerate(_of_each(texts, labels, tokens.shape[0], "labels")):
         places, spans, at = place_tokens(text, tokens, row), [], 0
         for start, stop, label in sorted(_character_spans(text, one, of)):
             mine = [index for index in overlapping(places, (start, stop)) if index >= at]
@@ -77,6 +68,20 @@ def label_tokens(
                 spans.append((mine[0], at, label))
         found.append(tuple(spans))
     return tuple(found)
+
+
+def _of_each(texts: str | Sequence[str], given: Any, rows: int, what: str) -> list[tuple[str, Any]]:
+    """Returns each text with its labels or arcs."""
+    texts = [texts] if isinstance(texts, str) else [*texts]
+    found = [given(text) for text in texts] if callable(given) else [*given]
+    if not len(found) == len(texts) == rows:
+        raise bad(
+            f"{what} do not fit the texts",
+            f"{what} of {len(found)} texts, {len(texts)} texts, {rows} rows of tokens",
+            "as many of each",
+            f"Pass a list with the {what} of each text, even of one.",
+        )
+    return list(zip(texts, found, strict=True))
 
 
 def _character_spans(text: str, given: Any, of: Of) -> list[Span]:
@@ -249,17 +254,8 @@ def _all_arcs(
     map: ContextMap, texts: str | Sequence[str], arcs: Any
 ) -> list[dict[tuple[int, int], str]]:
     """Returns per text which pairs of target and source are tied, and how."""
-    texts = [texts] if isinstance(texts, str) else [*texts]
-    given = [arcs(text) for text in texts] if callable(arcs) else [*arcs]
-    if not len(given) == len(texts) == len(map.scores):
-        raise bad(
-            "arcs do not fit the texts",
-            f"arcs of {len(given)} texts, {len(texts)} texts, a map of {len(map.scores)}",
-            "as many of each",
-            "Pass a list with the arcs of each text, even of one.",
-        )
     result = []
-    for row, (text, one) in enumerate(zip(texts, given, strict=True)):
+    for row, (text, one) in enumerate(_of_each(texts, arcs, len(map.scores), "arcs")):
         target, source = (place_tokens(text, side, row) for side in (map.target, map.source))
         pairs: dict[tuple[int, int], str] = {}
         for head, dependent, relation in _arcs(text, one):

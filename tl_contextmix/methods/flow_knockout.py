@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.inputs import Given, Input, TokenInputs, read_batch, run_pass
 from tl_contextmix.adapters.questions import Question, ask_about
-from tl_contextmix.core.linear_graph import FeedForwards, LinearGraph, Place
+from tl_contextmix.core.linear_graph import LinearGraph, Place
+from tl_contextmix.core.linear_steps import FeedForwards
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import NotNegative, Positive, checked, whole_number
 from tl_contextmix.engine.edited_runs import Ablation, Replacement, run_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import ContextMixError, bad
 from tl_contextmix.evaluation import MinimalPair, Unusable, demo_pairs, load_minimal_pairs
 from tl_contextmix.evaluation.compare import Sentence, comparable, compare
-from tl_contextmix.plotting import Page, Section, require_writable
+from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.reporting.drawing import quoted, table_of
 from tl_contextmix.reporting.story import Story
@@ -49,36 +48,6 @@ _READING = (
     "the model uses the cue; faithfulness runs it on out-of-distribution sentences. A method can "
     "be accurate for one layer and poor across all of them."
 )
-
-
-def write_comparison(
-    model_or_name: object,
-    pairs: str | Path | None = None,
-    path: str | Path = COMPARISON_PATH,
-    *,
-    count: int | None = None,
-    words: bool = False,
-    unusable: Unusable = "error",
-    contrast: bool = False,
-) -> tuple[Path, Comparison]:
-    """Writes `compared_page` to a file, which is checked first; returns its path, and the figures.
-
-    Args:
-        model_or_name: See `compared_page`.
-        pairs: Likewise.
-        path: The page.
-        count: See `compared_page`.
-        words: Likewise.
-        unusable: Likewise.
-        contrast: Likewise.
-
-    Raises:
-        ContextMixError: If the model, the pairs or the path cannot be used.
-    """
-    require_writable(path)
-    options: dict[str, Any] = {"words": words, "unusable": unusable, "contrast": contrast}
-    page, found = compared_page(model_or_name, pairs, count=count, **options)
-    return page.save(path), found
 
 
 def compared_page(

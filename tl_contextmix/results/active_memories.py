@@ -17,7 +17,7 @@ from tl_contextmix.results.axes import as_array, positions
 from tl_contextmix.results.labelled_arrays import LabelledArray
 from tl_contextmix.results.labels import Provenance, Tokens
 from tl_contextmix.results.layer_metrics import LayerFigures
-from tl_contextmix.results.memory_composition import CompositionFigures
+from tl_contextmix.results.memory_composition import CompositionFigures, figure_rows
 from tl_contextmix.results.row_tables import memory_name, table_of
 
 if TYPE_CHECKING:
@@ -86,15 +86,9 @@ class Memories(LabelledArray):
 
     def figures(self) -> CompositionFigures:
         """Returns the paper's figures, over all positions that are no padding."""
-        # The same figures as `memories.LayerComposition.sums`, of what is kept here.
         real = self.tokens.mask.to(self.active.device)[:, None]
-        rows = [
-            self.active,
-            self.zero_agreement.to(self.active),
-            self.residual_is_final.to(self.active),
-            self.probability,
-            *((self.case == index).to(self.active) for index in range(len(self.cases))),
-        ]
+        seen = (self.active, self.agreeing, self.residual_is_final, self.probability, self.case)
+        rows = figure_rows(*seen, len(self.cases))
         sums = torch.stack([(row * real).sum((0, 2)) for row in rows], dim=1).cpu().double()
         count = int(self.tokens.mask.sum())
         return CompositionFigures(sums, count, self.layers, self.cases, self.provenance)

@@ -36,6 +36,20 @@ _TITLES = {
 }
 
 
+def figure_rows(
+    active: torch.Tensor,
+    agreeing: torch.Tensor,
+    residual_is_final: torch.Tensor,
+    probability: torch.Tensor,
+    case: torch.Tensor,
+    cases: int,
+) -> list[torch.Tensor]:
+    """Returns each of `FIGURES` at every position (a yes is 1), then whether it is each case."""
+    each = (case == index for index in range(cases))
+    rows = (active, agreeing == 0, residual_is_final, probability, *each)
+    return [row.to(active) for row in rows]
+
+
 @storage.storable
 @dataclass(frozen=True, eq=False)
 class CompositionFigures(Result):

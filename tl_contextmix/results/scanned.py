@@ -302,8 +302,9 @@ class Scan(LabelledArray):
             signed=("mean",),
         )
 
-    def _overlaps(self, level: str, k: int = 10) -> Heatmap:
-        """Returns how many of their largest means each two categories have in common."""
+    def _overlaps(self, level: str) -> Heatmap:
+        """Returns how many of their ten largest means each two categories have in common."""
+        k = 10
         values = torch.zeros(1, len(self.categories), len(self.categories))
         for row, best in enumerate(found := self._bests(k)):
             values[0, row] = torch.tensor([float(len(best & other)) for other in found])

@@ -27,7 +27,7 @@ from tl_contextmix.adapters.encoder_decoder.model import (
     special_ids,
     whole,
 )
-from tl_contextmix.adapters.reading import Handle
+from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.recognition import Facts, major
 from tl_contextmix.adapters.running import (
     hooked_places,

@@ -119,7 +119,16 @@ class Pass:
 
     @functools.cached_property
     def _activation_axes(self) -> dict[str, str]:
-        return _axes_of_activations(self.view)
+        """The axes of activations by name: batch, heads, and positions of a side."""
+        result: dict[str, str] = {}
+        for stack, block in self.view.every_block():
+            result |= dict.fromkeys(_names(block), f"batch {stack}")
+            for attention in block.attentions:
+                read = "encoder" if attention.kind == "cross" else stack
+                result |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
+                result[attention.pattern] = f"batch head {stack} {read}"
+                result |= {attention.gate: f"batch {stack}"} if attention.gate else {}
+        return result
 
     def _axes_of(self, name: str) -> str:
         return self._activation_axes.get(name) or f"batch {self.view.base_stack(None)}"
@@ -431,19 +440,6 @@ def _stretches(places: Sequence[Place | None]) -> Iterator[tuple[Index, Index]]:
         yield tuple(to for to, _ in stretches), tuple(at for _, at in stretches)
 
 
-def _axes_of_activations(view: ModelView) -> dict[str, str]:
-    """Returns the axes of activations by name: batch, heads, and positions of a side."""
-    result: dict[str, str] = {}
-    for stack, block in view.every_block():
-        result |= dict.fromkeys(_names(block), f"batch {stack}")
-        for attention in block.attentions:
-            read = "encoder" if attention.kind == "cross" else stack
-            result |= dict.fromkeys((attention.key, attention.value), f"batch {read}")
-            result[attention.pattern] = f"batch head {stack} {read}"
-            result |= {attention.gate: f"batch {stack}"} if attention.gate else {}
-    return result
-
-
 def _names(block: Block) -> Iterator[str]:
     """Yields the names of a block's activations; those of its keys and values are not all its."""
     yield from (block.resid_in, block.resid_out, *block.spared(), *block.checkpoints())
@@ -455,7 +451,7 @@ def fresh_trace(
     stack: str,
     blocks: tuple[Block, ...],
     names: Sequence[str],
-    needs: Collection[Identity] = IDENTITIES,
+    needs: Collection[Identity],
     *,
     logits: bool = True,
 ) -> Trace:

@@ -45,24 +45,29 @@ Layerwise = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores | LayerCur
 Categories = Sequence[str] | Sequence[Sequence[str]]
 
 
+class _Options(TokenInputs, total=False):
+    """What `decoder_lens` takes whatever it returns."""
+
+    layer: int | Sequence[int] | None
+    categories: Categories | None
+    max_new_tokens: Positive | None
+    num_beams: Positive
+    final_norm: bool
+    target: Sequence[int] | Sequence[str] | None
+    tokenizer: Any
+    task: str | None
+    max_bytes: Positive
+
+
 @overload
 def decoder_lens(
     model: object,
     input: Input,
     references: Text | None = ...,
     *,
-    layer: int | Sequence[int] | None = ...,
     mode: Literal["generate"] = ...,
     metric: None = ...,
-    categories: Categories | None = ...,
-    max_new_tokens: Positive | None = ...,
-    num_beams: Positive = ...,
-    final_norm: bool = ...,
-    target: Sequence[int] | Sequence[str] | None = ...,
-    tokenizer: Any = ...,
-    task: str | None = ...,
-    max_bytes: Positive = ...,
-    **inputs: Unpack[TokenInputs],
+    **options: Unpack[_Options],
 ) -> LayerwiseDecoding: ...
 
 
@@ -72,18 +77,9 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layer: int | Sequence[int] | None = ...,
     mode: Literal["teacher_forced"],
     metric: None = ...,
-    categories: Categories | None = ...,
-    max_new_tokens: Positive | None = ...,
-    num_beams: Positive = ...,
-    final_norm: bool = ...,
-    target: Sequence[int] | Sequence[str] | None = ...,
-    tokenizer: Any = ...,
-    task: str | None = ...,
-    max_bytes: Positive = ...,
-    **inputs: Unpack[TokenInputs],
+    **options: Unpack[_Options],
 ) -> LayerwiseLikelihood: ...
 
 
@@ -93,18 +89,9 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layer: int | Sequence[int] | None = ...,
     mode: Literal["scores"],
     metric: None = ...,
-    categories: Categories | None = ...,
-    max_new_tokens: Positive | None = ...,
-    num_beams: Positive = ...,
-    final_norm: bool = ...,
-    target: Sequence[int] | Sequence[str] | None = ...,
-    tokenizer: Any = ...,
-    task: str | None = ...,
-    max_bytes: Positive = ...,
-    **inputs: Unpack[TokenInputs],
+    **options: Unpack[_Options],
 ) -> LayerwiseScores: ...
 
 
@@ -114,18 +101,9 @@ def decoder_lens(
     input: Input,
     references: Text | None = ...,
     *,
-    layer: int | Sequence[int] | None = ...,
     mode: Mode = ...,
     metric: MetricChoice,
-    categories: Categories | None = ...,
-    max_new_tokens: Positive | None = ...,
-    num_beams: Positive = ...,
-    final_norm: bool = ...,
-    target: Sequence[int] | Sequence[str] | None = ...,
-    tokenizer: Any = ...,
-    task: str | None = ...,
-    max_bytes: Positive = ...,
-    **inputs: Unpack[TokenInputs],
+    **options: Unpack[_Options],
 ) -> LayerCurves: ...
 
 

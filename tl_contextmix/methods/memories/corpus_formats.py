@@ -175,7 +175,9 @@ def _open(corpus: Any, column: str | None, default: str) -> Corpus:
     if isinstance(corpus, Set) and not hasattr(corpus, "mapping"):
         remedy = "Pass sorted(corpus): documents are numbered, and sets have no order."
         raise _no_corpus(f"a {kind}", "documents in an order", remedy)
-    if isinstance(corpus, Iterable) and not isinstance(corpus, bytes):
+    # An array without axes has an iterator that fails.
+    axes = getattr(corpus, "ndim", 1)
+    if isinstance(corpus, Iterable) and not isinstance(corpus, bytes) and axes:
         _require_no_column(column, f"a {kind}")
         return Corpus("iterable", f"a {kind}", None, corpus)
     expected = f"{_FILES}, a dataset, a table, or an iterable"
