@@ -168,8 +168,18 @@ class AttentionTerm:
     @property
     def held(self) -> int:
         """How many numbers it holds besides those of the model and of the pass."""
-        folded = self.weight.stride(0) != 0
-        return self.weight.numel() if folded else self.value.numel()
+        return self.value.numel() if self.shared else self.weight.numel()
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads have one matrix, which is not copied for each of them."""
+        return self.weight.stride(0) == 0
+
+    @property
+    def folds(self) -> int:
+        """How many vectors `map` multiplies with a matrix: those of the sources, or the weights."""
+        batch, source, head, width = self.value.shape
+        return head * min(batch * source, width)
 
     @property
     def per_pair(self) -> int:
@@ -181,8 +191,12 @@ class AttentionTerm:
         sources = slice(0, self.value.shape[1]) if sources is None else sources
         if self.kept is not None:
             return self.kept[:, sources.start - self.first : sources.stop - self.first]
+        value = self.value[:, sources].transpose(0, 1)
+        if self.shared:  # of one row for each, or the matrix is read once for each head
+            found = value.flatten(0, 2) @ self.weight[0]
+            return found.view(*value.shape[:3], found.shape[1]).transpose(0, 1)
         out = einsum(
-            self.value[:, sources].transpose(0, 1),
+            value,
             self.weight,
             "source batch head d_head, head d_head out -> source batch head out",
         )
@@ -247,8 +261,8 @@ class AttentionTerm:
         """
         if fold is not None:
             return replace(self, weight=fold, kept=None)
-        batch, source, head, _ = self.value.shape
-        if batch * source * head < self.weight.shape[1] * head:
+        batch, source, head, width = self.value.shape
+        if batch * source < width:
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         return replace(self, weight=self.weight @ matrix, kept=None)
@@ -282,13 +296,11 @@ class AttentionTerm:
     def heads(self: T, group: Sequence[int]) -> T:
         """Returns the read of some heads alone."""
         index = list(group)
-        # Where all heads share one matrix it is not copied for each of them.
-        shared = self.weight.stride(0) == 0
         return replace(
             self,
             pattern=self.pattern[:, index],
             value=self.value[:, :, index],
-            weight=self.weight[: len(index)] if shared else self.weight[index],
+            weight=self.weight[: len(index)] if self.shared else self.weight[index],
             kept=None,
         )
 
