@@ -57,11 +57,11 @@ def _centred(matrix: Tensor) -> bool:
     """Whether the rows of a matrix have no mean; those of zeros (ablated heads) are ignored."""
     result, every = False, matrix.flatten(0, -2)
     for rows in (every[:1], *every[1:].split(_ROWS)):  # the first tells in most models
-        size = rows.pow(2).mean(-1).sqrt()
-        rows, size = rows[size > 0], size[size > 0]
-        if not bool((rows.mean(-1).abs() / size < _CENTRED).all()):
+        mean, size = rows.mean(-1).abs(), rows.pow(2).mean(-1).sqrt()
+        some = size > 0
+        if not bool((mean[some] / size[some] < _CENTRED).all()):
             return False
-        result = result or rows.numel() > 0
+        result = result or bool(some.any())
     return result
 
 

@@ -129,8 +129,7 @@ def _each(found: Any, dtype: torch.dtype) -> Any:
 def _product(x: Tensor, held: Tensor) -> Tensor:
     """Returns ``x @ held`` in the precision of ``x``, of matrices."""
     inner, width = held.shape
-    room = STRETCH_BYTES if held.device.type == "cpu" else _DEVICE_STRETCH_BYTES
-    room //= x.element_size()
+    room = _room(x)
     if held.stride(0) <= held.stride(1):  # columns lie together
         out = x.new_empty(len(x), width)
         for part in blocks(width, max(1, room // max(1, inner))):
@@ -147,9 +146,19 @@ def _products(x: Tensor, held: Tensor) -> Tensor:
     if len(x) == 1:
         return _product(x[0], held[0])[None]
     out = x.new_empty(*x.shape[:2], held.shape[2])
-    for into, one, other in zip(out, x, held, strict=True):
-        into.copy_(_product(one, other))
+    some = _room(x) // max(1, held[0].numel())
+    for part in blocks(len(x), some):
+        if some > 0:
+            torch.bmm(x[part], _converted(held[part], x.dtype), out=out[part])
+        else:
+            out[part.start] = _product(x[part.start], held[part.start])
     return out
+
+
+def _room(x: Tensor) -> int:
+    """Returns how many numbers a stretch has."""
+    size = STRETCH_BYTES if x.device.type == "cpu" else _DEVICE_STRETCH_BYTES
+    return size // x.element_size()
 
 
 _PRODUCTS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {

@@ -170,8 +170,18 @@ class AttentionTerm:
     @property
     def held(self) -> int:
         """How many numbers it holds besides those of the model and of the pass."""
-        folded = self.weight.stride(0) != 0
-        return self.weight.numel() if folded else self.value.numel()
+        return self.value.numel() if self.shared else self.weight.numel()
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads have one matrix, which is not copied for each of them."""
+        return self.weight.stride(0) == 0
+
+    @property
+    def folds(self) -> int:
+        """How many vectors `map` multiplies with a matrix: those of the sources, or the weights."""
+        batch, source, head, width = self.value.shape
+        return head * min(batch * source, width)
 
     @property
     def per_pair(self) -> int:
@@ -183,8 +193,12 @@ class AttentionTerm:
         sources = slice(0, self.value.shape[1]) if sources is None else sources
         if self.kept is not None:
             return self.kept[:, sources.start - self.first : sources.stop - self.first]
+        value = self.value[:, sources].transpose(0, 1)
+        if self.shared:  # of one row for each, or the matrix is read once for each head
+            found = value.flatten(0, 2) @ self.weight[0]
+            return found.view(*value.shape[:3], found.shape[1]).transpose(0, 1)
         out = einsum(
-            self.value[:, sources].transpose(0, 1),
+            value,
             self.weight,
             "source batch head d_head, head d_head out -> source batch head out",
         )
@@ -244,8 +258,8 @@ class AttentionTerm:
             keep: Folds it into every head's weight where that is kept for the next call. Paid for
                 once, it counts an eighth: what is done must not depend on which call is the first.
         """
-        batch, source, head, _ = self.value.shape
-        if batch * source * (1 if keep is None else 8) < self.weight.shape[1]:
+        batch, source, head, width = self.value.shape
+        if batch * source * (1 if keep is None else 8) < width:
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
@@ -280,13 +294,11 @@ class AttentionTerm:
     def heads(self: T, group: Sequence[int]) -> T:
         """Returns the read of some heads alone."""
         index = list(group)
-        # Where all heads share one matrix it is not copied for each of them.
-        shared = self.weight.stride(0) == 0
         return replace(
             self,
             pattern=self.pattern[:, index],
             value=self.value[:, :, index],
-            weight=self.weight[: len(index)] if shared else self.weight[index],
+            weight=self.weight[: len(index)] if self.shared else self.weight[index],
             kept=None,
         )
 
