@@ -890,7 +890,7 @@ class Trace:
         self.spans.update(zip(new, spans, strict=True))
 
     def summed(self, sublayer: Sublayer) -> Float[Tensor, "batch target d_model"] | None:
-        """Returns the residual sum that the norm after a sublayer read, where it is at hand exactly.
+        """Returns the residual sum that the norm after a sublayer read, where exactly known.
 
         A half-precision model has rounded it.
         """
