@@ -105,10 +105,12 @@ def decompx(
             vectors do not add up to the model's own residual stream, and for logits those that cap
             them or have a masked-LM head, which is not linear.
 
-    Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
-    for more than a hundred tokens of which none reads a later one. Where a token has many parts at
-    once (`neuron_routes` counts), its slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for
-    its feed-forward block. That takes ``max_bytes`` for all tokens, ``8 n^2 d`` bytes in float32.
+    Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations, of the first one
+    ``2 n^2 (d_mlp + H) d``; little more than half of it for more than a hundred tokens of which
+    none reads a later one. Where a token has many parts at once (`neuron_routes` counts), its
+    slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for its feed-forward block. That takes
+    ``max_bytes`` for all tokens, ``8 n^2 d`` bytes in float32: of the few that fit into less, each
+    would need matrices of its own.
     """
     view, names = as_view(model), ("target", "foil", "generate")
     wanted = any(inputs.get(name) is not None for name in names)
