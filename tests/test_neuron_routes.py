@@ -225,11 +225,11 @@ def test_the_first_block_goes_through_heads_to_the_same_parts(
 ) -> None:
     model, given = zoo.shared(case), zoo.inputs(case)
     tokens = torch.randint(zoo.rows.FIRST_WORD_ID, zoo.rows.D_VOCAB, (2, 12))
-    decoder = {} if given.decoder_tokens is None else {"decoder_input": tokens}
+    decoder = None if given.decoder_tokens is None else tokens
     if passed == "read":
         monkeypatch.setattr(FeedForwardParts, "folded", lambda self: self)
     view = as_view(model)
-    done = run_pass(view, Given(tokens, **decoder), **decompx._needed(view, None))
+    done = run_pass(view, Given(tokens, decoder_input=decoder), **decompx._needed(view, None))
     carried = decompx._carry(done, done.blocks[-1:], "contributor", 2**30)
     for stack in (carried.own, carried.encoder):
         if stack is None:

@@ -20,6 +20,8 @@ from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Tra
 from tl_contextmix.core.token_sums import FrozenNorm, Norm
 
 Parts = Float[Tensor, "batch target part d_model"]
+# Each of its own length.
+Stretches = list[Float[Tensor, "batch _ _ d_model"]]
 
 
 def _pass(norm: FrozenNorm, parts: Parts, constant: bool) -> Parts:
@@ -216,8 +218,8 @@ class FrozenBlock:
         return FrozenBlock(self.block, attentions, ff, ending=ending, lends=self.lends)
 
     def triangle(
-        self, parts: list[Parts], rows: list[slice], entered: dict[int, list[Parts]]
-    ) -> list[Parts]:
+        self, parts: Stretches, rows: list[slice], entered: dict[int, Stretches]
+    ) -> Stretches:
         """Returns the parts of its output by stretches of targets, none of which reads later ones.
 
         A stretch has the parts of the tokens up to its last target alone, and all of them at once:
