@@ -412,7 +412,8 @@ def _carry(forward_pass: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: 
 def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     """Returns how many tokens fit: neurons of each branch twice, and eight streams per position.
 
-    And one for each layer whose values are used again.
+    And one for each layer whose values are used again. About as much as one token takes is held of
+    all of them in the first block.
     """
     x = max((forward_pass.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
@@ -420,7 +421,7 @@ def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     lenders = {attention.lender for block in every for attention in block.attentions} - {None}
     streams = (8 + len(lenders)) * x.shape[2]
     per_token = x.shape[0] * x.shape[1] * (neurons + streams) * x.element_size()
-    return max(1, max_bytes // per_token)
+    return max(1, max_bytes // per_token - 1)
 
 
 def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list[Tensor]) -> None:
