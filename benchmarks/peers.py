@@ -143,7 +143,8 @@ PEERS = (
         _BERT_MODEL,
         _norms,
         shown="attention_norms, mlp_in",
-        note="three calls of ours, one of theirs, which has two more ratios",
+        note="three calls of ours, each with a pass of "
+        "its own; one of theirs, which has two more ratios",
     ),
     Peer(
         "globenc",
@@ -154,7 +155,8 @@ PEERS = (
         _BERT_MODEL,
         _map("globenc", cm.globenc),
         shown="globenc",
-        note="theirs returns the maps of Kobayashi et al. with it",
+        note="theirs returns the maps of Kobayashi et al. with it, "
+        "and weights vectors one number at a time: no product",
     ),
     Peer(
         "alti",
@@ -217,7 +219,8 @@ PEERS = (
         _edges,
         n=32,
         shown="information_flow_routes",
-        note="theirs adds b_V twice and floors every share; ours also says what reaches the answer",
+        note="theirs adds b_V twice and floors every share; ours also "
+        "freezes the model and descends it twice: what reaches the answer",
     ),
     Peer(
         "mine_triggers",

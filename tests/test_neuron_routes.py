@@ -23,10 +23,15 @@ from meters import flops
 from run import measure, ours
 
 import tl_contextmix as cm
+from tl_contextmix.adapters import as_view
+from tl_contextmix.adapters.inputs import Given, run_pass
 from tl_contextmix.core import neuron_routes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts
+from tl_contextmix.core.first_block import first_parts
+from tl_contextmix.core.first_block import parts_of as parts_after
+from tl_contextmix.core.frozen_blocks import freeze, own_parts
 from tl_contextmix.core.neuron_routes import Costs, Route
 from tl_contextmix.engine.parts import POINTS, linear_points, parts_at
 from tl_contextmix.methods import decompx, norms
@@ -212,6 +217,60 @@ def test_decompx_of_a_long_input_takes_fewer(
     assert three[0].peak_bytes <= 4 * 5 * 172**2 // 2 * 64 * 4
     found, tight = (more.flops - less.flops for more, less in zip(three, one, strict=True))
     assert tight >= 1.7 * found
+
+
+@pytest.mark.parametrize("case", zoo.kinds(), ids=str)
+@pytest.mark.parametrize("passed", ["through heads", "read"])
+def test_the_first_block_goes_through_heads_to_the_same_parts(
+    case: zoo.Case, passed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = zoo.shared(case), zoo.inputs(case)
+    tokens = torch.randint(zoo.rows.FIRST_WORD_ID, zoo.rows.D_VOCAB, (2, 12))
+    decoder = None if given.decoder_tokens is None else tokens
+    if passed == "read":
+        monkeypatch.setattr(FeedForwardParts, "folded", lambda self: self)
+    view = as_view(model)
+    done = run_pass(view, Given(tokens, decoder_input=decoder), **decompx._needed(view, None))
+    carried = decompx._carry(done, done.blocks[-1:], "contributor", 2**30)
+    for stack in (carried.own, carried.encoder):
+        if stack is None:
+            continue
+        block = stack.blocks[0]
+        x = done.trace.resid_in(block.block)
+        with torch.no_grad():
+            begun = first_parts(block, x)
+            expected = block(own_parts(x, slice(0, 12)), None, {})
+            for targets, sources in ((slice(0, 12), slice(3, 8)), (slice(5, 12), slice(0, 12))):
+                found = parts_after(begun, targets, sources)
+                wanted = expected[:, targets, sources]
+                torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_one_product_for_each_pair_of_the_first_block(causal: bool) -> None:
+    """W_out's, and mixing heads: what `attention_norms` takes, too."""
+    sizes = Sizes(96, d=64, heads=4, m=256, causal=causal, post_norm=not causal)
+    block, trace = build(sizes)
+    (attention,), x = block.attentions, trace.resid_in(block)
+    weights = {name: attention.weights(name) for name in ("W_O", "b_O")}
+    weights["W_V"] = torch.randn(4, 64, 16)
+    block = replace(block, attentions=(replace(attention, weights=weights.get),))
+    with torch.no_grad():
+        frozen, _ = freeze(block, trace, torch.zeros_like(x), None, False)
+        work = partial(first_parts, frozen, x)
+        chunks = [slice(start, start + 16) for start in range(0, 96, 16)]
+        reached = [slice(one.start if causal else 0, 96) for one in chunks]
+        begun = work()
+        count = sum(
+            flops(partial(parts_after, begun, *one), elementwise=False)
+            for one in zip(reached, chunks, strict=True)
+        )
+        fold = flops(work, elementwise=False)
+    pairs = 16 * sum(one.stop - one.start for one in reached)
+    own = 2 * 96 * 64 * (256 + 64)  # each token's values through the folded weights, and W_O
+    assert count == pairs * 2 * (256 * 64 + 4 * (256 + 64)) + own
+    # W_V, W_O into W_in, and each token's own path.
+    assert fold == 2 * 96 * 64 * 64 + 2 * 64 * 64 * 256 + 2 * 96 * 64 * 256
 
 
 # In bfloat16

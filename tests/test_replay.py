@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -285,6 +287,40 @@ def test_every_edit_of_a_weight_is_seen() -> None:
         found = cm.value_zeroing(model, tokens, metric="euclidean").scores
         fresh = cm.value_zeroing(copy.deepcopy(model), tokens, metric="euclidean").scores
         torch.testing.assert_close(found, fresh, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "ask",
+    [cm.attention_norms, cm.decompx, partial(cm.decompose, at="block_out")],
+    ids=["attention_norms", "decompx", "decompose"],
+)
+def test_maps_keep_and_use_the_same_folds(ask: Callable[..., Any]) -> None:
+    tokens, model, other = torch.arange(3, 35)[None], *map(cm.load_demo, ["causal-lm"] * 2)
+    (block, *others), asked = as_view(model).blocks(), partial(ask, model, tokens)
+    once, again = operations(asked), operations(asked)
+    size = block.feed_forward.branches()[0][0].numel() * block.attentions[0].W_O[..., 0].numel()
+    # Past the first block DecompX carries what has many parts already.
+    assert once - again == 2 * size * (1 if ask is cm.decompx else 1 + len(others))
+    cm.value_zeroing(other, tokens)
+    assert operations(partial(ask, other, tokens)) == again
+    before, weight = numbers(asked()), block.attentions[0].W_O
+    weight.data[1] = weight.data[1].flip(0)  # no version counter sees this
+    after = numbers(asked())
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, numbers(ask(copy.deepcopy(model), tokens)))
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Products of matrices."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def numbers(found: Any) -> Tensor:
+    """The numbers of a map or of a decomposition."""
+    return found.parts if hasattr(found, "parts") else found.scores
 
 
 @pytest.mark.once

@@ -213,9 +213,16 @@ class AttentionSublayer:
         edit = trace.edit(self.edits.raw)
         return shift(shift(out, self.b_O), None if edit is None else edit[:, rows])
 
-    def output(self, trace: Trace) -> Float[Tensor, "batch target d_model"]:
-        """Returns what the sublayer adds to the residual stream."""
-        out = self.raw_output(trace)
+    def output(
+        self, trace: Trace, raw: Float[Tensor, "batch target d_model"] | None = None
+    ) -> Float[Tensor, "batch target d_model"]:
+        """Returns what the sublayer adds to the residual stream.
+
+        Args:
+            trace: The pass.
+            raw: `raw_output`, where it is known already.
+        """
+        out = self.raw_output(trace) if raw is None else raw
         out = out if self.norm_out is None else self.norm_out(out)
         return shift(out, trace.edit(self.edits.out))
 
@@ -755,9 +762,8 @@ class Block:
         """
         stream = trace.resid_in(self)
         for place, sublayer in enumerate(self.sublayers[:sublayers], start=1):
-            stream = shift(stream + sublayer.output(trace), trace.edit(sublayer.edits.stream))
-            if sublayer.norm_after is not None and (normed or place < sublayers):
-                stream = sublayer.norm_after(stream)
+            out, last = sublayer.output(trace), place == sublayers
+            stream = after(stream, sublayer, out, trace, normed=normed or not last)
         return stream
 
 
@@ -890,9 +896,9 @@ class Trace:
         self.spans.update(zip(new, spans, strict=True))
 
     def summed(self, sublayer: Sublayer) -> Float[Tensor, "batch target d_model"] | None:
-        """Returns the residual sum that the norm after a sublayer read, where exactly known.
+        """Returns the residual sum that the norm after a sublayer read, where it was kept.
 
-        A half-precision model has rounded it.
+        None of a half-precision model, which has rounded it.
         """
         kept = [self.values[name] for name in sum_names(sublayer) if name in self.values]
         return kept[0] if kept and kept[0].dtype == self.dtype else None
@@ -997,6 +1003,18 @@ class Trace:
             return None
         plain, found = self.mix(attention), self[attention.mixed]
         return (found * plain).sum(-1) / plain.square().sum(-1).clamp(min=1e-30)
+
+
+def after(
+    stream: Float[Tensor, "batch target d_model"],
+    sublayer: Sublayer,
+    out: Float[Tensor, "batch target d_model"],
+    trace: Trace,
+    normed: bool = True,
+) -> Float[Tensor, "batch target d_model"]:
+    """Returns the residual stream after a sublayer of a pass, given its output; see `written`."""
+    stream = shift(stream + out, trace.edit(sublayer.edits.stream))
+    return sublayer.norm_after(stream) if normed and sublayer.norm_after is not None else stream
 
 
 def require_weight(weights: Weights, name: str) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace
+from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, after
 from tl_contextmix.core.token_sums import FrozenNorm, blocks
 
 
@@ -93,23 +93,26 @@ class _State:
         trace: Trace,
     ) -> _State:
         """Returns the state after some sublayers of a block."""
-        sublayers = block.sublayers[some]
-        value = block.written(trace, some.stop)
-        added = sum(one.output(trace) for one in sublayers)
-        ff = [one for one in sublayers if isinstance(one, FeedForward)]
+        value, added, attentions, ff = before, 0.0, [], None
+        for one in block.sublayers[some]:
+            if isinstance(one, AttentionSublayer):
+                raw = one.raw_output(trace)
+                out = one.output(trace, raw)
+                attentions.append((one, FrozenNorm.at(one.norm_out, raw)))
+            else:
+                out = one.output(trace)
+            if isinstance(one, FeedForward):
+                ff = one, out[0]
+            value, added = after(value, one, out, trace), added + out
         return cls(
             kind=kind,
             layer=block.layer,
             before=before[0],
             value=value[0],
-            norm=FrozenNorm.at(sublayers[-1].norm_after, before + added),
-            attentions=tuple(
-                (one, FrozenNorm.at(one.norm_out, one.raw_output(trace)))
-                for one in sublayers
-                if isinstance(one, AttentionSublayer)
-            ),
-            feed_forward=ff[0].output(trace)[0] if ff else None,
-            writer=ff[0].kind if ff else "mlp",
+            norm=FrozenNorm.at(block.sublayers[some][-1].norm_after, before + added),
+            attentions=tuple(attentions),
+            feed_forward=None if ff is None else ff[1],
+            writer="mlp" if ff is None else ff[0].kind,
         )
 
 

@@ -120,9 +120,10 @@ class Folds:
         if not self.checked:
             self._drop_stale()
             self.checked = True
-        if name not in kept:
-            kept[name] = (_marks(W_O, W_in), W_O @ W_in)
-        return kept[name][1]
+        known = kept.get(name)
+        if known is None:
+            known = kept[name] = (_marks(W_O, W_in), W_O @ W_in)
+        return known[1]
 
     def _drop_stale(self) -> None:
         found, known = list[Tensor](), list[tuple[dict[str, tuple[Tensor, ...]], str]]()
@@ -133,7 +134,7 @@ class Folds:
             same = torch.stack([one.to(found[0].device) for one in found]).tolist()
             for (folds, name), holds in zip(known, same, strict=True):
                 if not holds:
-                    del folds[name]
+                    folds.pop(name, None)
 
 
 def _kept(block: Block) -> Iterator[tuple[dict[str, tuple[Tensor, ...]], str, Tensor, Tensor]]:

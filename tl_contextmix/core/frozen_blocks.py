@@ -20,6 +20,8 @@ from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Tra
 from tl_contextmix.core.token_sums import FrozenNorm, Norm
 
 Parts = Float[Tensor, "batch target part d_model"]
+# Each of its own length.
+Stretches = list[Float[Tensor, "batch _ _ d_model"]]
 
 
 def _pass(norm: FrozenNorm, parts: Parts, constant: bool) -> Parts:
@@ -216,8 +218,8 @@ class FrozenBlock:
         return FrozenBlock(self.block, attentions, ff, ending=ending, lends=self.lends)
 
     def triangle(
-        self, parts: list[Parts], rows: list[slice], entered: dict[int, list[Parts]]
-    ) -> list[Parts]:
+        self, parts: Stretches, rows: list[slice], entered: dict[int, Stretches]
+    ) -> Stretches:
         """Returns the parts of its output by stretches of targets, none of which reads later ones.
 
         A stretch has the parts of the tokens up to its last target alone, and all of them at once:
@@ -292,10 +294,12 @@ def freeze(
     attentions, streams = [], [stream]
     for sublayer in block.attentions:
         lender, read = (None, None) if lent is None else (lent[0], lent[1][:, :, None])
-        frozen = _freeze_attention(sublayer, trace, stream, lender)
+        raw = sublayer.raw_output(trace)
+        after = stream + sublayer.output(trace, raw)
+        frozen = _freeze_attention(sublayer, trace, stream, raw, after, lender)
         attentions.append(frozen)
         parts = frozen(parts, memory, constant=True, lent=read)
-        stream = stream + sublayer.output(trace)
+        stream = after
         stream = stream if sublayer.norm_after is None else sublayer.norm_after(stream)
         streams.append(stream)
     ff = ending = None
@@ -319,15 +323,20 @@ def freeze(
 
 
 def _freeze_attention(
-    sublayer: AttentionSublayer, trace: Trace, stream: Tensor, lender: FrozenAttention | None
+    sublayer: AttentionSublayer,
+    trace: Trace,
+    stream: Tensor,
+    raw: Tensor,
+    after: Tensor,
+    lender: FrozenAttention | None,
 ) -> FrozenAttention:
-    raw, norm_in = sublayer.raw_output(trace), FrozenNorm.at(sublayer.norm_in, stream)
+    norm_in = FrozenNorm.at(sublayer.norm_in, stream)
     return FrozenAttention(
         sublayer=sublayer,
         pattern=trace.mixing(sublayer),
         norm_in=norm_in,
         norm_out=FrozenNorm.at(sublayer.norm_out, raw),
-        norm_after=FrozenNorm.at(sublayer.norm_after, stream + sublayer.output(trace)),
+        norm_after=FrozenNorm.at(sublayer.norm_after, after),
         value_scale=None if lender else sublayer.value_scale(norm_in.affine(stream)),
         gate=trace.gate(sublayer),
         lender=lender,
@@ -357,8 +366,10 @@ def freeze_feed_forward(
     # Which features pass is decided by a hair: by those of the pass, not by rounding.
     total = [trace[ff.pre]] if ff.missing and trace is not None else total
     slopes, constant = ff.linearise(ff.pre_activations(norm_in.affine(bias)), total, fixed)
-    out = ff.write(ff.activate(total)) + ff.constant()
-    out = out + trace[ff.missing] if ff.missing and trace is not None else out
+    out = stream
+    if ff.norm_out is not None or ff.norm_after is not None:  # no scale depends on it elsewhere
+        out = ff.write(ff.activate(total)) + ff.constant()
+        out = out + trace[ff.missing] if ff.missing and trace is not None else out
     norm_out = FrozenNorm.at(ff.norm_out, out)
     return FrozenFeedForward(
         sublayer=ff,

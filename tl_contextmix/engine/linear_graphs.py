@@ -10,7 +10,7 @@ from tl_contextmix.adapters.inputs import Given
 from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.blocks import IDENTITIES
 from tl_contextmix.core.frozen_blocks import freeze_stack
-from tl_contextmix.core.linear_graph import LinearGraph, Place
+from tl_contextmix.core.linear_graph import LinearGraph, Place, Pulled
 from tl_contextmix.core.linear_steps import LinearStack
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.engine.log_prob_scores import AskedPass, Prediction, run_question
@@ -54,8 +54,12 @@ def run_single(view: ModelView, given: Given, answer: Answer) -> AskedPass:
     return asked
 
 
-def require_linear(view: ModelView, whole: LinearGraph) -> None:
-    """Raises UnsupportedModel unless what enters the model and biases add up to the score."""
+def require_linear(view: ModelView, whole: LinearGraph) -> Pulled:
+    """Returns the gradients of everything that is written.
+
+    Raises:
+        UnsupportedModel: Unless what enters the model and biases add up to the score.
+    """
     pulled = whole.pull()
     parts = [whole.scores(pulled, index, -1).flatten() for index in range(len(whole.stacks))]
     parts += [bias.reshape(1) for bias in pulled.biases.values()]
@@ -63,6 +67,7 @@ def require_linear(view: ModelView, whole: LinearGraph) -> None:
     require_sums(
         view, float((every.sum() - whole.score).abs() / every.abs().sum().clamp(min=1e-30))
     )
+    return pulled
 
 
 def require_sums(view: ModelView, error: float) -> None:

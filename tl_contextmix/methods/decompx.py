@@ -105,10 +105,12 @@ def decompx(
             vectors do not add up to the model's own residual stream, and for logits those that cap
             them or have a masked-LM head, which is not linear.
 
-    Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations; little more than half of it
-    for more than a hundred tokens of which none reads a later one. Where a token has many parts at
-    once (`neuron_routes` counts), its slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for
-    its feed-forward block. That takes ``max_bytes`` for all tokens, ``8 n^2 d`` bytes in float32.
+    Cost per layer: ``2 n^3 d + n^2 (4 d^2 + 4 d d_mlp)`` operations, of the first one
+    ``2 n^2 (d_mlp + H) d``; little more than half of it for more than a hundred tokens of which
+    none reads a later one. Where a token has many parts at once (`neuron_routes` counts), its
+    slopes are folded into the weights: ``2 d^2 (d_mlp + n)`` for its feed-forward block. That takes
+    ``max_bytes`` for all tokens, ``8 n^2 d`` bytes in float32: of the few that fit into less, each
+    would need matrices of its own.
     """
     view, names = as_view(model), ("target", "foil", "generate")
     wanted = any(inputs.get(name) is not None for name in names)
@@ -410,7 +412,8 @@ def _carry(forward_pass: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: 
 def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     """Returns how many tokens fit: neurons of each branch twice, and eight streams per position.
 
-    And one for each layer whose values are used again.
+    And one for each layer whose values are used again. About as much as one token takes is held of
+    all of them in the first block.
     """
     x = max((forward_pass.trace.resid_in(block) for block in every), key=lambda x: x.shape[1])
     ff = every[0].feed_forward
@@ -418,7 +421,7 @@ def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
     lenders = {attention.lender for block in every for attention in block.attentions} - {None}
     streams = (8 + len(lenders)) * x.shape[2]
     per_token = x.shape[0] * x.shape[1] * (neurons + streams) * x.element_size()
-    return max(1, max_bytes // per_token)
+    return max(1, max_bytes // per_token - 1)
 
 
 def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list[Tensor]) -> None:

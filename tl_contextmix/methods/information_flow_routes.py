@@ -78,7 +78,7 @@ def information_flow_routes(
         prediction = asked.prediction("frozen+beta", max_bytes)
         view, trace = prediction.view, asked.forward_pass.trace
         whole = linear_graph(asked, prediction, False)
-        require_linear(view, whole)
+        pulled = require_linear(view, whole)
         pos = int(prediction.stream.rows[0])
         stacks = [view.stacks[stack.name] for stack in whole.stacks]
         routes = find_routes(stacks, trace, pos, threshold, max_bytes)
@@ -87,7 +87,6 @@ def information_flow_routes(
         edges = whole.slope.new_zeros(len(found), len(found))
         for (target, source), share in routes.edges.items():
             edges[number[target], number[source]] = share
-        pulled = whole.pull()
         nodes = tuple(_named(prediction, trace, node) for node in found)
         written = places_of(whole, [node for node in nodes if node.written])
         return AttributionGraph(

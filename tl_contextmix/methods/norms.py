@@ -153,7 +153,8 @@ def attention_norms(
     ``max_bytes``, once for all of its points. The [target, source, d_model] tensor is never built.
     Of ReLU neurons only active ones count where they are few. A target of many sources has its
     slopes folded into the weights where that is cheaper (from about 1,000 of them in GPT-2 small):
-    ``2 d^2 (d_mlp + n)`` for each.
+    ``2 d^2 (d_mlp + n)`` for each. W_O folded into W_in, ``2 d^2 d_mlp``, is kept as by
+    `value_zeroing`.
     """
     points: list[Point] = [at] if isinstance(at, str) else [*at]
     _require_heads(heads, points)
