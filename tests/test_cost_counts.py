@@ -21,6 +21,7 @@ import tables
 
 import tl_contextmix as cm
 from tl_contextmix.engine import registry
+from tl_contextmix.engine.parts import POINTS
 
 pytestmark = pytest.mark.once
 
@@ -71,7 +72,7 @@ def maps() -> dict[str, Callable[..., Any]]:
         for name, options in known.compared.items()
         if known.name != "attention_flow"
     }
-    norms = partial(cm.attention_norms, at=["attn_out", "resid_mid", "mlp_in", "mlp_out"])
+    norms = partial(cm.attention_norms, at=POINTS)
     # As many steps as one workspace has room for in 32 sentences.
     integrated = partial(found["integrated_gradients"], steps=10, max_bytes=2**31)
     others = {"attention_norms": norms, "integrated_gradients": integrated}
