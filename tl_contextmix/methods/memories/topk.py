@@ -122,7 +122,8 @@ class TopK:
         # Of a few entries, not of the whole mask, which takes longer than the comparison.
         better = counted.index_select(0, rows) & ((values > worst) | (found[1] < last))
         if not bool(better.all()):
-            columns, *found = (entry[better] for entry in (columns, *found))
+            some = better.nonzero()[:, 0]  # a mask's size is asked of a GPU at every use
+            columns, *found = (entry[some] for entry in (columns, *found))
         self._insert(columns, found)
 
     def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
