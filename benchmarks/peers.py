@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from memories import K, documents_of, miner_of
-from meters import command_line, flops, seconds, show
+from meters import command_line, flops, machine, seconds, show
 from processes import Process
 from safetensors.torch import load_file, save_file
 from saved_models import WIDE, Subject, saved, zoo_build
@@ -349,7 +349,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        show(tables.peers({"peers": all_peers(given.peers, given.runs, given.rows)}))
+        rows = all_peers(given.peers, given.runs, given.rows)
+    show(tables.peers({"peers": rows, "peers machine": machine()}))
 
 
 if __name__ == "__main__":

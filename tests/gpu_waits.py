@@ -30,8 +30,6 @@ _BY_MASK = {"index", "index_put", "index_put_"}
 # method that is not named waits as often for four layers as for two. Numbers may only fall: lower
 # them here when they do.
 PER_LAYER = {
-    # The few pairs whose heads nearly cancel, which are computed anew.
-    "globenc": 1,
     # Which sources are followed in a layer depends on what was in the layer above.
     "information_flow_routes": 1,
 }

@@ -10,6 +10,7 @@ import oracles_baselines as oracle
 import pytest
 import torch
 import zoo
+import zoo_build
 from asked import bound, host_trace, keywords, relative, stacks, view_of
 from torch import Tensor
 
@@ -122,6 +123,27 @@ def test_globenc_without_norms_behind_the_sums_is_the_norm_at_resid_mid(case: zo
     found = globenc(model, given.tokens, **kwargs).scores
     middle = cm.attention_norms(model, given.tokens, at="resid_mid", **kwargs).scores
     assert (relative(found, middle) <= 1e-12) == (not post)
+
+
+@pytest.mark.once
+def test_globenc_computes_layers_anew_in_which_heads_cancel() -> None:
+    """One of several layers: heads that read the same, and write opposites but for a little."""
+    hf = zoo.hf_model("gpt2")
+    attn = hf.transformer.h[1].attn
+    with torch.no_grad():
+        for read in (attn.c_attn.weight.view(32, 3, 4, 8), attn.c_attn.bias.view(1, 3, 4, 8)):
+            read[:, :, 1:] = read[:, :, :1]
+        written = attn.c_proj.weight.view(4, 8, 32)
+        written[1::2] = (1e-6 - 1) * written[::2]
+    with zoo_build.quiet():
+        tokenizer = zoo_build.rows.FAMILIES["gpt2"].tokenizer
+        model = zoo_build.bridge(hf, tokenizer, dtype=torch.float64, processed=False)
+    tokens = zoo.inputs(family("gpt2")).tokens
+    expected = cm.decompose(model, tokens, at="resid_mid").norms().scores
+    assert float(expected[:, 1, 0].tril(-1).max()) < 1e-5
+    assert relative(globenc(model, tokens).scores, expected) <= 1e-12
+    layer = globenc(model, tokens, layer=1).scores
+    assert relative(layer.tril(-1), expected[:, 1:2].tril(-1)) <= 1e-9
 
 
 # All layers: DecompX

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_estimate import LENS, PER_METHOD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("tables", reason="the benchmarks are part of the repository only")
 
 import methods
 import tables
+
+import tl_contextmix as cm
+from tl_contextmix.engine import registry
+from tl_contextmix.engine.parts import POINTS
 
 pytestmark = pytest.mark.once
 
@@ -37,6 +45,48 @@ def test_every_method_of_a_model_is_counted() -> None:
     known = {name.split(",")[0] for name in methods.METHODS}
     # Its vectors are those of decompx, which takes their norms.
     assert {name.split()[0] for name in (*PER_METHOD, *LENS)} - known == {"decompx_vectors"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, whatever their size."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(work: Callable[[], object]) -> int:
+    """How many operators a piece of work takes."""
+    with Operators() as seen:
+        work()
+    return seen.count
+
+
+def maps() -> dict[str, Callable[..., Any]]:
+    """Every method that returns a map, but flows: those are solved one by one, by no operator."""
+    found = {
+        name: partial(known.function, **options, **({"target": 5} if known.of_prediction else {}))
+        for known in registry.methods().values()
+        for name, options in known.compared.items()
+        if known.name != "attention_flow"
+    }
+    norms = partial(cm.attention_norms, at=POINTS)
+    # As many steps as one workspace has room for in 32 sentences.
+    integrated = partial(found["integrated_gradients"], steps=10, max_bytes=2**31)
+    others = {"attention_norms": norms, "integrated_gradients": integrated}
+    return found | others | {"mixing_ratio": cm.mixing_ratio, "decompose": cm.decompose}
+
+
+@pytest.mark.parametrize("name", maps())
+def test_a_list_of_like_length_costs_a_fifth_of_a_loop(name: str) -> None:
+    """In operators, of which short texts are made, their overhead: 32 sentences."""
+    model, ask = cm.load_demo("causal-lm"), maps()[name]
+    sentences = torch.randint(5, 100, (32, 6), generator=torch.Generator().manual_seed(0))
+    ask(model, sentences[:1])
+    loop = 32 * operators(lambda: ask(model, sentences[:1]))
+    assert operators(lambda: ask(model, sentences)) <= loop / 5
 
 
 def test_exponents_are_those_of_a_power_law() -> None:

@@ -264,7 +264,7 @@ def test_as_many_sources_at_a_time_as_the_budget_has_room_for() -> None:
         seen.clear()
         whole = read._gram_norms
         with mock.patch.object(
-            AttentionTerm, "_gram_norms", lambda _, s: seen.append(s) or whole(s)
+            AttentionTerm, "_gram_norms", lambda _, s, all: seen.append(s) or whole(s, all)
         ):
             read.norms(max_bytes)
         return [sources.stop - sources.start for sources in seen]

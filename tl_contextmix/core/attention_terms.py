@@ -96,8 +96,8 @@ class GatedTerm(AttentionTerm):
         heads = range(self.pattern.shape[1])
         return torch.stack([self.heads([head]).norms(0) for head in heads], dim=1)
 
-    def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
-        """Returns the norm of the sum over heads, some sources at a time."""
+    def norms(self, max_bytes: int, *, whole: bool = True) -> Float[Tensor, "batch target source"]:
+        """Returns the norm of the sum over heads, some sources at a time; always whole."""
         batch, _, target, source = self.pattern.shape
         size = batch * target * self.pattern.element_size()
         out = self.pattern.new_empty(batch, target, source)

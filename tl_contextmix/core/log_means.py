@@ -71,7 +71,7 @@ def _expected(
     numbers: Float[Tensor, "*some tile"], probs: Float[Tensor, "*one tile"]
 ) -> Float[Tensor, "*some"]:
     """Returns sums of numbers times probabilities, of all rows or of each."""
-    if probs.ndim == 2 and len(probs) != 1:
+    if probs.numel() != probs.shape[-1]:
         return (numbers * probs).sum(dim=-1)
     return numbers @ probs.flatten()
 

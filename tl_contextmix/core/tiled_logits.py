@@ -329,8 +329,7 @@ class Vocabulary:
         rows, tile = self._tiles(count)
         if self.nonlinear:
             return self._each_neuron(base, vectors, coefficients, rows)
-        each = range(len(base))
-        before = torch.cat([self.log_probs(base[row : row + 1], row) for row in each])
+        before = torch.cat([self.log_probs(x[None], row) for row, x in enumerate(base)])
         scaled = coefficients / self.divisor[:, None]
         result = torch.empty_like(coefficients)
         for part in blocks(count, rows):
@@ -341,10 +340,11 @@ class Vocabulary:
                 def add_to(mean: LogMean, moved: Tensor = moved, some: Tensor = some) -> None:
                     for columns in blocks(self.weight.shape[1], tile):
                         shift = moved @ self.weight[:, columns]
-                        for row in each:
-                            for sources in blocks(some.shape[1], rows * tile // shift.numel()):
-                                change = some[row, sources, :, None] * shift
-                                mean.add((row, sources), before[row, columns], change)
+                        fit = rows * tile // shift.numel()
+                        for here in blocks(len(base), fit // some.shape[1]):
+                            for sources in blocks(some.shape[1], fit):
+                                change = some[here, sources, :, None] * shift
+                                mean.add((here, sources), before[here, None, None, columns], change)
 
                 rest = log_mean(some, add_to, self.reach)
             else:

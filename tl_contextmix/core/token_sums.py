@@ -307,22 +307,22 @@ class AttentionTerm:
         norms = rearrange(self.vectors().norm(dim=-1), "batch source head -> batch head 1 source")
         return self.pattern.abs() * norms / self.scale[:, None]
 
-    def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
+    def norms(self, max_bytes: int, *, whole: bool = True) -> Float[Tensor, "batch target source"]:
         r"""Returns the norm of the sum over heads, from inner products between heads.
 
         :math:`||F_{ij}||^2 = A_{:ij}^T G_j A_{:ij}` with :math:`G_j[h,k] = <u_{hj}, u_{kj}>`.
         Pairs in which the heads nearly cancel are computed directly instead, because the square
-        has then lost its digits.
+        has then lost its digits; without ``whole``, which a GPU waits for, they are NaN.
         """
         batch, head, target, source = self.pattern.shape
         size = self.pattern.element_size()
         per_source = batch * size * (3 * target * head + head * (self.weight.shape[2] + head))
         out = self.pattern.new_empty(batch, target, source)
         for sources in blocks(source, max_bytes // max(per_source, 1)):
-            out[:, :, sources] = self._gram_norms(sources)
+            out[:, :, sources] = self._gram_norms(sources, whole)
         return out / self.scale
 
-    def _gram_norms(self, sources: slice) -> Tensor:
+    def _gram_norms(self, sources: slice, whole: bool) -> Tensor:
         vectors = self.vectors(sources).transpose(0, 1)
         pattern = rearrange(
             self.pattern[..., sources], "batch head target source -> source batch target head"
@@ -335,9 +335,11 @@ class AttentionTerm:
         lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         bound = (pattern.abs() @ lengths[..., None])[..., 0]
         limit = torch.finfo(square.dtype).eps ** 0.2
-        weak = ((square < (limit * bound) ** 2) & (bound > 0)).nonzero()
+        weak = (square < (limit * bound) ** 2) & (bound > 0)
         norms = square.clamp(min=0).sqrt()
-        for chunk in weak.split(4096):
+        if not whole:
+            return norms.masked_fill_(weak, torch.nan).permute(1, 2, 0)
+        for chunk in weak.nonzero().split(4096):
             j, b, i = chunk.unbind(1)
             direct = einsum(pattern[j, b, i], vectors[j, b], "pair head, pair head out -> pair out")
             norms[j, b, i] = direct.norm(dim=-1)
@@ -498,14 +500,14 @@ class TokenSum:
             here = torch.arange(low, high, device=block.device)
             block[:, here - columns.start, here - rows.start] += self.own[:, low:high, neurons]
 
-    def norms(self, max_bytes: int) -> Float[Tensor, "batch target source"]:
-        """Returns the norm of every part, without building the parts."""
+    def norms(self, max_bytes: int, *, whole: bool = True) -> Float[Tensor, "batch target source"]:
+        """Returns the norm of every part, without building the parts; see `AttentionTerm.norms`."""
         size = sum(read.value[..., 0].numel() for read in self.terms) * self.bias.shape[-1]
         fits = size * self.bias.element_size() <= max_bytes // 4
         token_sum = self.ready() if fits else self
         found = []
         for read, _, owned in token_sum.segments():
-            norms = read.norms(max_bytes)
+            norms = read.norms(max_bytes, whole=whole)
             if owned:
                 norms.diagonal(dim1=1, dim2=2).copy_(token_sum.diagonal().norm(dim=-1))
             found.append(norms)

@@ -79,11 +79,12 @@ def globenc(
         needs={"mixing", "attn", "read", "mlp", "block"},
     )
 
-    def norms(part: Pass, block: Block) -> Tensor:
+    def norms(part: Pass, block: Block, whole: bool = True) -> Tensor:
         stream = linear_points(block, part.trace, part.stack)["residual"]
-        return _without_output(block, stream, part.trace).norms(max_bytes)[:, None]
+        return _without_output(block, stream, part.trace).norms(max_bytes, whole=whole)[:, None]
 
-    scores = forward_pass.by_block("globenc", "batch head target source:block_out", norms)
+    axes, first = "batch head target source:block_out", partial(norms, whole=False)
+    scores = forward_pass.by_block("globenc", axes, first, anew=norms)
     return forward_pass.map("globenc", scores, "block_out", "norm")
 
 

@@ -142,8 +142,9 @@ def integrated_gradients(
         steps: Points of the path.
         of: See `gradient_x_input`.
         score: See `gradient_x_input`.
-        max_bytes: Bound on what points of the path take that are computed as one batch. One at
-            least is; and one after the other where hooks of your own look on.
+        max_bytes: Bound on what points of the path take that are computed as one batch, those of
+            all sentences together: where one sentence's fill it, a list costs what a loop does. One
+            at least is; and one after the other where hooks of your own look on.
         **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask, padding and the like, see
             `TokenInputs`.
 

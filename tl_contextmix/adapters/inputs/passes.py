@@ -191,6 +191,8 @@ class Pass:
         axes: str,
         compute: Callable[[Pass, Block], Tensor],
         rows: Sequence[int] | None = None,
+        *,
+        anew: Callable[[Pass, Block], Tensor] | None = None,
     ) -> Tensor:
         """Returns a tensor of every block, stacked after the batch; without gradients.
 
@@ -199,11 +201,16 @@ class Pass:
             axes: Names of the axes of the tensor of one block, see `together`.
             compute: Returns it for a block of a part.
             rows: See `together`.
+            anew: Computes it again where it has NaN.
         """
         batch, others = axes.split(maxsplit=1)
 
         def blocks(part: Pass) -> dict[str, tuple[str, Tensor]]:
             found = [compute(part, block) for block in part.progress(what)]
+            if anew is not None:
+                odd = torch.stack([one.isnan().any() for one in found]).tolist()
+                each = zip(found, part.blocks, odd, strict=True)
+                found = [anew(part, block) if again else one for one, block, again in each]
             return {what: (f"{batch} layer {others}", torch.stack(found, dim=1))}
 
         with torch.no_grad():

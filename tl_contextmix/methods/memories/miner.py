@@ -243,7 +243,7 @@ class Miner:
             tops,
             [one.flatten(0, 1) for one in values],
             counted.flatten(),
-            lambda rows, *_: tuple(entry[rows] for entry in flat),
+            lambda rows, *_: tuple(entry.index_select(0, rows) for entry in flat),
         )
 
     @staticmethod

@@ -105,21 +105,26 @@ class TopK:
         """Takes in new values of all columns."""
         k = self.values.shape[1]
         limit = self.values[:, -1].clamp(min=_smallest(scores.dtype))
-        hit = (scores >= limit) & counted[:, None]
+        hit = scores >= limit
         # At the start everything is high enough: the k highest of this batch are all that can stay.
         most = 2 * k * scores.shape[1]
         if not repeats and k < len(scores) and int(hit.count_nonzero()) > most:
             among = scores.masked_fill(~counted[:, None], -torch.inf).T.contiguous()
             kth = among.topk(k, dim=1).values[:, -1]
             hit = (scores >= torch.maximum(limit, kth)) & counted[:, None]
-        # Column by column, so that nothing has to be sorted by column.
-        columns, rows = hit.T.contiguous().nonzero(as_tuple=True)
+        rows, columns = hit.nonzero(as_tuple=True)
         values = scores[rows, columns]
-        found = (values, *locate(rows, columns, values))
-        worst, last = self.values[columns, -1], self.places[columns, -1]
-        # As places: a mask's size is asked of a GPU at every use.
-        better = ((values > worst) | (found[1] < last)).nonzero()[:, 0]
-        self._insert(columns[better], [entry[better] for entry in found])
+        # Column by column: entries are sorted faster than the mask is transposed.
+        columns, order = columns.sort(stable=True)
+        rows, values = rows.index_select(0, order), values.index_select(0, order)
+        found = [values, *locate(rows, columns, values)]
+        worst, last = (one[:, -1].index_select(0, columns) for one in self.columns()[:2])
+        # Of a few entries, not of the whole mask, which takes longer than the comparison.
+        better = counted.index_select(0, rows) & ((values > worst) | (found[1] < last))
+        if not bool(better.all()):
+            some = better.nonzero()[:, 0]  # a mask's size is asked of a GPU at every use
+            columns, *found = (entry[some] for entry in (columns, *found))
+        self._insert(columns, found)
 
     def _insert(self, columns: Tensor, new: list[Tensor]) -> None:
         """Takes in entries, those of each column one after the other."""
@@ -127,7 +132,8 @@ class TopK:
             return
         k = self.values.shape[1]
         touched, index = columns.unique_consecutive(return_inverse=True)
-        kept = [one[touched] for one in self.columns()]
+        at = slice(None) if len(touched) == len(self.values) else touched
+        kept = [one[at] for one in self.columns()]
         if self.keys is not None:
             old = torch.arange(len(touched), device=columns.device).repeat_interleave(k)
             index = torch.cat([old, index])
@@ -154,7 +160,7 @@ class TopK:
         if self.keys is None:
             table = TopK(*kept).merge(table)
         for column, entry in zip(self.columns(), table.columns(), strict=True):
-            column[touched] = entry
+            column[at] = entry
 
     def merge(self, other: TopK) -> TopK:
         """Returns the highest values of both."""
@@ -179,7 +185,7 @@ class TopK:
 def _ranks(index: Int[Tensor, " entry"], count: int) -> Int[Tensor, " entry"]:
     """Returns how many entries of its own column come before each, those of a column together."""
     starts = torch.searchsorted(index, torch.arange(count, device=index.device))
-    return torch.arange(len(index), device=index.device) - starts[index]
+    return torch.arange(len(index), device=index.device) - starts.index_select(0, index)
 
 
 def update_all(
