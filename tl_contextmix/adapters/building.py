@@ -18,7 +18,13 @@ from tl_contextmix.adapters.decoder_prompt import decoder_prompt, make_encode_de
 from tl_contextmix.adapters.generation import make_generate
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
-from tl_contextmix.adapters.reading import Handle, block_lists, candidates, final_norms
+from tl_contextmix.adapters.reading import (
+    Handle,
+    block_lists,
+    candidates,
+    final_norms,
+    with_placed_edits,
+)
 from tl_contextmix.adapters.recognition import Facts, host_version, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
@@ -49,7 +55,6 @@ from tl_contextmix.adapters.verification import (
     check_rows,
     follow,
     hugging_face_rows,
-    reading_error,
     readout_row,
     run_probe,
     settle_block,
@@ -174,30 +179,29 @@ def _settled(
     component, in a pass more.
     """
 
-    def settle(readings: _Readings) -> tuple[ModelView, Probe]:
+    def settle(readings: _Readings) -> tuple[tuple[ModelView, Probe], dict[str, list[float]]]:
         probe = run_probe(replace(view, stacks=_first(readings)))
-        stacks = {
-            stack: _settle(handle, lists[stack][0], blocks, probe)
+        found = {
+            stack: [*_settle(handle, lists[stack][0], blocks, probe)]
             for stack, blocks in readings.items()
         }
-        return replace(view, stacks=stacks), probe
+        stacks = {stack: tuple(block for block, _ in some) for stack, some in found.items()}
+        errors = {stack: [error for _, error in some] for stack, some in found.items()}
+        return (replace(view, stacks=stacks), probe), errors
 
-    def reproduced(found: tuple[ModelView, Probe], stack: str, layer: int) -> bool:
-        blocks = found[0].stacks[stack]
-        out = blocks[layer + 1].resid_in if layer + 1 < len(blocks) else blocks[layer].resid_out
-        return reading_error(blocks[layer], found[1], out) <= view.tolerance
-
-    found = settle({stack: [_known(o) or o for o in some] for stack, some in readings.items()})
+    found, errors = settle(
+        {stack: [_known(o) or o for o in some] for stack, some in readings.items()}
+    )
     wrong = {
         (stack, layer)
         for stack, blocks in readings.items()
         for layer, options in enumerate(blocks)
-        if 0 < len(_known(options)) < len(options) and not reproduced(found, stack, layer)
+        if 0 < len(_known(options)) < len(options) and errors[stack][layer] > view.tolerance
     }
     if not wrong:
         return found
     try:
-        other = settle(
+        other, errors = settle(
             {
                 stack: [
                     [o for o in options if not _is_known(o)]
@@ -210,7 +214,8 @@ def _settled(
         )
     except UnsupportedModel:  # some bridges do not show what a feed-forward sublayer puts out
         return found
-    return other if all(reproduced(other, *place) for place in wrong) else found
+    better = all(errors[stack][layer] <= view.tolerance for stack, layer in wrong)
+    return other if better else found
 
 
 def _known(options: list[Block]) -> list[Block]:
@@ -224,15 +229,15 @@ def _is_known(block: Block) -> bool:
 
 def _settle(
     handle: Handle, prefix: str, readings: list[list[Block]], probe: Probe
-) -> tuple[Block, ...]:
-    settled = []
+) -> Iterator[tuple[Block, float]]:
+    """Yields the reading of each block that is closest to the model, and its error."""
     solu = solu_refusal(handle.get())
     for layer, options in enumerate(readings):
         after = readings[layer + 1][0].resid_in if layer + 1 < len(readings) else None
         own = _host_activation(handle, prefix, layer)
         options = [_refuse_feed_forward(option, solu) for option in options]
-        settled.append(settle_block(options, probe, after or options[0].resid_out, own))
-    return tuple(settled)
+        block, error = settle_block(options, probe, after or options[0].resid_out, own)
+        yield with_placed_edits(block) if handle.bridge else block, error
 
 
 def _with_folds(

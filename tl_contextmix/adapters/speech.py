@@ -78,7 +78,7 @@ def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityRepor
         for name, blocks in view.stacks.items():
             following = [block.resid_in for block in blocks[1:]] + [blocks[-1].resid_out]
             stacks[name] = tuple(
-                settle_block(_placements(host, view, name, block), probe, after, None)
+                settle_block(_placements(host, view, name, block), probe, after, None)[0]
                 for block, after in zip(blocks, following, strict=True)
             )
         view = replace(view, stacks=stacks)
