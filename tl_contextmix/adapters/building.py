@@ -61,7 +61,12 @@ from tl_contextmix.adapters.verification import (
     tolerance_of,
     why_overflown,
 )
-from tl_contextmix.adapters.weight_processing import find_processing, make_notice
+from tl_contextmix.adapters.weight_processing import (
+    Weights,
+    find_processing,
+    fingerprint,
+    make_notice,
+)
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
@@ -72,8 +77,8 @@ from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, 
 _FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
-    """Returns the view of a model and how well it reproduces the model.
+def build(facts: Facts, weights: Weights) -> tuple[ModelView, IdentityReport]:
+    """Returns the view of a model with these weights, and how well it reproduces the model.
 
     Hooks of the user's own are off meanwhile: the weights are read for what they are, and what
     the hooks do to a pass is checked on that pass.
@@ -82,7 +87,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
     handle = _handle(facts)
     splices = find_splices(model)
     # A host's own activation may have trained parameters (xIELU).
-    with without_hooks(model), _unreadable(facts), torch.no_grad():
+    with without_hooks(model, splices), _unreadable(facts), torch.no_grad():
         lists = block_lists(model, facts.encoder_only)
         readings = {
             stack: [
@@ -91,7 +96,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
             ]
             for stack, (prefix, blocks) in lists.items()
         }
-        view = _unsettled(facts, handle, _first(readings), fingerprint, splices)
+        view = _unsettled(facts, handle, _first(readings), weights, splices)
         view, probe = _settled(handle, view, lists, readings)
         stacks = _with_folds(dict(view.stacks), handle.dtype)
         every = [block for blocks in stacks.values() for block in blocks]
@@ -334,12 +339,11 @@ def _unsettled(
     facts: Facts,
     handle: Handle,
     stacks: dict[str, tuple[Block, ...]],
-    fingerprint: str,
+    weights: Weights,
     splices: tuple[str, ...],
 ) -> ModelView:
     model = facts.model
-    dtypes = {weight.dtype for weight in model.parameters()}
-    tolerance = tolerance_of(dtypes, handle.device)
+    tolerance = tolerance_of({weight.dtype for weight in weights.values()}, handle.device)
     text = text_side(handle, facts, pair=len(stacks) == 2)
     layouts, unseen = find_layouts(handle, stacks), find_unseen(handle, stacks)
     return ModelView(
@@ -347,7 +351,7 @@ def _unsettled(
         host=type(model).__name__,
         host_version=host_version(),
         processing=(),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(weights),
         stacks=stacks,
         readout=read_readout(handle, facts.architecture),
         final_norms=final_norms(handle, stacks),

@@ -606,11 +606,16 @@ def stand_ins(model: Any, splices: Sequence[str], *, around: bool) -> Iterator[N
 
 
 @contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes the user's own hooks off for a while, and SAEs; their order is kept."""
-    splices = find_splices(model)
+def without_hooks(model: nn.Module, splices: Sequence[str] | None = None) -> Iterator[None]:
+    """Takes the user's own hooks off for a while, and SAEs; their order is kept.
+
+    Args:
+        model: The model.
+        splices: Where SAEs are, if that is known.
+    """
+    splices = find_splices(model) if splices is None else splices
     if splices:
-        with stand_ins(model, splices, around=False), without_hooks(model):
+        with stand_ins(model, splices, around=False), without_hooks(model, ()):
             yield
         return
     taken = [

@@ -22,7 +22,6 @@ from tl_contextmix.adapters.running import lock_of, require_no_autocast, require
 from tl_contextmix.adapters.speech import build_speech, is_sound
 from tl_contextmix.adapters.verification import IdentityReport, require_identities
 from tl_contextmix.adapters.weight_processing import (
-    fingerprint,
     require_finite,
     require_present,
     sampled,
@@ -351,8 +350,7 @@ def _examine(model: Any) -> _Known:
             require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        named = fingerprint(weights)
-        view, report = build_speech(model, named) if facts is None else build(facts, named)
+        view, report = build_speech(model, weights) if facts is None else build(facts, weights)
         # Now, when passes have stored what they store.
         known = _KNOWN[model] = _Known(Glance(model), view, report, report.ok)
     return known
