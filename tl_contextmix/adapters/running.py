@@ -622,7 +622,7 @@ def without_hooks(model: nn.Module, splices: Sequence[str] | None = None) -> Ite
         (table, dict(table))
         for module in every_module(model)
         for table in _tables(module)
-        if any(not _of_host(hook) for hook in table.values())
+        if table and _any_own([table])
     ]
     try:
         for table, before in taken:

@@ -79,7 +79,7 @@ class Glance:
             found = [
                 (roles[type(own[name])], name)
                 for name in filterfalse(_UNWATCHED.__contains__, own)
-                if not name.startswith("_")
+                if name[:1] != "_"
             ]
             self._names.append([name for role, name in found if role == "value"])
             self._places += [(i, name) for role, name in found if role == "object"]
