@@ -541,7 +541,7 @@ def find_splices(model: nn.Module) -> tuple[str, ...]:
         if isinstance(parent, _hook_point()) or any(parent is one for one in seen):
             continue
         for name, child in parent._modules.items():
-            if _spliced(name, child):
+            if child is not None and _spliced(name, child):
                 found.append(f"{path}.{name}" if path else name)
                 seen += child.modules()
     return tuple(found)

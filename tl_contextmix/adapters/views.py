@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import filterfalse
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -77,9 +76,9 @@ class Glance:
         roles = _Roles()
         for i, own in enumerate(every):
             found = [
-                (roles[type(own[name])], name)
-                for name in filterfalse(_UNWATCHED.__contains__, own)
-                if name[:1] != "_"
+                (roles[type(value)], name)
+                for name, value in own.items()
+                if name not in _UNWATCHED and name[:1] != "_"
             ]
             self._names.append([name for role, name in found if role == "value"])
             self._places += [(i, name) for role, name in found if role == "object"]
