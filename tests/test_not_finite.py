@@ -12,6 +12,7 @@ from asked import case_of, view_of
 from torch import nn
 
 import tl_contextmix as cm
+from tl_contextmix.adapters.weight_processing import require_finite
 from tl_contextmix.core.finite import why_not_finite
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -112,6 +113,16 @@ def test_weights_that_float16_cannot_hold() -> None:
         next(iter(model.parameters())).mul_(1e6)
     with pytest.raises(cm.InvalidInput, match="weight .* is not finite.*65504.*float32 or bfl"):
         cm.check(model)
+
+
+@pytest.mark.once
+def test_weights_whose_sum_float16_cannot_hold_are_finite() -> None:
+    weights = {"large": torch.full((4, 4), 6e4).half(), "wide": torch.ones(3, dtype=torch.float64)}
+    require_finite(weights)
+    for bad in (torch.nan, torch.inf):
+        weights["wide"][1] = bad
+        with pytest.raises(cm.InvalidInput, match="the weight wide is not finite"):
+            require_finite(weights)
 
 
 @pytest.mark.newest

@@ -146,7 +146,7 @@ def settled(options: list[Block], trace: Trace, tolerance: float) -> tuple[Block
                 "sources: windowed attention is not supported"
             )
     try:
-        block = settle_block(options, Probe(whole, whole, tolerance), resid_out, None)
+        block, _ = settle_block(options, Probe(whole, whole, tolerance), resid_out, None)
         error = relative_error(block.output(whole), whole[resid_out])
     except (RuntimeError, IndexError) as failure:
         raise NotImplementedError(f"{path} cannot be read: {failure}") from failure

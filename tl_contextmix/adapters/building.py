@@ -20,7 +20,7 @@ from tl_contextmix.adapters.handles import Handle
 from tl_contextmix.adapters.host_readout import read_readout
 from tl_contextmix.adapters.layouts import find_layouts
 from tl_contextmix.adapters.norm_reading import final_norms
-from tl_contextmix.adapters.reading import block_lists, candidates
+from tl_contextmix.adapters.reading import block_lists, candidates, with_placed_edits
 from tl_contextmix.adapters.recognition import Facts, host_version, token_embedding
 from tl_contextmix.adapters.refusals import solu_refusal
 from tl_contextmix.adapters.running import (
@@ -51,14 +51,18 @@ from tl_contextmix.adapters.verification import (
     check_rows,
     follow,
     hugging_face_rows,
-    reading_error,
     readout_row,
     run_probe,
     settle_block,
     tolerance_of,
     why_overflown,
 )
-from tl_contextmix.adapters.weight_processing import find_processing, make_notice
+from tl_contextmix.adapters.weight_processing import (
+    Weights,
+    find_processing,
+    fingerprint,
+    make_notice,
+)
 from tl_contextmix.core.activations import Activation
 from tl_contextmix.core.blocks import FOLD_BYTES, Block
 from tl_contextmix.core.model_view import ModelView
@@ -69,8 +73,8 @@ from tl_contextmix.errors import ContextMixError, UnsupportedModel, four_parts, 
 _FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
-    """Returns the view of a model and how well it reproduces the model.
+def build(facts: Facts, weights: Weights) -> tuple[ModelView, IdentityReport]:
+    """Returns the view of a model with these weights, and how well it reproduces the model.
 
     Hooks of the user's own are off meanwhile: the weights are read for what they are, and what
     the hooks do to a pass is checked on that pass.
@@ -79,7 +83,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
     handle = _handle(facts)
     splices = find_splices(model)
     # A host's own activation may have trained parameters (xIELU).
-    with without_hooks(model), _unreadable(facts), torch.no_grad():
+    with without_hooks(model, splices), _unreadable(facts), torch.no_grad():
         lists = block_lists(model, facts.encoder_only)
         readings = {
             stack: [
@@ -88,7 +92,7 @@ def build(facts: Facts, fingerprint: str) -> tuple[ModelView, IdentityReport]:
             ]
             for stack, (prefix, blocks) in lists.items()
         }
-        view = _unsettled(facts, handle, _first(readings), fingerprint, splices)
+        view = _unsettled(facts, handle, _first(readings), weights, splices)
         view, probe = _settled(handle, view, lists, readings)
         stacks = _with_folds(dict(view.stacks), handle.dtype)
         every = [block for blocks in stacks.values() for block in blocks]
@@ -176,30 +180,29 @@ def _settled(
     component, in a pass more.
     """
 
-    def settle(readings: _Readings) -> tuple[ModelView, Probe]:
+    def settle(readings: _Readings) -> tuple[tuple[ModelView, Probe], dict[str, list[float]]]:
         probe = run_probe(replace(view, stacks=_first(readings)))
-        stacks = {
-            stack: _settle(handle, lists[stack][0], blocks, probe)
+        found = {
+            stack: [*_settle(handle, lists[stack][0], blocks, probe)]
             for stack, blocks in readings.items()
         }
-        return replace(view, stacks=stacks), probe
+        stacks = {stack: tuple(block for block, _ in some) for stack, some in found.items()}
+        errors = {stack: [error for _, error in some] for stack, some in found.items()}
+        return (replace(view, stacks=stacks), probe), errors
 
-    def reproduced(found: tuple[ModelView, Probe], stack: str, layer: int) -> bool:
-        blocks = found[0].stacks[stack]
-        out = blocks[layer + 1].resid_in if layer + 1 < len(blocks) else blocks[layer].resid_out
-        return reading_error(blocks[layer], found[1], out) <= view.tolerance
-
-    found = settle({stack: [_known(o) or o for o in some] for stack, some in readings.items()})
+    found, errors = settle(
+        {stack: [_known(o) or o for o in some] for stack, some in readings.items()}
+    )
     wrong = {
         (stack, layer)
         for stack, blocks in readings.items()
         for layer, options in enumerate(blocks)
-        if 0 < len(_known(options)) < len(options) and not reproduced(found, stack, layer)
+        if 0 < len(_known(options)) < len(options) and errors[stack][layer] > view.tolerance
     }
     if not wrong:
         return found
     try:
-        other = settle(
+        other, errors = settle(
             {
                 stack: [
                     [o for o in options if not _is_known(o)]
@@ -212,7 +215,8 @@ def _settled(
         )
     except UnsupportedModel:  # some bridges do not show what a feed-forward sublayer puts out
         return found
-    return other if all(reproduced(other, *place) for place in wrong) else found
+    better = all(errors[stack][layer] <= view.tolerance for stack, layer in wrong)
+    return other if better else found
 
 
 def _known(options: list[Block]) -> list[Block]:
@@ -226,15 +230,15 @@ def _is_known(block: Block) -> bool:
 
 def _settle(
     handle: Handle, prefix: str, readings: list[list[Block]], probe: Probe
-) -> tuple[Block, ...]:
-    settled = []
+) -> Iterator[tuple[Block, float]]:
+    """Yields the reading of each block that is closest to the model, and its error."""
     solu = solu_refusal(handle.get())
     for layer, options in enumerate(readings):
         after = readings[layer + 1][0].resid_in if layer + 1 < len(readings) else None
         own = _host_activation(handle, prefix, layer)
         options = [_refuse_feed_forward(option, solu) for option in options]
-        settled.append(settle_block(options, probe, after or options[0].resid_out, own))
-    return tuple(settled)
+        block, error = settle_block(options, probe, after or options[0].resid_out, own)
+        yield with_placed_edits(block) if handle.bridge else block, error
 
 
 def _with_folds(
@@ -331,12 +335,11 @@ def _unsettled(
     facts: Facts,
     handle: Handle,
     stacks: dict[str, tuple[Block, ...]],
-    fingerprint: str,
+    weights: Weights,
     splices: tuple[str, ...],
 ) -> ModelView:
     model = facts.model
-    dtypes = {weight.dtype for weight in model.parameters()}
-    tolerance = tolerance_of(dtypes, handle.device)
+    tolerance = tolerance_of({weight.dtype for weight in weights.values()}, handle.device)
     text = text_side(handle, facts, pair=len(stacks) == 2)
     layouts, unseen = find_layouts(handle, stacks), find_unseen(handle, stacks)
     return ModelView(
@@ -344,7 +347,7 @@ def _unsettled(
         host=type(model).__name__,
         host_version=host_version(),
         processing=(),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(weights),
         stacks=stacks,
         readout=read_readout(handle, facts.architecture),
         final_norms=final_norms(handle, stacks),

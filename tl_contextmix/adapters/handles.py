@@ -77,15 +77,17 @@ class Handle:
         renamed = renamed or {}
 
         @functools.cache  # a module that is replaced has a new reader
-        def kinds() -> tuple[bool, bool]:
+        def known() -> tuple[weakref.ref, bool, bool]:
             module = self.get().get_submodule(path)
-            return is_special(module), has_adapters(module)
+            return weakref.ref(module), is_special(module), has_adapters(module)
 
         def read(name: str) -> Tensor | None:
-            module = self.get().get_submodule(path)
+            own, special, adapters = known()
+            module = own()
+            if module is None:
+                module = self.get().get_submodule(path)
             attribute = renamed.get(name, name)
             weight = None
-            special, adapters = kinds()
             if adapters and adapted(module, name):
                 raise _adapters_apart(path, name)
             if special:

@@ -118,7 +118,7 @@ def candidates(handle: Handle, stack: str, prefix: str, layer: int) -> Iterator[
                 reading = with_ending(
                     reading, handle, path, block, partial(read_norm, handle=handle)
                 )
-                reading = _with_placed_edits(with_multipliers(reading, block, like))
+                reading = with_multipliers(reading, block, like)
             yield reading
 
 
@@ -141,7 +141,7 @@ def _mixer(handle: Handle, prefix: str, layer: int, name: str) -> Mixer:
     return Mixer(f"{where}.hook_out", refusal, int(handle.get().cfg.d_model))
 
 
-def _with_placed_edits(block: Block) -> Block:
+def with_placed_edits(block: Block) -> Block:
     """Returns a reading of a bridge's block that knows which hook points are on its stream.
 
     What a norm reads is the stream in a post-LN block. In others the stream goes past the norm, and
@@ -161,7 +161,7 @@ def _with_placed_edits(block: Block) -> Block:
 def _edit_points(
     handle: Handle, path: str, attentions: list[str], block: nn.Module
 ) -> dict[str, EditPoints]:
-    """Returns where hooks may edit what each sublayer writes; see `_with_placed_edits`."""
+    """Returns where hooks may edit what each sublayer writes; see `with_placed_edits`."""
     mlp = _mlp_name(block)
     if not handle.bridge:
         cross = {"cross_attn": "_cross"}

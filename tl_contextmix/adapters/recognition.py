@@ -29,7 +29,8 @@ def every_module(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if module is not None and module not in found:
             found[module] = None
-            waiting.extend(reversed(module._modules.values()))
+            if children := module._modules:  # most have none
+                waiting.extend(reversed(children.values()))
     return [*found]
 
 

@@ -500,18 +500,23 @@ def _any_own(tables: Iterable[dict[int, Callable[..., Any]]]) -> bool:
 
 
 @contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes the user's own hooks off for a while, and SAEs; their order is kept."""
-    splices = find_splices(model)
+def without_hooks(model: nn.Module, splices: Sequence[str] | None = None) -> Iterator[None]:
+    """Takes the user's own hooks off for a while, and SAEs; their order is kept.
+
+    Args:
+        model: The model.
+        splices: Where SAEs are, if that is known.
+    """
+    splices = find_splices(model) if splices is None else splices
     if splices:
-        with stand_ins(model, splices, around=False), without_hooks(model):
+        with stand_ins(model, splices, around=False), without_hooks(model, ()):
             yield
         return
     removed = [
         (table, dict(table))
         for module in every_module(model)
         for table in _tables(module)
-        if any(not _of_host(hook) for hook in table.values())
+        if table and _any_own([table])
     ]
     try:
         for table, before in removed:

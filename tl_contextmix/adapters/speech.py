@@ -31,6 +31,7 @@ from tl_contextmix.adapters.verification import (
     settle_block,
     tolerance_of,
 )
+from tl_contextmix.adapters.weight_processing import fingerprint
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Weights
 from tl_contextmix.core.model_view import CacheReader, ModelView, Readout
 from tl_contextmix.core.token_sums import Norm
@@ -62,7 +63,7 @@ def is_sound(model: object) -> bool:
     return known and family in _FAMILIES and bool(stacks_of(model))
 
 
-def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityReport]:
+def build_speech(model: Any, weights: Mapping[str, Tensor]) -> tuple[ModelView, IdentityReport]:
     """Returns the view of a model of sound, and how well it reproduces the model.
 
     Raises:
@@ -71,14 +72,14 @@ def build_speech(model: Any, fingerprint: str) -> tuple[ModelView, IdentityRepor
     from transformers import __version__
 
     host = _Host(model)
-    view = _unsettled(model, host, fingerprint, __version__)
+    view = _unsettled(model, host, fingerprint(weights), __version__)
     with without_hooks(model):
         probe = run_probe(view)
         stacks = {}
         for name, blocks in view.stacks.items():
             following = [block.resid_in for block in blocks[1:]] + [blocks[-1].resid_out]
             stacks[name] = tuple(
-                settle_block(_placements(host, view, name, block), probe, after, None)
+                settle_block(_placements(host, view, name, block), probe, after, None)[0]
                 for block, after in zip(blocks, following, strict=True)
             )
         view = replace(view, stacks=stacks)
@@ -118,7 +119,7 @@ def _attention_modules(block: nn.Module) -> list[tuple[str, Any, Any]]:
     return [(name, module, kind) for name, module, kind in named if module is not None]
 
 
-def _unsettled(model: Any, host: _Host, fingerprint: str, version: str) -> ModelView:
+def _unsettled(model: Any, host: _Host, named: str, version: str) -> ModelView:
     weights = dict(model.named_parameters())
     first, kind = next(iter(weights.values())), type(model).__name__
     dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
@@ -141,7 +142,7 @@ def _unsettled(model: Any, host: _Host, fingerprint: str, version: str) -> Model
         host=kind,
         host_version=version,
         processing=(),
-        fingerprint=fingerprint,
+        fingerprint=named,
         stacks=stacks,
         readout=_readout(host, handle, kind),
         final_norms=_final_norms(model, handle),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import filterfalse
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -22,7 +21,6 @@ from tl_contextmix.adapters.running import lock_of, require_no_autocast, require
 from tl_contextmix.adapters.speech import build_speech, is_sound
 from tl_contextmix.adapters.verification import IdentityReport, require_identities
 from tl_contextmix.adapters.weight_processing import (
-    fingerprint,
     require_finite,
     require_present,
     sampled,
@@ -78,9 +76,9 @@ class Glance:
         roles = _Roles()
         for i, own in enumerate(every):
             found = [
-                (roles[type(own[name])], name)
-                for name in filterfalse(_UNWATCHED.__contains__, own)
-                if not name.startswith("_")
+                (roles[type(value)], name)
+                for name, value in own.items()
+                if name not in _UNWATCHED and name[:1] != "_"
             ]
             self._names.append([name for role, name in found if role == "value"])
             self._places += [(i, name) for role, name in found if role == "object"]
@@ -351,8 +349,7 @@ def _examine(model: Any) -> _Known:
             require_supported(facts)
         require_finite(weights)
         require_no_dropout(model)
-        named = fingerprint(weights)
-        view, report = build_speech(model, named) if facts is None else build(facts, named)
+        view, report = build_speech(model, weights) if facts is None else build(facts, weights)
         # Now, when passes have stored what they store.
         known = _KNOWN[model] = _Known(Glance(model), view, report, report.ok)
     return known

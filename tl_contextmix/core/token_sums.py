@@ -52,9 +52,12 @@ class Norm:
 
     def scale(self, x: Tensor) -> Tensor:
         """Returns the divisor of this norm at ``x``, the last axis kept with length 1."""
+        return self._size(self.centre(x))
+
+    def _size(self, centred: Tensor) -> Tensor:
         if self.kind == "none":
-            return torch.ones_like(x[..., :1])
-        return (self.centre(x).pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt()
+            return torch.ones_like(centred[..., :1])
+        return (centred.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt()
 
     def linear(self, x: Tensor) -> Tensor:
         """Returns the part of the norm that distributes over sums, still to be divided by a scale.
@@ -66,7 +69,8 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the norm of ``x``."""
-        y = self.linear(x) / self.scale(x)
+        x = self.centre(x)
+        y = (x if self.weight is None else x * self.weight) / self._size(x)
         return y if self.bias is None else y + self.bias
 
     def to(self, dtype: torch.dtype) -> Norm:

@@ -497,11 +497,13 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
     if not names:
         return
     # Asked once for all of them: a GPU would wait for each answer.
-    finite = [trace.values[name].isfinite().flatten(2).all(dim=2) for name in names]
-    real = [(some | ~mask.to(some.device)).all() for some in finite]
-    if bool(torch.stack([some.to(real[0].device) for some in real]).all()):
+    finite = [trace.values[name].isfinite() for name in names]
+    if bool(torch.stack([some.all().to(finite[0].device) for some in finite]).all()):
         return
-    name = next(name for name, fine in zip(names, real, strict=True) if not bool(fine))
+    real = [(some.flatten(2).all(dim=2) | ~mask.to(some.device)).all() for some in finite]
+    name = next((name for name, fine in zip(names, real, strict=True) if not bool(fine)), None)
+    if name is None:
+        return
     where, dtype = f"{name}, at a real token", trace.values[name].dtype
     raise InvalidInput(why_not_finite(where, dtype, padded=not bool(mask.all())))
 

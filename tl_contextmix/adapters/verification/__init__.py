@@ -16,7 +16,6 @@ from tl_contextmix.adapters.verification.identity_report import (
 from tl_contextmix.adapters.verification.probe import (
     Probe,
     probe_batch,
-    reading_error,
     relative_error,
     run_probe,
     settle_block,
@@ -32,7 +31,6 @@ __all__ = [
     "follow",
     "hugging_face_rows",
     "probe_batch",
-    "reading_error",
     "readout_row",
     "relative_error",
     "require_identities",

@@ -40,10 +40,15 @@ def hugging_face_rows(model: Any, probe: Probe) -> Iterator[CheckRow]:
     if config is None or getattr(model, "_weights_processed", False):
         return
     assert probe.clean.logits is not None
-    modules = every_module(model)  # a bridge's own, which are among those that are put aside
+    fused = [  # in a bridge's own modules, which are among those that are put aside
+        (module, splitter)
+        for module in every_module(model)
+        for splitter in _SPLITTERS
+        if splitter in module.__dict__ or hasattr(type(module), splitter)
+    ]
     with _unwrapped(original):
         with _Blank():
-            if not all(map(_as_split, modules)):
+            if not all(_as_split(*one) for one in fused):
                 return
         try:
             logits = original(**_arguments(probe.clean.batch, probe.clean.logits.device)).logits
@@ -99,7 +104,7 @@ def _unwrapped(model: nn.Module) -> Iterator[None]:
 class _Blank(TorchFunctionMode):
     """Leaves new modules as they are made: a splitter gives them pieces of the fused weights.
 
-    Random numbers for those of GPT-2 took as long as a pass over four tokens, and moved the seed.
+    Random numbers for those of GPT-2 took as long as a pass over four tokens.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,20 +113,16 @@ class _Blank(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _as_split(module: nn.Module) -> bool:
+def _as_split(module: nn.Module, splitter: str) -> bool:
     """Whether the pieces of fused weights are still what the fused weights hold."""
-    for splitter, names in _SPLITTERS.items():
-        if splitter not in vars(module) and not hasattr(type(module), splitter):
-            continue
-        split = getattr(module, splitter)
-        if split is None:
-            continue
-        pieces = [_inner(module._modules[name]) for name in names]
-        parts = split(_inner(module))
-        for again, piece in zip(parts, pieces, strict=True):
-            for name, weight in again.named_parameters():
-                held = getattr(piece, name)
-                # Most are views of the fused weights, which need not be read.
-                if not (weight.is_set_to(held) or torch.equal(weight, held)):
-                    return False
+    split = getattr(module, splitter)
+    if split is None:
+        return True
+    pieces = [_inner(module._modules[name]) for name in _SPLITTERS[splitter]]
+    for again, piece in zip(split(_inner(module)), pieces, strict=True):
+        for name, weight in again.named_parameters():
+            held = getattr(piece, name)
+            # Most are views of the fused weights, which need not be read.
+            if not (weight.is_set_to(held) or torch.equal(weight, held)):
+                return False
     return True

@@ -26,6 +26,8 @@ from tl_contextmix.errors import UnsupportedModel, four_parts
 # Correct readings measure at most 4e-7 in float32, 1e-3 in float16 and 1.2e-2 in bfloat16 over the
 # families of the test zoo (2e-7 in float64, where hosts compute in float32); wrong ones 0.1 to 10.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# Below this share of the tolerance no other reading is looked for.
+_ROUNDING = 0.01
 # TF32 has a 10-bit mantissa, like float16.
 _TF32 = _TOLERANCE[torch.float16]
 # The grid must distinguish gelu from gelu_new, which differ by at most 4.7e-4, near 2.
@@ -149,8 +151,12 @@ def _grid(pre: Tensor) -> Tensor:
 
 def settle_block(
     readings: Sequence[Block], probe: Probe, resid_out: str, host_activation: Activation | None
-) -> Block:
+) -> tuple[Block, float]:
     """Returns the reading of a block that reproduces its output, with its activation.
+
+    And its error, at the block's output and at what its neurons read: parallel and sequential
+    blocks sum the same three tensors and differ only there. The error is infinite where weights
+    and activations do not fit, or are not there.
 
     Args:
         readings: Possible placements of the block's norms.
@@ -160,37 +166,31 @@ def settle_block(
     """
     block, error = _closest(readings, probe, resid_out)
     if error == float("inf"):
-        return block  # weights and activations do not fit: there is nothing to settle
+        return block, error  # there is nothing to settle
     block = replace(block, attentions=tuple(_settle_scales(block, probe)))
     ff, ending = block.feed_forward, block.ending
     if ending is not None:
         block = replace(block, ending=_settle_activation(ending, probe, None))
     if ff is None or ff.refusal or ff.routes:  # of experts the activation is known
-        return block
-    return replace(block, feed_forward=_settle_activation(ff, probe, host_activation))
-
-
-def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
-    """Returns a reading's error at the block's output and at its neurons' input.
-
-    Both are needed: parallel and sequential blocks sum the same three tensors and differ only in
-    the feed-forward input. Infinite where weights and activations do not fit, or are not there.
-    """
-    return max(_output_error(block, probe, resid_out), _input_error(block, probe))
+        return block, error
+    return replace(block, feed_forward=_settle_activation(ff, probe, host_activation)), error
 
 
 def _closest(readings: Sequence[Block], probe: Probe, resid_out: str) -> tuple[Block, float]:
-    """Returns the first reading of those with the least error, and that error.
+    """Returns the reading with the least error, or the first that rounding explains, and its error.
 
     Its input is looked at only where the output does not say already that another one is closer.
     """
-    outputs = [_output_error(reading, probe, resid_out) for reading in readings]
-    errors = [float("inf")] * len(readings)
-    for index in sorted(range(len(readings)), key=outputs.__getitem__):
-        if outputs[index] <= min(errors):
-            errors[index] = max(outputs[index], _input_error(readings[index], probe))
-    best = errors.index(min(errors))
-    return readings[best], errors[best]
+    best, least = readings[0], float("inf")
+    for reading in readings:
+        error = _output_error(reading, probe, resid_out)
+        if error < least:
+            error = max(error, _input_error(reading, probe))
+        if error < least:
+            best, least = reading, error
+        if least <= _ROUNDING * probe.tolerance:
+            break
+    return best, least
 
 
 def _output_error(block: Block, probe: Probe, resid_out: str) -> float:
@@ -253,7 +253,8 @@ def pre_errors(
 def _settle_activation(
     ff: FeedForward, probe: Probe, host_activation: Activation | None
 ) -> FeedForward:
-    best = min(ACTIVATIONS, key=lambda option: _mean_error(replace(ff, activation=option), probe))
+    errors = _mean_errors(ff, probe.edited)
+    best = ACTIVATIONS[errors.index(min(errors))]
     for option in (best, host_activation):
         if option is None:
             continue
@@ -270,14 +271,22 @@ def _settle_activation(
     return replace(ff, refusal=refusal)
 
 
-def _mean_error(ff: FeedForward, probe: Probe) -> float:
-    """Returns the mean error of an activation, to rank similar ones in half precision.
+def _mean_errors(ff: FeedForward, trace: Trace) -> list[float]:
+    """Returns the mean error of each known activation, to rank similar ones in half precision.
 
-    The largest error is rounding of the largest neuron, the same for gelu and gelu_new.
+    The largest error is rounding of the largest neuron, the same for gelu and gelu_new. Blocks
+    whose neurons read the same grid share what the activations make of it.
     """
-    post = _post(ff, probe.edited)
-    error = float((post - probe.edited[ff.post]).abs().mean())
-    return error if error == error else float("inf")
+
+    def each(x: Tensor) -> Tensor:
+        return trace.once(
+            "activations", x, lambda: torch.cat([option(x) for option in ACTIVATIONS], dim=-2)
+        )
+
+    side_by_side = replace(ff.followed(trace), activation=Activation("each", each))
+    posts = side_by_side.post_activation([trace[name].unsqueeze(-2) for name in ff.pre_names])
+    errors = (posts - trace[ff.post].unsqueeze(-2)).abs().movedim(-2, 0).flatten(1).mean(1)
+    return errors.nan_to_num(float("inf")).tolist()
 
 
 def _post(ff: FeedForward, trace: Trace) -> Tensor:
