@@ -52,11 +52,9 @@ def sentence(*words: str, batch: int = 1) -> Tokens:
     return Tokens(ids, (words,) * batch, mask, (("decoder", len(words)),))
 
 
-def agreement_map(batch: int = 1) -> ContextMap:
-    words = sentence(
-        "The", " keys", " to", " the", " cabinet", " and", " the", " keys", batch=batch
-    )
-    return map_of(torch.rand(batch, 2, 2, 8, 8, dtype=torch.float64), words)
+def agreement_map() -> ContextMap:
+    words = sentence("The", " keys", " to", " the", " cabinet", " and", " the", " keys")
+    return map_of(torch.rand(1, 2, 2, 8, 8, dtype=torch.float64), words)
 
 
 # Positions
