@@ -45,11 +45,9 @@ ARRAYS: dict[type, Any] = {
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
 
 
-def sentence(*words: str, batch: int = 1) -> Tokens:
-    """The same words in every row."""
-    ids = torch.arange(len(words)).expand(batch, -1)
-    mask = torch.ones(batch, len(words), dtype=torch.bool)
-    return Tokens(ids, (words,) * batch, mask, (("decoder", len(words)),))
+def sentence(*words: str) -> Tokens:
+    ids = torch.arange(len(words))[None]
+    return Tokens(ids, (words,), torch.ones_like(ids, dtype=torch.bool), (("decoder", len(words)),))
 
 
 def agreement_map() -> ContextMap:
