@@ -45,10 +45,12 @@ WORDS = {str(place): word for place, word in enumerate(HOSTILE)}
 LAYERS = (0, 1)
 
 
-def hostile_tokens(batch: int = 1, *, side: str = "decoder") -> Tokens:
+def hostile_tokens(batch: int = 1) -> Tokens:
     """A sentence of hostile tokens, each with its place as id."""
     ids = torch.arange(N).expand(batch, -1).clone()
-    return Tokens(ids, (HOSTILE,) * batch, torch.ones(batch, N, dtype=torch.bool), ((side, N),))
+    return Tokens(
+        ids, (HOSTILE,) * batch, torch.ones(batch, N, dtype=torch.bool), (("decoder", N),)
+    )
 
 
 def every_class() -> dict[type[Shown], Any]:

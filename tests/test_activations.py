@@ -26,8 +26,8 @@ def ends() -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def midpoint(function, start: Tensor, end: Tensor, steps: int = 20_000) -> Tensor:
-    alpha = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+def midpoint(function, start: Tensor, end: Tensor) -> Tensor:
+    alpha = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     return torch.stack(
         [function(s + alpha * (e - s)).mean() for s, e in zip(start, end, strict=True)]
     )

@@ -299,11 +299,11 @@ def test_cancellation_is_its_definition(layout: str, before: str, causal: bool, 
             assert found.values[row, layer].tolist() == pytest.approx(expected, rel=1e-10)
 
 
-def _moved(share: float, noise: float = 0.0) -> Maps:
+def _moved(share: float) -> Maps:
     """Maps of which FF's change is taken back by this share."""
     maps = {point: map.normalize() for point, map in _block(target=8).items()}
     start, middle = maps["mlp_in"].scores, maps["mlp_out"].scores
-    end = middle + share * (start - middle) + noise
+    end = middle + share * (start - middle)
     maps["block_out"] = dataclasses.replace(maps["block_out"], scores=end)
     return {point: dataclasses.replace(map, normalized="none") for point, map in maps.items()}
 

@@ -155,6 +155,10 @@ def test_precision_and_device_are_those_asked_for(capsys):
         (("query-contributions", "causal-lm", TEXT, "--neurons", "9.1"), "9"),
         (("attention-norms", "causal-lm", TEXT, "-o", "no/map.html"), "cannot be written"),
         (("value-zeroing", "nowhere", TEXT), "cannot load the model"),
+        (("check", "nowhere"), "cannot load the model"),
+        (("report", "causal-lm", ""), "empty"),
+        (("report", "--triggers", "no folder", "causal-lm"), "no folder"),
+        (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -162,6 +166,7 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
+    assert err.startswith("tl-contextmix: error: ")
     assert message in err
 
 
@@ -172,7 +177,9 @@ def test_what_is_not_understood_is_said_on_one_line(capsys):
         (("value-zeroing", "causal-lm", TEXT, "--metric", "x"), "is not one of 'cosine'"),
         (("value-zeroing", "causal-lm", TEXT, "--layer", "x"), "not a valid integer"),
         (("value-zeroing", "causal-lm", TEXT, "--layr", "1"), "Did you mean '--layer'? See '"),
-        (("unknown",), "No such command 'unknown'"),
+        (("unknown",), "No such command 'unknown'. See 'tl-contextmix --help'."),
+        (("check",), "Missing argument 'MODEL'. See 'tl-contextmix check --help'."),
+        (("report", "--sections", "x"), "is not one of 'prediction'"),
         (("value-zeroin", "causal-lm", TEXT), "No such command 'value-zeroin'"),
         (("query-contributions", "causal-lm", TEXT, "--edge", "3,0"), "not of the form L.H.T.S"),
         # What is refused names the options of the command, not the arguments in Python.

@@ -18,7 +18,6 @@ from tl_contextmix.errors import ContextMixError
 from tl_contextmix.results import LayerwiseDecoding, LayerwiseLikelihood, LayerwiseScores
 
 CASES = [case for case in zoo.cases() if case.encoder_decoder]
-Result = LayerwiseDecoding | LayerwiseLikelihood | LayerwiseScores
 
 
 def bare(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -274,7 +274,6 @@ def test_heads_of_attn_out_are_pattern_times_value_norm_and_sum_to_the_whole(
 
 def hand_made(
     *,
-    norm_in: Norm | None = None,
     norm_after: Norm | None = None,
     parallel: bool = False,
     feed_forward: bool = True,
@@ -312,7 +311,6 @@ def hand_made(
         pre_linear=None,
         weights=ff_weights.get,
         activation=relu,
-        norm_in=norm_in,
         norm_after=norm_after,
     )
     x = torch.tensor([[[4.0, 0.0], [0.0, 8.0]]]).double()

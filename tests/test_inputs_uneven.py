@@ -57,11 +57,11 @@ def numbers(result: Any) -> dict[str, Tensor]:
     return found
 
 
-def require_equal(found: Any, expected: Any, limit: float = 1e-12) -> None:
+def require_equal(found: Any, expected: Any) -> None:
     ours, theirs = numbers(found), numbers(expected)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=limit, equal_nan=True)
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-12, equal_nan=True)
     for name in ("target", "source", "tokens", "encoder"):
         tokens = getattr(found, name, None)
         assert tokens is None or tokens.equals(getattr(expected, name))

@@ -17,8 +17,6 @@ from tl_contextmix.engine.selection import Controls, chosen_components, without_
 from tl_contextmix.results import Knockout
 from tl_contextmix.results.components import Components, Grid, join
 
-CASES = zoo.spread()
-
 
 def knocked(model: Any, given: zoo.Inputs, **options: Any) -> Knockout:
     """A knockout at the last position."""

@@ -13,7 +13,6 @@ from asked import case_of
 import tl_contextmix as cm
 from tl_contextmix.results import LogProbContributions
 
-CASES = zoo.cases()
 TOKENS = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 

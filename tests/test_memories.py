@@ -28,7 +28,6 @@ from tl_contextmix.engine.memory_coefficients import values as value_vectors
 from tl_contextmix.methods.memories import shards
 
 ALL = [case for case in zoo.cases() if case.family != "attn_only"]
-READ = [case for case in ALL if case.family not in zoo.OPAQUE_FEED_FORWARD]
 
 
 def states_read(view: Any, x: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from tl_contextmix.engine.log_prob_scores import By
 from tl_contextmix.methods.log_prob.contributions import Score
 from tl_contextmix.plotting.panels import Table
 
-CASES = [case for case in zoo.cases() if case.family not in zoo.OPAQUE_FEED_FORWARD]
-
 
 def found_by(model: Any, given: zoo.Inputs, by: By, **options: Any) -> Any:
     """Contributions at the last position but one."""

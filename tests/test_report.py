@@ -646,35 +646,6 @@ def test_command_report_options(run, tmp_path, monkeypatch):
     assert "masked-lm" in parsed.text
 
 
-@pytest.mark.once
-def test_command_shows_warnings_on_one_line(run, tmp_path):
-    options = ("--sections", "prediction", "-o", tmp_path / "page.html")
-    code, out, err = run("report", "causal-lm", "the politician", *options)
-    assert code == 0
-    assert len(out) == len(err) == 1
-    assert err[0].startswith("tl-contextmix: warning: causal-lm was not trained on")
-    assert "test_report" not in err[0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("report", "no such model"), "cannot load the model"),
-        (("report", "causal-lm", ""), "empty"),
-        (("report", "--triggers", "no folder", "causal-lm"), "no folder"),
-        (("report", "-o", "missing/folder/page.html"), "the page cannot be written"),
-        (("check", "no such model"), "cannot load the model"),
-    ],
-)
-def test_command_errors_are_one_line(run, arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(*arguments)
-    assert (code, out) == (2, [])
-    assert len(err) == 1
-    assert err[0].startswith("tl-contextmix: error: ")
-    assert message in err[0]
-
-
 def test_command_check_prints_the_identities(run, causal):
     code, out, err = run("check", "causal-lm")
     assert (code, err) == (0, [])
@@ -694,16 +665,6 @@ def test_command_check_fails_where_an_identity_does(run, causal, monkeypatch):
 def test_a_command_line_of_no_words_is_answered_by_the_help(capsys):
     assert command_line.main([]) == 2
     assert "Usage: tl-contextmix" in capsys.readouterr().err
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    "arguments", [["unknown"], ["check"], ["report", "--unknown"], ["report", "--sections", "x"]]
-)
-def test_command_mistakes_exit_with_one_line(arguments, capsys):
-    assert command_line.main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"tl-contextmix: error: .*\. See 'tl-contextmix.* --help'\.", line)
 
 
 @pytest.mark.once

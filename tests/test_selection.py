@@ -45,18 +45,14 @@ ARRAYS: dict[type, Any] = {
 EACH = [pytest.param(one, id=kind.__name__) for kind, one in ARRAYS.items()]
 
 
-def sentence(*words: str, batch: int = 1) -> Tokens:
-    """The same words in every row."""
-    ids = torch.arange(len(words)).expand(batch, -1)
-    mask = torch.ones(batch, len(words), dtype=torch.bool)
-    return Tokens(ids, (words,) * batch, mask, (("decoder", len(words)),))
+def sentence(*words: str) -> Tokens:
+    ids = torch.arange(len(words))[None]
+    return Tokens(ids, (words,), torch.ones_like(ids, dtype=torch.bool), (("decoder", len(words)),))
 
 
-def agreement_map(batch: int = 1) -> ContextMap:
-    words = sentence(
-        "The", " keys", " to", " the", " cabinet", " and", " the", " keys", batch=batch
-    )
-    return map_of(torch.rand(batch, 2, 2, 8, 8, dtype=torch.float64), words)
+def agreement_map() -> ContextMap:
+    words = sentence("The", " keys", " to", " the", " cabinet", " and", " the", " keys")
+    return map_of(torch.rand(1, 2, 2, 8, 8, dtype=torch.float64), words)
 
 
 # Positions

@@ -55,9 +55,9 @@ def written_out(read: AttentionTerm) -> Tensor:
     return parts / read.scale[:, :, None]
 
 
-def token_sum_of(*reads: AttentionTerm, own: bool = True, bias: bool = True) -> TokenSum:
+def token_sum_of(*reads: AttentionTerm, own: bool) -> TokenSum:
     path = random(BATCH, TARGETS, OUT) if own else None
-    constant = random(BATCH, TARGETS, OUT) if bias else torch.zeros(BATCH, TARGETS, OUT).double()
+    constant = random(BATCH, TARGETS, OUT)
     parts = TokenSum(reads, path, constant, lambda: torch.empty(0))
     return replace(parts, sum_up=lambda: parts_of(parts).sum(2) + constant)
 

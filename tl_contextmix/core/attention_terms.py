@@ -77,7 +77,14 @@ class GatedTerm(AttentionTerm):
 
     def row(self, batch: slice) -> GatedTerm:
         """Returns the read of some rows of the batch."""
-        return replace(super().row(batch), gate=self.gate[batch])
+        return replace(
+            self,
+            pattern=self.pattern[batch],
+            value=self.value[batch],
+            scale=self.scale[batch],
+            gate=self.gate[batch],
+            span=None if self.span is None else self.span[:, batch],
+        )
 
     def ready(self, sources: slice | None = None) -> GatedTerm:
         """Returns the read itself: there is nothing to keep."""
@@ -85,11 +92,20 @@ class GatedTerm(AttentionTerm):
 
     def through(self, heads: slice) -> GatedTerm:
         """Returns a read of the same sources through some of its heads; none costs nothing."""
-        return replace(super().through(heads), gate=self.gate[:, :, heads])
+        return self._of(heads)
 
     def heads(self, group: Sequence[int]) -> GatedTerm:
         """Returns the read of some heads alone."""
-        return replace(super().heads(group), gate=self.gate[:, :, list(group)])
+        return self._of(list(group))
+
+    def _of(self, heads: slice | list[int]) -> GatedTerm:
+        return replace(
+            self,
+            pattern=self.pattern[:, heads],
+            value=self.value[:, :, heads],
+            weight=self.weight[heads],
+            gate=self.gate[:, :, heads],
+        )
 
     def head_norms(self) -> Float[Tensor, "batch head target source"]:
         """Returns the norm each head reads from each source."""
