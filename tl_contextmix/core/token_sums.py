@@ -573,6 +573,17 @@ class Support:
         low = max(within.start, min(self.first[rows]))
         return slice(low, max(low, min(within.stop, max(self.last[rows]))))
 
+    def count(self) -> int:
+        """Returns how many pairs it covers."""
+        ends = zip(self.first, self.last, strict=True)
+        return sum(max(0, last - first) for first, last in ends)
+
+    def pairs(self, rows: slice, columns: slice) -> tuple[Int[Tensor, " pair"], ...]:
+        """Returns the places of sources and of targets in a block that it covers."""
+        first, last = (torch.tensor(ends[rows]) for ends in (self.first, self.last))
+        place = torch.arange(columns.start, columns.stop)[:, None]
+        return ((first <= place) & (place < last)).nonzero(as_tuple=True)
+
     def join(self, other: Support) -> Support:
         """Returns what either covers."""
         first = [min(pair) for pair in zip(self.first, other.first, strict=True)]
