@@ -173,7 +173,7 @@ class AttentionTerm:
     @property
     def shared(self) -> bool:
         """Whether all heads have one matrix, which is not copied for each of them."""
-        return self.weight.stride(0) == 0
+        return len(self.weight) > 0 and self.weight.stride(0) == 0
 
     @property
     def folds(self) -> int:
