@@ -35,6 +35,8 @@ Bias = Literal["contributor", "fixed"]
 Precision = Literal["full", "bfloat16"]
 """What products with value vectors are taken in: the dtype of the maths, or bfloat16."""
 DEFAULT_MAX_BYTES = 2**30
+_PAIRS_BYTES = 2**27
+"""What pairs that go through the weights one by one take at once; more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class FeedForwardParts:
         """
         if self.sublayer.routes or way.route == "read":
             out = self._through_sublayer(rows, read)
+        elif way.support is not None:
+            out = self._pair_by_pair(rows, read, way.support)
         elif way.route == "all":
             out = None
             for part in blocks(self.W_out.shape[0], way.neurons):
@@ -128,6 +132,21 @@ class FeedForwardParts:
         found = shares.transpose(0, 1).to(W_out.dtype) @ W_out
         found = found.to(self.bias.dtype).transpose(0, 1)
         return found if out is None else out.add_(found)
+
+    def _pair_by_pair(self, rows: slice, columns: slice, support: Support) -> Tensor:
+        """Returns the same without folding; pairs in which nothing is read are left out."""
+        out, shares = self.read.dense(rows, columns), None
+        source, target = (
+            place.to(out.device, non_blocking=True) for place in support.pairs(rows, columns)
+        )
+        parts = out[:, source, target]
+        for weight, slope in zip(self.weights, self.slopes, strict=True):
+            share = (parts @ weight).mul_(slope[:, rows][:, target])
+            shares = share if shares is None else shares.add_(share)
+        assert shares is not None
+        found = shares.to(self.W_out.dtype) @ self.W_out
+        out[:, source, target] = found.to(out.dtype)
+        return out
 
     def _by_active_neurons(self, rows: slice, columns: slice, way: Way) -> Tensor:
         """Returns the same, target by target through its active neurons alone; of one text."""
@@ -236,15 +255,16 @@ class FeedForwardParts:
             yield from some._tiles_of_active(active, max_bytes)
 
     def _tiles_of_all(self, max_bytes: int) -> Iterator[Tile]:
-        folded = self.folded()
+        folded = self if self._few_pairs() else self.folded()
         plan = _plan(folded, max_bytes)
         for rows in blocks(self.bias.shape[0], plan.batch):
             some = folded.row(rows)
             read, whole = some.support()
             near, long = some._routes(plan, read)
             hidden = plan.neurons >= self.W_out.shape[0]
+            through = Way("all", plan.neurons, support=None if some.hidden else read)
             for size, tiles, way, kept in (
-                (plan.sources, near, Way("all", plan.neurons), hidden),
+                (plan.sources, near, through, hidden),
                 (plan.fold_sources, long, Way("folded"), False),
             ):
                 for span in some.stretches(size) if tiles else ():
@@ -265,7 +285,7 @@ class FeedForwardParts:
             span = read.columns(tile, slice(0, self.sources))
             pairs, count = span.stop - span.start, batch * (tile.stop - tile.start)
             times = -(-pairs // plan.fold_sources)
-            if self.sublayer.routes or self._costs().route(pairs, count, times=times) == "all":
+            if not self.hidden or self._costs().route(pairs, count, times=times) == "all":
                 near.append(tile)
                 continue
             for part in blocks(count // batch, plan.fold_targets):
@@ -291,7 +311,7 @@ class FeedForwardParts:
             read, whole = some.support()
             way = Way("active", 0, active[row * target : (row + 1) * target], weights)
             for span in some.stretches(sources):
-                ready = replace(some.ready(span, hidden=False), read=some.read.ready(span))
+                ready = some.ready(span, hidden=False)
                 for tile in blocks(target, targets):
                     columns = whole.columns(tile, span)
                     if columns.start < columns.stop:
@@ -303,6 +323,22 @@ class FeedForwardParts:
         """Returns where parts of what is read can be other than zero, and where those of all."""
         read, *residual = Support.of(*self._sums)
         return read, read.join(residual[0]) if residual else read
+
+    def _few_pairs(self) -> bool:
+        """Whether fewer parts go through the input weights than vectors that are folded into them.
+
+        Folded, their images are then summed over heads for every pair.
+        """
+        if self.sublayer.routes:
+            return False
+        batch, target, width = self.bias.shape
+        read, _ = self.support()
+        pairs = batch * read.count()
+        heads = max(term.pattern.shape[1] for term in self.read.terms)
+        keep = self.keep[0] if self.keep else [None] * len(self.read.terms)
+        terms = zip(self.read.terms, keep, strict=True)
+        folds = batch * target + sum(term.folds(how) for term, how in terms)
+        return pairs * (width - heads) < folds * width
 
     @property
     def _sums(self) -> tuple[TokenSum, ...]:
@@ -323,8 +359,7 @@ class FeedForwardParts:
         if not costs.may_gather(self.sources, count):
             return None
         read, _ = self.support()
-        ends = zip(read.first, read.last, strict=True)
-        pairs = sum(max(0, last - first) for first, last in ends)
+        pairs = read.count()
         if not costs.may_gather(pairs // target, count):
             return None
         used = in_use(self.slopes)
@@ -341,6 +376,7 @@ class FeedForwardParts:
         """Returns the parts with the vectors of some sources computed and kept."""
         return replace(
             self,
+            read=self.read if self.hidden else self.read.ready(sources),
             hidden=tuple(m.ready(sources) for m in self.hidden) if hidden else self.hidden,
             residual=None if self.residual is None else self.residual.ready(sources),
         )
@@ -382,12 +418,14 @@ class Way:
         neurons: How many at a time, where it is through all of them.
         active: The active ones of every target, where it is through these.
         weights: Each branch's input weights then, a row for each neuron.
+        support: Which pairs read something, where nothing is folded.
     """
 
     route: Route | Literal["read"]
     neurons: int = 0
     active: Sequence[Tensor] = ()
     weights: Sequence[Float[Tensor, "neuron d_model"]] = ()
+    support: Support | None = None
 
 
 Tile = tuple[slice, slice, slice, Iterator[Tensor]]
@@ -410,6 +448,7 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     quarter of the budget is used even where that leaves less. A tile holds one share per branch
     and four vectors of width d_model per pair, and what the neurons and the residual stream see
     of its sources. Sixteen tiles of rows leave 1/32 of a causal map computed for nothing.
+    Unfolded, a pair has slopes and vectors of its own, and nothing is computed for nothing.
     """
     batch, target, width = parts.bias.shape
     source, neuron = parts.sources, parts.sublayer.busy
@@ -425,18 +464,22 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     low = parts.W_out.dtype != parts.bias.dtype
     held += low * parts.W_out.numel() // 2
     share = branches * neuron + low * (neuron + width) // 2
+    single = not parts.hidden and not parts.sublayer.routes
+    share += single * (neuron + 2 * width)
     budget = max_bytes // parts.bias.element_size()
     room = max(budget - held, budget // 4)
+    room = min(room, _PAIRS_BYTES // parts.bias.element_size()) if single else room
     view, pair = branches * heads * neuron + beside, share + vectors
-    view = heads * width + beside if parts.sublayer.routes else view
+    view = view if parts.hidden else heads * width + beside
     neurons = neuron
-    if view + pair > room and not parts.sublayer.routes:
+    if view + pair > room and parts.hidden:
         neurons = max(1, (room - beside - vectors) // (branches * (heads + 1)))
         view, pair = branches * heads * neurons + beside, branches * neurons + vectors
-    targets = max(1, min(-(-target // 16), (room - view) // pair))
+    targets = target if single else -(-target // 16)
+    targets = max(1, min(targets, (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))
-    if parts.sublayer.routes:
+    if not parts.hidden:
         return _Plan(rows, targets, sources, neurons, 1, 1)
     # Folded, a target holds its matrix, and a pair what it reads before the heads' weights.
     read = parts._costs().read

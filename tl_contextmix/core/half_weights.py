@@ -94,6 +94,8 @@ class HalfWeight(Tensor):
         if isinstance(first, HalfWeight) and not any(isinstance(x, HalfWeight) for x in args[1:]):
             if func.is_view or func in _COPIES:
                 return _each(func(first.held, *args[1:], **kwargs), first.dtype)
+            if func is _aten._to_copy.default and kwargs.get("dtype") == first.held.dtype:
+                return func(first.held, **kwargs)
             if func in _PICKING:
                 return func(first.held, *args[1:], **kwargs).to(first.dtype)
             if func in _MAKING:
@@ -146,7 +148,7 @@ def _products(x: Tensor, held: Tensor) -> Tensor:
     if len(x) == 1:
         return _product(x[0], held[0])[None]
     out = x.new_empty(*x.shape[:2], held.shape[2])
-    some = _room(x) // max(1, held[0].numel())
+    some = _room(x) // max(1, held.shape[1] * held.shape[2])
     for part in blocks(len(x), some):
         if some > 0:
             torch.bmm(x[part], _converted(held[part], x.dtype), out=out[part])

@@ -28,6 +28,8 @@ from torch import Tensor
 T = TypeVar("T", bound="AttentionTerm")
 Keep = Callable[[Tensor, Tensor], Tensor]
 """Returns the product of two weights, and keeps it for the next call."""
+_KEPT = 8
+"""Paid for once, a kept product counts so much less, whichever call is the first."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,16 @@ class AttentionTerm:
     @property
     def shared(self) -> bool:
         """Whether all heads have one matrix, which is not copied for each of them."""
-        return self.weight.stride(0) == 0
+        return len(self.weight) > 0 and self.weight.stride(0) == 0
 
-    @property
-    def folds(self) -> int:
-        """How many vectors `map` multiplies with a matrix: those of the sources, or the weights."""
-        batch, source, head, width = self.value.shape
-        return head * min(batch * source, width)
+    def folds(self, keep: Keep | None = None) -> int:
+        """Returns how many vectors `map` multiplies with a matrix: sources', or the weights'."""
+        batch, source, head, _ = self.value.shape
+        return head * min(batch * source, self._fold_cost(keep))
+
+    def _fold_cost(self, keep: Keep | None) -> int:
+        """Returns how many vectors it costs to fold a matrix into the weight of one head."""
+        return self.weight.shape[1] if keep is None else self.weight.shape[1] // _KEPT
 
     @property
     def per_pair(self) -> int:
@@ -259,11 +264,10 @@ class AttentionTerm:
 
         Args:
             matrix: The matrix.
-            keep: Folds it into every head's weight where that is kept for the next call. Paid for
-                once, it counts an eighth: what is done must not depend on which call is the first.
+            keep: Folds it into every head's weight where that is kept for the next call.
         """
-        batch, source, head, width = self.value.shape
-        if batch * source * (1 if keep is None else 8) < width:
+        batch, source, head, _ = self.value.shape
+        if batch * source < self._fold_cost(keep):
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
@@ -589,6 +593,17 @@ class Support:
         """Returns the stretch of sources, within another, that some targets read."""
         low = max(within.start, min(self.first[rows]))
         return slice(low, max(low, min(within.stop, max(self.last[rows]))))
+
+    def count(self) -> int:
+        """Returns how many pairs it covers."""
+        ends = zip(self.first, self.last, strict=True)
+        return sum(max(0, last - first) for first, last in ends)
+
+    def pairs(self, rows: slice, columns: slice) -> tuple[Int[Tensor, " pair"], ...]:
+        """Returns the places of sources and of targets in a block that it covers."""
+        first, last = (torch.tensor(ends[rows]) for ends in (self.first, self.last))
+        place = torch.arange(columns.start, columns.stop)[:, None]
+        return ((first <= place) & (place < last)).nonzero(as_tuple=True)
 
     def join(self, other: Support) -> Support:
         """Returns what either covers."""

@@ -169,7 +169,10 @@ class ValueAblation:
         # Which tiles there are is decided on the host, at once.
         touched, alone = self._reached(spans), self._alone(spans)
         lonely = None if alone is None else alone.any(dim=0).cpu()
-        kept: dict[int, Tensor] = {}
+        # As it is: of as many rows at once as a tile has pairs, not tile by tile.
+        size = plan.rows * plan.columns
+        parts = [self._output(rows) for rows in blocks(touched.shape[0], size)]
+        outputs = torch.cat(parts, dim=2)
         for columns in blocks(touched.shape[1], plan.columns):
             if not bool(touched[:, columns].any()):
                 continue
@@ -182,9 +185,7 @@ class ValueAblation:
                 whole = alone if lonely is not None and bool(lonely[some, rows].any()) else None
                 removed, *images = self._removed(reads, rows, some, spans, whole)
                 same = ~removed.any(dim=-1, keepdim=True)
-                if rows.start not in kept:
-                    kept[rows.start] = self._output(rows)
-                own, among = kept[rows.start], touched[rows, some].T
+                own, among = outputs[:, :, rows], touched[rows, some].T
                 # Products with W_out are what costs: pairs that read nothing are skipped.
                 if self.block.feed_forward is None or self.fixed is not None or bool(among.all()):
                     changed = self._output(rows, removed, images)
@@ -337,7 +338,11 @@ class ValueAblation:
 
 
 TILE_BYTES = 2**25
-"""A tile of pairs and what is made of it; more of them at once are no faster."""
+"""A tile of pairs and what is made of it; more of them at once are no faster.
+
+Twice that where nothing is folded: every tile then reads all weights (a Llama of d_model 2,048,
+n=32: 0.69 s a layer in bfloat16 and 0.74 in float32 instead of 0.92 and 1.04).
+"""
 
 
 def _by_span(touched: Bool[Tensor, "target source"], spans: Spans | None) -> Tensor:
@@ -503,6 +508,6 @@ def _plan(found: ValueAblation, spans: Spans | None, max_bytes: int) -> _Plan:
     # The folded weights, and what every target holds.
     room = max_bytes - folded * width * neurons * size
     room -= batch * targets * (folded * neurons + 4 * width) * size
-    room = min(room, TILE_BYTES)
+    room = min(room, TILE_BYTES if folded or ff is None else 2 * TILE_BYTES)
     rows = max(1, min(max(8, -(-targets // 16)), room // pair))
     return _Plan(rows, max(1, room // (rows * pair + column)))
