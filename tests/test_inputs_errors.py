@@ -202,7 +202,6 @@ UNCHECKED: dict[str, tuple[str, str]] = {
     "list with a None": ("['cat', None], {}", r"got a list of NoneType, str;"),
     "list of ids and texts": ("[5, 'cat'], {}", r"got a list of int, str;"),
     "generator": ("(t for t in ['cat']), {}", r"got a generator;"),
-    "array of texts": ("numpy.array('cat'), {}", r"got a ndarray;"),
     "an argument of no model": (
         "collections.UserDict(input_ids=[[5, 6]], offset_mapping=[[0, 1]]), {}",
         r"takes no offset_mapping: got a torch.int64 tensor.*besides its id: .*Leave it out",
