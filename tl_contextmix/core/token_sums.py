@@ -203,9 +203,8 @@ class AttentionTerm:
         if self.kept is not None:
             return self.kept[:, sources.start - self.first : sources.stop - self.first]
         value = self.value[:, sources].transpose(0, 1)
-        if self.shared and len(
-            self.weight
-        ):  # of one row for each, or the matrix is read once for each head
+        # One matrix of all heads is read once, not for each of them.
+        if self.shared and len(self.weight):
             found = value.flatten(0, 2) @ self.weight[0]
             return found.view(*value.shape[:3], found.shape[1]).transpose(0, 1)
         out = einsum(
