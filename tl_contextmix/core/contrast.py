@@ -28,8 +28,9 @@ class Contrast:
         foil: Ids they are compared with; None for the whole vocabulary.
     """
 
-    target: tuple[Int[Tensor, " alternative"], ...]
-    foil: tuple[Int[Tensor, " alternative"], ...] | None = None
+    # "_": predictions may have unlike numbers of them.
+    target: tuple[Int[Tensor, " _alternative"], ...]
+    foil: tuple[Int[Tensor, " _alternative"], ...] | None = None
 
     @property
     def single(self) -> bool:
