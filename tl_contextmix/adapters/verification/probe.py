@@ -17,6 +17,7 @@ from tl_contextmix.core.blocks import (
     FeedForward,
     Side,
     Trace,
+    affine,
 )
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
@@ -31,6 +32,8 @@ _TF32 = _TOLERANCE[torch.float16]
 # The grid must distinguish gelu from gelu_new, which differ by at most 4.7e-4, near 2.
 _GRID = 8.0
 _LENGTH = 4
+# Neurons that a reading which is wrong is dropped by, without a look at the rest.
+_FEW = 64
 
 
 def tolerance_of(dtypes: set[torch.dtype], device: torch.device) -> float:
@@ -182,12 +185,16 @@ def reading_error(block: Block, probe: Probe, resid_out: str) -> float:
 def _closest(readings: Sequence[Block], probe: Probe, resid_out: str) -> tuple[Block, float]:
     """Returns the first reading of those with the least error, and that error.
 
-    Its input is looked at only where the output does not say already that another one is closer.
+    Its input is looked at only where neither the output nor some neurons say already that another
+    one is closer.
     """
     outputs = [_output_error(reading, probe, resid_out) for reading in readings]
     errors = [float("inf")] * len(readings)
     for index in sorted(range(len(readings)), key=outputs.__getitem__):
-        if outputs[index] <= min(errors):
+        best = min(errors)
+        if outputs[index] <= best and (
+            best == float("inf") or _some_error(readings[index], probe) <= best
+        ):
             errors[index] = max(outputs[index], _input_error(readings[index], probe))
     best = errors.index(min(errors))
     return readings[best], errors[best]
@@ -203,6 +210,21 @@ def _input_error(block: Block, probe: Probe) -> float:
             error for ff in block.feed_forwards for _, error in pre_errors(block, ff, probe.clean)
         ]
     )
+
+
+def _some_error(block: Block, probe: Probe) -> float:
+    """Returns the error of a few neurons' input, which is that of all of them at least."""
+    ff = block.feed_forward
+    if ff is None or ff.routes or not ff.neurons_known:
+        return 0.0
+
+    def compare() -> list[float]:
+        (weight, bias), *_ = ff.branches()
+        bias, expected = None if bias is None else bias[:_FEW], probe.clean[ff.pre]
+        found = affine(_read(block, ff, probe.clean), weight[:, :_FEW], bias)
+        return [relative_error(found, expected[..., :_FEW], size=expected.abs().max())]
+
+    return _error_of(compare)
 
 
 def _error_of(compare: Callable[[], list[float]]) -> float:
@@ -242,12 +264,16 @@ def pre_errors(
     block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
 ) -> Iterator[tuple[str, float]]:
     """Yields what is recomputed of what a feed-forward sublayer reads, and the error of each."""
-    x = block.read_by(ff, trace)
-    x = x if ff.norm_in is None else ff.norm_in(x)
+    x = _read(block, ff, trace)
     key = ("reread", ff.read_names, ff.weights)
     read = ff.reread(x) if ff.routes else trace.once(key, x, lambda: [*ff.reread(x)])
     for label, name, found in read:
         yield label, relative_error(found, trace[name], real=real)
+
+
+def _read(block: Block, ff: FeedForward, trace: Trace) -> Tensor:
+    x = block.read_by(ff, trace)
+    return x if ff.norm_in is None else ff.norm_in(x)
 
 
 def _settle_activation(
