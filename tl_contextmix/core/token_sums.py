@@ -261,8 +261,8 @@ class AttentionTerm:
         """
         if fold is not None:
             return replace(self, weight=fold, kept=None)
-        batch, source, head, width = self.value.shape
-        if batch * source < width:
+        head, width = self.value.shape[2:]
+        if self.folds < head * width:
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         return replace(self, weight=self.weight @ matrix, kept=None)
