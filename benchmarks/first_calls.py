@@ -98,9 +98,19 @@ def converted(work: Work) -> int:
     return total
 
 
+def products(model: Any, rows: int) -> None:
+    """Multiplies every matrix of a model with some rows in single precision, and does no more."""
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.ones(rows, weight.shape[1]) @ half_weights.in_precision(weight.T, torch.float32)
+
+
 def calls(model: Any, ids: Tensor) -> dict[str, Work]:
     """Returns questions about a model, the first one before it is known."""
     asked: dict[str, Work] = {
+        "nothing but a pass's products, in float32": partial(products, model, LENGTH),
+        "the same, n=4": partial(products, model, 4),
+        "`check`": anew(model, partial(cm.check, model)),
         "`check`, then Value Zeroing, n=4": anew(
             model, partial(cm.value_zeroing, model, ids[:, :4])
         ),

@@ -90,6 +90,21 @@ def test_every_route_leads_to_the_same_parts(
                 assert asked
 
 
+@pytest.mark.parametrize("max_bytes", [2**30, 40_000])
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_that_are_few_go_through_the_weights_themselves(
+    name: str, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, trace = build(CASES[name], torch.float64)
+    with torch.no_grad():
+        monkeypatch.setattr(FeedForwardParts, "_few_pairs", lambda parts: False)
+        expected = parts_of(block, trace)
+        monkeypatch.setattr(FeedForwardParts, "_few_pairs", lambda parts: True)
+        monkeypatch.delattr(FeedForwardParts, "folded")
+        found = parts_of(block, trace, max_bytes)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_route_transmits_the_same(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As DecompX does: several parts of each place."""

@@ -17,6 +17,7 @@ from tl_contextmix.core.blocks import (
     FeedForward,
     Side,
     Trace,
+    affine,
 )
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import says_nothing, why_not_finite
@@ -33,6 +34,8 @@ _TF32 = _TOLERANCE[torch.float16]
 # The grid must distinguish gelu from gelu_new, which differ by at most 4.7e-4, near 2.
 _GRID = 8.0
 _LENGTH = 4
+# Neurons that a reading which is wrong is dropped by, without a look at the rest.
+_FEW = 64
 
 
 def tolerance_of(dtypes: set[torch.dtype], device: torch.device) -> float:
@@ -179,12 +182,15 @@ def settle_block(
 def _closest(readings: Sequence[Block], probe: Probe, resid_out: str) -> tuple[Block, float]:
     """Returns the reading with the least error, or the first that rounding explains, and its error.
 
-    Its input is looked at only where the output does not say already that another one is closer.
+    All of its input is looked at only where the output and some neurons do not say already that it
+    is wrong, or that another one is closer.
     """
     best, least = readings[0], float("inf")
     for reading in readings:
         error = _output_error(reading, probe, resid_out)
-        if error < least:
+        if error < least and len(readings) > 1:
+            error = max(error, _some_error(reading, probe))
+        if error < least and (error <= probe.tolerance or len(readings) == 1):
             error = max(error, _input_error(reading, probe))
         if error < least:
             best, least = reading, error
@@ -203,6 +209,21 @@ def _input_error(block: Block, probe: Probe) -> float:
             error for ff in block.feed_forwards for _, error in pre_errors(block, ff, probe.clean)
         ]
     )
+
+
+def _some_error(block: Block, probe: Probe) -> float:
+    """Returns the error of a few neurons' input, which is that of all of them at least."""
+    ff = block.feed_forward
+    if ff is None or ff.routes or not ff.neurons_known:
+        return 0.0
+
+    def compare() -> list[float]:
+        (weight, bias), *_ = ff.branches()
+        bias, expected = None if bias is None else bias[:_FEW], probe.clean[ff.pre]
+        found = affine(_read(block, ff, probe.clean), weight[:, :_FEW], bias)
+        return [relative_error(found, expected[..., :_FEW], size=expected.abs().max())]
+
+    return _error_of(compare)
 
 
 def _error_of(compare: Callable[[], list[float]]) -> float:
@@ -242,12 +263,16 @@ def pre_errors(
     block: Block, ff: FeedForward, trace: Trace, real: Tensor | None = None
 ) -> Iterator[tuple[str, float]]:
     """Yields what is recomputed of what a feed-forward sublayer reads, and the error of each."""
-    x = block.read_by(ff, trace)
-    x = x if ff.norm_in is None else ff.norm_in(x)
+    x = _read(block, ff, trace)
     key = ("reread", ff.read_names, ff.weights)
     read = ff.reread(x) if ff.routes else trace.once(key, x, lambda: [*ff.reread(x)])
     for label, name, found in read:
         yield label, relative_error(found, trace[name], real=real)
+
+
+def _read(block: Block, ff: FeedForward, trace: Trace) -> Tensor:
+    x = block.read_by(ff, trace)
+    return x if ff.norm_in is None else ff.norm_in(x)
 
 
 def _settle_activation(
