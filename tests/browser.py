@@ -38,7 +38,7 @@ WAITING = """() => {
   const data = document.getElementById('charts');
   // Without CircuitsVis, of a notebook that did not bring it, pages draw their texts themselves.
   const library = document.getElementById('circuitsvis');
-  if (!data || !(library.textContent || window.CircuitsVis)) return maps;
+  if (!data || !(library?.textContent || window.CircuitsVis)) return maps;
   return maps + JSON.parse(data.textContent).filter(({element}) =>
     !document.getElementById(element).querySelector('.colored-tokens')).length;
 }"""

@@ -48,7 +48,7 @@ def numbers(holder: Any, sheets: int) -> list[list[float]]:
         holder.page.wait_for_function(
             "([holder, sheet]) => holder.querySelector('details h4')?.textContent ==="
             " (holder.querySelectorAll('.thumbs button span')[sheet]?.textContent"
-            " ?? holder.querySelector('details h4').textContent)",
+            " ?? holder.querySelector('details h4')?.textContent ?? null)",
             arg=[holder.element_handle(), sheet],
         )
         found.append(
