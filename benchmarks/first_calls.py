@@ -102,8 +102,8 @@ def products(model: Any, rows: int) -> None:
     """Multiplies every matrix of a model with some rows in single precision, and does no more."""
     for weight in model.parameters():
         if weight.ndim == 2:
-            ones = torch.ones(rows, weight.shape[1])
-            _ = ones @ half_weights.in_precision(weight.T, torch.float32)
+            x = torch.ones(rows, weight.shape[1])
+            torch.matmul(x, half_weights.in_precision(weight.T, torch.float32))
 
 
 def calls(model: Any, ids: Tensor) -> dict[str, Work]:
