@@ -154,7 +154,7 @@ def test_vectors_are_kept_once_computed_and_only_for_their_stretch() -> None:
     for changed in (
         whole.linear(FrozenNorm((norm,), scale)),
         whole.map(random(OUT, 3)),
-        whole.map(random(OUT, 3), torch.matmul),
+        whole.map(random(OUT, 3), lambda W_O, W_in: random(HEADS, WIDTH, 3)),
         whole.row(slice(0, 1)),
     ):
         assert changed.kept is None
@@ -188,12 +188,14 @@ def test_a_matrix_is_folded_in_the_cheaper_order(width: int, folds: bool) -> Non
     assert mapped.held == (HEADS * width * 6 if folds else BATCH * SOURCES * HEADS * OUT)
 
 
-# Kept for the next call, a fold counts an eighth.
-@pytest.mark.parametrize(("width", "folds"), [(11, True), (80, True), (88, False)])
-def test_a_fold_that_is_kept_is_used(width: int, folds: bool) -> None:
-    read, fold = read_of(width=width), random(HEADS, width, 6)
-    mapped = read.map(random(OUT, 6), lambda *_: fold)
-    assert (mapped.weight is fold, mapped.value is read.value) == (folds, folds)
+@pytest.mark.parametrize(("width", "used"), [(8 * BATCH * SOURCES, True), (100, False)])
+def test_a_fold_that_is_kept_is_used_from_an_eighth_of_the_length(width: int, used: bool) -> None:
+    assert 8 * BATCH * SOURCES < 100
+    read, fold, matrix = read_of(width=width), random(HEADS, width, 6), random(OUT, 6)
+    asked: list[tuple[torch.Tensor, ...]] = []
+    mapped = read.map(matrix, lambda *weights: asked.append(weights) or fold)
+    assert (mapped.weight is fold) == (mapped.value is read.value) == used
+    assert [(one is read.weight, other is matrix) for one, other in asked] == [(True, True)] * used
 
 
 def test_a_read_through_no_head_brings_nothing_from_the_same_sources() -> None:
