@@ -204,7 +204,7 @@ class AttentionTerm:
             return self.kept[:, sources.start - self.first : sources.stop - self.first]
         value = self.value[:, sources].transpose(0, 1)
         # One matrix of all heads is read once, not for each of them.
-        if self.shared and len(self.weight):
+        if self.shared:
             found = value.flatten(0, 2) @ self.weight[0]
             return found.view(*value.shape[:3], found.shape[1]).transpose(0, 1)
         out = einsum(
