@@ -244,7 +244,7 @@ def generated(subject: Subject, workers: list[Worker], n: int) -> list[object]:
     logits = apart("logit", slice(None), worker.ask("saliency", **asked, step="logit"))
     step = "contrast_prob_diff"
     there = worker.ask("saliency", **asked, step=step, contrast=contrast)
-    differences = apart(step, slice(place, place + 1), there, of="prob", foil=foil[place])
+    differences = apart(step, slice(place, place + 1), there, of="prob", foil=[foil])
     here = partial(cm.value_zeroing, model, **given)
     here()  # what the first call keeps
     mine = flops(here, elementwise=False)

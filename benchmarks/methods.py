@@ -190,7 +190,8 @@ class Growth:
         bound: The least operations; empty where nobody has said.
         seconds: The processor's, median, at the last length.
         own_exponent: Of the operations beyond a forward pass, over the length; None where those
-            are less than a hundredth of the pass.
+            are less than a hundredth of the pass, or shrink (a pass that ends early reads no
+            logits).
         bytes_exponent: Of the bytes.
     """
 
@@ -279,7 +280,7 @@ def _grown(
     passes = found[f"forward pass, {method.kind}"][0]
     own = [a - b for a, b in zip(operations, passes, strict=True)]
     least = [(method.passes or 0) * p + method.own(n) for p, n in zip(passes, lengths, strict=True)]
-    matters = all(a > 0.01 * b for a, b in zip(own, passes, strict=True))
+    matters = all(a > 0.01 * b for a, b in zip(own, passes, strict=True)) and own[0] <= own[-1]
     return Growth(
         method.kind,
         lengths,

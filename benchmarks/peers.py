@@ -295,7 +295,7 @@ def beside(peer: Peer, place: Path, subject: Subject, runs: int) -> dict[str, An
     ids = torch.randint(5, subject.config.vocab_size, (peer.rows, peer.n), generator=generator)
     given = {"ids": ids.tolist()}
     here = partial(peer.ours, model, ids)
-    peer.ours(model, ids[:1, :8])  # what is asked of a model once
+    peer.ours(model, ids[:1, : peer.n // 2])  # what a model keeps is made by the first question
     found: list[Numbers] = []
     ours = flops(lambda: found.append(here()), elementwise=False)
     with asked(peer, place, subject.folder) as process:

@@ -55,8 +55,9 @@ def with_stored(part: str, rows: Any) -> Any:
     known = stored().get(part, type(rows)())
     if isinstance(rows, dict):
         return known | rows
-    again = {(row["method"], row["other"]) for row in rows}
-    return [row for row in known if (row["method"], row["other"]) not in again] + rows
+    again = {(row["method"], row["other"]): row for row in rows}
+    kept = [again.pop((row["method"], row["other"]), row) for row in known]
+    return [*kept, *again.values()]
 
 
 def rewritten(text: str, found: Mapping[str, Any]) -> str:
