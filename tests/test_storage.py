@@ -403,3 +403,18 @@ def test_a_field_added_later_takes_its_default(tmp_path: Path):
     path = storage.save(value, tmp_path / "file")
     _rewrite(path, _without("empty"))
     assert storage.load(Everything, path) == value
+
+
+@pytest.mark.parametrize("left", ["file", "folder", "nothing"])
+def test_what_a_killed_writer_left_is_gone(tmp_path: Path, left: str):
+    before, name = tmp_path / ".result.part", ".result.part"
+    if left == "file":
+        before.touch()
+    elif left == "folder":
+        before.mkdir()
+        (before / ".tmpVa2P4d").touch()  # as safetensors names a file until it is whole
+    with storage.replacing(tmp_path / "result", name) as part:
+        (part.parent / ".tmpq7Xb1c").touch()
+        part.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert (tmp_path / "result").read_text() == "whole"

@@ -16,6 +16,7 @@ from tl_contextmix.methods.memories.store import alone
 from tl_contextmix.results import CurvePoint, LayerCurves
 from tl_contextmix.results.curves import EVERY
 from tl_contextmix.results.labels import Provenance
+from tl_contextmix.results.storage import replacing
 
 Key = tuple[str, str, int]
 """Metric, category and layer."""
@@ -94,9 +95,8 @@ class State:
             "finished": self.finished,
             "moments": [[*key, *vars(self.moments[key]).values()] for key in sorted(self.moments)],
         }
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(kept), encoding="utf-8")
-        part.replace(path)
+        with replacing(path, f".{path.name}.part") as part:
+            part.write_text(json.dumps(kept), encoding="utf-8")
 
     def resume(self, path: Path) -> str:
         """Goes on from a file, and returns the hash of what was read.

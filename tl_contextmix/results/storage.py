@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import types
 import typing
 import uuid
@@ -93,15 +94,21 @@ def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
 def replacing(path: Path, name: str | None = None) -> Iterator[Path]:
     """Yields where to write a file that appears, or replaces its predecessor, once it is complete.
 
-    It is on the disk by then. A link is written through, not replaced.
+    It is on the disk by then. A link is written through, not replaced. Until then it is in a folder
+    of its own beside it, with what a writer puts there besides (safetensors, a file of a random
+    name).
 
     Args:
         path: The file.
-        name: What it is called until then; None: a name that no other process uses.
+        name: Of that folder, which is emptied first: what a killed process left is not piled up.
+            None: a name that no other process uses.
     """
     target = Path(os.path.realpath(path))
-    part = target.with_name(name or f".{uuid.uuid4().hex}.part")
+    folder = target.with_name(name or f".{uuid.uuid4().hex}.part")
+    part = folder / target.name
     try:
+        _remove(folder)
+        folder.mkdir()
         part.touch()
         mode = part.stat().st_mode  # some versions of safetensors hide the file from everyone else
         yield part
@@ -112,7 +119,15 @@ def replacing(path: Path, name: str | None = None) -> Iterator[Path]:
             _flush(target.parent)
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

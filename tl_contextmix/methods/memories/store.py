@@ -226,7 +226,6 @@ def _rows(layer: int, tail: str, top: TopK, neurons: list[int]) -> Any:
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
-        # One name for each file: what a killed process left is overwritten, not piled up.
         with replacing(path, f".{path.name}.part") as part:
             write(part)
     except Exception as error:  # safetensors and pyarrow have types of their own
