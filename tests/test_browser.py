@@ -634,7 +634,9 @@ def test_a_result_is_seen_in_the_frames_of_other_hosts(browser, host, tmp_path):
     head = _VS_CODE if host == "vs code" else ""
     page.write_text(f"<!DOCTYPE html><meta charset=utf-8>{head}{''.join(cells)}", encoding="utf-8")
     with opened(browser, page) as seen:
-        # Frames in frames in Colab: of each cell, ours is the one inside.
+        # Frames in frames in Colab: of each cell, ours is the one inside, once it is there.
+        while len(seen.page.frames) < 1 + (4 if host == "colab" else 2):
+            seen.page.wait_for_timeout(10)
         inner = [frame for frame in seen.page.frames if not frame.child_frames][:2]
         inner[0].wait_for_function("() => document.querySelector('.map[data-ready]')")
         words = ".word" if host == "colab" else ".colored-tokens"
