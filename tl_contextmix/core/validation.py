@@ -14,7 +14,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -289,6 +289,15 @@ def _fit_one(value: Any, kind: Any) -> Any:
 def is_text(value: str) -> bool:
     """Returns whether UTF-8 can hold a text: halves of surrogate pairs it cannot."""
     return value.isascii() or value.encode(errors="ignore").decode() == value
+
+
+def as_list(given: Any) -> Any:
+    """Returns an array or a column of a table (NumPy, pandas, datasets) as a list; else itself."""
+    if isinstance(given, (str, bytes, Tensor, list, tuple, Mapping)):
+        return given
+    if hasattr(given, "tolist"):
+        return given.tolist()
+    return list(given) if isinstance(given, Sequence) else given
 
 
 def _fit_many(value: Any, kind: Any, inner: tuple[Any, ...]) -> Any:

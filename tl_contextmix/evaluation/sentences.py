@@ -10,9 +10,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_contextmix.adapters.inputs import Given, Labels, label, make_batch, read_batch
-from tl_contextmix.adapters.inputs.tokens import as_list, as_tensor
+from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.validation import as_list
 from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
 from tl_contextmix.evaluation.alignment import require_cues
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair, overlapping, place_tokens

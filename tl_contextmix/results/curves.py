@@ -10,6 +10,7 @@ import torch
 
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.text_metrics import Figure
+from tl_contextmix.core.validation import as_list
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Curves, Panel
 from tl_contextmix.results import storage
@@ -149,7 +150,7 @@ def as_texts(given: Any, name: str) -> tuple[str, ...]:
     Raises:
         InvalidInput: If there is anything but text.
     """
-    listed = given.tolist() if hasattr(given, "tolist") else given
+    listed = as_list(given)
     listed = [listed] if isinstance(listed, str) else listed
     if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
         return tuple(listed)

@@ -25,7 +25,7 @@ from tl_contextmix.adapters.inputs.padding import (
 from tl_contextmix.adapters.tokenizers import Labels
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
-from tl_contextmix.core.validation import LATER, is_text, require_choice
+from tl_contextmix.core.validation import LATER, as_list, is_text, require_choice
 from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
 
 Text = str | Sequence[str]
@@ -200,15 +200,6 @@ def as_tensor(given: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         pass  # texts, or rows of unequal length: said by what reads it
     return given
-
-
-def as_list(given: Any) -> Any:
-    """Returns an array or a column of a table (NumPy, pandas, datasets) as a list; else itself."""
-    if isinstance(given, (str, bytes, Tensor, list, tuple, Mapping)):
-        return given
-    if hasattr(given, "tolist"):
-        return given.tolist()
-    return list(given) if isinstance(given, Sequence) else given
 
 
 def _main_side(view: ModelView, given: Given) -> tuple[Side, dict[str, Tensor]]:
