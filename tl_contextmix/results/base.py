@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from tl_contextmix.core.validation import require_shape
+from tl_contextmix.core.validation import require_choice, require_shape
+from tl_contextmix.errors import bad
 from tl_contextmix.plotting.panels import Panel
 from tl_contextmix.results import storage
 from tl_contextmix.results.components import Components
@@ -98,6 +99,11 @@ class Result(Shown):
 
     LABELS: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     """The labels of an axis: the name of the field that holds them, or the labels themselves."""
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The words that a field may be."""
+    FROM_ZERO: ClassVar[str] = ""
+    """The field of numbers that are from 0, unless `signed`, and 0 at padding: their sums, ranks
+    and products count on that."""
 
     def __post_init__(self) -> None:
         name, sizes = type(self).__name__, dict[str, int]()
@@ -118,6 +124,44 @@ class Result(Shown):
         for field, axes in tensor_axes(type(self)).items():
             if getattr(self, field) is not None:
                 fit(field, axes, tuple(getattr(self, field).shape))
+        for field, words in self.CHOICES.items():
+            require_choice(f"value of {field}", getattr(self, field), words)
+        if self.FROM_ZERO and getattr(self, self.FROM_ZERO).numel():
+            self._require_from_zero(self.FROM_ZERO)
+
+    def _require_from_zero(self, field: str) -> None:
+        """Raises InvalidInput for numbers below zero, unless `signed`, or at padding."""
+        name, values = f"{type(self).__name__}.{field}", getattr(self, field).detach()
+        signed = vars(self).get("signed", False)
+        lowest = values.new_zeros(()) if signed else values.amin()
+        # A NaN hides what is below zero; the comparison costs memory and is left for that case.
+        if bool(lowest < 0) or (bool(lowest.isnan()) and bool((values < 0).any())):
+            raise bad(
+                f"{name} are not {field}",
+                "numbers below 0" if bool(lowest.isnan()) else f"{float(lowest):.3g}",
+                "numbers from 0",
+                "Clamp what rounding leaves below zero; take the size of what has a sign.",
+            )
+        real, others = torch.ones(len(values), dtype=torch.bool), []
+        for dim, axis in enumerate(tensor_axes(type(self))[field][1:], 1):
+            if isinstance(tokens := vars(self).get(self.LABELS[axis]), Tokens):
+                one_axis = [-1, *[1] * (real.ndim - 1), values.shape[dim]]
+                real = real[..., None] & tokens.mask.cpu().view(one_axis)
+            else:
+                others.append(dim)
+        if bool(real.all()):
+            return
+        # Not the scores at padding alone: a batch of unequal texts is padding for the most part.
+        sizes = (values.abs() if signed else values).amax(others)
+        right = (sizes == 0) | real.to(sizes.device)
+        if not bool(right.all()):
+            row = int(right.flatten(1).all(dim=1).int().argmin())
+            raise bad(
+                f"{name} are not zero at padding",
+                f"{field} of tokens that the mask of sentence {row} leaves out",
+                "0 wherever a token is padding",
+                "Fill them with 0 before building the result.",
+            )
 
     def show(self) -> Page:
         """Returns a page that a notebook displays; offline, it makes no request.

@@ -60,6 +60,8 @@ class ContextMap(LabelledArray):
     LABELS = {"layer": "layers", "head": "heads", "target": "target", "source": "source"}
     COLUMNS = {"score": "scores"}
     SUBTRACTED = ("scores",)
+    CHOICES = {"normalized": ("none", "sum", "max")}
+    FROM_ZERO = "scores"
 
     scores: Float[torch.Tensor, "batch layer head target source"]
     layers: tuple[int, ...]
@@ -76,12 +78,6 @@ class ContextMap(LabelledArray):
     from_input: bool = False
     signed: bool = False
     sink: Float[torch.Tensor, "batch layer head target"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("scaling", self.normalized, ("none", "sum", "max"))
-        real = self.target.real_pairs(self.source).cpu()
-        _require_scores(self.scores, real, self.signed)
 
     def _heading(self) -> str:
         return f" {self._name} ({self.stack}), {self.unit}"
@@ -616,38 +612,6 @@ def _merged(
     """Returns numbers of words from those of tokens, side by side as `Tokens.join` has them."""
     parts = [merge(values, part, how, tokens.mask) for part in tokens.by_side(spans)]
     return torch.cat(parts, dim=-1)
-
-
-def _require_scores(scores: torch.Tensor, real: torch.Tensor, signed: bool) -> None:
-    """Raises InvalidInput for scores below zero or at padding.
-
-    Sums, ranks and products over the source axis count on there being none.
-    """
-    scores = scores.detach()
-    if not scores.numel():
-        return
-    lowest = scores.new_zeros(()) if signed else scores.amin()
-    # A NaN hides what is below zero; the comparison costs memory and is left for that case.
-    if bool(lowest < 0) or (bool(lowest.isnan()) and bool((scores < 0).any())):
-        raise bad(
-            "ContextMap.scores are not scores",
-            "numbers below 0" if bool(lowest.isnan()) else f"{float(lowest):.3g}",
-            "numbers from 0",
-            "Clamp what rounding leaves below zero; take the size of what has a sign.",
-        )
-    if bool(real.all()):
-        return
-    # Not the scores at padding alone: a batch of unequal texts is padding for the most part.
-    sizes = scores.amax((1, 2)) if not signed else scores.abs().amax((1, 2))
-    right = (sizes == 0) | real.to(scores.device)
-    if not bool(right.all()):
-        row = int(right.flatten(1).all(dim=1).int().argmin())
-        raise bad(
-            "ContextMap.scores are not zero at padding",
-            f"scores of tokens that the mask of sentence {row} leaves out",
-            "0 wherever source or target is padding",
-            "Fill them with 0 before building the map.",
-        )
 
 
 def _require_rollable(map: ContextMap, encoder: ContextMap | None) -> None:
