@@ -1,13 +1,14 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, names_read
-from tl_contextmix.adapters.inputs.labelling import (
-    label,
+from tl_contextmix.adapters.inputs.passes import (
+    Pass,
+    fresh_trace,
     package_version,
     provenance,
-    word_table,
+    run_pass,
+    select_blocks,
 )
-from tl_contextmix.adapters.inputs.passes import Pass, fresh_trace, run_pass, select_blocks
 from tl_contextmix.adapters.inputs.tokens import (
     Given,
     Ids,
@@ -16,9 +17,11 @@ from tl_contextmix.adapters.inputs.tokens import (
     PaddingSide,
     Text,
     TokenInputs,
+    label,
     make_batch,
     pad_rows,
     read_batch,
+    word_table,
 )
 from tl_contextmix.adapters.tokenizers import Labels, name_tokens
 

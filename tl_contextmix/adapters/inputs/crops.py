@@ -34,9 +34,10 @@ class Crop:
     main: slice
     decoder: slice | None
 
-    def columns(self, stack: str) -> slice:
+    def columns(self, stack: str) -> range:
         """Returns the columns of a stack, as `Batch.side` has its tokens."""
-        return self.main if self.decoder is None or stack == "encoder" else self.decoder
+        found = self.main if self.decoder is None or stack == "encoder" else self.decoder
+        return range(found.start, found.stop)
 
     def of(self, batch: Batch) -> Batch:
         """Returns the part of a batch."""

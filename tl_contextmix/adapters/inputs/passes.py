@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
+import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,10 +20,9 @@ from tqdm import tqdm
 
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.crops import Crop, crops
-from tl_contextmix.adapters.inputs.labelling import label_sides, provenance
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
 from tl_contextmix.adapters.inputs.predictions import Predictions
-from tl_contextmix.adapters.inputs.tokens import Given, read_batch
+from tl_contextmix.adapters.inputs.tokens import Given, label_sides, read_batch
 from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Trace
 from tl_contextmix.core.finite import why_not_finite
@@ -31,10 +33,6 @@ from tl_contextmix.results import ContextMap, Provenance, Tokens
 
 K = TypeVar("K", bound=str)
 _LOGITS = "the logits"
-_ALL = (slice(None), slice(None))
-# The length of an axis, and which stretches of it are which of a part's.
-Place = tuple[int, list[tuple[slice, slice]]]
-Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -109,13 +107,10 @@ class Pass:
 
     def _edited(self, part: Pass, name: str, edit: Edit, value: Tensor) -> Tensor:
         """Returns a part of an activation as an edit of the whole leaves it."""
-        places = self._places(self._axes_of(name), part, value)
-        whole = edit(self._put(None, part, places, value))
-        result = value.clone()
-        for row, one in zip(_rows(part), result, strict=True):
-            for to, at in _stretches(places):
-                one[at] = whole[(row, *to)]
-        return result
+        index, shape = self._index(self._axes_of(name), part, value)
+        whole = value.new_zeros(shape)
+        whole[index] = value
+        return edit(whole)[index]
 
     @functools.cached_property
     def _activation_axes(self) -> dict[str, str]:
@@ -167,8 +162,8 @@ class Pass:
                 if part.crop is None:
                     result[name] = value
                     continue
-                places = self._places(axes, part, value, rows)
-                result[name] = self._put(result.get(name), part, places, value)
+                index, shape = self._index(axes, part, value, rows)
+                result.setdefault(name, value.new_zeros(shape))[index] = value
         return result
 
     def _without_padding(self, axes: str, value: Tensor, rows: list[int] | None) -> Tensor:
@@ -237,45 +232,29 @@ class Pass:
         crop = self.crop
         return 0 if crop is None else crop.columns(self.view.base_stack(self.stack)).start
 
-    def _put(
-        self, whole: Tensor | None, part: Pass, places: Sequence[Place | None], value: Tensor
-    ) -> Tensor:
-        """Writes what was computed of a part where it belongs; None: into zeros."""
-        if whole is None:
-            given = zip(places, value.shape[1:], strict=True)
-            sizes = [size if place is None else place[0] for place, size in given]
-            whole = value.new_zeros(len(self.batch.main.ids), *sizes)
-        for row, one in zip(_rows(part), value, strict=True):
-            for to, at in _stretches(places):
-                whole[(row, *to)] = one[at]
-        return whole
-
-    def _places(
+    def _index(
         self, axes: str, part: Pass, value: Tensor, rows: Sequence[int] | None = None
-    ) -> list[Place | None]:
-        """Returns where the axes of a part's tensor, after the batch, are in that of the whole."""
-        found = [self._place(axis, part, rows) for axis in axes.split()[1:]]
-        return found + [None] * (value.ndim - 1 - len(found))
+    ) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Returns where a tensor of a part is in that of the whole, and the shape of the latter."""
+        assert part.crop is not None
+        found = [(len(self.batch.main.ids), [*part.crop.rows])]
+        for axis, size in itertools.zip_longest(axes.split()[1:], value.shape[1:], fillvalue=""):
+            found.append(self._place(str(axis), part.crop, rows) or (size, [*range(size)]))
+        index = map(torch.from_numpy, numpy.ix_(*(places for _, places in found)))
+        return tuple(index), [size for size, _ in found]
 
-    def _place(self, axis: str, part: Pass, rows: Sequence[int] | None) -> Place | None:
-        crop = part.crop
-        assert crop is not None
+    def _place(
+        self, axis: str, crop: Crop, rows: Sequence[int] | None
+    ) -> tuple[int, list[int]] | None:
+        """Returns the length of an axis that has positions, and where those of a crop are on it."""
         if axis == "rows" and rows is not None:
             columns = crop.columns(self.view.base_stack(self.stack))
-            mine = [i for i, row in enumerate(rows) if columns.start <= row < columns.stop]
-            return len(rows), [(slice(i, i + 1), slice(n, n + 1)) for n, i in enumerate(mine)]
-        sides = self._sides_of(axis)
-        if not sides:
-            return None
-        whole = own = 0
-        pairs = []
-        for side in sides:
-            columns = crop.columns(side)
-            width = columns.stop - columns.start
-            to = slice(whole + columns.start, whole + columns.stop)
-            pairs.append((to, slice(own, own + width)))
-            whole, own = whole + self.tokens[side].shape[1], own + width
-        return whole, pairs
+            return len(rows), [i for i, row in enumerate(rows) if row in columns]
+        length, places = 0, []
+        for side in self._sides_of(axis):
+            places += [length + column for column in crop.columns(side)]
+            length += self.tokens[side].shape[1]
+        return (length, places) if length else None
 
     def _sides_of(self, axis: str) -> tuple[str, ...]:
         """Returns the sides whose positions an axis is; none where it is something else."""
@@ -435,18 +414,6 @@ def run_pass(
     )
 
 
-def _rows(part: Pass) -> tuple[int, ...]:
-    assert part.crop is not None
-    return part.crop.rows
-
-
-def _stretches(places: Sequence[Place | None]) -> Iterator[tuple[Index, Index]]:
-    """Yields the indices of one row's numbers in the whole, and in the part."""
-    pairs = [[_ALL] if place is None else place[1] for place in places]
-    for stretches in itertools.product(*pairs):
-        yield tuple(to for to, _ in stretches), tuple(at for _, at in stretches)
-
-
 def _names(block: Block) -> Iterator[str]:
     """Yields the names of a block's activations; those of its keys and values are not all its."""
     yield from (block.resid_in, block.resid_out, *block.spared(), *block.checkpoints())
@@ -536,3 +503,56 @@ def _layer_number(number: int, count: int) -> int:
             f"This stack has {count} layers; the first is 0.",
         )
     return number
+
+
+def provenance(
+    view: ModelView,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    further: Mapping[str, Tensor] = MappingProxyType({}),
+    **given: str,
+) -> Provenance:
+    """Returns where the results of a method on a model come from.
+
+    Warns where the processing of the weights changes them.
+
+    Args:
+        view: The model.
+        method: Name of the method.
+        options: What it was asked for.
+        further: What the pass was given of each token besides its id.
+        given: What else decides whether processing matters; see `weight_processing.changed_by`.
+    """
+    if view.processing:
+        view.notice(method, {**options, **given})
+    return Provenance(
+        method=method,
+        options={
+            **options,
+            **{name: _recorded(value) for name, value in further.items()},
+            **({"dictionary": list(view.dictionaries)} if view.dictionaries else {}),
+        },
+        model=view.name,
+        host=view.host,
+        host_version=view.host_version,
+        version=package_version(),
+        processing=view.processing,
+        fingerprint=view.fingerprint,
+    )
+
+
+def _recorded(value: Tensor) -> Any:
+    """Returns what was given of each token; of sound a hash."""
+    if not value.is_floating_point():
+        return value.tolist()
+    return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()[:16]
+
+
+@functools.cache
+def package_version() -> str:
+    """Returns the installed version of this package."""
+    try:
+        return version("tl-contextmix")
+    except PackageNotFoundError:
+        return "0+source"

@@ -1,7 +1,8 @@
-"""Texts and tensors become the tokens of both sides of a model, checked against it."""
+"""Texts and tensors become the tokens of both sides of a model, checked against it, and labels."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_contextmix.adapters.chats import chats_of
+from tl_contextmix.adapters.chats import ROLES, chats_of
 from tl_contextmix.adapters.inputs.activation_cache import Cache, describe
 from tl_contextmix.adapters.inputs.model_arguments import (
     further_arguments,
@@ -27,6 +28,7 @@ from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import LATER, as_list, is_text, require_choice
 from tl_contextmix.errors import InvalidInput, bad, four_parts, seen, warn
+from tl_contextmix.results import Tokens
 
 Text = str | Sequence[str]
 Ids = Tensor | numpy.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -458,3 +460,32 @@ def _pad(view: ModelView, texts: Sequence[str | None], rows: list[list[int]], si
                 "Leave the text out, or let prepend_bos give it one.",
             )
     return pad_rows(rows, view.pad_id(), side)
+
+
+def label_sides(view: ModelView, batch: Batch) -> dict[str, Tokens]:
+    """Returns the labels of each side of a batch."""
+    sides = {"decoder": batch.decoder, "encoder": batch.main}
+    if batch.decoder is None:
+        sides = dict.fromkeys(view.stacks, batch.main)
+    return {name: label(view, name, side) for name, side in sides.items() if side is not None}
+
+
+def label(view: ModelView, name: str, side: Side) -> Tokens:
+    """Returns the labels of one side of a batch."""
+    # Copies: the caller may write on what was given, or on a result.
+    ids, mask = side.ids.cpu().clone(), side.mask.cpu().clone()
+    # Each token is decoded once: long inputs repeat theirs.
+    texts = {token: view.to_string(token) for token in ids.unique().tolist()}
+    strings = tuple(tuple(texts[token] for token in row) for row in ids.tolist())
+    sides, places = ((name, ids.shape[1]),), None
+    if side.roles is not None and bool((side.roles == side.roles[0]).all()):
+        runs = itertools.groupby(side.roles[0].tolist())
+        sides = tuple((ROLES[role], len([*run])) for role, run in runs)
+        places = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    return Tokens(ids, strings, mask, sides, places=places, spaced=view.spaced())
+
+
+def word_table(view: ModelView, *ids: Tensor) -> dict[str, str]:
+    """Returns the text of all that is predicted, by its id as text (as files hold them)."""
+    known = torch.cat([some.flatten().cpu() for some in ids]).unique().tolist()
+    return {str(token): view.to_output(token) for token in known}
