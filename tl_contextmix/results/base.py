@@ -144,7 +144,7 @@ class Result(Shown):
             )
         real, others = torch.ones(len(values), dtype=torch.bool), []
         for dim, axis in enumerate(tensor_axes(type(self))[field][1:], 1):
-            if isinstance(tokens := vars(self).get(self.LABELS[axis]), Tokens):
+            if isinstance(tokens := getattr(self, str(self.LABELS[axis]), None), Tokens):
                 one_axis = [-1, *[1] * (real.ndim - 1), values.shape[dim]]
                 real = real[..., None] & tokens.mask.cpu().view(one_axis)
             else:

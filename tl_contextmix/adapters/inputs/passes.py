@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
-import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -107,10 +106,14 @@ class Pass:
 
     def _edited(self, part: Pass, name: str, edit: Edit, value: Tensor) -> Tensor:
         """Returns a part of an activation as an edit of the whole leaves it."""
-        index, shape = self._index(self._axes_of(name), part, value)
-        whole = value.new_zeros(shape)
-        whole[index] = value
-        return edit(whole)[index]
+        shape, pairs = self._places(self._axes_of(name), part, value)
+        whole, result = value.new_zeros(shape), value.clone()
+        for to, at in pairs:
+            whole[to] = value[at]
+        whole = edit(whole)
+        for to, at in pairs:
+            result[at] = whole[to]
+        return result
 
     @functools.cached_property
     def _activation_axes(self) -> dict[str, str]:
@@ -162,8 +165,11 @@ class Pass:
                 if part.crop is None:
                     result[name] = value
                     continue
-                index, shape = self._index(axes, part, value, rows)
-                result.setdefault(name, value.new_zeros(shape))[index] = value
+                shape, pairs = self._places(axes, part, value, rows)
+                if name not in result:
+                    result[name] = value.new_zeros(shape)
+                for to, at in pairs:
+                    result[name][to] = value[at]
         return result
 
     def _without_padding(self, axes: str, value: Tensor, rows: list[int] | None) -> Tensor:
@@ -232,29 +238,36 @@ class Pass:
         crop = self.crop
         return 0 if crop is None else crop.columns(self.view.base_stack(self.stack)).start
 
-    def _index(
+    def _places(
         self, axes: str, part: Pass, value: Tensor, rows: Sequence[int] | None = None
-    ) -> tuple[tuple[Tensor, ...], list[int]]:
-        """Returns where a tensor of a part is in that of the whole, and the shape of the latter."""
+    ) -> tuple[list[int], list[tuple[Any, Any]]]:
+        """Returns the shape of a tensor of all parts, and where what is one's is in both."""
         assert part.crop is not None
-        found = [(len(self.batch.main.ids), [*part.crop.rows])]
+        sizes = [len(self.batch.main.ids)]
+        pairs: list[list[tuple[Any, Any]]] = [[(row, i) for i, row in enumerate(part.crop.rows)]]
         for axis, size in itertools.zip_longest(axes.split()[1:], value.shape[1:], fillvalue=""):
-            found.append(self._place(str(axis), part.crop, rows) or (size, [*range(size)]))
-        index = map(torch.from_numpy, numpy.ix_(*(places for _, places in found)))
-        return tuple(index), [size for size, _ in found]
+            whole, stretches = self._stretches(str(axis), int(size), part.crop, rows)
+            sizes.append(whole)
+            pairs.append(stretches)
+        found = (zip(*one, strict=True) for one in itertools.product(*pairs))
+        return sizes, [(to, at) for to, at in found]
 
-    def _place(
-        self, axis: str, crop: Crop, rows: Sequence[int] | None
-    ) -> tuple[int, list[int]] | None:
-        """Returns the length of an axis that has positions, and where those of a crop are on it."""
+    def _stretches(
+        self, axis: str, size: int, crop: Crop, rows: Sequence[int] | None
+    ) -> tuple[int, list[tuple[slice, slice]]]:
+        """Returns the length of an axis, and its stretches that are a part's, on both axes."""
         if axis == "rows" and rows is not None:
             columns = crop.columns(self.view.base_stack(self.stack))
-            return len(rows), [i for i, row in enumerate(rows) if row in columns]
-        length, places = 0, []
+            mine = [i for i, row in enumerate(rows) if row in columns]
+            return len(rows), [(slice(i, i + 1), slice(n, n + 1)) for n, i in enumerate(mine)]
+        length = own = 0
+        pairs = []
         for side in self._sides_of(axis):
-            places += [length + column for column in crop.columns(side)]
-            length += self.tokens[side].shape[1]
-        return (length, places) if length else None
+            columns = crop.columns(side)
+            to = slice(length + columns.start, length + columns.stop)
+            pairs.append((to, slice(own, own + len(columns))))
+            length, own = length + self.tokens[side].shape[1], own + len(columns)
+        return (length, pairs) if pairs else (size, [(slice(None), slice(None))])
 
     def _sides_of(self, axis: str) -> tuple[str, ...]:
         """Returns the sides whose positions an axis is; none where it is something else."""
