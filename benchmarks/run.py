@@ -21,11 +21,11 @@ from blocks import Sizes, build
 from meters import Memory, WithoutProducts, command_line, flops, interleaved, row, say
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.feed_forward_parts import Precision
 from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.engine.parts import POINTS, Point, linear_points, norms_at, parts_at_all
+from tl_contextmix.results.labels import package_version
 
 MAX_BYTES = 2**30
 STEPS = 50

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import tl_contextmix as cm
 from tl_contextmix.adapters.inputs import Given, make_batch
-from tl_contextmix.adapters.questions import Answer, ask_in_pass
+from tl_contextmix.adapters.passes import ask_in_pass
+from tl_contextmix.adapters.questions import Answer
 from tl_contextmix.core.counters import Memory
 from tl_contextmix.errors import ContextMixWarning
 from tl_contextmix.methods import gradients

@@ -23,7 +23,8 @@ from asked import (
 from oracles import Position
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
 from tl_contextmix.core.feed_forward_parts import Bias

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, make_batch, run_pass
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.adapters.verification import CheckRow
 from tl_contextmix.adapters.verification.identity_report import HUGGING_FACE
 from tl_contextmix.engine.parts import Point

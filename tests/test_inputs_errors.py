@@ -18,8 +18,9 @@ from public import FUNCTIONS
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import Given, make_batch, select_blocks
+from tl_contextmix.adapters.inputs import Given, make_batch
 from tl_contextmix.core import validation
+from tl_contextmix.core.model_view import select_blocks
 
 V, N_CTX = zoo.rows.D_VOCAB, zoo.rows.N_CTX
 TOKENS = torch.tensor([[5, 6, 7]])

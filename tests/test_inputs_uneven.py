@@ -13,7 +13,8 @@ from test_conformance import METHODS, QUESTIONS, Method
 from torch import Tensor
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import Given, passes
+from tl_contextmix.adapters import passes
+from tl_contextmix.adapters.inputs import Given
 from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.tokens import read_batch
 from tl_contextmix.core.blocks import Batch, Side

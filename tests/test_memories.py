@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import passes
+from tl_contextmix.adapters import passes
 from tl_contextmix.core import readout as unembed
 from tl_contextmix.core.model_view import Readout
 from tl_contextmix.core.readout import Unembedding

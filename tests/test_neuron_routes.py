@@ -24,7 +24,8 @@ from run import measure, ours
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, run_pass
+from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.core import neuron_routes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.blocks import Block, Trace

@@ -263,7 +263,7 @@ def _run_python(code: str) -> str:
 
 
 def test_sources_that_were_not_installed_have_a_version_too(monkeypatch):
-    from tl_contextmix.adapters.inputs import package_version
+    from tl_contextmix.results.labels import package_version
 
     assert re.match(r"\d+\.\d+", package_version())
     monkeypatch.setattr("importlib.metadata.Distribution.discover", lambda **_: iter(()))

@@ -17,7 +17,8 @@ from scipy import stats
 from scipy.optimize import minimize
 
 import tl_contextmix as cm
-from tl_contextmix.adapters.inputs import Given, run_pass
+from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.core.online_code import online_code, stretch_ends
 from tl_contextmix.core.residual_stream import needed
 from tl_contextmix.core.statistics import spearman

@@ -25,6 +25,7 @@ from tl_contextmix.core.blocks import (
     require_weight,
 )
 from tl_contextmix.core.token_sums import Norm
+from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import UnsupportedModel, bad
 
 StackName = Literal["encoder", "decoder", "cross"]
@@ -294,3 +295,33 @@ class ModelView:
         for stack, blocks in self.stacks.items():
             for block in blocks:
                 yield stack, block
+
+
+def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:
+    """Returns the blocks of the layers asked for, in the order asked.
+
+    Raises:
+        InvalidInput: If there is no such layer.
+    """
+    if layer is None:
+        return blocks
+    asked = [layer] if isinstance(layer, int) else [*layer]
+    if not asked:
+        raise bad(
+            "no layer was asked for",
+            "an empty list",
+            "a layer or several",
+            "Leave `layer` out for all of them.",
+        )
+    return tuple(blocks[_layer_number(number, len(blocks))] for number in asked)
+
+
+def _layer_number(number: int, count: int) -> int:
+    if not -count <= number < count:
+        raise bad(
+            "there is no such layer",
+            repr(number),
+            f"an integer from {-count} to {count - 1}",
+            f"This stack has {count} layers; the first is 0.",
+        )
+    return number

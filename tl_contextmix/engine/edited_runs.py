@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Pass
+from tl_contextmix.adapters.passes import Pass
 from tl_contextmix.adapters.questions import Question
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.model_view import Edit

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_contextmix.adapters.inputs import Given, Pass, name_tokens, read_batch, run_pass
+from tl_contextmix.adapters.inputs import Given, name_tokens, read_batch
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.adapters.questions import (
     Answer,
     Direction,

@@ -19,15 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Input, Pass, select_blocks
-from tl_contextmix.adapters.questions import (
-    AnswerInputs,
-    Question,
-    ask_in_pass,
-    predictions,
-    split_answer,
-)
-from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.passes import Pass, ask_in_pass
+from tl_contextmix.adapters.questions import AnswerInputs, Question, predictions, split_answer
+from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.tiled_logits import Vocabulary, read_vocabulary
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.errors import UnsupportedModel, bad, four_parts
@@ -107,7 +102,7 @@ def logit_map(
     turns, chosen = [*question.rounds()], select_blocks(forward_pass.blocks, layer)
 
     def read(part: Pass) -> dict[str, tuple[str, Tensor]]:
-        each = [_reader(part, turn.within(part), max_bytes) for turn, _ in turns]
+        each = [_reader(part, part.own_question(turn), max_bytes) for turn, _ in turns]
         scores = split(part, each).transpose(1, 2)
         if layer is None:
             scores = scores.sum(dim=1, keepdim=True)

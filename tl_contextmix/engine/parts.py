@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Pass
+from tl_contextmix.adapters.passes import Pass
 from tl_contextmix.core.blocks import AttentionSublayer, Block, Identity, Trace, shift
 from tl_contextmix.core.feed_forward_parts import (
     DEFAULT_MAX_BYTES,

@@ -14,15 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Ids,
-    Labels,
-    label,
-    name_tokens,
-    provenance,
-    run_pass,
-)
+from tl_contextmix.adapters.inputs import Given, Ids, Labels, label, name_tokens
+from tl_contextmix.adapters.passes import provenance, run_pass
 from tl_contextmix.adapters.questions import Answer, Target
 from tl_contextmix.core.blocks import Side
 from tl_contextmix.core.counters import count_operations

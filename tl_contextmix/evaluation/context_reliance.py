@@ -11,14 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    TokenInputs,
-    label,
-    name_tokens,
-    read_batch,
-    run_pass,
-)
+from tl_contextmix.adapters.inputs import Given, TokenInputs, label, name_tokens, read_batch
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.adapters.questions import Answer, Question, ask, label_sets
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import NotNegativeNumber, Positive

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import provenance
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.validation import (
     FilePath,
     NotNegative,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import provenance
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import LATER, checked

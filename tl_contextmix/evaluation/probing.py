@@ -11,16 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Pass,
-    TokenInputs,
-    name_tokens,
-    provenance,
-    read_batch,
-    run_pass,
-)
+from tl_contextmix.adapters.inputs import Given, Input, TokenInputs, name_tokens, read_batch
+from tl_contextmix.adapters.passes import Pass, provenance, run_pass
 from tl_contextmix.adapters.questions import one_each
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
 from tl_contextmix.core.blocks import Batch

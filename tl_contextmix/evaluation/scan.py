@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, pad_rows, provenance, read_batch
+from tl_contextmix.adapters.inputs import Given, pad_rows, read_batch
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.adapters.questions import Question, ask, split_answer
 from tl_contextmix.core.blocks import Batch, Side
 from tl_contextmix.core.model_view import ModelView

@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, Pass
-from tl_contextmix.adapters.questions import AnswerInputs, run_asked
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.passes import Pass, run_asked
+from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.residual_stream import AttentionComponent, decompose_stream, needed

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, Pass, name_tokens, read_batch, run_pass
+from tl_contextmix.adapters.inputs import Input, name_tokens, read_batch
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.adapters.questions import (
     Question,
     TokenAnswerInputs,

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, Inputs, Pass, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName

@@ -12,19 +12,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Inputs,
-    Pass,
-    run_pass,
-    select_blocks,
-)
-from tl_contextmix.adapters.questions import AnswerInputs, run_asked
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.passes import Pass, run_asked, run_pass
+from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.blocks import IDENTITIES, Block
 from tl_contextmix.core.first_block import first_parts, parts_of
 from tl_contextmix.core.frozen_blocks import FrozenStack, causal, freeze_stack, own_parts
-from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.neuron_routes import Costs
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import Layers, Positive, checked

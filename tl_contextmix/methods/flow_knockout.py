@@ -11,7 +11,8 @@ from tqdm import tqdm
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Input, TokenInputs, read_batch, run_pass
+from tl_contextmix.adapters.inputs import Given, Input, TokenInputs, read_batch
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.adapters.questions import Question, ask_about
 from tl_contextmix.core.linear_graph import LinearGraph, Place
 from tl_contextmix.core.linear_steps import FeedForwards

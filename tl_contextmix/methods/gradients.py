@@ -12,17 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Input,
-    Pass,
-)
-from tl_contextmix.adapters.questions import (
-    Question,
-    TokenAnswerInputs,
-    ask_in_pass,
-    predictions,
-    split_answer,
-)
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.passes import Pass, ask_in_pass
+from tl_contextmix.adapters.questions import Question, TokenAnswerInputs, predictions, split_answer
 from tl_contextmix.core.blocks import Batch
 from tl_contextmix.core.contrast import Contrast, Of
 from tl_contextmix.core.finite import why_not_finite
@@ -379,7 +371,7 @@ def _ask(part: Pass, turns: list[Question], of: Of, *, grad: bool = False) -> li
     inputs = {name: leaves[name] for name in entries}
     result = []
     for turn in turns:
-        own = replace(turn.within(part), batch=batch)
+        own = replace(part.own_question(turn), batch=batch)
         read = own.read(logits)
         contrast = own.contrast(read.detach())
         result.append(_Asked(own, inputs, contrast, of, contrast.score(read, of)))

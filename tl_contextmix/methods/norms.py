@@ -14,14 +14,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Inputs,
-    Pass,
-    run_pass,
-)
-from tl_contextmix.adapters.questions import AnswerInputs, run_asked
+from tl_contextmix.adapters.inputs import Given, Input, Inputs
+from tl_contextmix.adapters.passes import Pass, run_asked, run_pass
+from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.blocks import Block
 from tl_contextmix.core.feed_forward_parts import FeedForwardParts, Precision
 from tl_contextmix.core.folded_weights import Folds

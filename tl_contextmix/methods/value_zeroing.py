@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, Pass
-from tl_contextmix.adapters.questions import AnswerInputs, run_asked
+from tl_contextmix.adapters.inputs import Input
+from tl_contextmix.adapters.passes import Pass, run_asked
+from tl_contextmix.adapters.questions import AnswerInputs
 from tl_contextmix.core.blocks import IDENTITIES, Block, Trace
 from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
@@ -21,6 +20,7 @@ from tl_contextmix.reporting.drawing import quoted, table_of
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import Comparison
 from tl_contextmix.results.headings import in_plain_words
+from tl_contextmix.results.labels import package_version
 
 COMPARISON_PATH = "tl_contextmix_comparison.html"
 COMPARED = 50

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from tl_contextmix.adapters.inputs import package_version
 from tl_contextmix.errors import bad
 from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Table
@@ -20,6 +19,7 @@ from tl_contextmix.reporting.mixing_section import mixing, points
 from tl_contextmix.reporting.prediction_section import prediction
 from tl_contextmix.reporting.story import Story
 from tl_contextmix.results import Provenance, Result
+from tl_contextmix.results.labels import package_version
 
 SectionName = Literal[
     "prediction",

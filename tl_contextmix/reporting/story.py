@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, Labels, Pass, name_tokens, run_pass
+from tl_contextmix.adapters.inputs import Given, Labels, name_tokens
 from tl_contextmix.adapters.inputs.tokens import as_tensor
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.adapters.questions import Answer, ask
 from tl_contextmix.core.model_view import StackName
 from tl_contextmix.demo_models import DEMO_NAMES, known_words

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
@@ -436,6 +437,15 @@ class Provenance:
     version: str
     processing: tuple[str, ...]
     fingerprint: str
+
+
+@cache
+def package_version() -> str:
+    """Returns the installed version of this package."""
+    try:
+        return version("tl-contextmix")
+    except PackageNotFoundError:
+        return "0+source"
 
 
 def _unbuilt(seen: str, expected: str, remedy: str) -> InvalidInput:

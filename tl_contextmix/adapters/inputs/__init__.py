@@ -1,14 +1,6 @@
 """From what a user passes to what a model runs: text, tokens, masks and caches, all checked."""
 
 from tl_contextmix.adapters.inputs.activation_cache import Cache, names_read
-from tl_contextmix.adapters.inputs.passes import (
-    Pass,
-    fresh_trace,
-    package_version,
-    provenance,
-    run_pass,
-    select_blocks,
-)
 from tl_contextmix.adapters.inputs.tokens import (
     Given,
     Ids,
@@ -33,19 +25,13 @@ __all__ = [
     "Inputs",
     "Labels",
     "PaddingSide",
-    "Pass",
     "Text",
     "TokenInputs",
-    "fresh_trace",
     "label",
     "make_batch",
     "name_tokens",
     "names_read",
-    "package_version",
     "pad_rows",
-    "provenance",
     "read_batch",
-    "run_pass",
-    "select_blocks",
     "word_table",
 ]

@@ -9,10 +9,10 @@ from tl_contextmix.adapters.questions.asked import (
     TokenAnswerInputs,
     split_answer,
 )
-from tl_contextmix.adapters.questions.asked_passes import ask_in_pass, predictions, run_asked
 from tl_contextmix.adapters.questions.directions import Direction, Reading, read_direction
 from tl_contextmix.adapters.questions.earlier import label_sets
 from tl_contextmix.adapters.questions.positions import predicting_rows, rows_at
+from tl_contextmix.adapters.questions.predictions import predictions
 from tl_contextmix.adapters.questions.question import Question, ask, ask_about
 from tl_contextmix.adapters.questions.targets import one_each, single_token
 
@@ -28,14 +28,12 @@ __all__ = [
     "TokenAnswerInputs",
     "ask",
     "ask_about",
-    "ask_in_pass",
     "label_sets",
     "one_each",
     "predicting_rows",
     "predictions",
     "read_direction",
     "rows_at",
-    "run_asked",
     "single_token",
     "split_answer",
 ]

@@ -78,19 +78,15 @@ def split_answer(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer
 
     Where nothing is asked, an assistant's last message is the answer that is asked about.
     """
-    return within_chats(*split(input, inputs))
-
-
-def split(input: Input, inputs: Mapping[str, Any]) -> tuple[Given, Answer]:
-    """Returns the options of one call that are given and those that ask."""
     names = [field.name for field in fields(Answer)]
     asked = {name: inputs[name] for name in names if name in inputs}
     if "pos" in asked:  # kept with the result: a number of Python, or a list of them
         asked["pos"] = plain_numbers(items(asked["pos"]) or asked["pos"])
-    return Given(input, **{n: v for n, v in inputs.items() if n not in asked}), Answer(**asked)
+    given = Given(input, **{n: v for n, v in inputs.items() if n not in asked})
+    return _within_chats(given, Answer(**asked))
 
 
-def within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
+def _within_chats(given: Given, answer: Answer) -> tuple[Given, Answer]:
     """Returns chats with what is asked in the assistant's turn.
 
     Where nothing else is asked, an assistant's last message is the answer; where a token is, the

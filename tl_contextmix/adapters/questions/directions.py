@@ -14,9 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs.passes import select_blocks
 from tl_contextmix.core.blocks import Block, Identity
-from tl_contextmix.core.model_view import ModelView, Readout
+from tl_contextmix.core.model_view import ModelView, Readout, select_blocks
 from tl_contextmix.core.residual_stream import Stop
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.validation import require_choice, whole_number

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_contextmix.adapters.chats import ROLES
-from tl_contextmix.adapters.inputs.passes import Pass
 from tl_contextmix.adapters.inputs.tokens import require_ids
 from tl_contextmix.adapters.questions.asked import Answer
 from tl_contextmix.adapters.questions.earlier import (
@@ -71,7 +70,7 @@ class Question:
 
     def part(self, index: slice) -> Question:
         """Returns some of the predictions."""
-        return self._at([*range(len(self.rows))[index]])
+        return self.at([*range(len(self.rows))[index]])
 
     def rounds(self) -> Iterator[tuple[Question, Bool[Tensor, " batch"]]]:
         """Yields the first prediction of every sentence, then the second, and so on.
@@ -82,7 +81,7 @@ class Question:
         places = [(self.sentences == row).nonzero()[:, 0].tolist() for row in range(count)]
         for turn in range(max(map(len, places))):
             chosen = [some[min(turn, len(some) - 1)] for some in places]
-            yield self._at(chosen), torch.tensor([turn < len(some) for some in places])
+            yield self.at(chosen), torch.tensor([turn < len(some) for some in places])
 
     def repeated(self, times: int) -> Question:
         """Returns the predictions of as many copies of the batch, one after the other."""
@@ -95,25 +94,14 @@ class Question:
             rows=self.rows.repeat(times),
         )
 
-    def within(self, part: Pass) -> Question:
-        """Returns the same of the sentences of a part of a pass, each asked about once."""
-        if part.crop is None:
-            return self
-        own = self._at([*part.crop.rows])
-        return replace(
-            own,
-            batch=part.batch,
-            sentences=torch.arange(len(own.rows)),
-            rows=part.own_positions(self.rows),
-        )
-
     def of_direction(self) -> Question:
         """Returns the same positions, asked about a direction; see `read_direction`."""
         each = range(len(self.rows))
         direction, nothing = tuple((0,) for _ in each), tuple((1,) for _ in each)
         return replace(self, target=direction, foil=nothing, named=(None,) * len(each))
 
-    def _at(self, places: list[int]) -> Question:
+    def at(self, places: list[int]) -> Question:
+        """Returns the predictions at some places."""
         return replace(
             self,
             sentences=self.sentences[places],

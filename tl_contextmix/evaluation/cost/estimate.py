@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Given, make_batch, provenance
+from tl_contextmix.adapters.inputs import Given, make_batch
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, FeedForward
 from tl_contextmix.core.counters import Memory, Operations
 from tl_contextmix.core.experts import Experts

@@ -9,13 +9,7 @@ from typing import Any, Literal, overload
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import EncoderDecoder, as_encoder_decoder
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Text,
-    TokenInputs,
-    package_version,
-)
+from tl_contextmix.adapters.inputs import Given, Input, Text, TokenInputs
 from tl_contextmix.core.text_metrics import MetricChoice, UserMetric, metric_items
 from tl_contextmix.core.validation import Positive
 from tl_contextmix.engine.registry import method
@@ -38,6 +32,7 @@ from tl_contextmix.results import (
 from tl_contextmix.results.axes import positions
 from tl_contextmix.results.curves import category_groups
 from tl_contextmix.results.decodings import require_measurable
+from tl_contextmix.results.labels import package_version
 from tl_contextmix.results.likelihoods import by_token
 
 Mode = Literal["generate", "teacher_forced", "scores"]

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_contextmix.adapters.inputs import Given, Pass, run_pass
+from tl_contextmix.adapters.inputs import Given
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.core.blocks import AttentionSublayer
 from tl_contextmix.core.model_view import ModelView, StackName
 from tl_contextmix.core.residual_stream import (

@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import Input, name_tokens, read_batch, run_pass
+from tl_contextmix.adapters.inputs import Input, name_tokens, read_batch
+from tl_contextmix.adapters.passes import run_pass
 from tl_contextmix.adapters.questions import TokenAnswerInputs, ask, label_sets, split_answer
 from tl_contextmix.core.contrast import Contrast
 from tl_contextmix.core.validation import NotNegative

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import fresh_trace, provenance, select_blocks
+from tl_contextmix.adapters.passes import fresh_trace, provenance
+from tl_contextmix.core.model_view import select_blocks
 from tl_contextmix.core.validation import Layers, NotNegative, Positive
 from tl_contextmix.engine.memory_coefficients import (
     CASES,

@@ -9,14 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Inputs,
-    Pass,
-    run_pass,
-    word_table,
-)
+from tl_contextmix.adapters.inputs import Given, Input, Inputs, word_table
+from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.core.blocks import FeedForward
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (

@@ -11,18 +11,10 @@ from torch import Tensor
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.dictionaries import Dictionaries
 from tl_contextmix.adapters.dictionary_views import layers_of, with_dictionaries
-from tl_contextmix.adapters.inputs import (
-    Given,
-    Input,
-    Labels,
-    make_batch,
-    name_tokens,
-    provenance,
-    select_blocks,
-    word_table,
-)
+from tl_contextmix.adapters.inputs import Given, Input, Labels, make_batch, name_tokens, word_table
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.blocks import Block
-from tl_contextmix.core.model_view import ModelView
+from tl_contextmix.core.model_view import ModelView, select_blocks
 from tl_contextmix.core.readout import TILE_BYTES, Scan, Unembedding, unembedding
 from tl_contextmix.core.token_sums import blocks
 from tl_contextmix.core.validation import LATER, Layers, Positive

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_contextmix.adapters.inputs import provenance
+from tl_contextmix.adapters.passes import provenance
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import require_number
 from tl_contextmix.errors import bad

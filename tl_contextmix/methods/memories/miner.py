@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from tl_contextmix.adapters.dictionary_views import layers_of
-from tl_contextmix.adapters.inputs import package_version, select_blocks
 from tl_contextmix.core.blocks import Block, Trace
 from tl_contextmix.core.experts import Experts
 from tl_contextmix.core.finite import why_not_finite
-from tl_contextmix.core.model_view import ModelView, StackName
+from tl_contextmix.core.model_view import ModelView, StackName, select_blocks
 from tl_contextmix.core.pieces import replace_parts
 from tl_contextmix.core.validation import Layers
 from tl_contextmix.engine.memory_coefficients import (
@@ -37,6 +36,7 @@ from tl_contextmix.methods.memories.topk import (
     update_all,
 )
 from tl_contextmix.results.axes import positions
+from tl_contextmix.results.labels import package_version
 
 Unit = Literal["prefix", "document"]
 Tails = Literal["positive", "both", "quadrants"]

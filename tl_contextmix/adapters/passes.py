@@ -1,4 +1,4 @@
-"""One pass of the model over what was given, with the labels of its axes."""
+"""One pass of the model over what was given, labelled, and the rows of it that are asked about."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
@@ -20,15 +19,18 @@ from tqdm import tqdm
 from tl_contextmix.adapters.inputs.activation_cache import trace_of
 from tl_contextmix.adapters.inputs.crops import Crop, crops
 from tl_contextmix.adapters.inputs.padding import require_safe_padding
-from tl_contextmix.adapters.inputs.predictions import Predictions
-from tl_contextmix.adapters.inputs.tokens import Given, label_sides, read_batch
+from tl_contextmix.adapters.inputs.tokens import Given, Input, label_sides, read_batch
+from tl_contextmix.adapters.questions.asked import Answer, Asked, split_answer
+from tl_contextmix.adapters.questions.predictions import Predictions, read_rows
+from tl_contextmix.adapters.questions.question import Question, ask
 from tl_contextmix.adapters.tokenizers import name_tokens
 from tl_contextmix.core.blocks import IDENTITIES, Batch, Block, Identity, Trace
 from tl_contextmix.core.finite import why_not_finite
-from tl_contextmix.core.model_view import Edit, ModelView, StackName
+from tl_contextmix.core.model_view import Edit, ModelView, StackName, select_blocks
 from tl_contextmix.core.validation import Layers
-from tl_contextmix.errors import InvalidInput, bad
+from tl_contextmix.errors import InvalidInput
 from tl_contextmix.results import ContextMap, Provenance, Tokens
+from tl_contextmix.results.labels import package_version
 
 K = TypeVar("K", bound=str)
 _LOGITS = "the logits"
@@ -224,13 +226,18 @@ class Pass:
         length = self.target.shape[1]
         return [row - self._start for row in rows if 0 <= row - self._start < length]
 
-    def own_rows(self, values: Tensor) -> Tensor:
-        """Returns those of some values, one for each sentence of the whole pass, of this part."""
-        return values if self.crop is None else values[[*self.crop.rows]]
+    def own_positions(self, targets: Tensor) -> Tensor:
+        """Returns a target of each sentence of the whole pass as a position in this part."""
+        return (targets if self.crop is None else targets[[*self.crop.rows]]) - self._start
 
-    def own_positions(self, values: Tensor) -> Tensor:
-        """Returns a target of each sentence as a position in this part, see `own_rows`."""
-        return self.own_rows(values) - self._start
+    def own_question(self, question: Question) -> Question:
+        """Returns what is asked of the sentences of this part, each asked about once."""
+        if self.crop is None:
+            return question
+        own = question.at([*self.crop.rows])
+        each = torch.arange(len(own.rows))
+        rows = self.own_positions(question.rows)
+        return replace(own, batch=self.batch, sentences=each, rows=rows)
 
     @property
     def _start(self) -> int:
@@ -427,6 +434,44 @@ def run_pass(
     )
 
 
+def run_asked(view: ModelView, input: Input, inputs: Mapping[str, Any], **options: Any) -> Pass:
+    """Returns a pass over an input and the answer to it, whose maps have the rows asked about.
+
+    Args:
+        view: The model.
+        input: The input.
+        inputs: What `AnswerInputs` has.
+        **options: Those of `run_pass`.
+
+    Raises:
+        InvalidInput: See `read_rows`.
+    """
+    if all(inputs.get(name) is None for name in Asked.__annotations__):
+        given = {name: value for name, value in inputs.items() if name not in Asked.__annotations__}
+        return run_pass(view, Given(input, **given), **options)
+    given, answer = split_answer(input, inputs)
+    batch, label = read_rows(name_tokens(view, given.labels), given, answer, options.get("stack"))
+    forward_pass = run_pass(view, given, batch=batch, **options)
+    return replace(forward_pass, asked=label(forward_pass.target))
+
+
+def ask_in_pass(
+    view: ModelView, given: Given, answer: Answer, **options: Any
+) -> tuple[Question, Pass]:
+    """Returns what is asked, and a pass over the input and the answer.
+
+    Args:
+        view: The model.
+        given: The input.
+        answer: What is asked.
+        **options: Those of `run_pass`.
+    """
+    view = name_tokens(view, given.labels)
+    view.readout.require()
+    question = ask(view, read_batch(view, given), answer)
+    return question, run_pass(view, given, batch=question.batch, **options)
+
+
 def _names(block: Block) -> Iterator[str]:
     """Yields the names of a block's activations; those of its keys and values are not all its."""
     yield from (block.resid_in, block.resid_out, *block.spared(), *block.checkpoints())
@@ -488,36 +533,6 @@ def _require_finite(trace: Trace, stack: str, blocks: tuple[Block, ...]) -> None
     raise InvalidInput(why_not_finite(where, dtype, padded=not bool(mask.all())))
 
 
-def select_blocks(blocks: tuple[Block, ...], layer: Layers | None) -> tuple[Block, ...]:
-    """Returns the blocks of the layers asked for, in the order asked.
-
-    Raises:
-        InvalidInput: If there is no such layer.
-    """
-    if layer is None:
-        return blocks
-    asked = [layer] if isinstance(layer, int) else [*layer]
-    if not asked:
-        raise bad(
-            "no layer was asked for",
-            "an empty list",
-            "a layer or several",
-            "Leave `layer` out for all of them.",
-        )
-    return tuple(blocks[_layer_number(number, len(blocks))] for number in asked)
-
-
-def _layer_number(number: int, count: int) -> int:
-    if not -count <= number < count:
-        raise bad(
-            "there is no such layer",
-            repr(number),
-            f"an integer from {-count} to {count - 1}",
-            f"This stack has {count} layers; the first is 0.",
-        )
-    return number
-
-
 def provenance(
     view: ModelView,
     method: str,
@@ -560,12 +575,3 @@ def _recorded(value: Tensor) -> Any:
     if not value.is_floating_point():
         return value.tolist()
     return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()[:16]
-
-
-@functools.cache
-def package_version() -> str:
-    """Returns the installed version of this package."""
-    try:
-        return version("tl-contextmix")
-    except PackageNotFoundError:
-        return "0+source"
