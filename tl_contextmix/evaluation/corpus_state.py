@@ -10,7 +10,7 @@ from typing import Any
 
 from tl_contextmix.core.statistics import ExactMoments, t_quantile
 from tl_contextmix.core.validation import FilePath, checked
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import FileFormatError, bad
 from tl_contextmix.methods.memories.mining import cannot_merge, require_run
 from tl_contextmix.methods.memories.store import alone
 from tl_contextmix.results import CurvePoint, LayerCurves
@@ -137,12 +137,10 @@ def load_state(path: Path) -> tuple[State, str]:
         return state, kept["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(
-            four_parts(
-                f"{path} holds no figures over a corpus",
-                repr(error)[:200],
-                "a file that over_corpus wrote",
-                "Choose another file.",
-            )
+            f"{path} holds no figures over a corpus",
+            repr(error)[:200],
+            "a file that over_corpus wrote",
+            "Choose another file.",
         ) from error
 
 

@@ -21,7 +21,7 @@ from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.core.words import Spans
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import UnsupportedModel, bad, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
@@ -190,12 +190,10 @@ def blanked(
     view.readout.require()
     if len(view.stacks) == 2:
         raise UnsupportedModel(
-            four_parts(
-                "faithfulness does not support encoder-decoders",
-                f"{view.name}, which has two stacks",
-                "a causal or masked language model",
-                "Use cue_alignment or agreement.",
-            )
+            "faithfulness does not support encoder-decoders",
+            f"{view.name}, which has two stacks",
+            "a causal or masked language model",
+            "Use cue_alignment or agreement.",
         )
     ids = ids.cpu()
     side = Side(ids[None], torch.ones(1, len(ids), dtype=torch.bool))

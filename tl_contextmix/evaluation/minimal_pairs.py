@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.core.validation import FilePath, NotNegative, Positive, checked
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad
 from tl_contextmix.evaluation.cue_rules import derive_cues
 from tl_contextmix.results import Tokens
 
@@ -263,12 +263,10 @@ def _place(text: str, word: Any) -> Stretch:
 
 def _format(path: Path, number: int, seen: str) -> FileFormatError:
     return FileFormatError(
-        four_parts(
-            f"line {number} of {path} is not a minimal pair",
-            seen,
-            "a JSON object with the strings sentence_good and sentence_bad",
-            "See BLiMP's files for examples.",
-        )
+        f"line {number} of {path} is not a minimal pair",
+        seen,
+        "a JSON object with the strings sentence_good and sentence_bad",
+        "See BLiMP's files for examples.",
     )
 
 

@@ -14,7 +14,7 @@ from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import as_list
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
 from tl_contextmix.evaluation.alignment import require_cues
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair, overlapping, place_tokens
 
@@ -81,12 +81,10 @@ def sentences_of(
         )
     if len(view.stacks) == 2:
         raise UnsupportedModel(
-            four_parts(
-                "compare does not support encoder-decoders",
-                f"{view.name}, which has two stacks",
-                "a causal or masked language model",
-                "Use cue_alignment and agreement on maps of one of its stacks.",
-            )
+            "compare does not support encoder-decoders",
+            f"{view.name}, which has two stacks",
+            "a causal or masked language model",
+            "Use cue_alignment and agreement on maps of one of its stacks.",
         )
     causal = "decoder" in view.stacks
     mask = None if causal else mask_id(model)

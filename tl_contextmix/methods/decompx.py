@@ -31,7 +31,7 @@ from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import ContextMap, Decomposition
 
 # Of targets, where all tokens are carried at once: so many leave 1/32 of the work for nothing.
@@ -439,11 +439,9 @@ def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list
         if error <= tolerance:
             continue
         raise UnsupportedModel(
-            four_parts(
-                f"the vectors of {forward_pass.view.name} do not add up at layer {block.layer}",
-                f"a relative error of {error:.2g} against the model's own residual stream",
-                f"at most {tolerance:.0e}",
-                "Its values or its norms are not the plain ones, or hooks of your own edit them; "
-                "one-layer maps (attention_norms) do not need W_V and still hold.",
-            )
+            f"the vectors of {forward_pass.view.name} do not add up at layer {block.layer}",
+            f"a relative error of {error:.2g} against the model's own residual stream",
+            f"at most {tolerance:.0e}",
+            "Its values or its norms are not the plain ones, or hooks of your own edit them; "
+            "one-layer maps (attention_norms) do not need W_V and still hold.",
         )

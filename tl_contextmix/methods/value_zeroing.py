@@ -23,7 +23,7 @@ from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import ContextMap
 
 # What heads are scaled with and what is added to the stream is known, and held.
@@ -197,13 +197,11 @@ def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
     if error <= forward_pass.view.tolerance:
         return
     raise UnsupportedModel(
-        four_parts(
-            f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
-            f"a relative error of {error:.2g}, at {', '.join(forward_pass.view.hooked()[:3])}",
-            f"at most {forward_pass.view.tolerance:.0e}: hooks that scale heads or add to the "
-            "stream, whatever is there",
-            "Take off hooks that replace what is there.",
-        )
+        f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
+        f"a relative error of {error:.2g}, at {', '.join(forward_pass.view.hooked()[:3])}",
+        f"at most {forward_pass.view.tolerance:.0e}: hooks that scale heads or add to the "
+        "stream, whatever is there",
+        "Take off hooks that replace what is there.",
     )
 
 

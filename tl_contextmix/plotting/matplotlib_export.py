@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tl_contextmix.errors import ContextMixError, bad, four_parts
+from tl_contextmix.errors import ContextMixError, bad
 from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 
 if TYPE_CHECKING:
@@ -35,12 +35,10 @@ def draw_figure(
     chosen = [_one_sheet(one, sheet) if one in maps else one for one in chosen]
     if find_spec("matplotlib") is None:
         raise ContextMixError(
-            four_parts(
-                "a figure needs the package matplotlib",
-                "none installed",
-                "matplotlib 3.11 or later",
-                'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
-            )
+            "a figure needs the package matplotlib",
+            "none installed",
+            "matplotlib 3.11 or later",
+            'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
         )
     from tl_contextmix.plotting.matplotlib_figures import draw, draw_into
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import ContextMixError, InvalidInput, bad, four_parts, warn
+from tl_contextmix.errors import ContextMixError, InvalidInput, bad, warn
 from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.base import Result, axes_of, tensor_axes
 from tl_contextmix.results.components import Components
@@ -277,12 +277,10 @@ class LabelledArray(Result):
             import xarray
         except ImportError as error:
             raise ContextMixError(
-                four_parts(
-                    "to_xarray cannot build a data set",
-                    f"{error}",
-                    "xarray",
-                    'Install it: pip install "tl-contextmix[xarray]"; or use to_dataframe().',
-                )
+                "to_xarray cannot build a data set",
+                f"{error}",
+                "xarray",
+                'Install it: pip install "tl-contextmix[xarray]"; or use to_dataframe().',
             ) from error
         coords: dict[str, Any] = {}
         for axis in self.axes:

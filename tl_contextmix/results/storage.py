@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import FileFormatError, bad
 
 FORMAT = "tl_contextmix"
 FORMAT_VERSION = 2
@@ -278,10 +278,8 @@ def _unreadable(
     path: str | Path, seen: str, expected: str = "", remedy: str = _SAVE_AGAIN
 ) -> FileFormatError:
     return FileFormatError(
-        four_parts(
-            f"cannot load {path}",
-            seen,
-            expected or f"a file written by .save() of {FORMAT}, format version {FORMAT_VERSION}",
-            remedy,
-        )
+        f"cannot load {path}",
+        seen,
+        expected or f"a file written by .save() of {FORMAT}, format version {FORMAT_VERSION}",
+        remedy,
     )

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import (
     check_manifest,
     check_part,
@@ -280,7 +280,7 @@ def unreadable(path: Path, seen: str | Exception, remedy: str = "") -> FileForma
         seen = f"{type(seen).__name__}: {seen}"[:300]
     expected = f"a file of mine_triggers, format version {FORMAT_VERSION}"
     remedy = remedy or "Pass the folder that mine_triggers wrote."
-    return FileFormatError(four_parts(f"cannot read {path}", seen, expected, remedy))
+    return FileFormatError(f"cannot read {path}", seen, expected, remedy)
 
 
 def make_folder(out: str | Path) -> Path:
