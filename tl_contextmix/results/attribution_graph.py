@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
 from tl_contextmix.results.components import ERRORS, FEATURES
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+from tl_contextmix.results.row_tables import frame_of
 from tl_contextmix.results.score_contributions import ScoreContributions
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ class AttributionGraph(Result):
         ]
         for place in self._largest(5):
             node = self.nodes[place]
-            lines.append(f"  {node.label} {_where(node)} {float(self.scores[place]):+.3f}".rstrip())
+            where = f"{node.token!r} ({node.pos})"
+            lines.append(f"  {node.label} {where} {float(self.scores[place]):+.3f}")
         return "\n".join(lines)
 
     def asked(self) -> str:
@@ -259,9 +261,7 @@ class AttributionGraph(Result):
 
         require_choice("table", rows, ("nodes", "edges"))
         if rows == "nodes":
-            names = [field.name for field in fields(GraphNode)]
-            frame = pandas.DataFrame([[getattr(n, name) for name in names] for n in self.nodes])
-            frame.columns = names
+            frame = frame_of(GraphNode, self.nodes)
             frame.insert(0, "label", [node.label for node in self.nodes])
             frame["score"] = as_array(self.scores)
             return frame
@@ -285,13 +285,10 @@ class AttributionGraph(Result):
 
         graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
         for place, node in enumerate(self.nodes):
-            attributes = asdict(node)
-            attributes |= {
-                "token": visible(node.token),
-                "promotes": visible(" ".join(node.promotes)),
-            }
+            texts = {"token": node.token, "promotes": " ".join(node.promotes)}
+            attributes = asdict(node) | {name: visible(text) for name, text in texts.items()}
             for name in ("pattern", "triggers", "reasons"):
-                attributes.pop(name)
+                del attributes[name]
             graph.add_node(place, label=node.label, score=float(self.scores[place]), **attributes)
         for target, source in (self.edges != 0).nonzero().tolist():
             graph.add_edge(source, target, weight=float(self.edges[target, source]))
@@ -464,10 +461,6 @@ class AttributionGraph(Result):
         gathered = ("answer", *STATES, *(f"encoder {state}" for state in STATES))
         single = torch.tensor([node.pos >= 0 and node.kind not in gathered for node in self.nodes])
         return largest(self.scores.abs().cpu().masked_fill(~single, torch.nan), k).tolist()
-
-
-def _where(node: GraphNode) -> str:
-    return f"{node.token!r} ({node.pos})" if node.pos >= 0 else ""
 
 
 def _column(node: GraphNode) -> tuple[int, int]:

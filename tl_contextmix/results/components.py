@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -83,9 +83,8 @@ class Components:
     def __post_init__(self) -> None:
         if self.expert is None:  # files written before there were experts
             object.__setattr__(self, "expert", torch.full_like(self.kind, -1))
-        for field in fields(self):
-            shape = tuple(getattr(self, field.name).shape)
-            require_shape(f"Components.{field.name}", shape, tuple(self.kind.shape))
+        for name, column in vars(self).items():
+            require_shape(f"Components.{name}", tuple(column.shape), tuple(self.kind.shape))
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):
             raise bad(
                 "these are no components",
@@ -108,15 +107,13 @@ class Components:
         """Returns some of the components of each sentence; empty places where the index is -1."""
         if not self.kind.shape[1]:
             return padding(*index.shape)
-        found = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
-        return Components(**found).fill(index < 0, padding(*index.shape))
+        found = [column.gather(1, index.clamp(min=0)) for column in vars(self).values()]
+        return Components(*found).fill(index < 0, padding(*index.shape))
 
     def fill(self, which: Bool[torch.Tensor, "batch component"], others: Components) -> Components:
         """Returns the same with other components at some places."""
-        names = [field.name for field in fields(self)]
-        return Components(
-            **{n: torch.where(which, getattr(others, n), getattr(self, n)) for n in names}
-        )
+        pairs = zip(vars(others).values(), vars(self).values(), strict=True)
+        return Components(*(torch.where(which, new, old) for new, old in pairs))
 
     def at(self, row: int, place: int) -> dict[str, Any]:
         """Returns one component as names and values; None where a column has no meaning."""
@@ -152,8 +149,7 @@ class Components:
     def numbers(self) -> Int[torch.Tensor, "batch component"]:
         """Returns one number for each component, the same wherever in this table it stands."""
         result = torch.zeros_like(self.kind)
-        for field in fields(self) if self.kind.numel() else ():
-            column = getattr(self, field.name)
+        for column in vars(self).values() if self.kind.numel() else ():
             result = result * (int(column.max()) + 2) + column + 1
         return result
 
@@ -243,17 +239,12 @@ def padding(batch: int, count: int) -> Components:
 
 def join(parts: list[Components]) -> Components:
     """Returns the components of several tables, one after the other."""
-    return Components(
-        **{
-            f.name: torch.cat([getattr(part, f.name) for part in parts], dim=1)
-            for f in fields(Components)
-        }
-    )
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Components(*(torch.cat(column, dim=1) for column in columns))
 
 
 def of_encoder(components: Components) -> Components:
     """Returns components of a stream of an encoder-decoder's encoder, under their names there."""
     names = [name if name.startswith("encoder") else f"encoder {name}" for name in KINDS]
     table = torch.tensor([KINDS.index(n) if n in KINDS else i for i, n in enumerate(names)])
-    columns = {field.name: getattr(components, field.name) for field in fields(components)}
-    return Components(**{**columns, "kind": table[components.kind]})
+    return replace(components, kind=table[components.kind])

@@ -97,7 +97,7 @@ class LabelledArray(Result):
 
     def _heading(self) -> str:
         """Returns what its text says after the class's name."""
-        return ""
+        return f" {vars(self)['title']!r}" if "title" in vars(self) else ""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Returns the numbers as a NumPy array; their axes are `axes`."""
@@ -182,7 +182,11 @@ class LabelledArray(Result):
                     places.get(axis, [*range(size)])
                     for axis, size in zip(("batch", named.get(name, "")), value.shape, strict=True)
                 )
-                changes[name] = _taken(value, rows, entries)
+                if isinstance(value, Tokens):
+                    changes[name] = value.select(rows, entries)
+                else:
+                    columns = (column[rows][:, entries] for column in vars(value).values())
+                    changes[name] = Components(*columns)
             elif name in named and isinstance(value, tuple):
                 changes[name] = _nested(value, (named[name],), places)
             elif name in self.TEXTS:
@@ -391,13 +395,6 @@ def _warn_of_padding(axis: str, tokens: Tokens, rows: list[int], places: list[in
             f"{numbers}. Select one row, and positions of its "
             f"{int(tokens.mask[padding[0]].sum())} tokens."
         )
-
-
-def _taken(value: Tokens | Components, rows: list[int], entries: list[int]) -> Any:
-    if isinstance(value, Tokens):
-        return value.select(rows, entries)
-    columns = {name: column[rows][:, entries] for name, column in vars(value).items()}
-    return Components(**columns)
 
 
 def _nested(value: Any, axes: tuple[str, ...], places: Mapping[str, list[int]]) -> Any:
