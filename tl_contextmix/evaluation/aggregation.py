@@ -99,15 +99,12 @@ def per_sentence(given: int | Sequence[int], count: int) -> list[int]:
 
 def summarise(method: str, figures: Figures) -> tuple[ScoreRow, ...]:
     """Returns a row per layer and metric: mean, 95 % bootstrap interval, mean chance level."""
-    return tuple(_summary(method, layer, metric, v) for (layer, metric), v in figures.items())
-
-
-def _summary(
-    method: str, layer: str, metric: str, pairs: Sequence[tuple[float, float]]
-) -> ScoreRow:
-    values, levels = torch.tensor(pairs, dtype=torch.float64).T
-    known = ~values.isnan()
-    low, high = bootstrap_interval(values)
-    mean, chance = float(values[known].mean()), float(levels[known].mean())
-    count, each = int(known.sum()), tuple(values.tolist())
-    return ScoreRow(method, layer, metric, mean, low, high, chance, count, each)
+    rows = []
+    for (layer, metric), pairs in figures.items():
+        values, levels = torch.tensor(pairs, dtype=torch.float64).T
+        known = ~values.isnan()
+        low, high = bootstrap_interval(values)
+        mean, chance = float(values[known].mean()), float(levels[known].mean())
+        count, each = int(known.sum()), tuple(values.tolist())
+        rows.append(ScoreRow(method, layer, metric, mean, low, high, chance, count, each))
+    return tuple(rows)

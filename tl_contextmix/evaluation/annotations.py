@@ -107,17 +107,13 @@ def _class(row: dict[str, Any], path: Path) -> str:
 
 
 def _share(sheets: list[dict[Row, str]], rows: list[Row], layer: int, kind: str) -> CurvePoint:
-    neurons = sorted({neuron for _, neuron, _ in rows})
-    shares = []
-    for neuron in neurons:
-        mine = [row for row in rows if row[1] == neuron]
-        found = [sheet[row] == kind for sheet in sheets for row in mine]
-        shares.append(sum(found) / len(found))
+    found: dict[int, list[bool]] = {}
+    for row in sorted(rows):
+        found.setdefault(row[1], []).extend(sheet[row] == kind for sheet in sheets)
+    shares = [sum(each) / len(each) for each in found.values()]
     values = torch.tensor(shares, dtype=torch.float64)
-    low, high = bootstrap_interval(values)
-    return CurvePoint(
-        "share of triggers", kind, layer, float(values.mean()), low, high, len(values)
-    )
+    mean, (low, high) = float(values.mean()), bootstrap_interval(values)
+    return CurvePoint("share of triggers", kind, layer, mean, low, high, len(values))
 
 
 def _kappa(a: list[str], b: list[str]) -> float:

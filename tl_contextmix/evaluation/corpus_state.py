@@ -50,7 +50,9 @@ class State:
             if model:
                 category = model if category == EVERY else f"{model}: {category}"
             if numbers:
-                self._merge((metric, category, layer), ExactMoments.of(numbers))
+                key = metric, category, layer
+                known = self.moments.get(key, ExactMoments())
+                self.moments[key] = known.merge(ExactMoments.of(numbers))
         if len(self.moments) > self.most:
             raise bad(
                 "there are too many figures",
@@ -62,10 +64,7 @@ class State:
     def take(self, other: State) -> None:
         """Takes in what another process found."""
         for key, moments in other.moments.items():
-            self._merge(key, moments)
-
-    def _merge(self, key: Key, moments: ExactMoments) -> None:
-        self.moments[key] = self.moments.get(key, ExactMoments()).merge(moments)
+            self.moments[key] = self.moments.get(key, ExactMoments()).merge(moments)
 
     def curves(self) -> LayerCurves:
         """Returns every figure with its interval."""
@@ -106,8 +105,7 @@ class State:
             FileFormatError: If it is no state.
         """
         before, digest = load_state(path)
-        now = {"run": self.run, "share": [self.rank, self.world_size]}
-        if [before.rank, before.world_size] != now["share"]:
+        if (before.rank, before.world_size) != (self.rank, self.world_size):
             raise bad(
                 f"{path} holds another share of the corpus",
                 f"rank={self.rank} of world_size={self.world_size}",

@@ -258,8 +258,10 @@ class Drop:
         if bool(row[self.others].isnan().any()) or len(self.others) < 2:
             return [(name, float("nan"), float("nan")) for name in names]
         single = torch.tensor(self.falls([[unit] for unit in self.others])).double()
+        tied = len(row[self.others].unique()) < len(self.others)
         first, rest = [], []
-        for ranked in self._ranked(row):
+        for order in self._orders if tied else self._orders[:1]:
+            ranked = sorted(order, key=lambda unit: -float(row[unit]))
             first += [ranked[:count] for count in range(1, len(ranked))]
             rest += [ranked[count:] for count in range(1, len(ranked))]
         values = (
@@ -269,12 +271,6 @@ class Drop:
         )
         chance = (0.0, self._random_level(), self._random_level())
         return list(zip(names, values, chance, strict=True))
-
-    def _ranked(self, row: Tensor) -> list[list[int]]:
-        """Returns the units in descending order of score; several orders if there are ties."""
-        tied = len(row[self.others].unique()) < len(self.others)
-        orders = self._orders if tied else self._orders[:1]
-        return [sorted(order, key=lambda unit: -float(row[unit])) for order in orders]
 
     def falls(self, sets: Iterable[Sequence[int]]) -> list[float]:
         """Returns the drop in log-probability for each set of blanked units."""

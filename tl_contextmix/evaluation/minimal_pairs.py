@@ -217,10 +217,12 @@ def _pair(path: Path, number: int, line: str, derived: bool) -> MinimalPair:
     if not isinstance(good, str) or not isinstance(wrong, str):
         raise _format(path, number, f"the fields {sorted(map(str, found))}")
     try:
-        cues, lures = (
-            tuple(_place(good, word) for word in _listed(found.get(name, [])))
-            for name in ("cues", "lures")
-        )
+        listed = [found.get(name, []) for name in ("cues", "lures")]
+        for words in listed:
+            if not isinstance(words, list):
+                remedy = "Write [] for none."
+                raise bad("cues must be a list", repr(words), "a list of words", remedy)
+        cues, lures = (tuple(_place(good, word) for word in words) for words in listed)
         # Lone surrogates cannot be tokenized.
         (good + wrong).encode()
         pair = MinimalPair(good, wrong, cues, lures)
@@ -238,12 +240,6 @@ def _with_cues(pair: MinimalPair, uid: object) -> MinimalPair:
     found = derive_cues(uid, [pair.good[slice(*span)] for span in spans], target)
     cues, lures = (tuple(spans[at] for at in some) for some in found)
     return MinimalPair(pair.good, pair.bad, cues, lures)
-
-
-def _listed(words: Any) -> list[Any]:
-    if not isinstance(words, list):
-        raise bad("cues must be a list", repr(words), "a list of words", "Write [] for none.")
-    return words
 
 
 def _place(text: str, word: Any) -> Stretch:
@@ -288,6 +284,12 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
     result: list[Stretch | None] = []
     unread: list[int] = []  # tokens without matching text, until the next that matches
     at = 0
+
+    def spread(stretch: Stretch) -> None:
+        # Their boundaries are unknown, so each gets the whole span.
+        for index in unread:
+            result[index] = stretch
+
     strings, mask = tokens.strings[row], tokens.mask[row].tolist()
     # Tokens that share a character share its place.
     for first, last in whole_characters(strings):
@@ -296,18 +298,19 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         if at and not plain.startswith(word, at):
             word = word.removeprefix("##")
         start = plain.find(word, at) if unread else at
-        if real and _unreadable(piece) and not plain.startswith(word, at):
+        unknown = has_parts(piece) or piece.strip().lower().strip("<[]>") == "unk"
+        if real and unknown and not plain.startswith(word, at):
             unread += range(first, last)
             result += [None] * (last - first)
         elif not real or not word or start < 0 or not plain.startswith(word, start):
             result += [None] * (last - first)
         else:
             if start > at:
-                _spread(result, unread, (places[at], places[start - 1] + 1))
+                spread((places[at], places[start - 1] + 1))
             unread, at = [], start + len(word)
             result += [(places[start], places[at - 1] + 1)] * (last - first)
     if unread and at < len(plain):
-        _spread(result, unread, (places[at], places[-1] + 1))
+        spread((places[at], places[-1] + 1))
         at = len(plain)
     if at < len(plain):
         raise bad(
@@ -317,17 +320,6 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
             "Remove this sentence's cues, or pass texts with cues= as positions.",
         )
     return result
-
-
-def _unreadable(piece: str) -> bool:
-    """Whether a token is a partial character or an unknown word."""
-    return has_parts(piece) or piece.strip().lower().strip("<[]>") == "unk"
-
-
-def _spread(found: list[Stretch | None], unread: Sequence[int], stretch: Stretch) -> None:
-    # Their boundaries are unknown, so each gets the whole span.
-    for index in unread:
-        found[index] = stretch
 
 
 def _lower(chars: Iterable[str]) -> str:

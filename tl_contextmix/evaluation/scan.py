@@ -213,7 +213,8 @@ class _Scanner:
             except InvalidInput as error:
                 where = f"row {number} of {name}"
                 if self.options["unusable"] == "error":
-                    raise _unusable(where, error) from error
+                    way_out = "Or skip such rows with unusable='drop'."
+                    raise InvalidInput(f"{where} cannot be used: {error} {way_out}") from error
                 self.skipped += 1
                 self.reasons += (f"{where}: {error}",) * (len(self.reasons) < _REASONS)
         self.read = shard.first + len(shard.documents)
@@ -373,8 +374,3 @@ def _together(questions: Sequence[Question]) -> Question:
         rows=torch.cat([one.rows for one in questions]),
         **{name: sets(name) for name in ("target", "foil", "named")},
     )
-
-
-def _unusable(where: str, error: InvalidInput) -> InvalidInput:
-    """Returns the error of a row, which says how to go on without it."""
-    return InvalidInput(f"{where} cannot be used: {error} Or skip such rows with unusable='drop'.")

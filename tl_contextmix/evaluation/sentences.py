@@ -90,7 +90,13 @@ def sentences_of(
     mask = None if causal else mask_id(model)
     if kinds != {MinimalPair}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
-        _require_no_contrast(contrast)
+        if contrast:
+            raise bad(
+                "texts have no wrong word to contrast with",
+                "contrast=True and texts",
+                "contrast=True with minimal pairs",
+                "Pass target= and foil=.",
+            )
         targets = one_each(answer.target, len(listed), "target")
         foils = one_each(answer.foil, len(listed), "foil")
         answers = map(Answer, targets, foils)
@@ -126,16 +132,6 @@ def sentences_of(
     )
 
 
-def _require_no_contrast(contrast: bool) -> None:
-    if contrast:
-        raise bad(
-            "texts have no wrong word to contrast with",
-            "contrast=True and texts",
-            "contrast=True with minimal pairs",
-            "Pass target= and foil=.",
-        )
-
-
 def _usable(
     asked: Iterable[tuple[str, Callable[[], Sentence]]], unusable: Unusable
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
@@ -169,10 +165,8 @@ def _text(
 ) -> Sentence:
     side = read_batch(view, Given(text)).main
     tokens = side.ids[side.mask][None].cpu()
-    if mask is None:
-        last = tokens.shape[1] - 1
-        return Sentence(tokens, last, replace(answer, pos=last), None, tuple(cues))
-    places = (tokens[0] == mask).nonzero()[:, 0].tolist()
+    last = tokens.shape[1] - 1
+    places = [last] if mask is None else (tokens[0] == mask).nonzero()[:, 0].tolist()
     if len(places) != 1:
         raise bad(
             "the predicting position is ambiguous",

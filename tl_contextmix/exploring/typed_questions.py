@@ -192,9 +192,13 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
                 sections.append(result_section(_called(name, story)))
             except ContextMixError as error:
                 skipped.append((name, str(error)))
-    messages = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
+    ours = [one.message for one in given if issubclass(one.category, ContextMixWarning)]
     page = Page(
-        (), TITLE, facts(story), with_missing(sections, skipped), (*notes(story), *messages)
+        (),
+        TITLE,
+        facts(story),
+        with_missing(sections, skipped),
+        (*notes(story), *dict.fromkeys(map(str, ours))),
     )
     return Explanation(page, _likely(story))
 
@@ -204,10 +208,6 @@ def _answer_length(view: ModelView, question: TypedQuestion) -> int | None:
     asked = "answer" in question.sections and "decoder" in view.stacks
     whole = len(view.stacks) == 2 and question.target is None
     return SAID if asked and question.generate is None and not whole else question.generate
-
-
-def _ours(category: type[Warning]) -> bool:
-    return issubclass(category, ContextMixWarning)
 
 
 def _called(name: str, story: Story) -> Any:

@@ -157,9 +157,7 @@ def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = 
         if isinstance(cell, bool):
             return "yes" if cell else "no"
         if isinstance(cell, Place):
-            return (
-                f"{text(cell.token)} ({cell.position})" if cell.position >= 0 else text(cell.token)
-            )
+            return text(cell.token) + (f" ({cell.position})" if cell.position >= 0 else "")
         if isinstance(cell, str):
             return text(cell)
         return number(float(cell), 0 if isinstance(cell, int) else places, signed=signed)
@@ -172,15 +170,11 @@ def _visible_character(character: str) -> str:
         return _SYMBOLS[character]
     category = unicodedata.category(character)
     hidden = category in ("Cc", "Cs", "Zl", "Zp") or (category == "Zs" and character != " ")
-    if category == "Cf":
-        hidden = character not in _HARMLESS_FORMAT
-    return code_of(character) if hidden or character in _BLANK or _is_none(character) else character
-
-
-def _is_none(character: str) -> bool:
-    """Whether Unicode says that this will never be a character; XML has no place for it."""
+    hidden |= category == "Cf" and character not in _HARMLESS_FORMAT
     code = ord(character)
-    return code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    # Unicode says that these will never be characters; XML has no place for them.
+    hidden |= code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    return code_of(character) if hidden or character in _BLANK else character
 
 
 def code_of(character: str) -> str:

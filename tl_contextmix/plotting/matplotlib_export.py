@@ -30,7 +30,11 @@ def draw_figure(
             the width.
         ContextMixError: If matplotlib is not installed.
     """
-    chosen = [*panels] if panel is None else [_one_panel(panels, panel)]
+    chosen = [*panels]
+    if panel is not None:
+        expected = f"an integer from {-len(panels)} to {len(panels) - 1}"
+        remedy = f"They are: {_listed(panels)}."
+        chosen = [panels[_place("panel", panel, len(panels), expected, remedy)]]
     maps = [one for one in chosen if isinstance(one, Heatmap)] or chosen
     chosen = [_one_sheet(one, sheet) if one in maps else one for one in chosen]
     if find_spec("matplotlib") is None:
@@ -86,17 +90,6 @@ def _require_place(panel: Panel, ax: object, width: object) -> None:
         )
     if ax is not None and not hasattr(ax, "get_position"):
         raise bad("this is no place to draw", words, "a matplotlib Axes", "plt.subplots() has one.")
-
-
-def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
-    place = _place(
-        "panel",
-        wanted,
-        len(panels),
-        f"an integer from {-len(panels)} to {len(panels) - 1}",
-        f"They are: {_listed(panels)}.",
-    )
-    return panels[place]
 
 
 def _listed(panels: Sequence[Panel]) -> str:
