@@ -23,11 +23,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 class Listed(click.ParamType):
-    """Values with commas between them; the option may be repeated, too.
-
-    Args:
-        kind: What each value is.
-    """
+    """Values of one kind with commas between them; the option may be repeated, too."""
 
     name = "list"
 

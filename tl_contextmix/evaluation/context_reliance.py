@@ -203,13 +203,7 @@ def _cues(
 ) -> Tensor:
     """Returns how much each token of the answer depends on each group [target source].
 
-    Args:
-        model: The model.
-        question: The answer after the context and the prompt.
-        groups: The passages.
-        by: How they are scored.
-        contrasts: Position, token and alternative of each prediction.
-        **inputs: What else methods are given.
+    ``contrasts`` are position, token and alternative of each prediction.
     """
     ids, decoder = question.batch.main.ids, question.batch.decoder
     stack: Any = None if decoder is None else "cross"

@@ -170,20 +170,7 @@ def _save(found: Scan, path: Path) -> None:
 
 @dataclass
 class _Scanner:
-    """What a scan has found so far.
-
-    Attributes:
-        model: The model.
-        view: Its view.
-        by: What is scored.
-        options: Options of the call.
-        max_bytes: Workspace.
-        found: Moments of the scores, ranks and log-probability of each category, side by side.
-        components: What is scored; None before the first prompt.
-        read: Rows read.
-        skipped: Rows that could not be used.
-        reasons: Why the first of them could not.
-    """
+    """What a scan has found so far: of each category the moments of scores, ranks and log_prob."""
 
     model: object
     view: ModelView

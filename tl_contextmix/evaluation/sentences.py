@@ -182,12 +182,7 @@ def pair_sentence(
 ) -> Sentence:
     """Returns a minimal pair as what comes before the word that differs, or masks it.
 
-    Args:
-        view: The model.
-        pair: The pair.
-        mask: The mask token of a masked model.
-        contrast: Whether the wrong word is a foil.
-        one_token: Whether the sentences have to differ in a single token.
+    With ``contrast`` the wrong word is a foil; with ``one_token`` they differ in a single token.
 
     Raises:
         InvalidInput: If the model cannot be asked for the word.

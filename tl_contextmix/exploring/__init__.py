@@ -88,14 +88,7 @@ def explore(
 
 
 def server(explorer: Explorer | None, form: str, token: str, hosts: Sequence[str]) -> Server:
-    """Returns the server, which answers once it runs.
-
-    Args:
-        explorer: Who answers; None where the model is refused.
-        form: The page with the form.
-        token: First part of every path.
-        hosts: Its names, with the port.
-    """
+    """Returns the server, which answers once it runs; see `application` and `Guard`."""
     import uvicorn
 
     from tl_contextmix.exploring.web_application import application

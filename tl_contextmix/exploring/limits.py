@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,15 +40,8 @@ _OUTPUT = 30
 _Cost = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One part of a question.
-
-    Attributes:
-        name: What it is for.
-        function: The method behind it.
-        times: How often it is called.
-    """
+class _Work(NamedTuple):
+    """One part of a question: the method behind it, and how often it is called."""
 
     name: str
     function: Callable[..., Any]
@@ -79,12 +71,7 @@ class Limits:
     def require(
         self, view: ModelView, question: TypedQuestion, begin: Callable[[str], object]
     ) -> None:
-        """Checks what a question would take, before it is answered.
-
-        Args:
-            view: The model's view.
-            question: The question.
-            begin: Called before anything is estimated.
+        """Checks what a question would take; ``begin`` is called before anything is estimated.
 
         Raises:
             InvalidInput: If it is too much, or the text cannot be read.

@@ -78,12 +78,7 @@ class Busy(Exception):
 
 
 class Explorer:
-    """A model that is asked one question at a time.
-
-    Args:
-        model: The model.
-        limits: What a question may take.
-    """
+    """A model that is asked one question at a time."""
 
     def __init__(self, model: Any, limits: Limits) -> None:
         self.model, self.limits = model, limits

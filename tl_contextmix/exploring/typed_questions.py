@@ -151,12 +151,7 @@ def require_text_model(model: object) -> ModelView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What there is to see.
-
-    Attributes:
-        page: The page.
-        likely: The most probable tokens at the predicting position, to choose from.
-    """
+    """What there is to see, and the most probable tokens at the position, to choose from."""
 
     page: Page
     likely: tuple[str, ...]
@@ -165,10 +160,7 @@ class Explanation:
 def answered(model: object, question: TypedQuestion, begin: Callable[[str], object]) -> Explanation:
     """Returns a page with what was picked, and the most probable tokens.
 
-    Args:
-        model: The model.
-        question: What was typed.
-        begin: Called with the name of each step before it.
+    ``begin`` is called with the name of each step before it.
 
     Raises:
         ContextMixError: If the text or what is asked cannot be used. A method that does not apply

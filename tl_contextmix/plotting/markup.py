@@ -8,14 +8,9 @@ from tl_contextmix.plotting.display_text import prose
 
 
 def figure(kind: str, title: str, caption: str, body: Sequence[str], *, wide: bool = False) -> str:
-    """Returns a panel: heading, how to read it, and what there is to see.
+    """Returns a panel: heading, how to read it, and what there is to see, without empty pieces.
 
-    Args:
-        kind: Its CSS class.
-        title: Heading.
-        caption: How to read it.
-        body: HTML of what follows; empty pieces are dropped.
-        wide: Whether it takes the full width of the page.
+    A wide one takes the full width of the page.
     """
     classes = f"panel {kind} wide" if wide else f"panel {kind}"
     caption_html = f'<p class="caption">{prose(caption)}</p>' if caption else ""

@@ -277,12 +277,7 @@ def _data(charts: Charts) -> str:
 
 
 def policy(scripts: Sequence[str], *others: str) -> str:
-    """Returns the policy under which nothing but these very scripts runs and nothing is fetched.
-
-    Args:
-        scripts: The scripts, whole.
-        *others: Further directives.
-    """
+    """Returns the policy under which nothing but these very scripts runs and nothing is fetched."""
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
     listed = (
         "default-src 'none'",
@@ -297,15 +292,7 @@ def policy(scripts: Sequence[str], *others: str) -> str:
 
 
 def document(title: str, body: str, scripts: Sequence[str], allowed: str, style: str = "") -> str:
-    """Returns a complete document in the style of all pages.
-
-    Args:
-        title: Of its window.
-        body: HTML.
-        scripts: Run at its end.
-        allowed: Its `policy`, whatever a token holds.
-        style: Rules of its own.
-    """
+    """Returns a complete document in the style of all pages; ``allowed`` is its `policy`."""
     rules = resource("page.css") + colors.stylesheet() + style
     return "\n".join(
         [

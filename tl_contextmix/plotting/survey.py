@@ -58,9 +58,7 @@ def survey(
 ) -> Survey:
     """Looks through a stack of maps once, with the memory of one sheet.
 
-    Args:
-        values: The maps.
-        hidden: Cells that are zero, and that the pixels leave out.
+    Hidden cells are zero, and the pixels leave them out.
     """
     block = max(1, math.ceil(math.sqrt(values.numel() / PIXELS)))
     low, high, nan, infinite = math.inf, -math.inf, False, False

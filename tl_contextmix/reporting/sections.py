@@ -74,10 +74,7 @@ def write_sections(
 ) -> tuple[list[Section], list[tuple[str, str]]]:
     """Returns the sections that apply, and which do not, each with the reason.
 
-    Args:
-        story: What they share.
-        names: Sections to include, in order.
-        begin: Called with the name of each section before it is made.
+    ``begin`` is called with the name of each section before it is made.
     """
     sections: list[Section] = []
     missing: list[tuple[str, str]] = []

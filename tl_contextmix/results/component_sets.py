@@ -220,17 +220,9 @@ def component_grids(
     caption: str,
     unit: str,
 ) -> list[Heatmap]:
-    """Returns the scores of a row by layers and sublayers, heads or sources.
+    """Returns the scores of a row by layers and sublayers, heads or sources; of neurons nothing.
 
-    Args:
-        components: The components.
-        scores: Their scores.
-        row: The row.
-        by: What they are; nothing is returned for neurons.
-        words: The sources of each kind of attention.
-        title: Heading.
-        caption: See `Heatmap`.
-        unit: Likewise.
+    ``words`` are the sources of each kind of attention.
     """
     column = {"head": "head", "position": "source", "expert": "expert"}.get(by)
     every = ("attn", "mixer", "cross_attn", "mlp", "per_layer_embed", *STEERING, *FEATURES, *ERRORS)

@@ -124,15 +124,7 @@ class LayerCurves(RowTable):
 def curve_point(
     metric: str, figure: Figure, category: str, layer: int, counts: Sequence[Sequence[float]]
 ) -> CurvePoint:
-    """Returns a figure and its interval.
-
-    Args:
-        metric: Its name.
-        figure: From sums of counts to the figure.
-        category: Of which sentences.
-        layer: Of which layer.
-        counts: What each sentence adds to the sums.
-    """
+    """Returns a figure and its interval; ``counts`` are what each sentence adds to its sums."""
     # A sentence that adds nothing to any count has no value.
     kept = [row for row in counts if any(row)]
     if not kept:

@@ -294,12 +294,7 @@ class LayerwiseDecoding(LabelledArray):
 def require_measurable(
     metrics: Mapping[str, str | UserMetric], *, referenced: bool, last: bool
 ) -> list[Metric]:
-    """Returns metrics of an output, checked for what they need.
-
-    Args:
-        metrics: Names or functions, by the name of their figure.
-        referenced: Whether there are right answers.
-        last: Whether there are outputs of the last layer.
+    """Returns metrics of an output, checked for what they need: right answers, the last layer.
 
     Raises:
         InvalidInput: If one is unknown, or what it compares with is not there.

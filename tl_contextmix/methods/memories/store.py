@@ -244,9 +244,7 @@ def alone(path: Path) -> Iterator[None]:
 
     The system releases it when the process ends, however it ends. It is taken first of all, so that
     a folder that cannot be written to is found out before a forward pass, not after the last one.
-
-    Args:
-        path: The lock file. It is gone afterwards.
+    It is gone afterwards.
 
     Raises:
         InvalidInput: If another process holds it, or it cannot be made.

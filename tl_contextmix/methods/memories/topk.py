@@ -60,15 +60,7 @@ class TopK:
         *,
         distinct: bool = False,
     ) -> TopK:
-        """Returns no entries at all.
-
-        Args:
-            columns: How many columns.
-            k: How many values of each.
-            dtype: Of the values.
-            device: Where they are.
-            distinct: Whether entries have keys, of which each counts once.
-        """
+        """Returns no entries at all; ``distinct`` ones have keys, of which each counts once."""
         return cls(
             torch.full((columns, k), -torch.inf, dtype=dtype, device=device),
             torch.full((columns, k), _NOWHERE, device=device),
