@@ -23,6 +23,7 @@ from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
 from tl_contextmix.methods.memories.ff_memories import ff_memories
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
+from tl_contextmix.reporting.story import OUTPUT
 
 MAX_GIB = 4.0
 # Some minutes of the processor, and less than that of a GPU.
@@ -35,8 +36,6 @@ ALWAYS_ESTIMATED = (
 """What `Limits.surely` does not know."""
 
 _GIB = 2**30
-# Of an encoder-decoder, the report explains so many tokens of the output.
-_OUTPUT = 30
 _Cost = tuple[float, float]
 
 
@@ -159,7 +158,7 @@ def _works(view: ModelView, question: TypedQuestion) -> Iterator[_Work]:
 
 def _answer_length(view: ModelView, question: TypedQuestion) -> int:
     """Returns how many tokens of an answer are explained, at most."""
-    return question.generate or (_OUTPUT if len(view.stacks) == 2 else SAID)
+    return question.generate or (OUTPUT if len(view.stacks) == 2 else SAID)
 
 
 def _of_section(name: str, stack: StackName | None) -> list[Callable[..., Any]]:

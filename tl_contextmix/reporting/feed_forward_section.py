@@ -14,7 +14,7 @@ from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.reporting.drawing import largest, only, quoted, shares
 from tl_contextmix.reporting.story import Story
-from tl_contextmix.results import LayerFigures, PairChanges
+from tl_contextmix.results import PairChanges
 
 _PAIRS = 2
 
@@ -33,7 +33,13 @@ def feed_forward(story: Story) -> Section | str:
     )
     pairs = amplified_pairs(story.maps["mlp_in"], story.maps["mlp_out"], k=_PAIRS)
     panels = (*change.panels(), *undone.panels(), _difference(story), _table(pairs))
-    finding = _largest_change(change)
+    layer, quantity = largest(change.values[0])
+    name = change.quantities[quantity]
+    where = _NAMES.get(name.rstrip("0123456789"), name)
+    finding = (
+        f"The ranking of token pairs changes most through {where} ({name}) in layer "
+        f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
+    )
     if pairs.amplified:
         top = max(pairs.amplified, key=lambda pair: pair.change)
         sentence = (
@@ -61,16 +67,6 @@ _NAMES = {
     "RES": "the residual connection",
     "LN": "the layer norm",
 }
-
-
-def _largest_change(change: LayerFigures) -> str:
-    layer, quantity = largest(change.values[0])
-    name = change.quantities[quantity]
-    where = _NAMES.get(name.rstrip("0123456789"), name)
-    return (
-        f"The ranking of token pairs changes most through {where} ({name}) in layer "
-        f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
-    )
 
 
 def _difference(story: Story) -> Heatmap:

@@ -18,7 +18,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
-from tl_contextmix.results.components import ERRORS, FEATURES
+from tl_contextmix.results.components import ERRORS, FEATURES, short_name
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
 from tl_contextmix.results.row_tables import frame_of
 from tl_contextmix.results.score_contributions import ScoreContributions
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import pandas
 
 _SHOWN = 80
-_SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
 WRITTEN = (
     *("embed", "attn", "cross_attn", "mlp", "per_layer_embed"),
     *("encoder embed", "encoder attn", "encoder mlp"),
@@ -98,15 +97,8 @@ class GraphNode:
         """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
         if self.layer < 0 or self.kind in ("readout bias", "answer"):
             return self.kind
-        base = f"L{self.layer}"
-        if self.head >= 0:
-            return f"{base}{_SHORT[self.kind]}H{self.head}"
-        if self.neuron >= 0:
-            _, side, kind = self.kind.rpartition("encoder ")
-            point, *feature = kind.split()
-            at = ("E" if side else "") + ("" if point == "mlp" else f" {point} ")
-            return f"{base}{at}{'F' if feature else 'N'}{self.neuron}"
-        return f"{base} {self.kind}"
+        cut = {"head": self.head, "neuron": self.neuron}
+        return short_name(self.kind, self.layer, **{n: i for n, i in cut.items() if i >= 0})
 
 
 @storage.storable

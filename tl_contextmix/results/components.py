@@ -45,9 +45,6 @@ KINDS = (
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not. ``"bias"`` is
 what biases alone make of a query or a key."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")
-# What stands in front of the numbers of a head or neuron.
-_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
-_SHORT |= {"mlp feature": "", **{name: f" {name.split()[0]} " for name in FEATURES[1:]}}
 
 
 @storage.storable
@@ -131,16 +128,7 @@ class Components:
             return ""
         if one["kind"] in ("embed", "encoder embed"):
             return one["kind"]
-        base = f"L{one['layer']}"
-        cut = any(one[name] is not None for name in ("head", "neuron", "source", "expert"))
-        if one["kind"] not in _SHORT or not cut:
-            return f"{base} {one['kind']}"
-        base += _SHORT[one["kind"]]
-        base += "" if one["expert"] is None else f"E{one['expert']}"
-        base += "" if one["head"] is None else f"H{one['head']}"
-        letter = "F" if one["kind"] in FEATURES else "N"
-        base += "" if one["neuron"] is None else f"{letter}{one['neuron']}"
-        return base + ("" if one["source"] is None else f"<-{one['source']}")
+        return short_name(**{name: value for name, value in one.items() if name != "pos"})
 
     def of_kind(self, kind: str) -> torch.Tensor:
         """Returns which components are of a kind."""
@@ -161,6 +149,18 @@ class Components:
         """Returns which components are biases, which no head and no neuron writes."""
         numbers = torch.tensor([KINDS.index(kind) for kind in (*_BIASES, "bias")])
         return torch.isin(self.kind, numbers.to(self.kind.device))
+
+
+def short_name(kind: str, layer: int, **cut: int | None) -> str:
+    """Returns the short name of a component, by the numbers that cut it out of its sublayer."""
+    point, *what = kind.removeprefix("encoder ").split()
+    if what not in ([], ["feature"]) or not any(number is not None for number in cut.values()):
+        return f"L{layer} {kind}"
+    name = f"L{layer}{'E' if kind.startswith('encoder ') else 'X' if point == 'cross_attn' else ''}"
+    name += "" if point in _WRITERS else f" {point} "
+    letters = {"expert": "E", "head": "H", "neuron": "F" if what else "N", "source": "<-"}
+    numbers = ((letter, cut.get(column)) for column, letter in letters.items())
+    return name + "".join(f"{letter}{number}" for letter, number in numbers if number is not None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -61,19 +61,14 @@ class LabelledArray(Result):
             return range(getattr(self, self._array).shape[self.axes.index(axis)])
         return labels
 
-    def _positions(self, axes: Sequence[str]) -> Iterator[tuple[str, Tokens]]:
-        """Yields the axes that are positions, with their tokens."""
-        for axis in axes:
-            labels = self._labels(axis) if axis in self.LABELS else None
-            if isinstance(labels, Tokens):
-                yield axis, labels
-
     def _real(self, axes: Sequence[str]) -> Bool[torch.Tensor, ...]:
         """Returns where no token is padding, with an axis of length 1 where it makes no matter."""
         real = torch.ones((1,) * len(axes), dtype=torch.bool)
-        for axis, tokens in self._positions(axes):
-            sizes = dict(zip(("batch", axis), tokens.shape, strict=True))
-            real = real & tokens.mask.cpu().view([sizes.get(name, 1) for name in axes])
+        for axis in axes:
+            tokens = self._labels(axis) if axis in self.LABELS else None
+            if isinstance(tokens, Tokens):
+                sizes = dict(zip(("batch", axis), tokens.shape, strict=True))
+                real = real & tokens.mask.cpu().view([sizes.get(name, 1) for name in axes])
         return real
 
     def __repr__(self) -> str:
@@ -302,8 +297,8 @@ class LabelledArray(Result):
         }
         about = ("point", "stack", "unit", "title", "caption")
         attributes = {name: getattr(self, name) for name in about if hasattr(self, name)}
-        provenance = getattr(self, "provenance", None)
-        attributes |= {"method": provenance.method, "model": provenance.model} if provenance else {}
+        where = vars(self)["provenance"]
+        attributes |= {"method": where.method, "model": where.model}
         return xarray.Dataset(arrays, coords, attributes)
 
     # Differences

@@ -190,14 +190,13 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
         there = path.is_file()
     except (OSError, ValueError):  # a text instead of a path
         there = False
-    expected = _FILES
     if not there:
         remedy = "Check the path; pass texts themselves as a list."
-        raise _no_corpus(f"{seen}, which is no file", expected, remedy)
+        raise _no_corpus(f"{seen}, which is no file", _FILES, remedy)
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
         remedy = "Unpack it, or load it with datasets.load_dataset and pass that."
-        raise _no_corpus(f"{seen}, a {suffix} file", expected, remedy)
+        raise _no_corpus(f"{seen}, a {suffix} file", _FILES, remedy)
     kind = _SUFFIXES.get(suffix, "text")
     if kind == "text":
         _require_no_column(column, str(path))

@@ -72,17 +72,6 @@ class TopK:
         found = (self.values, self.places, self.tokens, self.hashes)
         return found if self.keys is None else (*found, self.keys)
 
-    def update(
-        self,
-        scores: Float[Tensor, "row column"],
-        counted: Bool[Tensor, " row"],
-        locate: Locate,
-        *,
-        repeats: bool = False,
-    ) -> None:
-        """Takes in new values of one state, see `update_all`."""
-        update_all([self], [scores], counted, locate, repeats=repeats)
-
     def _part(self, columns: Int[Tensor, " some"]) -> TopK:
         """Returns the state of some columns."""
         return TopK(*(entry[columns] for entry in self.columns()))
