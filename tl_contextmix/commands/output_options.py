@@ -104,9 +104,6 @@ def wanted(given: dict[str, Any], *, endings: tuple[str, ...] = ENDINGS) -> Want
     Args:
         given: The options of the command.
         endings: How the name of its file may end; none if its name may be any, or a folder's.
-
-    Raises:
-        InvalidInput: If it cannot be written there.
     """
     output, as_json, quiet = given.pop("output", None), given.pop("as_json"), given.pop("quiet")
     if output is not None and endings:

@@ -119,11 +119,7 @@ def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[
 
 
 def require_cues(count: int, cues: Any) -> list[list[int | str]]:
-    """Returns the cues of every sentence.
-
-    Raises:
-        InvalidInput: If they are not one non-empty list of positions or texts per sentence.
-    """
+    """Returns the cues of every sentence."""
     listed = [] if isinstance(cues, str) or not isinstance(cues, Sequence) else [*cues]
     fine = len(listed) == count and all(
         isinstance(one, Sequence)

@@ -168,11 +168,7 @@ def _logits(view: ModelView, given: Given, question: Question) -> Tensor:
 def _stretches(
     view: ModelView, parts: Sequence[str], prompt: str, joiner: str, bos: bool | None
 ) -> list[tuple[int, int]]:
-    """Returns the tokens ``(start, stop)`` of each passage of the context.
-
-    Raises:
-        InvalidInput: If one runs into the next.
-    """
+    """Returns the tokens ``(start, stop)`` of each passage of the context."""
     whole = view.encode(joiner.join([*parts, prompt]), bos)
     special = view.special_tokens()
     text = [place for place, token in enumerate(whole) if token not in special]

@@ -98,12 +98,7 @@ class State:
             part.write_text(json.dumps(kept), encoding="utf-8")
 
     def resume(self, path: Path) -> str:
-        """Goes on from a file, and returns the hash of what was read.
-
-        Raises:
-            InvalidInput: If it is another run.
-            FileFormatError: If it is no state.
-        """
+        """Goes on from a file, and returns the hash of what was read."""
         before, digest = load_state(path)
         if (before.rank, before.world_size) != (self.rank, self.world_size):
             raise bad(
@@ -118,11 +113,7 @@ class State:
 
 
 def load_state(path: Path) -> tuple[State, str]:
-    """Returns what a file holds, and the hash of what was read for it.
-
-    Raises:
-        FileFormatError: If it is no state.
-    """
+    """Returns what a file holds, and the hash of what was read for it."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         rank, world_size = kept["share"]

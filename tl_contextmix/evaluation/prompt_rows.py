@@ -43,9 +43,6 @@ def read_row(row: str, columns: Mapping[str, str], *, causal: bool) -> Prompt:
         row: The row as JSON: an object, or a list of prompt, target, foil and category.
         columns: The row's own names for some of `NAMES`.
         causal: Whether the model continues a text, rather than filling in a mask.
-
-    Raises:
-        InvalidInput: If it is a row of no known format.
     """
     found = json.loads(row)
     if isinstance(found, list):

@@ -271,11 +271,7 @@ class _Scanner:
                 )
 
     def result(self, digest: str, *, finished: bool) -> Scan:
-        """Returns what was found so far.
-
-        Raises:
-            InvalidInput: If there was no prompt.
-        """
+        """Returns what was found so far."""
         if self.components is None:
             reasons = "".join(f" {reason}" for reason in self.reasons[:1])
             raise bad(

@@ -183,9 +183,6 @@ def pair_sentence(
     """Returns a minimal pair as what comes before the word that differs, or masks it.
 
     With ``contrast`` the wrong word is a foil; with ``one_token`` they differ in a single token.
-
-    Raises:
-        InvalidInput: If the model cannot be asked for the word.
     """
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
@@ -236,11 +233,7 @@ def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
 
 
 def mask_id(model: object) -> int:
-    """Returns the id of a masked model's mask token.
-
-    Raises:
-        InvalidInput: If its tokenizer has none.
-    """
+    """Returns the id of a masked model's mask token."""
     result = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
     if not isinstance(result, int):
         raise bad(

@@ -70,11 +70,7 @@ class Limits:
     def require(
         self, view: ModelView, question: TypedQuestion, begin: Callable[[str], object]
     ) -> None:
-        """Checks what a question would take; ``begin`` is called before anything is estimated.
-
-        Raises:
-            InvalidInput: If it is too much, or the text cannot be read.
-        """
+        """Checks what a question would take; ``begin`` is called before anything is estimated."""
         length = make_batch(view, Given(question.text)).main.ids.shape[1]
         if "answer" in question.sections:  # it is read, too
             length += _answer_length(view, question)

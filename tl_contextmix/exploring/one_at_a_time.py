@@ -88,11 +88,7 @@ class Explorer:
         self._thread: threading.Thread | None = None
 
     def ask(self, question: TypedQuestion) -> Call:
-        """Begins to answer a question.
-
-        Raises:
-            Busy: While another one is being answered, or still stops.
-        """
+        """Begins to answer a question."""
         with self._lock:
             if self._under_way is not None:
                 raise Busy

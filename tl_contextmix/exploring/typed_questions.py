@@ -108,11 +108,7 @@ class TypedQuestion:
 
 
 def as_typed(given: object) -> TypedQuestion:
-    """Returns the question that a page sent.
-
-    Raises:
-        InvalidInput: If it is none.
-    """
+    """Returns the question that a page sent."""
     if not isinstance(given, dict) or not set(given) <= {*_KEYS}:
         raise bad(
             "this is no question", visible(repr(given))[:80], ", ".join(_KEYS), "Reload the page."
@@ -133,11 +129,7 @@ def as_typed(given: object) -> TypedQuestion:
 
 
 def require_text_model(model: object) -> ModelView:
-    """Returns the view of a model that reads text.
-
-    Raises:
-        ContextMixError: If it cannot be read, or takes no text.
-    """
+    """Returns the view of a model that reads text."""
     view = as_view(model)
     if view.hears is not None or not view.reads_text():
         raise bad(

@@ -170,9 +170,6 @@ def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
     """Checks that hooks do the same in a pass of the model with a value zeroed.
 
     They do where they scale heads and add to the stream, not where they replace either.
-
-    Raises:
-        UnsupportedModel: If they do not.
     """
     trace = forward_pass.trace
     read = block.attention(kind)

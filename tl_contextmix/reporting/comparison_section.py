@@ -74,9 +74,6 @@ def compared_page(
         words: See `compare`.
         unusable: Likewise.
         contrast: Likewise.
-
-    Raises:
-        ContextMixError: If the model or the pairs cannot be used.
     """
     if count is not None and count < 1:
         raise bad("cannot compare methods", count, "at least 1 sentence", "Use 50 or more.")

@@ -50,11 +50,7 @@ DEFAULT_SECTIONS: tuple[SectionName, ...] = tuple(name for name in SECTIONS if n
 
 
 def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
-    """Returns the sections to include, in order; None for the default ones.
-
-    Raises:
-        InvalidInput: If one does not exist, or none is given.
-    """
+    """Returns the sections to include, in order; None for the default ones."""
     if names is None:
         return DEFAULT_SECTIONS
     listed = [names] if isinstance(names, str) else list(names)
@@ -104,11 +100,7 @@ def with_missing(
 
 
 def result_section(result: object) -> Section:
-    """Returns what a result of a method shows, and how it was made.
-
-    Raises:
-        InvalidInput: If this is no result.
-    """
+    """Returns what a result of a method shows, and how it was made."""
     if not isinstance(result, Result):
         raise bad(
             "cannot write this to a page",

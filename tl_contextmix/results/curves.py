@@ -137,11 +137,7 @@ def curve_point(
 
 
 def as_texts(given: Any, name: str) -> tuple[str, ...]:
-    """Returns one text, or a list or a column of them, as a tuple.
-
-    Raises:
-        InvalidInput: If there is anything but text.
-    """
+    """Returns one text, or a list or a column of them, as a tuple."""
     listed = as_list(given)
     listed = [listed] if isinstance(listed, str) else listed
     if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
@@ -155,11 +151,7 @@ def as_texts(given: Any, name: str) -> tuple[str, ...]:
 
 
 def category_groups(categories: object, count: int) -> dict[str, list[int]]:
-    """Returns the sentences of each category, and all of them.
-
-    Raises:
-        InvalidInput: If there is not one category per sentence.
-    """
+    """Returns the sentences of each category, and all of them."""
     if categories is None:
         return {EVERY: list(range(count))}
     names = as_texts(categories, "categories")

@@ -294,12 +294,7 @@ class LayerwiseDecoding(LabelledArray):
 def require_measurable(
     metrics: Mapping[str, str | UserMetric], *, referenced: bool, last: bool
 ) -> list[Metric]:
-    """Returns metrics of an output, checked for what they need: right answers, the last layer.
-
-    Raises:
-        InvalidInput: If one is unknown, or what it compares with is not there.
-        ContextMixError: If the package it needs is not installed.
-    """
+    """Returns metrics of an output, checked for what they need: right answers, the last layer."""
     result = make_metrics(metrics)
     lacking = [one.name for one in result if one.referenced and not referenced]
     if lacking:

@@ -195,11 +195,7 @@ class ScoreTable(RowTable):
         )
 
     def _values(self, method: str, metric: str) -> dict[str, Tensor]:
-        """Returns the figures of each sentence, by layer.
-
-        Raises:
-            InvalidInput: If there are none, or two of a layer.
-        """
+        """Returns the figures of each sentence, by layer."""
         rows = [row for row in self.rows if (row.method, row.metric) == (method, metric)]
         if not rows:
             raise bad(

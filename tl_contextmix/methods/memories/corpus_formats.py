@@ -109,9 +109,6 @@ class Corpus:
         Args:
             numbers: Those that must be there and readable.
             spare: Those that may be missing.
-
-        Raises:
-            InvalidInput: If there is no such document, or the corpus can be read only once.
         """
         needed = set(numbers)
         wanted = sorted(needed.union(spare))
@@ -141,9 +138,6 @@ def open_corpus(
         column: Column of a file, dataset or table; None for the default.
         default: Its column where none is named; None for ``"text"``.
         rows: Whether whole rows are read, each as a JSON object.
-
-    Raises:
-        InvalidInput: If it is none of these.
     """
     if column is not None and not isinstance(column, str):
         raise _no_corpus(f"column={column!r}", "the name of a column", "Pass it as a str.")

@@ -283,11 +283,7 @@ def make_miner(
     tails: Tails,
     duplicates: Duplicates,
 ) -> Miner:
-    """Returns what is mined, checked.
-
-    Raises:
-        InvalidInput: If an argument does not fit the model.
-    """
+    """Returns what is mined, checked."""
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":

@@ -50,9 +50,6 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
     """Returns the token ids that the model had read at triggers, by document and position.
 
     Those up to the trigger; where the model reads both ways the whole document.
-
-    Raises:
-        InvalidInput: If model or corpus are not at hand, or a document is not what was mined.
     """
     picked = _picked(triggers, set(frame["document"].tolist()))
     ids = {number: _as_mined(triggers, document) for number, document in picked.items()}
