@@ -120,9 +120,6 @@ def compare(
         labels: Names of the token ids, for ``target`` and ``foil``, see `Inputs`. A model without
             a tokenizer needs ``blank``, too.
 
-    Returns:
-        A `Comparison`.
-
     Raises:
         InvalidInput: If sentences, cues or methods do not fit the model.
         UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a named

@@ -143,9 +143,6 @@ def merge_figures(parts: Sequence[FilePath], *, out: FilePath) -> LayerCurves:
         parts: The file of each process, its ``out``.
         out: File for all of it.
 
-    Returns:
-        `LayerCurves`.
-
     Raises:
         InvalidInput: If parts are missing, unfinished, or of different runs or corpora.
         FileFormatError: If a file holds something else.

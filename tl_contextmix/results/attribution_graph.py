@@ -319,13 +319,11 @@ class AttributionGraph(Result):
         ):
             label = f"{node.label}: {', '.join(node.promotes)}" if node.promotes else node.label
             one |= {"activation": score, "influence": share, "clerp": one.get("clerp", label)}
+        ids = [one["node_id"] for one in nodes]
         links = [
-            {
-                "source": nodes[source]["node_id"],
-                "target": nodes[target]["node_id"],
-                "weight": float(self.edges[target, source]),
-            }
+            {"source": ids[source], "target": ids[target], "weight": weight}
             for target, source in (self.edges != 0).nonzero().tolist()
+            for weight in [float(self.edges[target, source])]
         ]
         return {
             "metadata": {

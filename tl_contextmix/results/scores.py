@@ -160,9 +160,6 @@ class ScoreTable(RowTable):
                 not flatter the method with more layers. None: ``"best"`` and every layer that both
                 have.
 
-        Returns:
-            `Differences`.
-
         Raises:
             InvalidInput: If there is no such method, metric or layer, a method has two figures of
                 one layer, two have figures of different sentences, or the sentences' figures were

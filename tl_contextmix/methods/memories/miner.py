@@ -164,7 +164,13 @@ class Miner:
             if self.unit == "document":
                 self._best(every, values, counted, entries)
             else:
-                self._every(every, values, once, entries)
+                flat = [entry.flatten() for entry in entries]
+                update_all(
+                    every,
+                    [one.flatten(0, 1) for one in values],
+                    once.flatten(),
+                    lambda rows, *_, flat=flat: tuple(one.index_select(0, rows) for one in flat),
+                )
 
     def _together(self, trace: Trace) -> Iterator[list[tuple[Block, Tensor]]]:
         """Yields coefficients of layers: of all at once, unless copies of theirs would be held."""
@@ -221,18 +227,6 @@ class Miner:
         yield "positive", found
         if self.tails == "both":
             yield "negative", -found
-
-    @staticmethod
-    def _every(
-        tops: list[TopK], values: list[Tensor], counted: Tensor, entries: list[Tensor]
-    ) -> None:
-        flat = [entry.flatten() for entry in entries]
-        update_all(
-            tops,
-            [one.flatten(0, 1) for one in values],
-            counted.flatten(),
-            lambda rows, *_: tuple(entry.index_select(0, rows) for entry in flat),
-        )
 
     @staticmethod
     def _best(
