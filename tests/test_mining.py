@@ -27,7 +27,7 @@ from tl_contextmix.errors import ContextMixWarning, FileFormatError
 from tl_contextmix.methods.memories import merge_triggers, mining, topk
 from tl_contextmix.methods.memories.corpus_formats import open_corpus
 from tl_contextmix.methods.memories.shards import TooLong, frame_of
-from tl_contextmix.methods.memories.topk import TopK
+from tl_contextmix.methods.memories.topk import TopK, update_all
 
 WORDS = "cat sat paris france dog mat the a is of in on".split()
 
@@ -172,7 +172,7 @@ def filled(entries: list[Any], k: int, *, distinct: bool = False) -> TopK:
     def looked_up(rows: Any, *_: Any) -> Any:
         return (places[rows], places[rows] * 7, places[rows] * 5, *(key[rows] for key in keys))
 
-    top.update(scores, counted, looked_up, repeats=distinct)
+    update_all([top], [scores], counted, looked_up, repeats=distinct)
     return top
 
 
@@ -231,9 +231,9 @@ def test_states_that_are_updated_together_are_those_updated_alone(
         def locate(rows: Any, *_: Any, places: Any = places) -> Any:
             return places[rows], places[rows] * 7, places[rows] * 5
 
-        topk.update_all(every, scores, counted, locate)
+        update_all(every, scores, counted, locate)
         for one, some in zip(alone, scores, strict=True):
-            one.update(some, counted, locate)
+            update_all([one], [some], counted, locate)
         for one, other in zip(every, alone, strict=True):
             assert all(map(torch.equal, one.columns(), other.columns()))
     assert bool((every[0].values > 0).all())
@@ -250,7 +250,7 @@ def test_a_batch_that_shows_nothing_new_is_looked_at_once():
     counted, places = torch.ones(512, dtype=torch.bool), torch.arange(512)
 
     def take(scores: torch.Tensor) -> None:
-        top.update(scores, counted, lambda rows, *_: (places[rows],) * 3)
+        update_all([top], [scores], counted, lambda rows, *_: (places[rows],) * 3)
 
     scores = torch.rand(512, 64, generator=generator)
     take(scores + 1)

@@ -16,7 +16,10 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class ContextMixError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose: a message, or its four parts."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*((four_parts(*parts),) if len(parts) == 4 else parts))
 
 
 class InvalidInput(ContextMixError, ValueError):

@@ -11,11 +11,11 @@ import click
 from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.commands.output_options import add_output, wanted
 from tl_contextmix.commands.shared_options import (
+    Resumable,
     add_model,
     flat,
     load_options,
     model_argument,
-    resumable,
     several,
 )
 from tl_contextmix.errors import bad
@@ -26,7 +26,8 @@ from tl_contextmix.results.scanned import LEVELS
 
 
 @click.command(
-    epilog="\b\nExample:\n  tl-contextmix scan gpt2 rows.csv --by layer,head --page rows.html"
+    cls=Resumable,
+    epilog="\b\nExample:\n  tl-contextmix scan gpt2 rows.csv --by layer,head --page rows.html",
 )
 @add_model()
 @click.argument("rows", metavar="FILE")
@@ -45,7 +46,6 @@ from tl_contextmix.results.scanned import LEVELS
 @click.option("--drop-unusable", is_flag=True, help="Skip, and count, rows that cannot be asked.")
 @click.option("--batch-size", type=int, default=16, metavar="N", show_default=True)
 @click.option("--page", metavar="PATH", help="Write a page.")
-@resumable
 def scan(model: str, rows: str, page: str | None, **given: Any) -> None:
     """Finds the layers, heads and neurons that answer many prompts.
 
@@ -93,7 +93,9 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
-@click.command(epilog="\b\nExample:\n  tl-contextmix mine gpt2 corpus.jsonl -o mined -k 25")
+@click.command(
+    cls=Resumable, epilog="\b\nExample:\n  tl-contextmix mine gpt2 corpus.jsonl -o mined -k 25"
+)
 @add_model()
 @click.argument("corpus", metavar="CORPUS")
 @click.option("-o", "--output", metavar="DIR", required=True, help="Output folder.")
@@ -127,7 +129,6 @@ def _share(environment: Mapping[str, str]) -> tuple[int, int]:
     default=lambda: _share(os.environ)[1],
     help="Number of processes that share the corpus; then run `tl-contextmix merge`.",
 )
-@resumable
 def mine(model: str, corpus: str, **given: Any) -> None:
     """Finds the contexts in a corpus that activate each memory most.
 

@@ -62,9 +62,18 @@ class Wanted:
 
     def write(self, found: Any) -> None:
         """Writes a result as the name of the file says, if there is one, and says so."""
-        if self.output is not None:
-            _write(found, Path(self.output))
-            self.wrote(self.output)
+        if self.output is None:
+            return
+        path = Path(self.output)
+        if path.suffix == ".html":
+            found.show().save(path)
+        elif path.suffix == ".safetensors":
+            found.save(path)
+        elif path.suffix in _PICTURES:
+            found.figure().savefig(path)
+        else:
+            path.write_text(as_text(found, path.suffix) + "\n", encoding="utf-8")
+        self.wrote(self.output)
 
 
 _JSON: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False}
@@ -95,9 +104,6 @@ def wanted(given: dict[str, Any], *, endings: tuple[str, ...] = ENDINGS) -> Want
     Args:
         given: The options of the command.
         endings: How the name of its file may end; none if its name may be any, or a folder's.
-
-    Raises:
-        InvalidInput: If it cannot be written there.
     """
     output, as_json, quiet = given.pop("output", None), given.pop("as_json"), given.pop("quiet")
     if output is not None and endings:
@@ -125,14 +131,3 @@ def as_text(found: Any, form: str) -> str:
         "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
     }
     return json.dumps(fields, **_JSON)
-
-
-def _write(found: Any, path: Path) -> None:
-    if path.suffix == ".html":
-        found.show().save(path)
-    elif path.suffix == ".safetensors":
-        found.save(path)
-    elif path.suffix in _PICTURES:
-        found.figure().savefig(path)
-    else:
-        path.write_text(as_text(found, path.suffix) + "\n", encoding="utf-8")

@@ -23,11 +23,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 class Listed(click.ParamType):
-    """Values with commas between them; the option may be repeated, too.
-
-    Args:
-        kind: What each value is.
-    """
+    """Values of one kind with commas between them; the option may be repeated, too."""
 
     name = "list"
 
@@ -152,17 +148,14 @@ def open_if(opened: bool, path: str | Path) -> None:
         webbrowser.open(Path(path).resolve().as_uri())
 
 
-def resumable(function: Any) -> Any:
-    """Says how to go on, where a command that is interrupted would."""
+class Resumable(click.Command):
+    """A command that would go on where it was interrupted, and says so."""
 
-    def run(**given: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs it."""
         try:
-            return function(**given)
+            return super().invoke(ctx)
         except KeyboardInterrupt:
-            kept = "" if given["output"] is None else "; run the same command to resume"
+            kept = "" if ctx.params["output"] is None else "; run the same command to resume"
             click.echo(f"tl-contextmix: interrupted{kept}", err=True)
             raise click.exceptions.Exit(130) from None
-
-    run.__doc__, run.__name__ = function.__doc__, function.__name__
-    run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    return run

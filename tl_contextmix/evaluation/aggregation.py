@@ -17,11 +17,7 @@ Figures = dict[tuple[str, str], list[tuple[float, float]]]
 
 
 def sentences(maps: Maps) -> Iterator[tuple[ContextMap, int]]:
-    """Yields each sentence's map and its row in the batch.
-
-    Raises:
-        InvalidInput: If a map has several heads, or is a difference of maps.
-    """
+    """Yields each sentence's map and its row in the batch."""
     for map in [maps] if isinstance(maps, ContextMap) else maps:
         if not isinstance(map, ContextMap):
             raise bad(
@@ -49,9 +45,6 @@ def target_place(map: ContextMap, row: int, target: int) -> int:
         map: The map.
         row: Row of the batch.
         target: The position in the input; negative counts from the last real token.
-
-    Raises:
-        InvalidInput: If it is not a real token.
     """
     real = map.target.mask[row].nonzero()[:, 0].tolist()
     numbers = [map.target.labels()[place] for place in real]
@@ -81,11 +74,7 @@ def readable(map: ContextMap, row: int, place: int) -> Tensor:
 
 
 def per_sentence(given: int | Sequence[int], count: int) -> list[int]:
-    """Returns one position per sentence.
-
-    Raises:
-        InvalidInput: If their number differs from that of the sentences.
-    """
+    """Returns one position per sentence."""
     result = [given] * count if isinstance(given, int) else [*given]
     if len(result) != count:
         raise bad(
@@ -99,15 +88,12 @@ def per_sentence(given: int | Sequence[int], count: int) -> list[int]:
 
 def summarise(method: str, figures: Figures) -> tuple[ScoreRow, ...]:
     """Returns a row per layer and metric: mean, 95 % bootstrap interval, mean chance level."""
-    return tuple(_summary(method, layer, metric, v) for (layer, metric), v in figures.items())
-
-
-def _summary(
-    method: str, layer: str, metric: str, pairs: Sequence[tuple[float, float]]
-) -> ScoreRow:
-    values, levels = torch.tensor(pairs, dtype=torch.float64).T
-    known = ~values.isnan()
-    low, high = bootstrap_interval(values)
-    mean, chance = float(values[known].mean()), float(levels[known].mean())
-    count, each = int(known.sum()), tuple(values.tolist())
-    return ScoreRow(method, layer, metric, mean, low, high, chance, count, each)
+    rows = []
+    for (layer, metric), pairs in figures.items():
+        values, levels = torch.tensor(pairs, dtype=torch.float64).T
+        known = ~values.isnan()
+        low, high = bootstrap_interval(values)
+        mean, chance = float(values[known].mean()), float(levels[known].mean())
+        count, each = int(known.sum()), tuple(values.tolist())
+        rows.append(ScoreRow(method, layer, metric, mean, low, high, chance, count, each))
+    return tuple(rows)

@@ -77,7 +77,15 @@ def cue_alignment(
         for layer, label in enumerate(map.layer_names):
             scores = map.scores[row, layer, 0, place].cpu()
             sink = 0.0 if map.sink is None else float(map.sink[row, layer, 0, place])
-            _require_distribution(float(scores.sum()) + sink, map)
+            # Attention in float32 sums to 1 within 1e-6; rows of zeros stay zero when normalised.
+            total = float(scores.sum()) + sink
+            if total != 0 and abs(total - 1) > 1e-3:
+                raise bad(
+                    "the dot product needs rows that sum to 1",
+                    f"a row of {map.provenance.method} that sums to {total:.3g}",
+                    "rows divided by their sums",
+                    "Use map.normalize().",
+                )
             dot = float(scores[relevant].sum())
             precision = float(average_precision(scores[seen], relevant[seen]))
             found.setdefault((label, "dot"), []).append((dot, hits / items))
@@ -111,11 +119,7 @@ def _positions(map: ContextMap, row: int, cue: int | str, seen: Tensor) -> list[
 
 
 def require_cues(count: int, cues: Any) -> list[list[int | str]]:
-    """Returns the cues of every sentence.
-
-    Raises:
-        InvalidInput: If they are not one non-empty list of positions or texts per sentence.
-    """
+    """Returns the cues of every sentence."""
     listed = [] if isinstance(cues, str) or not isinstance(cues, Sequence) else [*cues]
     fine = len(listed) == count and all(
         isinstance(one, Sequence)
@@ -132,14 +136,3 @@ def require_cues(count: int, cues: Any) -> list[list[int | str]]:
             "Pass [[cue, ...], ...] without the sentences that have no cue.",
         )
     return [[*one] for one in listed]
-
-
-def _require_distribution(total: float, map: ContextMap) -> None:
-    # Rows of float32 attention sum to 1 within 1e-6; rows of zeros stay zero when normalised.
-    if total != 0 and abs(total - 1) > 1e-3:
-        raise bad(
-            "the dot product needs rows that sum to 1",
-            f"a row of {map.provenance.method} that sums to {total:.3g}",
-            "rows divided by their sums",
-            "Use map.normalize().",
-        )

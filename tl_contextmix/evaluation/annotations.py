@@ -11,7 +11,7 @@ import torch
 
 from tl_contextmix.core.statistics import bootstrap_interval
 from tl_contextmix.core.validation import FilePath
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import FileFormatError, bad
 from tl_contextmix.results import CurvePoint, LayerCurves, Provenance
 
 KINDS = ("shallow", "semantic")
@@ -83,12 +83,10 @@ def _read(path: Path) -> dict[Row, str]:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(
-            four_parts(
-                f"{path} is no annotated sheet",
-                repr(error)[:200],
-                "a CSV file as Triggers.to_sheet writes it",
-                "Export the sheet as CSV, with all its columns.",
-            )
+            f"{path} is no annotated sheet",
+            repr(error)[:200],
+            "a CSV file as Triggers.to_sheet writes it",
+            "Export the sheet as CSV, with all its columns.",
         ) from error
 
 
@@ -99,29 +97,23 @@ def _class(row: dict[str, Any], path: Path) -> str:
         kind = text.partition(":")[0].strip().lower()
         if text and kind not in KINDS:
             raise FileFormatError(
-                four_parts(
-                    f"a pattern in {path} has no kind",
-                    f"{text!r} of layer {row['layer']}, neuron {row['neuron']}",
-                    "'shallow: ...' or 'semantic: ...'",
-                    "Write its kind before a colon.",
-                )
+                f"a pattern in {path} has no kind",
+                f"{text!r} of layer {row['layer']}, neuron {row['neuron']}",
+                "'shallow: ...' or 'semantic: ...'",
+                "Write its kind before a colon.",
             )
         kinds.add(kind) if text else None
     return " + ".join(kind for kind in KINDS if kind in kinds) or "none"
 
 
 def _share(sheets: list[dict[Row, str]], rows: list[Row], layer: int, kind: str) -> CurvePoint:
-    neurons = sorted({neuron for _, neuron, _ in rows})
-    shares = []
-    for neuron in neurons:
-        mine = [row for row in rows if row[1] == neuron]
-        found = [sheet[row] == kind for sheet in sheets for row in mine]
-        shares.append(sum(found) / len(found))
+    found: dict[int, list[bool]] = {}
+    for row in sorted(rows):
+        found.setdefault(row[1], []).extend(sheet[row] == kind for sheet in sheets)
+    shares = [sum(each) / len(each) for each in found.values()]
     values = torch.tensor(shares, dtype=torch.float64)
-    low, high = bootstrap_interval(values)
-    return CurvePoint(
-        "share of triggers", kind, layer, float(values.mean()), low, high, len(values)
-    )
+    mean, (low, high) = float(values.mean()), bootstrap_interval(values)
+    return CurvePoint("share of triggers", kind, layer, mean, low, high, len(values))
 
 
 def _kappa(a: list[str], b: list[str]) -> float:

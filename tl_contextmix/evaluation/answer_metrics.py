@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tl_contextmix.core.text_metrics import UserMetric
 from tl_contextmix.core.validation import LATER, checked
-from tl_contextmix.errors import ContextMixError, bad, four_parts, seen
+from tl_contextmix.errors import ContextMixError, bad, seen
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _MARKS = str.maketrans("", "", string.punctuation)
@@ -169,12 +169,10 @@ def in_language(code: str) -> UserMetric:
         py3langid = importlib.import_module("py3langid")
     except ImportError as error:
         raise ContextMixError(
-            four_parts(
-                "languages cannot be told apart",
-                str(error),
-                "the package py3langid",
-                'Install it: pip install "tl-contextmix[metrics]".',
-            )
+            "languages cannot be told apart",
+            str(error),
+            "the package py3langid",
+            'Install it: pip install "tl-contextmix[metrics]".',
         ) from error
     known = sorted({language for language, _ in py3langid.rank("a")})
     if code not in known:

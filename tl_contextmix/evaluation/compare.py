@@ -113,9 +113,6 @@ def compare(
         labels: Names of the token ids, for ``target`` and ``foil``, see `Inputs`. A model without
             a tokenizer needs ``blank``, too.
 
-    Returns:
-        A `Comparison`.
-
     Raises:
         InvalidInput: If sentences, cues or methods do not fit the model.
         UnsupportedModel: If the model has no trained vocabulary readout or two stacks, or a named
@@ -133,9 +130,12 @@ def compare(
     )
     token = blank_token(model, view) if blank is None else blank
     drops = [_blanked(view, s, token, words) for s in sentences]
-    known = [
-        replace(_answered(s, drop), labels=labels) for s, drop in zip(sentences, drops, strict=True)
-    ]
+    known = []
+    for one, drop in zip(sentences, drops, strict=True):
+        answer = one.answer
+        if answer.target is None:  # the model's own prediction
+            answer = replace(answer, target=int(drop.answer.target[0]))
+        known.append(replace(one, answer=answer, labels=labels))
     supported, flops, left_out = _supported(model, known, methods)
     maps, seconds = _run(supported, model, known)
     middle = _middle(known)
@@ -158,7 +158,9 @@ def compare(
         alike=_alike(list(whole.values())),
         alike_methods=tuple(whole),
         left_out=left_out,
-        correct=_correct(known, drops),
+        correct=None
+        if any(one.wrong is None for one in known)
+        else sum(drop.prefers(one.wrong) for one, drop in zip(known, drops, strict=True)),
         sentences=len(known),
         dropped=dropped,
         provenance=provenance(
@@ -177,13 +179,6 @@ def _blanked(view: ModelView, sentence: Sentence, blank: int, words: bool) -> Dr
     return blanked(view, sentence.tokens[0], sentence.answer, blank, spans)
 
 
-def _answered(sentence: Sentence, drop: Drop) -> Sentence:
-    """Returns the sentence with the model's own prediction where no answer is asked for."""
-    if sentence.answer.target is not None:
-        return sentence
-    return replace(sentence, answer=replace(sentence.answer, target=int(drop.answer.target[0])))
-
-
 def _supported(
     model: object,
     sentences: Sequence[Sentence],
@@ -195,23 +190,20 @@ def _supported(
         ask = partial(make, model, _middle(sentences))
         try:
             # One-time work of the first call does not count.
-            _require_map(name, ask())
+            found = ask()
+            if not isinstance(found, ContextMap):
+                raise bad(
+                    f"the method {name!r} cannot be compared",
+                    f"a {type(found).__name__}",
+                    "a ContextMap of the given token ids",
+                    "Return the result of a method of this package, or build a ContextMap.",
+                )
             flops[name] = count_operations(ask)
         except UnsupportedModel as error:
             if methods is not None:
                 raise
             left_out.append((name, str(error)))
     return {name: chosen[name] for name in flops}, flops, tuple(left_out)
-
-
-def _require_map(name: str, found: object) -> None:
-    if not isinstance(found, ContextMap):
-        raise bad(
-            f"the method {name!r} cannot be compared",
-            f"a {type(found).__name__}",
-            "a ContextMap of the given token ids",
-            "Return the result of a method of this package, or build a ContextMap.",
-        )
 
 
 def _middle(sentences: Sequence[Sentence]) -> Sentence:
@@ -310,19 +302,15 @@ def _alike(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     return result
 
 
-def _correct(sentences: Sequence[Sentence], drops: Sequence[Drop]) -> int | None:
-    if any(s.wrong is None for s in sentences):
-        return None
-    pairs = zip(sentences, drops, strict=True)
-    return sum(drop.prefers(s.wrong) for s, drop in pairs if s.wrong is not None)
-
-
 def _methods(methods: Any) -> dict[str, Make]:
     known = comparable()
     if methods is None:
         return known
     if isinstance(methods, Mapping) and methods:
-        return {name: _own(make) for name, make in methods.items()}
+        return {
+            name: lambda model, s, make=make: make(model, s.tokens)
+            for name, make in methods.items()
+        }
     listed = [*methods] if isinstance(methods, (list, tuple)) else []
     unknown = [name for name in listed if name not in known]
     if unknown or not listed:
@@ -333,10 +321,3 @@ def _methods(methods: Any) -> dict[str, Make]:
             "Or pass a dict of functions of a model and token ids.",
         )
     return {name: known[name] for name in listed}
-
-
-def _own(make: Callable[[Any, Tensor], ContextMap]) -> Make:
-    return lambda model, s: make(model, s.tokens)
-
-
-__all__ = ["Sentence", "comparable", "compare"]

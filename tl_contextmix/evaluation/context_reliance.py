@@ -162,11 +162,7 @@ def _logits(view: ModelView, given: Given, question: Question) -> Tensor:
 def _stretches(
     view: ModelView, parts: Sequence[str], prompt: str, joiner: str, bos: bool | None
 ) -> list[tuple[int, int]]:
-    """Returns the tokens ``(start, stop)`` of each passage of the context.
-
-    Raises:
-        InvalidInput: If one runs into the next.
-    """
+    """Returns the tokens ``(start, stop)`` of each passage of the context."""
     whole = view.encode(joiner.join([*parts, prompt]), bos)
     special = view.special_tokens()
     text = [place for place, token in enumerate(whole) if token not in special]
@@ -197,13 +193,7 @@ def _cues(
 ) -> Tensor:
     """Returns how much each token of the answer depends on each group [target source].
 
-    Args:
-        model: The model.
-        question: The answer after the context and the prompt.
-        groups: The passages.
-        by: How they are scored.
-        contrasts: Position, token and alternative of each prediction.
-        **inputs: What else methods are given.
+    ``contrasts`` are position, token and alternative of each prediction.
     """
     ids, decoder = question.batch.main.ids, question.batch.decoder
     stack: Any = None if decoder is None else "cross"

@@ -164,11 +164,7 @@ def over_corpus(
 
 
 def _documents(shard: Shard, name: str, rows: bool) -> Iterator[Any]:
-    """Yields texts, token ids or rows; blank lines are left out.
-
-    Raises:
-        InvalidInput: If one cannot be read.
-    """
+    """Yields texts, token ids or rows; blank lines are left out."""
     for number, document in enumerate(shard.documents, shard.first):
         if document.ids is not None:
             yield document.ids

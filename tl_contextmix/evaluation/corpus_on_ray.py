@@ -70,9 +70,6 @@ def over_corpus_on_ray(
         num_gpus: GPUs of each actor.
         options: Further arguments of `over_corpus`.
 
-    Returns:
-        `LayerCurves`.
-
     Raises:
         InvalidInput: If Ray is not installed, would deadlock, an option is none of `over_corpus`,
             or ``measure`` has no name, such as a ``functools.partial``.

@@ -10,7 +10,7 @@ from typing import Any
 
 from tl_contextmix.core.statistics import ExactMoments, t_quantile
 from tl_contextmix.core.validation import FilePath, checked
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import FileFormatError, bad
 from tl_contextmix.methods.memories.mining import cannot_merge, require_run
 from tl_contextmix.methods.memories.store import alone
 from tl_contextmix.results import CurvePoint, LayerCurves
@@ -50,7 +50,9 @@ class State:
             if model:
                 category = model if category == EVERY else f"{model}: {category}"
             if numbers:
-                self._merge((metric, category, layer), ExactMoments.of(numbers))
+                key = metric, category, layer
+                known = self.moments.get(key, ExactMoments())
+                self.moments[key] = known.merge(ExactMoments.of(numbers))
         if len(self.moments) > self.most:
             raise bad(
                 "there are too many figures",
@@ -62,10 +64,7 @@ class State:
     def take(self, other: State) -> None:
         """Takes in what another process found."""
         for key, moments in other.moments.items():
-            self._merge(key, moments)
-
-    def _merge(self, key: Key, moments: ExactMoments) -> None:
-        self.moments[key] = self.moments.get(key, ExactMoments()).merge(moments)
+            self.moments[key] = self.moments.get(key, ExactMoments()).merge(moments)
 
     def curves(self) -> LayerCurves:
         """Returns every figure with its interval."""
@@ -99,15 +98,9 @@ class State:
             part.write_text(json.dumps(kept), encoding="utf-8")
 
     def resume(self, path: Path) -> str:
-        """Goes on from a file, and returns the hash of what was read.
-
-        Raises:
-            InvalidInput: If it is another run.
-            FileFormatError: If it is no state.
-        """
+        """Goes on from a file, and returns the hash of what was read."""
         before, digest = load_state(path)
-        now = {"run": self.run, "share": [self.rank, self.world_size]}
-        if [before.rank, before.world_size] != now["share"]:
+        if (before.rank, before.world_size) != (self.rank, self.world_size):
             raise bad(
                 f"{path} holds another share of the corpus",
                 f"rank={self.rank} of world_size={self.world_size}",
@@ -120,11 +113,7 @@ class State:
 
 
 def load_state(path: Path) -> tuple[State, str]:
-    """Returns what a file holds, and the hash of what was read for it.
-
-    Raises:
-        FileFormatError: If it is no state.
-    """
+    """Returns what a file holds, and the hash of what was read for it."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         rank, world_size = kept["share"]
@@ -137,12 +126,10 @@ def load_state(path: Path) -> tuple[State, str]:
         return state, kept["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(
-            four_parts(
-                f"{path} holds no figures over a corpus",
-                repr(error)[:200],
-                "a file that over_corpus wrote",
-                "Choose another file.",
-            )
+            f"{path} holds no figures over a corpus",
+            repr(error)[:200],
+            "a file that over_corpus wrote",
+            "Choose another file.",
         ) from error
 
 
@@ -155,9 +142,6 @@ def merge_figures(parts: Sequence[FilePath], *, out: FilePath) -> LayerCurves:
     Args:
         parts: The file of each process, its ``out``.
         out: File for all of it.
-
-    Returns:
-        `LayerCurves`.
 
     Raises:
         InvalidInput: If parts are missing, unfinished, or of different runs or corpora.

@@ -66,16 +66,7 @@ RULES: dict[str, Callable[[Sequence[str], int], Found]] = {
 
 
 def derive_cues(uid: object, words: Sequence[str], target: int) -> Found:
-    """Returns the words that decide which sentence is good, and those that tempt to the other.
-
-    Args:
-        uid: BLiMP's name of the set.
-        words: Words of the good sentence.
-        target: Index of the word that differs.
-
-    Raises:
-        InvalidInput: If there is no rule for the set, or its rule does not fit the sentence.
-    """
+    """Returns the words that decide which sentence is good, and those that tempt to the other."""
     rule = RULES.get(str(uid))
     if rule is None:
         raise bad(

@@ -21,7 +21,7 @@ from tl_contextmix.core.statistics import spearman
 from tl_contextmix.core.validation import whole_number
 from tl_contextmix.core.words import Spans
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts, warn
+from tl_contextmix.errors import UnsupportedModel, bad, warn
 from tl_contextmix.evaluation.aggregation import Figures, Maps, per_sentence, sentences, summarise
 from tl_contextmix.results import ContextMap, Score
 
@@ -190,12 +190,10 @@ def blanked(
     view.readout.require()
     if len(view.stacks) == 2:
         raise UnsupportedModel(
-            four_parts(
-                "faithfulness does not support encoder-decoders",
-                f"{view.name}, which has two stacks",
-                "a causal or masked language model",
-                "Use cue_alignment or agreement.",
-            )
+            "faithfulness does not support encoder-decoders",
+            f"{view.name}, which has two stacks",
+            "a causal or masked language model",
+            "Use cue_alignment or agreement.",
         )
     ids = ids.cpu()
     side = Side(ids[None], torch.ones(1, len(ids), dtype=torch.bool))
@@ -260,8 +258,10 @@ class Drop:
         if bool(row[self.others].isnan().any()) or len(self.others) < 2:
             return [(name, float("nan"), float("nan")) for name in names]
         single = torch.tensor(self.falls([[unit] for unit in self.others])).double()
+        tied = len(row[self.others].unique()) < len(self.others)
         first, rest = [], []
-        for ranked in self._ranked(row):
+        for order in self._orders if tied else self._orders[:1]:
+            ranked = sorted(order, key=lambda unit: -float(row[unit]))
             first += [ranked[:count] for count in range(1, len(ranked))]
             rest += [ranked[count:] for count in range(1, len(ranked))]
         values = (
@@ -271,12 +271,6 @@ class Drop:
         )
         chance = (0.0, self._random_level(), self._random_level())
         return list(zip(names, values, chance, strict=True))
-
-    def _ranked(self, row: Tensor) -> list[list[int]]:
-        """Returns the units in descending order of score; several orders if there are ties."""
-        tied = len(row[self.others].unique()) < len(self.others)
-        orders = self._orders if tied else self._orders[:1]
-        return [sorted(order, key=lambda unit: -float(row[unit])) for order in orders]
 
     def falls(self, sets: Iterable[Sequence[int]]) -> list[float]:
         """Returns the drop in log-probability for each set of blanked units."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tl_contextmix.core.pieces import has_parts, join_pieces, whole_characters
 from tl_contextmix.core.validation import FilePath, NotNegative, Positive, checked
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad
 from tl_contextmix.evaluation.cue_rules import derive_cues
 from tl_contextmix.results import Tokens
 
@@ -217,10 +217,12 @@ def _pair(path: Path, number: int, line: str, derived: bool) -> MinimalPair:
     if not isinstance(good, str) or not isinstance(wrong, str):
         raise _format(path, number, f"the fields {sorted(map(str, found))}")
     try:
-        cues, lures = (
-            tuple(_place(good, word) for word in _listed(found.get(name, [])))
-            for name in ("cues", "lures")
-        )
+        listed = [found.get(name, []) for name in ("cues", "lures")]
+        for words in listed:
+            if not isinstance(words, list):
+                remedy = "Write [] for none."
+                raise bad("cues must be a list", repr(words), "a list of words", remedy)
+        cues, lures = (tuple(_place(good, word) for word in words) for words in listed)
         # Lone surrogates cannot be tokenized.
         (good + wrong).encode()
         pair = MinimalPair(good, wrong, cues, lures)
@@ -240,12 +242,6 @@ def _with_cues(pair: MinimalPair, uid: object) -> MinimalPair:
     return MinimalPair(pair.good, pair.bad, cues, lures)
 
 
-def _listed(words: Any) -> list[Any]:
-    if not isinstance(words, list):
-        raise bad("cues must be a list", repr(words), "a list of words", "Write [] for none.")
-    return words
-
-
 def _place(text: str, word: Any) -> Stretch:
     """Returns the span of a word in a text."""
     if isinstance(word, list) and _ends(word) != (0, 0):
@@ -263,12 +259,10 @@ def _place(text: str, word: Any) -> Stretch:
 
 def _format(path: Path, number: int, seen: str) -> FileFormatError:
     return FileFormatError(
-        four_parts(
-            f"line {number} of {path} is not a minimal pair",
-            seen,
-            "a JSON object with the strings sentence_good and sentence_bad",
-            "See BLiMP's files for examples.",
-        )
+        f"line {number} of {path} is not a minimal pair",
+        seen,
+        "a JSON object with the strings sentence_good and sentence_bad",
+        "See BLiMP's files for examples.",
     )
 
 
@@ -290,6 +284,12 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
     result: list[Stretch | None] = []
     unread: list[int] = []  # tokens without matching text, until the next that matches
     at = 0
+
+    def spread(stretch: Stretch) -> None:
+        # Their boundaries are unknown, so each gets the whole span.
+        for index in unread:
+            result[index] = stretch
+
     strings, mask = tokens.strings[row], tokens.mask[row].tolist()
     # Tokens that share a character share its place.
     for first, last in whole_characters(strings):
@@ -298,18 +298,19 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
         if at and not plain.startswith(word, at):
             word = word.removeprefix("##")
         start = plain.find(word, at) if unread else at
-        if real and _unreadable(piece) and not plain.startswith(word, at):
+        unknown = has_parts(piece) or piece.strip().lower().strip("<[]>") == "unk"
+        if real and unknown and not plain.startswith(word, at):
             unread += range(first, last)
             result += [None] * (last - first)
         elif not real or not word or start < 0 or not plain.startswith(word, start):
             result += [None] * (last - first)
         else:
             if start > at:
-                _spread(result, unread, (places[at], places[start - 1] + 1))
+                spread((places[at], places[start - 1] + 1))
             unread, at = [], start + len(word)
             result += [(places[start], places[at - 1] + 1)] * (last - first)
     if unread and at < len(plain):
-        _spread(result, unread, (places[at], places[-1] + 1))
+        spread((places[at], places[-1] + 1))
         at = len(plain)
     if at < len(plain):
         raise bad(
@@ -319,17 +320,6 @@ def place_tokens(text: str, tokens: Tokens, row: int = 0) -> list[Stretch | None
             "Remove this sentence's cues, or pass texts with cues= as positions.",
         )
     return result
-
-
-def _unreadable(piece: str) -> bool:
-    """Whether a token is a partial character or an unknown word."""
-    return has_parts(piece) or piece.strip().lower().strip("<[]>") == "unk"
-
-
-def _spread(found: list[Stretch | None], unread: Sequence[int], stretch: Stretch) -> None:
-    # Their boundaries are unknown, so each gets the whole span.
-    for index in unread:
-        found[index] = stretch
 
 
 def _lower(chars: Iterable[str]) -> str:

@@ -159,13 +159,10 @@ def frequency_correlation(
     """
     tokens = figures.tokens
     kept = [
-        [bool(real) and not is_mark(word) for word, real in zip(words, mask, strict=True)]
-        for words, mask in zip(tokens.strings, tokens.mask, strict=True)
+        [place for place, real in enumerate(mask) if real and not is_mark(words[place])]
+        for words, mask in zip(tokens.strings, tokens.mask.tolist(), strict=True)
     ]
-    ids = [
-        [i for i, keep in zip(row, some, strict=True) if keep]
-        for row, some in zip(tokens.ids.tolist(), kept, strict=True)
-    ]
+    ids = [tokens.ids[row, some].tolist() for row, some in enumerate(kept)]
     unknown = {i for row in ids for i in row} - {*frequencies}
     if unknown:
         raise bad(
@@ -179,12 +176,8 @@ def frequency_correlation(
     rows = torch.tensor([row for row, some in enumerate(ids) for _ in some])
     points = []
     for column, layer in enumerate(figures.layers):
-        values = torch.cat(
-            [
-                figures.values[row, column].detach().cpu()[torch.tensor(some)]
-                for row, some in enumerate(kept)
-            ]
-        ).double()
+        each = figures.values[:, column].detach().cpu()
+        values = torch.cat([each[row, some] for row, some in enumerate(kept)]).double()
         value, low, high = _resampled(lambda at, v=values: spearman(v[at], counts[at]), rows)
         points.append(CurvePoint("frequency rank", EVERY, layer, value, low, high, len(ids)))
     return LayerCurves(

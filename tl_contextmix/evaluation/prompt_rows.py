@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tl_contextmix.errors import InvalidInput, bad, seen
@@ -43,9 +43,6 @@ def read_row(row: str, columns: Mapping[str, str], *, causal: bool) -> Prompt:
         row: The row as JSON: an object, or a list of prompt, target, foil and category.
         columns: The row's own names for some of `NAMES`.
         causal: Whether the model continues a text, rather than filling in a mask.
-
-    Raises:
-        InvalidInput: If it is a row of no known format.
     """
     found = json.loads(row)
     if isinstance(found, list):
@@ -65,20 +62,16 @@ def read_row(row: str, columns: Mapping[str, str], *, causal: bool) -> Prompt:
         for names, read in _FORMATS.items():
             fits = causal or read is not _one_prefix
             if fits and all(found.get(name) is not None for name in names):
-                return _with_category(read(found), category)
+                prompt = read(found)
+                return replace(prompt, category=prompt.category or str(category))
     if found.get("prompt") is None:
         raise _no_prompt(found)
-    prompt = Prompt(found["prompt"], _token(found.get("target")), _token(found.get("foil")))
-    return _with_category(prompt, category)
-
-
-def _with_category(prompt: Prompt, category: object) -> Prompt:
-    return Prompt(prompt.text, prompt.target, prompt.foil, prompt.category or str(category))
-
-
-def _token(one: Any) -> Any:
-    """Returns a list, which is how JSON writes several, as the set of alternatives it means."""
-    return frozenset(one) if isinstance(one, list) else one
+    # A list, which is how JSON writes several, means a set of alternatives.
+    target, foil = (
+        frozenset(one) if isinstance(one, list) else one
+        for one in (found.get("target"), found.get("foil"))
+    )
+    return Prompt(found["prompt"], target, foil, str(category))
 
 
 def _no_prompt(row: object, expected: str = "") -> InvalidInput:
@@ -93,10 +86,6 @@ def _no_prompt(row: object, expected: str = "") -> InvalidInput:
 def _word(text: object) -> str:
     """Returns a word as it follows a text."""
     return " " + str(text).strip()
-
-
-def _blimp(row: Row) -> Prompt:
-    return Prompt(MinimalPair(row["sentence_good"], row["sentence_bad"]))
 
 
 def _one_prefix(row: Row) -> Prompt:
@@ -161,7 +150,9 @@ def _pair(row: Row) -> Prompt:
 
 _FORMATS: dict[tuple[str, ...], Callable[[Row], Prompt]] = {
     ("one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad"): _one_prefix,
-    ("sentence_good", "sentence_bad"): _blimp,
+    ("sentence_good", "sentence_bad"): lambda row: Prompt(
+        MinimalPair(row["sentence_good"], row["sentence_bad"])
+    ),
     ("good", "bad"): _pair,
     ("requested_rewrite",): _counterfact,
     ("prompt", "target_true", "target_false"): _tracing,

@@ -171,20 +171,7 @@ def _save(found: Scan, path: Path) -> None:
 
 @dataclass
 class _Scanner:
-    """What a scan has found so far.
-
-    Attributes:
-        model: The model.
-        view: Its view.
-        by: What is scored.
-        options: Options of the call.
-        max_bytes: Workspace.
-        found: Moments of the scores, ranks and log-probability of each category, side by side.
-        components: What is scored; None before the first prompt.
-        read: Rows read.
-        skipped: Rows that could not be used.
-        reasons: Why the first of them could not.
-    """
+    """What a scan has found so far: of each category the moments of scores, ranks and log_prob."""
 
     model: object
     view: ModelView
@@ -214,7 +201,8 @@ class _Scanner:
             except InvalidInput as error:
                 where = f"row {number} of {name}"
                 if self.options["unusable"] == "error":
-                    raise _unusable(where, error) from error
+                    way_out = "Or skip such rows with unusable='drop'."
+                    raise InvalidInput(f"{where} cannot be used: {error} {way_out}") from error
                 self.skipped += 1
                 self.reasons += (f"{where}: {error}",) * (len(self.reasons) < _REASONS)
         self.read = shard.first + len(shard.documents)
@@ -284,11 +272,7 @@ class _Scanner:
                 )
 
     def result(self, digest: str, *, finished: bool) -> Scan:
-        """Returns what was found so far.
-
-        Raises:
-            InvalidInput: If there was no prompt.
-        """
+        """Returns what was found so far."""
         if self.components is None:
             reasons = "".join(f" {reason}" for reason in self.reasons[:1])
             raise bad(
@@ -374,8 +358,3 @@ def _together(questions: Sequence[Question]) -> Question:
         rows=torch.cat([one.rows for one in questions]),
         **{name: sets(name) for name in ("target", "foil", "named")},
     )
-
-
-def _unusable(where: str, error: InvalidInput) -> InvalidInput:
-    """Returns the error of a row, which says how to go on without it."""
-    return InvalidInput(f"{where} cannot be used: {error} Or skip such rows with unusable='drop'.")

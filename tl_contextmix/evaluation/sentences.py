@@ -14,7 +14,7 @@ from tl_contextmix.adapters.inputs.tokens import as_tensor
 from tl_contextmix.adapters.questions import Answer, one_each
 from tl_contextmix.core.model_view import ModelView
 from tl_contextmix.core.validation import as_list
-from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import InvalidInput, UnsupportedModel, bad
 from tl_contextmix.evaluation.alignment import require_cues
 from tl_contextmix.evaluation.minimal_pairs import MinimalPair, overlapping, place_tokens
 
@@ -81,18 +81,22 @@ def sentences_of(
         )
     if len(view.stacks) == 2:
         raise UnsupportedModel(
-            four_parts(
-                "compare does not support encoder-decoders",
-                f"{view.name}, which has two stacks",
-                "a causal or masked language model",
-                "Use cue_alignment and agreement on maps of one of its stacks.",
-            )
+            "compare does not support encoder-decoders",
+            f"{view.name}, which has two stacks",
+            "a causal or masked language model",
+            "Use cue_alignment and agreement on maps of one of its stacks.",
         )
     causal = "decoder" in view.stacks
     mask = None if causal else mask_id(model)
     if kinds != {MinimalPair}:
         asked = [[]] * len(listed) if cues is None else require_cues(len(listed), cues)
-        _require_no_contrast(contrast)
+        if contrast:
+            raise bad(
+                "texts have no wrong word to contrast with",
+                "contrast=True and texts",
+                "contrast=True with minimal pairs",
+                "Pass target= and foil=.",
+            )
         targets = one_each(answer.target, len(listed), "target")
         foils = one_each(answer.foil, len(listed), "foil")
         answers = map(Answer, targets, foils)
@@ -128,16 +132,6 @@ def sentences_of(
     )
 
 
-def _require_no_contrast(contrast: bool) -> None:
-    if contrast:
-        raise bad(
-            "texts have no wrong word to contrast with",
-            "contrast=True and texts",
-            "contrast=True with minimal pairs",
-            "Pass target= and foil=.",
-        )
-
-
 def _usable(
     asked: Iterable[tuple[str, Callable[[], Sentence]]], unusable: Unusable
 ) -> tuple[list[Sentence], tuple[tuple[str, str], ...]]:
@@ -171,10 +165,8 @@ def _text(
 ) -> Sentence:
     side = read_batch(view, Given(text)).main
     tokens = side.ids[side.mask][None].cpu()
-    if mask is None:
-        last = tokens.shape[1] - 1
-        return Sentence(tokens, last, replace(answer, pos=last), None, tuple(cues))
-    places = (tokens[0] == mask).nonzero()[:, 0].tolist()
+    last = tokens.shape[1] - 1
+    places = [last] if mask is None else (tokens[0] == mask).nonzero()[:, 0].tolist()
     if len(places) != 1:
         raise bad(
             "the predicting position is ambiguous",
@@ -190,15 +182,7 @@ def pair_sentence(
 ) -> Sentence:
     """Returns a minimal pair as what comes before the word that differs, or masks it.
 
-    Args:
-        view: The model.
-        pair: The pair.
-        mask: The mask token of a masked model.
-        contrast: Whether the wrong word is a foil.
-        one_token: Whether the sentences have to differ in a single token.
-
-    Raises:
-        InvalidInput: If the model cannot be asked for the word.
+    With ``contrast`` the wrong word is a foil; with ``one_token`` they differ in a single token.
     """
     good, wrong = (make_batch(view, Given(text)).main for text in (pair.good, pair.bad))
     ids, others = good.ids[0].tolist(), wrong.ids[0].tolist()
@@ -249,11 +233,7 @@ def _unasked(pair: MinimalPair, seen: str, expected: str) -> InvalidInput:
 
 
 def mask_id(model: object) -> int:
-    """Returns the id of a masked model's mask token.
-
-    Raises:
-        InvalidInput: If its tokenizer has none.
-    """
+    """Returns the id of a masked model's mask token."""
     result = getattr(getattr(model, "tokenizer", None), "mask_token_id", None)
     if not isinstance(result, int):
         raise bad(

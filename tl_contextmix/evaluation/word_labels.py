@@ -90,7 +90,11 @@ def _character_spans(text: str, given: Any, of: Of) -> list[Span]:
     ours, theirs = _ATTRIBUTES[of]
     if hasattr(given, "sentences"):  # stanza
         words = [token for sentence in given.sentences for token in sentence.tokens]
-        named = [(w.start_char, w.end_char, _stanza(w, theirs)) for w in words]
+        # Of a multi-word token the label of its first word; entities have a prefix, or are "O".
+        each = [(w, w if of == "entity" else w.words[0]) for w in words]
+        named = [(*_ends(w), getattr(holder, theirs, None) or "") for w, holder in each]
+        if of == "entity":
+            named = [(*ends, "" if kind == "O" else kind.split("-")[-1]) for *ends, kind in named]
     elif hasattr(given, "ents"):  # spaCy
         if of == "entity":
             named = [(e.start_char, e.end_char, e.label_) for e in given.ents]
@@ -99,14 +103,6 @@ def _character_spans(text: str, given: Any, of: Of) -> list[Span]:
     else:
         named = _named(text, given)
     return [(start, stop, str(label)) for start, stop, label in named if label]
-
-
-def _stanza(token: Any, name: str) -> str:
-    """Returns a label of a stanza token; of a multi-word token, that of its first word."""
-    label = getattr(token if name == "ner" else token.words[0], name, None) or ""
-    return (
-        "" if name == "ner" and label == "O" else label.split("-")[-1] if name == "ner" else label
-    )
 
 
 def _named(text: str, given: Any) -> list[tuple[int, int, Any]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_contextmix.adapters.loading import load_model
-from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import ContextMixError, UnsupportedModel, bad
 from tl_contextmix.exploring import question_form
 from tl_contextmix.exploring.limits import MAX_GIB, Limits
 from tl_contextmix.exploring.one_at_a_time import Explorer
@@ -88,14 +88,7 @@ def explore(
 
 
 def server(explorer: Explorer | None, form: str, token: str, hosts: Sequence[str]) -> Server:
-    """Returns the server, which answers once it runs.
-
-    Args:
-        explorer: Who answers; None where the model is refused.
-        form: The page with the form.
-        token: First part of every path.
-        hosts: Its names, with the port.
-    """
+    """Returns the server, which answers once it runs; see `application` and `Guard`."""
     import uvicorn
 
     from tl_contextmix.exploring.web_application import application
@@ -118,12 +111,10 @@ def _require_server() -> None:
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         raise ContextMixError(
-            four_parts(
-                f"the page needs the package {missing[0]}",
-                "none installed",
-                "starlette and uvicorn",
-                'Install them: pip install "tl-contextmix[explore]".',
-            )
+            f"the page needs the package {missing[0]}",
+            "none installed",
+            "starlette and uvicorn",
+            'Install them: pip install "tl-contextmix[explore]".',
         )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +23,7 @@ from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
 from tl_contextmix.methods.memories.ff_memories import ff_memories
 from tl_contextmix.methods.norms import attention_norms, mixing_ratio
 from tl_contextmix.methods.value_zeroing import value_zeroing
+from tl_contextmix.reporting.story import OUTPUT
 
 MAX_GIB = 4.0
 # Some minutes of the processor, and less than that of a GPU.
@@ -36,20 +36,11 @@ ALWAYS_ESTIMATED = (
 """What `Limits.surely` does not know."""
 
 _GIB = 2**30
-# Of an encoder-decoder, the report explains so many tokens of the output.
-_OUTPUT = 30
 _Cost = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One part of a question.
-
-    Attributes:
-        name: What it is for.
-        function: The method behind it.
-        times: How often it is called.
-    """
+class _Work(NamedTuple):
+    """One part of a question: the method behind it, and how often it is called."""
 
     name: str
     function: Callable[..., Any]
@@ -79,16 +70,7 @@ class Limits:
     def require(
         self, view: ModelView, question: TypedQuestion, begin: Callable[[str], object]
     ) -> None:
-        """Checks what a question would take, before it is answered.
-
-        Args:
-            view: The model's view.
-            question: The question.
-            begin: Called before anything is estimated.
-
-        Raises:
-            InvalidInput: If it is too much, or the text cannot be read.
-        """
+        """Checks what a question would take; ``begin`` is called before anything is estimated."""
         length = make_batch(view, Given(question.text)).main.ids.shape[1]
         if "answer" in question.sections:  # it is read, too
             length += _answer_length(view, question)
@@ -172,7 +154,7 @@ def _works(view: ModelView, question: TypedQuestion) -> Iterator[_Work]:
 
 def _answer_length(view: ModelView, question: TypedQuestion) -> int:
     """Returns how many tokens of an answer are explained, at most."""
-    return question.generate or (_OUTPUT if len(view.stacks) == 2 else SAID)
+    return question.generate or (OUTPUT if len(view.stacks) == 2 else SAID)
 
 
 def _of_section(name: str, stack: StackName | None) -> list[Callable[..., Any]]:

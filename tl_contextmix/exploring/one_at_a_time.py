@@ -78,12 +78,7 @@ class Busy(Exception):
 
 
 class Explorer:
-    """A model that is asked one question at a time.
-
-    Args:
-        model: The model.
-        limits: What a question may take.
-    """
+    """A model that is asked one question at a time."""
 
     def __init__(self, model: Any, limits: Limits) -> None:
         self.model, self.limits = model, limits
@@ -93,11 +88,7 @@ class Explorer:
         self._thread: threading.Thread | None = None
 
     def ask(self, question: TypedQuestion) -> Call:
-        """Begins to answer a question.
-
-        Raises:
-            Busy: While another one is being answered, or still stops.
-        """
+        """Begins to answer a question."""
         with self._lock:
             if self._under_way is not None:
                 raise Busy

@@ -54,6 +54,7 @@ def refused(why: str) -> str:
 
 def _form(view: ModelView, text: str) -> str:
     longest = "" if view.n_ctx is None else f", at most {view.n_ctx:,} tokens"
+    said = "all" if len(view.stacks) == 2 else SAID
     return f"""<header>
 <h1>Explore {label(view.name, 60)}</h1>
 <dl class="facts"><div><dt>Class</dt><dd>{prose(view.host)}, TransformerLens \
@@ -86,7 +87,7 @@ type it, too. After an answer the lists hold the most probable tokens.</p>
 <div><label for="pos">Position</label>
 <input id="pos" type="number" step="1" placeholder="the last, or the mask"></div>
 <div><label for="generate">Tokens of “answer”</label>
-<input id="generate" type="number" step="1" min="1" placeholder="{_answer_length(view)}"></div>
+<input id="generate" type="number" step="1" min="1" placeholder="{said}"></div>
 </div></details>
 <fieldset><legend>Show</legend>
 {_boxes(_fitting(view, SECTIONS_IN_WORDS), FIRST)}
@@ -109,10 +110,6 @@ def _fitting(view: ModelView, names: Mapping[Any, str]) -> dict[str, str]:
     missing: tuple[str, ...] = () if len(view.stacks) == 2 else ("encoder-layers", "decoder_lens")
     missing += () if "decoder" in view.stacks else ("answer",)
     return {name: words for name, words in names.items() if name not in missing}
-
-
-def _answer_length(view: ModelView) -> str:
-    return "all" if len(view.stacks) == 2 else str(SAID)
 
 
 def _boxes(names: Mapping[str, str], ticked: Iterable[str]) -> str:

@@ -108,11 +108,7 @@ class TypedQuestion:
 
 
 def as_typed(given: object) -> TypedQuestion:
-    """Returns the question that a page sent.
-
-    Raises:
-        InvalidInput: If it is none.
-    """
+    """Returns the question that a page sent."""
     if not isinstance(given, dict) or not set(given) <= {*_KEYS}:
         raise bad(
             "this is no question", visible(repr(given))[:80], ", ".join(_KEYS), "Reload the page."
@@ -133,11 +129,7 @@ def as_typed(given: object) -> TypedQuestion:
 
 
 def require_text_model(model: object) -> ModelView:
-    """Returns the view of a model that reads text.
-
-    Raises:
-        ContextMixError: If it cannot be read, or takes no text.
-    """
+    """Returns the view of a model that reads text."""
     view = as_view(model)
     if view.hears is not None or not view.reads_text():
         raise bad(
@@ -151,12 +143,7 @@ def require_text_model(model: object) -> ModelView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What there is to see.
-
-    Attributes:
-        page: The page.
-        likely: The most probable tokens at the predicting position, to choose from.
-    """
+    """What there is to see, and the most probable tokens at the position, to choose from."""
 
     page: Page
     likely: tuple[str, ...]
@@ -165,10 +152,7 @@ class Explanation:
 def answered(model: object, question: TypedQuestion, begin: Callable[[str], object]) -> Explanation:
     """Returns a page with what was picked, and the most probable tokens.
 
-    Args:
-        model: The model.
-        question: What was typed.
-        begin: Called with the name of each step before it.
+    ``begin`` is called with the name of each step before it.
 
     Raises:
         ContextMixError: If the text or what is asked cannot be used. A method that does not apply
@@ -192,9 +176,13 @@ def answered(model: object, question: TypedQuestion, begin: Callable[[str], obje
                 sections.append(result_section(_called(name, story)))
             except ContextMixError as error:
                 skipped.append((name, str(error)))
-    messages = dict.fromkeys(str(one.message) for one in given if _ours(one.category))
+    ours = [one.message for one in given if issubclass(one.category, ContextMixWarning)]
     page = Page(
-        (), TITLE, facts(story), with_missing(sections, skipped), (*notes(story), *messages)
+        (),
+        TITLE,
+        facts(story),
+        with_missing(sections, skipped),
+        (*notes(story), *dict.fromkeys(map(str, ours))),
     )
     return Explanation(page, _likely(story))
 
@@ -204,10 +192,6 @@ def _answer_length(view: ModelView, question: TypedQuestion) -> int | None:
     asked = "answer" in question.sections and "decoder" in view.stacks
     whole = len(view.stacks) == 2 and question.target is None
     return SAID if asked and question.generate is None and not whole else question.generate
-
-
-def _ours(category: type[Warning]) -> bool:
-    return issubclass(category, ContextMixWarning)
 
 
 def _called(name: str, story: Story) -> Any:

@@ -14,7 +14,6 @@ from tl_contextmix.adapters.passes import Pass, run_pass
 from tl_contextmix.core.feed_forward_parts import DEFAULT_MAX_BYTES, Bias, FeedForwardParts
 from tl_contextmix.core.folded_weights import Folds
 from tl_contextmix.core.model_view import StackName
-from tl_contextmix.core.token_sums import TokenSum
 from tl_contextmix.core.validation import Layers, Positive
 from tl_contextmix.engine.citations import norm_papers
 from tl_contextmix.engine.parts import (
@@ -110,7 +109,10 @@ def decompose(
             each = parts_of_heads(found) if heads else {"all": found}
             labels = (*each,)
             for place, one in enumerate(each.values()):
-                dense = _dense(one, max_bytes)
+                if isinstance(one, FeedForwardParts):
+                    dense = one.parts(max_bytes)
+                else:
+                    dense = one.dense(slice(0, one.bias.shape[1])).transpose(1, 2)
                 if not index and not place:
                     # The largest result there is: never twice in memory.
                     shape = (len(dense), len(part.blocks), len(each), *dense.shape[1:])
@@ -137,9 +139,3 @@ def decompose(
         source=forward_pass.source(at),
         provenance=forward_pass.provenance("decompose", {"at": at, "heads": heads, "bias": bias}),
     )
-
-
-def _dense(found: TokenSum | FeedForwardParts, max_bytes: int) -> Tensor:
-    if isinstance(found, FeedForwardParts):
-        return found.parts(max_bytes)
-    return found.dense(slice(0, found.bias.shape[1])).transpose(1, 2)

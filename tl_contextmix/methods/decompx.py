@@ -25,7 +25,7 @@ from tl_contextmix.core.validation import Layers, Positive, checked
 from tl_contextmix.engine.logit_maps import LogitReader, logit_map
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Bias
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import ContextMap, Decomposition
 
 # Of targets, where all tokens are carried at once: so many leave 1/32 of the work for nothing.
@@ -334,7 +334,9 @@ class _Carried:
         trace, block = self.done.trace, self.own.blocks[0]
         x, no_later = trace.resid_in(block.block), causal(self.own.blocks)
         begun = first_parts(block, x)
-        size = min(self.size, _few(x.shape[1])) if no_later else self.size
+        # Where only later tokens are reached, an eighth at a time leaves 56 % of the work; fewer
+        # than 16 leave less, and take longer.
+        size = min(self.size, max(16, -(-x.shape[1] // 8))) if no_later else self.size
         for chunk in blocks(x.shape[1], size):
             first = chunk.start if no_later else 0
             entered = {0: own_parts(x, chunk)[:, first:]} if block.lends else {}
@@ -348,14 +350,6 @@ class _Carried:
             entered = dict[int, Tensor]()
             nothing = x.new_zeros(*x.shape[:2], *memory.shape[2:])
             yield 0, block(nothing, memory, entered), memory, entered
-
-
-def _few(count: int) -> int:
-    """Returns how many tokens to carry at a time where only later ones are reached.
-
-    An eighth of them leaves 56 % of the work; fewer than 16 leave less, and take longer.
-    """
-    return max(16, -(-count // 8))
 
 
 def _after_zeros(first: int, rows: Tensor) -> Tensor:
@@ -394,13 +388,8 @@ def _carry(forward_pass: Pass, asked: tuple[Block, ...], bias: Bias, max_bytes: 
         own = freeze_stack(
             forward_pass.blocks[: last + 1], forward_pass.trace, bias == "fixed", encoder=frozen
         )
-    return _Carried(
-        forward_pass,
-        asked,
-        own,
-        frozen,
-        _size(forward_pass, (*encoder, *forward_pass.blocks), max_bytes),
-    )
+    size = _size(forward_pass, (*encoder, *forward_pass.blocks), max_bytes)
+    return _Carried(forward_pass, asked, own, frozen, size)
 
 
 def _size(forward_pass: Pass, every: tuple[Block, ...], max_bytes: int) -> int:
@@ -433,11 +422,9 @@ def _require_complete(forward_pass: Pass, asked: tuple[Block, ...], totals: list
         if error <= tolerance:
             continue
         raise UnsupportedModel(
-            four_parts(
-                f"the vectors of {forward_pass.view.name} do not add up at layer {block.layer}",
-                f"a relative error of {error:.2g} against the model's own residual stream",
-                f"at most {tolerance:.0e}",
-                "Its values or its norms are not the plain ones, or hooks of your own edit them; "
-                "one-layer maps (attention_norms) do not need W_V and still hold.",
-            )
+            f"the vectors of {forward_pass.view.name} do not add up at layer {block.layer}",
+            f"a relative error of {error:.2g} against the model's own residual stream",
+            f"at most {tolerance:.0e}",
+            "Its values or its norms are not the plain ones, or hooks of your own edit them; "
+            "one-layer maps (attention_norms) do not need W_V and still hold.",
         )

@@ -141,7 +141,7 @@ def cancellation(maps: Maps) -> LayerFigures:
     figures = [
         *_undoing(before, after, out),
         _correlations(before, out) - _correlations(before, after),
-        _ratios(before, after),
+        _per_layer(lambda old, new: (new / old)[old != 0].median(), before, after),
     ]
     values = torch.stack(figures, dim=-1)
     caption = (
@@ -331,10 +331,6 @@ def _undoing(
 
 def _correlations(before: ContextMap, after: ContextMap) -> Float[Tensor, "batch layer"]:
     return _per_layer(spearman, before, after)
-
-
-def _ratios(before: ContextMap, after: ContextMap) -> Float[Tensor, "batch layer"]:
-    return _per_layer(lambda old, new: (new / old)[old != 0].median(), before, after)
 
 
 def _per_layer(

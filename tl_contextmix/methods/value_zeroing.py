@@ -24,7 +24,7 @@ from tl_contextmix.core.value_ablation import ablate_values, batch_rows, needed_
 from tl_contextmix.core.words import Spans, merge, require_spans
 from tl_contextmix.engine.parts import DEFAULT_MAX_BYTES, Heads, group_labels, head_groups
 from tl_contextmix.engine.registry import method
-from tl_contextmix.errors import UnsupportedModel, bad, four_parts
+from tl_contextmix.errors import UnsupportedModel, bad
 from tl_contextmix.results import ContextMap
 
 # What heads are scaled with and what is added to the stream is known, and held.
@@ -171,9 +171,6 @@ def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
     """Checks that hooks do the same in a pass of the model with a value zeroed.
 
     They do where they scale heads and add to the stream, not where they replace either.
-
-    Raises:
-        UnsupportedModel: If they do not.
     """
     trace = forward_pass.trace
     read = block.attention(kind)
@@ -198,13 +195,11 @@ def _require_followed(forward_pass: Pass, block: Block, kind: str) -> None:
     if error <= forward_pass.view.tolerance:
         return
     raise UnsupportedModel(
-        four_parts(
-            f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
-            f"a relative error of {error:.2g}, at {', '.join(forward_pass.view.hooked()[:3])}",
-            f"at most {forward_pass.view.tolerance:.0e}: hooks that scale heads or add to the "
-            "stream, whatever is there",
-            "Take off hooks that replace what is there.",
-        )
+        f"hooks of your own do something else in layer {block.layer} where a value is zeroed",
+        f"a relative error of {error:.2g}, at {', '.join(forward_pass.view.hooked()[:3])}",
+        f"at most {forward_pass.view.tolerance:.0e}: hooks that scale heads or add to the "
+        "stream, whatever is there",
+        "Take off hooks that replace what is there.",
     )
 
 

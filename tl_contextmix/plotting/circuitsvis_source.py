@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,26 +27,11 @@ CHART_CELLS = 50_000
 PAGE_CELLS = 150_000
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One chart that the page asks CircuitsVis to draw.
-
-    Attributes:
-        element: Id of the element it is drawn into.
-        component: Name of the CircuitsVis component.
-        props: Its properties.
-    """
-
-    element: str
-    component: str
-    props: dict[str, object]
-
-
 class Charts:
     """What a page has for CircuitsVis to draw, as it is collected.
 
     Attributes:
-        drawn: Charts it draws at once.
+        drawn: Charts it draws at once: the element it draws into, its component, its properties.
         wanted: Whether it may be asked for more: maps, whose numbers are on the page.
         maps: How many maps the page has.
         framed: Whether the page stands in a notebook, with stills beside it.
@@ -55,7 +39,7 @@ class Charts:
 
     def __init__(self, *, framed: bool = False) -> None:
         self.framed = framed
-        self.drawn: list[Chart] = []
+        self.drawn: list[dict[str, object]] = []
         self.wanted = False
         self.maps = 0
         self._cells_left = PAGE_CELLS
@@ -68,18 +52,15 @@ class Charts:
         """Takes a chart in; returns the id of the element it needs."""
         digest = hashlib.sha1(json.dumps(props).encode(), usedforsecurity=False).hexdigest()
         element = f"cv-{digest[:12]}-{len(self.drawn)}"
-        self.drawn.append(Chart(element, component, props))
+        self.drawn.append({"element": element, "component": component, "props": props})
         self.wanted = True
         self._cells_left -= cells
         return element
 
     def data(self) -> str:
         """Returns all charts as JSON that can stand in a script element."""
-        listed = [
-            {"element": chart.element, "component": chart.component, "props": chart.props}
-            for chart in self.drawn
-        ]
-        return json.dumps(listed, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        text = json.dumps(self.drawn, separators=(",", ":"), allow_nan=False)
+        return text.replace("<", "\\u003c")
 
 
 def topk_samples(panel: Samples) -> dict[str, object]:

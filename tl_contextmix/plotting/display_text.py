@@ -58,12 +58,7 @@ def shorten(text: str, length: int = LABEL_LENGTH) -> str:
 
 
 def escape(text: str, length: int | None = None) -> str:
-    """Returns foreign text for our own HTML, in an element or in a quoted attribute.
-
-    Args:
-        text: The text.
-        length: Where it is cut; None: it is not.
-    """
+    """Returns foreign text for our own HTML, in an element or in a quoted attribute."""
     shown = visible(text)
     return html.escape(shown if length is None else shorten(shown, length), quote=True)
 
@@ -112,13 +107,7 @@ def decimals(largest: float) -> int | None:
 
 
 def number(value: float, places: int | None, *, signed: bool = False) -> str:
-    """Returns a number as text.
-
-    Args:
-        value: The number; NaN and infinities are named.
-        places: Decimals, as `decimals` returns them.
-        signed: Whether positive numbers carry a plus.
-    """
+    """Returns a number, NaN or an infinity as text, with decimals as `decimals` returns them."""
     if math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -142,13 +131,7 @@ def is_number(cell: object) -> TypeGuard[float]:
 
 
 def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = False) -> list[str]:
-    """Returns the cells of a column as text, with as many decimals as the largest number needs.
-
-    Args:
-        column: The cells.
-        text: How text is shown.
-        signed: Whether positive numbers carry a plus.
-    """
+    """Returns the cells of a column as text, with as many decimals as the largest number needs."""
     places = decimals(largest(cell for cell in column if isinstance(cell, float)))
 
     def shown(cell: Cell) -> str:
@@ -157,9 +140,7 @@ def cells(column: Sequence[Cell], text: Callable[[str], str], *, signed: bool = 
         if isinstance(cell, bool):
             return "yes" if cell else "no"
         if isinstance(cell, Place):
-            return (
-                f"{text(cell.token)} ({cell.position})" if cell.position >= 0 else text(cell.token)
-            )
+            return text(cell.token) + (f" ({cell.position})" if cell.position >= 0 else "")
         if isinstance(cell, str):
             return text(cell)
         return number(float(cell), 0 if isinstance(cell, int) else places, signed=signed)
@@ -172,15 +153,11 @@ def _visible_character(character: str) -> str:
         return _SYMBOLS[character]
     category = unicodedata.category(character)
     hidden = category in ("Cc", "Cs", "Zl", "Zp") or (category == "Zs" and character != " ")
-    if category == "Cf":
-        hidden = character not in _HARMLESS_FORMAT
-    return code_of(character) if hidden or character in _BLANK or _is_none(character) else character
-
-
-def _is_none(character: str) -> bool:
-    """Whether Unicode says that this will never be a character; XML has no place for it."""
+    hidden |= category == "Cf" and character not in _HARMLESS_FORMAT
     code = ord(character)
-    return code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    # Unicode says that these will never be characters; XML has no place for them.
+    hidden |= code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF
+    return code_of(character) if hidden or character in _BLANK else character
 
 
 def code_of(character: str) -> str:

@@ -70,7 +70,7 @@ def draw(panel: Graph, charts: Charts) -> str:
     if not panel.nodes:
         body = [markup.note("There is nothing to show: the graph has no nodes.")]
         return markup.figure("graph", panel.title, panel.caption, body, wide=True)
-    count = len(panel.nodes)
+    count, most = len(panel.nodes), largest(dot.value for dot in panel.nodes)
     chooser = (
         f'<label class="chooser">Nodes shown <input type="range" min="1" max="{count}" '
         f'value="{count}" data-graph-range> <output>{count} of {count}</output></label>'
@@ -85,21 +85,16 @@ def draw(panel: Graph, charts: Charts) -> str:
         f'<div class="explored"><script type="application/json">{_data(panel)}</script>',
         chooser,
         markup.scroll(picture(panel), panel.title),
-        _legend(panel),
+        markup.note(
+            "Circles and solid lines above 0, squares and dashed lines below; areas and widths by "
+            f"size, the largest node {number(most, decimals(most))} {panel.unit}. Drawn at first: "
+            f"the {EDGES} largest edges."
+        ),
         hint,
         '<div class="detail" aria-live="polite"></div></div>',
         markup.details("Numbers", numbers),
     ]
     return markup.figure("graph", panel.title, panel.caption, body, wide=True)
-
-
-def _legend(panel: Graph) -> str:
-    places = decimals(largest(dot.value for dot in panel.nodes))
-    most = number(largest(dot.value for dot in panel.nodes), places)
-    return markup.note(
-        f"Circles and solid lines above 0, squares and dashed lines below; areas and widths by "
-        f"size, the largest node {most} {panel.unit}. Drawn at first: the {EDGES} largest edges."
-    )
 
 
 def _data(panel: Graph) -> str:

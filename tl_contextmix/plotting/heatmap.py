@@ -34,7 +34,9 @@ def draw(panel: Heatmap, charts: Charts) -> str:
     # Nothing between "<" and ">" may end the element; JSON reads the escape as the character.
     data = f'<script type="application/json">{payload.replace("<", chr(92) + "u003c")}</script>'
     still = "" if charts.framed else f"<noscript>{stills.fallback(panel)}</noscript>"
-    body = [f'<div class="map">{data}{still}</div>', _remark(panel), _largest(panel)]
+    table = markup.scroll(tables.grid(panel.table()), f"{panel.title}, the largest numbers")
+    numbers = markup.details("The largest numbers", table)
+    body = [f'<div class="map">{data}{still}</div>', _remark(panel), numbers]
     wide = len(panel.columns) > NARROW
     return markup.figure("heatmap", panel.title, panel.caption, body, wide=wide)
 
@@ -58,8 +60,8 @@ def _payload(panel: Heatmap, charts: Charts) -> dict[str, object]:
         "sheets": [_text(name) for name in panel.sheets],
         "layers": [*panel.layers],
         "heads": [_text(name) for name in panel.heads],
-        "rows": _names(panel.rows),
-        "columns": _names(panel.columns),
+        "rows": [*map(visible, panel.rows)],
+        "columns": [*map(visible, panel.columns)],
         "rowPositions": [*panel.row_positions],
         "columnPositions": [*panel.column_positions],
         "tokens": [*panel.tokens],
@@ -78,10 +80,6 @@ def _payload(panel: Heatmap, charts: Charts) -> dict[str, object]:
 def _text(text: str) -> str:
     """Returns foreign text as the page's script puts it there: as text, never as markup."""
     return shorten(visible(" ".join(text.split()) or text), 60)
-
-
-def _names(tokens: tuple[str, ...]) -> list[str]:
-    return [visible(token) for token in tokens]
 
 
 def packed(panel: Heatmap) -> str:
@@ -111,8 +109,3 @@ def _remark(panel: Heatmap) -> str:
         f"{panel.values.numel():,} cells: drawn is one for {block} by {block}, the number among "
         "them that is farthest from zero. Fewer sheets or positions are drawn cell by cell."
     )
-
-
-def _largest(panel: Heatmap) -> str:
-    table = markup.scroll(tables.grid(panel.table()), f"{panel.title}, the largest numbers")
-    return markup.details("The largest numbers", table)

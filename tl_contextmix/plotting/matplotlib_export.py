@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from tl_contextmix.errors import ContextMixError, bad, four_parts
+from tl_contextmix.errors import ContextMixError, bad
 from tl_contextmix.plotting.panels import Bars, Graph, Heatmap, Panel
 
 if TYPE_CHECKING:
@@ -30,17 +30,19 @@ def draw_figure(
             the width.
         ContextMixError: If matplotlib is not installed.
     """
-    chosen = [*panels] if panel is None else [_one_panel(panels, panel)]
+    chosen = [*panels]
+    if panel is not None:
+        expected = f"an integer from {-len(panels)} to {len(panels) - 1}"
+        remedy = f"They are: {_listed(panels)}."
+        chosen = [panels[_place("panel", panel, len(panels), expected, remedy)]]
     maps = [one for one in chosen if isinstance(one, Heatmap)] or chosen
     chosen = [_one_sheet(one, sheet) if one in maps else one for one in chosen]
     if find_spec("matplotlib") is None:
         raise ContextMixError(
-            four_parts(
-                "a figure needs the package matplotlib",
-                "none installed",
-                "matplotlib 3.11 or later",
-                'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
-            )
+            "a figure needs the package matplotlib",
+            "none installed",
+            "matplotlib 3.11 or later",
+            'Install it: pip install "tl-contextmix[figures]". show() needs nothing.',
         )
     from tl_contextmix.plotting.matplotlib_figures import draw, draw_into
 
@@ -88,17 +90,6 @@ def _require_place(panel: Panel, ax: object, width: object) -> None:
         )
     if ax is not None and not hasattr(ax, "get_position"):
         raise bad("this is no place to draw", words, "a matplotlib Axes", "plt.subplots() has one.")
-
-
-def _one_panel(panels: Sequence[Panel], wanted: object) -> Panel:
-    place = _place(
-        "panel",
-        wanted,
-        len(panels),
-        f"an integer from {-len(panels)} to {len(panels) - 1}",
-        f"They are: {_listed(panels)}.",
-    )
-    return panels[place]
 
 
 def _listed(panels: Sequence[Panel]) -> str:

@@ -100,7 +100,13 @@ def _several(
     rows = _rows(panels, [wide for wide, _ in sizes])
     heights = [max(sizes[place][1] for place in row) for row in rows]
     whole = max(sum(sizes[place][0] for place in row) for row in rows)
-    _require_paper(sum(heights), len(panels))
+    if sum(heights) > _LONGEST:
+        raise bad(
+            "a figure of all panels would be too long",
+            f"{sum(heights):.0f} inches for {len(panels)} panels",
+            f"at most {_LONGEST} inches, the longest page of a PDF",
+            "Choose with panel=, or select fewer sentences.",
+        )
     figure.set_size_inches(whole, sum(heights))
     grid = figure.add_gridspec(len(rows), 1, height_ratios=heights)
     for line, row in enumerate(rows):
@@ -133,16 +139,6 @@ def _is_text(panel: Panel) -> bool:
 def _scaled(figure: Figure, width: float | None) -> tuple[float, float]:
     wide, high = map(float, figure.get_size_inches())
     return (wide, high) if width is None else (width, high * width / wide)
-
-
-def _require_paper(height: float, count: int) -> None:
-    if height > _LONGEST:
-        raise bad(
-            "a figure of all panels would be too long",
-            f"{height:.0f} inches for {count} panels",
-            f"at most {_LONGEST} inches, the longest page of a PDF",
-            "Choose with panel=, or select fewer sentences.",
-        )
 
 
 def draw_into(axes: Axes, panel: Panel, fonts: Sequence[str]) -> None:

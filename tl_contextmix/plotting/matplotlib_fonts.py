@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import matplotlib
 from matplotlib.font_manager import (
-    FontEntry,
     FontPath,
     FontProperties,
     findfont,
@@ -123,13 +123,9 @@ def _installed() -> dict[str, frozenset[int]]:
         plain = entry.style == entry.variant == "normal" and entry.weight in _UPRIGHT
         last = "last" in entry.name.lower() and "resort" in entry.name.lower()
         if plain and not last and entry.name not in result and own not in Path(entry.fname).parents:
-            result[entry.name] = _outlines(entry)
+            result[entry.name] = frozenset()
+            with suppress(OSError, RuntimeError):  # moved or broken since matplotlib listed it
+                font = get_font(FontPath(entry.fname, entry.index))
+                if font.scalable:
+                    result[entry.name] = frozenset(font.get_charmap())
     return result
-
-
-def _outlines(entry: FontEntry) -> frozenset[int]:
-    try:
-        font = get_font(FontPath(entry.fname, entry.index))
-    except (OSError, RuntimeError):
-        return frozenset()  # moved or broken since matplotlib listed it
-    return frozenset(font.get_charmap()) if font.scalable else frozenset()

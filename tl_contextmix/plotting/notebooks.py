@@ -52,11 +52,7 @@ _brought_by: list[tuple[object, object]] = []
 
 
 def scripts(document: str) -> str:
-    """Returns the scripts of an output: for the height of its frame, and for CircuitsVis.
-
-    Args:
-        document: The page in the frame.
-    """
+    """Returns the scripts of an output: for the height of its frame, and for CircuitsVis."""
     wanted = 'id="circuitsvis"' in document
     return _HEIGHT + (_LIBRARY % circuitsvis_source.packed() if wanted and _is_due() else "")
 

@@ -93,13 +93,6 @@ const tlContextmix = (() => {
     }).observe(document.documentElement);
   }
 
-  for (const select of document.querySelectorAll("select[data-sheets]")) {
-    const sheets = select.closest(".sheets").querySelectorAll(":scope > .sheet");
-    const choose = () => sheets.forEach((sheet, i) => (sheet.hidden = i !== select.selectedIndex));
-    select.addEventListener("change", choose);
-    choose(); // A browser may remember the choice of an earlier visit.
-  }
-
   for (const graph of document.querySelectorAll(".explored")) explore(graph);
 
   // A graph: its edges on sight of a node, its numbers once the node is kept.

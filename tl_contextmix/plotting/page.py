@@ -142,10 +142,11 @@ class Page:
         # What stands beside it survives where a viewer strips frames.
         name = prose(self.title) or "tl_contextmix"
         left = "".join(map(stills.fallback, self._all_panels()[:STILLS]))
+        height = 120 + sum(DRAW[type(panel)][1](panel) for panel in self._all_panels())
         document = self._document(framed=True)
         return (
             f'{notebooks.HIDE_STILL}<iframe title="{name}" sandbox="allow-scripts" '
-            f'style="width:100%;height:{self._frame_height()}px;border:0;resize:vertical;'
+            f'style="width:100%;height:{min(_FRAME_LIMIT, height)}px;border:0;resize:vertical;'
             f'overflow:auto" srcdoc="{escape(document)}"></iframe>'
             f'<div class="tl-contextmix-still">{left}</div>'
             f"<details><summary>{name} as text</summary>"
@@ -193,12 +194,12 @@ class Page:
             pieces.append(_panels(self.panels, charts, None))
         for index, section in enumerate(self.sections):
             pieces.append(_section(section, index, charts))
-        pieces.append(f"</main>\n<footer>{_footer(charts)}</footer>")
+        drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" * charts.wanted
+        foot = (
+            f"Made by tl_contextmix{drawn}. This page is complete in itself and makes no request."
+        )
+        pieces.append(f"</main>\n<footer>{foot}</footer>")
         return "\n".join(piece for piece in pieces if piece)
-
-    def _frame_height(self) -> int:
-        heights = (DRAW[type(panel)][1](panel) for panel in self._all_panels())
-        return min(_FRAME_LIMIT, 120 + sum(heights))
 
 
 def require_writable(path: str | Path) -> None:
@@ -264,11 +265,6 @@ def _contents(sections: Sequence[Section]) -> str:
     return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
 
 
-def _footer(charts: Charts) -> str:
-    drawn = f" with CircuitsVis {circuitsvis_source.library_version()}" if charts.wanted else ""
-    return f"Made by tl_contextmix{drawn}. This page is complete in itself and makes no request."
-
-
 def _data(charts: Charts) -> str:
     """Returns the elements with what CircuitsVis draws, and with its program, packed."""
     pieces = []
@@ -281,12 +277,7 @@ def _data(charts: Charts) -> str:
 
 
 def policy(scripts: Sequence[str], *others: str) -> str:
-    """Returns the policy under which nothing but these very scripts runs and nothing is fetched.
-
-    Args:
-        scripts: The scripts, whole.
-        *others: Further directives.
-    """
+    """Returns the policy under which nothing but these very scripts runs and nothing is fetched."""
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
     listed = (
         "default-src 'none'",
@@ -301,15 +292,7 @@ def policy(scripts: Sequence[str], *others: str) -> str:
 
 
 def document(title: str, body: str, scripts: Sequence[str], allowed: str, style: str = "") -> str:
-    """Returns a complete document in the style of all pages.
-
-    Args:
-        title: Of its window.
-        body: HTML.
-        scripts: Run at its end.
-        allowed: Its `policy`, whatever a token holds.
-        style: Rules of its own.
-    """
+    """Returns a complete document in the style of all pages; ``allowed`` is its `policy`."""
     rules = resource("page.css") + colors.stylesheet() + style
     return "\n".join(
         [

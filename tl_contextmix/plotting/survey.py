@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch.nn.functional import pad
+from torch.nn.functional import max_pool2d
 
 # Of a larger stack, each pixel stands for several cells.
 PIXELS = 1_000_000
@@ -58,9 +57,7 @@ def survey(
 ) -> Survey:
     """Looks through a stack of maps once, with the memory of one sheet.
 
-    Args:
-        values: The maps.
-        hidden: Cells that are zero, and that the pixels leave out.
+    Hidden cells are zero, and the pixels leave them out.
     """
     block = max(1, math.ceil(math.sqrt(values.numel() / PIXELS)))
     low, high, nan, infinite = math.inf, -math.inf, False, False
@@ -89,7 +86,7 @@ def survey(
         pixels[place] = coarse(sheet, block)
     covered = None
     if hidden is not None and values.numel():
-        covered = _reduced(hidden.float(), block, torch.amin, 1.0) > 0
+        covered = -_highest(-hidden.float(), block) > 0
         pixels.masked_fill_(covered, math.nan)
     return Survey(
         low=low if low <= high else 0.0,
@@ -110,23 +107,16 @@ def coarse(sheet: Float[torch.Tensor, "row column"], block: int) -> torch.Tensor
         return sheet
     least = sheet.amin()
     if least.isnan():
-        nothing = _reduced(sheet.isnan().float(), block, torch.amin, 1.0) > 0
+        nothing = -_highest(-sheet.isnan().float(), block) > 0
         kept = sheet.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
         return coarse(kept, block).masked_fill(nothing, math.nan)
-    most = _reduced(sheet, block, torch.amax)
+    most = _highest(sheet, block)
     if least >= 0:
         return most
-    lowest = _reduced(sheet, block, torch.amin)
+    lowest = -_highest(-sheet, block)
     return torch.where(most >= -lowest, most, lowest)
 
 
-def _reduced(
-    sheet: torch.Tensor, block: int, reduce: Callable[..., torch.Tensor], beyond: float = 0.0
-) -> torch.Tensor:
-    """Returns one number for each square of cells; beyond the border all have the same."""
-    below, right = (-side % block for side in sheet.shape)
-    if below or right:
-        sheet = pad(sheet, (0, right, 0, below), value=beyond)
-    rows, columns = (side // block for side in sheet.shape)
-    lines = reduce(sheet.reshape(rows, block, columns * block), dim=1)
-    return reduce(lines.view(rows, columns, block), dim=2)
+def _highest(sheet: torch.Tensor, block: int) -> torch.Tensor:
+    """Returns the highest number of each square of cells."""
+    return max_pool2d(sheet[None], block, ceil_mode=True)[0]

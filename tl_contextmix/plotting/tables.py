@@ -34,10 +34,7 @@ def draw_table(panel: Table, charts: Charts) -> str:
 def grid(panel: Table, *, limit: int = ROW_LIMIT, values: bool = False) -> str:
     """Returns the rows of a table, which are readable without scripts and styles.
 
-    Args:
-        panel: The table.
-        limit: How many rows, at most; below a longer table there is a remark.
-        values: Whether the elements carry their numbers.
+    Below a longer table there is a remark. With ``values`` the elements carry their numbers.
     """
     columns = []
     for index, name in enumerate(panel.columns):

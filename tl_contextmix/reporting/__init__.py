@@ -96,7 +96,14 @@ def report(
         >>> page.sections[0].finding.split(" (")[0]
         'After “cabinet” the model predicts “are”'
     """
-    _require_no_results(model)
+    if isinstance(model, Result) or (isinstance(model, Sequence) and not isinstance(model, str)):
+        # What it took before: results, and the name of a file.
+        raise bad(
+            "report explains what a model says to a text",
+            f"a {type(model).__name__} in the place of the model",
+            "a model and a text",
+            "Write results with tl_contextmix.reporting.write_results(results, path).",
+        )
     names = chosen(sections)
     if model is None:
         model = DEFAULT_MODEL
@@ -115,7 +122,8 @@ def report(
         "labels": labels,
         "generate": generate,
     }
-    with _progress(len(names) + 1) as bar:
+    # disable=None: only on a terminal.
+    with tqdm(total=len(names) + 1, disable=None, leave=False, unit="step") as bar:
         bar.set_description("maps")
         text = default_text(model) if text is None else text
         story = read(model, text, answer=Answer(target, foil, pos), **given)
@@ -165,20 +173,3 @@ def write_results(
     listed = [results] if isinstance(results, Result) else results
     sections = tuple(result_section(result) for result in listed)
     return Page((), title=title, sections=sections).save(path)
-
-
-def _require_no_results(model: object) -> None:
-    """Raises InvalidInput for what `report` took before: results, and the name of a file."""
-    several = isinstance(model, Sequence) and not isinstance(model, str)
-    if several or isinstance(model, Result):
-        raise bad(
-            "report explains what a model says to a text",
-            f"a {type(model).__name__} in the place of the model",
-            "a model and a text",
-            "Write results with tl_contextmix.reporting.write_results(results, path).",
-        )
-
-
-def _progress(total: int) -> tqdm:
-    # disable=None: only on a terminal.
-    return tqdm(total=total, disable=None, leave=False, unit="step")

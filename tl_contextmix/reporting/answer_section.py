@@ -8,7 +8,7 @@ from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import UnsupportedModel
 from tl_contextmix.methods.log_prob.contributions import log_prob_contributions
 from tl_contextmix.plotting import Section
-from tl_contextmix.plotting.panels import Heatmap, Table
+from tl_contextmix.plotting.panels import Table
 from tl_contextmix.reporting.components_section import in_words
 from tl_contextmix.reporting.drawing import quoted, stands_out
 from tl_contextmix.reporting.story import Story
@@ -30,7 +30,8 @@ def answer(story: Story) -> Section | str:
     except UnsupportedModel as error:
         return str(error)
     read = parts.as_map()
-    panels = (_table(layers, read), _map(read))
+    map = replace(read.panels()[0], title="Sources of every token of the answer")
+    panels = (_table(layers, read), map)
     words = [row[0] for row in layers.target.strings]
     finding = f"The model says {quoted(''.join(words))}. {_word(read)}"
     text = (
@@ -70,13 +71,6 @@ def _table(layers: LogProbContributions, read: ContextMap) -> Table:
         rows=tuple(rows),
         signed=("adds", "adds in all"),
     )
-
-
-def _map(read: ContextMap) -> Heatmap:
-    """Returns the tokens of the answer by their sources."""
-    panel = read.panels()[0]
-    assert isinstance(panel, Heatmap)
-    return replace(panel, title="Sources of every token of the answer")
 
 
 def _word(read: ContextMap) -> str:

@@ -12,8 +12,14 @@ from tl_contextmix.adapters.loading import load_model
 from tl_contextmix.demo_models import DEMO_NAMES
 from tl_contextmix.engine.citations import sources
 from tl_contextmix.errors import ContextMixError, bad
-from tl_contextmix.evaluation import MinimalPair, Unusable, demo_pairs, load_minimal_pairs
-from tl_contextmix.evaluation.compare import Sentence, comparable, compare
+from tl_contextmix.evaluation import (
+    MinimalPair,
+    Sentence,
+    Unusable,
+    demo_pairs,
+    load_minimal_pairs,
+)
+from tl_contextmix.evaluation.compare import comparable, compare
 from tl_contextmix.plotting import Page, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel, Table
 from tl_contextmix.reporting.drawing import quoted, table_of
@@ -68,9 +74,6 @@ def compared_page(
         words: See `compare`.
         unusable: Likewise.
         contrast: Likewise.
-
-    Raises:
-        ContextMixError: If the model or the pairs cannot be used.
     """
     if count is not None and count < 1:
         raise bad("cannot compare methods", count, "at least 1 sentence", "Use 50 or more.")
@@ -105,16 +108,16 @@ def comparison(story: Story) -> Section | str:
     if pairs is None and view.name in DEMO_NAMES and view.reads_text():
         pairs = demo_pairs(count=_FEW)
     panels: list[Panel] = [_rows(story)]
-    finding, tested = (
-        "",
-        (
-            "One sentence cannot show which is right: `tl-contextmix compare --pairs` measures it "
-            "on sentences with known cues, and `--pairs` adds that to this page."
-        ),
+    finding = ""
+    tested = (
+        "One sentence cannot show which is right: `tl-contextmix compare --pairs` measures it "
+        "on sentences with known cues, and `--pairs` adds that to this page."
     )
     if pairs is not None:
         found = compare(story.model, pairs[:_FEW], methods=tuple(_SHOWN), unusable="drop")
-        panels += [_best(found), _likeness(found), *found.without()]
+        likeness = found.likeness()
+        shown = tuple(_SHOWN[name] for name in likeness.rows)
+        panels += [_best(found), replace(likeness, rows=shown, columns=shown), *found.without()]
         finding = _finding(found)
         tested = (
             f"{_READING} With {found.sentences} sentences, intervals are wide: `tl-contextmix "
@@ -149,12 +152,6 @@ def _best(found: Comparison) -> Table:
         columns=("method", in_plain_words(metric), "layer", "cost"),
         rows=tuple(rows),
     )
-
-
-def _likeness(found: Comparison) -> Heatmap:
-    panel = found.likeness()
-    names = tuple(_SHOWN[name] for name in panel.rows)
-    return replace(panel, rows=names, columns=names)
 
 
 def _rows(story: Story) -> Heatmap:

@@ -86,10 +86,11 @@ def _fall(layers: LogProbContributions, fall: Table) -> str:
     """Returns what the knockout did."""
     row: tuple[Any, ...] = fall.rows[-1]
     name, before, after, random, _ = row
+    what = "its probability" if layers.foil is None else "its lead in probability"
     if abs(after - before) < 0.01:
-        return f"Ablating {name} changes {_what(layers)} by less than a percentage point."
+        return f"Ablating {name} changes {what} by less than a percentage point."
     return (
-        f"Ablating {name} takes {_what(layers)} from {before:.0%} to {after:.0%} "
+        f"Ablating {name} takes {what} from {before:.0%} to {after:.0%} "
         f"(random ones: {random:.0%})."
     )
 
@@ -103,12 +104,6 @@ def in_words(label: str) -> str:
     if kind not in kinds or not layer[1:].isdecimal():
         return label
     return f"{kinds[kind]} in layer {layer[1:]}"
-
-
-def _what(layers: LogProbContributions) -> str:
-    """Returns what a knockout measures, in words."""
-    contrasted = layers.foil is not None
-    return "its lead in probability" if contrasted else "its probability"
 
 
 def _speaking(readouts: ComponentReadouts, name: str) -> Panel:

@@ -43,11 +43,6 @@ def table_of(
     )
 
 
-def layer_names(layers: Sequence[int]) -> tuple[str, ...]:
-    """Returns a name for each layer."""
-    return tuple(f"layer {layer}" for layer in layers)
-
-
 def only(figures: LayerFigures, quantities: tuple[str, ...]) -> LayerFigures:
     """Returns some of the quantities, so that those on one scale share a chart."""
     places = [figures.quantities.index(name) for name in quantities]

@@ -14,7 +14,7 @@ from tl_contextmix.plotting import Section
 from tl_contextmix.plotting.panels import Heatmap, Table
 from tl_contextmix.reporting.drawing import largest, only, quoted, shares
 from tl_contextmix.reporting.story import Story
-from tl_contextmix.results import LayerFigures, Pair, PairChanges
+from tl_contextmix.results import PairChanges
 
 _PAIRS = 2
 
@@ -33,7 +33,13 @@ def feed_forward(story: Story) -> Section | str:
     )
     pairs = amplified_pairs(story.maps["mlp_in"], story.maps["mlp_out"], k=_PAIRS)
     panels = (*change.panels(), *undone.panels(), _difference(story), _table(pairs))
-    finding = _largest_change(change)
+    layer, quantity = largest(change.values[0])
+    name = change.quantities[quantity]
+    where = _NAMES.get(name.rstrip("0123456789"), name)
+    finding = (
+        f"The ranking of token pairs changes most through {where} ({name}) in layer "
+        f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
+    )
     if pairs.amplified:
         top = max(pairs.amplified, key=lambda pair: pair.change)
         sentence = (
@@ -63,16 +69,6 @@ _NAMES = {
 }
 
 
-def _largest_change(change: LayerFigures) -> str:
-    layer, quantity = largest(change.values[0])
-    name = change.quantities[quantity]
-    where = _NAMES.get(name.rstrip("0123456789"), name)
-    return (
-        f"The ranking of token pairs changes most through {where} ({name}) in layer "
-        f"{change.layers[layer]} ({float(change.values[0, layer, quantity]):.3f})."
-    )
-
-
 def _difference(story: Story) -> Heatmap:
     """Returns the map after the feed-forward block minus the map before it."""
     after = shares(story.maps["mlp_out"], "Share after the feed-forward block minus before", "")
@@ -86,10 +82,10 @@ def _difference(story: Story) -> Heatmap:
 
 def _table(pairs: PairChanges) -> Table:
     """Returns the most amplified and most suppressed pairs of each layer."""
-    rows = [
-        (pair.layer, _name(pair), pair.before, pair.after, pair.change)
-        for pair in sorted((*pairs.amplified, *pairs.suppressed), key=_by_layer)
-    ]
+    rows = []
+    for one in sorted((*pairs.amplified, *pairs.suppressed), key=lambda p: (p.layer, -p.change)):
+        name = f"{one.source_token} ({one.source}) → {one.target_token} ({one.target})"
+        rows.append((one.layer, name, one.before, one.after, one.change))
     return Table(
         title="Pairs changed most by the feed-forward block",
         caption=f"Per layer, the {_PAIRS} most amplified and most suppressed pairs by share of the "
@@ -98,11 +94,3 @@ def _table(pairs: PairChanges) -> Table:
         rows=tuple(rows),
         signed=("change",),
     )
-
-
-def _name(pair: Pair) -> str:
-    return f"{pair.source_token} ({pair.source}) → {pair.target_token} ({pair.target})"
-
-
-def _by_layer(pair: Pair) -> tuple[int, float]:
-    return pair.layer, -pair.change

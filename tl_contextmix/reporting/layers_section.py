@@ -55,17 +55,17 @@ def encoder_layers(story: Story) -> Section | str:
 
 def _charts(decoding: LayerwiseDecoding, judged: LayerwiseLikelihood) -> tuple[Panel, ...]:
     """Returns each layer's distance from the final output."""
-    captions = {
-        "edit distance": "Token substitutions, deletions and insertions from a layer's output to "
-        "the final one.",
-        "gold NLL": "Negative log-likelihood of the final output in nats per token.",
-    }
-    titles = {
-        "edit distance": "Distance from the final output, by layer",
-        "gold NLL": "How improbable the final output is, by layer",
+    words = {
+        "edit distance": {
+            "title": "Distance from the final output, by layer",
+            "caption": "Token substitutions, deletions and insertions from a layer's output to the "
+            "final one.",
+        },
+        "gold NLL": {
+            "title": "How improbable the final output is, by layer",
+            "caption": "Negative log-likelihood of the final output in nats per token.",
+        },
     }
     curves = decoding.metrics(metric="edit distance") + judged.metrics(metric="gold NLL")
     charts = [panel for panel in curves.panels() if isinstance(panel, Bars)]
-    return tuple(
-        replace(chart, title=titles[chart.unit], caption=captions[chart.unit]) for chart in charts
-    )
+    return tuple(replace(chart, **words[chart.unit]) for chart in charts)

@@ -13,7 +13,6 @@ from tl_contextmix.plotting import Opening, Section
 from tl_contextmix.plotting.panels import Heatmap, Panel
 from tl_contextmix.reporting.drawing import (
     largest,
-    layer_names,
     quoted,
     quoted_at,
     shares,
@@ -21,7 +20,6 @@ from tl_contextmix.reporting.drawing import (
     table_of,
 )
 from tl_contextmix.reporting.story import Story
-from tl_contextmix.results import ContextMap
 
 _SCOPES = {
     "attn_out": (
@@ -127,14 +125,15 @@ def _maps(story: Story) -> list[Panel]:
 
 def _focus(story: Story) -> tuple[Heatmap, str, Opening]:
     """Returns the predicting token's row in every layer, its largest entry, and where that is."""
-    map = _predicting(story)
-    focus = story.focus
+    focus, map = story.focus, story.last
     assert focus is not None
+    if story.stack is not None:  # an encoder-decoder's: the decoder's
+        map = attention_norms(story.model, story.text).normalize()
     row, sources_ = map.scores[0, :, 0, focus], map.source.strings[0]
     here = story.forward_pass.target.strings[0][focus]
     panel = table_of(
         row,
-        layer_names(map.layers),
+        [f"layer {layer}" for layer in map.layers],
         sources_,
         title=f"Sources of {quoted(here)} by layer",
         caption=f"The row of the predicting position in the {_SCOPES[map.point][2]}.",
@@ -155,19 +154,12 @@ def _focus(story: Story) -> tuple[Heatmap, str, Opening]:
     return panel, finding, Opening(map.layers[layer], position)
 
 
-def _predicting(story: Story) -> ContextMap:
-    """Returns the map with the predicting row; for an encoder-decoder, the decoder's."""
-    if story.stack is None:
-        return story.last
-    return attention_norms(story.model, story.text).normalize()
-
-
 def _ratios(story: Story) -> Heatmap:
     """Returns the mixing ratio of every token in every layer."""
     figures = mixing_ratio(story.model, story.text, at=story.last_point, stack=story.stack)
     return table_of(
         figures.values[0],
-        layer_names(figures.layers),
+        [f"layer {layer}" for layer in figures.layers],
         figures.tokens.strings[0],
         title="Mixing ratio of each token",
         caption="Norm of what comes from other tokens, relative to the sum of that and the norm of "

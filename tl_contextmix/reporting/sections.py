@@ -50,11 +50,7 @@ DEFAULT_SECTIONS: tuple[SectionName, ...] = tuple(name for name in SECTIONS if n
 
 
 def chosen(names: Sequence[SectionName] | None) -> tuple[SectionName, ...]:
-    """Returns the sections to include, in order; None for the default ones.
-
-    Raises:
-        InvalidInput: If one does not exist, or none is given.
-    """
+    """Returns the sections to include, in order; None for the default ones."""
     if names is None:
         return DEFAULT_SECTIONS
     listed = [names] if isinstance(names, str) else list(names)
@@ -74,10 +70,7 @@ def write_sections(
 ) -> tuple[list[Section], list[tuple[str, str]]]:
     """Returns the sections that apply, and which do not, each with the reason.
 
-    Args:
-        story: What they share.
-        names: Sections to include, in order.
-        begin: Called with the name of each section before it is made.
+    ``begin`` is called with the name of each section before it is made.
     """
     sections: list[Section] = []
     missing: list[tuple[str, str]] = []
@@ -107,11 +100,7 @@ def with_missing(
 
 
 def result_section(result: object) -> Section:
-    """Returns what a result of a method shows, and how it was made.
-
-    Raises:
-        InvalidInput: If this is no result.
-    """
+    """Returns what a result of a method shows, and how it was made."""
     if not isinstance(result, Result):
         raise bad(
             "cannot write this to a page",

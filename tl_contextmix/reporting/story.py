@@ -28,9 +28,9 @@ from tl_contextmix.methods.norms import attention_norms
 from tl_contextmix.results import ContextMap
 
 _TEXT = "the keys to the cabinet"
+OUTPUT = 30
+"""Of an encoder-decoder every token of the output is explained, up to so many."""
 # French has two words for a bat, which the encoder must disambiguate.
-# Of an encoder-decoder every token of the output is explained, up to so many.
-_OUTPUT = 30
 _TEXTS = {"encoder-decoder": "the bat burned ."}
 
 
@@ -145,7 +145,7 @@ def read(
     answer = replace(answer, pos=focus)
     notes += _unknown_tokens(model, forward_pass)
     if generate is None and stack is not None and answer.target is None:
-        generate = _OUTPUT
+        generate = OUTPUT
     shared = (triggers, pairs, companion, generate, notes)
     return Story(model, asked, forward_pass, stack, maps, missing, focus, answer, *shared)
 

@@ -175,26 +175,22 @@ class FlowKnockout(Result):
             pairs = zip(self.nodes, self.scores.tolist(), self.alone.tolist(), strict=True)
             found = [(node.label, node.token, node.pos, *numbers) for node, *numbers in pairs]
             return pandas.DataFrame(found, columns=["label", "token", "pos", "score", "alone"])
-        falls = zip(self.counts, self.together.tolist(), self.linear.tolist(), strict=True)
-        found = [(*row, *drawn) for row, drawn in zip(falls, self._random(), strict=True)]
+        draws = self.random.detach().double().cpu()
+        falls = zip(self.counts, self.together.tolist(), self.linear.tolist(), draws, strict=True)
+        found = [(*row, float(drawn.mean()), *bootstrap_interval(drawn)) for *row, drawn in falls]
         names = ["count", "together", "linear", "random", "random_low", "random_high"]
         return pandas.DataFrame(found, columns=names)
 
-    def _random(self) -> list[tuple[float, float, float]]:
-        """Returns mean and interval over draws at each step."""
-        draws = self.random.detach().double().cpu()
-        return [(float(row.mean()), *bootstrap_interval(row)) for row in draws]
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns the curve, and the nodes with score and effect."""
-        asked, random = asked_words(self.target, self.foil), self._random()
-        together, linear = tuple(self.together.tolist()), tuple(self.linear.tolist())
-        nodes = [
-            (node.label, Place(node.token, node.pos), score, alone)
-            for node, score, alone in zip(
-                self.nodes, self.scores.tolist(), self.alone.tolist(), strict=True
-            )
-        ]
+        asked, frame = asked_words(self.target, self.foil), self.to_dataframe()
+        names = {
+            "together": "the graph's nodes",
+            "linear": "the same, linearised",
+            "random": "random nodes",
+        }
+        ends = (("together", "together"), ("linear", "linear"), ("random_low", "random_high"))
+        nodes = self.to_dataframe("nodes").head(SHOWN).itertuples(index=False)
         return (
             Curves(
                 title=f"{'With' if self.others else 'Without'} nodes of the graph of {asked}",
@@ -204,16 +200,8 @@ class FlowKnockout(Result):
                 f"of the same layers ({self.random.shape[1]} draws, 95 % bootstrap interval of "
                 "their mean).",
                 labels=tuple(map(str, self.counts)),
-                series=(
-                    ("the graph's nodes", together),
-                    ("the same, linearised", linear),
-                    ("random nodes", tuple(mean for mean, _, _ in random)),
-                ),
-                intervals=(
-                    tuple((value, value) for value in together),
-                    tuple((value, value) for value in linear),
-                    tuple((low, high) for _, low, high in random),
-                ),
+                series=tuple((words, tuple(frame[name])) for name, words in names.items()),
+                intervals=tuple(tuple(zip(frame[a], frame[b], strict=True)) for a, b in ends),
                 unit="nats",
                 axis="nodes",
             ),
@@ -222,7 +210,7 @@ class FlowKnockout(Result):
                 caption="Effect: how far the answer falls in the model without the node alone. "
                 f"Rank correlation over {len(self.nodes)} nodes: {self.rank_correlation():.2f}.",
                 columns=("node", "token", "score", "effect"),
-                rows=tuple(nodes[:SHOWN]),
+                rows=tuple((n.label, Place(n.token, n.pos), n.score, n.alone) for n in nodes),
                 signed=("score", "effect"),
             ),
         )

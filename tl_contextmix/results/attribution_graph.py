@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +18,15 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
-from tl_contextmix.results.components import ERRORS, FEATURES
+from tl_contextmix.results.components import ERRORS, FEATURES, short_name
 from tl_contextmix.results.labels import Provenance, Tokens, asked_words
+from tl_contextmix.results.row_tables import frame_of
 from tl_contextmix.results.score_contributions import ScoreContributions
 
 if TYPE_CHECKING:
     import pandas
 
 _SHOWN = 80
-_SHORT = {"attn": "", "cross_attn": "X", "encoder attn": "E"}
 WRITTEN = (
     *("embed", "attn", "cross_attn", "mlp", "per_layer_embed"),
     *("encoder embed", "encoder attn", "encoder mlp"),
@@ -97,15 +97,8 @@ class GraphNode:
         """A short name, such as ``L3H5``, ``L3 mlp``, ``L3N120`` or ``L3 rest``."""
         if self.layer < 0 or self.kind in ("readout bias", "answer"):
             return self.kind
-        base = f"L{self.layer}"
-        if self.head >= 0:
-            return f"{base}{_SHORT[self.kind]}H{self.head}"
-        if self.neuron >= 0:
-            _, side, kind = self.kind.rpartition("encoder ")
-            point, *feature = kind.split()
-            at = ("E" if side else "") + ("" if point == "mlp" else f" {point} ")
-            return f"{base}{at}{'F' if feature else 'N'}{self.neuron}"
-        return f"{base} {self.kind}"
+        cut = {"head": self.head, "neuron": self.neuron}
+        return short_name(self.kind, self.layer, **{n: i for n, i in cut.items() if i >= 0})
 
 
 @storage.storable
@@ -170,7 +163,8 @@ class AttributionGraph(Result):
         ]
         for place in self._largest(5):
             node = self.nodes[place]
-            lines.append(f"  {node.label} {_where(node)} {float(self.scores[place]):+.3f}".rstrip())
+            where = f"{node.token!r} ({node.pos})"
+            lines.append(f"  {node.label} {where} {float(self.scores[place]):+.3f}")
         return "\n".join(lines)
 
     def asked(self) -> str:
@@ -259,9 +253,7 @@ class AttributionGraph(Result):
 
         require_choice("table", rows, ("nodes", "edges"))
         if rows == "nodes":
-            names = [field.name for field in fields(GraphNode)]
-            frame = pandas.DataFrame([[getattr(n, name) for name in names] for n in self.nodes])
-            frame.columns = names
+            frame = frame_of(GraphNode, self.nodes)
             frame.insert(0, "label", [node.label for node in self.nodes])
             frame["score"] = as_array(self.scores)
             return frame
@@ -285,13 +277,10 @@ class AttributionGraph(Result):
 
         graph = networkx.DiGraph(asked=self.asked(), score=self.score, model=self.provenance.model)
         for place, node in enumerate(self.nodes):
-            attributes = asdict(node)
-            attributes |= {
-                "token": visible(node.token),
-                "promotes": visible(" ".join(node.promotes)),
-            }
+            texts = {"token": node.token, "promotes": " ".join(node.promotes)}
+            attributes = asdict(node) | {name: visible(text) for name, text in texts.items()}
             for name in ("pattern", "triggers", "reasons"):
-                attributes.pop(name)
+                del attributes[name]
             graph.add_node(place, label=node.label, score=float(self.scores[place]), **attributes)
         for target, source in (self.edges != 0).nonzero().tolist():
             graph.add_edge(source, target, weight=float(self.edges[target, source]))
@@ -330,13 +319,11 @@ class AttributionGraph(Result):
         ):
             label = f"{node.label}: {', '.join(node.promotes)}" if node.promotes else node.label
             one |= {"activation": score, "influence": share, "clerp": one.get("clerp", label)}
+        ids = [one["node_id"] for one in nodes]
         links = [
-            {
-                "source": nodes[source]["node_id"],
-                "target": nodes[target]["node_id"],
-                "weight": float(self.edges[target, source]),
-            }
+            {"source": ids[source], "target": ids[target], "weight": weight}
             for target, source in (self.edges != 0).nonzero().tolist()
+            for weight in [float(self.edges[target, source])]
         ]
         return {
             "metadata": {
@@ -464,10 +451,6 @@ class AttributionGraph(Result):
         gathered = ("answer", *STATES, *(f"encoder {state}" for state in STATES))
         single = torch.tensor([node.pos >= 0 and node.kind not in gathered for node in self.nodes])
         return largest(self.scores.abs().cpu().masked_fill(~single, torch.nan), k).tolist()
-
-
-def _where(node: GraphNode) -> str:
-    return f"{node.token!r} ({node.pos})" if node.pos >= 0 else ""
 
 
 def _column(node: GraphNode) -> tuple[int, int]:

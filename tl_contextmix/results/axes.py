@@ -23,9 +23,6 @@ def positions(axis: str, wanted: Any, labels: Sequence[int] | Sequence[str]) -> 
             of the input's positions) an integer is one of these, and a negative one counts from
             the end; elsewhere it is a place.
         labels: Label of each place.
-
-    Raises:
-        InvalidInput: If something asked for is not there.
     """
     length = len(labels)
     if wanted is None:

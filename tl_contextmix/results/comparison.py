@@ -166,13 +166,8 @@ class Comparison(ScoreTable):
             f"{in_plain_words(metric)} {frame['chance'].iloc[0]:.2f}"
             for metric, frame in best.items()
         )
-        known = (
-            ""
-            if self.correct is None
-            else (
-                f" The model itself prefers the right word in {self.correct} of {self.sentences}."
-            )
-        )
+        known = f" The model itself prefers the right word in {self.correct} of {self.sentences}."
+        known = "" if self.correct is None else known
         return Table(
             title="Every method at its best layer",
             caption=f"Value (95 % interval; layer) over {self.counted}.{known} Chance "

@@ -155,8 +155,11 @@ class ComponentSet(LabelledArray):
         frame = pandas.DataFrame(
             {
                 "batch": np.repeat(np.arange(batch), count),
-                "kind": np.array(KINDS, dtype=object)[self._column("kind")],
-                **{name: self._column(name) for name in self._place_columns()},
+                "kind": np.array(KINDS, dtype=object)[as_array(self.components.kind).reshape(-1)],
+                **{
+                    name: as_array(getattr(self.components, name)).reshape(-1)
+                    for name in self._place_columns()
+                },
             }
         )
         words = np.full(len(frame), "", dtype=object)
@@ -171,9 +174,6 @@ class ComponentSet(LabelledArray):
         """Returns the columns that have a meaning: that of experts where there are any."""
         experts = bool((self.components.expert >= 0).any())
         return COLUMNS if experts else tuple(name for name in COLUMNS if name != "expert")
-
-    def _column(self, name: str) -> Any:
-        return getattr(self.components, name).cpu().numpy().reshape(-1)
 
     def _read(self) -> dict[str, Tokens]:
         """Returns the tokens that each kind of attention reads."""
@@ -220,17 +220,9 @@ def component_grids(
     caption: str,
     unit: str,
 ) -> list[Heatmap]:
-    """Returns the scores of a row by layers and sublayers, heads or sources.
+    """Returns the scores of a row by layers and sublayers, heads or sources; of neurons nothing.
 
-    Args:
-        components: The components.
-        scores: Their scores.
-        row: The row.
-        by: What they are; nothing is returned for neurons.
-        words: The sources of each kind of attention.
-        title: Heading.
-        caption: See `Heatmap`.
-        unit: Likewise.
+    ``words`` are the sources of each kind of attention.
     """
     column = {"head": "head", "position": "source", "expert": "expert"}.get(by)
     every = ("attn", "mixer", "cross_attn", "mlp", "per_layer_embed", *STEERING, *FEATURES, *ERRORS)
@@ -290,9 +282,8 @@ def join_rows(parts: Sequence[S]) -> S:
     for name, value in vars(first).items():
         listed = [getattr(part, name) for part in padded]
         if isinstance(value, Components):
-            changes[name] = Components(
-                **{n: torch.cat([getattr(one, n) for one in listed]) for n in vars(value)}
-            )
+            columns = zip(*(vars(one).values() for one in listed), strict=True)
+            changes[name] = Components(*map(torch.cat, columns))
         elif isinstance(value, Tokens):
             changes[name] = Tokens.stack(listed)
     return replace(first, **changes)

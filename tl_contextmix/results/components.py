@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -45,9 +45,6 @@ KINDS = (
 """Kinds of an encoder-decoder's encoder have its name; a single stack's have not. ``"bias"`` is
 what biases alone make of a query or a key."""
 COLUMNS = ("layer", "pos", "head", "source", "neuron", "expert")
-# What stands in front of the numbers of a head or neuron.
-_SHORT = {"attn": "", "cross_attn": "X", "mlp": "", "encoder attn": "E", "encoder mlp": "E"}
-_SHORT |= {"mlp feature": "", **{name: f" {name.split()[0]} " for name in FEATURES[1:]}}
 
 
 @storage.storable
@@ -83,9 +80,8 @@ class Components:
     def __post_init__(self) -> None:
         if self.expert is None:  # files written before there were experts
             object.__setattr__(self, "expert", torch.full_like(self.kind, -1))
-        for field in fields(self):
-            shape = tuple(getattr(self, field.name).shape)
-            require_shape(f"Components.{field.name}", shape, tuple(self.kind.shape))
+        for name, column in vars(self).items():
+            require_shape(f"Components.{name}", tuple(column.shape), tuple(self.kind.shape))
         if self.kind.numel() and not 0 <= int(self.kind.min()) <= int(self.kind.max()) < len(KINDS):
             raise bad(
                 "these are no components",
@@ -108,15 +104,13 @@ class Components:
         """Returns some of the components of each sentence; empty places where the index is -1."""
         if not self.kind.shape[1]:
             return padding(*index.shape)
-        found = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
-        return Components(**found).fill(index < 0, padding(*index.shape))
+        found = [column.gather(1, index.clamp(min=0)) for column in vars(self).values()]
+        return Components(*found).fill(index < 0, padding(*index.shape))
 
     def fill(self, which: Bool[torch.Tensor, "batch component"], others: Components) -> Components:
         """Returns the same with other components at some places."""
-        names = [field.name for field in fields(self)]
-        return Components(
-            **{n: torch.where(which, getattr(others, n), getattr(self, n)) for n in names}
-        )
+        pairs = zip(vars(others).values(), vars(self).values(), strict=True)
+        return Components(*(torch.where(which, new, old) for new, old in pairs))
 
     def at(self, row: int, place: int) -> dict[str, Any]:
         """Returns one component as names and values; None where a column has no meaning."""
@@ -134,16 +128,7 @@ class Components:
             return ""
         if one["kind"] in ("embed", "encoder embed"):
             return one["kind"]
-        base = f"L{one['layer']}"
-        cut = any(one[name] is not None for name in ("head", "neuron", "source", "expert"))
-        if one["kind"] not in _SHORT or not cut:
-            return f"{base} {one['kind']}"
-        base += _SHORT[one["kind"]]
-        base += "" if one["expert"] is None else f"E{one['expert']}"
-        base += "" if one["head"] is None else f"H{one['head']}"
-        letter = "F" if one["kind"] in FEATURES else "N"
-        base += "" if one["neuron"] is None else f"{letter}{one['neuron']}"
-        return base + ("" if one["source"] is None else f"<-{one['source']}")
+        return short_name(**{name: value for name, value in one.items() if name != "pos"})
 
     def of_kind(self, kind: str) -> torch.Tensor:
         """Returns which components are of a kind."""
@@ -152,8 +137,7 @@ class Components:
     def numbers(self) -> Int[torch.Tensor, "batch component"]:
         """Returns one number for each component, the same wherever in this table it stands."""
         result = torch.zeros_like(self.kind)
-        for field in fields(self) if self.kind.numel() else ():
-            column = getattr(self, field.name)
+        for column in vars(self).values() if self.kind.numel() else ():
             result = result * (int(column.max()) + 2) + column + 1
         return result
 
@@ -165,6 +149,18 @@ class Components:
         """Returns which components are biases, which no head and no neuron writes."""
         numbers = torch.tensor([KINDS.index(kind) for kind in (*_BIASES, "bias")])
         return torch.isin(self.kind, numbers.to(self.kind.device))
+
+
+def short_name(kind: str, layer: int, **cut: int | None) -> str:
+    """Returns the short name of a component, by the numbers that cut it out of its sublayer."""
+    point, *what = kind.removeprefix("encoder ").split()
+    if what not in ([], ["feature"]) or not any(number is not None for number in cut.values()):
+        return f"L{layer} {kind}"
+    name = f"L{layer}{'E' if kind.startswith('encoder ') else 'X' if point == 'cross_attn' else ''}"
+    name += "" if point in _WRITERS else f" {point} "
+    letters = {"expert": "E", "head": "H", "neuron": "F" if what else "N", "source": "<-"}
+    numbers = ((letter, cut.get(column)) for column, letter in letters.items())
+    return name + "".join(f"{letter}{number}" for letter, number in numbers if number is not None)
 
 
 @dataclass(frozen=True)
@@ -243,17 +239,12 @@ def padding(batch: int, count: int) -> Components:
 
 def join(parts: list[Components]) -> Components:
     """Returns the components of several tables, one after the other."""
-    return Components(
-        **{
-            f.name: torch.cat([getattr(part, f.name) for part in parts], dim=1)
-            for f in fields(Components)
-        }
-    )
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Components(*(torch.cat(column, dim=1) for column in columns))
 
 
 def of_encoder(components: Components) -> Components:
     """Returns components of a stream of an encoder-decoder's encoder, under their names there."""
     names = [name if name.startswith("encoder") else f"encoder {name}" for name in KINDS]
     table = torch.tensor([KINDS.index(n) if n in KINDS else i for i, n in enumerate(names)])
-    columns = {field.name: getattr(components, field.name) for field in fields(components)}
-    return Components(**{**columns, "kind": table[components.kind]})
+    return replace(components, kind=table[components.kind])

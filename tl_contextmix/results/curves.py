@@ -124,15 +124,7 @@ class LayerCurves(RowTable):
 def curve_point(
     metric: str, figure: Figure, category: str, layer: int, counts: Sequence[Sequence[float]]
 ) -> CurvePoint:
-    """Returns a figure and its interval.
-
-    Args:
-        metric: Its name.
-        figure: From sums of counts to the figure.
-        category: Of which sentences.
-        layer: Of which layer.
-        counts: What each sentence adds to the sums.
-    """
+    """Returns a figure and its interval; ``counts`` are what each sentence adds to its sums."""
     # A sentence that adds nothing to any count has no value.
     kept = [row for row in counts if any(row)]
     if not kept:
@@ -145,11 +137,7 @@ def curve_point(
 
 
 def as_texts(given: Any, name: str) -> tuple[str, ...]:
-    """Returns one text, or a list or a column of them, as a tuple.
-
-    Raises:
-        InvalidInput: If there is anything but text.
-    """
+    """Returns one text, or a list or a column of them, as a tuple."""
     listed = as_list(given)
     listed = [listed] if isinstance(listed, str) else listed
     if isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed):
@@ -163,11 +151,7 @@ def as_texts(given: Any, name: str) -> tuple[str, ...]:
 
 
 def category_groups(categories: object, count: int) -> dict[str, list[int]]:
-    """Returns the sentences of each category, and all of them.
-
-    Raises:
-        InvalidInput: If there is not one category per sentence.
-    """
+    """Returns the sentences of each category, and all of them."""
     if categories is None:
         return {EVERY: list(range(count))}
     names = as_texts(categories, "categories")

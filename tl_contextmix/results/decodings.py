@@ -107,17 +107,11 @@ class LayerwiseDecoding(LabelledArray):
         """
         right = self._references(references, needed=True)
         assert right is not None
-        return tuple(
-            next(
-                (
-                    layer
-                    for layer, text in zip(self.layers, texts, strict=True)
-                    if words(text) == words(reference)
-                ),
-                None,
-            )
-            for texts, reference in zip(self.texts, right, strict=True)
-        )
+        found = []
+        for texts, reference in zip(self.texts, right, strict=True):
+            same = [words(text) == words(reference) for text in texts]
+            found.append(self.layers[same.index(True)] if True in same else None)
+        return tuple(found)
 
     def first_stable_layer(self) -> tuple[int, ...]:
         """Returns per sentence the first layer from which on the output is the last layer's.
@@ -137,13 +131,11 @@ class LayerwiseDecoding(LabelledArray):
                 f"every layer from the first of them to {self.depth}",
                 "Decode those between them too (layers=None decodes all).",
             )
-        found = []
+        found, last = [], len(self.layers) - 1
         for row in range(len(self.inputs)):
-            final = self._tokens(row, len(self.layers) - 1, self.mask)
-            place = len(self.layers) - 1
-            while place > 0 and self._tokens(row, place - 1, self.mask) == final:
-                place -= 1
-            found.append(self.layers[place])
+            tokens = [self._tokens(row, place, self.mask) for place in range(last + 1)]
+            other = [place for place in range(last) if tokens[place] != tokens[last]]
+            found.append(self.layers[1 + max(other, default=-1)])
         return tuple(found)
 
     def metrics(
@@ -302,17 +294,7 @@ class LayerwiseDecoding(LabelledArray):
 def require_measurable(
     metrics: Mapping[str, str | UserMetric], *, referenced: bool, last: bool
 ) -> list[Metric]:
-    """Returns metrics of an output, checked for what they need.
-
-    Args:
-        metrics: Names or functions, by the name of their figure.
-        referenced: Whether there are right answers.
-        last: Whether there are outputs of the last layer.
-
-    Raises:
-        InvalidInput: If one is unknown, or what it compares with is not there.
-        ContextMixError: If the package it needs is not installed.
-    """
+    """Returns metrics of an output, checked for what they need: right answers, the last layer."""
     result = make_metrics(metrics)
     lacking = [one.name for one in result if one.referenced and not referenced]
     if lacking:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 
 from tl_contextmix.core.validation import require_number
-from tl_contextmix.errors import ContextMixError, InvalidInput, bad, four_parts, warn
+from tl_contextmix.errors import ContextMixError, InvalidInput, bad, warn
 from tl_contextmix.results.axes import as_array, largest, positions
 from tl_contextmix.results.base import Result, axes_of, tensor_axes
 from tl_contextmix.results.components import Components
@@ -61,19 +61,14 @@ class LabelledArray(Result):
             return range(getattr(self, self._array).shape[self.axes.index(axis)])
         return labels
 
-    def _positions(self, axes: Sequence[str]) -> Iterator[tuple[str, Tokens]]:
-        """Yields the axes that are positions, with their tokens."""
-        for axis in axes:
-            labels = self._labels(axis) if axis in self.LABELS else None
-            if isinstance(labels, Tokens):
-                yield axis, labels
-
     def _real(self, axes: Sequence[str]) -> Bool[torch.Tensor, ...]:
         """Returns where no token is padding, with an axis of length 1 where it makes no matter."""
         real = torch.ones((1,) * len(axes), dtype=torch.bool)
-        for axis, tokens in self._positions(axes):
-            sizes = dict(zip(("batch", axis), tokens.shape, strict=True))
-            real = real & tokens.mask.cpu().view([sizes.get(name, 1) for name in axes])
+        for axis in axes:
+            tokens = self._labels(axis) if axis in self.LABELS else None
+            if isinstance(tokens, Tokens):
+                sizes = dict(zip(("batch", axis), tokens.shape, strict=True))
+                real = real & tokens.mask.cpu().view([sizes.get(name, 1) for name in axes])
         return real
 
     def __repr__(self) -> str:
@@ -97,7 +92,7 @@ class LabelledArray(Result):
 
     def _heading(self) -> str:
         """Returns what its text says after the class's name."""
-        return ""
+        return f" {vars(self)['title']!r}" if "title" in vars(self) else ""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Returns the numbers as a NumPy array; their axes are `axes`."""
@@ -182,7 +177,11 @@ class LabelledArray(Result):
                     places.get(axis, [*range(size)])
                     for axis, size in zip(("batch", named.get(name, "")), value.shape, strict=True)
                 )
-                changes[name] = _taken(value, rows, entries)
+                if isinstance(value, Tokens):
+                    changes[name] = value.select(rows, entries)
+                else:
+                    columns = (column[rows][:, entries] for column in vars(value).values())
+                    changes[name] = Components(*columns)
             elif name in named and isinstance(value, tuple):
                 changes[name] = _nested(value, (named[name],), places)
             elif name in self.TEXTS:
@@ -277,12 +276,10 @@ class LabelledArray(Result):
             import xarray
         except ImportError as error:
             raise ContextMixError(
-                four_parts(
-                    "to_xarray cannot build a data set",
-                    f"{error}",
-                    "xarray",
-                    'Install it: pip install "tl-contextmix[xarray]"; or use to_dataframe().',
-                )
+                "to_xarray cannot build a data set",
+                f"{error}",
+                "xarray",
+                'Install it: pip install "tl-contextmix[xarray]"; or use to_dataframe().',
             ) from error
         coords: dict[str, Any] = {}
         for axis in self.axes:
@@ -300,8 +297,8 @@ class LabelledArray(Result):
         }
         about = ("point", "stack", "unit", "title", "caption")
         attributes = {name: getattr(self, name) for name in about if hasattr(self, name)}
-        provenance = getattr(self, "provenance", None)
-        attributes |= {"method": provenance.method, "model": provenance.model} if provenance else {}
+        where = vars(self)["provenance"]
+        attributes |= {"method": where.method, "model": where.model}
         return xarray.Dataset(arrays, coords, attributes)
 
     # Differences
@@ -393,13 +390,6 @@ def _warn_of_padding(axis: str, tokens: Tokens, rows: list[int], places: list[in
             f"{numbers}. Select one row, and positions of its "
             f"{int(tokens.mask[padding[0]].sum())} tokens."
         )
-
-
-def _taken(value: Tokens | Components, rows: list[int], entries: list[int]) -> Any:
-    if isinstance(value, Tokens):
-        return value.select(rows, entries)
-    columns = {name: column[rows][:, entries] for name, column in vars(value).items()}
-    return Components(**columns)
 
 
 def _nested(value: Any, axes: tuple[str, ...], places: Mapping[str, list[int]]) -> Any:

@@ -41,9 +41,6 @@ class LayerFigures(LabelledArray):
     unit: str
     provenance: Provenance
 
-    def _heading(self) -> str:
-        return f" {self.title!r}"
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns one bar chart per sentence."""
         labels = tuple(f"layer {layer}" for layer in self.layers)
@@ -91,19 +88,14 @@ class TokenFigures(LabelledArray):
     unit: str
     provenance: Provenance
 
-    def _heading(self) -> str:
-        return f" {self.title!r}"
-
     def panels(self) -> tuple[Panel, ...]:
         """Returns the coloured sentence, once per layer; padding is omitted."""
         found = []
         for row, strings in enumerate(self.tokens.strings):
-            real = self.tokens.mask[row].cpu()
-            words = tuple(word for word, keep in zip(strings, real.tolist(), strict=True) if keep)
-            for index, layer in enumerate(self.layers):
-                values = self.values[row, index].detach().cpu()[real]
+            real = self.tokens.mask[row].nonzero()[:, 0].tolist()
+            words = tuple(strings[place] for place in real)
+            for layer, each in zip(self.layers, self.values[row].tolist(), strict=True):
+                values = tuple(each[place] for place in real)
                 title = f"{self.title}, layer {layer}"
-                found.append(
-                    ColoredText(title, self.caption, words, tuple(values.tolist()), self.unit)
-                )
+                found.append(ColoredText(title, self.caption, words, values, self.unit))
         return tuple(found)

@@ -129,11 +129,8 @@ class LayerwiseLikelihood(LabelledArray):
         """Returns one map per sentence: probability of each token, layer by layer."""
         found = []
         for row, given in enumerate(self.inputs):
-            real = self.target.mask[row].tolist()
-            columns = tuple(
-                word for word, keep in zip(self.target.strings[row], real, strict=True) if keep
-            )
-            values = self.log_probs[row][:, self.target.mask[row]].exp().detach().cpu()
+            real = self.target.mask[row].nonzero()[:, 0].tolist()
+            values = self.log_probs[row][:, real].exp().detach().cpu()
             found.append(
                 Heatmap(
                     title=f"Answer to: {given or f'input {row}'}",
@@ -142,7 +139,7 @@ class LayerwiseLikelihood(LabelledArray):
                     values=values[None],
                     sheets=("probability",),
                     rows=tuple(f"layer {layer}" for layer in self.layers),
-                    columns=columns,
+                    columns=tuple(self.target.strings[row][place] for place in real),
                     unit="probability",
                     axes=("encoder layer", "token of the answer"),
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,20 +20,23 @@ from tl_contextmix.results.row_tables import as_text
 if TYPE_CHECKING:
     import pandas
 
-FIGURES: dict[str, str] = {
-    "active": "Share of memories that are active.",
-    "zero agreement": "Share of positions where no active memory promotes the top token of the "
-    "feed-forward output.",
-    "residual = final": "Share of positions where the residual stream's top token is the model's "
-    "final one.",
-    "probability": "Probability of the model's final token, read from the residual stream.",
+FIGURES: dict[str, tuple[str, str]] = {
+    "active": ("Active memories", "Share of memories that are active."),
+    "zero agreement": (
+        "No memory agrees with its layer",
+        "Share of positions where no active memory promotes the top token of the feed-forward "
+        "output.",
+    ),
+    "residual = final": (
+        "The stream has the final token",
+        "Share of positions where the residual stream's top token is the model's final one.",
+    ),
+    "probability": (
+        "Probability of the final token",
+        "Probability of the model's final token, read from the residual stream.",
+    ),
 }
-_TITLES = {
-    "active": "Active memories",
-    "zero agreement": "No memory agrees with its layer",
-    "residual = final": "The stream has the final token",
-    "probability": "Probability of the final token",
-}
+"""Title and meaning of each figure."""
 
 
 def figure_rows(
@@ -90,13 +93,8 @@ class CompositionFigures(Result):
                     "figures of the same model and layers, read in the same way",
                     "Ask for both with the same options.",
                 )
-        return CompositionFigures(
-            self.sums + other.sums,
-            self.examples + other.examples,
-            self.layers,
-            self.cases,
-            self.provenance,
-        )
+        examples = self.examples + other.examples
+        return replace(self, sums=self.sums + other.sums, examples=examples)
 
     def _told_apart_by(self) -> tuple[object, ...]:
         where = self.provenance
@@ -128,10 +126,8 @@ class CompositionFigures(Result):
         columns = as_array(self.values).T.tolist()
         note = f" Over {self.examples:,} positions."
         charts = [
-            Bars(
-                title, FIGURES[name] + note, labels, ((title, tuple(each)),), "share", axis="layer"
-            )
-            for (name, title), each in zip(_TITLES.items(), columns, strict=False)
+            Bars(title, meaning + note, labels, ((title, tuple(each)),), "share", axis="layer")
+            for (title, meaning), each in zip(FIGURES.values(), columns, strict=False)
         ]
         series = tuple(
             (in_plain_words(name), tuple(column))

@@ -32,13 +32,7 @@ class PredictedRows:
         return PredictedRows(*found)
 
     def label(self, tokens: Tokens, pos: Int[torch.Tensor, " row"], predicted: Tokens) -> Tokens:
-        """Returns what the rows are called: what each predicts, at the position that predicts it.
-
-        Args:
-            tokens: The tokens of each sentence.
-            pos: Position of each prediction.
-            predicted: The token of each prediction, or the alternatives side by side.
-        """
+        """Returns what the rows are called: what each predicts, at the position that does."""
         words = [predicted.alternatives(row) for row in range(len(predicted.ids))]
         pairs = zip(self.order.tolist(), self.mask.tolist(), strict=True)
         return replace(
@@ -52,13 +46,7 @@ class PredictedRows:
 
 
 def split_at(tokens: Tokens, first: Sequence[int], names: tuple[str, str]) -> Tokens:
-    """Returns an axis as two sides, of what comes before a place of each sentence and of the rest.
-
-    Args:
-        tokens: The axis, of one stack.
-        first: Where the second side begins in each sentence.
-        names: Names of the sides.
-    """
+    """Returns an axis as two sides, of what comes before a place of each sentence and the rest."""
     real = [mask.nonzero()[:, 0].cpu() for mask in tokens.mask]
     pairs = [*zip(real, first, strict=True)]
     before = tokens.gather(*_side_by_side([x[x < at] for x, at in pairs]), names[0])

@@ -207,21 +207,16 @@ class ProbedMaps(LayerCurves):
         probes, maps = self._by_name(True), self._by_name(False)
         layers = sorted({point.layer for point in self.points})
         correlations = self.correlations()
-        nothing = float("nan")
-        rows = [
-            (
-                f"{COMPRESSION}, {name}",
-                *(curve.get(n, nothing) for n in layers),
-                *[""] * len(probes),
-            )
+
+        def cells(curve: dict[int, float]) -> list[float]:
+            return [curve.get(layer, float("nan")) for layer in layers]
+
+        rows: list[tuple[str | float, ...]] = [
+            (f"{COMPRESSION}, {name}", *cells(curve), *[""] * len(probes))
             for name, curve in probes.items()
         ]
         rows += [
-            (
-                name,
-                *(curve.get(n, nothing) for n in layers),
-                *(correlations[name, point] for point in probes),
-            )
+            (name, *cells(curve), *(correlations[name, point] for point in probes))
             for name, curve in maps.items()
         ]
         table = Table(

@@ -98,10 +98,10 @@ class QueryContributions(ComponentSet):
         lines = []
         for place in largest(self.scores[row], SHOWN).tolist():
             one = self.components.at(row, place)
-            word = self._word(one, row)
-            at = self._word_at(one, row)
+            own = self.encoder if one["kind"].startswith("encoder") else None
+            at = "" if one["pos"] is None else (own or self.tokens).strings[row][one["pos"]]
             score = float(self.scores[row, place])
-            lines.append((self.components.label(row, place), at, word, score))
+            lines.append((self.components.label(row, place), at, self._word(one, row), score))
         return component_table(
             title=f"What activates {asked}",
             caption=f"Shares of the neurons' own scores ({self.share}), added up over them.",
@@ -109,10 +109,3 @@ class QueryContributions(ComponentSet):
             rows=lines,
             signed=("score",),
         )
-
-    def _word_at(self, one: dict[str, object], row: int) -> str:
-        side = self.tokens
-        if str(one["kind"]).startswith("encoder") and self.encoder is not None:
-            side = self.encoder
-        pos = one["pos"]
-        return side.strings[row][pos] if isinstance(pos, int) else ""

@@ -115,7 +115,8 @@ class Scan(LabelledArray):
             InvalidInput: If the scan has none.
         """
         require_choice("level", level, self.levels)
-        return self._part({"component": _places(self.components, level)})
+        mine = level_of(self.components) == LEVELS.index(level)
+        return self._part({"component": mine.nonzero()[:, 0].tolist()})
 
     def pooled(self) -> Scan:
         """Returns the scan with all categories as one."""
@@ -254,7 +255,9 @@ class Scan(LabelledArray):
         best, *_ = self.top(1)
         total = self.pooled()
         sentence = f"Over {int(total.prompts):,} prompts, {best['component']} adds most: "
-        sentence += f"{best['mean']:+.2f} nats{_interval(best)} of {float(total.log_prob):+.2f}."
+        known = best["low"] == best["low"]
+        ends = f" ({best['low']:.2f} to {best['high']:.2f})" if known else ""
+        sentence += f"{best['mean']:+.2f} nats{ends} of {float(total.log_prob):+.2f}."
         if len(self.categories) > 1:
             names = [self.top(1, category=name)[0]["component"] for name in self.categories]
             times = names.count(best["component"])
@@ -347,15 +350,5 @@ def ranks(
     return result
 
 
-def _places(components: Components, level: str) -> list[int]:
-    return (level_of(components) == LEVELS.index(level)).nonzero()[:, 0].tolist()
-
-
 def _best(mean: torch.Tensor, components: Components, k: int) -> list[int]:
     return largest(mean.masked_fill(components.is_bias()[0], torch.nan), k).tolist()
-
-
-def _interval(row: dict[str, Any]) -> str:
-    if row["low"] != row["low"]:
-        return ""
-    return f" ({row['low']:.2f} to {row['high']:.2f})"

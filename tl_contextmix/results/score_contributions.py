@@ -14,7 +14,7 @@ from tl_contextmix.results import storage
 from tl_contextmix.results.axes import as_array, largest
 from tl_contextmix.results.base import Result
 from tl_contextmix.results.component_sets import SHOWN
-from tl_contextmix.results.components import Components
+from tl_contextmix.results.components import Components, short_name
 from tl_contextmix.results.labels import Provenance, Tokens
 
 if TYPE_CHECKING:
@@ -78,10 +78,9 @@ class ScoreContributions(Result):
 
     def asked(self) -> str:
         """Returns what is explained, such as ``L3H0 from ' cabinet' (5) to ' keys' (2)``."""
-        short = {"attn": "", "cross_attn": "X", "encoder attn": "E"}[self.kind]
         ends = (self.tokens, self.target), (self.read, self.source)
         target, source = (f"{side.strings[0][pos]!r} ({pos})" for side, pos in ends)
-        return f"L{self.layer}{short}H{self.head} from {target} to {source}"
+        return f"{short_name(self.kind, self.layer, head=self.head)} from {target} to {source}"
 
     def __repr__(self) -> str:
         lines = [

@@ -160,9 +160,6 @@ class ScoreTable(RowTable):
                 not flatter the method with more layers. None: ``"best"`` and every layer that both
                 have.
 
-        Returns:
-            `Differences`.
-
         Raises:
             InvalidInput: If there is no such method, metric or layer, a method has two figures of
                 one layer, two have figures of different sentences, or the sentences' figures were
@@ -195,11 +192,7 @@ class ScoreTable(RowTable):
         )
 
     def _values(self, method: str, metric: str) -> dict[str, Tensor]:
-        """Returns the figures of each sentence, by layer.
-
-        Raises:
-            InvalidInput: If there are none, or two of a layer.
-        """
+        """Returns the figures of each sentence, by layer."""
         rows = [row for row in self.rows if (row.method, row.metric) == (method, metric)]
         if not rows:
             raise bad(

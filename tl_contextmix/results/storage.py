@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tl_contextmix.errors import FileFormatError, bad, four_parts
+from tl_contextmix.errors import FileFormatError, bad
 
 FORMAT = "tl_contextmix"
 FORMAT_VERSION = 2
@@ -58,14 +58,9 @@ def storable(cls: AnyClass) -> AnyClass:
 
 
 def save(result: object, path: str | Path, *, name: str | None = None) -> Path:
-    """Writes a registered dataclass to one file and returns the path.
+    """Writes an instance of a class that is `storable` to one file and returns the path.
 
-    The file appears, or replaces the one before it, only once it is complete.
-
-    Args:
-        result: A dataclass instance of a class registered with `storable`.
-        path: Where to write.
-        name: See `replacing`.
+    The file appears, or replaces the one before it, only once it is complete; see `replacing`.
 
     Raises:
         InvalidInput: If the path is not one of a file in a folder that exists, or the result holds
@@ -139,11 +134,7 @@ def _flush(path: Path) -> None:
 
 
 def load(cls: type, path: str | Path) -> Any:
-    """Reads back what `save` wrote, onto the CPU.
-
-    Args:
-        cls: The class the file must hold, or a base class of it.
-        path: The file.
+    """Reads back what `save` wrote, a class or one derived from it, onto the CPU.
 
     Raises:
         FileFormatError: If it is not such a file, of another class, or of a newer version.
@@ -278,10 +269,8 @@ def _unreadable(
     path: str | Path, seen: str, expected: str = "", remedy: str = _SAVE_AGAIN
 ) -> FileFormatError:
     return FileFormatError(
-        four_parts(
-            f"cannot load {path}",
-            seen,
-            expected or f"a file written by .save() of {FORMAT}, format version {FORMAT_VERSION}",
-            remedy,
-        )
+        f"cannot load {path}",
+        seen,
+        expected or f"a file written by .save() of {FORMAT}, format version {FORMAT_VERSION}",
+        remedy,
     )

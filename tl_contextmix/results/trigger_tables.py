@@ -21,7 +21,8 @@ from tl_contextmix.results.row_tables import RowTable, as_text, frame_of, memory
 if TYPE_CHECKING:
     import pandas
 
-_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_QUANTILES = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+_RANKS = tuple(f"rank {quantile:.0%}" for quantile in _QUANTILES.tolist())
 _SHOWN = 25
 
 
@@ -209,10 +210,9 @@ class TriggerAgreement(Result):
         rows = []
         for layer in self.layer.unique().tolist():
             here = self.layer == layer
-            agree = self.agree[here].to(torch.float64)
+            agree, ranks = self.agree[here].double(), self.rank[here].double()
             low, high = bootstrap_interval(agree)
-            ranks = self.rank[here].to(torch.float64)
-            at = torch.tensor(_QUANTILES, dtype=torch.float64)
+            quantiles = torch.quantile(ranks, _QUANTILES).tolist()
             rows.append(
                 {
                     "layer": layer,
@@ -221,12 +221,7 @@ class TriggerAgreement(Result):
                     "high": high,
                     "chance": _chance(self.top[here], self.next_token[here]),
                     f"precision@{self.k}": float(self.precision[here].mean()),
-                    **{
-                        f"rank {quantile:.0%}": value
-                        for quantile, value in zip(
-                            _QUANTILES, torch.quantile(ranks, at).tolist(), strict=True
-                        )
-                    },
+                    **dict(zip(_RANKS, quantiles, strict=True)),
                     "memories": int(here.sum()),
                 }
             )
@@ -245,18 +240,16 @@ class TriggerAgreement(Result):
 
         bins = require_number("bins", bins)
         order = self.max_prob.argsort(stable=True)
-        rows = []
-        for part in order.tensor_split(min(bins, max(1, len(order)))):
-            if len(part):
-                rows.append(
-                    {
-                        "from": float(self.max_prob[part].min()),
-                        "to": float(self.max_prob[part].max()),
-                        "agreement": float(self.agree[part].to(torch.float64).mean()),
-                        "memories": len(part),
-                    }
-                )
-        return pandas.DataFrame(rows)
+        parts = order.tensor_split(min(bins, len(order))) if len(order) else ()
+        return pandas.DataFrame(
+            {
+                "from": float(self.max_prob[part[0]]),
+                "to": float(self.max_prob[part[-1]]),
+                "agreement": float(self.agree[part].double().mean()),
+                "memories": len(part),
+            }
+            for part in parts
+        )
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the paper's charts, and the memories whose triggers agree most."""
@@ -268,7 +261,7 @@ class TriggerAgreement(Result):
             ("chance", tuple(layers["chance"])),
             (precise, tuple(layers[precise])),
         )
-        ranks = tuple((name, tuple(layers[name])) for name in layers if name.startswith("rank "))
+        ranks = tuple((name, tuple(layers[name])) for name in _RANKS)
         groups = tuple(f"{row['from']:.2g} to {row['to']:.2g}" for _, row in bins.iterrows())
         best = self.to_dataframe().rename(columns={precise: "precise"})
         best = best.sort_values(["precise", "triggers"], ascending=False, kind="stable")

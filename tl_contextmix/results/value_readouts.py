@@ -71,12 +71,6 @@ class ValueReadouts(Result):
         Raises:
             InvalidInput: If it is not here.
         """
-        return [
-            self.words[str(one)]
-            for one in self.ids[self._row(layer, neuron), int(negative)].tolist()
-        ]
-
-    def _row(self, layer: int, neuron: int) -> int:
         found = ((self.layer == layer) & (self.neuron == neuron)).nonzero()
         if not len(found):
             raise bad(
@@ -85,7 +79,8 @@ class ValueReadouts(Result):
                 f"one of the {len(self.layer)} values that were asked for",
                 "Ask ff_values for it.",
             )
-        return int(found[0])
+        ids = self.ids[int(found[0]), int(negative)].tolist()
+        return [self.words[str(one)] for one in ids]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Returns one row per value and side; tokens and their logits are lists."""
@@ -113,21 +108,12 @@ class ValueReadouts(Result):
 
     def panels(self) -> tuple[Panel, ...]:
         """Returns the table of values; the page shows the first rows of a long one."""
+        columns = (self.layer, self.neuron, self.ids, self.max_prob[:, 0], self.entropy[:, 0])
         rows = []
-        for index in range(len(self.layer)):
-            both = [
-                " ".join(_word(self.words[str(one)]) for one in side)
-                for side in self.ids[index].tolist()
-            ]
-            rows.append(
-                (
-                    f"L{int(self.layer[index])}.{int(self.neuron[index])}",
-                    both[0],
-                    float(self.max_prob[index, 0]),
-                    float(self.entropy[index, 0]),
-                    both[1],
-                )
-            )
+        for layer, neuron, ids, *numbers in zip(*(one.tolist() for one in columns), strict=True):
+            both = (" ".join(_word(self.words[str(one)]) for one in side) for side in ids)
+            promotes, demotes = both
+            rows.append((f"L{layer}.{neuron}", promotes, *numbers, demotes))
         return (
             Table(
                 title="What values promote",

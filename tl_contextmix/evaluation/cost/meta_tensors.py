@@ -192,16 +192,8 @@ def _number(tensor: Tensor) -> bool | int | float:
 def _one_value(
     tensor: Tensor, sorted: bool = True, inverse: bool = False, counts: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = torch.zeros(1, dtype=torch.long)
-    return (
-        nothing.to(tensor.dtype),
-        torch.zeros(tensor.shape, dtype=torch.long),
-        nothing + tensor.numel(),
-    )
-
-
-def _nowhere(tensor: Tensor) -> Tensor:
-    return torch.empty(0, tensor.ndim, dtype=torch.long)
+    places = torch.zeros(tensor.shape, dtype=torch.long)
+    return torch.zeros(1, dtype=tensor.dtype), places, torch.tensor([tensor.numel()])
 
 
 def _to(tensor: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -210,22 +202,16 @@ def _to(tensor: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Ten
     return torch.empty_like(tensor, dtype=dtype)
 
 
-def _grouped(rows: Tensor, matrices: Tensor, *others: Any, **options: Any) -> Tensor:
-    return rows.new_empty(rows.shape[0], matrices.shape[-1])
-
-
-def _touched(tensor: Tensor, number: Any) -> Tensor:
-    return torch.ones(tensor.shape, dtype=torch.bool)
-
-
 _ANSWERS = {
     _aten._local_scalar_dense.default: _number,
     _aten._to_copy.default: _to,
     _aten.equal.default: lambda *args: True,
-    _aten.nonzero.default: _nowhere,
+    _aten.nonzero.default: lambda tensor: torch.empty(0, tensor.ndim, dtype=torch.long),
     _aten._unique2.default: _one_value,
     # On shapes, PyTorch takes bfloat16 alone.
-    _aten._grouped_mm.default: _grouped,
+    _aten._grouped_mm.default: lambda rows, matrices, *others, **options: rows.new_empty(
+        rows.shape[0], matrices.shape[-1]
+    ),
     # What of an attention pattern is not zero, where the pattern was copied: all of it.
-    _aten.ne.Scalar: _touched,
+    _aten.ne.Scalar: lambda tensor, number: torch.ones(tensor.shape, dtype=torch.bool),
 }

@@ -109,9 +109,6 @@ class Corpus:
         Args:
             numbers: Those that must be there and readable.
             spare: Those that may be missing.
-
-        Raises:
-            InvalidInput: If there is no such document, or the corpus can be read only once.
         """
         needed = set(numbers)
         wanted = sorted(needed.union(spare))
@@ -141,9 +138,6 @@ def open_corpus(
         column: Column of a file, dataset or table; None for the default.
         default: Its column where none is named; None for ``"text"``.
         rows: Whether whole rows are read, each as a JSON object.
-
-    Raises:
-        InvalidInput: If it is none of these.
     """
     if column is not None and not isinstance(column, str):
         raise _no_corpus(f"column={column!r}", "the name of a column", "Pass it as a str.")
@@ -190,14 +184,13 @@ def _open_file(given: str | Path, column: str | None, default: str) -> Corpus:
         there = path.is_file()
     except (OSError, ValueError):  # a text instead of a path
         there = False
-    expected = _FILES
     if not there:
         remedy = "Check the path; pass texts themselves as a list."
-        raise _no_corpus(f"{seen}, which is no file", expected, remedy)
+        raise _no_corpus(f"{seen}, which is no file", _FILES, remedy)
     suffix = path.suffix.lower()
     if suffix in _NO_TEXT:
         remedy = "Unpack it, or load it with datasets.load_dataset and pass that."
-        raise _no_corpus(f"{seen}, a {suffix} file", expected, remedy)
+        raise _no_corpus(f"{seen}, a {suffix} file", _FILES, remedy)
     kind = _SUFFIXES.get(suffix, "text")
     if kind == "text":
         _require_no_column(column, str(path))

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Mined(Shown):
-    """Pointers and values of the triggers of every memory that was mined; see `Triggers`.
-
-    Attributes:
-        folder: Where they are; ``triggers.parquet`` in it is for any reader of Parquet.
-        manifest: What was mined, how, and what was skipped.
-        view: The model, or None.
-        corpus: The corpus, or None.
-        model: The model of the view, which does not keep it alive.
-    """
+    """Pointers and values of the triggers of every memory that was mined; see `Triggers`."""
 
     folder: Path
     manifest: dict[str, Any] = field(repr=False)

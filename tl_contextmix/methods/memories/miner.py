@@ -83,7 +83,8 @@ class Miner:
 
     def describe(self, corpus: Corpus, source: str | None = None) -> dict[str, Any]:
         """Returns what the result depends on, besides the documents: plain JSON."""
-        view = self.view
+        view, ffs = self.view, {str(block.layer): block.feed_forward for block in self.blocks}
+        experts = {layer: list(ff.sizes) for layer, ff in ffs.items() if isinstance(ff, Experts)}
         return {
             "model": view.name,
             "weights": view.fingerprint,
@@ -102,7 +103,7 @@ class Miner:
                 "k": self.k,
                 "layers": [block.layer for block in self.blocks],
                 "neurons": {str(block.layer): self.chosen(block) for block in self.blocks},
-                **self._experts(),
+                **({"experts": experts} if experts else {}),
                 "stack": self.stack,
                 "unit": self.unit,
                 "tails": self.tails,
@@ -110,12 +111,6 @@ class Miner:
                 **asdict(self.how),
             },
         }
-
-    def _experts(self) -> dict[str, dict[str, list[int]]]:
-        """Returns how many neurons each expert has, of the layers that have any."""
-        ffs = {str(block.layer): block.feed_forward for block in self.blocks}
-        found = {layer: list(ff.sizes) for layer, ff in ffs.items() if isinstance(ff, Experts)}
-        return {"experts": found} if found else {}
 
     def zero(self) -> dict[tuple[int, str], TopK]:
         """Returns the state before the first document."""
@@ -146,7 +141,9 @@ class Miner:
 
     def take(self, tops: dict[tuple[int, str], TopK], documents: Documents) -> None:
         """Runs the model on a batch and takes in what it shows."""
-        names = [name for block in self.blocks for name in self._names(block)]
+        ffs = map(require_feed_forward, self.blocks)
+        quads = self.tails == "quadrants"
+        names = [name for ff in ffs for name in (branch_names(ff) if quads else (ff.post,))]
         trace = self.view.run(documents.batch, list(dict.fromkeys(names)), logits=False)
         device = self.view.device
         counted, ids = documents.counted.to(device), documents.batch.side(self.stack).ids.to(device)
@@ -156,7 +153,9 @@ class Miner:
         once = counted
         if self.duplicates == "drop":
             entries.append(self._keys(ids, documents.batch.side(self.stack).mask.to(device)))
-            once = self._once(counted, places, entries[3])
+            # Each context in the first of its places only.
+            once = counted.clone()
+            once[counted] = first_of_each(entries[3][counted], places[counted])
         for some in self._together(trace):
             self._require_finite(some, trace, counted)
             named = [(b.layer, *pair) for b, found in some for pair in self._tails(b, found, trace)]
@@ -165,7 +164,13 @@ class Miner:
             if self.unit == "document":
                 self._best(every, values, counted, entries)
             else:
-                self._every(every, values, once, entries)
+                flat = [entry.flatten() for entry in entries]
+                update_all(
+                    every,
+                    [one.flatten(0, 1) for one in values],
+                    once.flatten(),
+                    lambda rows, *_, flat=flat: tuple(one.index_select(0, rows) for one in flat),
+                )
 
     def _together(self, trace: Trace) -> Iterator[list[tuple[Block, Tensor]]]:
         """Yields coefficients of layers: of all at once, unless copies of theirs would be held."""
@@ -192,17 +197,6 @@ class Miner:
         pos = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         pairs = torch.stack([whole.expand_as(ids), pos], dim=-1).flatten(0, 1)
         return hash_prefixes(pairs)[:, 1].view_as(ids)
-
-    @staticmethod
-    def _once(counted: Tensor, places: Tensor, keys: Tensor) -> Tensor:
-        """Returns the positions that count, each context in the first of its places only."""
-        once = counted.clone()
-        once[counted] = first_of_each(keys[counted], places[counted])
-        return once
-
-    def _names(self, block: Block) -> tuple[str, ...]:
-        ff = require_feed_forward(block)
-        return branch_names(ff) if self.tails == "quadrants" else (ff.post,)
 
     @staticmethod
     def _require_finite(
@@ -233,18 +227,6 @@ class Miner:
         yield "positive", found
         if self.tails == "both":
             yield "negative", -found
-
-    @staticmethod
-    def _every(
-        tops: list[TopK], values: list[Tensor], counted: Tensor, entries: list[Tensor]
-    ) -> None:
-        flat = [entry.flatten() for entry in entries]
-        update_all(
-            tops,
-            [one.flatten(0, 1) for one in values],
-            counted.flatten(),
-            lambda rows, *_: tuple(entry.index_select(0, rows) for entry in flat),
-        )
 
     @staticmethod
     def _best(
@@ -295,11 +277,7 @@ def make_miner(
     tails: Tails,
     duplicates: Duplicates,
 ) -> Miner:
-    """Returns what is mined, checked.
-
-    Raises:
-        InvalidInput: If an argument does not fit the model.
-    """
+    """Returns what is mined, checked."""
     pair = len(view.stacks) == 2
     base = "encoder" if pair and stack is None else view.base_stack(stack)
     if pair and base != "encoder":

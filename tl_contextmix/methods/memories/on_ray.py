@@ -133,11 +133,7 @@ def on_ray(
 def require_options(
     given: Mapping[str, Any] | None, function: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Returns further arguments of a function.
-
-    Raises:
-        InvalidInput: If it has no such argument, or Ray sets it.
-    """
+    """Returns further arguments of a function."""
     options, name = dict(given or {}), function.__name__
     known = [n for n in inspect.signature(function).parameters if n not in _OURS]
     unknown = sorted(set(options) - set(known))

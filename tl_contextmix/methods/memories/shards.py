@@ -163,12 +163,7 @@ def batches(
 ) -> Iterator[Documents]:
     """Yields the documents of a shard, those of like length together.
 
-    Args:
-        view: The model.
-        shard: The shard.
-        how: How it is cut up.
-        name: Name of the corpus, for messages.
-        counts: What there was, by `corpus_arguments.COUNTS`; added to.
+    What there was is added to ``counts``, by `corpus_arguments.COUNTS`.
 
     Raises:
         InvalidInput: If a document cannot be used and is not to be skipped.

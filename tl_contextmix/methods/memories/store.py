@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tl_contextmix.errors import FileFormatError, InvalidInput, bad, four_parts
+from tl_contextmix.errors import FileFormatError, InvalidInput, bad
 from tl_contextmix.methods.memories.corpus_arguments import (
     check_manifest,
     check_part,
@@ -102,11 +102,7 @@ def save_part(part: Part, folder: Path) -> None:
 
 
 def load_part(path: Path, device: torch.device) -> Part:
-    """Reads a part back.
-
-    Raises:
-        FileFormatError: If the file holds anything else.
-    """
+    """Reads a part back."""
     from safetensors import safe_open
 
     try:
@@ -141,11 +137,7 @@ def write_result(folder: Path, tops: Mapping[tuple[int, str], TopK], manifest: d
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a finished run.
-
-    Raises:
-        FileFormatError: If there is none, or one of another version.
-    """
+    """Returns the manifest of a finished run."""
     path = folder / MANIFEST
     if not path.is_file():
         parts = len(list(folder.glob("part-*.safetensors"))) if folder.is_dir() else 0
@@ -164,11 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_table(
     folder: Path, manifest: dict[str, Any], conditions: list[tuple[str, str, Any]]
 ) -> pandas.DataFrame:
-    """Returns the rows of the table that fulfil some conditions.
-
-    Raises:
-        FileFormatError: If it is no table, or none of this manifest's run.
-    """
+    """Returns the rows of the table that fulfil some conditions."""
     import pyarrow.parquet
 
     path = folder / TABLE
@@ -244,12 +232,7 @@ def alone(path: Path) -> Iterator[None]:
 
     The system releases it when the process ends, however it ends. It is taken first of all, so that
     a folder that cannot be written to is found out before a forward pass, not after the last one.
-
-    Args:
-        path: The lock file. It is gone afterwards.
-
-    Raises:
-        InvalidInput: If another process holds it, or it cannot be made.
+    It is gone afterwards.
     """
     lock = FileLock(path, timeout=0.2)
     try:
@@ -280,15 +263,11 @@ def unreadable(path: Path, seen: str | Exception, remedy: str = "") -> FileForma
         seen = f"{type(seen).__name__}: {seen}"[:300]
     expected = f"a file of mine_triggers, format version {FORMAT_VERSION}"
     remedy = remedy or "Pass the folder that mine_triggers wrote."
-    return FileFormatError(four_parts(f"cannot read {path}", seen, expected, remedy))
+    return FileFormatError(f"cannot read {path}", seen, expected, remedy)
 
 
 def make_folder(out: str | Path) -> Path:
-    """Returns the folder for a result, made if it is not there.
-
-    Raises:
-        InvalidInput: If it cannot be.
-    """
+    """Returns the folder for a result, made if it is not there."""
     folder = require_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,15 +60,7 @@ class TopK:
         *,
         distinct: bool = False,
     ) -> TopK:
-        """Returns no entries at all.
-
-        Args:
-            columns: How many columns.
-            k: How many values of each.
-            dtype: Of the values.
-            device: Where they are.
-            distinct: Whether entries have keys, of which each counts once.
-        """
+        """Returns no entries at all; ``distinct`` ones have keys, of which each counts once."""
         return cls(
             torch.full((columns, k), -torch.inf, dtype=dtype, device=device),
             torch.full((columns, k), _NOWHERE, device=device),
@@ -79,17 +71,6 @@ class TopK:
         """Returns what an entry consists of: value, place, tokens, hash and, if it has one, key."""
         found = (self.values, self.places, self.tokens, self.hashes)
         return found if self.keys is None else (*found, self.keys)
-
-    def update(
-        self,
-        scores: Float[Tensor, "row column"],
-        counted: Bool[Tensor, " row"],
-        locate: Locate,
-        *,
-        repeats: bool = False,
-    ) -> None:
-        """Takes in new values of one state, see `update_all`."""
-        update_all([self], [scores], counted, locate, repeats=repeats)
 
     def _part(self, columns: Int[Tensor, " some"]) -> TopK:
         """Returns the state of some columns."""

@@ -50,9 +50,6 @@ def contexts(triggers: Mined, frame: pandas.DataFrame) -> dict[Place, list[int]]
     """Returns the token ids that the model had read at triggers, by document and position.
 
     Those up to the trigger; where the model reads both ways the whole document.
-
-    Raises:
-        InvalidInput: If model or corpus are not at hand, or a document is not what was mined.
     """
     picked = _picked(triggers, set(frame["document"].tolist()))
     ids = {number: _as_mined(triggers, document) for number, document in picked.items()}
@@ -107,11 +104,7 @@ def coefficients_of(
 ) -> list[dict[int, Tensor]]:
     """Returns the coefficients [pos neuron] of layers along sequences of token ids.
 
-    Args:
-        view: The model.
-        rows: The sequences.
-        blocks: The layers.
-        last: How many positions at the end are kept; 0 for all.
+    ``last`` is how many positions at the end are kept; 0 for all.
     """
     result: list[dict[int, Tensor]] = []
     names = [require_feed_forward(block).post for block in blocks]
@@ -132,15 +125,7 @@ def coefficients_of(
 def examples(
     triggers: Mined, block: Block, neuron: int, tail: str, frame: pandas.DataFrame
 ) -> TriggerExamples:
-    """Returns triggers of a memory with their contexts, see `Triggers.examples`.
-
-    Args:
-        triggers: All triggers.
-        block: The memory's layer.
-        neuron: Its neuron.
-        tail: What was looked for.
-        frame: Its triggers.
-    """
+    """Returns triggers of a memory, the rows of a frame, with contexts; see `Triggers.examples`."""
     view = triggers.require_view()
     known = contexts(triggers, frame)
     rows = [known[place] for place in places_of(frame)]

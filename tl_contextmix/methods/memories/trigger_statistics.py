@@ -189,13 +189,7 @@ def common(
 
 
 def removal(triggers: Mined, frame: pandas.DataFrame, seed: int) -> LayerFigures:
-    """Returns the relative change of coefficients, see `Triggers.removal`.
-
-    Args:
-        triggers: The triggers.
-        frame: Those of them that are taken.
-        seed: Of the random token.
-    """
+    """Returns the relative change of coefficients at the triggers of a frame; see `Triggers`."""
     view = triggers.require_view()
     if triggers.both_ways:
         raise bad(
