@@ -250,81 +250,52 @@ class FeedForwardParts:
             low: A dtype to take products with value vectors in; None for that of the maths.
         """
         some = self if low is None else replace(self, W_out=self.W_out.to(low))
-        active = some._active_neurons()
+        active, rows_in = some._active_neurons(), ()
         if active is None:
-            yield from some._tiles_of_all(max_bytes)
+            some = some if some._few_pairs() else some.folded()
+            plan = _plan(some, max_bytes)
         else:
-            yield from some._tiles_of_active(active, max_bytes)
+            plan = _plan_active(some, active, max_bytes)
+            rows_in = tuple(weight.T.contiguous() for weight in some.weights)
+        target = self.bias.shape[1]
+        for rows in blocks(len(self.bias), plan.batch):
+            part = some.row(rows)
+            read, whole = part.support()
+            if active is None:
+                ways = part._ways(plan, read)
+            else:
+                mine = active[rows.start * target : rows.stop * target]
+                ways = [(Way("active", active=mine, weights=rows_in), plan.sources, plan.tiles)]
+            for way, size, tiles in ways:
+                for span in part.stretches(size) if tiles else ():
+                    ready = part.ready(span, hidden=way.neurons >= len(self.W_out))
+                    for targets in tiles:
+                        columns = whole.columns(targets, span)
+                        if columns.start < columns.stop:
+                            inner = read.columns(targets, columns)
+                            yield rows, targets, columns, ready.stages(targets, columns, inner, way)
+                    # Or two stretches would be held at once; a generator keeps what it came from.
+                    ready = None
 
-    def _tiles_of_all(self, max_bytes: int) -> Iterator[Tile]:
-        folded = self if self._few_pairs() else self.folded()
-        plan = _plan(folded, max_bytes)
-        hidden = plan.neurons >= self.W_out.shape[0]
-        for rows in blocks(self.bias.shape[0], plan.batch):
-            some = folded.row(rows)
-            supports = some.support()
-            near, long = some._routes(plan, supports[0])
-            way = Way("all", plan.neurons)
-            if not some.hidden:
-                way = Way("read", support=None if self.sublayer.routes else supports[0])
-            yield from some._tiles_by(way, rows, plan.sources, near, supports, hidden=hidden)
-            yield from some._tiles_by(Way("folded"), rows, plan.fold_sources, long, supports)
-
-    def _tiles_by(
-        self,
-        way: Way,
-        rows: slice,
-        size: int,
-        tiles: Sequence[slice],
-        supports: tuple[Support, Support],
-        *,
-        hidden: bool = False,
-    ) -> Iterator[Tile]:
-        """Yields the parts, those of some rows of the batch, so many sources at a time."""
-        read, whole = supports
-        for span in self.stretches(size) if tiles else ():
-            ready = self.ready(span, hidden=hidden)
-            for targets in tiles:
-                columns = whole.columns(targets, span)
-                if columns.start < columns.stop:
-                    inner = read.columns(targets, columns)
-                    yield rows, targets, columns, ready.stages(targets, columns, inner, way)
-            # Or two stretches would be held at once; a generator keeps what it came from.
-            ready = None
-
-    def _routes(self, plan: _Plan, read: Support) -> tuple[list[slice], list[slice]]:
-        """Returns tiles of targets that go through all neurons, and those that are folded."""
-        batch, target, _ = self.bias.shape
-        near, long = [], []
-        for tile in blocks(target, plan.targets):
-            span = read.columns(tile, slice(0, self.sources))
-            pairs, count = span.stop - span.start, batch * (tile.stop - tile.start)
+    def _ways(self, plan: _Plan, read: Support) -> list[tuple[Way, int, list[slice]]]:
+        """Returns how tiles of targets go through the neurons, and how many sources at a time."""
+        if not self.hidden:
+            way = Way("read", support=None if self.sublayer.routes else read)
+            return [(way, plan.sources, plan.tiles)]
+        near, long = list[slice](), list[slice]()
+        for tile in plan.tiles:
+            span, count = read.columns(tile, slice(0, self.sources)), tile.stop - tile.start
+            pairs = span.stop - span.start
             times = -(-pairs // plan.fold_sources)
-            if not self.hidden or self._costs().route(pairs, count, times=times) == "all":
+            if self._costs().route(pairs, len(self.bias) * count, times=times) == "all":
                 near.append(tile)
                 continue
-            for part in blocks(count // batch, plan.fold_targets):
+            for part in blocks(count, plan.fold_targets):
                 long.append(slice(tile.start + part.start, tile.start + part.stop))
-        return near, long
-
-    def _tiles_of_active(self, active: Sequence[Tensor], max_bytes: int) -> Iterator[Tile]:
-        batch, target, width = self.bias.shape
-        weights = tuple(weight.T.contiguous() for weight in self.weights)
-        budget = max_bytes // self.bias.element_size()
-        held = sum(slope.numel() for slope in self.slopes) + sum(map(Tensor.numel, weights))
-        held += 10 * batch * target * width + sum(map(len, active)) * 2
-        room = max(budget - held, budget // 4)
-        # What heads read of a source; of a pair, what enters and what comes out of it.
-        view = sum(width * max(r.value.shape[2] for r in each.terms) for each in self._sums)
-        targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
-        sources = max(
-            1, min(self.sources, room // (view + 6 * width * targets + self.W_out.shape[0]))
-        )
-        for row in range(batch):
-            some = self.row(slice(row, row + 1))
-            way = Way("active", 0, active[row * target : (row + 1) * target], weights)
-            tiles = [*blocks(target, targets)]
-            yield from some._tiles_by(way, slice(row, row + 1), sources, tiles, some.support())
+        return [
+            (Way("all", plan.neurons), plan.sources, near),
+            (Way("folded"), plan.fold_sources, long),
+        ]
 
     def support(self) -> tuple[Support, Support]:
         """Returns where parts of what is read can be other than zero, and where those of all."""
@@ -440,11 +411,11 @@ Tile = tuple[slice, slice, slice, Iterator[Tensor]]
 @dataclass(frozen=True)
 class _Plan:
     batch: int
-    targets: int
+    tiles: list[slice]
     sources: int
-    neurons: int
-    fold_targets: int
-    fold_sources: int
+    neurons: int = 0
+    fold_targets: int = 1
+    fold_sources: int = 1
 
 
 def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
@@ -485,15 +456,30 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     targets = max(1, min(targets, (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))
+    tiles = [*blocks(target, targets)]
     if not parts.hidden:
-        return _Plan(rows, targets, sources, neurons, 1, 1)
+        return _Plan(rows, tiles, sources, neurons)
     # Folded, a target holds its matrix, and a pair what it reads before the heads' weights.
     read = parts._costs().read
     alone, pair = read * (2 * neuron + width), read + vectors
     room = max(room - alone, budget // 4)
     fold_sources = max(1, min(source, room // (beside + pair)))
     fold_targets = max(1, min(targets, (room // fold_sources - beside) // pair))
-    return _Plan(rows, targets, sources, neurons, fold_targets, fold_sources)
+    return _Plan(rows, tiles, sources, neurons, fold_targets, fold_sources)
+
+
+def _plan_active(parts: FeedForwardParts, active: Sequence[Tensor], max_bytes: int) -> _Plan:
+    """Returns the same of parts that go through active neurons, one row of the batch at a time."""
+    batch, target, width = parts.bias.shape
+    budget = max_bytes // parts.bias.element_size()
+    held = sum(map(Tensor.numel, (*parts.slopes, *parts.weights)))
+    held += 10 * batch * target * width + sum(map(len, active)) * 2
+    room = max(budget - held, budget // 4)
+    # What heads read of a source; of a pair, what enters and what comes out of it.
+    view = sum(width * max(r.value.shape[2] for r in each.terms) for each in parts._sums)
+    targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
+    sources = room // (view + 6 * width * targets + parts.W_out.shape[0])
+    return _Plan(1, [*blocks(target, targets)], max(1, min(parts.sources, sources)))
 
 
 def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
