@@ -20,7 +20,7 @@ from tl_contextmix.core.activations import Activation, gated_slopes
 from tl_contextmix.core.attention_terms import GatedTerm
 from tl_contextmix.core.neuron_routes import transmit
 from tl_contextmix.core.score_forms import HeadNorm
-from tl_contextmix.core.token_sums import AttentionTerm, Norm, ends_of
+from tl_contextmix.core.token_sums import AttentionTerm, Norm, ends_of, through_neurons
 from tl_contextmix.errors import UnsupportedModel, four_parts
 
 FOLD_BYTES = 2**28
@@ -541,13 +541,9 @@ class FeedForward:
             out = transmit(some, weights, flat, W_out, self.silent)
             if out is not None:
                 return out.view(*parts.shape[:-1], W_out.shape[1])
-        found = None
-        for weight, slope in zip(weights, slopes, strict=True):
-            more = [1] * (parts.ndim - slope.ndim)
-            share = (parts @ weight).mul_(slope.view(*slope.shape[:-1], *more, slope.shape[-1]))
-            found = share if found is None else found.add_(share)
-        assert found is not None
-        return found @ W_out
+        more = [1] * (parts.ndim - slopes[0].ndim)
+        each = [slope.view(*slope.shape[:-1], *more, slope.shape[-1]) for slope in slopes]
+        return through_neurons(parts, weights, each, W_out)
 
     def pull_back(
         self, gradient: Float[Tensor, "some neuron"], slopes: Sequence[Tensor]

@@ -9,8 +9,9 @@ shared by all sources.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Literal
 
@@ -29,7 +30,15 @@ from tl_contextmix.core.neuron_routes import (
     in_use,
     through_some,
 )
-from tl_contextmix.core.token_sums import FrozenNorm, Keep, Support, TokenSum, blocks, within
+from tl_contextmix.core.token_sums import (
+    FrozenNorm,
+    Keep,
+    Support,
+    TokenSum,
+    blocks,
+    through_neurons,
+    within,
+)
 
 Bias = Literal["contributor", "fixed"]
 Precision = Literal["full", "bfloat16"]
@@ -56,8 +65,8 @@ class FeedForwardParts:
         total: What parts and bias add up to.
         hidden: Shares of each branch's pre-activation, once `folded`.
         ending: A third sublayer that reads the sum and adds to it, or None.
-        keep: For each branch and read what folds the two and keeps it, or None (`Folds`); empty
-            where nothing is kept.
+        keep: Returns what folds each read into a branch and keeps it (`Folds`); None where nothing
+            is kept.
     """
 
     sublayer: FeedForward
@@ -72,7 +81,7 @@ class FeedForwardParts:
     total: Float[Tensor, "batch target d_model"]
     hidden: tuple[TokenSum, ...] = ()
     ending: FrozenFeedForward | None = None
-    keep: tuple[tuple[Keep | None, ...], ...] = ()
+    keep: Callable[[int], Sequence[Keep]] | None = None
 
     @property
     def sources(self) -> int:
@@ -81,8 +90,10 @@ class FeedForwardParts:
 
     def folded(self) -> FeedForwardParts:
         """Returns the parts with the input weights folded into what is read."""
-        keep = self.keep or ((),) * len(self.weights)
-        hidden = map(self.read.map, self.weights, keep)
+        hidden = (
+            self.read.map(weight, self.keep(branch) if self.keep else ())
+            for branch, weight in enumerate(self.weights)
+        )
         return replace(self, hidden=tuple(hidden))
 
     def stages(
@@ -98,18 +109,13 @@ class FeedForwardParts:
             read: Those of them that the feed-forward sublayer reads.
             way: How they go through the neurons.
         """
-        if self.sublayer.routes or way.route == "read":
-            out = self._through_sublayer(rows, read)
-        elif way.support is not None:
-            out = self._pair_by_pair(rows, read, way.support)
-        elif way.route == "all":
-            out = None
-            for part in blocks(self.W_out.shape[0], way.neurons):
-                out = self._through(rows, read, part, out)
-        else:
-            through = self._by_matrices if way.route == "folded" else self._by_active_neurons
-            out = through(rows, read, way)
-        assert out is not None
+        through = {
+            "all": self._by_neurons,
+            "active": self._by_active_neurons,
+            "folded": self._by_matrices,
+            "read": self._by_sublayer,
+        }
+        out = through[way.route](rows, read, way)
         out = out if read == columns else _placed(out, read, columns)
         out = self.norm_out.part(place=rows).linear(out)
         yield out
@@ -122,30 +128,19 @@ class FeedForwardParts:
         if self.norm_after is not None:
             yield self.norm_after.part(place=rows).linear(out)
 
-    def _through(self, rows: slice, columns: slice, part: slice, out: Tensor | None) -> Tensor:
-        shares, W_out = None, self.W_out[part]
-        for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
-            share = token_sum.dense(rows, columns, part)
-            share *= slope[:, None, rows, part]
-            shares = share if shares is None else shares.add_(share)
-        assert shares is not None
-        found = shares.transpose(0, 1).to(W_out.dtype) @ W_out
-        found = found.to(self.bias.dtype).transpose(0, 1)
-        return found if out is None else out.add_(found)
-
-    def _pair_by_pair(self, rows: slice, columns: slice, support: Support) -> Tensor:
-        """Returns the same without folding; pairs in which nothing is read are left out."""
-        out, shares = self.read.dense(rows, columns), None
-        source, target = (
-            place.to(out.device, non_blocking=True) for place in support.pairs(rows, columns)
-        )
-        parts = out[:, source, target]
-        for weight, slope in zip(self.weights, self.slopes, strict=True):
-            share = (parts @ weight).mul_(slope[:, rows][:, target])
-            shares = share if shares is None else shares.add_(share)
-        assert shares is not None
-        found = shares.to(self.W_out.dtype) @ self.W_out
-        out[:, source, target] = found.to(out.dtype)
+    def _by_neurons(self, rows: slice, columns: slice, way: Way) -> Tensor:
+        out = None
+        for part in blocks(self.W_out.shape[0], way.neurons):
+            shares, W_out = None, self.W_out[part]
+            for token_sum, slope in zip(self.hidden, self.slopes, strict=True):
+                share = token_sum.dense(rows, columns, part)
+                share *= slope[:, None, rows, part]
+                shares = share if shares is None else shares.add_(share)
+            assert shares is not None
+            found = shares.transpose(0, 1).to(W_out.dtype) @ W_out
+            found = found.to(self.bias.dtype).transpose(0, 1)
+            out = found if out is None else out.add_(found)
+        assert out is not None
         return out
 
     def _by_active_neurons(self, rows: slice, columns: slice, way: Way) -> Tensor:
@@ -187,12 +182,19 @@ class FeedForwardParts:
                     out[target - sources.start] += own.to(out.dtype) @ self.W_out
         return out
 
-    def _through_sublayer(self, rows: slice, columns: slice) -> Tensor:
-        """Returns the same of what is read, nothing folded: few pairs go through each expert."""
-        parts = self.read.dense(rows, columns).transpose(1, 2)
-        slopes = [slope[:, rows] for slope in self.slopes]
-        sublayer = self.sublayer.part((slice(None), rows))
-        return sublayer.transmit(parts, slopes).transpose(1, 2).contiguous()
+    def _by_sublayer(self, rows: slice, columns: slice, way: Way) -> Tensor:
+        """Returns the same of what is read, nothing folded."""
+        parts, slopes = self.read.dense(rows, columns), [slope[:, rows] for slope in self.slopes]
+        if way.support is None:
+            sublayer = self.sublayer.part((slice(None), rows))
+            return sublayer.transmit(parts.transpose(1, 2), slopes).transpose(1, 2).contiguous()
+        source, target = (
+            place.to(parts.device, non_blocking=True) for place in way.support.pairs(rows, columns)
+        )
+        some, slopes = parts[:, source, target], [slope[:, target] for slope in slopes]
+        found = through_neurons(some, self.weights, slopes, self.W_out)
+        parts[:, source, target] = found.to(parts.dtype)
+        return parts
 
     def at(self, targets: slice, sources: slice) -> Float[Tensor, "batch target source d_model"]:
         """Returns the parts of some sources at some targets, as one tile.
@@ -204,7 +206,7 @@ class FeedForwardParts:
         pairs, count = sources.stop - sources.start, targets.stop - targets.start
         near = self.hidden and self._costs().route(pairs, len(self.bias) * count) == "all"
         ready = self.ready(sources, hidden=bool(near))
-        way = Way("all" if near else "read", self.W_out.shape[0])
+        way = Way("all", self.W_out.shape[0]) if near else Way("read")
         return deque(ready.stages(targets, sources, sources, way), maxlen=1).pop().transpose(1, 2)
 
     def diagonal(self) -> Float[Tensor, "batch target d_model"]:
@@ -219,7 +221,7 @@ class FeedForwardParts:
     def of_head(self, term: int | None, head: int) -> FeedForwardParts:
         """Returns the parts that come through one head, with the slopes of all heads together."""
         residual = None if self.residual is None else self.residual.of_head(term, head)
-        return replace(self, read=self.read.of_head(term, head), residual=residual, keep=())
+        return replace(self, read=self.read.of_head(term, head), residual=residual, keep=None)
 
     def row(self, batch: slice) -> FeedForwardParts:
         """Returns the parts of some rows of the batch."""
@@ -248,27 +250,25 @@ class FeedForwardParts:
             low: A dtype to take products with value vectors in; None for that of the maths.
         """
         some = self if low is None else replace(self, W_out=self.W_out.to(low))
-        active = some._active_neurons()
+        active, rows_in = some._active_neurons(), ()
         if active is None:
-            yield from some._tiles_of_all(max_bytes)
+            some = some if some._few_pairs() else some.folded()
+            plan = _plan(some, max_bytes)
         else:
-            yield from some._tiles_of_active(active, max_bytes)
-
-    def _tiles_of_all(self, max_bytes: int) -> Iterator[Tile]:
-        folded = self if self._few_pairs() else self.folded()
-        plan = _plan(folded, max_bytes)
-        for rows in blocks(self.bias.shape[0], plan.batch):
-            some = folded.row(rows)
-            read, whole = some.support()
-            near, long = some._routes(plan, read)
-            hidden = plan.neurons >= self.W_out.shape[0]
-            through = Way("all", plan.neurons, support=None if some.hidden else read)
-            for size, tiles, way, kept in (
-                (plan.sources, near, through, hidden),
-                (plan.fold_sources, long, Way("folded"), False),
-            ):
-                for span in some.stretches(size) if tiles else ():
-                    ready = some.ready(span, hidden=kept)
+            plan = _plan_active(some, active, max_bytes)
+            rows_in = tuple(weight.T.contiguous() for weight in some.weights)
+        target = self.bias.shape[1]
+        for rows in blocks(len(self.bias), plan.batch):
+            part = some.row(rows)
+            read, whole = part.support()
+            if active is None:
+                ways = part._ways(plan, read)
+            else:
+                mine = active[rows.start * target : rows.stop * target]
+                ways = [(Way("active", active=mine, weights=rows_in), plan.sources, plan.tiles)]
+            for way, size, tiles in ways:
+                for span in part.stretches(size) if tiles else ():
+                    ready = part.ready(span, hidden=way.neurons >= len(self.W_out))
                     for targets in tiles:
                         columns = whole.columns(targets, span)
                         if columns.start < columns.stop:
@@ -277,47 +277,25 @@ class FeedForwardParts:
                     # Or two stretches would be held at once; a generator keeps what it came from.
                     ready = None
 
-    def _routes(self, plan: _Plan, read: Support) -> tuple[list[slice], list[slice]]:
-        """Returns tiles of targets that go through all neurons, and those that are folded."""
-        batch, target, _ = self.bias.shape
-        near, long = [], []
-        for tile in blocks(target, plan.targets):
-            span = read.columns(tile, slice(0, self.sources))
-            pairs, count = span.stop - span.start, batch * (tile.stop - tile.start)
+    def _ways(self, plan: _Plan, read: Support) -> list[tuple[Way, int, list[slice]]]:
+        """Returns how tiles of targets go through the neurons, and how many sources at a time."""
+        if not self.hidden:
+            way = Way("read", support=None if self.sublayer.routes else read)
+            return [(way, plan.sources, plan.tiles)]
+        near, long = list[slice](), list[slice]()
+        for tile in plan.tiles:
+            span, count = read.columns(tile, slice(0, self.sources)), tile.stop - tile.start
+            pairs = span.stop - span.start
             times = -(-pairs // plan.fold_sources)
-            if not self.hidden or self._costs().route(pairs, count, times=times) == "all":
+            if self._costs().route(pairs, len(self.bias) * count, times=times) == "all":
                 near.append(tile)
                 continue
-            for part in blocks(count // batch, plan.fold_targets):
+            for part in blocks(count, plan.fold_targets):
                 long.append(slice(tile.start + part.start, tile.start + part.stop))
-        return near, long
-
-    def _tiles_of_active(self, active: Sequence[Tensor], max_bytes: int) -> Iterator[Tile]:
-        batch, target, width = self.bias.shape
-        weights = tuple(weight.T.contiguous() for weight in self.weights)
-        budget = max_bytes // self.bias.element_size()
-        held = sum(slope.numel() for slope in self.slopes) + sum(map(Tensor.numel, weights))
-        held += 10 * batch * target * width + sum(map(len, active)) * 2
-        room = max(budget - held, budget // 4)
-        # What heads read of a source; of a pair, what enters and what comes out of it.
-        view = sum(width * max(r.value.shape[2] for r in each.terms) for each in self._sums)
-        targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
-        sources = max(
-            1, min(self.sources, room // (view + 6 * width * targets + self.W_out.shape[0]))
-        )
-        for row in range(batch):
-            rows = slice(row, row + 1)
-            some = self.row(rows)
-            read, whole = some.support()
-            way = Way("active", 0, active[row * target : (row + 1) * target], weights)
-            for span in some.stretches(sources):
-                ready = some.ready(span, hidden=False)
-                for tile in blocks(target, targets):
-                    columns = whole.columns(tile, span)
-                    if columns.start < columns.stop:
-                        inner = read.columns(tile, columns)
-                        yield rows, tile, columns, ready.stages(tile, columns, inner, way)
-                ready = None
+        return [
+            (Way("all", plan.neurons), plan.sources, near),
+            (Way("folded"), plan.fold_sources, long),
+        ]
 
     def support(self) -> tuple[Support, Support]:
         """Returns where parts of what is read can be other than zero, and where those of all."""
@@ -335,9 +313,8 @@ class FeedForwardParts:
         read, _ = self.support()
         pairs = batch * read.count()
         heads = max(term.pattern.shape[1] for term in self.read.terms)
-        keep = self.keep[0] if self.keep else [None] * len(self.read.terms)
-        terms = zip(self.read.terms, keep, strict=True)
-        folds = batch * target + sum(term.folds(how) for term, how in terms)
+        kept = self.keep is not None
+        folds = batch * target + sum(term.folds(kept) for term in self.read.terms)
         return pairs * (width - heads) < folds * width
 
     @property
@@ -418,7 +395,7 @@ class Way:
         neurons: How many at a time, where it is through all of them.
         active: The active ones of every target, where it is through these.
         weights: Each branch's input weights then, a row for each neuron.
-        support: Which pairs read something, where nothing is folded.
+        support: Where only pairs that read something go through the sublayer; None for all.
     """
 
     route: Route | Literal["read"]
@@ -434,11 +411,11 @@ Tile = tuple[slice, slice, slice, Iterator[Tensor]]
 @dataclass(frozen=True)
 class _Plan:
     batch: int
-    targets: int
+    tiles: list[slice]
     sources: int
-    neurons: int
-    fold_targets: int
-    fold_sources: int
+    neurons: int = 0
+    fold_targets: int = 1
+    fold_sources: int = 1
 
 
 def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
@@ -479,15 +456,30 @@ def _plan(parts: FeedForwardParts, max_bytes: int) -> _Plan:
     targets = max(1, min(targets, (room - view) // pair))
     sources = max(1, min(source, room // (view + targets * pair)))
     rows = max(1, min(batch, room // (sources * (view + targets * pair))))
+    tiles = [*blocks(target, targets)]
     if not parts.hidden:
-        return _Plan(rows, targets, sources, neurons, 1, 1)
+        return _Plan(rows, tiles, sources, neurons)
     # Folded, a target holds its matrix, and a pair what it reads before the heads' weights.
     read = parts._costs().read
     alone, pair = read * (2 * neuron + width), read + vectors
     room = max(room - alone, budget // 4)
     fold_sources = max(1, min(source, room // (beside + pair)))
     fold_targets = max(1, min(targets, (room // fold_sources - beside) // pair))
-    return _Plan(rows, targets, sources, neurons, fold_targets, fold_sources)
+    return _Plan(rows, tiles, sources, neurons, fold_targets, fold_sources)
+
+
+def _plan_active(parts: FeedForwardParts, active: Sequence[Tensor], max_bytes: int) -> _Plan:
+    """Returns the same of parts that go through active neurons, one row of the batch at a time."""
+    batch, target, width = parts.bias.shape
+    budget = max_bytes // parts.bias.element_size()
+    held = sum(map(Tensor.numel, (*parts.slopes, *parts.weights)))
+    held += 10 * batch * target * width + sum(map(len, active)) * 2
+    room = max(budget - held, budget // 4)
+    # What heads read of a source; of a pair, what enters and what comes out of it.
+    view = sum(width * max(r.value.shape[2] for r in each.terms) for each in parts._sums)
+    targets = max(1, min(-(-target // 16), (room - view) // (6 * width)))
+    sources = room // (view + 6 * width * targets + parts.W_out.shape[0])
+    return _Plan(1, [*blocks(target, targets)], max(1, min(parts.sources, sources)))
 
 
 def _placed(parts: Tensor, at: slice, columns: slice) -> Tensor:
@@ -517,7 +509,7 @@ def feed_forward_points(
     ff = block.feed_forward
     assert ff is not None
     added = _feed_forward(ff, points["mlp_in"], bias, max_bytes)
-    added = replace(added, keep=kept(block, added.weights, folds))
+    added = replace(added, keep=kept(block, folds))
     stream = points["residual"]
     total, parts_bias = added.total + stream.total, added.bias + stream.bias
     ending = None
@@ -533,17 +525,11 @@ def feed_forward_points(
     return {"mlp_out": added, "resid_post": summed, "block_out": normed}
 
 
-def kept(
-    block: Block, weights: Sequence[Tensor], folds: Folds | None = None
-) -> tuple[tuple[Keep | None, ...], ...]:
-    """Returns what folds what attention writes into each branch, see `FeedForwardParts.keep`."""
-    if block.parallel:  # the feed-forward sublayer does not read what attention writes
-        return ()
-    folds = folds or Folds([block])
-    return tuple(
-        tuple(folds.keep(block, attention, branch) for attention in block.attentions)
-        for branch in range(len(weights))
-    )
+def kept(block: Block, folds: Folds | None = None) -> Callable[[int], Sequence[Keep]] | None:
+    """Returns what folds what attention writes into a branch, see `FeedForwardParts.keep`."""
+    if block.folds is None or block.parallel:  # parallel: it does not read what attention writes
+        return None
+    return partial((folds or Folds([block])).keep, block)
 
 
 def _feed_forward(

@@ -58,7 +58,7 @@ def first_parts(
         total=nothing,
         ending=ending,
         # Of the encoder nothing is a part here: cross-attention, which is after, has no term.
-        keep=tuple(each[: len(read.terms)] for each in kept(frozen.block, weights)),
+        keep=kept(frozen.block),
     )
     # W_in is passed by each head's value of each token, or by each pair (half of them, if causal).
     passed = 2 * sum(term.pattern.shape[1] for term in found.read.terms)

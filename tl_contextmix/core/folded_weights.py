@@ -71,6 +71,7 @@ def branches(
         bare = FrozenNorm((second,), torch.ones_like(read.scale))
         read, raw, base = read.linear(bare), second.linear(raw), second.linear(base)
     for index, (weight, bias) in enumerate(ff.branches()):
+        keep = None if block.folds is None else folds.keep(block, index)[-1]
         constant = shift(weight.new_zeros(weight.shape[1]), bias)
         if second is not None and second.bias is not None:
             constant = constant + second.bias @ weight
@@ -82,7 +83,7 @@ def branches(
             # One scale at most lies between the neurons and what entered.
             changed = (pre[index] - constant) * scale
         yield Branch(
-            read=read.map(weight, folds.keep(block, attention, index)),
+            read=read.map(weight, keep),
             base=None if first is None else base @ weight,
             changed=changed,
             constant=constant,
@@ -104,11 +105,11 @@ class Folds:
     blocks: Sequence[Block]
     checked: bool = False
 
-    def keep(self, block: Block, attention: AttentionSublayer, branch: int) -> Keep | None:
-        """Returns what folds an attention sublayer's W_O into a branch's W_in; None: not kept."""
-        if block.folds is None:
-            return None
-        return partial(self._fold, block.folds, _name(attention, branch))
+    def keep(self, block: Block, branch: int) -> list[Keep]:
+        """Returns what folds the W_O of each attention sublayer of a block into a branch's W_in."""
+        assert block.folds is not None
+        names = (_name(attention, branch) for attention in block.attentions)
+        return [partial(self._fold, block.folds, name) for name in names]
 
     def _fold(
         self, kept: dict[str, tuple[Tensor, ...]], name: str, W_O: Tensor, W_in: Tensor

@@ -18,6 +18,8 @@ from typing import Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_contextmix.core.token_sums import through_neurons
+
 Route = Literal["all", "active", "folded"]
 
 # Measured on one core: to move a number takes as long as so many operations of a product, and a
@@ -164,12 +166,8 @@ def through_some(
     some: Int[Tensor, " some"],
 ) -> Float[Tensor, "part d_out"]:
     """Returns what parts become through some neurons, given their slopes; in W_out's dtype."""
-    share = None
-    for weight, slope in zip(weights, slopes, strict=True):
-        one = (parts @ weight.index_select(0, some).T).mul_(slope)
-        share = one if share is None else share.add_(one)
-    assert share is not None
-    return share.to(W_out.dtype) @ W_out.index_select(0, some)
+    rows = [weight.index_select(0, some).T for weight in weights]
+    return through_neurons(parts, rows, slopes, W_out.index_select(0, some))
 
 
 def fold(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Literal, TypeVar
 
 import torch
@@ -183,14 +184,18 @@ class AttentionTerm:
         """Whether all heads have one matrix, which is not copied for each of them."""
         return len(self.weight) > 0 and self.weight.stride(0) == 0
 
-    def folds(self, keep: Keep | None = None) -> int:
-        """Returns how many vectors `map` multiplies with a matrix: sources', or the weights'."""
-        batch, source, head, _ = self.value.shape
-        return head * min(batch * source, self._fold_cost(keep))
+    def folds(self, kept: bool = False) -> int:
+        """Returns how many vectors `map` multiplies with a matrix: sources', or the weights'.
 
-    def _fold_cost(self, keep: Keep | None) -> int:
+        Args:
+            kept: Whether the product is kept for the next call.
+        """
+        batch, source, head, _ = self.value.shape
+        return head * min(batch * source, self._fold_cost(kept))
+
+    def _fold_cost(self, kept: bool) -> int:
         """Returns how many vectors it costs to fold a matrix into the weight of one head."""
-        return self.weight.shape[1] if keep is None else self.weight.shape[1] // _KEPT
+        return self.weight.shape[1] // _KEPT if kept else self.weight.shape[1]
 
     @property
     def per_pair(self) -> int:
@@ -268,7 +273,7 @@ class AttentionTerm:
             keep: Folds it into every head's weight where that is kept for the next call.
         """
         batch, source, head, _ = self.value.shape
-        if batch * source < self._fold_cost(keep):
+        if batch * source < self._fold_cost(keep is not None):
             matrix = matrix.expand(head, *matrix.shape)
             return replace(self, value=self.vectors(), weight=matrix, kept=None)
         weight = self.weight @ matrix if keep is None else keep(self.weight, matrix)
@@ -395,15 +400,15 @@ class TokenSum:
             sum_up=lambda: norm.affine(self.total),
         )
 
-    def map(self, matrix: Tensor, keep: Sequence[Keep | None] = ()) -> TokenSum:
+    def map(self, matrix: Tensor, keep: Sequence[Keep] = ()) -> TokenSum:
         """Returns the parts after a matrix. The bias stays behind: zeros that take no memory.
 
         Args:
             matrix: The matrix.
-            keep: See `AttentionTerm.map`, for each read; empty for none.
+            keep: See `AttentionTerm.map`, for each read (and for more); empty for none.
         """
         nothing = self.bias.new_zeros(()).expand(*self.bias.shape[:2], matrix.shape[1])
-        terms = zip(self.terms, keep or [None] * len(self.terms), strict=True)
+        terms = zip(self.terms, keep or repeat(None), strict=False)
         return TokenSum(
             terms=tuple(read.map(matrix, how) for read, how in terms),
             own=None if self.own is None else self.own @ matrix,
@@ -610,6 +615,21 @@ class Support:
         """Returns what either covers."""
         first = [min(pair) for pair in zip(self.first, other.first, strict=True)]
         return Support(first, [max(pair) for pair in zip(self.last, other.last, strict=True)])
+
+
+def through_neurons(
+    parts: Float[Tensor, "*some d_in"],
+    weights: Sequence[Float[Tensor, "d_in neuron"]],
+    slopes: Sequence[Tensor],
+    W_out: Float[Tensor, "neuron d_out"],
+) -> Float[Tensor, "*some d_out"]:
+    """Returns what parts become by the slopes of each branch's neurons; in the dtype of W_out."""
+    shares = None
+    for weight, slope in zip(weights, slopes, strict=True):
+        share = (parts @ weight).mul_(slope)
+        shares = share if shares is None else shares.add_(share)
+    assert shares is not None
+    return shares.to(W_out.dtype) @ W_out
 
 
 def within(columns: slice, span: slice) -> slice:
