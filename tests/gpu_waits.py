@@ -1,4 +1,4 @@
-"""Where the host waits for a GPU: how often each method does so per layer.
+"""Where the host waits for a GPU: each method as often for four layers as for two.
 
 Every ``.item()``, ``.tolist()``, ``bool(tensor)``, ``nonzero()``, index by a mask and copy to the
 CPU waits until a GPU has done all that was asked of it. Once or so per call is nothing; once per
@@ -25,14 +25,6 @@ _OPERATORS = {
     *("_unique2", "unique_dim", "unique_consecutive", "bincount", "tolist"),
 }
 _BY_MASK = {"index", "index_put", "index_put_"}
-
-# Of a GPT-2, by method, what each layer adds to the waits of a call once the model is known; a
-# method that is not named waits as often for four layers as for two. Numbers may only fall: lower
-# them here when they do.
-PER_LAYER = {
-    # Which sources are followed in a layer depends on what was in the layer above.
-    "information_flow_routes": 1,
-}
 
 
 class Waits:
@@ -69,18 +61,15 @@ class Waits:
 
 
 def require_few(waits: Waits, device: torch.device) -> None:
-    """Raises AssertionError unless methods wait as often as `PER_LAYER` says.
+    """Raises AssertionError if a method waits more often where there are more layers.
 
     Args:
         waits: The counter.
         device: The GPU.
     """
     require_counts(waits, torch.tensor([1.0, -1.0, 2.0]).to(device))
-    found = per_layer(waits, device)
-    names = sorted({*found, *PER_LAYER})
-    odd = {n: (found.get(n, 0), PER_LAYER.get(n, 0)) for n in names}
-    odd = {name: pair for name, pair in odd.items() if pair[0] != pair[1]}
-    assert not odd, f"waits per layer, and what gpu_waits.PER_LAYER says: {odd}"
+    grown = per_layer(waits, device)
+    assert not grown, f"waits that each layer adds: {grown}"
 
 
 def require_counts(waits: Waits, x: Tensor) -> None:

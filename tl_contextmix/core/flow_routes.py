@@ -13,7 +13,7 @@ Tensors in, tensors out: one sentence, no tokens, no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_contextmix.core.blocks import AttentionSublayer, Block, FeedForward, Trace, after
+from tl_contextmix.core.readout import CACHE_BYTES
 from tl_contextmix.core.token_sums import FrozenNorm, blocks
 
 
@@ -133,10 +134,10 @@ def _states(block: Block, trace: Trace) -> list[_State]:
 
 
 def importance(
-    parts: Float[Tensor, "*some d_model"], whole: Float[Tensor, " d_model"]
+    parts: Float[Tensor, "*some d_model"], whole: Float[Tensor, "*whole d_model"]
 ) -> Float[Tensor, "*some"]:
     """Returns how much closer to the whole each part is than nothing: not yet normalised."""
-    return (whole.abs().sum() - (parts - whole).abs().sum(dim=-1)).clamp(min=0)
+    return (whole.abs().sum(dim=-1) - (parts - whole).abs().sum(dim=-1)).clamp(min=0)
 
 
 def find_routes(
@@ -149,14 +150,29 @@ def find_routes(
         trace: The pass.
         pos: The position.
         threshold: Only what is more important is followed.
-        max_bytes: Workspace: the vectors of so many heads are held at a time, at least one's.
+        max_bytes: Workspace: what one head reads at one position is held at least.
     """
     search = _Search(stacks, trace, threshold, max_bytes)
     search.reach(RouteNode("answer", 0, stacks[0][-1].layer, pos), 1.0)
-    for index, blocks_ in enumerate(stacks):
-        for block in reversed(blocks_):
-            search.expand(index, _states(block, trace))
+    for index, stack in enumerate(stacks):
+        for some in _together(stack, trace, max_bytes):
+            search.expand(index, some)
     return Routes(search.nodes, search.edges)
+
+
+def _together(
+    stack: tuple[Block, ...], trace: Trace, max_bytes: int
+) -> Iterator[tuple[Block, ...]]:
+    """Yields the blocks of a stack that are read at once, from the last ones downwards.
+
+    On a CPU each alone, as a block is read only where it was reached from above. A GPU would be
+    waited for each time: as many as fit are read at all positions.
+    """
+    stream = trace.resid_in(stack[0])
+    shares = max(sum(trace.mixing(one).nbytes for one in block.attentions) for block in stack)
+    fit = max_bytes // (2 * shares + 4 * stream.nbytes)
+    for some in blocks(len(stack), 1 if stream.device.type == "cpu" else fit):
+        yield stack[::-1][some]
 
 
 def _entering(index: int, layer: int) -> RouteNode:
@@ -183,19 +199,25 @@ class _Search:
             self._reached.setdefault((kind, node.stack, node.layer), []).append(node)
         self.nodes[node] = max(self.nodes.get(node, 0.0), score)
 
-    def expand(self, index: int, states: Sequence[_State]) -> None:
-        """Follows what is important in the states of a block, from its last one downwards.
+    def expand(self, index: int, some: tuple[Block, ...]) -> None:
+        """Follows what is important in some blocks, from the first one downwards.
 
-        The others are reached from it, at the same positions: one copy to the host serves all.
+        One copy to the host serves all. Of a block alone only those positions are read at which its
+        last state was reached: from there the others are, too.
         """
-        last = states[-1]
-        rows = [node.pos for node in self._reached.get((last.kind, index, last.layer), [])]
-        if not rows:
-            return
-        shares = [self._shares(state, rows) for state in states]
-        listed = torch.cat(shares, dim=1).cpu().split([each.shape[1] for each in shares], dim=1)
-        for place in reversed(range(len(states))):
-            self._follow_parts(index, states, place, dict(zip(rows, listed[place], strict=True)))
+        every = [_states(block, self._trace) for block in some]
+        last = every[0][-1]
+        rows = [*range(len(last.value))]
+        if len(some) == 1:
+            rows = [node.pos for node in self._reached.get((last.kind, index, last.layer), [])]
+            if not rows:
+                return
+        shares = [self._shares(state, rows) for states in every for state in reversed(states)]
+        listed = iter(torch.cat(shares, dim=1).cpu().split([one.shape[1] for one in shares], dim=1))
+        for states in every:
+            for place in reversed(range(len(states))):
+                found = dict(zip(rows, next(listed), strict=True))
+                self._follow_parts(index, states, place, found)
 
     def _shares(self, state: _State, rows: list[int]) -> Float[Tensor, "target part"]:
         """Returns the importance of the parts of a state at some positions.
@@ -206,8 +228,7 @@ class _Search:
         whole, scale = state.value[rows], state.norm.scale[0, rows]
 
         def alone(parts: Tensor) -> Tensor:
-            found = state.norm.unscaled(parts[rows]) / scale
-            return torch.stack([*map(importance, found, whole)])[:, None]
+            return importance(state.norm.unscaled(parts[rows]) / scale, whole)[:, None]
 
         alones = [state.before, *([] if state.feed_forward is None else [state.feed_forward])]
         heads = [self._heads(state, each, rows).flatten(1) for each in state.attentions]
@@ -268,11 +289,15 @@ class _Search:
         value = self._trace.value(sublayer)[0]
         scale = norm.scale[0, rows] * state.norm.scale[0, rows]
         found = torch.zeros_like(pattern)
+        room = self._max_bytes
+        if value.device.type == "cpu":
+            room = min(room, CACHE_BYTES)
         vector = value.shape[0] * state.value.shape[1] * value.element_size()
-        for some in blocks(len(found), self._max_bytes // (4 * vector)):
+        pairs = room // (4 * vector)
+        for some in blocks(len(found), pairs):
             vectors = torch.einsum("shd,hdm->hsm", value[:, some], sublayer.W_O[some])
-            vectors = state.norm.unscaled(norm.unscaled(vectors))
-            for row, place in enumerate(rows):
-                parts = vectors * (pattern[some, row] / scale[row])[..., None]
-                found[some, row] = importance(parts, state.value[place])
+            vectors = state.norm.unscaled(norm.unscaled(vectors))[:, None]
+            for part in blocks(len(rows), pairs // len(vectors)):
+                parts = vectors * (pattern[some, part] / scale[part])[..., None]
+                found[some, part] = importance(parts, state.value[rows[part]][:, None])
         return found.transpose(0, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_contextmix.adapters import as_view
@@ -12,6 +14,7 @@ from tl_contextmix.adapters.inputs import Input
 from tl_contextmix.adapters.questions import AnswerInputs, split_answer
 from tl_contextmix.core.blocks import Trace
 from tl_contextmix.core.flow_routes import RouteNode, find_routes
+from tl_contextmix.core.linear_graph import listed
 from tl_contextmix.core.validation import Positive, Rule
 from tl_contextmix.engine.linear_graphs import (
     linear_graph,
@@ -56,7 +59,7 @@ def information_flow_routes(
         model: Any TransformerLens model with a vocabulary readout, see `tl_contextmix.check`.
         input: A text, or token ids [1, pos].
         threshold: Importance above which an edge is followed.
-        max_bytes: Workspace: vectors of so many heads are held at a time, at least one's.
+        max_bytes: Workspace: what one head reads at one position is held at least.
         **inputs: ``target``, ``foil`` and ``pos``, see `Asked`; mask and the like, see `Inputs`.
 
     Returns:
@@ -70,7 +73,7 @@ def information_flow_routes(
         UnsupportedModel: As in `flow`.
 
     Cost: a forward pass, two linearised ones, and ``5 n d`` operations for each head of each state
-    that is reached.
+    that is reached; on a GPU of every state, which is then waited for once and not in every layer.
     """
     given, answer = split_answer(input, inputs)
     with torch.no_grad():
@@ -84,10 +87,11 @@ def information_flow_routes(
         routes = find_routes(stacks, trace, pos, threshold, max_bytes)
         found = sorted(routes.nodes, key=_order)
         number = {node: place for place, node in enumerate(found)}
-        edges = whole.slope.new_zeros(len(found), len(found))
+        edges = torch.zeros(len(found), len(found), dtype=whole.slope.dtype)
         for (target, source), share in routes.edges.items():
             edges[number[target], number[source]] = share
-        nodes = tuple(_named(prediction, trace, node) for node in found)
+        edges = edges.to(whole.slope.device)
+        nodes = _named(prediction, trace, found)
         written = places_of(whole, [node for node in nodes if node.written])
         return AttributionGraph(
             scores=edges.new_tensor([routes.nodes[node] for node in found]),
@@ -121,24 +125,32 @@ def _order(node: RouteNode) -> tuple[int, ...]:
     return -node.stack, node.layer, kind, node.pos, node.head
 
 
-def _named(prediction: Prediction, trace: Trace, node: RouteNode) -> GraphNode:
-    """Returns a node with its token, and a head with its pattern."""
-    if node.kind == "answer":
-        asked = asked_words(prediction.target, prediction.foil)
-        return GraphNode("answer", node.layer + 1, node.pos, token=asked)
-    stack = "encoder" if node.stack else prediction.stream.stack
-    side = prediction.encoder if node.stack else prediction.tokens
-    assert side is not None
-    pattern = ()
-    if node.head >= 0:
-        kind = "cross" if node.kind == "cross_attn" else "self"
-        attention = prediction.view.stacks[stack][node.layer].attention(kind)
-        pattern = tuple(trace.mixing(attention)[0, node.head, node.pos].tolist())
-    return GraphNode(
-        kind=f"encoder {node.kind}" if node.stack else node.kind,
-        layer=node.layer,
-        pos=node.pos,
-        head=node.head,
-        token=side.strings[0][node.pos],
-        pattern=pattern,
-    )
+def _named(
+    prediction: Prediction, trace: Trace, found: Sequence[RouteNode]
+) -> tuple[GraphNode, ...]:
+    """Returns nodes with their tokens, and heads with their patterns."""
+    stacks = prediction.stream.stack, "encoder"
+    patterns: dict[RouteNode, Tensor] = {}
+    for node in found:
+        if node.head >= 0:
+            kind = "cross" if node.kind == "cross_attn" else "self"
+            attention = prediction.view.stacks[stacks[node.stack]][node.layer].attention(kind)
+            patterns[node] = trace.mixing(attention)[0, node.head, node.pos]
+    read = dict(zip(patterns, listed([*patterns.values()]), strict=True))
+
+    def name(node: RouteNode) -> GraphNode:
+        if node.kind == "answer":
+            asked = asked_words(prediction.target, prediction.foil)
+            return GraphNode("answer", node.layer + 1, node.pos, token=asked)
+        side = prediction.encoder if node.stack else prediction.tokens
+        assert side is not None
+        return GraphNode(
+            kind=f"encoder {node.kind}" if node.stack else node.kind,
+            layer=node.layer,
+            pos=node.pos,
+            head=node.head,
+            token=side.strings[0][node.pos],
+            pattern=tuple(read.get(node, ())),
+        )
+
+    return tuple(map(name, found))
