@@ -12,10 +12,10 @@ import torch
 import zoo
 from asked import bound, case_of, keywords, shared, view_of
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.core.blocks import AttentionSublayer, FeedForward, Trace
+from tl_contextmix.core.counters import count_operations
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.results import AttributionGraph, Result
 
@@ -284,16 +284,12 @@ def test_workspace_changes_no_number(causal):
 
 def test_a_kept_node_costs_less_than_a_backward_pass(causal):
     """Counted: one linearised pass down is the bound for each node."""
-
-    def flops(k: int) -> int:
-        with FlopCounterMode(display=False) as counter:
-            cm.flow(causal, TEXT, **ARE, share=1.0, k=k)
-        return counter.get_total_flops()
-
+    few, more = (
+        count_operations(lambda k=k: cm.flow(causal, TEXT, **ARE, share=1.0, k=k)) for k in (8, 72)
+    )
     ids = causal.to_tokens(TEXT)
     weights = sum(p.numel() for name, p in causal.named_parameters() if "embed" not in name)
     backward = 2 * weights * ids.shape[1]
-    few, more = flops(8), flops(72)
     assert 0 < more - few < 64 * backward
 
 

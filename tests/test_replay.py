@@ -14,16 +14,13 @@ import torch
 import zoo
 from asked import case_of, host_trace, stacks, view_of
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import tl_contextmix as cm
 from tl_contextmix.adapters import as_view
 from tl_contextmix.adapters.loading import HostClass
 from tl_contextmix.core.activations import ACTIVATIONS
 from tl_contextmix.core.blocks import AttentionSublayer, Batch, Block, FeedForward, Side, Trace
+from tl_contextmix.core.counters import Memory, count_operations
 from tl_contextmix.core.token_sums import Norm
 from tl_contextmix.core.value_ablation import ValueAblation, ablate_values, batch_rows
 from tl_contextmix.errors import ContextMixWarning
@@ -125,14 +122,9 @@ def distances(block: Block, trace: Trace, **options: Any) -> Tensor:
     return (changed - kept[:, :, None]).norm(dim=-1)
 
 
-def test_a_parallel_block_moves_by_the_term_itself() -> None:
-    block, trace = made(5, parallel=True)
-    changed, kept = outputs(ablate_values(block, trace, "self"))
-    torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
-
-
-def test_a_block_without_feed_forward_moves_by_the_term_itself() -> None:
-    block, trace = made(5, feed_forward=None)
+@pytest.mark.parametrize("layout", [{"parallel": True}, {"feed_forward": None}], ids=str)
+def test_what_no_neuron_reads_moves_by_the_term_itself(layout: dict[str, Any]) -> None:
+    block, trace = made(5, **layout)
     changed, kept = outputs(ablate_values(block, trace, "self"))
     torch.testing.assert_close(changed, kept[:, :, None] - terms(block, trace))
 
@@ -210,11 +202,13 @@ def test_W_in_is_folded_where_it_pays(case: zoo.Case) -> None:
 
 def flops(block: Block, trace: Trace, rows: list[int] | None = None, *, repeats: int = 1) -> int:
     """Operations of all outputs of a block."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+
+    def work() -> None:
         found = ablate_values(block, trace, "self", rows).folded(None, repeats, 2**30)
         for _ in found.tiles(None, 2**30):
             pass
-    return counter.get_total_flops()
+
+    return count_operations(work)
 
 
 @pytest.mark.parametrize(("n", "causal"), [(32, True), (64, True), (128, True), (64, False)])
@@ -289,24 +283,17 @@ def test_every_edit_of_a_weight_is_seen() -> None:
 def test_maps_keep_and_use_the_same_folds(ask: Callable[..., Any]) -> None:
     tokens, model, other = torch.arange(3, 35)[None], *map(cm.load_demo, ["causal-lm"] * 2)
     (block, *others), asked = as_view(model).blocks(), partial(ask, model, tokens)
-    once, again = operations(asked), operations(asked)
+    once, again = count_operations(asked), count_operations(asked)
     size = block.feed_forward.branches()[0][0].numel() * block.attentions[0].W_O[..., 0].numel()
     # Past the first block DecompX carries what has many parts already.
     assert once - again == 2 * size * (1 if ask is cm.decompx else 1 + len(others))
     cm.value_zeroing(other, tokens)
-    assert operations(partial(ask, other, tokens)) == again
+    assert count_operations(partial(ask, other, tokens)) == again
     before, weight = numbers(asked()), block.attentions[0].W_O
     weight.data[1] = weight.data[1].flip(0)  # no version counter sees this
     after = numbers(asked())
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, numbers(ask(copy.deepcopy(model), tokens)))
-
-
-def operations(work: Callable[[], object]) -> int:
-    """Products of matrices."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def numbers(found: Any) -> Tensor:
@@ -327,7 +314,7 @@ def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPat
         assert [block.folds is not None for block in blocks] == [kept] * len(blocks)
 
 
-def test_few_targets_cost_few_operations() -> None:
+def test_few_targets_cost_few_count_operations() -> None:
     block, trace = made(64, d=192, heads=12, m=768, dtype=torch.float32)
     whole = flops(block, trace)
     assert flops(block, trace, [63]) <= 0.12 * whole
@@ -337,32 +324,6 @@ def test_few_targets_cost_few_operations() -> None:
     )
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes alive at once of tensors made while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.given: dict[int, StorageWeakRef] = {}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in self._storages((args, kwargs)):
-            if storage._cdata not in self.made:
-                self.given.setdefault(storage._cdata, StorageWeakRef(storage))
-        out = func(*args, **(kwargs or {}))
-        self.made = {key: kept for key, kept in self.made.items() if not kept[0].expired()}
-        for storage in self._storages(out):
-            if storage._cdata not in self.given:
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
-        return out
-
-    @staticmethod
-    def _storages(tree: Any) -> list[Any]:
-        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("megabytes", [4, 16, 64])
 def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
@@ -370,7 +331,7 @@ def test_workspace_is_within_the_budget(gated: bool, megabytes: int) -> None:
     budget = megabytes * 2**20
     size = batch_rows(block, trace, "self", budget)
     assert 1 <= size <= 3
-    with torch.no_grad(), Peak() as meter:
+    with torch.no_grad(), Memory() as meter:
         found = ablate_values(block, trace.part(slice(0, size)), "self")
         for _ in found.folded(None, 1, budget).tiles(None, budget):
             pass
