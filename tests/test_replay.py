@@ -314,7 +314,7 @@ def test_folds_are_kept_for_all_blocks_or_for_none(monkeypatch: pytest.MonkeyPat
         assert [block.folds is not None for block in blocks] == [kept] * len(blocks)
 
 
-def test_few_targets_cost_few_count_operations() -> None:
+def test_few_targets_cost_few_operations() -> None:
     block, trace = made(64, d=192, heads=12, m=768, dtype=torch.float32)
     whole = flops(block, trace)
     assert flops(block, trace, [63]) <= 0.12 * whole
